@@ -22,10 +22,8 @@ from torch import Tensor
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import apart, compare
-from dumo.run.config.load import identity, load
+from dumo.run.config.load import Written, identity, load
 from dumo.run.config.source import FILE, noted
-from dumo.run.config.spec import Run
-from dumo.run.origin import identities
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import standing
@@ -101,7 +99,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
             f"{FAR:.0%} is the most: take a width nearer to theirs ({widths}), or train with more of them "
             "(train.snapshots)"
         )
-    sources = of_run(folder, run, [*snapshots.values()])
+    sources = of_run(folder, Written(run, noted(folder)), [*snapshots.values()])
     found = [checkpoint.load(path) for path in snapshots.values()]
     for path, one in zip(snapshots.values(), found, strict=True):
         compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
@@ -112,12 +110,12 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     return Averaged(file, last, len(snapshots), error)
 
 
-def of_run(folder: Path, run: Run, snapshots: Sequence[Path]) -> dict[str, str]:
+def of_run(folder: Path, there: Written, snapshots: Sequence[Path]) -> dict[str, str]:
     """The SHA-256 of each snapshot, by its place in the folder. Raises UserError for one of another run.
 
     Those from before they said whose they are, are taken.
     """
-    known = {None, *identities(run, noted(folder))}
+    known = {None, *there.identities()}
     for path in snapshots:
         about = checkpoint.facts_of(path)
         if f"{about.get('step')}" not in ("None", f"{int(path.stem.removeprefix('step-'))}"):

@@ -17,9 +17,9 @@ from dumo.io.weights import compare
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, published
-from dumo.run.config.load import FILE, Difference, difference, differences, dump, load
+from dumo.run.config.load import FILE, Difference, Written, difference, differences, dump, load
 from dumo.run.config.resolve import require_same_code
-from dumo.run.config.source import Noted
+from dumo.run.config.source import Noted, noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
 from dumo.run.origin import newest, require_own, require_same
@@ -84,7 +84,7 @@ def open_run(
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
     run = load(source, overrides)
-    require_same_code(run, folder)
+    require_same_code(run, run.resolved, folder)
     if overrides:
         require_trained(load(source), run, folder)
     while True:
@@ -155,9 +155,9 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        there = load(str(folder))
+        there = Written(load(str(folder)), noted(folder))
         if not steps:
-            require_unsaved(folder, there.train)
+            require_unsaved(folder, there.run.train)
         require_same(there, run, folder, newest(standing, step), accept=accept)
     elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")

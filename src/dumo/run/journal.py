@@ -14,7 +14,7 @@ from dumo.io.content import Hashes
 from dumo.io.source import Source
 from dumo.run import average, content, deviation
 from dumo.run.config.change import shown
-from dumo.run.config.load import changes, identity
+from dumo.run.config.load import identity
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.folder import note
@@ -201,14 +201,14 @@ class History:
         """
         was, now = deviation.fingerprint(folder), source.fingerprint()
         before = before_step(folder, last)
-        changed = changes(*before, run, step) if before else []
+        changed = before.changes(run, step) if before else []
         if last and was is not None and was != now:
             if not accept:
                 raise content.refusal(folder, f"fingerprint {was} in {deviation.FILE}, {now} now")
             change = content.Change(was, str(now))
         if change:
             changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
-        train, about = before[0].train if before and last else None, manifest.read(last) if last else None
+        train, about = before.run.train if before and last else None, manifest.read(last) if last else None
         versions, logged = (about.versions, about.log) if about else ({}, None)
         return cls(run, folder, source, step, now, changed, versions, train, logged, change is not None)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from dumo.run.config.load import Difference, differences, identity, load, replayed
+from dumo.run.config.load import Difference, Written, differences, identity, load
 from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import FILE, Noted, noted
 from dumo.run.config.spec import Run
@@ -24,11 +24,9 @@ FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what 
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The run that a checkpoint holds."""
+class Kept(Written):
+    """The run that a checkpoint holds, with what was changed before its step."""
 
-    run: Run
-    past: list[Noted]  # what was changed before its step
     name: str
     step: int
 
@@ -42,14 +40,14 @@ class Kept:
             warnings.warn(words, stacklevel=2)
         return None
 
-    def differs(self, run: Run, past: Sequence[Noted]) -> list[Difference]:
-        """Where a run.yaml, with its changes, is not this run with those that were noted since."""
-        now = replayed(self.run, [one for one in past if one.step >= self.step])
-        return [*meant(past, self.step), *differences(now, run)]
+    def differs(self, there: Written) -> list[Difference]:
+        """Where a run.yaml is not this run with the changes that it notes since."""
+        now = self.replayed([one for one in there.past if one.step >= self.step])
+        return [*meant(there.past, self.step), *differences(now, there.run)]
 
-    def lines(self, found: Sequence[Difference], past: Sequence[Noted]) -> list[str]:
-        """Differences in words."""
-        since = {one.field for one in past if one.step >= self.step}
+    def lines(self, found: Sequence[Difference], there: Written) -> list[str]:
+        """Differences from a run.yaml in words."""
+        since = {one.field for one in there.past if one.step >= self.step}
         here = f"in checkpoint {self.name}"
         return [one.between("as noted" if one.field in since else here, f"in {FILE}") for one in found]
 
@@ -60,31 +58,24 @@ def meant(past: Sequence[Noted], step: int) -> list[Difference]:
     return [Difference(one.field, one.was, one.now, may=False) for one in later if not one.of_data]
 
 
-def identities(run: Run, past: Sequence[Noted]) -> set[str]:
-    """The `identity` of a run, now and before each change that was accepted."""
-    steps = {one.step for one in past if one.accepted}
-    before = [replayed(run, [one for one in past if one.step >= step], back=True) for step in steps]
-    return {*map(identity, (run, *before))}
-
-
 def require_own(run: Run, folder: Path, place: Path) -> None:
     """Raise UserError where a checkpoint, a part of one, or a milestone is not of the run that run.yaml says."""
-    past = noted(folder)
+    there = Written(run, noted(folder))
     holder = next((one for one in (place, place.parent) if (one / manifest.NAME).is_file()), None)
     kept = Kept.of(holder) if holder else None
     if holder and holder.resolve().parent == (folder / "checkpoints").resolve():
-        lines = kept.lines(kept.differs(run, past), past) if kept else []
+        lines = kept.lines(kept.differs(there), there) if kept else []
     else:
         whose = identity(kept.run) if kept else checkpoint.facts_of(place).get("run")
-        if whose not in (None, *identities(run, past)):
+        if whose not in (None, *there.identities()):
             raise UserError(f"{place} has weights of another run than {folder}: take others, or that run's folder")
-        lines = [str(one) for one in meant(past, checkpoint.step_of(place, run.train.steps))]
+        lines = [str(one) for one in meant(there.past, checkpoint.step_of(place, run.train.steps))]
     if lines:
         lines = [f"{folder / FILE} is not the run that {place} was trained by:", *lines]
         way = f"Put these fields back. To train on with them as they are:  dumo train {quote(str(folder))} --accept"
         raise UserError("\n  ".join(lines) + f"\n{way}")
     if kept:
-        require_same_code(run.model_copy(update={"resolved": kept.run.resolved}), folder)
+        require_same_code(run, kept.run.resolved, folder)
 
 
 def newest(standing: Mapping[int, Path], step: int | None) -> Kept | None:
@@ -95,27 +86,25 @@ def newest(standing: Mapping[int, Path], step: int | None) -> Kept | None:
     return None
 
 
-def require_same(there: Run, run: Run, folder: Path, kept: Kept | None, *, accept: bool) -> None:
+def require_same(there: Written, run: Run, folder: Path, kept: Kept | None, *, accept: bool) -> None:
     """Raise UserError where a folder's run.yaml is not what its checkpoint holds, or another run is asked for.
 
     What may change is noted, as is all with `accept`.
     """
-    known = kept.run.resolved if kept else {}
-    require_same_code(there.model_copy(update={"resolved": there.resolved | known}), folder)
-    past = noted(folder)
-    edited = [one for one in kept.differs(there, past) if not one.may] if kept else []
-    asked = [one for one in differences(there, run) if not one.may]
+    require_same_code(there.run, there.run.resolved | (kept.run.resolved if kept else {}), folder)
+    edited = [one for one in kept.differs(there) if not one.may] if kept else []
+    asked = [one for one in differences(there.run, run) if not one.may]
     if accept or not (edited or asked):
         return
     way = f"or take them as they are by --accept, which notes them in {FILE}"
     if kept and edited:
-        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited, past)])
+        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited, there)])
         raise UserError(f"{lines}\nPut these fields back, {way}")
     lines = "\n  ".join([f"{folder} holds another run:", *map(str, asked)])
     raise UserError(f"{lines}\nGive another folder with --out, or remove this one, {way}")
 
 
-def before_step(folder: Path, last: Path | None) -> tuple[Run, list[Noted]] | None:
+def before_step(folder: Path, last: Path | None) -> Written | None:
     """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
 
     The checkpoint says so; one from before they did leaves it to run.yaml.
@@ -124,5 +113,5 @@ def before_step(folder: Path, last: Path | None) -> tuple[Run, list[Noted]] | No
         return None
     past, kept = noted(folder), Kept.of(last) if last else None
     if kept is None:
-        return load(str(folder)), past
-    return kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)]
+        return Written(load(str(folder)), past)
+    return Written(kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)])

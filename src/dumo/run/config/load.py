@@ -143,36 +143,50 @@ def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool =
             yield Difference(f"{prefix}{name}", to_jsonable_python(before), to_jsonable_python(after), here)
 
 
-def changes(was: Run, past: Sequence[Noted], run: Run, step: int) -> list[Noted]:
-    """The changes to note in a run.yaml, if the run `was` with its changes goes on after `step` as `run`.
+@dataclass(frozen=True)
+class Written:
+    """A run as it was written down, with what had changed in it while it trained."""
 
-    Changes of later steps are noted at this one, since those steps are made anew. Before the first step there are none.
-    """
-    if step == 0:
-        return []
-    found = dict[str, Noted]()
-    new = [Noted(step=step, field=d.field, was=d.was, now=d.now, accepted=not d.may) for d in differences(was, run)]
-    for one in (*(one for one in past if one.step >= step), *new):
-        first = found.get(one.field, one)
-        found[one.field] = one.model_copy(update={"step": step, "was": first.was})
-    return [*(one for one in past if one.step < step), *(one for one in found.values() if one.was != one.now)]
+    run: Run
+    past: Sequence[Noted]
+
+    def changes(self, now: Run, step: int) -> list[Noted]:
+        """The changes to note in a run.yaml, if it goes on after `step` as `now`.
+
+        Changes of later steps are noted at this one, since those steps are made anew. Before the first step there are
+        none.
+        """
+        if step == 0:
+            return []
+        found, new = dict[str, Noted](), differences(self.run, now)
+        again = [one for one in self.past if one.step >= step]
+        again += [Noted(step=step, field=d.field, was=d.was, now=d.now, accepted=not d.may) for d in new]
+        for one in again:
+            first = found.get(one.field, one)
+            found[one.field] = one.model_copy(update={"step": step, "was": first.was})
+        return [*(one for one in self.past if one.step < step), *(one for one in found.values() if one.was != one.now)]
+
+    def replayed(self, changes: Sequence[Noted], *, back: bool = False) -> Run:
+        """The run after these changes, in order; `back`: before them."""
+        tree = self.run.model_dump(mode="json")
+        for one in reversed(changes) if back else changes:
+            if not one.of_data:
+                override(tree, [f"{one.field}={shown(one.was if back else one.now)}"])
+        return parse(Run, tree) if changes else self.run
+
+    def identities(self) -> set[str]:
+        """The `identity` of the run, now and before each change that was accepted."""
+        steps = {one.step for one in self.past if one.accepted}
+        before = [self.replayed([one for one in self.past if one.step >= step], back=True) for step in steps]
+        return {*map(identity, (self.run, *before))}
 
 
-def replayed(run: Run, changes: Sequence[Noted], *, back: bool = False) -> Run:
-    """The run after these changes, in order; `back`: before them."""
-    tree = run.model_dump(mode="json")
-    for one in reversed(changes) if back else changes:
-        if not one.of_data:
-            override(tree, [f"{one.field}={shown(one.was if back else one.now)}"])
-    return parse(Run, tree) if changes else run
-
-
-def identity(run: Run) -> str:
+def identity(spec: BaseModel) -> str:
     """A hash of what no run may change while it trains: of a snapshot's metadata, to know whose it is.
 
     Fields at their defaults do not count, so that fields to come leave it as it is.
     """
-    return digest.of_bytes(json.dumps(_fixed(run), sort_keys=True).encode())
+    return digest.of_bytes(json.dumps(_fixed(spec), sort_keys=True).encode())
 
 
 def _fixed(part: BaseModel) -> dict[str, Any]:

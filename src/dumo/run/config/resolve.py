@@ -5,7 +5,7 @@ known by its hash (`pinned`). Where it moves to another machine, fields of place
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -17,7 +17,7 @@ from dumo.data.cache import read_contents
 from dumo.data.caption import Files
 from dumo.io import digest
 from dumo.io.read import user_path
-from dumo.nets import Pretrained
+from dumo.nets import Net, Pretrained
 from dumo.nets.rows import TextFile
 from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
@@ -89,7 +89,8 @@ def placed(run: Run, before: Run | None = None) -> Run:
     `before` is the run of the folder it goes on in: what is given in the same words is where it was when that began,
     whatever variables and the working directory say now. What is not there, and may be a name, stays as it is.
     """
-    old, words, said = dict(places(before)) if before else {}, given(before), dict[str, str]()
+    old, words = (dict(places(before)), given(before.resolved)) if before else ({}, {})
+    said = dict[str, str]()
 
     def place(field: str, text: str, extra: JsonDict) -> str:
         again = field in old and text in (old[field], words.get(field))
@@ -103,20 +104,20 @@ def placed(run: Run, before: Run | None = None) -> Run:
     return there.model_copy(update={"resolved": rest | ({GIVEN: kept} if kept else {})})
 
 
-def given(run: Run | None) -> dict[str, str]:
+def given(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     """The words that places were given in, by field, where these are not the whole paths."""
-    found = run.resolved.get(GIVEN) if run else None
+    found = resolved.get(GIVEN)
     return {field: str(text) for field, text in found.items()} if isinstance(found, dict) else {}
 
 
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in: without the paths of this machine."""
-    words = given(run)
+    words = given(run.resolved)
     there = in_places(run, lambda field, text, _: words.get(field, text))
     return there.model_copy(update={"resolved": {name: value for name, value in run.resolved.items() if name != GIVEN}})
 
 
-def places(run: Run) -> list[tuple[str, str]]:
+def places(spec: Spec) -> list[tuple[str, str]]:
     """The fields that say where something lies, and what they say."""
     found = list[tuple[str, str]]()
 
@@ -124,7 +125,7 @@ def places(run: Run) -> list[tuple[str, str]]:
         found.append((field, text))
         return text
 
-    in_places(run, note)
+    in_places(spec, note)
     return found
 
 
@@ -158,8 +159,8 @@ def whole(text: str, *, maybe: bool = False) -> str:
 
 def pinned(run: Run, before: Run | None = None) -> Run:
     """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
-    old = pins(before) if before else {}
-    lacking = {field: find for field, (known, find) in pins(run).items() if known is None}
+    old = pins(before.data, before.net) if before else {}
+    lacking = {field: find for field, (known, find) in pins(run.data, run.net).items() if known is None}
     found = {field: old[field][0] if field in old else None for field in lacking}
     new = {field: value for field, find in lacking.items() if (value := found[field] or find())}
     tree = run.model_dump(mode="json")
@@ -167,9 +168,8 @@ def pinned(run: Run, before: Run | None = None) -> Run:
     return parse(Run, tree | {"resolved": run.resolved | new}) if new else run
 
 
-def pins(run: Run) -> dict[str, tuple[str | None, Callable[[], str | None]]]:
+def pins(data: Data, net: Net) -> dict[str, tuple[str | None, Callable[[], str | None]]]:
     """The hashes that a run has a field for, and what finds each: of a codec that is not here, that of the cache."""
-    data, net = run.data, run.net
     found = dict[str, tuple[str | None, Callable[[], str | None]]]()
     if isinstance(data, Latents):
 
@@ -185,10 +185,10 @@ def pins(run: Run) -> dict[str, tuple[str | None, Callable[[], str | None]]]:
     return found
 
 
-def require_same_code(run: Run, folder: Path) -> None:
-    """Raise UserError if a class from outside is not as it was when the run in this folder began."""
-    was = run.resolved.get(CODE)
-    for name, now in codes_of(run):
+def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Path) -> None:
+    """Raise UserError if a class from outside is not as it was when the run in this folder began, by what it found."""
+    was = resolved.get(CODE)
+    for name, now in codes_of(spec):
         if isinstance(was, dict) and was.get(name) != now:
             raise UserError(
                 f"{name} is not the code that {folder} was trained with: bring that back, or train in another folder"

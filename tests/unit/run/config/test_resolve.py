@@ -37,7 +37,7 @@ def test_a_place_is_made_whole(text: str, is_whole: str, tmp_path: Path) -> None
     assert whole(text, maybe=True) == text  # nothing is there
     found = placed(images(text))
     assert found.data.root == str(tmp_path / is_whole)  # pyright: ignore
-    assert given(found) == {"data.root": text}
+    assert given(found.resolved) == {"data.root": text}
     assert as_given(found) == images(text)
 
 
@@ -59,7 +59,7 @@ def test_the_words_that_a_run_began_with_mean_what_they_meant(tmp_path: Path, mo
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir("sub")
     moved = placed(images("two"), before)
-    assert (moved.data.root, given(moved)) == (str(tmp_path / "sub/two"), {"data.root": "two"})  # pyright: ignore
+    assert (moved.data.root, given(moved.resolved)) == (str(tmp_path / "sub/two"), {"data.root": "two"})  # pyright: ignore
     assert placed(images(there), before) == began
 
 
