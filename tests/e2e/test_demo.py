@@ -231,6 +231,7 @@ def test_two_runs_stand_next_to_each_other(trained: dict[str, Path], tmp_path: P
         number(page, "images").fill("4")
         make.click()
         page.get_by_text("objective flow_matching teaches no jumps").wait_for()
+        names.nth(1).wait_for()
         assert names.all_inner_texts() == ["digits", "digits-flow-matching"]
         assert page.locator(".answer img").count() == 4
         page.get_by_label("velocity: v").locator("visible=true").check()
@@ -243,6 +244,7 @@ def test_two_runs_stand_next_to_each_other(trained: dict[str, Path], tmp_path: P
             page.get_by_role("tab", name=tab, exact=True).click()
             make.click()
             page.locator(".answer img").locator("visible=true").nth(count - 1).wait_for()
+            names.nth(1).wait_for()
             assert names.all_inner_texts() == ["digits", "digits-flow-matching"]
 
 

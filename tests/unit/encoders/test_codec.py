@@ -285,7 +285,7 @@ def test_hub_is_asked_for_what_is_no_folder(
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"codec sd-vae sd needs diffusers: .*pip install .*'diffusers>="):
+    with pytest.raises(UserError, match=r"codec sd-vae sd needs diffusers: .*pip install .*'diffusers<"):
         SdVae().open()
 
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from dumo.flow.path import Linear
 from dumo.runtime import dist, signals
 from dumo.training import agreement, manifest
-from dumo.training.checkpoint import go_on, latest, mark, restore, save
+from dumo.training.checkpoint import Notes, go_on, latest, mark, restore, save
 from dumo.training.ema import MovingAverage
 from dumo.training.layout import local
 from dumo.training.optim import AdamW
@@ -99,7 +99,7 @@ def two(folder: Path) -> None:
         (there / ".step-00000009.tmp").mkdir(parents=True, exist_ok=True)
         dist.barrier()
         passed(state)
-        assert save(there, state, 1, "a run" if dist.is_main() else "") == there / "step-00000002"
+        assert save(there, state, 1, Notes("a run" if dist.is_main() else "")) == there / "step-00000002"
         whole = tensors(state)
         mark(folder / f"milestones-{share}", state)
         if dist.is_main():
