@@ -310,7 +310,7 @@ def undisturbed(words: tuple[str, ...]) -> End:
 def restore(here: Path, spare: Path) -> None:
     """Make a folder what its copy is."""
     for place in here.iterdir():
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink()
     shutil.copytree(spare, here, dirs_exist_ok=True)
 
 

@@ -111,7 +111,7 @@ def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     return {
         str(path.relative_to(folder)): change(path) if path.is_dir() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".dumo-") for part in path.relative_to(folder).parts)
+        if not any(part.lstrip(".").startswith("dumo-") for part in path.relative_to(folder).parts)
     }
 
 

@@ -94,7 +94,7 @@ def read(checkpoint: Path) -> Manifest:
         return about
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{file} is missing or damaged ({what}): remove that checkpoint to resume earlier") from error
+        raise UserError(f"{file} is missing or damaged ({what})") from error
     except OSError as error:
         raise Unseen.of(file, error) from error
 
