@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TOGETHER, SAMPLES = 2, 4  # recipes at a time; of a recipe
 NONE = {"error": "not recorded"}
 NO_FIELDS = ("after", "encode")  # keys of the table that are no fields of a recipe
-WEIGHTS, NEITHER = "net*.safetensors", "optimizer*.safetensors"  # in a checkpoint; all others are averages
+WEIGHTS, NEITHER = "net*.safetensors", ("optimizer*.safetensors", "data.safetensors")  # all others are averages
 # Columns of metrics.jsonl that have another name now, by recipe and old name.
 U = {f"{part}.m": f"{part}.u" for part in ("parts", "bins")}
 RENAMED: dict[str, dict[str, str]] = {
@@ -105,7 +105,7 @@ def record(name: str, fields: Fields) -> Record:
     if fields.get("encode"):
         command("encode", name, *words)
     command("train", name, "--out", str(run), *words)
-    files = [file for file in (run / "checkpoints").rglob("*.safetensors") if not file.match(NEITHER)]
+    files = [file for file in (run / "checkpoints").rglob("*.safetensors") if not any(map(file.match, NEITHER))]
     found = {file: digest(*load_file(file).values()) for file in files}
     opened = dumo.load(run, device="cpu")
     return {
