@@ -126,6 +126,7 @@ def test(tests: list[str], plant: Plant | None, output: str) -> None:
     if plant:
         plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
+    options += ["-p", "no:unraisableexception"]  # what is collected as garbage meanwhile is no test's
     os._exit(pytest.main([*options, *tests]))
 
 
