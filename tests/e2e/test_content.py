@@ -125,6 +125,7 @@ def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, has
     refused("train", run, *LONGER, named=(CHANGED, "changed"))  # now it is known
 
 
+@pytest.mark.slow
 def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
     """In place, of the same size, with its time set back."""
     file = Path("../images/class0/00.bmp")
@@ -149,6 +150,7 @@ def test_images_that_come_and_go_are_named(change: str, run: Path) -> None:
     refused("train", run, *LONGER, named=(CHANGED, f"images are {said[change]}"))
 
 
+@pytest.mark.slow
 def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
     """Untouched nothing is hashed; touched or copied, what is needed, once."""
     for k, change in enumerate(("none", "touch", "none", "copy", "forgotten", "none"), 3):
@@ -223,6 +225,7 @@ def test_a_cache_of_two_data_sets_is_not_made(same: bool, latents: Path) -> None
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None:
     """A run goes on with the same ones touched, without them, and not with others: nor is it judged by these."""
     assert call(*encode()).code == 0
