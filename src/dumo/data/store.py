@@ -206,7 +206,7 @@ def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, Stat
         if stat.S_ISDIR(about.st_mode):
             _enter(entry.path, above | {here}, found)
         else:
-            found[entry.path] = (about.st_size, about.st_mtime_ns, about.st_ino)
+            found[entry.path] = state_of(about)
 
 
 def _tokens(root: Path, file: str) -> list[str]:

@@ -99,7 +99,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
             f"{FAR:.0%} is the most: take a width nearer to theirs ({widths}), or train with more of them "
             "(train.snapshots)"
         )
-    sources = of_run(folder, Written(run, noted(folder)), [*snapshots.values()])
+    sources = of_run(folder, Written(run, noted(folder)), snapshots)
     found = [checkpoint.load(path) for path in snapshots.values()]
     for path, one in zip(snapshots.values(), found, strict=True):
         compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
@@ -110,22 +110,21 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     return Averaged(file, last, len(snapshots), error)
 
 
-def of_run(folder: Path, there: Written, snapshots: Sequence[Path]) -> dict[str, str]:
-    """The SHA-256 of each snapshot, by its place in the folder. Raises UserError for one of another run.
+def of_run(folder: Path, there: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
+    """The SHA-256 of each snapshot, by its place in the folder. Raises UserError for one of another run or step.
 
     Those from before they said whose they are, are taken.
     """
     known = {None, *there.identities()}
-    for path in snapshots:
-        about = checkpoint.facts_of(path)
-        if f"{about.get('step')}" not in ("None", f"{int(path.stem.removeprefix('step-'))}"):
-            raise UserError(f"{path} is a snapshot of step {about['step']}: put each back under its own name")
-        if about.get("run") not in known:
+    for (step, _), path in snapshots.items():
+        if (said := checkpoint.step_of(path, step)) != step:
+            raise UserError(f"{path} is a snapshot of step {said}: put each back under its own name")
+        if checkpoint.facts_of(path).get("run") not in known:
             raise UserError(
                 f"{path} is a snapshot of another run than {folder / FILE} says: put back the one that this run kept, "
                 "or remove it"
             )
-    return {path.relative_to(folder).as_posix(): digest.of_file(path) for path in snapshots}
+    return {path.relative_to(folder).as_posix(): digest.of_file(path) for path in snapshots.values()}
 
 
 def overlap(one: Profile, other: Profile) -> float:

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 from dumo.run.config.load import Difference, Written, differences, identity, load
 from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import FILE, Noted, noted
 from dumo.run.config.spec import Run
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.training import checkpoint, manifest
 from dumo.types import UserError
 
@@ -72,7 +71,7 @@ def require_own(run: Run, folder: Path, place: Path) -> None:
         lines = [str(one) for one in meant(there.past, checkpoint.step_of(place, run.train.steps))]
     if lines:
         lines = [f"{folder / FILE} is not the run that {place} was trained by:", *lines]
-        way = f"Put these fields back. To train on with them as they are:  dumo train {quote(str(folder))} --accept"
+        way = f"Put these fields back. To train on with them as they are:  dumo train {typed(folder)} --accept"
         raise UserError("\n  ".join(lines) + f"\n{way}")
     if kept:
         require_same_code(run, kept.run.resolved, folder)

@@ -163,9 +163,11 @@ def pinned(run: Run, before: Run | None = None) -> Run:
     lacking = {field: find for field, (known, find) in pins(run.data, run.net).items() if known is None}
     found = {field: old[field][0] if field in old else None for field in lacking}
     new = {field: value for field, find in lacking.items() if (value := found[field] or find())}
+    if not new:
+        return run
     tree = run.model_dump(mode="json")
     override(tree, [f"{field}={shown(value)}" for field, value in new.items()])
-    return parse(Run, tree | {"resolved": run.resolved | new}) if new else run
+    return parse(Run, tree | {"resolved": run.resolved | new})
 
 
 def pins(data: Data, net: Net) -> dict[str, tuple[str | None, Callable[[], str | None]]]:
