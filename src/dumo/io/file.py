@@ -209,13 +209,17 @@ def full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
+def cache() -> Path:
+    """Where this user's notes lie, made or not. Raises RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"
+
+
 def places(folder: Path, name: str) -> list[Path]:
     """Where to look for a note on what is in a folder, and to write it, the best place first.
 
     Next to the files, hidden by its name. Else below $XDG_CACHE_HOME, or ~/.cache: in `dumo`, by the folder's path.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [folder / name, home / "dumo" / digest.short(str(folder.resolve())) / name.removeprefix(".")]
+    return [folder / name, cache() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
 
 
 def writable(place: Path) -> bool:

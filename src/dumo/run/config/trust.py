@@ -15,6 +15,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from dumo.io.file import cache
 from dumo.io.read import brief
 from dumo.runtime import signals
 from dumo.runtime.progress import inline
@@ -96,7 +97,7 @@ def digest(module: str, folders: Sequence[str]) -> str:
 
 def note() -> Path:
     """Where hashes are remembered. Raises RuntimeError where there is no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo" / "trusted-code"
+    return cache() / "trusted-code"
 
 
 def remembered() -> list[str]:
