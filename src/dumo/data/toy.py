@@ -67,6 +67,7 @@ class Digits(Spec):
         default=None, exclude_if=lambda captions: captions is None
     )  # in place of classes
     held: int = Field(default=0, ge=0, le=898, exclude_if=lambda held: held == 0)  # images that are never trained on
+    fold: int = Field(default=0, ge=0, exclude_if=lambda fold: fold == 0)  # which ones: of 359, five disjoint folds
     shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     names: ClassVar[tuple[str, ...]] = ()
     augment: ClassVar[None] = None
@@ -95,7 +96,7 @@ class Digits(Spec):
     def originals(self) -> Table:
         """The same with the digits as classes; without those held out, which it keeps apart (`Split`)."""
         whole = Table(*_load())
-        return Split.of(whole, _held(self.held, whole.c)) if self.held else whole
+        return Split.of(whole, _held(self.held, whole.c, self.fold)) if self.held else whole
 
 
 @cache
@@ -107,8 +108,11 @@ def _load() -> tuple[Tensor, Tensor]:
     return x, torch.tensor(target, dtype=torch.long)
 
 
-def _held(n: int, c: Tensor) -> Int64[Tensor, " n"]:
-    """n rows, the same in every run: of each class its share, to a row, and of these any."""
+def _held(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
+    """n rows, the same in every run: of each class its share, to a row, and of these any.
+
+    Folds begin anew after as many as have no row in common.
+    """
     order = torch.randperm(len(c), generator=stream("digits", "held"))
     by_class = order[c[order].argsort(stable=True)]
-    return by_class[torch.arange(n) * len(c) // n].sort().values
+    return by_class[torch.arange(n) * len(c) // n + fold % (len(c) // n)].sort().values
