@@ -46,14 +46,14 @@ class LikelihoodProtocol(Protocol):
         """Holds the data. Raises UserError where they are fewer than samples, or have other levels."""
         total, seed = self.total, context.seed
         data = Reference.of(context.data(), total, seed)
-        x, c = (data.split.held.x, data.split.held.c) if data.split else (data.x, data.c)
+        x, c = data.x, data.c
         if len(x) < total:
             raise UserError(
                 f"protocol {self.name} judges by {total} samples, here are {len(x)}: set "
                 f"evaluate.protocol.samples={len(x)} or fewer"
             )
         x, levels = x[:total], self.levels or (256 if x.ndim > 2 else None)
-        which = f"{total:,} samples of the data" + (", never trained on" if data.split else "")
+        which = f"{total:,} samples of the data" + (", never trained on" if data.trained is not None else "")
         by = f"{self.probes} random signs" if self.probes else "all axes"
         noise = f"uniform noise on {levels} levels" if levels else "as they are"
         facts = {**data.facts(seed), "reference": which, "features": f"none: log density, div v by {by}; {noise}"}

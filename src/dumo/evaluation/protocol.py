@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, runtime_checkable
 from typing import Protocol as Interface
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Generator, Tensor
 
-from dumo.evaluation.distance import mean_sd
+from dumo.evaluation.distance import gaussian_mmd, mean_sd
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, Split
@@ -25,6 +25,7 @@ from dumo.runtime.random import stream
 from dumo.types import Cond, Sample, Spec, UserError
 
 Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
+Real = Float[Tensor, "_ *_"]
 Tick = Callable[[int, int], object]  # called with how many images of the data have been seen, of how many
 Scores = dict[str, float]  # the first is the one that counts, lower being better, but for those of RISING
 
@@ -65,6 +66,7 @@ class Context:
     tick: Tick | None = None
     captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # data by captions, those of samples, texts
     c: Cond | None = None  # the classes of samples that others made; None: those of the protocol
+    trained: Callable[[], Data] | None = None  # what was trained on, where `data` was held out
 
 
 class Protocol(Spec, ABC):
@@ -127,25 +129,22 @@ class Reference:
     x: Sample
     c: Cond
     redraw: Callable[[int], Sample] | None = None  # the i-th fresh draw of as many rows; None: `x` is all there is
-    split: Split | None = None  # where some rows of `x` were held out of training
+    trained: Real | None = None  # what was trained on, where `x` was held out; None: `x` itself
 
     @classmethod
-    def of(cls, data: Data, n: int, seed: int) -> "Reference":
-        """All of a finite data set, or n draws of one without end."""
+    def of(cls, data: Data, n: int, seed: int, trained: Data | None = None) -> "Reference":
+        """All of a finite data set, or of what of it was held out; or n draws of one without end."""
         if isinstance(data, Split):
-            return cls(data.whole.x, data.whole.c, split=data)
+            return cls(data.held.x, data.held.c, trained=data.x)
         redraw = None if data.size else lambda i: data.reference(n, seed, 1 + i)[0]
-        return cls(*data.reference(n, seed), redraw=redraw)
+        return cls(*data.reference(n, seed), redraw=redraw, trained=trained and trained.reference(n, seed)[0])
 
     def facts(self, seed: int) -> dict[str, str]:
         """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
-        facts = {"reference": f"{len(self.x):,} samples of the data", "reference_sha256": digest.of_tensor(self.x)}
-        if self.split:
-            held = self.split.held.x
-            facts |= {"held": f"{len(held):,} of them, never trained on", "held_sha256": digest.of_tensor(held)}
-        return facts
+        seen = "of the data" if self.trained is None else "held out, never trained on"
+        return {"reference": f"{len(self.x):,} samples {seen}", "reference_sha256": digest.of_tensor(self.x)}
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,8 @@ def whole_set(
     """How a protocol opens that compares all samples with all of the data, or as many draws of them."""
 
     def open(protocol: Protocol, context: Context) -> WholeSet:
-        reference = Reference.of(context.data(), protocol.total, context.seed)
+        trained = context.trained and context.trained()
+        reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         known = facts() | reference.facts(context.seed)
         return WholeSet(protocol.classes_of(context), reference, known, measure, real)
 
@@ -207,12 +207,11 @@ def collect(made: Made, total: int) -> Tensor:
 
 
 def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
-    """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first.
+    """The score that counts: the first.
 
     Of a run whose card says what it was trained on, the first of those that are by something else, if there is one.
     """
-    free = [score for score in scores if not trained_on(score, card or {})] or scores
-    return "fd_grey" if "fd_grey" in free else next(iter(free))
+    return next((score for score in scores if not trained_on(score, card or {})), next(iter(scores)))
 
 
 def trained_on(score: str, card: Mapping[str, Any]) -> bool:
@@ -220,13 +219,8 @@ def trained_on(score: str, card: Mapping[str, Any]) -> bool:
 
     Features go by a name that stands in what the card calls those of the protocol.
     """
-    own, named = score.removesuffix("_held") in OWN, card.get("trained_on", "")
+    own, named = score in OWN, card.get("trained_on", "")
     return own if named == NUMBERS else bool(named) and not own and named in card.get("features", "")
-
-
-def of_baseline(name: str, score: str) -> str:
-    """The score that the mean and sd of a baseline are of: the one that counts, against images held out or all."""
-    return f"{score}_held" if name == "held" else score
 
 
 def rising(score: str) -> bool:
@@ -277,6 +271,14 @@ def unit(
             rows = parts(c, count, stream(kind, "parts", count, i))
             values += [distance(a, b) / (1 / len(a) + 1 / len(b)) for a, b in zip(rows[::2], rows[1::2], strict=False)]
     return Unit(*mean_sd(values))
+
+
+def mmd(
+    fake: Float[Tensor, "b f"], real: Float[Tensor, "m f"], width: float, c: Cond, d: Int64[Tensor, " m"]
+) -> Scores:
+    """`mmd` and `mmd_sd`, its standard error, of rows of these classes; those of images without any do not count."""
+    found = gaussian_mmd(fake, real, width, *((c, d) if (c != c[0]).any() else ()))
+    return {"mmd": found.value, "mmd_sd": found.error}
 
 
 def parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:

@@ -9,19 +9,20 @@ trained on these and has learned little by heart: to them, 5,000 real images tha
 of sd 0.1 are at 7.1, blurred by 3x3 at 52, noise alone at 279 (measured). Images are judged as a file holds them,
 clamped to [-1, 1] and rounded to 8 bits.
 
-`digits`: two measures see no features. The first score, which counts, is of the samples as a file holds them. If images
-were held out of training, samples are judged against these alone as well. A Fréchet distance to few images is larger
-than to many, whatever is judged: so it stands next to what a perfect sampler would have (`of_perfect`).
+The first score, `mmd`, has no bias: a perfect sampler's is 0 at any size. It sees more than others do (docs/judge.md).
+Kernels are as wide as two real images are apart, at the median. A Fréchet distance to few images is larger than to
+many, whatever is judged: so all scores stand next to what a perfect sampler would have.
+
+`digits`: three measures see no features. If images were held out of training, samples are judged against these.
 
 `toy`: points of a law that can be drawn from without end, by MMD^2 in the points' own space.
 """
 
-from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from pydantic import field_validator
 from torch import Tensor
 
@@ -31,15 +32,15 @@ from dumo.evaluation.distance import (
     Moments,
     auc_sd,
     frechet_distance,
-    kernel_distance,
-    kid,
+    gaussian_mmd,
     mmd2,
+    mmd_deviation,
     null_spread,
     pixel_frechet,
     two_sample_auc,
 )
-from dumo.evaluation.neighbours import nearest, precision_recall
-from dumo.evaluation.photos import PHOTOS
+from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
+from dumo.evaluation.photos import PHOTOS, WIDTH
 from dumo.evaluation.protocol import (
     LEAST,
     Context,
@@ -48,77 +49,118 @@ from dumo.evaluation.protocol import (
     Protocol,
     Reference,
     Scores,
+    mmd,
     unit,
     whole_set,
 )
 from dumo.io.picture import from_uint8, to_uint8
-from dumo.io.source import Split
-from dumo.runtime.random import stream
+from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-SUBSETS, OF_CIFAR10, OF_DIGITS = 50, 1000, 500  # of the kernel distance: how many subsets, and their rows
+OF_CIFAR10, OF_DIGITS = 1000, 500  # images, at least
+WIDTH_DIGITS = 8.0  # of the kernel: two digits are 8.0 apart, at the median
+MOST = 10_000  # real images that kernels and neighbours take
 KIND = "cifar10-features"
 KEPT = 2  # references of which features are kept
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels of toy, in sd of the data
 Shipped = Literal["cifar10-features", "digits", "photos", "toy"]
-Features = Float[Tensor, "n f"]
+Features = Float[Tensor, "_ f"]
+Real = Float[Tensor, "_ *_"]
 known: dict[bytes, Features] = {}  # by the digest of the pixels, for this process; 26 MB for 50,000 images
 
 
 def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`fd`, `kid` with `kid_sd`, `precision`, `recall`, `auc_features`, and `accuracy`: the share read as c.
+    """`mmd` with `mmd_sd`, `fd`, `precision`, `recall`, `auc_features`, `nearest`, and `accuracy`: the share read as c.
 
     Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
-    protocol: so both sides cover space alike, and 50,000 of them would take minutes. The area is `two_sample_auc`
-    of the features. Where all of c are equal, as without classes, there is no `accuracy`. The kernel's subsets and
-    the area's halves depend on the order of x, nothing else does. The features of a reference are computed once in
-    a process. Raises `UserError` if the reference is fewer than `OF_CIFAR10`.
+    protocol: so both sides cover space alike, and 50,000 of them would take minutes; `mmd` compares with `MOST`. The
+    area is `two_sample_auc` of the features. Where all of c are equal, as without classes, there is no `accuracy`. The
+    area's halves depend on the order of x, nothing else does. The features of a reference are computed once in a
+    process. Raises `UserError` if the reference is fewer than `OF_CIFAR10`.
     """
     fake, real = features_of(x), learned(reference.x)
-    mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=OF_CIFAR10, generator=stream(KIND, "kid"))
-    some = real[torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: len(x)]]
+    if len(real) < OF_CIFAR10:
+        raise UserError(f"protocol {KIND} compares with {OF_CIFAR10} images or more, here are {len(real)}: add some")
+    order = torch.randperm(len(real), generator=stream(KIND, "neighbours"))
+    some, many = real[order[: len(x)]], order[:MOST]
     precision, recall = precision_recall(some, fake, NEIGHBOURS)
-    score = {
+    return {
+        **mmd(fake, real[many], WIDTH, c, reference.c[many]),
         "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
-        "kid": mean,
-        "kid_sd": sd,
         "precision": precision,
         "recall": recall,
         "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
+        "nearest": nearness(fake, real, None if reference.trained is None else learned(reference.trained)),
+        **accuracy(cifar10.classify(fake), c),
     }
-    if (c != c[0]).any():
-        score["accuracy"] = (cifar10.classify(fake) == c.cpu()).double().mean().item()
-    return score
 
 
 def baselines_cifar10(reference: Reference, samples: int) -> dict[str, Scores]:
-    """`perfect` (`of_perfect`), of `fd`, `kid` and `auc_features`."""
-    real, c, some = learned(reference.x), reference.c.cpu(), min(samples, len(reference.x))
-    found = of_perfect(KIND, c, real, samples, {"": len(real)}, OF_CIFAR10)
-    return {"perfect": found | null_auc("auc_features", samples, some)} if found else {}
+    """`perfect`: what a perfect sampler, of new real images, would have of all scores but precision and recall."""
+    x, c, some = reference.x, reference.c.cpu(), min(samples, len(reference.x))
+    real = learned(x)
+    trained = None if reference.trained is None else learned(reference.trained)
+    found = of_perfect(KIND, c, real, samples, WIDTH, min(MOST, len(real)))
+    read = null_accuracy(cifar10.classify(real), c, samples)
+    found |= null_auc("auc_features", samples, some) | read | null_nearness(real, trained, samples)
+    z = features_of(noise(0, range(OF_CIFAR10), 0, x.shape[1:]))
+    return {"perfect": found, "noise": of_noise(z, real[:MOST], WIDTH)}
 
 
-def of_perfect(kind: str, c: Cond, real: Features, samples: int, sizes: Mapping[str, int], subset: int) -> Scores:
-    """What a perfect sampler, of new real images, would have of both distances of features; {} of too few to tell.
+def of_perfect(kind: str, c: Cond, real: Features, samples: int, width: float, compared: int) -> Scores:
+    """Of `mmd`, as `mean` and `sd`, and of the Fréchet distance; of this what there are images enough to tell.
 
-    `sizes`: of references of these data, by what the names of scores against them end in; the first is of `mean`.
-    `subset`: the rows of one, for the kernel distance of the first.
+    `compared`: how many real rows `mmd` takes.
     """
     far = unit(c, lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(real[b])), kind, LEAST * real.shape[1])
-    near = unit(c, lambda a, b: kernel_distance(real[a], real[b]), kind, 2.0)
-    if not (far and near):
-        return {}
-    found = Scores()
-    for end, size in sizes.items():
-        found |= far.at(samples, size, end and f"fd_grey{end}")
-        found |= near.at(samples, size, f"kid{end}", None if end else (SUBSETS, subset))
-    return found
+    found = {"mean": 0.0, "sd": mmd_deviation(samples, real[:compared], width, c[:compared])}
+    return found | (far.at(samples, len(real), "fd") if far else {})
+
+
+def of_noise(z: Features, real: Features, width: float) -> Scores:
+    """`mmd` of noise in place of samples, as `mean`, with its standard error."""
+    return dict(zip(("mean", "sd"), gaussian_mmd(z, real, width), strict=True))
 
 
 def null_auc(name: str, samples: int, real: int) -> Scores:
     """That of `two_sample_auc` where both sides are of one law."""
     return {name: 0.5, f"{name}_sd": auc_sd(samples, real)}
+
+
+def accuracy(read: Cond, c: Cond) -> Scores:
+    """The share that is read as c; none where all of c are equal."""
+    return {"accuracy": (read == c.cpu()).double().mean().item()} if (c != c[0]).any() else {}
+
+
+def null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
+    """That of real images, and how much that of as many new ones as there are samples is off."""
+    found = accuracy(read, c)
+    if "accuracy" in found:
+        p = (found["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's, which is never 1
+        found["accuracy_sd"] = (p * (1 - p) * (1 / samples + 1 / len(c))) ** 0.5
+    return found
+
+
+def nearness(fake: Real, real: Real, trained: Real | None) -> float:
+    """The mean distance of samples from the nearest image that was trained on, over that of real images: copies have 0.
+
+    Of images held out from the `trained`; where these are the reference itself, of each from the nearest other.
+    """
+    away = nearest(real if trained is None else trained, fake)[0]
+    return (away.mean() / usual(real, trained).mean()).item()
+
+
+def null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
+    """1, and how much that of new real images is off."""
+    away = usual(real, trained)
+    return {"nearest": 1.0, "nearest_sd": (away.std() / away.mean()).item() * (1 / samples + 1 / len(away)) ** 0.5}
+
+
+def usual(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
+    """How far real images are from the nearest that was trained on, other than themselves."""
+    some = torch.arange(len(real))[:: -(-len(real) // MOST)]
+    return nearest_other(real, some) if trained is None else nearest(trained, real[some])[0]
 
 
 def features_of(x: Sample) -> Features:
@@ -140,73 +182,47 @@ def learned(x: Sample) -> Features:
 
 
 def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`fd_grey`, `fd`, `kid` with `kid_sd`, `precision`, `recall`, `accuracy`, `auc` and `pixel_fd`.
+    """`mmd` with `mmd_sd`, `fd_grey`, `fd`, `precision`, `recall`, `auc`, `pixel_fd`, `nearest` and `accuracy`.
 
-    `fd_grey`, `auc` and `pixel_fd` judge samples as a file holds them: clamped to [-1, 1] and rounded to the 17
-    levels of the data. The others judge them as the net makes them. `fd_grey` is the stricter of the two Fréchet
-    distances: half of the pixels of a digit are at the end of the range, where clamped noise is no longer noise
-    but a shift. `accuracy` is the share read as c; `auc` that of `two_sample_auc`, 0.5 where samples cannot be
-    distinguished from digits. Where all of c are equal, as without classes, there is no `accuracy`. Where images were
-    held out, also what `_held` says.
+    `fd`, precision, recall and accuracy judge samples as the net makes them. The others judge them as a file holds
+    them: clamped to [-1, 1] and rounded to the 17 levels of the data. So does what counts, `mmd`: half of the pixels of
+    a digit are at the end of the range, where clamped noise is no longer noise but a shift. `accuracy` is the share
+    read as c; `auc` that of `two_sample_auc` of pixels, 0.5 where samples cannot be distinguished from digits.
     """
-    filed = _grey(x)
-    fake, grey, real = (digits.features(of) for of in (x, filed, reference.x))
-    mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=OF_DIGITS, generator=stream("digits", "kid"))
-    precision, recall = precision_recall(real, fake, NEIGHBOURS)
-    scores = {
-        "fd_grey": frechet_distance(Moments.of(grey), Moments.of(real)),
-        "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
-        "kid": mean,
-        "kid_sd": sd,
+    filed, real = _grey(x), reference.x
+    fake, grey, true = (digits.features(of) for of in (x, filed, real))
+    precision, recall = precision_recall(true, fake, NEIGHBOURS)
+    return {
+        **mmd(grey, true, WIDTH_DIGITS, c, reference.c),
+        "fd_grey": frechet_distance(Moments.of(grey), Moments.of(true)),
+        "fd": frechet_distance(Moments.of(fake), Moments.of(true)),
         "precision": precision,
         "recall": recall,
-        **({"accuracy": (digits.predict(x) == c.cpu()).double().mean().item()} if (c != c[0]).any() else {}),
-        "auc": two_sample_auc(reference.x, filed, stream("digits", "auc")),
-        "pixel_fd": pixel_frechet(filed, reference.x),
+        "auc": two_sample_auc(real, filed, stream("digits", "auc")),
+        "pixel_fd": pixel_frechet(filed, real),
+        "nearest": nearness(filed, real, reference.trained),
+        **accuracy(digits.predict(x), c),
     }
-    return scores | (_held(filed, fake, grey, reference.split) if reference.split else {})
 
 
 def baselines_digits(reference: Reference, samples: int) -> dict[str, Scores]:
-    """`perfect` (`of_perfect`), with `auc` and `pixel_fd`; where images were held out, against these alone as well.
+    """`perfect`: what a perfect sampler, of new digits, would have of all scores but precision and recall.
 
-    Digits are grey already, so its `mean` is that of `fd_grey` and of `fd`.
+    Digits are grey already, so `fd_grey` and `fd` are one there.
     """
     x, c = reference.x, reference.c.cpu()
-    sizes = {"": len(x)} | ({"_held": len(reference.split.held.x)} if reference.split else {})
-    found = of_perfect("digits", c, digits.features(x), samples, sizes, OF_DIGITS)
+    found = of_perfect("digits", c, digits.features(x), samples, WIDTH_DIGITS, len(x))
     pixels = unit(c, lambda a, b: pixel_frechet(x[a], x[b]), "digits", LEAST * x[0].numel())
-    if not (found and pixels):
-        return {}
-    found |= {"fd": found["mean"], "fd_sd": found["sd"]}
-    for end, size in sizes.items():
-        found |= null_auc(f"auc{end}", samples, size) | pixels.at(samples, size, f"pixel_fd{end}")
-    return {"perfect": found}
+    found |= {f"fd_grey{end}": found[f"fd{end}"] for end in ("", "_sd") if "fd" in found}
+    found |= null_auc("auc", samples, len(x)) | (pixels.at(samples, len(x), "pixel_fd") if pixels else {})
+    found |= null_accuracy(digits.predict(x), c, samples) | null_nearness(x, reference.trained, samples)
+    z = digits.features(_grey(noise(0, range(OF_DIGITS), 0, x.shape[1:])))
+    return {"perfect": found, "noise": of_noise(z, digits.features(x), WIDTH_DIGITS)}
 
 
 def _grey(x: Sample) -> Sample:
     """The nearest of the 17 grey levels 0..16 that the data has, as -1..1."""
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
-
-
-def _held(filed: Sample, fake: Tensor, grey: Tensor, split: Split) -> Scores:
-    """`fd_grey`, `kid`, `recall`, `auc` and `pixel_fd` of the images held out alone, as `NAME_held`; and `nearest`.
-
-    `kid_held` is of all rows at once. `nearest` is the mean distance of samples, as a file holds them, from the nearest
-    image that was trained on, over that of the images held out: about 1 of new digits, 0 of copies. `fake` and `grey`
-    are the features of samples as the net makes them, and as a file holds them.
-    """
-    real = split.held.x
-    true = digits.features(real)
-    away, usual = (nearest(split.x, of)[0].mean() for of in (filed, real))
-    return {
-        "fd_grey_held": frechet_distance(Moments.of(grey), Moments.of(true)),
-        "kid_held": kernel_distance(fake, true),
-        "recall_held": precision_recall(true, fake, NEIGHBOURS)[1],
-        "auc_held": two_sample_auc(real, filed, stream("digits", "auc")),
-        "pixel_fd_held": pixel_frechet(filed, real),
-        "nearest": (away / usual).item(),
-    }
 
 
 def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:

@@ -70,13 +70,5 @@ def watched(name: str) -> Word:
 
 def merits(columns: list[str]) -> dict[str, Word]:
     """The words for the columns of a table; `fd` next to `fd_grey` is the same before rounding."""
-    found = {key: word(MERITS, key) if key in MERITS else _against_held(key) for key in columns}
+    found = {key: word(MERITS, key) for key in columns}
     return found | ({"fd": BEFORE} if {"fd", "fd_grey"} <= found.keys() else {})
-
-
-def _against_held(key: str) -> Word:
-    """The words for a score whose data are the images held out; of another unknown key itself, spaced."""
-    of = MERITS.get(key.removesuffix("_held"))
-    if of is None or not key.endswith("_held"):
-        return word(MERITS, key)
-    return Word(f"{of.title}, images held out", of.better, "the same against images that were never trained on, alone.")

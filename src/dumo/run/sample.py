@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.data import Data, Moons
+from dumo.data import Data, Images, Latents, Moons
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
@@ -31,6 +31,16 @@ from dumo.types import Sample, UserError
 def real_data(data: Data) -> Source:
     """The data as images or points with their classes: of latents, the images that were encoded. Raises as opening."""
     return data.open() if isinstance(data, Moons) else data.originals()
+
+
+def judged_data(data: Data, split: str | None) -> Source:
+    """What samples are judged against: the data's images, or those of another split. Raises UserError, as opening."""
+    if split is None:
+        return real_data(data)
+    images = data.images if isinstance(data, Latents) else data
+    if not isinstance(images, Images):
+        raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
+    return images.model_copy(update={"split": split}).found().originals()
 
 
 def turned(c: Tensor, count: int) -> Tensor:

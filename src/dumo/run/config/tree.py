@@ -43,6 +43,7 @@ class Evaluation(Spec):
     """How a run is judged."""
 
     protocol: MetricProtocol
+    split: str | None = None  # of the data's folder, that no training sees: samples are judged against it
     # Templates of captions: those that were trained on, or those held out.
     captions: Literal["seen", "held"] = Field(default="seen", json_schema_extra=QUIET)
     nfe: tuple[Passes, ...] = Field(default=(1, 2), min_length=1)

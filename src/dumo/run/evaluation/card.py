@@ -35,6 +35,7 @@ FILE = "evaluation.json"
 UNTRAINED, FAR = 1 / 2, 1 / 20  # of the distance of noise. Ours
 TIMES, SHARE = 20, 0.02  # of a perfect sampler, and of samples among the data, where noise was not measured. Ours
 AREAS = ("auc", "auc_features")  # under the curve of a two-sample test
+WORSE = {"accuracy": -1, "nearest": -1, "copies": 1}  # which way
 Row = dict[str, Any]
 Card = dict[str, Any]
 Number = float | None  # null: it was no finite number
@@ -320,25 +321,35 @@ def read_report(path: Path, *, images: bool = False) -> dict[str, Any]:
 def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Found]) -> State | None:
     """Where a run stands by the first score, lower being better, of its best row; both as an evaluation has them.
 
-    `like the data`: at most two deviations above a perfect sampler, and its AUC within two of 0.5 where it has one.
+    `like the data`: at most two deviations above a perfect sampler, and so is what else tells (`apart`).
     `untrained`: at least half as far off as noise; where `noise` is not among the baselines, `TIMES` as far as a
     perfect sampler, and with a precision of at most `SHARE`. `far`: over a twentieth of noise, or `TIMES` as far as a
     perfect sampler. None: no baseline tells, or more is better.
     """
     real, noise = baselines.get("perfect") or baselines.get("null"), baselines.get("noise")
     found = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
-    if not real or not any(found) or rising(next(iter(found[0]), "")):
+    if not real or "mean" not in real or not any(found) or rising(next(iter(found[0]), "")):
         return None
     scores = min(filter(None, found), key=_first)
     score, usual = _first(scores), abs(real["mean"]) + 2 * real["sd"]
-    apart = [abs(scores[name] - 0.5) > 2 * sd for name in AREAS if name in scores and (sd := real.get(f"{name}_sd"))]
-    if score <= real["mean"] + 2 * real["sd"] and not any(apart):
+    if score <= real["mean"] + 2 * real["sd"] and not apart(scores, real):
         return "like the data"
     if noise:
         return "untrained" if score >= UNTRAINED * noise["mean"] else "far" if score > FAR * noise["mean"] else "near"
     if score <= TIMES * usual:
         return "near"
     return "untrained" if scores.get("precision", 1.0) <= SHARE else "far"
+
+
+def apart(scores: Found, real: Found) -> list[str]:
+    """The scores that are over two deviations worse than those of a perfect sampler, where these are known.
+
+    An area under the curve of a two-sample test that is off either way: below 0.5 are copies, too.
+    """
+    known = [name for name in (*AREAS, *WORSE) if name in scores and f"{name}_sd" in real]
+    away = {name: scores[name] - real[name] for name in known}
+    off = {name: abs(by) if name in AREAS else WORSE[name] * by for name, by in away.items()}
+    return [name for name, by in off.items() if by > 2 * real[f"{name}_sd"]]
 
 
 def _first(scores: Found) -> float:

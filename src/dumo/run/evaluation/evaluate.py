@@ -32,7 +32,7 @@ from dumo.run.encode import captions as texts
 from dumo.run.evaluation.card import FILE, Row, card, contrast_solver, read_report, settings, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
-from dumo.run.sample import real_data, solver_of
+from dumo.run.sample import judged_data, real_data, solver_of
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -109,7 +109,8 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
             demand(sampler)
         return evaluation.protocol.evaluator(
             Context(
-                data=lambda: real_data(data),
+                data=lambda: judged_data(data, evaluation.split),
+                trained=evaluation.split and (lambda: real_data(data)),
                 classes=data.labels,
                 seed=evaluation.seed,
                 device=sampler.device,

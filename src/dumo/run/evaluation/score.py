@@ -11,7 +11,7 @@ from typing import Any
 
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
-from dumo.evaluation.protocol import headline, of_baseline
+from dumo.evaluation.protocol import headline
 from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
 from dumo.io.read import read_json
 from dumo.run.evaluation.card import checked, seen
@@ -20,7 +20,7 @@ from dumo.runtime import typed
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
-DISTANCES = ("fd", "fd_grey", "fid", "kid")  # from data of which there may be too few
+DISTANCES = ("fd", "fd_grey", "fid", "kid", "mmd")  # from data of which there may be too few
 BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations other than the run's own that a page shows
 
 Table = dict[str, Any]
@@ -93,8 +93,7 @@ def cells(judged: Table, name: str) -> list[str]:
     """A baseline as a row of the table of scores, blank where it does not say."""
     found = judged["baselines"][name]
     known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in judged["columns"]}
-    lead = of_baseline(name, headline(judged["columns"]))
-    known |= dict.fromkeys([lead] + ["fd"] * (lead == "fd_grey"), (found["mean"], found["sd"]))  # data are grey already
+    known[figures(judged["results"][0])[0]] = found["mean"], found["sd"]
     return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
 
 
