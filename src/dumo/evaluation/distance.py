@@ -130,6 +130,12 @@ class Estimate(NamedTuple):
     error: float
 
 
+def level(found: Sequence[Estimate]) -> list[bool]:
+    """Which are the least, or at most two standard errors of the difference above it: these cannot be told apart."""
+    least = min(found)
+    return [one.value - least.value <= 2 * (one.error**2 + least.error**2) ** 0.5 for one in found]
+
+
 def gaussian_mmd(
     x: Points, y: Float[Tensor, "m d"], width: float, c: Cond | None = None, d: Int64[Tensor, " m"] | None = None
 ) -> Estimate:

@@ -160,13 +160,20 @@ def by_passes(report: Row) -> list[Row]:
 
 
 def over_seeds(rows: Sequence[Row]) -> Row:
-    """One row of equal rows of several seeds: the main score first, then `fd` where that is another, each with sd."""
+    """One row of equal rows of several seeds: the main score first, then `fd` where that is another, each with sd.
+
+    `error` is the standard error of the mean of the main one: by the scatter of the seeds, or by the errors of each,
+    whichever is larger, for few seeds tell little of their scatter.
+    """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     main = [name for name in dict.fromkeys((headline(names), "fd")) if name in names]
     found: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
     for name in main:
         values = [row[name] for row in rows]
         found |= {name: fmean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
+    if all(f"{main[0]}_sd" in row for row in rows):
+        each = fmean(row[f"{main[0]}_sd"] ** 2 for row in rows) ** 0.5
+        found["error"] = max(each, found[f"{main[0]}_sd"] or 0.0) / len(rows) ** 0.5
     return {**found, **{n: fmean(row[n] for row in rows) for n in names if n not in main}, "seeds": len(rows)}
 
 
@@ -180,8 +187,9 @@ def from_cells(stored: Row) -> list[Row]:
 
 
 def main_score(row: Row) -> str:
-    """The main score of an averaged row: what a file holds, or the first that has a deviation."""
-    return headline([key for key in row if f"{key}_sd" in row or key == "fd_grey"])
+    """The main score of an averaged row, also of one from before `mmd` was measured."""
+    older = [key for key in row if f"{key}_sd" in row or key == "fd_grey"]
+    return next((key for key in ("mmd", "fd_grey") if key in row), headline(older))
 
 
 def markdown(title: str, table: Sequence[Row]) -> str:

@@ -33,7 +33,7 @@ from dumo.runtime.random import noise
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}
 MOST = 4000  # samples of a class FD, 400 a class: ours
 Curve = list[tuple[float, float, float | None]]  # budget, distance, its deviation
-SCORES = ("nfe", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
+SCORES = ("nfe", "mmd", "mmd_sd", "error", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
 
 
 def fair_table(plan: Plan, results: list[Result]) -> list[Row]:

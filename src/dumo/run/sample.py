@@ -40,7 +40,10 @@ def judged_data(data: Data, split: str | None) -> Source:
     images = data.images if isinstance(data, Latents) else data
     if not isinstance(images, Images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
-    return images.model_copy(update={"split": split}).found().originals()
+    try:
+        return images.model_copy(update={"split": split}).found().originals()
+    except UserError as error:
+        raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error
 
 
 def turned(c: Tensor, count: int) -> Tensor:

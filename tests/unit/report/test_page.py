@@ -52,16 +52,16 @@ EVALUATION: dict[str, Any] = {
     "protocol": "digits",
     "samples": 2000,
     "seed": 0,
-    "results": [row("restart", fd=2.3456, fd_grey=8.642, kid=0.14208, kid_sd=0.0206, recall=None)],
-    "contrast": [row("euler", fd=98.76, fd_grey=99.8, kid=0.7, kid_sd=0.05, recall=0.0083)],
-    "baselines": {"halves": {"mean": 3.579, "sd": 0.1}, "bootstrap": {"mean": 0.0556, "sd": 0.02}},
+    "results": [row("restart", mmd=8.642, mmd_sd=0.206, fd=2.3456, recall=None)],
+    "contrast": [row("euler", mmd=99.8, mmd_sd=0.5, fd=98.76, recall=0.0083)],
+    "baselines": {"perfect": {"mean": 3.579, "sd": 0.1}, "noise": {"mean": 140.2, "sd": 1.5}},
 }
 ZOO: dict[str, Any] = {
     "title": "Every objective at equal cost",
     "origin": {"command": "dumo reproduce zoo", "machine": "two cores", "seeds": [0, 1], "versions": {"torch": "2.13"}},
     "table": [
-        {"objective": "FM", "steps": 9, "F_per_step": 3.0, "nfe": 1, "fd": 94.04, "fd_grey": 95.1},
-        {"objective": "DuMo", "steps": 7, "F_per_step": 4.05, "nfe": 1, "fd": 2.5, "fd_grey": 5.12},
+        {"objective": "FM", "steps": 9, "F_per_step": 3.0, "nfe": 1, "mmd": 95.1, "error": 1.5},
+        {"objective": "DuMo", "steps": 7, "F_per_step": 4.05, "nfe": 1, "mmd": 5.12, "error": None},
     ],
     "cells": [{"protocol": "digits", "baselines": EVALUATION["baselines"]}],
 }
@@ -157,7 +157,7 @@ def rendered(opened: RunFolder) -> Page:
     return Page(report.render(opened, size=1797, judged=judged, **NONE))
 
 
-KEYS = ("fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "bootstrap", "null")
+KEYS = ("fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "null")
 
 
 def test_what_every_page_has(folder: Path) -> None:
@@ -208,26 +208,26 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
     assert "was trained by DuMo on digits (1,797 images of 8 × 8 pixels in 10 classes) for 20 steps of 8." in words
     assert "Objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input, two outputs." in words
     assert "images seen in training 160" in words
-    for found in ("98.8", "0.142 ± 0.021", "0.00830", "two random halves of the data", "0.056 ± 0.020"):
+    for found in ("98.8", "8.64 ± 0.21", "0.00830", "new real images", "140.2 ± 1.5"):
         assert found in words
-    assert "Fréchet distance in a PNG, 1 pass lower is better; not FID (2.35 before rounding) 8.64" in words
-    assert "baseline: real vs real 3.58" in words
-    assert "Restart 1 8.64 2.35 0.142 ± 0.021 – Euler 1 99.8 98.8" in words  # what a PNG holds first
-    assert "baseline: real vs real 3.58 ± 0.10 3.58 ± 0.10" in words
+    assert "kernel distance · 10³, 1 pass lower is better; 0 is equal at any number of samples 8.64" in words
+    assert "a perfect sampler 3.58" in words
+    assert "Restart 1 8.64 ± 0.21 2.35 – Euler 1 99.80 ± 0.50 98.8" in words
+    assert "a perfect sampler 3.58 ± 0.10" in words
 
 
 def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
     moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
     for perfect, said in (
-        ({"mean": 0.0475, "sd": 0.008, "kid": -0.0047, "kid_sd": 0.0006}, "a perfect sampler 0.0475 ± 0.0080"),
+        ({"mean": 0.0, "sd": 0.027, "fd": 0.0475, "fd_sd": 0.008}, "a perfect sampler 0.000 ± 0.027"),
         (None, "A perfect sampler: too few images to tell."),
     ):
         baselines = {"perfect": perfect} if perfect else {}
         (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "baselines": baselines}))
         words = " ".join(rendered(moved).words.split())
         assert said in words
-        assert ("a perfect sampler 0.0475 ± 0.0080 0.0475 ± 0.0080 −0.00470 ± 0.00060" in words) == bool(perfect)
+        assert ("a perfect sampler 0.000 ± 0.027 0.0475 ± 0.0080" in words) == bool(perfect)
         assert ("too few" in words) != bool(perfect)
 
 
@@ -399,12 +399,12 @@ def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pyte
 
     own = words(ZOO)
     assert "Every objective at equal cost: 3 rows, the best first, this run among them" in own
-    assert "DuMo 7 4.05 5.12 2.50 this run 20 4.1" in own  # sorted, and the own run in its place
-    for found in ("8.64 2.35 FM 9 3.00 95.1 94.0", "Machine: two cores.", "Seeds: 0, 1.", "Versions: torch 2.13."):
+    assert "DuMo 7 4.05 5.12 this run 20 4.1" in own  # sorted, and the own run in its place
+    for found in ("8.64 ± 0.21 FM 9 3.00 95.1 ± 1.5", "Machine: two cores.", "Seeds: 0, 1.", "Versions: torch 2.13."):
         assert found in own
     assert re.search(r"This run’s training cost 3\.\d\d times theirs\.", own)  # 20 steps of about 4.1, 9 of 3
     assert "left out" not in own
-    assert "Theirs left out 360 of the images by which all are judged." in words(held)
+    assert "Theirs are judged against 360 images that they were not trained on, this run against those that it was." in words(held)
     assert "This run was not judged in the same way" in words(other)
     assert "this run 20" not in words(other)
     assert "No results of the other objectives at equal cost come with this version" in words(None)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from dumo.data import Data
 from dumo.data.caption import Files
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
+from dumo.evaluation.distance import Estimate, level
 from dumo.evaluation.protocol import Scores as Found
 from dumo.evaluation.protocol import rising, trained_on
 from dumo.flow.solver import Euler, Heun, Solver
@@ -215,6 +216,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of runs' folders, or files of them, as `rows` of one table; and of each what is `perfect`.
 
     Images that others made go by their place, and have neither steps nor passes.
+    `best` marks the least distance of each number of passes and those that cannot be told from it.
     A setting of the solver that differs, such as m, has a column, and scores that a run was trained on stand under
     `trained_on`, where there are any: they are no judges of it. Raises UserError where an evaluation is missing, or
     they were measured otherwise, with what differs; `anyway` has the table all the same, what differs in columns of
@@ -239,6 +241,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
         on = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
         rows += [head | own | scores | on for scores in report["results"]]
         rows += [head | dict.fromkeys(varied) | scores | on for scores in report.get("contrast", [])]
+    rows = with_best(rows, first_of(reports[sources[0]]))
     columns = dict.fromkeys(key for row in rows for key in row)
     return {
         "rows": [{key: row.get(key) for key in columns} for row in rows],
@@ -247,10 +250,26 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     }
 
 
+def with_best(rows: Sequence[Row], lead: str) -> list[Row]:
+    """The rows, with `best`: the least of its number of passes, or level with it (`level`), where errors are known."""
+    known = [row for row in rows if row.get(lead) is not None and row.get(f"{lead}_sd") is not None]
+    best: set[int] = set()
+    for nfe in {row.get("nfe") for row in known}:
+        same = [row for row in known if row.get("nfe") == nfe]
+        ties = level([Estimate(row[lead], row[f"{lead}_sd"]) for row in same])
+        best |= {id(row) for row, tie in zip(same, ties, strict=True) if tie}
+    return [row | ({"best": id(row) in best} if known and not rising(lead) else {}) for row in rows]
+
+
+def first_of(report: Mapping[str, Any]) -> str:
+    """The first score, which a baseline's `mean` is of."""
+    return next(key for key in report["results"][0] if key not in ("nfe", "solver"))
+
+
 def perfect(report: Mapping[str, Any]) -> Row:
     """What a perfect sampler would have of a report's scores, by name, with spreads; {} where that is not known."""
     found = report["baselines"].get("perfect", {})
-    lead = next(key for key in report["results"][0] if key not in ("nfe", "solver"))
+    lead = first_of(report)
     names = {"mean": lead, "sd": f"{lead}_sd"}
     return {names.get(key, key): value for key, value in found.items() if value is not None}
 

@@ -105,20 +105,19 @@ def shipped(protocol: MetricProtocol, data: Data) -> str | None:
 def others(results: Table, judged: Table | None, step: int, cost: float) -> Table:
     """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
 
-    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `second`, its scores by number of passes. `times`:
-    how often the cost of another's training, all of them equal, went into the run's. `unseen`: of how many images by
-    which all are judged the others were not trained, if this run was.
+    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `error`, by number of passes. `times`: how often the
+    cost of another's training, all of them equal, went into the run's. `unseen`: against how many images that they were
+    not trained on the others are judged, if this run is not.
     """
     table, cell = results["table"], (results.get("cells") or [{}])[0]
     score = next(key for key in MERITS if key in table[0])
-    second = "fd" if score == "fd_grey" else None
     rows: dict[str, Table] = {}
     for row in table:
         ratio, name = row.get("velocity_ratio"), str(next(iter(row.values())))
         name += f", velocity ratio {ratio:g}" if ratio is not None else ""
         one = rows.setdefault(name, _row(name, row["steps"], row.get("F_per_step")))
         one["lead"][row.get("nfe", 1)] = row[score]
-        one["second"][row.get("nfe", 1)] = row.get(second)
+        one["error"][row.get("nfe", 1)] = row.get("error")
     alike = bool(
         judged and judged["fresh"] and judged["protocol"] == cell.get("protocol") and score not in judged["biased"]
     )
@@ -127,14 +126,13 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         own = _row("this run", step, cost, own=True)
         for row in (row for row in judged["results"] if row["nfe"] in passes):
             own["lead"] |= {row["nfe"]: row[score]} if row.get(score) is not None else {}
-            own["second"][row["nfe"]] = row.get(second)
+            own["error"][row["nfe"]] = row.get(f"{score}_sd")
         rows["this run"] = own
     found = sorted(rows.values(), key=lambda row: [row["lead"].get(n, float("inf")) for n in passes])
     return {
         "title": results["title"],
         "origin": results.get("origin", {}),
         "word": word(MERITS, score),
-        "second": word(merits([score, second]), second) if second else None,
         "passes": passes,
         "rows": found,
         "alike": alike,
@@ -148,7 +146,7 @@ def _held(judged: Mapping[str, Any]) -> int:
 
 
 def _row(name: str, steps: int, cost: float | None, *, own: bool = False) -> Table:
-    return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "second": {}}
+    return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "error": {}}
 
 
 def doubts(steps: int, step: int, judged: Table | None, near: Table | None) -> list[tuple[str, str]]:
