@@ -13,9 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from dumo.data import Digits
-from dumo.evaluation.protocol import Reference
-from dumo.evaluation.shipped import baselines_digits
+from dumo.evaluation.distance import Estimate, level
 from dumo.lab.cell import from_cells, main_score
 from dumo.lab.plan import read
 from dumo.run.config.load import load
@@ -31,7 +29,7 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
     """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for stored, row in zip(results["table"], from_cells(results), strict=True):
-        for score in ("fd", "fd_grey"):
+        for score in ("fd", "fd_grey", "mmd"):
             assert abs((stored.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [*found.values()]
@@ -54,6 +52,26 @@ def spread(rows: list[Row], *keys: str, digits: int = 2) -> list[str]:
     return found
 
 
+def judged(arms: list[list[Row]], passes: tuple[int, ...]) -> list[list[str]]:
+    """Of each arm the main score by number of passes, with its error; bold what cannot be told from the least.
+
+    Of results from before errors were known the spread over seeds, and nothing bold.
+    """
+    score = main_score(arms[0][0])
+    digits = 2 if score in ("mmd", "fd_grey") else 1
+    if "error" not in arms[0][0]:
+        by_passes = [{row["nfe"]: spread([row], score, digits=digits)[0] for row in own} for own in arms]
+        return [[found.get(n, "") for n in passes] for found in by_passes]
+    cells = [dict.fromkeys(passes, "") for _ in arms]
+    for n in passes:
+        rows = [(cell, row) for cell, own in zip(cells, arms, strict=True) for row in own if row["nfe"] == n]
+        ties = level([Estimate(row[score], row["error"]) for _, row in rows])
+        for (cell, row), tie in zip(rows, ties, strict=True):
+            number = f"{row[score]:.{digits}f}&nbsp;±&nbsp;{row['error']:.{digits}f}".replace("-", "−")
+            cell[n] = f"**{number}**" if tie else number
+    return [[cell[n] for n in passes] for cell in cells]
+
+
 def line(cells: list[str]) -> str:
     """A row of a table."""
     return f"| {' | '.join(cells)} |"
@@ -64,21 +82,26 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     arms = read(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
-    score = main_score(every[0][0])
-    scores = {"FD": score} | ({"raw FD": "fd"} if raw else {})
-    auc = "auc" if "auc" in every[0][0] else "auc_features"
-    others = {"KID · 10³": ("kid", 1000, 0), "recall": ("recall", 1, 2), "AUC": (auc, 1, 2)}
-    head = [one for name in scores for one in (f"{name}, 1 pass", "2", "4")]
+    score, has = main_score(every[0][0]), every[0][0].keys()
+    title = "kernel distance · 10³" if score == "mmd" else "FD"
+    raw = raw and score != "mmd"
+    every_others = {
+        "FD": ("fd", 1, 2) if score == "mmd" else ("", 1, 2),
+        "KID · 10³": ("kid", 1000, 0),
+        "recall": ("recall", 1, 2),
+        "AUC": ("auc" if "auc" in has else "auc_features", 1, 2),
+        "nearest": ("nearest" if score == "mmd" else "", 1, 2),
+    }
+    others = {name: of for name, of in every_others.items() if of[0] in has}
+    head = [one for name in [title, *["raw FD"] * raw] for one in (f"{name}, 1 pass", "2", "4")]
     yield line(["", "steps", "F per step", *head, *(f"{name}, 1, 2, 4" for name in others)])
     yield "|" + "---|" * (len(head) + len(others) + 3)
-    for own in every:
+    for own, cells_of in zip(every, judged(every, (1, 2, 4)), strict=True):
         rows = {row["nfe"]: row for row in own}
         name, steps, cost = next(iter(own[0].values())), own[0]["steps"], own[0]["F_per_step"]
         shown = f"[{name}](objectives/{kinds[name]}.md)" if name in kinds else name
         cells = [f"**{shown}**" if name == first else shown, f"{steps:,}", f"{cost:.2f}"]
-        digits = 2 if score == "fd_grey" else 1
-        for key in scores.values():
-            cells += [spread([rows[n]], key, digits=digits)[0] if n in rows else "" for n in (1, 2, 4)]
+        cells += cells_of + (spread([rows[n] for n in (1, 2, 4)], "fd") if raw else [])
         for key, times, places in others.values():
             texts = {n: f"{round(times * row[key], places) + 0.0:.{places}f}" for n, row in rows.items()}
             cells.append(", ".join(texts.get(n, "·") for n in (1, 2, 4)).replace("-", "−"))
@@ -94,35 +117,56 @@ def far(results: Row) -> Iterator[str]:
 
 def front(results: Row) -> Iterator[str]:
     """Five of the arms at a budget of 1, the nearest in one pass first; and what a perfect sampler would have."""
-    yield "| | steps | 1 pass | 2 | 4 | 50 | recall |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| | steps | 1 pass | 2 | 4 | 50 | nearest | recall |"
+    yield "|---|---|---|---|---|---|---|---|"
     names = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
-    for own in sorted(grouped(results, "arm", "budget"), key=lambda own: own[0]["fd_grey"]):
-        if own[0]["budget"] == 1 and not own[0]["arm"].startswith("+"):
-            cells = [f"{row['fd_grey']:.2f}±{row['fd_grey_sd']:.2f}" for row in own]
-            name = names.get(own[0]["arm"], own[0]["arm"])
-            yield line([name, f"{own[0]['steps']:,}", *cells, f"{own[0]['recall']:.2f}"])
-    data, total = Reference(*Digits().originals().reference(0, 0)), results["cells"][0]["samples"]
-    perfect = baselines_digits(data, total)["perfect"]
-    yield line(["*a perfect sampler*", "", *[f"{perfect['mean']:.2f}±{perfect['sd']:.2f}"] * 4, ""])
+    every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == 1 and own[0]["arm"][0] != "+"]
+    every.sort(key=lambda own: own[0][main_score(own[0])])
+    for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
+        name = names.get(own[0]["arm"], own[0]["arm"])
+        yield line([name, f"{own[0]['steps']:,}", *cells, f"{own[0]['nearest']:.2f}", f"{own[0]['recall']:.2f}"])
+    perfect, folds = [cell["baselines"]["perfect"] for cell in results["cells"]], every[0][0]["seeds"]
+    error = (sum(one["sd"] ** 2 for one in perfect) / len(perfect) / folds) ** 0.5
+    yield line(["*a perfect sampler*", "", *[f"0.00&nbsp;±&nbsp;{error:.2f}"] * 4, "1.00", ""])
 
 
 def best(results: Row) -> Iterator[str]:
-    """Arms at each budget, by number of passes."""
-    head = ["", "budget", "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC"]
-    yield line([*head, "level with the first at"])
-    yield "|" + "---|" * (len(head) + 1)
+    """Arms at each budget, by number of passes; within a budget bold what cannot be told from the least."""
     all_rows = grouped(results, "arm", "budget")
     score = main_score(all_rows[0][0])
-    level = next(own[0][score] for own in all_rows if own[0]["budget"] == 1)
+    title, others = ("kernel distance · 10³", ["FD, 1 pass"]) if score == "mmd" else ("FD", ["KID · 10³, 1 pass"])
+    head = ["", "budget", "steps", f"{title}, 1 pass", "2", "4", "50", *others, "recall", "AUC"]
+    yield line([*head, "level with the first at"])
+    yield "|" + "---|" * (len(head) + 1)
+    first = next(own[0][score] for own in all_rows if own[0]["budget"] == 1)
     least = min(own[0]["budget"] for own in all_rows)
-    for own in all_rows:
-        one = own[0]
-        cells = [one["arm"], f"{one['budget']:.2g}", f"{one['steps']:,}"]
-        even = "" if one["even_at"] is None else f"{100 * one['even_at']:.0f} %"
-        if one["budget"] == least and one[score] < level:
-            even = f"below {100 * least:.0f} %"
-        yield line([*cells, *spread(own, score, digits=2 if score == "fd_grey" else 1), *other_scores(one), even])
+    for budget in dict.fromkeys(own[0]["budget"] for own in all_rows):
+        every = [own for own in all_rows if own[0]["budget"] == budget]
+        for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
+            one = own[0]
+            cells = [one["arm"], f"{one['budget']:.2g}", f"{one['steps']:,}"]
+            even = "" if one["even_at"] is None else f"{100 * one['even_at']:.0f} %"
+            if one["budget"] == least and one[score] < first:
+                even = f"below {100 * least:.0f} %"
+            yield line([*cells, *scores, *other_scores(one), even])
+
+
+def power(results: Row) -> Iterator[str]:
+    """By how many deviations each fault stands out, by data, size and distance; the most of a column bold."""
+    for data in dict.fromkeys(row["data"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["data"] == data]
+        faults = list(rows[0]["power"])
+        yield line([data, "samples", *faults, "nothing wrong", "CPU s"])
+        yield "|" + "---|" * (len(faults) + 4)
+        for n in dict.fromkeys(row["samples"] for row in rows):
+            same = [row for row in rows if row["samples"] == n]
+            most = {fault: max(row["power"][fault] for row in same) for fault in faults}
+            for row in same:
+                cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
+                cells = [f"**{c}**" if row["power"][f] == most[f] else c for f, c in zip(faults, cells, strict=True)]
+                null = f"{row['mean']:.2g} ± {row['sd']:.1g}".replace("-", "−")
+                yield line([row["distance"], f"{n:,}", *cells, null, f"{row['seconds']:.2g}"])
+        yield ""
 
 
 def pixels(results: Row) -> Iterator[str]:
@@ -139,11 +183,23 @@ def pixels(results: Row) -> Iterator[str]:
 
 def heads(results: Row) -> Iterator[str]:
     """DuMo with a third head and without, and what the paper reports."""
-    yield line(["heads", "FD, 1 pass", "2", "4", "raw FD, 1 pass", "2", "4", "the paper's FID in one pass (XL/2)"])
+    yield line(
+        [
+            "heads",
+            "kernel distance · 10³, 1 pass",
+            "2",
+            "4",
+            "raw FD, 1 pass",
+            "2",
+            "4",
+            "the paper's FID in one pass (XL/2)",
+        ]
+    )
     yield "|" + "---|" * 8
     for name, fid in PAPER.items():
         (own,) = [rows for rows in by_arm(results) if rows[0]["objective"] == name]
-        yield line([name, *spread(own, "fd_grey", "fd"), fid])
+        (cells,) = judged([own], (1, 2, 4))
+        yield line([name, *(cell.strip("*") for cell in cells), *spread(own, "fd"), fid])
 
 
 def settings(results: Row) -> Iterator[str]:
@@ -172,8 +228,8 @@ def nearest(results: Row) -> Iterator[str]:
 def other_scores(row: Row) -> list[str]:
     """The other scores of a row."""
     auc = row.get("auc", row.get("auc_features"))
-    kid = f"{round(1000 * row['kid'])}".replace("-", "−")
-    return [kid, f"{row['recall']:.2f}", "" if auc is None else f"{auc:.2f}"]
+    second = f"{round(1000 * row['kid'])}".replace("-", "−") if "kid" in row else f"{row['fd']:.2f}"
+    return [second, f"{row['recall']:.2f}", "" if auc is None else f"{auc:.2f}"]
 
 
 def words(results: Row) -> Iterator[str]:
@@ -280,6 +336,8 @@ TABLES = {
     "best": ("best", best),
     "best-latents": ("best-latents", best),
     "best-pixels": ("best-pixels", pixels),
+    "latents": ("latents", arms),
+    "power": ("power", power),
     "heads": ("zoo", heads),
     "tuning": ("best-tuning", nearest),
     "options": ("best-options", settings),

@@ -1,94 +1,210 @@
-"""How well distances see what is wrong with samples: by how many deviations of no difference each damage stands out.
+"""How well distances see what is wrong with samples: by how many deviations of no difference each fault stands out.
 
-    DUMO_DATA=... python tools/power.py [--sizes 300 1000 3000] [--draws 24]
+    DUMO_DATA=... python tools/power.py [--draws 16] > tools/power.json
 
-Real images of CIFAR-10's training rows, as they are or damaged, against its 10,000 test rows, which the features have
-not seen either; classes in turn. Of each distance: its mean and deviation between real rows, and (mean of the damaged -
-that mean) / deviation.
+Real images that play samples, as they are or with a fault, classes in turn, against other real images: of CIFAR-10
+training rows against its 10,000 test rows, of digits some against half of the others, the rest being those trained on.
+Of each distance and size: mean and deviation between real rows, and (mean of the faulty - that mean) / deviation. Where
+a size leaves fewer than four disjoint draws, both are those of a smaller one, times the sum of 1/n and 1/m as it falls.
 """
 
 import argparse
+import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from dumo.data import Images
-from dumo.encoders.classifier import PIECE, cifar10
-from dumo.evaluation.distance import Moments, frechet_distance, kernel_distance, mean_sd, mmd2
+from dumo.data import Digits, Images
+from dumo.encoders.classifier import PIECE, cifar10, digits
+from dumo.evaluation.distance import (
+    Moments,
+    frechet_distance,
+    gaussian_mmd,
+    kernel_distance,
+    mean_sd,
+    mmd2,
+    mmd_deviation,
+    two_sample_auc,
+)
+from dumo.evaluation.photos import WIDTH
+from dumo.evaluation.shipped import WIDTH_DIGITS, _grey, nearness
 from dumo.io.picture import from_uint8, to_uint8
+from dumo.runtime.random import stream
 
-ROWS, CLASSES, CAT = 20_000, 10, 3  # of the training rows, that samples are drawn from
-Draw = Callable[[int, Generator], Tensor]  # features of n samples
-
-
-def read(split: str, rows: int) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1], and their classes."""
-    root = str(Path(os.environ["DUMO_DATA"]) / "cifar10")
-    return Images(root=root, side=32, crop="none", split=split, memory=0).found().originals().rows(slice(0, rows))
+Rows = tuple[Tensor, Tensor]  # features and classes
+SVM = 1000  # rows: a machine's time grows as their square
 
 
-def features(x: Tensor) -> Tensor:
-    """Of images as a file holds them."""
-    with torch.no_grad():
-        return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(PIECE)]).double()
+@dataclass(frozen=True)
+class Draw:
+    """Samples, real rows to compare them with, and rows that were trained on: features and classes."""
+
+    x: Tensor
+    c: Tensor
+    y: Tensor
+    d: Tensor
+    trained: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Data: features of its images by fault, "" none, and their classes; a reference of its own, or parts of these."""
+
+    fakes: dict[str, Tensor]
+    c: Tensor
+    real: Rows | None
+    width: float
+    classify: Callable[[Tensor], Tensor]  # of features
+    sizes: tuple[int, ...]
+
+    def draws(self, fault: str, n: int, count: int) -> Iterator[Draw]:
+        """Samples with this fault, `count` times."""
+        g, plain = torch.Generator().manual_seed(n), self.fakes[""]
+        for _ in range(count):
+            rows = in_turn(self.c, n, g)
+            rest = torch.ones(len(self.c), dtype=torch.bool)
+            rest[rows] = False
+            others = in_turn(self.c[rest], int(rest.sum()), g)
+            others = rest.nonzero()[:, 0][others]
+            half = others[: len(others) // 2]
+            y, d = self.real or (plain[half], self.c[half])
+            seen = others if self.real else others[len(half) :]
+            seen = seen if len(seen) else rows  # all of them are samples
+            f, c = self.fakes.get(fault, plain)[rows], self.c[rows].clone()
+            if fault == "one label in 50 wrong":
+                c[::50] = (c[::50] + 1) % 10
+            elif fault == "each row twice":
+                f, c = f[: n // 2].repeat(2, 1), c[: n // 2].repeat(2)
+            elif fault == "a fifth are copies":
+                copies = seen[: n // 5]
+                f, c = torch.cat([f[n // 5 :], plain[copies]]), torch.cat([c[n // 5 :], self.c[copies]])
+            yield Draw(f, c, y, d, plain[seen])
 
 
 def in_turn(c: Tensor, n: int, g: Generator) -> Tensor:
-    """n random rows whose classes come in turn, none twice."""
-    rows = torch.empty(n, dtype=torch.long)
-    for k in range(CLASSES):
-        mine, of_class = torch.arange(k, n, CLASSES), (c == k).nonzero().flatten()
-        rows[mine] = of_class[torch.randperm(len(of_class), generator=g)[: len(mine)]]
-    return rows
+    """n random rows, none twice, of each class its share, in any order."""
+    order = torch.randperm(len(c), generator=g)
+    order = order[c[order].argsort(stable=True)]
+    return order[(torch.arange(n) * len(c)) // n][torch.randperm(n, generator=g)]
 
 
-def damages(x: Tensor, c: Tensor) -> dict[str, Draw]:
-    """Ways to draw samples that are not quite real, the first of them real."""
-    f, g = features(x), torch.Generator().manual_seed(0)
+def faulty(x: Tensor, c: Tensor, features: Callable[[Tensor], Tensor], noise: float, blur: float) -> dict[str, Tensor]:
+    """The features of images with faults of these sizes."""
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     soft = avg_pool2d(pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    seen = {f"noise of {s}": features((x + s * torch.randn(x.shape, generator=g)).clamp(-1, 1)) for s in (0.04, 0.08)}
-    seen |= {f"blurred by {w:.0%}": features((1 - w) * x + w * soft) for w in (0.1, 0.2)}
+    far = torch.empty(len(x))
+    for k in range(10):
+        far[c == k] = (x[c == k] - x[c == k].mean(0)).flatten(1).norm(dim=1).argsort().argsort() / (c == k).sum()
+    usual = torch.arange(len(x))
+    for k in range(10):  # the farthest tenth of a class is replaced by others of it
+        lost, kept = ((c == k) & (far > 0.9)).nonzero()[:, 0], ((c == k) & (far <= 0.9)).nonzero()[:, 0]
+        usual[lost] = kept[torch.arange(len(lost)) * len(kept) // len(lost)]
+    plain = features(x)
+    return {
+        "": plain,
+        f"noise of {noise}": features(x + noise * z),
+        f"blurred by {blur:.0%}": features((1 - blur) * x + blur * soft),
+        "a tenth of each class lost": plain[usual],
+    }
 
-    def lost(n: int, g: Generator) -> Tensor:
-        rows, others = in_turn(c, n, g), (c != CAT).nonzero().flatten()
-        gone = (c[rows] == CAT) & (torch.rand(n, generator=g) < 0.3)
-        rows[gone] = others[torch.randint(len(others), (int(gone.sum()),), generator=g)]
-        return f[rows]
 
-    def plain(known: Tensor) -> Draw:
-        return lambda n, g: known[in_turn(c, n, g)]
+def cifar() -> Case:
+    """In the features of the classifier, images as a file holds them."""
 
-    made = {"": plain(f), **{name: plain(known) for name, known in seen.items()}, "0.3 of the cats lost": lost}
-    return made | {"each row twice": lambda n, g: f[in_turn(c, n // 2, g).repeat(2)]}
+    def read(split: str) -> Rows:
+        root = str(Path(os.environ["DUMO_DATA"]) / "cifar10")
+        album = Images(root=root, side=32, crop="none", split=split, memory=0).found().originals()
+        return album.rows(slice(0, len(album)))
+
+    def features(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([cifar10.features(from_uint8(to_uint8(part.clamp(-1, 1)))) for part in x.split(PIECE)])
+
+    x, c = read("train")
+    y, d = read("test")
+    x, y = (from_uint8(one) if one.dtype == torch.uint8 else one for one in (x, y))
+    fakes = faulty(x, c, features, 0.04, 0.1)
+    return Case(fakes, c, (features(y), d), WIDTH, cifar10.classify, (300, 1000, 3000, 10_000, 50_000))
+
+
+def of_digits() -> Case:
+    """In the features of the classifier, digits as a file holds them."""
+    x, c = Digits().originals().reference(0, 0)
+    fakes = faulty(x, c, lambda x: digits.features(_grey(x)), 0.1, 0.1)
+    return Case(fakes, c, None, WIDTH_DIGITS, digits.classify, (300, 600))
+
+
+def extrapolated(x: Tensor, y: Tensor) -> float:
+    """FD at infinitely many samples and real rows: a line through the distances of halves and of all (ours)."""
+    whole = frechet_distance(Moments.of(x), Moments.of(y))
+    halves = [frechet_distance(Moments.of(a), Moments.of(b)) for a in (x[::2], x[1::2]) for b in (y[::2], y[1::2])]
+    return 2 * whole - sum(halves) / 4
+
+
+def distances(case: Case) -> dict[str, Callable[[Draw], float]]:
+    """All candidates, lower being better."""
+    width, classify = case.width, case.classify
+    return {
+        "Fréchet": lambda of: frechet_distance(Moments.of(of.x), Moments.of(of.y)),
+        "Fréchet, extrapolated": lambda of: extrapolated(of.x, of.y),
+        "cubic kernel (KID)": lambda of: kernel_distance(of.x, of.y),
+        "Gaussian kernel": lambda of: 1000 * mmd2(of.x, of.y, [width]),
+        "Gaussian kernel by class (`mmd`)": lambda of: gaussian_mmd(of.x, of.y, width, of.c, of.d).value,
+        "support vector machine (AUC)": lambda of: two_sample_auc(of.y[:SVM], of.x[:SVM], stream("auc", len(of.x))),
+        "`accuracy`": lambda of: -(classify(of.x) == of.c).double().mean().item(),
+        "`nearest`": lambda of: -nearness(of.x, of.y, of.trained),
+    }
+
+
+def study(name: str, case: Case, count: int) -> Iterator[dict[str, Any]]:
+    """A row per size and distance."""
+    faults = [*case.fakes, "each row twice", "a fifth are copies", "one label in 50 wrong"]
+    known: dict[str, tuple[float, float, int]] = {}
+    for n in case.sizes:
+        times = count if 4 * n <= len(case.c) or not case.real else 1
+        real = next(case.draws("", n, 1))
+        m = len(real.y)
+        for kind, distance in distances(case).items():
+            if (kind[0] in "s" and n > 3000) or (kind == "Fréchet, extrapolated" and n < 2.5 * real.x.shape[1]):
+                continue  # hours; and too few
+            begun = time.process_time()
+            found = {fault: [distance(one) for one in case.draws(fault, n, times)] for fault in faults}
+            seconds = (time.process_time() - begun) / times / len(faults)
+            if times > 1:
+                mean, sd = mean_sd(found[""])
+                known[kind] = mean, sd, n
+            else:
+                mean, sd, before = known[kind]
+                scale = (1 / n + 1 / m) / (1 / before + 1 / m)
+                mean, sd = mean * scale, sd * scale
+            power = {f: (sum(v) / len(v) - mean) / sd for f, v in found.items() if f}
+            row = {"data": name, "samples": n, "distance": kind, "mean": mean, "sd": sd, "power": power}
+            if kind.startswith("Gaussian kernel by"):
+                row["sd_known"] = mmd_deviation(n, real.y, case.width, real.d)
+                row["none"] = found[""][0]
+            print(row, file=sys.stderr, flush=True)
+            yield row | {"seconds": seconds, "draws": times}
 
 
 def main() -> None:
-    """A table for each size."""
+    """Everything, as JSON."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--sizes", type=int, nargs="+", default=[300, 1000, 3000])
-    options.add_argument("--draws", type=int, default=24)
-    asked, real = options.parse_args(), features(read("test", 10_000)[0])
-    ways = damages(*read("train", ROWS))
-    width = [torch.pdist(real[:1000]).median().item()]
-    moments = Moments.of(real)
-    by: dict[str, Callable[[Tensor], float]] = {
-        "Fréchet": lambda x: frechet_distance(Moments.of(x), moments),
-        "cubic kernel": lambda x: kernel_distance(x, real),
-        "Gaussian kernel": lambda x: mmd2(x, real, width),
-    }
-    for n in asked.sizes:
-        print(f"\n| {n} samples | {' | '.join(ways)[3:]} | no difference | seconds |\n|{'---|' * (len(ways) + 2)}")
-        for name, distance in by.items():
-            begun, g = time.monotonic(), torch.Generator().manual_seed(n)
-            found = {way: mean_sd([distance(draw(n, g)) for _ in range(asked.draws)]) for way, draw in ways.items()}
-            (null, sd), each = found.pop(""), (time.monotonic() - begun) / asked.draws / len(ways)
-            cells = [f"{(mean - null) / sd:.1f}" for mean, _ in found.values()]
-            print(f"| {name} | {' | '.join(cells)} | {null:.3g} ± {sd:.2g} | {each:.2f} |", flush=True)
+    options.add_argument("--draws", type=int, default=16)
+    count = options.parse_args().draws
+    cases = {"digits": of_digits, "CIFAR-10": cifar}
+    print(
+        json.dumps(
+            {"draws": count, "rows": [row for name, case in cases.items() for row in study(name, case(), count)]}
+        )
+    )
 
 
 if __name__ == "__main__":
