@@ -404,7 +404,10 @@ def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pyte
         assert found in own
     assert re.search(r"This run’s training cost 3\.\d\d times theirs\.", own)  # 20 steps of about 4.1, 9 of 3
     assert "left out" not in own
-    assert "Theirs are judged against 360 images that they were not trained on, this run against those that it was." in words(held)
+    assert (
+        "Theirs are judged against 360 images that they were not trained on, this run against those that it was."
+        in words(held)
+    )
     assert "This run was not judged in the same way" in words(other)
     assert "this run 20" not in words(other)
     assert "No results of the other objectives at equal cost come with this version" in words(None)

@@ -105,7 +105,7 @@ def shipped(protocol: MetricProtocol, data: Data) -> str | None:
 def others(results: Table, judged: Table | None, step: int, cost: float) -> Table:
     """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
 
-    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `error`, by number of passes. `times`: how often the
+    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `error` by number of passes. `times`: how often the
     cost of another's training, all of them equal, went into the run's. `unseen`: against how many images that they were
     not trained on the others are judged, if this run is not.
     """

@@ -1,0 +1,92 @@
+"""The distance that leads: unbiased by class, its error, and what is no difference, against sums and exact laws."""
+
+import math
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.evaluation.distance import Estimate, gaussian_mmd, level, mmd2, mmd_deviation
+from dumo.runtime.random import stream
+
+MEANS = 2.0 * torch.randn(3, 4, generator=stream("means"))
+SHARES = torch.tensor([0.5, 0.3, 0.2])
+
+
+def mixture(c: Tensor, key: object, shift: float = 0.0) -> Tensor:
+    """Rows of three normal laws, by class, all of them moved along the first axis."""
+    return MEANS[c] + torch.randn(len(c), 4, generator=stream("mixture", key)) + shift * torch.eye(4)[0]
+
+
+def estimates(shift: float, count: int = 200) -> list[Estimate]:
+    """Samples with classes in turn, against rows whose classes are drawn."""
+    found: list[Estimate] = []
+    for i in range(count):
+        c, d = torch.arange(60) % 3, torch.multinomial(SHARES, 90, replacement=True, generator=stream("classes", i))
+        found.append(gaussian_mmd(mixture(c, (i, 0), shift), mixture(d, (i, 1)), 3.0, c, d))
+    return found
+
+
+def test_gaussian_mmd_is_by_class_the_mean_over_pairs() -> None:
+    c, d = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 1, 1])
+    x, y = mixture(c, "x").double(), mixture(d, "y").double()
+    p = [2 / 6, 4 / 6]
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        """Of the kernel, over all pairs but those of a row with itself."""
+        return fmean(
+            math.exp(-float((one - other).square().sum()) / 8)
+            for m, one in enumerate(a)
+            for n, other in enumerate(b)
+            if a is not b or m != n
+        )
+
+    whole = 0.0
+    for i in range(2):
+        for j in range(2):
+            a, b, e, f = x[c == i], x[c == j], y[d == i], y[d == j]
+            a, e = (b, f) if i == j else (a, e)
+            whole += p[i] * p[j] * (mean(a, b) + mean(e, f) - mean(a, f) - mean(b, e))
+    assert gaussian_mmd(x, y, 2.0, c, d).value == pytest.approx(1000 * whole, rel=1e-9)
+    assert gaussian_mmd(x, y, 2.0).value == pytest.approx(1000 * mmd2(x, y, [2.0]), rel=1e-9)
+    assert gaussian_mmd(x, y, 2.0, c, torch.tensor([1, 1, 0, 1, 1, 1])).value == gaussian_mmd(x, y, 2.0).value
+
+
+def test_gaussian_mmd_of_two_normal_laws() -> None:
+    """E k of N(0, I) and N(m, I) is (w^2 / (w^2 + 2))^(d/2) exp(-m^2 / 2 (w^2 + 2))."""
+    shift, w, one = 1.0, 2.0, torch.zeros(80, dtype=torch.long)
+    exact = 2000 * (w**2 / (w**2 + 2)) ** 2 * (1 - math.exp(-(shift**2) / (2 * (w**2 + 2))))
+    values = [gaussian_mmd(mixture(one, (i, "a"), shift), mixture(one, (i, "b")), w).value for i in range(200)]
+    assert fmean(values) == pytest.approx(exact, abs=3 * stdev(values) / 200**0.5)
+
+
+def test_gaussian_mmd_has_no_bias_and_knows_its_error() -> None:
+    """Whatever the shares of the classes; where something differs its error is that of repeated draws."""
+    same, other = estimates(0.0), estimates(1.0)
+    scatter = stdev(one.value for one in same)
+    assert abs(fmean(one.value for one in same)) < 3 * scatter / 200**0.5
+    assert 1 < fmean(one.error for one in same) / scatter < 1.7  # where nothing differs it is too large
+    assert fmean(one.error for one in other) == pytest.approx(stdev(one.value for one in other), rel=0.2)
+
+
+def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
+    """With samples that have the shares of the reference, with classes and without."""
+    d = torch.arange(400) % 3
+    for c in (torch.arange(300) % 3, None):
+        known = mmd_deviation(300, mixture(d, "known"), 3.0, None if c is None else d)
+        values = list[float]()
+        for i in range(100):
+            own = (
+                (torch.arange(300) % 3, d)
+                if c is not None
+                else tuple(torch.randint(3, (n,), generator=stream("own", i, n)) for n in (300, 400))
+            )
+            x, y = mixture(own[0], (i, 2)), mixture(own[1], (i, 3))
+            values.append(gaussian_mmd(x, y, 3.0, *(own if c is not None else ())).value)
+        assert known == pytest.approx(stdev(values), rel=0.25)
+
+
+def test_what_cannot_be_told_from_the_least_is_level() -> None:
+    found = [Estimate(1.0, 0.3), Estimate(1.9, 0.4), Estimate(2.1, 0.4), Estimate(5.0, 2.1)]
+    assert level(found) == [True, True, False, True]
