@@ -87,6 +87,10 @@ def train(
         float | None, typer.Option(min=0.5, help="Of a folder of images: how long to train. Default: 6 on a CPU.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
+    track: Annotated[
+        str | None,
+        typer.Option(metavar="TRACKER", help="Send rows of the log as it trains: tensorboard, wandb, trackio."),
+    ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -94,9 +98,11 @@ def train(
 
     Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
+    With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
     from dumo.export.model import forms
     from dumo.nets import Pretrained
+    from dumo.report.tracker import live
     from dumo.run import train
     from dumo.run.config.load import default_folder, load
     from dumo.run.plan import proposal
@@ -108,8 +114,8 @@ def train(
         raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
     else:
         spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with sparing(sparing_words(spec.train, spec.net)):
-        more: dict[str, Any] = {"accept": accept, "verify": verify}
+    with sparing(sparing_words(spec.train, spec.net)), live(folder, track, say) as hooks:
+        more: dict[str, Any] = {"accept": accept, "verify": verify, "hooks": hooks}
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, **more)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",

@@ -83,7 +83,9 @@ class Journal:
         if not dist.is_main():
             return
         if record.skipped or record.probe or scores or state.step % self.run.train.log_every == 0:
-            row = record.row() | ({"val": scores} if scores else {})
+            row = record.row()
+            if scores:
+                row["val"] = scores
             if record.skipped:
                 row["skipped"]["rows"] = self.numbered(record)
                 rows = "; ".join(row_text(row) for row in row["skipped"]["rows"][:3])

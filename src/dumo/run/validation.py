@@ -21,7 +21,7 @@ from dumo.run.config.load import identity
 from dumo.run.config.spec import Run
 from dumo.run.folder import sampler
 from dumo.run.sampler import turn
-from dumo.runtime import dist, signals
+from dumo.runtime import signals
 from dumo.training import agreement, checkpoint, layout, manifest
 from dumo.training.state import State
 from dumo.types import UserError
@@ -45,7 +45,13 @@ class Validation:
 
         Raises UserError as the protocol does, with how to train without it.
         """
-        self.run, self.folder, self.spec, self.tell, self.spent = run, folder / BEST, run.evaluate.validation, tell, spent
+        self.run, self.folder, self.spec, self.tell, self.spent = (
+            run,
+            folder / BEST,
+            run.evaluate.validation,
+            tell,
+            spent,
+        )
         self.every = run.evaluate.every
         if not self.every or state.step // self.every == run.train.steps // self.every:
             self.every = 0
