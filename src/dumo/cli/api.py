@@ -5,6 +5,7 @@ Each does what the command of its name does, with Python's values instead of fla
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -21,7 +22,7 @@ from dumo.encoders.codec import Opened
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report import page
-from dumo.report.tracker import live
+from dumo.report.feed import live
 from dumo.run.config import load as config
 from dumo.run.config.change import override, shown
 from dumo.run.config.spec import Run
@@ -333,7 +334,7 @@ def train(
             run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
         hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
         tell = None if bar is no_bar else say
-        with live(folder, track, say) as more:
+        with live(folder, track, say) if track else nullcontext(()) as more:
             train_run(run, folder, device=str(device), bar=bar, tell=tell, hooks=[*hooks, *more])
         return load(folder, device=device)
 

@@ -28,7 +28,7 @@ from dumo.io.picture import READABLE, labelled, write_picture
 from dumo.report import answer
 from dumo.report.address import guarded, url
 from dumo.report.answer import Answer, Answers, together
-from dumo.report.figure import embed, judged
+from dumo.report.figure import Chart, embed, judged
 from dumo.report.live import WORDS, Live
 from dumo.runtime import install, signals
 from dumo.runtime.signals import Stopped
@@ -102,16 +102,15 @@ def about(live: Live) -> str:
 
 def validation(live: Live) -> str:
     """How far a run was from its data as it trained, folded away; empty where it was not judged then."""
-    with suppress(UserError):  # a log is no reason not to play
-        rows = read_log(live.opened.folder / "metrics.jsonl")
-        shown = (
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{one.dark}"><img src="{one.light}" '
-            f'alt="{html.escape(one.alt)}" width="370"></picture>'
-            for one in judged(rows)
-        )
-        found = "".join(shown)
-        return f"<details><summary>as it trained</summary>{found}</details>" if found else ""
-    return ""
+    charts = list[Chart]()
+    with suppress(UserError):  # a damaged log is no reason not to play
+        charts += judged(read_log(live.opened.folder / "metrics.jsonl"))
+    found = "".join(
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{one.dark}"><img src="{one.light}" '
+        f'alt="{html.escape(one.alt)}" width="370"></picture>'
+        for one in charts
+    )
+    return f"<details><summary>as it trained</summary>{found}</details>" if found else ""
 
 
 def condition(live: Live) -> "gr.Dropdown | gr.Textbox":

@@ -164,7 +164,7 @@ class Sampler:
 
 
 def turn(count: int) -> range:
-    """The numbers of this rank's samples of so many; all ranks make equally many, so the last may be beyond them."""
+    """The numbers of the samples that this rank makes; all ranks make equally many, so the last may be beyond them."""
     return range(dist.rank(), -(-count // dist.world()) * dist.world(), dist.world())
 
 
