@@ -69,7 +69,7 @@ class Evaluation(Spec):
         Of the next seed, so that the noise by which a best step is chosen is not that of the final numbers. Inception
         judges without Fréchet distances, which take thousands.
         """
-        count = self.few or min(self.protocol.total, max(FEW, self.fewest))
+        count = self.few or max(self.fewest, min(self.protocol.total, FEW))
         fields = {"samples": count} | ({"frechet": False} if isinstance(self.protocol, ImageProtocol) else {})
         protocol = self.protocol.model_copy(update=fields)
         return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
