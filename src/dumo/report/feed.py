@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from itertools import accumulate
 from pathlib import Path
 from secrets import token_hex
@@ -106,15 +106,18 @@ def nap(seconds: float) -> bool:
     return False
 
 
-def feed(folders: Sequence[Path], kind: str, pause: Pause | None = None) -> dict[Path, int]:
+def feed(folders: Sequence[Path], kind: str, pause: Pause | None = None, *, wait: bool = False) -> dict[Path, int]:
     """Send the logs of these runs to a tracker; how many rows of each were new.
 
-    `pause`: go on as they grow, until it says so, or stopped. Raises UserError as `Feed` and the tracker do, Stopped at
-    a signal.
+    `pause`: go on as they grow, until it says so, or stopped. Raises UserError as `Feed` and the tracker do, and, or
+    else it will `wait`, where another process sends one of them there; Stopped at a signal.
     """
-    feeds = [Feed(folder, kind) for folder in folders]
     sent, last = dict.fromkeys(folders, 0), pause is None
-    with redirect_stdout(sys.stderr):  # where trackers say what they do
+    with ExitStack() as held, redirect_stdout(sys.stderr):  # where trackers say what they do
+        for folder in filter(Path.is_dir, folders):
+            busy = f"the log of {folder} is on its way to {kind}, as it trains or by another dumo log: wait for its end"
+            held.enter_context(file.locked(folder / f".{kind}.lock", None if wait else busy))
+        feeds = [Feed(folder, kind) for folder in folders]
         try:
             while True:
                 began = perf_counter()
@@ -144,7 +147,7 @@ def follow() -> None:
         if ended(POLL) and not (folder / LOG).is_file():
             return
     try:
-        feed([folder], kind, ended)
+        feed([folder], kind, ended, wait=True)  # for who followed the run before it was killed
     except UserError as error:
         sys.exit(str(error))
 

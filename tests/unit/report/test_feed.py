@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dumo.io import file
 from dumo.report import feed as feeds
 from dumo.report import tracker
 from dumo.report.feed import Feed, feed, live, nap
@@ -66,8 +67,8 @@ def test_each_row_once(run: Path, sent: Sent, capsys: pytest.CaptureFixture[str]
     assert feed([run], "kept") == {run: 2}
     assert feed([run], "kept") == {run: 0}
     add(run, 30)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "lo')  # a row half-written
+    with (run / "metrics.jsonl").open("a") as opened:
+        opened.write('{"step": 40, "lo')  # a row half-written
     assert feed([run], "kept") == {run: 1}
     (rows,) = sent.values()
     assert rows == [(n, {"train/loss": 1 / n, "train/bins/loss/0": 0.5, "speed/bytes": 7.0}) for n in (10, 20, 30)]
@@ -181,6 +182,8 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
 def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"has no metrics.jsonl"):
         feed([tmp_path / "none"], "kept")
+    with file.locked(run / ".kept.lock"), pytest.raises(UserError, match="is on its way to kept"):
+        feed([run], "kept")
     (run / "tracked.json").write_text("{")
     with pytest.raises(UserError, match=r"tracked.json is not JSON .*remove it"):
         feed([run], "kept")

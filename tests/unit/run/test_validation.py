@@ -145,6 +145,7 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
     scored(4.0, 5.0)  # steps 4 and 6
     train(tiny("train.save_every=3"), tmp_path / "run")
     assert [*kept(tmp_path / "run")] == ["step-00000002.safetensors"]
+    scored(9.0)
     train(tiny("train.steps=8", "evaluate.nfe=[2]"), tmp_path / "run")  # another number: no score stands
     assert [*kept(tmp_path / "run")] == ["step-00000008.safetensors"]
 
@@ -202,4 +203,5 @@ def test_how_many_samples() -> None:
     assert samples("digits", "evaluate.few=700") == "digits (700 samples)"
     assert samples("moons", "evaluate.protocol.samples=40") == "toy (40 samples)"
     assert samples("my-images") == "photos"
-    assert samples("my-images", "evaluate.protocol.kind=folder") == "folder (1000 samples, no Fréchet distances)"
+    assert samples("my-images", "evaluate.protocol.kind=folder") == "folder (500 samples, no Fréchet distances)"
+    assert samples("imagenet256-xl2") == "adm-imagenet256-50k (1000 samples, no Fréchet distances)"
