@@ -111,6 +111,7 @@ def test_who_comes_later_knows_what_was_sent_before_a_stop(run: Path, sent: Sent
         add(run, step)
     assert feed([run], "kept") == {run: 1}
     log.rewind(run / "metrics.jsonl", 40)  # further on
+    assert feed([run], "kept") == {run: 0}
     add(run, 50)
     add(run, 60)
     assert feed([run], "kept") == {run: 1}
