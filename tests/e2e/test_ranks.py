@@ -22,7 +22,7 @@ from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import alive, workers
 
-OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0")
+OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0", "evaluate.every=10")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
 LAST = "checkpoints/step-00000020"
 
@@ -94,6 +94,8 @@ def test_two_ranks_make_the_run_that_one_process_makes_in_two_pieces(run: Path, 
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["counts"] == b["counts"]
+        assert a["val"] == pytest.approx(b["val"], rel=1e-3)
+        assert a["val"]
     assert not any((run / name).exists() for name in (".training.lock", "samples"))
 
 
@@ -133,8 +135,13 @@ def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     together(2, "train", "digits", "--out", "parts", *words, cwd=here)
     together(2, "train", "parts", *sets("train.steps=20"), cwd=here)
     same(here / "parts" / LAST, run / LAST)
-    all_done = together(3, "train", "parts", *sets("train.steps=24", "train.share=3", "train.sheets=[24]"), cwd=here)
+    more = sets("train.steps=24", "train.share=3", "train.sheets=[24]", "evaluate.every=12")
+    all_done = together(3, "train", "parts", *more, cwd=here)
     assert ["the weights in parts over all" in done.err for done in all_done] == [True, False, False]
+    judged = json.loads((here / "parts/metrics.jsonl").read_text().splitlines()[-1])
+    score = call("evaluate", "parts", "--nfe", "1", "--seed", "1", "--json").json["results"][0]
+    assert judged["step"] == 24
+    assert judged["val"] == pytest.approx({name: score[name] for name in judged["val"]}, rel=1e-3)
     assert call("sample", "parts", "--nfe", "1", "--count", "64", "--out", "one").code == 0
     sheets = sorted(path.name for path in (here / "parts/sheets").glob("*-nfe1.png"))
     assert sheets == [f"step-{n:08d}-nfe1.png" for n in (10, 20, 24)]

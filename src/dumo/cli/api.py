@@ -5,6 +5,7 @@ Each does what the command of its name does, with Python's values instead of fla
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -21,6 +22,7 @@ from dumo.encoders.codec import Opened
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report import page
+from dumo.report.feed import live
 from dumo.run.config import load as config
 from dumo.run.config.change import override, shown
 from dumo.run.config.spec import Run
@@ -301,6 +303,7 @@ def train(
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     bar: Bar = bar,
+    track: str | None = None,
     trust_code: bool = False,
 ) -> TrainedRun:
     """Train a recipe, a folder of images or parts of your own; or go on with a run where it stopped. Return the run.
@@ -315,8 +318,9 @@ def train(
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects; going on needs the same.
     A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `minutes` is how long
     to train where steps are proposed. `out` is the run's folder, runs/NAME unless given; `bar` shows the progress, on
-    stderr unless given. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say.
-    Raises UserError as `recipe` does, and where the folder holds another run.
+    stderr unless given. `track`: tensorboard, wandb or trackio gets the log as it grows. `trust_code`: run the code
+    that a file or folder names, as an object or `changes` need not say. Raises UserError as `recipe` does, and where
+    the folder holds another run.
     """
     with trusting(trust_code):
         sets, folder = _settings(changes), None if out is None else Path(out)
@@ -329,7 +333,9 @@ def train(
             parts: Any = {"objective": objective, "data": data, "net": net}
             run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
         hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
-        train_run(run, folder, device=str(device), bar=bar, tell=None if bar is no_bar else say, hooks=hooks)
+        tell = None if bar is no_bar else say
+        with live(folder, track, say) if track else nullcontext(()) as more:
+            train_run(run, folder, device=str(device), bar=bar, tell=tell, hooks=[*hooks, *more])
         return load(folder, device=device)
 
 

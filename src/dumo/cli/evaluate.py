@@ -73,6 +73,7 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
 def cells(rows: "list[Row]") -> list[dict[str, Any]]:
     """Rows as a table has them: one loss where it has one part, and of skipped steps how many rows were to blame."""
     parts = list(dict.fromkeys(part for row in rows for part in row.get("parts", {})))
+    scores = list(dict.fromkeys(name for row in rows for name in row.get("val", {}) if not name.endswith("_sd")))
     skips, timed = any(row.get("skipped") for row in rows), any("speed" in row for row in rows)
 
     def number(value: float | None) -> str:
@@ -85,6 +86,7 @@ def cells(rows: "list[Row]") -> list[dict[str, Any]]:
             **({part: number(row.get("parts", {}).get(part)) for part in parts} if len(parts) > 1 else {}),
             "gradient norm": number(row.get("grad_norm")),
             "learning rate": number(row.get("lr")),
+            **{f"val/{name}": number(row.get("val", {}).get(name)) for name in scores},
             **({"images/s": number(row.get("speed", {}).get("images_per_second"))} if timed else {}),
             **({"skipped for": skipped(row)} if skips else {}),
         }
@@ -115,11 +117,12 @@ def draw(runs: list[Path], file: Path | None) -> None:
 
 def send(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
-    from dumo.report.tracker import TRACKERS, feed
+    from dumo.report.feed import feed, nap
+    from dumo.report.tracker import TRACKERS
     from dumo.run.config.error import require_known
 
     require_known("tracker", to, TRACKERS)
-    for run, rows in feed(runs, to, follow=follow).items():
+    for run, rows in feed(runs, to, nap if follow else None).items():
         err.print(f"{run}: {rows:,} rows sent to {to}", soft_wrap=True)
 
 

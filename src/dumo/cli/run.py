@@ -1,7 +1,8 @@
 """From images to samples: encode, train, sample, draw."""
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from dumo.runtime.progress import bar, no_bar, say
 if TYPE_CHECKING:
     from dumo.nets import Net
     from dumo.run.config.spec import Run
+    from dumo.training.loop import Every
     from dumo.training.spec import Train
 
 
@@ -87,6 +89,10 @@ def train(
         float | None, typer.Option(min=0.5, help="Of a folder of images: how long to train. Default: 6 on a CPU.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
+    track: Annotated[
+        str | None,
+        typer.Option(metavar="TRACKER", help="Send rows of the log as it trains: tensorboard, wandb, trackio."),
+    ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -94,6 +100,7 @@ def train(
 
     Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
+    With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
     from dumo.export.model import forms
     from dumo.nets import Pretrained
@@ -108,8 +115,8 @@ def train(
         raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
     else:
         spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with sparing(sparing_words(spec.train, spec.net)):
-        more: dict[str, Any] = {"accept": accept, "verify": verify}
+    with sparing(sparing_words(spec.train, spec.net)), tracked(folder, track) as hooks:
+        more: dict[str, Any] = {"accept": accept, "verify": verify, "hooks": hooks}
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, **more)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
@@ -124,6 +131,15 @@ def train(
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def tracked(folder: Path, kind: str | None) -> AbstractContextManager[Sequence["Every"]]:
+    """Hooks that send a run's log to a tracker, if one is given."""
+    if kind is None:
+        return nullcontext(())
+    from dumo.report.feed import live
+
+    return live(folder, kind, say)
 
 
 def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":

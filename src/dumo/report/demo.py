@@ -12,7 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,10 +28,11 @@ from dumo.io.picture import READABLE, labelled, write_picture
 from dumo.report import answer
 from dumo.report.address import guarded, url
 from dumo.report.answer import Answer, Answers, together
-from dumo.report.figure import embed
+from dumo.report.figure import Chart, embed, judged
 from dumo.report.live import WORDS, Live
 from dumo.runtime import install, signals
 from dumo.runtime.signals import Stopped
+from dumo.training.log import read_log
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def page(lives: Sequence[Live], explain: Explain) -> "gr.Blocks":
     with gr.Blocks(title=f"{called} · dumo", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         with gr.Row():
             for live in lives:
-                gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(about(live))}</p>")
+                gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(about(live))}</p>{validation(live)}")
         with gr.Row():
             given = [condition(first), seed(f"{first.sampler.spec.seed}", label="seed"), guidance(lives)]
         if first.sampler.is_image:
@@ -97,6 +98,19 @@ def about(live: Live) -> str:
     numbers, here = sum(p.numel() for p in live.opened.net.parameters()), live.opened.device
     device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
     return f"{live.opened.run.about}. Step {live.opened.step:,}, {numbers:,} parameters, on {device}."
+
+
+def validation(live: Live) -> str:
+    """How far a run was from its data as it trained, folded away; empty where it was not judged then."""
+    charts = list[Chart]()
+    with suppress(UserError):  # a damaged log is no reason not to play
+        charts += judged(read_log(live.opened.folder / "metrics.jsonl"))
+    found = "".join(
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{one.dark}"><img src="{one.light}" '
+        f'alt="{html.escape(one.alt)}" width="370"></picture>'
+        for one in charts
+    )
+    return f"<details><summary>as it trained</summary>{found}</details>" if found else ""
 
 
 def condition(live: Live) -> "gr.Dropdown | gr.Textbox":

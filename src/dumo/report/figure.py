@@ -66,7 +66,7 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def charts(rows: Sequence[log.Row]) -> list[Chart]:
-    """The log as charts: loss and learning rate by step, then every part of the loss by step and time, then its notes.
+    """The log as charts: loss and rate by step, every part of the loss by step and time, validation, then notes.
 
     Needs two rows at least. What older rows lack, notes and gradients of the parts, is drawn from those that have it.
     """
@@ -95,8 +95,22 @@ def charts(rows: Sequence[log.Row]) -> list[Chart]:
             )
             for part in parts
         ),
+        *judged(rows),
         *_watched(rows),
     ]
+
+
+def judged(rows: Sequence[log.Row]) -> Iterator[Chart]:
+    """What validation found, a chart for each score: by step, with its error where it has one."""
+    found: dict[str, dict[int, tuple[float, float]]] = {}  # by name, then by step
+    for row in rows:
+        scores = {name: value for name, value in row.get("val", {}).items() if value is not None}
+        for name in scores.keys() - {f"{name}_sd" for name in scores}:
+            found.setdefault(name, {})[row["step"]] = scores[name], scores.get(f"{name}_sd", 0.0)
+    for name, points in found.items():
+        first, last = min(points), max(points)
+        alt = f"Points: {name} is {points[first][0]:.3g} at step {first} and {points[last][0]:.3g} at step {last}."
+        yield _chart(f"Validation, {name}", alt, partial(_draw_judged, name=name, points=points))
 
 
 def _watched(rows: Sequence[log.Row]) -> Iterator[Chart]:
@@ -152,6 +166,15 @@ def _draw_watched(axes: Axes, name: str, values: Mapping[int, float]) -> None:
     axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch" if high is None else "cosine", ylim=(low, high))
 
 
+def _draw_judged(axes: Axes, name: str, points: Mapping[int, tuple[float, float]]) -> None:
+    """Each score with its error, from 0 on where none is below."""
+    values, errors = zip(*points.values(), strict=True)
+    axes.errorbar([*points], values, yerr=errors, lw=1.2, marker=".", capsize=2)
+    axes.set(xlabel="step", xlim=(0, None), ylabel=name.replace("_", " "))
+    if min(value - error for value, error in points.values()) > 0:
+        axes.set_ylim(0, None)
+
+
 def _draw_times(axes: Axes, steps: Sequence[int], cells: np.ndarray, norm: Normalize) -> None:
     """(bins, steps) as colours; a bin that no row of the batch fell into stays empty."""
     bins = len(cells)
@@ -193,7 +216,7 @@ def _address(save: Callable[[BytesIO], object]) -> str:
 
 
 def curves(runs: Mapping[str, Sequence[log.Row]]) -> Image.Image:
-    """All panels: loss, its parts, the gradient norm, the learning rate, notes, drift, images a second."""
+    """All panels: loss, its parts, the gradient norm, the rate, validation, notes, drift, images a second."""
     return drawn(panels(runs))
 
 
@@ -231,6 +254,7 @@ def series(rows: Sequence[log.Row]) -> dict[str, Points]:
             **(parts if len(parts) > 1 else {}),
             "gradient norm": row.get("grad_norm"),
             "learning rate": row.get("lr"),
+            **{f"validation, {name}": value for name, value in row.get("val", {}).items() if not name.endswith("_sd")},
             **row.get("notes", {}),
             "drift": probe.get("drift"),
             "images a second": row.get("speed", {}).get("images_per_second"),

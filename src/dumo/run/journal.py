@@ -21,6 +21,7 @@ from dumo.run.folder import note
 from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
+from dumo.run.validation import BEST, Validation
 from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
@@ -44,6 +45,7 @@ class Journal:
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
+    validation: Validation | None = None
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
     @property
@@ -76,11 +78,14 @@ class Journal:
             self.save(state)
 
     def log(self, state: State, record: Record) -> None:
-        """A line of the log, where one is due or the step was skipped, which `tell` hears as well."""
+        """A line of the log, where one is due, as of a step that is judged or was skipped; of that `tell` hears too."""
+        scores = self.validation.judge(state) if self.validation else {}
         if not dist.is_main():
             return
-        if record.skipped or record.probe or state.step % self.run.train.log_every == 0:
+        if record.skipped or record.probe or scores or state.step % self.run.train.log_every == 0:
             row = record.row()
+            if scores:
+                row["val"] = scores
             if record.skipped:
                 row["skipped"]["rows"] = self.numbered(record)
                 rows = "; ".join(row_text(row) for row in row["skipped"]["rows"][:3])
@@ -122,6 +127,8 @@ class Journal:
         logged = agreement.own(lambda: log.listed(file) if dist.is_main() else None)
         notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged)
         checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, notes)
+        if self.validation:
+            agreement.main(self.validation.tidy)
         self.saved = time.monotonic()
 
     def examine(self, state: State) -> None:
@@ -228,6 +235,7 @@ class History:
             if rows:
                 yield f"{rows:,} rows of the log after it are kept in {log.cut(file)}"
         log.rewind(file, self.step)
+        manifest.rewind(self.folder / BEST, self.step)
         if self.logged not in (None, log.listed(file)):
             yield f"{file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):

@@ -163,6 +163,11 @@ class Sampler:
             raise UserError(f"class {int(wrong[0])} is out of range: {there}")
 
 
+def turn(count: int) -> range:
+    """The numbers of the samples that this rank makes; all ranks make equally many, so the last may be beyond them."""
+    return range(dist.rank(), -(-count // dist.world()) * dist.world(), dist.world())
+
+
 def gather(mine: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
     """What all ranks made, in the order of their numbers; some may have made none. Every rank must call it."""
     index = torch.cat([torch.zeros(0, dtype=torch.long), *(part.index for part in mine)])

@@ -21,7 +21,7 @@ from dumo.run.conditions import Conditions, shown
 from dumo.run.config.spec import Run
 from dumo.run.folder import sampler
 from dumo.run.sample import write
-from dumo.run.sampler import gather
+from dumo.run.sampler import gather, turn
 from dumo.runtime import dist, signals
 from dumo.training import agreement, layout
 from dumo.training.state import State
@@ -76,24 +76,23 @@ class Sheets:
 
     def made(self, state: State, nfe: int) -> Sample:
         """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
-        run, net, ranks = self.run, state.shown, dist.world()
-        turn = range(dist.rank(), -(-len(self.c) // ranks) * ranks, ranks)
+        run, net, mine = self.run, state.shown, turn(len(self.c))
         with torch.compiler.set_stance("force_eager"):
             parts = generate.batches(
                 net,
                 sampler(run, net).reads,
                 run.path,
                 run.sample.solver,
-                self.c[torch.tensor(turn) % len(self.c)],
+                self.c[torch.tensor(mine) % len(self.c)],
                 nfe=nfe,
                 seed=run.sample.seed,
                 shape=run.data.shape,
-                indices=turn,
+                indices=mine,
                 device=next(net.parameters()).device,
             )
-            mine = list(parts)
+            made = list(parts)
         layout.release(net)
-        return gather(mine, run.data.shape).x[: len(self.c)]
+        return gather(made, run.data.shape).x[: len(self.c)]
 
     def attempt(self, made: Callable[[], Sample], state: State, nfe: int) -> None:
         """Write a sheet, or say why there is none: that is no reason to end a run."""

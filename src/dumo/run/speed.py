@@ -29,7 +29,7 @@ FILE, LOG = "speed.jsonl", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed since the row before: wall time, with checkpoints and whatever else the run did meanwhile."""
+    """The speed since the row before: wall time, with checkpoints and all else that the run did but judge itself."""
 
     step: int
     at: float  # when: seconds since 1970
@@ -66,6 +66,11 @@ class Meter:
     def begin(self, step: int) -> None:
         """The training goes on from here."""
         self.began = step, self.clock()
+
+    def leave_out(self, seconds: float) -> None:
+        """These seconds, since the last row, were no training."""
+        step, then = self.began
+        self.began = step, then + seconds
 
     def note(self, record: Record) -> str:
         """What the bar says after a step; on rank 0 a row is added where one is due."""

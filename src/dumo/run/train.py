@@ -1,7 +1,7 @@
 """Train a run: where data, net, objective and folder meet.
 
 A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
-grids/, samples/, evaluation.json, report.html with its pictures in report/.
+best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -34,6 +34,7 @@ from dumo.run.journal import History, Journal, way_back
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter, step_flops
+from dumo.run.validation import Validation
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
@@ -105,6 +106,7 @@ def go_on(
     count = partial(step_flops, run.outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
     meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
+    validation = Validation(run, folder, state, tell, meter.leave_out)
     known = agreement.own(lambda: run.teacher and teacher.open_teacher(run.teacher, run, state, here))
     change, hashes = content.prove(data, folder, last, accept=accept, verify=verify), hashes_of(data)
     history = agreement.own(
@@ -129,7 +131,8 @@ def go_on(
     if known:
         source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
-    journal = Journal(run, folder, here, source, tell, hashes, dump(run, history.changed) if history else "")
+    text = dump(run, history.changed) if history else ""
+    journal = Journal(run, folder, here, source, tell, hashes, text, validation)
     journal.open(state)
     sheets.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
@@ -147,6 +150,8 @@ def go_on(
         raise Diverged(
             f"{error} {agreement.main(lambda: way_back(run.train, folder, state.step - state.skips))}"
         ) from error
+    for line in agreement.main(lambda: [*validation.outcome()]):
+        tell(line)
     return state
 
 

@@ -72,17 +72,17 @@ def mark(folder: Path, state: State, run: str = "") -> Path:
     return lone(folder, state, state.shown, "milestone", run)
 
 
-def lone(folder: Path, state: State, module: nn.Module, kind: str, run: str = "") -> Path:
+def lone(folder: Path, state: State, module: nn.Module, kind: str, run: str = "", **facts: object) -> Path:
     """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
 
-    `run` is the identity of the run. Replaces an older one. Every rank must call it. Raises UserError on all ranks if
-    the disk is full; the older file then stays.
+    `run` is the identity of the run, `facts` what else the file says. Replaces an older one. Every rank must call it.
+    Raises UserError on all ranks if the disk is full; the older file then stays.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
     named = frozen.trained(state.net, module)
     with made(target, kind, state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
         whole = weights.apart(gathered(named))
-        agreement.main(lambda: keep_alone(temp, whole, step=state.step, run=run))
+        agreement.main(lambda: keep_alone(temp, whole, step=state.step, run=run, **facts))
     return target
 
 

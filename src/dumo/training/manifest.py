@@ -236,8 +236,8 @@ def folder_of(step: int) -> str:
 
 
 def places(run: Path) -> list[Path]:
-    """The folders of a run that hold weights by step: checkpoints, milestones, and snapshots of each average."""
-    return [run / "checkpoints", run / "milestones", *sorted((run / "snapshots").glob("*"))]
+    """The folders of a run that hold weights by step: checkpoints, milestones, the best, snapshots of each average."""
+    return [*(run / name for name in ("checkpoints", "milestones", "best")), *sorted((run / "snapshots").glob("*"))]
 
 
 def drop(folder: Path, step: int, keep: int) -> None:

@@ -43,6 +43,19 @@ def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     assert said[-1] == f"loss 0.5000, 32 images/s, 3 GB, {32e3 / 1e6:.0%} of peak"
 
 
+def test_what_is_left_out_is_no_time_of_the_steps(tmp_path: Path) -> None:
+    now = [5.0]
+    meter = Meter(load("moons", ["train.log_every=2"]).train, tmp_path, CPU, lambda: 0.0, clock=lambda: now[0])
+    meter.begin(0)
+    for step in range(1, 5):
+        now[0] += 0.5
+        meter.note(record(step))
+        if step in (1, 2):
+            now[0] += 100.0
+            meter.leave_out(100.0)
+    assert [row["steps_per_second"] for row in log.read_log(tmp_path / "speed.jsonl")] == [2.0, 2.0]
+
+
 def test_a_device_whose_peak_is_not_known_has_no_share(tmp_path: Path) -> None:
     run = load("moons", ["train.log_every=1"])
     assert "of peak" not in Meter(run.train, tmp_path, CPU, lambda: 0.0).note(record(1))

@@ -47,6 +47,7 @@ def check(run: Tree) -> None:
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
     run.evaluate.protocol.check(run.pixels, data.labels)
+    require(validation(run.evaluate))
 
 
 def require(*faults: Iterable[str]) -> None:
@@ -75,6 +76,17 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
             "set evaluate.captions=seen"
         )
+
+
+def validation(evaluation: Evaluation) -> Iterator[str]:
+    """Judging in training by what makes no samples, or by too few, and a best step of none that are judged."""
+    kind, few = evaluation.protocol.kind, evaluation.few
+    if evaluation.best and not evaluation.every:
+        yield "evaluate.best keeps the best of the steps that are judged, and none is: set evaluate.every to some steps"
+    if evaluation.every and kind == "likelihood":
+        yield "evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0"
+    if evaluation.every and few is not None and few < evaluation.fewest:
+        yield f"evaluate.few = {few}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or null"
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:

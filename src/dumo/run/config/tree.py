@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from torch import nn
 
 from dumo.data import Data, Digits, Images, Memory, Moons
-from dumo.evaluation import MetricProtocol
+from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
@@ -19,12 +19,13 @@ from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
 from dumo.runtime import dist
-from dumo.runtime.bound import PASSES
+from dumo.runtime.bound import PASSES, SAMPLES, STEPS
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
 from dumo.types.outside import DataSpec
 
+FEW = 500  # samples of a run in training, where its protocol judges as few: ours
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
 
 
@@ -50,6 +51,29 @@ class Evaluation(Spec):
     # Numbers of passes that are also judged with Euler steps; (): none.
     contrast: tuple[Annotated[Passes, Field(ge=1)], ...] = (1,)
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
+    # Steps after which a run in training is judged (`validation`); 0: never.
+    every: int = Field(default=0, ge=0, le=STEPS, json_schema_extra=QUIET)
+    few: int | None = Field(default=None, ge=2, le=SAMPLES)  # samples then; None: FEW, or as few as the protocol judges
+    best: bool = Field(default=False, json_schema_extra=QUIET)  # keep the weights of the best score in best/
+
+    @property
+    def fewest(self) -> int:
+        """Samples that the protocol judges at least, without Fréchet distances of Inception's features."""
+        if isinstance(self.protocol, ImageProtocol):
+            return self.protocol.standard.subset
+        return self.protocol.measure.fewest if isinstance(self.protocol, ShippedProtocol) else 2
+
+    @property
+    def validation(self) -> "Evaluation":
+        """How a run in training is judged: at the first number of passes, by few samples.
+
+        Of the next seed, so that the noise by which a best step is chosen is not that of the final numbers. Inception
+        judges without Fréchet distances, which take thousands.
+        """
+        count = self.few or max(self.fewest, min(self.protocol.total, FEW))
+        fields = {"samples": count} | ({"frechet": False} if isinstance(self.protocol, ImageProtocol) else {})
+        protocol = self.protocol.model_copy(update=fields)
+        return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
 
 
 class Tree(Spec):

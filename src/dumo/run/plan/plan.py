@@ -83,9 +83,25 @@ def plan(spec: Run) -> dict[str, Any]:
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
+        "validation": validation(spec, net),
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "missing_data": missing,
     }
+
+
+def validation(run: Run, net: nn.Module | None = None) -> dict[str, Any] | None:
+    """How a run in training is judged, and the operations of its samples over those of its steps; None: it is not.
+
+    Features and decoders are not counted. `net` is an outline.
+    """
+    every, one = run.evaluate.every, run.evaluate.validation
+    if not every:
+        return None
+    net = run.outline() if net is None else net
+    units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    passes = one.protocol.total * one.nfe[0] * (2 if run.sample.guide.active else 1)
+    share = passes / (every * run.train.batch * units)
+    return {"every": every, "samples": one.protocol.total, "nfe": one.nfe[0], "share": share}
 
 
 def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> int:
@@ -192,6 +208,10 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     if alone:
         yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
         yield "memory", f"{memory['total'] / GB:.2f} GB at most, {memory['rows']} rows at a time: {parts}"
+    if judged := facts["validation"]:
+        passes = "1 pass" if judged["nfe"] == 1 else f"{judged['nfe']} passes"
+        what = f"{judged['samples']:,} samples in {passes} every {judged['every']:,} steps"
+        yield "validation", f"{what}: {judged['share']:.2%} more work, decoding and features not counted"
     if cache := facts["cache"]:
         whole = f", {cache['bytes'] / GB:,.1f} GB of {cache['images']:,} images" if cache["bytes"] else ""
         yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"

@@ -30,7 +30,7 @@ from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
-from dumo.run.plan import doctor, machine, rehearsal
+from dumo.run.plan import doctor, machine, plan, rehearsal
 from dumo.run.plan.findings import of_captions
 from dumo.runtime import dist, install, installed
 from dumo.runtime.progress import Bar, no_bar, span
@@ -80,7 +80,7 @@ class Proposal:
     run: Run
     look: Look
     machine: str
-    step_seconds: float
+    step_seconds: float  # with what validation adds to one
     prepare_seconds: float  # until the first step
 
     @property
@@ -146,7 +146,8 @@ def propose(
     fields |= more
     run = resolve(set_fields(fields, sets))
     with bar("timing a step", 1) as tick:
-        step = step_seconds(run, here)
+        judged = plan.validation(run)
+        step = step_seconds(run, here) * (1 + (judged["share"] if judged else 0))
         tick(1, "")
     prepare = time.monotonic() - began + found.count * found.decode_seconds / torch.get_num_threads()
     wanted = minutes or (MINUTES if here.type == "cpu" else None)

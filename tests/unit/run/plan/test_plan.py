@@ -97,6 +97,16 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert dict(lines(facts)).keys() >= {"parameters", "memory", "data"}
 
 
+def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
+    words = ["evaluate.every=100", "evaluate.few=1000", "evaluate.nfe=[2]", "train.batch=50", "sample.guide.scale=2"]
+    facts = plan(load("digits", [*words, "objective.drop=0.1"]))
+    assert facts["validation"] == {"every": 100, "samples": 1000, "nfe": 2, "share": 4000 / (100 * 50 * 5)}
+    said = dict(lines(facts))["validation"]
+    assert said.startswith("1,000 samples in 2 passes every 100 steps: 16.00% more work")
+    assert plan(load("digits"))["validation"] is None
+
+
 @pytest.mark.parametrize("name", TABLE_3)
 def test_table_3(name: str) -> None:
     spec, (side, codec, patch, lr, thetas, zeta, epochs) = load(name), TABLE_3[name]

@@ -7,17 +7,23 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dumo.io import file
+from dumo.report import feed as feeds
 from dumo.report import tracker
-from dumo.report.tracker import Feed, feed
+from dumo.report.feed import Feed, feed, live, nap
 from dumo.run.config.load import dump, load
+from dumo.run.train import train
 from dumo.runtime import signals
 from dumo.training import log
+from dumo.training.loop import Every
 from dumo.types import UserError
+from unit.run import known
 
 Sent = dict[str, list[tuple[int, dict[str, float]]]]
 
@@ -61,11 +67,11 @@ def test_each_row_once(run: Path, sent: Sent, capsys: pytest.CaptureFixture[str]
     assert feed([run], "kept") == {run: 2}
     assert feed([run], "kept") == {run: 0}
     add(run, 30)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "lo')  # a row half-written
+    with (run / "metrics.jsonl").open("a") as opened:
+        opened.write('{"step": 40, "lo')  # a row half-written
     assert feed([run], "kept") == {run: 1}
     (rows,) = sent.values()
-    assert rows == [(n, {"loss": 1 / n, "bins/loss/0": 0.5, "speed/bytes": 7.0}) for n in (10, 20, 30)]
+    assert rows == [(n, {"train/loss": 1 / n, "train/bins/loss/0": 0.5, "speed/bytes": 7.0}) for n in (10, 20, 30)]
     assert capsys.readouterr().out == ""  # answers alone are on stdout
 
 
@@ -83,12 +89,79 @@ def test_a_rewound_log_is_waited_for_and_a_changed_one_sent_anew(run: Path, sent
     assert one.send() == 2
     first, second = sent.values()
     assert [step for step, _ in first] == [10, 20, 30]
-    assert [(step, values["loss"]) for step, values in second] == [(10, 0.1), (20, 0.15)]
+    assert [(step, values["train/loss"]) for step, values in second] == [(10, 0.1), (20, 0.15)]
     assert feed([run], "kept") == {run: 0}
     (run / "metrics.jsonl").unlink()
     add(run, 10)
     assert feed([run], "kept") == {run: 1}
     assert len(sent) == 3
+
+
+def test_who_comes_later_knows_what_was_sent_before_a_stop(run: Path, sent: Sent) -> None:
+    """The log is shorter then, by rows that were sent: those that come again are not sent again, others are."""
+    for step in (30, 40):
+        add(run, step)
+    assert feed([run], "kept") == {run: 4}
+    log.rewind(run / "metrics.jsonl", 10)
+    add(run, 20)  # the training is faster than the feed
+    assert feed([run], "kept") == {run: 0}
+    log.rewind(run / "metrics.jsonl", 10)  # killed again, before a checkpoint
+    assert feed([run], "kept") == {run: 0}
+    for step in (20, 30, 40, 50):
+        add(run, step)
+    assert feed([run], "kept") == {run: 1}
+    log.rewind(run / "metrics.jsonl", 40)  # further on
+    assert feed([run], "kept") == {run: 0}
+    add(run, 50)
+    add(run, 60)
+    assert feed([run], "kept") == {run: 1}
+    (rows,) = sent.values()
+    assert [step for step, _ in rows] == [10, 20, 30, 40, 50, 60]
+    log.rewind(run / "metrics.jsonl", 30)
+    add(run, 40, loss=3.0)  # at another rate
+    assert feed([run], "kept") == {run: 4}
+    assert [step for step, _ in [*sent.values()][1]] == [10, 20, 30, 40]
+
+
+def test_rows_under_other_names_go_to_another_run(run: Path, sent: Sent) -> None:
+    assert feed([run], "kept") == {run: 2}
+    tracked = json.loads((run / "tracked.json").read_text())
+    del tracked["kept"]["names"]  # as dumo 0.2 left it
+    (run / "tracked.json").write_text(json.dumps(tracked))
+    assert feed([run], "kept") == {run: 2}
+    assert len(sent) == 2
+
+
+def test_a_tracker_that_fails_or_hangs_leaves_the_training_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = known.tiny("moons", "train.log_every=1")
+    train(run, tmp_path / "alone")
+    monkeypatch.setattr(feeds, "PATIENCE", 0.2)
+    said: dict[str, list[str]] = {}
+    for name, program in {
+        "fails": "import sys; print('a word'); sys.exit('no account')",
+        "hangs": "import time; time.sleep(600)",
+        "ends": "import sys; sys.stdin.read()",
+    }.items():
+        monkeypatch.setattr(feeds, "PROGRAM", program)
+        said[name] = []
+        with live(tmp_path / name, "tensorboard", said[name].append) as hooks:
+            train(run, tmp_path / name, hooks=[*hooks, Every(1, lambda *_: time.sleep(0.05))])
+        assert known.bits(tmp_path / name) == known.bits(tmp_path / "alone")
+    ((fails,), (hangs,), ends) = said.values()
+    assert fails.startswith("warning: tensorboard gets no more rows (no account)")
+    assert fails.endswith(f"dumo log {tmp_path}/fails --to tensorboard")
+    assert "longer than 0.2 s" in hangs
+    assert not ends
+
+
+def test_what_is_no_tracker_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"tracker 'wanddb'.*wandb"), live(tmp_path, "wanddb", print):
+        pass
+    monkeypatch.setattr(feeds, "installed", lambda name: None)
+    with pytest.raises(UserError, match=r"tracker wandb needs the package wandb: .*install"):
+        feeds.Live(tmp_path, "wandb", print)
 
 
 def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +173,9 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
         if len(naps) == 3:
             monkeypatch.setattr(signals, "heard", 2)
 
-    monkeypatch.setattr(tracker.time, "sleep", sleep)
+    monkeypatch.setattr(feeds.time, "sleep", sleep)
     with pytest.raises(signals.Stopped):
-        feed([run], "kept", follow=True)
+        feed([run], "kept", nap)
     (rows,) = sent.values()
     assert [step for step, _ in rows] == [10, 20, 30, 40, 50]
 
@@ -110,19 +183,26 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
 def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"has no metrics.jsonl"):
         feed([tmp_path / "none"], "kept")
+    with file.locked(run / ".kept.lock"), pytest.raises(UserError, match="is on its way to kept"):
+        feed([run], "kept")
     (run / "tracked.json").write_text("{")
     with pytest.raises(UserError, match=r"tracked.json is not JSON .*remove it"):
         feed([run], "kept")
-    with pytest.raises(UserError, match=r"--to not_there needs the package .*pip install not_there"):
+    with pytest.raises(UserError, match=r"tracker not_there needs the package .*pip install not_there"):
         tracker.package("not_there")
 
 
 def test_values_are_numbers_by_name() -> None:
     row: dict[str, Any] = {"step": 3, "loss": None, "skipped": {"what": "loss", "count": 2, "rows": [{"t": 0.5}]}}
-    assert tracker.values(row) == {"skipped/count": 2.0, "skipped/rows/0/t": 0.5}
-    assert tracker.values({"lr": 1, "probe": {"drift": 0.5, "ok": True}, "speed": {"at": 9.0}}) == {
-        "lr": 1.0,
-        "probe/drift": 0.5,
+    assert tracker.values(row) == {"train/skipped/count": 2.0, "train/skipped/rows/0/t": 0.5}
+    row = {"lr": 1, "grad_norm": 2, "probe": {"drift": 0.5, "ok": True}, "speed": {"at": 9.0, "bytes": 3}}
+    assert tracker.values(row | {"val": {"mmd": 0.25, "mmd_sd": 0.125}}) == {
+        "train/lr": 1.0,
+        "train/grad_norm": 2.0,
+        "train/probe/drift": 0.5,
+        "speed/bytes": 3.0,
+        "val/mmd": 0.25,
+        "val/mmd_sd": 0.125,
     }
 
 
@@ -135,8 +215,8 @@ def test_tensorboard_reads_what_it_was_sent(run: Path) -> None:
     (folder,) = (run / "tensorboard").iterdir()
     assert folder.name == json.loads((run / "tracked.json").read_text())["tensorboard"]["key"]
     read = EventAccumulator(str(folder)).Reload()
-    assert {"loss", "bins/loss/0", "speed/bytes"} == set(read.Tags()["scalars"])
-    assert [(e.step, e.wall_time, round(e.value, 6)) for e in read.Scalars("loss")] == [
+    assert {"train/loss", "train/bins/loss/0", "speed/bytes"} == set(read.Tags()["scalars"])
+    assert [(e.step, e.wall_time, round(e.value, 6)) for e in read.Scalars("train/loss")] == [
         (n, 1e9, round(1 / n, 6)) for n in (10, 20, 30)
     ]
 
@@ -146,12 +226,12 @@ def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> 
     other = Path(shutil.copytree(run, tmp_path / "other"))
     program = (
         "import sys; from pathlib import Path; from types import SimpleNamespace; from dumo import cli\n"
-        "from dumo.report import tracker; from dumo.training import log\n"
+        "from dumo.report import feed; from dumo.training import log\n"
         "def sleep(seconds):\n"
         "    for run in sys.argv[2:4]: log.append(Path(run) / 'metrics.jsonl', {'step': 30, 'loss': 0.1})\n"
-        "    tracker.time = SimpleNamespace(sleep=stop)\n"
+        "    feed.time = SimpleNamespace(sleep=stop)\n"
         "def stop(seconds): raise KeyboardInterrupt\n"
-        "tracker.time = SimpleNamespace(sleep=sleep)\n"  # trackers sleep by themselves
+        "feed.time = SimpleNamespace(sleep=sleep)\n"  # trackers sleep by themselves
         "cli.main()"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONWARNINGS": "ignore"}

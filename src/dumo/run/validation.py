@@ -1,0 +1,128 @@
+"""A run judged while it trains: the first score of few samples of the weights that are shown, by the run's protocol.
+
+Nothing of the training depends on it, to the bit: samples have streams of their own (`dumo.runtime.random`), and the
+net its mode back. What is judged is opened once, before the first step. Ranks make the samples together, as sheets.
+Of the scores so far the best may be kept, in best/; what a stop undid is forgotten, so that a run that is resumed keeps
+the same.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dumo.evaluation.protocol import Scores, rising
+from dumo.flow.precision import products
+from dumo.run.config.load import identity
+from dumo.run.config.spec import Run
+from dumo.run.folder import sampler
+from dumo.run.sampler import turn
+from dumo.runtime import signals
+from dumo.training import agreement, checkpoint, layout, manifest
+from dumo.training.state import State
+from dumo.types import UserError
+
+BEST = "best"  # in a run's folder: the weights of the best score
+SCORE = "score"  # among the facts of such weights
+
+
+class Validation:
+    """Judges where `evaluate.every` says so; opens nothing where no such step is left."""
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        state: State,
+        tell: Callable[[str], object],
+        spent: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
+        """Writes nothing. `tell` hears the scores, `spent` the seconds that each took. Every rank must call it.
+
+        Raises UserError as the protocol does, with how to train without it.
+        """
+        self.run, self.folder, self.spec, self.tell, self.spent = (
+            run,
+            folder / BEST,
+            run.evaluate.validation,
+            tell,
+            spent,
+        )
+        self.every = run.evaluate.every
+        if not self.every or state.step // self.every == run.train.steps // self.every:
+            self.every = 0
+            return
+        from dumo.run.evaluation.evaluate import conditions, evaluator_of  # nobody else needs them in training
+        from dumo.runtime.progress import no_bar
+
+        self.sampler = sampler(run, state.shown)
+        try:
+            self.c = agreement.own(lambda: conditions(run.data, self.spec))
+            self.evaluator = agreement.own(lambda: evaluator_of(self.sampler, self.spec, no_bar))
+            agreement.own(lambda: self.sampler.codec and None)
+        except UserError as error:
+            raise UserError(f"evaluate.every = {self.every}: {error}; or train without it, evaluate.every=0") from error
+
+    def judge(self, state: State) -> Scores:
+        """The first score and, where it has one, its `_sd`; none where none is due. Every rank must call it.
+
+        It is finished where the run is asked to stop, for only this step can make it. Where samples cannot be judged,
+        as of weights that have diverged, `tell` hears why.
+        """
+        if not self.every or state.step % self.every:
+            return {}
+        began = time.monotonic()
+        try:
+            with signals.finished(), torch.compiler.set_stance("force_eager"), products("fp32", self.sampler.device):
+                found = self.evaluator.score(self.made())
+        except UserError as error:
+            self.tell(f"warning: step {state.step:,} is not judged: {error}")
+            return {}
+        finally:
+            layout.release(self.sampler.net)
+            self.spent(time.monotonic() - began)
+        lead = next(iter(found))
+        scores = {name: found[name] for name in (lead, f"{lead}_sd") if name in found}
+        self.tell(f"step {state.step:,}: {lead} {' ± '.join(f'{value:.3g}' for value in scores.values())}")
+        if self.run.evaluate.best:
+            self.keep(state, lead, scores)
+        return scores
+
+    def made(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's samples with their numbers, decoded."""
+        mine = turn(count := len(self.c))
+        c = self.c[torch.arange(mine.stop) % count]
+        for part in self.sampler.batches(c, nfe=self.spec.nfe[0], seed=self.spec.seed, indices=mine):
+            inside = part.index < count
+            yield part.index[inside], part.x[inside]
+
+    def keep(self, state: State, lead: str, scores: Scores) -> None:
+        """Write the weights that are shown, if their score is the best of those judged alike. As `checkpoint.lone`."""
+        sign, score = -1.0 if rising(lead) else 1.0, scores[lead]
+        said = {"protocol": self.spec.protocol.name, "nfe": self.spec.nfe[0], "name": lead}
+        before = agreement.main(lambda: self.best()[1])
+        worse = said.items() <= before.items() and sign * before["value"] <= sign * score
+        if isfinite(score) and not worse:
+            facts = {SCORE: said | {"value": score}}
+            checkpoint.lone(self.folder, state, state.shown, "best weights", identity(self.run), **facts)
+
+    def best(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest file of best weights, and its score with what it is of; none, and {}, where none stands."""
+        file = next(reversed(manifest.standing(self.folder, ".safetensors").values()), None)
+        return file, checkpoint.facts_of(file).get(SCORE, {}) if file else {}
+
+    def tidy(self) -> None:
+        """Remove what is the best no more, once a checkpoint stands that no resumed run goes back behind."""
+        for path in [*manifest.standing(self.folder, ".safetensors").values()][:-1]:
+            path.unlink()
+
+    def outcome(self) -> Iterator[str]:
+        """Which weights were the best, in a line."""
+        file, score = self.best()
+        if self.run.evaluate.best and file and score:
+            step = checkpoint.step_of(file, 0)
+            yield f"the best {score['name']} in training, {score['value']:.4g}, is of step {step:,}: {file}"
