@@ -49,6 +49,15 @@ def clip_of_both(folder: Path, seed: int = 0) -> Path:
     return saved(CLIPModel, config, words(), folder, seed)
 
 
+def dinov2(folder: Path, seed: int = 0, side: int = 224) -> Path:
+    """A DINOv2 of patches of 56 pixels, that was trained on images of this side."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    config = Dinov2Config(**sizes, image_size=side, patch_size=56, initializer_range=0.2)
+    return saved(Dinov2Model, config, None, folder, seed)
+
+
 def words() -> "PreTrainedTokenizerFast":
     """A tokenizer of some words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

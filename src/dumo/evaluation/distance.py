@@ -151,6 +151,24 @@ def kernel_distance(x: Points, y: Float[Tensor, "m d"]) -> float:
     return _unbiased(x.double(), y.double(), _cubic)
 
 
+def gaussian_mmd(x: Points, y: Float[Tensor, "m d"], width: float) -> tuple[float, float]:
+    """Unbiased MMD^2 of the kernel exp(-|a - b|^2 / 2 w^2), and its standard error, in float64.
+
+    The error is that of means over x and over y of what each row adds, 4 (var_i(mean_j k(x_i, x_j) - mean_j k(x_i,
+    y_j)) / n + the same of y / m). There are 2 points or more on each side.
+    """
+    n, m, kernel, centre = len(x), len(y), _gaussians([width]), y.double().mean(0)
+    x, y = x.double() - centre, y.double() - centre
+    own = [torch.cat([kernel(part, of).sum(1) for part in of.split(_rows(len(of)))]) - 1 for of in (x, y)]
+    rows, columns = list[Tensor](), torch.zeros_like(y[:, 0])
+    for part in x.split(_rows(m)):
+        between = kernel(part, y)
+        rows.append(between.sum(1))
+        columns += between.sum(0)
+    of_x, of_y = own[0] / (n - 1) - torch.cat(rows) / m, own[1] / (m - 1) - columns / n
+    return (of_x.mean() + of_y.mean()).item(), 2 * (of_x.var() / n + of_y.var() / m).sqrt().item()
+
+
 def _gaussians(widths: Sequence[float]) -> Kernel:
     """The mean of Gaussian kernels of these widths."""
 
