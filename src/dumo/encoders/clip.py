@@ -27,7 +27,7 @@ from dumo.types import UserError
 
 PIECE = 64  # images
 HINT = f"name a folder with {CONFIG}, {WEIGHTS} and the files of a tokenizer, as transformers saves a CLIPModel"
-CUT = "preprocessor_config.json"
+CUT, BOTH = "preprocessor_config.json", "processor_config.json"  # of images; of images and texts, as of transformers 5
 TOKENIZER = "tokenizer_config.json"
 Colour = tuple[float, float, float]  # red, green, blue
 MEAN, SD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of colours: OpenAI's CLIP
@@ -113,10 +113,13 @@ def colours(
 
     Raises UserError where one of them is not three numbers.
     """
-    known, found = read_settings(folder / CUT, hint) if (folder / CUT).is_file() else {}, list[Tensor]()
+    file = next((folder / name for name in (CUT, BOTH) if (folder / name).is_file()), None)
+    known, found = read_settings(file, hint) if file else {}, list[Tensor]()
+    inner = known.get("image_processor")
+    known = inner if isinstance(inner, dict) else known
     for name, numbers in zip(NUMBERS, usual, strict=True):
         try:
             found.append(torch.tensor(known.get(name, numbers), dtype=torch.float32).view(3, 1, 1))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder / CUT}: {name} is not three numbers: {hint}") from error
+            raise UserError(f"{file}: {name} is not three numbers: {hint}") from error
     return found[0], found[1]
