@@ -67,7 +67,7 @@ def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> N
     assert found["clip_score_sd"] == pytest.approx(100 * cosines.std().item() / SAMPLES**0.5, rel=1e-4)
 
 
-def test_it_is_torchmetrics_and_forty_times_clipscore_by_the_stock_processor_of_files(tmp_path: Path) -> None:
+def test_it_is_forty_times_clipscore_by_the_stock_processor(tmp_path: Path) -> None:
     """torchmetrics clips the mean at 0, CLIPScore (Hessel et al. 2021) each cosine, times 2.5; no prefix.
 
     transformers' own model and processor read the same PNGs. One caption is cut at 16 tokens, with its end.

@@ -103,9 +103,7 @@ def test_features_are_those_of_transformers(kind: Kind, folders: dict[Kind, Path
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 31), (300, 240)])
-def test_of_images_that_are_no_squares_dinov2_sees_all_and_cmmd_the_middle(
-    height: int, width: int, folders: dict[Kind, Path]
-) -> None:
+def test_dinov2_sees_all_of_an_image_and_cmmd_the_middle(height: int, width: int, folders: dict[Kind, Path]) -> None:
     (one,) = images(1, height=height, width=width).permute(0, 2, 3, 1).numpy()
     whole = Image.fromarray(one).resize((224, 224), Image.Resampling.BICUBIC)
     eye = vision.load(folders["dinov2"], "dinov2", "model")
@@ -120,7 +118,7 @@ def test_of_images_that_are_no_squares_dinov2_sees_all_and_cmmd_the_middle(
     assert not torch.equal(eye(pixels).pool, eye(square).pool)
 
 
-def test_positions_of_dinov2_are_interpolated_with_the_offset_of_the_published_model(tmp_path: Path) -> None:
+def test_positions_of_dinov2_are_those_of_the_published_model(tmp_path: Path) -> None:
     """A cubic of Keys with a = -0.75 at (i + 1/2) 7 / (4 + 0.1) - 1/2, the ends repeated, as torch's; by hand."""
     from transformers import Dinov2Model
 
@@ -162,7 +160,7 @@ def unbiased(x: Tensor, y: Tensor, width: float) -> tuple[float, float]:
 
 
 @each_kind
-def test_the_kernel_distance_leads_and_is_that_of_the_papers(kind: Kind, folders: dict[Kind, Path]) -> None:
+def test_the_kernel_distance_is_that_of_the_papers(kind: Kind, folders: dict[Kind, Path]) -> None:
     """And how far CMMD's own estimate is from it, which the page says."""
     made, data = images(24), images(30, "real") // 2
     evaluator, eye = opened(folders[kind], kind, data, samples=24), vision.load(folders[kind], kind, "model")
@@ -192,7 +190,7 @@ def test_its_error_is_what_draws_scatter_by() -> None:
 
 
 @each_kind
-def test_a_frechet_distance_needs_more_images_than_features(kind: Kind, folders: dict[Kind, Path]) -> None:
+def test_a_frechet_distance_needs_more_images(kind: Kind, folders: dict[Kind, Path]) -> None:
     width = {"cmmd": 8, "dinov2": WIDTH}[kind]
     eye, data = vision.load(folders[kind], kind, "model"), images(40, "real")
     few, more = (scored(opened(folders[kind], kind, data, samples=n), images(n)) for n in (width, width + 1))
