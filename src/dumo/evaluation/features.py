@@ -1,17 +1,17 @@
 """Samples by the features of a model that the user names: DINOv2, and CLIP as CMMD takes it. Nothing is fetched.
 
 Kernel distances lead, for they have no bias: the unbiased MMD^2 of a Gaussian kernel (Gretton et al. 2012, Eq. 3),
-times 1000, with its standard error. Beside it stands the Fréchet distance, where there are more images than features.
+times 1000, with its standard error. Next comes the Fréchet distance, where there are more images than features.
 
 - `dinov2`, features and Fréchet distance as dgm-eval has them (Stein et al. 2023, arXiv 2306.04675): `fd` is their
   FD_DINOv2 where the folder is DINOv2's ViT-L/14 and there are 50,000 samples. Their kernel distance is `kid`, the
-  cubic kernel over 100 subsets of 1,000. The Gaussian's width is ours: the root of half the mean square distance
-  between real images, so that it fits any DINOv2.
+  cubic kernel over 100 subsets of 1,000. The Gaussian's width is the median distance of real images, as elsewhere
+  here (docs/log.md), so that it fits any DINOv2.
 - `cmmd` (Jayasumana et al. 2024, arXiv 2401.09603): embeddings of length 1, width 10. The authors' code leaves pairs of
   an image with itself in, and so is larger by 1000 (1 - mean k) / n, about 10 (1 - mean cosine) / n, of each side.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +36,7 @@ from dumo.types import PLACE, UserError
 FIELD = "evaluate.protocol.model"
 SCALE = 1000.0  # of MMD^2: CMMD
 WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
+SOME = 2000  # real images, of which a median distance is taken: ours
 STANDARDS: dict[Kind, Standard] = {
     "dinov2": Standard(50_000, None, None, None, 1000),
     "cmmd": Standard(30_000, None, None, None, 1000),  # of COCO's captions, theirs
@@ -78,9 +79,10 @@ class FeatureProtocol(Protocol):
         facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
         of = {"protocol": self.kind, "dumo": version(), **facts}
         real = cached(of, partial(reference.album_statistics, eye, data, context.tick))
-        if len(real.rows) < 2 or not real.pool.scatter.any():
-            raise UserError(f"protocol {self.kind} needs two different real images or more: add some")
-        return FeatureEvaluator(self.kind, self.total, eye, real, facts, context.device)
+        if len(real.rows) < 2 or not (width := width_of(self.kind, real.rows)):
+            raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
+        facts |= {"kernel": f"Gaussian of width {width:g}, unbiased, times {SCALE:g}"}
+        return FeatureEvaluator(self.kind, self.total, eye, real, width, facts, context.device)
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,9 @@ class FeatureEvaluator:
     total: int  # samples
     eye: Eye
     real: Statistics
-    of: Mapping[str, str]  # facts of the model and of the reference
+    width: float  # of the kernel
+    facts: dict[str, str]
     device: torch.device | str = "cpu"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """And of the kernel."""
-        return {**self.of, "kernel": f"Gaussian of width {self.width:g}, unbiased, times {SCALE:g}"}
-
-    @property
-    def width(self) -> float:
-        """Of the kernel; rounded, so that it does not depend on the last bits of a machine."""
-        return WIDTH if self.kind == "cmmd" else float(f"{self.real.pool.covariance.trace().item() ** 0.5:.3g}")
 
     def score(self, made: Made) -> Scores:
         """`mmd` with `mmd_sd`, `fd` where there are more images than features, of DINOv2 `kid` with `kid_sd`.
@@ -139,6 +132,12 @@ class FeatureEvaluator:
             alike, between(rows, lambda a, b: frechet_distance(Moments.of(a), Moments.of(b))), self.kind, least, PAIRS
         )
         return {"perfect": found | (far.at(self.total, len(rows), "fd") if far else {})}
+
+
+def width_of(kind: Kind, rows: Tensor) -> float:
+    """That of the kernel, by the rows of real images: rounded, so that no last bit of a machine is in it."""
+    some = rows[:: -(-len(rows) // SOME)].double()
+    return WIDTH if kind == "cmmd" else float(f"{torch.pdist(some).median().item():.3g}")
 
 
 def between(rows: Tensor, distance: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor, Tensor], float]:
