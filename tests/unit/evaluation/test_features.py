@@ -258,7 +258,7 @@ def test_what_is_missing_is_said(kind: Kind, folders: dict[Kind, Path]) -> None:
         protocol.evaluator(Context(lambda: Album(images(4))))
     with pytest.raises(UserError, match="needs different real images, two or more"):
         opened(folders[kind], kind, images(1).expand(1 if kind == "cmmd" else 3, -1, -1, -1))
-    with pytest.raises(UserError, match="goes through all images of a data set"):
+    with pytest.raises(UserError, match="goes through images in files"):
         FeatureProtocol(kind=kind, model=str(folders[kind])).evaluator(Context(Endless))
     with pytest.raises(UserError, match="judges images, not samples of shape"):
         protocol.check((4, 32, 32))
