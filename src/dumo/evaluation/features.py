@@ -75,7 +75,7 @@ class FeatureProtocol(Protocol):
         eye = vision.load(user_path(self.model, FIELD), self.kind, FIELD, context.device)
         data = context.data()
         if not isinstance(data, Finite):
-            raise UserError(f"protocol {self.kind} goes through images in files, and these data are none: choose another")
+            raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
         facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
         of = {"protocol": self.kind, "dumo": version(), **facts}
         real = cached(of, partial(reference.album_statistics, eye, data, context.tick))
