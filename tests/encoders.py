@@ -37,16 +37,40 @@ def clip(folder: Path, seed: int = 0) -> Path:
     return saved(CLIPTextModelWithProjection, CLIPTextConfig(**TEXT), None, folder / "text_encoder", seed)
 
 
-def clip_of_both(folder: Path, seed: int = 0) -> Path:
-    """A CLIP of texts and of images of 8 pixels a side, with a tokenizer of words."""
+def clip_of_both(folder: Path, seed: int = 0, **text: int) -> Path:
+    """A CLIP of texts and of images of 8 pixels a side, with a tokenizer of words; `text`: of its texts."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
-        text_config=TEXT, vision_config={**vision, "image_size": 8, "patch_size": 4, "projection_dim": 8},
-        projection_dim=8,
+        text_config={**TEXT, **text},
+        vision_config={**vision, "image_size": 8, "patch_size": 4, "projection_dim": 8}, projection_dim=8,
     )  # fmt: skip
     return saved(CLIPModel, config, words(), folder, seed)
+
+
+def clip_as_published(folder: Path) -> Path:
+    """The same with CLIP's own processor, as its folders have it: letters, `</w>` where a word ends, one end token."""
+    from transformers import CLIPProcessor, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{one}</w>" for one in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokens = CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [("r", "e"), ("re", "d</w>")])
+    last = len(vocabulary) - 1
+    clip_of_both(folder, vocab_size=last + 1, bos_token_id=last - 1, eos_token_id=last, pad_token_id=last)
+    sides = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPProcessor(CLIPImageProcessorPil(**sides, image_mean=[0.4, 0.5, 0.6]), tokens).save_pretrained(folder)
+    return folder
+
+
+def dinov2(folder: Path, seed: int = 0, side: int = 224) -> Path:
+    """A DINOv2 of patches of 56 pixels, that was trained on images of this side."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    config = Dinov2Config(**sizes, image_size=side, patch_size=56, initializer_range=0.2)
+    return saved(Dinov2Model, config, None, folder, seed)
 
 
 def words() -> "PreTrainedTokenizerFast":

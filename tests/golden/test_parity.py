@@ -67,6 +67,7 @@ OURS: dict[str, dict[str, Any]] = {  # the spec of ours that each case is held a
     "match_dmd2": {"kind": "match"},
     "critic": {"kind": "critic"},
     "drift": {"kind": "drift", "size": 8},
+    "drift_guided": {"kind": "drift", "size": 8, "omega": 2},
 }
 CONSTANTS: dict[str, dict[str, float]] = {  # other than those of ours
     "imf_power": {"imf.ImprovedMeanFlow.power": 0.5, "imf.ImprovedMeanFlow.floor": 1e-3},
@@ -74,6 +75,7 @@ CONSTANTS: dict[str, dict[str, float]] = {  # other than those of ours
     "match_dmd2": {"match.WEIGHT": 1.0, "match.FIT": 1.0},
     "critic": {"critic.WEIGHT": 0.5, "critic.FIT": 1.0, "critic.FLOOR": 0.0},
     "drift": {"drift.WEIGHT": 1.0},
+    "drift_guided": {"drift.WEIGHT": 1.0},
 }
 THEIRS = {"cmt": ("u",), "pi_flow": ("early", "late")}  # the parts of the loss that they have, too
 

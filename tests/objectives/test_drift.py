@@ -16,39 +16,52 @@ from theory.formula import Polynomial, passes
 from theory.pulled import adds, moves_samples_back
 
 
-def test_field_by_hand() -> None:
-    """Row by row; classes do not meet, and have units of their own."""
+@pytest.mark.parametrize("omega", [1.0, 2.5])
+def test_field_by_hand(omega: float) -> None:
+    """Row by row; classes do not meet but for guidance, and have units of their own."""
     x, y = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0), dtype=D)
     c, radii = torch.tensor([0, 0, 1, 0, 1, 0, 2, 0, 0, 2, 2, 0]), (0.03, 0.3, 1.0)
     x, y = (a * (1 + 9 * (c == 2))[:, None] for a in (x, y))
-    found, sizes = drift(x, y, c, radii, 6)
+    found, sizes = drift(x, y, c, radii, 6, omega)
+    of = {"samples": x, "data": y, "any data": y}
     for first, k in product((0, 6), range(3)):
-        own = [i for i in range(first, first + 6) if c[i] == k]
-        sees = {i: [j for j in own if j != i] for i in own}
-        far = {(i, side, j): (x[i] - (x, y)[side][j]).norm() for i in own for side in (0, 1) for j in sees[i]}
-        if not far:
+        group = range(first, first + 6)
+        own = [i for i in group if c[i] == k]
+        weight = {"samples": 1.0, "data": 1.0, "any data": (omega - 1) * (len(own) - 1) / 5}
+        sees = [
+            (i, s, j) for i, s in product(own, of) for j in (group if s == "any data" else own) if j != i and weight[s]
+        ]
+        if not sees:
             continue
-        unit, total, mean = torch.stack([*far.values()]).mean(), torch.zeros(len(own), 3, dtype=D), 0
+        far = {(i, s, j): (x[i] - of[s][j]).norm() for i, s, j in sees}
+        unit = sum(weight[s] * d for (_, s, _), d in far.items()) / sum(weight[s] for _, s, _ in far)
+        total, mean = torch.zeros(len(own), 3, dtype=D), 0
         for radius in radii:
             kernel = {key: (-d / unit / radius).exp() for key, d in far.items()}
+            row = {i: sum(v for (p, _, _), v in kernel.items() if p == i) for i in own}
+            column = {(s, j): sum(v for (_, *q), v in kernel.items() if q == [s, j]) for _, s, j in sees}
+            least = torch.tensor(1e-6, dtype=D)
             a = {
-                (i, s, j): max(
-                    k
-                    / sum(v for (p, _, _), v in kernel.items() if p == i)
-                    * k
-                    / sum(v for (_, q, o), v in kernel.items() if (q, o) == (s, j)),
-                    torch.tensor(1e-6, dtype=D),
-                ).sqrt()
-                for (i, s, j), k in kernel.items()
+                (i, s, j): weight[s] * max(v / row[i] * v / column[s, j], least).sqrt()
+                for (i, s, j), v in kernel.items()
             }
             v = torch.zeros(len(own), 3, dtype=D)
-            for n, i in enumerate(own):
-                for j, other in product(sees[i], sees[i]):
-                    v[n] += a[i, 1, j] * a[i, 0, other] * (y[j] - x[other]) / unit * 3**0.5
+            for (i, s, j), (p, apart, o) in product(sees, sees):
+                if i == p and s == "data" and apart != "data":
+                    v[own.index(i)] += a[i, s, j] * a[p, apart, o] * (y[j] - of[apart][o]) / unit * 3**0.5
             size = v.square().mean().sqrt()
             total, mean = total + v / size, mean + size / len(radii)
         assert torch.allclose(found[own], total, rtol=1e-9, atol=1e-12)
         assert torch.allclose(sizes[own], mean.expand(len(own)))
+
+
+def test_guidance_moves_samples_away_from_other_classes() -> None:
+    """Two classes beside each other on a line, samples as the data: each moves off the other, and rests without."""
+    x = torch.randn(128, 1, generator=torch.Generator().manual_seed(0), dtype=D)
+    c = torch.arange(128) % 2
+    x, side = x + 2.0 * c[:, None] - 1, 2.0 * c[:, None] - 1
+    assert drift(x, x, c, RADII, 64)[0].abs().max() < 1e-9
+    assert (drift(x, x, c, RADII, 64, 2.0)[0] * side).mean() > 0.3
 
 
 def test_drift_rests_where_samples_are_the_data() -> None:

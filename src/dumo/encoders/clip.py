@@ -27,8 +27,9 @@ from dumo.types import UserError
 
 PIECE = 64  # images
 HINT = f"name a folder with {CONFIG}, {WEIGHTS} and the files of a tokenizer, as transformers saves a CLIPModel"
-CUT = "preprocessor_config.json"
+CUT, BOTH = "preprocessor_config.json", "processor_config.json"  # of images; of images and texts, as of transformers 5
 TOKENIZER = "tokenizer_config.json"
+Colour = tuple[float, float, float]  # red, green, blue
 MEAN, SD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of colours: OpenAI's CLIP
 NUMBERS = "image_mean", "image_std"
 
@@ -81,25 +82,44 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
-    missing = next((name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()), None)
-    if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
-        read(folder / PICKLES[0], convert=False)  # refuses, and says the way out
-    config = {} if missing else read_settings(folder / CONFIG, HINT)
+    config = config_of(folder, (CONFIG, WEIGHTS, TOKENIZER), field, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
-        why = f"has no {missing}" if missing else "holds no CLIPModel, of images and texts"
-        raise UserError(f"{field}: {folder} {why}: {HINT}")
-    notes(folder / WEIGHTS)  # damaged weights are refused with a line
+        raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
     length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
-    known = read_settings(folder / CUT, HINT) if (folder / CUT).is_file() else {}
-    mean, sd = (colours(known.get(name, usual), name, folder) for name, usual in zip(NUMBERS, (MEAN, SD), strict=True))
     cut = cutter(folder, length)
-    return Clip(folder, model, cut, side, mean, sd)
+    return Clip(folder, model, cut, side, *colours(folder, (MEAN, SD), HINT))
 
 
-def colours(numbers: object, name: str, folder: Path) -> Float[Tensor, "3 1 1"]:
-    """A number for each colour. Raises UserError for anything else."""
-    try:
-        return torch.tensor(numbers, dtype=torch.float32).view(3, 1, 1)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder / CUT}: {name} is not three numbers: {HINT}") from error
+def config_of(folder: Path, files: Sequence[str], field: str, hint: str) -> dict[str, Any]:
+    """The settings of a folder that has these files, config.json first.
+
+    Raises UserError, which names the field, where one is missing, the weights are damaged, or they are a pickle.
+    """
+    missing = next((name for name in files if not (folder / name).is_file()), None)
+    if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
+        read(folder / PICKLES[0], convert=False)  # refuses, and says the way out
+    if missing:
+        raise UserError(f"{field}: {folder} has no {missing}: {hint}")
+    config = read_settings(folder / CONFIG, hint)
+    notes(folder / WEIGHTS)  # damaged weights are refused with a line
+    return config
+
+
+def colours(
+    folder: Path, usual: tuple[Colour, Colour], hint: str
+) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """Mean and deviation of the colours, as the folder's image processor has them, else as usual.
+
+    Raises UserError where one of them is not three numbers.
+    """
+    file = next((folder / name for name in (CUT, BOTH) if (folder / name).is_file()), None)
+    known, found = read_settings(file, hint) if file else {}, list[Tensor]()
+    inner = known.get("image_processor")
+    known = inner if isinstance(inner, dict) else known
+    for name, numbers in zip(NUMBERS, usual, strict=True):
+        try:
+            found.append(torch.tensor(known.get(name, numbers), dtype=torch.float32).view(3, 1, 1))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file}: {name} is not three numbers: {hint}") from error
+    return found[0], found[1]

@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.evaluation.clip import ClipProtocol as ClipProtocol
+from dumo.evaluation.features import FeatureProtocol as FeatureProtocol
 from dumo.evaluation.images import ImageProtocol as ImageProtocol
 from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
 from dumo.evaluation.protocol import Context as Context
@@ -23,5 +24,5 @@ from dumo.evaluation.protocol import Reference as Reference
 from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
 
 MetricProtocol = Annotated[
-    ClipProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol, Field(discriminator="kind")
+    ClipProtocol | FeatureProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol, Field(discriminator="kind")
 ]

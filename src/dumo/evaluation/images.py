@@ -144,7 +144,7 @@ class ImageEvaluator:
 
     def statistics(self, made: Made) -> Statistics:
         """What the samples, in [-1, 1], come to."""
-        return gather(statistics_of(self.extractor, _pixels(made), self.total), self.total)
+        return gather(statistics_of(self.extractor, in_pieces(made), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples, by their statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
@@ -187,7 +187,7 @@ class ImageEvaluator:
         return {"perfect": found.at(self.total, whole, subsets=None if self.frechet else (SUBSETS, size))}
 
 
-def _pixels(made: Made) -> Iterator[Batch]:
-    """Batches that a network at 299 x 299 takes at a time, as colours."""
+def in_pieces(made: Made) -> Iterator[Batch]:
+    """Batches that a network takes at a time, as colours."""
     for index, x in made:
         yield from zip(index.split(PIECE), to_uint8(x).split(PIECE), strict=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Protocol as Interface
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dumo.encoders.inception import InceptionFeatures
 from dumo.evaluation.distance import Moments, Score
 from dumo.io import digest, weights
 from dumo.io.picture import Pixels
@@ -32,7 +32,26 @@ SPLIT = 5000  # images per split of the Inception Score, as ADM's evaluation has
 SUM = "sha256"  # in the notes of kept statistics: of all their tensors
 
 
-Extractor = Callable[[Pixels], InceptionFeatures]
+class Seen(Interface):
+    """What a network reads off n images: rows of numbers, of which `spatial` and `logits` may have none."""
+
+    @property
+    def pool(self) -> Tensor:
+        """The features."""
+        ...
+
+    @property
+    def spatial(self) -> Tensor:
+        """Of the sFID."""
+        ...
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the Inception Score."""
+        ...
+
+
+Extractor = Callable[[Pixels], Seen]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,15 @@ samples are the geometric mean of both softmaxes, and
 which changes its sign when data and samples change places: where both have one law, it is 0 on average. The V of each
 radius R is divided by its root mean square over the rows of the class, and they are added.
 
-As the authors' `drift_loss.py` but for five things. Theirs compares features of a pretrained net; here the numbers that
+With guidance omega > 1 samples are apart from data of any class, too: these weigh omega - 1 times as much in all as
+other samples do, and where V rests, samples have the law omega p(x | c) - (omega - 1) p(x).
+
+As the authors' `drift_loss.py` but for six things. Theirs compares features of a pretrained net; here the numbers that
 the net is trained on, pixels or latents. A sample of theirs sees the data of its own row, ours does not: so as many
 rows attract as repel, and where the samples are the data themselves V is 0 to rounding, not on average. What a sample
 does not see has affinity 0 here; theirs gives it the least with itself. Of several classes in a batch theirs takes one
-unit and one root mean square over all, ours one of each. And V here is in units of the data, not of the distance.
+unit and one root mean square over all, ours one of each. V here is in units of the data, not of the distance. And their
+net is shown the strength of guidance, which they draw; ours learns one.
 """
 
 from collections.abc import Sequence
@@ -35,7 +39,7 @@ AFFINITY = 1e-6  # the least product of both softmaxes; theirs
 LEAST = 1e-4  # of a root mean square that is divided by (their code, as its square)
 FAR = -1e4  # the logarithm of a kernel between rows that do not see one another
 
-Pairs = Float[Tensor, "groups m 2*m"]  # of each row with the samples, then with the data
+Pairs = Float[Tensor, "groups m k"]  # of each row with what it is apart from, then with the data
 
 
 class Drift(Pull):
@@ -44,6 +48,7 @@ class Drift(Pull):
     after: ClassVar[float] = 0.0  # it does most in a second stage, in large batches (docs/log.md)
     kind: Literal["drift"] = "drift"
     size: int = Field(default=64, ge=2)  # rows of a group, which should have some 25 of each class; theirs 64 of one
+    omega: float = Field(default=1.0, ge=1)  # of guidance; theirs: drawn from 1 to 4 by omega^-3
 
     @property
     def needs(self) -> Needs:
@@ -52,28 +57,33 @@ class Drift(Pull):
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
         """No pass."""
-        v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size)
+        v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size, self.omega)
         return Terms(WEIGHT * mean_square(descending(u, v)), {}, {"force": force})
 
 
 @torch.no_grad()
-def drift(x: Sample, y: Sample, c: Cond, radii: Sequence[float], group: int) -> tuple[Sample, PerSample]:
+def drift(
+    x: Sample, y: Sample, c: Cond, radii: Sequence[float], group: int, omega: float = 1.0
+) -> tuple[Sample, PerSample]:
     """V of samples x (b, ...) towards data y, in units in which each radius has root mean square 1 in each class; and
     that of each row's class before it was brought to 1, in mean over radii: 0 where samples and data agree.
 
-    Rows of the same c in a group, which are whole, see one another.
+    Rows of the same c in a group, which are whole, see one another, and with omega > 1 all data of the group.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     mine, other = (a.to(exact).flatten(1).unflatten(0, (-1, group)) for a in (x, y))
-    same = _same(c, group).to(exact)
-    seen = (same * (1 - torch.eye(group, dtype=exact, device=x.device))).repeat(1, 1, 2)
-    both = torch.cat([mine, other], 1)
+    same, others = _same(c, group).to(exact), 1 - torch.eye(group, dtype=exact, device=x.device)
+    near = same * others
+    apart = [(mine, near)]
+    if omega > 1:
+        apart += [(other, (omega - 1) * near.mean(2, keepdim=True) * group / (group - 1) * others)]
+    both, weight = (torch.cat(parts, 1 + i) for i, parts in enumerate(zip(*apart, (other, near), strict=True)))
     far = torch.cdist(mine, both, compute_mode="donot_use_mm_for_euclid_dist")
-    unit = (same @ (far * seen).sum(2, keepdim=True)) / (same @ seen.sum(2, keepdim=True)).clamp(min=1)
+    unit = (same @ (far * weight).sum(2, keepdim=True)) / (same @ weight.sum(2, keepdim=True)).clamp(min=1)
     unit = unit.clamp(min=LEAST)
     total, sizes = torch.zeros_like(mine), torch.zeros_like(unit)
     for radius in radii:
-        v = _force(far / unit, seen > 0, both, radius) / unit * mine.shape[2] ** 0.5
+        v = _force(far / unit / radius, weight, same, both) / unit * mine.shape[2] ** 0.5
         size = (same @ v.square().mean(2, keepdim=True) / same.sum(2, keepdim=True)).sqrt()
         total, sizes = total + v / size.clamp(min=LEAST), sizes + size / len(radii)
     return total.flatten(0, 1).view(x.shape).to(x.dtype), sizes.flatten()
@@ -86,11 +96,19 @@ def _same(c: Cond, group: int) -> Bool[Tensor, "groups m m"]:
 
 
 def _force(
-    far: Pairs, seen: Bool[Tensor, "groups m 2*m"], both: Float[Tensor, "groups 2*m d"], radius: float
+    far: Pairs, weight: Pairs, same: Float[Tensor, "groups m m"], both: Float[Tensor, "groups k d"]
 ) -> Float[Tensor, "groups m d"]:
     """V by one radius."""
-    logs = (-far / radius).masked_fill(~seen, FAR)
-    a = (logs.softmax(2) * logs.softmax(1)).clamp(min=AFFINITY).sqrt() * seen
-    repel, attract = a.chunk(2, 2)
+    logs = (-far).masked_fill(weight == 0, FAR)
+    a = (logs.softmax(2) * _columns(logs, same)).clamp(min=AFFINITY).sqrt() * weight
+    repel, attract = a.split([a.shape[2] - a.shape[1], a.shape[1]], 2)
     pull, push = attract * repel.sum(2, keepdim=True), repel * attract.sum(2, keepdim=True)
     return torch.cat([-push, pull], 2) @ both  # coefficients of a row sum to 0
+
+
+def _columns(logs: Pairs, same: Float[Tensor, "groups m m"]) -> Pairs:
+    """The softmax of each column over the rows of a condition, who see it."""
+    first = same.argmax(2, keepdim=True).expand_as(logs)  # a row that stands for its condition
+    most = torch.full_like(logs, FAR).scatter_reduce(1, first, logs, "amax").gather(1, first)
+    e = (logs - most).exp()
+    return e / (same @ e)

@@ -6,7 +6,7 @@ same trunk, from the first step on, of samples that are held still. It moves the
 on, for a map that is still far off gains nothing (ours). So every step uses every head, in one backward pass with one
 optimizer.
 
-Training is without guidance: guided samples have another law than the data.
+DuMo's part is without guidance: guided samples have another law than the data.
 """
 
 from abc import ABC, abstractmethod

@@ -5,18 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
 from dumo.evaluation.clip import ClipEvaluator
-from dumo.io.picture import to_uint8
+from dumo.io.picture import from_uint8, to_uint8
 from dumo.run.evaluation.card import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
-from encoders import clip_of_both
+from encoders import clip_as_published, clip_of_both
 
 TEXTS = ("a red car", "a blue car", "a photo of a cat")
 SAMPLES = 30
@@ -63,6 +65,43 @@ def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> N
     found = evaluator.score((part, x[part]) for part in order.split(7))
     assert found["clip_score"] == pytest.approx(100 * cosines.mean().item(), rel=1e-5)
     assert found["clip_score_sd"] == pytest.approx(100 * cosines.std().item() / SAMPLES**0.5, rel=1e-4)
+
+
+def test_it_is_forty_times_clipscore_by_the_stock_processor(tmp_path: Path) -> None:
+    """torchmetrics clips the mean at 0, CLIPScore (Hessel et al. 2021) each cosine, times 2.5; no prefix.
+
+    transformers' own model and processor read the same PNGs. One caption is cut at 16 tokens, with its end.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    folder = clip_as_published(tmp_path / "clip")
+    texts = ("a red car", "Blue  cats", "a photo of a bicycle")
+    pixels, c = to_uint8(images(SAMPLES)), torch.arange(SAMPLES) % 3
+    files = [tmp_path / f"{i}.png" for i in range(SAMPLES)]
+    for file, x in zip(files, pixels, strict=True):
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(file)
+    model, process = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    opened = [Image.open(file) for file in files]
+    seen = process(
+        text=[texts[k] for k in c], images=opened, return_tensors="pt", padding=True, truncation=True, max_length=16
+    )
+    with torch.no_grad():
+        output = model(**seen)
+    cosines = torch.cosine_similarity(output.image_embeds, output.text_embeds).double()
+    clipscore = 2.5 * cosines.clamp(min=0)
+    assert seen["input_ids"].shape[1] == 16
+    assert (cosines < 0).any()
+
+    protocol = ClipProtocol(kind="clip-score", model=str(folder), samples=SAMPLES)
+    evaluator = protocol.evaluator(Context(Pairs, captions=lambda: (Pairs(), c, texts)))
+    read = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    with pytest.warns(UserWarning, match="more than 16 tokens, and cut there"):
+        each = evaluator.fit(from_uint8(read), c)
+    torch.testing.assert_close(each.double(), 40 * clipscore, rtol=1e-5, atol=1e-5)
+    assert evaluator.mean(each)[0] == pytest.approx(40 * clipscore.mean().item(), rel=1e-5)
+    agree = cosines > 0
+    torchmetrics = max(100 * cosines[agree].mean().item(), 0)
+    assert each[agree].double().mean().item() == pytest.approx(torchmetrics, rel=1e-5)
 
 
 def test_one_without_a_caption_does_not_count(folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from dumo.data import Digits, Images
 from dumo.data.store import Labels
+from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.reference import Inception, hashed
@@ -31,7 +32,9 @@ from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import Spec, UserError
 
 DEFAULT = "photos"
-KINDS = sorted({*get_args(Inception), *get_args(Shipped)} - {"toy"})  # protocols of images without captions
+KINDS = sorted(
+    {*get_args(Inception), *get_args(Shipped), *get_args(vision.Kind)} - {"toy"}
+)  # protocols of images without captions
 
 
 class Part(Spec):

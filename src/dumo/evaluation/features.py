@@ -1,0 +1,133 @@
+"""Samples by the features of a model that the user names: DINOv2, and CLIP as CMMD takes it. Nothing is fetched.
+
+Kernel distances lead, for they have no bias: the unbiased MMD^2 of a Gaussian kernel (Gretton et al. 2012, Eq. 3),
+times 1000, with its standard error. Next comes the Fréchet distance, where there are more images than features.
+
+- `dinov2`, features and Fréchet distance as dgm-eval has them (Stein et al. 2023, arXiv 2306.04675): `fd` is their
+  FD_DINOv2 where the folder is DINOv2's ViT-L/14 and there are 50,000 samples. Their kernel distance is `kid`, the
+  cubic kernel over 100 subsets of 1,000. The Gaussian's width is the median distance of real images, as elsewhere
+  here (docs/log.md), so that it fits any DINOv2.
+- `cmmd` (Jayasumana et al. 2024, arXiv 2401.09603): embeddings of length 1, width 10. The authors' code leaves pairs of
+  an image with itself in, and so is larger by 1000 (1 - mean k) / n, about 10 (1 - mean cosine) / n, of each side.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dumo.encoders import vision
+from dumo.encoders.vision import KNOWN, Eye, Kind
+from dumo.evaluation import reference
+from dumo.evaluation.distance import Moments, frechet_distance, gaussian_mmd, kid, mmd_deviation
+from dumo.evaluation.images import SUBSETS, in_pieces
+from dumo.evaluation.protocol import LEAST, Context, Made, Protocol, Scores, unit
+from dumo.evaluation.reference import Standard, cached
+from dumo.evaluation.statistics import Statistics, gather, statistics_of
+from dumo.io.read import user_path
+from dumo.io.source import Finite
+from dumo.runtime import version
+from dumo.runtime.random import stream
+from dumo.types import PLACE, UserError
+
+FIELD = "evaluate.protocol.model"
+WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
+SOME = 2000  # real images, of which a median distance is taken: ours
+STANDARDS: dict[Kind, Standard] = {
+    "dinov2": Standard(50_000, None, None, None, 1000),
+    "cmmd": Standard(30_000, None, None, None, 1000),  # of COCO's captions, theirs
+}
+
+
+class FeatureProtocol(Protocol):
+    """Images in colour or grey, decoded, by the features of the model in a folder."""
+
+    kind: Kind
+    # The folder of a Dinov2Model, or a CLIPModel, of transformers, in safetensors.
+    model: str | None = Field(default=None, json_schema_extra=PLACE)
+
+    @property
+    def standard_samples(self) -> int:
+        """As many as the name says."""
+        return STANDARDS[self.kind].samples
+
+    @property
+    def missing(self) -> str | None:
+        """What must be named before anything can be judged; None: nothing."""
+        return None if self.model else f"a {KNOWN[self.kind].model}, in {FIELD}: {KNOWN[self.kind].hint}"
+
+    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Samples must be images."""
+        image = len(shape) == 3 and shape[0] in (1, 3)
+        return "" if image else f"judges images, not samples of shape {shape}: decode latents first"
+
+    def evaluator(self, context: Context) -> "FeatureEvaluator":
+        """Compares samples with all images of the data, then opened, whose features are kept for the next time.
+
+        With several ranks every one does the same. Raises `UserError` where no model is named, or it cannot be read.
+        """
+        if self.model is None:
+            raise UserError(f"protocol {self.kind} needs {self.missing}")
+        eye = vision.load(user_path(self.model, FIELD), self.kind, FIELD, context.device)
+        data = context.data()
+        if not isinstance(data, Finite):
+            raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
+        facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
+        of = {"protocol": self.kind, "dumo": version(), **facts}
+        real = cached(of, partial(reference.album_statistics, eye, data, context.tick))
+        if len(real.rows) < 2 or not (width := width_of(self.kind, real.rows)):
+            raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
+        facts |= {"kernel": f"Gaussian of width {width:g}, unbiased, times 1000"}
+        return FeatureEvaluator(self.kind, self.total, eye, real, width, facts, context.device)
+
+
+@dataclass(frozen=True)
+class FeatureEvaluator:
+    """Compares samples, batch by batch, with statistics of the data. `device` is where kernels are summed."""
+
+    kind: Kind
+    total: int  # samples
+    eye: Eye
+    real: Statistics
+    width: float  # of the kernel
+    facts: dict[str, str]
+    device: torch.device | str = "cpu"
+
+    def score(self, made: Made) -> Scores:
+        """`mmd` with `mmd_sd`, `fd` where there are more images than features, of DINOv2 `kid` with `kid_sd`.
+
+        Raises `UserError` where samples are missing, come twice, or are no images.
+        """
+        return self.compare(gather(statistics_of(self.eye, in_pieces(made), self.total), self.total))
+
+    def compare(self, fake: Statistics) -> Scores:
+        """The scores of samples, by their statistics."""
+        rows, data = fake.rows.to(self.device), self.real.rows.to(self.device)
+        found = gaussian_mmd(rows, data, self.width)
+        scores: Scores = {"mmd": found.value, "mmd_sd": found.error}
+        if min(len(rows), len(data)) > rows.shape[1]:
+            scores["fd"] = frechet_distance(fake.pool, self.real.pool)
+        if self.kind == "dinov2":
+            size, draws = min(STANDARDS[self.kind].subset, len(rows), len(data)), stream(self.kind, "kid")
+            mean, sd = kid(rows, data, subsets=SUBSETS, subset_size=size, generator=draws)
+            scores |= {"kid": mean, "kid_sd": sd}
+        return scores
+
+    def baselines(self) -> dict[str, Scores]:
+        """`perfect`: what a perfect sampler, of new real images, would have of `mmd`, and of `fd` if there are enough.
+
+        Without regard to classes, which weigh little among so different images.
+        """
+        rows = self.real.rows.to(self.device)
+        alike, least = torch.zeros(len(rows), dtype=torch.long), LEAST * rows.shape[1]
+        found = {"mean": 0.0, "sd": mmd_deviation(self.total, rows, self.width)}
+        far = unit(alike, lambda a, b: frechet_distance(Moments.of(rows[a]), Moments.of(rows[b])), self.kind, least)
+        return {"perfect": found | (far.at(self.total, len(rows), "fd") if far else {})}
+
+
+def width_of(kind: Kind, rows: Tensor) -> float:
+    """That of the kernel, by the rows of real images: rounded, so that no last bit of a machine is in it."""
+    some = rows[:: -(-len(rows) // SOME)].double()
+    return WIDTH if kind == "cmmd" else float(f"{torch.pdist(some).median().item():.3g}")
