@@ -284,7 +284,7 @@ def compare(
         return
     rows = [{key: "" if value is None else value for key, value in row.items()} for row in found["rows"]]
     rows = [row | ({"best": "*" if row["best"] else ""} if "best" in row else {}) for row in rows]
-    show_table("* the best of its passes, and what cannot be told from it" if "best" in rows[0] else "", rows)
+    show_table("* the best of its passes, and what is level with it" if "best" in rows[0] else "", rows)
     for line in {spelt(perfect): None for perfect in found["perfect"].values()}:
         out.print(f"{WHAT['perfect']}: {line}", soft_wrap=True)
     for field, values in found["differs"].items():

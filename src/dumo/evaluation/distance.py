@@ -131,7 +131,7 @@ class Estimate(NamedTuple):
 
 
 def level(found: Sequence[Estimate]) -> list[bool]:
-    """Which are the least, or at most two standard errors of the difference above it: these cannot be told apart."""
+    """Which are the least, or at most two standard errors of the difference above it: these are level."""
     least = min(found)
     return [one.value - least.value <= 2 * (one.error**2 + least.error**2) ** 0.5 for one in found]
 

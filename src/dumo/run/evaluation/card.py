@@ -216,7 +216,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of runs' folders, or files of them, as `rows` of one table; and of each what is `perfect`.
 
     Images that others made go by their place, and have neither steps nor passes.
-    `best` marks the least distance of each number of passes and those that cannot be told from it.
+    `best` marks the least distance of each number of passes and those level with it.
     A setting of the solver that differs, such as m, has a column, and scores that a run was trained on stand under
     `trained_on`, where there are any: they are no judges of it. Raises UserError where an evaluation is missing, or
     they were measured otherwise, with what differs; `anyway` has the table all the same, what differs in columns of
