@@ -20,7 +20,7 @@ from dumo.io import weights, yaml
 from dumo.run import deviation
 from dumo.run.config.load import dump, load
 from dumo.run.evaluation import score
-from dumo.run.evaluation.card import compare
+from dumo.run.evaluation.compare import compare
 from dumo.training import checkpoint, log, manifest
 from fuzz.mutation import mutated, replaced
 

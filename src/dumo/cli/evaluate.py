@@ -276,9 +276,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set the evaluations of several runs side by side, if they were measured alike."""
-    from dumo.run.evaluation import card
+    from dumo.run.evaluation import compare as comparison
 
-    found = card.compare(run_folders, anyway=anyway)
+    found = comparison.compare(run_folders, anyway=anyway)
     if as_json:
         print(json.dumps(found))
         return

@@ -24,7 +24,7 @@ from dumo.nets.pretrained import Pretrained
 from dumo.objectives import Objective
 from dumo.run import encode
 from dumo.run.config.resolve import resolve
-from dumo.run.evaluation import card
+from dumo.run.evaluation import compare
 from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
@@ -66,7 +66,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     results = [done[cell.name] for cell in cells]
     for kind in dict.fromkeys(one.cell.spec.evaluate.protocol.kind for one in results):
         same = [one for one in results if one.cell.spec.evaluate.protocol.kind == kind]
-        card.alike({one.cell.name: one.report["card"] for one in same})
+        compare.alike({one.cell.name: one.report["card"] for one in same})
     return results
 
 

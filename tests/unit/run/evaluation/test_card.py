@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dumo.run.evaluation.card import alike, checked, compare, differing, shortened
+from dumo.run.evaluation.card import checked
+from dumo.run.evaluation.compare import alike, compare, differing, shortened
 from dumo.types import UserError
 from fuzz.target import EVALUATION
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dumo.run.config.load import load
-from dumo.run.evaluation.card import compare, contrast, read_report
+from dumo.run.evaluation.card import contrast, read_report
+from dumo.run.evaluation.compare import compare
 from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train

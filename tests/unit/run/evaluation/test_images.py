@@ -19,7 +19,7 @@ from dumo.evaluation import images as by_inception
 from dumo.evaluation.reference import PIECE, STANDARDS, hashed
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
-from dumo.run.evaluation.card import alike, compare
+from dumo.run.evaluation.compare import alike, compare
 from dumo.run.evaluation.images import fitting, judge
 from dumo.run.evaluation.place import Found, Same, look
 from dumo.runtime import dist
