@@ -137,7 +137,9 @@ class Reference:
         if isinstance(data, Split):
             return cls(data.held.x, data.held.c, trained=data.x)
         redraw = None if data.size else lambda i: data.reference(n, seed, 1 + i)[0]
-        return cls(*data.reference(n, seed), redraw=redraw, trained=trained and trained.reference(n, seed)[0])
+        return cls(
+            *data.reference(n, seed), redraw=redraw, trained=None if trained is None else trained.reference(n, seed)[0]
+        )
 
     def facts(self, seed: int) -> dict[str, str]:
         """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
@@ -188,7 +190,7 @@ def whole_set(
     """How a protocol opens that compares all samples with all of the data, or as many draws of them."""
 
     def open(protocol: Protocol, context: Context) -> WholeSet:
-        trained = context.trained and context.trained()
+        trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         known = facts() | reference.facts(context.seed)
         return WholeSet(protocol.classes_of(context), reference, known, measure, real)

@@ -99,16 +99,16 @@ def with_best(rows: Sequence[Row], lead: str) -> list[Row]:
     return [row | ({"best": id(row) in best} if known and not rising(lead) else {}) for row in rows]
 
 
-def first_of(report: Mapping[str, Any]) -> str:
+def first_of(report: Row) -> str:
     """The first score, which a baseline's `mean` is of."""
     return next(key for key in report["results"][0] if key not in ("nfe", "solver"))
 
 
-def perfect(report: Mapping[str, Any]) -> Row:
+def perfect(report: Row) -> Row:
     """What a perfect sampler would have of a report's scores, by name, with spreads; {} where that is not known."""
-    found = report["baselines"].get("perfect", {})
+    found: Row = report["baselines"].get("perfect", {})
     lead = first_of(report)
-    names = {"mean": lead, "sd": f"{lead}_sd"}
+    names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
     return {names.get(key, key): value for key, value in found.items() if value is not None}
 
 

@@ -110,7 +110,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
         return evaluation.protocol.evaluator(
             Context(
                 data=lambda: judged_data(data, evaluation.split),
-                trained=evaluation.split and (lambda: real_data(data)),
+                trained=(lambda: real_data(data)) if evaluation.split else None,
                 classes=data.labels,
                 seed=evaluation.seed,
                 device=sampler.device,
