@@ -100,7 +100,8 @@ class Files(Spec):
     """What was written of each image, next to it or in its table; of several captions one is drawn, evenly."""
 
     kind: Literal["files"] = "files"
-    name: str = "auto"  # the column or key that captions stand under, or txt: files; auto: the first of NAMES there is
+    # The columns or keys that captions stand under, by commas; txt, caption: files; auto: the first of NAMES there is.
+    name: str = "auto"
     digest: str | None = None  # of the texts in order, found when the run is made
 
     def require(self, found: Captions, where: str) -> None:

@@ -21,7 +21,7 @@ from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
-from dumo.data.written import captions_of
+from dumo.data.written import TABLES, captions_of
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes, State
 from dumo.io.read import user_path
@@ -262,6 +262,8 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
         ending = os.path.splitext(file)[1]
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
             found[form][file] = state
+    if found["folder"]:  # what a table says of them is no table of images
+        found["parquet"] = {file: state for file, state in found["parquet"].items() if Path(file).name not in TABLES}
     there = [name for name, listed in found.items() if listed]
     if len(there) == 1:
         store = _store_of(root, there[0], found[there[0]], split, label)
