@@ -9,7 +9,7 @@ are made of L classes by S templates, and H more that are held out of training,
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from dumo.encoders.caption import Captions
 from dumo.io import digest
 from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Source
+from dumo.io.source import Bucketed, Part, Seed, Source
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")
@@ -131,7 +131,7 @@ def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that h
 class Captioned:
     """A source whose classes are rows of `captions`: numbers of images, or of classes."""
 
-    of: Source
+    of: Source | Part
     captions: Captions
 
     @property
@@ -149,12 +149,12 @@ class Captioned:
         """Of latents."""
         return getattr(self.of, "origin", None)
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Its samples, each with one of its captions, keyed by the step and the place in the batch."""
         x, row = self.of.batch(step, batch, seed, rows)
         return x, self.captions.drawn(row, seed, step, batch=batch, rows=rows)
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """As its own."""
         return self.of.numbers(step, batch, seed, rows)
 
@@ -168,3 +168,10 @@ class Captioned:
         captions = self.captions
         parts = (captions.digest(), digest.of_tensor(captions.ids), digest.of_tensor(captions.ends))
         return (own := self.of.fingerprint()) and digest.short(own, *parts)
+
+
+def captioned(source: Source | Bucketed, captions: Captions) -> Captioned | Bucketed:
+    """A source of rows of captions as one of captions, in buckets or not."""
+    if isinstance(source, Bucketed):
+        return replace(source, parts=[Captioned(part, captions) for part in source.parts])
+    return Captioned(source, captions)

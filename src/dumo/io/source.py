@@ -3,7 +3,7 @@
 Which rows a step sees is endless and without state, so that a run resumes by its step number alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -17,6 +17,7 @@ from dumo.io import digest
 from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Sample
 
+Seed = int | str  # a run's, or a part's of its data
 ORDERS = 2  # kept: batches are made ahead across the end of an epoch. Ours
 _LOCK = Lock()  # a cache alone would let two threads make one order each
 
@@ -141,7 +142,107 @@ class Endless:
         return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
 
 
-def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+@runtime_checkable
+class Part(Protocol):
+    """Samples of one shape."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """As a source's."""
+        ...
+
+    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+        """As a source's, of the whole data set."""
+        ...
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """As a source's."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Of the whole data set."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """Samples of several shapes, each batch of one of them: a source without state, as the others.
+
+    A part of n rows goes through them epoch after epoch, and makes a batch whenever it has the rows for one: by the end
+    of epoch e that is floor(e n / batch) batches. What is left over begins the next one, so a part of less than a batch
+    makes one every few epochs, and no row is lost. Over all parts, epoch e begins at step
+
+        S(e) = sum_k floor(e n_k / batch),
+
+    and its batches come in an order of their own, keyed by the seed.
+    """
+
+    parts: Sequence[Part]  # none is empty
+    shapes: Sequence[tuple[int, ...]]  # of a sample of each part
+    about: str = ""  # in words
+
+    @property
+    def size(self) -> int:
+        """The number of rows of all parts."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def hashes(self) -> object:
+        """Of the images, which the parts share."""
+        return getattr(self.parts[0], "hashes", None)
+
+    @property
+    def origin(self) -> object:
+        """Of latents."""
+        return getattr(self.parts[0], "origin", None)
+
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """A batch of one part."""
+        k, number = self.turn(step, batch, seed)
+        return self.parts[k].batch(number, batch, f"{seed}/{k}", rows)
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+        """Those of the part's rows in the data set."""
+        k, number = self.turn(step, batch, seed)
+        return self.parts[k].numbers(number, batch, f"{seed}/{k}", rows)
+
+    def shape(self, step: int, batch: int, seed: int) -> tuple[int, ...]:
+        """Of the samples of a step."""
+        return self.shapes[self.turn(step, batch, seed)[0]]
+
+    def turn(self, step: int, batch: int, seed: int) -> tuple[int, int]:
+        """Whose turn it is at a step, and the number of that batch among the part's own."""
+        counts = [part.size for part in self.parts]
+
+        def done(epoch: int) -> list[int]:
+            return [epoch * n // batch for n in counts]
+
+        epoch = step * batch // sum(counts)  # S(epoch) is at most step
+        while sum(done(epoch + 1)) <= step:
+            epoch += 1
+        first, last = done(epoch), done(epoch + 1)
+        order = torch.randperm(sum(last) - sum(first), generator=stream(seed, "turns", epoch))
+        place = int(order[step - sum(first)])
+        for k, (begin, end) in enumerate(zip(first, last, strict=True)):
+            if place < end - begin:
+                return k, begin + place
+            place -= end - begin
+        raise AssertionError("the places of an epoch are its parts'")
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """That of the largest part."""
+        return max(self.parts, key=lambda part: part.size).reference(n, seed, i)
+
+    def fingerprint(self) -> str:
+        """Of the data set."""
+        return self.parts[0].fingerprint()
+
+
+def rows_of(step: int, batch: int, *, size: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
     """Row numbers (b,) of a global step, out of `size`: each epoch is one keyed permutation, laid end to end.
 
     Those of the places `rows` of the global batch.
@@ -154,17 +255,17 @@ def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(
     return found
 
 
-def mirrored(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
+def mirrored(step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
     """Which of the rows `rows` of a global step's batch are mirrored: each with probability 1/2."""
     return (torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5)[rows]
 
 
-def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+def _order(size: int, seed: Seed, epoch: int) -> Int64[Tensor, " n"]:
     """An epoch's order, made once: of millions of rows it takes longer than a step."""
     with _LOCK:
         return _permuted(size, seed, epoch)
 
 
 @lru_cache(ORDERS)
-def _permuted(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+def _permuted(size: int, seed: Seed, epoch: int) -> Int64[Tensor, " n"]:
     return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -136,6 +136,7 @@ def encode(
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": album.hashes.title(),
         "resolution": images.side,
+        "sizes": images.sizes,
         "crop": images.crop,
         "classes": images.labels,
         "names": () if numbered else album.names,
