@@ -45,7 +45,7 @@ def test_embedders_and_labels_with_a_row_for_null_start_small() -> None:
 
 def test_waves_of_places() -> None:
     """Columns first, then rows; of each the sines, then the cosines (DiT)."""
-    waves = grid_waves(3, 8)
+    waves = grid_waves(3, 3, 8)
     assert waves.shape == (9, 8)
     for row in range(3):
         for column in range(3):
