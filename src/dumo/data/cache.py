@@ -80,7 +80,6 @@ class Contents(Plan, Index):
         shape = f"latents of {len(self.sizes)} buckets" if self.sizes else self.columns["x"].shape
         return f"{rows:,} images{lost} as {shape} in {self.dtype}"
 
-
     def binding(self) -> dict[str, Any]:
         """All but where the codec's weights lie, for their hash is there."""
         tree = super().binding()

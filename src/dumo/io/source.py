@@ -82,12 +82,12 @@ class Table:
         """The number of rows."""
         return len(self.x)
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order."""
         places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
         return self.x[places], self.c[places]
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
         """Their places in the table."""
         return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
 

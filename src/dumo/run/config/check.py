@@ -7,15 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
 
+import torch
 from torch import nn
 
-from dumo.data import Data, Latents
+from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Path
 from dumo.flow.slope import DualSlope, demand_precision
 from dumo.flow.times import Jumps, Pair
+from dumo.io.read import brief
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
@@ -29,12 +31,15 @@ from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import Guide, UserError
 
+ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
+
 
 def check(run: Tree) -> None:
     """Raise UserError for the first mismatch between parts of a run."""
     data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
     require(captions(data, net, run.evaluate))
     outline = run.outline(short=True)
+    require(buckets(data, net, outline, run.teacher))
     require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
     check_pieces(train, objective)
     require(compilation(train, objective, net, outline, data.classes), guidance(objective, data))
@@ -75,6 +80,32 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
             "set evaluate.captions=seen"
         )
+
+
+def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -> Iterator[str]:
+    """Buckets whose shapes the net does not take, or a teacher whose pairs are squares."""
+    images = shown(data)
+    if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
+        return
+    field = "data.images.buckets" if isinstance(data, Latents) else "data.buckets"
+    if net.kind not in ANY_SHAPE:
+        yield f"net '{net.kind}' is made for one size, and {field} has several: set {field}=null, or net.kind=dit"
+    if teacher and teacher.pairs:
+        yield f"teacher.pairs are squares, and {field} has other shapes: set {field}=null, or teacher.pairs=null"
+    patch: int = getattr(outline, "patch", 1)
+    if odd := [side for shape in data.shapes for side in shape[1:] if side % patch]:
+        yield (
+            f"{field}.step = {images.buckets.step} pixels makes sides of {odd[0]}, which net.patch {patch} does not "
+            f"divide: make it a multiple of {images.side * patch // data.shape[1]}"
+        )
+    for shape in (
+        {max(data.shapes, key=lambda shape: shape[k]) for k in (1, 2)} if isinstance(outline, Dualized) else ()
+    ):
+        try:
+            x, c = torch.empty(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+            outline(x, c, t=x.new_empty(1))
+        except (ValueError, RuntimeError) as error:
+            yield f"{field}: net.source takes no samples of {shape} ({brief(error)}): lower {field}.ratio"
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
