@@ -71,6 +71,8 @@ def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
     assert dumo.load("run").sample(n=1).shape == (1, 3, 32, 32)
     refused("sample", "run", "--size", "40x40", named=("size 40x40", "40x24, 32x32, 24x40, 16x16"))
     assert call("evaluate", "run", *sets("evaluate.protocol.samples=20")).code == 0  # squares against squares
+    done = call("report", "run")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
 from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
-from dumo.io.source import Seed, mirrored, rows_of
+from dumo.io.source import mirrored, rows_of
 from dumo.runtime import signals
 from dumo.runtime.progress import Tick, late
 from dumo.runtime.random import stream
@@ -84,7 +84,7 @@ class Album:
     def __len__(self) -> int:
         return self.size
 
-    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`.
 
         The second is the classes (rows,), or what was done to augmented images (rows, numbers). A function of its
@@ -101,7 +101,7 @@ class Album:
         change = self.augment.drawn(batch, stream(seed, step, "augment"))[rows]
         return self.augment(x, change), change.numbers
 
-    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Order:
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
         """Their numbers in the store; of an image that cannot be read, its own."""
         return self.numbered(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
 

@@ -6,8 +6,8 @@
     image      which of the images each row is of, by number, and
     sha256     the hash of that image's file, so that a cache is refused where its images are others now
 
-Of images in buckets there are, for each bucket, x 192x320 and flipped 192x320, with the entries of its images alone, and
-in 192x320, which says what rows these are; cropped is the share of each image that was cut off.
+Of images in buckets there are, for each bucket, "x 192x320" and "flipped 192x320", with the entries of its images
+alone, and "in 192x320", which says what rows these are; "cropped" is the share of each image that was cut off.
 
 A shard is encoded in the same batches from its own first row, and its draws have a stream of their own.
 """

@@ -21,7 +21,7 @@ from torch import Tensor
 from dumo.encoders.caption import Captions
 from dumo.io import digest
 from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Bucketed, Part, Seed, Source
+from dumo.io.source import Bucketed, Source
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")
@@ -131,7 +131,7 @@ def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that h
 class Captioned:
     """A source whose classes are rows of `captions`: numbers of images, or of classes."""
 
-    of: Source | Part
+    of: Source
     captions: Captions
 
     @property
@@ -149,12 +149,12 @@ class Captioned:
         """Of latents."""
         return getattr(self.of, "origin", None)
 
-    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Its samples, each with one of its captions, keyed by the step and the place in the batch."""
         x, row = self.of.batch(step, batch, seed, rows)
         return x, self.captions.drawn(row, seed, step, batch=batch, rows=rows)
 
-    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """As its own."""
         return self.of.numbers(step, batch, seed, rows)
 

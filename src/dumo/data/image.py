@@ -25,8 +25,8 @@ from dumo.data.tar import Tar
 from dumo.data.written import TABLES, captions_of
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes, State
-from dumo.io.source import Bucketed
 from dumo.io.read import user_path
+from dumo.io.source import Bucketed
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError
 

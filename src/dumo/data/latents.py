@@ -26,7 +26,7 @@ from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.io.audit import SOON, Audit
 from dumo.io.read import user_path
-from dumo.io.source import Bucketed, Seed, mirrored, rows_of
+from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import Table
 from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
@@ -242,7 +242,7 @@ class Encoded:
         """The number of rows."""
         return len(self.only)
 
-    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
         self.audit.require()
         if self.origin:
@@ -252,7 +252,7 @@ class Encoded:
         x = self.cache.take(places, f"x{end}", f"flipped{end}", turned)
         return self._drawn(x, seed, step, "posterior", rows=range(batch)[rows]), self.cache.take(places, "labels")
 
-    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Tensor:
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """Their numbers in the cache."""
         return self.only[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
 

@@ -86,10 +86,13 @@ def short_side(data: bytes) -> int:
 
 
 def size_of(data: bytes) -> Size:
-    """Height and width once it is upright, by the header, but of a PNG, whose EXIF may be its end. Raises Unreadable."""
+    """Height and width once it is upright, by the header alone; of a PNG, whose EXIF may stand last, by all of it.
+
+    Raises Unreadable.
+    """
     with _opened(data) as image:
         lies = image.getexif().get(ExifTags.Base.Orientation) in LYING
-        return image.size if lies else image.size[::-1]
+        return image.size if lies else (image.height, image.width)
 
 
 @contextmanager
@@ -138,7 +141,8 @@ def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
         return image
     while crop == "adm" and image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = image.resize(covering((image.height, image.width), size)[::-1], Image.Resampling.BICUBIC)
+    rows, columns = covering((image.height, image.width), size)
+    image = image.resize((columns, rows), Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

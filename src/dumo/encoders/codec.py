@@ -93,7 +93,10 @@ class Scaled(Spec):
         return self.model_dump(exclude={"weights", "sha256"})
 
     def shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """The latent of images of these pixels, of squares by default. Raises UserError if they do not divide evenly."""
+        """The latent of images of these pixels; squares, if no width is given.
+
+        Raises UserError where they do not divide evenly.
+        """
         sides = height, height if width is None else width
         for side in sides:
             if side % self.factor:

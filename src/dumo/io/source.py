@@ -17,7 +17,6 @@ from dumo.io import digest
 from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Sample
 
-Seed = int | str  # a run's, or a part's of its data
 ORDERS = 2  # kept: batches are made ahead across the end of an epoch. Ours
 _LOCK = Lock()  # a cache alone would let two threads make one order each
 
@@ -82,12 +81,12 @@ class Table:
         """The number of rows."""
         return len(self.x)
 
-    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order."""
         places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
         return self.x[places], self.c[places]
 
-    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
         """Their places in the table."""
         return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
 
@@ -142,32 +141,6 @@ class Endless:
         return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
 
 
-@runtime_checkable
-class Part(Protocol):
-    """Samples of one shape."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        ...
-
-    def batch(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """As a source's."""
-        ...
-
-    def numbers(self, step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-        """As a source's, of the whole data set."""
-        ...
-
-    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """As a source's."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Of the whole data set."""
-        ...
-
-
 @dataclass(frozen=True)
 class Bucketed:
     """Samples of several shapes, each batch of one of them: a source without state, as the others.
@@ -181,14 +154,19 @@ class Bucketed:
     and its batches come in an order of their own, keyed by the seed.
     """
 
-    parts: Sequence[Part]  # none is empty
+    parts: Sequence[Source]  # finite, none is empty
     shapes: Sequence[tuple[int, ...]]  # of a sample of each part
     about: str = ""  # in words
 
     @property
     def size(self) -> int:
         """The number of rows of all parts."""
-        return sum(part.size for part in self.parts)
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of rows of each part."""
+        return [part.size or 0 for part in self.parts]
 
     @property
     def hashes(self) -> object:
@@ -203,12 +181,16 @@ class Bucketed:
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """A batch of one part."""
         k, number = self.turn(step, batch, seed)
-        return self.parts[k].batch(number, batch, f"{seed}/{k}", rows)
+        return self.parts[k].batch(number, batch, self.seed(seed, k), rows)
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """Those of the part's rows in the data set."""
         k, number = self.turn(step, batch, seed)
-        return self.parts[k].numbers(number, batch, f"{seed}/{k}", rows)
+        return self.parts[k].numbers(number, batch, self.seed(seed, k), rows)
+
+    def seed(self, seed: int, k: int) -> int:
+        """That of part k."""
+        return stream(seed, "part", k).initial_seed()
 
     def shape(self, step: int, batch: int, seed: int) -> tuple[int, ...]:
         """Of the samples of a step."""
@@ -216,7 +198,7 @@ class Bucketed:
 
     def turn(self, step: int, batch: int, seed: int) -> tuple[int, int]:
         """Whose turn it is at a step, and the number of that batch among the part's own."""
-        counts = [part.size for part in self.parts]
+        counts = self.counts
 
         def done(epoch: int) -> list[int]:
             return [epoch * n // batch for n in counts]
@@ -235,14 +217,14 @@ class Bucketed:
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """That of the largest part."""
-        return max(self.parts, key=lambda part: part.size).reference(n, seed, i)
+        return self.parts[self.counts.index(max(self.counts))].reference(n, seed, i)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         """Of the data set."""
         return self.parts[0].fingerprint()
 
 
-def rows_of(step: int, batch: int, *, size: int, seed: Seed, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
     """Row numbers (b,) of a global step, out of `size`: each epoch is one keyed permutation, laid end to end.
 
     Those of the places `rows` of the global batch.
@@ -255,17 +237,17 @@ def rows_of(step: int, batch: int, *, size: int, seed: Seed, rows: slice = slice
     return found
 
 
-def mirrored(step: int, batch: int, seed: Seed, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
+def mirrored(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
     """Which of the rows `rows` of a global step's batch are mirrored: each with probability 1/2."""
     return (torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5)[rows]
 
 
-def _order(size: int, seed: Seed, epoch: int) -> Int64[Tensor, " n"]:
+def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
     """An epoch's order, made once: of millions of rows it takes longer than a step."""
     with _LOCK:
         return _permuted(size, seed, epoch)
 
 
 @lru_cache(ORDERS)
-def _permuted(size: int, seed: Seed, epoch: int) -> Int64[Tensor, " n"]:
+def _permuted(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
     return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -147,7 +147,8 @@ class Table:
     ) -> Tensor:
         """A column of these rows; where `where` is true, the column `other`, of the same shape.
 
-        Of a column with lengths the rows must have one entry. Raises IndexError for a row that is not there, UserError for a damaged shard.
+        Of a column with lengths the rows must have one entry. Raises IndexError for a row that is not there, UserError
+        for a damaged shard.
         """
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")

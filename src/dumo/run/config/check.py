@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
 
-import torch
 from torch import nn
 
 from dumo.data import Data, Images, Latents
@@ -17,7 +16,6 @@ from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Path
 from dumo.flow.slope import DualSlope, demand_precision
 from dumo.flow.times import Jumps, Pair
-from dumo.io.read import brief
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
@@ -98,14 +96,9 @@ def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -
             f"{field}.step = {images.buckets.step} pixels makes sides of {odd[0]}, which net.patch {patch} does not "
             f"divide: make it a multiple of {images.side * patch // data.shape[1]}"
         )
-    for shape in (
-        {max(data.shapes, key=lambda shape: shape[k]) for k in (1, 2)} if isinstance(outline, Dualized) else ()
-    ):
-        try:
-            x, c = torch.empty(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
-            outline(x, c, t=x.new_empty(1))
-        except (ValueError, RuntimeError) as error:
-            yield f"{field}: net.source takes no samples of {shape} ({brief(error)}): lower {field}.ratio"
+    most: int | None = outline.most if isinstance(outline, Dualized) else None
+    if most and (long := max(side // patch for shape in data.shapes for side in shape[1:])) > most:
+        yield f"net.source has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
