@@ -47,8 +47,8 @@ class Buckets(Spec):
         for area in areas:
             if area % self.step or area > side:
                 raise UserError(
-                    f"buckets of {area} x {area} pixels: make it a multiple of data.buckets.step = {self.step} and at "
-                    f"most data.side = {side}"
+                    f"buckets of {area} x {area} pixels: make it a multiple of buckets.step = {self.step} and at most "
+                    f"side = {side}"
                 )
         return tuple(tuple(sorted(set(self._around(area)))) for area in areas)
 

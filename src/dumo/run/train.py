@@ -137,7 +137,7 @@ def go_on(
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
         with (
-            fed(run.train, shapes(run, source), source, task, here) as (batches, draws),
+            fed(run.train, shapes(source, run.train, run.data.shape), source, task, here) as (batches, draws),
             bar(f"training {folder.name}", run.train.steps) as tick,
         ):
             tick(state.step, "the first step" + ", compiled first" * (run.train.compile != "none"))
@@ -180,11 +180,13 @@ def fed(
         yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 
-def shapes(run: Run, source: Source | teacher.Coupled) -> Callable[[int], tuple[int, ...]]:
+def shapes(
+    source: Source | teacher.Coupled, train: Train, square: tuple[int, ...]
+) -> Callable[[int], tuple[int, ...]]:
     """The shape of a step's samples, by its number."""
     if isinstance(source, Bucketed):
-        return lambda step: source.shape(step, run.train.batch, run.train.seed)
-    return lambda step: run.data.shape
+        return lambda step: source.shape(step, train.batch, train.seed)
+    return lambda step: square
 
 
 def open_data(data: Data) -> Source:

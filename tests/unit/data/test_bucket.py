@@ -56,7 +56,7 @@ def test_no_image_is_enlarged_where_a_smaller_area_is_there() -> None:
     assert nearest((24, 40), groups) == (24, 40)
     assert nearest((23, 40), groups) in groups[1]
     assert nearest((8, 8), groups) == (16, 16)  # none is small enough
-    with pytest.raises(UserError, match=r"48 x 48 pixels: make it a multiple of data\.buckets\.step = 8 and at most"):
+    with pytest.raises(UserError, match=r"48 x 48 pixels: make it a multiple of buckets\.step = 8 and at most"):
         Buckets(step=8, smaller=(48,)).groups(32)
 
 
