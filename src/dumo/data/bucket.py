@@ -138,9 +138,9 @@ class Assorted:
                         self.place[i] = number[to := nearest(size, self.groups)]
                         self.cropped[i] = lost(size, to, self.crop)
                 tick(some.stop - rows.start, "")
-        if lost_ones := [i for i in rows if self.place[i] == UNREAD]:
-            what = f"{len(lost_ones)} of {len(rows)} images cannot be read and are in no bucket"
-            warnings.warn(f"{what}: {few(lost_ones, self.store.path)}", stacklevel=2)
+        if bad := [i for i in rows if self.place[i] == UNREAD]:
+            what = f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket"
+            warnings.warn(f"{what}: {few(bad, self.store.path)}", stacklevel=2)
 
     def albums(self, rows: range, memory: float = 0.0) -> dict[int, Album]:
         """The images of a stretch that was looked at, by bucket; kept decoded if all take at most `memory` bytes."""
