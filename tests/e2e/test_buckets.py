@@ -84,4 +84,6 @@ def test_what_knows_one_size_refuses_buckets(photos: Path) -> None:
     ):
         refused("train", *RECIPE, *SMALL, *sets(field), "--out", "run", named=(*named,))
     net = ("net={kind: unet, width: 8, multipliers: [1], depth: 1}", "data.images.buckets=null")
-    refused("train", *RECIPE, *sets("net=null", net[0]), "--out", "run", named=("net 'unet' is made for one size", net[1]))
+    refused(
+        "train", *RECIPE, *sets("net=null", net[0]), "--out", "run", named=("net 'unet' is made for one size", net[1])
+    )

@@ -180,9 +180,7 @@ def fed(
         yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 
-def shapes(
-    source: Source | teacher.Coupled, train: Train, square: tuple[int, ...]
-) -> Callable[[int], tuple[int, ...]]:
+def shapes(source: Source | teacher.Coupled, train: Train, square: tuple[int, ...]) -> Callable[[int], tuple[int, ...]]:
     """The shape of a step's samples, by its number."""
     if isinstance(source, Bucketed):
         return lambda step: source.shape(step, train.batch, train.seed)
