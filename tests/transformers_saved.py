@@ -56,13 +56,14 @@ def asked(name: str, model: Any, x: Tensor, c: Tensor, t: Tensor) -> Tensor:  # 
     packed = len(row.shape) == 3
     drawn = {3: rows["tokens"][c], 2: rows.get("pooled", rows["tokens"][:, 0])[c]}
     given = row.given(pack(x) if packed else x, t, lambda *shape: drawn[len(shape)])
+    given |= placed(name, given, x.shape[2] // 2, x.shape[3] // 2)
     match name:  # what a pipeline says otherwise than `tiny` does
         case "flux2":
             given["txt_ids"][..., 3] = torch.arange(tiny.L)
         case "sana-sprint":
             given["timestep"] = 1000 * model.config["timestep_scale"] * t
         case "cogview4":  # pixels
-            given["original_size"] = given["target_size"] = torch.full((len(c), 2), 8.0 * x.shape[-1])
+            given["original_size"] = given["target_size"] = 8.0 * torch.tensor([x.shape[2:]] * len(c))
         case "z-image" | "z-image-lengths":
             given["cap_feats"] = [rows["tokens"][i][rows["mask"][i] if "mask" in rows else slice(None)] for i in c]
         case _:
@@ -70,7 +71,7 @@ def asked(name: str, model: Any, x: Tensor, c: Tensor, t: Tensor) -> Tensor:  # 
     out = model(**given, return_dict=False)[0]
     if isinstance(out, list):
         out = torch.stack(out).squeeze(2)
-    out = unpack(out) if packed else out
+    out = unpack(out, x.shape[2] // 2) if packed else out
     return -out if name.startswith(("z-image", "lumina2")) else out
 
 
@@ -80,8 +81,22 @@ def pack(x: Tensor) -> Tensor:
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def unpack(y: Tensor) -> Tensor:
-    """As Flux's pipeline: the inverse, of a square."""
+def unpack(y: Tensor, rows: int) -> Tensor:
+    """As Flux's pipeline: the inverse."""
     b, n, c = y.shape
-    side = int(n**0.5)
-    return y.view(b, side, side, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * side, 2 * side)
+    return y.view(b, rows, n // rows, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * rows, -1)
+
+
+def placed(name: str, given: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
+    """What a pipeline says of where patches lie, by its own code."""
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+    from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+
+    found: dict[str, Any] = {}
+    if "img_ids" in given and name == "flux2":
+        found["img_ids"] = Flux2Pipeline._prepare_latent_ids(torch.empty(tiny.B, 1, rows, columns))
+    elif "img_ids" in given:
+        found["img_ids"] = FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
+    if "img_shapes" in given:
+        found["img_shapes"] = [[(1, rows, columns)]] * tiny.B
+    return found

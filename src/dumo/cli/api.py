@@ -6,7 +6,7 @@ Each does what the command of its name does, with Python's values instead of fla
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -30,7 +30,7 @@ from dumo.run.config.trust import trusting
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
-from dumo.run.sample import COUNT, guide_of, solver_of, turned
+from dumo.run.sample import COUNT, guide_of, size_of, solver_of, turned
 from dumo.run.train import train as train_run
 from dumo.runtime.progress import Bar, bar, no_bar, say
 from dumo.training.loop import Every
@@ -103,6 +103,7 @@ class TrainedRun:
         guidance: float | None = None,
         noise: Tensor | None = None,
         generator: Generator | None = None,
+        size: str | None = None,
         output: Output = "pt",
         bar: Bar = no_bar,
     ) -> Any:  # noqa: ANN401, what `output` says
@@ -112,6 +113,7 @@ class TrainedRun:
         trained on captions. `n` is as many as are given, else 100. `nfe` is the number of network passes, `guidance`
         the scale w, 1 for none; they, seed and solver are the run's own unless given. Sample i depends on seed, class
         and i alone. `noise` (n, *shape of the data) is what samples begin with instead, and a `generator` draws a seed.
+        `size`, "320x192", width x height, is one of the buckets that the run was trained on; None: the square.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
@@ -120,13 +122,15 @@ class TrainedRun:
         Raises UserError for anything out of range or of another type, and as `dumo.run.prompt.prompted`.
         """
         sampler, spec = self.opened.sampler, self.spec.sample
+        if size is not None:
+            sampler = replace(sampler, size=size_of(sampler.data, size))
         if output not in OUTPUTS:
             raise UserError(f"output '{output}': there is {', '.join(OUTPUTS)}")
         if generator is not None:
             if seed is not None or noise is not None:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-        c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, noise)
+        c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
         x = sampler.sample(
             c,
@@ -150,11 +154,12 @@ class TrainedRun:
         n: int | None,
         prompts: str | Sequence[str] | None,
         noise: Tensor | None,
+        shape: tuple[int, ...],
     ) -> Tensor:
         """The condition of every sample, in turn. Raises as `sample`."""
         if prompts is not None and classes is not None:
             raise UserError("prompts and classes are two ways to say what to make: give one of them")
-        conditions, shape = self.spec.conditions, self.spec.data.shape
+        conditions = self.spec.conditions
         only: list[int] | None = None
         if prompts is not None:
             only = prompted(self.opened.sampler, [prompts] if isinstance(prompts, str) else prompts).tolist()

@@ -184,6 +184,10 @@ def sample(
     prompts: Prompts = None,
     seed: Seed = None,
     solver: SolverName = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Pixels, of a run on buckets: one of them. Default: the square."),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -212,8 +216,10 @@ def sample(
 
     if sum(map(bool, (labels, prompt, prompts))) > 1:
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
-    if form in LAYOUTS and (count or not prompts):
-        raise typer.BadParameter(f"--format {form} makes 4 images of each of --prompts: give these, and no --count")
+    if form in LAYOUTS and (count or size or not prompts):
+        raise typer.BadParameter(
+            f"--format {form} makes 4 square images of each of --prompts: give these, and no --count or --size"
+        )
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         of: dict[str, Any] = {"nfe": numbers("--nfe", nfe), "seed": seed, "solver": solver}
@@ -224,7 +230,7 @@ def sample(
         else:
             texts = [one.text for one in read_prompts(prompts)] if prompts else prompt or []
             only, count = class_numbers(labels, opened.sampler.conditions), count or len(texts or range(COUNT))
-            files = export(opened, folder, form=form, count=count, only=only, prompts=texts, **of)
+            files = export(opened, folder, form=form, count=count, only=only, prompts=texts, size=size, **of)
     for file in files:
         out.print(str(file), soft_wrap=True)
 

@@ -47,17 +47,24 @@ class Album:
         memory: float,
         augment: Edm | None = None,
         numbered: bool = False,
+        only: Order | None = None,
+        hashes: Hashes | None = None,
     ) -> None:
-        """Decode all, if it takes at most `memory` bytes. `numbered`: each image is a class of its own."""
+        """Decode all, if it takes at most `memory` bytes.
+
+        `numbered`: each image is a class of its own. `only`: the numbers of those in the store that are meant; `hashes`
+        of the store, if they are there already.
+        """
         self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
-        self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+        self.hashes = hashes or Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
         self.classed = not numbered
         self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
         self.warned, self.warning = 0, Lock()  # how many of them have been warned of
-        self.places: Order | None = None  # numbers in the store, by row; None: they are the same
+        self.places = only  # numbers in the store, by row; None: they are the same
+        self.whole = self.size  # with those that cannot be read
         self.kept: Pixels | None = None
-        if len(store) * prod(frame.shape) <= memory:
+        if self.whole * prod(frame.shape) <= memory:
             self._keep()
 
     def use(self, threads: int) -> None:
@@ -133,16 +140,15 @@ class Album:
 
     def _full(self, rows: Order) -> tuple[Pixels, Order]:
         """The pixels and classes of as many rows, of the next ones where these cannot be read."""
-        places = self.numbered(rows)
         if self.kept is not None:
-            return self.kept[rows], self._classes(places)
-        pixels, bad = self._decode(places)
+            return self.kept[rows], self._classes(self.numbered(rows))
+        pixels, bad = self._decode(self.numbered(rows))
         while bad:
             self._check_any()
-            places[bad] = (places[bad] + 1) % len(self.store)
-            again, still = self._decode(places[bad])
+            rows[bad] = (rows[bad] + 1) % self.size
+            again, still = self._decode(self.numbered(rows[bad]))
             pixels[bad], bad = again, [bad[k] for k in still]
-        return pixels, self._classes(places)
+        return pixels, self._classes(self.numbered(rows))
 
     def _classes(self, places: Order) -> Order:
         if not self.classed:
@@ -151,17 +157,18 @@ class Album:
 
     def _keep(self) -> None:
         """Decode everything, once; what cannot be read is out."""
-        with late("decoding images", len(self.store)) as shown:
+        with late("decoding images", self.whole) as shown:
 
             def tick(done: int, note: str) -> None:
                 signals.check()
                 shown(done, note)
 
-            pixels, bad = self._decode(torch.arange(len(self.store)), tick)
+            places = self.numbered(torch.arange(self.whole))
+            pixels, bad = self._decode(places, tick)
         self._check_any()
         if bad:
             good = _others(len(pixels), bad)
-            pixels, self.places = pixels[good], good.nonzero().flatten()
+            pixels, self.places = pixels[good], places[good]
         self.kept = pixels
         self._tell()
 
@@ -196,8 +203,7 @@ class Album:
             data = self.store.read(place)
             into[:] = self.frame(data)
         except (OSError, ValueError) as error:
-            why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-            what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
+            what = f"{self.store.path(place)} {fault(error)}"
             if not self.skip:
                 raise UserError(f"{what}: {WAY_OUT}") from error
             self.bad[place] = what
@@ -214,17 +220,23 @@ class Album:
             names = "; ".join(self.bad[place] for place in new[:3])
             instead = "left out" if self.kept is not None else "left out, in a batch replaced by the next"
             warnings.warn(
-                f"{count} of {len(self.store)} images cannot be read and are {instead}: {names}"
+                f"{count} of {self.whole} images cannot be read and are {instead}: {names}"
                 + ("; ..." if len(new) > 3 else ""),
                 stacklevel=3,
             )
 
     def _check_any(self) -> None:
-        if len(self.bad) == len(self.store):
-            raise UserError(f"none of the {len(self.store)} images can be read; the first: {self.bad[0]}")
+        if len(self.bad) == self.whole:
+            raise UserError(f"none of the {self.whole} images can be read; the first: {self.bad[min(self.bad)]}")
 
 
 WAY_OUT = "mend or remove it, or leave such images out with data.on_bad=skip"
+
+
+def fault(error: Exception) -> str:
+    """Why an image cannot be read."""
+    why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return str(error) if isinstance(error, Unreadable) else why
 
 
 def _others(n: int, bad: list[int]) -> Bool[Tensor, " n"]:

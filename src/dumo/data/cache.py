@@ -6,6 +6,9 @@
     image      which of the images each row is of, by number, and
     sha256     the hash of that image's file, so that a cache is refused where its images are others now
 
+Of images in buckets there are, for each bucket, "x 192x320" and "flipped 192x320", with the entries of its images
+alone, and "in 192x320", which says what rows these are; "cropped" is the share of each image that was cut off.
+
 A shard is encoded in the same batches from its own first row, and its draws have a stream of their own.
 """
 
@@ -21,6 +24,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.data.album import HASH, Album
+from dumo.data.bucket import Assorted, Crops
+from dumo.data.pixel import Size
 from dumo.data.written import LINES, dump_lines, require_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
@@ -35,6 +40,7 @@ from dumo.runtime import signals
 from dumo.runtime.bound import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 
+LATENTS = ("x", "flipped")  # columns
 NAMES = "names.zlib"  # of a cache: what its images are called
 
 
@@ -44,6 +50,7 @@ class Plan(Spec):
     source: str = ""  # what it is, in words
     fingerprint: str = ""  # of the images' names and classes; what is in them, each shard says
     resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
+    sizes: tuple[Size, ...] = Field(default=(), exclude_if=not_)  # of the buckets around that side; (): all are squares
     crop: str = ""  # how the images came to be square, in words
     classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
     names: tuple[str, ...] = ()  # of the classes
@@ -54,6 +61,10 @@ class Plan(Spec):
     shard_rows: int = Field(default=1024, gt=0, le=ROWS)  # images to a shard
     seed: int = 0  # of the samples
 
+    def ending(self, size: Size) -> str:
+        """Of the names of columns of images of this size."""
+        return f" {size[0]}x{size[1]}" if self.sizes else ""
+
 
 class Contents(Plan, Index):
     """What index.json says of a cache."""
@@ -62,16 +73,12 @@ class Contents(Plan, Index):
     codec: Codec
     weights: str  # SHA-256 of the codec's
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of a row of x."""
-        return self.columns["x"].shape
-
     def summary(self) -> str:
         """What a whole cache holds, in words."""
         rows = sum(shard.rows for shard in self.shards)
         lost = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
-        return f"{rows:,} images{lost} as {self.shape} in {self.dtype}"
+        shape = f"latents of {len(self.sizes)} buckets" if self.sizes else self.columns["x"].shape
+        return f"{rows:,} images{lost} as {shape} in {self.dtype}"
 
     def binding(self) -> dict[str, Any]:
         """All but where the codec's weights lie, for their hash is there."""
@@ -101,6 +108,18 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
     return Table(folder, contents, memory)
 
 
+def crops(table: Table) -> Crops:
+    """What the buckets left of the images of a cache."""
+    contents = table.index
+    assert isinstance(contents, Contents)
+    place, cropped = list[Tensor](), list[Tensor]()
+    for number in range(len(contents.shards)):
+        columns = table.tensors(number)
+        place.append(torch.stack([columns[f"in{contents.ending(size)}"] for size in contents.sizes]).long().argmax(0))
+        cropped.append(columns["cropped"])
+    return Crops.of(contents.sizes, torch.cat(place), torch.cat(cropped))
+
+
 def differences(contents: Contents, codec: Codec) -> Iterator[str]:
     """A line per way in which a codec would have given another latent.
 
@@ -117,7 +136,7 @@ def differences(contents: Contents, codec: Codec) -> Iterator[str]:
 
 
 def encode(
-    source: Finite,
+    source: Finite | Assorted,
     codec: Opened,
     plan: Plan,
     out: Path,
@@ -208,14 +227,18 @@ def require_origin(
         )
 
 
-def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
+def contents_of(source: Finite | Assorted, codec: Opened, plan: Plan) -> Contents:
     """What index.json says before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
-    channels, height, width = codec.shape(plan.resolution)
     both = codec.codec.gaussian and plan.store == "moments"
-    x = {"dtype": plan.dtype, "shape": (channels * (1 + both), height, width)}
-    columns = {"x": x, **({"flipped": x} if plan.flips else {}), "labels": {"dtype": "int64"}}
+    columns: dict[str, dict[str, Any]] = {}
+    for size in plan.sizes or [(plan.resolution, plan.resolution)]:
+        channels, *sides = codec.codec.shape(*size)
+        x, end = {"dtype": plan.dtype, "shape": (channels * (1 + both), *sides)}, plan.ending(size)
+        columns |= {f"{name}{end}": x | ({"lengths": f"in{end}"} if end else {}) for name in LATENTS[: 1 + plan.flips]}
+        columns |= {f"in{end}": {"dtype": "uint8"}} if end else {}
+    columns |= {"labels": {"dtype": "int64"}, **({"cropped": {"dtype": "float32"}} if plan.sizes else {})}
     if hashes_of(source):
         columns |= {"image": {"dtype": "int64"}, HASH: {"dtype": "uint8", "shape": (BYTES,)}}
     of = {"codec": codec.codec.model_dump(), "weights": codec.sha256, "rows": len(source), "columns": columns}
@@ -223,22 +246,42 @@ def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
 
 
 def encoded(
-    source: Finite, codec: Opened, contents: Contents, number: int, batch: int, behind: Callable[[int], None]
+    source: Finite | Assorted,
+    codec: Opened,
+    contents: Contents,
+    number: int,
+    batch: int,
+    behind: Callable[[int], None],
 ) -> list[dict[str, Tensor]]:
     """A shard's images encoded, batch by batch; `behind` hears how many are done. Raises as `encode` does."""
     places, parts = contents.span(number), list[dict[str, Tensor]]()
     for i in places[::batch]:
         signals.check()
-        images, labels = source.rows(slice(i, min(i + batch, places.stop)))
-        if len(images):
-            images = check_images(images, labels, contents, i)
-            parts.append({"labels": labels.long(), "x": codec.encode(images).cpu()})
-            if isinstance(source, Album):
-                parts[-1] |= source.origins(range(i, min(i + batch, places.stop)))
+        rows = range(i, min(i + batch, places.stop))
+        for size, part, mine in stretches(source, rows, contents):
+            images, labels = part.rows(slice(mine.start, mine.stop))
+            if not len(images):
+                continue
+            images, end = check_images(images, labels, contents, i, size), contents.ending(size)
+            parts.append({"labels": labels.long(), f"x{end}": codec.encode(images).cpu()})
+            if isinstance(part, Album):
+                parts[-1] |= part.origins(mine)
             if contents.flips:
-                parts[-1]["flipped"] = codec.encode(images.flip(3)).cpu()
-            behind(min(i + batch, places.stop) - places.start)
+                parts[-1][f"flipped{end}"] = codec.encode(images.flip(3)).cpu()
+            if isinstance(source, Assorted):
+                parts[-1]["cropped"] = source.cropped[parts[-1]["image"]]
+        behind(rows.stop - places.start)
     return parts
+
+
+def stretches(source: Finite | Assorted, rows: range, contents: Contents) -> Iterator[tuple[Size, Finite, range]]:
+    """What has a stretch of the images, by size: a source, and which of its rows."""
+    if not isinstance(source, Assorted):
+        yield (contents.resolution, contents.resolution), source, rows
+        return
+    source.look(rows)
+    for k, album in source.albums(rows).items():
+        yield source.sizes[k], album, range(len(album))
 
 
 def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
@@ -247,23 +290,39 @@ def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, numb
     where = f"images {places.start} to {places.stop - 1}"
     if not parts:
         raise UserError(f"{where}: not one could be read")
-    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    kept = {name: whole.pop(name) for name in ("labels", "image", HASH) if name in whole}
+    whole = joined(parts, contents)
+    kept = {name: whole.pop(name) for name in [*whole] if name.partition(" ")[0] not in LATENTS}
     if contents.store == "samples":
         keyed = (contents.seed, "posterior", number)
         whole = {key: codec.codec.sample(x, *keyed, key, rows=range(len(x))) for key, x in whole.items()}
     whole = {key: x.to(getattr(torch, contents.dtype)) for key, x in whole.items()}
     if not all(bool(x.isfinite().all()) for x in whole.values()):
         raise UserError(f"{where}: the codec gives no numbers, or too large ones for {contents.dtype}: try float32")
-    return whole | kept
+    return kept | whole
 
 
-def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:
+def joined(parts: list[dict[str, Tensor]], contents: Contents) -> dict[str, Tensor]:
+    """The parts of a shard by column, images in buckets in their order in the source whatever bucket they are in."""
+    if not contents.sizes:
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    order, whole = torch.cat([part["image"] for part in parts]).argsort(), dict[str, Tensor]()
+    for name, column in contents.columns.items():
+        stem, _, end = name.partition(" ")
+        if stem in LATENTS:  # those of one bucket are in order
+            there = [part[name] for part in parts if name in part]
+            whole[name] = torch.cat(there or [torch.zeros(0, *column.shape)])
+        else:
+            found = (torch.full((len(part["image"]),), f"x {end}" in part) if end else part[name] for part in parts)
+            whole[name] = torch.cat([*found])[order].to(column.torch_dtype)
+    return whole
+
+
+def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int, size: Size) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
-    side, whole = contents.resolution, images.dtype == torch.uint8
+    whole = images.dtype == torch.uint8
     most = contents.rows if contents.captioned else max(contents.classes, 1)
-    if images.shape[1:] != (3, side, side):
-        wrong = f" are {tuple(images.shape[1:])}, planned is (3, {side}, {side})"
+    if images.shape[1:] != (3, *size):
+        wrong = f" are {tuple(images.shape[1:])}, planned is {(3, *size)}"
     elif len(odd := labels[(labels < 0) | (labels >= most)]):
         wrong = f": there is a label {int(odd[0])}, and {contents.classes} classes are planned"
     elif not whole and (far := float(images.abs().max())) > 1 + 1e-4:

@@ -9,7 +9,7 @@ are made of L classes by S templates, and H more that are held out of training,
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from dumo.encoders.caption import Captions
 from dumo.io import digest
 from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Source
+from dumo.io.source import Bucketed, Source
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")
@@ -100,7 +100,8 @@ class Files(Spec):
     """What was written of each image, next to it or in its table; of several captions one is drawn, evenly."""
 
     kind: Literal["files"] = "files"
-    name: str = "auto"  # the column or key that captions stand under, or txt: files; auto: the first of NAMES there is
+    # The columns or keys that captions stand under, by commas; txt, caption: files; auto: the first of NAMES there is.
+    name: str = "auto"
     digest: str | None = None  # of the texts in order, found when the run is made
 
     def require(self, found: Captions, where: str) -> None:
@@ -167,3 +168,10 @@ class Captioned:
         captions = self.captions
         parts = (captions.digest(), digest.of_tensor(captions.ids), digest.of_tensor(captions.ends))
         return (own := self.of.fingerprint()) and digest.short(own, *parts)
+
+
+def captioned(source: Source | Bucketed, captions: Captions) -> Captioned | Bucketed:
+    """A source of rows of captions as one of captions, in buckets or not."""
+    if isinstance(source, Bucketed):
+        return replace(source, parts=[Captioned(part, captions) for part in source.parts])
+    return Captioned(source, captions)

@@ -16,15 +16,17 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 
 from dumo.data.album import Album
 from dumo.data.augment import Edm
-from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
+from dumo.data.bucket import Assorted, Buckets, Crops
+from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
 from dumo.data.parquet import Parquet, columns
-from dumo.data.pixel import SUFFIXES, Crop, Frame
+from dumo.data.pixel import SUFFIXES, Crop, Frame, Size
 from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
-from dumo.data.written import captions_of
+from dumo.data.written import TABLES, captions_of
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes, State
 from dumo.io.read import user_path
+from dumo.io.source import Bucketed
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError
 
@@ -43,6 +45,8 @@ class Images(Spec):
     # A folder or a file; may begin with ~ and hold $NAMES of environment variables.
     root: str = Field(json_schema_extra=PLACE)
     side: int = Field(ge=1, le=PIXELS)  # pixels
+    # Sizes around the area of `side`, in which images are trained on; None: all are cut to squares of it.
+    buckets: Buckets | None = Field(default=None, exclude_if=lambda buckets: buckets is None)
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
     augment: Edm | None = None  # transform the images of a batch; the net reads how, in `net.augment` numbers
@@ -60,6 +64,16 @@ class Images(Spec):
     def shape(self) -> tuple[int, ...]:
         """Channels, height, width."""
         return (3, self.side, self.side)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The buckets; () where there are none."""
+        return self.buckets.sizes(self.side) if self.buckets else ()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all samples that are trained on."""
+        return tuple((3, *size) for size in self.sizes) or (self.shape,)
 
     @property
     def labels(self) -> int:
@@ -96,6 +110,10 @@ class Images(Spec):
 
     def _contradiction(self) -> str | None:
         """What is wrong between two fields, if anything is."""
+        _ = self.sizes  # refuses a step that does not divide the side
+        if self.buckets and (self.augment or self.crop == "none"):
+            field, way = ("augment", "null") if self.augment else ("crop", "adm")
+            return f"buckets bring images to their sizes, and {field} is of one size: set {field}={way}"
         if self.names and len(self.names) != self.labels:
             return f"names has {len(self.names)} names for classes={self.labels}: remove names"
         if self.labelled is False and self.labels:
@@ -160,21 +178,32 @@ class Images(Spec):
             tree.pop("names", None)
         return tree if self.names is not None else tree | {"classes": self.classes or None}
 
-    def open(self) -> Album | Captioned:
+    def open(self) -> Album | Bucketed | Captioned:
         """The images as a source, all decoded if they fit in `memory`, each with its class, or a caption of it.
 
         Raises UserError where there are none, the files are damaged, the classes or captions are not those expected, or
         an image cannot be read.
         """
-        return Captioned(self.rows(), self.all_captions()) if self.captions else self.originals()
+        rows = self.rows()
+        source = rows.open(self.memory * GIGABYTE) if isinstance(rows, Assorted) else rows
+        return captioned(source, self.all_captions()) if self.captions else source
 
     def originals(self) -> Album:
-        """The images with their classes, captions or not. Raises as `open`."""
+        """The images with their classes, captions and buckets or not: squares. Raises as `open`."""
         return self._album(numbered=False)
 
-    def rows(self) -> Album:
+    def rows(self) -> Album | Assorted:
         """The images, each with its row of captions (`all_captions`) in place of its class. Raises as `open`."""
-        return self._album(numbered=isinstance(self.captions, Files))
+        numbered = isinstance(self.captions, Files)
+        if not self.buckets:
+            return self._album(numbered=numbered)
+        store, skip = self._checked(), self.on_bad == "skip"
+        return Assorted(store, self.side, self.crop, self.buckets, flip=self.flip, skip=skip, numbered=numbered)
+
+    def crops(self) -> Crops | None:
+        """What the buckets leave of the images, by their headers; None without buckets. Raises as `open`."""
+        rows = self.rows() if self.buckets else None
+        return rows.crops() if isinstance(rows, Assorted) else None
 
     def all_captions(self) -> Captions:
         """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
@@ -209,13 +238,17 @@ class Images(Spec):
         """The images, with their classes where the run has some."""
         return self._store(root, self.label if self.labelled and self.labels else None)
 
-    def _album(self, *, numbered: bool) -> Album:
+    def _checked(self) -> Store:
+        """The images, with the classes that are expected."""
         root = user_path(self.root, "data.root")
         store = self._counted(root)
         if wrong := self._fault(store):
             raise UserError(f"{root} {wrong}")
+        return store
+
+    def _album(self, *, numbered: bool) -> Album:
         return Album(
-            store,
+            self._checked(),
             Frame(self.side, self.crop),
             flip=self.flip,
             augment=self.augment,
@@ -262,6 +295,8 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
         ending = os.path.splitext(file)[1]
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
             found[form][file] = state
+    if found["folder"]:  # what a table says of them is no table of images
+        found["parquet"] = {file: state for file, state in found["parquet"].items() if Path(file).name not in TABLES}
     there = [name for name, listed in found.items() if listed]
     if len(there) == 1:
         store = _store_of(root, there[0], found[there[0]], split, label)

@@ -7,6 +7,7 @@ there is the one meant, how samples are decoded, and what they are compared with
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from threading import Thread
 from typing import Literal
@@ -16,15 +17,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.album import Album
-from dumo.data.cache import Contents, open_cache, read_contents, require_origin
-from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
+from dumo.data.bucket import Assorted, Crops
+from dumo.data.cache import Contents, crops, open_cache, read_contents, require_origin
+from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.io.audit import SOON, Audit
 from dumo.io.read import user_path
-from dumo.io.source import mirrored, rows_of
+from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import Table
 from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
@@ -50,6 +52,11 @@ class Latents(Spec):
         return self.codec.shape(self.images.side)
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all latents that are trained on."""
+        return tuple(self.codec.shape(*size) for size in self.images.sizes) or (self.shape,)
+
+    @property
     def classes(self) -> int:
         """Those of the images, or their captions."""
         return self.images.classes
@@ -73,7 +80,7 @@ class Latents(Spec):
     def _fits(self) -> "Latents":
         if self.images.augment:
             raise ValueError("latents are of images as they are: set data.images.augment=null")
-        _ = self.shape  # refuses a side that the codec does not divide
+        _ = self.shape, self.shapes  # refuses a side that the codec does not divide
         return self
 
     def found(self) -> "Latents":
@@ -112,7 +119,7 @@ class Latents(Spec):
             require_origin(self.folder, album.hashes, copies=SOON, later=True)
         return album
 
-    def rows(self) -> Album:
+    def rows(self) -> Album | Assorted:
         """The images to encode, none kept decoded, each with its row of captions. Raises UserError as `originals`."""
         with below("data.images"):
             return self.images.model_copy(update={"memory": 0.0}).rows()
@@ -132,15 +139,30 @@ class Latents(Spec):
         """All captions by number; () where there are none. Raises UserError as `all_captions`."""
         return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
-    def open(self) -> "Encoded | Captioned":
+    def open(self) -> "Encoded | Bucketed | Captioned":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
+        source = Encoded(self._cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+        source = source.bucketed() if self.images.buckets else source
+        return captioned(source, self.all_captions()) if self.captions else source
+
+    def crops(self) -> Crops | None:
+        """What the buckets left of the images, or will; None without buckets. Raises as `open`."""
+        if not self.images.buckets:
+            return None
+        if read_contents(self.folder):
+            return crops(self._cache())
+        with below("data.images"):
+            return self.images.crops()
+
+    def _cache(self) -> Table:
         images, numbered = self.images, isinstance(self.captions, Files)
         try:
-            cache = open_cache(
+            return open_cache(
                 self.folder,
                 self.codec,
                 self.memory * GIGABYTE,
                 resolution=images.side,
+                sizes=images.sizes,
                 crop=images.crop,
                 classes=0 if numbered else images.labels,
                 names=images.names or None,
@@ -149,8 +171,6 @@ class Latents(Spec):
             )
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
-        encoded = Encoded(cache, self.codec, Origin(self.folder, self.images), flip=images.flip)
-        return Captioned(encoded, self.all_captions()) if self.captions else encoded
 
 
 class Origin:
@@ -201,24 +221,40 @@ class Encoded:
     def __init__(self, cache: Table, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
         self.cache, self.codec, self.flip, self.origin = cache, codec, flip, origin
         self.audit = Audit(cache.folder, cache.index.shards)
+        self.end, self.only = "", torch.arange(len(cache))  # of the columns' names; which rows of the cache are meant
+
+    def part(self, end: str) -> "Encoded":
+        """The rows of a bucket, by the end of their columns' names."""
+        part, tables = copy(self), map(self.cache.tensors, range(len(self.cache.index.shards)))
+        part.end, part.only = end, torch.cat([columns[f"in{end}"] for columns in tables]).nonzero().flatten()
+        return part
+
+    def bucketed(self) -> Bucketed:
+        """The same in its buckets."""
+        contents = self.cache.index
+        assert isinstance(contents, Contents)
+        parts = {size: part for size in contents.sizes if (part := self.part(contents.ending(size))).size}
+        shapes = [self.codec.shape(*size) for size in parts]
+        return Bucketed([*parts.values()], shapes, str(crops(self.cache)))
 
     @property
     def size(self) -> int:
         """The number of rows."""
-        return len(self.cache)
+        return len(self.only)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
         self.audit.require()
         if self.origin:
             self.origin.require()
-        places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
-        x = self.cache.take(places, "x", "flipped", mirrored(step, batch, seed, rows) if self.flip else None)
+        places, end = self.numbers(step, batch, seed, rows), self.end
+        turned = mirrored(step, batch, seed, rows) if self.flip else None
+        x = self.cache.take(places, f"x{end}", f"flipped{end}", turned)
         return self._drawn(x, seed, step, "posterior", rows=range(batch)[rows]), self.cache.take(places, "labels")
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """Their numbers in the cache."""
-        return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+        return self.only[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
 
     def fingerprint(self) -> str:
         """Of the cache."""
@@ -226,8 +262,8 @@ class Encoded:
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
-        places = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
-        x, c = (self.cache.take(places, column) for column in ("x", "labels"))
+        places = self.only[torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]]
+        x, c = (self.cache.take(places, column) for column in (f"x{self.end}", "labels"))
         return self._drawn(x, seed, "reference posterior", i, rows=range(len(x))), c
 
     def _drawn(self, x: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:

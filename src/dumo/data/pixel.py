@@ -1,4 +1,4 @@
-"""From the bytes of an image file to a square of pixels.
+"""From the bytes of an image file to a square of pixels, or an oblong.
 
 Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
 8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
@@ -15,12 +15,13 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dumo.types import UserError
 
 Crop = Literal["adm", "bicubic", "none"]
+Size = tuple[int, int]  # height and width, in pixels
 
 # What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -29,6 +30,7 @@ KNOWN = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ti
 SUFFIXES = KNOWN | {".avif", ".heic", ".heif"}
 
 
+LYING = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
 LONG = 100  # times as long as wide, at most: ours
 LARGE = 2**26  # pixels; of larger images one is loaded at a time, and of 1.8e8 pixels pillow loads none: ours
 ONE_AT_A_TIME = Lock()
@@ -50,10 +52,22 @@ class Frame:
         """Channels, height, width."""
         return (3, self.side, self.side)
 
-    def __call__(self, data: bytes) -> UInt8[Tensor, "3 side side"]:
+    def __call__(self, data: bytes) -> UInt8[Tensor, "3 h w"]:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or not of a size that fits."""
-        image = square(flat(upright(data)), self.side, self.crop)
+        image = cut(flat(upright(data)), self.shape[1:], self.crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Oblong(Frame):
+    """RGB of `side` x `width` pixels."""
+
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (3, self.side, self.width)
 
 
 def upright(data: bytes) -> Image.Image:
@@ -69,6 +83,16 @@ def short_side(data: bytes) -> int:
     """The pixels along the shorter side, by the header alone. Raises Unreadable."""
     with _opened(data) as image:
         return min(image.size)
+
+
+def size_of(data: bytes) -> Size:
+    """Height and width once it is upright, by the header alone; of a PNG, whose EXIF may stand last, by all of it.
+
+    Raises Unreadable.
+    """
+    with _opened(data) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation) in LYING
+        return image.size if lies else (image.height, image.width)
 
 
 @contextmanager
@@ -102,24 +126,31 @@ def flat(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, side: int, crop: Crop) -> Image.Image:
-    """The middle of the image, of `side` x `side` pixels.
+def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
+    """The middle of the image, of `size` pixels: height and width.
 
-    `adm`: halve by boxes while the short side is at least twice `side`, bring it to `side` bicubically, up as well as
-    down, and cut the middle out (`center_crop_arr` of guided-diffusion, Dhariwal & Nichol 2021: how the ImageNet
-    references were made). `bicubic`: the same without the halving. `none`: as it is; raises Unreadable if it does not
-    fit.
+    `adm`: halve by boxes while both sides are at least twice `size`, bring the image bicubically, up as well as down,
+    to the least that covers `size`, and cut the middle out (`center_crop_arr` of guided-diffusion, Dhariwal & Nichol
+    2021: how the ImageNet references were made). `bicubic`: the same without the halving. `none`: as it is; raises
+    Unreadable if it does not fit.
     """
+    height, width = size
     if crop == "none":
-        if image.size != (side, side):
-            raise Unreadable(f"is {image.width} x {image.height} pixels, not {side} x {side}: set data.crop=adm")
+        if image.size != (width, height):
+            raise Unreadable(f"is {image.width} x {image.height} pixels, not {width} x {height}: set data.crop=adm")
         return image
-    while crop == "adm" and min(image.size) >= 2 * side:
+    while crop == "adm" and image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    rows, columns = covering((image.height, image.width), size)
+    image = image.resize((columns, rows), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def covering(image: Size, size: Size) -> Size:
+    """The sides of an image, brought to the least size that covers `size`."""
+    scale = max(wanted / side for wanted, side in zip(size, image, strict=True))
+    return round(image[0] * scale), round(image[1] * scale)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,22 +1,25 @@
 """What was written of images, next to them, in their table or their archive.
 
-    folder   metadata.jsonl or captions.jsonl of {"file_name": "cats/1.jpg", "text": "a cat"}; or cats/1.txt
+    folder   metadata.csv, .jsonl or .parquet of file_name, cats/1.jpg, and text; or cats/1.txt or .caption
     parquet  a column of texts, or of lists of them
-    tar      0001.txt or 0001.json next to 0001.jpg
+    tar      0001.txt, .caption or .json next to 0001.jpg
 
-In a table the captions stand under the first of NAMES that there is, or under a name that is set: one text, or a list
-of several. In a file of text every line is a caption of its own. With latents they stand in captions.jsonl, a JSON
-list of texts to a line in the images' order, so that training, and encoding the texts, need no images.
+In a table the captions stand under the first of NAMES that there is, or under the names that are set, separated by
+commas: one text each, or a list of several. An image may have several rows. In a file of text every line is a caption
+of its own. With latents they stand in captions.jsonl, a JSON list of texts to a line in the images' order, so that
+training, and encoding the texts, need no images.
 """
 
+import csv
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from dumo.data.parquet import Parquet, columns
+from dumo.data.parquet import Parquet, columns, open_table, whole
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions
@@ -25,8 +28,8 @@ from dumo.types import UserError
 
 NAMES = ("text", "caption", "captions", "prompt")  # the hub's, webdataset's and ours
 LINES = "captions.jsonl"
-TABLES = ("metadata.jsonl", LINES)
-TEXT = "txt"  # in place of a name: files of text
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", LINES)
+TEXT = ("txt", "caption")  # in place of a name: files of text, by their endings. kohya's trainers write the second
 AUTO = "auto"
 NO_CAPTIONS = "no captions found"
 MEND = "mend it, or set captions.name"
@@ -82,85 +85,131 @@ def are_texts(value: object) -> bool:
 def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
     """The captions of each image of a store, in its order; () of one that has none.
 
-    `name`: the column or key that they stand under, `txt` or `auto`. Raises UserError where no image has one, or what
-    stands there is no text.
+    `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`. Raises UserError where no image has
+    one, or what stands there is no text.
     """
     if isinstance(store, Folder):
-        found = in_files(root, store, name)
-        sought = f"{' or '.join(TABLES)} with file_name, or a .txt next to each image"
+        found, there = in_files(root, store, name)
+        sought = f"{', '.join(TABLES)} with file_name, and a {' or '.join(f'.{end}' for end in TEXT)} for each image"
     elif isinstance(store, Parquet):
-        found, sought = in_tables(store, name), f"columns {', '.join(NAMES)}"
+        found, there = in_tables(store, name)
+        sought = f"columns {', '.join(NAMES)}"
     else:
         assert isinstance(store, Tar), "there is no fourth store"
-        found, sought = in_archives(store, name), ".txt or .json next to each image"
+        found, there = in_archives(store, name)
+        sought = f"{', '.join(f'.{end}' for end in TEXT)} and .json next to each image"
     if not any(text.strip() for some in found for text in some):
+        has = f" There are columns {', '.join(there)}: set captions.name to one," if there else ""
         raise UserError(
-            f"{NO_CAPTIONS} for the {len(store)} images of {root}: looked for {sought}; or leave out data.captions"
+            f"{NO_CAPTIONS} for the {len(store)} images of {root}: looked for {sought};{has} or leave out data.captions"
         )
     return found
 
 
-def in_files(root: Path, store: Folder, name: str) -> list[Texts]:
-    """Of files: by tables in the folder, else by a file of text for each."""
+def in_files(root: Path, store: Folder, name: str) -> tuple[list[Texts], Iterable[str]]:
+    """Of files: by tables in the folder, else by a file of text for each; and the tables' columns."""
     files = walk(root if root.is_dir() else root.parent)
-    tables = [file for file in files if os.path.basename(file) in TABLES and name != TEXT]
-    if tables:
-        rows = dict(chain.from_iterable(map(rows_of, tables)))
-        key = key_of(name, rows.values(), ", ".join(tables)) or ""
-        return [texts(rows[file].get(key), file) if file in rows else () for file in map(os.path.normpath, store.files)]
-    if name not in (AUTO, TEXT):
+    tables = [file for file in files if os.path.basename(file) in TABLES]
+    rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for file, row in chain.from_iterable(map(rows_of, tables if name != TEXT[0] else ())):
+        rows[file].append(row)
+    there = dict.fromkeys(chain.from_iterable(chain.from_iterable(rows.values())))
+    if rows and (keys := keys_of(name, there, ", ".join(tables))):
+        places = map(os.path.normpath, store.files)
+        return [gathered(rows.get(file, ()), keys, file) for file in places], there
+    if name not in (AUTO, *TEXT):
         raise UserError(
             f"{root} has no {' or '.join(TABLES)} that '{brief(name)}' could stand in: set captions.name=txt"
         )
-    texts_of = (f"{os.path.splitext(file)[0]}.txt" for file in store.files)
-    return [split(read_text(Path(file), MEND)) if file in files else () for file in texts_of]
+    stems, endings = (os.path.splitext(file)[0] for file in store.files), TEXT if name == AUTO else (name,)
+    texts_of = (next((file for end in endings if (file := f"{stem}.{end}") in files), None) for stem in stems)
+    return [split(read_text(Path(file), MEND)) if file else () for file in texts_of], there
 
 
-def rows_of(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    """The lines of a table of JSON, each with the file that it speaks of."""
+def rows_of(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table, each with the file that it speaks of."""
     folder = os.path.dirname(table)
+    read = {".csv": csv_rows, ".parquet": parquet_rows}.get(os.path.splitext(table)[1], json_rows)
+    for where, row in read(table):
+        if not isinstance(file := row.pop("file_name", None), str):
+            raise UserError(f"{where} has no file_name: each row says it, and its text")
+        yield os.path.normpath(os.path.join(folder, file)), row
+
+
+def json_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a table of JSON, each with its place."""
     with Path(table).open(encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            row = read_object(line, f"{table} line {number}")
-            if not isinstance(file := row.get("file_name"), str):
-                raise UserError(f"{table} line {number} has no file_name: each line says it, and its text")
-            yield os.path.normpath(os.path.join(folder, file)), row
+            if line.strip():
+                yield (where := f"{table} line {number}"), read_object(line, where)
 
 
-def in_tables(store: Parquet, name: str) -> list[Texts]:
-    """Of rows of tables."""
+def csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines below the first, which names the columns, each with its place."""
+    with Path(table).open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        reader = csv.DictReader(stream, restkey="")
+        try:
+            for row in reader:
+                where = f"{table} line {reader.line_num}"
+                if "" in row:
+                    raise UserError(f"{where} has more fields than the first line: put a text with commas into quotes")
+                yield where, row
+        except csv.Error as error:
+            raise UserError(f"{table} line {reader.line_num} is no CSV ({error}): {MEND}") from error
+
+
+def parquet_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table of parquet, each with its place."""
+    with whole(table):
+        rows = chain.from_iterable(part.to_pylist() for part in open_table(table).iter_batches(use_threads=False))
+        yield from ((f"{table} row {number}", row) for number, row in enumerate(rows))
+
+
+def in_tables(store: Parquet, name: str) -> tuple[list[Texts], Iterable[str]]:
+    """Of rows of tables; and their columns."""
     there = columns(store)
-    key = key_of(name, [dict.fromkeys(there)], store.files[0])
-    if key is None:
-        return [()] * len(store)
-    return [texts(value, f"column '{key}'") for column in store.read_column(key) for value in column.to_pylist()]
+    keys = keys_of(name, there, store.files[0])
+    found = [[value for column in store.read_column(key) for value in column.to_pylist()] for key in keys]
+    where = f"column '{', '.join(keys)}'"
+    rows = [dict(zip(keys, values, strict=True)) for values in zip(*found, strict=True)] or [{}] * len(store)
+    return [gathered([row], keys, where) for row in rows], there
 
 
-def in_archives(store: Tar, name: str) -> list[Texts]:
-    """Of members of archives: their text, else what their JSON says."""
-    suffixes = {AUTO: (TEXT, "json"), TEXT: (TEXT,)}.get(name, ("json",))
-    found = store.texts(suffixes)
+def in_archives(store: Tar, name: str) -> tuple[list[Texts], Iterable[str]]:
+    """Of members of archives: their text, else what their JSON says; and its keys."""
+    endings = TEXT if name == AUTO else (name,) if name in TEXT else ()
+    found = store.texts(endings if name == TEXT[0] else (*endings, "json"))
     rows = [
         read_object(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
         for i, members in enumerate(found)
     ]
-    key = key_of(name, rows, store.files[0]) or "" if any(rows) else ""
-    return [
-        split(members[TEXT].decode(errors="replace")) if TEXT in members else texts(row.get(key), store.path(i))
-        for i, (members, row) in enumerate(zip(found, rows, strict=True))
-    ]
-
-
-def key_of(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> str | None:
-    """The key that captions stand under; None where `auto` finds none. Raises UserError for one that is not there."""
     there = dict.fromkeys(chain.from_iterable(rows))
+    keys = keys_of(name, there, store.files[0]) if there else ()
+    of_texts = (next((members[end] for end in endings if end in members), None) for members in found)
+    listed = [
+        gathered([row], keys, store.path(i)) if text is None else split(text.decode(errors="replace"))
+        for i, (text, row) in enumerate(zip(of_texts, rows, strict=True))
+    ]
+    return listed, there
+
+
+def keys_of(name: str, there: Iterable[str], where: str) -> Texts:
+    """The keys that captions stand under; () where `auto` finds none, or files of text are meant.
+
+    Raises UserError for one that is not there.
+    """
     if name == AUTO:
-        return next((key for key in NAMES if key in there), None)
-    if name not in there:
-        raise UserError(f"{where} has no '{brief(name)}' (it has {', '.join(there)}): set captions.name")
-    return name
+        return next(((key,) for key in NAMES if key in there), ())
+    keys = () if name in TEXT and name not in there else tuple(name.split(","))
+    for key in keys:
+        if key not in there:
+            raise UserError(f"{where} has no '{brief(key)}' (it has {', '.join(there)}): set captions.name")
+    return keys
+
+
+def gathered(rows: Iterable[Mapping[str, Any]], keys: Texts, where: str) -> Texts:
+    """The captions of an image in its rows, of all keys. Raises UserError for what is no text."""
+    return tuple(text for row in rows for key in keys for text in texts(row.get(key), where))
 
 
 def texts(value: object, where: str) -> Texts:

@@ -92,11 +92,18 @@ class Scaled(Spec):
         """What it does, wherever its weights lie."""
         return self.model_dump(exclude={"weights", "sha256"})
 
-    def shape(self, side: int) -> tuple[int, int, int]:
-        """The latent of square images of `side` pixels. Raises UserError where they do not divide evenly."""
-        if side % self.factor:
-            raise UserError(f"{side} pixels do not divide by {self.factor}, as {self.about} needs: resize the images")
-        return self.channels, side // self.factor, side // self.factor
+    def shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """The latent of images of these pixels; squares, if no width is given.
+
+        Raises UserError where they do not divide evenly.
+        """
+        sides = height, height if width is None else width
+        for side in sides:
+            if side % self.factor:
+                raise UserError(
+                    f"{side} pixels do not divide by {self.factor}, as {self.about} needs: resize the images"
+                )
+        return self.channels, sides[0] // self.factor, sides[1] // self.factor
 
     def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
         """One draw per row of Gaussians, by the key and the row's number; what is no Gaussian comes back as it is."""

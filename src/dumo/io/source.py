@@ -3,7 +3,7 @@
 Which rows a step sees is endless and without state, so that a run resumes by its step number alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -139,6 +139,89 @@ class Endless:
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
         return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """Samples of several shapes, each batch of one of them: a source without state, as the others.
+
+    A part of n rows goes through them epoch after epoch, and makes a batch whenever it has the rows for one: by the end
+    of epoch e that is floor(e n / batch) batches. What is left over begins the next one, so a part of less than a batch
+    makes one every few epochs, and no row is lost. Over all parts, epoch e begins at step
+
+        S(e) = sum_k floor(e n_k / batch),
+
+    and its batches come in an order of their own, keyed by the seed.
+    """
+
+    parts: Sequence[Source]  # finite, none is empty
+    shapes: Sequence[tuple[int, ...]]  # of a sample of each part
+    about: str = ""  # in words
+
+    @property
+    def size(self) -> int:
+        """The number of rows of all parts."""
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of rows of each part."""
+        return [part.size or 0 for part in self.parts]
+
+    @property
+    def hashes(self) -> object:
+        """Of the images, which the parts share."""
+        return getattr(self.parts[0], "hashes", None)
+
+    @property
+    def origin(self) -> object:
+        """Of latents."""
+        return getattr(self.parts[0], "origin", None)
+
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """A batch of one part."""
+        k, number = self.turn(step, batch, seed)
+        return self.parts[k].batch(number, batch, self.seed(seed, k), rows)
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+        """Those of the part's rows in the data set."""
+        k, number = self.turn(step, batch, seed)
+        return self.parts[k].numbers(number, batch, self.seed(seed, k), rows)
+
+    def seed(self, seed: int, k: int) -> int:
+        """That of part k."""
+        return stream(seed, "part", k).initial_seed()
+
+    def shape(self, step: int, batch: int, seed: int) -> tuple[int, ...]:
+        """Of the samples of a step."""
+        return self.shapes[self.turn(step, batch, seed)[0]]
+
+    def turn(self, step: int, batch: int, seed: int) -> tuple[int, int]:
+        """Whose turn it is at a step, and the number of that batch among the part's own."""
+        counts = self.counts
+
+        def done(epoch: int) -> list[int]:
+            return [epoch * n // batch for n in counts]
+
+        epoch = step * batch // sum(counts)  # S(epoch) is at most step
+        while sum(done(epoch + 1)) <= step:
+            epoch += 1
+        first, last = done(epoch), done(epoch + 1)
+        order = torch.randperm(sum(last) - sum(first), generator=stream(seed, "turns", epoch))
+        place = int(order[step - sum(first)])
+        for k, (begin, end) in enumerate(zip(first, last, strict=True)):
+            if place < end - begin:
+                return k, begin + place
+            place -= end - begin
+        raise AssertionError("the places of an epoch are its parts'")
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """That of the largest part."""
+        return self.parts[self.counts.index(max(self.counts))].reference(n, seed, i)
+
+    def fingerprint(self) -> str | None:
+        """Of the data set."""
+        return self.parts[0].fingerprint()
 
 
 def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:

@@ -147,7 +147,8 @@ class Table:
     ) -> Tensor:
         """A column of these rows; where `where` is true, the column `other`, of the same shape.
 
-        Raises IndexError for a row that is not there, UserError for a damaged shard.
+        Of a column with lengths the rows must have one entry. Raises IndexError for a row that is not there, UserError
+        for a damaged shard.
         """
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
@@ -156,7 +157,8 @@ class Table:
         turned = [False] * len(rows) if where is None else where.tolist()
         for i, (row, turn) in enumerate(zip(rows.tolist(), turned, strict=True)):
             number = bisect_right(self.ends, row)
-            found[i] = self.shard(number)[names[turn]][row - self.ends[number]]  # counted from the end
+            shard, place = self.shard(number), row - self.ends[number]  # counted from the end
+            found[i] = shard[names[turn]][int(shard[kind.lengths][:place].sum()) if kind.lengths else place]
         return torch.from_numpy(found).view(kind.torch_dtype).view(-1, *kind.shape)
 
     def fingerprint(self) -> str:
@@ -175,8 +177,9 @@ class Table:
 
         @lru_cache(MAPPED if mapped else None)
         def loaded(number: int) -> dict[str, NDArray[np.uint8]]:
-            shard, tensors = self.index.shards[number], self.tensors(number)
-            found = {name: x.reshape(shard.rows, -1).view(torch.uint8).numpy() for name, x in tensors.items()}
+            tensors = self.tensors(number)
+            flat = {name: x.reshape(len(x), prod(x.shape[1:])) for name, x in tensors.items()}
+            found = {name: x.view(torch.uint8).numpy() for name, x in flat.items()}
             return found if mapped else {name: rows.copy() for name, rows in found.items()}
 
         return loaded

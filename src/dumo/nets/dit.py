@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer
-from torch import Tensor, cat, equal, nn
+from torch import Tensor, cat, device, equal, nn
 from torch.nn import functional as F
 
 from dumo.nets.block import Block, Magnitude, Preserving, Sizes, Stream, Unit, modulated, normalize, run, shorten
@@ -128,11 +128,9 @@ class Transformer(nn.Module):
         self.embed = nn.Linear(channels * spec.patch**2, width)
         self.precondition: Precondition = spec.precondition
         self.preserved, self.rotary = spec.magnitude == "preserved", spec.modern
-        if self.rotary:
-            for name, table in zip(("cos", "sin"), turns(self.grid, width // spec.attention), strict=True):
-                self.register_buffer(name, table, persistent=False)
-        else:
-            self.register_buffer("positions", grid_waves(self.grid, width))
+        self.waves = width // spec.attention if self.rotary else width  # numbers of a position
+        for name, table in zip(self.placed, self._tables(self.grid, self.grid), strict=True):
+            self.register_buffer(name, table, persistent=not self.rotary)
         self.late = spec.late
         one = tuple(name for name in needs.shared if self.late is None or name != "r")
         self.scalars = Scalars(one, width, spec.time_scale)
@@ -152,10 +150,11 @@ class Transformer(nn.Module):
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
         shared, own = self.own(**inputs)
         x, out = framed(self.precondition, x, shared["t"])
-        h: Array = self.embed(self._patches(x))
-        h = h if self.rotary else h + self.positions
+        grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
+        places = self._places(grid, x.device)
+        h: Array = self.embed(self._patches(x, grid))
+        h, places = (h, places) if self.rotary else (h + places[0], ())
         h = normalize(h, rms=True) if self.preserved else h
-        places = (self.cos, self.sin) if self.rotary else ()
         text: tuple[Array | None, ...] = ()
         vector: Array | None = None
         if self.text is not None:
@@ -169,7 +168,7 @@ class Transformer(nn.Module):
             condition = e[0] if self.late is None or i < self.late else e[-1]
             h = run(block, h, condition, *text, *places, lean=self.gradient_checkpointing)
         own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
-        heads = (out(self._image(head(h, own[k]))) for k, head in self.heads.items())
+        heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())
 
     def _times(self, shared: dict[str, Time]) -> tuple[Array, ...]:
@@ -184,15 +183,31 @@ class Transformer(nn.Module):
         if self.preserved:
             shorten(self)
 
-    def _patches(self, x: Array) -> Array:
-        """(b, ch, side, side) -> (b, tokens, ch p p)."""
-        b, ch, g, p = x.shape[0], x.shape[1], self.grid, self.patch
-        return x.reshape(b, ch, g, p, g, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    @property
+    def placed(self) -> tuple[str, ...]:
+        """The buffers that hold positions on the grid that the net was built for."""
+        return ("cos", "sin") if self.rotary else ("positions",)
 
-    def _image(self, y: Array) -> Array:
-        """(b, tokens, ch p p) -> (b, ch, side, side)."""
-        b, g, p = y.shape[0], self.grid, self.patch
-        return y.view(b, g, g, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    def _places(self, grid: tuple[int, int], at: device) -> tuple[Tensor, ...]:
+        """The positions on a grid: those that are held, or of images in buckets its own."""
+        if grid == (self.grid, self.grid):
+            return tuple(self.get_buffer(name) for name in self.placed)
+        return self._tables(*grid, at)
+
+    def _tables(self, rows: int, columns: int, at: device | None = None) -> tuple[Tensor, ...]:
+        if self.rotary:
+            return turns(rows, columns, self.waves, at)
+        return (grid_waves(rows, columns, self.waves, at),)
+
+    def _patches(self, x: Array, grid: tuple[int, int]) -> Array:
+        """(b, ch, height, width) -> (b, tokens, ch p p)."""
+        b, ch, (rows, columns), p = x.shape[0], x.shape[1], grid, self.patch
+        return x.reshape(b, ch, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def _image(self, y: Array, grid: tuple[int, int]) -> Array:
+        """(b, tokens, ch p p) -> (b, ch, height, width)."""
+        b, (rows, columns), p = y.shape[0], grid, self.patch
+        return y.view(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _initialize(self) -> None:
         """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero."""

@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from math import isqrt
 from typing import Any
 
 import torch
@@ -97,6 +98,15 @@ class Dualized(nn.Module):
     def config(self) -> Config:
         """The model's config.json."""
         return self.model.config
+
+    @property
+    def most(self) -> int | None:
+        """How many patches along an axis it has positions for; None: as many as there are."""
+        config, kind = self.config, type(self.model).__name__
+        if axes := config.get("axes_lens"):  # of text, rows and columns
+            return min(axes[1:])
+        held = config.get("pos_embed_max_size") if kind.startswith(("SD3", "AuraFlow")) else None  # CogView4 reads none
+        return isqrt(held) if held and kind.startswith("AuraFlow") else held
 
     @property
     def blocks(self) -> list[nn.Module]:

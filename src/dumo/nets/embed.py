@@ -96,26 +96,38 @@ def label_table(classes: int, width: int) -> nn.Embedding:
     return table
 
 
-def grid_waves(side: int, width: int) -> Tensor:
-    """Fixed sine and cosine positions of a side x side grid, (side^2, width), width a multiple of 4 (DiT)."""
-    quarter = torch.exp(-log(PERIOD) * torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    place = torch.arange(side, dtype=torch.float64)
-    waves = torch.cat([(a := place[:, None] * quarter).sin(), a.cos()], -1)
-    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, 0)
-    return torch.cat([column, row], -1).float()
+def grid_waves(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Fixed sine and cosine positions of a grid, (rows columns, width), width a multiple of 4 (DiT).
+
+    A grid of another shape has other places in the same waves: patches next to each other differ as they do elsewhere.
+    """
+    place, each = _count(max(rows, columns), device), _count(width // 4, device)
+    angles = place[:, None] * torch.exp(-log(PERIOD) * each / (width // 4))
+    waves = torch.cat([angles.sin(), angles.cos()], -1)
+    return _on_grid(waves, rows, columns).float()
 
 
-def turns(side: int, size: int) -> tuple[Tensor, Tensor]:
-    """Rotary positions (Su et al. 2021): cosines and sines of angles on a side x side grid, each (side^2, size / 2).
+def turns(rows: int, columns: int, size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Rotary positions (Su et al. 2021): cosines and sines of angles on a grid, each (rows columns, size / 2).
 
     Of a head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al. 2024,
     "axial"). A pair turned by a p at place p, times one turned by a q at place q, depends on p - q alone: attention
     sees how far apart two tokens are and in which direction, but not where they are.
     """
-    falling = torch.exp(-log(ROTARY_PERIOD) * torch.arange(size // 4, dtype=torch.float64) / (size // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * falling
-    grid = torch.cat([angles.repeat(side, 1), angles.repeat_interleave(side, 0)], -1)  # column, then row
+    falling = torch.exp(-log(ROTARY_PERIOD) * _count(size // 4, device) / (size // 4))
+    grid = _on_grid(_count(max(rows, columns), device)[:, None] * falling, rows, columns)
     return grid.cos().float(), grid.sin().float()
+
+
+def _count(n: int, device: torch.device | None) -> Tensor:
+    """0 ... n - 1, in float64 where the device has it."""
+    exact = device is None or device.type != "mps"
+    return torch.arange(n, dtype=torch.float64 if exact else torch.float32, device=device)
+
+
+def _on_grid(places: Tensor, rows: int, columns: int) -> Tensor:
+    """What a place has by its column, then by its row, (rows columns, 2 n), of a table (places, n)."""
+    return torch.cat([places[:columns].repeat(rows, 1), places[:rows].repeat_interleave(columns, 0)], -1)
 
 
 def turn(a: Array, cos: Array, sin: Array) -> Array:

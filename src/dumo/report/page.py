@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from dumo.data import Images
+from dumo.data import Images, Latents
 from dumo.evaluation import word
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels
@@ -24,6 +24,7 @@ from dumo.io import file, picture
 from dumo.io.picture import headed, labelled, letters
 from dumo.report.figure import charts, embed
 from dumo.run.conditions import shown as shown_data
+from dumo.run.conditions import squares
 from dumo.run.config import recipes
 from dumo.run.config.load import dump
 from dumo.run.evaluation import score
@@ -64,11 +65,12 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     for place in (opened.folder, opened.folder / "report"):
         file.check_writable(place)
         file.sweep(place)
-    sampler, folder, source = opened.sampler, opened.folder, opened.run.data.open()
+    sampler, folder, judged_by = opened.sampler, opened.folder, squares(opened.run.data)
+    source = judged_by.open()
     rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
     judged = judgement(opened.folder, opened.step, opened.weights)
     real, c = source.reference(min(POINTS, NEAR // prod(sampler.pixels[1:])), sampler.spec.seed)
-    real = opened.sampler.decode(real)
+    real = sampler.decode(real) if isinstance(judged_by, Latents) else real
 
     texts = prompt_sheet(sampler, prompts, bar)
     made = make(sampler, bar)

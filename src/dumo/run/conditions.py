@@ -21,6 +21,14 @@ def shown(data: Data) -> Digits | Images | Memory | Moons | DataSpec:
     return data.images if isinstance(data, Latents) else data
 
 
+def squares(data: Data) -> Data:
+    """The data without buckets: of latents the images, for a cache of buckets has not all of them as squares."""
+    images = shown(data)
+    if isinstance(images, Images) and images.buckets:
+        return images.model_copy(update={"buckets": None})
+    return data
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Those of a data set. Condition `count` means none."""

@@ -57,6 +57,8 @@ class Made:
         yield from (f"was damaged and is made again: {what}" for what in self.done.damaged)
         if there := self.contents:
             yield f"{self.folder}: {there.summary()}, {self.done.made} shards made now"
+            if isinstance(there, cache.Contents) and there.sizes:
+                yield f"images are in {cache.crops(table.Table(self.folder, there))}"
         else:
             yield f"{self.folder}: {self.done.made} shards made, {self.done.missing} are still to be made by others"
 
@@ -136,6 +138,7 @@ def encode(
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": album.hashes.title(),
         "resolution": images.side,
+        "sizes": images.sizes,
         "crop": images.crop,
         "classes": images.labels,
         "names": () if numbered else album.names,

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dumo.data import Data, Images, Latents, Moons
+from dumo.data.pixel import Size
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
+from dumo.io.read import brief
 from dumo.io.source import Source
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.check import check_guided
@@ -73,13 +75,32 @@ def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
 
 
 def with_options(
-    sampler: Sampler, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
+    sampler: Sampler,
+    *,
+    nfe: Sequence[int] | None = None,
+    seed: int | None = None,
+    solver: str | None = None,
+    size: str | None = None,
 ) -> Sampler:
-    """The sampler with other defaults. Raises UserError for passes or a solver out of reach."""
+    """The sampler with other defaults. Raises UserError for passes, a solver or a size out of reach."""
     chosen, passes = solver_of(sampler.spec, solver), tuple(nfe or sampler.spec.nfe)
     check(chosen, sampler.taught, *passes)
     update = {"solver": chosen, "nfe": passes, "seed": sampler.spec.seed if seed is None else seed}
-    return replace(sampler, spec=sampler.spec.model_copy(update=update))
+    return replace(sampler, spec=sampler.spec.model_copy(update=update), size=size_of(sampler.data, size))
+
+
+def size_of(data: Data, text: str | None) -> Size | None:
+    """'320x192', width and height in pixels, as one of the data's buckets; None: the square.
+
+    Raises UserError for another size than the net was trained on.
+    """
+    images = shown(data)
+    sizes = images.sizes or (images.shape[1:],) if isinstance(images, Images) else ()
+    there = {f"{width}x{height}": (height, width) for height, width in sizes}
+    if text is not None and text not in there:
+        what = f"it is {', '.join(there)}" if there else f"data '{data.kind}' have no sizes"
+        raise UserError(f"size {brief(text, 40)}, width x height, is none that the net was trained on: {what}")
+    return None if text is None else there[text]
 
 
 COUNT = 100  # samples, if no other number is asked for
@@ -98,26 +119,27 @@ def export(
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
     solver: str | None = None,
+    size: str | None = None,
     bar: Bar = no_bar,
 ) -> list[Path]:
     """Make samples and write them: a sheet, an image each, or an .npz in ADM's layout, per number of passes.
 
     Names say the solver, the passes, and whatever is not as the run has it. Returns what was written. Raises UserError,
-    before anything is, for a form, label, solver or nfe out of reach, and OSError where nothing can be.
+    before anything is, for a form, label, solver, size or nfe out of reach, and OSError where nothing can be.
     """
     files.check_writable(folder)
     files.sweep(folder)
-    sampler = opened.sampler
+    sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver, size=size)
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     dist.require_memory(count * prod(sampler.pixels) * torch.float32.itemsize, f"{count:,} samples take", way)
-    sampler = with_options(sampler, nfe=nfe, seed=seed, solver=solver)
     c = turned(prompted(sampler, prompts), count) if prompts else sampler.conditions.in_turn(count, only)
     said = said_of(opened, sampler.spec)
     said += [word("labels", only)] if only else []
     said += [word("prompts", list(prompts))] if prompts else []
+    said += [word("size", size)] if size else []
     said += [word("count", count)] if count != (len(prompts) or COUNT) else []
     written: list[Path] = []
     for n in sampler.spec.nfe:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dumo.data import Data, Latents
+from dumo.data.pixel import Size
 from dumo.encoders.codec import Opened
 from dumo.flow import generate
 from dumo.flow.guide import CFG
@@ -37,6 +38,7 @@ class Sampler:
     data: Data
     spec: Sampling
     precision: Precision  # of the net's passes; decoders stay in float32
+    size: Size | None = None  # one of the data's buckets; None: the square
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +53,14 @@ class Sampler:
     @property
     def pixels(self) -> tuple[int, ...]:
         """The shape of what is shown: a decoded image, or a sample of the net."""
-        return shown(self.data).shape
+        return (3, *self.size) if self.size else shown(self.data).shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what the net makes."""
+        if self.size is None:
+            return self.data.shape
+        return self.data.codec.shape(*self.size) if isinstance(self.data, Latents) else self.pixels
 
     @property
     def is_image(self) -> bool:
@@ -120,7 +129,7 @@ class Sampler:
             c[rows := torch.tensor(some, dtype=torch.long)],
             nfe=nfe,
             seed=self.spec.seed if seed is None else seed,
-            shape=self.data.shape,
+            shape=self.shape,
             indices=some,
             device=self.device,
             precision=self.precision,

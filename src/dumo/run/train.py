@@ -20,7 +20,7 @@ from dumo.flow.draw import Draws
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.content import hashes_of
-from dumo.io.source import Source
+from dumo.io.source import Bucketed, Source
 from dumo.nets.dualized import Dualized
 from dumo.objectives import Objective
 from dumo.run import content, deviation, encode, teacher
@@ -115,6 +115,8 @@ def go_on(
         )
     )
     tell(outlook(run, folder, data.size, state.step, here))
+    if isinstance(data, Bucketed):
+        tell(f"images are in {data.about}")
     tell(f"objective: {method(run.objective)}")
     left = (run.train.steps - state.step) * run.train.batch / dist.world()
     for line in machine.unfit(run.train, left * count(), here):
@@ -138,7 +140,7 @@ def go_on(
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
         with (
-            fed(run.train, run.data.shape, source, task, here) as (batches, draws),
+            fed(run.train, shapes(source, run.train, run.data.shape), source, task, here) as (batches, draws),
             bar(f"training {folder.name}", run.train.steps) as tick,
         ):
             tick(state.step, "the first step" + ", compiled first" * (run.train.compile != "none"))
@@ -157,9 +159,16 @@ def go_on(
 
 @contextmanager
 def fed(
-    train: Train, shape: tuple[int, ...], source: Source | teacher.Coupled, task: Task, here: torch.device
+    train: Train,
+    shape: Callable[[int], tuple[int, ...]],
+    source: Source | teacher.Coupled,
+    task: Task,
+    here: torch.device,
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
-    """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory."""
+    """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory.
+
+    `shape` is that of a step's samples.
+    """
     rows, gpu = span(pieces(train, task.objective)), here.type == "cuda"
     own = not isinstance(source, teacher.Coupled)  # a teacher's pairs bring their noise
 
@@ -168,12 +177,19 @@ def fed(
         return [pin(part) for part in parts] if gpu else parts
 
     def draw(step: int) -> Draws:
-        draws = draws_of(task, train, step, shape, z=own)
+        draws = draws_of(task, train, step, shape(step), z=own)
         return draws.pin() if gpu else draws
 
     last = train.steps
     with loop.Prefetch(read, last=last, depth=loop.BATCHES) as batches, loop.Prefetch(draw, last=last) as draws:
         yield lambda step: [to_device(part, here) for part in batches(step)], draws
+
+
+def shapes(source: Source | teacher.Coupled, train: Train, square: tuple[int, ...]) -> Callable[[int], tuple[int, ...]]:
+    """The shape of a step's samples, by its number."""
+    if isinstance(source, Bucketed):
+        return lambda step: source.shape(step, train.batch, train.seed)
+    return lambda step: square
 
 
 def open_data(data: Data) -> Source:

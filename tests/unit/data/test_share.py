@@ -16,7 +16,7 @@ from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.cache import encode, open_cache
 from dumo.data.latents import Encoded
-from dumo.io.source import rows_of
+from dumo.io.source import Bucketed, rows_of
 from dumo.io.table import Table as Rows
 from dumo.run.teacher import Coupled
 from dumo.runtime.random import stream
@@ -42,6 +42,15 @@ def album(root: Path, **fields: object) -> Album:
     return Images.model_validate({"root": str(root), "side": SIDE, "crop": "none", **fields}).found().open()
 
 
+def bucketed(root: Path, **fields: object) -> Bucketed:
+    """The same, but that every third image is an oblong."""
+    album(root)
+    for i in range(0, COUNT, 3):
+        with Image.open(file := root / f"{i % 2}" / f"{i:02}.png") as image:
+            image.resize((12, 6)).save(file)
+    return Images.model_validate({"root": str(root), "side": SIDE, "buckets": {"step": 3}, **fields}).found().open()
+
+
 def latents(root: Path) -> Encoded:
     """A cache of moments, with both flips."""
     encode(Pictures(COUNT), GAUSSIAN, PLAN, root)
@@ -53,6 +62,8 @@ SOURCES: dict[str, Callable[[Path], Batches]] = {
     "moons": lambda root: Moons(labelled=True).open(),
     "kept": lambda root: album(root, flip=True),
     "read": lambda root: album(root, flip=True, memory=0.0),
+    "buckets kept": lambda root: bucketed(root, flip=True),
+    "buckets read": lambda root: bucketed(root, flip=True, memory=0.0),
     "augmented": lambda root: album(root, labelled=False, augment=Edm()),
     "latents": latents,
     "coupled": lambda root: Coupled(x := torch.arange(COUNT)[:, None].float(), -x, torch.arange(COUNT)),

@@ -1,9 +1,11 @@
 """What is written of images is the same from every store, whatever it is called there, and refused with a reason."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -28,10 +30,24 @@ def as_lines(root: Path, told: Told, name: str = "metadata.jsonl", key: str = "t
     (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
 
 
-def as_texts(root: Path, told: Told) -> None:
+def as_csv(root: Path, told: Told) -> None:
+    """A row for each caption, and an image that has none in a row that is empty."""
+    as_folder(root)
+    rows = [(file_of(i), text, i) for i, texts in enumerate(told) for text in texts or [""]]
+    with (root / "metadata.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text", "score"), *rows])
+
+
+def as_table(root: Path, told: Told) -> None:
+    as_folder(root)
+    columns = {"file_name": [file_of(i) for i in range(COUNT)], "caption": told}
+    pq.write_table(pa.table(columns), root / "metadata.parquet")
+
+
+def as_texts(root: Path, told: Told, suffix: str = ".txt") -> None:
     as_folder(root)
     for i, texts in enumerate(told[1:], 1):
-        (root / file_of(i)).with_suffix(".txt").write_text("\n".join(texts) + "\n\n")
+        (root / file_of(i)).with_suffix(suffix).write_text("\n".join(texts) + "\n\n")
 
 
 def as_columns(root: Path, told: Told) -> None:
@@ -44,7 +60,7 @@ def as_members(root: Path, told: Told, suffix: str = "txt") -> None:
     for k, rows in enumerate((range(5), range(5, COUNT))):
         members: dict[str, bytes] = {}
         for i in rows:
-            text = "\n".join(told[i]) if suffix == "txt" else json.dumps({"caption": told[i], "width": 8})
+            text = json.dumps({"caption": told[i], "width": 8}) if suffix == "json" else "\n".join(told[i])
             members |= {f"{i:06}.{suffix}": text.encode(), f"{i:06}.png": picture(i)}
         archive(root / f"animals-{k:06}.tar", members)
 
@@ -52,9 +68,13 @@ def as_members(root: Path, told: Told, suffix: str = "txt") -> None:
 WAYS: dict[str, Callable[[Path, Told], None]] = {
     "jsonl": as_lines,
     "captions.jsonl": lambda root, told: as_lines(root, told, "captions.jsonl", "prompt"),
+    "csv": as_csv,
+    "metadata.parquet": as_table,
     "txt": as_texts,
+    "caption": lambda root, told: as_texts(root, told, ".caption"),
     "parquet": as_columns,
     "tar": as_members,
+    "tar caption": lambda root, told: as_members(root, told, "caption"),
     "tar json": lambda root, told: as_members(root, told, "json"),
 }
 
@@ -80,6 +100,24 @@ def test_a_column_by_its_name(tmp_path: Path) -> None:
     assert spec(tmp_path, **FILES).caption_texts() == tuple(short)
     named = spec(tmp_path, captions={"kind": "files", "name": "recaption"})
     assert named.caption_texts() == tuple(long)
+    both = spec(tmp_path, captions={"kind": "files", "name": "recaption,text"})
+    assert both.caption_texts() == tuple(text for pair in zip(long, short, strict=True) for text in pair)
+    assert set(both.all_captions().counts.tolist()) == {2}
+
+
+def test_a_table_or_files_of_text_as_chosen(tmp_path: Path) -> None:
+    """Of both, a table goes first, unless it says nothing of words or files are asked for by their ending."""
+    as_csv(tmp_path, TOLD)
+    (file := tmp_path / file_of(3)).with_suffix(".caption").write_text("of a file")
+    file.with_suffix(".txt").write_text("of a text")
+    chosen = [spec(tmp_path, captions={"kind": "files", "name": name}) for name in ("auto", "txt", "caption")]
+    assert [images.caption_texts() for images in chosen] == [TEXTS, ("of a text",), ("of a file",)]
+    table = tmp_path / "metadata.csv"
+    table.write_text(table.read_text("utf-8-sig").replace("text,score", "words,score", 1))
+    assert spec(tmp_path, **FILES).caption_texts() == ("of a text",)
+    file.with_suffix(".txt").unlink()
+    file.with_suffix(".caption").unlink()
+    assert "There are columns words, score: set captions.name to one" in refused(tmp_path, **FILES)
 
 
 def test_a_run_knows_its_captions_again(tmp_path: Path) -> None:
@@ -113,6 +151,15 @@ def test_what_tells_nothing_is_refused(tmp_path: Path) -> None:
         as_folder(root := tmp_path / f"jsonl{k}")
         (root / "metadata.jsonl").write_text(lines + "\n")
         assert str(root) in refused(root, **FILES)
+    tables = [
+        ("csv", "text\na\n", "line 2 has no file_name"),
+        ("csv", "file_name,text\nant/00.png,a, b\n", "line 2 has more fields than the first line"),
+        ("parquet", "no table", "is no whole parquet file"),
+    ]
+    for k, (name, text, says) in enumerate(tables):
+        as_folder(root := tmp_path / f"table{k}")
+        (root / f"metadata.{name}").write_text(text)
+        assert f"{root / f'metadata.{name}'} {says}" in refused(root, **FILES)
     as_folder(tmp_path / "none")
     assert "no captions found for the 12 images" in refused(tmp_path / "none", **FILES)
     as_parquet(tmp_path / "columns")

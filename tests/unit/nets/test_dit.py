@@ -66,15 +66,32 @@ def test_a_size_is_its_numbers() -> None:
         DiT.size("H")
 
 
-@pytest.mark.parametrize(("shape", "p"), [((2, 6, 6), 2), ((1, 6, 6), 3), ((4, 8, 8), 1), ((2, 4, 4), 4)])
+@pytest.mark.parametrize(("shape", "p"), [((2, 6, 6), 2), ((1, 6, 9), 3), ((4, 8, 6), 1), ((2, 4, 4), 4)])
 def test_tokens_are_squares_row_by_row(shape: tuple[int, ...], p: int) -> None:
-    """And go back to their places."""
-    net = TINY.model_copy(update={"patch": p}).build(V, shape, 0)
+    """And go back to their places, whatever shape the net was built for."""
+    net = TINY.model_copy(update={"patch": p}).build(V, (shape[0], 12, 12), 0)
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
-    tokens, side = net._patches(x), shape[1] // p
-    squares = [x[:, :, p * i : p * i + p, p * j : p * j + p].flatten(1) for i in range(side) for j in range(side)]
+    tokens, (rows, columns) = net._patches(x, grid := (shape[1] // p, shape[2] // p)), grid
+    squares = [x[:, :, p * i : p * i + p, p * j : p * j + p].flatten(1) for i in range(rows) for j in range(columns)]
     assert torch.equal(tokens, torch.stack(squares, 1))
-    assert torch.equal(net._image(tokens), x)
+    assert torch.equal(net._image(tokens, grid), x)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_a_patch_has_the_same_place_in_every_shape(modern: bool) -> None:
+    """By row and column: a net built for another square gives the same samples of any shape."""
+    nets = [TINY.model_copy(update={"modern": modern}).build(V, (3, side, side), 0) for side in (4, 12)]
+    randomise(nets[0])
+    mine = {name: x for name, x in nets[0].state_dict().items() if name != "positions"}
+    nets[1].load_state_dict(mine, strict=False)
+    t, c = torch.tensor([0.2, 0.7]), torch.zeros(2, dtype=torch.long)
+    for shape in ((4, 4), (12, 12), (4, 12), (12, 6)):
+        x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+        (a,), (b,) = (net(x, c, t=t) for net in nets)
+        assert a.shape == x.shape
+        assert torch.equal(a, b)
+    turned = nets[0](x.mT, c, t=t)[0].mT
+    assert not torch.allclose(turned, a, atol=1e-3)  # height is not width
 
 
 def test_attention_by_hand() -> None:
@@ -158,7 +175,7 @@ def test_turned_scores_depend_on_the_offset_alone() -> None:
     side, size = 4, 8
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(size, generator=g).expand(1, 1, side**2, size) for _ in range(2))
-    tables = turns(side, size)
+    tables = turns(side, side, size)
     scores = (turn(q, *tables) @ turn(k, *tables).mT).view(side, side, side, side)
     seen: dict[tuple[int, int], float] = {}
     for a, b, c, d in product(range(side), repeat=4):
@@ -186,9 +203,9 @@ def test_a_shuffled_picture_is_another(modern: bool) -> None:
     net = TINY.model_copy(update={"modern": modern}).build(V, (3, 4, 4), 0)
     randomise(net)
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.7])
-    shuffled = net._image(net._patches(x).flip(1))
+    shuffled = net._image(net._patches(x, (2, 2)).flip(1), (2, 2))
     (out,), (other,) = (net(y, torch.zeros(2, dtype=torch.long), t=t) for y in (x, shuffled))
-    assert not torch.allclose(net._patches(out).flip(1), net._patches(other), atol=1e-3)
+    assert not torch.allclose(net._patches(out, (2, 2)).flip(1), net._patches(other, (2, 2)), atol=1e-3)
 
 
 def test_positions_are_saved_and_not_trained_and_waves_are_neither() -> None:

@@ -5,7 +5,7 @@ from math import cos, sin
 import pytest
 import torch
 
-from dumo.nets.embed import Gauges, Scalars, grid_waves, label_table
+from dumo.nets.embed import Gauges, Scalars, grid_waves, label_table, turns
 from dumo.types import Needs
 
 
@@ -45,12 +45,14 @@ def test_embedders_and_labels_with_a_row_for_null_start_small() -> None:
 
 def test_waves_of_places() -> None:
     """Columns first, then rows; of each the sines, then the cosines (DiT)."""
-    waves = grid_waves(3, 8)
+    waves = grid_waves(3, 3, 8)
     assert waves.shape == (9, 8)
     for row in range(3):
         for column in range(3):
             by_hand = [f(n * q) for n in (column, row) for f in (sin, cos) for q in (1.0, 0.01)]
             assert waves[3 * row + column].tolist() == pytest.approx(by_hand, abs=1e-6)
+    for found, whole in zip((grid_waves(2, 3, 8), *turns(2, 3, 8)), (waves, *turns(3, 3, 8)), strict=True):
+        assert torch.equal(found, whole[:6])  # of an oblong, the first rows of the square
 
 
 def test_gauges_depend_on_the_scalars_alone() -> None:

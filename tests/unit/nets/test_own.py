@@ -67,7 +67,8 @@ def test_a_head_of_the_transformer_by_hand() -> None:
     told = model.scalars(t=times["t"]) + model.label(c) + model.own.heads["m"](**times)
     head = model.heads["m"]
     shift, scale = head.modulation(F.silu(told))[:, None].chunk(2, -1)
-    assert torch.allclose(model._image(head.out(normalize(seen[0][0]) * (1 + scale) + shift)), found)
+    made = head.out(normalize(seen[0][0]) * (1 + scale) + shift)
+    assert torch.allclose(model._image(made, (model.grid, model.grid)), found)
 
 
 def test_a_head_of_the_unet_by_hand() -> None:

@@ -88,6 +88,28 @@ def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     assert v.std() > 0.01
 
 
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_oblong_has_positions_of_its_own(folder: Saved, name: str) -> None:
+    """Those that the model's pipeline gives it, in a net that was built for squares."""
+    _, c, t = batch()
+    sides = (4, 8) if name == "auraflow" else (6, 12)  # it has no place outside of its square
+    x = torch.randn(2, SHAPE[0], *sides, generator=torch.Generator().manual_seed(5))
+    v, u = built(folder(name))(x, c, t=t)
+    assert torch.equal(v, asked(name, tiny.TINY[name].model(), x, c, t))
+    assert torch.equal(u, v)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("sd3", 8), ("auraflow", 4), ("z-image", 16), ("lumina2", 16), ("cogview4", None), ("flux", None)],
+)
+def test_a_model_knows_how_far_its_positions_reach(folder: Saved, name: str, most: int | None) -> None:
+    net, (_, c, t) = built(folder(name)), batch()
+    assert net.most == most
+    side = 2 * (most or 40)
+    assert net(torch.zeros(2, SHAPE[0], 4, side), c, t=t)[0].shape[-1] == side
+
+
 @pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan-video"])
 def test_an_image_is_a_video_of_one_frame(folder: Saved, name: str) -> None:
     x, c, t = batch()

@@ -42,7 +42,7 @@ def published(sigma: bool, channels: int = CHANNELS) -> Weights:
     shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()} | {"x_embedder.proj.bias": (w,)}
     g = stream("published")
     found = {name: torch.randn(shape, generator=g) * 0.2 for name, shape in sorted(shapes.items())}
-    return found | {"pos_embed": grid_waves(SIDE // PATCH, w)[None]}
+    return found | {"pos_embed": grid_waves(SIDE // PATCH, SIDE // PATCH, w)[None]}
 
 
 def answer(w: Weights, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def test_of_diffusers_folder_the_trunk(diffusers_dit: Path) -> None:
     run, found = run_from(diffusers_dit, kind="dit"), load_file(diffusers_dit / "diffusion_pytorch_model.safetensors")
     state = begun(run).state_dict()
     assert torch.equal(state["blocks.1.qkv.weight"][WIDTH : 2 * WIDTH], found["transformer_blocks.1.attn1.to_k.weight"])
-    assert torch.equal(state["positions"], grid_waves(SIDE // PATCH, WIDTH))
+    assert torch.equal(state["positions"], grid_waves(SIDE // PATCH, SIDE // PATCH, WIDTH))
     with pytest.raises(UserError, match=r"is a folder of DiTTransformer2DModel\. A sit is one safetensors file"):
         begun(run, kind="sit")
 

@@ -9,7 +9,7 @@ from itertools import chain
 
 from torch import nn
 
-from dumo.data import Data, Latents
+from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
@@ -29,12 +29,15 @@ from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import Guide, UserError
 
+ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
+
 
 def check(run: Tree) -> None:
     """Raise UserError for the first mismatch between parts of a run."""
     data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
     require(captions(data, net, run.evaluate))
     outline = run.outline(short=True)
+    require(buckets(data, net, outline, run.teacher))
     require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
     check_pieces(train, objective)
     require(compilation(train, objective, net, outline, data.classes), guidance(objective, data))
@@ -87,6 +90,27 @@ def validation(evaluation: Evaluation) -> Iterator[str]:
         yield "evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0"
     if evaluation.every and few is not None and few < evaluation.fewest:
         yield f"evaluate.few = {few}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or null"
+
+
+def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -> Iterator[str]:
+    """Buckets whose shapes the net does not take, or a teacher whose pairs are squares."""
+    images = shown(data)
+    if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
+        return
+    field = "data.images.buckets" if isinstance(data, Latents) else "data.buckets"
+    if net.kind not in ANY_SHAPE:
+        yield f"net '{net.kind}' is made for one size, and {field} has several: set {field}=null, or net.kind=dit"
+    if teacher and teacher.pairs:
+        yield f"teacher.pairs are squares, and {field} has other shapes: set {field}=null, or teacher.pairs=null"
+    patch: int = getattr(outline, "patch", 1)
+    if odd := [side for shape in data.shapes for side in shape[1:] if side % patch]:
+        yield (
+            f"{field}.step = {images.buckets.step} pixels makes sides of {odd[0]}, which net.patch {patch} does not "
+            f"divide: make it a multiple of {images.side * patch // data.shape[1]}"
+        )
+    most: int | None = outline.most if isinstance(outline, Dualized) else None
+    if most and (long := max(side // patch for shape in data.shapes for side in shape[1:])) > most:
+        yield f"net.source has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:

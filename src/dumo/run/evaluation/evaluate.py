@@ -26,7 +26,7 @@ from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
-from dumo.run.conditions import Conditions, shown
+from dumo.run.conditions import Conditions, shown, squares
 from dumo.run.config.tree import Evaluation, Sampling
 from dumo.run.encode import captions as texts
 from dumo.run.evaluation.card import FILE, Row, card, contrast_solver, read_report, settings, state
@@ -115,7 +115,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
                 seed=evaluation.seed,
                 device=sampler.device,
                 tick=tick,
-                captions=lambda: (shown(data).open(), conditions(data, evaluation), texts(data)),
+                captions=lambda: (squares(shown(data)).open(), conditions(data, evaluation), texts(data)),
             )
         )
 

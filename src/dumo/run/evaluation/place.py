@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.image import GIGABYTE, find
-from dumo.data.pixel import Frame, Unreadable, flat, upright
+from dumo.data.pixel import Oblong, Unreadable, flat, upright
 from dumo.data.store import Labels, Store
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.reference import PIECE
@@ -34,16 +34,10 @@ SKIPPING = ", or leave such images out with data.on_bad=skip"  # of images that 
 
 
 @dataclass(frozen=True)
-class Same(Frame):
+class Same(Oblong):
     """RGB at the size of the first image, `width` x `side`."""
 
-    width: int
     first: str
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        return (3, self.side, self.width)
 
     def __call__(self, data: bytes) -> Tensor:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or one of another size."""

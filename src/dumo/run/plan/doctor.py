@@ -199,6 +199,6 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     test = Finding("self-test", "failing" if way else "ok", text, way)
     weights = findings.of_weights(run.net, run.data, lambda net: run.model_copy(update={"net": net}).build(here))
     texts = findings.of_texts(run.net, run.data, run.train.seed)
-    found = [*look(here), *weights, *findings.of_captions(run.data), *texts, test]
+    found = [*look(here), *weights, *findings.of_captions(run.data), *findings.of_buckets(run.data), *texts, test]
     ok = all(finding.state != "failing" for finding in found)
     return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}

@@ -69,6 +69,17 @@ def of_captions(data: Data) -> list[Finding]:
     return [judged("captions", text, way)]
 
 
+def of_buckets(data: Data) -> list[Finding]:
+    """What buckets cut off the images; nothing of data without them."""
+    if not isinstance(data, Images | Latents):
+        return []
+    try:
+        found = data.crops()
+    except UserError as error:
+        return [Finding("buckets", "warning", "the images are not there", str(error))]
+    return [Finding("buckets", "ok", str(found))] if found else []
+
+
 def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     """How well a table of texts separates captions; nothing of nets that read none."""
     texts = net.texts

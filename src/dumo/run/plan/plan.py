@@ -84,6 +84,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
         "validation": validation(spec, net),
+        "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "missing_data": missing,
     }
@@ -202,6 +203,9 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
     way = facts["slope"]
     yield "one step", f"{facts['forward_units_per_step']:.2f} F" + (f"; slope dual, {way['text']}" if way else "")
+    if sizes := facts["buckets"]:
+        each = ", ".join(f"{width} x {height}" for height, width in sizes)
+        yield "buckets", f"{each}; all else is counted for the square; dumo doctor says what they cut off"
     epochs = f", {number(facts['epochs'])} epochs" if facts["epochs"] else ""
     yield "in all", f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images{epochs}"
     parts = ", ".join(f"{name} {memory[name] / GB:.2f}" for name in memory if name not in ("rows", "total"))

@@ -1,0 +1,187 @@
+"""Buckets: sizes of about one area, so that images of any aspect ratio lose little (NovelAI 2022; SDXL, App. I).
+
+An image goes to the bucket of the nearest ratio, is brought to the least size that covers it, and the overhang is cut
+off, half on each side. Of ratio a in a bucket of ratio b it loses the share 1 - min(a / b, b / a), so the nearest ratio
+is the least loss. Batches are of one bucket each (`dumo.io.source.Bucketed`).
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dumo.data.album import THREADS, WAY_OUT, Album, fault
+from dumo.data.pixel import LONG, Crop, Oblong, Size, covering, size_of
+from dumo.data.store import Store
+from dumo.io.content import Hashes, few
+from dumo.io.source import Bucketed
+from dumo.runtime import signals
+from dumo.runtime.bound import PIXELS
+from dumo.runtime.progress import late
+from dumo.types import Spec, UserError
+
+UNREAD = -1  # the bucket of an image that was not looked at, or cannot be read
+PIECE = 256  # images whose sizes are read between two looks at signals: ours
+Pixels = Annotated[int, Field(ge=1, le=PIXELS)]
+
+
+class Buckets(Spec):
+    """Sizes around an area of side x side pixels."""
+
+    step: Pixels = 64  # pixels: sides are multiples of it (SDXL)
+    ratio: float = Field(default=2.0, ge=1, le=LONG)  # of the longer side to the shorter, at most
+    smaller: tuple[Pixels, ...] = ()  # sides of further areas, for images that `side` would enlarge
+
+    def groups(self, side: int) -> tuple[tuple[Size, ...], ...]:
+        """The sizes of each area, the largest area first: for each shorter side the longest that fits into the area.
+
+        Raises UserError where a side is no multiple of the step, for the square would be no bucket.
+        """
+        areas = sorted({side, *self.smaller}, reverse=True)
+        for area in areas:
+            if area % self.step or area > side:
+                raise UserError(
+                    f"buckets of {area} x {area} pixels: make it a multiple of buckets.step = {self.step} and at most "
+                    f"side = {side}"
+                )
+        return tuple(tuple(sorted(set(self._around(area)))) for area in areas)
+
+    def sizes(self, side: int) -> tuple[Size, ...]:
+        """All of them. Raises as `groups`."""
+        return tuple(dict.fromkeys(size for group in self.groups(side) for size in group))
+
+    def _around(self, side: int) -> Iterator[Size]:
+        for short in range(self.step, side + 1, self.step):
+            long = side * side // short // self.step * self.step
+            if long <= self.ratio * short:
+                yield from ((short, long), (long, short))
+
+
+def lost(image: Size, size: Size, crop: Crop = "adm") -> float:
+    """The share of an image that is cut off where it is brought to `size`."""
+    while crop == "adm" and all(side >= 2 * wanted for side, wanted in zip(image, size, strict=True)):
+        image = image[0] // 2, image[1] // 2  # as `cut`
+    return 1 - prod(size) / prod(covering(image, size))
+
+
+def nearest(image: Size, groups: Sequence[Sequence[Size]]) -> Size:
+    """The size that an image goes to: of the nearest ratio, in the largest area that does not enlarge the image."""
+    best = [min(group, key=lambda size: _apart(image, size)) for group in groups]
+    return next((size for size in best if size[0] <= image[0] and size[1] <= image[1]), best[-1])
+
+
+def _apart(image: Size, size: Size) -> float:
+    """By what factor two aspect ratios differ."""
+    a, b = image[0] * size[1], image[1] * size[0]
+    return max(a, b) / min(a, b)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What buckets leave of images."""
+
+    buckets: int  # those there are
+    counts: dict[Size, int]  # the images of each that has some
+    mean: float  # the share of an image that is cut off
+    most: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[Size], places: Tensor, cropped: Tensor) -> "Crops":
+        """Of images (n,) in the buckets `places`, which lose the shares `cropped`."""
+        counts = places.bincount(minlength=len(sizes)).tolist()
+        mean, most = (cropped.double().mean().item(), cropped.max().item()) if len(cropped) else (0.0, 0.0)
+        return cls(len(sizes), {size: n for size, n in zip(sizes, counts, strict=True) if n}, mean, most)
+
+    def __str__(self) -> str:
+        """In words."""
+        each = ", ".join(f"{width} x {height}: {n:,}" for (height, width), n in self.counts.items())
+        share = f"cut off are {self.mean:.1%} of an image on average, {self.most:.1%} at most"
+        return f"{len(self.counts)} of {self.buckets} buckets ({each}); {share}"
+
+
+class Assorted:
+    """Images of a store in their buckets: to be gone through by stretches, or opened as a source."""
+
+    def __init__(
+        self, store: Store, side: int, crop: Crop, buckets: Buckets, *, flip: bool, skip: bool, numbered: bool
+    ) -> None:
+        """Reads nothing yet. `skip`: an image that cannot be read is in no bucket."""
+        self.store, self.flip, self.skip, self.numbered = store, flip, skip, numbered
+        self.crop: Crop = crop
+        self.groups, self.sizes = buckets.groups(side), buckets.sizes(side)
+        self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+        self.names = store.labels.names if store.labels else ()
+        self.place = torch.full((len(store),), UNREAD)  # the bucket of each image
+        self.cropped = torch.zeros(len(store))  # the share of each that is cut off
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def look(self, rows: range) -> None:
+        """Find the buckets of a stretch of the images, by their headers.
+
+        Raises UserError for one that cannot be read, if none is skipped.
+        """
+        number = {size: k for k, size in enumerate(self.sizes)}
+        with ThreadPoolExecutor(THREADS, "sizes") as pool, late("reading the sizes of images", len(rows)) as tick:
+            for first in range(rows.start, rows.stop, PIECE):
+                signals.check()
+                some = range(first, min(first + PIECE, rows.stop))
+                for i, size in zip(some, pool.map(self._size, some), strict=True):
+                    if size:
+                        self.place[i] = number[to := nearest(size, self.groups)]
+                        self.cropped[i] = lost(size, to, self.crop)
+                tick(some.stop - rows.start, "")
+        if bad := [i for i in rows if self.place[i] == UNREAD]:
+            what = f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket"
+            warnings.warn(f"{what}: {few(bad, self.store.path)}", stacklevel=2)
+
+    def albums(self, rows: range, memory: float = 0.0) -> dict[int, Album]:
+        """The images of a stretch that was looked at, by bucket; kept decoded if all take at most `memory` bytes."""
+        places = self.place[rows.start : rows.stop]
+        whole = sum(3 * prod(self.sizes[k]) for k in places.tolist() if k != UNREAD)
+        return {
+            k: Album(
+                self.store,
+                Oblong(self.sizes[k][0], self.crop, self.sizes[k][1]),
+                flip=self.flip,
+                skip=self.skip,
+                memory=memory if whole <= memory else 0.0,
+                numbered=self.numbered,
+                only=(places == k).nonzero().flatten() + rows.start,
+                hashes=self.hashes,
+            )
+            for k in places.unique().tolist()
+            if k != UNREAD
+        }
+
+    def crops(self) -> Crops:
+        """What the buckets leave of all images. Raises as `look`."""
+        self.look(range(len(self)))
+        there = self.place != UNREAD
+        return Crops.of(self.sizes, self.place[there], self.cropped[there])
+
+    def open(self, memory: float) -> Bucketed:
+        """All images, to train on. Raises UserError as `look`, or where there are none."""
+        crops = self.crops()
+        parts = self.albums(range(len(self)), memory)
+        if not parts:
+            raise UserError(f"none of the {len(self)} images can be read; the first: {self.store.path(0)}")
+        return Bucketed([*parts.values()], [(3, *self.sizes[k]) for k in parts], str(crops))
+
+    def _size(self, i: int) -> Size | None:
+        try:
+            data = self.store.read(i)
+            size = size_of(data)
+        except (OSError, ValueError) as error:
+            if self.skip:
+                return None
+            raise UserError(f"{self.store.path(i)} {fault(error)}: {WAY_OUT}") from error
+        self.hashes.see(i, data)
+        return size
