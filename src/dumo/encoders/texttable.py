@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
+from dumo.encoders.prompt import PromptReader, Prompts
 from dumo.encoders.text import Embeddings, Encoder, EncoderModel
 from dumo.encoders.tokens import Cutter, Tokenizer
 from dumo.io import digest, table
@@ -33,7 +34,7 @@ from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
 LARGEST = 2**34  # bytes of captions.jsonl; ours
-Reader = Annotated[Encoder | Tokenizer, Field(discriminator="kind")]
+Reader = Annotated[Encoder | Prompts | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
@@ -47,11 +48,11 @@ class Contents(Index):
 
     @classmethod
     def of(
-        cls, captions: Sequence[str], encoder: Encoder | Tokenizer, read: EncoderModel | Cutter, shard_rows: int
+        cls, captions: Sequence[str], encoder: Reader, read: EncoderModel | PromptReader | Cutter, shard_rows: int
     ) -> "Contents":
         """The contents before any shard is made."""
         one = embeddings(read, [""])
-        dtype = encoder.dtype if isinstance(encoder, Encoder) else "int32"
+        dtype = "int32" if isinstance(encoder, Tokenizer) else encoder.dtype
         columns = {
             "tokens": Column(dtype=dtype, shape=tuple(one.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
@@ -63,7 +64,7 @@ class Contents(Index):
             rows=len(captions) + 1,
             shard_rows=shard_rows,
             encoder=encoder,
-            model=encoder.model_type() if isinstance(encoder, Encoder) else "tokens",
+            model="tokens" if isinstance(encoder, Tokenizer) else encoder.model_type(),
             sha256=read.sha256,
             digest=digest.short(*captions),
         )
@@ -93,7 +94,8 @@ class Contents(Index):
         width = f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
         pooled = f", and {self.pooled} of the whole text" if self.pooled else ""
         texts = f"{self.captions:,} captions and the empty one by {self.model}"
-        return f"{texts}, up to {self.encoder.length} {width}{pooled}"
+        most = "" if isinstance(self.encoder, Prompts) else f"up to {self.encoder.length} "
+        return f"{texts}, {most}{width}{pooled}"
 
     def binding(self) -> dict[str, Any]:
         """All but the encoder's folder, for its hash is there."""
@@ -132,7 +134,7 @@ class Table:
         if rows is None:
             table.require(self.folder, self.contents, deep=True)
         at = range(len(self)) if rows is None else rows
-        contents, longest = self.contents, self.contents.encoder.length
+        contents, longest = self.contents, self.longest
         tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
         lengths = torch.empty(len(at), dtype=torch.long)
@@ -146,6 +148,18 @@ class Table:
                 pooled[i] = shard["pooled"][inside]
         tokens = tokens if contents.width else tokens.long()
         return tokens, torch.arange(longest) < lengths[:, None], pooled
+
+    @cached_property
+    def longest(self) -> int:
+        """The tokens of a row, with padding: the most that an encoder gives, or the most that a pipeline gave."""
+        if not isinstance(self.contents.encoder, Prompts):
+            return self.contents.encoder.length
+        return max(self.lengths)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens of each row, without padding."""
+        return tuple(n for i in range(self.contents.count) for n in self._shard(i)[0]["lengths"].tolist())
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
@@ -223,7 +237,7 @@ def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
 
 def encode(
     captions: Sequence[str],
-    encoder: Encoder | Tokenizer,
+    encoder: Reader,
     out: Path,
     *,
     shard_rows: int = 1024,
@@ -259,9 +273,9 @@ def encode(
     return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
 
 
-def embeddings(read: EncoderModel | Cutter, texts: Sequence[str]) -> Embeddings:
+def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str]) -> Embeddings:
     """The embeddings of texts, padded; ids where there is no encoder."""
-    if isinstance(read, EncoderModel):
+    if not isinstance(read, Cutter):
         return read(texts)
     ids, mask = read(texts, whole=False)
     return Embeddings(ids, mask, None)

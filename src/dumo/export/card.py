@@ -22,7 +22,7 @@ from dumo.runtime import version
 from dumo.runtime.progress import inline
 from dumo.types import UserError
 
-PROMPT = '"a red fox in the snow"'
+PROMPT = "a red fox in the snow"
 CODED = "codes.safetensors"
 PASSES = {1: "one pass", 2: "two"}
 
@@ -86,7 +86,7 @@ def of_tuned(
         exported=exported,
         stock=stock,
         codes=codes,
-        calls=calls(exported, stock, class_words(exported, stock) if codes else [PROMPT]),
+        calls=calls(exported, stock, words_of(exported, stock)),
         guided=sampler.spec.guide.scale != 1 and stock.off is not None,
         scheduler=scheduler[1],
         own=scheduler == OWN,
@@ -110,13 +110,15 @@ def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str,
     return found
 
 
-def class_words(exported: Exported, stock: Stock) -> list[str]:
-    """The words that ask for an image of a class."""
-    data = exported.sampler.data
+def words_of(exported: Exported, stock: Stock) -> list[str]:
+    """The words that ask for an image of a prompt, or of a class, at the size that the run has."""
+    sampler = exported.sampler
+    data, guided = sampler.data, sampler.spec.guide.scale != 1 and stock.off is not None
     pixels = data.codec.factor if isinstance(data, Latents) else stock.side
     height, width = (pixels * n for n in data.shape[1:])
+    asks = ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
     alone = [] if exported.source else ['output_type="latent"']
-    return ["**embeds", f"height={height}", f"width={width}", *stock.more, *alone]
+    return [*asks, f"height={height}", f"width={width}", *stock.more, *alone]
 
 
 def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) -> str:

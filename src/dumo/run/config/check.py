@@ -19,7 +19,7 @@ from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
-from dumo.nets.table import TextTable
+from dumo.nets.table import Embedded
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
@@ -59,11 +59,17 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
     """Captions without texts, texts without captions, and captions that are judged by and do not exist."""
     texts, given = net.texts, Conditions(data).captions
     where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
-    of_classes = texts and texts.kind == "file" and data.classes  # a file may have a row per class
-    if bool(given) != bool(texts) and not of_classes:
+    reads = texts is not None and texts.kind != "codes"
+    if reads and not given and texts.kind == "pipeline":
+        yield (
+            f"net.texts reads captions, and data '{data.kind}' have none. Give them, --set {where}.kind=files; or make "
+            f"them of the classes' names, --set '{where}={{kind: templates, templates: [a photo of a {{}}]}}'; or take "
+            "random codes for the classes, --set net.texts.kind=codes, and the model reads no prompt"
+        )
+    elif bool(given) != reads:
         yield (
             f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
-            f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if texts else 'none'}"
+            f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if reads else 'none'}"
         )
     if evaluation.protocol.kind == "clip-score" and not given:
         yield (
@@ -162,7 +168,7 @@ def compilation(train: Train, objective: Objective, net: Net, outline: nn.Module
             f"train.compile = {train.compile}: torch cannot compile the blocks of this net.source where slope "
             "'dual' rides along: set train.compile=none"
         )
-    if train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(classes):
+    if train.compile == "loss" and isinstance(texts, Embedded) and texts.mapped(classes):
         yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"

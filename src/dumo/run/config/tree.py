@@ -1,13 +1,15 @@
 """The parts of a run, as one tree of specs; `dumo.run.config.check` sees whether they fit together."""
 
+from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 from torch import nn
 
 from dumo.data import Data, Digits, Images, Memory, Moons
+from dumo.encoders.pipeline import Pipeline, handed
 from dumo.evaluation import MetricProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
@@ -55,6 +57,8 @@ class Tree(Spec):
     """All parts of a run."""
 
     about: str = Field(json_schema_extra=FREE)  # one line
+    # A folder of diffusers: the model that is tuned, and codecs and texts of kind pipeline, are of it.
+    pipeline: Pipeline | None = None
     data: Data
     net: Net
     objective: Objective
@@ -66,6 +70,16 @@ class Tree(Spec):
     evaluate: Evaluation = Field(json_schema_extra=FREE)
     # Fields that `dumo.run.config.resolve` filled, by dotted path.
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
+
+    @model_validator(mode="after")
+    def _hand(self) -> "Tree":
+        for name in ("data", "net"):
+            object.__setattr__(self, name, handed(getattr(self, name), self.pipeline))
+        return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's; the parts that read the pipeline read that of the copy."""
+        return super().model_copy(update=update, deep=deep)._hand()
 
     def __repr__(self) -> str:
         """One line; `dumo show` prints all of it."""

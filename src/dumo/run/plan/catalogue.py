@@ -15,7 +15,7 @@ from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import STANDARDS, TRAIN
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
-from dumo.nets.pretrained import PUBLISHED, read_config
+from dumo.encoders.pipeline import PUBLISHED, published
 from dumo.run.config import recipes
 from dumo.run.config.error import require_known
 from dumo.run.config.source import read
@@ -27,7 +27,7 @@ TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"
 SD_VAE, DC_AE = SdVae().weights, DcAe().weights
-MODELS = [config["_name_or_path"] for _, config in map(read_config, PUBLISHED)]  # names on the hub
+MODELS = [config["_name_or_path"] for config in map(published, PUBLISHED)]  # names on the hub
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dumo.data.caption import Templates
 from dumo.encoders.texttable import Table
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.table import TextTable
+from dumo.nets.table import Embedded
 from dumo.nets.text import Drawn, or_drawn
 from dumo.run.conditions import Conditions
 from dumo.run.plan.machine import Finding, judged
@@ -72,7 +72,7 @@ def of_captions(data: Data) -> list[Finding]:
 def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     """How well a table of texts separates captions; nothing of nets that read none."""
     texts = net.texts
-    if not isinstance(texts, TextTable):
+    if not isinstance(texts, Embedded):
         return []
     if isinstance(or_drawn(texts), Drawn):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
