@@ -41,9 +41,7 @@ def tokens(length: int = 512, *, begin: bool = False, end: bool = True) -> Any: 
     whole.decoder = decoders.ByteLevel()
     if begin or end:
         single = " ".join(["<bos>"] * begin + ["$A"] + ["<eos>"] * end)
-        whole.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[("<bos>", 1), ("<eos>", 3)]
-        )
+        whole.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 3)])
     return PreTrainedTokenizerFast(
         tokenizer_object=whole, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         model_max_length=length, chat_template=CHAT, padding_side="right",
@@ -208,7 +206,8 @@ PIPELINES: dict[str, Complete] = {
     ),
     "Z-Image": Complete(
         "ZImagePipeline", "z-image",
-        {"text_encoder": language("Qwen3"), "tokenizer": lambda: tokens(end=False)}, {},
+        {"text_encoder": language("Qwen3"), "tokenizer": lambda: tokens(end=False)},
+        {"axes_lens": [1024, 16, 16]},
     ),
     "Lumina2": Complete(
         "Lumina2Pipeline", "lumina2",

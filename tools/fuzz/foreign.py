@@ -29,14 +29,14 @@ import torch
 import encoders
 from dumo.data import Latents
 from dumo.encoders import clip
-from dumo.encoders.autoencoder import DcAe, Model, QwenVae, SdVae
+from dumo.encoders.autoencoder import DcAe, Model, PipelineVae, SdVae
 from dumo.encoders.text import Encoder
 from dumo.export import write
-from dumo.nets import Pretrained
 from dumo.objectives import DuMo
 from dumo.run.config.load import load
 from fuzz.judge import wrong
 from fuzz.mutation import paths
+from transformers_saved import of
 from transformers_tiny import TINY
 
 MANY = 60  # values in a list or an object, of which some are tried
@@ -59,7 +59,10 @@ VAES: dict[str, tuple[type[Model], dict[str, Any]]] = {
             **{f"{half}_block_types": "ResBlock" for half in ("encoder", "decoder")},
         },
     ),
-    "AutoencoderKLQwenImage": (QwenVae, {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}),
+    "AutoencoderKLQwenImage": (
+        PipelineVae,
+        {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    ),
 }
 
 
@@ -99,7 +102,7 @@ def build(name: str, folder: Path, device: str = "cpu") -> None:
     with torch.device(device):
         for guidance in (None, 3.5):
             try:
-                Pretrained(source=str(folder), lowpass=None, guidance=guidance).build(DuMo().needs, (4, 8, 8), 2)
+                of(folder, lowpass=None, guidance=guidance).build(DuMo().needs, (4, 8, 8), 2)
             except ValueError as error:
                 if "guidance" not in str(error):
                     raise
@@ -131,7 +134,10 @@ def vae(name: str, folder: Path) -> None:
 
 def codec(name: str, folder: Path) -> None:
     """It, opened."""
-    VAES[name][0](weights=str(folder)).open()
+    if name == "AutoencoderKLQwenImage":
+        PipelineVae().within(Pipeline(source=str(folder.parent))).open()
+    else:
+        VAES[name][0](weights=str(folder)).open()
 
 
 def pipeline(folder: Path) -> None:

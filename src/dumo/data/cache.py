@@ -107,7 +107,9 @@ def differences(contents: Contents, codec: Codec) -> Iterator[str]:
     Weights are the same if they have the same SHA-256, of a run that has begun or of a file that is here; else the same
     name.
     """
-    here, there = ({k: v for k, v in one.items() if k not in ("weights", "sha256")} for one in (contents.codec, codec.facts()))
+    here, there = (
+        {k: v for k, v in one.items() if k not in ("weights", "sha256")} for one in (contents.codec, codec.facts())
+    )
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"

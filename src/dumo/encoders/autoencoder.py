@@ -7,7 +7,7 @@ of such a model on the Hugging Face hub, owner/model or owner/model/folder, from
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -46,11 +46,10 @@ class SdVae(Model):
     """
 
     kind: Literal["sd-vae"] = "sd-vae"
+    variant: Literal["sd"] = "sd"
     name: ClassVar[str] = "AutoencoderKL"
     gaussian: ClassVar[bool] = True
-    variants: ClassVar[Mapping[str, Published]] = {
-        "": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215)
-    }
+    variants: ClassVar[Mapping[str, Published]] = {"sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215)}
 
 
 class DcAe(Model):
@@ -69,6 +68,9 @@ class DcAe(Model):
     }
 
 
+V = TypeVar("V", bound="PipelineVae")
+
+
 class PipelineVae(Reading, Model):
     """The autoencoder of the run's pipeline, with the shift and scale that its config says."""
 
@@ -77,7 +79,7 @@ class PipelineVae(Reading, Model):
     sha256: str | None = Field(default=None, exclude=True, json_schema_extra=FREE)
     variants: ClassVar[Mapping[str, Published]] = {}
 
-    def within(self, pipeline: Pipeline | None) -> Self:
+    def within(self: V, pipeline: Pipeline | None) -> V:
         """As `Reading.within`, with the place and the hash of the weights."""
         found = super().within(pipeline)
         facts = (pipeline.facts or {}) if pipeline else {}
@@ -94,7 +96,9 @@ class PipelineVae(Reading, Model):
         """Its class. Raises UserError for one that is none of KINDS."""
         if (name := str(self.config.get("_class_name"))) not in KINDS:
             known = ", ".join(KINDS)
-            raise UserError(f"{pipelines.FIELD}: {self.weights} is a {name}, which dumo does not decode with: take one of {known}")
+            raise UserError(
+                f"{pipelines.FIELD}: {self.weights} is a {name}, which dumo does not decode with: take one of {known}"
+            )
         return name
 
     @property

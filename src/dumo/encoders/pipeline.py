@@ -1,8 +1,8 @@
 """A pipeline of diffusers in a folder: what its model_index.json and the configs of its parts say.
 
 A run names one folder, and takes everything from there: the model that it tunes, the autoencoder with its numbers, the
-text encoders, the scheduler. `Pipeline.found` pins each part by a hash when the run begins, so a run never decodes, reads
-prompts or is exported with the parts of another.
+text encoders, the scheduler. `Pipeline.found` pins each part by a hash when the run begins, so a run never decodes,
+reads prompts or is exported with the parts of another.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
@@ -22,6 +22,7 @@ from dumo.io.yaml import parse
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
 S = TypeVar("S", bound=Spec)
+R = TypeVar("R", bound="Reading")
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -57,7 +58,7 @@ class Pipeline(Spec):
 
     @property
     def folder(self) -> Path:
-        """Where it is. Raises UserError for a published name, whose folder is to be fetched, and where there is none."""
+        """Where it is. Raises UserError for a published name, whose folder is to be fetched, and where none is."""
         if self.known:
             raise UserError(
                 f"{FIELD}: {self.source} is known without its weights. Fetch them, {self.fetch()}, and set {FIELD}=DIR"
@@ -69,7 +70,7 @@ class Pipeline(Spec):
 
     @property
     def index(self) -> dict[str, Any]:
-        """What model_index.json says; {} for a transformer alone. Raises UserError where the folder is no pipeline's."""
+        """What model_index.json says; {} for a transformer alone. Raises UserError as `folder`."""
         if self.known:
             return published(self.source)
         file = self.folder / INDEX
@@ -82,26 +83,29 @@ class Pipeline(Spec):
 
     def place(self, part: str) -> Path:
         """The folder of a part. Raises UserError, with the command that brings it, where it is missing."""
-        folder, file = self.folder, SCHEDULER if part == "scheduler" else CONFIG
-        alone = [folder] if part == TRANSFORMER else []  # as diffusers saves a model
-        found = next((place for place in (folder / part, *alone) if (place / file).is_file()), None)
-        if found is None and part == TRANSFORMER and (folder / "unet").is_dir():
+        found = self._there(part)
+        if found is None and part == TRANSFORMER and (self.folder / "unet").is_dir():
             raise UserError(
                 f"{FIELD}: {self.source} has a UNet, which learned the noise of a diffusion, not the velocity of a "
                 "flow: take a pipeline with a flow transformer"
             )
         if found is None:
-            raise UserError(f"{FIELD}: {self.source} has no {part}/{file}: {self.fetch(part)}")
+            raise UserError(f"{FIELD}: {self.source} has no {part}/{settings_of(part)}: {self.fetch(part)}")
         return found
 
+    def _there(self, part: str) -> Path | None:
+        """The folder of a part, if it is there; that of a transformer may be the pipeline's, as diffusers saves it."""
+        places = [self.folder / part, *([self.folder] if part == TRANSFORMER else [])]
+        return next((place for place in places if (place / settings_of(part)).is_file()), None)
+
     def config(self, part: str) -> dict[str, Any]:
-        """The config of a part. Raises UserError where it is missing, and where it is another than the run began with."""
+        """The config of a part. Raises UserError where it is missing, or another than the run began with."""
         if self.known:
             found = self.index.get(part)
             if found is None:
                 raise UserError(f"{FIELD}: {self.source} is a transformer alone and has no {part}: name a folder")
             return found
-        file = self.place(part) / (SCHEDULER if part == "scheduler" else CONFIG)
+        file = self.place(part) / settings_of(part)
         stat = file.stat()
         text, now = read_config(file, stat.st_mtime_ns, stat.st_size)
         self.require(part, now, file.name)
@@ -127,10 +131,8 @@ class Pipeline(Spec):
         """Its name on the Hugging Face hub, where a folder is one that we know; else empty."""
         if self.known:
             return str(published(self.source).get("_name_or_path", ""))
-        try:
-            mine = hashed(read_settings(self.place(TRANSFORMER) / CONFIG, HINT))
-        except UserError:
-            mine = ""
+        there = self._there(TRANSFORMER)
+        mine = hashed(read_settings(there / CONFIG, HINT)) if there else ""
         known = {hashed(published(name)[TRANSFORMER]): published(name)["_name_or_path"] for name in PUBLISHED}
         said = str(self.index.get("_name_or_path", ""))
         return known.get(mine) or (said if re.fullmatch(r"[\w.-]+/[\w.-]+", said) else "")
@@ -141,7 +143,7 @@ class Pipeline(Spec):
         try:
             text = read_text(self.folder / "README.md", HINT)
             head = parse(text.split("---")[1]) if text.startswith("---") else None
-        except Exception:  # noqa: BLE001, what others wrote
+        except Exception:
             head = None
         return str(head.get("license", "")) if isinstance(head, dict) else ""
 
@@ -176,7 +178,7 @@ class Pipeline(Spec):
         yield "class", self.kind
         yield "license", self.license
         for part in (TRANSFORMER, VAE, "scheduler"):
-            if (self.folder / part).is_dir() or part == TRANSFORMER:
+            if self._there(part):
                 yield part, hashed(self.config(part))
         if (file := self.folder / VAE / WEIGHTS).is_file():
             yield "vae.weights", digest.of_file(file)
@@ -213,7 +215,7 @@ class Reading(Spec):
             raise UserError(f"{FIELD} is missing: {HINT}")
         return self._pipeline
 
-    def within(self, pipeline: Pipeline | None) -> Self:
+    def within(self: R, pipeline: Pipeline | None) -> R:
         """The same, of a run with this pipeline."""
         if pipeline == self._pipeline:
             return self
@@ -228,6 +230,11 @@ def handed(part: S, pipeline: Pipeline | None) -> S:
     new = {name: made for name, value in now.items() if (made := handed(value, pipeline)) is not value}
     part = part.model_copy(update=new) if new else part
     return part.within(pipeline) if isinstance(part, Reading) else part
+
+
+def settings_of(part: str) -> str:
+    """The name of a part's config."""
+    return SCHEDULER if part == "scheduler" else CONFIG
 
 
 @lru_cache(64)

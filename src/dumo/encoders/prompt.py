@@ -1,8 +1,8 @@
 """Prompts as a pipeline's own `encode_prompt` reads them, with the defaults of its `__call__`, which are others.
 
 What a pipeline puts around a text, how it pads and cuts, which encoders it asks and what stands for no text: all of it
-is in that method. It is called for one text at a time, for some pipelines pad to the longest of several, and with a list
-of its own, for some write into it. Of the pipeline there are the text encoders and tokenizers alone: the transformer is
+is in that method. It is called for one text at a time, for some pipelines pad to the longest of several, and with a
+list of its own, for some write into it. Of the pipeline there are the text encoders and tokenizers alone: the transformer is
 its config, on the meta device, and there is no autoencoder.
 """
 
@@ -37,6 +37,7 @@ class Prompts(Spec):
     pipeline: str  # its class
     encodes: str  # what its encode_prompt returns, in order (`dumo.nets.family`)
     dtype: Literal["float16", "bfloat16", "float32"]  # of the encoders and of what is kept
+    padded: bool = False  # tokens that the mask leaves out are read, too, so they are kept, with the mask
 
     def model_type(self) -> str:
         """What reads the texts, in a word."""
@@ -60,13 +61,18 @@ class Prompts(Spec):
         except ImportError as error:
             raise UserError(f"net.texts needs diffusers: {install('pretrained')}") from error
         transformers("net.texts")
-        config, what = of.config(TRANSFORMER), f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"
+        config, what = (
+            of.config(TRANSFORMER),
+            f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load",
+        )
         with foreign(what, HINT), quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
             kind = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
-            unused = {name: None for name in kind._get_signature_keys(kind)[0] if name not in (*of.readers, "scheduler")}
+            unused = {
+                name: None for name in kind._get_signature_keys(kind)[0] if name not in (*of.readers, "scheduler")
+            }
             pipe = kind.from_pretrained(
                 of.folder, **unused | {TRANSFORMER: model}, torch_dtype=getattr(torch, self.dtype),
                 use_safetensors=True, local_files_only=True, trust_remote_code=False,
@@ -88,10 +94,10 @@ class PromptReader:
     def __call__(self, texts: Sequence[str]) -> Embeddings:
         """The texts on the CPU, padded with zeros to the longest here; the empty text is the negative prompt."""
         with foreign(f"net.texts: the pipeline in {self.spec.source} fails", HINT):
-            return stacked([self.row(text) for text in texts])
+            return stacked([self.row(text) for text in texts], padded=self.spec.padded)
 
     def row(self, text: str) -> dict[str, Tensor]:
-        """What the transformer is given for a text: tokens (l, d), the mask (l,), pooled (p,), as far as it takes them."""
+        """What the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), as far as it takes them."""
         names = self.spec.encodes.split()
         guided = {"do_classifier_free_guidance": not text} if "do_classifier_free_guidance" in self.known else {}
         found = self.pipe.encode_prompt(prompt=[text], device=self.device, **copy.deepcopy(self.given), **guided)
@@ -113,10 +119,10 @@ def defaults(kind: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
     return {name: value for name, value in found.items() if name not in ("self", "prompt", "device")}
 
 
-def stacked(rows: Sequence[dict[str, Tensor]]) -> Embeddings:
-    """Rows in a batch. Tokens behind the last that a mask keeps are left out."""
+def stacked(rows: Sequence[dict[str, Tensor]], *, padded: bool = False) -> Embeddings:
+    """Rows in a batch. Tokens behind the last that a mask keeps are left out, but where they are read, too."""
     masks = [row["mask"].bool() if "mask" in row else torch.ones(len(row["tokens"]), dtype=torch.bool) for row in rows]
-    lengths = [int(mask.nonzero()[-1]) + 1 if bool(mask.any()) else 0 for mask in masks]
+    lengths = [len(mask) if padded else int(mask.nonzero()[-1]) + 1 for mask in masks]
     longest = max(lengths, default=0)
     tokens = [pad(row["tokens"][:n], (0, 0, 0, longest - n)) for row, n in zip(rows, lengths, strict=True)]
     mask = torch.stack([pad(mask[:n], (0, longest - n)) for mask, n in zip(masks, lengths, strict=True)])

@@ -3,6 +3,7 @@
     tokens     embeddings (m, d) of a shard's rows one after the other, without padding; ids (m,) where the encoder is
                trained with the net
     lengths    the number of tokens in each row
+    mask       of a pipeline that reads padding, too: which tokens are no padding
     pooled     an embedding (p,) of each text, where there is one
 
 Row k is of caption k of captions.jsonl, a string of JSON per line, and the last row of the empty text, which stands for
@@ -57,6 +58,8 @@ class Contents(Index):
             "tokens": Column(dtype=dtype, shape=tuple(one.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
         }
+        if isinstance(encoder, Prompts) and encoder.padded:
+            columns["mask"] = Column(dtype="bool", lengths="lengths")
         if one.pooled is not None:
             columns["pooled"] = Column(dtype=dtype, shape=(one.pooled.shape[1],))
         return cls(
@@ -137,17 +140,18 @@ class Table:
         contents, longest = self.contents, self.longest
         tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
-        lengths = torch.empty(len(at), dtype=torch.long)
+        mask = torch.zeros(len(at), longest, dtype=torch.bool)
         for i, row in enumerate(at):
             number = bisect_right(self._table.ends, row)
             inside = row - self._table.ends[number]  # counted from the end
             shard, ends = self._shard(number)
             n = int(shard["lengths"][inside])
-            tokens[i, :n], lengths[i] = shard["tokens"][ends[inside] - n : ends[inside]], n
+            entries = slice(ends[inside] - n, ends[inside])
+            tokens[i, :n], mask[i, :n] = shard["tokens"][entries], shard["mask"][entries] if "mask" in shard else True
             if pooled is not None:
                 pooled[i] = shard["pooled"][inside]
         tokens = tokens if contents.width else tokens.long()
-        return tokens, torch.arange(longest) < lengths[:, None], pooled
+        return tokens, mask, pooled
 
     @cached_property
     def longest(self) -> int:
@@ -264,7 +268,9 @@ def encode(
             signals.check()
             some = texts[i : min(i + batch, rows.stop)]
             found = embeddings(read, some)
-            parts.append({"lengths": found.mask.sum(1), "tokens": found.tokens[found.mask]})  # without padding
+            kept = torch.ones_like(found.mask) if "mask" in contents.columns else found.mask
+            parts.append({"lengths": kept.sum(1), "tokens": found.tokens[kept]})  # without padding
+            parts[-1] |= {"mask": found.mask[kept]} if "mask" in contents.columns else {}
             parts[-1] |= {} if found.pooled is None else {"pooled": found.pooled}
             behind(i + len(some) - rows.start)
         return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)

@@ -116,7 +116,9 @@ def words_of(exported: Exported, stock: Stock) -> list[str]:
     data, guided = sampler.data, sampler.spec.guide.scale != 1 and stock.off is not None
     pixels = data.codec.factor if isinstance(data, Latents) else stock.side
     height, width = (pixels * n for n in data.shape[1:])
-    asks = ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
+    asks = (
+        ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
+    )
     alone = [] if exported.source else ['output_type="latent"']
     return [*asks, f"height={height}", f"width={width}", *stock.more, *alone]
 

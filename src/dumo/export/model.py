@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.encoders.pipeline import TRANSFORMER
+from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
@@ -175,7 +175,11 @@ class Exported:
     def codes(self) -> dict[str, Tensor]:
         """What stands for the classes instead of texts; {} where it was tuned on texts."""
         texts = self.net.texts
-        return {} if not isinstance(self.spec.texts, Codes) else {name: rows.contiguous() for name, rows in texts.named_buffers()}
+        return (
+            {}
+            if not isinstance(self.spec.texts, Codes)
+            else {name: rows.contiguous() for name, rows in texts.named_buffers()}
+        )
 
     def model(self, dtype: str = "float32") -> Any:  # noqa: ANN401, a model of diffusers
         """The model, its adapters added to their layers, without the name of a folder of this machine."""

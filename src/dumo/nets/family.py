@@ -65,10 +65,10 @@ def flux2(a: Inputs) -> Arguments:
 
 
 def chroma(a: Inputs) -> Arguments:
-    """As `flux`, with a mask over text and image."""
+    """As `flux`, with a mask over text and image, in numbers, which its blocks add to the scores."""
     mask = None
     if a.mask is not None:
-        mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1)
+        mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1).to(a.tokens.dtype)
     ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
     return {**plain(a), **ids, "attention_mask": mask}
 
@@ -133,6 +133,7 @@ class Family:
     text: str  # key: numbers of a token of text
     pooled: str = ""  # key: numbers of pooled text, if it takes any
     masked: bool = False  # whether it takes a mask of text
+    adds: bool = False  # its mask hides nothing, but is added to the scores of attention: padding is read
     clock: Callable[[Config], float] = lambda config: 1.0  # its own time at t = 1
     backward: bool = False  # its time is 1 - t, and its output data - noise
     turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
@@ -163,7 +164,9 @@ class Family:
             fits = p > 0 and p * p * channels == takes
         if not fits:
             many = f"tokens of {takes} numbers, channels x patch x patch" if self.packed else f"{takes} channels"
-            raise UserError(f"pipeline has a model of {many}, and the data have {channels} channels: take data that fit it")
+            raise UserError(
+                f"pipeline has a model of {many}, and the data have {channels} channels: take data that fit it"
+            )
         return p
 
 
@@ -189,7 +192,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ChromaTransformer2DModel": Family(
         chroma, "ChromaPipeline", "tokens _ mask -tokens _ -mask", 512, "joint_attention_dim", masked=True,
-        packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
+        adds=True, packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
     ),
     "SanaTransformer2DModel": Family(
         sana, "SanaPipeline", BOTH, 300, "caption_channels", masked=True,

@@ -39,7 +39,7 @@ DEPTHS = (  # keys of a config: numbers of blocks
 
 
 class Pretrained(Reading):
-    """The transformer of the run's pipeline, tuned in full or by adapters; with a head for each velocity and flow map."""
+    """The transformer of the run's pipeline, tuned in full or by adapters; a head for each velocity and flow map."""
 
     kind: Literal["diffusers"] = "diffusers"
     precondition: ClassVar[Precondition] = "none"
@@ -83,7 +83,9 @@ class Pretrained(Reading):
         self.fit(row, config := model.config)
         p = row.patch(config, shape[0])
         if shape[1] % p or shape[2] % p:
-            raise UserError(f"{FIELD} has a model of patches of {p} x {p}, which do not divide the data's sides {shape[1:]}")
+            raise UserError(
+                f"{FIELD} has a model of patches of {p} x {p}, which do not divide the data's sides {shape[1:]}"
+            )
         texts = self.text_rows(row, config, classes)
         if self.checkpoint and texts.masked and not row.lean_masks:
             raise UserError(
@@ -190,6 +192,6 @@ def with_weights(pipeline: Pipeline) -> Path:
         with weights.open_safetensors(folder / PICKLE):
             pass
     raise UserError(
-        f"{FIELD}: {folder} has {CONFIG} and no weights: {pipeline.fetch(TRANSFORMER)}; or set net.weights=drawn to start "
-        "from random ones"
+        f"{FIELD}: {folder} has {CONFIG} and no weights: {pipeline.fetch(TRANSFORMER)}; or set net.weights=drawn to "
+        "start from random ones"
     )

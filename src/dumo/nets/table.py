@@ -76,7 +76,7 @@ class Sizes(NamedTuple):
 
 
 class Embedded(Tabled):
-    """Texts through an encoder, from a table of them. Their sizes are known without it, so a net is outlined by them."""
+    """Texts through an encoder, from a table. Their sizes are known without it, so a net is outlined by them."""
 
     # GB that the rows may take on the device; above, they are mapped, and looked up on the host. Ours.
     memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
@@ -94,7 +94,9 @@ class Embedded(Tabled):
     def bytes(self, classes: int) -> int:
         """What the rows of this number of captions, and of none, take at most."""
         sizes = self.sizes
-        return (classes + 1) * (sizes.length * (sizes.width * sizes.dtype.itemsize + 1) + sizes.pooled * sizes.dtype.itemsize)
+        return (classes + 1) * (
+            sizes.length * (sizes.width * sizes.dtype.itemsize + 1) + sizes.pooled * sizes.dtype.itemsize
+        )
 
     def mapped(self, classes: int) -> bool:
         """Whether rows are looked up on the host, pass by pass, for this number of captions."""
@@ -141,7 +143,8 @@ class Embedded(Tabled):
         def rows(texts: Sequence[str]) -> TextRows:
             made = read(texts)
             pooled = None if made.pooled is None else made.pooled.to(dtype)
-            return made.tokens.to(dtype) * made.mask[..., None], made.mask, pooled
+            tokens = made.tokens if "mask" in found.contents.columns else made.tokens * made.mask[..., None]
+            return tokens.to(dtype), made.mask, pooled
 
         return rows
 
@@ -199,7 +202,9 @@ class PipelineTexts(Reading, Embedded):
     def by(self) -> Prompts:
         """The pipeline."""
         row = self.row
-        return Prompts(source=self.pipeline.source, pipeline=row.pipeline, encodes=row.encodes, dtype=self.dtype)
+        return Prompts(
+            source=self.pipeline.source, pipeline=row.pipeline, encodes=row.encodes, dtype=self.dtype, padded=row.adds
+        )
 
     @property
     def sizes(self) -> Sizes:

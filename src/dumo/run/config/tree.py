@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -53,6 +53,9 @@ class Evaluation(Spec):
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
 
 
+T = TypeVar("T", bound="Tree")
+
+
 class Tree(Spec):
     """All parts of a run."""
 
@@ -72,12 +75,12 @@ class Tree(Spec):
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
     @model_validator(mode="after")
-    def _hand(self) -> "Tree":
+    def _hand(self: T) -> T:
         for name in ("data", "net"):
             object.__setattr__(self, name, handed(getattr(self, name), self.pipeline))
         return self
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(self: T, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> T:
         """As pydantic's; the parts that read the pipeline read that of the copy."""
         return super().model_copy(update=update, deep=deep)._hand()
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
+from dumo.encoders.pipeline import PUBLISHED, published
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import STANDARDS, TRAIN
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
-from dumo.encoders.pipeline import PUBLISHED, published
 from dumo.run.config import recipes
 from dumo.run.config.error import require_known
 from dumo.run.config.source import read
