@@ -159,6 +159,9 @@ DC = vae(
 )  # fmt: skip
 
 
+GEMMA = language("Gemma2", query_pre_attn_scalar=8)
+
+
 @dataclass(frozen=True)
 class Complete:
     """A pipeline's class, its tiny transformer's name in TINY with what differs, and its other parts."""
@@ -197,7 +200,7 @@ PIPELINES: dict[str, Complete] = {
     "Chroma": Complete("ChromaPipeline", "chroma", {"text_encoder": t5(), "tokenizer": tokens}, {}),
     "SANA": Complete(
         "SanaPipeline", "sana",
-        {"text_encoder": language("Gemma2", query_pre_attn_scalar=8), "tokenizer": lambda: tokens(begin=True, end=False)},
+        {"text_encoder": GEMMA, "tokenizer": lambda: tokens(begin=True, end=False)},
         {}, DC,
     ),
     "Qwen-Image": Complete(
@@ -211,7 +214,7 @@ PIPELINES: dict[str, Complete] = {
     ),
     "Lumina2": Complete(
         "Lumina2Pipeline", "lumina2",
-        {"text_encoder": language("Gemma2", query_pre_attn_scalar=8), "tokenizer": lambda: tokens(begin=True, end=False)},
+        {"text_encoder": GEMMA, "tokenizer": lambda: tokens(begin=True, end=False)},
         {"axes_lens": [300, 16, 16]},
     ),
     "AuraFlow": Complete("AuraFlowPipeline", "auraflow", {"text_encoder": t5("UMT5"), "tokenizer": tokens}, {}),

@@ -27,15 +27,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a
 import torch
 
 import encoders
-from dumo.data import Latents
 from dumo.encoders import clip
 from dumo.encoders.autoencoder import DcAe, Model, PipelineVae, SdVae
+from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.text import Encoder
 from dumo.export import write
 from dumo.objectives import DuMo
-from dumo.run.config.load import load
 from fuzz.judge import wrong
 from fuzz.mutation import paths
+from pipelines import save
 from transformers_saved import of
 from transformers_tiny import TINY
 
@@ -141,19 +141,16 @@ def codec(name: str, folder: Path) -> None:
 
 
 def pipeline(folder: Path) -> None:
-    """A pipeline without weights, as export looks at it."""
-    index = {"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"], "x": [None, None]}
-    (folder / "vae").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None]}))
-    (folder / "vae/config.json").write_text(json.dumps({"scaling_factor": 0.18215, "latents_mean": [0.0] * 4}))
+    """A pipeline whose weights are not read."""
+    save("SD3", folder)
 
 
 def parts(folder: Path) -> None:
-    """The parts that are copied, where the latents fit."""
+    """What a run says of it, and the parts that are copied."""
+    of = Pipeline(source=str(folder))
+    of.found()
     write.others(write.read_index(folder))
-    data = load("cifar10-latents", ["data.codec={kind: sd-vae}"]).data
-    assert isinstance(data, Latents)
-    write.fits(data, folder)
+    PipelineVae().within(of).shape(64)
 
 
 def changes(folder: Path) -> Iterator[tuple[str, Path, bytes]]:

@@ -5,6 +5,7 @@ steps, samples and exports. Then the Python block of the exported card runs as i
 dumo; noise and image are recorded there, and dumo makes the image of the same noise.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dumo.export.card import PROMPT
+from dumo.export.model import STOCKS, Stock
 from dumo.flow.generate import carried
 from dumo.nets.dualized import Dualized, unpacked
 from dumo.run.folder import RunFolder, open_run
@@ -26,10 +29,13 @@ from dumo.run.prompt import prompted
 from e2e.shell import Done, call, sets
 from forked import ENVIRONMENT
 from pipelines import PIPELINES, SIDE, save
+from transformers_tiny import TINY
 
 CAPTIONS = ("a red bird on a branch", "two cats on a sofa, one of them asleep", "a dog")
 LORA = ("net.lora={rank: 4}",)
 FULL = ("net.lora=null",)
+# |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
+LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
 GUIDED = 2.0  # the scale of guidance, for which a pass reads the row of no text, too
 QUICK = {"Chroma", "Z-Image"}  # without low-pass: the first has none, and the other's takes long to fit
 SHORT = (
@@ -137,6 +143,11 @@ class Case:
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
         return found + ["net.lowpass=null"] * (self.name in QUICK)
 
+    @property
+    def guidable(self) -> bool:
+        """Whether its pipeline guides as dumo does."""
+        return self.stock.off is not None and not self.stock.rescaled
+
     def guide(self, scale: float) -> None:
         """Sample with this scale of guidance from now on."""
         must(call("train", self.run, *sets(f"sample.guide.scale={scale}")))
@@ -151,11 +162,11 @@ class Case:
         """The run."""
         return open_run(str(self.run), device="cpu")
 
-    def dumo(self, noises: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-        """The image that dumo makes of a prompt and of this noise, a pass for each."""
+    def dumo(self, noises: Sequence[Tensor], scale: float = 1.0, c: Tensor | None = None) -> Tensor:
+        """The image that dumo makes of a prompt, or of c, and of this noise, a pass for each."""
         sampler = self.opened.sampler
         guide = sampler.spec.guide.model_copy(update={"scale": scale})
-        reads, c = sampler.guided(guide), prompted(sampler, [PROMPT])
+        reads, c = sampler.guided(guide), prompted(sampler, [PROMPT]) if c is None else c
         drawn = [self.latent(noise) for noise in noises]
         x = carried(reads, sampler.path, sampler.spec.solver, c, len(drawn), lambda k: drawn[k])[1]
         return sampler.decode(x)
@@ -187,10 +198,42 @@ class Case:
             images.append((there[f"{n}.image"].reshape(-1, 3, SIDE, SIDE), [x for _, x in noises]))
         return images
 
-    def off(self, out: Path, scale: float = 1.0) -> list[float]:
+    def off(self, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
         """How far the card's images are from dumo's, |a - b| / |b| of their pixels, call by call."""
         differences = list[float]()
         for passes, (image, noises) in enumerate(self.block(out), start=1):
-            mine = self.dumo(noises[:passes], scale)
+            mine = self.dumo(noises[:passes], scale, c)
             differences.append(float((image.clamp(-1, 1) - mine).norm() / mine.norm()))
         return differences
+
+    def pipeline(self, out: Path | None = None) -> Any:
+        """The stock pipeline of a folder that was exported, or of what was tuned, in this process."""
+        import diffusers
+
+        pipe = diffusers.DiffusionPipeline.from_pretrained(out or self.source, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @property
+    def stock(self) -> Stock:
+        """How its pipeline is called."""
+        return STOCKS[TINY[PIPELINES[self.name].tiny].kind]
+
+    def call(self, passes: int | None = None) -> dict[str, Any]:
+        """The arguments of so many passes; None: what a person who says nothing gives."""
+        more = {word.split("=")[0]: ast.literal_eval(word.split("=")[1]) for word in self.stock.more}
+        found = {"prompt": PROMPT, "height": SIDE, "width": SIDE, **more}
+        if passes:
+            times = self.opened.sampler.spec.solver.times(passes)
+            found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
+        return found
+
+    def made(self, pipe: Any, passes: int | None, *, seed: int = 7, **more: Any) -> Tensor:
+        """The latent that a pipeline makes of the first noise and of torch's own with this seed."""
+        first = torch.Generator().manual_seed(0)
+        torch.manual_seed(seed)
+        return pipe(**self.call(passes) | more, generator=first, output_type="latent", return_dict=False)[0]
+
+    def seeded(self, pipe: Any) -> bool:
+        """Whether the pipeline's generator draws the noise between passes, whatever torch's own would."""
+        return torch.equal(self.made(pipe, 2, seed=1), self.made(pipe, 2, seed=2))

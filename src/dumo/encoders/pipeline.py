@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
+from yaml import YAMLError
 
 from dumo.io import digest
 from dumo.io.read import read_settings, read_text, user_path
@@ -34,6 +35,7 @@ SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for di
 NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
+LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
 FAST = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)  # in names of distilled models
 
 
@@ -123,7 +125,8 @@ class Pipeline(Spec):
     def fetch(self, part: str = "") -> str:
         """The command that brings the whole pipeline, or a part of it."""
         where = "DIR" if self.known else self.source
-        only = f" --include {INDEX} '{part}/*'" if part else ""
+        files = [INDEX, f"'{part}/*'"] if part else [INDEX, "README.md", "'*/*'"]
+        only = "".join(f" --include {file}" for file in files)
         return f"hf download {self.repository or 'REPOSITORY'}{only} --local-dir {where}"
 
     @property
@@ -138,21 +141,22 @@ class Pipeline(Spec):
         return known.get(mine) or (said if re.fullmatch(r"[\w.-]+/[\w.-]+", said) else "")
 
     @property
-    def license(self) -> str:
-        """As its README.md says; empty: it says none."""
+    def license(self) -> dict[str, str]:
+        """What its README.md says of the licence, by the keys of LICENSE; {}: nothing."""
         try:
             text = read_text(self.folder / "README.md", HINT)
             head = parse(text.split("---")[1]) if text.startswith("---") else None
-        except Exception:
+        except (UserError, YAMLError):  # what others wrote
             head = None
-        return str(head.get("license", "")) if isinstance(head, dict) else ""
+        found = head if isinstance(head, dict) else {}
+        return {key: str(found[key]) for key in LICENSE if key in found}
 
     @property
     def hint(self) -> str:
         """What is known of its being distilled, in words."""
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
-        names = " ".join((self.source, self.repository, self.kind, str(self.index.get("scheduler", ""))))
+        names = " ".join((Path(self.source).name, self.repository, self.kind, str(self.index.get("scheduler", ""))))
         if named := FAST.search(names):
             return f"distilled, by its name ({named[0]}): if so, set {FIELD}.distilled=true"
         return f"unknown, for a distilled model shares class and config with its base: {FIELD}.distilled says it"
@@ -170,13 +174,13 @@ class Pipeline(Spec):
     def verify(self) -> None:
         """Read all parts but the model's weights. Raises UserError where one is another than the run began with."""
         for name, now in self.model_copy(update={"facts": None})._facts():
-            if name != "license":
+            if name not in LICENSE:
                 self.require(name, now)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         """The facts, by name."""
         yield "class", self.kind
-        yield "license", self.license
+        yield from self.license.items()
         for part in (TRANSFORMER, VAE, "scheduler"):
             if self._there(part):
                 yield part, hashed(self.config(part))

@@ -2,8 +2,8 @@
 
 What a pipeline puts around a text, how it pads and cuts, which encoders it asks and what stands for no text: all of it
 is in that method. It is called for one text at a time, for some pipelines pad to the longest of several, and with a
-list of its own, for some write into it. Of the pipeline there are the text encoders and tokenizers alone: the transformer is
-its config, on the meta device, and there is no autoencoder.
+list of its own, for some write into it. Of the pipeline there are the text encoders and tokenizers alone: the
+transformer is its config, on the meta device, and there is no autoencoder.
 """
 
 import copy

@@ -1,5 +1,6 @@
 """The model card next to an export, README.md: how to call it, what made it, and what it measured."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any, cast
 import jinja2
 
 from dumo.data import Latents
+from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
@@ -94,7 +96,16 @@ def of_tuned(
         lora=index is None,
         head=exported.head,
         tag="text-to-image",
+        origin=origin_of(exported, adapter=index is None),
     )
+
+
+def origin_of(exported: Exported, *, adapter: bool) -> dict[str, str]:
+    """What the head of a card says of the model that was tuned, as a hub reads it, in YAML."""
+    pipeline, relation = exported.spec.pipeline, "adapter" if adapter else "finetune"
+    known = {"base_model": pipeline.repository, "base_model_relation": relation} if pipeline.repository else {}
+    facts = pipeline.facts or {}
+    return {key: json.dumps(value) for key, value in (known | {k: facts[k] for k in LICENSE if k in facts}).items()}
 
 
 def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str, str]]:
@@ -135,6 +146,7 @@ def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) 
         passes=PASSES if head == "u" else {50: "Euler steps"},
         head=head,
         tag="unconditional-image-generation",
+        origin={},
     )
 
 

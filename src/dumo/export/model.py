@@ -67,6 +67,7 @@ class Stock:
     more: tuple[str, ...] = ()  # words without which it makes an image of another size
     gives: str = "images[0]"  # where its image is
     named: bool = False  # it is guided where a negative prompt is named, and there alone
+    rescaled: bool = False  # it brings what was guided back to the length of what was not
 
     def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
         """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net takes.
@@ -94,7 +95,9 @@ STOCKS: dict[str, Stock] = {
     "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
     "ChromaTransformer2DModel": Stock("ChromaPipeline", mask="prompt_attention_mask"),
     "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True, mask="prompt_attention_mask", side=32, more=BINS),
-    "QwenImageTransformer2DModel": Stock("QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask", named=True),
+    "QwenImageTransformer2DModel": Stock(
+        "QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask", named=True, rescaled=True
+    ),
     "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
     "Lumina2Transformer2DModel": Stock(
         "Lumina2Pipeline", mask="prompt_attention_mask", more=("cfg_normalization=False",)
@@ -199,12 +202,21 @@ def of_net(sampler: Sampler, spec: Net, head: Head) -> Exported:
 
 
 def require(exported: Exported, *, lora: bool = False) -> Stock:
-    """The pipeline that runs the model. Raises UserError where there is none, or none that takes it as a LoRA."""
+    """The pipeline that runs the model.
+
+    Raises UserError where there is none, or none that takes it as a LoRA or is guided as the run is.
+    """
     stock, why = exported.stock, ""
     if stock is None:
         why = f"no stock pipeline runs a {exported.kind} as this run's net is called: take --to safetensors"
     elif lora and exported.spec.lora is None:
         why = "net.lora is null: all weights were tuned, which no LoRA holds: take --to diffusers"
+    elif exported.head == "u" and exported.sampler.spec.guide.scale != 1 and (stock.off is None or stock.rescaled):
+        does = "guides otherwise" if stock.rescaled else "has no guidance beyond that in the weights"
+        why = (
+            f"sample.guide.scale is {exported.sampler.spec.guide.scale:g}, and {stock.pipeline} {does}, so its images "
+            "would differ. Set it to 1, or take --to safetensors"
+        )
     elif lora and not stock.lora:
         why = f"no pipeline of diffusers loads a LoRA for {exported.kind}: take --to diffusers"
     if stock is None or why:

@@ -61,11 +61,7 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
     where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
     reads = texts is not None and texts.kind != "codes"
     if reads and not given and texts.kind == "pipeline":
-        yield (
-            f"net.texts reads captions, and data '{data.kind}' have none. Give them, --set {where}.kind=files; or make "
-            f"them of the classes' names, --set '{where}={{kind: templates, templates: [a photo of a {{}}]}}'; or take "
-            "random codes for the classes, --set net.texts.kind=codes, and the model reads no prompt"
-        )
+        yield f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
     elif bool(given) != reads:
         yield (
             f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
@@ -81,6 +77,16 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
             "set evaluate.captions=seen"
         )
+
+
+def ways_to_captions(data: Data) -> str:
+    """How a pretrained model comes to texts."""
+    where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
+    return (
+        f"Give them, --set {where}.kind=files, or make them of the classes' names, "
+        f"--set '{where}={{kind: templates, templates: [\"a photo of a {{}}\"]}}'; or take random codes for the classes, "
+        f"--set {where}=null --set net.texts.kind=codes, and the model reads no prompt"
+    )
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:

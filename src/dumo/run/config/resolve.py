@@ -21,7 +21,7 @@ from dumo.io.read import user_path
 from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
 from dumo.run.config.change import override, shown
-from dumo.run.config.check import check
+from dumo.run.config.check import check, ways_to_captions
 from dumo.run.config.load import differences, parse
 from dumo.run.config.source import CODE, GIVEN
 from dumo.run.config.spec import Run
@@ -38,7 +38,12 @@ def resolve(run: Run) -> Run:
     it is; so does what is not there yet. Raises UserError where what is found contradicts the spec.
     """
     texts, net = run.net.texts, run.net
-    data = found_data(run.data)
+    try:
+        data = found_data(run.data)
+    except UserError as error:
+        if texts and texts.kind == "pipeline" and "no captions" in str(error):
+            raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
+        raise
     if isinstance(texts, Tabled):
         net = net.model_copy(update={"texts": texts.found()})
         if texts.identity is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
-from dumo.encoders.pipeline import PUBLISHED, published
+from dumo.encoders.pipeline import PUBLISHED, Pipeline
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import STANDARDS, TRAIN
 from dumo.io import digest, yaml
@@ -27,7 +27,6 @@ TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"
 SD_VAE, DC_AE = SdVae().weights, DcAe().weights
-MODELS = [config["_name_or_path"] for config in map(published, PUBLISHED)]  # names on the hub
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ CATALOGUE = (
     ),
     Item(
         "pretrained",
-        "a published flow transformer of 2 to 20 B parameters, and its autoencoder",
+        "a published flow transformer of 2 to 20 B parameters, with its autoencoder and text encoders",
         "https://huggingface.co, for SD3 and FLUX.1 with an account",
         (
             f"{install('pretrained')} && export PRETRAINED=DIR   # and one of",
-            *(f"hf download {model} --include 'transformer/*' 'vae/*' --local-dir $PRETRAINED" for model in MODELS),
+            *(Pipeline(source=name).fetch().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
         ),
-        ("$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
-        f"folders transformer and vae, each with config.json and {WEIGHTS}; to train: --set net.source=$PRETRAINED",
+        ("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
+        "a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",
         "$PRETRAINED",
     ),
     Item(

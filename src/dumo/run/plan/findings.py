@@ -192,4 +192,6 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     ratios = [float(r) for r in (lift(t, v) * rate).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)]
     text = ", ".join(f"{r:.2g} at {s:g}" for s, r in zip(TIMES, ratios, strict=True))
     way = "net.lowpass=10, or less: u may diverge where v changes so quickly" if max(ratios) > ROUGH else ""
-    return [*found, judged("|t dv/dt| / |v|", text, way)]
+    of = spec.pipeline
+    whose = Finding("pipeline", "ok", f"{of.kind or 'a transformer alone'}, {of.hint}")
+    return [whose, *found, judged("|t dv/dt| / |v|", text, way)]
