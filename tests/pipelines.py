@@ -138,12 +138,18 @@ def vae(name: str = "AutoencoderKL", **config: object) -> Part:
     return made
 
 
+def kl(**config: object) -> Part:
+    """Stable Diffusion's."""
+    blocks: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 1, "use_quant_conv": False, "use_post_quant_conv": False,
+    }  # fmt: skip
+    return vae(**WIDTHS, **blocks, **config)
+
+
 WIDTHS = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "latent_channels": 4}
-KL = vae(
-    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **WIDTHS,
-    layers_per_block=1, scaling_factor=1.5305, shift_factor=0.0609,
-    use_quant_conv=False, use_post_quant_conv=False,
-)  # fmt: skip
+KL = kl(scaling_factor=1.5305, shift_factor=0.0609)
+OLDER = kl(scaling_factor=0.13025)  # as SDXL's, without a shift, which the pipelines of these do not read
 KL_FLUX2 = vae(
     "AutoencoderKLFlux2", **WIDTHS, layers_per_block=1,
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -217,10 +223,10 @@ PIPELINES: dict[str, Complete] = {
         {"text_encoder": GEMMA, "tokenizer": lambda: tokens(begin=True, end=False)},
         {"axes_lens": [300, 16, 16]},
     ),
-    "AuraFlow": Complete("AuraFlowPipeline", "auraflow", {"text_encoder": t5("UMT5"), "tokenizer": tokens}, {}),
+    "AuraFlow": Complete("AuraFlowPipeline", "auraflow", {"text_encoder": t5("UMT5"), "tokenizer": tokens}, {}, OLDER),
     "CogView4": Complete(
         "CogView4Pipeline", "cogview4",
-        {"text_encoder": language("Glm"), "tokenizer": lambda: tokens(begin=True, end=False)}, {},
+        {"text_encoder": language("Glm"), "tokenizer": lambda: tokens(begin=True, end=False)}, {}, OLDER,
     ),
     "PRX": Complete("PRXPipeline", "prx", {"text_encoder": t5_gemma, "tokenizer": lambda: tokens(256)}, {}),
     "Wan": Complete(

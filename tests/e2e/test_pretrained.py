@@ -98,7 +98,7 @@ def test_captions_are_what_a_pretrained_model_is_tuned_on(here: Path) -> None:
     codes = sets("data.images.captions=null", "net.texts.kind=codes")
     assert call("dry", "sd3-lora", *codes).code == 0
     named = sets("data.images.captions={kind: templates, templates: ['a photo of a {}']}")
-    assert "kB a caption at most" in call("dry", "sd3-lora", *named).err
+    assert "kB a caption at most" in call("dry", "sd3-lora", *named).out
 
 
 @pytest.mark.parametrize(

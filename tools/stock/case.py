@@ -206,7 +206,7 @@ class Case:
             differences.append(float((image.clamp(-1, 1) - mine).norm() / mine.norm()))
         return differences
 
-    def pipeline(self, out: Path | None = None) -> Any:
+    def pipeline(self, out: Path | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The stock pipeline of a folder that was exported, or of what was tuned, in this process."""
         import diffusers
 
@@ -228,12 +228,12 @@ class Case:
             found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
         return found
 
-    def made(self, pipe: Any, passes: int | None, *, seed: int = 7, **more: Any) -> Tensor:
+    def made(self, pipe: Any, passes: int | None, *, seed: int = 7, **more: Any) -> Tensor:  # noqa: ANN401
         """The latent that a pipeline makes of the first noise and of torch's own with this seed."""
         first = torch.Generator().manual_seed(0)
         torch.manual_seed(seed)
         return pipe(**self.call(passes) | more, generator=first, output_type="latent", return_dict=False)[0]
 
-    def seeded(self, pipe: Any) -> bool:
+    def seeded(self, pipe: Any) -> bool:  # noqa: ANN401
         """Whether the pipeline's generator draws the noise between passes, whatever torch's own would."""
         return torch.equal(self.made(pipe, 2, seed=1), self.made(pipe, 2, seed=2))

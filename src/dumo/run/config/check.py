@@ -83,8 +83,8 @@ def ways_to_captions(data: Data) -> str:
     """How a pretrained model comes to texts."""
     where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
     return (
-        f"Give them, --set {where}.kind=files, or make them of the classes' names, "
-        f"--set '{where}={{kind: templates, templates: [\"a photo of a {{}}\"]}}'; or take random codes for the classes, "
+        f"Give them, --set {where}.kind=files, or make them of the classes' names, --set '{where}={{kind: templates, "
+        'templates: ["a photo of a {}"]}\'; or take random codes for the classes, '
         f"--set {where}=null --set net.texts.kind=codes, and the model reads no prompt"
     )
 
