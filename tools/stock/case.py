@@ -70,6 +70,8 @@ def recorded(kind, name):
     process = getattr(kind, name)
 
     def post(self, image, *args, **how):
+        if not drawn:  # a frame of a video that was recorded
+            return process(self, image, *args, **how)
         n = sum(key.endswith("image") for key in made)
         made[f"{n}.image"] = image.detach().clone().float().contiguous()
         made.update({f"{n}.{k}": noise.float().contiguous() for k, noise in enumerate(drawn)})

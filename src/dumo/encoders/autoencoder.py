@@ -21,7 +21,7 @@ from dumo.encoders.pipeline import VAE, Pipeline, Reading
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
 from dumo.runtime import install
-from dumo.types import FREE, UserError
+from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
 HINT = f"--set {FIELD}=... names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
@@ -76,7 +76,7 @@ class PipelineVae(Reading, Model):
 
     kind: Literal["pipeline"] = "pipeline"
     weights: str = Field(default="", exclude=True, json_schema_extra=FREE)  # of the pipeline, as is
-    sha256: str | None = Field(default=None, exclude=True, json_schema_extra=FREE)
+    sha256: str | None = Field(default=None, exclude=True, json_schema_extra=PINNED)
     variants: ClassVar[Mapping[str, Published]] = {}
 
     def within(self: V, pipeline: Pipeline | None) -> V:

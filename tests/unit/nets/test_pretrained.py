@@ -168,8 +168,8 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as new:
         assert set(new.keys()) == set(tiny.TINY[name].model().state_dict())
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-        (Path(folder(name).source) / "config.json").read_text()
-    ) | {"_name_or_path": str(folder(name).source)}
+        (folder(name).pipeline.folder / "config.json").read_text()
+    ) | {"_name_or_path": folder(name).pipeline.source}
     assert (asked(name, loaded, x, c, t) - u).norm() / u.norm() < (1e-5 if lora else 1e-7)
     assert torch.equal(net(x, c, t=t)[1], u)
 
@@ -328,7 +328,7 @@ def both(place: Path, name: str, dtype: torch.dtype) -> list[Dualized]:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.to(dtype)
-    model.save_pretrained(spec.source)
+    model.save_pretrained(spec.pipeline.folder)
     for frozen in ("float32", "bfloat16"):
         net = built(spec.model_copy(update={"lora": LORA.model_copy(update={"frozen": frozen})}))
         g = torch.Generator().manual_seed(0)

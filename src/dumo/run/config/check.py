@@ -171,7 +171,7 @@ def compilation(train: Train, objective: Objective, net: Net, outline: nn.Module
     dual = isinstance(needs.slope, DualSlope)
     if train.compile != "none" and dual and isinstance(outline, Dualized) and not outline.row.compiles:
         yield (
-            f"train.compile = {train.compile}: torch cannot compile the blocks of this net.source where slope "
+            f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model where slope "
             "'dual' rides along: set train.compile=none"
         )
     if train.compile == "loss" and isinstance(texts, Embedded) and texts.mapped(classes):

@@ -63,7 +63,7 @@ CATALOGUE = (
         ),
         ("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
         "a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",
-        "$PRETRAINED",
+        "$PRETRAINED|kind: diffusers",
     ),
     Item(
         "cifar10",
@@ -191,7 +191,8 @@ def standing(place: str, sha256: str | None = None) -> str:
 
 def needing(item: Item) -> Iterator[str]:
     """The names of recipes that have the item's mark, themselves or by their bases."""
-    return (name for name in recipes.names() if item.mark and item.mark in whole_text(name))
+    marks = item.mark.split("|") if item.mark else []
+    return (name for name in recipes.names() if any(mark in whole_text(name) for mark in marks))
 
 
 @cache
