@@ -2,8 +2,8 @@
 
     python tools/stock/run.py [NAME ...] --json tools/stock/stock.json
 
-A complete tiny pipeline of each is made on the spot, and the rest is typed: `dumo encode`, `doctor`, `train` in full and
-by adapters, `sample --prompt`, `export`. Exit code 1 where an image of a card is not dumo's. Float32, on a CPU.
+A complete tiny pipeline of each is made on the spot, and the rest is typed: `dumo encode`, `doctor`, `train` in full
+and by adapters, `sample --prompt`, `export`. Exit code 1 where an image of a card is not dumo's. Float32, on a CPU.
 """
 
 import json

@@ -120,13 +120,13 @@ class Drawn(Spec):
         """Rows of these sizes; on the meta device without numbers."""
         if torch.get_default_device().type == "meta":
             return Few(self.of.build(ROWS - 1))
-        g, learned = stream("texts"), isinstance(self.of, Learned)
-        length = self.of.tokenizer.length if learned else self.of.sizes.length
+        g, of = stream("texts"), self.of
+        length = of.tokenizer.length if isinstance(of, Learned) else of.sizes.length
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
-        if learned:
+        if isinstance(of, Learned):
             ids = torch.randint(VOCABULARY, mask.shape, generator=g)
-            return Few(Encoded(self.of, ids.int(), mask))
-        sizes = self.of.sizes
+            return Few(Encoded(of, ids.int(), mask))
+        sizes = of.sizes
         tokens = torch.randn(*mask.shape, sizes.width, generator=g)
         pooled = torch.randn(ROWS, sizes.pooled, generator=g) if sizes.pooled else None
         return Few(Rows(tokens, mask if sizes.masked else None, pooled))
@@ -148,6 +148,6 @@ class Few(Texts):
 
 def or_drawn(texts: object) -> object:
     """Drawn rows for a table that is not there; other texts as they are."""
-    if isinstance(texts, Tabled) and not (texts.folder / FILE).exists():
+    if isinstance(texts, PipelineTexts | TextTable | Learned) and not (texts.folder / FILE).exists():
         return Drawn(of=texts)
     return texts

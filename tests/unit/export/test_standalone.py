@@ -96,7 +96,7 @@ def codec(kind: str, folder: Path) -> SdVae | Taef2:
     """A codec with random weights in `folder`."""
     if kind == "taef2":
         return Taef2(weights=str(taef2(folder / "taef2.safetensors")))
-    vae_of(folder / "vae", latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
+    vae_of(folder / "vae")
     return SdVae(weights=str(folder / "vae"))
 
 

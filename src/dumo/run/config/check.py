@@ -60,7 +60,7 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
     texts, given = net.texts, Conditions(data).captions
     where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
     reads = texts is not None and texts.kind != "codes"
-    if reads and not given and texts.kind == "pipeline":
+    if texts is not None and texts.kind == "pipeline" and not given:
         yield f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
     elif bool(given) != reads:
         yield (

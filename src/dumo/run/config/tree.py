@@ -5,7 +5,7 @@ from math import prod
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue
 from torch import nn
 
 from dumo.data import Data, Digits, Images, Memory, Moons
@@ -74,15 +74,16 @@ class Tree(Spec):
     # Fields that `dumo.run.config.resolve` filled, by dotted path.
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
-    @model_validator(mode="after")
-    def _hand(self: T) -> T:
+    def model_post_init(self, _: object) -> None:
+        """Hand the pipeline to the parts that read it."""
         for name in ("data", "net"):
             object.__setattr__(self, name, handed(getattr(self, name), self.pipeline))
-        return self
 
     def model_copy(self: T, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> T:
         """As pydantic's; the parts that read the pipeline read that of the copy."""
-        return super().model_copy(update=update, deep=deep)._hand()
+        made = super().model_copy(update=update, deep=deep)
+        made.model_post_init(None)
+        return made
 
     def __repr__(self) -> str:
         """One line; `dumo show` prints all of it."""
