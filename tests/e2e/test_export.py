@@ -23,7 +23,7 @@ from dumo.run.prompt import prompted
 from dumo.runtime.random import noise
 from e2e.shell import call, finish, refused, start
 from pipelines import PIPELINES
-from stock.case import FULL, GUIDED, LIMITS, LORA, Case
+from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 READY = ("SD3", "Flux")  # the others are slow: a minute each
@@ -189,7 +189,7 @@ def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Flux"])
 def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     """Of who asked for codes: a class of theirs takes the place of a prompt, and the images are dumo's."""
-    case = Case.of(name, tmp_path, *FULL, "net.texts={kind: codes}", "data.images.captions=null", "objective.drop=0")
+    case = Case.of(name, tmp_path, *FULL, *CODES)
     out = case.export("out")
     assert load_file(out / "codes.safetensors")["tokens"].shape[1] == 1
     assert max(case.off(out, c=torch.tensor([0]))) < LIMITS["full"]
@@ -276,5 +276,5 @@ def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_p
         assert call("export", run, tmp_path / sha256).code == 0
         text = (tmp_path / sha256 / "README.md").read_text("utf-8")
         assert ("| 1 | restart | 12.3 |" in text) == there
-        assert "sigmas=[1.0, 0.5], guidance_scale=1.0" in text
+        assert "sigmas=[1.0, 0.7], guidance_scale=1.0" in text
     file.unlink()

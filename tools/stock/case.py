@@ -34,6 +34,7 @@ from transformers_tiny import TINY
 CAPTIONS = ("a red bird on a branch", "two cats on a sofa, one of them asleep", "a dog")
 LORA = ("net.lora={rank: 4}",)
 FULL = ("net.lora=null",)
+CODES = ("net.texts={kind: codes}", "data.images.captions=null", "objective.drop=0")  # a random one for each class
 # |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
 LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
 GUIDED = 2.0  # the scale of guidance, for which a pass reads the row of no text, too
@@ -119,6 +120,8 @@ class Case:
         case = cls(name, folder)
         save(name, case.source)
         photographs(folder / "photos")
+        if CODES[0] not in fields:
+            fields = (*fields, f"net.texts.root={folder / 'texts'}", "net.texts.dtype=float32")
         for verb in verbs:
             words = ["--out", case.run] if verb == "train" else []
             must(call(verb, "sd3-lora", *words, *sets(*case.fields, *SHORT, *fields)))
@@ -139,8 +142,7 @@ class Case:
         """What a person sets, and what is particular about a family."""
         found = [
             f"pipeline={self.source}", f"data.root={self.folder / 'latents'}", f"data.images.side={SIDE}",
-            f"data.images.root={self.folder / 'photos'}", f"net.texts.root={self.folder / 'texts'}",
-            "net.texts.dtype=float32",
+            f"data.images.root={self.folder / 'photos'}",
         ]  # fmt: skip
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
         return found + ["net.lowpass=null"] * (self.name in QUICK)

@@ -79,7 +79,7 @@ class Pipeline(Spec):
         return read_settings(file, HINT) if file.is_file() else {}
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         """The class of the pipeline; empty for a transformer alone."""
         return str(self.index.get("_class_name", ""))
 
@@ -156,7 +156,7 @@ class Pipeline(Spec):
         """What is known of its being distilled, in words."""
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
-        names = " ".join((Path(self.source).name, self.repository, self.kind, str(self.index.get("scheduler", ""))))
+        names = " ".join((Path(self.source).name, self.repository, self.class_name, str(self.index.get("scheduler", ""))))
         if named := FAST.search(names):
             return f"distilled, by its name ({named[0]}): if so, set {FIELD}.distilled=true"
         return f"unknown, for a distilled model shares class and config with its base: {FIELD}.distilled says it"
@@ -179,7 +179,7 @@ class Pipeline(Spec):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         """The facts, by name."""
-        yield "class", self.kind
+        yield "class", self.class_name
         yield from self.license.items()
         for part in (TRANSFORMER, VAE, "scheduler"):
             if self._there(part):

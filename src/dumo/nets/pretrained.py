@@ -73,7 +73,7 @@ class Pretrained(Reading):
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)
-        row = family(config, self.pipeline.kind)
+        row = family(config, self.pipeline.class_name)
         with foreign(f"{FIELD}: {self.pipeline.source} describes no {config['_class_name']}", HINT):
             return self.made(row, config, needs, shape, classes)
 

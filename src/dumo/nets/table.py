@@ -196,7 +196,7 @@ class PipelineTexts(Reading, Embedded):
     @property
     def row(self) -> Family:
         """The family of the pipeline. Raises UserError as `family`."""
-        return family(self.pipeline.config(TRANSFORMER), self.pipeline.kind)
+        return family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
     def by(self) -> Prompts:

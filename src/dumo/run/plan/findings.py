@@ -193,5 +193,5 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     text = ", ".join(f"{r:.2g} at {s:g}" for s, r in zip(TIMES, ratios, strict=True))
     way = "net.lowpass=10, or less: u may diverge where v changes so quickly" if max(ratios) > ROUGH else ""
     of = spec.pipeline
-    whose = Finding("pipeline", "ok", f"{of.kind or 'a transformer alone'}, {of.hint}")
+    whose = Finding("pipeline", "ok", f"{of.class_name or 'a transformer alone'}, {of.hint}")
     return [whose, *found, judged("|t dv/dt| / |v|", text, way)]
