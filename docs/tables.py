@@ -306,14 +306,14 @@ def tiny(number: float | None) -> str:
 
 def stock(results: Row) -> Iterator[str]:
     """Every family's stock pipeline against dumo."""
-    head = ["", "two passes", "off, 1 pass", "2", "LoRA, off, 1 pass", "2", "by its generator"]
-    yield line([*head, "plain Euler, 2"])
+    kinds = {"full": "in full", "guided": "guided", "merged": "adapters, merged", "lora": "as a LoRA"}
+    yield line(["", "two passes", *kinds.values(), "by its generator", "plain Euler, 2"])
     yield "|" + "---|" * 8
     for row in results["rows"]:
         call = ", ".join(f"{name}={value}" for name, value in row["call"].items())
-        off, lora = (list(map(tiny, found or (None, None))) for found in (row["off"], row["lora"]))
+        off = (", ".join(map(tiny, row[kind] or ())) for kind in kinds)
         euler = "" if row["euler"] is None else f"{100 * row['euler']:.0f} %"
-        yield line([row["family"], f"`{call}`", *off, *lora, "yes" if row["seeded"] else "no", euler])
+        yield line([row["family"], f"`{call}`", *off, "yes" if row["seeded"] else "no", euler])
 
 
 def bare(results: Row) -> Iterator[str]:

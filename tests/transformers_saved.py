@@ -4,20 +4,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import transformers_tiny as tiny
+from dumo.encoders.pipeline import Pipeline
 from dumo.nets import Pretrained
 from dumo.nets.family import FAMILIES
-from dumo.nets.rows import TextFile
+from dumo.nets.rows import Codes, Rows
+from dumo.types import Spec
 
 SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
 IMAGES = [name for name, row in tiny.TINY.items() if len(row.shape) == 4 or name.startswith(("flux", "chroma", "qwen"))]
-MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked", "ltx",
-          "hunyuan-video")  # fmt: skip
-GUIDANCE = {"flux-guided": 3.5, "flux2": 3.5, "sana-sprint": 4.5, "hunyuan-video": 6.0}
+MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked")
+GUIDANCE = {"flux-guided": 3.5, "flux2": 3.5, "sana-sprint": 4.5}
 NO_LOWPASS = ("chroma", "chroma-masked", "z-image", "z-image-lengths")  # the latter for its time alone
+
+
+class File(Spec):
+    """Rows of a file."""
+
+    source: str
+
+    def build(self, classes: int) -> Rows:
+        """All of them."""
+        there = load_file(self.source)
+        return Rows(there["tokens"], there.get("mask"), there.get("pooled"))
+
+
+def of(folder: Path | str, **fields: Any) -> Pretrained:  # noqa: ANN401
+    """A spec of the model in a folder, of a run with that pipeline; its classes are codes."""
+    return Pretrained(**{"texts": Codes()} | fields).within(Pipeline(source=str(folder)))
 
 
 def saved(place: Path, name: str) -> Pretrained:
@@ -25,12 +42,8 @@ def saved(place: Path, name: str) -> Pretrained:
     model: Any = tiny.TINY[name].model()
     model.save_pretrained(place / name)
     save_file(texts(name), place / f"{name}.safetensors")
-    return Pretrained(
-        source=str(place / name),
-        texts=TextFile(source=str(place / f"{name}.safetensors")),
-        guidance=GUIDANCE.get(name),
-        lowpass=None,
-    )
+    spec = of(place / name, guidance=GUIDANCE.get(name), lowpass=None)
+    return spec.model_copy(update={"texts": File(source=str(place / f"{name}.safetensors"))})
 
 
 def texts(name: str) -> dict[str, Tensor]:

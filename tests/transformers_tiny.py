@@ -99,7 +99,7 @@ def chroma(x: Array, t: Array, draw: Draw) -> Given:
 
 def chroma_masked(x: Array, t: Array, draw: Draw) -> Given:
     seen = torch.cat([mask(), torch.ones(B, x.shape[1], dtype=torch.bool)], 1)
-    return {**chroma(x, t, draw), "attention_mask": seen}
+    return {**chroma(x, t, draw), "attention_mask": seen.to(x.dtype)}  # its pipeline's are numbers
 
 
 def auraflow(x: Array, t: Array, draw: Draw) -> Given:
@@ -155,16 +155,6 @@ def wan(x: Array, t: Array, draw: Draw) -> Given:
     return sana(x, t, draw)
 
 
-def ltx(x: Array, t: Array, draw: Draw) -> Given:
-    return {**sana(x, t, draw), "encoder_attention_mask": mask(), "num_frames": 2, "height": 4, "width": 4}
-
-
-def hunyuan_video(x: Array, t: Array, draw: Draw) -> Given:
-    pooled, guidance = draw(B, 12), torch.full((B,), 6000.0, dtype=x.dtype)
-    given = {**sana(x, t, draw), "encoder_attention_mask": mask().long()}
-    return {**given, "pooled_projections": pooled, "guidance": guidance}
-
-
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
 SD3 = {
     **HEADS, "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
@@ -211,13 +201,6 @@ WAN = {
     "attention_head_dim": 12, "num_attention_heads": 2, "in_channels": 4, "out_channels": 4, "text_dim": 16,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 16,
 }  # fmt: skip
-LTX = {
-    **HEADS, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16,
-}  # fmt: skip
-HUNYUAN_VIDEO = {
-    **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1,
-    "text_embed_dim": 16, "pooled_projection_dim": 12, "rope_axes_dim": [2, 4, 2],
-}  # fmt: skip
 
 IMAGE, PACKED, VIDEO = (B, 4, 8, 8), (B, 16, 16), (B, 4, 2, 8, 8)
 TINY: dict[str, Tiny] = {
@@ -240,6 +223,4 @@ TINY: dict[str, Tiny] = {
     "prx": Tiny("PRXTransformer2DModel", PRX, IMAGE, prx),
     "prx-masked": Tiny("PRXTransformer2DModel", PRX, IMAGE, prx_masked),
     "wan": Tiny("WanTransformer3DModel", WAN, VIDEO, wan),
-    "ltx": Tiny("LTXVideoTransformer3DModel", LTX, (B, 32, 4), ltx),
-    "hunyuan-video": Tiny("HunyuanVideoTransformer3DModel", HUNYUAN_VIDEO, VIDEO, hunyuan_video),
 }

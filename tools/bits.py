@@ -135,14 +135,15 @@ def build(name: str, given: Fields) -> Record:
 
     package, kind = given.pop("class").split(".")
     given.pop("like", None)
+    folder = Path("models") / given.pop("place", name)
     made = getattr(import_module(package), kind)
     torch.manual_seed(0)
     model = made(made.config_class(**given)) if package == "transformers" else made(**given)
     for p in model.parameters():  # none are zero, or nothing would pass
         p.data = p.data + torch.randn(p.shape) / (10 if p.ndim == 1 else p[0].numel() ** 0.5)
-    model.save_pretrained(Path("models") / name)
+    model.save_pretrained(folder)
     if package == "transformers":  # its tokenizer reads bytes, and needs no file of others
-        import_module(package).ByT5Tokenizer(extra_ids=0).save_pretrained(Path("models") / name)
+        import_module(package).ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
     return {}
 
 
@@ -199,7 +200,9 @@ def record_all(source: Path, patterns: Sequence[str]) -> Record:
     first = {name: shrink(table, name) for fields in asked.values() if (name := fields.get("after"))}
     named = {value for fields in asked.values() for value in fields.values() if isinstance(value, str)}
     models: dict[str, Fields] = table["models"]
-    needed = {name: given for name, given in models.items() if f"models/{name}" in named}
+    needed = {
+        name: given for name, given in models.items() if f"models/{given.get('place', name).split('/')[0]}" in named
+    }
     needed = {name: models[given["like"]] | given if "like" in given else given for name, given in needed.items()}
     for module in FIRST + (OF_OTHERS if needed else ()):
         import_module(module)

@@ -3,7 +3,7 @@
     DUMO_DATA=... python tools/power.py [--draws 16] > tools/power.json
 
 Real images that play samples, as they are or with a fault, classes in turn, against other real images: of CIFAR-10
-training rows against its 10,000 test rows, of digits some against half of the others, the rest being those trained on.
+training rows against its test rows, of digits some against half of the others, the rest being those trained on.
 Of each distance and size: mean and deviation between real rows, and (mean of the faulty - that mean) / deviation. Where
 a size leaves fewer than four disjoint draws, both are those of a smaller one, times the sum of 1/n and 1/m as it falls.
 """
@@ -34,14 +34,16 @@ from dumo.evaluation.distance import (
     mmd_deviation,
     two_sample_auc,
 )
+from dumo.evaluation.neighbours import nearest
 from dumo.evaluation.photos import WIDTH
-from dumo.evaluation.shipped import WIDTH_DIGITS, _grey, nearness
+from dumo.evaluation.shipped import WIDTH_DIGITS, _grey
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import stream
 
 Rows = tuple[Tensor, Tensor]  # features and classes
 FEW = 4  # disjoint draws, at least
 QUICK = ("Fréchet", "Fréchet, extrapolated", "Gaussian kernel by class (`mmd`)", "`accuracy`")
+BEFORE = 3000  # real rows that fewer samples than all of these are compared with
 SVM = 1000  # rows: a machine's time grows as their square
 
 
@@ -78,6 +80,7 @@ class Case:
             others = rest.nonzero()[:, 0][others]
             half = others[: len(others) // 2]
             y, d = self.real or (plain[half], self.c[half])
+            y, d = (y[:BEFORE], d[:BEFORE]) if n < len(y) else (y, d)
             seen = others if self.real else others[len(half) :]
             seen = seen if len(seen) else rows  # all of them are samples
             f, c = self.fakes.get(fault, plain)[rows], self.c[rows].clone()
@@ -162,7 +165,7 @@ def distances(case: Case) -> dict[str, Callable[[Draw], float]]:
         "Gaussian kernel by class (`mmd`)": lambda of: gaussian_mmd(of.x, of.y, width, of.c, of.d).value,
         "support vector machine (AUC)": lambda of: two_sample_auc(of.y[:SVM], of.x[:SVM], stream("auc", len(of.x))),
         "`accuracy`": lambda of: -(classify(of.x) == of.c).double().mean().item(),
-        "`nearest`": lambda of: -nearness(of.x, of.y, of.trained),
+        "`nearest`": lambda of: -nearest(of.trained, of.x)[0].mean().item(),
     }
 
 
@@ -201,7 +204,7 @@ def study(name: str, case: Case, count: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Everything, as JSON."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--draws", type=int, default=16)
+    options.add_argument("--draws", type=int, default=12)
     count = options.parse_args().draws
     cases = {"digits": of_digits, "CIFAR-10": cifar}
     print(

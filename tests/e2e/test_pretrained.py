@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 
 from dumo.io.weights import read
 from dumo.nets import lowpass
@@ -23,7 +24,7 @@ SHORT = sets("train.steps=4", "train.save_every=2")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline's folder, of a transformer for digits."""
+    """The folder of a transformer alone, for digits."""
     import diffusers
 
     place = tmp_path_factory.mktemp("model")
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def net(folder: Path, *fields: str) -> list[str]:
     """As it is typed."""
-    return sets("net.kind=diffusers", f"net.source={folder}", *fields)
+    return sets("net.kind=diffusers", "net.texts.kind=codes", f"pipeline={folder}", *fields)
 
 
 def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
@@ -48,12 +49,12 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
         assert fitted.call_count == 1, "trained weights take its place"
     another = shutil.copytree(folder, here / "another")
     same = files(here / "tuned/samples")
-    assert call("sample", "tuned", "--nfe", "1", *sets(f"net.source={another}")).code == 0
+    assert call("sample", "tuned", "--nfe", "1", *sets(f"pipeline.source={another}")).code == 0
     assert files(here / "tuned/samples") == same
     file = another / "transformer/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": "rms_norm"}))
-    named = ("net.source", "another config.json", "--set net.source=")
-    refused("sample", "tuned", *sets(f"net.source={another}"), named=named)
+    named = ("pipeline", "another transformer (config.json)", "--set pipeline.source=")
+    refused("sample", "tuned", *sets(f"pipeline.source={another}"), named=named)
     done = call("dry", "digits", *net(folder), "--json")
     assert (done.code, done.json["parameters"]) == (0, 75_976)
 
@@ -83,8 +84,44 @@ def test_doctor_looks_at_the_weights(here: Path, folder: Path) -> None:
     assert found["self-test"]["state"] == "ok"
 
 
+def test_what_older_runs_have_is_named(here: Path, folder: Path) -> None:
+    refused("train", "digits", *sets(f"net.source={folder}", "net.kind=diffusers"), named=("pipeline=DIR",), lines=None)
+
+
+def test_captions_are_what_a_pretrained_model_is_tuned_on(here: Path) -> None:
+    """Codes are for who asks for them by name."""
+    words = ["sd3-lora", *sets(f"data.images.root={here}")]
+    ways = ("data.images.captions.kind=files", 'templates: ["a photo of a {}"]', "net.texts.kind=codes")
+    refused("train", *words, *sets("data.images.captions=null"), named=ways)
+    Image.new("RGB", (8, 8)).save(here / "one.png")
+    refused("encode", *words, named=("no captions found", *ways))
+    codes = sets("data.images.captions=null", "net.texts.kind=codes")
+    assert call("dry", "sd3-lora", *codes).code == 0
+    named = sets("data.images.captions={kind: templates, templates: ['a photo of a {}']}")
+    assert "kB a caption at most" in call("dry", "sd3-lora", *named).out
+
+
+@pytest.mark.parametrize(
+    ("kind", "does"),
+    [
+        ("QwenImageEditPipeline", "edits an image"),
+        ("QwenImageImg2ImgPipeline", "begins with an image"),
+        ("FooPipeline", "is no pipeline that dumo knows"),
+    ],
+)
+def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) -> None:
+    """Their config is that of their base; their pipeline's class is not."""
+    from dumo.encoders.pipeline import published
+
+    for part in ("transformer", "vae"):
+        (here / "model" / part).mkdir(parents=True)
+        (here / "model" / part / "config.json").write_text(json.dumps(published("qwen-image")[part]))
+    (here / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    refused("dry", "qwen-image", *sets("pipeline=model"), named=(kind, does, "QwenImagePipeline"))
+
+
 def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
-    refused("train", "digits", *net(here), named=("net.source", "config.json"))
+    refused("train", "digits", *net(here), named=("pipeline", "config.json"))
     refused("train", "digits-meanflow", *net(folder), named=("input 'r'", "objective.kind dumo"))
     refused("train", "moons", *net(folder), named=("takes images",))
     refused("train", "digits", *net(folder), *sets("teacher.kind=base"), named=("net.lora.rank=64",))

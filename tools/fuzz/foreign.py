@@ -27,16 +27,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a
 import torch
 
 import encoders
-from dumo.data import Latents
 from dumo.encoders import clip
-from dumo.encoders.autoencoder import DcAe, Model, QwenVae, SdVae
+from dumo.encoders.autoencoder import DcAe, Model, PipelineVae, SdVae
+from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.text import Encoder
 from dumo.export import write
-from dumo.nets import Pretrained
 from dumo.objectives import DuMo
-from dumo.run.config.load import load
 from fuzz.judge import wrong
 from fuzz.mutation import paths
+from pipelines import save
+from transformers_saved import of
 from transformers_tiny import TINY
 
 MANY = 60  # values in a list or an object, of which some are tried
@@ -59,7 +59,10 @@ VAES: dict[str, tuple[type[Model], dict[str, Any]]] = {
             **{f"{half}_block_types": "ResBlock" for half in ("encoder", "decoder")},
         },
     ),
-    "AutoencoderKLQwenImage": (QwenVae, {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}),
+    "AutoencoderKLQwenImage": (
+        PipelineVae,
+        {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    ),
 }
 
 
@@ -99,7 +102,7 @@ def build(name: str, folder: Path, device: str = "cpu") -> None:
     with torch.device(device):
         for guidance in (None, 3.5):
             try:
-                Pretrained(source=str(folder), lowpass=None, guidance=guidance).build(DuMo().needs, (4, 8, 8), 2)
+                of(folder, lowpass=None, guidance=guidance).build(DuMo().needs, (4, 8, 8), 2)
             except ValueError as error:
                 if "guidance" not in str(error):
                     raise
@@ -131,23 +134,23 @@ def vae(name: str, folder: Path) -> None:
 
 def codec(name: str, folder: Path) -> None:
     """It, opened."""
-    VAES[name][0](weights=str(folder)).open()
+    if name == "AutoencoderKLQwenImage":
+        PipelineVae().within(Pipeline(source=str(folder.parent))).open()
+    else:
+        VAES[name][0](weights=str(folder)).open()
 
 
 def pipeline(folder: Path) -> None:
-    """A pipeline without weights, as export looks at it."""
-    index = {"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"], "x": [None, None]}
-    (folder / "vae").mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None]}))
-    (folder / "vae/config.json").write_text(json.dumps({"scaling_factor": 0.18215, "latents_mean": [0.0] * 4}))
+    """A pipeline whose weights are not read."""
+    save("SD3", folder)
 
 
 def parts(folder: Path) -> None:
-    """The parts that are copied, where the latents fit."""
+    """What a run says of it, and the parts that are copied."""
+    of = Pipeline(source=str(folder))
+    of.found()
     write.others(write.read_index(folder))
-    data = load("cifar10-latents", ["data.codec={kind: sd-vae}"]).data
-    assert isinstance(data, Latents)
-    write.fits(data, folder)
+    PipelineVae().within(of).shape(64)
 
 
 def changes(folder: Path) -> Iterator[tuple[str, Path, bytes]]:

@@ -1,130 +1,243 @@
-"""A tiny run of a family, trained two steps and exported by the command line; sampled by dumo and by its pipeline."""
+"""A family's way from a folder of diffusers to images, by the command line alone, and the images of what comes out.
 
+A complete tiny pipeline is made on the spot, and three captioned photographs. `dumo` encodes, examines, trains two
+steps, samples and exports. Then the Python block of the exported card runs as it stands in a process that cannot import
+dumo; noise and image are recorded there, and dumo makes the image of the same noise.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dumo.export.card import PROMPT
 from dumo.export.model import STOCKS, Stock
 from dumo.flow.generate import carried
-from dumo.flow.solver import Restart
+from dumo.nets.dualized import Dualized, unpacked
 from dumo.run.folder import RunFolder, open_run
-from e2e.shell import call, sets
-from stock.family import PIXELS, ROWS, Given, Row, recorded, save_texts
+from dumo.run.prompt import prompted
+from e2e.shell import Done, call, sets
+from forked import ENVIRONMENT
+from pipelines import PIPELINES, SIDE, save
+from transformers_tiny import TINY
 
-RESTART, C = Restart(m=0.5), 3  # the row of the table of texts that is sampled
-LORA = "net.lora={rank: 4}"
+CAPTIONS = ("a red bird on a branch", "two cats on a sofa, one of them asleep", "a dog")
+LORA = ("net.lora={rank: 4}",)
+FULL = ("net.lora=null",)
+CODES = ("net.texts={kind: codes}", "data.images.captions=null", "objective.drop=0")  # a random one for each class
+# |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
+LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
+GUIDED = 2.0  # the scale of guidance, for which a pass reads the row of no text, too
 QUICK = {"Chroma", "Z-Image"}  # without low-pass: the first has none, and the other's takes long to fit
+SHORT = (
+    "train.precision=fp32", "train.steps=2", "train.batch=4", "train.micro_batch=4", "train.share=1",
+    "train.schedule.warmup=0", "evaluate.protocol.samples=20", "net.checkpoint=false", "objective.guide.zeta=0",
+)  # fmt: skip
+RECORDER = """
+import sys
+
+sys.modules["dumo"] = None  # it cannot be imported
+import warnings
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
+from safetensors.torch import save_file
+
+block, to = sys.argv[1:]
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+drawn, made, draw = [], {}, torch.randn
+
+
+def randn(*shape, **how):
+    noise = draw(*shape, **how)
+    if sys._getframe(1).f_code.co_name == "randn_tensor":  # of a pipeline or a scheduler, and of no layer
+        drawn.append(noise.clone())
+    return noise
+
+
+def recorded(kind, name):
+    process = getattr(kind, name)
+
+    def post(self, image, *args, **how):
+        if not drawn:  # a frame of a video that was recorded
+            return process(self, image, *args, **how)
+        n = sum(key.endswith("image") for key in made)
+        made[f"{n}.image"] = image.detach().clone().float().contiguous()
+        made.update({f"{n}.{k}": noise.float().contiguous() for k, noise in enumerate(drawn)})
+        drawn.clear()
+        return process(self, image, *args, **how)
+
+    setattr(kind, name, post)
+
+
+recorded(VaeImageProcessor, "postprocess")
+recorded(VideoProcessor, "postprocess_video")
+torch.randn = randn
+exec(compile(open(block).read(), block, "exec"))
+save_file(made, to)
+"""
+
+
+def photographs(folder: Path) -> Path:
+    """Three, of noise, with a caption each."""
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    for i, text in enumerate(CAPTIONS):
+        pixels = torch.randint(256, (SIDE + 8, SIDE, 3), generator=g, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def must(done: Done) -> Done:
+    """A command that ended well."""
+    assert done.code == 0, done
+    return done
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family's run in `folder`, with the model that it began with in `source`, exported to `out`."""
+    """A family's run in `folder`, tuned from the pipeline there that has its name."""
 
-    row: Row
+    name: str
     folder: Path
-    texts: dict[str, Tensor]
 
     @classmethod
-    def of(cls, name: str, folder: Path, *fields: str, to: str = "diffusers") -> "Case":
-        """Train and export; `fields` are set beside what every run here has."""
-        row, source = ROWS[name], folder / "source"
-        row.model.model().save_pretrained(source)
-        case = cls(row, folder, save_texts(row, folder / "texts.safetensors"))
-        told = [f"net.source={source}", "net.kind=diffusers"]
-        if "net.texts=null" not in fields:
-            told += ["net.texts.kind=file", f"net.texts.source={folder / 'texts.safetensors'}"]
-        told += ["net.guidance=3.5"] * bool(row.model.config.get("guidance_embeds", row.tiny == "flux2"))
-        told += ["net.lowpass=null"] * (name in QUICK)
-        steps = ["train.steps=2", "train.batch=4", "train.schedule.warmup=0"]
-        for words in (
-            ("train", "digits", "--out", folder / "run", *sets(*told, *steps, *fields)),
-            ("export", folder / "run", folder / "out", "--to", to),
-        ):
-            done = call(*words)
-            assert done.code == 0, done
+    def of(cls, name: str, folder: Path, *fields: str, verbs: Sequence[str] = ("encode", "train")) -> "Case":
+        """A run, `fields` set in addition to what every one here has."""
+        case = cls(name, folder)
+        save(name, case.source)
+        photographs(folder / "photos")
+        if CODES[0] not in fields:
+            fields = (*fields, f"net.texts.root={folder / 'texts'}", "net.texts.dtype=float32")
+        for verb in verbs:
+            words = ["--out", case.run] if verb == "train" else []
+            must(call(verb, "sd3-lora", *words, *sets(*case.fields, *SHORT, *fields)))
         return case
+
+    @property
+    def source(self) -> Path:
+        """The pipeline that is tuned."""
+        return self.folder / self.name
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder / "run"
+
+    @property
+    def fields(self) -> list[str]:
+        """What a person sets, and what is particular about a family."""
+        found = [
+            f"pipeline={self.source}", f"data.root={self.folder / 'latents'}", f"data.images.side={SIDE}",
+            f"data.images.root={self.folder / 'photos'}",
+        ]  # fmt: skip
+        found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
+        return found + ["net.lowpass=null"] * (self.name in QUICK)
+
+    @property
+    def guidable(self) -> bool:
+        """Whether its pipeline guides as dumo does."""
+        return self.stock.off is not None and not self.stock.rescaled
+
+    def guide(self, scale: float) -> None:
+        """Sample with this scale of guidance from now on."""
+        must(call("train", self.run, *sets(f"sample.guide.scale={scale}")))
+
+    def export(self, out: str, *words: object) -> Path:
+        """What `dumo export` makes of the run."""
+        must(call("export", self.run, self.folder / out, *words))
+        return self.folder / out
 
     @cached_property
     def opened(self) -> RunFolder:
         """The run."""
-        return open_run(str(self.folder / "run"), device="cpu")
+        return open_run(str(self.run), device="cpu")
+
+    def dumo(self, noises: Sequence[Tensor], scale: float = 1.0, c: Tensor | None = None) -> Tensor:
+        """The image that dumo makes of a prompt, or of c, and of this noise, a pass for each."""
+        sampler = self.opened.sampler
+        guide = sampler.spec.guide.model_copy(update={"scale": scale})
+        reads, c = sampler.guided(guide), prompted(sampler, [PROMPT]) if c is None else c
+        drawn = [self.latent(noise) for noise in noises]
+        x = carried(reads, sampler.path, sampler.spec.solver, c, len(drawn), lambda k: drawn[k])[1]
+        return sampler.decode(x)
+
+    def latent(self, noise: Tensor) -> Tensor:
+        """Noise of a pipeline, which may be packed into tokens, as dumo's, (1, c, h, w)."""
+        channels, high, wide = self.opened.sampler.data.shape
+        net = self.opened.net
+        assert isinstance(net, Dualized)
+        if noise.ndim == 3:
+            return unpacked(noise, (high // net.patch, wide // net.patch), net.patch)
+        return noise.reshape(1, channels, high, wide)
+
+    def block(self, out: Path) -> list[tuple[Tensor, list[Tensor]]]:
+        """What the Python block of a card makes, verbatim: an image in [-1, 1] and its noise, call by call."""
+        text = (out / "README.md").read_text(encoding="utf-8")
+        block, made = self.folder / "block.py", self.folder / "made.safetensors"
+        found = re.search(r"```py\n(.*?)```", text, re.S)
+        assert found, text
+        block.write_text(found[1], encoding="utf-8")
+        words = [sys.executable, "-c", RECORDER, block, made]
+        done = subprocess.run(
+            words, cwd=self.folder, env={**ENVIRONMENT, "PYTHONPATH": ""}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{found[1]}\n{done.stderr[-3000:]}"
+        there, images = load_file(made), list[tuple[Tensor, list[Tensor]]]()
+        for n in range(sum(key.endswith("image") for key in there)):
+            noises = sorted((int(key.split(".")[1]), x) for key, x in there.items() if re.fullmatch(rf"{n}\.\d+", key))
+            images.append((there[f"{n}.image"].reshape(-1, 3, SIDE, SIDE), [x for _, x in noises]))
+        return images
+
+    def off(self, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
+        """How far the card's images are from dumo's, |a - b| / |b| of their pixels, call by call."""
+        differences = list[float]()
+        for passes, (image, noises) in enumerate(self.block(out), start=1):
+            mine = self.dumo(noises[:passes], scale, c)
+            differences.append(float((image.clamp(-1, 1) - mine).norm() / mine.norm()))
+        return differences
+
+    def pipeline(self, out: Path | None = None) -> Any:  # noqa: ANN401, of diffusers
+        """The stock pipeline of a folder that was exported, or of what was tuned, in this process."""
+        import diffusers
+
+        pipe = diffusers.DiffusionPipeline.from_pretrained(out or self.source, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     @property
     def stock(self) -> Stock:
         """How its pipeline is called."""
-        return STOCKS[self.row.model.kind]
+        return STOCKS[TINY[PIPELINES[self.name].tiny].kind]
 
-    @property
-    def z(self) -> Tensor:
-        """The noise that both begin with, (1, 1, 8, 8)."""
-        return torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    def call(self, passes: int | None = None) -> dict[str, Any]:
+        """The arguments of so many passes; None: what a person who says nothing gives."""
+        more = {word.split("=")[0]: ast.literal_eval(word.split("=")[1]) for word in self.stock.more}
+        found = {"prompt": PROMPT, "height": SIDE, "width": SIDE, **more}
+        if passes:
+            times = self.opened.sampler.spec.solver.times(passes)
+            found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
+        return found
 
-    def dumo(self, noises: list[Tensor], passes: int) -> Tensor:
-        """What dumo's Restart makes of z, then these noises."""
-        drawn = [self.z, *noises]
-        return carried(
-            self.opened.sampler.reads, self.opened.run.path, RESTART, torch.tensor([C]), passes, lambda k: drawn[k]
-        )[1]
-
-    def pipeline(self, **parts: Any) -> Any:  # noqa: ANN401, a pipeline of diffusers
-        """The stock pipeline of the folder that was exported; of what is given here, another part."""
-        import diffusers
-
-        kind = getattr(diffusers, self.stock.pipeline)
-        none = {name: None for name in kind._get_signature_keys(kind)[0] if name not in ("transformer", "scheduler")}
-        if parts.keys() >= {"transformer", "scheduler"}:
-            pipe = kind(**none | parts)
-        else:
-            pipe = kind.from_pretrained(self.folder / "out", trust_remote_code=True, **none | parts)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def tuned(self) -> Any:  # noqa: ANN401, a pipeline of diffusers
-        """The stock pipeline of the untouched model, with the LoRA that was exported."""
-        import diffusers
-
-        model = getattr(diffusers, self.row.model.kind).from_pretrained(self.folder / "source")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder / "out" / "scheduler")
-        pipe = self.pipeline(transformer=model, scheduler=scheduler)
-        pipe.load_lora_weights(str(self.folder / "out"))
-        return pipe
-
-    def made(
-        self,
-        pipe: Any,  # noqa: ANN401, a pipeline of diffusers
-        told: Given,
-        *,
-        negative: bool = False,
-        seed: int = 7,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What a pipeline makes of z, told this beside its text, and the noises that it drew."""
-        told = {**self.row.told(self.texts, C), **dict(self.row.more), **told}
-        told |= self.row.against(self.texts) if negative else {}
+    def made(self, pipe: Any, passes: int | None, *, seed: int = 7, **more: Any) -> Tensor:  # noqa: ANN401
+        """The latent that a pipeline makes of the first noise and of torch's own with this seed."""
+        first = torch.Generator().manual_seed(0)
         torch.manual_seed(seed)
-        with recorded(self.row.back) as drawn:
-            out = pipe(
-                **told,
-                latents=self.row.into(self.z), height=PIXELS, width=PIXELS, output_type="latent", return_dict=False,
-            )[0]  # fmt: skip
-        return self.row.back(out), drawn
-
-    def arguments(self, passes: int) -> Given:
-        """How a pipeline is told so many passes."""
-        return self.stock.arguments(RESTART.times(passes), embedded=getattr(self.opened.run.net, "guidance", None))
+        return pipe(**self.call(passes) | more, generator=first, output_type="latent", return_dict=False)[0]
 
     def seeded(self, pipe: Any) -> bool:  # noqa: ANN401
         """Whether the pipeline's generator draws the noise between passes, whatever torch's own would."""
-
-        def told() -> Given:
-            return {**self.arguments(2), "generator": torch.Generator().manual_seed(0)}
-
-        return torch.equal(self.made(pipe, told(), seed=1)[0], self.made(pipe, told(), seed=2)[0])
-
-    def off(self, pipe: Any, passes: int) -> float:  # noqa: ANN401
-        """The largest difference between the pipeline's image and dumo's."""
-        image, noises = self.made(pipe, self.arguments(passes))
-        return float((image - self.dumo(noises, passes)).abs().max())
+        return torch.equal(self.made(pipe, 2, seed=1), self.made(pipe, 2, seed=2))

@@ -28,7 +28,7 @@ def encode(
     folder: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or qwen-vae. Default: the recipe's.")] = None,
+    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or pipeline. Default: the recipe's.")] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
     store: Annotated[
         str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")

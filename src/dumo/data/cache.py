@@ -70,7 +70,7 @@ class Contents(Plan, Index):
     """What index.json says of a cache."""
 
     word: ClassVar[str] = "cache"
-    codec: Codec
+    codec: dict[str, Any]  # what it does (`Scaled.facts`), and where its weights lay
     weights: str  # SHA-256 of the codec's
 
     def summary(self) -> str:
@@ -126,13 +126,15 @@ def differences(contents: Contents, codec: Codec) -> Iterator[str]:
     Weights are the same if they have the same SHA-256, of a run that has begun or of a file that is here; else the same
     name.
     """
-    here, there = contents.codec.facts(), codec.facts()
+    here, there = (
+        {k: v for k, v in one.items() if k not in ("weights", "sha256")} for one in (contents.codec, codec.facts())
+    )
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"
-    named = contents.weights if codec.weights == contents.codec.weights else None
-    if here == there and (codec.sha256 or named or codec.digest()) != contents.weights:
-        yield f"codec.weights: {contents.codec.weights} in the cache, {codec.weights} asked, which are not the same"
+    named = contents.weights if codec.weights == contents.codec["weights"] else None
+    if here == there and (codec.sha256 or codec.digest() or named) != contents.weights:
+        yield f"codec.weights: {contents.codec['weights']} in the cache, {codec.weights} asked, which are not the same"
 
 
 def encode(
@@ -241,7 +243,8 @@ def contents_of(source: Finite | Assorted, codec: Opened, plan: Plan) -> Content
     columns |= {"labels": {"dtype": "int64"}, **({"cropped": {"dtype": "float32"}} if plan.sizes else {})}
     if hashes_of(source):
         columns |= {"image": {"dtype": "int64"}, HASH: {"dtype": "uint8", "shape": (BYTES,)}}
-    of = {"codec": codec.codec.model_dump(), "weights": codec.sha256, "rows": len(source), "columns": columns}
+    said = codec.codec.facts() | {"weights": codec.codec.weights}
+    of = {"codec": said, "weights": codec.sha256, "rows": len(source), "columns": columns}
     return Contents.model_validate(plan.model_dump() | of)
 
 

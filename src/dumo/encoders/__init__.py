@@ -5,8 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.encoders.autoencoder import DcAe as DcAe
-from dumo.encoders.autoencoder import QwenVae as QwenVae
+from dumo.encoders.autoencoder import PipelineVae as PipelineVae
 from dumo.encoders.autoencoder import SdVae as SdVae
 from dumo.encoders.taesd import Taef2 as Taef2
 
-Codec = Annotated[Taef2 | SdVae | DcAe | QwenVae, Field(discriminator="kind")]
+Codec = Annotated[Taef2 | SdVae | DcAe | PipelineVae, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and Qwen-Image's.
+"""Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and a pipeline's.
 
 All take images in [-1, 1]. `weights` is a folder with config.json and diffusion_pytorch_model.safetensors, or the name
 of such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
@@ -7,29 +7,24 @@ of such a model on the Hugging Face hub, owner/model or owner/model/folder, from
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.pipeline import VAE, Pipeline, Reading
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
 from dumo.runtime import install
-from dumo.types import UserError
+from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
 HINT = f"--set {FIELD}=... names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
-# latents_mean and latents_std, per channel, in Qwen-Image's vae/config.json and as defaults in diffusers
-QWEN_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-QWEN_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
 
 
 class Model(Scaled):
@@ -45,21 +40,16 @@ class Model(Scaled):
 
 
 class SdVae(Model):
-    """The VAE of Stable Diffusion 1 (sd), fine-tuned as ft-ema, and those of its kind of SD 3 (sd3) and FLUX.1 (flux).
+    """The VAE of Stable Diffusion 1, fine-tuned as ft-ema.
 
-    sd's scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G); the
-    others have shift_factor and scaling_factor of the published vae/config.json. SD 3.5 has SD 3's VAE, Z-Image FLUX's.
+    The scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G).
     """
 
     kind: Literal["sd-vae"] = "sd-vae"
-    variant: Literal["sd", "sd3", "flux"] = "sd"
+    variant: Literal["sd"] = "sd"
     name: ClassVar[str] = "AutoencoderKL"
     gaussian: ClassVar[bool] = True
-    variants: ClassVar[Mapping[str, Published]] = {
-        "sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215),
-        "sd3": Published("stabilityai/stable-diffusion-3-medium-diffusers/vae", 16, 8, 1.5305, 0.0609),
-        "flux": Published("black-forest-labs/FLUX.1-dev/vae", 16, 8, 0.3611, 0.1159),
-    }
+    variants: ClassVar[Mapping[str, Published]] = {"sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215)}
 
 
 class DcAe(Model):
@@ -78,19 +68,85 @@ class DcAe(Model):
     }
 
 
-class QwenVae(Model):
-    """The VAE of Qwen-Image (Wu et al. 2025), one of videos.
+V = TypeVar("V", bound="PipelineVae")
 
-    A net learns (raw - latents_mean) / latents_std, as Qwen-Image does; both are per channel.
-    """
 
-    kind: Literal["qwen-vae"] = "qwen-vae"
-    name: ClassVar[str] = "AutoencoderKLQwenImage"
-    video: ClassVar[bool] = True
-    gaussian: ClassVar[bool] = True
-    variants: ClassVar[Mapping[str, Published]] = {
-        "": Published("Qwen/Qwen-Image/vae", 16, 8, tuple(1 / std for std in QWEN_STD), QWEN_MEAN)
-    }
+class PipelineVae(Reading, Model):
+    """The autoencoder of the run's pipeline, with the shift and scale that its config says."""
+
+    kind: Literal["pipeline"] = "pipeline"
+    weights: str = Field(default="", exclude=True, json_schema_extra=FREE)  # of the pipeline, as is
+    sha256: str | None = Field(default=None, exclude=True, json_schema_extra=PINNED)
+    variants: ClassVar[Mapping[str, Published]] = {}
+
+    def within(self: V, pipeline: Pipeline | None) -> V:
+        """As `Reading.within`, with the place and the hash of the weights."""
+        found = super().within(pipeline)
+        facts = (pipeline.facts or {}) if pipeline else {}
+        place = f"{pipeline.source}/{VAE}" if pipeline else ""
+        return found.model_copy(update={"weights": place, "sha256": facts.get("vae.weights")})
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the folder says. Raises UserError where it has none, or another than the run began with."""
+        return self.pipeline.config(VAE)
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride], of the folder, not of the class
+        """Its class. Raises UserError for one that is none of KINDS."""
+        if (name := str(self.config.get("_class_name"))) not in KINDS:
+            known = ", ".join(KINDS)
+            raise UserError(
+                f"{pipelines.FIELD}: {self.weights} is a {name}, which dumo does not decode with: take one of {known}"
+            )
+        return name
+
+    @property
+    def video(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `name`
+        """Whether it takes videos."""
+        return "video" in KINDS[self.name]
+
+    @property
+    def gaussian(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `name`
+        """Whether the encoder gives a Gaussian per pixel."""
+        return "gaussian" in KINDS[self.name]
+
+    @property
+    def published(self) -> Published:
+        """Its sizes and numbers."""
+        (channels, factor), theirs = _latent(self.config), numbers(self.config)
+        if "patched" in KINDS[self.name]:  # a net learns patches of its latent, standardised by numbers in the weights
+            return Published(self.weights, 4 * channels, 2 * factor, 1.0)
+        shift, scale = (theirs.get(name, none) for name, none in (("shift", 0.0), ("scale", 1.0)))
+        both = (tuple(x) if isinstance(x, list) else x for x in (scale, shift))
+        return Published(self.weights, channels, factor, *both)
+
+    def facts(self) -> dict[str, Any]:
+        """As `Scaled.facts`, with what the config says."""
+        published = {name: np.asarray(x).tolist() for name, x in self.published._asdict().items() if name != "weights"}
+        return {"kind": self.kind, "name": self.name, **published}
+
+    def digest(self) -> str | None:
+        """As `Scaled.digest`."""
+        return None if self.pipeline.known else super().digest()
+
+    def require(self, found: str) -> None:
+        """As `Scaled.require`."""
+        self.pipeline.require("vae.weights", found)
+
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """As `Model.open`. Raises UserError, with the command that brings it, where it is missing."""
+        self.pipeline.place(VAE)
+        return super().open(device)
+
+
+KINDS = {  # classes of autoencoders of pipelines, and what is particular about each
+    "AutoencoderKL": ("gaussian",),
+    "AutoencoderDC": (),
+    "AutoencoderKLQwenImage": ("gaussian", "video"),
+    "AutoencoderKLWan": ("gaussian", "video"),
+    "AutoencoderKLFlux2": ("gaussian", "patched"),
+}
 
 
 class Pair:
@@ -100,17 +156,31 @@ class Pair:
         self.net: Any = net
         self.spec = spec
 
+        self.patches: Any = getattr(net, "bn", None)  # Flux 2's: the mean and variance of patches of 2 x 2
+
     def encode(self, images: Images) -> Moments:
         """The latent; of Gaussians their means, then their standard deviations."""
         found = self.net.encode(images.unsqueeze(2) if self.spec.video else images)
         if not self.spec.gaussian:
             return found.latent
-        moments = torch.cat([found.latent_dist.mean, found.latent_dist.std], 1)
+        parts = [found.latent_dist.mean, found.latent_dist.std]
+        if self.patches:
+            mean, sd = self._numbers()
+            parts = [(pixel_unshuffle(parts[0], 2) - mean) / sd, pixel_unshuffle(parts[1], 2) / sd]
+        moments = torch.cat(parts, 1)
         return moments.squeeze(2) if self.spec.video else moments
 
     def decode(self, raw: Latent) -> Images:
         """Images, about in [-1, 1]."""
+        if self.patches:
+            mean, sd = self._numbers()
+            raw = pixel_shuffle(raw * sd + mean, 2)
         return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2) if self.spec.video else self.net.decode(raw).sample
+
+    def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of patches, (c, 1, 1)."""
+        mean, variance = (x.detach()[:, None, None] for x in (self.patches.running_mean, self.patches.running_var))
+        return mean, (variance + self.net.config.batch_norm_eps).sqrt()
 
 
 def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
@@ -129,7 +199,8 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
         keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for kind in keys for key in info.get(kind, ())]:
             raise RuntimeError(f"{wrong[0]} is missing, unknown or misshapen, by its {CONFIG}")
-        require(codec, net.config, folder)
+        if codec.variants:
+            require(codec, net.config, folder)
         return net.float().eval().requires_grad_(False), found
 
 

@@ -53,7 +53,7 @@ class Scaled(Spec):
     def _as_published(cls, given: Any) -> Any:  # noqa: ANN401, whatever was given is checked after this
         if not isinstance(given, dict):
             return given
-        found = cls.variants.get(str(given.get("variant", next(iter(cls.variants)))))
+        found = cls.variants.get(str(given.get("variant", next(iter(cls.variants), ""))))
         return {"weights": found.weights} | given if found else given
 
     @property

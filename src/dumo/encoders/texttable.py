@@ -3,6 +3,7 @@
     tokens     embeddings (m, d) of a shard's rows one after the other, without padding; ids (m,) where the encoder is
                trained with the net
     lengths    the number of tokens in each row
+    mask       of a pipeline that reads padding, too: which tokens are no padding
     pooled     an embedding (p,) of each text, where there is one
 
 Row k is of caption k of captions.jsonl, a string of JSON per line, and the last row of the empty text, which stands for
@@ -22,6 +23,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
+from dumo.encoders.prompt import PromptReader, Prompts
 from dumo.encoders.text import Embeddings, Encoder, EncoderModel
 from dumo.encoders.tokens import Cutter, Tokenizer
 from dumo.io import digest, table
@@ -33,7 +35,7 @@ from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
 LARGEST = 2**34  # bytes of captions.jsonl; ours
-Reader = Annotated[Encoder | Tokenizer, Field(discriminator="kind")]
+Reader = Annotated[Encoder | Prompts | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
@@ -47,15 +49,17 @@ class Contents(Index):
 
     @classmethod
     def of(
-        cls, captions: Sequence[str], encoder: Encoder | Tokenizer, read: EncoderModel | Cutter, shard_rows: int
+        cls, captions: Sequence[str], encoder: Reader, read: EncoderModel | PromptReader | Cutter, shard_rows: int
     ) -> "Contents":
         """The contents before any shard is made."""
         one = embeddings(read, [""])
-        dtype = encoder.dtype if isinstance(encoder, Encoder) else "int32"
+        dtype = "int32" if isinstance(encoder, Tokenizer) else encoder.dtype
         columns = {
             "tokens": Column(dtype=dtype, shape=tuple(one.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
         }
+        if isinstance(encoder, Prompts) and encoder.padded:
+            columns["mask"] = Column(dtype="bool", lengths="lengths")
         if one.pooled is not None:
             columns["pooled"] = Column(dtype=dtype, shape=(one.pooled.shape[1],))
         return cls(
@@ -63,7 +67,7 @@ class Contents(Index):
             rows=len(captions) + 1,
             shard_rows=shard_rows,
             encoder=encoder,
-            model=encoder.model_type() if isinstance(encoder, Encoder) else "tokens",
+            model="tokens" if isinstance(encoder, Tokenizer) else encoder.model_type(),
             sha256=read.sha256,
             digest=digest.short(*captions),
         )
@@ -93,7 +97,8 @@ class Contents(Index):
         width = f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
         pooled = f", and {self.pooled} of the whole text" if self.pooled else ""
         texts = f"{self.captions:,} captions and the empty one by {self.model}"
-        return f"{texts}, up to {self.encoder.length} {width}{pooled}"
+        most = "" if isinstance(self.encoder, Prompts) else f"up to {self.encoder.length} "
+        return f"{texts}, {most}{width}{pooled}"
 
     def binding(self) -> dict[str, Any]:
         """All but the encoder's folder, for its hash is there."""
@@ -132,20 +137,33 @@ class Table:
         if rows is None:
             table.require(self.folder, self.contents, deep=True)
         at = range(len(self)) if rows is None else rows
-        contents, longest = self.contents, self.contents.encoder.length
+        contents, longest = self.contents, self.longest
         tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
-        lengths = torch.empty(len(at), dtype=torch.long)
+        mask = torch.zeros(len(at), longest, dtype=torch.bool)
         for i, row in enumerate(at):
             number = bisect_right(self._table.ends, row)
             inside = row - self._table.ends[number]  # counted from the end
             shard, ends = self._shard(number)
             n = int(shard["lengths"][inside])
-            tokens[i, :n], lengths[i] = shard["tokens"][ends[inside] - n : ends[inside]], n
+            entries = slice(ends[inside] - n, ends[inside])
+            tokens[i, :n], mask[i, :n] = shard["tokens"][entries], shard["mask"][entries] if "mask" in shard else True
             if pooled is not None:
                 pooled[i] = shard["pooled"][inside]
         tokens = tokens if contents.width else tokens.long()
-        return tokens, torch.arange(longest) < lengths[:, None], pooled
+        return tokens, mask, pooled
+
+    @cached_property
+    def longest(self) -> int:
+        """The tokens of a row, with padding: the most that an encoder gives, or the most that a pipeline gave."""
+        if not isinstance(self.contents.encoder, Prompts):
+            return self.contents.encoder.length
+        return max(self.lengths)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens of each row, without padding."""
+        return tuple(n for i in range(self.contents.count) for n in self._shard(i)[0]["lengths"].tolist())
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
@@ -223,7 +241,7 @@ def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
 
 def encode(
     captions: Sequence[str],
-    encoder: Encoder | Tokenizer,
+    encoder: Reader,
     out: Path,
     *,
     shard_rows: int = 1024,
@@ -250,7 +268,9 @@ def encode(
             signals.check()
             some = texts[i : min(i + batch, rows.stop)]
             found = embeddings(read, some)
-            parts.append({"lengths": found.mask.sum(1), "tokens": found.tokens[found.mask]})  # without padding
+            kept = torch.ones_like(found.mask) if "mask" in contents.columns else found.mask
+            parts.append({"lengths": kept.sum(1), "tokens": found.tokens[kept]})  # without padding
+            parts[-1] |= {"mask": found.mask[kept]} if "mask" in contents.columns else {}
             parts[-1] |= {} if found.pooled is None else {"pooled": found.pooled}
             behind(i + len(some) - rows.start)
         return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
@@ -259,9 +279,9 @@ def encode(
     return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
 
 
-def embeddings(read: EncoderModel | Cutter, texts: Sequence[str]) -> Embeddings:
+def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str]) -> Embeddings:
     """The embeddings of texts, padded; ids where there is no encoder."""
-    if isinstance(read, EncoderModel):
+    if not isinstance(read, Cutter):
         return read(texts)
     ids, mask = read(texts, whole=False)
     return Embeddings(ids, mask, None)

@@ -1,5 +1,6 @@
 """The model card next to an export, README.md: how to call it, what made it, and what it measured."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any, cast
 import jinja2
 
 from dumo.data import Latents
+from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
@@ -22,7 +24,7 @@ from dumo.runtime import version
 from dumo.runtime.progress import inline
 from dumo.types import UserError
 
-PROMPT = '"a red fox in the snow"'
+PROMPT = "a red fox in the snow"
 CODED = "codes.safetensors"
 PASSES = {1: "one pass", 2: "two"}
 
@@ -86,7 +88,7 @@ def of_tuned(
         exported=exported,
         stock=stock,
         codes=codes,
-        calls=calls(exported, stock, class_words(exported, stock) if codes else [PROMPT]),
+        calls=calls(exported, stock, words_of(exported, stock)),
         guided=sampler.spec.guide.scale != 1 and stock.off is not None,
         scheduler=scheduler[1],
         own=scheduler == OWN,
@@ -94,7 +96,16 @@ def of_tuned(
         lora=index is None,
         head=exported.head,
         tag="text-to-image",
+        origin=origin_of(exported, adapter=index is None),
     )
+
+
+def origin_of(exported: Exported, *, adapter: bool) -> dict[str, str]:
+    """What the head of a card says of the model that was tuned, as a hub reads it, in YAML."""
+    pipeline, relation = exported.spec.pipeline, "adapter" if adapter else "finetune"
+    known = {"base_model": pipeline.repository, "base_model_relation": relation} if pipeline.repository else {}
+    facts = pipeline.facts or {}
+    return {key: json.dumps(value) for key, value in (known | {k: facts[k] for k in LICENSE if k in facts}).items()}
 
 
 def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str, str]]:
@@ -110,13 +121,17 @@ def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str,
     return found
 
 
-def class_words(exported: Exported, stock: Stock) -> list[str]:
-    """The words that ask for an image of a class."""
-    data = exported.sampler.data
+def words_of(exported: Exported, stock: Stock) -> list[str]:
+    """The words that ask for an image of a prompt, or of a class, at the size that the run has."""
+    sampler = exported.sampler
+    data, guided = sampler.data, sampler.spec.guide.scale != 1 and stock.off is not None
     pixels = data.codec.factor if isinstance(data, Latents) else stock.side
     height, width = (pixels * n for n in data.shape[1:])
+    asks = (
+        ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
+    )
     alone = [] if exported.source else ['output_type="latent"']
-    return ["**embeds", f"height={height}", f"width={width}", *stock.more, *alone]
+    return [*asks, f"height={height}", f"width={width}", *stock.more, *alone]
 
 
 def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) -> str:
@@ -131,6 +146,7 @@ def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) 
         passes=PASSES if head == "u" else {50: "Euler steps"},
         head=head,
         tag="unconditional-image-generation",
+        origin={},
     )
 
 

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dumo.encoders.pipeline import TRANSFORMER
 from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.pretrained import read_config
+from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
 from dumo.types import UserError
 
@@ -64,7 +65,9 @@ class Stock:
     lists: bool = False  # it takes embeddings as a list, a caption each
     side: int = 8  # pixels to a latent's side, where it has no decoder to ask
     more: tuple[str, ...] = ()  # words without which it makes an image of another size
-    gives: str = "images"  # where its images are
+    gives: str = "images[0]"  # where its image is
+    named: bool = False  # it is guided where a negative prompt is named, and there alone
+    rescaled: bool = False  # it brings what was guided back to the length of what was not
 
     def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
         """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net takes.
@@ -88,20 +91,24 @@ class Stock:
 BINS = ("use_resolution_binning=False",)
 STOCKS: dict[str, Stock] = {
     "SD3Transformer2DModel": Stock("StableDiffusion3Pipeline"),
-    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale"),
+    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale", named=True),
     "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
     "ChromaTransformer2DModel": Stock("ChromaPipeline", mask="prompt_attention_mask"),
     "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True, mask="prompt_attention_mask", side=32, more=BINS),
-    "QwenImageTransformer2DModel": Stock("QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask"),
+    "QwenImageTransformer2DModel": Stock(
+        "QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask", named=True, rescaled=True
+    ),
     "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
-    "Lumina2Transformer2DModel": Stock("Lumina2Pipeline", mask="prompt_attention_mask"),
+    "Lumina2Transformer2DModel": Stock(
+        "Lumina2Pipeline", mask="prompt_attention_mask", more=("cfg_normalization=False",)
+    ),
     "AuraFlowTransformer2DModel": Stock("AuraFlowPipeline", mask="prompt_attention_mask"),
     # given sigmas alone, it calls the net at other times
     "CogView4Transformer2DModel": Stock("CogView4Pipeline", times=("sigmas", "timesteps")),
     "PRXTransformer2DModel": Stock(
         "PRXPipeline", times=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
     ),
-    "WanTransformer3DModel": Stock("WanPipeline", times=(), lora=False, more=("num_frames=1",), gives="frames"),
+    "WanTransformer3DModel": Stock("WanPipeline", times=(), lora=False, more=("num_frames=1",), gives="frames[0][0]"),
 }
 
 
@@ -120,7 +127,7 @@ def restart(solver: Solver) -> Restart:
 
 def forms(spec: Pretrained) -> list[str]:
     """What a run of this net can be exported to, so that stock pipelines take it; else a file of its weights."""
-    stock = stock_of(read_config(spec.source)[1]["_class_name"], spec)
+    stock = stock_of(spec.pipeline.config(TRANSFORMER)["_class_name"], spec)
     if stock is None:
         return ["safetensors"]
     return ["diffusers", *["lora"] * (spec.lora is not None and stock.lora)]
@@ -159,19 +166,23 @@ class Exported:
     @property
     def source(self) -> Path | None:
         """The folder of the whole pipeline that the model came from; None where it came alone."""
-        folder = read_config(self.spec.source)[0]
-        return folder.parent if folder and (folder.parent / INDEX).is_file() else None
+        pipeline = self.spec.pipeline
+        return pipeline.folder if not pipeline.known and (pipeline.folder / INDEX).is_file() else None
 
     @property
     def origin(self) -> str:
-        """The name of what was tuned, without the folders above it."""
-        return (self.source or Path(self.spec.source)).name
+        """The name of what was tuned: on the hub, or that of its folder."""
+        return self.spec.pipeline.repository or Path(self.spec.pipeline.source).name
 
     @property
     def codes(self) -> dict[str, Tensor]:
         """What stands for the classes instead of texts; {} where it was tuned on texts."""
         texts = self.net.texts
-        return {} if self.spec.texts else {name: rows.contiguous() for name, rows in texts.named_buffers()}
+        return (
+            {}
+            if not isinstance(self.spec.texts, Codes)
+            else {name: rows.contiguous() for name, rows in texts.named_buffers()}
+        )
 
     def model(self, dtype: str = "float32") -> Any:  # noqa: ANN401, a model of diffusers
         """The model, its adapters added to their layers, without the name of a folder of this machine."""
@@ -191,12 +202,21 @@ def of_net(sampler: Sampler, spec: Net, head: Head) -> Exported:
 
 
 def require(exported: Exported, *, lora: bool = False) -> Stock:
-    """The pipeline that runs the model. Raises UserError where there is none, or none that takes it as a LoRA."""
+    """The pipeline that runs the model.
+
+    Raises UserError where there is none, or none that takes it as a LoRA or is guided as the run is.
+    """
     stock, why = exported.stock, ""
     if stock is None:
         why = f"no stock pipeline runs a {exported.kind} as this run's net is called: take --to safetensors"
     elif lora and exported.spec.lora is None:
         why = "net.lora is null: all weights were tuned, which no LoRA holds: take --to diffusers"
+    elif exported.head == "u" and exported.sampler.spec.guide.scale != 1 and (stock.off is None or stock.rescaled):
+        does = "guides otherwise" if stock.rescaled else "has no guidance beyond that in the weights"
+        why = (
+            f"sample.guide.scale is {exported.sampler.spec.guide.scale:g}, and {stock.pipeline} {does}, so its images "
+            "would differ. Set it to 1, or take --to safetensors"
+        )
     elif lora and not stock.lora:
         why = f"no pipeline of diffusers loads a LoRA for {exported.kind}: take --to diffusers"
     if stock is None or why:

@@ -20,12 +20,11 @@ from typing import Any, Literal, cast, get_args
 import safetensors.torch
 
 from dumo.data import Data, Latents
-from dumo.encoders.autoencoder import numbers, same, words
 from dumo.export import card, lora, standalone
 from dumo.export.model import INDEX, SCHEDULER, Exported, Head, of_net, require, write_euler, write_scheduler
 from dumo.flow.path import Linear
 from dumo.io import file as files
-from dumo.io.read import brief, foreign, read_settings, write_json
+from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import apart
 from dumo.nets import DiT
 from dumo.objectives import Objective
@@ -38,7 +37,7 @@ Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
 DTYPES = ("float32", "bfloat16", "float16")
-TRANSFORMER, SECOND, VAE = "transformer", "transformer_2", "vae"
+TRANSFORMER, SECOND = "transformer", "transformer_2"
 ORIGIN = "dumo.json"
 ANOTHER = "take another copy of the pipeline"
 
@@ -121,7 +120,8 @@ def write_folder(
     stock, source = require(exported), exported.source
     index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
-        fits(exported.sampler.data, source)
+        exported.spec.pipeline.verify()
+        fits(exported.sampler.data)
     exported.model(dtype).save_pretrained(out / TRANSFORMER)
     index[TRANSFORMER] = ["diffusers", exported.kind]
     if exported.head == "u":
@@ -156,7 +156,7 @@ def others(index: Mapping[str, Any]) -> list[str]:
     """The parts of a pipeline other than model and scheduler. Raises UserError for a name that leads elsewhere."""
     parts = [name for name, entry in index.items() if there(entry) and name not in (TRANSFORMER, SCHEDULER)]
     if strange := [name for name in parts if Path(name).name != name]:
-        raise UserError(f"net.source: {INDEX} has a part called {brief(strange[0])!r}, which is no folder: {ANOTHER}")
+        raise UserError(f"pipeline: {INDEX} has a part called {brief(strange[0])!r}, which is no folder: {ANOTHER}")
     return parts
 
 
@@ -168,23 +168,17 @@ def there(entry: object) -> bool:
 def bring(part: Path, to: Path, how: Parts) -> None:
     """Copy a part, or link to it where it lies now. Raises UserError where it is missing."""
     if not part.is_dir():
-        raise UserError(f"net.source: {part} is missing, and {INDEX} has it: {ANOTHER}")
+        raise UserError(f"pipeline: {part} is missing, and {INDEX} has it: {ANOTHER}")
     if how == "link":
         to.symlink_to(part.resolve(), target_is_directory=True)
     else:
         shutil.copytree(part, to)
 
 
-def fits(data: Data, source: Path) -> None:
-    """Raise UserError where the pipeline's decoder takes latents of another shift or scale than the data's."""
-    file = source / VAE / "config.json"
-    if not isinstance(data, Latents) or not file.is_file():
-        return
-    with foreign(f"{file} says no shift and scale", ANOTHER):
-        theirs = numbers(read_settings(file, ANOTHER))
-        fit = same(theirs, data.codec.published)
-    if not fit:
+def fits(data: Data) -> None:
+    """Raise UserError where the net makes latents of another autoencoder than the pipeline decodes with."""
+    if isinstance(data, Latents) and data.codec.kind != "pipeline":
         raise UserError(
-            f"data.codec is {data.codec.about}, and the decoder in {source} takes latents of {words(theirs)}: its "
-            "images would differ. Train with its codec, or export with --parts none"
+            f"data.codec is {data.codec.about}, and the pipeline decodes with its own autoencoder: train with "
+            "data.codec.kind=pipeline, or export with --parts none"
         )

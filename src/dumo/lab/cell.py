@@ -16,11 +16,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dumo.data import Data, Latents
+from dumo.encoders.pipeline import Pipeline
 from dumo.evaluation.protocol import headline
 from dumo.lab import job
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
+from dumo.nets.rows import Codes
 from dumo.objectives import Objective
 from dumo.run import encode
 from dumo.run.config.resolve import resolve
@@ -111,7 +113,7 @@ def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
             update[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
         source = save_model(done[cell.weights], parent, cell.cut)
-        update["net"] = cell.spec.net.model_copy(update={"source": str(source)})
+        update["pipeline"] = Pipeline(source=str(source))
     return replace(cell, spec=cell.spec.model_copy(update=update))
 
 
@@ -131,7 +133,8 @@ def save_model(result: Result, parent: Path, cut: float | None) -> Path:
 
 def low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
     """The model of a folder, its time embedder cut at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
-    net = Pretrained(source=str(folder), lowpass=limit).build(objective.needs, data.shape, data.classes)
+    spec = Pretrained(texts=Codes(), lowpass=limit).within(Pipeline(source=str(folder)))
+    net = spec.build(objective.needs, data.shape, data.classes)
     net.refit()
     return net
 

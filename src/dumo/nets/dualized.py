@@ -80,7 +80,15 @@ class Dualized(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, c, h, w), at t (b,), for rows c (b,) of the texts."""
         check(("t",), inputs)
-        given = self._inputs(x, c, inputs["t"])
+        lengths, t = self.texts.lengths, inputs["t"]
+        if self.row.alone and lengths and len({*lengths}) > 1:
+            rows = (self._heads_of(x[i : i + 1], c[i : i + 1], t[i : i + 1]) for i in range(len(c)))
+            return tuple(torch.cat(head) for head in zip(*rows, strict=True))
+        return self._heads_of(x, c, t)
+
+    def _heads_of(self, x: Sample, c: Cond, t: Time) -> Heads:
+        """The heads of rows that may share a pass."""
+        given = self._inputs(x, c, t)
         with self._exactly(given):
             out = self.model(**self.row.call(given), return_dict=False)[0]
         if self.row.packed:
@@ -166,6 +174,9 @@ class Dualized(nn.Module):
         """The inputs of a pass in the model's own time and layout."""
         row, config = self.row, self.config
         tokens, mask, pooled = self.texts(c)
+        lengths = self.texts.lengths
+        if row.alone and lengths and mask is not None:  # all rows here have as many tokens
+            tokens, mask = tokens[:, : lengths[int(c[0])]], None
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         time, clock = 1 - t if row.backward else t, row.clock(config)
         w = None if self.guidance is None else self.guidance * row.guidance_scale(config)
@@ -177,7 +188,7 @@ class Dualized(nn.Module):
             pooled=pooled,
             guidance=None if w is None else tokens.new_full((len(tokens),), w),
             grid=grid,
-            lengths=tuple(self.texts.lengths[i] for i in c.tolist()) if row.apart and self.texts.lengths else None,
+            lengths=tuple(lengths[i] for i in c.tolist()) if row.apart and lengths else None,
         )
 
     @contextmanager

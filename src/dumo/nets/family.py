@@ -65,10 +65,10 @@ def flux2(a: Inputs) -> Arguments:
 
 
 def chroma(a: Inputs) -> Arguments:
-    """As `flux`, with a mask over text and image."""
+    """As `flux`, with a mask over text and image, in numbers, which its blocks add to the scores."""
     mask = None
     if a.mask is not None:
-        mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1)
+        mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1).to(a.tokens.dtype)
     ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
     return {**plain(a), **ids, "attention_mask": mask}
 
@@ -113,18 +113,6 @@ def video(a: Inputs) -> Arguments:
     return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
 
 
-def hunyuan_video(a: Inputs) -> Arguments:
-    """`video`, with pooled text, a mask, and the number of guidance."""
-    more = {"encoder_attention_mask": a.there.long(), "pooled_projections": a.pooled, "guidance": a.guidance}
-    return {**video(a), **more}
-
-
-def ltx(a: Inputs) -> Arguments:
-    """Tokens of a video of one frame, with a mask."""
-    sizes = {"num_frames": 1, "height": a.grid[0], "width": a.grid[1]}
-    return {**plain(a), "encoder_attention_mask": a.there, **sizes}
-
-
 def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
     """The positions of patches, (n, axes): row and column are axes 1 and 2."""
     rows, columns = (torch.arange(n, device=like.device, dtype=torch.float32) for n in grid)
@@ -138,9 +126,14 @@ class Family:
     """A class of diffusers. Keys are of its config, paths of its modules."""
 
     call: Callable[[Inputs], Arguments]
+    pipeline: str  # the class that makes an image of a text
+    # What its encode_prompt returns, in order: tokens, mask, pooled; with -, those of the negative prompt; _: no text.
+    encodes: str
+    length: int  # tokens of a text at most, by the defaults of its __call__
     text: str  # key: numbers of a token of text
     pooled: str = ""  # key: numbers of pooled text, if it takes any
     masked: bool = False  # whether it takes a mask of text
+    adds: bool = False  # its mask hides nothing, but is added to the scores of attention: padding is read
     clock: Callable[[Config], float] = lambda config: 1.0  # its own time at t = 1
     backward: bool = False  # its time is 1 - t, and its output data - noise
     turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
@@ -153,7 +146,8 @@ class Family:
     exact_scale: float = 1.0  # of their numbers there
     guidance_scale: Callable[[Config], float] = lambda config: 1.0
     idle: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
-    apart: bool = False  # it takes captions one by one, each with its own length
+    apart: bool = False  # it takes captions as a list, each with its own length
+    alone: bool = False  # it takes no mask, so rows whose captions have several lengths go through it one by one
     compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
     lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
     reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
@@ -170,7 +164,9 @@ class Family:
             fits = p > 0 and p * p * channels == takes
         if not fits:
             many = f"tokens of {takes} numbers, channels x patch x patch" if self.packed else f"{takes} channels"
-            raise UserError(f"net.source takes {many}, and the data have {channels} channels: take data that fit it")
+            raise UserError(
+                f"pipeline has a model of {many}, and the data have {channels} channels: take data that fit it"
+            )
         return p
 
 
@@ -179,69 +175,95 @@ def thousand(config: Config) -> float:
     return TURN
 
 
+BOTH = "tokens mask -tokens -mask"
 FAMILIES: dict[str, Family] = {
     "SD3Transformer2DModel": Family(
-        pooled, "joint_attention_dim", "pooled_projection_dim",
+        pooled, "StableDiffusion3Pipeline", "tokens -tokens pooled -pooled", 77 + 256,
+        "joint_attention_dim", "pooled_projection_dim",
         clock=thousand, channels_last=True, out_channels="attribute",
     ),
     "FluxTransformer2DModel": Family(
-        flux, "joint_attention_dim", "pooled_projection_dim",
+        flux, "FluxPipeline", "tokens pooled _", 512, "joint_attention_dim", "pooled_projection_dim",
         packed=True, exact="time_text_embed", exact_scale=TURN,
     ),
     "Flux2Transformer2DModel": Family(
-        flux2, "joint_attention_dim", packed=True, exact="time_guidance_embed", exact_scale=TURN,
+        flux2, "Flux2Pipeline", "tokens _", 512, "joint_attention_dim",
+        packed=True, exact="time_guidance_embed", exact_scale=TURN,
     ),
     "ChromaTransformer2DModel": Family(
-        chroma, "joint_attention_dim", masked=True,
-        packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
+        chroma, "ChromaPipeline", "tokens _ mask -tokens _ -mask", 512, "joint_attention_dim", masked=True,
+        adds=True, packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
     ),
     "SanaTransformer2DModel": Family(
-        sana, "caption_channels", masked=True,
+        sana, "SanaPipeline", BOTH, 300, "caption_channels", masked=True,
         clock=lambda config: TURN * config.get("timestep_scale", 1.0),
         turn=lambda config: TURN * config.get("timestep_scale", 1.0),
         guidance_scale=lambda config: config["guidance_embeds_scale"],
     ),
     "QwenImageTransformer2DModel": Family(
-        qwen, "joint_attention_dim", masked=True, packed=True, exact="time_text_embed",
+        qwen, "QwenImagePipeline", "tokens mask", 512, "joint_attention_dim",
+        masked=True, packed=True, exact="time_text_embed",
         idle=r"transformer_blocks\.LAST\.(attn\.to_add_out|txt_mlp)",
     ),
     "ZImageTransformer2DModel": Family(
-        z_image, "cap_feat_dim", masked=True, apart=True, backward=True, turn=lambda config: config["t_scale"],
+        z_image, "ZImagePipeline", "tokens -tokens", 512, "cap_feat_dim",
+        masked=True, apart=True, backward=True, turn=lambda config: config["t_scale"],
         embedder="t_embedder.mlp", last="all_final_layer.2-1.linear", channels_last=True, out_channels="attribute",
     ),
     "Lumina2Transformer2DModel": Family(
-        lumina2, "cap_feat_dim", masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
+        lumina2, "Lumina2Pipeline", BOTH, 256, "cap_feat_dim",
+        masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
         channels_last=True, out_channels="attribute", reads="rope_embedder",
     ),
-    "AuraFlowTransformer2DModel": Family(
-        plain, "joint_attention_dim", embedder="time_step_proj", channels_last=True, out_channels="config",
+    "AuraFlowTransformer2DModel": Family(  # padding is zeros, which its blocks see
+        plain, "AuraFlowPipeline", "tokens _ -tokens _", 256, "joint_attention_dim",
+        embedder="time_step_proj", channels_last=True, out_channels="config",
     ),
-    "CogView4Transformer2DModel": Family(cogview4, "text_embed_dim", clock=thousand),
+    "CogView4Transformer2DModel": Family(  # its mask is added to the scores, so it hides nothing
+        cogview4, "CogView4Pipeline", "tokens -tokens", 1024, "text_embed_dim", alone=True, clock=thousand,
+    ),
     "PRXTransformer2DModel": Family(
-        prx, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
+        prx, "PRXPipeline", BOTH, 256, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
         turn=lambda config: config["time_factor"], compiles=False,
     ),
     "WanTransformer3DModel": Family(
-        video, "text_dim", clock=thousand, embedder="condition_embedder.time_embedder", channels_last=True,
-    ),
-    "LTXVideoTransformer3DModel": Family(ltx, "caption_channels", masked=True, clock=thousand, packed=True),
-    "HunyuanVideoTransformer3DModel": Family(
-        hunyuan_video, "text_embed_dim", "pooled_projection_dim", masked=True, clock=thousand,
-        guidance_scale=thousand,
+        video, "WanPipeline", "tokens -tokens", 512, "text_dim", clock=thousand,
+        embedder="condition_embedder.time_embedder", channels_last=True,
     ),
 }  # fmt: skip
+VARIANTS = {  # of a base, by a word in the class of the pipeline, and what they are
+    "Edit": "edits an image",
+    "Kontext": "edits an image",
+    "Inpaint": "fills a part of an image",
+    "Fill": "fills a part of an image",
+    "Img2Img": "begins with an image",
+    "ImageToVideo": "begins with an image",
+    "Control": "follows an image",
+    "Layered": "makes layers",
+    "Sprint": "has the path of a consistency model, which is none of dumo's",
+}
 NOISE = ("UNet", "PixArt", "DiTTransformer", "HunyuanDiT", "Transformer2DModel", "CogVideoX", "Kandinsky3")
 
 
-def family(config: Config) -> Family:
-    """The row of a config.json. Raises UserError, with the way out, for a model that is none of them."""
+def family(config: Config, pipeline: str = "") -> Family:
+    """The row of a config.json, and of the class of its pipeline, if it has one.
+
+    Raises UserError, with the way out, for a model that is none of them, and for a variant of one: a pipeline that
+    makes images of more than a text.
+    """
     kind = str(config.get("_class_name"))
     if row := FAMILIES.get(kind):
-        return row
+        if pipeline.replace("Text2Img", "") in ("", row.pipeline):  # an older name
+            return row
+        does = next((does for word, does in VARIANTS.items() if word in pipeline), "is no pipeline that dumo knows")
+        raise UserError(
+            f"pipeline is a {pipeline}, which {does}: dumo trains what makes an image of a text alone. Take the folder "
+            f"of a {row.pipeline}"
+        )
     known = ", ".join(name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
     if kind.startswith(NOISE):
         raise UserError(
-            f"net.source holds a {kind}, which learned the noise of a diffusion, not the velocity of a flow: take a "
+            f"pipeline has a {kind}, which learned the noise of a diffusion, not the velocity of a flow: take a "
             f"flow transformer ({known})"
         )
-    raise UserError(f"net.source holds a {kind}, which dumo was not tested with: take one of {known}")
+    raise UserError(f"pipeline has a {kind}, which dumo was not tested with: take one of {known}")

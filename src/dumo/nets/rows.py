@@ -1,32 +1,25 @@
 """Rows of text by number: what a net that reads text looks up for a condition c.
 
 They come from a table that `dumo encode` makes (`dumo.nets.table`), from an encoder that is trained with the net
-(`dumo.nets.text`), from a file, or they are codes that stand for classes.
+(`dumo.nets.text`), or they are codes that stand for classes.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.io import digest, weights
-from dumo.io.read import user_path
 from dumo.runtime.random import keyed
-from dumo.types import PINNED, PLACE, Cond, Spec, UserError
+from dumo.types import Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]
 TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]  # tokens; which there are; pooled
 Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
-FIELD = "net.texts.source"
-HINT = "It has tokens (n, l, d), and may have mask (n, l) and pooled (n, p); its last row is for no condition."
 
 
 class Texts(nn.Module, ABC):
@@ -97,12 +90,13 @@ class Rows(Texts):
         if self.reader is None:
             return super().append(texts)
         first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
+        self.length = max(self.length, new[0].shape[1])  # a prompt may be longer than all captions
         for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):
             old: Tensor | None = getattr(self, name)
             if old is not None and rows is not None:
-                rows = F.pad(rows, (0, 0, 0, self.length - rows.shape[1])) if name == "tokens" else rows
-                rows = F.pad(rows, (0, self.length - rows.shape[1])) if name == "mask" else rows
-                setattr(self, name, torch.cat([old, rows.to(old)]))
+                both = (old, rows.to(old))
+                both = both if name == "pooled" else (widened(part, self.length) for part in both)
+                setattr(self, name, torch.cat([*both]))
         self._count()
         return first
 
@@ -116,69 +110,10 @@ class Rows(Texts):
         self.lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
 
 
-class TextFile(Spec):
-    """A safetensors file: tokens (n, l, d), mask (n, l), pooled (n, p); a row for each class, the last for none.
+class Codes(Spec):
+    """A random code for each class, without any text: what is tuned then reads classes, and no prompt."""
 
-    For models whose text takes several encoders, as SD3's and FLUX's does.
-    """
-
-    kind: Literal["file"] = "file"
-    source: str = Field(json_schema_extra=PLACE)
-    sha256: str | None = Field(default=None, exclude_if=lambda sha256: sha256 is None, json_schema_extra=PINNED)
-
-    def found(self) -> "TextFile":
-        """The same with the hash of the file that is there, if one is."""
-        with suppress(UserError, OSError):
-            return self.model_copy(update={"sha256": digest.of_file(user_path(self.source, FIELD))})
-        return self
-
-    def build(self, classes: int) -> Rows:
-        """The rows, on the default device.
-
-        Raises UserError where the file does not hold one per class and one more, or is not the one that a run began
-        with.
-        """
-        file = user_path(self.source, FIELD)
-        found = weights.read(file, HINT, convert=False)[0]
-        if self.sha256 and self.sha256 != (sha256 := digest.of_file(file)):
-            raise UserError(
-                f"{FIELD}: {file} has SHA-256 {sha256}, and this run has {self.sha256}: put that file back, or say "
-                f"where it is with --set {FIELD}=..."
-            )
-        require(file, found)
-        if (n := len(found["tokens"])) - 1 != classes:
-            raise UserError(
-                f"net.texts: {file} has {n} rows, {n - 1} and that of no condition, and the data have {classes} "
-                "classes: give a row to each class"
-            )
-        there = {name: x.to(torch.get_default_device()) for name, x in found.items()}
-        mask, pooled = there.get("mask"), there.get("pooled")
-        return Rows(
-            there["tokens"].float(),
-            None if mask is None else mask.bool(),
-            None if pooled is None else pooled.float(),
-        )
-
-
-def require(file: Path, found: dict[str, Tensor]) -> None:
-    """Raise UserError where the tensors of a file do not fit one another, or a row has no token."""
-    shape = tuple(found["tokens"].shape) if "tokens" in found else None
-    fits: dict[str, Callable[[Tensor], bool]] = {
-        "tokens": lambda x: x.ndim == 3,
-        "mask": lambda x: bool(shape) and x.shape == shape[:2],
-        "pooled": lambda x: bool(shape) and x.ndim == 2 and len(x) == shape[0],
-    }
-    odd = next((name for name, fit in fits.items() if name in found and not fit(found[name])), None)
-    if shape is None:
-        wrong = "no tokens"
-    elif odd:
-        wrong = f"{odd} {tuple(found[odd].shape)} with tokens {shape}"
-    elif "mask" in found and not bool((there := found["mask"].bool().any(1)).all()):
-        row = int(there.logical_not().nonzero()[0])
-        wrong = f"no token in row {row}: an empty text has one, that of its end"
-    else:
-        return
-    raise UserError(f"net.texts: {file} has {wrong}. {HINT}")
+    kind: Literal["codes"] = "codes"
 
 
 def codes(classes: int, width: int, pooled: int) -> Rows:
@@ -192,6 +127,11 @@ def drawn(name: str, rows: int, width: int) -> Tensor:
     if torch.get_default_device().type == "meta":
         return torch.empty(rows, width)
     return keyed("codes", name, rows=range(rows), shape=(width,))
+
+
+def widened(x: Tensor, length: int) -> Tensor:
+    """Tokens (b, l, d) or a mask (b, l), padded to this length."""
+    return F.pad(x, (*[0] * (2 * x.ndim - 4), 0, length - x.shape[1]))
 
 
 def full(x: Tensor) -> Tensor:

@@ -4,21 +4,25 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.encoders.pipeline import TRANSFORMER, Reading
+from dumo.encoders.prompt import Prompts
 from dumo.encoders.text import Encoder
 from dumo.encoders.texttable import Table, open_table, read_contents, require
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
-from dumo.nets.rows import Reader, Rows, TextRows, Texts
+from dumo.nets.family import Family, family
+from dumo.nets.rows import Reader, Rows, TextRows, Texts, widened
 from dumo.runtime.bound import CHANNELS, GIGABYTES
 from dumo.types import FREE, PLACE, Cond, Spec, UserError
 
 GIGABYTE = 1e9
+POOLED = 2  # its place in `TextRows`
 
 
 class Tabled(Spec):
@@ -31,7 +35,7 @@ class Tabled(Spec):
 
     @property
     @abstractmethod
-    def by(self) -> Encoder | Tokenizer:
+    def by(self) -> Encoder | Prompts | Tokenizer:
         """The encoder or tokenizer of the rows."""
 
     @property
@@ -61,15 +65,97 @@ class Tabled(Spec):
         return found
 
 
-class TextTable(Tabled):
-    """Texts through an encoder, from a table of them. It names its sizes, so a net is outlined without any file."""
+class Sizes(NamedTuple):
+    """Those of rows."""
+
+    length: int  # tokens at most
+    width: int
+    pooled: int
+    masked: bool
+    dtype: torch.dtype
+
+
+class Embedded(Tabled):
+    """Texts through an encoder, from a table. Their sizes are known without it, so a net is outlined by them."""
+
+    # GB that the rows may take on the device; above, they are mapped, and looked up on the host. Ours.
+    memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
+
+    @property
+    @abstractmethod
+    def by(self) -> Encoder | Prompts:
+        """What reads the texts."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Sizes:
+        """Those of a row, at most."""
+
+    def bytes(self, classes: int) -> int:
+        """What the rows of this number of captions, and of none, take at most."""
+        sizes = self.sizes
+        return (classes + 1) * (
+            sizes.length * (sizes.width * sizes.dtype.itemsize + 1) + sizes.pooled * sizes.dtype.itemsize
+        )
+
+    def mapped(self, classes: int) -> bool:
+        """Whether rows are looked up on the host, pass by pass, for this number of captions."""
+        return self.bytes(classes) > self.memory * GIGABYTE
+
+    def build(self, classes: int) -> Texts:
+        """The rows, on the default device; on the meta device their sizes alone, and no file is read.
+
+        Raises UserError where there is no table, or it is of other captions or of another encoder.
+        """
+        if torch.get_default_device().type == "meta":
+            return self.outline(classes)
+        found = self.open(classes)
+        if self.mapped(classes):
+            return Mapped(found, self)
+        where, masked = torch.get_default_device(), self.sizes.masked
+        tokens, mask, pooled = found.padded()
+        kept = None if pooled is None else pooled.to(where)
+        return Rows(
+            tokens.to(where), mask.to(where) if masked else None, kept, lambda device: self.reader(found, device)
+        )
+
+    def outline(self, classes: int) -> Rows:
+        """Rows without numbers; a single one where they are mapped."""
+        n, (length, width, pooled, masked, dtype) = 1 if self.mapped(classes) else classes + 1, self.sizes
+        mask = torch.empty(n, length, dtype=torch.bool) if masked else None
+        return Rows(
+            torch.empty(n, length, width, dtype=dtype), mask, torch.empty(n, pooled, dtype=dtype) if pooled else None
+        )
+
+    def open(self, classes: int) -> Table:
+        """The table. Raises UserError as `build`."""
+        return self.table(classes)
+
+    def reader(self, found: Table, device: torch.device) -> Reader:
+        """The reader of prompts, on a device. Raises UserError for an encoder of other weights."""
+        read, dtype = self.by.open(device), found.contents.dtype
+        if read.sha256 != found.contents.sha256:
+            raise UserError(
+                f"net.texts: the encoder in {self.by.source} has the hash {read.sha256}, and the captions were encoded "
+                f"by {found.contents.sha256}: name the folder of that encoder"
+            )
+
+        def rows(texts: Sequence[str]) -> TextRows:
+            made = read(texts)
+            pooled = None if made.pooled is None else made.pooled.to(dtype)
+            tokens = made.tokens if "mask" in found.contents.columns else made.tokens * made.mask[..., None]
+            return tokens.to(dtype), made.mask, pooled
+
+        return rows
+
+
+class TextTable(Embedded):
+    """Texts through an encoder of a folder, which names its sizes."""
 
     kind: Literal["table"] = "table"
     encoder: Encoder
     width: int = Field(ge=1, le=CHANNELS)  # numbers of a token's embedding
     pooled: int = Field(default=0, ge=0, le=CHANNELS)  # numbers of a text's; 0: there is none
-    # GB that the rows may take on the device; above, they are mapped, and looked up on the host. Ours.
-    memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
     @model_validator(mode="after")
     def _pooled(self) -> "TextTable":
@@ -82,36 +168,11 @@ class TextTable(Tabled):
         """The encoder."""
         return self.encoder
 
-    def mapped(self, classes: int) -> bool:
-        """Whether rows are looked up on the host, pass by pass, for this number of captions."""
-        size = getattr(torch, self.encoder.dtype).itemsize
-        return (classes + 1) * (self.encoder.length * (self.width * size + 1) + self.pooled * size) > (
-            self.memory * GIGABYTE
-        )
-
-    def build(self, classes: int) -> Texts:
-        """The rows, on the default device; on the meta device their sizes alone, and no file is read.
-
-        Raises UserError where there is no table, or it is of other captions or of another encoder.
-        """
-        if torch.get_default_device().type == "meta":
-            return self.outline(classes)
-        found = self.open(classes)
-        if self.mapped(classes):
-            return Mapped(found, self)
-        where, masked = torch.get_default_device(), not self.encoder.pad
-        tokens, mask, pooled = found.padded()
-        kept = None if pooled is None else pooled.to(where)
-        return Rows(
-            tokens.to(where), mask.to(where) if masked else None, kept, lambda device: self.reader(found, device)
-        )
-
-    def outline(self, classes: int) -> Rows:
-        """Rows without numbers; a single one where they are mapped."""
-        n, dtype = 1 if self.mapped(classes) else classes + 1, getattr(torch, self.encoder.dtype)
-        mask = None if self.encoder.pad else torch.empty(n, self.encoder.length, dtype=torch.bool)
-        pooled = torch.empty(n, self.pooled, dtype=dtype) if self.pooled else None
-        return Rows(torch.empty(n, self.encoder.length, self.width, dtype=dtype), mask, pooled)
+    @property
+    def sizes(self) -> Sizes:
+        """As its fields say."""
+        dtype = getattr(torch, self.encoder.dtype)
+        return Sizes(self.encoder.length, self.width, self.pooled, not self.encoder.pad, dtype)
 
     def open(self, classes: int) -> Table:
         """The table. Raises UserError as `build`."""
@@ -124,21 +185,33 @@ class TextTable(Tabled):
             )
         return found
 
-    def reader(self, found: Table, device: torch.device) -> Reader:
-        """The reader of prompts, on a device. Raises UserError for an encoder of other weights."""
-        if (now := self.encoder.sha256()) != found.contents.sha256:
-            raise UserError(
-                f"net.texts.encoder.source: the weights in {self.encoder.source} have SHA-256 {now}, and the captions "
-                f"were encoded by {found.contents.sha256}: name the folder of that encoder"
-            )
-        read, dtype = self.encoder.open(device), found.contents.dtype
 
-        def rows(texts: Sequence[str]) -> TextRows:
-            made = read(texts)
-            pooled = None if made.pooled is None else made.pooled.to(dtype)
-            return made.tokens.to(dtype) * made.mask[..., None], made.mask, pooled
+class PipelineTexts(Reading, Embedded):
+    """Texts as the run's pipeline reads them (`dumo.encoders.prompt`)."""
 
-        return rows
+    kind: Literal["pipeline"] = "pipeline"
+    # Of the encoders and of the rows: what a pipeline in this precision gives its transformer.
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @property
+    def row(self) -> Family:
+        """The family of the pipeline. Raises UserError as `family`."""
+        return family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+
+    @property
+    def by(self) -> Prompts:
+        """The pipeline."""
+        row = self.row
+        return Prompts(
+            source=self.pipeline.source, pipeline=row.pipeline, encodes=row.encodes, dtype=self.dtype, padded=row.adds
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """As the config of the model says."""
+        row, config = self.row, self.pipeline.config(TRANSFORMER)
+        pooled = config[row.pooled] if row.pooled else 0
+        return Sizes(row.length, config[row.text], pooled, row.masked or row.alone, getattr(torch, self.dtype))
 
 
 class Mapped(Texts):
@@ -149,13 +222,13 @@ class Mapped(Texts):
 
     like: Tensor  # its device and type are those of the rows
 
-    def __init__(self, found: Table, spec: TextTable) -> None:
+    def __init__(self, found: Table, spec: Embedded) -> None:
         """Holds no rows."""
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
-        self.table, self.masked = found, not spec.encoder.pad
-        self.spec = spec
+        self.width, self.length, self.pooled_width = spec.sizes.width, found.longest, spec.sizes.pooled
+        self.table, self.masked = found, spec.sizes.masked
+        self.spec, self.lengths = spec, found.lengths if self.masked else None
         self.table.audit.require()
         self.added: Rows | None = None
 
@@ -167,8 +240,9 @@ class Mapped(Texts):
         parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]
         if self.added is not None and (new := [i for i, row in enumerate(numbers) if row >= len(self.table)]):
             added = self.added(torch.tensor([numbers[i] - len(self.table) for i in new]))
-            for part, rows in zip(parts, added, strict=True):
+            for k, (part, rows) in enumerate(zip(parts, added, strict=True)):
                 if part is not None and rows is not None:
+                    parts[k] = part = part if k == POOLED else widened(part, rows.shape[1])
                     part[new] = rows.to(part)
         tokens, mask, pooled = (
             part if part is None else part.to(self.like if part.is_floating_point() else self.like.device)
@@ -183,10 +257,17 @@ class Mapped(Texts):
             tokens, mask, pooled = self.table.padded([])
             read = self.spec.reader(self.table, self.like.device)
             self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read)
-        return len(self.table) + self.added.append(texts)
+        first = len(self.table) + self.added.append(texts)
+        self._count()
+        return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
         """As `Texts.keep`."""
         if self.added is not None:
             n = len(self.table)
             self.added.keep(first - n, [row - n for row in rows])
+            self._count()
+
+    def _count(self) -> None:
+        if self.masked and self.added is not None:
+            self.length, self.lengths = self.added.length, (*self.table.lengths, *(self.added.lengths or ()))

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
-from dumo.nets.rows import Rows, TextFile, TextRows, Texts
-from dumo.nets.table import Tabled, TextTable
+from dumo.nets.rows import Rows, TextRows, Texts
+from dumo.nets.table import PipelineTexts, Tabled, TextTable
 from dumo.runtime.bound import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
 from dumo.types import Cond, Spec
@@ -107,27 +107,29 @@ def encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformers
     return known.T5EncoderModel(config).encoder
 
 
-Text = Annotated[Learned | TextFile | TextTable, Field(discriminator="kind")]
+Text = Annotated[Learned | PipelineTexts | TextTable, Field(discriminator="kind")]
 
 
 class Drawn(Spec):
     """Random texts of one token and more, for a cost or a derivative before the table is there; in no recipe."""
 
     kind: Literal["drawn"] = "drawn"
-    of: TextTable | Learned  # its sizes
+    of: PipelineTexts | TextTable | Learned  # its sizes
 
     def build(self, classes: int) -> "Few":
         """Rows of these sizes; on the meta device without numbers."""
         if torch.get_default_device().type == "meta":
             return Few(self.of.build(ROWS - 1))
-        g, length = stream("texts"), self.of.by.length
+        g, of = stream("texts"), self.of
+        length = of.tokenizer.length if isinstance(of, Learned) else of.sizes.length
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
-        if isinstance(self.of, Learned):
+        if isinstance(of, Learned):
             ids = torch.randint(VOCABULARY, mask.shape, generator=g)
-            return Few(Encoded(self.of, ids.int(), mask))
-        tokens = torch.randn(*mask.shape, self.of.width, generator=g)
-        pooled = torch.randn(ROWS, self.of.pooled, generator=g) if self.of.pooled else None
-        return Few(Rows(tokens, None if self.of.encoder.pad else mask, pooled))
+            return Few(Encoded(of, ids.int(), mask))
+        sizes = of.sizes
+        tokens = torch.randn(*mask.shape, sizes.width, generator=g)
+        pooled = torch.randn(ROWS, sizes.pooled, generator=g) if sizes.pooled else None
+        return Few(Rows(tokens, mask if sizes.masked else None, pooled))
 
 
 class Few(Texts):
@@ -146,6 +148,6 @@ class Few(Texts):
 
 def or_drawn(texts: object) -> object:
     """Drawn rows for a table that is not there; other texts as they are."""
-    if isinstance(texts, TextTable | Learned) and not (texts.folder / FILE).exists():
+    if isinstance(texts, PipelineTexts | TextTable | Learned) and not (texts.folder / FILE).exists():
         return Drawn(of=texts)
     return texts

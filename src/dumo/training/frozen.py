@@ -66,6 +66,6 @@ def require(now: str | None, then: str | None, whose: object) -> None:
     """Raise UserError if a digest differs from that of the weights that `whose` training began with."""
     if now != then:
         raise UserError(
-            f"{whose} was trained on other frozen weights than its net has now: put those back where the net's fields "
-            "name them, or say where they are, as --set net.source=...; or train anew in another folder"
+            f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
+            "is, or say where they are, --set pipeline.source=...; or train anew in another folder"
         )

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pyarrow.parquet as parquet
@@ -19,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoencoder import filled, taef2
-from dumo.encoders import Codec, DcAe, QwenVae, SdVae, Taef2
+from dumo.encoders import Codec, DcAe, PipelineVae, SdVae, Taef2
 from dumo.encoders.autoencoder import CONFIG, WEIGHTS
+from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.taesd import Tiny
 from dumo.runtime.random import keyed, stream
 from dumo.types import UserError
@@ -85,14 +85,20 @@ def qwen_of(folder: Path) -> Path:
 def test_published_shapes_and_scales() -> None:
     """SD-VAE: Rombach et al. 2022; the others: scaling_factor and shift_factor of each published config."""
     assert (SdVae().shape(256), SdVae().published.scale) == ((4, 32, 32), 0.18215)
-    assert SdVae(variant="sd3").published[1:] == (16, 8, 1.5305, 0.0609)
-    assert SdVae(variant="flux").published[1:] == (16, 8, 0.3611, 0.1159)
     assert (DcAe().shape(512), DcAe().published.scale) == ((32, 16, 16), 0.3189)
     assert (DcAe(variant="mix").published.scale, DcAe(variant="sana").published.scale) == (0.4552, 0.41407)
     assert DcAe(variant="sana").weights == "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
     assert DcAe(variant="sana", weights="here").model_dump()["weights"] == "here"
     assert Taef2().shape(64) == (32, 8, 8)
-    assert QwenVae().shape(512) == (16, 64, 64)
+    assert of("sd3-medium").published[1:] == (16, 8, 1.5305, 0.0609)
+    assert of("flux-dev").published[1:] == of("z-image").published[1:] == (16, 8, 0.3611, 0.1159)
+    assert of("sana-1600m").shape(512) == DcAe(variant="sana").shape(512)
+    assert of("qwen-image").shape(512) == (16, 64, 64)
+
+
+def of(source: Path | str) -> PipelineVae:
+    """The autoencoder of a pipeline."""
+    return PipelineVae().within(Pipeline(source=str(source)))
 
 
 def test_sides_that_do_not_divide_are_refused(tiny: Path) -> None:
@@ -103,13 +109,15 @@ def test_sides_that_do_not_divide_are_refused(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"variant": "another"}, {"variant": []}, {"weights": None}])
-@pytest.mark.parametrize("kind", ["taef2", "sd-vae", "dc-ae", "qwen-vae"])
+@pytest.mark.parametrize("kind", ["taef2", "sd-vae", "dc-ae", "pipeline"])
 def test_what_is_not_published_is_refused(kind: str, wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         SPEC.validate_python({"kind": kind} | wrong)
 
 
-@pytest.mark.parametrize("codec", [Taef2(), SdVae(variant="sd3"), QwenVae()], ids=lambda codec: codec.kind)
+@pytest.mark.parametrize(
+    "codec", [Taef2(), SdVae(), *map(of, ("sd3-medium", "qwen-image"))], ids=lambda codec: codec.about
+)
 def test_restore_is_the_inverse_of_normalise(codec: Codec) -> None:
     raw = torch.randn(2, codec.channels * (1 + codec.gaussian), 4, 4, generator=stream("raw"), dtype=torch.float64)
     torch.testing.assert_close(codec.restore(codec.normalise(raw)), raw, rtol=0, atol=1e-14)
@@ -135,14 +143,14 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
     assert codec.sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("variant", "scale", "shift"), [("sd", 0.18215, 0.0), ("sd3", 1.5305, 0.0609)])
-def test_sd_vae_gives_diffusers_moments(variant: Any, scale: float, shift: float, tmp_path: Path) -> None:  # noqa: ANN401
+@pytest.mark.parametrize(("scale", "shift"), [(0.18215, 0.0), (1.5305, 0.0609)])
+def test_sd_vae_gives_diffusers_moments(scale: float, shift: float, tmp_path: Path) -> None:
     """And SD 3's latent is shifted, as its pipeline does it."""
     from diffusers import AutoencoderKL
 
     config = {"latent_channels": 16, "scaling_factor": scale, "shift_factor": shift} if shift else {}
-    net = AutoencoderKL.from_pretrained(vae_of(tmp_path, **config)).eval()
-    spec = SdVae(variant=variant, weights=str(tmp_path))
+    net = AutoencoderKL.from_pretrained(vae_of(folder := tmp_path / "vae", **config)).eval()
+    spec = of(tmp_path) if shift else SdVae(weights=str(folder))
     codec, n = spec.open(), spec.channels
     moments = codec.encode(images(16))
     assert moments.shape == (2, 2 * n, 2, 2)
@@ -155,7 +163,7 @@ def test_sd_vae_gives_diffusers_moments(variant: Any, scale: float, shift: float
         z = keyed("draw", rows=[7, 3], shape=x.shape[1:])
         torch.testing.assert_close(x, moments[:, :n] + moments[:, n:] * z)
         torch.testing.assert_close(codec.decode(x), net.decode(x / scale + shift).sample.clamp(-1, 1))
-    assert spec.digest() == codec.sha256 == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+    assert spec.digest() == codec.sha256 == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def test_dc_ae_gives_diffusers_latent(deep: Path) -> None:
@@ -176,8 +184,8 @@ def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(tmp_path: Path) -> None
     """As `QwenImagePipeline` decodes and its twin for images encodes, with the mean and deviation of the config."""
     from diffusers import AutoencoderKLQwenImage
 
-    net = AutoencoderKLQwenImage.from_pretrained(qwen_of(tmp_path)).eval()
-    codec = QwenVae(weights=str(tmp_path)).open()
+    net = AutoencoderKLQwenImage.from_pretrained(qwen_of(tmp_path / "vae")).eval()
+    codec = of(tmp_path).open()
     mean, std = (torch.tensor(net.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
     moments = codec.encode(images(16))
     assert moments.shape == (2, 32, 2, 2)
@@ -227,14 +235,37 @@ def test_weights_of_another_hash_are_refused(tiny: Path, vae: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}, "set codec.variant=flux"),
         ({"scaling_factor": 0.13025}, "4 channels, factor 8, shift 0.0, scale 0.13025; it is not supported"),
         ({"block_out_channels": (4, 4)}, "4 channels, factor 2, shift 0.0, scale 0.18215; it is not supported"),
     ],
 )
-def test_another_variant_is_refused_with_the_right_one(tmp_path: Path, config: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=f"is not codec sd-vae sd3: .*{said}"):
-        SdVae(variant="sd3", weights=str(vae_of(tmp_path, **config))).open()
+def test_another_autoencoder_is_refused(tmp_path: Path, config: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=f"is not codec sd-vae sd: .*{said}"):
+        SdVae(weights=str(vae_of(tmp_path, **config))).open()
+
+
+def test_a_pipelines_autoencoder_is_that_which_the_run_began_with(tmp_path: Path) -> None:
+    """Its weights, and its numbers, which may be null; a class that is none of those known is refused."""
+    vae_of(tmp_path / "vae", latents_mean=None, latents_std=None)
+    began = Pipeline(source=str(tmp_path)).found()
+    codec = PipelineVae().within(began)
+    assert codec.open().sha256 == (began.facts or {})["vae.weights"] == codec.sha256
+    file, config = tmp_path / "vae" / WEIGHTS, tmp_path / "vae" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("0.18215", "0.3611"))
+    with pytest.raises(UserError, match=r"has another vae .config.json. than when this run began: put that back"):
+        codec.open()
+    config.write_text(text.replace("AutoencoderKL", "AutoencoderTiny"))
+    with pytest.raises(UserError, match="is a AutoencoderTiny, which dumo does not decode with"):
+        of(tmp_path).open()
+    config.write_text(text)
+    save_file({name: x + 1 for name, x in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"has another vae .weights. than when this run began"):
+        codec.open()
+    file.unlink()
+    config.unlink()
+    with pytest.raises(UserError, match=r"has no vae/config.json: hf download REPOSITORY --include .* 'vae/\*'"):
+        codec.open()
 
 
 def test_wrong_folders_are_refused(vae: Path) -> None:
@@ -257,18 +288,16 @@ def test_wrong_folders_are_refused(vae: Path) -> None:
         spec.open()
 
 
-@pytest.mark.parametrize(
-    ("spec", "make", "name", "inside"),
-    [(SdVae(), vae_of, "stabilityai/sd-vae-ft-ema", ""), (QwenVae(), qwen_of, "Qwen/Qwen-Image", "vae/")],
-)
+@pytest.mark.parametrize(("name", "inside"), [("stabilityai/sd-vae-ft-ema", ""), ("owner/model", "vae")])
 def test_hub_is_asked_for_what_is_no_folder(
-    spec: Codec, make: Callable[[Path], Path], name: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a pipeline, for the part that it needs."""
-    make(tmp_path / inside)
+    spec = SdVae(weights=f"{name}/{inside}".rstrip("/"))
+    vae_of(tmp_path / inside)
 
     def brings(asked: str, *, allow_patterns: list[str]) -> str:
-        assert (asked, allow_patterns) == (name, [f"{inside}{CONFIG}", f"{inside}{WEIGHTS}"])
+        assert (asked, allow_patterns) == (name, [str(Path(inside) / file) for file in (CONFIG, WEIGHTS)])
         return str(tmp_path)
 
     def fails(name: str, **rest: object) -> str:

@@ -11,6 +11,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
 from dumo.nets.lowpass import Fit, Slow, cut, frequencies, layers, refit, waves
 from dumo.nets.pretrained import Pretrained
+from dumo.nets.rows import Codes
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
 NAMES = [name for name in tiny.TINY if not name.startswith("chroma")]
@@ -24,7 +25,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         *(
             model,
             row,
-            Pretrained(source="").text_rows(row, model.config, CLASSES),
+            Pretrained(texts=Codes()).text_rows(row, model.config, CLASSES),
             ("v",),
             row.patch(model.config, SHAPE[0]),
         ),

@@ -1,12 +1,10 @@
 """A transformer that reads texts: what it is told of them, and how its blocks look at them."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.case import randomise
@@ -18,10 +16,10 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.solver import Euler, Restart, Solver
 from dumo.nets.block import Sizes
 from dumo.nets.dit import DiT, Transformer
-from dumo.nets.rows import Rows, TextFile
+from dumo.nets.rows import Rows
 from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
-from dumo.types import Frozen, Needs, Spec, UserError
+from dumo.types import Frozen, Needs, Spec
 from unit.nets.given import Given, Labels, drawn, points
 
 CLASSES, SHAPE = 5, (3, 4, 4)
@@ -138,22 +136,3 @@ def test_texts_start_as_nothing() -> None:
     mask = torch.ones(2, 4, dtype=torch.bool)
     for block in net.blocks:
         assert torch.equal(block(h, e, y, mask), h)
-
-
-def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
-    """The mean of no tokens is no number."""
-    mask = torch.tensor([[True, False], [False, False], [True, True]])
-    save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
-    with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
-        TextFile(source=str(file)).build(2)
-
-
-def test_another_file_of_texts_is_refused(tmp_path: Path) -> None:
-    save_file({"tokens": torch.zeros(3, 2, 4)}, file := tmp_path / "texts.safetensors")
-    texts = TextFile(source=str(file)).found()
-    assert texts.build(2).tokens.shape == (3, 2, 4)
-    save_file({"tokens": torch.ones(3, 2, 4)}, file)
-    with pytest.raises(UserError, match=rf"net\.texts\.source: .* and this run has {texts.sha256}: put that file back"):
-        texts.build(2)
-    file.unlink()
-    assert TextFile(source=str(file)).found().sha256 is None

@@ -19,7 +19,7 @@ from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
-from dumo.nets.table import TextTable
+from dumo.nets.table import Embedded
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
@@ -63,11 +63,13 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
     """Captions without texts, texts without captions, and captions that are judged by and do not exist."""
     texts, given = net.texts, Conditions(data).captions
     where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
-    of_classes = texts and texts.kind == "file" and data.classes  # a file may have a row per class
-    if bool(given) != bool(texts) and not of_classes:
+    reads = texts is not None and texts.kind != "codes"
+    if texts is not None and texts.kind == "pipeline" and not given:
+        yield f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
+    elif bool(given) != reads:
         yield (
             f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
-            f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if texts else 'none'}"
+            f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if reads else 'none'}"
         )
     if evaluation.protocol.kind == "clip-score" and not given:
         yield (
@@ -110,7 +112,17 @@ def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -
         )
     most: int | None = outline.most if isinstance(outline, Dualized) else None
     if most and (long := max(side // patch for shape in data.shapes for side in shape[1:])) > most:
-        yield f"net.source has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
+        yield f"the pipeline's model has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
+
+
+def ways_to_captions(data: Data) -> str:
+    """How a pretrained model comes to texts."""
+    where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
+    return (
+        f"Give them, --set {where}.kind=files, or make them of the classes' names, --set '{where}={{kind: templates, "
+        'templates: ["a photo of a {}"]}\'; or take random codes for the classes, '
+        f"--set {where}=null --set net.texts.kind=codes, and the model reads no prompt"
+    )
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
@@ -195,10 +207,10 @@ def compilation(train: Train, objective: Objective, net: Net, outline: nn.Module
     dual = isinstance(needs.slope, DualSlope)
     if train.compile != "none" and dual and isinstance(outline, Dualized) and not outline.row.compiles:
         yield (
-            f"train.compile = {train.compile}: torch cannot compile the blocks of this net.source where slope "
+            f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model where slope "
             "'dual' rides along: set train.compile=none"
         )
-    if train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(classes):
+    if train.compile == "loss" and isinstance(texts, Embedded) and texts.mapped(classes):
         yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"

@@ -16,9 +16,13 @@ from dumo.types.outside import TAG
 Location = tuple[int | str, ...]
 WAYS = {  # out of fields that have no default
     "data.root": ": where the images are, or the folder of latents that dumo encode writes",
-    "net.source": ": the folder of a pipeline or transformer of diffusers, or a published name (docs/pretrained.md)",
+    "pipeline.source": ": a folder of diffusers, or a published name (docs/pretrained.md)",
     "net.texts.root": ": the folder that dumo encode writes the table of captions into, e.g. runs/texts/mine",
     "teacher.source": ": the folder of a run that has a velocity",
+}
+GONE = {  # fields of older runs
+    "net.source": "pipeline names the folder now, of the model, its autoencoder, texts and scheduler: pipeline=DIR",
+    "net.config": "pipeline has the hashes of its parts now: remove it",
 }
 MOST = 20  # lines that are shown: ours
 JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
@@ -60,6 +64,8 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
     match found["type"]:
         case "extra_forbidden":
             known = sorted(model.model_fields) if model else []
+            if path in GONE:
+                return f"{path}: {GONE[path]}"
             return f"{path}: unknown key; {ours(str(loc[-1])) or nearest(str(loc[-1]), known)}"
         case "union_tag_invalid":
             tags = ctx["expected_tags"].replace("'", "").split(", ")

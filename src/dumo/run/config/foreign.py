@@ -42,7 +42,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "num_train_epochs": ("train.steps", STEPS),
     "output_dir": ("--out", "of dumo train: the run's folder"),
     "per_device_train_batch_size": ("train.batch", ROWS),
-    "pretrained_model_name_or_path": ("net.source", "with net.kind=diffusers"),
+    "pretrained_model_name_or_path": ("pipeline", "with net.kind=diffusers"),
     "random_flip": ("data.flip", ""),
     "rank": ("net.lora.rank", ""),
     "report_to": ("dumo log RUN --to", "tensorboard, wandb or trackio, in another terminal"),

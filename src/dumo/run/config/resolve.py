@@ -15,14 +15,13 @@ from pydantic.config import JsonDict
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_contents
 from dumo.data.caption import Files
+from dumo.encoders.pipeline import Pipeline
 from dumo.io import digest
 from dumo.io.read import user_path
-from dumo.nets import Net, Pretrained
-from dumo.nets.rows import TextFile
 from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
 from dumo.run.config.change import override, shown
-from dumo.run.config.check import check
+from dumo.run.config.check import check, ways_to_captions
 from dumo.run.config.load import differences, parse
 from dumo.run.config.source import CODE, GIVEN
 from dumo.run.config.spec import Run
@@ -39,7 +38,12 @@ def resolve(run: Run) -> Run:
     it is; so does what is not there yet. Raises UserError where what is found contradicts the spec.
     """
     texts, net = run.net.texts, run.net
-    data = found_data(run.data)
+    try:
+        data = found_data(run.data)
+    except UserError as error:
+        if texts and texts.kind == "pipeline" and "no captions" in str(error):
+            raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
+        raise
     if isinstance(texts, Tabled):
         net = net.model_copy(update={"texts": texts.found()})
         if texts.identity is None:
@@ -159,8 +163,8 @@ def whole(text: str, *, maybe: bool = False) -> str:
 
 def pinned(run: Run, before: Run | None = None) -> Run:
     """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
-    old = pins(before.data, before.net) if before else {}
-    lacking = {field: find for field, (known, find) in pins(run.data, run.net).items() if known is None}
+    old = pins(before.data, before.pipeline) if before else {}
+    lacking = {field: find for field, (known, find) in pins(run.data, run.pipeline).items() if known is None}
     found = {field: old[field][0] if field in old else None for field in lacking}
     new = {field: value for field, find in lacking.items() if (value := found[field] or find())}
     if not new:
@@ -170,20 +174,21 @@ def pinned(run: Run, before: Run | None = None) -> Run:
     return parse(Run, tree | {"resolved": run.resolved | new})
 
 
-def pins(data: Data, net: Net) -> dict[str, tuple[str | None, Callable[[], str | None]]]:
+Pin = str | dict[str, str] | None  # a hash, or the facts of a pipeline
+
+
+def pins(data: Data, pipeline: Pipeline | None) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
     """The hashes that a run has a field for, and what finds each: of a codec that is not here, that of the cache."""
-    found = dict[str, tuple[str | None, Callable[[], str | None]]]()
-    if isinstance(data, Latents):
+    found = dict[str, tuple[Pin, Callable[[], Pin]]]()
+    if isinstance(data, Latents) and data.codec.kind != "pipeline":
 
         def of_codec() -> str | None:
             there = read_contents(data.folder)
             return data.codec.digest() or (there and there.weights)
 
         found["data.codec.sha256"] = data.codec.sha256, of_codec
-    if isinstance(net, Pretrained):
-        found["net.config"] = net.config, lambda: net.found().config
-    if isinstance(texts := net.texts, TextFile):
-        found["net.texts.sha256"] = texts.sha256, lambda: texts.found().sha256
+    if pipeline:
+        found["pipeline.facts"] = pipeline.facts, lambda: pipeline.found().facts
     return found
 
 

@@ -1,13 +1,15 @@
 """The parts of a run, as one tree of specs; `dumo.run.config.check` sees whether they fit together."""
 
+from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
 from dumo.data import Data, Digits, Images, Memory, Moons
+from dumo.encoders.pipeline import Pipeline, handed
 from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
@@ -76,10 +78,15 @@ class Evaluation(Spec):
         return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
 
 
+T = TypeVar("T", bound="Tree")
+
+
 class Tree(Spec):
     """All parts of a run."""
 
     about: str = Field(json_schema_extra=FREE)  # one line
+    # A folder of diffusers: the model that is tuned, and codecs and texts of kind pipeline, are of it.
+    pipeline: Pipeline | None = None
     data: Data
     net: Net
     objective: Objective
@@ -91,6 +98,17 @@ class Tree(Spec):
     evaluate: Evaluation = Field(json_schema_extra=FREE)
     # Fields that `dumo.run.config.resolve` filled, by dotted path.
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
+
+    def model_post_init(self, _: object) -> None:
+        """Hand the pipeline to the parts that read it."""
+        for name in ("data", "net"):
+            object.__setattr__(self, name, handed(getattr(self, name), self.pipeline))
+
+    def model_copy(self: T, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> T:
+        """As pydantic's; the parts that read the pipeline read that of the copy."""
+        made = super().model_copy(update=update, deep=deep)
+        made.model_post_init(None)
+        return made
 
     def __repr__(self) -> str:
         """One line; `dumo show` prints all of it."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
+from dumo.encoders.pipeline import PUBLISHED, Pipeline
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import STANDARDS, TRAIN
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
-from dumo.nets.pretrained import PUBLISHED, read_config
 from dumo.run.config import recipes
 from dumo.run.config.error import require_known
 from dumo.run.config.source import read
@@ -27,7 +27,6 @@ TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"
 SD_VAE, DC_AE = SdVae().weights, DcAe().weights
-MODELS = [config["_name_or_path"] for _, config in map(read_config, PUBLISHED)]  # names on the hub
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,15 @@ CATALOGUE = (
     ),
     Item(
         "pretrained",
-        "a published flow transformer of 2 to 20 B parameters, and its autoencoder",
+        "a published flow transformer of 2 to 20 B parameters, with its autoencoder and text encoders",
         "https://huggingface.co, for SD3 and FLUX.1 with an account",
         (
             f"{install('pretrained')} && export PRETRAINED=DIR   # and one of",
-            *(f"hf download {model} --include 'transformer/*' 'vae/*' --local-dir $PRETRAINED" for model in MODELS),
+            *(Pipeline(source=name).fetch().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
         ),
-        ("$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
-        f"folders transformer and vae, each with config.json and {WEIGHTS}; to train: --set net.source=$PRETRAINED",
-        "$PRETRAINED",
+        ("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
+        "a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",
+        "$PRETRAINED|kind: diffusers",
     ),
     Item(
         "cifar10",
@@ -192,7 +191,8 @@ def standing(place: str, sha256: str | None = None) -> str:
 
 def needing(item: Item) -> Iterator[str]:
     """The names of recipes that have the item's mark, themselves or by their bases."""
-    return (name for name in recipes.names() if item.mark and item.mark in whole_text(name))
+    marks = item.mark.split("|") if item.mark else []
+    return (name for name in recipes.names() if any(mark in whole_text(name) for mark in marks))
 
 
 @cache

@@ -26,7 +26,7 @@ from dumo.data.caption import Templates
 from dumo.encoders.texttable import Table
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.table import TextTable
+from dumo.nets.table import Embedded
 from dumo.nets.text import Drawn, or_drawn
 from dumo.run.conditions import Conditions
 from dumo.run.plan.machine import Finding, judged
@@ -83,7 +83,7 @@ def of_buckets(data: Data) -> list[Finding]:
 def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     """How well a table of texts separates captions; nothing of nets that read none."""
     texts = net.texts
-    if not isinstance(texts, TextTable):
+    if not isinstance(texts, Embedded):
         return []
     if isinstance(or_drawn(texts), Drawn):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
@@ -203,4 +203,6 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     ratios = [float(r) for r in (lift(t, v) * rate).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)]
     text = ", ".join(f"{r:.2g} at {s:g}" for s, r in zip(TIMES, ratios, strict=True))
     way = "net.lowpass=10, or less: u may diverge where v changes so quickly" if max(ratios) > ROUGH else ""
-    return [*found, judged("|t dv/dt| / |v|", text, way)]
+    of = spec.pipeline
+    whose = Finding("pipeline", "ok", f"{of.class_name or 'a transformer alone'}, {of.hint}")
+    return [whose, *found, judged("|t dv/dt| / |v|", text, way)]

@@ -16,6 +16,7 @@ from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
+from dumo.nets.table import Embedded
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
 from dumo.runtime import dist
@@ -86,6 +87,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "validation": validation(spec, net),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
+        "texts": rows_of_text(spec.net.texts, spec.data) if isinstance(spec.net.texts, Embedded) else None,
         "missing_data": missing,
     }
 
@@ -160,6 +162,12 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
 
 
+def rows_of_text(texts: Embedded, data: Data) -> dict[str, int | None]:
+    """Bytes that `dumo encode` writes for a caption at most, and for all, if their number is known."""
+    count = data.classes or None
+    return {"captions": count, "bytes_per_caption": texts.bytes(0), "bytes": count and texts.bytes(count)}
+
+
 def missing_data(data: Data) -> str | None:
     """Why training could not begin here, as far as the data's place shows; None if it could."""
     root: str | None = getattr(data, "root", None)
@@ -219,6 +227,9 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     if cache := facts["cache"]:
         whole = f", {cache['bytes'] / GB:,.1f} GB of {cache['images']:,} images" if cache["bytes"] else ""
         yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
+    if texts := facts["texts"]:
+        whole = f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions" if texts["bytes"] else ""
+        yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}"
     yield "data", facts["missing_data"] or "there"
 
 

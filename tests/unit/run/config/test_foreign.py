@@ -8,7 +8,7 @@ from dumo.run.config.foreign import FOREIGN, ours
 from dumo.run.config.load import load
 from e2e.shell import call
 
-ELSEWHERE = {"net.lora.rank": "flux-lora", "net.source": "flux-lora", "data.root": "my-images"}
+ELSEWHERE = {"net.lora.rank": "flux-lora", "data.root": "my-images"}
 ELSEWHERE |= dict.fromkeys(("data.side", "data.crop", "data.flip"), "my-images")
 ELSEWHERE |= dict.fromkeys(("train.schedule.warmup", "train.schedule.kind"), "imagenet256-xl2")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dumo.encoders import DcAe, QwenVae, SdVae
+from dumo.encoders.pipeline import PUBLISHED
 from dumo.lab import plan
 from dumo.run.config import recipes
 from dumo.run.config.advice import advice
@@ -18,15 +18,6 @@ from dumo.run.config.source import KEY, read
 
 NAMES = recipes.names()
 SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))
-
-
-LATENTS = {  # as the vae/config.json of each model says
-    "sd3-medium": SdVae(variant="sd3"),
-    "flux-dev": SdVae(variant="flux"),
-    "z-image": SdVae(variant="flux"),
-    "sana-1600m": DcAe(variant="sana"),
-    "qwen-image": QwenVae(),
-}
 
 
 def keys(tree: object, path: str = "") -> set[str]:
@@ -131,7 +122,8 @@ def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
         (0, False) if net["guidance"] else (0.8, True)
     )
     assert train["batch"] >= 4 * 8  # four to a GPU, of eight
-    assert codec | {"weights": ""} == LATENTS[net["source"]].model_dump() | {"weights": ""}
+    assert (codec, net["texts"]["kind"]) == ({"kind": "pipeline"}, "pipeline")
+    assert run["pipeline"]["source"] in PUBLISHED
 
 
 def test_an_unknown_recipe_is_a_key_error_and_has_no_results() -> None:

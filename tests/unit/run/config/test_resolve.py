@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dumo.nets.pretrained import PUBLISHED
+from dumo.encoders.pipeline import PUBLISHED
 from dumo.run.config.load import FILE, dump, load
 from dumo.run.config.resolve import as_given, given, pinned, placed, places, whole
 from dumo.run.config.spec import Run
-from unit.run import known
 
 LATENTS = {"data.root", "data.images.root", "data.codec.weights"}
 IMAGES = "evaluate.protocol={kind: photos, samples: 24}"
@@ -65,10 +64,8 @@ def test_the_words_that_a_run_began_with_mean_what_they_meant(tmp_path: Path, mo
 
 def test_names_are_no_places(tmp_path: Path) -> None:
     """Of models that are known by name, and of functions; a folder of that name changes nothing for the first."""
-    fields = ["net.kind=diffusers", f"net.source={PUBLISHED[0]}", "net.weights=drawn"]
-    tuned = known.tiny("digits").model_copy(update={"net": load("sd3-lora", fields[1:]).net})
     os.mkdir(PUBLISHED[0])
-    assert dict(places(placed(tuned)))["net.source"] == PUBLISHED[0]
+    assert dict(places(placed(load("sd3-lora"))))["pipeline.source"] == PUBLISHED[0]
     taught = load("digits", ["teacher={kind: python, source: a:b}"])
     assert dict(places(placed(taught)))["teacher.source"] == "a:b"
     os.mkdir("runs")
@@ -81,7 +78,7 @@ def test_names_are_no_places(tmp_path: Path) -> None:
     [
         ("imagenet-sample", LATENTS),
         ("text-256", {*LATENTS, "net.texts.root", "net.texts.encoder.source"}),
-        ("z-image", {*LATENTS, "net.source"}),
+        ("z-image", {"data.root", "data.images.root", "net.texts.root", "pipeline.source"}),
     ],
 )
 def test_which_fields_are_places(recipe: str, fields: set[str]) -> None:

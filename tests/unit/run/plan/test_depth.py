@@ -5,12 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dumo.encoders.pipeline import PUBLISHED, Pipeline
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.pretrained import PUBLISHED
+from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching
 from dumo.run.plan import cost
 from dumo.run.plan.cost import activation_bytes, forward_flops, forward_units
@@ -27,9 +28,9 @@ def net(
     source: str, *, objective: Objective = PLAIN, lora: Lora | None = None, checkpoint: bool = False, depth: int = DEPTH
 ) -> Dualized:
     """With at most `depth` blocks of each kind, without numbers."""
-    spec = Pretrained(
-        source=source, lora=lora, checkpoint=checkpoint, guidance=3.5 if source == "flux-dev" else None
-    ).short(depth)
+    guidance = 3.5 if source == "flux-dev" else None
+    spec = Pretrained(texts=Codes(), lora=lora, checkpoint=checkpoint, guidance=guidance)
+    spec = spec.within(Pipeline(source=source)).short(depth)
     with torch.device("meta"):
         return spec.build(objective.needs, (CHANNELS.get(source, 16), 8, 8), 10)
 

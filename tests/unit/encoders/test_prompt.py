@@ -1,0 +1,198 @@
+"""Rows of text against their oracle: what the transformer of the stock `__call__` receives, to the bit."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.encoders.pipeline import TRANSFORMER, Pipeline
+from dumo.encoders.prompt import Prompts, defaults
+from dumo.encoders.texttable import encode, open_table
+from dumo.export.model import STOCKS
+from dumo.nets.family import FAMILIES, family
+from dumo.nets.table import PipelineTexts
+from dumo.types import UserError
+from pipelines import PIPELINES, SIDE, save
+from transformers_tiny import TINY
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', of its own code
+SHORT, LONG = (
+    "a red fox in the snow",
+    "a long story of a fox, " * 60,
+)  # more tokens, bytes here, than any pipeline reads
+QUICK = ("SD3", "SANA", "Qwen-Image", "Z-Image")
+SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in PIPELINES]
+Received = dict[str, Tensor]  # tokens (l, d), without those that a mask hides; pooled (p,)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pipelines are."""
+    return tmp_path_factory.mktemp("pipelines")
+
+
+def saved(place: Path, name: str) -> Pipeline:
+    """A tiny pipeline, saved once."""
+    return Pipeline(source=str(place / name if (place / name).exists() else save(name, place / name)))
+
+
+def texts(pipeline: Pipeline, root: Path) -> PipelineTexts:
+    """The texts of a run with this pipeline."""
+    return PipelineTexts(root=str(root), dtype="float32").within(pipeline)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tmp_path: Path) -> None:
+    pipeline = saved(place, name)
+    spec = texts(pipeline, tmp_path / "texts")
+    captions = [SHORT, LONG, "a dog"]
+    encode(captions, spec.by, spec.folder, shard_rows=2)
+    table = open_table(spec.folder)
+    rows = [row_of(table.padded([k]), spec) for k in range(len(captions) + 1)]
+    assert not torch.equal(rows[0]["tokens"], rows[2]["tokens"])
+    stock = Stock(pipeline)
+    for text, row in zip(captions, rows, strict=False):
+        assert_same(row, stock.unguided(text))
+    found = stock.guided(SHORT)
+    assert any(same(rows[0], one) for one in found), "the prompt's own"
+    assert any(same(rows[-1], one) for one in found), "that of no prompt"
+    assert max(len(row["tokens"]) for row in rows) <= FAMILIES[TINY[PIPELINES[name].tiny].kind].length
+
+
+def row_of(padded: tuple[Tensor, Tensor, Tensor | None], spec: PipelineTexts) -> Received:
+    """A row of a table, without padding."""
+    tokens, mask, pooled = padded
+    if spec.row.adds:
+        return {"tokens": tokens[0], "mask": mask[0].float()}
+    return {"tokens": tokens[0][mask[0]], **({} if pooled is None else {"pooled": pooled[0]})}
+
+
+def same(a: Received, b: Received) -> bool:
+    """To the bit."""
+    return a.keys() == b.keys() and all(a[key].shape == b[key].shape and torch.equal(a[key], b[key]) for key in a)
+
+
+def assert_same(mine: Received, theirs: Received) -> None:
+    assert mine.keys() == theirs.keys()
+    for key in mine:
+        assert mine[key].shape == theirs[key].shape
+        assert torch.equal(mine[key], theirs[key]), float((mine[key] - theirs[key]).abs().max())
+
+
+class Stock:
+    """The stock pipeline of a folder, and what its transformer receives."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        from diffusers import DiffusionPipeline
+
+        self.pipe: Any = DiffusionPipeline.from_pretrained(pipeline.folder)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.row = family(pipeline.config(TRANSFORMER))
+        self.stock = STOCKS[pipeline.config(TRANSFORMER)["_class_name"]]
+
+    def unguided(self, text: str) -> Received:
+        """Of a pass without guidance."""
+        off = {self.stock.off: self.stock.none} if self.stock.off else {}
+        (found,) = self.calls(text, **off)
+        return found
+
+    def guided(self, text: str) -> list[Received]:
+        """Of a guided pass, with the defaults of the pipeline; where it is not guided, of one for no text."""
+        if self.stock.off is None:
+            return [*self.calls(text), *self.calls("")]
+        return [*self.calls(text, **{self.stock.off: 4.0}, **{"negative_prompt": ""} if self.stock.named else {})]
+
+    def calls(self, text: str, **more: Any) -> Iterator[Received]:  # noqa: ANN401
+        """What comes with each row of each pass."""
+        passes, forward = list[dict[str, Any]](), self.pipe.transformer.forward
+        takes = inspect.signature(forward)
+
+        def recorded(*args: Any, **given: Any) -> Any:  # noqa: ANN401
+            passes.append(dict(takes.bind(*args, **given).arguments))
+            return forward(*args, **given)
+
+        self.pipe.transformer.forward = recorded
+        words = {"num_frames": 1} if "num_frames" in inspect.signature(self.pipe.__call__).parameters else {}
+        words |= {word.split("=")[0]: False for word in self.stock.more if word.endswith("False")}
+        self.pipe(prompt=text, height=SIDE, width=SIDE, num_inference_steps=1, **words, **more)
+        self.pipe.transformer.forward = forward
+        for one in passes:
+            yield from self.rows(one)
+
+    def rows(self, given: dict[str, Any]) -> Iterator[Received]:
+        """The rows of a pass."""
+        tokens = given.get("encoder_hidden_states", given.get("cap_feats"))
+        names = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+        mask = next((given[name] for name in names if given.get(name) is not None), None)
+        for i, row in enumerate(tokens):
+            if self.row.adds:
+                assert mask is not None
+                yield {"tokens": row, "mask": mask[i][: len(row)]}
+                continue
+            found = {"tokens": row if mask is None else row[mask[i].bool()[: len(row)]]}
+            pooled = given.get("pooled_projections")
+            yield found | ({} if pooled is None else {"pooled": pooled[i]})
+
+
+def test_the_defaults_are_those_of_the_call() -> None:
+    """encode_prompt has others of its own."""
+    import diffusers
+
+    assert defaults(diffusers.QwenImagePipeline)["max_sequence_length"] == 512
+    assert (
+        inspect.signature(diffusers.QwenImagePipeline.encode_prompt).parameters["max_sequence_length"].default == 1024
+    )
+    assert defaults(diffusers.WanPipeline)["max_sequence_length"] == 512
+    assert "Enhanced prompt" in defaults(diffusers.SanaPipeline)["complex_human_instruction"][0]
+
+
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_says_how_many_tokens_its_pipeline_reads_at_most(row: Any) -> None:  # noqa: ANN401
+    import diffusers
+
+    kind = getattr(diffusers, row.pipeline)
+    most = inspect.signature(kind.__call__).parameters.get("max_sequence_length")
+    if most is not None:
+        assert row.length == most.default + 77 * (kind is diffusers.StableDiffusion3Pipeline)
+
+
+def test_a_caption_does_not_depend_on_its_neighbours(place: Path) -> None:
+    """Z-Image writes into the list that it is given, CogView4 pads to the longest of it."""
+    read = texts(saved(place, "Z-Image"), place).by.open()
+    words = [SHORT, "a dog"]
+    both = read(words)
+    alone = read(words[:1])
+    assert words == [SHORT, "a dog"]
+    assert torch.equal(both.tokens[0][both.mask[0]], alone.tokens[0])
+
+
+def test_weights_of_the_model_and_its_autoencoder_are_not_needed(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    pipeline = saved(place, "SD3")
+    alone = Pipeline(source=str(shutil.copytree(pipeline.folder, tmp_path / "sd3")))
+    shutil.rmtree(tmp_path / "sd3" / "vae")
+    (tmp_path / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    spec: Prompts = texts(alone, tmp_path / "texts").by
+    assert torch.equal(spec.open()([SHORT]).tokens, texts(pipeline, tmp_path / "texts").by.open()([SHORT]).tokens)
+    shutil.rmtree(tmp_path / "sd3" / "text_encoder_3")
+    with pytest.raises(
+        UserError, match=r"has no text_encoder_3: hf download REPOSITORY --include .*'text_encoder_3/\*'"
+    ):
+        spec.open()
+
+
+def test_a_change_of_an_encoder_changes_the_hash(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    pipeline = saved(place, "SD3")
+    copied = Pipeline(source=str(shutil.copytree(pipeline.folder, tmp_path / "sd3")))
+    before = copy.copy(copied.texts())
+    assert before == pipeline.texts()
+    (tmp_path / "sd3" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
+    assert copied.texts() != before
