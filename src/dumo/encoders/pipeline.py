@@ -156,7 +156,9 @@ class Pipeline(Spec):
         """What is known of its being distilled, in words."""
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
-        names = " ".join((Path(self.source).name, self.repository, self.class_name, str(self.index.get("scheduler", ""))))
+        names = " ".join(
+            (Path(self.source).name, self.repository, self.class_name, str(self.index.get("scheduler", "")))
+        )
         if named := FAST.search(names):
             return f"distilled, by its name ({named[0]}): if so, set {FIELD}.distilled=true"
         return f"unknown, for a distilled model shares class and config with its base: {FIELD}.distilled says it"
