@@ -23,7 +23,7 @@ OWN: dict[str, dict[str, object]] = {"unet": {"depth": 1}}  # ten blocks as it i
 SOME = {"root": "somewhere", "side": 8, "classes": 2}
 GIVEN = {  # what a spec cannot do without
     "images": SOME,
-    "diffusers": {"source": "somewhere"},
+    "diffusers": {"texts": {"kind": "codes"}},
     "memory": {"name": "builtins:list", "shape": (1, 8, 8), "classes": 0, "digest": "none"},
     "module": {"name": "mine:Net", "layout": "none", "weights": "none"},
     "latents": {"root": "elsewhere", "images": {"kind": "images", **SOME}, "codec": {"kind": "taef2"}},

@@ -129,13 +129,14 @@ def vae(name: str, folder: Path) -> None:
     """An autoencoder."""
     import diffusers
 
-    getattr(diffusers, name)(**VAES[name][1]).save_pretrained(folder)
+    of_a_pipeline = VAES[name][0] is PipelineVae
+    getattr(diffusers, name)(**VAES[name][1]).save_pretrained(folder / "vae" if of_a_pipeline else folder)
 
 
 def codec(name: str, folder: Path) -> None:
     """It, opened."""
-    if name == "AutoencoderKLQwenImage":
-        PipelineVae().within(Pipeline(source=str(folder.parent))).open()
+    if VAES[name][0] is PipelineVae:
+        PipelineVae().within(Pipeline(source=str(folder))).open()
     else:
         VAES[name][0](weights=str(folder)).open()
 

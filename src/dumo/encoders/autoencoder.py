@@ -113,13 +113,15 @@ class PipelineVae(Reading, Model):
 
     @property
     def published(self) -> Published:
-        """Its sizes and numbers."""
-        (channels, factor), theirs = _latent(self.config), numbers(self.config)
-        if "patched" in KINDS[self.name]:  # a net learns patches of its latent, standardised by numbers in the weights
-            return Published(self.weights, 4 * channels, 2 * factor, 1.0)
-        shift, scale = (theirs.get(name, none) for name, none in (("shift", 0.0), ("scale", 1.0)))
-        both = (tuple(x) if isinstance(x, list) else x for x in (scale, shift))
-        return Published(self.weights, channels, factor, *both)
+        """Its sizes and numbers. Raises UserError where the config says none."""
+        with foreign(f"{self.weights} says no sizes, shift or scale of latents", HINT):
+            (channels, factor), theirs = _latent(self.config), numbers(self.config)
+            if "patched" in KINDS[self.name]:  # a net learns patches of its latent, by numbers in the weights
+                return Published(self.weights, 4 * channels, 2 * factor, 1.0)
+            given = (np.asarray(theirs.get(name, none), float) for name, none in (("scale", 1.0), ("shift", 0.0)))
+            return Published(
+                self.weights, channels, factor, *(tuple(x.tolist()) if x.ndim else float(x) for x in given)
+            )
 
     def facts(self) -> dict[str, Any]:
         """As `Scaled.facts`, with what the config says."""

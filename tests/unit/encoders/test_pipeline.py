@@ -1,0 +1,85 @@
+"""What a folder of diffusers says of itself, and who reads it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dumo.encoders import PipelineVae
+from dumo.encoders.pipeline import PUBLISHED, TRANSFORMER, Pipeline, handed, published
+from dumo.nets import Pretrained
+from dumo.nets.rows import Codes
+from dumo.run.config.load import dump, load
+from dumo.run.config.resolve import pinned
+from dumo.types import UserError
+from pipelines import save
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline: to be read."""
+    return save("SD3", tmp_path_factory.mktemp("pipeline") / "sd3")
+
+
+def test_a_run_notes_each_part_and_hands_the_folder_to_who_reads_it(folder: Path, tmp_path: Path) -> None:
+    run = load("sd3-lora", [f"pipeline={folder}", "data.images.side=64", "train.precision=bf16"])
+    began = pinned(run)
+    facts = (began.pipeline and began.pipeline.facts) or {}
+    assert facts.keys() == {"class", "transformer", "vae", "vae.weights", "scheduler", "texts"}
+    assert facts["class"] == "StableDiffusion3Pipeline"
+    assert began.net.pipeline == began.data.codec.pipeline == began.pipeline  # pyright: ignore
+    moved = began.model_copy(update={"pipeline": Pipeline(source="elsewhere")})
+    assert moved.net.pipeline.source == moved.net.texts.pipeline.source == "elsewhere"  # pyright: ignore
+    assert began.net.pipeline.source == str(folder)  # pyright: ignore
+    (tmp_path / "run.yaml").write_text(text := dump(began))
+    assert text.count(str(folder)) == 1
+    assert load(str(tmp_path)) == began
+
+
+def test_who_needs_a_pipeline_says_so() -> None:
+    with pytest.raises(UserError, match="pipeline is missing: --set pipeline=DIR"):
+        _ = Pretrained(texts=Codes()).pipeline
+    known = Pipeline.model_validate("sd3-medium")
+    assert handed(PipelineVae(), known).shape(512) == (16, 64, 64)
+    with pytest.raises(
+        UserError, match=r"without its weights. Fetch them, hf download stabilityai/stable.* --local-dir"
+    ):
+        _ = known.folder
+    with pytest.raises(UserError, match="sd3-small is a transformer alone and has no vae"):
+        Pipeline(source="sd3-small").config("vae")
+
+
+def test_a_unet_is_no_flow(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match="learned the noise of a diffusion"):
+        Pipeline(source=str(tmp_path)).place(TRANSFORMER)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_known_model_is_known_by_its_config(name: str, tmp_path: Path) -> None:
+    (tmp_path / TRANSFORMER).mkdir()
+    config = published(name)[TRANSFORMER] | {"_diffusers_version": "0.0"}
+    (tmp_path / TRANSFORMER / "config.json").write_text(json.dumps(config))
+    assert Pipeline(source=str(tmp_path)).repository == published(name)["_name_or_path"]
+
+
+def test_what_is_not_in_the_config_is_hinted_or_unknown(folder: Path, tmp_path: Path) -> None:
+    assert Pipeline(source=str(folder)).hint.startswith("unknown")
+    assert Pipeline(source=str(folder), distilled=True).hint == "distilled"
+    turbo = tmp_path / "sd35-large-turbo"
+    turbo.symlink_to(folder)
+    assert "by its name (turbo)" in Pipeline(source=str(turbo)).hint
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("---\nlicense: other\nlicense_name: mine\ntags: [a]\n---\n", {"license": "other", "license_name": "mine"}),
+        ("# no head", {}),
+        ("---\n[\n---\n", {}),
+        ("---\n- a\n---\n", {}),
+    ],
+)
+def test_the_licence_is_that_of_the_card(text: str, found: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert Pipeline(source=str(tmp_path)).license == found
