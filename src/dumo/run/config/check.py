@@ -112,7 +112,7 @@ def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -
         )
     most: int | None = outline.most if isinstance(outline, Dualized) else None
     if most and (long := max(side // patch for shape in data.shapes for side in shape[1:])) > most:
-        yield f"the pipeline's model has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
+        yield f"the model has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
 
 
 def ways_to_captions(data: Data) -> str:
