@@ -169,7 +169,7 @@ def over_seeds(rows: Sequence[Row]) -> Row:
     whichever is larger, for few seeds tell little of their scatter.
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
-    main = [name for name in dict.fromkeys((headline(names), "fd")) if name in names]
+    main = [name for name in dict.fromkeys((leading(names), "fd")) if name in names]
     found: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
     for name in main:
         values = [row[name] for row in rows]
@@ -191,8 +191,12 @@ def from_cells(stored: Row) -> list[Row]:
 
 def main_score(row: Row) -> str:
     """The main score of an averaged row, also of one from before `mmd` was measured."""
-    older = [key for key in row if f"{key}_sd" in row or key == "fd_grey"]
-    return next((key for key in ("mmd", "fd_grey") if key in row), headline(older))
+    return leading([key for key in row if f"{key}_sd" in row or key == "fd_grey"])
+
+
+def leading(scores: Sequence[str]) -> str:
+    """The one that counts: before `mmd` was measured, of digits `fd_grey`."""
+    return next((key for key in ("mmd", "fd_grey") if key in scores), headline(scores))
 
 
 def markdown(title: str, table: Sequence[Row]) -> str:
