@@ -123,14 +123,14 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert (report["step"], report["samples"], report["seed"]) == (20, 500, 0)
     assert report["weights"] == "checkpoints/step-00000020/ema-0.999.safetensors"
     assert "500" in report["protocol"]  # a number of samples of one's own is another protocol
-    measures = {"mmd2"} if name == "moons" else {"fd", "kid", "kid_sd", "precision", "recall", "accuracy"}
+    measures = {"mmd2"} if name == "moons" else {"mmd", "mmd_sd", "fd", "precision", "recall", "accuracy"}
     for row in [*report["results"], *report["contrast"]]:
         assert row.keys() >= measures | {"nfe", "solver"}
         assert all(np.isfinite(row[key]) for key in row.keys() - {"solver"})
     assert [(row["nfe"], row["solver"]) for row in report["results"]] == [(1, SOLVERS[name]), (2, SOLVERS[name])]
     euler = [] if name == "digits-flow-matching" else [(1, "euler"), (2, "euler")]  # its own solver is the contrast
     assert [(row["nfe"], row["solver"]) for row in report["contrast"]] == euler
-    assert report["baselines"].keys() == {"null" if name == "moons" else "perfect"}
+    assert report["baselines"].keys() == ({"null"} if name == "moons" else {"perfect", "noise"})
     assert report["versions"].keys() == {"dumo", "torch", "python"}
 
     table = call("evaluate", "run", "--nfe", "1,2")
@@ -140,7 +140,7 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert json.loads(Path(report["file"]).read_text()) == report  # the same samples have the same score
     assert table.out.splitlines()[-1] == report["file"]
     assert call("evaluate", "run", "--nfe", "3", "--json").json["file"] == "run/evaluation.json"
-    assert (name == "moons") != ("a perfect sampler: fd_grey 0." in call("compare", "run").out)
+    assert (name == "moons") != ("a perfect sampler: mmd 0 ± 0." in call("compare", "run").out)
     shown = call("compare", "run", "--json").json["rows"]
     assert {row["nfe"] for row in shown if row["solver"] == SOLVERS[name]} == {1, 2, 3}
 
