@@ -125,9 +125,10 @@ def front(results: Row) -> Iterator[str]:
     for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
         name = names.get(own[0]["arm"], own[0]["arm"])
         yield line([name, f"{own[0]['steps']:,}", *cells, f"{own[0]['nearest']:.2f}", f"{own[0]['recall']:.2f}"])
-    perfect, folds = [cell["baselines"]["perfect"] for cell in results["cells"]], every[0][0]["seeds"]
-    error = (sum(one["sd"] ** 2 for one in perfect) / len(perfect) / folds) ** 0.5
-    yield line(["*a perfect sampler*", "", *[f"0.00&nbsp;±&nbsp;{error:.2f}"] * 4, "1.00", ""])
+    known, folds = [cell["baselines"].get("perfect") for cell in results["cells"]], every[0][0]["seeds"]
+    if perfect := [one["sd"] for one in known if one]:  # results of before had other baselines
+        error = (sum(sd**2 for sd in perfect) / len(perfect) / folds) ** 0.5
+        yield line(["*a perfect sampler*", "", *[f"0.00&nbsp;±&nbsp;{error:.2f}"] * 4, "1.00", ""])
 
 
 def best(results: Row) -> Iterator[str]:
@@ -156,8 +157,8 @@ def power(results: Row) -> Iterator[str]:
     for data in dict.fromkeys(row["data"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["data"] == data]
         faults = list(rows[0]["power"])
-        yield line([data, "samples", *faults, "nothing wrong", "CPU s"])
-        yield "|" + "---|" * (len(faults) + 4)
+        yield line([data, "samples", *faults, "nothing wrong"])
+        yield "|" + "---|" * (len(faults) + 3)
         for n in dict.fromkeys(row["samples"] for row in rows):
             same = [row for row in rows if row["samples"] == n]
             most = {fault: max(row["power"][fault] for row in same) for fault in faults}
@@ -165,7 +166,7 @@ def power(results: Row) -> Iterator[str]:
                 cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
                 cells = [f"**{c}**" if row["power"][f] == most[f] else c for f, c in zip(faults, cells, strict=True)]
                 null = f"{row['mean']:.2g} ± {row['sd']:.1g}".replace("-", "−")
-                yield line([row["distance"], f"{n:,}", *cells, null, f"{row['seconds']:.2g}"])
+                yield line([row["distance"], f"{n:,}", *cells, null])
         yield ""
 
 
