@@ -116,9 +116,9 @@ def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: 
     assert report["results"] == [{key: x for key, x in run["results"][0].items() if key not in ("nfe", "solver")}]
     assert report["baselines"] == run["baselines"]
     found = call("compare", run["file"], f"{file.name}.evaluation.json", "--json").json["rows"]
-    assert [(row["run"], row["nfe"], row["kid"]) for row in found] == [
-        (run["file"], 1, run["results"][0]["kid"]),
-        (str(file), None, run["results"][0]["kid"]),
+    assert [(row["run"], row["nfe"], row["mmd"]) for row in found] == [
+        (run["file"], 1, run["results"][0]["mmd"]),
+        (str(file), None, run["results"][0]["mmd"]),
     ]
 
 

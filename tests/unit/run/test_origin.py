@@ -48,6 +48,7 @@ OTHERS = {
     "train.optimizer.kind": ["train.optimizer.kind=adam"],
     "train.ref": ["train.ref=0.9"],
     "sample.solver.kind": ["sample.solver.kind=euler"],
+    "evaluate.best": ["evaluate.best=true", "evaluate.every=2"],
     "evaluate.protocol.kind": [PHOTOS],
 }
 ALONE = ("sample.knobs", "evaluate.captions")  # have one value in this run
