@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dumo.run.evaluation.card import checked
-from dumo.run.evaluation.compare import alike, compare, differing, shortened
+from dumo.run.evaluation.compare import alike, compare, differing, shortened, with_best
 from dumo.types import UserError
 from fuzz.target import EVALUATION
 
@@ -150,3 +150,15 @@ def test_a_whole_one_stays_as_it_is_and_a_score_that_was_none_stays_none() -> No
     assert found["contrast"][0] == {"nfe": 1, "solver": "euler", "fd_grey": 5.5, "fd": None, "fd_sd": 0.5}
     old = {name: EVALUATION[name] for name in ("step", "card", "results", "contrast")}
     assert checked(old, Path("a.json"), "way out") == old | {"weights": "", "protocol": "", "baselines": {}}
+
+
+def test_what_is_level_with_the_best_of_its_passes_is_marked() -> None:
+    rows = [
+        {"run": "a", "nfe": 1, "mmd": 1.0, "mmd_sd": 0.1},
+        {"run": "b", "nfe": 1, "mmd": 1.25, "mmd_sd": 0.1},
+        {"run": "c", "nfe": 1, "mmd": 1.5, "mmd_sd": 0.1},
+        {"run": "d", "nfe": 2, "mmd": 4.0, "mmd_sd": 0.1},
+        {"run": "e", "nfe": 2, "mmd": None, "mmd_sd": None},
+    ]
+    assert [row["best"] for row in with_best(rows, "mmd")] == [True, True, False, True, False]
+    assert with_best([{"nfe": 1, "fd": 1.0}], "fd") == [{"nfe": 1, "fd": 1.0}]
