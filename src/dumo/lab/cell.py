@@ -49,7 +49,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
     A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
-    for cells of one protocol that were not measured alike.
+    for cells of one protocol and fold that were not measured alike.
     """
     done: dict[str, Result] = {}
     names = {cell.name for cell in cells}
@@ -66,10 +66,15 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
             finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         done |= {cell.name: finish(cell, folder, device=device, bar=bar) for cell in ready}
     results = [done[cell.name] for cell in cells]
-    for kind in dict.fromkeys(one.cell.spec.evaluate.protocol.kind for one in results):
-        same = [one for one in results if one.cell.spec.evaluate.protocol.kind == kind]
-        compare.alike({one.cell.name: one.report["card"] for one in same})
+    for kind in dict.fromkeys(map(judged_by, results)):
+        compare.alike({one.cell.name: one.report["card"] for one in results if judged_by(one) == kind})
     return results
+
+
+def judged_by(result: Result) -> tuple[str, int]:
+    """What the cells of a table share: the protocol, and which fold of the data was held out as the reference."""
+    spec = result.cell.spec
+    return spec.evaluate.protocol.kind, getattr(spec.data, "fold", 0)
 
 
 def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:

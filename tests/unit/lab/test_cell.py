@@ -100,6 +100,27 @@ def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkey
     assert not (tmp_path / "out/table.md").exists()
 
 
+def test_cells_of_other_folds_have_other_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fold is held out of its own training; within one all must be judged against the same digits."""
+    cells = [
+        replace(
+            next(iter(two().cells("smoke"))), name=name, spec=load("digits", ["data.held=359", f"data.fold={fold}"])
+        )
+        for name, fold in (("a", 0), ("b", 1), ("c", 1))
+    ]
+
+    def finish(one: Cell, folder: Path, **_: object) -> Result:
+        seen = {"reference_sha256": references[one.name], "solver": {}}
+        return Result(one, cast(Any, None), {"card": seen})
+
+    monkeypatch.setattr(cell, "finish", finish)
+    references = {"a": "x", "b": "y", "c": "y"}
+    assert len(cell.finish_all(cells, tmp_path, jobs=1, device="cpu", bar=no_bar)) == len(cells)
+    references["c"] = "x"
+    with pytest.raises(UserError, match="reference_sha256: y in b; x in c"):
+        cell.finish_all(cells, tmp_path, jobs=1, device="cpu", bar=no_bar)
+
+
 def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[str] = []
 
