@@ -31,11 +31,14 @@ LINES = "captions.jsonl"
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", LINES)
 TEXT = ("txt", "caption")  # in place of a name: files of text, by their endings. kohya's trainers write the second
 AUTO = "auto"
-NO_CAPTIONS = "no captions found"
 MEND = "mend it, or set captions.name"
 REWRITE = "remove it, and dumo encode writes it from the images"
 
 Texts = tuple[str, ...]  # captions of an image
+
+
+class NoCaptionsError(UserError):
+    """Nothing was written of the images."""
 
 
 def dump_lines(captions: Captions) -> bytes:
@@ -85,8 +88,8 @@ def are_texts(value: object) -> bool:
 def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
     """The captions of each image of a store, in its order; () of one that has none.
 
-    `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`. Raises UserError where no image has
-    one, or what stands there is no text.
+    `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`. Raises NoCaptionsError where no
+    image has one, UserError where what stands there is no text.
     """
     if isinstance(store, Folder):
         found, there = in_files(root, store, name)
@@ -100,8 +103,9 @@ def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
         sought = f"{', '.join(f'.{end}' for end in TEXT)} and .json next to each image"
     if not any(text.strip() for some in found for text in some):
         has = f" There are columns {', '.join(there)}: set captions.name to one," if there else ""
-        raise UserError(
-            f"{NO_CAPTIONS} for the {len(store)} images of {root}: looked for {sought};{has} or leave out data.captions"
+        raise NoCaptionsError(
+            f"no captions found for the {len(store)} images of {root}: looked for {sought};{has}"
+            " or leave out data.captions"
         )
     return found
 

@@ -15,6 +15,7 @@ from pydantic.config import JsonDict
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_contents
 from dumo.data.caption import Files
+from dumo.data.written import NoCaptionsError
 from dumo.encoders.pipeline import Pipeline
 from dumo.io import digest
 from dumo.io.read import user_path
@@ -40,8 +41,8 @@ def resolve(run: Run) -> Run:
     texts, net = run.net.texts, run.net
     try:
         data = found_data(run.data)
-    except UserError as error:
-        if texts and texts.kind == "pipeline" and "no captions" in str(error):
+    except NoCaptionsError as error:
+        if texts and texts.kind == "pipeline":
             raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
         raise
     if isinstance(texts, Tabled):

@@ -21,7 +21,7 @@ from dumo.data import Data, Images, Memory
 from dumo.data.caption import Files
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store
-from dumo.data.written import AUTO, NO_CAPTIONS, captions_of
+from dumo.data.written import AUTO, NoCaptionsError, captions_of
 from dumo.encoders.caption import Captions
 from dumo.evaluation.word import method
 from dumo.io.read import brief, user_path
@@ -189,7 +189,7 @@ def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
     try:
         return Captions.of(captions_of(user_path(images.root, "data.root"), store, name))
     except UserError as error:
-        if not needed or str(error).startswith(NO_CAPTIONS):
+        if not needed or isinstance(error, NoCaptionsError):
             return None
         raise UserError(f"{error}; or leave captions out: --set data.captions=null") from error
 
