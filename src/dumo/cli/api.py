@@ -5,7 +5,6 @@ Each does what the command of its name does, with Python's values instead of fla
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -339,7 +338,7 @@ def train(
             run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
         hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
         tell = None if bar is no_bar else say
-        with live(folder, track, say) if track else nullcontext(()) as more:
+        with live(folder, track, say) as more:
             train_run(run, folder, device=str(device), bar=bar, tell=tell, hooks=[*hooks, *more])
         return load(folder, device=device)
 

@@ -1,8 +1,7 @@
 """From images to samples: encode, train, sample, draw."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,6 @@ from dumo.runtime.progress import bar, no_bar, say
 if TYPE_CHECKING:
     from dumo.nets import Net
     from dumo.run.config.spec import Run
-    from dumo.training.loop import Every
     from dumo.training.spec import Train
 
 
@@ -104,6 +102,7 @@ def train(
     """
     from dumo.export.model import forms
     from dumo.nets import Pretrained
+    from dumo.report.feed import live
     from dumo.run import train
     from dumo.run.config.load import default_folder, load
     from dumo.run.plan import proposal
@@ -115,7 +114,7 @@ def train(
         raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
     else:
         spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with sparing(sparing_words(spec.train, spec.net)), tracked(folder, track) as hooks:
+    with sparing(sparing_words(spec.train, spec.net)), live(folder, track, say) as hooks:
         more: dict[str, Any] = {"accept": accept, "verify": verify, "hooks": hooks}
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, **more)
     err.print(
@@ -131,15 +130,6 @@ def train(
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
-
-
-def tracked(folder: Path, kind: str | None) -> AbstractContextManager[Sequence["Every"]]:
-    """Hooks that send a run's log to a tracker, if one is given."""
-    if kind is None:
-        return nullcontext(())
-    from dumo.report.feed import live
-
-    return live(folder, kind, say)
 
 
 def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":

@@ -208,8 +208,11 @@ class Live:
 
 
 @contextmanager
-def live(folder: Path, kind: str, tell: Callable[[str], object]) -> Generator[Sequence[Every], None, None]:
-    """Hooks of a training by which its log goes to a tracker, all of it by the end. Raises as `Live`."""
+def live(folder: Path, kind: str | None, tell: Callable[[str], object]) -> Generator[Sequence[Every], None, None]:
+    """Hooks by which a training sends its log to a tracker, if one is given, all of it by the end. Raises as `Live`."""
+    if kind is None:
+        yield ()
+        return
     one, patience = Live(folder, kind, tell), HURRY
     try:
         yield [Every(1, one.look)]
