@@ -21,9 +21,9 @@ from torch import Tensor
 from dumo.encoders import vision
 from dumo.encoders.vision import KNOWN, Eye, Kind
 from dumo.evaluation import reference
-from dumo.evaluation.distance import Moments, frechet_distance, gaussian_mmd, kid, mmd_deviation
+from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
-from dumo.evaluation.protocol import LEAST, Context, Made, Protocol, Scores, unit
+from dumo.evaluation.protocol import Context, Made, Protocol, Scores, perfect
 from dumo.evaluation.reference import Standard, cached
 from dumo.evaluation.statistics import Statistics, gather, statistics_of
 from dumo.io.read import user_path
@@ -121,10 +121,8 @@ class FeatureEvaluator:
         Without regard to classes, which weigh little among so different images.
         """
         rows = self.real.rows.to(self.device)
-        alike, least = torch.zeros(len(rows), dtype=torch.long), LEAST * rows.shape[1]
-        found = {"mean": 0.0, "sd": mmd_deviation(self.total, rows, self.width)}
-        far = unit(alike, lambda a, b: frechet_distance(Moments.of(rows[a]), Moments.of(rows[b])), self.kind, least)
-        return {"perfect": found | (far.at(self.total, len(rows), "fd") if far else {})}
+        alike = torch.zeros(len(rows), dtype=torch.long)
+        return {"perfect": perfect(self.kind, alike, rows, self.total, self.width)}
 
 
 def width_of(kind: Kind, rows: Tensor) -> float:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Generator, Tensor
 
-from dumo.evaluation.distance import gaussian_mmd, mean_sd
+from dumo.evaluation.distance import Moments, frechet_distance, gaussian_mmd, mean_sd, mmd_deviation
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, Split
@@ -281,6 +281,18 @@ def mmd(
     """`mmd` and `mmd_sd`, its standard error, of rows of these classes; those of images without any do not count."""
     found = gaussian_mmd(fake, real, width, *((c, d) if (c != c[0]).any() else ()))
     return {"mmd": found.value, "mmd_sd": found.error}
+
+
+def perfect(
+    kind: str, c: Cond, real: Float[Tensor, "m f"], samples: int, width: float, compared: int | None = None
+) -> Scores:
+    """What a perfect sampler would have of `mmd`, as `mean` and `sd`, and of `fd` where there are rows enough to tell.
+
+    `real` are the features of the data in classes c, of which `mmd` takes the first `compared`.
+    """
+    far = unit(c, lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(real[b])), kind, LEAST * real.shape[1])
+    found = {"mean": 0.0, "sd": mmd_deviation(samples, real[:compared], width, c[:compared])}
+    return found | (far.at(samples, len(real), "fd") if far else {})
 
 
 def parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:
