@@ -85,14 +85,15 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     score, has = main_score(every[0][0]), every[0][0].keys()
     title = "kernel distance · 10³" if score == "mmd" else "FD"
     raw = raw and score != "mmd"
-    every_others = {
-        "FD": ("fd", 1, 2) if score == "mmd" else ("", 1, 2),
+    measures = {
+        "FD": ("fd", 1, 2),
         "KID · 10³": ("kid", 1000, 0),
         "recall": ("recall", 1, 2),
         "AUC": ("auc" if "auc" in has else "auc_features", 1, 2),
-        "nearest": ("nearest" if score == "mmd" else "", 1, 2),
+        "nearest": ("nearest", 1, 2),
     }
-    others = {name: of for name, of in every_others.items() if of[0] in has}
+    old = () if score == "mmd" else ("FD", "nearest")  # FD leads there
+    others = {name: of for name, of in measures.items() if of[0] in has and name not in old}
     head = [one for name in [title, *["raw FD"] * raw] for one in (f"{name}, 1 pass", "2", "4")]
     yield line(["", "steps", "F per step", *head, *(f"{name}, 1, 2, 4" for name in others)])
     yield "|" + "---|" * (len(head) + len(others) + 3)

@@ -234,7 +234,7 @@ def judge(
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
-    from dumo.run.evaluation.card import seen
+    from dumo.run.evaluation.card import first_of, seen
     from dumo.run.evaluation.score import too_few
 
     if as_json:
@@ -248,7 +248,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         rows = [*report["results"], *report["contrast"]]
         what = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
         show_table(f"{what}, protocol {report['protocol']}", rows)
-        first = next(key for key in rows[0] if key not in ("nfe", "solver"))
+        first = first_of(rows[0])
         for name, value in report["baselines"].items():
             out.print(f"{WHAT.get(name, name)}: {spelt(value, first)}", soft_wrap=True)
         if too_few(report):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.data import Data, Images, Latents, Moons
+from dumo.data import Data, Images, Moons
 from dumo.data.pixel import Size
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
@@ -39,7 +39,7 @@ def judged_data(data: Data, split: str | None) -> Source:
     """What samples are judged against: the data's images, or those of another split. Raises UserError, as opening."""
     if split is None:
         return real_data(data)
-    images = data.images if isinstance(data, Latents) else data
+    images = shown(data)
     if not isinstance(images, Images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
     try:

@@ -45,13 +45,8 @@ class Validation:
 
         Raises UserError as the protocol does, with how to train without it.
         """
-        self.run, self.folder, self.spec, self.tell, self.spent = (
-            run,
-            folder / BEST,
-            run.evaluate.validation,
-            tell,
-            spent,
-        )
+        self.run, self.folder, self.spec = run, folder / BEST, run.evaluate.validation
+        self.tell, self.spent = tell, spent
         self.every = run.evaluate.every
         if not self.every or state.step // self.every == run.train.steps // self.every:
             self.every = 0

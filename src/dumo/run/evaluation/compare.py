@@ -11,7 +11,7 @@ from typing import Any
 
 from dumo.evaluation.distance import Estimate, level
 from dumo.evaluation.protocol import rising
-from dumo.run.evaluation.card import FILE, Card, Row, read_report, seen
+from dumo.run.evaluation.card import FILE, Card, Row, first_of, read_report, seen
 from dumo.runtime import typed
 from dumo.types import UserError
 
@@ -79,7 +79,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
         on = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
         rows += [head | own | scores | on for scores in report["results"]]
         rows += [head | dict.fromkeys(varied) | scores | on for scores in report.get("contrast", [])]
-    rows = with_best(rows, first_of(reports[sources[0]]))
+    rows = with_best(rows, first_of(reports[sources[0]]["results"][0]))
     columns = dict.fromkeys(key for row in rows for key in row)
     return {
         "rows": [{key: row.get(key) for key in columns} for row in rows],
@@ -99,15 +99,10 @@ def with_best(rows: Sequence[Row], lead: str) -> list[Row]:
     return [row | ({"best": id(row) in best} if known and not rising(lead) else {}) for row in rows]
 
 
-def first_of(report: Row) -> str:
-    """The first score, which a baseline's `mean` is of."""
-    return next(key for key in report["results"][0] if key not in ("nfe", "solver"))
-
-
 def perfect(report: Row) -> Row:
     """What a perfect sampler would have of a report's scores, by name, with spreads; {} where that is not known."""
     found: Row = report["baselines"].get("perfect", {})
-    lead = first_of(report)
+    lead = first_of(report["results"][0])
     names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
     return {names.get(key, key): value for key, value in found.items() if value is not None}
 

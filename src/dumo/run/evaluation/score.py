@@ -14,7 +14,7 @@ from dumo.evaluation import MetricProtocol
 from dumo.evaluation.protocol import headline
 from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
 from dumo.io.read import read_json
-from dumo.run.evaluation.card import checked, seen
+from dumo.run.evaluation.card import checked, first_of, seen
 from dumo.runtime import typed
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
@@ -86,14 +86,14 @@ def first(judged: Table, lead: str) -> Table | None:
 def too_few(judged: Mapping[str, Any]) -> bool:
     """Whether there were too few images to say what a perfect sampler would have."""
     row = judged["results"][0]
-    return not judged["baselines"] and next(key for key in row if key not in ("nfe", "solver")) in DISTANCES
+    return not judged["baselines"] and first_of(row) in DISTANCES
 
 
 def cells(judged: Table, name: str) -> list[str]:
     """A baseline as a row of the table of scores, blank where it does not say."""
     found = judged["baselines"][name]
     known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in judged["columns"]}
-    known[figures(judged["results"][0])[0]] = found["mean"], found["sd"]
+    known[first_of(judged["results"][0])] = found["mean"], found["sd"]
     return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
 
 
