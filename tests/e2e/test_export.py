@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dumo.export import lora
+from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.flow.generate import carried
 from dumo.flow.solver import Euler
@@ -21,7 +21,9 @@ from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.run.prompt import prompted
 from dumo.runtime.random import noise
-from e2e.shell import call, finish, refused, start
+from e2e.shell import call, files, finish, refused, start
+from forked import ENVIRONMENT
+from hub import serving
 from pipelines import PIPELINES
 from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case
 
@@ -192,6 +194,8 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, *FULL, *CODES)
     out = case.export("out")
     assert load_file(out / "codes.safetensors")["tokens"].shape[1] == 1
+    pushed = write.export(case.opened, tmp_path / "pushed", name="owner/name", parts="none") / "README.md"
+    assert 'load_file(snapshot_download("owner/name") + "/codes.safetensors")' in pushed.read_text("utf-8")
     assert max(case.off(out, c=torch.tensor([0]))) < LIMITS["full"]
 
 
@@ -253,6 +257,36 @@ def test_what_a_run_says_of_itself_is_text_on_its_card(trained: dict[str, Path],
     card = (here / "out/README.md").read_text()
     assert "| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\\|b |" in card
     assert "<script" not in card
+
+
+@pytest.mark.slow
+def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) -> None:
+    """In a process that knows the hub by its environment alone; where that refuses, the folder stays, and is whole."""
+    with serving() as hub:
+        words = [sys.executable, "-m", "dumo", "export", str(trained["digits"]), "out", "--push", "owner/name"]
+        environment = {**ENVIRONMENT, **hub.environment, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"out\n{hub.address}/owner/name\n"), done.stderr
+        assert hub.files == (there := files(here / "out"))
+        assert 'from_pretrained("owner/name", ' in there["README.md"].decode()
+        hub.refuses = "/preupload/main"
+        done = subprocess.run(
+            [*words[:5], "two", *words[6:]], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (2, "two\n")
+        assert "two is whole, and was not uploaded: 403" in done.stderr
+        assert files(here / "two") == there
+
+
+def test_an_upload_that_cannot_be_is_refused_before_anything_is_written(
+    trained: dict[str, Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    for repository, *words in (("name",), ("owner/name", "--parts", "link")):
+        refused("export", trained["digits"], here / "out", "--push", repository, *words, named=("--push",))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    refused("export", trained["digits"], here / "out", "--push", "owner/name", named=("hf auth login",))
 
 
 def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Path], here: Path) -> None:

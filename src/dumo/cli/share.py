@@ -30,19 +30,30 @@ def export(
     ] = "copy",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     weights: Weights = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload it to this repository of the Hugging Face Hub, too: private where it is new. Needs a token.",
+        ),
+    ] = None,
 ) -> None:
     """Write a trained net as stock programs take it."""
-    from dumo.export import write
+    from dumo.export import hub, write
     from dumo.run.folder import open_run
     from dumo.runtime import dist
 
     dist.alone("dumo export")
     write.vacant(target)
+    if push is not None:
+        hub.require(push, parts)
     opened = open_run(run_folder, weights=weights, device="cpu")
-    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype)
+    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push)
     out.print(str(done), soft_wrap=True)
     if done.is_dir():
         err.print(f"how it is called: {quote(str(done / 'README.md'))}", soft_wrap=True)
+    if push is not None:
+        out.print(hub.push(done, push), soft_wrap=True)
 
 
 def demo(
