@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from comfyui import loaded, native
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.flow.generate import carried
@@ -100,6 +102,17 @@ def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
     one, other = load_file(file), load_file(sd3.folder / "out" / "transformer" / WEIGHTS)
     assert one.keys() == other.keys() == load_file(sd3.source / "transformer" / WEIGHTS).keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> None:
+    file, whole = tuned.folder / "comfyui.safetensors", tuned.folder / "whole.safetensors"
+    for to, out in (("comfyui", file), ("safetensors", whole)):
+        assert call("export", tuned.run, out, "--to", to).code == 0
+    kind, before = "SD3Transformer2DModel", load_file(tuned.source / "transformer" / WEIGHTS)
+    found, after = loaded(before, load_file(file), kind), native(load_file(whole), kind)
+    assert max(float((found[name] - x).abs().max()) for name, x in after.items()) < 1e-6
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["class"] == kind
 
 
 def test_half_precision_is_rounded_once(sd3: Case) -> None:
@@ -230,6 +243,7 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: d
         ((run, sd3.folder / "out"), "is there already"),
         ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
         ((run, out, "--to", "lora"), "all weights were tuned"),
+        ((run, out, "--to", "comfyui"), "all weights were tuned"),
         ((run, out, "--head", "w"), "has u, v"),
         ((run, out, "--parts", "move"), "no --parts 'move'"),
         ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),

@@ -14,12 +14,17 @@ from dumo.cli.terminal import err, explain, out
 def export(
     run_folder: Folder,
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", parser=place, help="A folder, or of safetensors a file; not there yet.")
+        Path,
+        typer.Argument(
+            metavar="OUT", parser=place, help="A folder, or of comfyui and safetensors a file; not there yet."
+        ),
     ],
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="diffusers (a folder for from_pretrained), lora (for load_lora_weights) or safetensors."
+            "--to",
+            help="diffusers (a folder for from_pretrained), lora (one for load_lora_weights), comfyui (a LoRA as one "
+            "file) or safetensors (all weights as one).",
         ),
     ] = "diffusers",
     head: Annotated[

@@ -32,7 +32,7 @@ from dumo.run.config.error import require_known
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
-Form = Literal["diffusers", "lora", "safetensors"]
+Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
@@ -52,7 +52,7 @@ def export(
     dtype: str = "float32",
     name: str | None = None,
 ) -> Path:
-    """Write a run's head as a pipeline's folder, a LoRA's folder or a safetensors file; returns `out`.
+    """Write a run's head as a pipeline's folder, a LoRA's folder or file, or a file of weights; returns `out`.
 
     `head` is u or v; None: u where it was taught. `parts` of the pipeline that the model came from are copied, linked
     or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. Raises UserError where `out` is
@@ -72,8 +72,8 @@ def export(
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.whole(out) as half:
-        if to == "safetensors" and not isinstance(net, DiT):  # by the model's own names
-            weights = apart(net.model(dtype).state_dict())
+        if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # one by the model's own names
+            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model(dtype).state_dict())
             safetensors.torch.save_file(weights, half, metadata=card.notes(net, made))
             return out
         half.mkdir()
