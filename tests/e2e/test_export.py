@@ -81,6 +81,21 @@ def test_which_generator_draws_the_noise_between_passes(name: str, sd3: Case, tm
     assert case.seeded(pipe) == case.stock.seeded
 
 
+@pytest.mark.slow
+def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path) -> None:
+    """Counted, or where the images are gone the square: of these three photographs none went there."""
+    case = Case.of("Flux", tmp_path, *LORA, "data.images.side=144", "data.images.buckets={step: 16}")
+    card = (case.export("out", "--parts", "link") / "README.md").read_text("utf-8")
+    assert "| images | pixels, width x height, and how many: 128 x 160 (3) |" in card
+    assert 'prompt="a red fox in the snow", height=160, width=128, ' in card
+    assert case.pipeline(case.folder / "out")(PROMPT, height=160, width=128, sigmas=[1.0]).images[0].size == (128, 160)
+    (tmp_path / "latents").rename(tmp_path / "moved")
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    card = (case.export("bare", "--parts", "link") / "README.md").read_text("utf-8")
+    assert "| images | pixels, width x height: 144 x 144, " in card
+    assert "height=144, width=144, " in card
+
+
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another; unloaded, it is the model's own."""
     whole, pipe = load_file(tuned.folder / "out" / lora.FILE), tuned.pipeline()
