@@ -45,8 +45,10 @@ FLUX = {
     r"time_text_embed\.timestep_embedder\.linear_2": "time_in.out_layer",
     "proj_out": "final_layer.linear",
 }
-FLUX2 = {r"time_guidance_embed\.timestep_embedder\.linear_1": "time_in.in_layer"}  # in files of weights, not of LoRAs
-FLUX2 |= {r"time_guidance_embed\.timestep_embedder\.linear_2": "time_in.out_layer"}
+FLUX2 = {  # in files of weights, not of LoRAs
+    r"time_guidance_embed\.timestep_embedder\.linear_1": "time_in.in_layer",
+    r"time_guidance_embed\.timestep_embedder\.linear_2": "time_in.out_layer",
+}
 Z_IMAGE = {
     r"(layers\.\d+|\w+_refiner\.\d+)\.attention\.to_([qkv])": r"\1.attention.qkv",
     r"(layers\.\d+|\w+_refiner\.\d+)\.attention\.to_out\.0": r"\1.attention.out",
@@ -104,7 +106,9 @@ def native(weights: State, kind: str) -> State:
 def loaded(weights: State, file: State, kind: str) -> State:
     """The model under its own names after the loader has merged a file at strength 1. No key may be left over."""
     there, used = native(weights, kind), set[str]()
-    targets = {f"diffusion_model.{name.removesuffix('.weight')}": (name, None) for name in there}
+    targets: dict[str, tuple[str, tuple[int, int] | None]] = {
+        f"diffusion_model.{name.removesuffix('.weight')}": (name, None) for name in there
+    }
     layers = {name.removesuffix(".weight"): len(x) for name, x in weights.items() if name.endswith(".weight")}
     places = {layer: found for layer in layers if (found := place(layer, RULES[kind]))}
     width = {own: layers[layer] for layer, (own, part) in places.items() if part == 0}  # of q, as of k and v

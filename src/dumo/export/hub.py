@@ -37,7 +37,6 @@ def push(export: Path, repository: str) -> str:
     Raises UserError where the hub or the network refuses; the export stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
 
     api, message = HfApi(), f"Upload {export.name}"
     try:
@@ -48,7 +47,7 @@ def push(export: Path, repository: str) -> str:
             api.upload_file(
                 repo_id=repository, path_or_fileobj=export, path_in_repo=export.name, commit_message=message
             )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the client, of one of two clients of HTTP, or of its uploader in Rust
         cause = error.__cause__ or error if type(error) is RuntimeError else error  # which says what file it was, alone
         why = brief(" ".join(str(cause).split()), 400).rstrip(".")
         raise UserError(
