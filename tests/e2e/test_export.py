@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dumo.export import lora
+from comfyui import loaded, native
+from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.flow.generate import carried
 from dumo.flow.solver import Euler
@@ -21,7 +23,9 @@ from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.run.prompt import prompted
 from dumo.runtime.random import noise
-from e2e.shell import call, finish, refused, start
+from e2e.shell import call, files, finish, refused, start
+from forked import ENVIRONMENT
+from hub import serving
 from pipelines import PIPELINES
 from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case
 
@@ -77,6 +81,21 @@ def test_which_generator_draws_the_noise_between_passes(name: str, sd3: Case, tm
     assert case.seeded(pipe) == case.stock.seeded
 
 
+@pytest.mark.slow
+def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path) -> None:
+    """Counted, or where the images are gone the square: of these three photographs none went there."""
+    case = Case.of("Flux", tmp_path, *LORA, "data.images.side=144", "data.images.buckets={step: 16}")
+    card = (case.export("out", "--parts", "link") / "README.md").read_text("utf-8")
+    assert "| images | pixels, width x height, and how many: 128 x 160 (3) |" in card
+    assert 'prompt="a red fox in the snow", height=160, width=128, ' in card
+    assert case.pipeline(case.folder / "out")(PROMPT, height=160, width=128, sigmas=[1.0]).images[0].size == (128, 160)
+    (tmp_path / "latents").rename(tmp_path / "moved")
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    card = (case.export("bare", "--parts", "link") / "README.md").read_text("utf-8")
+    assert "| images | pixels, width x height: 144 x 144, " in card
+    assert "height=144, width=144, " in card
+
+
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another; unloaded, it is the model's own."""
     whole, pipe = load_file(tuned.folder / "out" / lora.FILE), tuned.pipeline()
@@ -98,6 +117,17 @@ def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
     one, other = load_file(file), load_file(sd3.folder / "out" / "transformer" / WEIGHTS)
     assert one.keys() == other.keys() == load_file(sd3.source / "transformer" / WEIGHTS).keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> None:
+    file, whole = tuned.folder / "comfyui.safetensors", tuned.folder / "whole.safetensors"
+    for to, out in (("comfyui", file), ("safetensors", whole)):
+        assert call("export", tuned.run, out, "--to", to).code == 0
+    kind, before = "SD3Transformer2DModel", load_file(tuned.source / "transformer" / WEIGHTS)
+    found, after = loaded(before, load_file(file), kind), native(load_file(whole), kind)
+    assert max(float((found[name] - x).abs().max()) for name, x in after.items()) < 1e-6
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["class"] == kind
 
 
 def test_half_precision_is_rounded_once(sd3: Case) -> None:
@@ -192,6 +222,8 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, *FULL, *CODES)
     out = case.export("out")
     assert load_file(out / "codes.safetensors")["tokens"].shape[1] == 1
+    pushed = write.export(case.opened, tmp_path / "pushed", name="owner/name", parts="none") / "README.md"
+    assert 'load_file(snapshot_download("owner/name") + "/codes.safetensors")' in pushed.read_text("utf-8")
     assert max(case.off(out, c=torch.tensor([0]))) < LIMITS["full"]
 
 
@@ -226,6 +258,7 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: d
         ((run, sd3.folder / "out"), "is there already"),
         ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
         ((run, out, "--to", "lora"), "all weights were tuned"),
+        ((run, out, "--to", "comfyui"), "all weights were tuned"),
         ((run, out, "--head", "w"), "has u, v"),
         ((run, out, "--parts", "move"), "no --parts 'move'"),
         ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),
@@ -253,6 +286,36 @@ def test_what_a_run_says_of_itself_is_text_on_its_card(trained: dict[str, Path],
     card = (here / "out/README.md").read_text()
     assert "| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\\|b |" in card
     assert "<script" not in card
+
+
+@pytest.mark.slow
+def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) -> None:
+    """In a process that knows the hub by its environment alone; where that refuses, the folder stays, and is whole."""
+    with serving() as hub:
+        words = [sys.executable, "-m", "dumo", "export", str(trained["digits"]), "out", "--push", "owner/name"]
+        environment = {**ENVIRONMENT, **hub.environment, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"out\n{hub.address}/owner/name\n"), done.stderr
+        assert hub.files == (there := files(here / "out"))
+        assert 'from_pretrained("owner/name", ' in there["README.md"].decode()
+        hub.refuses = "/preupload/main"
+        done = subprocess.run(
+            [*words[:5], "two", *words[6:]], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (2, "two\n")
+        assert "two is whole, and was not uploaded: 403" in done.stderr
+        assert files(here / "two") == there
+
+
+def test_an_upload_that_cannot_be_is_refused_before_anything_is_written(
+    trained: dict[str, Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    for repository, *words in (("name",), ("owner/name", "--parts", "link")):
+        refused("export", trained["digits"], here / "out", "--push", repository, *words, named=("--push",))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    refused("export", trained["digits"], here / "out", "--push", "owner/name", named=("hf auth login",))
 
 
 def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Path], here: Path) -> None:

@@ -14,12 +14,17 @@ from dumo.cli.terminal import err, explain, out
 def export(
     run_folder: Folder,
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", parser=place, help="A folder, or of safetensors a file; not there yet.")
+        Path,
+        typer.Argument(
+            metavar="OUT", parser=place, help="A folder, or of comfyui and safetensors a file; not there yet."
+        ),
     ],
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="diffusers (a folder for from_pretrained), lora (for load_lora_weights) or safetensors."
+            "--to",
+            help="diffusers (a folder for from_pretrained), lora (one for load_lora_weights), comfyui (a LoRA as one "
+            "file) or safetensors (all weights as one).",
         ),
     ] = "diffusers",
     head: Annotated[
@@ -30,19 +35,30 @@ def export(
     ] = "copy",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     weights: Weights = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload it to this repository of the Hugging Face Hub, too: private where it is new. Needs a token.",
+        ),
+    ] = None,
 ) -> None:
     """Write a trained net as stock programs take it."""
-    from dumo.export import write
+    from dumo.export import hub, write
     from dumo.run.folder import open_run
     from dumo.runtime import dist
 
     dist.alone("dumo export")
     write.vacant(target)
+    if push is not None:
+        hub.require(push, parts)
     opened = open_run(run_folder, weights=weights, device="cpu")
-    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype)
+    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push)
     out.print(str(done), soft_wrap=True)
     if done.is_dir():
         err.print(f"how it is called: {quote(str(done / 'README.md'))}", soft_wrap=True)
+    if push is not None:
+        out.print(hub.push(done, push), soft_wrap=True)
 
 
 def demo(

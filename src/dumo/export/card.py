@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from typing import Any, cast
 
 import jinja2
 
-from dumo.data import Latents
+from dumo.data import Data, Images, Latents
+from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
+from dumo.run.conditions import shown
 from dumo.run.config.load import identity
 from dumo.run.config.resolve import as_given
 from dumo.run.config.spec import Run
@@ -78,6 +80,8 @@ def of_tuned(
 
     `index` is its model_index.json; None: it holds a LoRA.
     """
+    if sizes := sizes_of(exported.sampler.data):
+        exported = replace(exported, sampler=replace(exported.sampler, size=next(iter(sizes))))
     sampler, codes, parts = exported.sampler, exported.codes, index or {}
     scheduler = parts.get("scheduler", ["", ""])
     return render(
@@ -85,6 +89,7 @@ def of_tuned(
         sampler,
         made,
         name,
+        sizes=sizes,
         exported=exported,
         stock=stock,
         codes=codes,
@@ -98,6 +103,24 @@ def of_tuned(
         tag="text-to-image",
         origin=origin_of(exported, adapter=index is None),
     )
+
+
+def sizes_of(data: Data) -> dict[Size, int]:
+    """How many images a run on buckets has of each size, most first; {} without buckets.
+
+    Where the images are not there to be counted, it is 0 of every size, of the nearest to a square first.
+    """
+    images = shown(data)
+    if not isinstance(images, Images) or not images.buckets:
+        return {}
+    assert isinstance(data, Images | Latents)
+    try:
+        crops = data.crops()
+    except (UserError, OSError):
+        crops = None
+    if crops is None:
+        return dict.fromkeys(sorted(images.sizes, key=lambda size: max(size) / min(size)), 0)
+    return dict(sorted(crops.counts.items(), key=lambda entry: -entry[1]))
 
 
 def origin_of(exported: Exported, *, adapter: bool) -> dict[str, str]:
@@ -126,7 +149,7 @@ def words_of(exported: Exported, stock: Stock) -> list[str]:
     sampler = exported.sampler
     data, guided = sampler.data, sampler.spec.guide.scale != 1 and stock.off is not None
     pixels = data.codec.factor if isinstance(data, Latents) else stock.side
-    height, width = (pixels * n for n in data.shape[1:])
+    height, width = (pixels * n for n in sampler.shape[1:])
     asks = (
         ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
     )
@@ -141,6 +164,7 @@ def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) 
         sampler,
         made,
         name,
+        sizes=sizes_of(sampler.data),
         kind=kind,
         parameters=sum(p.numel() for p in sampler.net.parameters()),
         passes=PASSES if head == "u" else {50: "Euler steps"},

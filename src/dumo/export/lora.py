@@ -7,6 +7,9 @@ full rank, which are exact:
 
 The bias c is peft's `lora_bias`, which is for all layers of a LoRA or for none, so the others have zeros. It loads and
 switches as any LoRA does; where a layer of the model has no bias, `fuse_lora` refuses it.
+
+ComfyUI reads no `lora_bias`, but changes of whole layers, `X.diff` and `X.diff_b`: its file has these. It finds layers
+by the names of diffusers, and the rows of q, k and v in layers that it fuses, so adapters stay as they are.
 """
 
 from collections.abc import Iterator
@@ -24,6 +27,18 @@ from dumo.types import UserError
 
 FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."  # as diffusers looks for it, and for its tensors
 NOTES = {"format": "pt"}
+# Classes whose layers ComfyUI finds by the names of diffusers, and those few that it finds by its own alone. Read in
+# `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of comfy/utils.py at 09708ea.
+FLUX2 = "time_guidance_embed.timestep_embedder"
+COMFYUI: dict[str, dict[str, str]] = {
+    "SD3Transformer2DModel": {},
+    "FluxTransformer2DModel": {},
+    "Flux2Transformer2DModel": {f"{FLUX2}.linear_1": "time_in.in_layer", f"{FLUX2}.linear_2": "time_in.out_layer"},
+    "ChromaTransformer2DModel": {},
+    "QwenImageTransformer2DModel": {},
+    "ZImageTransformer2DModel": {},
+    "AuraFlowTransformer2DModel": {},
+}
 
 
 def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dtype: str = "float32") -> None:
@@ -41,10 +56,33 @@ def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dt
     (out / "README.md").write_text(card.of_tuned(exported, made, stock, name), encoding="utf-8")
 
 
+def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
+    """The file for ComfyUI: adapters by their factors, whole layers by their changes.
+
+    Raises UserError as `write`, and for a class whose layers ComfyUI finds by no name of diffusers.
+    """
+    require(exported, lora=True)
+    if (own := COMFYUI.get(exported.kind)) is None:
+        raise UserError(
+            f"ComfyUI does not know the layers of a {exported.kind} by their names in diffusers, and fuses some: take "
+            "--to lora or --to diffusers, and diffusers"
+        )
+    found: dict[str, Tensor] = {}
+    for path, a, b, _ in adapted(exported.net):
+        found |= {f"{PREFIX}{path}.lora_down.weight": a, f"{PREFIX}{path}.lora_up.weight": b}
+    for path, old, new in changed(exported.net, exported.head):
+        name = f"diffusion_model.{own[path]}" if path in own else PREFIX + path
+        found[f"{name}.diff"] = new.weight - old.weight
+        if old._parameters["bias"] is not None:
+            found[f"{name}.diff_b"] = new.bias - old.bias
+    return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in found.items()}
+
+
 def tensors(exported: Exported) -> dict[str, Tensor]:
     """The LoRA by peft's names; biases where any has changed."""
     found: dict[str, Tensor] = {}
-    products = [*adapted(exported.net), *full(exported.net, exported.head)]
+    full = (product(*layer) for layer in changed(exported.net, exported.head))
+    products = [*adapted(exported.net), *full]
     biased = any(bool(bias.any()) for *_, bias in products)
     for path, a, b, bias in products:
         layer = {"lora_A.weight": a, "lora_B.weight": b, **({"lora_B.bias": bias} if biased else {})}
@@ -64,8 +102,11 @@ def adapted(net: Dualized) -> Iterator[Product]:
             yield path, a, b, b.new_zeros(len(b))
 
 
-def full(net: Dualized, head: str) -> Iterator[Product]:
-    """The layers that were trained in full. Raises UserError for a change that is in no linear layer."""
+def changed(net: Dualized, head: str) -> Iterator[tuple[str, nn.Linear, nn.Linear]]:
+    """The layers that were trained in full: path, before and now.
+
+    Raises UserError for a change that is in no linear layer.
+    """
     model: nn.Module = net.stock(head)
     for path, part in zip(net.paths, net.old, strict=True):
         for name, old in part.named_modules():
@@ -75,12 +116,12 @@ def full(net: Dualized, head: str) -> Iterator[Product]:
                 continue
             if not isinstance(old, nn.Linear):
                 raise UserError(f"{where} was trained, and no LoRA can say it: take --to diffusers")
-            yield product(where, old, new)
+            assert isinstance(new, nn.Linear)
+            yield where, old, new
 
 
-def product(path: str, old: nn.Linear, new: nn.Module) -> Product:
+def product(path: str, old: nn.Linear, new: nn.Linear) -> Product:
     """The change of a layer, exactly."""
-    assert isinstance(new, nn.Linear)
     change = new.weight.detach() - old.weight
     high, wide = change.shape
     a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)

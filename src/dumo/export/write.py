@@ -32,7 +32,7 @@ from dumo.run.config.error import require_known
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
-Form = Literal["diffusers", "lora", "safetensors"]
+Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
@@ -50,15 +50,17 @@ def export(
     head: str | None = None,
     parts: str = "copy",
     dtype: str = "float32",
+    name: str | None = None,
 ) -> Path:
-    """Write a run's head as a pipeline's folder, a LoRA's folder or a safetensors file; returns `out`.
+    """Write a run's head as a pipeline's folder, a LoRA's folder or file, or a file of weights; returns `out`.
 
     `head` is u or v; None: u where it was taught. `parts` of the pipeline that the model came from are copied, linked
-    or left out. Raises UserError where `out` is there and not empty, for an option that is none, and where no stock
-    program runs what the run has; OSError where nothing can be written. Then nothing is.
+    or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. Raises UserError where `out` is
+    there and not empty, for an option that is none, and where no stock program runs what the run has; OSError where
+    nothing can be written. Then nothing is.
     """
-    for name, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
-        require_known(name, value, known)
+    for option, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
+        require_known(option, value, known)
     vacant(out)
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
     found, path = choose_head(sampler.objective, head), sampler.path
@@ -70,17 +72,18 @@ def export(
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.whole(out) as half:
-        if to == "safetensors" and not isinstance(net, DiT):  # by the model's own names
-            weights = apart(net.model(dtype).state_dict())
+        if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # one by the model's own names
+            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model(dtype).state_dict())
             safetensors.torch.save_file(weights, half, metadata=card.notes(net, made))
             return out
         half.mkdir()
+        name = name or out.name
         if isinstance(net, DiT):
-            standalone.write(sampler, net, made, half, out.name, head=found, dtype=dtype)
+            standalone.write(sampler, net, made, half, name, head=found, dtype=dtype)
         elif to == "lora":
-            lora.write(net, made, half, out.name, dtype=dtype)
+            lora.write(net, made, half, name, dtype=dtype)
         else:
-            write_folder(net, made, half, out.name, parts=cast(Parts, parts), dtype=dtype)
+            write_folder(net, made, half, name, parts=cast(Parts, parts), dtype=dtype)
         facts = made.facts
         write_json(half / ORIGIN, {**facts, "run": json.loads(facts["run"])})
     return out

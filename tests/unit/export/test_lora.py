@@ -1,0 +1,67 @@
+"""A LoRA as one file: what ComfyUI makes of it is the model that dumo exports."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import transformers_tiny as tiny
+from comfyui import loaded, native
+from dumo.export.lora import COMFYUI, comfyui
+from dumo.export.model import STOCKS, Exported
+from dumo.nets.adapter import Lora
+from dumo.nets.dualized import Dualized
+from dumo.nets.family import FAMILIES
+from dumo.nets.pretrained import Pretrained
+from dumo.nets.rows import Codes
+from dumo.types import UserError
+from transformers_saved import CLASSES, SHAPE
+
+NAMES = ("sd3", "sd3.5", "flux", "flux2", "chroma", "qwen", "z-image", "auraflow")
+
+
+def tuned(name: str, *, lora: bool = True) -> tuple[dict[str, torch.Tensor], Exported]:
+    """The weights of a tiny model, and that model after all that is trained beside adapters has moved."""
+    model: Any = tiny.TINY[name].model()
+    model.register_to_config(_class_name=tiny.TINY[name].kind)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    row, spec = FAMILIES[tiny.TINY[name].kind], Pretrained(texts=Codes(), lora=Lora(rank=3) if lora else None)
+    rows, limit = spec.text_rows(row, model.config, CLASSES), 10.0 if row.embedder else None
+    net = Dualized(model, row, rows, ("v", "u"), row.patch(model.config, SHAPE[0]), lora=spec.lora, limit=limit)
+    g = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=g)
+    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
+    return before, Exported(sampler, spec, net, "u")
+
+
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merge")
+@pytest.mark.parametrize("name", NAMES)
+def test_comfyui_merges_what_dumo_merges(name: str) -> None:
+    before, exported = tuned(name)
+    file, kind = comfyui(exported), exported.kind
+    after = native(exported.model().state_dict(), kind)
+    found = loaded(before, file, kind)
+    assert found.keys() == after.keys()
+    for key, tensor in after.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    assert any((tensor - native(before, kind)[key]).abs().max() > 0.01 for key, tensor in after.items())
+    assert {key.rpartition(".")[2] for key in file} == {"weight", "diff", *["diff_b"] * (name not in NO_BIAS)}
+
+
+NO_BIAS = ("flux2",)  # neither its last layer nor its embedder has one
+
+
+@pytest.mark.parametrize("name", ["sana", "lumina2", "cogview4"])
+def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
+    assert STOCKS[tiny.TINY[name].kind].lora
+    with pytest.raises(UserError, match="ComfyUI does not know the layers of a"):
+        comfyui(tuned(name)[1])
+    assert {tiny.TINY[name].kind for name in NAMES} == set(COMFYUI)
+
+
+def test_a_model_that_was_tuned_in_full_is_no_lora() -> None:
+    with pytest.raises(UserError, match="all weights were tuned"):
+        comfyui(tuned("sd3", lora=False)[1])
