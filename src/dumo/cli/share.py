@@ -56,7 +56,8 @@ def export(
     done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push)
     out.print(str(done), soft_wrap=True)
     if done.is_dir():
-        err.print(f"how it is called: {quote(str(done / 'README.md'))}", soft_wrap=True)
+        where = quote(str(done.resolve().parent))
+        err.print(f"next:  cd {where}, and run the Python in {quote(str(done / 'README.md'))} there", soft_wrap=True)
     if push is not None:
         out.print(hub.push(done, push), soft_wrap=True)
 
