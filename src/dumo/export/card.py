@@ -13,6 +13,7 @@ from dumo.data import Latents
 from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
+from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.run.config.load import identity
 from dumo.run.config.resolve import as_given
@@ -92,7 +93,8 @@ def of_tuned(
         guided=sampler.spec.guide.scale != 1 and stock.off is not None,
         scheduler=scheduler[1],
         own=scheduler == OWN,
-        whole=sum(isinstance(entry, list) for entry in parts.values()) > 2,
+        whole=is_whole(parts),
+        unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
         tag="text-to-image",

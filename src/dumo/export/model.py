@@ -68,6 +68,7 @@ class Stock:
     gives: str = "images[0]"  # where its image is
     named: bool = False  # it is guided where a negative prompt is named, and there alone
     rescaled: bool = False  # it brings what was guided back to the length of what was not
+    served: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
     def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
         """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net takes.
@@ -91,12 +92,17 @@ class Stock:
 BINS = ("use_resolution_binning=False",)
 STOCKS: dict[str, Stock] = {
     "SD3Transformer2DModel": Stock("StableDiffusion3Pipeline"),
-    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale", named=True),
+    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale", named=True, served="FluxDMD2Pipeline"),
     "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
     "ChromaTransformer2DModel": Stock("ChromaPipeline", mask="prompt_attention_mask"),
     "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True, mask="prompt_attention_mask", side=32, more=BINS),
     "QwenImageTransformer2DModel": Stock(
-        "QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask", named=True, rescaled=True
+        "QwenImagePipeline",
+        "true_cfg_scale",
+        mask="prompt_embeds_mask",
+        named=True,
+        rescaled=True,
+        served="QwenImageDMD2Pipeline",
     ),
     "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
     "Lumina2Transformer2DModel": Stock(
