@@ -133,7 +133,8 @@ def words_of(exported: Exported, stock: Stock) -> list[str]:
         ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
     )
     alone = [] if exported.source else ['output_type="latent"']
-    return [*asks, f"height={height}", f"width={width}", *stock.more, *alone]
+    image = ["image=source", f"max_area={height * width}"] if stock.edits else []
+    return [*image, *asks, f"height={height}", f"width={width}", *stock.more, *alone]
 
 
 def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) -> str:

@@ -68,6 +68,7 @@ class Stock:
     gives: str = "images[0]"  # where its image is
     named: bool = False  # it is guided where a negative prompt is named, and there alone
     rescaled: bool = False  # it brings what was guided back to the length of what was not
+    edits: bool = False  # it takes an image, too
     served: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
     def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
@@ -118,6 +119,13 @@ STOCKS: dict[str, Stock] = {
 }
 
 
+EDITORS: dict[str, Stock] = {  # by their own class: that of the model is another pipeline's, too
+    "FluxKontextPipeline": Stock(
+        "FluxKontextPipeline", "true_cfg_scale", named=True, edits=True, more=("_auto_resize=False",)
+    )
+}
+
+
 def restart(solver: Solver) -> Restart:
     """The solver as schedulers have it: those of other jumps, or of none, are the default.
 
@@ -142,7 +150,8 @@ def forms(spec: Pretrained) -> list[str]:
 def stock_of(kind: str, spec: Pretrained) -> Stock | None:
     """The pipeline that runs a class of model, as its net is called; None where no stock pipeline does."""
     # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
-    return None if kind == "SanaTransformer2DModel" and spec.guidance is not None else STOCKS.get(kind)
+    none = kind == "SanaTransformer2DModel" and spec.guidance is not None
+    return None if none else EDITORS.get(spec.pipeline.class_name) or STOCKS.get(kind)
 
 
 @dataclass(frozen=True)

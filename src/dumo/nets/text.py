@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
-from dumo.nets.rows import Rows, TextRows, Texts
+from dumo.nets.rows import Rows, Source, TextRows, Texts
 from dumo.nets.table import PipelineTexts, Tabled, TextTable
 from dumo.runtime.bound import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
@@ -116,10 +116,14 @@ class Drawn(Spec):
     kind: Literal["drawn"] = "drawn"
     of: PipelineTexts | TextTable | Learned  # its sizes
 
-    def build(self, classes: int) -> "Few":
-        """Rows of these sizes; on the meta device without numbers."""
+    def build(self, classes: int, source: tuple[int, ...] = ()) -> "Few":
+        """Rows of these sizes, and of images of this shape that they edit; on the meta device without numbers."""
         if torch.get_default_device().type == "meta":
-            return Few(self.of.build(ROWS - 1))
+            return Few(
+                self.of.build(ROWS - 1, source)
+                if source and isinstance(self.of, PipelineTexts)
+                else self.of.build(ROWS - 1)
+            )
         g, of = stream("texts"), self.of
         length = of.tokenizer.length if isinstance(of, Learned) else of.sizes.length
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
@@ -129,7 +133,8 @@ class Drawn(Spec):
         sizes = of.sizes
         tokens = torch.randn(*mask.shape, sizes.width, generator=g)
         pooled = torch.randn(ROWS, sizes.pooled, generator=g) if sizes.pooled else None
-        return Few(Rows(tokens, mask if sizes.masked else None, pooled))
+        edited = torch.randn(ROWS, *source, generator=g) if source else None
+        return Few(Rows(tokens, mask if sizes.masked else None, pooled, source=edited))
 
 
 class Few(Texts):
@@ -138,12 +143,16 @@ class Few(Texts):
     def __init__(self, of: Texts) -> None:
         """Has the width and length of these rows."""
         super().__init__()
-        self.of: nn.Module = of
+        self.of = of
         self.width, self.pooled_width, self.length, self.masked = of.width, of.pooled_width, of.length, of.masked
 
     def forward(self, c: Cond) -> TextRows:
         """Row c modulo the number of rows."""
         return self.of(c % ROWS)
+
+    def sources(self, c: Cond) -> Source | None:
+        """As the rows."""
+        return self.of.sources(c % ROWS)
 
 
 def or_drawn(texts: object) -> object:

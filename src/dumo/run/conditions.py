@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dumo.data import Data, Digits, Images, Latents, Memory, Moons
 from dumo.data.caption import Captioning, Files, Templates
+from dumo.encoders.caption import parted
 from dumo.flow import generate
 from dumo.io.read import brief
 from dumo.run.config.error import nearest
@@ -65,7 +66,7 @@ class Conditions:
         if self.captions and c == self.count:
             return "no caption"
         names = self.names
-        return names[c] if c < len(names) else str(c)
+        return parted(names[c])[0] if c < len(names) else str(c)
 
     def index(self, text: str) -> int:
         """The number of a class, given its name or number. Raises UserError if there is none."""
