@@ -31,6 +31,7 @@ from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 READY = ("SD3", "Flux")  # the others are slow: a minute each
 FAMILIES = [name if name in READY else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
+CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -258,7 +259,7 @@ def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "vae" / WEIGHTS).read_bytes() == (sd3.source / "vae" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Flux"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("Flux", CODELESS)])
 def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     """Of who asked for codes: a class of theirs takes the place of a prompt, and the images are dumo's."""
     case = Case.of(name, tmp_path, *FULL, *CODES)

@@ -133,7 +133,7 @@ def in_files(root: Path, store: Folder, name: str) -> tuple[list[Texts], Iterabl
 
 
 def edited(root: Path, store: Store, source: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Each image's place and rows, `source` in them the place of the image that is edited. Raises UserError for none."""
+    """Each image's place and rows, `source` in them the place of what is edited. Raises UserError for none."""
     rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for table in (file for file in walk(root if root.is_dir() else root.parent) if os.path.basename(file) in TABLES):
         for file, row in rows_of(table):
@@ -143,8 +143,8 @@ def edited(root: Path, store: Store, source: str) -> list[tuple[str, list[dict[s
     places = [os.path.normpath(file) for file in store.files] if isinstance(store, Folder) else []
     if missing := next((file for file in places or [str(root)] if not rows[file]), None):
         raise UserError(
-            f"{missing} has no '{brief(source)}' in {' or '.join(TABLES)}, the image that its text edits: add one to each "
-            "image of data.root, and keep those that are edited in another folder"
+            f"{missing} has no '{brief(source)}' in {' or '.join(TABLES)}, the image that its text edits: give one to "
+            "each image of the folder, and keep those that are edited in another"
         )
     return [(file, rows[file]) for file in places]
 

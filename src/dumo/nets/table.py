@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -92,16 +93,15 @@ class Embedded(Tabled):
     def sizes(self) -> Sizes:
         """Those of a row, at most."""
 
-    def bytes(self, classes: int) -> int:
-        """What the rows of this number of captions, and of none, take at most."""
+    def bytes(self, classes: int, source: tuple[int, ...] = ()) -> int:
+        """What the rows of this number of captions, and of none, take at most, with latents of what they edit."""
         sizes = self.sizes
-        return (classes + 1) * (
-            sizes.length * (sizes.width * sizes.dtype.itemsize + 1) + sizes.pooled * sizes.dtype.itemsize
-        )
+        tokens = sizes.length * (sizes.width * sizes.dtype.itemsize + 1)
+        return (classes + 1) * (tokens + (sizes.pooled + (prod(source) if source else 0)) * sizes.dtype.itemsize)
 
-    def mapped(self, classes: int) -> bool:
+    def mapped(self, classes: int, source: tuple[int, ...] = ()) -> bool:
         """Whether rows are looked up on the host, pass by pass, for this number of captions."""
-        return self.bytes(classes) > self.memory * GIGABYTE
+        return self.bytes(classes, source) > self.memory * GIGABYTE
 
     def build(self, classes: int, source: tuple[int, ...] = ()) -> Texts:
         """The rows, on the default device; on the meta device their sizes alone, and no file is read.
@@ -121,7 +121,7 @@ class Embedded(Tabled):
             raise UserError(
                 f"net.texts.root: {self.root} has {there}, and the model takes {wanted}: encode into another folder"
             )
-        if self.mapped(classes):
+        if self.mapped(classes, source):
             return Mapped(found, self)
         where, masked = torch.get_default_device(), self.sizes.masked
         tokens, mask, pooled = found.padded()
@@ -137,7 +137,7 @@ class Embedded(Tabled):
 
     def outline(self, classes: int, source: tuple[int, ...] = ()) -> Rows:
         """Rows without numbers; a single one where they are mapped."""
-        n, (length, width, pooled, masked, dtype) = 1 if self.mapped(classes) else classes + 1, self.sizes
+        n, (length, width, pooled, masked, dtype) = 1 if self.mapped(classes, source) else classes + 1, self.sizes
         mask = torch.empty(n, length, dtype=torch.bool) if masked else None
         kept = torch.empty(n, pooled, dtype=dtype) if pooled else None
         edited = torch.empty(n, *source, dtype=dtype) if source else None

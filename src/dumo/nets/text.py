@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from jaxtyping import Int, Int64
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, transformers
@@ -79,7 +79,7 @@ class Encoded(Texts):
         seen = mask[:, None, None]  # four axes: of two, transformers would read the numbers and wait for the device
         return self.encoder(self.ids[c], attention_mask=seen).last_hidden_state, mask, None
 
-    def append(self, texts: Sequence[str]) -> int:
+    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Add the ids of these texts. Raises UserError as `Tokenizer.open`."""
         first, (ids, mask) = len(self.ids), self.tokenizer.open()(texts)
         self.ids = torch.cat([self.ids, ids.to(self.ids)])

@@ -61,12 +61,17 @@ class Conditions:
         except UserError:  # images and captions may not be on this machine
             return ()
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The names as one reads them: captions without the hashes of what they edit."""
+        return tuple(parted(name)[0] for name in self.names)
+
     def name(self, c: int) -> str:
         """The name of a class: its folder's, or the caption, else its number."""
         if self.captions and c == self.count:
             return "no caption"
-        names = self.names
-        return parted(names[c])[0] if c < len(names) else str(c)
+        names = self.words
+        return names[c] if c < len(names) else str(c)
 
     def index(self, text: str) -> int:
         """The number of a class, given its name or number. Raises UserError if there is none."""

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.data import Data, Latents
-from dumo.data.pixel import Frame
+from dumo.data.pixel import Frame, Unreadable
 from dumo.data.written import hash_of
 from dumo.encoders.caption import edit, parted
 from dumo.encoders.texttable import Sources
@@ -31,10 +31,18 @@ def sources(data: Data, device: torch.device | str, files: Callable[[str], Path]
     opened, frame = data.codec.open(device), Frame(data.images.side, data.images.crop)
 
     def read(hashes: Sequence[str]) -> Tensor:
-        pixels = [frame(files(sha256).read_bytes()) for sha256 in hashes]
-        return opened.encode(picture.from_uint8(torch.stack(pixels)))[:, : data.codec.channels].cpu()  # the means
+        pixels = torch.stack([pixels_of(files(sha256), frame) for sha256 in hashes])
+        return opened.encode(picture.from_uint8(pixels))[:, : data.codec.channels].cpu()  # the means
 
     return Sources(data.shape, opened.sha256, read)
+
+
+def pixels_of(file: Path, frame: Frame) -> Tensor:
+    """An image of a file, (3, h, w). Raises UserError for what is none."""
+    try:
+        return frame(file.read_bytes())
+    except Unreadable as error:
+        raise UserError(f"{file}, which is to be edited, {error}") from error
 
 
 def edited(sampler: Sampler, prompts: Sequence[str], source: Path | None) -> list[str]:

@@ -35,7 +35,7 @@ ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
 def check(run: Tree) -> None:
     """Raise UserError for the first mismatch between parts of a run."""
     data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
-    require(captions(data, net, run.evaluate), unconditional(data, objective))
+    require(captions(data, net, run.evaluate), unconditional(data, objective, run.sample.guide, run.teacher))
     outline = run.outline(short=True)
     require(buckets(data, net, outline, run.teacher))
     require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
@@ -90,13 +90,17 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def unconditional(data: Data, objective: Objective) -> Iterator[str]:
-    """Images to edit, and rows of none: no model is called without one."""
-    if getattr(Conditions(data).captions, "source", None) and objective.drop:
-        yield (
-            f"objective.drop = {objective.drop:g} leaves out the condition, and a model that edits has an image always: "
-            "set objective.drop=0"
-        )
+def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teacher | None) -> Iterator[str]:
+    """Images to edit, and rows of none: no model that edits is called without one."""
+    trained, taught = GuidanceScale.of(objective.needs), GuidanceScale(teacher.guide.scale if teacher else 1.0)
+    wrong = {
+        "objective.drop leaves out the condition: set it to 0": objective.drop > 0,
+        f"{trained.field} guides away from none: set {trained.off}": trained.active,
+        "teacher.guide.scale guides away from none: set it to 1": taught.active,
+        "sample.guide.scale guides away from none: set it to 1": sampled.active,
+    }
+    if getattr(Conditions(data).captions, "source", None):
+        yield from (f"a model that edits always has an image, and {why}" for why, found in wrong.items() if found)
 
 
 def validation(evaluation: Evaluation) -> Iterator[str]:
