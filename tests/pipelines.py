@@ -197,6 +197,14 @@ PIPELINES: dict[str, Complete] = {
         },
         {},
     ),
+    "Flux-Kontext": Complete(
+        "FluxKontextPipeline", "flux-guided",
+        {
+            "text_encoder": clip(12, 12, "CLIPTextModel"), "tokenizer": lambda: tokens(77, begin=True),
+            "text_encoder_2": t5(), "tokenizer_2": tokens,
+        },
+        {},
+    ),
     "Flux2": Complete(
         "Flux2Pipeline", "flux2",
         {"text_encoder": mistral, "tokenizer": lambda: tokens(end=False)},

@@ -39,7 +39,8 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "Evaluation": ("seed",),
     "Images": ("memory",),  # GB of this machine
     "Latents": ("memory",),
-    "Files": ("digest",),  # no option: it is counted when the run is made, and kept in run.yaml
+    # counted when the run is made, and kept in run.yaml; of a pipeline that edits, of which no config is packaged
+    "Files": ("digest", "source"),
     "Adam": ("weight_decay", "eps"),
     "AdamW": ("weight_decay", "eps"),
     "Muon": ("momentum", "weight_decay", "eps"),

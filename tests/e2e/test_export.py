@@ -1,6 +1,7 @@
 """What is exported, stock programs run: the images are dumo's own."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,21 +18,24 @@ from safetensors.torch import load_file, save_file
 from comfyui import loaded, native
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
+from dumo.export.model import INDEX
+from dumo.export.serve import KEY
 from dumo.flow.generate import carried
 from dumo.flow.solver import Euler
 from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.run.prompt import prompted
 from dumo.runtime.random import noise
-from e2e.shell import call, files, finish, refused, start
+from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
 from hub import serving
-from pipelines import PIPELINES
-from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case
+from pipelines import PIPELINES, SIDE
+from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 READY = ("SD3", "Flux")  # the others are slow: a minute each
 FAMILIES = [name if name in READY else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
+CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -62,6 +66,75 @@ def test_the_card_of_an_exported_pipeline_makes_dumos_images(name: str, sd3: Cas
     if case.guidable and case is not sd3:
         case.guide(GUIDED)
         assert max(case.off(case.export("guided"), GUIDED)) < LIMITS["guided"]
+
+
+def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> torch.Tensor:  # noqa: ANN401
+    """The image that vLLM-Omni makes by a block of model_index.json: guidance is off, times are as they stand.
+
+    vllm-project/vllm-omni: dmd2/config.py at 36c5bc6, dmd2/mixin.py at 23852d8, schedulers/scheduling_dmd2_euler.py at
+    a73f65c, all below vllm_omni/diffusion/models. Their pipelines call the model as those of diffusers do.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    sigmas = [*torch.tensor(block["denoising_timesteps"], dtype=torch.float32) / 1000, torch.tensor(0.0)]
+    steps = zip(sigmas[:-1], sigmas[1:], [*noises[1:], torch.zeros_like(noises[0])], strict=True)
+
+    class Fixed(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, n: object = None, device: object = None, sigmas: object = None, **_: object) -> None:
+            super().set_timesteps(timesteps=block["denoising_timesteps"])
+
+        def step(self, u: torch.Tensor, _: object, x: torch.Tensor, **how: object) -> tuple[torch.Tensor]:
+            t, s, z = next(steps)
+            return ((1 - s) * (x - t * u) + s * z if block["solver"] == "sde" else x + (s - t) * u,)
+
+    pipe.scheduler = Fixed()
+    passes, scale = block["num_inference_steps"], block["guidance_scale"]
+    made = pipe(
+        PROMPT, height=SIDE, width=SIDE, latents=noises[0], num_inference_steps=passes, guidance_scale=scale,
+        output_type="pt",
+    )  # fmt: skip
+    return 2 * made.images - 1
+
+
+@pytest.mark.parametrize("name", ["Flux", pytest.param("Qwen-Image", marks=pytest.mark.slow)])
+def test_a_server_makes_dumos_images(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the keys of model_index.json, which diffusers passes over in silence; by Euler steps it would make others."""
+    case = Case.of(name, tmp_path, *FULL, "sample.solver={kind: restart, m: 0.7}")
+    out = case.export("out")
+    block = json.loads((out / INDEX).read_text())[KEY]
+    assert block["denoising_timesteps"] == [1000, 700]
+    assert f"--omni --model-class-name {case.stock.served}`" in (out / "README.md").read_text()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe = case.pipeline(out)
+    assert KEY not in caplog.text
+    noises = [torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    mine = case.dumo(noises)
+    assert (as_served(pipe, block, noises) - mine).norm() / mine.norm() < LIMITS["full"]
+    assert (as_served(pipe, block | {"solver": "ode"}, noises) - mine).norm() / mine.norm() > 0.1
+    pipe.save_pretrained(tmp_path / "saved")  # which keeps what diffusers knows
+    assert KEY not in json.loads((tmp_path / "saved" / INDEX).read_text())
+
+
+def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tmp_path: Path) -> None:
+    """A family without a class of few steps; a velocity; guidance; parts that are not there; an odd time."""
+    case = Case.of("Flux", tmp_path, *FULL, "sample.solver={kind: restart, m: 0.7}")
+    found = [(sd3.folder / "out", "has no class"), (case.export("v", "--head", "v"), "is a velocity")]
+    found.append((case.export("two", "--parts", "none"), "all parts"))
+    assert (
+        "FluxTransformer2DModel.from_pretrained" in (found[-1][0] / "README.md").read_text()
+    )  # parts of null are none
+    case.guide(GUIDED)
+    found.append((case.export("guided"), "with guidance"))
+    case.guide(1.0)
+    must(call("train", case.run, *sets("sample.solver.m=0.70001")))
+    found.append((case.export("odd"), "whole thousandths"))
+    for out, why in found:
+        assert KEY not in json.loads((out / INDEX).read_text()), why
+        line = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("vLLM-Omni"))
+        assert line.startswith("vLLM-Omni: no key"), line
+        assert why in line
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -216,7 +289,7 @@ def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "vae" / WEIGHTS).read_bytes() == (sd3.source / "vae" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Flux"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("Flux", CODELESS)])
 def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     """Of who asked for codes: a class of theirs takes the place of a prompt, and the images are dumo's."""
     case = Case.of(name, tmp_path, *FULL, *CODES)

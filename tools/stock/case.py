@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dumo.export.card import PROMPT
-from dumo.export.model import STOCKS, Stock
+from dumo.export.model import EDITORS, STOCKS, Stock
 from dumo.flow.generate import carried
 from dumo.nets.dualized import Dualized, unpacked
 from dumo.run.folder import RunFolder, open_run
@@ -34,6 +34,7 @@ from transformers_tiny import TINY
 CAPTIONS = ("a red bird on a branch", "two cats on a sofa, one of them asleep", "a dog")
 LORA = ("net.lora={rank: 4}",)
 FULL = ("net.lora=null",)
+EDITED = ["data.images.captions.source=source", "data.images.flip=false", "objective.drop=0"]
 CODES = ("net.texts={kind: codes}", "data.images.captions=null", "objective.drop=0")  # a random one for each class
 # |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
 LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
@@ -101,6 +102,17 @@ def photographs(folder: Path) -> Path:
     return folder
 
 
+def edits(folder: Path) -> None:
+    """Each photograph as an edit of another image, and one to edit."""
+    g = torch.Generator().manual_seed(1)
+    for name in ("source", *("before/" + str(i) for i in range(len(CAPTIONS)))):
+        pixels = torch.randint(256, (SIDE, SIDE, 3), generator=g, dtype=torch.uint8)
+        (place := folder / f"{name}.png").parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(place)
+    rows = (f'{i}.png,"{text}",../before/{i}.png' for i, text in enumerate(CAPTIONS))
+    (folder / "photos" / "metadata.csv").write_text("\n".join(["file_name,text,source", *rows]), encoding="utf-8")
+
+
 def must(done: Done) -> Done:
     """A command that ended well."""
     assert done.code == 0, done
@@ -120,6 +132,8 @@ class Case:
         case = cls(name, folder)
         save(name, case.source)
         photographs(folder / "photos")
+        if case.stock.edits:
+            edits(folder)
         if CODES[0] not in fields:
             fields = (*fields, f"net.texts.root={folder / 'texts'}", "net.texts.dtype=float32")
         for verb in verbs:
@@ -145,12 +159,18 @@ class Case:
             f"data.images.root={self.folder / 'photos'}",
         ]  # fmt: skip
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
+        found += EDITED * self.stock.edits
         return found + ["net.lowpass=null"] * (self.name in QUICK)
 
     @property
+    def image(self) -> Path | None:
+        """What prompts edit, if anything."""
+        return self.folder / "source.png" if self.stock.edits else None
+
+    @property
     def guidable(self) -> bool:
-        """Whether its pipeline guides as dumo does."""
-        return self.stock.off is not None and not self.stock.rescaled
+        """Whether its pipeline guides as dumo does; a run of edits has no condition of none to guide away from."""
+        return self.stock.off is not None and not self.stock.rescaled and not self.stock.edits
 
     def guide(self, scale: float) -> None:
         """Sample with this scale of guidance from now on."""
@@ -170,7 +190,7 @@ class Case:
         """The image that dumo makes of a prompt, or of c, and of this noise, a pass for each."""
         sampler = self.opened.sampler
         guide = sampler.spec.guide.model_copy(update={"scale": scale})
-        reads, c = sampler.guided(guide), prompted(sampler, [PROMPT]) if c is None else c
+        reads, c = sampler.guided(guide), prompted(sampler, [PROMPT], self.image) if c is None else c
         drawn = [self.latent(noise) for noise in noises]
         x = carried(reads, sampler.path, sampler.spec.solver, c, len(drawn), lambda k: drawn[k])[1]
         return sampler.decode(x)
@@ -221,12 +241,14 @@ class Case:
     @property
     def stock(self) -> Stock:
         """How its pipeline is called."""
-        return STOCKS[TINY[PIPELINES[self.name].tiny].kind]
+        row = PIPELINES[self.name]
+        return EDITORS.get(row.pipeline) or STOCKS[TINY[row.tiny].kind]
 
     def call(self, passes: int | None = None) -> dict[str, Any]:
         """The arguments of so many passes; None: what a person who says nothing gives."""
         more = {word.split("=")[0]: ast.literal_eval(word.split("=")[1]) for word in self.stock.more}
         found = {"prompt": PROMPT, "height": SIDE, "width": SIDE, **more}
+        found |= {"image": Image.open(self.image), "max_area": SIDE**2} if self.image else {}
         if passes:
             times = self.opened.sampler.spec.solver.times(passes)
             found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))

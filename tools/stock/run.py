@@ -62,10 +62,11 @@ def plain(case: Case, pipe: Any) -> float | None:  # noqa: ANN401
 def measured(name: str, folder: Path) -> dict[str, Any]:
     """One family's row."""
     case = Case.of(name, folder / "full", *FULL, verbs=ALL)
-    must(call("sample", case.run, "--prompt", PROMPT, "--nfe", "1"))
+    edited = ["--source", case.image] if case.image else []
+    must(call("sample", case.run, "--prompt", PROMPT, *edited, "--nfe", "1"))
     out = case.export("out")
     row: dict[str, Any] = {"family": name, "pipeline": case.stock.pipeline, "full": case.off(out)}
-    said = ("prompt", "height", "width", *(word.split("=")[0] for word in case.stock.more))
+    said = ("prompt", "height", "width", "image", "max_area", *(word.split("=")[0] for word in case.stock.more))
     row["call"] = {key: value for key, value in case.call(2).items() if key not in said}
     pipe = case.pipeline(out)
     row |= {"bare": bare(case, pipe), "seeded": case.seeded(pipe), "euler": plain(case, pipe)}

@@ -96,6 +96,7 @@ class TrainedRun:
         n: SupportsIndex | None = None,
         *,
         prompts: str | Sequence[str] | None = None,
+        source: str | Path | None = None,
         nfe: SupportsIndex | None = None,
         seed: SupportsIndex | None = None,
         solver: str | None = None,
@@ -109,10 +110,11 @@ class TrainedRun:
         """Make n samples: images, or points.
 
         `classes`, numbers or names, are taken in turn (None: all of them); or `prompts`, texts, of a run that was
-        trained on captions. `n` is as many as are given, else 100. `nfe` is the number of network passes, `guidance`
-        the scale w, 1 for none; they, seed and solver are the run's own unless given. Sample i depends on seed, class
-        and i alone. `noise` (n, *shape of the data) is what samples begin with instead, and a `generator` draws a seed.
-        `size`, "320x192", width x height, is one of the buckets that the run was trained on; None: the square.
+        trained on captions, and the image file `source` that they edit, of a run that was trained on edits. `n` is as
+        many as are given, else 100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none; they,
+        seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape
+        of the data) is what samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x
+        height, is one of the buckets that the run was trained on; None: the square.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
@@ -129,7 +131,7 @@ class TrainedRun:
             if seed is not None or noise is not None:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-        c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, noise, sampler.shape)
+        c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, source, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
         x = sampler.sample(
             c,
@@ -152,6 +154,7 @@ class TrainedRun:
         classes: Classes | None,
         n: int | None,
         prompts: str | Sequence[str] | None,
+        source: str | Path | None,
         noise: Tensor | None,
         shape: tuple[int, ...],
     ) -> Tensor:
@@ -161,7 +164,8 @@ class TrainedRun:
         conditions = self.spec.conditions
         only: list[int] | None = None
         if prompts is not None:
-            only = prompted(self.opened.sampler, [prompts] if isinstance(prompts, str) else prompts).tolist()
+            wanted, place = [prompts] if isinstance(prompts, str) else prompts, None if source is None else Path(source)
+            only = prompted(self.opened.sampler, wanted, place).tolist()
         elif classes is not None:
             wanted = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
             only = [conditions.index(c if isinstance(c, str) else str(integer("a class", c, None))) for c in wanted]

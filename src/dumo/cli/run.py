@@ -172,6 +172,10 @@ def sample(
         typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
     ] = None,
     prompts: Prompts = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(parser=place, metavar="FILE", help="The image that a prompt edits, of a run that edits."),
+    ] = None,
     seed: Seed = None,
     solver: SolverName = None,
     size: Annotated[
@@ -206,6 +210,8 @@ def sample(
 
     if sum(map(bool, (labels, prompt, prompts))) > 1:
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
+    if source and not (prompt or prompts):
+        raise typer.BadParameter("--source is edited by a text: give --prompt, too")
     if form in LAYOUTS and (count or size or not prompts):
         raise typer.BadParameter(
             f"--format {form} makes 4 square images of each of --prompts: give these, and no --count or --size"
@@ -220,7 +226,8 @@ def sample(
         else:
             texts = [one.text for one in read_prompts(prompts)] if prompts else prompt or []
             only, count = class_numbers(labels, opened.sampler.conditions), count or len(texts or range(COUNT))
-            files = export(opened, folder, form=form, count=count, only=only, prompts=texts, size=size, **of)
+            of |= {"prompts": texts, "source": source, "size": size}
+            files = export(opened, folder, form=form, count=count, only=only, **of)
     for file in files:
         out.print(str(file), soft_wrap=True)
 

@@ -102,6 +102,8 @@ class Files(Spec):
     kind: Literal["files"] = "files"
     # The columns or keys that captions stand under, by commas; txt, caption: files; auto: the first of NAMES there is.
     name: str = "auto"
+    # The column of the image that each caption edits, of a model that edits; None: it reads texts alone.
+    source: str | None = Field(default=None, exclude_if=lambda source: source is None)
     digest: str | None = None  # of the texts in order, found when the run is made
 
     def require(self, found: Captions, where: str) -> None:

@@ -22,7 +22,7 @@ from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame, Size
 from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
-from dumo.data.written import TABLES, captions_of
+from dumo.data.written import TABLES, captions_of, edited, hash_of
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes, State
 from dumo.io.read import user_path
@@ -32,6 +32,7 @@ from dumo.types import FREE, PLACE, Spec, UserError
 
 FORMS = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9
+LEFT = {"flip": "false", "buckets": "null", "augment": "null"}  # what leaves an image as it is
 
 
 class Images(Spec):
@@ -114,6 +115,9 @@ class Images(Spec):
         if self.buckets and (self.augment or self.crop == "none"):
             field, way = ("augment", "null") if self.augment else ("crop", "adm")
             return f"buckets bring images to their sizes, and {field} is of one size: set {field}={way}"
+        if self.source and (self.flip or self.buckets or self.augment):
+            field = next(name for name in ("flip", "buckets", "augment") if getattr(self, name))
+            return f"captions.source edits images as they are, and {field} changes them: set {field}={LEFT[field]}"
         if self.names and len(self.names) != self.labels:
             return f"names has {len(self.names)} names for classes={self.labels}: remove names"
         if self.labelled is False and self.labels:
@@ -164,7 +168,7 @@ class Images(Spec):
 
     def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
-        found = Captions.of(captions_of(root, self._store(root, None), files.name))
+        found = Captions.of(captions_of(root, self._store(root, None), files.name, files.source))
         if self.classes not in (0, len(found)):
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
         counted = files.model_copy(update={"digest": found.digest()})
@@ -212,9 +216,21 @@ class Images(Spec):
         if not isinstance(self.captions, Files):
             return Captions.of([])
         root = user_path(self.root, "data.root")
-        found = Captions.of(captions_of(root, self._store(root, None), self.captions.name))
+        captions = self.captions
+        found = Captions.of(captions_of(root, self._store(root, None), captions.name, captions.source))
         self.captions.require(found, str(root))
         return found
+
+    @property
+    def source(self) -> str | None:
+        """The column of the image that each caption edits; None: captions are texts alone."""
+        return self.captions.source if isinstance(self.captions, Files) else None
+
+    def edited(self) -> dict[str, Path]:
+        """The images that are edited, by their hashes. Raises UserError as `open`."""
+        root, source = user_path(self.root, "data.root"), self.source or ""
+        found = edited(root, self._store(root, None), source)
+        return {hash_of(file): file for _, rows in found for row in rows if (file := Path(row[source]))}
 
     def caption_texts(self) -> tuple[str, ...]:
         """All captions by number; () where there are none. Raises UserError as `open`."""

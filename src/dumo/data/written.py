@@ -4,6 +4,8 @@
     parquet  a column of texts, or of lists of them
     tar      0001.txt, .caption or .json next to 0001.jpg
 
+An image that is edited stands in a column of its own, as a path from the table's folder, outside of the images' root.
+
 In a table the captions stand under the first of NAMES that there is, or under the names that are set, separated by
 commas: one text each, or a list of several. An image may have several rows. In a file of text every line is a caption
 of its own. With latents they stand in captions.jsonl, a JSON list of texts to a line in the images' order, so that
@@ -15,6 +17,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +25,8 @@ from typing import Any, cast
 from dumo.data.parquet import Parquet, columns, open_table, whole
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption import Captions, edit
+from dumo.io import digest
 from dumo.io.read import brief, read_text
 from dumo.types import UserError
 
@@ -85,12 +89,15 @@ def are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in cast(list[object], value))
 
 
-def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
+def captions_of(root: Path, store: Store, name: str, source: str | None = None) -> list[Texts]:
     """The captions of each image of a store, in its order; () of one that has none.
 
-    `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`. Raises NoCaptionsError where no
-    image has one, UserError where what stands there is no text.
+    `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`; `source`: the column of the image
+    that they edit. Raises NoCaptionsError where no image has one, UserError where what stands there is no text, or
+    edits no image.
     """
+    if source:
+        return [edits(rows, name, source, path) for path, rows in edited(root, store, source)]
     if isinstance(store, Folder):
         found, there = in_files(root, store, name)
         sought = f"{', '.join(TABLES)} with file_name, and a {' or '.join(f'.{end}' for end in TEXT)} for each image"
@@ -128,6 +135,48 @@ def in_files(root: Path, store: Folder, name: str) -> tuple[list[Texts], Iterabl
     stems, endings = (os.path.splitext(file)[0] for file in store.files), TEXT if name == AUTO else (name,)
     texts_of = (next((file for end in endings if (file := f"{stem}.{end}") in files), None) for stem in stems)
     return [split(read_text(Path(file), MEND)) if file else () for file in texts_of], there
+
+
+def edited(root: Path, store: Store, source: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Each image's place and rows, `source` in them the place of what is edited. Raises UserError for none."""
+    rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for table in (file for file in walk(root if root.is_dir() else root.parent) if os.path.basename(file) in TABLES):
+        for file, row in rows_of(table):
+            if isinstance(place := row.get(source), str):
+                place = os.path.normpath(os.path.join(os.path.dirname(table), place))
+                rows[file].append(row | {source: place})
+    places = [os.path.normpath(file) for file in store.files] if isinstance(store, Folder) else []
+    if missing := next((file for file in places or [str(root)] if not rows[file]), None):
+        raise UserError(
+            f"{missing} has no '{brief(source)}' in {' or '.join(TABLES)}, the image that its text edits: give one to "
+            "each image of the folder, and keep those that are edited in another"
+        )
+    return [(file, rows[file]) for file in places]
+
+
+def edits(rows: list[dict[str, Any]], name: str, source: str, where: str) -> Texts:
+    """The captions of an image, each with the hash of what it edits. Raises UserError as `captions_of`."""
+    found = [
+        edit(text, hash_of(Path(row[source])))
+        for row in rows
+        for text in gathered([row], keys_of(name, row, where), where)
+        if text.strip()
+    ]
+    if not found:
+        raise UserError(f"{where} has no text: {MEND}")
+    return tuple(found)
+
+
+def hash_of(file: Path) -> str:
+    """The SHA-256 of an image that is edited, read again where it has changed. Raises UserError where it is missing."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing, an image to edit: put it there, or mend captions.source")
+    return _hashed(file, (there := file.stat()).st_mtime_ns, there.st_size)
+
+
+@lru_cache(None)
+def _hashed(file: Path, changed: int, size: int) -> str:
+    return digest.of_file(file)
 
 
 def rows_of(table: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,8 @@
 
 A condition c is the number of a caption; the number after the last means no caption. People and benchmarks keep prompts
 as a text per line, as JSON lines, or as a folder of text files.
+
+What a model that edits images is conditioned on is a text and an image: a caption with the image's SHA-256 at its end.
 """
 
 import json
@@ -19,7 +21,19 @@ from dumo.io.read import read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
+EDITS = "\x1d"  # ASCII's group separator: between a text and the hash of the image that it edits
 WAY = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
+
+
+def edit(text: str, sha256: str) -> str:
+    """The caption that edits an image of this hash by a text."""
+    return f"{text.strip()}{EDITS}{sha256}"
+
+
+def parted(caption: str) -> tuple[str, str]:
+    """The text of a caption, and the hash of the image that it edits; "": it edits none."""
+    text, _, sha256 = caption.partition(EDITS)
+    return text, sha256
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ class Pipeline(Spec):
             return str(published(self.source).get("_name_or_path", ""))
         there = self._there(TRANSFORMER)
         mine = hashed(read_settings(there / CONFIG, HINT)) if there else ""
-        known = {hashed(published(name)[TRANSFORMER]): published(name)["_name_or_path"] for name in PUBLISHED}
+        alike = (found for name in PUBLISHED if self.class_name in ("", (found := published(name))["_class_name"]))
+        known = {hashed(found[TRANSFORMER]): found["_name_or_path"] for found in alike}  # Kontext's is FLUX.1-dev's
         said = str(self.index.get("_name_or_path", ""))
         return known.get(mine) or (said if re.fullmatch(r"[\w.-]+/[\w.-]+", said) else "")
 

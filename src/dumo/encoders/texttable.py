@@ -5,6 +5,7 @@
     lengths    the number of tokens in each row
     mask       of a pipeline that reads padding, too: which tokens are no padding
     pooled     an embedding (p,) of each text, where there is one
+    source     the latent (c, h, w) of the image that a text edits, where it edits one; zeros for no caption
 
 Row k is of caption k of captions.jsonl, a string of JSON per line, and the last row of the empty text, which stands for
 no caption. A shard is encoded in the same batches from its own first row.
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
+from dumo.encoders.caption import parted
 from dumo.encoders.prompt import PromptReader, Prompts
 from dumo.encoders.text import Embeddings, Encoder, EncoderModel
 from dumo.encoders.tokens import Cutter, Tokenizer
@@ -46,10 +48,16 @@ class Contents(Index):
     model: str  # its name in the encoder's config.json; of token ids: tokens
     sha256: str  # of the encoder's weights; of token ids, of the vocabulary
     digest: str  # of the captions in their order
+    codec: str | None = Field(default=None, exclude_if=lambda codec: codec is None)  # of the weights of `source`
 
     @classmethod
     def of(
-        cls, captions: Sequence[str], encoder: Reader, read: EncoderModel | PromptReader | Cutter, shard_rows: int
+        cls,
+        captions: Sequence[str],
+        encoder: Reader,
+        read: EncoderModel | PromptReader | Cutter,
+        shard_rows: int,
+        sources: "Sources | None" = None,
     ) -> "Contents":
         """The contents before any shard is made."""
         one = embeddings(read, [""])
@@ -62,6 +70,8 @@ class Contents(Index):
             columns["mask"] = Column(dtype="bool", lengths="lengths")
         if one.pooled is not None:
             columns["pooled"] = Column(dtype=dtype, shape=(one.pooled.shape[1],))
+        if sources:
+            columns["source"] = Column(dtype=dtype, shape=sources.shape)
         return cls(
             columns=columns,
             rows=len(captions) + 1,
@@ -70,6 +80,7 @@ class Contents(Index):
             model="tokens" if isinstance(encoder, Tokenizer) else encoder.model_type(),
             sha256=read.sha256,
             digest=digest.short(*captions),
+            codec=sources.sha256 if sources else None,
         )
 
     @property
@@ -86,6 +97,11 @@ class Contents(Index):
     def pooled(self) -> int:
         """The numbers of a text's embedding; 0: there is none."""
         return sum(self.columns["pooled"].shape) if "pooled" in self.columns else 0
+
+    @property
+    def source(self) -> tuple[int, ...]:
+        """The shape of the latent of an image that is edited; (): none is."""
+        return self.columns["source"].shape if "source" in self.columns else ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,6 +127,23 @@ class Contents(Index):
         """A short digest of the encoder's weights, the way it is read, and the captions."""
         entries = self.binding()
         return digest.short(*(f"{key} {entries[key]}" for key in sorted(entries) if key != "shard_rows"))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The images that captions edit, as latents."""
+
+    shape: tuple[int, ...]  # channels, height, width
+    sha256: str  # of the codec's weights
+    read: Callable[[Sequence[str]], Float[Tensor, "b c h w"]]  # of images by their hashes
+
+    def of(self, captions: Sequence[str]) -> Float[Tensor, "b c h w"]:
+        """Those of captions; zeros where one edits none."""
+        hashes = [parted(caption)[1] for caption in captions]
+        found = torch.zeros(len(hashes), *self.shape)
+        if there := [i for i, sha256 in enumerate(hashes) if sha256]:
+            found[there] = self.read([hashes[i] for i in there]).to(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -152,6 +185,17 @@ class Table:
                 pooled[i] = shard["pooled"][inside]
         tokens = tokens if contents.width else tokens.long()
         return tokens, mask, pooled
+
+    def sources(self, rows: Sequence[int] | None = None) -> Float[Tensor, "b c h w"] | None:
+        """The latents of the images that captions edit, in their stored type; None: they edit none."""
+        if not self.contents.source:
+            return None
+        at, ends = range(len(self)) if rows is None else rows, self._table.ends
+        found = torch.empty(len(at), *self.contents.source, dtype=self.contents.dtype)
+        for i, row in enumerate(at):
+            number = bisect_right(ends, row)
+            found[i] = self._shard(number)[0]["source"][row - ends[number]]
+        return found
 
     @cached_property
     def longest(self) -> int:
@@ -246,6 +290,7 @@ def encode(
     *,
     shard_rows: int = 1024,
     batch: int = 32,
+    sources: Sources | None = None,
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
@@ -259,7 +304,7 @@ def encode(
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
     read = encoder.open() if isinstance(encoder, Tokenizer) else encoder.open(device)
-    contents = Contents.of(captions, encoder, read, shard_rows)
+    contents = Contents.of(captions, encoder, read, shard_rows, sources)
     texts = [*captions, ""]
 
     def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
@@ -272,6 +317,7 @@ def encode(
             parts.append({"lengths": kept.sum(1), "tokens": found.tokens[kept]})  # without padding
             parts[-1] |= {"mask": found.mask[kept]} if "mask" in contents.columns else {}
             parts[-1] |= {} if found.pooled is None else {"pooled": found.pooled}
+            parts[-1] |= {"source": sources.of(some)} if sources else {}
             behind(i + len(some) - rows.start)
         return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
 
@@ -281,6 +327,7 @@ def encode(
 
 def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str]) -> Embeddings:
     """The embeddings of texts, padded; ids where there is no encoder."""
+    texts = [parted(text)[0] for text in texts]
     if not isinstance(read, Cutter):
         return read(texts)
     ids, mask = read(texts, whole=False)

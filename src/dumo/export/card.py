@@ -14,6 +14,7 @@ from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
+from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.run.conditions import shown
 from dumo.run.config.load import identity
@@ -97,7 +98,8 @@ def of_tuned(
         guided=sampler.spec.guide.scale != 1 and stock.off is not None,
         scheduler=scheduler[1],
         own=scheduler == OWN,
-        whole=sum(isinstance(entry, list) for entry in parts.values()) > 2,
+        whole=is_whole(parts),
+        unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
         tag="text-to-image",
@@ -154,7 +156,8 @@ def words_of(exported: Exported, stock: Stock) -> list[str]:
         ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
     )
     alone = [] if exported.source else ['output_type="latent"']
-    return [*asks, f"height={height}", f"width={width}", *stock.more, *alone]
+    image = ["image=source", f"max_area={height * width}"] if stock.edits else []
+    return [*image, *asks, f"height={height}", f"width={width}", *stock.more, *alone]
 
 
 def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) -> str:

@@ -68,6 +68,8 @@ class Stock:
     gives: str = "images[0]"  # where its image is
     named: bool = False  # it is guided where a negative prompt is named, and there alone
     rescaled: bool = False  # it brings what was guided back to the length of what was not
+    edits: bool = False  # it takes an image, too
+    served: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
     def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
         """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net takes.
@@ -91,12 +93,17 @@ class Stock:
 BINS = ("use_resolution_binning=False",)
 STOCKS: dict[str, Stock] = {
     "SD3Transformer2DModel": Stock("StableDiffusion3Pipeline"),
-    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale", named=True),
+    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale", named=True, served="FluxDMD2Pipeline"),
     "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
     "ChromaTransformer2DModel": Stock("ChromaPipeline", mask="prompt_attention_mask"),
     "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True, mask="prompt_attention_mask", side=32, more=BINS),
     "QwenImageTransformer2DModel": Stock(
-        "QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask", named=True, rescaled=True
+        "QwenImagePipeline",
+        "true_cfg_scale",
+        mask="prompt_embeds_mask",
+        named=True,
+        rescaled=True,
+        served="QwenImageDMD2Pipeline",
     ),
     "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
     "Lumina2Transformer2DModel": Stock(
@@ -109,6 +116,13 @@ STOCKS: dict[str, Stock] = {
         "PRXPipeline", times=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
     ),
     "WanTransformer3DModel": Stock("WanPipeline", times=(), lora=False, more=("num_frames=1",), gives="frames[0][0]"),
+}
+
+
+EDITORS: dict[str, Stock] = {  # by their own class: that of the model is another pipeline's, too
+    "FluxKontextPipeline": Stock(
+        "FluxKontextPipeline", "true_cfg_scale", named=True, edits=True, more=("_auto_resize=False",)
+    )
 }
 
 
@@ -136,7 +150,8 @@ def forms(spec: Pretrained) -> list[str]:
 def stock_of(kind: str, spec: Pretrained) -> Stock | None:
     """The pipeline that runs a class of model, as its net is called; None where no stock pipeline does."""
     # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
-    return None if kind == "SanaTransformer2DModel" and spec.guidance is not None else STOCKS.get(kind)
+    none = kind == "SanaTransformer2DModel" and spec.guidance is not None
+    return None if none else EDITORS.get(spec.pipeline.class_name) or STOCKS.get(kind)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import safetensors.torch
 from dumo.data import Data, Latents
 from dumo.export import card, lora, standalone
 from dumo.export.model import INDEX, SCHEDULER, Exported, Head, of_net, require, write_euler, write_scheduler
+from dumo.export.serve import UNREAD, is_whole, served, there, unserved
 from dumo.flow.path import Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
@@ -138,6 +139,8 @@ def write_folder(
             bring(source / name, out / name, parts)
         else:
             del index[name]
+    if not unserved(exported, whole=is_whole(index)):
+        index |= served(exported)
     write_json(out / INDEX, index)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, {"format": "pt"})
@@ -145,14 +148,17 @@ def write_folder(
 
 
 def read_index(source: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline. Raises UserError for one that is none, or has two transformers."""
+    """The model_index.json of a pipeline, without what servers read of its passes, for ours are others.
+
+    Raises UserError for one that is none, or has two transformers.
+    """
     index = read_settings(source / INDEX, ANOTHER)
     if there(index.get(SECOND)):
         raise UserError(
             f"{source} is no pipeline of one transformer: {ANOTHER}; or, of two, {SECOND} was not tuned and would make "
             "some of the passes: take --to safetensors"
         )
-    return index
+    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != UNREAD}
 
 
 def others(index: Mapping[str, Any]) -> list[str]:
@@ -161,11 +167,6 @@ def others(index: Mapping[str, Any]) -> list[str]:
     if strange := [name for name in parts if Path(name).name != name]:
         raise UserError(f"pipeline: {INDEX} has a part called {brief(strange[0])!r}, which is no folder: {ANOTHER}")
     return parts
-
-
-def there(entry: object) -> bool:
-    """Whether a pipeline has a part, by its entry: the library and the class, or null for each."""
-    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def bring(part: Path, to: Path, how: Parts) -> None:

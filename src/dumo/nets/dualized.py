@@ -91,6 +91,8 @@ class Dualized(nn.Module):
         given = self._inputs(x, c, t)
         with self._exactly(given):
             out = self.model(**self.row.call(given), return_dict=False)[0]
+        if given.source is not None:
+            out = out[:, : given.x.shape[1]]
         if self.row.packed:
             out = unpacked(out, given.grid, self.patch)
         heads = heads_of(out, len(self.heads))
@@ -173,7 +175,7 @@ class Dualized(nn.Module):
     def _inputs(self, x: Sample, c: Cond, t: Time) -> Inputs:
         """The inputs of a pass in the model's own time and layout."""
         row, config = self.row, self.config
-        tokens, mask, pooled = self.texts(c)
+        (tokens, mask, pooled), source = self.texts(c), self.texts.sources(c)
         lengths = self.texts.lengths
         if row.alone and lengths and mask is not None:  # all rows here have as many tokens
             tokens, mask = tokens[:, : lengths[int(c[0])]], None
@@ -189,6 +191,7 @@ class Dualized(nn.Module):
             guidance=None if w is None else tokens.new_full((len(tokens),), w),
             grid=grid,
             lengths=tuple(lengths[i] for i in c.tolist()) if row.apart and lengths else None,
+            source=None if source is None else packed(source, grid, self.patch),
         )
 
     @contextmanager

@@ -7,7 +7,7 @@ A row is right if the stock pipeline makes the same image as dumo, to the bit.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
@@ -34,6 +34,7 @@ class Inputs:
     guidance: Array | None  # (b,), the embedded number of a distilled model
     grid: tuple[int, int]  # rows and columns of patches
     lengths: tuple[int, ...] | None  # tokens by row, for a model that takes captions one by one
+    source: Tensor | None = None  # (b, n, c p p): the image that is edited, packed, of a model that edits
 
     @property
     def there(self) -> Tensor:
@@ -55,6 +56,15 @@ def flux(a: Inputs) -> Arguments:
     """`pooled`, with positions, and the number of guidance."""
     ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
     return {**pooled(a), **ids, "guidance": a.guidance}
+
+
+def kontext(a: Inputs) -> Arguments:
+    """As `flux`, with the image that is edited as tokens behind the others: 1 on the axis where they have 0."""
+    assert a.source is not None
+    given, places = flux(a), positions(a.grid, 3, a.x)
+    places[:, 0] = 1
+    tokens = {"hidden_states": torch.cat([a.x, a.source.to(a.x.dtype)], 1)}
+    return {**given, **tokens, "img_ids": torch.cat([given["img_ids"], places])}
 
 
 def flux2(a: Inputs) -> Arguments:
@@ -150,6 +160,7 @@ class Family:
     alone: bool = False  # it takes no mask, so rows whose captions have several lengths go through it one by one
     compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
     lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
+    edits: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
     reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
@@ -231,9 +242,14 @@ FAMILIES: dict[str, Family] = {
         embedder="condition_embedder.time_embedder", channels_last=True,
     ),
 }  # fmt: skip
+EDITS = {  # those of a class above that take an image, too, by the class of the pipeline
+    "FluxKontextPipeline": replace(
+        FAMILIES["FluxTransformer2DModel"], call=kontext, pipeline="FluxKontextPipeline", edits=True
+    ),
+}
 VARIANTS = {  # of a base, by a word in the class of the pipeline, and what they are
     "Edit": "edits an image",
-    "Kontext": "edits an image",
+    "Kontext": "fills a part of an image",  # by a mask: the one without has a row
     "Inpaint": "fills a part of an image",
     "Fill": "fills a part of an image",
     "Img2Img": "begins with an image",
@@ -252,6 +268,8 @@ def family(config: Config, pipeline: str = "") -> Family:
     makes images of more than a text.
     """
     kind = str(config.get("_class_name"))
+    if row := EDITS.get(pipeline) if kind == "FluxTransformer2DModel" else None:
+        return row
     if row := FAMILIES.get(kind):
         if pipeline.replace("Text2Img", "") in ("", row.pipeline):  # an older name
             return row

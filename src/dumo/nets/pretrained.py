@@ -86,7 +86,7 @@ class Pretrained(Reading):
             raise UserError(
                 f"{FIELD} has a model of patches of {p} x {p}, which do not divide the data's sides {shape[1:]}"
             )
-        texts = self.text_rows(row, config, classes)
+        texts = self.text_rows(row, config, classes, shape)
         if self.checkpoint and texts.masked and not row.lean_masks:
             raise UserError(
                 f"{FIELD} has a {config['_class_name']}, which forgets the mask of its texts in blocks that are "
@@ -96,11 +96,13 @@ class Pretrained(Reading):
             model.enable_gradient_checkpointing(run_lean)
         return Dualized(model, row, texts, needs.heads, p, guidance=self.guidance, lora=self.lora, limit=self.lowpass)
 
-    def text_rows(self, row: Family, config: Config, classes: int) -> Texts:
-        """The rows of text, or codes. Raises UserError as `PipelineTexts.build`."""
+    def text_rows(self, row: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
+        """The rows of text, or codes. Raises UserError as `PipelineTexts.build`, and for codes that edit images."""
+        if isinstance(self.texts, Codes) and row.edits:
+            raise UserError(f"{FIELD} has a {row.pipeline}, which edits images, and codes edit none: take captions")
         if isinstance(self.texts, Codes):
             return codes(classes, config[row.text], config[row.pooled] if row.pooled else 0)
-        return self.texts.build(classes)
+        return self.texts.build(classes, shape) if row.edits else self.texts.build(classes)
 
     def fit(self, row: Family, config: Config) -> None:
         """Raise UserError where the fields do not fit the model."""

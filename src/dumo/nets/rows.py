@@ -18,6 +18,7 @@ from dumo.types import Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]
 TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]  # tokens; which there are; pooled
+Source = Float[Tensor, "b c h w"]  # latents of images that are edited
 Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
 
@@ -40,8 +41,12 @@ class Texts(nn.Module, ABC):
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,): tokens, mask (None: every token is there), pooled."""
 
-    def append(self, texts: Sequence[str]) -> int:
-        """Add a row per text behind all others; return the number of the first. Older numbers stay.
+    def sources(self, c: Cond) -> Source | None:
+        """The images that c (b,) edit, as latents; None: they edit none."""
+        return None
+
+    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
+        """Add a row per text, and per image that it edits, behind all others; return the number of the first.
 
         Raises UserError where no encoder is known, or it is another than that of the rows.
         """
@@ -66,13 +71,19 @@ class Rows(Texts):
     tokens: Tensor  # (n, l, d)
     mask: Tensor | None  # (n, l), bool; None: every token is there
     pooled: Tensor | None  # (n, p)
+    source: Tensor | None  # (n, c, h, w)
 
     def __init__(
-        self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None, reader: Opener | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        pooled: Tensor | None,
+        reader: Opener | None = None,
+        source: Tensor | None = None,
     ) -> None:
         """One row per class, and the last for none. `reader` opens, on a device, the reader of prompts."""
         super().__init__()
-        for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled)):
+        for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled), ("source", source)):
             self.register_buffer(name, rows, persistent=False)
         self.width, self.length, self.masked = tokens.shape[2], tokens.shape[1], mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
@@ -85,10 +96,16 @@ class Rows(Texts):
         there = None if mask is None else mask[c]
         return full(self.tokens[c]), there, None if pooled is None else full(pooled[c])
 
-    def append(self, texts: Sequence[str]) -> int:
+    def sources(self, c: Cond) -> Source | None:
+        """As `Texts.sources`, in float32."""
+        return None if self.source is None else full(self.source[c])
+
+    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
             return super().append(texts)
+        if self.source is not None and source is not None:
+            self.source = torch.cat([self.source, source.to(self.source)])
         first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
         self.length = max(self.length, new[0].shape[1])  # a prompt may be longer than all captions
         for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.encoders.caption import parted
 from dumo.encoders.pipeline import TRANSFORMER, Reading
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.text import Encoder
@@ -17,7 +19,7 @@ from dumo.encoders.texttable import Table, open_table, read_contents, require
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.family import Family, family
-from dumo.nets.rows import Reader, Rows, TextRows, Texts, widened
+from dumo.nets.rows import Reader, Rows, Source, TextRows, Texts, widened
 from dumo.runtime.bound import CHANNELS, GIGABYTES
 from dumo.types import FREE, PLACE, Cond, Spec, UserError
 
@@ -91,41 +93,55 @@ class Embedded(Tabled):
     def sizes(self) -> Sizes:
         """Those of a row, at most."""
 
-    def bytes(self, classes: int) -> int:
-        """What the rows of this number of captions, and of none, take at most."""
+    def bytes(self, classes: int, source: tuple[int, ...] = ()) -> int:
+        """What the rows of this number of captions, and of none, take at most, with latents of what they edit."""
         sizes = self.sizes
-        return (classes + 1) * (
-            sizes.length * (sizes.width * sizes.dtype.itemsize + 1) + sizes.pooled * sizes.dtype.itemsize
-        )
+        tokens = sizes.length * (sizes.width * sizes.dtype.itemsize + 1)
+        return (classes + 1) * (tokens + (sizes.pooled + (prod(source) if source else 0)) * sizes.dtype.itemsize)
 
-    def mapped(self, classes: int) -> bool:
+    def mapped(self, classes: int, source: tuple[int, ...] = ()) -> bool:
         """Whether rows are looked up on the host, pass by pass, for this number of captions."""
-        return self.bytes(classes) > self.memory * GIGABYTE
+        return self.bytes(classes, source) > self.memory * GIGABYTE
 
-    def build(self, classes: int) -> Texts:
+    def build(self, classes: int, source: tuple[int, ...] = ()) -> Texts:
         """The rows, on the default device; on the meta device their sizes alone, and no file is read.
+
+        `source` is the shape of the latents of images that they edit; (): they edit none.
 
         Raises UserError where there is no table, or it is of other captions or of another encoder.
         """
         if torch.get_default_device().type == "meta":
-            return self.outline(classes)
+            return self.outline(classes, source)
         found = self.open(classes)
-        if self.mapped(classes):
+        if found.contents.source != source:
+            there, wanted = (
+                f"latents {shape} of images to edit" if shape else "texts alone"
+                for shape in (found.contents.source, source)
+            )
+            raise UserError(
+                f"net.texts.root: {self.root} has {there}, and the model takes {wanted}: encode into another folder"
+            )
+        if self.mapped(classes, source):
             return Mapped(found, self)
         where, masked = torch.get_default_device(), self.sizes.masked
         tokens, mask, pooled = found.padded()
         kept = None if pooled is None else pooled.to(where)
+        edited = found.sources()
         return Rows(
-            tokens.to(where), mask.to(where) if masked else None, kept, lambda device: self.reader(found, device)
+            tokens.to(where),
+            mask.to(where) if masked else None,
+            kept,
+            lambda device: self.reader(found, device),
+            None if edited is None else edited.to(where),
         )
 
-    def outline(self, classes: int) -> Rows:
+    def outline(self, classes: int, source: tuple[int, ...] = ()) -> Rows:
         """Rows without numbers; a single one where they are mapped."""
-        n, (length, width, pooled, masked, dtype) = 1 if self.mapped(classes) else classes + 1, self.sizes
+        n, (length, width, pooled, masked, dtype) = 1 if self.mapped(classes, source) else classes + 1, self.sizes
         mask = torch.empty(n, length, dtype=torch.bool) if masked else None
-        return Rows(
-            torch.empty(n, length, width, dtype=dtype), mask, torch.empty(n, pooled, dtype=dtype) if pooled else None
-        )
+        kept = torch.empty(n, pooled, dtype=dtype) if pooled else None
+        edited = torch.empty(n, *source, dtype=dtype) if source else None
+        return Rows(torch.empty(n, length, width, dtype=dtype), mask, kept, source=edited)
 
     def open(self, classes: int) -> Table:
         """The table. Raises UserError as `build`."""
@@ -141,7 +157,7 @@ class Embedded(Tabled):
             )
 
         def rows(texts: Sequence[str]) -> TextRows:
-            made = read(texts)
+            made = read([parted(text)[0] for text in texts])
             pooled = None if made.pooled is None else made.pooled.to(dtype)
             tokens = made.tokens if "mask" in found.contents.columns else made.tokens * made.mask[..., None]
             return tokens.to(dtype), made.mask, pooled
@@ -251,13 +267,26 @@ class Mapped(Texts):
         assert tokens is not None
         return tokens, mask, pooled
 
-    def append(self, texts: Sequence[str]) -> int:
+    def sources(self, c: Cond) -> Source | None:
+        """As `Texts.sources`; those of the table are read as its rows are."""
+        numbers, last = c.tolist(), len(self.table) - 1
+        found = self.table.sources([min(row, last) for row in numbers])
+        if found is None:
+            return None
+        if self.added is not None and (new := [i for i, row in enumerate(numbers) if row > last]):
+            added = self.added.sources(torch.tensor([numbers[i] - last - 1 for i in new]))
+            assert added is not None
+            found[new] = added.to(found)
+        return found.to(self.like)
+
+    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Only prompts are kept in memory. Raises as `Texts.append`."""
         if self.added is None:
             tokens, mask, pooled = self.table.padded([])
             read = self.spec.reader(self.table, self.like.device)
-            self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read)
-        first = len(self.table) + self.added.append(texts)
+            none = self.table.sources([])
+            self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read, none)
+        first = len(self.table) + self.added.append(texts, source)
         self._count()
         return first
 

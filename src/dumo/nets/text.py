@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 import torch
 from jaxtyping import Int, Int64
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
-from dumo.nets.rows import Rows, TextRows, Texts
+from dumo.nets.rows import Rows, Source, TextRows, Texts
 from dumo.nets.table import PipelineTexts, Tabled, TextTable
 from dumo.runtime.bound import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
@@ -79,7 +79,7 @@ class Encoded(Texts):
         seen = mask[:, None, None]  # four axes: of two, transformers would read the numbers and wait for the device
         return self.encoder(self.ids[c], attention_mask=seen).last_hidden_state, mask, None
 
-    def append(self, texts: Sequence[str]) -> int:
+    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Add the ids of these texts. Raises UserError as `Tokenizer.open`."""
         first, (ids, mask) = len(self.ids), self.tokenizer.open()(texts)
         self.ids = torch.cat([self.ids, ids.to(self.ids)])
@@ -116,10 +116,14 @@ class Drawn(Spec):
     kind: Literal["drawn"] = "drawn"
     of: PipelineTexts | TextTable | Learned  # its sizes
 
-    def build(self, classes: int) -> "Few":
-        """Rows of these sizes; on the meta device without numbers."""
+    def build(self, classes: int, source: tuple[int, ...] = ()) -> "Few":
+        """Rows of these sizes, and of images of this shape that they edit; on the meta device without numbers."""
         if torch.get_default_device().type == "meta":
-            return Few(self.of.build(ROWS - 1))
+            return Few(
+                self.of.build(ROWS - 1, source)
+                if source and isinstance(self.of, PipelineTexts)
+                else self.of.build(ROWS - 1)
+            )
         g, of = stream("texts"), self.of
         length = of.tokenizer.length if isinstance(of, Learned) else of.sizes.length
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
@@ -129,7 +133,8 @@ class Drawn(Spec):
         sizes = of.sizes
         tokens = torch.randn(*mask.shape, sizes.width, generator=g)
         pooled = torch.randn(ROWS, sizes.pooled, generator=g) if sizes.pooled else None
-        return Few(Rows(tokens, mask if sizes.masked else None, pooled))
+        edited = torch.randn(ROWS, *source, generator=g) if source else None
+        return Few(Rows(tokens, mask if sizes.masked else None, pooled, source=edited))
 
 
 class Few(Texts):
@@ -138,12 +143,16 @@ class Few(Texts):
     def __init__(self, of: Texts) -> None:
         """Has the width and length of these rows."""
         super().__init__()
-        self.of: nn.Module = of
+        self.of = of
         self.width, self.pooled_width, self.length, self.masked = of.width, of.pooled_width, of.length, of.masked
 
     def forward(self, c: Cond) -> TextRows:
         """Row c modulo the number of rows."""
         return self.of(c % ROWS)
+
+    def sources(self, c: Cond) -> Source | None:
+        """As the rows."""
+        return self.of.sources(c % ROWS)
 
 
 def or_drawn(texts: object) -> object:

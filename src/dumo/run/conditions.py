@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dumo.data import Data, Digits, Images, Latents, Memory, Moons
 from dumo.data.caption import Captioning, Files, Templates
+from dumo.encoders.caption import parted
 from dumo.flow import generate
 from dumo.io.read import brief
 from dumo.run.config.error import nearest
@@ -60,11 +61,16 @@ class Conditions:
         except UserError:  # images and captions may not be on this machine
             return ()
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The names as one reads them: captions without the hashes of what they edit."""
+        return tuple(parted(name)[0] for name in self.names)
+
     def name(self, c: int) -> str:
         """The name of a class: its folder's, or the caption, else its number."""
         if self.captions and c == self.count:
             return "no caption"
-        names = self.names
+        names = self.words
         return names[c] if c < len(names) else str(c)
 
     def index(self, text: str) -> int:

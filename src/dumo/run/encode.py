@@ -24,6 +24,7 @@ from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
+from dumo.run.prompt import sources
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Spec, UserError
@@ -186,6 +187,7 @@ def encode_texts(
 ) -> Made:
     """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
     texts, (rank, world) = captions(data), part
+    files = data.images.edited() if isinstance(data, Latents) and data.images.source else {}
     with bar("encoding captions", table.share(len(texts) + 1, shard_rows, *part)) as tick:
         done = texttable.encode(
             texts,
@@ -193,6 +195,7 @@ def encode_texts(
             spec.folder,
             shard_rows=shard_rows,
             batch=batch,
+            sources=sources(data, dist.device(device), files.__getitem__),
             rank=rank,
             world=world,
             device=dist.device(device),

@@ -116,6 +116,7 @@ def export(
     count: int = COUNT,
     only: Sequence[int] | None = None,
     prompts: Sequence[str] = (),
+    source: Path | None = None,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
     solver: str | None = None,
@@ -135,10 +136,11 @@ def export(
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     dist.require_memory(count * prod(sampler.pixels) * torch.float32.itemsize, f"{count:,} samples take", way)
-    c = turned(prompted(sampler, prompts), count) if prompts else sampler.conditions.in_turn(count, only)
+    c = turned(prompted(sampler, prompts, source), count) if prompts else sampler.conditions.in_turn(count, only)
     said = said_of(opened, sampler.spec)
     said += [word("labels", only)] if only else []
     said += [word("prompts", list(prompts))] if prompts else []
+    said += [word("source", source.name)] if source else []
     said += [word("size", size)] if size else []
     said += [word("count", count)] if count != (len(prompts) or COUNT) else []
     written: list[Path] = []

@@ -205,7 +205,7 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     """What is trained on what, and what a step costs, in a line."""
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
-    names = f": {some(run.conditions.names)}" if run.conditions.names and not run.conditions.captions else ""
+    names = f": {some(run.conditions.words)}" if run.conditions.names and not run.conditions.captions else ""
     kind = "with {:,} captions" if run.conditions.captions else "in {} classes"
     classes = f" {kind.format(run.data.classes)}{names}" if run.data.classes else ""
     weights = sum(p.numel() for p in net.parameters())

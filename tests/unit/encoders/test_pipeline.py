@@ -61,6 +61,8 @@ def test_a_known_model_is_known_by_its_config(name: str, tmp_path: Path) -> None
     config = published(name)[TRANSFORMER] | {"_diffusers_version": "0.0"}
     (tmp_path / TRANSFORMER / "config.json").write_text(json.dumps(config))
     assert Pipeline(source=str(tmp_path)).repository == published(name)["_name_or_path"]
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AnotherPipeline"}))
+    assert Pipeline(source=str(tmp_path)).repository == ""  # the config of a transformer may be several models'
 
 
 def test_what_is_not_in_the_config_is_hinted_or_unknown(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
-from dumo.nets.table import Embedded
+from dumo.nets.table import Embedded, PipelineTexts
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
@@ -35,7 +35,7 @@ ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
 def check(run: Tree) -> None:
     """Raise UserError for the first mismatch between parts of a run."""
     data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
-    require(captions(data, net, run.evaluate))
+    require(captions(data, net, run.evaluate), unconditional(data, objective, run.sample.guide, run.teacher))
     outline = run.outline(short=True)
     require(buckets(data, net, outline, run.teacher))
     require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
@@ -71,6 +71,13 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
             f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
             f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if reads else 'none'}"
         )
+    edits = isinstance(texts, PipelineTexts) and texts.row.edits
+    if edits != bool(source := getattr(given, "source", None)):
+        yield (
+            f"{where}.source is the column of images to edit, {source or 'null'}, and the pipeline is a "
+            f"{texts.row.pipeline if isinstance(texts, PipelineTexts) else net.kind}: name one for a model that edits, "
+            "and for no other"
+        )
     if evaluation.protocol.kind == "clip-score" and not given:
         yield (
             f"protocol clip-score compares images with captions, and data '{data.kind}' give none: set {where}, or "
@@ -81,6 +88,19 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
             "set evaluate.captions=seen"
         )
+
+
+def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teacher | None) -> Iterator[str]:
+    """Images to edit, and rows of none: no model that edits is called without one."""
+    trained, taught = GuidanceScale.of(objective.needs), GuidanceScale(teacher.guide.scale if teacher else 1.0)
+    wrong = {
+        "objective.drop leaves out the condition: set it to 0": objective.drop > 0,
+        f"{trained.field} guides away from none: set {trained.off}": trained.active,
+        "teacher.guide.scale guides away from none: set it to 1": taught.active,
+        "sample.guide.scale guides away from none: set it to 1": sampled.active,
+    }
+    if getattr(Conditions(data).captions, "source", None):
+        yield from (f"a model that edits always has an image, and {why}" for why, found in wrong.items() if found)
 
 
 def validation(evaluation: Evaluation) -> Iterator[str]:

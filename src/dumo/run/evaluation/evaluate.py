@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dumo.data import Data, Latents
+from dumo.encoders.caption import parted
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
@@ -28,7 +29,7 @@ from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.run.conditions import Conditions, shown, squares
 from dumo.run.config.tree import Evaluation, Sampling
-from dumo.run.encode import captions as texts
+from dumo.run.encode import captions
 from dumo.run.evaluation.card import FILE, Row, card, contrast_solver, read_report, settings, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
@@ -115,7 +116,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
                 seed=evaluation.seed,
                 device=sampler.device,
                 tick=tick,
-                captions=lambda: (squares(shown(data)).open(), conditions(data, evaluation), texts(data)),
+                captions=lambda: (squares(shown(data)).open(), conditions(data, evaluation), words(data)),
             )
         )
 
@@ -133,6 +134,11 @@ def looking(bar: Bar, what: str = "looking at the data") -> Generator[Callable[[
             ticks[0](done, "")
 
         yield tick
+
+
+def words(data: Data) -> list[str]:
+    """The texts of the captions of the data. Raises as `captions`."""
+    return [parted(caption)[0] for caption in captions(data)]
 
 
 def conditions(data: Data, evaluation: Evaluation) -> Tensor:

@@ -16,7 +16,7 @@ from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
-from dumo.nets.table import Embedded
+from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
 from dumo.runtime import dist
@@ -164,8 +164,9 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
 
 def rows_of_text(texts: Embedded, data: Data) -> dict[str, int | None]:
     """Bytes that `dumo encode` writes for a caption at most, and for all, if their number is known."""
-    count = data.classes or None
-    return {"captions": count, "bytes_per_caption": texts.bytes(0), "bytes": count and texts.bytes(count)}
+    count, source = data.classes or None, data.shape if isinstance(texts, PipelineTexts) and texts.row.edits else ()
+    each, whole = texts.bytes(0, source), texts.bytes(count or 0, source)
+    return {"captions": count, "bytes_per_caption": each, "bytes": count and whole}
 
 
 def missing_data(data: Data) -> str | None:

@@ -1,0 +1,56 @@
+"""What vLLM-Omni reads of an exported folder: a block of model_index.json, by which it makes the run's own jumps.
+
+Its pipelines for models of few steps (`FluxDMD2Pipeline` and others, chosen by --model-class-name) take their scheduler
+from there. `"solver": "sde"` is diffusers' scheduler with stochastic_sampling and shift 1, at the times of the block:
+
+    x_s = (1 - s) (x_t - t u) + s z,
+
+which is Restart, as `dumo.export.model` has it. Where anything differs there is no block (`unserved`). Facts of
+vllm-project/vllm-omni, vllm_omni/diffusion/models: dmd2/config.py at 36c5bc6, dmd2/mixin.py at 23852d8.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dumo.export.model import THOUSAND, Arguments, Exported
+
+KEY = "dmd2_config"
+UNREAD = "_use_default_values"  # names what diffusers passes over in silence; of other keys it warns
+PASSES = 2  # that a server makes, as the last call of a card: ours
+
+
+def there(entry: object) -> bool:
+    """Whether a pipeline has a part, by its entry: the library and the class, or null for each."""
+    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
+
+
+def is_whole(index: Mapping[str, Any]) -> bool:
+    """Whether a model_index.json has more parts than the model and its scheduler."""
+    return sum(map(there, index.values())) > 2
+
+
+def unserved(exported: Exported, *, whole: bool) -> str:
+    """Why vLLM-Omni would not make the run's images of the folder, in words; empty: it does. `whole`: as `is_whole`."""
+    stock, jumps = exported.stock, exported.head == "u"
+    times = [THOUSAND * t for t in exported.solver.times(PASSES)] if jumps else []
+    reasons = {
+        "it has no class for a few jumps of this model": stock is None or not stock.served,
+        "it makes jumps of the flow map, and this is a velocity": not jumps,
+        "it guides no few-step model, and this run is sampled with guidance": exported.sampler.spec.guide.active,
+        "it reads prompts, and this model has codes": bool(exported.codes),
+        "it needs a folder with all parts": not whole,
+        "it counts time in whole thousandths": any(not math.isclose(t, round(t)) for t in times),
+    }
+    return next((why for why, wrong in reasons.items() if wrong), "")
+
+
+def served(exported: Exported) -> Arguments:
+    """The keys of model_index.json by which vLLM-Omni makes the run's jumps.
+
+    Its solver `sde` is diffusers' scheduler of `write_scheduler` at these times, without guidance.
+    """
+    times, embedded = [round(THOUSAND * t) for t in exported.solver.times(PASSES)], exported.spec.guidance
+    block: Arguments = {"num_inference_steps": PASSES, "denoising_timesteps": times, "solver": "sde"}
+    block["guidance_scale"] = 1.0 if embedded is None else embedded
+    return {KEY: block, UNREAD: {KEY: True}}  # no list: diffusers takes one for a part where it reads a hub

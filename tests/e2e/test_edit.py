@@ -1,0 +1,99 @@
+"""A model that edits images: of pairs, by a text and an image, as its own pipeline reads both."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dumo.export.card import PROMPT
+from dumo.nets.rows import Texts
+from dumo.run.folder import open_run
+from dumo.run.prompt import prompted
+from e2e.shell import call, refused, sets
+from stock.case import CAPTIONS, FULL, LIMITS, SHORT, Case
+
+ALONE = ("data.images.captions.source=source", "data.images.flip=false")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run of FLUX.1 Kontext, exported to `out`: to be read."""
+    made = Case.of("Flux-Kontext", tmp_path_factory.mktemp("kontext"), *FULL)
+    made.export("out")
+    return made
+
+
+def texts_of(case: Case) -> Texts:
+    """The rows of the run."""
+    texts = case.opened.sampler.texts
+    assert texts
+    return texts
+
+
+def test_the_card_makes_dumos_edits(case: Case) -> None:
+    assert max(case.off(case.folder / "out")) < LIMITS["full"]
+
+
+def test_an_edit_depends_on_its_image(case: Case) -> None:
+    sampler, other = case.opened.sampler, case.folder / "before" / "0.png"
+    noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, two = (case.dumo([noise], c=prompted(sampler, [PROMPT], image)) for image in (case.image, other))
+    assert (one - two).norm() / one.norm() > 0.01
+
+
+def test_the_rows_are_what_the_pipeline_makes_of_the_images(case: Case) -> None:
+    """Also of a prompt, and where they are looked up on disk."""
+    pipe, sampler = case.pipeline(), case.opened.sampler
+    mapped = open_run(str(case.run), ["net.texts.memory=0"], device="cpu").sampler
+    files = [*(case.folder / "before" / f"{i}.png" for i in range(len(CAPTIONS))), case.image]
+    for where in (sampler, mapped):
+        assert where.texts
+        c = torch.cat([torch.arange(len(CAPTIONS)), prompted(where, [PROMPT], case.image)])
+        rows = where.texts.sources(c)
+        assert rows is not None
+        for row, file in zip(rows, files, strict=True):
+            pixels = pipe.image_processor.preprocess(Image.open(file))
+            with torch.no_grad():
+                latent = pipe._encode_vae_image(pixels, torch.Generator())
+            torch.testing.assert_close(row[None], latent, rtol=0, atol=1e-5)
+
+
+def test_names_are_texts(case: Case) -> None:
+    conditions = case.opened.sampler.conditions
+    assert [conditions.name(k) for k in range(conditions.count)] == [*CAPTIONS]
+
+
+def test_an_image_that_changed_is_another_caption(case: Case, tmp_path: Path, here: Path) -> None:
+    folder = shutil.copytree(case.folder / "photos", tmp_path / "photos").parent
+    shutil.copytree(case.folder / "before", folder / "before")
+    more = [f"data.root={folder / 'latents'}", f"data.images.root={folder / 'photos'}"]
+    more += [f"net.texts.root={case.folder / 'texts'}", "net.texts.dtype=float32"]
+    words = sets(*case.fields, *SHORT, *FULL, *more)
+    assert call("encode", "sd3-lora", *words).code == 0  # a copy of all is the same
+    Image.new("RGB", (64, 64)).save(folder / "before" / "1.png")
+    shutil.rmtree(folder / "latents")
+    refused("encode", "sd3-lora", *words, named=("other captions",))
+    (folder / "before" / "1.png").unlink()
+    refused("encode", "sd3-lora", *words, named=("1.png is missing", "captions.source"))
+
+
+def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
+    words = [*case.fields, *SHORT, *FULL, f"net.texts.root={here / 'texts'}"]
+    for field, named in {
+        "objective.drop=0.1": ("always has an image", "objective.drop leaves"),
+        "sample.guide.scale=2": ("sample.guide.scale guides away",),
+        "objective.guide.zeta=0.8": ("objective.guide guides away", "zeta=0"),
+        "data.images.flip=true": ("set flip=false",),
+        "data.images.captions.source=null": ("captions.source", "FluxKontextPipeline"),
+        "data.images.captions.source=before": ("no 'before' in metadata.csv", "in another"),
+    }.items():
+        refused("encode", "sd3-lora", *sets(*words, field), named=named)
+    refused("dry", "sd3-lora", *sets(*ALONE), named=("name one for a model that edits",))
+    refused("sample", case.run, "--prompt", PROMPT, named=("edits an image", "--source FILE"))
+    assert call("sample", case.run, "--source", case.image).code == 2
+    (here / "text.png").write_text("no image")
+    refused("sample", case.run, "--prompt", PROMPT, "--source", here / "text.png", named=("text.png, which is to be",))
+    refused("sample", case.run, "--prompt", PROMPT, "--source", here / "none.png", named=("none.png is missing",))
