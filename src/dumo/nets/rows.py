@@ -6,7 +6,7 @@ They come from a table that `dumo encode` makes (`dumo.nets.table`), from an enc
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,16 @@ Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
 
 
+class Sizes(NamedTuple):
+    """Those of rows."""
+
+    length: int  # tokens at most
+    width: int
+    pooled: int
+    masked: bool
+    dtype: torch.dtype
+
+
 class Texts(nn.Module, ABC):
     """Rows of text by number: one per class or caption, then one for none, then those of prompts (`append`)."""
 
@@ -29,7 +39,7 @@ class Texts(nn.Module, ABC):
     pooled_width: int  # numbers of the pooled embedding; 0: there is none
     length: int  # tokens of a row, with padding
     masked: bool = True  # whether rows may be padded; False: every token is there
-    lengths: tuple[int, ...] | None = None  # tokens of each row without padding; None: not masked, or on no device
+    several: bool = False  # whether rows may differ in their number of tokens, without padding
 
     def __init__(self) -> None:
         """Without prompts."""
@@ -39,6 +49,10 @@ class Texts(nn.Module, ABC):
     @abstractmethod
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,): tokens, mask (None: every token is there), pooled."""
+
+    def lengths(self, c: Cond) -> tuple[int, ...] | None:
+        """The tokens of the rows of c (b,), without padding; None: not masked, or on no device."""
+        return None
 
     def append(self, texts: Sequence[str]) -> int:
         """Add a row per text behind all others; return the number of the first. Older numbers stay.
@@ -85,6 +99,10 @@ class Rows(Texts):
         there = None if mask is None else mask[c]
         return full(self.tokens[c]), there, None if pooled is None else full(pooled[c])
 
+    def lengths(self, c: Cond) -> tuple[int, ...] | None:
+        """As `Texts.lengths`."""
+        return self._lengths and tuple(self._lengths[i] for i in c.tolist())
+
     def append(self, texts: Sequence[str]) -> int:
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
@@ -107,7 +125,8 @@ class Rows(Texts):
 
     def _count(self) -> None:
         mask = self.mask
-        self.lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
+        self._lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
+        self.several = len({*(self._lengths or ())}) > 1
 
 
 class Codes(Spec):

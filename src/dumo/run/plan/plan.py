@@ -16,7 +16,8 @@ from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
-from dumo.nets.table import Embedded
+from dumo.nets import Net
+from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
 from dumo.runtime import dist
@@ -70,6 +71,8 @@ def plan(spec: Run) -> dict[str, Any]:
     shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
     heads = cost.heads(net, spec.objective, shape, rows=1)
     holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
+    if encoders := of_encoders(spec.net, spec.data.classes):
+        holds |= {"encoders": encoders, "total": holds["total"] + encoders}
     cached = None if missing or not isinstance(spec.data, Latents) else read_contents(spec.data.folder)
     standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)  # a set of images by its name
     epoch = cached.rows if cached else standard and (TRAIN if standard.url else standard.real)
@@ -162,10 +165,26 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
 
 
-def rows_of_text(texts: Embedded, data: Data) -> dict[str, int | None]:
-    """Bytes that `dumo encode` writes for a caption at most, and for all, if their number is known."""
-    count = data.classes or None
-    return {"captions": count, "bytes_per_caption": texts.bytes(0), "bytes": count and texts.bytes(count)}
+def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
+    """Bytes of the rows of a caption at most, and of all, if their number is known.
+
+    `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
+    """
+    count, own = data.classes or None, texts if isinstance(texts, PipelineTexts) else None
+    return {
+        "captions": count,
+        "bytes_per_caption": texts.bytes(0),
+        "bytes": count and texts.bytes(count),
+        "live": texts.live(data.classes),
+        "most": own and max(0, int(own.budget * GB / own.bytes(0)) - 1),
+        "encoders": own and own.encoders,
+    }
+
+
+def of_encoders(net: Net, captions: int) -> int:
+    """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
+    texts = net.texts
+    return texts.encoders or 0 if isinstance(texts, PipelineTexts) and texts.live(captions) else 0
 
 
 def missing_data(data: Data) -> str | None:
@@ -229,7 +248,12 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
         yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
     if texts := facts["texts"]:
         whole = f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions" if texts["bytes"] else ""
-        yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}"
+        size = f" of {texts['encoders'] / GB:,.1f} GB" if texts["encoders"] else ""
+        large = f"encoded in training by encoders{size}"
+        how = f"more than net.texts.budget, so {large}" if texts["live"] else "in a table"
+        if texts["most"] is not None and not texts["live"]:
+            how += f"; more than {texts['most']:,} (net.texts.budget) would be {large}"
+        yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}: {how}"
     yield "data", facts["missing_data"] or "there"
 
 
