@@ -16,7 +16,7 @@ from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
-from dumo.nets import Net
+from dumo.nets import Net, Pretrained
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
@@ -65,7 +65,7 @@ def plan(spec: Run) -> dict[str, Any]:
     """What `show` says, and shapes, bytes, work, images, and whether the data are there.
 
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
-    whole run's; `gpus` is as the function of that name says.
+    whole run's; `side` is that of the pipeline's default image; `gpus` is as the function of that name says.
     """
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
     shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
@@ -79,10 +79,12 @@ def plan(spec: Run) -> dict[str, Any]:
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
+        "pixels": list(spec.pixels),
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": holds,
+        "side": spec.net.side or None if isinstance(spec.net, Pretrained) else None,
         "gpus": gpus(holds),
         "images": images,
         "epochs": epoch and images / epoch,
@@ -226,6 +228,8 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     tables = f", {fixed / 1e6:,.3f} M fixed" if fixed else ""
     yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M{trained}{tables}"
     yield "inputs", shapes(facts["inputs"])
+    if (side := facts["side"]) and side != (here := facts["pixels"][1]):
+        yield "size", f"{here} x {here} pixels; the pipeline's default is {side} x {side}"
     yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
     yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
     way = facts["slope"]
