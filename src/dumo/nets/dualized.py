@@ -21,6 +21,7 @@ from dumo.nets.family import Config, Family, Inputs
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
+from dumo.training import layout
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
@@ -82,8 +83,9 @@ class Dualized(nn.Module):
         check(("t",), inputs)
         t = inputs["t"]
         if self.row.alone and self.texts.several:
-            rows = (self._heads_of(x[i : i + 1], c[i : i + 1], t[i : i + 1]) for i in range(len(c)))
-            return tuple(torch.cat(head) for head in zip(*rows, strict=True))
+            places = [min(i, len(c) - 1) for i in range(layout.calls(self, len(c)))]  # those beyond are cut off
+            rows = (self._heads_of(x[i : i + 1], c[i : i + 1], t[i : i + 1]) for i in places)
+            return tuple(torch.cat(head)[: len(c)] for head in zip(*rows, strict=True))
         return self._heads_of(x, c, t)
 
     def _heads_of(self, x: Sample, c: Cond, t: Time) -> Heads:
