@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dumo.encoders.prompt import PromptReader
-from dumo.io.weights import read
-from e2e.shell import call, refused, sets
+from dumo.io.weights import load, read
+from e2e.shell import call, refused, sets, together
 from stock.case import LORA, SHORT, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts
@@ -53,6 +53,16 @@ def test_weights_are_those_of_a_table_and_of_a_run_that_stopped(tabled: Case, tm
     assert not (tabled.folder / "none").exists()
     must(call("train", tmp_path / "live", "--from", 2))
     assert_same(tmp_path / "live", tabled)
+
+
+@pytest.mark.slow
+def test_two_ranks_encode_their_own(tabled: Case, tmp_path: Path) -> None:
+    there = (f"net.texts.root={tabled.folder / 'texts'}", "train.share=2")
+    for out, fields in {"live": ("train.share=2",), "tabled": there}.items():
+        together(2, "train", *words(tabled, *fields), "--out", out, cwd=tmp_path)
+    mine, theirs = (load(tmp_path / out / "checkpoints/step-00000004/net") for out in ("live", "tabled"))
+    assert len(mine) > 10
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
 
 
 def test_a_table_that_is_made_meanwhile_is_read(tabled: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
