@@ -32,7 +32,7 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "Run": ("resolved",),  # what was found when a run was opened
     "TextTable": ("identity",),
     "Learned": ("identity",),
-    "PipelineTexts": ("identity", "memory"),
+    "PipelineTexts": ("identity", "memory", "budget"),
     "SdVae": ("variant",),  # of older runs and caches: there is one
     "Train": ("seed", "sheets", "save_minutes", "keep", "max_skips", "milestones", "share", "reshard", "log_every"),
     "Sampling": ("seed", "precision"),

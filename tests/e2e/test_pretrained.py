@@ -131,3 +131,11 @@ def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
     (here / "only" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel", **DIGITS}))
     refused("train", "digits", *net(here / "only"), named=("no weights", "net.weights=drawn"))
     refused("train", "digits", *net(Path("sd3-medium")), named=("16 channels",))
+
+
+@pytest.mark.parametrize("verb", ["dry", "encode", "train"])
+def test_images_beyond_a_models_positions_are_refused(here: Path, verb: str) -> None:
+    named = ("192 patches a side", "4,096 x 4,096 pixels have 256", "data.images.side=3072")
+    refused(verb, "sd3-lora", *sets("data.images.side=4096"), named=named)
+    wide = sets("data.images.side=2048", "data.images.buckets={step: 64, ratio: 4}")
+    refused(verb, "sd3-lora", *wide, named=("192 patches a side", "data.images.buckets.ratio"))

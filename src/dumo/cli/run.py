@@ -60,7 +60,9 @@ def encode(
         if isinstance(work.data, Latents):
             given = {name: value for name, value in options.items() if value is not None}
             made.append(encode.encode(work.data, **of, **given, verify=verify))
-        if work.texts:
+        if work.texts and (line := encode.too_large(work.data, work.texts)):
+            say(line)
+        elif work.texts:
             made.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows or encode.SHARD_ROWS))
     for line in (line for one in made for line in one.lines()):
         out.print(line, soft_wrap=True)

@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
 from yaml import YAMLError
 
-from dumo.io import digest
+from dumo.io import digest, weights
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
@@ -29,7 +29,8 @@ FIELD = "pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 TRANSFORMER, VAE = "transformer", "vae"
-HERE = files("dumo.encoders") / "published"  # configs of models on the Hugging Face hub, and of small ones
+# Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
+HERE = files("dumo.encoders") / "published"
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
 SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for digits
 NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
@@ -197,6 +198,14 @@ class Pipeline(Spec):
         """The parts that read prompts, by the names of their folders."""
         parts = (name for name, entry in self.index.items() if isinstance(entry, list) and entry and entry[0])
         return [name for name in parts if TEXTS.fullmatch(name)]
+
+    def reading(self, itemsize: int) -> int | None:
+        """Bytes of the encoders of prompts, at this size of a number; None: they are not here."""
+        if self.known:
+            return self.index["_readers"] * itemsize if "_readers" in self.index else None
+        files = [file for part in self.readers for file in (self.folder / part).glob("*.safetensors")]
+        found = {(file.parent, name): x.numel() for file in files for name, x in weights.load(file).items()}
+        return sum(found.values()) * itemsize or None  # a folder may hold the same weights in two precisions
 
     def texts(self) -> str:
         """A hash of all that reads prompts. Raises UserError where a part is missing."""

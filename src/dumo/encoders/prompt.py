@@ -45,14 +45,13 @@ class Prompts(Spec):
 
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
         """The encoders with their weights. Raises UserError where a part is missing or cannot be loaded."""
-        place, of = torch.device(device), Pipeline(source=self.source)
+        of = Pipeline(source=self.source)
         sha256 = of.texts()
         kind, pipe = self._loaded(of)
-        for name in of.readers:
-            part = getattr(pipe, name)
-            if isinstance(part, nn.Module):
-                nn.Module.to(part, place)
-        return PromptReader(self, pipe, defaults(kind), sha256, place)
+        parts = [part for name in of.readers if isinstance(part := getattr(pipe, name), nn.Module)]
+        read = PromptReader(self, pipe, defaults(kind), sha256, parts, torch.device("cpu"))
+        read.to(torch.device(device))
+        return read
 
     def _loaded(self, of: Pipeline) -> tuple[Any, Any]:
         """The class of the pipeline, and the pipeline."""
@@ -80,7 +79,7 @@ class Prompts(Spec):
         return kind, pipe
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptReader:
     """The text encoders of a pipeline, with their weights."""
 
@@ -88,7 +87,15 @@ class PromptReader:
     pipe: Any  # of diffusers
     given: dict[str, Any]  # arguments of encode_prompt
     sha256: str  # of encoders and tokenizers
+    encoders: Sequence[nn.Module]
     device: torch.device
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoders to a device."""
+        if device != self.device:
+            for encoder in self.encoders:
+                nn.Module.to(encoder, device)
+            self.device = device
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Embeddings:

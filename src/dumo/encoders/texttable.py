@@ -13,7 +13,7 @@ no caption. A shard is encoded in the same batches from its own first row.
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -312,14 +312,11 @@ def encode(
         for i in rows[::batch]:
             signals.check()
             some = texts[i : min(i + batch, rows.stop)]
-            found = embeddings(read, some)
-            kept = torch.ones_like(found.mask) if "mask" in contents.columns else found.mask
-            parts.append({"lengths": kept.sum(1), "tokens": found.tokens[kept]})  # without padding
-            parts[-1] |= {"mask": found.mask[kept]} if "mask" in contents.columns else {}
-            parts[-1] |= {} if found.pooled is None else {"pooled": found.pooled}
+            parts.append(unpadded(embeddings(read, some), masks="mask" in contents.columns))
             parts[-1] |= {"source": sources.of(some)} if sources else {}
             behind(i + len(some) - rows.start)
-        return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
+        types = {name: column.torch_dtype for name, column in contents.columns.items()}
+        return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, types)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
     return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
@@ -334,10 +331,18 @@ def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str])
     return Embeddings(ids, mask, None)
 
 
-def in_stored_types(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
-    """A shard's tensors in the stored types. Raises UserError where they are not finite there."""
-    kept = {name: x.to(contents.columns[name].torch_dtype) for name, x in tensors.items()}
+def unpadded(found: Embeddings, *, masks: bool) -> dict[str, Tensor]:
+    """The columns of these rows; with `masks`, padding is kept, and the masks."""
+    kept = torch.ones_like(found.mask) if masks else found.mask
+    parts = {"lengths": kept.sum(1), "tokens": found.tokens[kept]}
+    parts |= {"mask": found.mask[kept]} if masks else {}
+    return parts if found.pooled is None else {**parts, "pooled": found.pooled}
+
+
+def in_stored_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Columns in the stored types. Raises UserError where they are not finite there."""
+    kept = {name: x.to(types[name]) for name, x in tensors.items()}
     if not all(bool(x.isfinite().all()) for x in kept.values()):
-        kind = contents.columns["tokens"].dtype
+        kind = str(types["tokens"]).removeprefix("torch.")
         raise UserError(f"the encoder gives no numbers, or too large ones for {kind}: set its dtype=bfloat16")
     return kept

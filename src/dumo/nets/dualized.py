@@ -21,6 +21,7 @@ from dumo.nets.family import Config, Family, Inputs
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
+from dumo.training import layout
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
@@ -80,10 +81,11 @@ class Dualized(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, c, h, w), at t (b,), for rows c (b,) of the texts."""
         check(("t",), inputs)
-        lengths, t = self.texts.lengths, inputs["t"]
-        if self.row.alone and lengths and len({*lengths}) > 1:
-            rows = (self._heads_of(x[i : i + 1], c[i : i + 1], t[i : i + 1]) for i in range(len(c)))
-            return tuple(torch.cat(head) for head in zip(*rows, strict=True))
+        t = inputs["t"]
+        if self.row.alone and self.texts.several:
+            places = [min(i, len(c) - 1) for i in range(layout.calls(self, len(c)))]  # those beyond are cut off
+            rows = (self._heads_of(x[i : i + 1], c[i : i + 1], t[i : i + 1]) for i in places)
+            return tuple(torch.cat(head)[: len(c)] for head in zip(*rows, strict=True))
         return self._heads_of(x, c, t)
 
     def _heads_of(self, x: Sample, c: Cond, t: Time) -> Heads:
@@ -176,9 +178,9 @@ class Dualized(nn.Module):
         """The inputs of a pass in the model's own time and layout."""
         row, config = self.row, self.config
         (tokens, mask, pooled), source = self.texts(c), self.texts.sources(c)
-        lengths = self.texts.lengths
+        lengths = self.texts.lengths(c) if row.alone or row.apart else None
         if row.alone and lengths and mask is not None:  # all rows here have as many tokens
-            tokens, mask = tokens[:, : lengths[int(c[0])]], None
+            tokens, mask = tokens[:, : lengths[0]], None
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         time, clock = 1 - t if row.backward else t, row.clock(config)
         w = None if self.guidance is None else self.guidance * row.guidance_scale(config)
@@ -190,7 +192,7 @@ class Dualized(nn.Module):
             pooled=pooled,
             guidance=None if w is None else tokens.new_full((len(tokens),), w),
             grid=grid,
-            lengths=tuple(lengths[i] for i in c.tolist()) if row.apart and lengths else None,
+            lengths=lengths if row.apart else None,
             source=None if source is None else packed(source, grid, self.patch),
         )
 

@@ -161,6 +161,7 @@ class Family:
     compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
     lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
     edits: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
+    side: Callable[[Config], int] = lambda config: 1024  # pixels of its pipeline's default image; 0: it is no square
     reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
@@ -181,6 +182,11 @@ class Family:
         return p
 
 
+def eights(config: Config) -> int:
+    """The default side by a config that says it in latents of 8 pixels."""
+    return 8 * config.get("sample_size", 128)
+
+
 def thousand(config: Config) -> float:
     """A clock from 0 to 1000."""
     return TURN
@@ -191,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     "SD3Transformer2DModel": Family(
         pooled, "StableDiffusion3Pipeline", "tokens -tokens pooled -pooled", 77 + 256,
         "joint_attention_dim", "pooled_projection_dim",
-        clock=thousand, channels_last=True, out_channels="attribute",
+        clock=thousand, channels_last=True, out_channels="attribute", side=eights,
     ),
     "FluxTransformer2DModel": Family(
         flux, "FluxPipeline", "tokens pooled _", 512, "joint_attention_dim", "pooled_projection_dim",
@@ -210,6 +216,7 @@ FAMILIES: dict[str, Family] = {
         clock=lambda config: TURN * config.get("timestep_scale", 1.0),
         turn=lambda config: TURN * config.get("timestep_scale", 1.0),
         guidance_scale=lambda config: config["guidance_embeds_scale"],
+        side=lambda config: 32 * config["sample_size"],
     ),
     "QwenImageTransformer2DModel": Family(
         qwen, "QwenImagePipeline", "tokens mask", 512, "joint_attention_dim",
@@ -224,7 +231,7 @@ FAMILIES: dict[str, Family] = {
     "Lumina2Transformer2DModel": Family(
         lumina2, "Lumina2Pipeline", BOTH, 256, "cap_feat_dim",
         masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
-        channels_last=True, out_channels="attribute", reads="rope_embedder",
+        channels_last=True, out_channels="attribute", reads="rope_embedder", side=eights,
     ),
     "AuraFlowTransformer2DModel": Family(  # padding is zeros, which its blocks see
         plain, "AuraFlowPipeline", "tokens _ -tokens _", 256, "joint_attention_dim",
@@ -232,14 +239,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "CogView4Transformer2DModel": Family(  # its mask is added to the scores, so it hides nothing
         cogview4, "CogView4Pipeline", "tokens -tokens", 1024, "text_embed_dim", alone=True, clock=thousand,
+        side=eights,
     ),
     "PRXTransformer2DModel": Family(
         prx, "PRXPipeline", BOTH, 256, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
         turn=lambda config: config["time_factor"], compiles=False,
+        side=lambda config: 512,
     ),
     "WanTransformer3DModel": Family(
         video, "WanPipeline", "tokens -tokens", 512, "text_dim", clock=thousand,
         embedder="condition_embedder.time_embedder", channels_last=True,
+        side=lambda config: 0,
     ),
 }  # fmt: skip
 EDITS = {  # those of a class above that take an image, too, by the class of the pipeline

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, Config, Pipeline, Reading
+from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, Reading
 from dumo.io import weights
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
@@ -57,6 +57,15 @@ class Pretrained(Reading):
     def time_scale(self) -> float:
         """The quickest wave of time that the net may read, in radians per unit of t."""
         return self.lowpass or TURN
+
+    @property
+    def side(self) -> int:
+        """The pixels along a side of the pipeline's default image; 0: it is no square, or there is no autoencoder.
+
+        Raises UserError as `family`.
+        """
+        config = self.pipeline.config(TRANSFORMER)
+        return 0 if VAE not in self.pipeline.index else family(config, self.pipeline.class_name).side(config)
 
     def short(self, depth: int) -> "Shortened":
         """The same model with up to `depth` blocks of each kind and random weights: for checks that read no weights."""

@@ -6,7 +6,7 @@ They come from a table that `dumo encode` makes (`dumo.nets.table`), from an enc
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +23,16 @@ Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
 
 
+class Sizes(NamedTuple):
+    """Those of rows."""
+
+    length: int  # tokens at most
+    width: int
+    pooled: int
+    masked: bool
+    dtype: torch.dtype
+
+
 class Texts(nn.Module, ABC):
     """Rows of text by number: one per class or caption, then one for none, then those of prompts (`append`)."""
 
@@ -30,7 +40,7 @@ class Texts(nn.Module, ABC):
     pooled_width: int  # numbers of the pooled embedding; 0: there is none
     length: int  # tokens of a row, with padding
     masked: bool = True  # whether rows may be padded; False: every token is there
-    lengths: tuple[int, ...] | None = None  # tokens of each row without padding; None: not masked, or on no device
+    several: bool = False  # whether rows may differ in their number of tokens, without padding
 
     def __init__(self) -> None:
         """Without prompts."""
@@ -43,6 +53,10 @@ class Texts(nn.Module, ABC):
 
     def sources(self, c: Cond) -> Source | None:
         """The images that c (b,) edit, as latents; None: they edit none."""
+        return None
+
+    def lengths(self, c: Cond) -> tuple[int, ...] | None:
+        """The tokens of the rows of c (b,), without padding; None: not masked, or on no device."""
         return None
 
     def append(self, texts: Sequence[str], source: Source | None = None) -> int:
@@ -100,6 +114,10 @@ class Rows(Texts):
         """As `Texts.sources`, in float32."""
         return None if self.source is None else full(self.source[c])
 
+    def lengths(self, c: Cond) -> tuple[int, ...] | None:
+        """As `Texts.lengths`."""
+        return self._lengths and tuple(self._lengths[i] for i in c.tolist())
+
     def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
@@ -124,7 +142,8 @@ class Rows(Texts):
 
     def _count(self) -> None:
         mask = self.mask
-        self.lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
+        self._lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
+        self.several = len({*(self._lengths or ())}) > 1
 
 
 class Codes(Spec):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,9 +19,11 @@ from dumo.encoders.texttable import Table, open_table, read_contents, require
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.family import Family, family
-from dumo.nets.rows import Reader, Rows, Source, TextRows, Texts, widened
+from dumo.nets.live import Live
+from dumo.nets.rows import Reader, Rows, Sizes, Source, TextRows, Texts, widened
 from dumo.runtime.bound import CHANNELS, GIGABYTES
-from dumo.types import FREE, PLACE, Cond, Spec, UserError
+from dumo.runtime.progress import sized
+from dumo.types import FREE, MACHINE, PINNED, PLACE, Cond, Spec, UserError
 
 GIGABYTE = 1e9
 POOLED = 2  # its place in `TextRows`
@@ -32,8 +34,8 @@ class Tabled(Spec):
 
     kind: Any  # a literal of the subclass; declared here to come first
     root: str = Field(json_schema_extra=PLACE)  # may begin with ~ and hold $NAMES
-    # Of captions and encoder: looked up once, so that a run keeps to its rows.
-    identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None)
+    # Of captions and encoder: looked up once, so that a run keeps to its rows. None: there was no table.
+    identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None, json_schema_extra=PINNED)
 
     @property
     @abstractmethod
@@ -67,20 +69,10 @@ class Tabled(Spec):
         return found
 
 
-class Sizes(NamedTuple):
-    """Those of rows."""
-
-    length: int  # tokens at most
-    width: int
-    pooled: int
-    masked: bool
-    dtype: torch.dtype
-
-
 class Embedded(Tabled):
     """Texts through an encoder, from a table. Their sizes are known without it, so a net is outlined by them."""
 
-    # GB that the rows may take on the device; above, they are mapped, and looked up on the host. Ours.
+    # GB that the rows may take on the device; above, they are looked up on the host, which keeps as many. Ours.
     memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
     @property
@@ -100,8 +92,12 @@ class Embedded(Tabled):
         return (classes + 1) * (tokens + (sizes.pooled + (prod(source) if source else 0)) * sizes.dtype.itemsize)
 
     def mapped(self, classes: int, source: tuple[int, ...] = ()) -> bool:
-        """Whether rows are looked up on the host, pass by pass, for this number of captions."""
-        return self.bytes(classes, source) > self.memory * GIGABYTE
+        """Whether rows come from the host, pass by pass, for this number of captions."""
+        return self.live(classes) or self.bytes(classes, source) > self.memory * GIGABYTE
+
+    def live(self, classes: int) -> bool:
+        """Whether encoders make the rows while the net is used, for this number of captions, and there is no table."""
+        return False
 
     def build(self, classes: int, source: tuple[int, ...] = ()) -> Texts:
         """The rows, on the default device; on the meta device their sizes alone, and no file is read.
@@ -208,6 +204,31 @@ class PipelineTexts(Reading, Embedded):
     kind: Literal["pipeline"] = "pipeline"
     # Of the encoders and of the rows: what a pipeline in this precision gives its transformer.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # GB that a table may take on the disk; above, there is none, and texts are encoded in training. Ours.
+    budget: float = Field(default=100.0, ge=0, le=GIGABYTES, json_schema_extra=MACHINE)
+
+    def live(self, classes: int) -> bool:
+        """As `Embedded.live`; a table that is there is read, and images to edit always have one."""
+        return self.identity is None and not self.row.edits and self.bytes(classes) > self.budget * GIGABYTE
+
+    def build(self, classes: int, source: tuple[int, ...] = ()) -> Texts:
+        """Raises as `Embedded.build`, and where the encoders are others than when the run began."""
+        if not self.live(classes) or torch.get_default_device().type == "meta":
+            return super().build(classes, source)
+        self.pipeline.require("texts", sha256 := self.pipeline.texts(), "text encoders or tokenizers")
+        most = max(1, int(self.memory * GIGABYTE / self.bytes(0)))
+        return Live(self.by, sha256, self.sizes, classes, most=most)
+
+    def too_large(self, captions: int) -> str:
+        """Why no table of these captions is written; empty: it is."""
+        size = f"a table of {captions:,} captions may take {sized(self.bytes(captions))}"
+        why = f"{size}, more than net.texts.budget = {self.budget:g} GB: texts are encoded in training"
+        return why if self.live(captions) else ""
+
+    @property
+    def encoders(self) -> int | None:
+        """Bytes of the encoders; None: not known, for they are not here."""
+        return self.pipeline.reading(self.sizes.dtype.itemsize)
 
     @property
     def row(self) -> Family:
@@ -244,9 +265,10 @@ class Mapped(Texts):
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.width, self.length, self.pooled_width = spec.sizes.width, found.longest, spec.sizes.pooled
         self.table, self.masked = found, spec.sizes.masked
-        self.spec, self.lengths = spec, found.lengths if self.masked else None
+        self.spec = spec
         self.table.audit.require()
         self.added: Rows | None = None
+        self._count()
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,). Waits for the device of c."""
@@ -279,6 +301,10 @@ class Mapped(Texts):
             found[new] = added.to(found)
         return found.to(self.like)
 
+    def lengths(self, c: Cond) -> tuple[int, ...] | None:
+        """As `Texts.lengths`."""
+        return tuple(self._lengths[i] for i in c.tolist()) if self.masked else None
+
     def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Only prompts are kept in memory. Raises as `Texts.append`."""
         if self.added is None:
@@ -298,5 +324,9 @@ class Mapped(Texts):
             self._count()
 
     def _count(self) -> None:
-        if self.masked and self.added is not None:
-            self.length, self.lengths = self.added.length, (*self.table.lengths, *(self.added.lengths or ()))
+        if self.added is not None:
+            self.length = self.added.length
+        if self.masked:
+            added = () if self.added is None else self.added.lengths(torch.arange(len(self.added.tokens))) or ()
+            self._lengths = (*self.table.lengths, *added)
+            self.several = len({*self._lengths}) > 1

@@ -18,7 +18,7 @@ from dumo.io.file import locked
 from dumo.io.read import brief, user_path
 from dumo.io.table import Done, Index
 from dumo.nets import Net
-from dumo.nets.table import Tabled
+from dumo.nets.table import PipelineTexts, Tabled
 from dumo.nets.text import Learned
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
@@ -173,6 +173,11 @@ def captions(data: Data) -> Sequence[str]:
     if isinstance(data, Moons) or data.captions is None:
         raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
     return data.caption_texts()
+
+
+def too_large(data: Data, spec: Tabled) -> str:
+    """Why no table of the data's captions is made, in a line; empty: it is. Raises as `captions`."""
+    return spec.too_large(len(captions(data))) if isinstance(spec, PipelineTexts) else ""
 
 
 def encode_texts(

@@ -91,6 +91,18 @@ def gives_back(reshard: bool) -> bool:
     return reshard and dist.world() > 1
 
 
+def calls(net: nn.Module, rows: int) -> int:
+    """How often a rank with these rows calls a net that takes them one by one: as often as the one with most of them.
+
+    Each call gathers sharded weights from all ranks, forward and backward. Every rank must call it, if they are.
+    """
+    if dist.world() == 1:
+        return rows
+    from torch.distributed.fsdp import FSDPModule
+
+    return int(dist.largest(torch.tensor(rows))) if isinstance(net, FSDPModule) else rows
+
+
 def release(net: nn.Module) -> None:
     """Free the weights that a pass without a backward pass has gathered: later steps would not update them."""
     for part in parts(net):

@@ -161,6 +161,18 @@ def test_a_family_says_how_many_tokens_its_pipeline_reads_at_most(row: Any) -> N
         assert row.length == most.default + 77 * (kind is diffusers.StableDiffusion3Pipeline)
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_family_says_the_size_of_its_pipelines_image(name: str, place: Path) -> None:
+    pipeline = saved(place, name)
+    pipe, config = Stock(pipeline).pipe, pipeline.config(TRANSFORMER)
+    if name == "SANA":  # whose default is brought to the bins of its config
+        config = config | {"sample_size": 32}
+    given = inspect.signature(pipe.__call__).parameters["height"].default
+    latents = getattr(pipe, "default_sample_size", None) or config.get("sample_size", 128)
+    made = pipe.get_default_resolution() if name == "PRX" else given or latents * pipe.vae_scale_factor
+    assert family(config).side(config) == (0 if name == "Wan" else made)
+
+
 def test_a_caption_does_not_depend_on_its_neighbours(place: Path) -> None:
     """Z-Image writes into the list that it is given, CogView4 pads to the longest of it."""
     read = texts(saved(place, "Z-Image"), place).by.open()

@@ -16,6 +16,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
+from dumo.nets.rows import Rows
 from dumo.nets.text import Learned
 from dumo.objectives import DuMo
 from dumo.run.teacher import Base
@@ -73,7 +74,12 @@ def reader(way: str, place: Path) -> nn.Module:
 def tuned(model: str, way: str, place: Path) -> nn.Module:
     """A published transformer, in full or by adapters."""
     spec = saved(place, model).model_copy(update={"lora": ADAPTERS[way], "lowpass": 10.0})
-    return spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
+    net = spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
+    if net.row.alone:  # captions of several lengths go through it one by one
+        rows = net.texts
+        assert isinstance(rows, Rows)
+        net.texts = Rows(rows.tokens, torch.arange(rows.length) < torch.tensor([[2], [3], [1]]), None)
+    return net
 
 
 CASES = {
@@ -89,7 +95,8 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
-for name, ways in {"sd3": ADAPTERS, "flux": ("full", "lora")}.items():  # blocks of one kind, and of two
+MODELS = {"sd3": ADAPTERS, "flux": ("full", "lora"), "cogview4": ("full", "lora")}  # blocks of one kind, and of two
+for name, ways in MODELS.items():
     for one in ways:
         asked = Task(OBJECTIVE, Linear(), CLASSES)
         data = partial(randoms, SHAPE, CLASSES)

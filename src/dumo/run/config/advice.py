@@ -1,22 +1,36 @@
 """Where a run departs from its sources: lines to read before it trains."""
 
+from collections.abc import Sequence
 from math import log
 
 from dumo.flow.path import Path
-from dumo.nets import Net
+from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
 from dumo.run.config.change import shown
 from dumo.run.config.tree import Tree
 from dumo.training.ema import Ema
 from dumo.training.spec import Train
 
+LARGER = 2.0  # sides that are further apart are mentioned: ours
 FAR = 1.2  # a standard deviation that is off by more than this factor is mentioned: ours
 
 
 def advice(run: Tree, sd: float | None = None) -> list[str]:
     """A line per finding, each with the --set that follows the source; `sd` is the data's, if it was measured."""
-    lines = of_reference(run.objective, run.train)
+    lines = [*of_size(run.net, run.pixels), *of_reference(run.objective, run.train)]
     return [*lines, *of_deviation(run.objective, run.net, run.path, sd)] if sd else lines
+
+
+def of_size(net: Net, pixels: Sequence[int]) -> list[str]:
+    """A pretrained model is tuned at a size that is far from its pipeline's."""
+    if not isinstance(net, Pretrained) or not (side := net.side):
+        return []
+    if 1 / LARGER <= pixels[1] / side <= LARGER:
+        return []
+    return [
+        f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}: "
+        f"as the pipeline, data.images.side={side}"
+    ]
 
 
 def of_reference(objective: Objective, train: Train) -> list[str]:

@@ -37,7 +37,7 @@ def check(run: Tree) -> None:
     data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
     require(captions(data, net, run.evaluate), unconditional(data, objective, run.sample.guide, run.teacher))
     outline = run.outline(short=True)
-    require(buckets(data, net, outline, run.teacher))
+    require(buckets(data, net, outline, run.teacher), positions(data, outline))
     require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
     check_pieces(train, objective)
     require(compilation(train, objective, net, outline, data.classes), guidance(objective, data))
@@ -130,9 +130,26 @@ def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -
             f"{field}.step = {images.buckets.step} pixels makes sides of {odd[0]}, which net.patch {patch} does not "
             f"divide: make it a multiple of {images.side * patch // data.shape[1]}"
         )
-    most: int | None = outline.most if isinstance(outline, Dualized) else None
-    if most and (long := max(side // patch for shape in data.shapes for side in shape[1:])) > most:
-        yield f"the model has positions for {most} patches a side, and {field} has {long}: lower {field}.ratio"
+
+
+def positions(data: Data, outline: nn.Module) -> Iterator[str]:
+    """Images of more patches along a side than a pretrained model has positions for."""
+    most, patch = (outline.most, outline.patch) if isinstance(outline, Dualized) else (None, 1)
+    if most is None:
+        return
+    what = f"pipeline has a model with positions for {most} patches a side"
+    if max(data.shape[1:]) // patch > most:
+        images, field = shown(data), "data.images.side" if isinstance(data, Latents) else "data.side"
+        pixels, latents = images.shape[1], data.shape[1]
+        yield (
+            f"{what}, and images of {pixels:,} x {pixels:,} pixels have {latents // patch}: set "
+            f"{field}={most * patch * pixels // latents} or less"
+        )
+    if isinstance(data, Images | Latents):
+        long, field = max(side // patch for shape in data.shapes for side in shape[1:]), "data.images.buckets"
+        if long > most:
+            field = field if isinstance(data, Latents) else "data.buckets"
+            yield f"{what}, and {field} has {long}: lower {field}.ratio"
 
 
 def ways_to_captions(data: Data) -> str:

@@ -51,6 +51,8 @@ def resolve(run: Run) -> Run:
             require_captions(data, texts)
     found = run.model_copy(update={"data": data, "net": net})
     new = {one.field: one.now for one in differences(run, found)}
+    if isinstance(texts, Tabled) and isinstance(net.texts, Tabled) and net.texts.identity != texts.identity:
+        new["net.texts.identity"] = net.texts.identity
     if CODE not in run.resolved and (codes := dict(codes_of(run))):
         new[CODE] = codes
     if not new:

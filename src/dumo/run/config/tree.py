@@ -17,6 +17,7 @@ from dumo.flow.precision import Precision
 from dumo.flow.reading import taught
 from dumo.flow.solver import Solver
 from dumo.nets import Net, Pretrained
+from dumo.nets.live import Live
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
@@ -144,7 +145,11 @@ class Tree(Spec):
         self.require_room(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
-            return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
+            net = self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
+        for part in net.modules():
+            if isinstance(part, Live):
+                part.captions = self.conditions.names
+        return net
 
     def outline(self, *, short: bool = False) -> nn.Module:
         """The net on the meta device, without numbers. Raises UserError if it does not fit the data.

@@ -91,6 +91,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     units = units_of(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
     held, step = plan.held(net, train), counted(spec.outline(), objective, path, shape, train, ranks)
+    memory = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
     whole = held["weights"] - fixed + held["optimizer"] + held["averages"]
     return {
         "ranks": ranks,
@@ -99,7 +100,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "checkpointing": spec.net.checkpoint,
         "rows": step.rows,
         "passes": step.passes,
-        "memory": {**step.memory, "peak": sum(step.memory.values())},
+        "memory": {**memory, "peak": sum(memory.values())},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
         "checkpoint": {"bytes": whole, "most": (train.keep + 1) * whole},
         "units": units,
@@ -249,15 +250,16 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     `tell` hears of each layout that is tried. Raises UserError if none fits, or the run does not fit this many ranks.
     """
     held, tried, exact = plan.held(spec.outline(), spec.train), dict[str, int](), set[str]()
+    encoders = plan.of_encoders(spec.net, spec.data.classes)
 
     def fits(fields: Fields) -> bool:
         name, run = " ".join(words(fields)) or "as it is", changed(spec, fields)
         if name not in tried:
-            tried[name] = at_least(run.train, ranks, held)
+            tried[name] = at_least(run.train, ranks, held) + encoders
             if tried[name] <= limit:
                 exact.add(name)
                 step = counted(run.outline(), run.objective, run.path, run.data.shape, run.train, ranks)
-                tried[name] = sum(step.memory.values())
+                tried[name] = sum(step.memory.values()) + encoders
             tell(f"{name}: {'' if name in exact else 'more than '}{sized(tried[name], 1024)}")
         return tried[name] <= limit
 

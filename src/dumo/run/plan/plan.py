@@ -16,6 +16,7 @@ from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
+from dumo.nets import Net, Pretrained
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
@@ -64,22 +65,26 @@ def plan(spec: Run) -> dict[str, Any]:
     """What `show` says, and shapes, bytes, work, images, and whether the data are there.
 
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
-    whole run's; `gpus` is as the function of that name says.
+    whole run's; `side` is that of the pipeline's default image; `gpus` is as the function of that name says.
     """
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
     shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
     heads = cost.heads(net, spec.objective, shape, rows=1)
     holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
+    if encoders := of_encoders(spec.net, spec.data.classes):
+        holds |= {"encoders": encoders, "total": holds["total"] + encoders}
     cached = None if missing or not isinstance(spec.data, Latents) else read_contents(spec.data.folder)
     standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)  # a set of images by its name
     epoch = cached.rows if cached else standard and (TRAIN if standard.url else standard.real)
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
+        "pixels": list(spec.pixels),
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": holds,
+        "side": spec.net.side or None if isinstance(spec.net, Pretrained) else None,
         "gpus": gpus(holds),
         "images": images,
         "epochs": epoch and images / epoch,
@@ -162,11 +167,28 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
 
 
-def rows_of_text(texts: Embedded, data: Data) -> dict[str, int | None]:
-    """Bytes that `dumo encode` writes for a caption at most, and for all, if their number is known."""
-    count, source = data.classes or None, data.shape if isinstance(texts, PipelineTexts) and texts.row.edits else ()
-    each, whole = texts.bytes(0, source), texts.bytes(count or 0, source)
-    return {"captions": count, "bytes_per_caption": each, "bytes": count and whole}
+def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
+    """Bytes of the rows of a caption at most, and of all, if their number is known.
+
+    `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
+    """
+    count, own = data.classes or None, texts if isinstance(texts, PipelineTexts) else None
+    source = data.shape if own and own.row.edits else ()
+    each = texts.bytes(0, source)
+    return {
+        "captions": count,
+        "bytes_per_caption": each,
+        "bytes": count and texts.bytes(count, source),
+        "live": texts.live(data.classes),
+        "most": own and max(0, int(own.budget * GB / each) - 1),
+        "encoders": own and own.encoders,
+    }
+
+
+def of_encoders(net: Net, captions: int) -> int:
+    """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
+    texts = net.texts
+    return texts.encoders or 0 if isinstance(texts, PipelineTexts) and texts.live(captions) else 0
 
 
 def missing_data(data: Data) -> str | None:
@@ -208,6 +230,8 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     tables = f", {fixed / 1e6:,.3f} M fixed" if fixed else ""
     yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M{trained}{tables}"
     yield "inputs", shapes(facts["inputs"])
+    if (side := facts["side"]) and side != (here := facts["pixels"][1]):
+        yield "size", f"{here} x {here} pixels; the pipeline's default is {side} x {side}"
     yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
     yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
     way = facts["slope"]
@@ -230,7 +254,12 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
         yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
     if texts := facts["texts"]:
         whole = f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions" if texts["bytes"] else ""
-        yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}"
+        size = f" of {texts['encoders'] / GB:,.1f} GB" if texts["encoders"] else ""
+        large = f"encoded in training by encoders{size}"
+        how = f"more than net.texts.budget, so {large}" if texts["live"] else "in a table"
+        if texts["most"] is not None and not texts["live"]:
+            how += f"; more than {texts['most']:,} (net.texts.budget) would be {large}"
+        yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}: {how}"
     yield "data", facts["missing_data"] or "there"
 
 

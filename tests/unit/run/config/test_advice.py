@@ -23,6 +23,14 @@ def ways(line: str) -> list[str]:
     return [word for word in shlex.split(line[line.index("--set") :]) if word != "--set"]
 
 
+def test_a_size_far_from_the_pipelines_is_mentioned() -> None:
+    assert not advice(load("sd3-lora"))
+    assert not advice(load("cifar10-latents", ["pipeline=sd3-small", "net={kind: diffusers, texts: {kind: codes}}"]))
+    (line,) = advice(load("sd3-lora", ["data.images.side=256"]))
+    assert "1024 x 1024 pixels by default, and this run has 256 x 256" in line
+    assert not advice(load("sd3-lora", [line.rpartition(" ")[2]]))
+
+
 @pytest.mark.parametrize("kind", AVERAGED)
 def test_an_average_that_the_source_takes_is_missed_until_it_is_set(kind: str) -> None:
     (line,) = advice(load("digits", AVERAGED[kind]))
