@@ -104,6 +104,8 @@ class Dualized(nn.Module):
         """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds."""
         turn, get = self.row.turn(self.config), self.model.get_submodule
         paths = self._embedders() if self.fits else []
+        for path in paths:
+            get(path).float()  # mapped ones are as they are stored
         self.fits = tuple(lowpass.refit(get(path), turn, fit) for path, fit in zip(paths, self.fits, strict=True))
 
     @property

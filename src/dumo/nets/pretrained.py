@@ -73,6 +73,17 @@ class Pretrained(Reading):
         made = Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
         return made.within(self._pipeline)
 
+    def mapped(self) -> "Pretrained":
+        """The same, its weights as they are stored and mapped from their files: of several ranks each reads its part.
+
+        What is to be trained is in float32 only after it was sharded (`dumo.training.layout`). Adapters without a base
+        in bf16 read all of it.
+        """
+        if self.lora:
+            return self
+        made = Mapped.model_construct(None, **dict(self))  # as `short`
+        return made.within(self._pipeline)
+
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
 
@@ -147,21 +158,34 @@ class Pretrained(Reading):
 
     def load(self, kind: Any, folder: Path) -> Any:  # noqa: ANN401, as `model`
         """The model with the weights of a folder. Raises as `model`."""
-        halves = self.lora is not None and self.lora.frozen == "bfloat16"
         with foreign(f"{folder} holds no {kind.__name__} that diffusers can load", HINT):
             model, info = kind.from_pretrained(
                 folder,
                 output_loading_info=True,
                 use_safetensors=True,
                 local_files_only=True,
-                torch_dtype=torch.bfloat16 if halves else torch.float32,
+                torch_dtype=stored(folder) if self.kept else torch.float32,
             )
         names = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for name in names for key in info.get(name, ())]:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
-        if halves:
+        if self.kept:
             as_stored(model, folder)
         return model
+
+    @property
+    def kept(self) -> bool:
+        """Whether weights stay as they are stored when they are read."""
+        return self.lora is not None and self.lora.frozen == "bfloat16"
+
+
+class Mapped(Pretrained):
+    """`Pretrained.mapped`: in no recipe."""
+
+    @property
+    def kept(self) -> bool:
+        """They do."""
+        return True
 
 
 class Shortened(Pretrained):
@@ -185,10 +209,20 @@ def demand(needs: Needs) -> None:
         )
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files of a model's weights, in order."""
+    return sorted(folder.glob(f"{Path(WEIGHTS).stem}*.safetensors"))
+
+
+def stored(folder: Path) -> torch.dtype:
+    """The dtype of the first of a model's weights: diffusers maps what it need not cast."""
+    return next(iter(weights.load(files_of(folder)[0]).values())).dtype
+
+
 def as_stored(model: nn.Module, folder: Path) -> None:
     """Set the tensors whose dtype differs from the folder's to the folder's own: mapped, not read."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for file in folder.glob(f"{Path(WEIGHTS).stem}*.safetensors"):
+    for file in files_of(folder):
         for name, x in weights.load(file).items():
             if name in own and own[name].dtype != x.dtype:
                 own[name].data = x

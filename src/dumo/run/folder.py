@@ -220,8 +220,9 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
     """
     places = folder / "checkpoints"
     last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
-    first = device if dist.world() == 1 else torch.device("cpu")  # from where each rank takes its part
-    net = begin_from(run, run.start, first) if run.start and not last else run.build(first)
+    several = dist.world() > 1
+    first = torch.device("cpu") if several else device  # from where each rank takes its part
+    net = begin_from(run, run.start, first) if run.start and not last else run.build(first, mapped=several)
     if isinstance(net, Dualized) and not (run.start or last):
         net.refit()
     state = begin_training(net, run.train, device)

@@ -28,11 +28,16 @@ def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor
     return {name: x for name, x in (net if module is None else module).state_dict().items() if name not in fixed}
 
 
-def copied(net: nn.Module) -> nn.Module:
-    """A copy that shares the frozen parameters and fixed tables with the net."""
+def copied(net: nn.Module, *, lent: bool = False) -> nn.Module:
+    """A copy that shares the frozen parameters and fixed tables with the net.
+
+    `lent`: its other parameters have the net's own numbers, too, for sharding copies a rank's part of them.
+    """
     tables = (m._buffers[name] for m in net.modules() for name in m._non_persistent_buffers_set)
-    shared = [x for x in (*frozen_weights(net).values(), *tables) if x is not None]
-    return deepcopy(net, {id(x): x for x in shared})
+    shared: dict[int, Tensor] = {id(x): x for x in (*frozen_weights(net).values(), *tables) if x is not None}
+    if lent:
+        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()} | shared
+    return deepcopy(net, shared)
 
 
 def share(copy: nn.Module, net: nn.Module) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 def share_of(asked: int, ranks: int) -> int:
     """How many ranks share one copy of the weights: `asked`, or all ranks if there are fewer.
 
@@ -52,13 +55,16 @@ def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
 def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] = (), *, reshard: bool) -> None:
     """Shard a net over a mesh in place, block by block (`net.blocks`), onto its device, and its averages `copies`.
 
-    Every rank must hold the same numbers. The averages go on sharing frozen parameters with the net. `reshard`: free
-    gathered weights after each pass, else after the backward pass; an average, which has none, always does.
+    Every rank must hold the same numbers, and copies its part of them: of weights that are mapped from a file it reads
+    that part alone. If they are to be trained and are stored in 16 bits, they are in float32 then. The averages go on
+    sharing frozen parameters with the net. `reshard`: free gathered weights after each pass, else after the backward
+    pass; an average, which has none, always does.
     """
     if mesh is None:
         return
     from torch.distributed.fsdp import fully_shard
 
+    stored = any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for copy in copies:  # else a copy would keep the unsharded frozen weights alive
@@ -66,8 +72,15 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] =
     for module, back in ((net, reshard), *((copy, True) for copy in copies)):
         for part in (*getattr(module, "blocks", ()), module):
             fully_shard(part, mesh=mesh, reshard_after_forward=back)
+        if stored:
+            module._apply(widened)
     for copy in copies:  # fully_shard takes what it finds there at the first pass
         share(copy, net)
+
+
+def widened(x: Tensor) -> Tensor:
+    """A tensor of 16 bits in float32."""
+    return x.float() if x.dtype in HALVES else x
 
 
 def outline(net: nn.Module) -> nn.Module:

@@ -82,8 +82,8 @@ def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> St
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
     fixed = frozen.digest(net)
-    averages = {ema.key: MovingAverage(ema, net) for ema in spec.ema}
     mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
+    averages = {ema.key: MovingAverage(ema, net, lent=mesh is not None) for ema in spec.ema}
     layout.lay(net, mesh, [average.module for average in averages.values()], reshard=spec.reshard)
     return State(net, spec.optimizer(net), averages, frozen=fixed)
 

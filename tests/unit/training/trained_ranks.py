@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import transformers_tiny as tiny
 from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow.guide import Guide
@@ -82,6 +83,17 @@ def tuned(model: str, way: str, place: Path) -> nn.Module:
     return net
 
 
+def mapped(place: Path) -> nn.Module:
+    """A published transformer in bf16, in full; two ranks read their parts of its file."""
+    spec, model = saved(place, "sd3"), tiny.TINY["sd3"].model()
+    model.to(torch.bfloat16).save_pretrained(spec.pipeline.folder)
+    if dist.world() > 1:
+        spec = spec.mapped()
+    net = spec.model_copy(update={"lowpass": 10.0}).build(OBJECTIVE.needs, SHAPE, CLASSES)
+    net.refit()
+    return net
+
+
 CASES = {
     "frozen": Case(
         lambda _: Adapted(),
@@ -101,6 +113,9 @@ for name, ways in MODELS.items():
         asked = Task(OBJECTIVE, Linear(), CLASSES)
         data = partial(randoms, SHAPE, CLASSES)
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
+
+
+CASES["sd3-mapped"] = Case(mapped, Task(OBJECTIVE, Linear(), CLASSES), partial(randoms, SHAPE, CLASSES))
 
 
 def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 1) -> State:

@@ -137,15 +137,18 @@ class Tree(Spec):
         """The classes or captions that the net is conditioned on."""
         return Conditions(self.data)
 
-    def build(self, device: torch.device | str = "cpu") -> nn.Module:
+    def build(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> nn.Module:
         """The net at step 0, its weights keyed by the run's seed: the same on every device.
 
+        `mapped`: those of a pretrained net stay in their files until they are sharded (`Pretrained.mapped`).
         Raises UserError, before it is made, if the device has less memory than that.
         """
-        self.require_room(device)
+        spec = self.net.mapped() if mapped and isinstance(self.net, Pretrained) else self.net
+        if spec is self.net:
+            self.require_room(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
-            net = self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
+            net = spec.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
         for part in net.modules():
             if isinstance(part, Live):
                 part.captions = self.conditions.names
