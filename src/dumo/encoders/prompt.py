@@ -64,7 +64,7 @@ class Prompts(Spec):
             of.config(TRANSFORMER),
             f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load",
         )
-        with foreign(what, HINT), quietly(), warnings.catch_warnings():
+        with foreign(what, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
             kind = getattr(diffusers, self.pipeline)
             with torch.device("meta"):

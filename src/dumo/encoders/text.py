@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,10 +190,9 @@ def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: 
 
 
 @contextmanager
-def quietly() -> Generator[None, None, None]:
-    """Inside, transformers shows no bars and does not list what a file has besides the encoder."""
-    from transformers.utils import logging
-
+def quietly(library: str = "transformers") -> Generator[None, None, None]:
+    """Inside, this or diffusers shows no bars and does not list what a file has besides the encoder."""
+    logging = import_module(f"{library}.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
