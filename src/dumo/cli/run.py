@@ -214,9 +214,9 @@ def sample(
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
     if source and not (prompt or prompts):
         raise typer.BadParameter("--source is edited by a text: give --prompt, too")
-    if form in LAYOUTS and (count or size or not prompts):
+    if form in LAYOUTS and (count or size or source or not prompts):
         raise typer.BadParameter(
-            f"--format {form} makes 4 square images of each of --prompts: give these, and no --count or --size"
+            f"--format {form} makes 4 square images of each of --prompts: give these; no --count, --size, --source"
         )
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)

@@ -55,7 +55,7 @@ def export(
     opened = open_run(run_folder, weights=weights, device="cpu")
     done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push)
     out.print(str(done), soft_wrap=True)
-    if done.is_dir():
+    if done.is_dir() and push is None:
         where = quote(str(done.resolve().parent))
         err.print(f"next:  cd {where}, and run the Python in {quote(str(done / 'README.md'))} there", soft_wrap=True)
     if push is not None:

@@ -42,7 +42,7 @@ Texts = tuple[str, ...]  # captions of an image
 
 
 class NoCaptionsError(UserError):
-    """Nothing was written of the images."""
+    """The images have no captions."""
 
 
 def dump_lines(captions: Captions) -> bytes:

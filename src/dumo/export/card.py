@@ -18,7 +18,7 @@ from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.run.conditions import shown
 from dumo.run.config.load import identity
-from dumo.run.config.resolve import as_given
+from dumo.run.config.resolve import as_given, without_path
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
@@ -71,7 +71,8 @@ class Provenance:
         if report and report["card"].get("weights_sha256") != opened.sha256:
             report = None
         baked = {what: scale for what, scale in scales.items() if scale != 1}
-        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report, run)
+        file = without_path(opened.weights)
+        return cls(run.about, opened.step, run.train.batch, file, opened.sha256, baked, report, run)
 
 
 def of_tuned(
@@ -102,7 +103,7 @@ def of_tuned(
         unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
-        tag="text-to-image",
+        tag="image-to-image" if stock.edits else "text-to-image",
         origin=origin_of(exported, adapter=index is None),
     )
 

@@ -62,6 +62,8 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
     Raises UserError as `write`, and for a class whose layers ComfyUI finds by no name of diffusers.
     """
     require(exported, lora=True)
+    if exported.codes:
+        raise UserError("this run was tuned on codes for classes, and ComfyUI reads texts: take --to lora")
     if (own := COMFYUI.get(exported.kind)) is None:
         raise UserError(
             f"ComfyUI does not know the layers of a {exported.kind} by their names in diffusers, and fuses some: take "

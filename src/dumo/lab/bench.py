@@ -25,7 +25,7 @@ from dumo.flow.solver import Euler, Solver, check
 from dumo.nets import Net
 from dumo.run.config.error import require_known
 from dumo.run.config.spec import Run
-from dumo.run.plan import machine
+from dumo.run.plan import doctor, machine
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
@@ -123,7 +123,7 @@ def sample(
         for precision in precisions_of(precisions, here)
         for nfe in nfes
     ]
-    module = build(run.net, run.objective.needs, shape, run.data.classes, here, batch)
+    module = build(doctor.readable(run.net), run.objective.needs, shape, run.data.classes, here, batch)
     c = generate.labels(batch, run.data.classes)
     reads = reading(run.objective, module, run.sample.knobs)
 

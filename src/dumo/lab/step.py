@@ -194,7 +194,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
     require_known("way to compile", compile, COMPILE)
     needs, classes = run.objective.needs, run.data.classes
-    net = bench.build(run.net, needs, shape, classes, device, run.train.batch)
+    net = bench.build(doctor.readable(run.net), needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows

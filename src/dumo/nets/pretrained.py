@@ -26,6 +26,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
 HEADS = ("v", "u")
+HALVES = (torch.bfloat16, torch.float16)
 DEPTHS = (  # keys of a config: numbers of blocks
     "num_layers",
     "num_single_layers",
@@ -79,7 +80,7 @@ class Pretrained(Reading):
         What is to be trained is in float32 only after it was sharded (`dumo.training.layout`). Adapters without a base
         in bf16 read all of it.
         """
-        if self.lora:
+        if self.lora or self.weights == "drawn":
             return self
         made = Mapped.model_construct(None, **dict(self))  # as `short`
         return made.within(self._pipeline)
@@ -181,6 +182,14 @@ class Pretrained(Reading):
 
 class Mapped(Pretrained):
     """`Pretrained.mapped`: in no recipe."""
+
+    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
+        """As `Pretrained.build`. Buffers, and the few weights that are frozen, are in float32, of which a digest is."""
+        net = super().build(needs, shape, classes)
+        for x in (*net.model.buffers(), *(p for p in net.parameters() if not p.requires_grad)):
+            if x.dtype in HALVES:
+                x.data = x.data.float()
+        return net
 
     @property
     def kept(self) -> bool:

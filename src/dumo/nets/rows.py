@@ -122,9 +122,9 @@ class Rows(Texts):
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
             return super().append(texts)
+        first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
         if self.source is not None and source is not None:
             self.source = torch.cat([self.source, source.to(self.source)])
-        first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
         self.length = max(self.length, new[0].shape[1])  # a prompt may be longer than all captions
         for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):
             old: Tensor | None = getattr(self, name)

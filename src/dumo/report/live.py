@@ -27,7 +27,7 @@ from dumo.run import deviation
 from dumo.run.conditions import shown
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.gallery import Reading, readings
-from dumo.run.prompt import prompted
+from dumo.run.prompt import edits, prompted
 from dumo.run.sample import guide_of, real_data, turned
 from dumo.run.sampler import Sampler
 from dumo.runtime.random import noise, stream
@@ -174,7 +174,8 @@ def open_lives(
 ) -> list[Live]:
     """Runs that stand next to each other, each sampled once.
 
-    Raises UserError as `open_run`, for the same folder twice, weights of which run is not said, and as `require_fit`.
+    Raises UserError as `open_run`, for the same folder twice, weights of which run is not said, a run that edits
+    images, and as `require_fit`.
     """
     places = [Path(folder).resolve() for folder in folders]
     if len(set(places)) < len(places) or (weights and len(places) > 1):
@@ -185,6 +186,8 @@ def open_lives(
         live = Live(
             open_run(folder, sets, weights=weights, device=device), name, load_call(place, sets, weights, device), limit
         )
+        if edits(live.sampler.data):
+            raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
         if lives:
             require_fit(lives[0], live)
         lives.append(live)

@@ -70,8 +70,8 @@ class Conditions:
         """The name of a class: its folder's, or the caption, else its number."""
         if self.captions and c == self.count:
             return "no caption"
-        names = self.words
-        return names[c] if c < len(names) else str(c)
+        names = self.names
+        return parted(names[c])[0] if c < len(names) else str(c)
 
     def index(self, text: str) -> int:
         """The number of a class, given its name or number. Raises UserError if there is none."""

@@ -45,12 +45,19 @@ def pixels_of(file: Path, frame: Frame) -> Tensor:
         raise UserError(f"{file}, which is to be edited, {error}") from error
 
 
+def edits(data: Data) -> bool:
+    """Whether its captions edit images."""
+    return isinstance(data, Latents) and data.images.source is not None
+
+
 def edited(sampler: Sampler, prompts: Sequence[str], source: Path | None) -> list[str]:
     """The prompts as captions that edit an image, where the run was trained on such. Raises UserError for one alone."""
-    trained = isinstance(sampler.data, Latents) and sampler.data.images.source
-    if bool(trained) != (source is not None):
-        wrong = "edits an image: say which, --source FILE" if trained else "edits no image: leave out --source"
+    trained = edits(sampler.data)
+    if trained != (source is not None):
+        wrong = "edits images: say which, dumo sample --source FILE" if trained else "edits none: leave out --source"
         raise UserError(f"this run {wrong}")
+    if source and not source.is_file():
+        raise UserError(f"--source {source}: there is no such file")
     return [edit(text, hash_of(source)) if source else text.strip() for text in prompts]
 
 

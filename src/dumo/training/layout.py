@@ -79,8 +79,8 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] =
 
 
 def widened(x: Tensor) -> Tensor:
-    """A tensor of 16 bits in float32."""
-    return x.float() if x.dtype in HALVES else x
+    """A parameter of 16 bits in float32; a buffer, such as a table of texts, as it is."""
+    return x.float() if isinstance(x, nn.Parameter) and x.dtype in HALVES else x
 
 
 def outline(net: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 
 import transformers_tiny as tiny
 from comfyui import loaded, native
+from dumo.encoders.pipeline import Pipeline
 from dumo.export.lora import COMFYUI, comfyui
 from dumo.export.model import STOCKS, Exported
 from dumo.nets.adapter import Lora
@@ -15,6 +16,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
+from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
 from transformers_saved import CLASSES, SHAPE
 
@@ -34,7 +36,8 @@ def tuned(name: str, *, lora: bool = True) -> tuple[dict[str, torch.Tensor], Exp
         if p.requires_grad:
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
-    return before, Exported(sampler, spec, net, "u")
+    read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})  # as is one that was tuned on captions
+    return before, Exported(sampler, read.within(Pipeline(source="sd3-digits")), net, "u")
 
 
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merge")

@@ -24,6 +24,8 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.run.config.load import load
+from dumo.training.frozen import digest
+from dumo.training.layout import widened
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
@@ -407,6 +409,22 @@ def test_a_file_in_bf16_is_mapped_and_shared(tmp_path: Path) -> None:
     places = [line.split()[0].split("-") for line in lines if str(tmp_path) in line]
     assert mine
     assert all(any(int(low, 16) <= at < int(high, 16) for low, high in places) for at in mine)
+
+
+def test_mapped_weights_are_what_one_process_reads(tmp_path: Path) -> None:
+    """As stored until they are sharded, but for what is frozen, of which a run's digest is, and for buffers."""
+    spec, model = saved(tmp_path, "qwen"), tiny.TINY["qwen"].model()
+    model.to(torch.bfloat16).save_pretrained(spec.pipeline.folder)
+    whole, mapped = built(spec), built(spec.mapped())
+    kept = [p for p in mapped.parameters() if p.dtype == torch.bfloat16]
+    assert kept
+    assert all(p.requires_grad for p in kept)
+    assert all(torch.equal(p, q.float()) for p, q in zip(whole.parameters(), mapped.parameters(), strict=True))
+    assert digest(whole) == digest(mapped) is not None
+    assert widened(kept[0]).dtype == torch.float32
+    assert widened(kept[0].data).dtype == torch.bfloat16  # a table of texts is a buffer
+    drawn = spec.model_copy(update={"weights": "drawn"})
+    assert drawn.mapped() is drawn
 
 
 def test_weights_that_every_pass_would_cast_up_are_refused() -> None:

@@ -66,7 +66,7 @@ def found_data(data: Data) -> Data:
     try:
         return data.found() if isinstance(data, Images | Latents) else data
     except UserError as error:
-        raise UserError(f"data{'.images' * isinstance(data, Latents)}: {error}") from error
+        raise type(error)(f"data{'.images' * isinstance(data, Latents)}: {error}") from error
 
 
 def require_captions(data: Data, texts: Tabled) -> None:
@@ -118,10 +118,15 @@ def given(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
 
 
 def as_given(run: Run) -> Run:
-    """The run with its places in the words that they were given in: without the paths of this machine."""
+    """The run with its places in the words that they were given in, of a whole path the last part."""
     words = given(run.resolved)
-    there = in_places(run, lambda field, text, _: words.get(field, text))
+    there = in_places(run, lambda field, text, _: without_path(words.get(field, text)))
     return there.model_copy(update={"resolved": {name: value for name, value in run.resolved.items() if name != GIVEN}})
+
+
+def without_path(place: str) -> str:
+    """The last part of a whole path; another place as it is."""
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def places(spec: Spec) -> list[tuple[str, str]]:

@@ -173,14 +173,15 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
     `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
     """
     count, own = data.classes or None, texts if isinstance(texts, PipelineTexts) else None
-    source = data.shape if own and own.row.edits else ()
+    edits = own is not None and own.row.edits
+    source = data.shape if edits else ()
     each = texts.bytes(0, source)
     return {
         "captions": count,
         "bytes_per_caption": each,
         "bytes": count and texts.bytes(count, source),
         "live": texts.live(data.classes),
-        "most": own and max(0, int(own.budget * GB / each) - 1),
+        "most": None if own is None or edits else max(0, int(own.budget * GB / each) - 1),
         "encoders": own and own.encoders,
     }
 
