@@ -63,7 +63,7 @@ def judged(arms: list[list[Row]], passes: tuple[int, ...]) -> list[list[str]]:
         by_passes = [{row["nfe"]: spread([row], score, digits=digits)[0] for row in own} for own in arms]
         return [[found.get(n, "") for n in passes] for found in by_passes]
     cells = [dict.fromkeys(passes, "") for _ in arms]
-    for n in passes:
+    for n in (n for n in passes if any(row["nfe"] == n for own in arms for row in own)):
         rows = [(cell, row) for cell, own in zip(cells, arms, strict=True) for row in own if row["nfe"] == n]
         ties = level([Estimate(row[score], row["error"]) for _, row in rows])
         for (cell, row), tie in zip(rows, ties, strict=True):

@@ -92,7 +92,7 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     }.items():
         refused("encode", "sd3-lora", *sets(*words, field), named=named)
     refused("dry", "sd3-lora", *sets(*ALONE), named=("name one for a model that edits",))
-    refused("sample", case.run, "--prompt", PROMPT, named=("edits an image", "--source FILE"))
+    refused("sample", case.run, "--prompt", PROMPT, named=("edits images", "--source FILE"))
     assert call("sample", case.run, "--source", case.image).code == 2
     (here / "text.png").write_text("no image")
     refused("sample", case.run, "--prompt", PROMPT, "--source", here / "text.png", named=("text.png, which is to be",))
