@@ -191,7 +191,7 @@ def study(name: str, case: Case, count: int) -> Iterator[dict[str, Any]]:
             else:
                 mean, sd, before = known[kind]
                 scale = (1 / n + 1 / m) / (1 / before + 1 / m)
-                mean, sd = mean * scale, sd * scale
+                mean, sd = (mean, sd * (before / n) ** 0.5) if kind == "`accuracy`" else (mean * scale, sd * scale)
             power = {f: (sum(v) / len(v) - mean) / sd for f, v in found.items() if f}
             row = {"data": name, "samples": n, "distance": kind, "mean": mean, "sd": sd, "power": power}
             if kind.startswith("Gaussian kernel by"):
