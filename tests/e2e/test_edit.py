@@ -96,4 +96,12 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     assert call("sample", case.run, "--source", case.image).code == 2
     (here / "text.png").write_text("no image")
     refused("sample", case.run, "--prompt", PROMPT, "--source", here / "text.png", named=("text.png, which is to be",))
-    refused("sample", case.run, "--prompt", PROMPT, "--source", here / "none.png", named=("none.png is missing",))
+    refused(
+        "sample",
+        case.run,
+        "--prompt",
+        PROMPT,
+        "--source",
+        here / "none.png",
+        named=("none.png: there is no such file",),
+    )

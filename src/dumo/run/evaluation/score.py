@@ -119,7 +119,11 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         one["lead"][row.get("nfe", 1)] = row[score]
         one["error"][row.get("nfe", 1)] = row.get("error")
     alike = bool(
-        judged and judged["fresh"] and judged["protocol"] == cell.get("protocol") and score not in judged["biased"]
+        judged
+        and judged["fresh"]
+        and judged["protocol"] == cell.get("protocol")
+        and score in judged["results"][0]
+        and score not in judged["biased"]
     )
     passes = sorted({n for row in rows.values() for n in row["lead"]})
     if judged and alike:

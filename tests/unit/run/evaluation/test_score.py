@@ -74,7 +74,7 @@ def test_a_card_says_what_a_run_was_trained_on() -> None:
 
 def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     """The baseline beside the number that leads is of that number, and the run stands in no table by the others."""
-    row = {"nfe": 1, "solver": "restart", "fd_grey": 0.5, "auc": 0.7}
+    row = {"nfe": 1, "solver": "restart", "mmd": 0.5, "auc": 0.7}
     card = {
         "solver": {},
         "codec": None,
@@ -89,8 +89,8 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
         assert found is not None
         pages.append(found)
     marked, plain = pages
-    assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "fd_grey"], 0.5)
-    assert (plain["columns"], plain["baseline"]["mean"]) == (["fd_grey", "auc"], 0.2)
+    assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "mmd"], 0.5)
+    assert (plain["columns"], plain["baseline"]["mean"]) == (["mmd", "auc"], 0.2)
     assert score.cells(marked, "perfect") == ["0.500 ± 0.020", "0.20 ± 0.10"]
     assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
     results = recipes.results("zoo")
