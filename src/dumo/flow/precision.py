@@ -13,8 +13,15 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16"]
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def single(x: Tensor) -> Tensor:
+    """A tensor of 16 bits in float32; another as it is."""
+    return x.float() if x.dtype in HALVES else x
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from dumo.flow.precision import single
 from dumo.nets.twin import put
 from dumo.runtime import install
 from dumo.runtime.bound import CHANNELS
@@ -126,5 +127,4 @@ def halve(model: nn.Module, without: Sequence[str]) -> None:
 def _whole(layer: nn.Module) -> None:
     """Set a layer's own numbers to float32."""
     for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x.data = x.data.float()
+        x.data = single(x.data)

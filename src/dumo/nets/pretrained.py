@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, Reading
+from dumo.flow.precision import single
 from dumo.io import weights
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
@@ -26,7 +27,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
 HEADS = ("v", "u")
-HALVES = (torch.bfloat16, torch.float16)
 DEPTHS = (  # keys of a config: numbers of blocks
     "num_layers",
     "num_single_layers",
@@ -187,8 +187,7 @@ class Mapped(Pretrained):
         """As `Pretrained.build`. Buffers, and the few weights that are frozen, are in float32, of which a digest is."""
         net = super().build(needs, shape, classes)
         for x in (*net.model.buffers(), *(p for p in net.parameters() if not p.requires_grad)):
-            if x.dtype in HALVES:
-                x.data = x.data.float()
+            x.data = single(x.data)
         return net
 
     @property

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from dumo.flow.precision import HALVES, single
 from dumo.runtime import dist
 from dumo.training.frozen import share, trained
 from dumo.types import UserError, unwrap
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def share_of(asked: int, ranks: int) -> int:
@@ -80,7 +78,7 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] =
 
 def widened(x: Tensor) -> Tensor:
     """A parameter of 16 bits in float32; a buffer, such as a table of texts, as it is."""
-    return x.float() if isinstance(x, nn.Parameter) and x.dtype in HALVES else x
+    return single(x) if isinstance(x, nn.Parameter) else x
 
 
 def outline(net: nn.Module) -> nn.Module:
