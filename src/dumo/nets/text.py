@@ -118,13 +118,9 @@ class Drawn(Spec):
 
     def build(self, classes: int, source: tuple[int, ...] = ()) -> "Few":
         """Rows of these sizes, and of images of this shape that they edit; on the meta device without numbers."""
-        if torch.get_default_device().type == "meta":
-            return Few(
-                self.of.build(ROWS - 1, source)
-                if source and isinstance(self.of, PipelineTexts)
-                else self.of.build(ROWS - 1)
-            )
         g, of = stream("texts"), self.of
+        if torch.get_default_device().type == "meta":
+            return Few(of.build(ROWS - 1, source) if isinstance(of, PipelineTexts) else of.build(ROWS - 1))
         length = of.tokenizer.length if isinstance(of, Learned) else of.sizes.length
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
         if isinstance(of, Learned):
