@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from multiprocessing import current_process, get_context, set_forkserver_preload
 from multiprocessing.connection import Connection, wait
@@ -117,8 +118,12 @@ def _run(text: str, words: tuple[str, ...], cwd: str, env: dict[str, str], out: 
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = ["-c", *words]
+    forked = type(current_process()).__name__ == "ForkProcess"
+    if forked:  # from pytest, to which warnings are errors
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
     exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
-    if type(current_process()).__name__ == "ForkProcess":  # begun by a thread that is not there to be waited for
+    if forked:  # begun by a thread that is not there to be waited for
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
