@@ -2,28 +2,36 @@
 
     net/shard-00001-model-00001-of-00001.safetensors  net/shard-00002-model-00001-of-00001.safetensors ...
 
-`torch.distributed.checkpoint` writes and reads them. Its planning sends pickles between the ranks, and none to a file.
-A shard knows which part of a tensor it holds, not how many others there are: before a folder of a checkpoint is read,
-look whether all its files are there.
+`torch.distributed.checkpoint` reads them. Its own writer first makes one text of bytes of a shard: another copy of it,
+while no other thread of Python runs. So `safetensors` writes them here, in the same format. A shard knows which part of
+a tensor it holds, not how many others there are: before a folder of a checkpoint is read, look whether all its files
+are there.
 """
 
 import itertools
+import json
 import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dumo.io.file import flush
 from dumo.io.read import brief
+from dumo.runtime import dist
 from dumo.runtime.dist import require_ranks
 from dumo.types import UserError
 
@@ -31,16 +39,51 @@ DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, Attribu
 SHARDS = "weights in shards, as ranks write them"  # the files of torch before 2.10 differ
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write these tensors, each rank what it holds, one file a rank, flushed to the disk. Every rank must call it.
+def mine(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The tensors of which this rank writes its part, and where in the whole that part begins.
 
-    What all ranks hold is written by one. An error of one rank is raised on all; UserError for an old torch.
+    What several ranks hold is written by one of them, by size in turn, so that all write equally much. Every rank finds
+    the same for itself.
     """
-    require_ranks(SHARDS)
-    # never consolidated: torch 2.13 then writes 0 for every tensor of no dimensions
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with plainly():
-        state_dict_saver.save(dict(tensors), storage_writer=writer)
+    load, found = Counter[int](), dict[str, tuple[int, ...]]()
+    for name, x in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        place, count = _replica(x)
+        writer = min(range(count), key=lambda k: load[k])
+        load[writer] += x.numel()
+        if writer == place and part(x).numel():
+            found[name] = _begin(x)
+    return found
+
+
+def _replica(x: Tensor) -> tuple[int, int]:
+    """Which of those who hold the same part of a tensor this rank is, and how many they are."""
+    if not isinstance(x, DTensor):
+        return dist.rank(), dist.world()
+    place, count = 0, 1
+    for size, here, how in zip(x.device_mesh.shape, x.device_mesh.get_coordinate() or (), x.placements, strict=True):
+        if not how.is_shard():
+            place, count = place * size + here, count * size
+    return place, count
+
+
+def _begin(x: Tensor) -> tuple[int, ...]:
+    """Where the part of this rank begins."""
+    if not isinstance(x, DTensor):
+        return (0,) * x.ndim
+    return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)[1]
+
+
+def write(folder: Path, parts: Mapping[str, Tensor], begin: Mapping[str, Sequence[int]]) -> None:
+    """Write this rank's parts, contiguous and each in memory of its own, as its file, and flush it to the disk.
+
+    `begin` is as `mine` has it.
+    """
+    folder.mkdir(exist_ok=True)
+    said = json.dumps({name: {SAVED_OFFSETS_KEY: [*begin[name]]} for name in parts})
+    if parts:  # one entry: two come in any order
+        file = folder / names(dist.rank()).replace("*", "model-00001-of-00001")
+        safetensors.torch.save_file(dict(parts), file, metadata={CUSTOM_METADATA_KEY: said})
+        flush(file)
 
 
 def names(rank: int) -> str:

@@ -25,6 +25,7 @@ from dumo.run.validation import BEST, Validation
 from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
@@ -46,7 +47,8 @@ class Journal:
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
     validation: Validation | None = None
-    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was taken
+    saver: Saver = field(default_factory=Saver)
 
     @property
     def first(self) -> int:
@@ -59,9 +61,12 @@ class Journal:
         return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
 
     def due(self) -> bool:
-        """Whether enough minutes have passed since the last checkpoint for another, by this rank's clock."""
+        """Whether enough minutes have passed since the last checkpoint for another, by this rank's clock; or it failed.
+
+        A failure is of all ranks, so that of the first one brings all to where it is raised.
+        """
         minutes = self.run.train.save_minutes
-        return minutes is not None and time.monotonic() - self.saved >= MINUTE * minutes
+        return self.saver.failed or (minutes is not None and time.monotonic() - self.saved >= MINUTE * minutes)
 
     def open(self, state: State) -> None:
         """Before the next step: refuse a slope that fails on what was saved unexamined; the milestone of this step.
@@ -76,6 +81,7 @@ class Journal:
             self.mark(state)
         if state.step == self.run.train.steps:  # there is nothing to do but to keep no more than is asked
             self.save(state)
+            self.saver.wait()
 
     def log(self, state: State, record: Record) -> None:
         """A line of the log, where one is due, as of a step that is judged or was skipped; of that `tell` hears too."""
@@ -114,21 +120,30 @@ class Journal:
 
         Up to the first one its weights are examined before; not where somebody waits for it to stop.
         """
-        asked = record.asked is not None
-        if asked or record.due or state.step % self.first == 0 or state.step == self.run.train.steps:
+        asked, last = record.asked is not None, state.step == self.run.train.steps
+        if asked or record.due or state.step % self.first == 0 or last:
+            self.saver.wait()
             if state.step <= self.first and not asked:
                 self.examine(state)
             self.save(state)
+            if asked or last:
+                self.saver.wait()
 
     def save(self, state: State) -> None:
-        """A checkpoint of this step; the log up to it is on the disk before."""
-        file = self.folder / "metrics.jsonl"
-        agreement.main(lambda: log.flush(file))
+        """A checkpoint of this step, written while the next ones are made; the log up to it is on the disk before."""
+        self.saver.wait()  # its memory is filled anew
+        file, step, keep = self.folder / "metrics.jsonl", state.step, self.run.train.keep
         logged = agreement.own(lambda: log.listed(file) if dist.is_main() else None)
         notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged)
-        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, notes)
-        if self.validation:
-            agreement.main(self.validation.tidy)
+        copy = checkpoint.copy(state, notes, self.saver.memory)
+
+        def write() -> None:
+            agreement.main(lambda: log.flush(file))
+            checkpoint.put(self.folder / "checkpoints", copy, keep)
+            if validation := self.validation:
+                agreement.main(lambda: validation.tidy(step))
+
+        self.saver.start(write)
         self.saved = time.monotonic()
 
     def examine(self, state: State) -> None:

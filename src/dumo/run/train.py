@@ -140,6 +140,7 @@ def go_on(
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
         with (
+            journal.saver,
             fed(run.train, shapes(source, run.train, run.data.shape), source, task, here) as (batches, draws),
             bar(f"training {folder.name}", run.train.steps) as tick,
         ):

@@ -110,9 +110,13 @@ class Validation:
         file = next(reversed(manifest.standing(self.folder, ".safetensors").values()), None)
         return file, checkpoint.facts_of(file).get(SCORE, {}) if file else {}
 
-    def tidy(self) -> None:
-        """Remove what is the best no more, once a checkpoint stands that no resumed run goes back behind."""
-        for path in [*manifest.standing(self.folder, ".safetensors").values()][:-1]:
+    def tidy(self, step: int) -> None:
+        """Remove what was the best no more at a step, once its checkpoint stands: no resumed run goes back behind it.
+
+        What has become the best since stays, too: a resumed run forgets it.
+        """
+        files = manifest.standing(self.folder, ".safetensors").items()
+        for path in [path for n, path in files if n <= step][:-1]:
             path.unlink()
 
     def outcome(self) -> Iterator[str]:

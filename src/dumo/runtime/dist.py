@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from secrets import token_hex
 
 import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -31,6 +33,8 @@ MOST = 1_000_000  # processes: more is a slip
 
 joined = False  # whether this process ever met others
 peers: Peers | None = None  # those it has met
+# By which a thread agrees with the same thread of other ranks (`dumo.training.agreement`); None: the group of all.
+group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def rank() -> int:
@@ -88,6 +92,14 @@ def barrier() -> None:
     """Wait for all ranks. Every rank must call it."""
     if world() > 1:
         torch.distributed.barrier()
+
+
+def another() -> ProcessGroup | None:
+    """One more group of all ranks, by gloo, for a thread that talks while others do; None where there is one rank.
+
+    Every rank must call it.
+    """
+    return torch.distributed.new_group(backend="gloo") if world() > 1 else None
 
 
 def started() -> bool:

@@ -29,7 +29,7 @@ def agreed(work: Callable[[], T]) -> list[T]:
     except Exception as error:  # the other ranks wait for this one, whatever the error is
         cause, failure = error, packed(error)
     answers: list[Any] = [None] * dist.world()
-    torch.distributed.all_gather_object(answers, (found, failure))
+    torch.distributed.all_gather_object(answers, (found, failure), dist.group.get())
     for rank, (_, wrong) in enumerate(answers):
         if wrong is not None:
             raise (RuntimeError(f"rank {rank}: {wrong}") if type(wrong) is RuntimeError else wrong) from cause

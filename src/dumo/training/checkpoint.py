@@ -15,9 +15,9 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 
 import json
 import warnings
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ ONE_FILE = {"format": "pt"}  # one entry, as `facts`
 ABOUT, SUM = "dumo", "sum"  # of the metadata of weights that are in no checkpoint
 
 
+Memory = MutableMapping[tuple[str, str], Tensor]  # in the host, by part and name
+
+
 @dataclass(frozen=True)
 class Notes:
     """What a checkpoint holds besides its state: the run as text (of the main rank), and what was in its data."""
@@ -48,22 +51,76 @@ class Notes:
     log: manifest.Listed | None = None  # of the main rank
 
 
-def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
-    """Write the checkpoint of this step into `folder`, then drop old ones (`manifest.drop`); return its path.
+@dataclass(frozen=True)
+class Copy:
+    """What a checkpoint holds, as it was at its step, in memory that no later step changes."""
 
-    A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises, on all ranks,
-    Diverged if a number is not finite and UserError if the disk is full; older checkpoints then stay.
+    about: manifest.Manifest  # without its files
+    notes: Notes
+    size: int  # bytes of the checkpoint
+    tensors: dict[str, dict[str, Tensor]]  # those that this rank writes, its parts of them, by part and name
+    begin: dict[str, dict[str, tuple[int, ...]]]  # where they begin in the whole; empty of one process
+
+
+def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
+    """Write the checkpoint of this step into `folder`, as `copy` and `put`; return its path."""
+    return put(folder, copy(state, notes, {}), keep)
+
+
+def copy(state: State, notes: Notes, memory: Memory) -> Copy:
+    """Copy what a checkpoint holds into `memory`, where it has that, or new memory, which it has then.
+
+    All ranks together take one copy of it. Every rank must call it. Raises Diverged, on all ranks, if a number is not
+    finite.
     """
-    target = folder / manifest.folder_of(state.step)
+    tensors = parts(state)
+    if wrong := not_finite(tensors):
+        raise Diverged(f"step {state.step}: {wrong} is not finite, so no checkpoint is written of it.")
+    size = sum(tensor.nbytes for named in (*tensors.values(), notes.data) for tensor in named.values())
+    about = manifest.Manifest(
+        step=state.step,
+        images=state.images,
+        skips=state.skips,
+        trend=state.trend,
+        ranks=dist.world(),
+        versions=dist.versions(),
+        frozen=state.frozen,
+        log=notes.log,
+        files={},
+    )
+    notes = replace(notes, data={name: x.clone() for name, x in notes.data.items()})
+    begin = dict[str, dict[str, tuple[int, ...]]]()
+    if dist.world() > 1:
+        from dumo.io import shards  # slow to import
+
+        begin = {part: shards.mine(named) for part, named in tensors.items()}
+    mine = {part: {name: named[name] for name in begin.get(part, named)} for part, named in tensors.items()}
+    taken = agreement.own(
+        lambda: {part: {n: take(x, memory, (part, n)) for n, x in named.items()} for part, named in mine.items()}
+    )
+    return Copy(about, notes, size, taken, begin)
+
+
+def take(x: Tensor, memory: Memory, key: tuple[str, str]) -> Tensor:
+    """This rank's part of a tensor, copied. Memory that is there already is filled many times as fast as new memory."""
+    here, there = layout.local(x.detach()), memory.get(key)
+    if there is None or (there.shape, there.dtype) != (here.shape, here.dtype):
+        there = memory[key] = torch.empty(here.shape, dtype=here.dtype)
+    return there.copy_(here)
+
+
+def put(folder: Path, copy: Copy, keep: int) -> Path:
+    """Write a checkpoint into `folder`, then drop old ones (`manifest.drop`); return its path.
+
+    A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises UserError, on
+    all ranks, if the disk is full; older checkpoints then stay.
+    """
+    target = folder / manifest.folder_of(step := copy.about.step)
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
-        tensors = parts(state)
-        if wrong := not_finite(tensors):
-            raise Diverged(f"step {state.step}: {wrong} is not finite, so no checkpoint is written of it.")
-        size = sum(tensor.nbytes for named in (*tensors.values(), notes.data) for tensor in named.values())
-        with made(target, "checkpoint", state.step, size) as temp:
-            write(temp, state, tensors, notes)
+        with made(target, "checkpoint", step, copy.size) as temp:
+            write(temp, copy)
         agreement.main(lambda: manifest.remember(target))
-    agreement.main(lambda: drop(folder, state.step, keep))
+    agreement.main(lambda: drop(folder, step, keep))
     return target
 
 
@@ -200,35 +257,24 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((answer for answer in answers if answer), None)
 
 
-def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]], notes: Notes) -> None:
+def write(folder: Path, copy: Copy) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
-    agreement.main(lambda: note(folder, notes))
+    agreement.main(lambda: note(folder, copy.notes))
     if dist.world() == 1:
-        for name, named in tensors.items():
-            safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
+        for name, named in copy.tensors.items():
+            safetensors.torch.save_file(named, folder / f"{name}.safetensors", metadata=ONE_FILE)
         mine = sorted(folder.iterdir())
     else:
         from dumo.io import shards  # slow to import
 
-        for name, named in tensors.items():
-            shards.write(folder / name, weights.apart(named, shards.part))
+        for name, named in copy.tensors.items():
+            agreement.agreed(lambda name=name, named=named: shards.write(folder / name, named, copy.begin[name]))
         mine = sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
         mine += filter(Path.is_file, folder.iterdir()) if dist.is_main() else ()
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
     listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
-    about = manifest.Manifest(
-        step=state.step,
-        images=state.images,
-        skips=state.skips,
-        trend=state.trend,
-        ranks=dist.world(),
-        versions=dist.versions(),
-        frozen=state.frozen,
-        log=notes.log,
-        files=listed,
-    )
-    agreement.main(lambda: manifest.write(folder, about))
+    agreement.main(lambda: manifest.write(folder, copy.about.model_copy(update={"files": listed})))
 
 
 def note(folder: Path, notes: Notes) -> None:
