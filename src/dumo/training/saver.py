@@ -8,7 +8,7 @@ Threads of several ranks talk in a group of their own: what the main threads say
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from threading import Thread
 from types import TracebackType
 
@@ -43,7 +43,7 @@ class Saver:
             except BaseException as error:
                 done.set_exception(error)
 
-        Thread(target=write, name="checkpoint", daemon=True).start()  # a second Ctrl-C ends it at once
+        Thread(target=write, name="checkpoint", daemon=True).start()  # whoever ends at once does
 
     def wait(self) -> None:
         """Wait until nothing is being written. Raises what went wrong, once."""
@@ -55,9 +55,6 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Wait, whatever else went wrong; but not where the process is to end at once."""
-        if error is None:
+        """Wait, whatever else went wrong: the folder is free for another training then."""
+        with suppress(Exception) if error else nullcontext():  # of two errors the first is raised
             self.wait()
-        elif isinstance(error, Exception):
-            with suppress(Exception):  # of two errors the first is raised
-                self.wait()

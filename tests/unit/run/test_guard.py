@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
+from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -266,6 +268,51 @@ def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> No
     run = tiny(f"train.save_minutes={minutes}")
     journal = Journal(run, tmp_path, torch.device("cpu"), run.data.open(), print, saved=time.monotonic() - passed)
     assert journal.due() == due
+
+
+def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Path, fate: Fate) -> None:
+    """A stop waits for it, and what goes on from it is the undisturbed run."""
+    behind, put, append, every = Event(), checkpoint.put, log.append, "train.log_every=1"
+
+    def slow(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+        assert behind.wait(30)
+        return put(folder, copy, keep)
+
+    def logged(file: Path, row: log.Row) -> None:
+        append(file, row)
+        if row["step"] == 3:
+            behind.set()
+
+    folder, said = tmp_path / "run", list[str]()
+    fate.comes(last=3)
+    with patch.object(checkpoint, "put", slow), patch.object(log, "append", logged), pytest.raises(signals.Stopped):
+        train(tiny(every), folder)
+    assert steps(folder) == [2, 3]
+    shutil.rmtree(folder / "checkpoints/step-00000003")
+    fate.comes()
+    train(tiny(every), folder, tell=said.append)
+    assert not [line for line in said if "is not what was logged" in line]
+    train(tiny(every), tmp_path / "whole")
+    assert known.bits(folder) == known.bits(tmp_path / "whole")
+
+
+def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> None:
+    """Though no checkpoint is due at it."""
+    failed, done = Event(), list[int]()
+
+    def put(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+        failed.set()
+        raise UserError("the disk is full")
+
+    def pass_by(state: State, record: Record) -> None:
+        done.append(state.step)
+        if state.step == 4:
+            assert failed.wait(30)
+            time.sleep(0.1)
+
+    with patch.object(checkpoint, "put", put), pytest.raises(UserError, match="the disk is full"):
+        train(tiny("train.save_every=4"), tmp_path / "run", hooks=[loop.Every(1, pass_by)])
+    assert done == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

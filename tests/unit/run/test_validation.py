@@ -150,6 +150,18 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
     assert [*kept(tmp_path / "run")] == ["step-00000008.safetensors"]
 
 
+def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: Path) -> None:
+    """What became the best since goes with a stop."""
+    validation = Validation.__new__(Validation)
+    validation.folder = tmp_path
+    for step in (2, 3, 4, 6):
+        (tmp_path / f"step-{step:08d}.safetensors").touch()
+    validation.tidy(3)
+    assert [path.name[11:13] for path in sorted(tmp_path.iterdir())] == ["03", "04", "06"]
+    validation.tidy(6)
+    assert [path.name[11:13] for path in sorted(tmp_path.iterdir())] == ["06"]
+
+
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(UserError("some samples are not finite"), 1.0, 1.0)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from dumo.flow.path import Linear
 from dumo.runtime import dist, signals
 from dumo.training import agreement, manifest
-from dumo.training.checkpoint import Notes, go_on, latest, mark, restore, save
+from dumo.training.checkpoint import Notes, copy, go_on, latest, mark, restore, save
 from dumo.training.ema import MovingAverage
 from dumo.training.layout import local
 from dumo.training.optim import AdamW
@@ -100,6 +100,7 @@ def two(folder: Path) -> None:
         dist.barrier()
         passed(state)
         assert save(there, state, 1, Notes("a run" if dist.is_main() else "")) == there / "step-00000002"
+        shared_out(state)
         whole = tensors(state)
         mark(folder / f"milestones-{share}", state)
         if dist.is_main():
@@ -109,6 +110,15 @@ def two(folder: Path) -> None:
     fails(folder)
     unsaved(folder, state)
     damaged(folder, state)
+
+
+def shared_out(state: State) -> None:
+    """All ranks together copy what is saved once, each about as much."""
+    taken = copy(state, Notes(), {})
+    here = sum(x.nbytes for named in taken.tensors.values() for x in named.values())
+    each = agreement.agreed(lambda: here)
+    assert sum(each) == taken.size
+    assert max(each) < 1.2 * min(each), each
 
 
 class Spoilt(Toy):

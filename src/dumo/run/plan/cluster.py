@@ -37,7 +37,6 @@ from dumo.run.plan import cost, plan
 from dumo.runtime import dist
 from dumo.runtime.progress import sized
 from dumo.training import layout
-from dumo.training.frozen import frozen_weights
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
@@ -86,13 +85,12 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     train, objective, path, shape = spec.train, spec.objective, spec.path, spec.data.shape
     check_pieces(train, objective, ranks)
     net = spec.outline()
-    fixed = plan.size(frozen_weights(net).values())  # which no checkpoint holds
     share = share_of(train.share, ranks)
     units = units_of(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
     held, step = plan.held(net, train), counted(spec.outline(), objective, path, shape, train, ranks)
     memory = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
-    whole = held["weights"] - fixed + held["optimizer"] + held["averages"]
+    checkpoint = plan.copied(net, held, ranks)
     return {
         "ranks": ranks,
         "share": share,
@@ -102,7 +100,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "passes": step.passes,
         "memory": {**memory, "peak": sum(memory.values())},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
-        "checkpoint": {"bytes": whole, "most": (train.keep + 1) * whole},
+        "checkpoint": {**checkpoint, "most": (train.keep + 1) * checkpoint["bytes"]},
         "units": units,
         "flops": flops,
         "tflops": tflops,

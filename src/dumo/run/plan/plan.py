@@ -23,6 +23,7 @@ from dumo.run.plan import cost
 from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
 from dumo.runtime.random import stream
+from dumo.training.frozen import frozen_weights
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import passes
@@ -86,6 +87,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "memory": holds,
         "side": spec.net.side or None if isinstance(spec.net, Pretrained) else None,
         "gpus": gpus(holds),
+        "checkpoint": copied(net, holds),
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
@@ -156,6 +158,15 @@ def held(net: nn.Module, train: Train) -> dict[str, int]:
         "optimizer": size(value for value in own if isinstance(value, Tensor)),
         "averages": size(averaged(state)),
     }
+
+
+def copied(net: nn.Module, held: Mapping[str, int], ranks: int = 1) -> dict[str, int]:
+    """Bytes of a checkpoint, and of the copy of it that each rank keeps in host memory (`dumo.training.saver`).
+
+    `net` is an outline, `held` of it.
+    """
+    whole = held["weights"] + held["optimizer"] + held["averages"] - size(frozen_weights(net).values())
+    return {"bytes": whole, "copy": ceil(whole / ranks)}
 
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:
@@ -246,6 +257,7 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     if alone:
         yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
         yield "memory", f"{memory['total'] / GB:.2f} GB at most, {memory['rows']} rows at a time: {parts}"
+        yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
     if judged := facts["validation"]:
         passes = "1 pass" if judged["nfe"] == 1 else f"{judged['nfe']} passes"
         what = f"{judged['samples']:,} samples in {passes} every {judged['every']:,} steps"
@@ -277,7 +289,8 @@ def ranked(plan: Mapping[str, Any], keep: int) -> Iterator[Line]:
     sent = (f"{name} {sized(one['bytes'])} in {one['calls']} calls" for name, one in plan["sent"].items())
     yield "each step sends", ", ".join(sent) or "nothing"
     size = plan["checkpoint"]
-    yield "checkpoints", f"{sized(size['bytes'])} each; {sized(size['most'])} for {keep} and one being written"
+    disk = f"{sized(size['bytes'])} each; {sized(size['most'])} for {keep} and one being written"
+    yield "checkpoints", f"{disk}; {sized(size['copy'], 1024)} of host memory each, the copy that is written"
     each = f"{number(plan['flops'] / 1e15)} PFLOP, two to a multiply-add, at {plan['units']:.2f} F a step"
     yield "work", each + ("" if plan["hours"] else "; hours need --tflops, what a GPU makes of its peak")
     if plan["hours"]:

@@ -1,0 +1,122 @@
+"""A checkpoint is written behind the steps that follow, as of its own, one at a time, and what goes wrong is raised."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Timer
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from dumo.io import file as files
+from dumo.io import shards
+from dumo.run.plan.cluster import pretended
+from dumo.training import checkpoint
+from dumo.training.saver import Saver
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from unit.training.toy import AVERAGES, Small, run, same, tensors, trained
+
+SPEC = Train(steps=3, batch=12, ema=AVERAGES)
+SECONDS = 30.0
+
+
+@contextmanager
+def stuck() -> Generator[Event, None, None]:
+    """A disk that takes nothing until the event is set."""
+    free, flush = Event(), files.flush
+
+    def slow(path: Path) -> None:
+        assert free.wait(SECONDS)
+        flush(path)
+
+    with patch.object(files, "flush", slow):
+        try:
+            yield free
+        finally:
+            free.set()
+
+
+def begun(saver: Saver, folder: Path, state: State) -> dict[str, torch.Tensor]:
+    """What a state was when its saving began."""
+    copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
+    saver.start(lambda: checkpoint.put(folder, copy, 9))
+    return tensors(state)
+
+
+def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
+    """Weights, averages and moments move in place meanwhile; the next copy takes the same memory."""
+    state, saver = trained(), Saver()
+    with saver, stuck() as free:
+        was = begun(saver, tmp_path, state)
+        run(state, SPEC.model_copy(update={"steps": 5}))
+        assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+        free.set()
+        saver.wait()
+        places = {key: x.data_ptr() for key, x in saver.memory.items()}
+        then = begun(saver, tmp_path, state)
+    assert {key: x.data_ptr() for key, x in saver.memory.items()} == places
+    for step, wanted in ((3, was), (5, then)):
+        checkpoint.restore(tmp_path / f"step-{step:08d}", new := begin(Small(1), SPEC))
+        assert (new.step, new.images) == (step, 12 * step)
+        assert same(tensors(new), wanted)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_what_ranks_hold_alike_they_share_out(share: int) -> None:
+    """Each of four copies a quarter, however many hold the same."""
+    with pretended(4):
+        mesh = init_device_mesh("cpu", (4 // share, share))
+        places = [Replicate(), Shard(0)]
+        x = {f"{n}": distribute_tensor(torch.zeros(4 * n, 3), mesh, places) for n in (10, 9, 8, 7, 6, 5, 4, 3)}
+        found = shards.mine(x)
+    assert sum(x[name].to_local().numel() for name in found) == pytest.approx(52 * 3, abs=6)
+    assert {*found.values()} == {(0, 0)}
+
+
+def test_one_at_a_time() -> None:
+    done, free, saver = list[int](), Event(), Saver()
+    with saver:
+        saver.start(lambda: (free.wait(SECONDS), done.append(1)))
+        Timer(0.1, free.set).start()
+        saver.start(lambda: done.append(2 * len(done)))
+    assert done == [1, 2]
+
+
+def test_an_error_is_raised_once() -> None:
+    def fail() -> None:
+        raise OSError(28, "full")
+
+    saver = Saver()
+    saver.start(fail)
+    while not saver.failed:
+        pass
+    with pytest.raises(OSError, match="full"):
+        saver.start(fail)
+    assert not saver.failed
+    with pytest.raises(OSError, match="full"), saver:
+        saver.start(fail)
+    saver.wait()
+
+
+@pytest.mark.parametrize("error", [ValueError("first"), KeyboardInterrupt("first")])
+def test_an_error_of_training_waits_for_what_is_written(error: BaseException) -> None:
+    done, saver = list[int](), Saver()
+
+    def last() -> None:
+        Event().wait(0.2)
+        done.append(1)
+        raise OSError(28, "full")
+
+    def fail() -> None:
+        with saver:
+            saver.start(last)
+            raise error
+
+    with pytest.raises(type(error), match="first"):
+        fail()
+    assert done == [1]
