@@ -19,6 +19,15 @@ Precision = Literal["fp32", "tf32", "bf16"]
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
+    """A tensor of float32 in bf16: to either neighbour, with the chances that keep its mean, by random whole numbers.
+
+    Of `bits`, of x's shape, the last 16 count.
+    """
+    raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
+    return (raised & -0x10000).view(torch.float32).bfloat16()
+
+
 def single(x: Tensor) -> Tensor:
     """A tensor of 16 bits in float32; another as it is."""
     return x.float() if x.dtype in HALVES else x

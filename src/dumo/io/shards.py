@@ -51,7 +51,7 @@ def mine(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         writer = min(range(count), key=lambda k: load[k])
         load[writer] += x.numel()
         if writer == place and part(x).numel():
-            found[name] = _begin(x)
+            found[name] = begin(x)
     return found
 
 
@@ -66,7 +66,7 @@ def _replica(x: Tensor) -> tuple[int, int]:
     return place, count
 
 
-def _begin(x: Tensor) -> tuple[int, ...]:
+def begin(x: Tensor) -> tuple[int, ...]:
     """Where the part of this rank begins."""
     if not isinstance(x, DTensor):
         return (0,) * x.ndim

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dumo.data import Images
 from dumo.flow.path import Path as FlowPath
+from dumo.flow.precision import single
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
@@ -134,7 +135,7 @@ def shown(train: Train) -> str:
 
 def load_net(net: nn.Module, file: Path) -> nn.Module:
     """A new net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
-    found = checkpoint.load(file)
+    found = {name: single(x) for name, x in checkpoint.load(file).items()}  # trained in 16 bits it is shown in float32
     compare(file, found, frozen.trained(net), "the run", checkpoint.FIT)
     net.load_state_dict(found, strict=False)  # what is frozen is as it was built
     return net.eval()

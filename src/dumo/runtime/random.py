@@ -18,9 +18,12 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import Generator
+from jaxtyping import Int64
+from torch import Generator, Tensor
 
 from dumo.types import Cond, Sample
+
+WORD = 0xFFFFFFFF
 
 
 def stream(*key: int | str) -> Generator:
@@ -58,6 +61,25 @@ def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
 def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
     """1 or -1, as likely, of shape (len(rows), *shape): as `keyed`."""
     return torch.where(keyed(*key, rows=rows, shape=shape) < 0, -1.0, 1.0)
+
+
+def bits(*key: int | str, begin: int, count: int, device: torch.device) -> Int64[Tensor, " count"]:
+    """Whole numbers in [0, 2^32), drawn on a device: number `begin` and on of the key's, whoever draws which of them.
+
+    By Philox of two words in ten rounds, in whole numbers alone: the same on every device. The key is 64 bits.
+    """
+    digest = int.from_bytes(blake2b("/".join(map(str, key)).encode(), digest_size=8).digest())
+    index = torch.arange(begin, begin + count, device=device)
+    return philox(index & WORD, (index >> 32) ^ (digest >> 32), digest & WORD)[0]
+
+
+def philox(low: Tensor, high: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """Philox2x32-10 (Salmon et al. 2011) of counters (high, low) of 32 bits each, in int64."""
+    for _ in range(10):
+        product = low * 0xD256D193  # its 64 bits, as a number with a sign
+        low, high = ((product >> 32) & WORD) ^ key ^ high, product & WORD
+        key = (key + 0x9E3779B9) & WORD
+    return low, high
 
 
 def noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int]) -> Sample:

@@ -27,6 +27,7 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dumo.flow.precision import HALVES, single
 from dumo.training.frozen import copied
 from dumo.types import Spec
 
@@ -106,8 +107,12 @@ class MovingAverage:
     def update(self, net: nn.Module, n: int) -> None:
         """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
         own, given, own_buffers, given_buffers = ([table[name] for table, name in p] for p in self._places(net))
-        move = get_ema_multi_avg_fn(self.spec(n))  # all parameters at once
-        move(own, given, n)
+        move = get_ema_multi_avg_fn(self.spec(n))
+        if any(x.dtype in HALVES for x in given):  # of another type: one by one, so that few are in float32
+            for mine, its in zip(own, given, strict=True):
+                move([mine], [single(its)], n)
+        else:
+            move(own, given, n)
         for mine, new in zip(own_buffers, given_buffers, strict=True):
             mine.copy_(new)
 

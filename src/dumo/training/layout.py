@@ -11,6 +11,7 @@ rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, 
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from math import prod
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -50,15 +51,24 @@ def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
     return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
 
 
-def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] = (), *, reshard: bool) -> None:
+def lay(
+    net: nn.Module,
+    mesh: "DeviceMesh | None",
+    copies: Sequence[nn.Module] = (),
+    *,
+    reshard: bool,
+    half: bool = False,
+) -> None:
     """Shard a net over a mesh in place, block by block (`net.blocks`), onto its device, and its averages `copies`.
 
     Every rank must hold the same numbers, and copies its part of them: of weights that are mapped from a file it reads
-    that part alone. If they are to be trained and are stored in 16 bits, they are in float32 then. The averages go on
-    sharing frozen parameters with the net. `reshard`: free gathered weights after each pass, else after the backward
-    pass; an average, which has none, always does.
+    that part alone. If they are to be trained and are stored in 16 bits, they are in float32 then; those of the net in
+    bf16, if `half`, however they are stored. The averages go on sharing frozen parameters with the net. `reshard`: free
+    gathered weights after each pass, else after the backward pass; an average, which has none, always does.
     """
     if mesh is None:
+        if half:
+            net._apply(halved)
         return
     from torch.distributed.fsdp import fully_shard
 
@@ -70,7 +80,9 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] =
     for module, back in ((net, reshard), *((copy, True) for copy in copies)):
         for part in (*getattr(module, "blocks", ()), module):
             fully_shard(part, mesh=mesh, reshard_after_forward=back)
-        if stored:
+        if half and module is net:
+            module._apply(halved)
+        elif stored:
             module._apply(widened)
     for copy in copies:  # fully_shard takes what it finds there at the first pass
         share(copy, net)
@@ -79,6 +91,11 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] =
 def widened(x: Tensor) -> Tensor:
     """A parameter of 16 bits in float32; a buffer, such as a table of texts, as it is."""
     return single(x) if isinstance(x, nn.Parameter) else x
+
+
+def halved(x: Tensor) -> Tensor:
+    """A trained parameter in bf16; what is frozen, or a buffer, as it is."""
+    return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
 def outline(net: nn.Module) -> nn.Module:
@@ -130,11 +147,11 @@ def parts(net: nn.Module) -> "list[FSDPModule]":
 
 
 def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
-    """The net in one piece on every rank: itself if it is, else one from `build` with the trained weights.
+    """The net in one piece on every rank, in float32: itself if it is, else one from `build` with the trained weights.
 
     Every rank must call it.
     """
-    if not parts(net):
+    if not parts(net) and not any(p.requires_grad and p.dtype in HALVES for p in net.parameters()):
         return unwrap(net)
     twin = build(next(net.parameters()).device)
     twin.load_state_dict({name: whole(x) for name, x in trained(net).items()}, strict=False)
@@ -149,6 +166,29 @@ def whole(x: Tensor) -> Tensor:
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that is on this rank."""
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
+
+
+def begin(x: Tensor) -> int:
+    """The number, in the whole of a tensor, of the first number on this rank; ranks share it by rows."""
+    if not hasattr(x, "to_local"):
+        return 0
+    from dumo.io import shards
+
+    return shards.begin(x)[0] * prod(x.shape[1:])
+
+
+def like_rows(x: Tensor, width: int) -> Tensor:
+    """An empty tensor in float32, with `width` numbers for each row of another one, and laid out as that."""
+    here = torch.empty(local(x).shape[0], width, device=x.device)
+    if not hasattr(x, "to_local"):
+        return here
+    from torch.distributed.tensor import DTensor
+
+    there = cast("DTensor", x)
+    shape = torch.Size([x.shape[0], width])
+    return DTensor.from_local(
+        here, there.device_mesh, there.placements, run_check=False, shape=shape, stride=(width, 1)
+    )
 
 
 def laid(x: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Optimizers and learning rate schedules, as values.
 
-An optimizer spec holds the peak learning rate; `moments` is how many numbers it keeps per weight, at least. A schedule
-is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs no scheduler state.
+An optimizer spec holds the peak learning rate; `moments` is how many numbers of 4 bytes it keeps per weight, at least.
+A schedule is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs no scheduler state.
 """
 
 import math
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.runtime.bound import FACTOR, STEPS
+from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.layout import laid, whole
 from dumo.types import CHANGES, QUIET, Spec, UserError
 
@@ -98,7 +99,7 @@ class Adaptive(Spec, Generic[Kind]):
     """A step from two moments of the gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
     of: ClassVar[type[torch.optim.Adam]]
-    moments: ClassVar[int] = 2
+    moments: ClassVar[float] = 2
     kind: Kind
     lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -129,6 +130,18 @@ class Adam(Adaptive[Literal["adam"]]):
     kind: Literal["adam"] = "adam"
 
 
+class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
+    """AdamW with moments of 8 bits, by torchao (`AdamW8bitOptimizer`): 2 bytes of memory to a weight, not 8."""
+
+    moments: ClassVar[float] = 0.5
+    kind: Literal["adamw8bit"] = "adamw8bit"
+
+    def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
+        """The optimizer of a net's trained weights. Raises UserError where torchao is missing."""
+        named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        return AdamW8bitOptimizer(named, **self.model_dump(exclude={"kind"}))
+
+
 class Muon(Spec):
     """Muon (Jordan et al. 2024) for the matrices of a net's blocks, AdamW for all else (`MuonOptimizer`).
 
@@ -137,7 +150,7 @@ class Muon(Spec):
     two halves of a SwiGLU) are orthogonalized one by one.
     """
 
-    moments: ClassVar[int] = 1
+    moments: ClassVar[float] = 1
     kind: Literal["muon"] = "muon"
     lr: LearningRate = Field(default=1e-3, json_schema_extra=CHANGES)  # of matrices, as large as AdamW's
     momentum: Beta = 0.95  # Jordan et al.
@@ -161,7 +174,7 @@ class Muon(Spec):
         return MuonOptimizer(grouped, rest, **self.model_dump(include={"lr", "momentum", "weight_decay"}))
 
 
-Optimizer = Annotated[AdamW | Adam | Muon, Field(discriminator="kind")]
+Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind")]
 
 
 def learned(net: nn.Module) -> list[nn.Parameter]:

@@ -30,6 +30,8 @@ class Train(Spec):
     # Free gathered weights after each pass and gather them again: less memory, more communication.
     reshard: bool = Field(default=False, json_schema_extra=MACHINE)
     optimizer: Optimizer = AdamW()
+    # How trained weights are kept: bfloat16 takes half, is rounded at random, by adamw8bit, and is for precision bf16.
+    weights: Literal["float32", "bfloat16"] = "float32"
     schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
@@ -62,6 +64,8 @@ class Train(Spec):
             wrong = f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}"
         elif self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
             wrong = "snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}"
+        elif self.weights == "bfloat16" and (self.optimizer.kind, self.precision) != ("adamw8bit", "bf16"):
+            wrong = "weights in bfloat16 need optimizer.kind adamw8bit and precision bf16: set both, or weights float32"
         else:
             return self
         raise ValueError(wrong)
@@ -75,9 +79,9 @@ class Train(Spec):
         return done > 0 and any(self.schedule(k, self.steps) != self.schedule(k, steps) for k in (done // 2, done - 1))
 
     @property
-    def copies(self) -> int:
-        """How many numbers are kept per trained weight, at least: gradient, moments, averages."""
-        return 1 + self.optimizer.moments + len(self.ema)
+    def copies(self) -> float:
+        """How many numbers of 4 bytes are kept per trained weight, at least: gradient, moments, averages."""
+        return (0.5 if self.weights == "bfloat16" else 1) + self.optimizer.moments + len(self.ema)
 
     def probes(self, step: int) -> bool:
         """Whether the update after `step` done ones is probed."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
+from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train
 from dumo.types import UserError
@@ -84,8 +85,12 @@ def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> St
     fixed = frozen.digest(net)
     mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
     averages = {ema.key: MovingAverage(ema, net, lent=mesh is not None) for ema in spec.ema}
-    layout.lay(net, mesh, [average.module for average in averages.values()], reshard=spec.reshard)
-    return State(net, spec.optimizer(net), averages, frozen=fixed)
+    copies = [average.module for average in averages.values()]
+    layout.lay(net, mesh, copies, reshard=spec.reshard, half=spec.weights == "bfloat16")
+    optimizer = spec.optimizer(net)
+    if isinstance(optimizer, AdamW8bitOptimizer):
+        optimizer.seed = spec.seed
+    return State(net, optimizer, averages, frozen=fixed)
 
 
 def flatten(state: State) -> dict[str, Tensor]:
@@ -111,9 +116,16 @@ def blank(place: Path, state: State, way_out: str) -> dict[str, Tensor]:
         here = {names[p] for p in group["params"]}
         held = [(key, name) for key, _, name in (full.partition(".") for full in found) if name in here]
         pairs = product({key for key, _ in held}, {name for _, name in held})
-        like |= {f"{key}.{name}": torch.zeros(()) if key == "step" else parameters[name] for key, name in pairs}
+        like |= {f"{key}.{name}": memory_like(state.optimizer, key, parameters[name]) for key, name in pairs}
     compare(place, found, like, "the run", way_out)
     return {name: torch.empty_like(x, requires_grad=False) for name, x in like.items()}
+
+
+def memory_like(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
+    """A tensor of the shape, type and layout of this entry of an optimizer's memory of a parameter."""
+    if key == "step":
+        return torch.zeros(())
+    return optimizer.like(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
 
 
 def by_place(memory: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:

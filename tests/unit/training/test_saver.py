@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

@@ -26,7 +26,7 @@ from dumo.training import layout
 from dumo.training.checkpoint import save
 from dumo.training.ema import Ema
 from dumo.training.loop import train
-from dumo.training.optim import AdamW
+from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Batch, Task, pieces, span
@@ -115,6 +115,16 @@ for name, ways in MODELS.items():
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
 
 
+# Clipped by a norm that is summed shard by shard, a weight of 16 bits would be rounded to its other neighbour.
+EIGHT = SPEC.model_copy(update={"optimizer": AdamW8bit(lr=1e-2, eps=1e-3), "clip": None})
+HALF = EIGHT.model_copy(update={"weights": "bfloat16", "precision": "bf16"})
+for name, spec in {"eight": EIGHT, "half": HALF}.items():
+    wide = DiT(patch=2, width=64, depth=2, attention=2)  # of some matrices rows are whole blocks
+    make = partial(lambda wide, _: wide.build(OBJECTIVE.needs, GREY, len(CAPTIONS)), wide)
+    CASES[name] = Case(
+        make, Task(OBJECTIVE, Linear(), 3), partial(randoms, GREY, 3), spec, layouts=((1, False), (2, False), (2, True))
+    )
+CASES["sd3-mapped-half"] = Case(mapped, Task(OBJECTIVE, Linear(), CLASSES), partial(randoms, SHAPE, CLASSES), HALF)
 CASES["sd3-mapped"] = Case(mapped, Task(OBJECTIVE, Linear(), CLASSES), partial(randoms, SHAPE, CLASSES))
 
 

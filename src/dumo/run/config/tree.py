@@ -163,7 +163,7 @@ class Tree(Spec):
         with torch.device("meta"):
             return net.build(self.objective.needs, self.data.shape, self.data.classes)
 
-    def require_room(self, device: torch.device | str, copies: int = 0, rows: int = 0, share: int = 1) -> None:
+    def require_room(self, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:
         """Raise UserError if a device has too little memory for the net, `copies` of its trained weights, and `rows`.
 
         Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
@@ -172,7 +172,7 @@ class Tree(Spec):
         net, numbers = self.outline(), 2 * rows * prod(self.data.shape)
         whole = sum(value.nbytes for value in net.state_dict().values())
         frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-        size = (whole + copies * (whole - frozen)) // share + numbers * torch.float32.itemsize
+        size = int((whole + copies * (whole - frozen)) / share) + numbers * torch.float32.itemsize
         what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
         way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
         dist.require_memory(size, what, way, device)

@@ -24,6 +24,7 @@ from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
 from dumo.runtime.random import stream
 from dumo.training.frozen import frozen_weights
+from dumo.training.layout import halved
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import passes
@@ -127,6 +128,8 @@ def memory(
 
     `net` is an outline, which is left with gradients.
     """
+    if train.weights == "bfloat16":
+        net._apply(halved)
     activations = cost.activation_bytes(
         net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision
     )

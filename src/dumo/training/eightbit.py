@@ -1,0 +1,118 @@
+"""AdamW whose two moments take 8 bits each (Dettmers et al. 2022), and weights of 16 bits that are rounded at random.
+
+The arithmetic is torchao's; the memory is ours: codes and scales are plain tensors, sharded as their parameter, so that
+checkpoints, layouts and counts treat them as any other. torchao cuts what a rank holds into blocks of 256 numbers, each
+with a scale. Here a block lies within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is
+rounded, are those of one process. A parameter of other rows, or of fewer than 4096 numbers, has its moments in float32.
+
+A weight in bf16 has 8 bits, and a step moves it by less than half of the last one: rounded to the nearest it would
+rest. Rounded up or down at random, with the chances that make the mean exact, it moves in the mean as a weight in
+float32 (Gupta et al. 2015). The random numbers are a function of seed, step, parameter and place in the whole.
+"""
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dumo.flow.precision import HALVES, rounded_at_random
+from dumo.runtime import install
+from dumo.runtime.random import bits
+from dumo.training.layout import begin, like_rows, local
+from dumo.types import UserError
+
+BLOCK = 256  # numbers to a scale: Dettmers et al.'s is 2048, torchao's this
+LEAST = 4096  # numbers of a parameter: torchao's, as bitsandbytes has it
+PIECE = 2**24  # numbers that are rounded at once: ours, to save memory
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether one has a sign
+
+
+def fits(p: Tensor) -> bool:
+    """Whether the moments of a parameter take 8 bits."""
+    return p.ndim > 1 and p.numel() >= LEAST and prod(p.shape[1:]) % BLOCK == 0
+
+
+def require() -> None:
+    """Raise UserError where torchao is missing."""
+    try:
+        import torchao.optim.adam  # slow to import, and an extra
+    except ImportError as error:
+        raise UserError(f"optimizer 'adamw8bit' needs torchao: {install('quantised')}") from error
+    del torchao
+
+
+class AdamW8bitOptimizer(torch.optim.Optimizer):
+    """AdamW (`torch.optim.AdamW`) with memory as above; parameters in bf16 are rounded at random, by `seed`."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
+        """`options` are lr, betas, eps and weight_decay. Raises UserError where torchao is missing."""
+        require()
+        self.seed, self.names = 0, {p: name for name, p in named}
+        parted = [[p for p in self.names if fits(p) is small] for small in (True, False)]
+        super().__init__([{"params": params, **options} for params in parted if params], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
+        """Move all parameters that have a gradient; no closure is called."""
+        with torch._dynamo.utils.disable_cache_limit():  # a graph for each shape
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.move(p, p.grad, group)
+
+    def move(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
+        """Move one parameter. On a GPU one kernel does it, which rounds unlike a CPU's."""
+        from torchao.optim.adam import single_param_adam
+
+        memory, here = self.state[p], local(p.detach())
+        if not memory:
+            memory["step"] = torch.tensor(0.0)
+            memory.update({key: torch.zeros_like(self.like(key, p)) for key in keys(p)})
+        memory["step"] += 1
+        if not here.numel():  # of fewer rows than ranks
+            return
+        adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False) if p.is_cuda else single_param_adam
+        moments = [moment(memory, key) for key in MOMENTS]
+        rate, new = torch.tensor(group["lr"], dtype=torch.float32), here.float()  # a weight in float32 is moved itself
+        options = group["betas"][0], group["betas"][1], group["weight_decay"], group["eps"]
+        adam(new, local(grad).contiguous(), memory["step"], *moments, None, rate, *options, True, False)
+        if here.dtype in HALVES:
+            self.round(here.view(-1), new.view(-1), begin(p), f"{self.names[p]}/{int(memory['step'])}")
+
+    def round(self, into: Tensor, x: Tensor, first: int, key: str) -> None:
+        """Round x into bf16, numbers `first` and on of a parameter, piece by piece."""
+        for at in range(0, len(x), PIECE):
+            piece = x[at : at + PIECE]
+            drawn = bits(self.seed, "round", key, begin=first + at, count=len(piece), device=x.device)
+            into[at : at + PIECE] = rounded_at_random(piece, drawn)
+
+    def like(self, key: str, p: Tensor) -> Tensor:
+        """An empty tensor of the shape, type and layout of some of a parameter's memory."""
+        if key.endswith("_scale"):
+            return like_rows(p, prod(p.shape[1:]) // BLOCK)
+        return torch.empty_like(p, dtype=torch.uint8 if key.endswith("_codes") else torch.float32, requires_grad=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would give all memory the parameters' type."""
+        super().load_state_dict({**state_dict, "state": {}})
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.state.update({params[i]: memory for i, memory in state_dict["state"].items()})
+
+
+def keys(p: Tensor) -> list[str]:
+    """The names of a parameter's memory, but for its step."""
+    return [f"{key}{part}" for key in MOMENTS for part in (("_codes", "_scale") if fits(p) else ("",))]
+
+
+def moment(memory: Mapping[str, Tensor], key: str) -> Tensor:
+    """A moment as torchao takes it, in the memory's own numbers."""
+    if key in memory:
+        return local(memory[key])
+    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
+
+    codes, scale = local(memory[f"{key}_codes"]), local(memory[f"{key}_scale"])
+    table = get_qmap_signed() if MOMENTS[key] else get_qmap_unsigned()
+    qmap = torch.tensor(table, dtype=torch.float32, device=codes.device)
+    return OptimState8bit(codes, scale.view(-1), qmap, MOMENTS[key], dtype=torch.float32)

@@ -1,0 +1,156 @@
+"""Moments of 8 bits and weights of 16: what a step does, what a checkpoint holds, and what rounding leaves as it is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dumo.flow.precision import rounded_at_random
+from dumo.runtime.random import bits, philox, stream
+from dumo.training import checkpoint
+from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, fits
+from dumo.training.optim import AdamW, AdamW8bit
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.types import UserError
+from unit.training.toy import same, tensors
+
+pytest.importorskip("torchao")
+CPU = torch.device("cpu")
+HALF = Train(steps=9, batch=2, optimizer=AdamW8bit(lr=1e-3), weights="bfloat16", precision="bf16")
+
+
+def net(seed: int = 0) -> nn.Module:
+    """A matrix whose moments take 8 bits, one whose rows are of other lengths, and biases."""
+    net = nn.Sequential(nn.Linear(BLOCK, 32), nn.Linear(32, 200))
+    for p in net.parameters():
+        p.data = 0.1 * torch.randn(p.shape, generator=stream(seed, "eightbit"))
+    return net
+
+
+def moved(state: State, steps: int) -> State:
+    """The state after more steps along gradients that depend on the step alone."""
+    for _ in range(steps):
+        g = stream("gradient", state.step)
+        for p in state.net.parameters():
+            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+        state.optimizer.step()
+        state.step += 1
+        for average in state.averages.values():
+            average.update(state.net, state.step)
+    return state
+
+
+def test_philox_is_philox() -> None:
+    """Random123's known answers for philox2x32 of ten rounds."""
+    for (low, high, key), wanted in {
+        (0, 0, 0): (0xFF1DAE59, 0x6CD10DF2),
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF): (0x2C3F628B, 0xAB4FD7AD),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E): (0xDD7CE038, 0xF62A4C12),
+    }.items():
+        assert tuple(x.item() for x in philox(torch.tensor(low), torch.tensor(high), key)) == wanted
+
+
+def test_bits_are_those_of_a_place() -> None:
+    """Whoever draws which; beyond 2^32 numbers, too."""
+    whole = bits(7, "a", begin=2**32 - 40, count=100, device=CPU)
+    assert torch.equal(bits(7, "a", begin=2**32 + 10, count=30, device=CPU), whole[50:80])
+    assert len({*whole.tolist()}) == 100
+    assert not torch.equal(bits(8, "a", begin=2**32 - 40, count=100, device=CPU), whole)
+
+
+@pytest.mark.parametrize("x", [0.1, -3.3, 1e-20, 1.0, -65000.7])
+def test_the_mean_of_what_is_rounded_is_the_number(x: float) -> None:
+    """It is one of the two neighbours, and within four standard errors in the mean."""
+    many = torch.full((2**18,), x)
+    found = rounded_at_random(many, bits("mean", x, begin=0, count=len(many), device=CPU)).double()
+    exact = float(torch.tensor(x))
+    low, high = found.min().item(), found.max().item()
+    assert len(found.unique()) <= 2
+    assert low <= exact <= high
+    assert abs(found.mean().item() - exact) <= 4 * (high - low) / 2 / len(many) ** 0.5
+    assert torch.tensor(x).bfloat16().item() in (low, high)
+
+
+def test_small_steps_move_weights_of_16_bits_in_the_mean() -> None:
+    """A step of 1e-5 at 1: rounded to the nearest, nothing would move."""
+    p = nn.Parameter(torch.ones(64, BLOCK, dtype=torch.bfloat16))
+    optimizer = AdamW8bitOptimizer([("p", p)], lr=1e-5, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert 1 - p.detach().double().mean().item() == pytest.approx(1e-3, rel=0.1)
+
+
+def test_a_step_is_nearly_adamw() -> None:
+    """What 8 bits of a moment leave: the weights after some steps differ by a few per cent of how far they moved."""
+    one, other = (
+        moved(begin(net(), Train(steps=9, batch=2, optimizer=o)), 20) for o in (AdamW(lr=1e-3), AdamW8bit(lr=1e-3))
+    )
+    start = net().state_dict()
+    for name, x in one.net.state_dict().items():
+        y = other.net.state_dict()[name]
+        assert (x - y).norm() <= (0.05 if name == "0.weight" else 1e-5) * (x - start[name]).norm(), name
+    memory = other.optimizer.state[other.net.get_parameter("0.weight")]
+    assert {key: (x.dtype, tuple(x.shape)) for key, x in memory.items()} == {
+        "step": (torch.float32, ()),
+        **{f"{key}_codes": (torch.uint8, (32, BLOCK)) for key in ("exp_avg", "exp_avg_sq")},
+        **{f"{key}_scale": (torch.float32, (32, 1)) for key in ("exp_avg", "exp_avg_sq")},
+    }
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_it_goes_on_bit_for_bit(weights: str, tmp_path: Path) -> None:
+    spec = Train(**{**HALF.model_dump(), "weights": weights})
+    straight, first, second = (begin(net(seed), spec) for seed in (0, 0, 1))
+    moved(straight, 4)
+    checkpoint.restore(checkpoint.save(tmp_path, moved(first, 2), 1), second)
+    assert same(tensors(second), tensors(first))
+    assert same(tensors(moved(second, 2)), tensors(straight))
+    kinds = {x.dtype for x in second.net.parameters()}, {x.dtype for x in second.shown.parameters()}
+    assert kinds == ({getattr(torch, weights)}, {torch.float32})
+
+
+def test_the_seed_rounds() -> None:
+    one, other = (moved(begin(net(), HALF.model_copy(update={"seed": seed})), 2) for seed in (0, 1))
+    assert not same(tensors(one), tensors(other))
+
+
+def test_blocks_lie_in_rows() -> None:
+    shapes = {(16, 256): True, (15, 256): False, (64, 100): False, (8, 64, 2, 4): True, (8192,): False}
+    assert {shape: fits(torch.empty(shape)) for shape in shapes} == shapes
+
+
+def test_what_does_not_round_is_refused() -> None:
+    for wrong in ({"optimizer": AdamW()}, {"precision": "fp32"}):
+        with pytest.raises(ValidationError, match=r"need optimizer\.kind adamw8bit and precision bf16"):
+            Train(**{**HALF.model_dump(), **wrong})
+
+
+def test_without_torchao_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torchao.optim.adam", None)
+    with pytest.raises(UserError, match=r"^optimizer 'adamw8bit' needs torchao: .*install .*"):
+        AdamW8bit()(net())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+def test_compiled_it_makes_the_same_step() -> None:
+    """As on a GPU."""
+
+    class OnGpu(nn.Parameter):
+        is_cuda = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    def after(kind: type[nn.Parameter]) -> Tensor:
+        p = kind(torch.randn(32, BLOCK, generator=stream("p")))
+        optimizer = AdamW8bitOptimizer([("p", p)], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        for n in range(3):
+            p.grad = torch.randn(p.shape, generator=stream("g", n))
+            optimizer.step()
+        return p.detach()
+
+    assert torch.allclose(after(OnGpu), after(nn.Parameter), atol=1e-6, rtol=1e-5)
