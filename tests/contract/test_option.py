@@ -43,6 +43,7 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "Files": ("digest", "source"),
     "Adam": ("weight_decay", "eps"),
     "AdamW": ("weight_decay", "eps"),
+    "AdamW8bit": ("weight_decay", "eps"),
     "Muon": ("momentum", "weight_decay", "eps"),
 }
 PYTHON = (Memory, Module, ObjectiveSpec, NetSpec, DataSpec, SolverSpec)  # what Python gives, and bases of classes there

@@ -4,10 +4,12 @@ Modern blocks are those of LightningDiT (Yao et al. 2025): RMS norms (Zhang & Se
 (Dehghani et al. 2023), SwiGLU with as many parameters (Shazeer 2020), and rotary positions.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
@@ -156,9 +158,18 @@ def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
     return block(*inputs)
 
 
+Lean = bool | Annotated[int, Field(ge=2)]  # true: all blocks are computed again; n: every n-th, from the first on
+
+
+def make_lean(blocks: Iterable[nn.Module], every: Lean) -> None:
+    """Note in each block whether it is computed again: copies of a net, and parts of it, keep the note."""
+    for i, block in enumerate(blocks):
+        block.lean = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
+
+
 def run_lean(block: nn.Module, *inputs: Array | None) -> Array:
-    """`run` with `lean`, as a function for diffusers' enable_gradient_checkpointing."""
-    return run(block, *inputs, lean=True)
+    """`run`, as the block's note has it (`make_lean`); a function for diffusers' enable_gradient_checkpointing."""
+    return run(block, *inputs, lean=bool(getattr(block, "lean", True)))
 
 
 def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -15,7 +15,20 @@ from pydantic import Field, model_serializer
 from torch import Tensor, cat, device, equal, nn
 from torch.nn import functional as F
 
-from dumo.nets.block import Block, Magnitude, Preserving, Sizes, Stream, Unit, modulated, normalize, run, shorten
+from dumo.nets.block import (
+    Block,
+    Lean,
+    Magnitude,
+    Preserving,
+    Sizes,
+    Stream,
+    Unit,
+    make_lean,
+    modulated,
+    normalize,
+    run_lean,
+    shorten,
+)
 from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.text import Text
@@ -48,7 +61,7 @@ class DiT(Spec):
     late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
     texts: Text | None = None  # the embeddings of the data's captions; None: a class has a learned label
     # Keep each block's input alone, and compute the rest again in the backward pass.
-    checkpoint: bool = Field(default=False, json_schema_extra=QUIET)
+    checkpoint: Lean = Field(default=False, json_schema_extra=QUIET)
 
     @classmethod
     def size(cls, name: str, **others: Any) -> "DiT":  # noqa: ANN401, any field
@@ -143,7 +156,8 @@ class Transformer(nn.Module):
         out = channels * spec.patch**2
         self.heads = nn.ModuleDict({name: Head(width, out, rms=spec.modern) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
-        self.gradient_checkpointing = spec.checkpoint
+        self.gradient_checkpointing = bool(spec.checkpoint)
+        make_lean(self.blocks, spec.checkpoint)
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -166,7 +180,7 @@ class Transformer(nn.Module):
         e, last = [F.silu(s) for s in conditions], conditions[-1]
         for i, block in enumerate(self.blocks):
             condition = e[0] if self.late is None or i < self.late else e[-1]
-            h = run(block, h, condition, *text, *places, lean=self.gradient_checkpointing)
+            h = run_lean(block, h, condition, *text, *places)
         own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
         heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())

@@ -13,7 +13,7 @@ from dumo.flow.precision import single
 from dumo.io import weights
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
-from dumo.nets.block import run_lean
+from dumo.nets.block import Lean, make_lean, run_lean
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import TURN, Family, family
 from dumo.nets.precondition import Precondition
@@ -52,7 +52,7 @@ class Pretrained(Reading):
     # Captions as the pipeline reads them; or codes for the classes, for who asks for them.
     texts: Annotated[PipelineTexts | Codes, Field(discriminator="kind")]
     # Keep each block's input alone, and compute the rest again in the backward pass.
-    checkpoint: bool = Field(default=False, json_schema_extra=QUIET)
+    checkpoint: Lean = Field(default=False, json_schema_extra=QUIET)
 
     @property
     def time_scale(self) -> float:
@@ -115,6 +115,8 @@ class Pretrained(Reading):
             )
         if self.checkpoint:
             model.enable_gradient_checkpointing(run_lean)
+            for part in model.children():
+                make_lean(part if isinstance(part, nn.ModuleList) else (), self.checkpoint)
         return Dualized(model, row, texts, needs.heads, p, guidance=self.guidance, lora=self.lora, limit=self.lowpass)
 
     def text_rows(self, row: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:

@@ -64,7 +64,7 @@ def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
 
 
 def bits(*key: int | str, begin: int, count: int, device: torch.device) -> Int64[Tensor, " count"]:
-    """Whole numbers in [0, 2^32), drawn on a device: number `begin` and on of the key's, whoever draws which of them.
+    """Whole numbers in [0, 2^32), drawn on a device: number `begin` and on of the key's, by any who draw some of them.
 
     By Philox of two words in ten rounds, in whole numbers alone: the same on every device. The key is 64 bits.
     """

@@ -11,6 +11,7 @@ float32 (Gupta et al. 2015). The random numbers are a function of seed, step, pa
 """
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -37,10 +38,9 @@ def fits(p: Tensor) -> bool:
 def require() -> None:
     """Raise UserError where torchao is missing."""
     try:
-        import torchao.optim.adam  # slow to import, and an extra
+        import_module("torchao.optim.adam")  # slow to import, and an extra
     except ImportError as error:
         raise UserError(f"optimizer 'adamw8bit' needs torchao: {install('quantised')}") from error
-    del torchao
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
@@ -74,10 +74,11 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         if not here.numel():  # of fewer rows than ranks
             return
         adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False) if p.is_cuda else single_param_adam
-        moments = [moment(memory, key) for key in MOMENTS]
+        first, second = (moment(memory, key) for key in MOMENTS)
         rate, new = torch.tensor(group["lr"], dtype=torch.float32), here.float()  # a weight in float32 is moved itself
-        options = group["betas"][0], group["betas"][1], group["weight_decay"], group["eps"]
-        adam(new, local(grad).contiguous(), memory["step"], *moments, None, rate, *options, True, False)
+        b1, b2, decay, eps = *group["betas"], group["weight_decay"], group["eps"]
+        slope = local(grad).contiguous()
+        adam(new, slope, memory["step"], first, second, None, rate, b1, b2, decay, eps, True, False)
         if here.dtype in HALVES:
             self.round(here.view(-1), new.view(-1), begin(p), f"{self.names[p]}/{int(memory['step'])}")
 

@@ -43,7 +43,7 @@ class Saver:
             except BaseException as error:
                 done.set_exception(error)
 
-        Thread(target=write, name="checkpoint", daemon=True).start()  # whoever ends at once does
+        Thread(target=write, name="checkpoint", daemon=True).start()  # who ends at once does not wait for it
 
     def wait(self) -> None:
         """Wait until nothing is being written. Raises what went wrong, once."""

@@ -1,5 +1,6 @@
 """The transformer: its size, its patches, its attention, its start, its refusals."""
 
+from copy import deepcopy
 from itertools import product
 from typing import Any
 
@@ -223,7 +224,7 @@ def late(needs: Needs = MF, **options: Any) -> Transformer:  # noqa: ANN401
     return drawn(TINY.model_copy(update={"depth": 5, "late": 3, **options}), needs)
 
 
-@pytest.mark.parametrize("options", [{}, {"modern": True}, {"checkpoint": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"modern": True}, {"checkpoint": True}, {"checkpoint": 2}], ids=str)
 def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, Any]) -> None:
     net, told = late(**options), list[Tensor]()
     for part in (*net.blocks, net.heads["u"]):
@@ -236,6 +237,20 @@ def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, Any]) -
         by_t, by_r = (torch.nn.functional.silu(net.scalars(t=s) + net.label(c)) for s in (t, t / 3))
     assert [torch.equal(e, by_t) for e in told] == [True] * 3 + [False] * 3
     assert [torch.equal(e, by_r) for e in told] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize(("every", "calls"), [(False, 5), (True, 10), (2, 8), (3, 7)])
+def test_every_nth_block_is_computed_again(every: bool | int, calls: int) -> None:
+    """From the first on; the gradients keep their bits, and a copy of the net does alike."""
+    x, c, t = points(3)
+    plain, net, told = late(), deepcopy(late(checkpoint=every)), list[nn.Module]()
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda block, _: told.append(block))
+    for one in (plain, net):
+        one(x, c, t=t, r=t / 3)[0].square().sum().backward()
+    assert len(told) == calls
+    pairs = zip(plain.parameters(), net.parameters(), strict=True)
+    assert all(torch.equal(p.grad, q.grad) for p, q in pairs if p.grad is not None and q.grad is not None)
 
 
 def test_without_a_step_it_is_the_net_of_one_time() -> None:

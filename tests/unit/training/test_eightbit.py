@@ -54,7 +54,7 @@ def test_philox_is_philox() -> None:
 
 
 def test_bits_are_those_of_a_place() -> None:
-    """Whoever draws which; beyond 2^32 numbers, too."""
+    """For any who draw some; beyond 2^32 numbers, too."""
     whole = bits(7, "a", begin=2**32 - 40, count=100, device=CPU)
     assert torch.equal(bits(7, "a", begin=2**32 + 10, count=30, device=CPU), whole[50:80])
     assert len({*whole.tolist()}) == 100

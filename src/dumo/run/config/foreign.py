@@ -50,7 +50,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "resume_from_checkpoint": ("the same command again", "which goes on where it stopped"),
     "train_batch_size": ("train.batch", ROWS),
     "train_data_dir": ("data.root", ""),
-    "use_8bit_adam": ("train.optimizer.kind", "adamw, adam or muon, in full precision"),
+    "use_8bit_adam": ("train.optimizer.kind", "adamw8bit"),
     "use_ema": ("train.ema", "[{decay: 0.9999}]"),
     "warmup_steps": ("train.schedule.warmup", "steps"),
     "weight_decay": ("train.optimizer.weight_decay", ""),

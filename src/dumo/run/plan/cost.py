@@ -276,8 +276,9 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
 
 def kind(block: nn.Module) -> tuple[object, ...]:
-    """What blocks that cost alike have in common: their class, and the shapes of what is trained and of what rests."""
-    return type(block), *((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
+    """What blocks that cost alike have in common: their class, whether they are computed again, and their shapes."""
+    shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
+    return type(block), getattr(block, "lean", False), *shapes
 
 
 def flops(work: Callable[[], object]) -> int:
