@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dumo.flow.precision import HALVES, rounded_at_random
 from dumo.runtime import install
@@ -39,8 +40,11 @@ def require() -> None:
     """Raise UserError where torchao is missing."""
     try:
         import_module("torchao.optim.adam")  # slow to import, and an extra
+        codes = import_module("torchao.optim.subclass_8bit")
     except ImportError as error:
         raise UserError(f"optimizer 'adamw8bit' needs torchao: {install('quantised')}") from error
+    with torch.device("cpu"):  # made once, and of numbers: bytes are counted on tensors without any
+        codes.get_qmap_signed(), codes.get_qmap_unsigned()
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
@@ -79,7 +83,9 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         b1, b2, decay, eps = *group["betas"], group["weight_decay"], group["eps"]
         slope = local(grad).contiguous()
         adam(new, slope, memory["step"], first, second, None, rate, b1, b2, decay, eps, True, False)
-        if here.dtype in HALVES:
+        if isinstance(here, FakeTensor):  # of which bytes are counted: it has no numbers to round
+            here.copy_(new)
+        elif here.dtype in HALVES:
             self.round(here.view(-1), new.view(-1), begin(p), f"{self.names[p]}/{int(memory['step'])}")
 
     def round(self, into: Tensor, x: Tensor, first: int, key: str) -> None:

@@ -121,6 +121,16 @@ def test_hours_and_disk() -> None:
         cluster.cluster(small("train.share=2", "train.batch=63"), 3)
 
 
+def test_bytes_of_moments_of_8_bits_and_weights_of_16() -> None:
+    """Two of each three weights or so have rows of whole blocks here."""
+    pytest.importorskip("torchao")
+    words = ("train.share=2", "train.precision=bf16", "net.width=256", "train.ema=[]")
+    plain = counted(small(*words), 2).memory
+    less = counted(small(*words, "train.optimizer.kind=adamw8bit", "train.weights=bfloat16"), 2).memory
+    assert less["weights"] == pytest.approx(plain["weights"] / 2, rel=0.02)
+    assert less["optimizer"] < 0.3 * plain["optimizer"]
+
+
 def test_the_first_layout_that_fits() -> None:
     spec, tried = small(), list[str]()
     peak = sum(counted(spec, 2).memory.values())
