@@ -44,7 +44,7 @@ def require() -> None:
     except ImportError as error:
         raise UserError(f"optimizer 'adamw8bit' needs torchao: {install('quantised')}") from error
     with torch.device("cpu"):  # made once, and of numbers: bytes are counted on tensors without any
-        codes.get_qmap_signed(), codes.get_qmap_unsigned()
+        _ = codes.get_qmap_signed(), codes.get_qmap_unsigned()
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
