@@ -19,7 +19,7 @@ from dumo.nets.family import TURN, Family, family
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
-from dumo.runtime import install
+from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
@@ -142,10 +142,11 @@ class Pretrained(Reading):
         return config
 
     def model(self, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model in float32, or as it is stored where its frozen weights are kept in bf16.
+        """The model in float32, or as it is stored where its frozen weights are kept in fewer bits.
 
         Raises UserError where weights are missing or do not fit.
         """
+        import_bitsandbytes()
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
@@ -177,7 +178,7 @@ class Pretrained(Reading):
     @property
     def kept(self) -> bool:
         """Whether weights stay as they are stored when they are read."""
-        return self.lora is not None and self.lora.frozen == "bfloat16"
+        return self.lora is not None and self.lora.frozen != "float32"
 
 
 class Mapped(Pretrained):

@@ -51,17 +51,24 @@ def share(copy: nn.Module, net: nn.Module) -> None:
 def digest(net: nn.Module) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    20 B parameters take a second. Another model has another digest; a change of a single number may go unseen. None if
-    nothing is frozen, or the net holds no numbers.
+    A layer that is coded has the name of its coding and the numbers that were coded (`stands_for`), not its codes,
+    which may differ from machine to machine. 20 B parameters take a second. Another model has another digest; a change
+    of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
     """
     fixed = frozen_weights(net)
     if not fixed or any(p.is_meta or isinstance(p, FakeTensor) for p in fixed.values()):
         return None
-    return digests.of_bytes(*(part for name, p in sorted(fixed.items()) for part in _sampled(name, p.detach())))
+    coded = {path: layer for path, layer in net.named_modules(remove_duplicate=False) if hasattr(layer, "stands_for")}
+    found = {path: (path.encode(), *layer.stands_for) for path, layer in coded.items()}
+    codes = {f"{path}.{name}" for path in coded for name in ("weight", "scales")}
+    found |= {name: sampled(name, p.detach()) for name, p in fixed.items() if name not in codes}
+    return digests.of_bytes(*(part for _, parts in sorted(found.items()) for part in parts))
 
 
-def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
-    """The bytes of a tensor that go into the digest."""
+def sampled(name: str, x: Tensor) -> tuple[bytes, ...]:
+    """The bytes of a tensor that go into the digest; none of one without numbers."""
+    if x.is_meta or isinstance(x, FakeTensor):
+        return ()
     count = min(SAMPLE, x.numel())
     some = x.flatten()[torch.arange(count, device=x.device) * x.numel() // max(count, 1)].cpu()
     return f"{name} {tuple(x.shape)} {x.dtype}\n".encode(), bytes(some.view(torch.uint8).numpy().data)
@@ -72,5 +79,6 @@ def require(now: str | None, then: str | None, whose: object) -> None:
     if now != then:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
-            "is, or say where they are, --set pipeline.source=...; or train anew in another folder"
+            "is, or say where they are, --set pipeline.source=...; keep net.lora.frozen as it was; or train anew in "
+            "another folder"
         )

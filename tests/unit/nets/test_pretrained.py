@@ -19,8 +19,9 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Half, Lora
+from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
+from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.run.config.load import load
