@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
 from dumo.nets.twin import put
 from dumo.runtime import import_bitsandbytes, install
-from dumo.training.frozen import sampled
+from dumo.training.frozen import digest_of
 from dumo.types import Array, UserError
 
 Coding = Literal["int8", "nf4"]
@@ -48,10 +49,14 @@ class Half(nn.Linear):
 
 
 class Coded(nn.Linear):
-    """A frozen layer whose weight is codes, and `scales` of them. Its bias is in float32."""
+    """A frozen layer whose weight is codes, and `scales` of them; `origin` is a digest of what was coded, and how.
+
+    Its bias is in float32.
+    """
 
     compute_dtype = torch.float32  # as Half's
     scales: nn.Parameter
+    origin: nn.Parameter
 
     def __init__(self, layer: nn.Linear, coding: Coding) -> None:
         """Codes the layer's weight, on the device where it lies."""
@@ -60,14 +65,12 @@ class Coded(nn.Linear):
         codes, scales = encode(weight, coding)
         self.weight, self.scales = nn.Parameter(codes, False), nn.Parameter(scales, False)
         self._parameters["bias"] = None if bias is None else nn.Parameter(single(bias.detach()), False)
-        self.stands_for = sampled(
-            coding, weight
-        )  # in the digest of what is frozen: codes may differ on another machine
+        self.origin = nn.Parameter(origin(weight, coding), False)
 
     @property
     def saved(self) -> int:
-        """By how many numbers the weight is longer than its codes and scales."""
-        return self.in_features * self.out_features - self.weight.numel() - self.scales.numel()
+        """By how many numbers the weight is longer than what is there for it."""
+        return self.in_features * self.out_features - sum(p.numel() for p in (self.weight, self.scales, self.origin))
 
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
@@ -101,8 +104,9 @@ class _Product(torch.autograd.Function):
         return gradient @ decoded(*ctx.saved_tensors, ctx.size, gradient.dtype), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:  # noqa: ANN401
-        return F.linear(tangents[0], decoded(*ctx.saved_tensors, ctx.size, tangents[0].dtype))
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401
+        dx, *_, bias = tangents
+        return F.linear(dx, decoded(*ctx.saved_tensors, ctx.size, dx.dtype), bias)
 
 
 def precision(x: Array) -> torch.dtype | None:
@@ -118,6 +122,13 @@ def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
     if coding == "int8":
         return ops.int8_vectorwise_quant(weight)[:2]
     return ops.quantize_4bit(weight, BLOCK, coding, torch.uint8)
+
+
+def origin(weight: Tensor, coding: Coding) -> Tensor:
+    """A SHA-256 of a weight, as the digest of what is frozen takes it, and of how it is coded; (32,)."""
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return torch.empty(32, dtype=torch.uint8, device=weight.device)
+    return torch.tensor([*bytes.fromhex(digest_of({coding: weight}))], dtype=torch.uint8)
 
 
 def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -158,12 +169,9 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], without: Sequence[st
         _widen(layer)
 
 
-def numbers(net: nn.Module, *, trained: bool = False) -> int:
-    """How many numbers the parameters of a net are, codes counted as what they stand for; `trained`: of these alone."""
-    if trained:
-        return sum(p.numel() for p in net.parameters() if p.requires_grad)
-    coded = sum(layer.saved for layer in net.modules() if isinstance(layer, Coded))
-    return coded + sum(p.numel() for p in net.parameters())
+def saved(net: nn.Module) -> int:
+    """By how many numbers the weights of a net are more than its parameters, some of which are codes and scales."""
+    return sum(layer.saved for layer in net.modules() if isinstance(layer, Coded))
 
 
 def _widen(layer: nn.Module) -> None:

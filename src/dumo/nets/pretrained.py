@@ -74,6 +74,14 @@ class Pretrained(Reading):
         made = Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
         return made.within(self._pipeline)
 
+    def uncoded(self) -> "Pretrained":
+        """The same with a base as it is stored, where that is coded: in bf16, if it is, else in float32."""
+        if self.lora is None or self.lora.coding is None:
+            return self
+        half = self.weights == "source" and stored(with_weights(self.pipeline)) == torch.bfloat16
+        lora = self.lora.model_copy(update={"frozen": "bfloat16" if half else "float32"})
+        return self.model_copy(update={"lora": lora})
+
     def mapped(self) -> "Pretrained":
         """The same, its weights as they are stored and mapped from their files: of several ranks each reads its part.
 

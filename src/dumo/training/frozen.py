@@ -5,6 +5,7 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -51,24 +52,25 @@ def share(copy: nn.Module, net: nn.Module) -> None:
 def digest(net: nn.Module) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    A layer that is coded has the name of its coding and the numbers that were coded (`stands_for`), not its codes,
-    which may differ from machine to machine. 20 B parameters take a second. Another model has another digest; a change
+    A layer of codes has the digest of what was coded, and how (`origin`), not its codes, which another version of a
+    library may choose otherwise. 20 B parameters take a second. Another model has another digest; a change
     of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
     """
     fixed = frozen_weights(net)
     if not fixed or any(p.is_meta or isinstance(p, FakeTensor) for p in fixed.values()):
         return None
-    coded = {path: layer for path, layer in net.named_modules(remove_duplicate=False) if hasattr(layer, "stands_for")}
-    found = {path: (path.encode(), *layer.stands_for) for path, layer in coded.items()}
+    coded = [path for path, layer in net.named_modules(remove_duplicate=False) if "origin" in layer._parameters]
     codes = {f"{path}.{name}" for path in coded for name in ("weight", "scales")}
-    found |= {name: sampled(name, p.detach()) for name, p in fixed.items() if name not in codes}
-    return digests.of_bytes(*(part for _, parts in sorted(found.items()) for part in parts))
+    return digest_of({name: p for name, p in fixed.items() if name not in codes})
 
 
-def sampled(name: str, x: Tensor) -> tuple[bytes, ...]:
-    """The bytes of a tensor that go into the digest; none of one without numbers."""
-    if x.is_meta or isinstance(x, FakeTensor):
-        return ()
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of these tensors, as `digest` takes it."""
+    return digests.of_bytes(*(part for name, x in sorted(tensors.items()) for part in _sampled(name, x.detach())))
+
+
+def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
+    """The bytes of a tensor that go into the digest."""
     count = min(SAMPLE, x.numel())
     some = x.flatten()[torch.arange(count, device=x.device) * x.numel() // max(count, 1)].cpu()
     return f"{name} {tuple(x.shape)} {x.dtype}\n".encode(), bytes(some.view(torch.uint8).numpy().data)

@@ -108,7 +108,11 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
-MODELS = {"sd3": (*ADAPTERS, *CODED), "flux": ("full", "lora"), "cogview4": ("full", "lora")}  # blocks of one kind, and of two
+MODELS = {
+    "sd3": (*ADAPTERS, *CODED),
+    "flux": ("full", "lora"),
+    "cogview4": ("full", "lora"),
+}  # blocks of one kind, and of two
 for name, ways in MODELS.items():
     for one in ways:
         asked = Task(OBJECTIVE, Linear(), CLASSES)
