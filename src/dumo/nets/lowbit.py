@@ -82,7 +82,8 @@ class Coded(nn.Linear):
 def product(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None = None) -> Array:
     """x W^T + bias, in the precision of autocast, else of x (..., in)."""
     x = x if (dtype := precision(x)) is None else x.to(dtype)
-    return _Product.apply(x, codes, scales, size, None if bias is None else bias.to(x.dtype))
+    function = _Product if torch.compiler.is_compiling() else _Pushed
+    return function.apply(x, codes, scales, size, None if bias is None else bias.to(x.dtype))
 
 
 class _Product(torch.autograd.Function):
@@ -102,6 +103,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         (gradient,) = gradients
         return gradient @ decoded(*ctx.saved_tensors, ctx.size, gradient.dtype), None, None, None, None
+
+
+class _Pushed(_Product):
+    """The product with a rule for torch.func.jvp, with which a compiler refuses a function."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401

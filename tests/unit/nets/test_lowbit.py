@@ -1,4 +1,4 @@
-"""Layers of codes are linear layers with the weight that the codes stand for, in every pass and for every derivative."""
+"""Layers of codes are linear layers with the weight that codes stand for, in every pass and every derivative."""
 
 import copy
 import subprocess
