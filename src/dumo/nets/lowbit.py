@@ -101,8 +101,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        (gradient,) = gradients
-        return gradient @ decoded(*ctx.saved_tensors, ctx.size, gradient.dtype), None, None, None, None
+        (gradient,), (codes, scales) = gradients, ctx.saved_tensors
+        return gradient @ decoded(codes, scales, ctx.size, gradient.dtype), None, None, None, None
 
 
 class _Pushed(_Product):
@@ -110,8 +110,8 @@ class _Pushed(_Product):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401
-        dx, *_, bias = tangents
-        return F.linear(dx, decoded(*ctx.saved_tensors, ctx.size, dx.dtype), bias)
+        (dx, *_, bias), (codes, scales) = tangents, ctx.saved_tensors
+        return F.linear(dx, decoded(codes, scales, ctx.size, dx.dtype), bias)
 
 
 def precision(x: Array) -> torch.dtype | None:

@@ -27,9 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dumo.flow.precision import autocast
+from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
+from dumo.nets.adapter import Lora
 from dumo.objectives import Objective
 from dumo.run.config.change import override, shown
 from dumo.run.config.check import check_pieces
@@ -268,8 +269,12 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             tell(f"{name}: {'' if name in exact else 'more than '}{sized(tried[name], 1024)}")
         return tried[name] <= limit
 
-    fewest, optional = 1 if isinstance(spec.net, Pretrained) else FEWEST, may_checkpoint(spec)
-    for base, one in product(bases(spec), [*layouts(spec.train, ranks, optional=optional)]):
+    try:
+        optional = spec.net.checkpoint is False and bool(changed(spec, {"net.checkpoint": True}))
+    except UserError:  # blocks would forget a mask
+        optional = False
+    ways, fewest = [*layouts(spec.train, ranks, optional=optional)], 1 if isinstance(spec.net, Pretrained) else FEWEST
+    for base, one in product(bases(spec.net.lora, spec.train.precision), ways):
         one = base | one
         first, *others = (one | rows for rows in halved(changed(spec, one).train, spec.objective, ranks, fewest))
         if fits(first):
@@ -284,20 +289,11 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     )
 
 
-def may_checkpoint(spec: Run) -> bool:
-    """Whether blocks could be computed again, and are not."""
-    try:
-        return spec.net.checkpoint is False and bool(changed(spec, {"net.checkpoint": True}))
-    except UserError:  # they would forget a mask
-        return False
-
-
-def bases(spec: Run) -> Iterator[Fields]:
+def bases(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
     """The fields to set for the frozen base of a LoRA: none, and then those of fewer bits."""
     yield {}
-    if lora := spec.net.lora:
-        after = CODINGS[CODINGS.index(lora.frozen) + 1 :]
-        yield from ({"net.lora.frozen": one} for one in after if one != "bfloat16" or spec.train.precision == "bf16")
+    after = CODINGS[CODINGS.index(lora.frozen) + 1 :] if lora else ()
+    yield from ({"net.lora.frozen": one} for one in after if one != "bfloat16" or precision == "bf16")
 
 
 def at_least(train: Train, ranks: int, held: Mapping[str, int]) -> int:
