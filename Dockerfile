@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml constraints.txt README.md LICENSE /opt/dumo/
 COPY src /opt/dumo/src
-RUN pip install --no-cache-dir --extra-index-url "$INDEX" -c /opt/dumo/constraints.txt '/opt/dumo[demo,pretrained]'
+RUN pip install --no-cache-dir --extra-index-url "$INDEX" -c /opt/dumo/constraints.txt '/opt/dumo[demo,pretrained,quantised]'
 # any user can run it: `docker run --user "$(id -u)"`; USER is what torch calls the folder of compiled code
 RUN useradd dumo && install --directory --owner dumo /work
 ENV HOME=/tmp USER=dumo NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -9,9 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dumo.io.weights import read
 from dumo.nets import lowpass
+from dumo.nets.pretrained import WEIGHTS
 from e2e.shell import call, files, refused, sets
 
 DIGITS: dict[str, Any] = {
@@ -72,6 +74,38 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("coding", ["int8", "nf4"])
+def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:
+    """Also gone on with, to the bit; on another coding, or on other weights, it is refused."""
+    words = net(folder, "net.lora.rank=4", f"net.lora.frozen={coding}")
+    whole = ["train", "digits", *words, *SHORT, *sets("train.schedule.kind=constant", "teacher.kind=base")]
+    for done in (
+        call(*whole, "--out", "whole"),
+        call(*whole, *sets("train.steps=2"), "--out", "parts"),
+        call(*whole, "--out", "parts"),
+        call("sample", "whole", "--nfe", "1"),
+        call("doctor", "digits", *words),
+        call("export", "whole", "merged"),
+        call("export", "whole", "adapters", "--to", "lora"),
+    ):
+        assert done.code == 0, done
+    one, two = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
+    assert all(torch.equal(x, two[name]) for name, x in one.items())
+    assert not any("scales" in name for name in one)
+    assert f"on a base in {coding}" in (here / "merged/README.md").read_text()
+    assert "the weights as they are stored" in (here / "adapters/README.md").read_text()
+    stored, merged = (load_file(f"{place}/transformer/{WEIGHTS}") for place in (folder, "merged"))
+    own = load_file(next((here / "whole/checkpoints/step-00000004").glob("ema-*")))
+    key, name = "model.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.weight"
+    a, b = (own[f"{key}.lora_{part}.default.weight"] for part in "AB")
+    assert torch.allclose(merged[name], stored[name] + b @ a, atol=1e-6)
+    more = ("train", "whole", *sets("train.steps=8", f"net.lora.frozen={'nf4' if coding == 'int8' else 'int8'}"))
+    refused(*more, named=(f"net.lora.frozen: {coding} there",), lines=None)
+    refused(*more, "--accept", named=("was trained on other frozen weights", "keep net.lora.frozen as it was"))
 
 
 @pytest.mark.usefixtures("uncompiled")

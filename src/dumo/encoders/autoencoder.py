@@ -20,7 +20,7 @@ from dumo.encoders.codec import FIELD, WEIGHTS, Images, Latent, Moments, Opened,
 from dumo.encoders.pipeline import VAE, Pipeline, Reading
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
-from dumo.runtime import install
+from dumo.runtime import import_bitsandbytes, install
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
@@ -187,6 +187,7 @@ class Pair:
 
 def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     """The model of diffusers' class `name`, and the SHA-256 of its weights."""
+    import_bitsandbytes()
     try:
         import diffusers  # slow to import, and an extra
     except ImportError as error:

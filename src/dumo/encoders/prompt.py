@@ -23,7 +23,7 @@ from dumo.encoders.pipeline import HINT, TRANSFORMER, Pipeline
 from dumo.encoders.text import Embeddings, quietly
 from dumo.encoders.tokens import transformers
 from dumo.io.read import foreign
-from dumo.runtime import install
+from dumo.runtime import import_bitsandbytes, install
 from dumo.types import PLACE, Spec, UserError
 
 KEPT = ("tokens", "mask", "pooled")
@@ -55,6 +55,7 @@ class Prompts(Spec):
 
     def _loaded(self, of: Pipeline) -> tuple[Any, Any]:
         """The class of the pipeline, and the pipeline."""
+        import_bitsandbytes()
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:

@@ -14,10 +14,12 @@ dumo.json          the run, and the SHA-256 of the weights that this was made of
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import safetensors.torch
+from torch import nn
 
 from dumo.data import Data, Latents
 from dumo.export import card, lora, standalone
@@ -27,10 +29,11 @@ from dumo.flow.path import Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import apart
-from dumo.nets import DiT
+from dumo.nets import DiT, Pretrained
 from dumo.objectives import Objective
 from dumo.run.config.error import require_known
 from dumo.run.folder import RunFolder
+from dumo.training.frozen import trained
 from dumo.types import UserError
 
 Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
@@ -64,6 +67,8 @@ def export(
         require_known(option, value, known)
     vacant(out)
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
+    if to in ("diffusers", "safetensors"):
+        sampler = replace(sampler, net=uncoded(opened))
     found, path = choose_head(sampler.objective, head), sampler.path
     net = spec if isinstance(spec, DiT) and to == "diffusers" else of_net(sampler, spec, found)
     if path != Linear():
@@ -88,6 +93,16 @@ def export(
         facts = made.facts
         write_json(half / ORIGIN, {**facts, "run": json.loads(facts["run"])})
     return out
+
+
+def uncoded(opened: RunFolder) -> nn.Module:
+    """A run's net with adapters that can be added to their layers: on a base that is read anew where it is coded."""
+    spec = opened.run.net
+    if not isinstance(spec, Pretrained) or (whole := spec.uncoded()) is spec:
+        return opened.net
+    net = opened.run.model_copy(update={"net": whole}).build(opened.device)
+    net.load_state_dict(trained(opened.net), strict=False)
+    return net.eval()
 
 
 def vacant(out: Path) -> None:

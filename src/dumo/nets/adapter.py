@@ -3,10 +3,9 @@
 peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, and B starts at zero. B A counts in full:
 alpha is the rank, as in TwinFlow.
 
-Frozen linear layers may be kept in bf16, half the bytes. Under autocast in bf16 a linear layer casts its weights in
-every pass, so to keep them cast changes no bit of its output. Norms, tables and all that is trained stay in float32.
-Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes of a machine
-share them until each has taken its part.
+Frozen linear layers may be kept in fewer bits (`dumo.nets.lowbit`); norms, tables and all that is trained stay in
+float32. Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes of
+a machine share them until each has taken its part, or has coded them layer by layer.
 """
 
 import re
@@ -14,16 +13,14 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
-from dumo.flow.precision import single
+from dumo.nets.lowbit import Coding, halve, quantise
 from dumo.nets.twin import put
-from dumo.runtime import install
+from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
-from dumo.types import Array, Spec, UserError
+from dumo.types import Spec, UserError
 
 MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
@@ -32,27 +29,12 @@ class Lora(Spec):
     """Adapters of the attention and the perceptrons of every block."""
 
     rank: int = Field(default=64, ge=1, le=CHANNELS)  # TwinFlow
-    frozen: Literal["float32", "bfloat16"] = "float32"  # the type of frozen linear layers
+    frozen: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # the type of frozen linear layers
 
-
-class Half(nn.Linear):
-    """A frozen layer with bf16 weights. Without autocast it computes in the precision of its input."""
-
-    compute_dtype = torch.float32  # of the adapters that peft makes for it
-
-    def __init__(self, layer: nn.Linear) -> None:
-        """Takes over the layer's numbers, rounded where they are not bf16."""
-        biased = layer._parameters["bias"] is not None
-        super().__init__(layer.in_features, layer.out_features, biased, device="meta")
-        for name, p in layer.named_parameters():
-            self._parameters[name] = nn.Parameter(p.detach().bfloat16(), False)
-
-    def forward(self, input: Array) -> Array:
-        """input (..., in_features)."""
-        if torch.amp.is_autocast_available(kind := input.device.type) and torch.is_autocast_enabled(kind):
-            return super().forward(input)
-        bias = self._parameters["bias"]
-        return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    @property
+    def coding(self) -> Coding | None:
+        """How frozen layers are coded; None: they are numbers."""
+        return self.frozen if self.frozen in ("int8", "nf4") else None
 
 
 def adapt(
@@ -61,8 +43,9 @@ def adapt(
     """Add adapters to a model, in place, and freeze everything else.
 
     Layers at or below the paths `idle` get none, nor do those at or below `trained`, which stay in float32. Raises
-    UserError where peft is missing.
+    UserError where peft is missing, or what codes need.
     """
+    import_bitsandbytes()
     try:
         import peft
     except ImportError as error:
@@ -72,6 +55,8 @@ def adapt(
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=names)
     if lora.frozen == "bfloat16":
         halve(model, trained)
+    elif lora.coding:
+        quantise(model, blocks, trained, lora.coding)
     model.requires_grad_(False)
     peft.inject_adapter_in_model(config, model)
 
@@ -111,20 +96,3 @@ def merge(model: nn.Module) -> None:
         if layer := there.get(id(place)):
             layer.merge()
             put(model, name, layer.get_base_layer())
-
-
-def halve(model: nn.Module, without: Sequence[str]) -> None:
-    """Keep a model's linear layers in bf16, in place; the rest, and all at or below the paths `without`, in float32."""
-    left = tuple(f"{path}." for path in without)
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left):
-            put(model, name, Half(layer))
-    for layer in model.modules():
-        if not isinstance(layer, Half):
-            _whole(layer)
-
-
-def _whole(layer: nn.Module) -> None:
-    """Set a layer's own numbers to float32."""
-    for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-        x.data = single(x.data)

@@ -19,7 +19,7 @@ from dumo.nets.family import TURN, Family, family
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
-from dumo.runtime import install
+from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
@@ -73,6 +73,14 @@ class Pretrained(Reading):
         fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth}
         made = Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
         return made.within(self._pipeline)
+
+    def uncoded(self) -> "Pretrained":
+        """The same with a base as it is stored, where that is coded: in bf16, if it is, else in float32."""
+        if self.lora is None or self.lora.coding is None:
+            return self
+        half = self.weights == "source" and stored(with_weights(self.pipeline)) == torch.bfloat16
+        lora = self.lora.model_copy(update={"frozen": "bfloat16" if half else "float32"})
+        return self.model_copy(update={"lora": lora})
 
     def mapped(self) -> "Pretrained":
         """The same, its weights as they are stored and mapped from their files: of several ranks each reads its part.
@@ -144,10 +152,11 @@ class Pretrained(Reading):
         return config
 
     def model(self, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model in float32, or as it is stored where its frozen weights are kept in bf16.
+        """The model in float32, or as it is stored where its frozen weights are kept in fewer bits.
 
         Raises UserError where weights are missing or do not fit.
         """
+        import_bitsandbytes()
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
@@ -179,7 +188,7 @@ class Pretrained(Reading):
     @property
     def kept(self) -> bool:
         """Whether weights stay as they are stored when they are read."""
-        return self.lora is not None and self.lora.frozen == "bfloat16"
+        return self.lora is not None and self.lora.frozen != "float32"
 
 
 class Mapped(Pretrained):

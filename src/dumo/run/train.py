@@ -22,6 +22,7 @@ from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.content import hashes_of
 from dumo.io.source import Bucketed, Source
 from dumo.nets.dualized import Dualized
+from dumo.nets.lowbit import saved
 from dumo.objectives import Objective
 from dumo.run import content, deviation, encode, teacher
 from dumo.run.config.advice import advice
@@ -209,7 +210,7 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     names = f": {some(run.conditions.words)}" if run.conditions.names and not run.conditions.captions else ""
     kind = "with {:,} captions" if run.conditions.captions else "in {} classes"
     classes = f" {kind.format(run.data.classes)}{names}" if run.data.classes else ""
-    weights = sum(p.numel() for p in net.parameters())
+    weights = sum(p.numel() for p in net.parameters()) + saved(net)
     learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
     part = f", {learns:,} of them trained" if learns < weights else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)

@@ -1,5 +1,6 @@
 """What a process is among others and on its machine: ranks, signals, memory, progress, random numbers by key."""
 
+import logging
 import re
 import shlex
 import shutil
@@ -50,3 +51,24 @@ def install(extra: str) -> str:
     else:  # as in an environment that uv made
         tool = f"uv pip install --python {here}"
     return f"{tool} {shlex.join(extras().get(extra, [extra]))}"
+
+
+def import_bitsandbytes() -> bool:
+    """Import bitsandbytes without its search for kernels on a hub, which needs the network; False: it is missing.
+
+    It searches where the package `kernels` is installed, and complains where it is not. Call this before diffusers or
+    peft are imported, which import it.
+    """
+    if not installed("bitsandbytes"):
+        return False
+    log, there = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
+    level, sys.modules["kernels"] = log.level, None  # pyright: ignore[reportArgumentType], so that it is not found
+    log.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # pyright: ignore[reportUnusedImport]  # noqa: F401
+    finally:
+        log.setLevel(level)
+        del sys.modules["kernels"]
+        if there is not None:
+            sys.modules["kernels"] = there
+    return True

@@ -5,6 +5,7 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -51,13 +52,21 @@ def share(copy: nn.Module, net: nn.Module) -> None:
 def digest(net: nn.Module) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    20 B parameters take a second. Another model has another digest; a change of a single number may go unseen. None if
-    nothing is frozen, or the net holds no numbers.
+    A layer of codes has the digest of what was coded, and how (`origin`), not its codes, which another version of a
+    library may choose otherwise. 20 B parameters take a second. Another model has another digest; a change
+    of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
     """
     fixed = frozen_weights(net)
     if not fixed or any(p.is_meta or isinstance(p, FakeTensor) for p in fixed.values()):
         return None
-    return digests.of_bytes(*(part for name, p in sorted(fixed.items()) for part in _sampled(name, p.detach())))
+    coded = [path for path, layer in net.named_modules(remove_duplicate=False) if "origin" in layer._parameters]
+    codes = {f"{path}.{name}" for path in coded for name in ("weight", "scales")}
+    return digest_of({name: p for name, p in fixed.items() if name not in codes})
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of these tensors, as `digest` takes it."""
+    return digests.of_bytes(*(part for name, x in sorted(tensors.items()) for part in _sampled(name, x.detach())))
 
 
 def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
@@ -72,5 +81,6 @@ def require(now: str | None, then: str | None, whose: object) -> None:
     if now != then:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
-            "is, or say where they are, --set pipeline.source=...; or train anew in another folder"
+            "is, or say where they are, --set pipeline.source=...; keep net.lora.frozen as it was; or train anew in "
+            "another folder"
         )

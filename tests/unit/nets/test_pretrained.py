@@ -19,8 +19,9 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Half, Lora
+from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
+from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.run.config.load import load
@@ -209,17 +210,19 @@ def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> 
 
 
 @pytest.mark.slow
-def test_compiled_blocks_teach_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", ["float32", "int8", "nf4"])
+def test_compiled_blocks_teach_the_same(frozen: str, tmp_path: Path) -> None:
     """Of two kinds, Flux's; in a process of its own, for what checks shapes in tests cannot be compiled."""
-    told, _ = python(f"from {__name__} import compiled; compiled('flux')", cwd=tmp_path).communicate()
+    told, _ = python(f"from {__name__} import compiled; compiled('flux', '{frozen}')", cwd=tmp_path).communicate()
     blocks, kinds, off = json.loads(told.splitlines()[-1])
     assert (blocks, kinds) == (2, 2)
     assert off < 1e-5
 
 
-def compiled(name: str) -> None:
+def compiled(name: str, frozen: Any) -> None:  # noqa: ANN401
     """Print how many blocks are compiled, how many kinds of them, and how far gradients are off, relatively."""
-    spec = saved(Path(), name).model_copy(update={"lora": LORA, "lowpass": 10.0})
+    lora = LORA.model_copy(update={"frozen": frozen})
+    spec = saved(Path(), name).model_copy(update={"lora": lora, "lowpass": 10.0})
     plain, net = built(spec), built(spec)
     for block in net.blocks:
         block.compile = partial(block.compile, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]

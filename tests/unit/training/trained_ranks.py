@@ -42,12 +42,13 @@ OBJECTIVE = DuMo(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5))
 SPEC = Train(steps=3, batch=8, ema=(Ema(decay=0.9),), clip=1.0, optimizer=AdamW(lr=1e-2, eps=1e-3))
 CAPTIONS, GREY = ("one", "two", "a three"), (1, 8, 8)
 ADAPTERS = {"full": None, "lora": Lora(rank=4), "half": Lora(rank=4, frozen="bfloat16")}
+CODED = {"int8": Lora(rank=4, frozen="int8"), "nf4": Lora(rank=4, frozen="nf4")}  # trained in float64
 
 
-def randoms(shape: tuple[int, ...], classes: int, step: int) -> Batch:
+def randoms(shape: tuple[int, ...], classes: int, step: int, dtype: torch.dtype = torch.float32) -> Batch:
     """Data of a step."""
     g = torch.Generator().manual_seed(step)
-    return [torch.randn(SPEC.batch, *shape, generator=g), torch.arange(SPEC.batch) % classes]
+    return [torch.randn(SPEC.batch, *shape, generator=g, dtype=dtype), torch.arange(SPEC.batch) % classes]
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def reader(way: str, place: Path) -> nn.Module:
 
 def tuned(model: str, way: str, place: Path) -> nn.Module:
     """A published transformer, in full or by adapters."""
-    spec = saved(place, model).model_copy(update={"lora": ADAPTERS[way], "lowpass": 10.0})
+    spec = saved(place, model).model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
     net = spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
     if net.row.alone:  # captions of several lengths go through it one by one
         rows = net.texts
         assert isinstance(rows, Rows)
         net.texts = Rows(rows.tokens, torch.arange(rows.length) < torch.tensor([[2], [3], [1]]), None)
-    return net
+    return net.double() if way in CODED else net
 
 
 def mapped(place: Path) -> nn.Module:
@@ -107,11 +108,15 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
-MODELS = {"sd3": ADAPTERS, "flux": ("full", "lora"), "cogview4": ("full", "lora")}  # blocks of one kind, and of two
+MODELS = {
+    "sd3": (*ADAPTERS, *CODED),
+    "flux": ("full", "lora"),
+    "cogview4": ("full", "lora"),
+}  # blocks of one kind, and of two
 for name, ways in MODELS.items():
     for one in ways:
         asked = Task(OBJECTIVE, Linear(), CLASSES)
-        data = partial(randoms, SHAPE, CLASSES)
+        data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if one in CODED else torch.float32)
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
 
 

@@ -7,7 +7,8 @@ they do there. Memory is followed by torch's `FSDPMemTracker`, through a step th
 has its memory. What a driver, a library for sending and an allocator's gaps take comes on top.
 
 Layouts are tried that leave what a run learns as it is, in this order: fewer rows at a time, blocks computed again in
-the backward pass (`net.checkpoint`), weights shared by more ranks, weights given back after each pass.
+the backward pass (`net.checkpoint`), weights shared by more ranks, weights given back after each pass. Where none fits,
+all are tried again on a base under LoRA that is kept in fewer bits (`net.lora.frozen`).
 """
 
 import warnings
@@ -26,8 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dumo.flow.precision import autocast
+from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
+from dumo.nets import Pretrained
+from dumo.nets.adapter import Lora
 from dumo.objectives import Objective
 from dumo.run.config.change import override, shown
 from dumo.run.config.check import check_pieces
@@ -45,7 +48,8 @@ from dumo.types import Frozen, Net, Noised, Path, Terms, UserError
 
 HOUR = 3600.0
 USUAL = 0.4  # of a GPU's peak, if it is not given: ours
-FEWEST = 8  # rows at a time: fewer leave a GPU idle. Ours
+FEWEST = 8  # rows at a time: fewer leave a GPU idle, but of a pretrained net, a row of which has many tokens. Ours
+CODINGS = ("float32", "bfloat16", "int8", "nf4")  # of `net.lora.frozen`, each with fewer bits than the one before
 KINDS = {
     "_allgather_base_": "all-gather",
     "all_gather_into_tensor": "all-gather",  # of a tensor that lies in parts, by an optimizer
@@ -247,13 +251,15 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
 
     `tell` hears of each layout that is tried. Raises UserError if none fits, or the run does not fit this many ranks.
     """
-    held, tried, exact = plan.held(spec.outline(), spec.train), dict[str, int](), set[str]()
+    held, tried, exact = dict[str, dict[str, int]](), dict[str, int](), set[str]()
     encoders = plan.of_encoders(spec.net, spec.data.classes)
 
     def fits(fields: Fields) -> bool:
         name, run = " ".join(words(fields)) or "as it is", changed(spec, fields)
         if name not in tried:
-            tried[name] = at_least(run.train, ranks, held) + encoders
+            base = str(run.net.lora)
+            held[base] = held.get(base) or plan.held(run.outline(), run.train)
+            tried[name] = at_least(run.train, ranks, held[base]) + encoders
             if tried[name] <= limit:
                 exact.add(name)
                 step = counted(run.outline(), run.objective, run.path, run.data.shape, run.train, ranks)
@@ -261,9 +267,14 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             tell(f"{name}: {'' if name in exact else 'more than '}{sized(tried[name], 1024)}")
         return tried[name] <= limit
 
-    checkpoint = spec.net.checkpoint
-    for one in layouts(spec.train, ranks, optional=checkpoint is False):
-        first, *others = (one | rows for rows in halved(changed(spec, one).train, spec.objective, ranks))
+    try:
+        optional = spec.net.checkpoint is False and bool(changed(spec, {"net.checkpoint": True}))
+    except UserError:  # blocks would forget a mask
+        optional = False
+    ways, fewest = [*layouts(spec.train, ranks, optional=optional)], 1 if isinstance(spec.net, Pretrained) else FEWEST
+    for base, one in product(bases(spec.net.lora, spec.train.precision), ways):
+        one = base | one
+        first, *others = (one | rows for rows in halved(changed(spec, one).train, spec.objective, ranks, fewest))
         if fits(first):
             return first
         if others and fits(others[-1]):  # else none does
@@ -274,6 +285,13 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
         f"no layout keeps within {sized(limit, 1024)} on each of {ranks} rank{'s' if ranks > 1 else ''}: the least is "
         f"{least}. Take more ranks, larger GPUs, or a smaller net"
     )
+
+
+def bases(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
+    """The fields to set for the frozen base of a LoRA: none, and then those of fewer bits."""
+    yield {}
+    after = CODINGS[CODINGS.index(lora.frozen) + 1 :] if lora else ()
+    yield from ({"net.lora.frozen": one} for one in after if one != "bfloat16" or precision == "bf16")
 
 
 def at_least(train: Train, ranks: int, held: Mapping[str, int]) -> int:
@@ -296,11 +314,11 @@ def layouts(train: Train, ranks: int, *, optional: bool) -> Iterator[Fields]:
         yield fields | ({"train.reshard": reshard} if reshard != train.reshard else {})
 
 
-def halved(train: Train, objective: Objective, ranks: int) -> Iterator[Fields]:
-    """Rows at a time: as many as now, then half of them again and again, where the batch can be cut so."""
+def halved(train: Train, objective: Objective, ranks: int, fewest: int = FEWEST) -> Iterator[Fields]:
+    """Rows at a time: as many as now, then half of them down to the `fewest`, where the batch can be cut so."""
     yield {}
     rows = plan.most_rows(train, objective, ranks) // 2
-    while rows >= FEWEST:
+    while rows >= fewest:
         try:
             check_pieces(train.model_copy(update={"micro_batch": rows}), objective, ranks)
         except UserError:  # groups of rows, or kinds of them, would be parted

@@ -17,6 +17,7 @@ from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
 from dumo.nets import Net, Pretrained
+from dumo.nets.lowbit import saved
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
@@ -47,7 +48,7 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {
         "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": sum(p.numel() for p in net.parameters()) + saved(net),
         "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
@@ -80,7 +81,7 @@ def plan(spec: Run) -> dict[str, Any]:
     epoch = cached.rows if cached else standard and (TRAIN if standard.url else standard.real)
     return {
         **shown,
-        "parameters_total": sum(value.numel() for value in net.state_dict().values()),
+        "parameters_total": sum(value.numel() for value in net.state_dict().values()) + saved(net),
         "pixels": list(spec.pixels),
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},

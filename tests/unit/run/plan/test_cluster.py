@@ -139,6 +139,25 @@ def test_the_first_layout_that_fits() -> None:
     assert [line.partition(":")[0] for line in tried] == ["as it is", "train.micro_batch=8", "train.micro_batch=16"]
 
 
+def test_a_base_of_fewer_bits_is_the_last_way_and_of_a_lora_alone() -> None:
+    """And no way is one that the run has gone already, or cannot go."""
+    words = [
+        "net.kind=diffusers",
+        "net.texts.kind=codes",
+        "pipeline=sd3-digits",
+        "net.checkpoint=true",
+        "train.batch=2",
+    ]
+    tried: list[str] = []
+    for spec in (load("digits", [*words, "net.lora.rank=4"]), load("digits", words)):
+        tried.append("")
+        with pytest.raises(UserError, match="no layout keeps within 1 KiB on each of 1 rank"):
+            cluster.fit(spec, 1, 1024, tried.append)
+    names = [line.partition(":")[0] for line in tried]
+    coded = [f"net.lora.frozen={one}{rows}" for one in ("int8", "nf4") for rows in ("", " train.micro_batch=1")]
+    assert names == ["", "as it is", "train.micro_batch=1", *coded, "", "as it is", "train.micro_batch=1"]
+
+
 def test_where_none_fits_all_are_tried_in_order() -> None:
     """None of these is counted: weights alone are too much."""
     tried: list[str] = []
