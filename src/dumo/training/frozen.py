@@ -5,6 +5,7 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -28,15 +29,10 @@ def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor
     return {name: x for name, x in (net if module is None else module).state_dict().items() if name not in fixed}
 
 
-def copied(net: nn.Module, *, lent: bool = False) -> nn.Module:
-    """A copy that shares the frozen parameters and fixed tables with the net.
-
-    `lent`: its other parameters have the net's own numbers, too, for sharding copies a rank's part of them.
-    """
+def copied(net: nn.Module) -> nn.Module:
+    """A copy that shares the frozen parameters and fixed tables with the net."""
     tables = (m._buffers[name] for m in net.modules() for name in m._non_persistent_buffers_set)
     shared: dict[int, Tensor] = {id(x): x for x in (*frozen_weights(net).values(), *tables) if x is not None}
-    if lent:
-        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()} | shared
     return deepcopy(net, shared)
 
 
@@ -48,16 +44,16 @@ def share(copy: nn.Module, net: nn.Module) -> None:
         mine._buffers.update({name: its._buffers[name] for name in its._non_persistent_buffers_set})
 
 
-def digest(net: nn.Module) -> str | None:
+def digest(net: nn.Module, made: Callable[[Tensor], Tensor] = torch.detach) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    20 B parameters take a second. Another model has another digest; a change of a single number may go unseen. None if
-    nothing is frozen, or the net holds no numbers.
+    `made` gives the numbers of one. 20 B parameters take a second. Another model has another digest; a change of a
+    single number may go unseen. None if nothing is frozen, or the net holds no numbers.
     """
     fixed = frozen_weights(net)
-    if not fixed or any(p.is_meta or isinstance(p, FakeTensor) for p in fixed.values()):
+    if not fixed or any(isinstance(p, FakeTensor) for p in fixed.values()) or made(next(iter(fixed.values()))).is_meta:
         return None
-    return digests.of_bytes(*(part for name, p in sorted(fixed.items()) for part in _sampled(name, p.detach())))
+    return digests.of_bytes(*(part for name, p in sorted(fixed.items()) for part in _sampled(name, made(p))))
 
 
 def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
