@@ -59,7 +59,12 @@ def opened(data: Data) -> Source:
 
 def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float]]:
     """All numbers of a run after so many steps, each in one piece, and the losses."""
-    state = begin(run.build(), run.train)
+    if dist.world() == 1:
+        state = begin(run.build(), run.train)
+    else:  # as `dumo train` begins
+        net, made = run.sketch()
+        assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
+        state = begin(net, run.train, torch.device("cpu"), made)
     rows = span(pieces(run.train, run.objective))
     task = Task(run.objective, run.path, run.data.classes, taught if "+teacher" in case else None)
     losses: list[float] = []

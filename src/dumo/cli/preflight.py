@@ -176,7 +176,7 @@ def dry(
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
-    from dumo.run.plan import plan, rehearsal
+    from dumo.run.plan import host, plan, rehearsal
 
     limit = size(fit) if fit else None
     spec = load_with_advice(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
@@ -185,6 +185,7 @@ def dry(
     if not as_json:
         lines = [*plan.lines(facts, alone=not many), *unknown_classes(spec.conditions)]
         lines += plan.ranked(many, spec.train.keep) if many else gpu_lines(facts["gpus"], source, set_ or [])
+        lines += [host.line((many or facts)["host"], name) for name in host.DEVICES]
         lines += set_lines(many["fields"]) if many else []
         show_lines(lines)
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None

@@ -13,19 +13,20 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -139,6 +140,24 @@ def load(folder: Path) -> dict[str, Tensor]:
     into = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in outline(folder).items()}
     fill(folder, into)
     return into
+
+
+def lazily(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """What reads each whole tensor of a folder. Raises as `outline`."""
+    outlined, about = outline(folder), HuggingFaceStorageReader(str(folder)).read_metadata()
+    files: dict[str, safe_open] = {}
+
+    def read(name: str) -> Tensor:
+        into, found = torch.empty_like(outlined[name], device="cpu"), about.state_dict_metadata[name]
+        assert isinstance(found, TensorStorageMetadata), "as `outline` found"
+        for part in found.chunks:
+            file = about.storage_data[MetadataIndex(name, part.offsets)].relative_path
+            opened = files[file] if file in files else files.setdefault(file, safe_open(file, "pt"))
+            place = tuple(slice(at, at + n) for at, n in zip(part.offsets, part.sizes, strict=True))
+            into[place] = opened.get_tensor(name)
+        return into
+
+    return {name: partial(read, name) for name in outlined}
 
 
 def share(whole: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
 from dumo.training import layout
+from dumo.training.deferred import Deferred
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
@@ -100,12 +101,15 @@ class Dualized(nn.Module):
         heads = heads_of(out, len(self.heads))
         return tuple(-head for head in heads) if self.row.backward else heads
 
-    def refit(self) -> None:
-        """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds."""
+    def refit(self, weights: Deferred | None = None) -> None:
+        """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds.
+
+        `weights` makes theirs, if they are not made yet.
+        """
         turn, get = self.row.turn(self.config), self.model.get_submodule
         paths = self._embedders() if self.fits else []
         for path in paths:
-            get(path).float()  # mapped ones are as they are stored
+            _ = weights and weights.fill(get(path))
         self.fits = tuple(lowpass.refit(get(path), turn, fit) for path, fit in zip(paths, self.fits, strict=True))
 
     @property

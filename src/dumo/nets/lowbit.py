@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
 from dumo.nets.twin import put
 from dumo.runtime import import_bitsandbytes, install
+from dumo.training.deferred import derived
 from dumo.training.frozen import digest_of
 from dumo.types import Array, UserError
 
@@ -131,9 +131,8 @@ def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 def origin(weight: Tensor, coding: Coding) -> Tensor:
     """A SHA-256 of a weight, as the digest of what is frozen takes it, and of how it is coded; (32,)."""
-    if weight.is_meta or isinstance(weight, FakeTensor):
-        return torch.empty(32, dtype=torch.uint8, device=weight.device)
-    return torch.tensor([*bytes.fromhex(digest_of({coding: weight}))], dtype=torch.uint8)
+    blank = torch.empty(32, dtype=torch.uint8, device=weight.device)
+    return derived(lambda x: torch.tensor([*bytes.fromhex(digest_of({coding: x}))], dtype=torch.uint8), weight, blank)
 
 
 def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import nn
 
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, Reading
-from dumo.flow.precision import single
 from dumo.io import weights
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
@@ -21,6 +20,7 @@ from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
+from dumo.training.deferred import leaf, unnoted
 from dumo.types import QUIET, Needs, UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -82,17 +82,6 @@ class Pretrained(Reading):
         lora = self.lora.model_copy(update={"frozen": "bfloat16" if half else "float32"})
         return self.model_copy(update={"lora": lora})
 
-    def mapped(self) -> "Pretrained":
-        """The same, its weights as they are stored and mapped from their files: of several ranks each reads its part.
-
-        What is to be trained is in float32 only after it was sharded (`dumo.training.layout`). Adapters without a base
-        in bf16 read all of it.
-        """
-        if self.lora or self.weights == "drawn":
-            return self
-        made = Mapped.model_construct(None, **dict(self))  # as `short`
-        return made.within(self._pipeline)
-
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
 
@@ -152,7 +141,7 @@ class Pretrained(Reading):
         return config
 
     def model(self, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model in float32, or as it is stored where its frozen weights are kept in fewer bits.
+        """The model in float32, or as it is stored where its frozen weights are kept in fewer bits (`adapter.adapt`).
 
         Raises UserError where weights are missing or do not fit.
         """
@@ -166,45 +155,36 @@ class Pretrained(Reading):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code
             if torch.get_default_device().type == "meta" or self.weights == "drawn":
                 return kind.from_config(config)
-            return self.load(kind, with_weights(self.pipeline))
+            return self.load(kind, config, with_weights(self.pipeline))
 
-    def load(self, kind: Any, folder: Path) -> Any:  # noqa: ANN401, as `model`
-        """The model with the weights of a folder. Raises as `model`."""
-        with foreign(f"{folder} holds no {kind.__name__} that diffusers can load", HINT):
+    def load(self, kind: Any, config: Config, folder: Path) -> Any:  # noqa: ANN401, as `model`
+        """The model with the weights of a folder, mapped from its files until they are made. Raises as `model`."""
+        with foreign(f"{folder} holds no {kind.__name__} that diffusers can load", HINT), unnoted():
+            from accelerate import init_empty_weights
+
             model, info = kind.from_pretrained(
                 folder,
                 output_loading_info=True,
                 use_safetensors=True,
                 local_files_only=True,
-                torch_dtype=stored(folder) if self.kept else torch.float32,
+                torch_dtype=stored(folder),
             )
+            with init_empty_weights():
+                tables = dict(kind.from_config(config).named_buffers())  # in float32, whatever the file's type
         names = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for name in names for key in info.get(name, ())]:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
-        if self.kept:
-            as_stored(model, folder)
+        found = {name: x for file in files_of(folder) for name, x in weights.load(file).items()}
+        kept = self.lora is not None and self.lora.frozen != "float32"
+        for place, module in model.named_modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    x = leaf(found[f"{place}.{name}".lstrip(".")])
+                    module._parameters[name] = nn.Parameter(x if kept else x.float(), p.requires_grad)
+            for name in module._buffers:
+                full = f"{place}.{name}".lstrip(".")
+                module._buffers[name] = found[full].float() if full in found else tables.get(full)
         return model
-
-    @property
-    def kept(self) -> bool:
-        """Whether weights stay as they are stored when they are read."""
-        return self.lora is not None and self.lora.frozen != "float32"
-
-
-class Mapped(Pretrained):
-    """`Pretrained.mapped`: in no recipe."""
-
-    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
-        """As `Pretrained.build`. Buffers, and the few weights that are frozen, are in float32, of which a digest is."""
-        net = super().build(needs, shape, classes)
-        for x in (*net.model.buffers(), *(p for p in net.parameters() if not p.requires_grad)):
-            x.data = single(x.data)
-        return net
-
-    @property
-    def kept(self) -> bool:
-        """They do."""
-        return True
 
 
 class Shortened(Pretrained):
@@ -229,22 +209,14 @@ def demand(needs: Needs) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a model's weights, in order."""
-    return sorted(folder.glob(f"{Path(WEIGHTS).stem}*.safetensors"))
+    """The files of a model's weights, in order; not those of another precision, which may lie next to them."""
+    whole = folder / WEIGHTS
+    return [whole] if whole.is_file() else sorted(folder.glob(f"{Path(WEIGHTS).stem}-*-of-*.safetensors"))
 
 
 def stored(folder: Path) -> torch.dtype:
     """The dtype of the first of a model's weights: diffusers maps what it need not cast."""
     return next(iter(weights.load(files_of(folder)[0]).values())).dtype
-
-
-def as_stored(model: nn.Module, folder: Path) -> None:
-    """Set the tensors whose dtype differs from the folder's to the folder's own: mapped, not read."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for file in files_of(folder):
-        for name, x in weights.load(file).items():
-            if name in own and own[name].dtype != x.dtype:
-                own[name].data = x
 
 
 def with_weights(pipeline: Pipeline) -> Path:

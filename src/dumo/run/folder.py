@@ -1,9 +1,9 @@
 """A run's folder: claimed and held, gone on with where its last checkpoint stands, and opened to read."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import single
 from dumo.io import digest
 from dumo.io import file as files
-from dumo.io.weights import compare
+from dumo.io.weights import compare, outline
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, published
@@ -27,6 +27,7 @@ from dumo.run.origin import newest, require_own, require_same
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist, typed
 from dumo.training import checkpoint, frozen, manifest
+from dumo.training.deferred import Deferred
 from dumo.training.log import read_log
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -51,6 +52,7 @@ class RunFolder:
     file: Path = Path()  # that file or folder
     checkpoint: Path = Path()  # the last one that is whole
     listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
+    made: Deferred = field(default_factory=Deferred)  # makes the weights of a net that was not filled
 
     @cached_property
     def sha256(self) -> str:
@@ -74,12 +76,18 @@ def sampler(run: Run, net: nn.Module) -> Sampler:
 
 
 def open_run(
-    source: str, overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    fill: bool = True,
 ) -> RunFolder:
     """Open a run's folder to sample or judge it; `weights` are a file, or a folder of shards, other than it shows.
 
-    Where it is trained meanwhile, a checkpoint may go while it is read: then a newer one is taken. Raises UserError
-    where it is none, or has no checkpoint yet, or none that is whole.
+    Where it is trained meanwhile, a checkpoint may go while it is read: then a newer one is taken. Without `fill`
+    `made` is left to read the weights. Raises UserError where it is none, or has no checkpoint yet, or none that is
+    whole.
     """
     folder = Path(source)
     if not (folder / FILE).is_file():
@@ -91,7 +99,7 @@ def open_run(
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
         try:
-            return open_weights(run, folder, weights, dist.device(device))
+            return open_weights(run, folder, weights, dist.device(device), fill=fill)
         except (UserError, OSError):
             if there == [*checkpoint.standing(folder / "checkpoints")]:
                 raise
@@ -111,7 +119,7 @@ def require_trained(there: Run, run: Run, folder: Path) -> None:
             )
 
 
-def open_weights(run: Run, folder: Path, weights: str | None, device: torch.device) -> RunFolder:
+def open_weights(run: Run, folder: Path, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     last = checkpoint.latest(folder / "checkpoints", {shown(run.train)} if weights is None else ())
     if last is None:
@@ -120,12 +128,16 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
     require_own(run, folder, last if weights is None else file)
-    net = load_net(run.build(device), file)
+    if fill:
+        run.require_room(device)
+    net, made = unread(run, file)
+    if fill:
+        made.fill(net, device)
     name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
-    frozen.require(frozen.digest(net), about.frozen, folder)
+    frozen.require(frozen.digest(net, made.made), about.frozen, folder)
     listed = about.files.get(file.name) if weights is None else None
     step = checkpoint.step_of(file, about.step)
-    return RunFolder(run, folder, net, step, name, file, last, listed and listed.sha256)
+    return RunFolder(run, folder, net.eval(), step, name, file, last, listed and listed.sha256, made)
 
 
 def shown(train: Train) -> str:
@@ -133,12 +145,32 @@ def shown(train: Train) -> str:
     return f"ema-{train.ema[0].key}" if train.ema else "net"
 
 
-def load_net(net: nn.Module, file: Path) -> nn.Module:
-    """A new net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
-    found = {name: single(x) for name, x in checkpoint.load(file).items()}  # trained in 16 bits it is shown in float32
-    compare(file, found, frozen.trained(net), "the run", checkpoint.FIT)
-    net.load_state_dict(found, strict=False)  # what is frozen is as it was built
-    return net.eval()
+def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
+    """A run's net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
+    run.require_room(device)
+    net, made = unread(run, file)
+    return made.fill(net, device).eval()
+
+
+def unread(run: Run, file: Path) -> tuple[nn.Module, Deferred]:
+    """The same on the CPU, and what reads its weights one by one. Raises as `load_net`."""
+    net, made = run.sketch()
+    there = {name: single(x) for name, x in outline(file).items()}  # what is trained in 16 bits is shown in float32
+    compare(file, there, own := frozen.trained(net), "the run", checkpoint.FIT)
+    found = {name: read for name, read in checkpoint.lazily(file).items() if name in own}
+    lay_in(net, made, {name: lambda read=read: single(read()) for name, read in found.items()})
+    return net, made
+
+
+@torch.no_grad()
+def lay_in(net: nn.Module, made: Deferred, found: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Let a net have other numbers, by name; what is not made yet is, when it is wanted."""
+    own = net.state_dict()
+    for name, read in found.items():
+        if own[name] in made:
+            made.put(own[name], read)
+        else:
+            own[name].copy_(read())
 
 
 def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> None:
@@ -221,28 +253,31 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
     """
     places = folder / "checkpoints"
     last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
-    several = dist.world() > 1
-    first = torch.device("cpu") if several else device  # from where each rank takes its part
-    net = begin_from(run, run.start, first) if run.start and not last else run.build(first, mapped=several)
+    if run.start and not last:
+        net, made = begin_from(run, run.start)
+    elif dist.world() > 1:
+        net, made = run.sketch()
+    else:
+        net, made = run.build(device), None
     if isinstance(net, Dualized) and not (run.start or last):
-        net.refit()
-    state = begin_training(net, run.train, device)
+        net.refit(made)
+    state = begin_training(net, run.train, device, made, restored=last is not None)
     if last:
         last = checkpoint.go_on(last, state, or_before=step is None)
     return state, last
 
 
-def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
-    """A run's net with other weights, by name; a head, as `start.heads` says, with another head's.
+def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
+    """A run's net with other weights, by name, and what reads them; a head, as `start.heads` says, with another head's.
 
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
     the rest, or not in these shapes, and where the same weights make another function there: another net or path.
     """
-    net = run.build(device)
+    net, made = run.sketch()
     if start.kind == "run":
-        found = of_run(start, run.net, run.path, device)
+        found, theirs = of_run(start, run.net, run.path)
     else:
-        found = published.read(start, run.net, run.path, net)
+        found, theirs = published.read(start, run.net, run.path, net), Deferred()
     wanted = net.state_dict()
     there = {f"heads.{new}.": f"heads.{old}." for new, old in start.heads.items()}
 
@@ -262,13 +297,16 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
             f"start: the nets differ, {start.source} has no {alien[0]} of shape {tuple(wanted[alien[0]].shape)}: take "
             "a run on data of this shape and number of classes, or set start=null"
         )
-    net.load_state_dict(wanted | {name: found[their_name(name)] for name in fits})
-    return net
+    lay_in(net, made, {name: partial(theirs.made, found[their_name(name)]) for name in fits})
+    return net, made
 
 
-def of_run(start: Start, net: Net, path: FlowPath, device: torch.device) -> dict[str, Tensor]:
-    """The weights of another run. Raises UserError where they make another function of this net, or on this path."""
-    source = open_run(start.source, device=str(device))
+def of_run(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
+    """The weights of another run, and what reads them.
+
+    Raises UserError where they make another function of this net, or on this path.
+    """
+    source = open_run(start.source, device="cpu", fill=False)
     differs = [*differing("net", source.run.net, net), *differing("path", source.run.path, path)]
     same = SAME if "r" in source.run.objective.needs.names else (*SAME, "net.late:")  # of r no block knew
     if differs := [line for line in differs if not line.startswith(same)]:
@@ -276,7 +314,7 @@ def of_run(start: Start, net: Net, path: FlowPath, device: torch.device) -> dict
             f"start: the nets differ, {start.source} has another {'; '.join(differs)}: set these fields as they are "
             "there, or start=null"
         )
-    return source.net.state_dict()
+    return source.net.state_dict(), source.made
 
 
 def differing(name: str, was: Spec, now: Spec) -> list[str]:

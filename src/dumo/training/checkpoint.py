@@ -15,9 +15,10 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 
 import json
 import warnings
-from collections.abc import Collection, Generator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,15 @@ def load(place: Path) -> dict[str, Tensor]:
     if said and said != digest.of_tensors(found):
         raise UserError(f"{place} has changed: its tensors have another checksum. Take another copy, or other weights")
     return found
+
+
+def lazily(place: Path) -> dict[str, Callable[[], Tensor]]:
+    """What reads each whole tensor of a file of weights, or of a folder of shards. Raises as `load`."""
+    if place.is_dir():
+        from dumo.io import shards  # slow to import
+
+        return shards.lazily(place)
+    return {name: partial(torch.detach, x) for name, x in load(place).items()}  # mapped
 
 
 def facts_of(place: Path) -> dict[str, Any]:

@@ -97,10 +97,10 @@ class MovingAverage:
     It shares frozen weights with the net (`dumo.training.frozen`): where 1 % is trained it takes 1 % of the memory.
     """
 
-    def __init__(self, spec: Average, net: nn.Module, *, lent: bool = False) -> None:
-        """Copy the net. `lent`: its numbers are the net's own until both are sharded (`dumo.training.layout`)."""
+    def __init__(self, spec: Average, net: nn.Module) -> None:
+        """Copy the net."""
         self.spec = spec
-        self.module = copied(net, lent=lent).requires_grad_(False).eval()
+        self.module = copied(net).requires_grad_(False).eval()
         self._known: tuple[nn.Module, list[list[Place]]] | None = None
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 
 import torch
@@ -29,15 +29,10 @@ def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor
     return {name: x for name, x in (net if module is None else module).state_dict().items() if name not in fixed}
 
 
-def copied(net: nn.Module, *, lent: bool = False) -> nn.Module:
-    """A copy that shares the frozen parameters and fixed tables with the net.
-
-    `lent`: its other parameters have the net's own numbers, too, for sharding copies a rank's part of them.
-    """
+def copied(net: nn.Module) -> nn.Module:
+    """A copy that shares the frozen parameters and fixed tables with the net."""
     tables = (m._buffers[name] for m in net.modules() for name in m._non_persistent_buffers_set)
     shared: dict[int, Tensor] = {id(x): x for x in (*frozen_weights(net).values(), *tables) if x is not None}
-    if lent:
-        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()} | shared
     return deepcopy(net, shared)
 
 
@@ -49,24 +44,24 @@ def share(copy: nn.Module, net: nn.Module) -> None:
         mine._buffers.update({name: its._buffers[name] for name in its._non_persistent_buffers_set})
 
 
-def digest(net: nn.Module) -> str | None:
+def digest(net: nn.Module, made: Callable[[Tensor], Tensor] = torch.detach) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    A layer of codes has the digest of what was coded, and how (`origin`), not its codes, which another version of a
-    library may choose otherwise. 20 B parameters take a second. Another model has another digest; a change
-    of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
+    `made` gives the numbers of one. A layer of codes has the digest of what was coded, and how (`origin`), not its
+    codes, which another version of a library may choose otherwise. 20 B parameters take a second. Another model has
+    another digest; a change of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
     """
     fixed = frozen_weights(net)
-    if not fixed or any(p.is_meta or isinstance(p, FakeTensor) for p in fixed.values()):
+    if not fixed or any(isinstance(p, FakeTensor) for p in fixed.values()) or made(next(iter(fixed.values()))).is_meta:
         return None
     coded = [path for path, layer in net.named_modules(remove_duplicate=False) if "origin" in layer._parameters]
     codes = {f"{path}.{name}" for path in coded for name in ("weight", "scales")}
-    return digest_of({name: p for name, p in fixed.items() if name not in codes})
+    return digest_of({name: p for name, p in fixed.items() if name not in codes}, made)
 
 
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor], made: Callable[[Tensor], Tensor] = torch.detach) -> str:
     """The SHA-256 of these tensors, as `digest` takes it."""
-    return digests.of_bytes(*(part for name, x in sorted(tensors.items()) for part in _sampled(name, x.detach())))
+    return digests.of_bytes(*(part for name, x in sorted(tensors.items()) for part in _sampled(name, made(x))))
 
 
 def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:

@@ -9,7 +9,7 @@ rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.precision import HALVES, single
+from dumo.flow.precision import HALVES
 from dumo.runtime import dist
+from dumo.training.deferred import Deferred
 from dumo.training.frozen import share, trained
 from dumo.types import UserError, unwrap
 
@@ -55,15 +56,17 @@ def lay(
     net: nn.Module,
     mesh: "DeviceMesh | None",
     copies: Sequence[nn.Module] = (),
+    weights: Deferred | None = None,
     *,
     reshard: bool,
+    restored: bool = False,
     half: bool = False,
 ) -> None:
     """Shard a net over a mesh in place, block by block (`net.blocks`), onto its device, and its averages `copies`.
 
-    Every rank must hold the same numbers, and copies its part of them: of weights that are mapped from a file it reads
-    that part alone. If they are to be trained and are stored in 16 bits, they are in float32 then; those of the net in
-    bf16, if `half`, however they are stored. The averages go on sharing frozen parameters with the net. `reshard`: free
+    Every rank must hold the same numbers, and copies its part of them; those that `weights` makes it makes one by one,
+    and keeps its part, of what is trained none if it will be `restored`. The averages go on sharing frozen parameters
+    with the net, and begin as it is before its trained parameters are rounded to bf16, if `half`. `reshard`: free
     gathered weights after each pass, else after the backward pass; an average, which has none, always does.
     """
     if mesh is None:
@@ -72,25 +75,36 @@ def lay(
         return
     from torch.distributed.fsdp import fully_shard
 
-    stored = any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
+    weights = weights or Deferred()
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for copy in copies:  # else a copy would keep the unsharded frozen weights alive
         share(copy, outline(net))
+    unmade = {name: p for name, p in net.named_parameters() if p in weights}
     for module, back in ((net, reshard), *((copy, True) for copy in copies)):
         for part in (*getattr(module, "blocks", ()), module):
             fully_shard(part, mesh=mesh, reshard_after_forward=back)
-        if half and module is net:
-            module._apply(halved)
-        elif stored:
-            module._apply(widened)
+        lacks = unmade if module is net else {name: p for name, p in unmade.items() if p.requires_grad}
+        first = {} if module is net else dict(net.named_parameters())
+
+        def begin(name: str, like: Tensor, first: Mapping[str, Tensor] = first) -> Tensor:
+            mine = torch.empty_like(like, device=mesh.device_type)
+            if restored and unmade[name].requires_grad:
+                return mine
+            return mine.copy_(first[name] if first else laid(weights.made(unmade[name]), mine))
+
+        put(module, lacks, begin)
+    if half:
+        net._apply(halved)
     for copy in copies:  # fully_shard takes what it finds there at the first pass
         share(copy, net)
 
 
-def widened(x: Tensor) -> Tensor:
-    """A parameter of 16 bits in float32; a buffer, such as a table of texts, as it is."""
-    return single(x) if isinstance(x, nn.Parameter) else x
+@torch.no_grad()
+def put(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> None:
+    """Let a sharded module's parameters of these names be what `make` makes of the name and the parameter."""
+    named = {p: name for name, p in module.named_parameters() if name in names}
+    module._apply(lambda x: make(named[x], x) if x in named else x)
 
 
 def halved(x: Tensor) -> Tensor:
@@ -154,7 +168,9 @@ def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.M
     if not parts(net) and not any(p.requires_grad and p.dtype in HALVES for p in net.parameters()):
         return unwrap(net)
     twin = build(next(net.parameters()).device)
-    twin.load_state_dict({name: whole(x) for name, x in trained(net).items()}, strict=False)
+    own = twin.state_dict()
+    for name, x in trained(net).items():  # one by one, so that no second whole net is there
+        own[name].copy_(whole(x.detach()))
     return twin
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
+from dumo.training.deferred import Deferred
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train
@@ -75,18 +76,29 @@ class State:
         return next((average.module for average in self.averages.values()), self.net)
 
 
-def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> State:
+def begin(
+    net: nn.Module,
+    spec: Train,
+    device: torch.device | None = None,
+    weights: Deferred | None = None,
+    *,
+    restored: bool = False,
+) -> State:
     """The state before the first step; on several ranks it is sharded as the spec says, each rank's on its `device`.
 
-    Raises UserError if all weights of the net are frozen.
+    `weights` makes those that the net lacks, and of several ranks each keeps its part; `restored`: what is trained is
+    read from a checkpoint later, and has no numbers until then. Raises UserError if all weights of the net are frozen.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
-    fixed = frozen.digest(net)
-    mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
-    averages = {ema.key: MovingAverage(ema, net, lent=mesh is not None) for ema in spec.ema}
+    mesh = layout.mesh_of(spec.share, here := device or next(net.parameters()).device)
+    if weights and mesh is None:
+        weights.fill(net, here)
+    fixed = frozen.digest(net, weights.made if weights else torch.detach)
+    averages = {ema.key: MovingAverage(ema, net) for ema in spec.ema}
     copies = [average.module for average in averages.values()]
-    layout.lay(net, mesh, copies, reshard=spec.reshard, half=spec.weights == "bfloat16")
+    half = spec.weights == "bfloat16"
+    layout.lay(net, mesh, copies, weights, reshard=spec.reshard, restored=restored, half=half)
     optimizer = spec.optimizer(net)
     if isinstance(optimizer, AdamW8bitOptimizer):
         optimizer.seed = spec.seed

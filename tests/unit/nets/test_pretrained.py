@@ -25,8 +25,8 @@ from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.run.config.load import load
+from dumo.training.deferred import Deferred
 from dumo.training.frozen import digest
-from dumo.training.layout import widened
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
@@ -38,7 +38,7 @@ pytestmark = [
 ]
 V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
 Saved = Callable[[str], Pretrained]
-LORA = Lora(rank=4)
+LORA, RESTS, DRAWN = Lora(rank=4), Lora(rank=4, frozen="bfloat16"), {"weights": "drawn"}
 QUICK = ("sd3", "flux", "sana-masked", "qwen", "z-image")
 SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
 
@@ -416,20 +416,28 @@ def test_a_file_in_bf16_is_mapped_and_shared(tmp_path: Path) -> None:
     assert all(any(int(low, 16) <= at < int(high, 16) for low, high in places) for at in mine)
 
 
-def test_mapped_weights_are_what_one_process_reads(tmp_path: Path) -> None:
-    """As stored until they are sharded, but for what is frozen, of which a run's digest is, and for buffers."""
-    spec, model = saved(tmp_path, "qwen"), tiny.TINY["qwen"].model()
-    model.to(torch.bfloat16).save_pretrained(spec.pipeline.folder)
-    whole, mapped = built(spec), built(spec.mapped())
-    kept = [p for p in mapped.parameters() if p.dtype == torch.bfloat16]
-    assert kept
-    assert all(p.requires_grad for p in kept)
-    assert all(torch.equal(p, q.float()) for p, q in zip(whole.parameters(), mapped.parameters(), strict=True))
-    assert digest(whole) == digest(mapped) is not None
-    assert widened(kept[0]).dtype == torch.float32
-    assert widened(kept[0].data).dtype == torch.bfloat16  # a table of texts is a buffer
-    drawn = spec.model_copy(update={"weights": "drawn"})
-    assert drawn.mapped() is drawn
+@pytest.mark.parametrize("name", IMAGES)
+def test_weights_that_are_made_one_by_one_are_those_of_a_whole_net(name: str, tmp_path: Path) -> None:
+    """Stored in either type, kept in either, or drawn: the same bits, and nothing of its blocks is there before."""
+    spec, model = saved(tmp_path, name), tiny.TINY[name].model()
+    for stored in (torch.float32, torch.bfloat16):
+        nn.Module.to(model, stored).save_pretrained(spec.pipeline.folder)
+        for fields in ({}, {"lora": LORA}, {"lora": RESTS}, DRAWN, {**DRAWN, "lora": RESTS}):
+            kind, weights = spec.model_copy(update=fields), Deferred()
+            torch.manual_seed(1)
+            whole, end = kind.build(VU, SHAPE, CLASSES), torch.rand(1)
+            torch.manual_seed(1)
+            with weights:
+                net = kind.build(VU, SHAPE, CLASSES)
+            assert torch.equal(torch.rand(1), end)
+            assert sum(p.numel() for p in net.parameters() if not p.is_meta) < 1000
+            assert not weights.strange(net)
+            assert digest(net, weights.made) == digest(whole)
+            there = weights.fill(net).state_dict()
+            for key, x in whole.state_dict().items():
+                assert x.dtype == there[key].dtype, key
+                assert torch.equal(x, there[key]), key
+            assert all(map(torch.equal, whole.buffers(), net.buffers()))
 
 
 def test_weights_that_every_pass_would_cast_up_are_refused() -> None:

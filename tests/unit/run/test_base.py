@@ -47,7 +47,8 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapt(monkeypatch)
     known = train(tiny("moons"), tmp_path / "known")
-    begun = begin_from(tiny("moons"), Start(source=str(tmp_path / "known")), CPU)
+    net, made = begin_from(tiny("moons"), Start(source=str(tmp_path / "known")))
+    begun = made.fill(net)
     assert same(begun, known.shown)
 
 

@@ -88,7 +88,8 @@ def run_from(file: Path, *fields: str, kind: str = "sit") -> Run:
 def begun(run: Run, **start: object) -> nn.Module:
     """Its net, with the weights of its start."""
     assert run.start is not None
-    return begin_from(run, run.start.model_copy(update=start), CPU)
+    net, made = begin_from(run, run.start.model_copy(update=start))
+    return made.fill(net)
 
 
 @pytest.fixture

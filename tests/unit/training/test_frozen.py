@@ -55,17 +55,6 @@ def test_an_average_holds_what_is_trained() -> None:
     assert not any(shared(begin(Small(), SPEC), MovingAverage(AVERAGES[0], Small())).values())
 
 
-def test_a_copy_that_is_to_be_sharded_has_the_nets_numbers() -> None:
-    """Each rank copies its part of them, so no process holds a net and a whole average."""
-    net = Adapted()
-    lent, own = (MovingAverage(AVERAGES[0], net, lent=lent).module for lent in (True, False))
-    for name in ADAPTERS:
-        there = net.get_parameter(name)
-        assert lent.get_parameter(name) is not there
-        assert lent.get_parameter(name).data_ptr() == there.data_ptr() != own.get_parameter(name).data_ptr()
-        assert there.requires_grad
-
-
 def test_the_optimizer_has_what_is_trained() -> None:
     state = run(begin(Adapted(), SPEC), SPEC)
     assert {name.partition(".")[2] for name in flatten(state)} == ADAPTERS

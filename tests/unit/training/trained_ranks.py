@@ -1,6 +1,7 @@
 """Two ranks that train nets of many kinds, in every layout of their weights. See test_trained_ranks.py."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from dumo.run.teacher import Base
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.checkpoint import save
+from dumo.training.deferred import Deferred
 from dumo.training.ema import Ema
 from dumo.training.loop import train
 from dumo.training.optim import AdamW, AdamW8bit
@@ -51,11 +53,14 @@ def randoms(shape: tuple[int, ...], classes: int, step: int, dtype: torch.dtype 
     return [torch.randn(SPEC.batch, *shape, generator=g, dtype=dtype), torch.arange(SPEC.batch) % classes]
 
 
+Built = nn.Module | tuple[nn.Module, Deferred]  # with what makes its weights
+
+
 @dataclass(frozen=True)
 class Case:
     """A net and its training."""
 
-    build: Callable[[Path], nn.Module]  # it may write files into this folder
+    build: Callable[[Path], Built]  # it may write files into this folder
     task: Task
     batch: Callable[[int], Batch]
     spec: Train = SPEC
@@ -73,26 +78,25 @@ def reader(way: str, place: Path) -> nn.Module:
     return net.build(OBJECTIVE.needs, GREY, len(CAPTIONS))
 
 
-def tuned(model: str, way: str, place: Path) -> nn.Module:
-    """A published transformer, in full or by adapters."""
-    spec = saved(place, model).model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
-    net = spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
+def tuned(model: str, way: str, place: Path, stored: torch.dtype = torch.float32) -> Built:
+    """A published transformer, in full or by adapters; of its weights each of two ranks makes its part."""
+    spec, weights = saved(place, model), Deferred()
+    if stored != torch.float32:
+        tiny.TINY[model].model().to(stored).save_pretrained(spec.pipeline.folder)
+    spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
+    noting = weights if dist.world() > 1 else nullcontext()
+    with noting:
+        net = spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
+    assert all(p.is_meta for p in net.parameters()) == (dist.world() > 1)
+    net.refit(weights)
     if net.row.alone:  # captions of several lengths go through it one by one
         rows = net.texts
         assert isinstance(rows, Rows)
         net.texts = Rows(rows.tokens, torch.arange(rows.length) < torch.tensor([[2], [3], [1]]), None)
-    return net.double() if way in CODED else net
-
-
-def mapped(place: Path) -> nn.Module:
-    """A published transformer in bf16, in full; two ranks read their parts of its file."""
-    spec, model = saved(place, "sd3"), tiny.TINY["sd3"].model()
-    model.to(torch.bfloat16).save_pretrained(spec.pipeline.folder)
-    if dist.world() > 1:
-        spec = spec.mapped()
-    net = spec.model_copy(update={"lowpass": 10.0}).build(OBJECTIVE.needs, SHAPE, CLASSES)
-    net.refit()
-    return net
+    if way in CODED:
+        with noting:
+            net.double()
+    return net, weights
 
 
 CASES = {
@@ -129,8 +133,15 @@ for name, spec in {"eight": EIGHT, "half": HALF}.items():
     CASES[name] = Case(
         make, Task(OBJECTIVE, Linear(), 3), partial(randoms, GREY, 3), spec, layouts=((1, False), (2, False), (2, True))
     )
-CASES["sd3-mapped-half"] = Case(mapped, Task(OBJECTIVE, Linear(), CLASSES), partial(randoms, SHAPE, CLASSES), HALF)
-CASES["sd3-mapped"] = Case(mapped, Task(OBJECTIVE, Linear(), CLASSES), partial(randoms, SHAPE, CLASSES))
+for one, spec in {
+    "full": SPEC,
+    "lora": SPEC,
+    "half": SPEC,
+    "full-half": HALF,
+}.items():  # as models are mostly published
+    build = partial(tuned, "sd3", one.removesuffix("-half") if spec is HALF else one, stored=torch.bfloat16)
+    asked = Task(OBJECTIVE, Linear(), CLASSES)
+    CASES[f"sd3-mapped-{one}"] = Case(build, asked, partial(randoms, SHAPE, CLASSES), spec)
 
 
 def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 1) -> State:
@@ -138,7 +149,8 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
     rows = case.spec.batch // ranks if ranks > 1 else None
     spec = case.spec.model_copy(update={"share": share, "reshard": reshard, "micro_batch": rows})
     torch.manual_seed(0)  # as `Run.build` does
-    state, task = begin(case.build(place), spec), case.task
+    net, weights = built if isinstance(built := case.build(place), tuple) else (built, None)
+    state, task = begin(net, spec, torch.device("cpu"), weights), case.task
     if case.based:
         base = Base(state.net, spec.precision)
 

@@ -16,7 +16,7 @@ from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught
 from dumo.flow.solver import Solver
-from dumo.nets import Net, Pretrained
+from dumo.nets import MLP, DiT, Net, Pretrained, UNet
 from dumo.nets.live import Live
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
@@ -24,6 +24,7 @@ from dumo.run.config.teacher import Start, Teacher
 from dumo.runtime import dist
 from dumo.runtime.bound import PASSES, SAMPLES, STEPS
 from dumo.runtime.random import stream
+from dumo.training.deferred import Deferred
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
 from dumo.types.outside import DataSpec
@@ -137,18 +138,32 @@ class Tree(Spec):
         """The classes or captions that the net is conditioned on."""
         return Conditions(self.data)
 
-    def build(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> nn.Module:
+    def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The net at step 0, its weights keyed by the run's seed: the same on every device.
 
-        `mapped`: those of a pretrained net stay in their files until they are sharded (`Pretrained.mapped`).
         Raises UserError, before it is made, if the device has less memory than that.
         """
-        spec = self.net.mapped() if mapped and isinstance(self.net, Pretrained) else self.net
-        if spec is self.net:
-            self.require_room(device)
+        self.require_room(device)
+        if torch.device(device).type == "cpu":
+            return self._built()
+        net, weights = self.sketch()
+        return weights.fill(net, device)
+
+    def sketch(self) -> tuple[nn.Module, Deferred]:
+        """The same net on the CPU, and what makes its weights one by one; one from outside has them."""
+        weights = Deferred()
+        if not isinstance(self.net, DiT | MLP | Pretrained | UNet):
+            return self._built(), weights
+        with weights:
+            net = self._built()
+        assert not (lost := weights.strange(net)), f"{lost[0]} is not drawn"
+        return net, weights
+
+    def _built(self) -> nn.Module:
+        """The net on the CPU, as it is made now."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
-            net = spec.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
+            net = self.net.build(self.objective.needs, self.data.shape, self.data.classes)
         for part in net.modules():
             if isinstance(part, Live):
                 part.captions = self.conditions.names

@@ -37,6 +37,7 @@ from dumo.run.config.check import check_pieces
 from dumo.run.config.load import parse
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost, plan
+from dumo.run.plan.host import DEVICES, host
 from dumo.runtime import dist
 from dumo.runtime.progress import sized
 from dumo.training import layout
@@ -105,6 +106,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "memory": {**memory, "peak": sum(memory.values())},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
         "checkpoint": {**checkpoint, "most": (train.keep + 1) * checkpoint["bytes"]},
+        "host": {name: host(net, train, ranks, held, sum(memory.values()), name) for name in DEVICES},
         "units": units,
         "flops": flops,
         "tflops": tflops,

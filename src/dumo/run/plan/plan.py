@@ -21,6 +21,7 @@ from dumo.nets.lowbit import saved
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
+from dumo.run.plan.host import DEVICES, host
 from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
 from dumo.runtime.random import stream
@@ -87,6 +88,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": holds,
+        "host": {name: host(net, train, 1, holds, holds["total"], name) for name in DEVICES},
         "side": spec.net.side or None if isinstance(spec.net, Pretrained) else None,
         "gpus": gpus(holds),
         "checkpoint": copied(net, holds),

@@ -1,0 +1,169 @@
+"""Measure the host memory of a training's phases on one or more ranks, next to what `dumo dry` says.
+
+    python tools/memory.py --gigabytes 2 --ranks 1 2 4 [--set net.lora.rank=8 ...] [--json FILE]
+
+The model is a Stable Diffusion 3 of random weights, written to --folder in bf16 (--dtype): --gigabytes is its size in
+float32. Trained on digits, 16 patches each, so that work is small. Bytes are of a process's own memory (RssAnon
+of /proc): pages of a file that is mapped are the system's, which takes them back.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PHASES = ("imports", "start", "step", "save", "resume", "export")
+WIDTH = 1024
+EVERY = 0.004  # seconds between two looks
+
+
+def model(folder: Path, gigabytes: float, dtype: str) -> None:
+    """Write the model, block by block."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = {
+        "_class_name": "SD3Transformer2DModel", "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1,
+        "num_layers": max(2, round(gigabytes * 1e9 / 4 / (36 * WIDTH**2))), "attention_head_dim": 64,
+        "num_attention_heads": WIDTH // 64, "joint_attention_dim": 64, "caption_projection_dim": WIDTH,
+        "pooled_projection_dim": 64, "pos_embed_max_size": 8,
+    }  # fmt: skip
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    entry = ["diffusers", "SD3Transformer2DModel"]
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": entry}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    import diffusers
+
+    with torch.device("meta"):
+        wanted = diffusers.SD3Transformer2DModel.from_config(config).state_dict()
+    g = torch.Generator().manual_seed(0)
+    made = {
+        name: (torch.randn(x.shape, generator=g) * (len(x) / x.numel()) ** 0.5).to(getattr(torch, dtype))
+        for name, x in wanted.items()
+    }
+    save_file(made, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def words(folder: Path, more: list[str]) -> list[str]:
+    """The run, over digits."""
+    own = ["net={kind: diffusers, texts: {kind: codes}}", "evaluate.every=0"]
+    return [f"pipeline={folder}", *own, "train.batch=8", "train.ema=[{decay: 0.9}]", "train.steps=2", *more]
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank: each phase, whose name it writes before it."""
+    phase = Path(os.environ["PHASE"])
+    import torch
+
+    from dumo.run.config.load import load
+    from dumo.run.folder import begin, note
+    from dumo.runtime import dist
+    from dumo.training import checkpoint
+    from dumo.training.step import Task, pieces, span, train_step
+
+    torch.set_num_threads(1)
+    run, out, here = load("digits", words(args.folder / "model", args.set)), args.folder / "run", torch.device("cpu")
+    with dist.join():
+        time.sleep(0.1)
+        phase.write_text(args.work)
+        state, last = begin(run, out, here)
+        assert (args.work == "resume") == (last is not None)
+        time.sleep(0.1)
+        if args.work == "start":
+            phase.write_text("step")
+            mine = span(pieces(run.train, run.objective))
+            batch = run.data.open().batch(0, run.train.batch, run.train.seed, mine)
+            train_step(state, Task(run.objective, run.path, run.data.classes), [*batch], run.train)
+            time.sleep(0.1)
+            phase.write_text("save")
+            if dist.is_main():
+                out.mkdir(exist_ok=True)
+                note(run, out)
+            state.step = 1
+            checkpoint.save(out / "checkpoints", state, 1)
+        dist.barrier()
+    os._exit(0)
+
+
+def own(pid: int) -> int:
+    """Bytes of a process's own memory."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
+    """The most that any of these ranks had, by phase."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    phases = [args.folder / f"phase-{rank}" for rank in range(ranks)]
+    running: list[subprocess.Popen[bytes]] = []
+    for rank, phase in enumerate(phases):
+        phase.write_text(work if work == "export" else "imports")
+        env = {"PHASE": str(phase), "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            env |= {
+                "RANK": f"{rank}",
+                "LOCAL_RANK": f"{rank}",
+                "WORLD_SIZE": f"{ranks}",
+                "LOCAL_WORLD_SIZE": f"{ranks}",
+            }
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        words = [sys.executable, __file__, "--work", work, "--folder", str(args.folder)]
+        words += ["--set", *args.set] if args.set else []
+        if work == "export":
+            words = [sys.executable, "-m", "dumo", "export", "--to", "safetensors", str(args.folder / "run")]
+            words += [str(args.folder / "out.safetensors")]
+        running.append(subprocess.Popen(words, env=os.environ | env))
+    most: dict[str, int] = {}
+    while any(one.poll() is None for one in running):
+        for one, phase in zip(running, phases, strict=True):
+            try:
+                name, size = phase.read_text(), own(one.pid)
+            except (OSError, KeyError):  # it ends
+                continue
+            most[name] = max(most.get(name, 0), size)
+        time.sleep(EVERY)
+    if any(one.returncode for one in running):
+        raise SystemExit(f"{work} on {ranks} ranks failed")
+    return most
+
+
+def main() -> None:
+    """Measure, and print a row for each number of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--folder", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.folder = args.folder.resolve()
+    if args.work:
+        return work(args)
+    import shutil
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    model(args.folder / "model", args.gigabytes, args.dtype)
+    rows = {}
+    for ranks in args.ranks:
+        shutil.rmtree(args.folder / "run", ignore_errors=True)
+        (args.folder / "out.safetensors").unlink(missing_ok=True)
+        found = measure(args, ranks, "start")
+        found |= {"resume": measure(args, ranks, "resume")["resume"]}
+        found |= measure(args, 1, "export")
+        rows[ranks] = found
+        print(ranks, {name: round(size / 1e6) for name, size in found.items()}, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
