@@ -25,7 +25,7 @@ from dumo.runtime import install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import Array, Spec, UserError
 
-MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer whose input is the time alone
+MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 
 class Lora(Spec):
