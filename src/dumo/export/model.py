@@ -31,7 +31,7 @@ from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import family
+from dumo.nets.family import class_of, family
 from dumo.nets.rows import Codes
 from dumo.nets.vp import Frame, settings
 from dumo.run.sampler import Sampler
@@ -165,7 +165,7 @@ def restart(solver: Solver) -> Restart:
 
 def forms(spec: Pretrained) -> list[str]:
     """What a run of this net can be exported to, so that stock pipelines take it; else a file of its weights."""
-    stock = stock_of(spec.pipeline.config(TRANSFORMER)["_class_name"], spec)
+    stock = stock_of(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]
     return ["diffusers", *["lora"] * (spec.lora is not None and stock.lora)]
@@ -191,7 +191,7 @@ class Exported:
     @property
     def kind(self) -> str:
         """The model's class."""
-        return self.net.config["_class_name"]
+        return type(self.net.model).__name__
 
     @property
     def stock(self) -> Stock | None:
