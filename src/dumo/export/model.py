@@ -8,7 +8,7 @@ A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a p
 which is Restart (`dumo.flow.solver`) at the times that the pipeline is given as sigmas. Without it the scheduler
 makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
 
-A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes of it
+A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes
 
     x_vp = a_s (c_out x_0 + c_skip x_vp) + s_s z,   x_0 = (x_vp - s_t F) / a_t (for noise),
 
@@ -89,7 +89,10 @@ class Stock:
 
         Where no argument says the times, their number is said, and the scheduler has them (`JUMPS`).
         """
-        said: Arguments = {"sigmas": times, "timesteps": times if self.whole else [round(THOUSAND * t, 6) for t in times]}
+        said: Arguments = {
+            "sigmas": times,
+            "timesteps": times if self.whole else [round(THOUSAND * t, 6) for t in times],
+        }
         found = {name: said[name] for name in self.times} or {"num_inference_steps": len(times)}
         found |= {self.off: self.none + scale - 1} if self.off else {}
         return found if embedded is None else found | {"guidance_scale": embedded}
@@ -146,7 +149,7 @@ OTHERS: dict[str, Stock] = {  # by their own class: that of the model is another
     "StableDiffusionXLPipeline": replace(STOCKS["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"),
     "FluxKontextPipeline": Stock(
         "FluxKontextPipeline", "true_cfg_scale", named=True, edits=True, more=("_auto_resize=False",)
-    )
+    ),
 }
 
 
@@ -290,9 +293,7 @@ def write_scheduler(folder: Path, stock: Stock | None, solver: Restart, frame: F
         from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
         steps = frame.schedule.steps
-        LCMScheduler(
-            **settings(frame), original_inference_steps=steps, timestep_scaling=SHARP
-        ).save_pretrained(folder)
+        LCMScheduler(**settings(frame), original_inference_steps=steps, timestep_scaling=SHARP).save_pretrained(folder)
         return ["diffusers", LCM]
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -320,7 +321,7 @@ def check_scheduler(folder: Path) -> None:
 
 
 def write_euler(folder: Path, frame: Frame | None = None) -> Entry:
-    """Write the scheduler of a velocity, with Euler steps, or of a diffusion's `frame` with DDIM's; return its entry."""
+    """Write the scheduler of a velocity, with Euler steps, or DDIM's of a diffusion's `frame`; return its entry."""
     if frame:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 

@@ -79,7 +79,7 @@ def read_json(path: Path, way_out: str, *, infinite: bool = False) -> Any:  # no
 
 
 def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[str, Any]:
-    """What a model's file of settings holds, read as by `read_json`. Raises as that, and UserError for what is no JSON object.
+    """What a model's file of settings holds. Reads and raises as `read_json`, and UserError for what is no JSON object.
 
     So it does for more layers than any net has: those who build the model would build them one by one.
     """
