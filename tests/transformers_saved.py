@@ -1,5 +1,6 @@
 """Tiny transformers as their users have them: a folder that diffusers saved, and a file of what encoders made."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,21 @@ from dumo.nets.rows import Codes, Rows
 from dumo.types import Spec
 
 SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
-IMAGES = [name for name, row in tiny.TINY.items() if len(row.shape) == 4 or name.startswith(("flux", "chroma", "qwen"))]
-MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked")
+NOISE = ("sd1", "sd2-v", "sdxl", "pixart")  # of a diffusion
+IMAGES = [
+    name
+    for name, row in tiny.TINY.items()
+    if name not in NOISE and (len(row.shape) == 4 or name.startswith(("flux", "chroma", "qwen")))
+]
+SCHEDULER = {  # of Stable Diffusion 1.5
+    "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "trained_betas": None,
+}  # fmt: skip
+SCHEDULERS = {
+    "sd2-v": SCHEDULER | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "pixart": SCHEDULER | {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+}
+MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked", "pixart")
 GUIDANCE = {"flux-guided": 3.5, "flux2": 3.5, "sana-sprint": 4.5}
 NO_LOWPASS = ("chroma", "chroma-masked", "z-image", "z-image-lengths")  # the latter for its time alone
 
@@ -42,6 +56,10 @@ def saved(place: Path, name: str) -> Pretrained:
     model: Any = tiny.TINY[name].model()
     model.save_pretrained(place / name)
     save_file(texts(name), place / f"{name}.safetensors")
+    if name in NOISE:
+        (place / name / "scheduler").mkdir(exist_ok=True)
+        config = json.dumps(SCHEDULERS.get(name, SCHEDULER))
+        (place / name / "scheduler" / "scheduler_config.json").write_text(config, encoding="utf-8")
     spec = of(place / name, guidance=GUIDANCE.get(name), lowpass=None)
     return spec.model_copy(update={"texts": File(source=str(place / f"{name}.safetensors"))})
 
@@ -52,7 +70,7 @@ def texts(name: str) -> dict[str, Tensor]:
     rows = {"tokens": torch.randn(CLASSES + 1, tiny.L, 16, generator=g)}
     if name in MASKED:
         rows["mask"] = torch.cat([tiny.mask(), tiny.mask()[1:]])
-    if FAMILIES[tiny.TINY[name].kind].pooled:
+    if FAMILIES[tiny.TINY[name].kind].pooled or name == "sdxl":
         rows["pooled"] = torch.randn(CLASSES + 1, 12, generator=g)
     return rows
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dumo.autodiff.dual import primal
 from dumo.types import Array
 
 B, L = 2, 7  # rows, tokens of text
@@ -155,6 +156,20 @@ def wan(x: Array, t: Array, draw: Draw) -> Given:
     return sana(x, t, draw)
 
 
+def unet(x: Array, t: Array, draw: Draw) -> Given:
+    return {"sample": x, "timestep": primal(1000 * t), "encoder_hidden_states": draw(B, L, 16)}
+
+
+def sdxl(x: Array, t: Array, draw: Draw) -> Given:
+    given, sizes = unet(x, t, draw), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * B, dtype=x.dtype)
+    return {**given, "added_cond_kwargs": {"text_embeds": draw(B, 12), "time_ids": sizes}}
+
+
+def pixart(x: Array, t: Array, draw: Draw) -> Given:
+    sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return {**sana_masked(x, t, draw), **sizes}
+
+
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
 SD3 = {
     **HEADS, "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
@@ -202,6 +217,21 @@ WAN = {
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 16,
 }  # fmt: skip
 
+UNET = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4,
+}  # fmt: skip
+SDXL = {
+    **UNET, "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 12 + 6 * 8, "transformer_layers_per_block": [1, 2],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+PIXART = {
+    **HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 2, "cross_attention_dim": 16, "caption_channels": 16,
+    "sample_size": 8, "use_additional_conditions": False,
+}  # fmt: skip
+
 IMAGE, PACKED, VIDEO = (B, 4, 8, 8), (B, 16, 16), (B, 4, 2, 8, 8)
 TINY: dict[str, Tiny] = {
     "sd3": Tiny("SD3Transformer2DModel", SD3, IMAGE, sd3),
@@ -223,4 +253,8 @@ TINY: dict[str, Tiny] = {
     "prx": Tiny("PRXTransformer2DModel", PRX, IMAGE, prx),
     "prx-masked": Tiny("PRXTransformer2DModel", PRX, IMAGE, prx_masked),
     "wan": Tiny("WanTransformer3DModel", WAN, VIDEO, wan),
+    "sd1": Tiny("UNet2DConditionModel", UNET, IMAGE, unet),
+    "sd2-v": Tiny("UNet2DConditionModel", {**UNET, "use_linear_projection": True}, IMAGE, unet),
+    "sdxl": Tiny("UNet2DConditionModel", SDXL, IMAGE, sdxl),
+    "pixart": Tiny("PixArtTransformer2DModel", PIXART, IMAGE, pixart),
 }

@@ -29,9 +29,10 @@ FIELD = "pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 TRANSFORMER, VAE = "transformer", "vae"
+UNET = "unet"  # where a UNet is the model
 # Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
 HERE = files("dumo.encoders") / "published"
-PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
+PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
 SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for digits
 NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
@@ -87,18 +88,13 @@ class Pipeline(Spec):
     def place(self, part: str) -> Path:
         """The folder of a part. Raises UserError, with the command that brings it, where it is missing."""
         found = self._there(part)
-        if found is None and part == TRANSFORMER and (self.folder / "unet").is_dir():
-            raise UserError(
-                f"{FIELD}: {self.source} has a UNet, which learned the noise of a diffusion, not the velocity of a "
-                "flow: take a pipeline with a flow transformer"
-            )
         if found is None:
             raise UserError(f"{FIELD}: {self.source} has no {part}/{settings_of(part)}: {self.fetch(part)}")
         return found
 
     def _there(self, part: str) -> Path | None:
-        """The folder of a part, if it is there; that of a transformer may be the pipeline's, as diffusers saves it."""
-        places = [self.folder / part, *([self.folder] if part == TRANSFORMER else [])]
+        """The folder of a part, if it is there; that of a model may be a UNet's, or the pipeline's own."""
+        places = [self.folder / part, *([self.folder / UNET, self.folder] if part == TRANSFORMER else [])]
         return next((place for place in places if (place / settings_of(part)).is_file()), None)
 
     def config(self, part: str) -> dict[str, Any]:
@@ -113,6 +109,11 @@ class Pipeline(Spec):
         text, now = read_config(file, stat.st_mtime_ns, stat.st_size)
         self.require(part, now, file.name)
         return json.loads(text)
+
+    @property
+    def model(self) -> str:
+        """What diffusers calls the model that is tuned. Raises UserError as `config`."""
+        return UNET if str(self.config(TRANSFORMER).get("_class_name")).startswith("UNet") else TRANSFORMER
 
     def require(self, part: str, now: str, what: str = "weights") -> None:
         """Raise UserError where the hash of a part is another than the run began with."""
@@ -256,7 +257,7 @@ def settings_of(part: str) -> str:
 @lru_cache(64)
 def read_config(file: Path, changed: int, size: int) -> tuple[str, str]:
     """A config as JSON, and its hash; read again where the file has `changed`, in ns, or in size."""
-    found = read_settings(file, HINT)
+    found = read_settings(file, HINT, infinite=file.name == SCHEDULER)  # diffusers' say -Infinity
     return json.dumps(found), hashed(found)
 
 

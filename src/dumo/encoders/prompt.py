@@ -74,7 +74,7 @@ class Prompts(Spec):
                 name: None for name in kind._get_signature_keys(kind)[0] if name not in (*of.readers, "scheduler")
             }
             pipe = kind.from_pretrained(
-                of.folder, **unused | {TRANSFORMER: model}, torch_dtype=getattr(torch, self.dtype),
+                of.folder, **unused | {of.model: model}, torch_dtype=getattr(torch, self.dtype),
                 use_safetensors=True, local_files_only=True, trust_remote_code=False,
             )  # fmt: skip
         return kind, pipe

@@ -171,7 +171,7 @@ def solve(
 def carried(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
     """Draw 0, and what the solver makes of it, in float32. Raises UserError as the solver does."""
     z = fresh(0)
-    return z, path.sd * solver(reads, path, z, c, nfe, fresh).float()
+    return z, path.sd * solver(reads, path, path.spread * z, c, nfe, fresh).float()
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def trailed(
     In float32; what is between is of the path, and so in units of its sd. Raises UserError as the solver does.
     """
     every = nfe // solver.passes // points
-    xs = [x.float() for k, x in enumerate(solver.trail(reads, z, c, nfe), start=1) if k % every == 0]
+    xs = [x.float() for k, x in enumerate(solver.trail(reads, path.spread * z, c, nfe), start=1) if k % every == 0]
     return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
 
 

@@ -68,7 +68,8 @@ def log_likelihood(
         signals.check()
         y, more = climb(y, t, s, c)
         grown = grown + more
-    return grown - (y.square().flatten(1).sum(1) + d * log(2 * pi)) / 2 - d * log(path.sd)
+    far = (y / path.spread).square().flatten(1).sum(1)
+    return grown - (far + d * log(2 * pi)) / 2 - d * log(path.sd * path.spread)
 
 
 def climbing(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Climb:

@@ -1,5 +1,7 @@
 """Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1).
 
+A diffusion's ends a little below the noise (docs/adr/0057): what a sampler begins with is the noise times `spread`.
+
 x is the data in units of `sd`: they are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
 multiplied by it (`dumo.flow.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
 Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0031).
@@ -11,12 +13,26 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dumo.types import Sample, Spec, Time, lift
+from dumo.flow.schedule import Schedule
+from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
 
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]  # of the data; 1, as they are, is not written
 
 
-class Linear(Spec):
+class ToNoise(Spec):
+    """A path whose last point is the noise, and whose net may be called at any time."""
+
+    @property
+    def spread(self) -> float:
+        """That of noise."""
+        return 1.0
+
+    def near(self, t: float) -> float:
+        """The time itself."""
+        return t
+
+
+class Linear(ToNoise):
     """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time (paper, Sec. 3.2)."""
 
     kind: Literal["linear"] = "linear"
@@ -35,7 +51,7 @@ class Linear(Spec):
         return lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x, z - x
 
 
-class Trig(Spec):
+class Trig(ToNoise):
     """alpha(t) = sin(pi t / 2) and gamma(t) = cos(pi t / 2): a quarter of a circle (TrigFlow, Lu and Song 2025).
 
     Its angle is theta = pi t / 2, so that v_t = (pi / 2) (cos(theta) z - sin(theta) x). With data of standard
@@ -59,4 +75,56 @@ class Trig(Spec):
         return sin * z + cos * x, pi / 2 * (cos * z - sin * x)
 
 
-Path = Annotated[Linear | Trig, Field(discriminator="kind")]  # the union of all paths
+class Diffusion(Spec):
+    """The linear path as far as a diffusion's schedule goes: alpha(t) = T t, gamma(t) = 1 - T t, v_t = T (z - x).
+
+    T is the schedule's last time, .936 of Stable Diffusion's: behind it nothing was ever trained, and an output that
+    is noise says nothing of the data at T = 1. Velocities and mean velocities u = (x_t - x) / t are per unit of this
+    t, so all that holds of a path whose data lie at t = 0 holds.
+    """
+
+    kind: Literal["diffusion"] = "diffusion"
+    schedule: Schedule | None = Field(default=None, json_schema_extra=PINNED)  # the pipeline's
+
+    @property
+    def sd(self) -> float:
+        """The data are in the model's own units."""
+        return 1.0
+
+    @property
+    def whole(self) -> Schedule:
+        """The schedule. Raises UserError where none was found."""
+        if self.schedule is None:
+            raise UserError("path.schedule is the pipeline's, which is not here: --set pipeline=DIR names its folder")
+        return self.schedule
+
+    @property
+    def spread(self) -> float:
+        """That of x_vp = z as a point of the linear path, where stock pipelines begin."""
+        last = self.whole.last
+        return (last * last + (1 - last) ** 2) ** 0.5
+
+    def near(self, t: float) -> float:
+        """The nearest time of the table: stock programs call a net at whole indices."""
+        schedule = self.whole
+        return float(schedule.times[schedule.near(t * schedule.last)]) / schedule.last
+
+    def index(self, t: float) -> int:
+        """The place of such a time in the table."""
+        return self.whole.near(t * self.whole.last)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the noise at time t."""
+        return self.whole.last * t
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """Weight of the data at time t."""
+        return 1 - self.whole.last * t
+
+    def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
+        """Return x_t and v_t = dx_t/dt, given data and noise."""
+        x_t = lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x
+        return x_t, self.whole.last * (z - x)
+
+
+Path = Annotated[Linear | Trig | Diffusion, Field(discriminator="kind")]  # the union of all paths

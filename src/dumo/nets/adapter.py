@@ -22,7 +22,7 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import Spec, UserError
 
-MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer whose input is the time alone
+MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 
 class Lora(Spec):

@@ -1,4 +1,4 @@
-"""A flow transformer of diffusers as a net of dumo: x_t, t and c in, velocities and flow maps out.
+"""A model of diffusers as a net of dumo: x_t, t and c in, velocities and flow maps out.
 
 The model keeps its class. The parts that are exchanged keep their names and shapes: its last layer (`dumo.nets.twin`),
 its time embedder (`dumo.nets.lowpass`), layers with adapters (`dumo.nets.adapter`).
@@ -6,7 +6,7 @@ its time embedder (`dumo.nets.lowpass`), layers with adapters (`dumo.nets.adapte
 
 import copy
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from math import isqrt
 from typing import Any
@@ -21,6 +21,7 @@ from dumo.nets.family import Config, Family, Inputs
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
+from dumo.nets.vp import Frame
 from dumo.training import layout
 from dumo.training.deferred import Deferred
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
@@ -46,13 +47,17 @@ class Dualized(nn.Module):
         guidance: float | None = None,
         lora: Lora | None = None,
         limit: float | None = None,
+        frame: Frame | None = None,
     ) -> None:
         """Takes the model over; every head is a copy of its last layer. `limit` is the low-pass's; None: none.
+
+        `frame` is that of a model of a diffusion.
 
         Raises UserError as `adapter.adapt`.
         """
         super().__init__()
         self.model, self.row, self.texts, self.patch, self.guidance = model, row, texts, patch, guidance
+        self.frame = frame
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
@@ -91,7 +96,8 @@ class Dualized(nn.Module):
 
     def _heads_of(self, x: Sample, c: Cond, t: Time) -> Heads:
         """The heads of rows that may share a pass."""
-        given = self._inputs(x, c, t)
+        x_in, time, velocity = self.frame(x, t) if self.frame else self._timed(x, t)
+        given = self._inputs(x_in, c, time)
         with self._exactly(given):
             out = self.model(**self.row.call(given), return_dict=False)[0]
         if given.source is not None:
@@ -99,7 +105,14 @@ class Dualized(nn.Module):
         if self.row.packed:
             out = unpacked(out, given.grid, self.patch)
         heads = heads_of(out, len(self.heads))
-        return tuple(-head for head in heads) if self.row.backward else heads
+        if self.frame:  # a learned variance is cut off
+            heads = tuple(head[:, : x.shape[1]] for head in heads)
+        return tuple(velocity(head) for head in heads)
+
+    def _timed(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
+        """What a model of a flow gets of x and t, and how its output is read."""
+        time, clock = 1 - t if self.row.backward else t, self.row.clock(self.config)
+        return x, time if clock == 1 else clock * time, (lambda out: -out) if self.row.backward else (lambda out: out)
 
     def refit(self, weights: Deferred | None = None) -> None:
         """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds.
@@ -128,8 +141,9 @@ class Dualized(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The members of the model's own lists, in order: they are compiled and sharded one by one."""
-        return [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
+        """The members of the model's own lists, and the middle of a UNet: they are compiled and sharded one by one."""
+        parts = [*self.model.children(), nn.ModuleList(filter(None, [getattr(self.model, "mid_block", None)]))]
+        return [block for part in parts if isinstance(part, nn.ModuleList) for block in part]
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:
@@ -177,22 +191,21 @@ class Dualized(nn.Module):
 
     @property
     def channels(self) -> int:
-        """The channels of a sample."""
-        return self._heads[0].out.out_features // self.patch**2
+        """The channels of a head: those of a sample, and of a variance where one was learned."""
+        return self._heads[0].channels // self.patch**2
 
-    def _inputs(self, x: Sample, c: Cond, t: Time) -> Inputs:
-        """The inputs of a pass in the model's own time and layout."""
+    def _inputs(self, x: Sample, c: Cond, time: Array) -> Inputs:
+        """The inputs of a pass in the model's own layout, and at its own time."""
         row, config = self.row, self.config
         (tokens, mask, pooled), source = self.texts(c), self.texts.sources(c)
         lengths = self.texts.lengths(c) if row.alone or row.apart else None
         if row.alone and lengths and mask is not None:  # all rows here have as many tokens
             tokens, mask = tokens[:, : lengths[0]], None
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        time, clock = 1 - t if row.backward else t, row.clock(config)
         w = None if self.guidance is None else self.guidance * row.guidance_scale(config)
         return Inputs(
             x=packed(x, grid, self.patch) if row.packed else x,
-            time=time if clock == 1 else clock * time,
+            time=time,
             tokens=tokens,
             mask=mask,
             pooled=pooled,

@@ -1,7 +1,8 @@
-"""The flow transformers of diffusers that can be tuned, a row each: the paths of their parts, and their arguments.
+"""The models of diffusers that can be tuned, a row each: the paths of their parts, and their arguments.
 
-A row holds what no config does. Every model here learned the velocity noise - data on the linear path, with data at
-t = 0 and noise at t = 1; Z-Image and Lumina 2 count time from the noise and give data - noise (`backward`).
+A row holds what no config does. Models of a diffusion (`noise`) are read by `dumo.nets.vp`. Every other model here
+learned the velocity noise - data on the linear path, with data at t = 0 and noise at t = 1; Z-Image and Lumina 2 count
+time from the noise and give data - noise (`backward`).
 
 A row is right if the stock pipeline makes the same image as dumo, to the bit.
 """
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dumo.autodiff.dual import primal
 from dumo.types import Array, UserError
 
 Config = Mapping[str, Any]  # a model's config.json
@@ -118,6 +120,24 @@ def prx(a: Inputs) -> Arguments:
     return {**plain(a), "attention_mask": a.mask}
 
 
+def unet(a: Inputs) -> Arguments:
+    """Of a UNet, whose embedder of time is handed the times themselves (`Family.exact`)."""
+    return {"sample": a.x, "timestep": primal(a.time), "encoder_hidden_states": a.tokens}
+
+
+def sdxl(a: Inputs) -> Arguments:
+    """As `unet`, with pooled text and sizes in pixels, 8 per latent: of the image, its corner, and of the image."""
+    high, wide = (8.0 * n for n in a.grid)
+    sizes = a.tokens.new_tensor([[high, wide, 0, 0, high, wide]]).expand(len(a.tokens), 6)
+    return {**unet(a), "added_cond_kwargs": {"text_embeds": a.pooled, "time_ids": sizes}}
+
+
+def pixart(a: Inputs) -> Arguments:
+    """As `sana`, without a number of guidance, and without sizes."""
+    sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return {**plain(a), "encoder_attention_mask": a.there, **sizes}
+
+
 def video(a: Inputs) -> Arguments:
     """`plain`, with an image as a video of one frame."""
     return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
@@ -148,7 +168,8 @@ class Family:
     backward: bool = False  # its time is 1 - t, and its output data - noise
     turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
     embedder: str = "timestep_embedder"  # the end of the path of every two-layer perceptron over waves of t; "": none
-    last: str = "proj_out"  # path: the last linear layer
+    last: str = "proj_out"  # path: the last layer
+    noise: bool = False  # it learned the noise of a diffusion, or its v: the scheduler says which, and its times
     channels_last: bool = False  # of its outputs, within a patch
     out_channels: str = ""  # where it reads their number: "attribute" or "config"; "": nowhere
     packed: bool = False  # it takes and gives tokens, (b, n, c p p)
@@ -168,7 +189,7 @@ class Family:
         """The side of a patch. Raises UserError where the model takes samples of other channels."""
         takes: int = config["in_channels"]
         if not self.packed:
-            sides = config.get("patch_size", config.get("all_patch_size"))
+            sides = config.get("patch_size", config.get("all_patch_size", 1))
             p: int = sides[-1] if isinstance(sides, list | tuple) else sides
             fits = takes == channels
         else:
@@ -180,6 +201,10 @@ class Family:
                 f"pipeline has a model of {many}, and the data have {channels} channels: take data that fit it"
             )
         return p
+
+    def pooled_width(self, config: Config) -> int:
+        """The numbers of pooled text, if it takes any; SDXL embeds six sizes with them."""
+        return config[self.pooled] - 6 * (config.get("addition_time_embed_dim") or 0) if self.pooled else 0
 
 
 def eights(config: Config) -> int:
@@ -251,7 +276,24 @@ FAMILIES: dict[str, Family] = {
         embedder="condition_embedder.time_embedder", channels_last=True,
         side=lambda config: 0,
     ),
+    "PixArtTransformer2DModel": Family(
+        pixart, "PixArtSigmaPipeline", BOTH, 300, "caption_channels", masked=True, noise=True,
+        channels_last=True, out_channels="attribute", side=eights,
+    ),
+    "UNet2DConditionModel": Family(
+        unet, "StableDiffusionPipeline", "tokens -tokens", 77, "cross_attention_dim", noise=True, last="conv_out",
+        embedder="time_embedding", exact="time_proj", compiles=False, side=eights,
+    ),
 }  # fmt: skip
+UNET = "UNet2DConditionModel"
+SDXL = replace(
+    FAMILIES[UNET],
+    call=sdxl,
+    pipeline="StableDiffusionXLPipeline",
+    encodes="tokens -tokens pooled -pooled",
+    pooled="projection_class_embeddings_input_dim",
+)
+READ_BY_UNETS = {9: "fills a part of an image", 8: "edits an image", 7: "enlarges an image", 5: "follows a depth"}
 EDITS = {  # those of a class above that take an image, too, by the class of the pipeline
     "FluxKontextPipeline": replace(
         FAMILIES["FluxTransformer2DModel"], call=kontext, pipeline="FluxKontextPipeline", edits=True
@@ -268,7 +310,6 @@ VARIANTS = {  # of a base, by a word in the class of the pipeline, and what they
     "Layered": "makes layers",
     "Sprint": "has the path of a consistency model, which is none of dumo's",
 }
-NOISE = ("UNet", "PixArt", "DiTTransformer", "HunyuanDiT", "Transformer2DModel", "CogVideoX", "Kandinsky3")
 
 
 def family(config: Config, pipeline: str = "") -> Family:
@@ -277,10 +318,10 @@ def family(config: Config, pipeline: str = "") -> Family:
     Raises UserError, with the way out, for a model that is none of them, and for a variant of one: a pipeline that
     makes images of more than a text.
     """
-    kind = str(config.get("_class_name"))
+    kind = class_of(config)
     if row := EDITS.get(pipeline) if kind == "FluxTransformer2DModel" else None:
         return row
-    if row := FAMILIES.get(kind):
+    if row := unet_of(config) if kind == UNET else FAMILIES.get(kind):
         if pipeline.replace("Text2Img", "") in ("", row.pipeline):  # an older name
             return row
         does = next((does for word, does in VARIANTS.items() if word in pipeline), "is no pipeline that dumo knows")
@@ -289,9 +330,30 @@ def family(config: Config, pipeline: str = "") -> Family:
             f"of a {row.pipeline}"
         )
     known = ", ".join(name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
-    if kind.startswith(NOISE):
-        raise UserError(
-            f"pipeline has a {kind}, which learned the noise of a diffusion, not the velocity of a flow: take a "
-            f"flow transformer ({known})"
-        )
     raise UserError(f"pipeline has a {kind}, which dumo was not tested with: take one of {known}")
+
+
+def class_of(config: Config) -> str:
+    """The class of a model; PixArt was published under an older one's name."""
+    kind = str(config.get("_class_name"))
+    older = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
+    return "PixArtTransformer2DModel" if older else kind
+
+
+def unet_of(config: Config) -> Family:
+    """The row of a UNet by its config. Raises UserError for one that reads more than a text and sizes."""
+    takes, gives = config.get("in_channels"), config.get("out_channels")
+    if takes != gives:
+        does = READ_BY_UNETS.get(takes or 0, "reads more than a sample")
+        raise UserError(
+            f"pipeline has a UNet of {takes} channels, of which it gives {gives}: it {does}, and dumo trains what "
+            "makes an image of a text alone. Take the folder of a text-to-image pipeline"
+        )
+    added = config.get("addition_embed_type")
+    keys = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+    odd = [key for key in keys if config.get(key)] + ["addition_embed_type"] * (added not in (None, "text_time"))
+    if odd:
+        raise UserError(
+            f"pipeline has a UNet with {odd[0]}, which dumo was not tested with: take Stable Diffusion 1.5, 2.1 or XL"
+        )
+    return SDXL if added else FAMILIES[UNET]

@@ -1,4 +1,4 @@
-"""A published flow transformer, from a folder as diffusers saves it, to be tuned (docs/pretrained.md)."""
+"""A published model, from a folder as diffusers saves it, to be tuned (docs/pretrained.md)."""
 
 import warnings
 from pathlib import Path
@@ -18,6 +18,7 @@ from dumo.nets.family import TURN, Family, family
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
+from dumo.nets.vp import Frame, framed
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
 from dumo.training.deferred import leaf, unnoted
@@ -36,6 +37,8 @@ DEPTHS = (  # keys of a config: numbers of blocks
     "n_layers",
     "n_refiner_layers",
     "depth",
+    "layers_per_block",
+    "transformer_layers_per_block",
 )
 
 
@@ -57,7 +60,13 @@ class Pretrained(Reading):
     @property
     def time_scale(self) -> float:
         """The quickest wave of time that the net may read, in radians per unit of t."""
-        return self.lowpass or TURN
+        return (self.lowpass or TURN) * (frame.steepest if (frame := self.frame) else 1.0)
+
+    @property
+    def frame(self) -> Frame | None:
+        """How a model of a diffusion is a velocity; None: it learned one. Raises UserError as `family` and `framed`."""
+        row = family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+        return framed(self.pipeline.config("scheduler")) if row.noise else None
 
     @property
     def side(self) -> int:
@@ -114,14 +123,17 @@ class Pretrained(Reading):
             model.enable_gradient_checkpointing(run_lean)
             for part in model.children():
                 make_lean(part if isinstance(part, nn.ModuleList) else (), self.checkpoint)
-        return Dualized(model, row, texts, needs.heads, p, guidance=self.guidance, lora=self.lora, limit=self.lowpass)
+        return Dualized(
+            model, row, texts, needs.heads, p,
+            guidance=self.guidance, lora=self.lora, limit=self.lowpass, frame=self.frame,
+        )  # fmt: skip
 
     def text_rows(self, row: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
         """The rows of text, or codes. Raises UserError as `PipelineTexts.build`, and for codes that edit images."""
         if isinstance(self.texts, Codes) and row.edits:
             raise UserError(f"{FIELD} has a {row.pipeline}, which edits images, and codes edit none: take captions")
         if isinstance(self.texts, Codes):
-            return codes(classes, config[row.text], config[row.pooled] if row.pooled else 0)
+            return codes(classes, config[row.text], row.pooled_width(config))
         return self.texts.build(classes, shape) if row.edits else self.texts.build(classes)
 
     def fit(self, row: Family, config: Config) -> None:
@@ -194,7 +206,11 @@ class Shortened(Pretrained):
 
     def shaped(self, config: Config) -> Config:
         """The source's config, with fewer blocks."""
-        return {key: min(value, self.depth) if key in DEPTHS else value for key, value in config.items()}
+
+        def cut(value: Any) -> Any:  # noqa: ANN401, numbers, lists of them, or null
+            return [cut(v) for v in value] if isinstance(value, list | tuple) else value and min(value, self.depth)
+
+        return {key: cut(value) if key in DEPTHS else value for key, value in config.items()}
 
 
 def demand(needs: Needs) -> None:

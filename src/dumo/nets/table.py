@@ -247,7 +247,7 @@ class PipelineTexts(Reading, Embedded):
     def sizes(self) -> Sizes:
         """As the config of the model says."""
         row, config = self.row, self.pipeline.config(TRANSFORMER)
-        pooled = config[row.pooled] if row.pooled else 0
+        pooled = row.pooled_width(config)
         return Sizes(row.length, config[row.text], pooled, row.masked or row.alone, getattr(torch, self.dtype))
 
 

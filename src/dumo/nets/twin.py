@@ -1,4 +1,4 @@
-"""Several heads for a model that has one: its last linear layer, once per head, in the old layer's place.
+"""Several heads for a model that has one: its last layer, once per head, in the old layer's place.
 
 The model's own tail, which makes an image of patches, then makes one with the channels of all heads, so no model is
 forked. Each head starts as a copy of the old layer: all give the model's own output, to the bit.
@@ -19,12 +19,17 @@ M = TypeVar("M", bound=nn.Module)
 class Head(nn.Module):
     """A head's own last layer."""
 
-    out: nn.Linear
+    out: nn.Linear | nn.Conv2d
 
-    def __init__(self, out: nn.Linear) -> None:
+    def __init__(self, out: nn.Linear | nn.Conv2d) -> None:
         """A copy of the layer, with gradients."""
         super().__init__()
         self.out = copy.deepcopy(out).requires_grad_(True)
+
+    @property
+    def channels(self) -> int:
+        """The numbers that it gives at a place."""
+        return self.out.out_channels if isinstance(self.out, nn.Conv2d) else self.out.out_features
 
 
 class Outs(nn.Module):
@@ -38,8 +43,10 @@ class Outs(nn.Module):
         self.layers, self.channels = tuple(layers), channels
 
     def forward(self, h: Array) -> Array:
-        """h (..., width); returns (..., heads x numbers of a patch)."""
+        """h (..., width), or (b, width, h, w) of a UNet; returns as many numbers of a place, heads times."""
         outs = [layer(h) for layer in self.layers]
+        if isinstance(self.layers[0], nn.Conv2d):
+            return torch.cat(outs, 1)
         if self.channels is None:
             return torch.cat(outs, -1)
         return torch.cat([out.unflatten(-1, (-1, self.channels)) for out in outs], -1).flatten(-2)

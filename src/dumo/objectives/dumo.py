@@ -16,7 +16,7 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, head_gap
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import STRAIGHT, Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class DuMo(Spec):
@@ -32,7 +32,7 @@ class DuMo(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide)
+        return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dumo.flow.guide import Guide
 from dumo.flow.times import Times, Uniform
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, mean_square
 
 
 class FlowMatching(Spec):
@@ -24,7 +24,7 @@ class FlowMatching(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t",), heads=("v",), guide=self.guide)
+        return Needs(inputs=("t",), heads=("v",), guide=self.guide, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Eq. 3."""

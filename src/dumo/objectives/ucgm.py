@@ -26,7 +26,7 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.slope import CentralSlope, Slope, demand
 from dumo.flow.times import Beta, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
 
 QUARTER = 1.57  # pi / 2 as the authors round it: so the weight is not quite 0 at t = 1
 
@@ -54,7 +54,7 @@ class UCGM(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
         slope = self.slope if self.ratio == 1 else None
-        return Needs(("t",), ("u",) if self.ratio else ("v",), slope=slope, amplifies=self.gain)
+        return Needs(("t",), ("u",) if self.ratio else ("v",), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where a short step meets bf16."""

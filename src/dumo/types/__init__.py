@@ -165,6 +165,9 @@ class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a com
     unit: bool = False  # for data of standard deviation 1, by some constants of it
 
 
+STRAIGHT = Formulas(paths=("linear", "diffusion"))  # of what holds wherever v = (x_t - x) / t
+
+
 class FromTeacher(NamedTuple):
     """What a loss learns from a teacher."""
 
@@ -215,6 +218,15 @@ class Path(Protocol):
     @property
     def sd(self) -> float:
         """The standard deviation of the data, in units of which x is."""
+        ...
+
+    @property
+    def spread(self) -> float:
+        """That of x_t at t = 1 for such data, and so what the noise is multiplied by where sampling begins."""
+        ...
+
+    def near(self, t: float) -> float:
+        """The time nearest to t at which stock programs can call a net of this path."""
         ...
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:

@@ -310,8 +310,8 @@ def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "where", "change", "why"),
     [
-        ("sd3", "config", {"_class_name": "UNet2DConditionModel"}, "learned the noise"),
-        ("sd3", "config", {"_class_name": "PixArtTransformer2DModel"}, "learned the noise"),
+        ("sd3", "config", {"_class_name": "UNet2DModel"}, "take one of SD3"),
+        ("sd3", "config", {"_class_name": "PixArtTransformer2DModel"}, "describes no PixArtTransformer2DModel"),
         ("sd3", "config", {"_class_name": "FooTransformer2DModel"}, "take one of SD3"),
         ("sd3", "config", {"_class_name": None}, "take one of SD3"),
         ("sd3", "config", {"in_channels": 3}, "a model of 3 channels, and the data have 4"),

@@ -13,10 +13,10 @@ from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
-from dumo.flow.path import Path
+from dumo.flow.path import Diffusion, Path
 from dumo.flow.slope import DualSlope, demand_precision
 from dumo.flow.times import Jumps, Pair
-from dumo.nets import Net
+from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import Embedded, PipelineTexts
@@ -38,7 +38,12 @@ def check(run: Tree) -> None:
     require(captions(data, net, run.evaluate), unconditional(data, objective, run.sample.guide, run.teacher))
     outline = run.outline(short=True)
     require(buckets(data, net, outline, run.teacher), positions(data, outline))
-    require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
+    require(
+        augmentation(data, net, objective),
+        scheduled(path, net),
+        formulas(objective, path, net),
+        precision(objective, net, train),
+    )
     check_pieces(train, objective)
     require(compilation(train, objective, net, outline, data.classes), guidance(objective, data))
     check_guided(run.sample.guide, data, objective, run.guided)
@@ -200,6 +205,20 @@ def formulas(objective: Objective, path: Path, net: Net) -> Iterator[str]:
         )
 
 
+def scheduled(path: Path, net: Net) -> Iterator[str]:
+    """A model of a diffusion on another path than its own, or that path with another net."""
+    frame = net.frame if isinstance(net, Pretrained) else None
+    if isinstance(path, Diffusion) and frame is None:
+        yield "path 'diffusion' is that of a pipeline's model which learned noise, and this one did not: set path.kind"
+    elif frame and not isinstance(path, Diffusion):
+        yield (
+            "pipeline has a model of a diffusion, whose path ends before the noise, at the last time of its schedule: "
+            "set path.kind=diffusion"
+        )
+    elif frame and isinstance(path, Diffusion) and path.schedule not in (None, frame.schedule):
+        yield "path.schedule is another than the pipeline's scheduler has: leave it out, or set it to null"
+
+
 def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
     """Frozen weights that every pass would cast up, and differences with too large a rounding error or step."""
     needs, lora = objective.needs, net.lora
@@ -321,7 +340,7 @@ def teaching(teacher: Teacher | None, objective: Objective, data: Data, train: T
 def base(outline: nn.Module, net: Net, path: Path) -> Iterator[str]:
     """A net without adapters as its own teacher, or on another path than that of its velocity."""
     off: Callable[[], AbstractContextManager[None]] | None = getattr(outline, "base", None)
-    if off is None or (path.kind, path.sd) != ("linear", 1):
+    if off is None or path.kind == "trig" or path.sd != 1:
         yield (
             f"teacher.kind = base asks for the net with its adapters off, on path 'linear' of sd 1; this is net "
             f"'{net.kind}' on path '{path.kind}' of sd {path.sd:g}: set teacher.kind=run and teacher.source to the "

@@ -17,8 +17,10 @@ from dumo.data.cache import read_contents
 from dumo.data.caption import Files
 from dumo.data.written import NoCaptionsError
 from dumo.encoders.pipeline import Pipeline
+from dumo.flow.path import Diffusion
 from dumo.io import digest
 from dumo.io.read import user_path
+from dumo.nets import Pretrained
 from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
 from dumo.run.config.change import override, shown
@@ -35,8 +37,9 @@ S = TypeVar("S", bound=Spec)
 def resolve(run: Run) -> Run:
     """The run with the classes and names of its data, its captions' digest, and the identity of its table of texts.
 
-    And with a hash of the code of every class from outside. A run that has them, as one read from its folder, stays as
-    it is; so does what is not there yet. Raises UserError where what is found contradicts the spec.
+    And with the schedule of its pipeline, and a hash of the code of every class from outside. A run that has them, as
+    one read from its folder, stays as it is; so does what is not there yet. Raises UserError where what is found
+    contradicts the spec.
     """
     texts, net = run.net.texts, run.net
     try:
@@ -49,7 +52,10 @@ def resolve(run: Run) -> Run:
         net = net.model_copy(update={"texts": texts.found()})
         if texts.identity is None:
             require_captions(data, texts)
-    found = run.model_copy(update={"data": data, "net": net})
+    path = run.path
+    if isinstance(path, Diffusion) and path.schedule is None and isinstance(net, Pretrained) and net.frame:
+        path = path.model_copy(update={"schedule": net.frame.schedule})
+    found = run.model_copy(update={"data": data, "net": net, "path": path})
     new = {one.field: one.now for one in differences(run, found)}
     if isinstance(texts, Tabled) and isinstance(net.texts, Tabled) and net.texts.identity != texts.identity:
         new["net.texts.identity"] = net.texts.identity

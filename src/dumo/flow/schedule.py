@@ -1,0 +1,97 @@
+"""The noise schedule of a diffusion: a table, of which a time between two entries is read by interpolation.
+
+A diffusion is trained at x_vp = a x + s z, a^2 + s^2 = 1, at whole indices k = 0 .. steps - 1 of a table of s_k.
+Divided by a + s this is a point of the linear path,
+
+    x_t = (1 - t) x + t z,   t = s / (a + s),   x_vp = x_t / n,   n = 1 / (a + s) = (t^2 + (1 - t)^2)^(1/2),
+
+so that scale and signal are functions of t. The table says which index belongs to t: monotone cubics between its
+entries (Fritsch and Carlson 1980, by scipy), straight lines beyond them, once continuously differentiable all over.
+"""
+
+from functools import lru_cache
+from math import cos, pi
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dumo.autodiff.dual import primal
+from dumo.runtime.bound import PASSES
+from dumo.types import Array, Spec, Time
+
+Law = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+class Schedule(Spec):
+    """The betas of a diffusion, by a law of diffusers': k runs from 0 to steps - 1, and a_k^2 = prod (1 - beta)."""
+
+    kind: Law
+    start: float = Field(default=0.0001, gt=0, lt=1)
+    end: float = Field(default=0.02, gt=0, lt=1)
+    steps: int = Field(default=1000, ge=2, le=PASSES)
+    zero_snr: bool = False  # rescaled, so that the last entry is noise alone (Lin et al. 2023, arXiv 2305.08891)
+
+    @property
+    def times(self) -> np.ndarray:
+        """t_k, (steps,), rising, in float64."""
+        return table(self.kind, self.start, self.end, self.steps, self.zero_snr)
+
+    @property
+    def last(self) -> float:
+        """The last of them, below 1 where some of the data is left."""
+        return float(self.times[-1])
+
+    def near(self, t: float) -> int:
+        """The index of the entry nearest to time t."""
+        return int(np.abs(self.times - t).argmin())
+
+
+@lru_cache(16)
+def table(kind: Law, low: float, high: float, n: int, zero_snr: bool) -> np.ndarray:
+    """`Schedule.times`, of its fields."""
+    match kind:
+        case "linear":
+            betas = np.linspace(low, high, n)
+        case "scaled_linear":
+            betas = np.linspace(low**0.5, high**0.5, n) ** 2
+        case "squaredcos_cap_v2":  # Nichol and Dhariwal 2021
+            bars = [cos((k / n + 0.008) / 1.008 * pi / 2) ** 2 for k in range(n + 1)]
+            betas = np.minimum(1 - np.divide(bars[1:], bars[:-1]), 0.999)
+    signal = np.cumprod(1 - betas) ** 0.5
+    if zero_snr:
+        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    noise = (1 - signal**2) ** 0.5
+    return noise / (signal + noise)
+
+
+class Clock(nn.Module):
+    """The index of a schedule as a function of t, one row each; its numbers are no weights."""
+
+    ends: Tensor  # (steps,): where one piece ends and the next begins
+    bases: Tensor  # (steps + 1,): from where a piece counts
+    pieces: Tensor  # (steps + 1, 4): its cubic, the highest power first
+
+    def __init__(self, schedule: Schedule) -> None:
+        """In float64, whatever type the net has."""
+        from scipy.interpolate import PchipInterpolator  # slow to import
+
+        super().__init__()
+        times, index = schedule.times, np.arange(schedule.steps, dtype=np.float64)
+        curve = PchipInterpolator(times, index)
+        slopes = curve(times[[0, -1]], 1)
+        lines = np.array([[0, 0, slope, k] for slope, k in zip(slopes, index[[0, -1]], strict=True)])
+        pieces = np.concatenate([lines[:1], curve.c.T, lines[1:]])
+        bases = np.concatenate([times[:1], times])
+        self.fastest = float(curve.derivative()(np.linspace(times[0], times[-1], 10_001)).max())
+        for name, numbers in (("ends", times), ("bases", bases), ("pieces", pieces)):
+            self.register_buffer(name, torch.as_tensor(numbers), persistent=False)
+
+    def forward(self, t: Time) -> Array:
+        """The index at t (b,), which may carry a tangent."""
+        k = torch.searchsorted(self.ends.to(t.dtype), primal(t).detach().contiguous(), right=True)
+        base, pieces = self.bases.to(t.dtype)[k], self.pieces.to(t.dtype)[k]
+        d, (cubic, square, slope, index) = t - base, pieces.unbind(1)
+        return ((cubic * d + square) * d + slope) * d + index

@@ -1,0 +1,88 @@
+"""Schedules of diffusions against diffusers' own tables, the clock between their entries, the path to the last."""
+
+import numpy as np
+import pytest
+import torch
+
+from dumo.flow.path import Diffusion, Linear
+from dumo.flow.schedule import Clock, Schedule
+from dumo.types import Path, UserError
+
+SD = Schedule(kind="scaled_linear", start=0.00085, end=0.012)
+SCHEDULES = {
+    "sd": SD,
+    "sd-zero": SD.model_copy(update={"zero_snr": True}),
+    "pixart": Schedule(kind="linear"),
+    "cosine": Schedule(kind="squaredcos_cap_v2", steps=50),
+}
+DIFFUSERS = {"start": "beta_start", "end": "beta_end", "kind": "beta_schedule", "zero_snr": "rescale_betas_zero_snr"}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_tables_are_those_of_diffusers(name: str) -> None:
+    """Which computes in float32."""
+    from diffusers import DDIMScheduler
+
+    schedule = SCHEDULES[name]
+    said = {theirs: getattr(schedule, ours) for ours, theirs in DIFFUSERS.items()}
+    bars = DDIMScheduler(num_train_timesteps=schedule.steps, **said).alphas_cumprod.double().numpy()
+    signal, noise = bars**0.5, (1 - bars) ** 0.5
+    assert np.abs(schedule.times - noise / (signal + noise)).max() < 5e-6
+    assert (schedule.last == 1) == schedule.zero_snr
+
+
+def test_stable_diffusion_spans_most_of_the_path() -> None:
+    assert SD.times[[0, -1]] == pytest.approx([0.02834, 0.93596], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_clock_is_smooth_and_goes_through_every_entry(name: str) -> None:
+    schedule = SCHEDULES[name]
+    clock, times = Clock(schedule), torch.as_tensor(schedule.times)
+    assert (clock(times) - torch.arange(schedule.steps)).abs().max() < 1e-9
+    assert (clock(times.float()) - torch.arange(schedule.steps)).abs().max() < 1e-3
+    eps = 1e-9
+    t = torch.cat([times, torch.linspace(0, 1, 1001).double()])
+    below, above = (slope(clock, t + side) for side in (-eps, eps))
+    assert torch.allclose(below, above, rtol=1e-4)
+    assert (below > 0).all()
+    assert below.max() <= clock.fastest * (1 + 1e-4)
+    h = 1e-7
+    assert torch.allclose(slope(clock, t), (clock(t + h) - clock(t - h)) / (2 * h), rtol=1e-3)
+    ends = torch.tensor([times[0] - 0.01, times[-1] + 0.01])
+    straight = torch.tensor([0.0, schedule.steps - 1.0]) + torch.tensor([-0.01, 0.01]) * slope(clock, times[[0, -1]])
+    assert torch.allclose(clock(ends), straight.to(ends))
+
+
+def slope(clock: Clock, t: torch.Tensor) -> torch.Tensor:
+    return torch.func.jvp(clock, (t,), (torch.ones_like(t),))[1]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_path_of_a_diffusion_is_a_part_of_the_linear_one(name: str) -> None:
+    path, g = Diffusion(schedule=SCHEDULES[name]), torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    last = SCHEDULES[name].last
+    x_t, v_t = path.at(x, z, t)
+    there, v = Linear().at(x, z, last * t)
+    assert torch.allclose(x_t, there)
+    assert torch.allclose(v_t, last * v)
+    assert torch.allclose(x_t, path.alpha(t)[:, None] * z + path.gamma(t)[:, None] * x)
+    signal = (1 - last) / path.spread
+    assert path.spread == pytest.approx(1 / (signal + (1 - signal**2) ** 0.5))  # stock begins at x_vp = z
+    assert isinstance(path, Path)
+
+
+def test_times_fall_on_entries() -> None:
+    path = Diffusion(schedule=SD)
+    assert (path.near(1.0), path.index(1.0)) == (1.0, 999)
+    near = path.near(0.5)
+    assert abs(near - 0.5) < 1e-3
+    assert SD.last * near == pytest.approx(SD.times[path.index(0.5)], rel=1e-15)
+    assert Linear().near(0.5) == 0.5
+
+
+def test_without_a_pipeline_there_is_no_schedule() -> None:
+    with pytest.raises(UserError, match="--set pipeline=DIR"):
+        Diffusion().near(0.5)

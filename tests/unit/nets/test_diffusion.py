@@ -1,0 +1,240 @@
+"""UNets and transformers that learned noise: velocities of the stock model, an exact step, heads, refusals."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import transformers_tiny as tiny
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Diffusion
+from dumo.flow.slope import DualSlope, JvpSlope, Slope
+from dumo.nets import Pretrained
+from dumo.nets.adapter import Lora, adapters
+from dumo.nets.dualized import Dualized
+from dumo.objectives import DuMo
+from dumo.types import Frozen, Needs, UserError
+from transformers_saved import CLASSES, NOISE, SHAPE, batch, of, saved, texts
+
+VU = Needs(heads=("v", "u"))
+LORA = Lora(rank=4)
+Saved = Callable[[str], Pretrained]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Specs of tiny models, each saved once."""
+    place, known = tmp_path_factory.mktemp("models"), dict[str, Pretrained]()
+
+    def spec(name: str) -> Pretrained:
+        if name not in known:
+            known[name] = saved(place, name)
+        return known[name]
+
+    return spec
+
+
+def built(spec: Pretrained, **fields: object) -> Dualized:
+    """Its weights and adapters are functions of the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return spec.model_copy(update=fields).build(VU, SHAPE, CLASSES)
+
+
+def scheduler(name: str, spec: Pretrained) -> Any:  # noqa: ANN401, of diffusers
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_pretrained(spec.pipeline.folder / "scheduler")
+
+
+def answer(name: str, model: Any, x: Tensor, c: Tensor, index: Tensor) -> Tensor:  # noqa: ANN401
+    """What the stock model says of x_vp at these indices, without a learned variance."""
+    rows = texts(name)
+    drawn = {3: rows["tokens"][c], 2: rows.get("pooled", rows["tokens"][:, 0])[c]}
+    given = tiny.TINY[name].given(x, index / 1000, lambda *shape: drawn[len(shape)])
+    if "encoder_attention_mask" in given:
+        given["encoder_attention_mask"] = rows["mask"][c].to(x.dtype)
+    if "added_cond_kwargs" in given and "time_ids" in given["added_cond_kwargs"]:
+        given["added_cond_kwargs"]["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * len(c))
+    return model(**given | {"timestep": index}, return_dict=False)[0][:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
+    """At indices of the table: the data by diffusers' own scheduler are x_t - t v, from x_vp as from x_t."""
+    spec, (x, c, _) = folder(name), batch()
+    index = torch.tensor([999, 421])
+    net, table = built(spec), scheduler(name, spec)
+    frame = net.frame
+    assert frame is not None
+    t = torch.as_tensor(frame.schedule.times[index.numpy()] / frame.schedule.last).float()
+    bars = table.alphas_cumprod[index].view(-1, 1, 1, 1)
+    a, s = bars.sqrt(), (1 - bars).sqrt()
+    said = answer(name, tiny.TINY[name].model(), x, c, index)
+    v_type = table.config.prediction_type == "v_prediction"
+    data = a * x - s * said if v_type else (x - s * said) / a
+    x_t = x / (a + s)
+    v, u = net(x_t, c, t=t)
+    assert torch.equal(u, v)
+    assert v.std() > 0.01
+    guess = x_t - t.view(-1, 1, 1, 1) * v
+    assert (guess - data).norm() / data.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
+    x, c, t = batch()
+    net = built(folder(name))
+    before = net(x, c, t=t)
+    with torch.no_grad():
+        net.heads["u"].out.bias.add_(1.0)
+    v, u = net(x, c, t=t)
+    assert torch.equal(v, before[0])
+    assert not torch.allclose(u, before[1])
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_one_guided_step_is_exact(folder: Saved, name: str, lora: Lora | None) -> None:
+    """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
+    nets = [built(folder(name), lora=lora, lowpass=10.0) for _ in range(2)]
+    dual, jvp = (gradient(net, slope) for net, slope in zip(nets, (DualSlope(), JvpSlope()), strict=True))
+    assert dual.keys() == jvp.keys() == {n for n, p in nets[0].named_parameters() if p.requires_grad}
+    size = torch.stack([g.norm() for g in jvp.values()]).norm()
+    assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
+
+
+def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
+    """Of every parameter that has one."""
+    loss(net, DuMo(slope=slope, drop=0.1, guide=Guide(zeta=0.55))).backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def loss(net: Dualized, objective: DuMo) -> Tensor:
+    """That of a step."""
+    x, c, _ = batch(4)
+    assert net.frame is not None
+    path = Diffusion(schedule=net.frame.schedule)
+    record = draw(objective, path, x, c, torch.full_like(c, CLASSES), seed=0, step=0)
+    return objective.loss(net.train(), Frozen(net), record).loss.mean()
+
+
+def step(net: Dualized) -> None:
+    """Two of AdamW."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(net, DuMo(slope=DualSlope(), drop=0.1)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved, name: str) -> None:
+    net, (x, c, t) = built(folder(name)), batch()
+    heads, along = DualSlope()(net, Frozen(net), x, c, t=t)
+    assert all(torch.equal(a, b) for a, b in zip(heads, net(x, c, t=t), strict=True))
+    w = torch.randn_like(x)
+    (dv, _), jvp = along(w), JvpSlope().slopes(Frozen(net), x, c, w, t=t)[0]
+    assert (dv - jvp).norm() / jvp.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
+    """A step moves adapters of attention and perceptrons, heads and embedder alone, and in `base` all is as it was."""
+    x, c, t = batch()
+    old = built(folder(name))(x, c, t=t)[0]
+    net = built(folder(name), lora=LORA, lowpass=10.0)
+    mine = {id(layer) for layer in adapters(net.model)}
+    where = {path.split(".transformer_blocks")[-1] for path, layer in net.model.named_modules() if id(layer) in mine}
+    assert where
+    assert not [path for path in where if "time" in path or "resnets" in path]
+    before = copy.deepcopy(net.state_dict())
+    with net.base():
+        begun = net(x, c, t=t)
+    step(net)
+    moved = {name for name, w in net.state_dict().items() if not torch.equal(w, before[name])}
+    ours = ("heads.", *(f"model.{path}." for path in net._embedders()))
+    assert moved
+    assert all("lora_" in name or name.startswith(ours) for name in moved)
+    with net.base():
+        assert all(torch.equal(head, then) for head, then in zip(net(x, c, t=t), begun, strict=True))
+    assert torch.allclose(begun[0], old, rtol=0, atol=1e-4)  # a product's last bits depend on where its factors lie
+    assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora | None, tmp_path: Path) -> None:
+    """Of the old class, names and shapes; read by a net of its own it gives what the head gives."""
+    x, c, t = batch()
+    net = built(folder(name), lora=lora, lowpass=10.0)
+    step(net)
+    u = net(x, c, t=t)[1]
+    stock = net.stock("u", merged=True)
+    stock.save_pretrained(tmp_path)
+    (tmp_path / "scheduler").symlink_to(folder(name).pipeline.folder / "scheduler")
+    assert set(stock.state_dict()) == set(tiny.TINY[name].model().state_dict())
+    loaded = of(tmp_path, lowpass=None).model_copy(update={"texts": folder(name).texts})
+    again = built(loaded)(x, c, t=t)[0]
+    assert (again - u).norm() / u.norm() < 1e-5
+    assert torch.equal(net(x, c, t=t)[1], u)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
+    """The low-pass is of the embedder of time alone, and blocks include the middle of a UNet."""
+    net = built(folder(name), lowpass=10.0)
+    assert net._embedders() == ["time_embedding"]
+    assert len(net.fits) == 1
+    assert any(block is net.model.mid_block for block in net.blocks)
+
+
+def test_checkpointing_changes_no_gradient(folder: Saved) -> None:
+    plain, lean = (gradient(built(folder("sd1"), checkpoint=c), DualSlope()) for c in (False, True))
+    assert plain.keys() == lean.keys()
+    size = torch.stack([g.norm() for g in plain.values()]).norm()
+    assert torch.stack([(lean[n] - g).norm() for n, g in plain.items()]).norm() / size < 1e-5
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_fewer_blocks_are_a_net_too(folder: Saved, name: str) -> None:
+    x, c, t = batch()
+    assert built(folder(name).short(1))(x, c, t=t)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"in_channels": 9}, "a UNet of 9 channels, of which it gives 4: it fills a part"),
+        ({"in_channels": 7}, "it enlarges an image"),
+        ({"in_channels": 3, "out_channels": 3}, "a model of 3 channels, and the data have 4"),
+        ({"class_embed_type": "timestep"}, "a UNet with class_embed_type"),
+        ({"addition_embed_type": "image"}, "a UNet with addition_embed_type"),
+        ({"time_cond_proj_dim": 8}, "a UNet with time_cond_proj_dim"),
+    ],
+)
+def test_what_reads_more_is_refused(folder: Saved, tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    spec = folder("sd1")
+    config = json.loads((spec.pipeline.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "scheduler").symlink_to(spec.pipeline.folder / "scheduler")
+    with pytest.raises(UserError, match=why):
+        built(of(tmp_path, weights="drawn"))
+
+
+def test_what_it_learned_is_said_by_its_scheduler(folder: Saved, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder("sd1").pipeline.folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"has no scheduler/scheduler_config\.json: hf download"):
+        built(of(tmp_path, weights="drawn"))
+
+
+def test_a_convolution_is_a_last_layer(folder: Saved) -> None:
+    net = built(folder("sd1"))
+    assert all(isinstance(head.out, nn.Conv2d) for head in net._heads)
+    assert net.channels == SHAPE[0]
