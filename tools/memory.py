@@ -52,6 +52,7 @@ def model(folder: Path, gigabytes: float, dtype: str) -> None:
 def words(folder: Path, more: list[str]) -> list[str]:
     """The run, over digits."""
     own = ["net={kind: diffusers, texts: {kind: codes}}", "evaluate.every=0"]
+    own += [f"train.share={os.environ.get('WORLD_SIZE', '1')}"]
     return [f"pipeline={folder}", *own, "train.batch=8", "train.ema=[{decay: 0.9}]", "train.steps=2", *more]
 
 
@@ -107,7 +108,12 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
         phase.write_text(work if work == "export" else "imports")
         env = {"PHASE": str(phase), "OMP_NUM_THREADS": "1"}
         if ranks > 1:
-            env |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
+            env |= {
+                "RANK": f"{rank}",
+                "LOCAL_RANK": f"{rank}",
+                "WORLD_SIZE": f"{ranks}",
+                "LOCAL_WORLD_SIZE": f"{ranks}",
+            }
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
         words = [sys.executable, __file__, "--work", work, "--folder", str(args.folder)]
         words += ["--set", *args.set] if args.set else []
