@@ -52,6 +52,7 @@ def model(folder: Path, gigabytes: float, dtype: str) -> None:
 def words(folder: Path, more: list[str]) -> list[str]:
     """The run, over digits."""
     own = ["net={kind: diffusers, texts: {kind: codes}}", "evaluate.every=0"]
+    own += [f"train.share={os.environ.get('WORLD_SIZE', '1')}"]
     return [f"pipeline={folder}", *own, "train.batch=8", "train.ema=[{decay: 0.9}]", "train.steps=2", *more]
 
 

@@ -2,16 +2,17 @@
 
 What is counted, for a rank that holds a share of the weights w, gradients, optimizer's memory o and averages a:
 
-    start     on a CPU what it keeps, w + a, and the largest tensor, made whole to take a part of it
+    start     on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU
     step      on a CPU all that `dumo.run.plan.cluster` counts for a step
     save      of one process w, a and o, and gradients; ranks write a part of a checkpoint from two copies of it, more
               than one process, which writes it as it lies
     resume    as start, with o
-    export    of one process: the net that is shown
+    export    of one process: the net that is shown; four of it where ranks wrote it, for its hash is that of one file
 
-On a GPU what is kept is the GPU's: then the largest tensor, what is copied to be written, and the encoders' weights
-count alone. PROCESS comes on top, of a process itself: Python, torch, diffusers, peft. Pages of files that are mapped
-are the system's, rows of texts (`net.texts.memory`) and images in memory (`data.memory`) come on top where they are.
+On a GPU what is kept is the GPU's: then the largest tensor, and what is copied to be written, count alone. PROCESS is
+on top, of a process itself: Python, torch, diffusers, peft; MEETING of one of several ranks. Pages of files that are
+mapped are the system's. Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone,
+whole on rank 0, and an examination of the slope on a CPU, on copies of the net.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")
-PROCESS = 800 * 10**6  # bytes, measured: docs/pretrained.md#memory
+PROCESS = 430 * 10**6  # bytes, measured: docs/pretrained.md#memory
+MEETING = 120 * 10**6  # bytes more of one that meets others: what makes the measured start of two
 GB = 1e9
 PER_NODE = 8  # ranks of a node, at most
 COPIES = 2  # of a part of a checkpoint, by torch.distributed.checkpoint and safetensors
@@ -43,13 +45,14 @@ def host(
     written = (COPIES if ranks > 1 else 0) * largest + (largest if gpu else 0)
     stays = 0 if gpu else kept
     own = {
-        "start": stays + least,
+        "start": stays + (least if gpu or ranks > 1 else 0),
         "step": 0 if gpu else step,
         "save": written + (0 if gpu else kept + optimizer + held["gradients"] // share),
-        "resume": least + (0 if gpu else kept + optimizer),
-        "export": held["weights"],
+        "resume": (least if gpu or ranks > 1 else 0) + (0 if gpu else kept + optimizer),
+        "export": held["weights"] * (4 if ranks > 1 else 1),
     }
-    processes = {name: size + PROCESS for name, size in own.items()}
+    meets = MEETING if ranks > 1 else 0
+    processes = {name: size + PROCESS + (0 if name == "export" else meets) for name, size in own.items()}
     node = {name: size * (1 if name == "export" else min(ranks, PER_NODE)) for name, size in processes.items()}
     return {"process": processes, "node": node}
 

@@ -1,0 +1,75 @@
+"""The memory of the host: what a plan counts, and a start of 20 B weights on eight ranks that are not there."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dumo.run.config.load import load
+from dumo.run.plan import plan
+from dumo.run.plan.cluster import Sent, pretended
+from dumo.run.plan.host import MEETING, PROCESS, host
+from dumo.training import layout
+from dumo.training.deferred import Deferred
+from dumo.training.frozen import copied
+
+
+def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
+    """Bytes without those of a process itself, where the weights of a rank's step take none."""
+    run = load("digits", fields)
+    net = run.outline()
+    found = host(net, run.train, ranks, plan.held(net, run.train), 0, device)
+    assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
+    return {phase: size - PROCESS for phase, size in found["process"].items()}
+
+
+def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
+    net = load("digits").outline()
+    held, largest = plan.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
+    one, four = planned(1, "CPU"), planned(4, "CPU", "train.share=4")
+    assert one["start"] == held["weights"] + held["averages"]
+    assert four["start"] == (held["weights"] + held["averages"]) // 4 + largest + MEETING
+    assert one["resume"] == one["start"] + held["optimizer"]
+    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] == largest + MEETING
+    assert planned(4, "CPU")["start"] == one["start"] + largest + MEETING
+    assert 4 * one["export"] == four["export"] == 4 * held["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["qwen-image"])
+def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load(recipe, ["train.share=8"])
+    net, weights, made, fake = run.outline(), Deferred(), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
+
+    def make(name: str, like: Tensor) -> Tensor:
+        made[name] += like.nbytes
+        with fake:
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+
+    def put(module: nn.Module, names: Any, make: Any) -> None:  # noqa: ANN401, as `layout.put`
+        with fake:
+            real(module, names, make)
+
+    real = layout.put
+    for name, p in net.named_parameters():
+        weights.put(p, partial(make, name, p))
+    wanted: dict[str, Any] = {name: p.nbytes for name, p in net.named_parameters()}
+    assert sum(p.numel() for p in net.parameters()) > 20e9
+    with pretended(8):
+        mesh, copy = layout.mesh_of(8, torch.device("cpu")), copied(net).requires_grad_(False)
+        monkeypatch.setattr(layout, "put", put)
+        with Sent() as sent:
+            layout.lay(net, mesh, [copy], weights, reshard=False)
+        parts = [layout.local(p) for p in net.parameters()]
+    assert not sent.calls
+    assert made == wanted
+    assert not any(x.is_meta for x in parts)
+    assert sum(x.nbytes for x in parts) <= sum(wanted.values()) / 8 * 1.01
+    for name, p in net.named_parameters():
+        assert (copy.get_parameter(name) is p) != p.requires_grad, name
