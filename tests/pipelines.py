@@ -165,6 +165,20 @@ DC = vae(
 )  # fmt: skip
 
 
+def scheduler(name: str, **config: object) -> Part:
+    """By its class."""
+
+    def made() -> Any:  # noqa: ANN401
+        import diffusers
+
+        return getattr(diffusers, name)(**config)
+
+    return made
+
+
+FLOW = scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+NONE = {"safety_checker": lambda: None, "feature_extractor": lambda: None}
 GEMMA = language("Gemma2", query_pre_attn_scalar=8)
 
 
@@ -177,6 +191,7 @@ class Complete:
     parts: dict[str, Part]
     config: dict[str, Any]
     vae: Part = KL
+    scheduler: Part = FLOW
 
 
 PIPELINES: dict[str, Complete] = {
@@ -241,6 +256,29 @@ PIPELINES: dict[str, Complete] = {
         "WanPipeline", "wan", {"text_encoder": t5("UMT5"), "tokenizer": tokens}, {},
         vae("AutoencoderKLWan", **VIDEO, temperal_downsample=[False, True, True]),
     ),
+    "SD1": Complete(
+        "StableDiffusionPipeline", "sd1",
+        {"text_encoder": clip(16, 16, "CLIPTextModel"), "tokenizer": lambda: tokens(77, begin=True), **NONE},
+        {}, OLDER, scheduler("PNDMScheduler", **SD, skip_prk_steps=True, steps_offset=1),
+    ),
+    "SD2-v": Complete(
+        "StableDiffusionPipeline", "sd2-v",
+        {"text_encoder": clip(16, 16, "CLIPTextModel"), "tokenizer": lambda: tokens(77, begin=True), **NONE},
+        {}, OLDER,
+        scheduler("DDIMScheduler", **SD, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    ),
+    "SDXL": Complete(
+        "StableDiffusionXLPipeline", "sdxl",
+        {
+            "text_encoder": clip(6, 5, "CLIPTextModel"), "tokenizer": lambda: tokens(77, begin=True),
+            "text_encoder_2": clip(10, 12), "tokenizer_2": lambda: tokens(77, begin=True),
+        },
+        {}, OLDER, scheduler("EulerDiscreteScheduler", **SD, steps_offset=1),
+    ),
+    "PixArt": Complete(
+        "PixArtSigmaPipeline", "pixart", {"text_encoder": t5(), "tokenizer": tokens}, {}, OLDER,
+        scheduler("DPMSolverMultistepScheduler", beta_schedule="linear"),
+    ),
 }  # fmt: skip
 
 
@@ -260,10 +298,10 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
 
     row, tiny = PIPELINES[name], TINY[PIPELINES[name].tiny]
     transformer = getattr(diffusers, tiny.kind).from_config({**tiny.config, **row.config})
-    parts = {"transformer": transformer, "vae": row.vae(), **{part: make() for part, make in row.parts.items()}}
+    model = "unet" if tiny.kind.startswith("UNet") else "transformer"
+    parts = {model: transformer, "vae": row.vae(), **{part: make() for part, make in row.parts.items()}}
     for i, part in enumerate(parts.values()):
         if isinstance(part, nn.Module):
             filled(part, seed + i)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    getattr(diffusers, row.pipeline)(**parts, scheduler=scheduler).save_pretrained(folder)
+    getattr(diffusers, row.pipeline)(**parts, scheduler=row.scheduler()).save_pretrained(folder)
     return folder

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dumo.export.card import PROMPT
-from dumo.export.model import EDITORS, STOCKS, Stock
+from dumo.export.model import OTHERS, STOCKS, Stock
 from dumo.flow.generate import carried
+from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized, unpacked
+from dumo.nets.family import FAMILIES
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
 from e2e.shell import Done, call, sets
@@ -160,6 +162,7 @@ class Case:
         ]  # fmt: skip
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
         found += EDITED * self.stock.edits
+        found += ["path.kind=diffusion"] * FAMILIES[TINY[PIPELINES[self.name].tiny].kind].noise
         return found + ["net.lowpass=null"] * (self.name in QUICK)
 
     @property
@@ -242,7 +245,7 @@ class Case:
     def stock(self) -> Stock:
         """How its pipeline is called."""
         row = PIPELINES[self.name]
-        return EDITORS.get(row.pipeline) or STOCKS[TINY[row.tiny].kind]
+        return OTHERS.get(row.pipeline) or STOCKS[TINY[row.tiny].kind]
 
     def call(self, passes: int | None = None) -> dict[str, Any]:
         """The arguments of so many passes; None: what a person who says nothing gives."""
@@ -250,7 +253,9 @@ class Case:
         found = {"prompt": PROMPT, "height": SIDE, "width": SIDE, **more}
         found |= {"image": Image.open(self.image), "max_area": SIDE**2} if self.image else {}
         if passes:
-            times = self.opened.sampler.spec.solver.times(passes)
+            sampler = self.opened.sampler
+            times = sampler.spec.solver.times(passes)
+            times = [sampler.path.index(t) for t in times] if isinstance(sampler.path, Diffusion) else times
             found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
         return found
 

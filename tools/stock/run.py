@@ -35,10 +35,13 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 def bare(case: Case, pipe: Any) -> dict[str, Any]:  # noqa: ANN401, a pipeline of diffusers
     """What `pipe(prompt)` does: its passes, guidance and last time, and how far its image is from that of one pass."""
     rows = list[int]()
-    handle = pipe.transformer.register_forward_hook(lambda _, given, out: rows.append(len(out[0])))
+    model = getattr(pipe, case.opened.run.pipeline.model)
+    handle = model.register_forward_hook(lambda _, given, out: rows.append(len(out[0])))
     image = case.made(pipe, None)
     handle.remove()
-    times, one = pipe.scheduler.sigmas[:-1].tolist(), case.made(pipe, 1)
+    table = pipe.scheduler
+    times = (table.timesteps / len(table.alphas_cumprod) if case.stock.whole else table.sigmas[:-1]).tolist()
+    one = case.made(pipe, 1)
     quiet = {case.stock.off: case.stock.none} if case.stock.off else {}
     return {
         "steps": len(times),
@@ -53,7 +56,7 @@ def plain(case: Case, pipe: Any) -> float | None:  # noqa: ANN401
     """How far two Euler steps along u are from two jumps; None where stock steps cannot be at the same times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if not case.stock.times:
+    if not case.stock.times or case.stock.whole:
         return None
     image, pipe.scheduler = case.made(pipe, 2), FlowMatchEulerDiscreteScheduler()
     return apart(case.made(pipe, 2), image)

@@ -13,7 +13,7 @@ from dumo.data import Data, Images, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
-from dumo.export.model import OWN, Exported, Stock
+from dumo.export.model import EULER, LCM, OWN, Exported, Stock
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.run.conditions import shown
@@ -85,7 +85,7 @@ def of_tuned(
     if sizes := sizes_of(exported.sampler.data):
         exported = replace(exported, sampler=replace(exported.sampler, size=next(iter(sizes))))
     sampler, codes, parts = exported.sampler, exported.codes, index or {}
-    scheduler = parts.get("scheduler", ["", ""])
+    scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.frame else EULER])
     return render(
         "tuned",
         sampler,
@@ -142,7 +142,7 @@ def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str,
     seed = ["generator=torch.Generator().manual_seed(0)"] if stock.seeded else []
     found: list[tuple[str, str]] = []
     for n, note in PASSES.items():
-        more = stock.arguments(exported.solver.times(n), embedded=embedded, scale=scale)
+        more = stock.arguments(exported.times(n), embedded=embedded, scale=scale)
         found.append((", ".join([*words, *(f"{key}={value}" for key, value in more.items()), *seed]), note))
     return found
 

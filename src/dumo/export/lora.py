@@ -6,7 +6,8 @@ full rank, which are exact:
     W' x + b' = W x + b + B (A x) + c      with  (B, A) = (1, W' - W) or (W' - W, 1), whichever is smaller,  c = b' - b.
 
 The bias c is peft's `lora_bias`, which is for all layers of a LoRA or for none, so the others have zeros. It loads and
-switches as any LoRA does; where a layer of the model has no bias, `fuse_lora` refuses it.
+switches as any LoRA does; where a layer of the model has no bias, `fuse_lora` refuses it. A UNet's last layer is a
+convolution.
 
 ComfyUI reads no `lora_bias`, but changes of whole layers, `X.diff` and `X.diff_b`: its file has these. It finds layers
 by the names of diffusers, and the rows of q, k and v in layers that it fuses, so adapters stay as they are.
@@ -19,13 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dumo.encoders.pipeline import UNET
 from dumo.export import card
 from dumo.export.model import SCHEDULER, Exported, require, write_scheduler
 from dumo.nets.adapter import adapters
 from dumo.nets.dualized import Dualized
 from dumo.types import UserError
 
-FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."  # as diffusers looks for it, and for its tensors
+FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
 NOTES = {"format": "pt"}
 # Classes whose layers ComfyUI finds by the names of diffusers, and those few that it finds by its own alone. Read in
 # `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of comfy/utils.py at 09708ea.
@@ -38,7 +40,9 @@ COMFYUI: dict[str, dict[str, str]] = {
     "QwenImageTransformer2DModel": {},
     "ZImageTransformer2DModel": {},
     "AuraFlowTransformer2DModel": {},
+    "UNet2DConditionModel": {},
 }
+KOHYA = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
 
 
 def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dtype: str = "float32") -> None:
@@ -48,9 +52,9 @@ def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dt
     """
     stock = require(exported, lora=True)
     layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
-    safetensors.torch.save_file({PREFIX + name: x for name, x in layers.items()}, out / FILE, NOTES)
+    safetensors.torch.save_file({f"{exported.part}.{name}": x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u":
-        write_scheduler(out / SCHEDULER, stock, exported.solver)
+        write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, NOTES)
     (out / "README.md").write_text(card.of_tuned(exported, made, stock, name), encoding="utf-8")
@@ -70,10 +74,17 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
             "--to lora or --to diffusers, and diffusers"
         )
     found: dict[str, Tensor] = {}
+
+    def called(path: str) -> str:
+        if exported.part == UNET:
+            return KOHYA + path.replace(".", "_")
+        return f"diffusion_model.{own[path]}" if path in own else f"{exported.part}.{path}"
+
     for path, a, b, _ in adapted(exported.net):
-        found |= {f"{PREFIX}{path}.lora_down.weight": a, f"{PREFIX}{path}.lora_up.weight": b}
+        found |= {f"{called(path)}.lora_down.weight": a, f"{called(path)}.lora_up.weight": b}
+        found |= {f"{called(path)}.alpha": torch.tensor(float(len(a)))} if exported.part == UNET else {}
     for path, old, new in changed(exported.net, exported.head):
-        name = f"diffusion_model.{own[path]}" if path in own else PREFIX + path
+        name = called(path)
         found[f"{name}.diff"] = new.weight - old.weight
         if old._parameters["bias"] is not None:
             found[f"{name}.diff_b"] = new.bias - old.bias
@@ -93,6 +104,7 @@ def tensors(exported: Exported) -> dict[str, Tensor]:
 
 
 Product = tuple[str, Tensor, Tensor, Tensor]  # path, A, B and c
+Layer = nn.Linear | nn.Conv2d
 
 
 def adapted(net: Dualized) -> Iterator[Product]:
@@ -104,10 +116,10 @@ def adapted(net: Dualized) -> Iterator[Product]:
             yield path, a, b, b.new_zeros(len(b))
 
 
-def changed(net: Dualized, head: str) -> Iterator[tuple[str, nn.Linear, nn.Linear]]:
+def changed(net: Dualized, head: str) -> Iterator[tuple[str, Layer, Layer]]:
     """The layers that were trained in full: path, before and now.
 
-    Raises UserError for a change that is in no linear layer.
+    Raises UserError for a change that is in no linear layer or convolution.
     """
     model: nn.Module = net.stock(head)
     for path, part in zip(net.paths, net.old, strict=True):
@@ -116,15 +128,18 @@ def changed(net: Dualized, head: str) -> Iterator[tuple[str, nn.Linear, nn.Linea
             both = zip(old.parameters(recurse=False), new.parameters(recurse=False), strict=True)
             if all(torch.equal(was, now) for was, now in both):
                 continue
-            if not isinstance(old, nn.Linear):
+            if not isinstance(old, Layer):
                 raise UserError(f"{where} was trained, and no LoRA can say it: take --to diffusers")
-            assert isinstance(new, nn.Linear)
+            assert isinstance(new, Layer)
             yield where, old, new
 
 
-def product(path: str, old: nn.Linear, new: nn.Linear) -> Product:
-    """The change of a layer, exactly."""
+def product(path: str, old: Layer, new: Layer) -> Product:
+    """The change of a layer, exactly; of a convolution as one of this kernel, and one of 1 x 1 behind it."""
     change = new.weight.detach() - old.weight
-    high, wide = change.shape
-    a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
+    high, wide, *kernel = change.shape
+    if kernel:
+        a, b = change, torch.eye(high).to(change)[..., None, None]
+    else:
+        a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
     return path, a, b, change.new_zeros(high) if getattr(old, "bias", None) is None else new.bias.detach() - old.bias

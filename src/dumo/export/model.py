@@ -7,29 +7,41 @@ A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a p
 
 which is Restart (`dumo.flow.solver`) at the times that the pipeline is given as sigmas. Without it the scheduler
 makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
+
+A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes of it
+
+    x_vp = a_s (c_out x_0 + c_skip x_vp) + s_s z,   x_0 = (x_vp - s_t F) / a_t (for noise),
+
+the same jumps: c_skip = .25 / (.25 + (c t)^2) is below 1e-9 where its `timestep_scaling` c is large.
 """
 
 import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.pipeline import TRANSFORMER
+from dumo.encoders.pipeline import TRANSFORMER, UNET
+from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
+from dumo.nets.family import family
 from dumo.nets.rows import Codes
+from dumo.nets.vp import Frame, settings
 from dumo.run.sampler import Sampler
 from dumo.types import UserError
 
 THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
 INDEX = "model_index.json"  # of a pipeline
 SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
+LCM, SHARP = "LCMScheduler", 1e4  # of a diffusion's flow map; its c, above: .25 / 1e8 at index 1
+EULER = "FlowMatchEulerDiscreteScheduler"
 OWN = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
 JUMPS = '''"""Times of jumps to the data, for a pipeline that takes none: the first START, the second of two M."""
 
@@ -69,14 +81,15 @@ class Stock:
     named: bool = False  # it is guided where a negative prompt is named, and there alone
     rescaled: bool = False  # it brings what was guided back to the length of what was not
     edits: bool = False  # it takes an image, too
+    whole: bool = False  # its times are indices of a diffusion's table
     served: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
-    def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
+    def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
         """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net takes.
 
         Where no argument says the times, their number is said, and the scheduler has them (`JUMPS`).
         """
-        said: Arguments = {"sigmas": times, "timesteps": [round(THOUSAND * t, 6) for t in times]}
+        said: Arguments = {"sigmas": times, "timesteps": times if self.whole else [round(THOUSAND * t, 6) for t in times]}
         found = {name: said[name] for name in self.times} or {"num_inference_steps": len(times)}
         found |= {self.off: self.none + scale - 1} if self.off else {}
         return found if embedded is None else found | {"guidance_scale": embedded}
@@ -87,7 +100,7 @@ class Stock:
         import diffusers  # slow to import, and an extra
 
         kind = getattr(diffusers, self.pipeline)
-        return sorted(set(kind._get_signature_keys(kind)[0]) - {"transformer", "scheduler"})
+        return sorted(set(kind._get_signature_keys(kind)[0]) - {TRANSFORMER, UNET, "scheduler"})
 
 
 BINS = ("use_resolution_binning=False",)
@@ -116,10 +129,21 @@ STOCKS: dict[str, Stock] = {
         "PRXPipeline", times=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
     ),
     "WanTransformer3DModel": Stock("WanPipeline", times=(), lora=False, more=("num_frames=1",), gives="frames[0][0]"),
+    "UNet2DConditionModel": Stock("StableDiffusionPipeline", times=("timesteps",), seeded=True, whole=True),
+    "PixArtTransformer2DModel": Stock(
+        "PixArtSigmaPipeline",
+        times=("timesteps",),
+        seeded=True,
+        whole=True,
+        lora=False,
+        mask="prompt_attention_mask",
+        more=BINS,
+    ),
 }
 
 
-EDITORS: dict[str, Stock] = {  # by their own class: that of the model is another pipeline's, too
+OTHERS: dict[str, Stock] = {  # by their own class: that of the model is another pipeline's, too
+    "StableDiffusionXLPipeline": replace(STOCKS["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"),
     "FluxKontextPipeline": Stock(
         "FluxKontextPipeline", "true_cfg_scale", named=True, edits=True, more=("_auto_resize=False",)
     )
@@ -151,7 +175,8 @@ def stock_of(kind: str, spec: Pretrained) -> Stock | None:
     """The pipeline that runs a class of model, as its net is called; None where no stock pipeline does."""
     # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
     none = kind == "SanaTransformer2DModel" and spec.guidance is not None
-    return None if none else EDITORS.get(spec.pipeline.class_name) or STOCKS.get(kind)
+    row = family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
+    return None if none else OTHERS.get(row.pipeline) or STOCKS.get(kind)
 
 
 @dataclass(frozen=True)
@@ -177,6 +202,16 @@ class Exported:
     def solver(self) -> Restart:
         """The run's own jumps; those of the default where it samples by v. Raises UserError as `restart`."""
         return restart(self.sampler.spec.solver)
+
+    def times(self, passes: int) -> Sequence[float]:
+        """Those of its jumps as its pipeline counts them: as sigmas, or as indices of a diffusion's table."""
+        times, path = self.solver.times(passes), self.sampler.path
+        return [path.index(t) for t in times] if isinstance(path, Diffusion) else times
+
+    @property
+    def part(self) -> str:
+        """What diffusers calls the model."""
+        return self.spec.pipeline.model
 
     @property
     def source(self) -> Path | None:
@@ -246,17 +281,25 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def write_scheduler(folder: Path, stock: Stock | None, solver: Restart) -> Entry:
+def write_scheduler(folder: Path, stock: Stock | None, solver: Restart, frame: Frame | None = None) -> Entry:
     """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
-    A class of its own where the pipeline takes no times.
+    A class of its own where the pipeline takes no times. `frame` is that of a model of a diffusion.
     """
+    if frame:
+        from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+        steps = frame.schedule.steps
+        LCMScheduler(
+            **settings(frame), original_inference_steps=steps, timestep_scaling=SHARP
+        ).save_pretrained(folder)
+        return ["diffusers", LCM]
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True).save_pretrained(folder)
     check_scheduler(folder)
     if stock is None or stock.times:
-        return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        return ["diffusers", EULER]
     (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     write_json(folder / CONFIG, config | {"_class_name": OWN[1]})
@@ -276,9 +319,14 @@ def check_scheduler(folder: Path) -> None:
             )
 
 
-def write_euler(folder: Path) -> Entry:
-    """Write the scheduler of a velocity, with Euler steps; return its entry."""
+def write_euler(folder: Path, frame: Frame | None = None) -> Entry:
+    """Write the scheduler of a velocity, with Euler steps, or of a diffusion's `frame` with DDIM's; return its entry."""
+    if frame:
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        DDIMScheduler(**settings(frame), clip_sample=False).save_pretrained(folder)
+        return ["diffusers", "DDIMScheduler"]
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
-    return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    return ["diffusers", EULER]

@@ -20,10 +20,11 @@ from typing import Any, Literal, cast, get_args
 import safetensors.torch
 
 from dumo.data import Data, Latents
+from dumo.encoders.pipeline import TRANSFORMER, UNET
 from dumo.export import card, lora, standalone
 from dumo.export.model import INDEX, SCHEDULER, Exported, Head, of_net, require, write_euler, write_scheduler
 from dumo.export.serve import UNREAD, is_whole, served, there, unserved
-from dumo.flow.path import Linear
+from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import apart
@@ -38,7 +39,7 @@ Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
 DTYPES = ("float32", "bfloat16", "float16")
-TRANSFORMER, SECOND = "transformer", "transformer_2"
+SECOND = "transformer_2"
 ORIGIN = "dumo.json"
 ANOTHER = "take another copy of the pipeline"
 
@@ -66,7 +67,7 @@ def export(
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
     found, path = choose_head(sampler.objective, head), sampler.path
     net = spec if isinstance(spec, DiT) and to == "diffusers" else of_net(sampler, spec, found)
-    if path != Linear():
+    if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
@@ -126,14 +127,14 @@ def write_folder(
     if source and parts != "none":
         exported.spec.pipeline.verify()
         fits(exported.sampler.data)
-    exported.model(dtype).save_pretrained(out / TRANSFORMER)
-    index[TRANSFORMER] = ["diffusers", exported.kind]
+    exported.model(dtype).save_pretrained(out / exported.part)
+    index[exported.part] = ["diffusers", exported.kind]
     if exported.head == "u":
-        index[SCHEDULER] = write_scheduler(out / SCHEDULER, stock, exported.solver)
+        index[SCHEDULER] = write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame)
     elif source:
         bring(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
-        index[SCHEDULER] = write_euler(out / SCHEDULER)
+        index[SCHEDULER] = write_euler(out / SCHEDULER, exported.net.frame)
     for name in others(index):
         if source and parts != "none":
             bring(source / name, out / name, parts)
@@ -163,7 +164,7 @@ def read_index(source: Path) -> dict[str, Any]:
 
 def others(index: Mapping[str, Any]) -> list[str]:
     """The parts of a pipeline other than model and scheduler. Raises UserError for a name that leads elsewhere."""
-    parts = [name for name, entry in index.items() if there(entry) and name not in (TRANSFORMER, SCHEDULER)]
+    parts = [name for name, entry in index.items() if there(entry) and name not in (TRANSFORMER, UNET, SCHEDULER)]
     if strange := [name for name in parts if Path(name).name != name]:
         raise UserError(f"pipeline: {INDEX} has a part called {brief(strange[0])!r}, which is no folder: {ANOTHER}")
     return parts

@@ -22,7 +22,6 @@ from dumo.autodiff.dual import primal
 from dumo.runtime.bound import PASSES
 from dumo.types import Array, Spec, Time
 
-
 Law = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 

@@ -72,3 +72,16 @@ def framed(config: Mapping[str, Any]) -> Frame:
     spec = {"kind": law, "start": config["beta_start"], "end": config["beta_end"], "zero_snr": zero}
     schedule = Schedule.model_validate(spec | {"steps": config["num_train_timesteps"]})
     return Frame(schedule, cast(Prediction, prediction))
+
+
+def settings(frame: Frame) -> dict[str, Any]:
+    """What a scheduler of diffusers is told so that it has this table and prediction: `framed`, inverted."""
+    schedule = frame.schedule
+    return {
+        "beta_schedule": schedule.kind,
+        "beta_start": schedule.start,
+        "beta_end": schedule.end,
+        "num_train_timesteps": schedule.steps,
+        "rescale_betas_zero_snr": schedule.zero_snr,
+        "prediction_type": frame.prediction,
+    }
