@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from dumo.encoders.pipeline import published
 from dumo.evaluation import Context
 from dumo.nets.rows import codes
 from dumo.run.config.load import load
@@ -29,26 +30,16 @@ from dumo.run.sample import judged_data, real_data
 
 STEPS, BATCH, RATE, WARM, DECAY = 4000, 64, 1e-3, 200, 0.999
 PASSES = (1, 2, 4, 50)
-CONFIG = {
-    "sample_size": 4,
-    "in_channels": 32,
-    "out_channels": 32,
-    "block_out_channels": [64, 96],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-}
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-# From the last entry of the table down, as few steps want it (Lin et al. 2023), to the table's first.
-DDIM = {**SCHEDULE, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+SMALL = published("unet-small")
+# Of Stable Diffusion; from the last entry of the table down, as few steps want it (Lin et al. 2023), to its first.
+DDIM = {name: value for name, value in SMALL["scheduler"].items() if not name.startswith("_")}
+SCHEDULE = {name: DDIM[name] for name in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")}
 
 
 def train(run: Run, seed: int, steps: int) -> UNet2DConditionModel:
     """A UNet whose weights are an average, by ||eps_hat - eps||^2 at whole timesteps, each as likely."""
     torch.manual_seed(seed)
-    unet: Any = UNet2DConditionModel.from_config(CONFIG)
+    unet: Any = UNet2DConditionModel.from_config(SMALL["transformer"])
     noising, source, tokens = DDPMScheduler(**SCHEDULE), run.data.open(), codes(run.data.classes, 32, 0).tokens
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=(0.9, 0.99))
     rate = get_cosine_schedule_with_warmup(optimizer, min(WARM, steps // 10), steps)
