@@ -32,7 +32,7 @@ TRANSFORMER, VAE = "transformer", "vae"
 UNET = "unet"  # where a UNet is the model
 # Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
 HERE = files("dumo.encoders") / "published"
-PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
+PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
 SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
 NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
@@ -257,7 +257,7 @@ def settings_of(part: str) -> str:
 @lru_cache(64)
 def read_config(file: Path, changed: int, size: int) -> tuple[str, str]:
     """A config as JSON, and its hash; read again where the file has `changed`, in ns, or in size."""
-    found = read_settings(file, HINT)
+    found = read_settings(file, HINT, infinite=file.name == SCHEDULER)  # diffusers' say -Infinity
     return json.dumps(found), hashed(found)
 
 

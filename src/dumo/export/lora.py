@@ -87,7 +87,7 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
         name = called(path)
         found[f"{name}.diff"] = new.weight - old.weight
         if old._parameters["bias"] is not None:
-            found[f"{name}.diff_b"] = new.bias - old.bias
+            found[f"{name}.diff_b"] = bias_of(new) - bias_of(old)
     return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in found.items()}
 
 
@@ -142,4 +142,10 @@ def product(path: str, old: Layer, new: Layer) -> Product:
         a, b = change, torch.eye(high).to(change)[..., None, None]
     else:
         a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
-    return path, a, b, change.new_zeros(high) if getattr(old, "bias", None) is None else new.bias.detach() - old.bias
+    return path, a, b, change.new_zeros(high) if old._parameters["bias"] is None else bias_of(new) - bias_of(old)
+
+
+def bias_of(layer: Layer) -> Tensor:
+    """That of a layer which has one."""
+    assert layer.bias is not None
+    return layer.bias.detach()

@@ -8,7 +8,7 @@ A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a p
 which is Restart (`dumo.flow.solver`) at the times that the pipeline is given as sigmas. Without it the scheduler
 makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
 
-A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes of it
+A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes
 
     x_vp = a_s (c_out x_0 + c_skip x_vp) + s_s z,   x_0 = (x_vp - s_t F) / a_t (for noise),
 
@@ -31,7 +31,7 @@ from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import family
+from dumo.nets.family import class_of, family
 from dumo.nets.rows import Codes
 from dumo.nets.vp import Frame, settings
 from dumo.run.sampler import Sampler
@@ -89,7 +89,10 @@ class Stock:
 
         Where no argument says the times, their number is said, and the scheduler has them (`JUMPS`).
         """
-        said: Arguments = {"sigmas": times, "timesteps": times if self.whole else [round(THOUSAND * t, 6) for t in times]}
+        said: Arguments = {
+            "sigmas": times,
+            "timesteps": times if self.whole else [round(THOUSAND * t, 6) for t in times],
+        }
         found = {name: said[name] for name in self.times} or {"num_inference_steps": len(times)}
         found |= {self.off: self.none + scale - 1} if self.off else {}
         return found if embedded is None else found | {"guidance_scale": embedded}
@@ -146,7 +149,7 @@ OTHERS: dict[str, Stock] = {  # by their own class: that of the model is another
     "StableDiffusionXLPipeline": replace(STOCKS["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"),
     "FluxKontextPipeline": Stock(
         "FluxKontextPipeline", "true_cfg_scale", named=True, edits=True, more=("_auto_resize=False",)
-    )
+    ),
 }
 
 
@@ -165,7 +168,7 @@ def restart(solver: Solver) -> Restart:
 
 def forms(spec: Pretrained) -> list[str]:
     """What a run of this net can be exported to, so that stock pipelines take it; else a file of its weights."""
-    stock = stock_of(spec.pipeline.config(TRANSFORMER)["_class_name"], spec)
+    stock = stock_of(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]
     return ["diffusers", *["lora"] * (spec.lora is not None and stock.lora)]
@@ -191,7 +194,7 @@ class Exported:
     @property
     def kind(self) -> str:
         """The model's class."""
-        return self.net.config["_class_name"]
+        return type(self.net.model).__name__
 
     @property
     def stock(self) -> Stock | None:
@@ -290,9 +293,7 @@ def write_scheduler(folder: Path, stock: Stock | None, solver: Restart, frame: F
         from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
         steps = frame.schedule.steps
-        LCMScheduler(
-            **settings(frame), original_inference_steps=steps, timestep_scaling=SHARP
-        ).save_pretrained(folder)
+        LCMScheduler(**settings(frame), original_inference_steps=steps, timestep_scaling=SHARP).save_pretrained(folder)
         return ["diffusers", LCM]
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -320,7 +321,7 @@ def check_scheduler(folder: Path) -> None:
 
 
 def write_euler(folder: Path, frame: Frame | None = None) -> Entry:
-    """Write the scheduler of a velocity, with Euler steps, or of a diffusion's `frame` with DDIM's; return its entry."""
+    """Write the scheduler of a velocity, with Euler steps, or DDIM's of a diffusion's `frame`; return its entry."""
     if frame:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 

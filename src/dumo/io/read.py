@@ -66,21 +66,24 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     file.write(path, (json.dumps(finite(tree), indent=2) + "\n").encode())
 
 
-def read_json(path: Path, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
-    """What a file holds. Raises as `read_text`, and UserError for what is not JSON, or lists lists too deep to read."""
+def read_json(path: Path, way_out: str, *, infinite: bool = False) -> Any:  # noqa: ANN401, whatever stands there
+    """What a file holds; `infinite`: with null for numbers that Python writes and JSON has none of.
+
+    Raises as `read_text`, and UserError for what is not JSON, or lists lists too deep to read.
+    """
     text = read_text(path, way_out)
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=(lambda _: None) if infinite else _refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
 
 
-def read_settings(path: Path, way_out: str) -> dict[str, Any]:
-    """What a model's file of settings holds. Raises as `read_json`, and UserError for what is no JSON object.
+def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[str, Any]:
+    """What a model's file of settings holds. Reads and raises as `read_json`, and UserError for what is no JSON object.
 
     So it does for more layers than any net has: those who build the model would build them one by one.
     """
-    found = read_json(path, way_out)
+    found = read_json(path, way_out, infinite=infinite)
     if not isinstance(found, dict):
         raise UserError(f"{path} is no JSON object: {way_out}")
     for part in (found, *(inner for inner in found.values() if isinstance(inner, dict))):

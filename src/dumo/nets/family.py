@@ -318,7 +318,7 @@ def family(config: Config, pipeline: str = "") -> Family:
     Raises UserError, with the way out, for a model that is none of them, and for a variant of one: a pipeline that
     makes images of more than a text.
     """
-    kind = str(config.get("_class_name"))
+    kind = class_of(config)
     if row := EDITS.get(pipeline) if kind == "FluxTransformer2DModel" else None:
         return row
     if row := unet_of(config) if kind == UNET else FAMILIES.get(kind):
@@ -331,6 +331,13 @@ def family(config: Config, pipeline: str = "") -> Family:
         )
     known = ", ".join(name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
     raise UserError(f"pipeline has a {kind}, which dumo was not tested with: take one of {known}")
+
+
+def class_of(config: Config) -> str:
+    """The class of a model; PixArt was published under an older one's name."""
+    kind = str(config.get("_class_name"))
+    older = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
+    return "PixArtTransformer2DModel" if older else kind
 
 
 def unet_of(config: Config) -> Family:

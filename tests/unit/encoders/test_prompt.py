@@ -94,6 +94,7 @@ class Stock:
         self.pipe.set_progress_bar_config(disable=True)
         self.row = family(pipeline.config(TRANSFORMER))
         self.stock = STOCKS[pipeline.config(TRANSFORMER)["_class_name"]]
+        self.model: Any = getattr(self.pipe, pipeline.model)
 
     def unguided(self, text: str) -> Received:
         """Of a pass without guidance."""
@@ -109,18 +110,18 @@ class Stock:
 
     def calls(self, text: str, **more: Any) -> Iterator[Received]:  # noqa: ANN401
         """What comes with each row of each pass."""
-        passes, forward = list[dict[str, Any]](), self.pipe.transformer.forward
+        passes, forward = list[dict[str, Any]](), self.model.forward
         takes = inspect.signature(forward)
 
         def recorded(*args: Any, **given: Any) -> Any:  # noqa: ANN401
             passes.append(dict(takes.bind(*args, **given).arguments))
             return forward(*args, **given)
 
-        self.pipe.transformer.forward = recorded
+        self.model.forward = recorded
         words = {"num_frames": 1} if "num_frames" in inspect.signature(self.pipe.__call__).parameters else {}
         words |= {word.split("=")[0]: False for word in self.stock.more if word.endswith("False")}
         self.pipe(prompt=text, height=SIDE, width=SIDE, num_inference_steps=1, **words, **more)
-        self.pipe.transformer.forward = forward
+        self.model.forward = forward
         for one in passes:
             yield from self.rows(one)
 
@@ -135,7 +136,7 @@ class Stock:
                 yield {"tokens": row, "mask": mask[i][: len(row)]}
                 continue
             found = {"tokens": row if mask is None else row[mask[i].bool()[: len(row)]]}
-            pooled = given.get("pooled_projections")
+            pooled = given.get("pooled_projections", (given.get("added_cond_kwargs") or {}).get("text_embeds"))
             yield found | ({} if pooled is None else {"pooled": pooled[i]})
 
 

@@ -13,7 +13,7 @@ from dumo.export.lora import COMFYUI, comfyui
 from dumo.export.model import STOCKS, Exported
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import FAMILIES
+from dumo.nets.family import FAMILIES, SDXL
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from dumo.nets.table import PipelineTexts
@@ -62,7 +62,38 @@ def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
     assert STOCKS[tiny.TINY[name].kind].lora
     with pytest.raises(UserError, match="ComfyUI does not know the layers of a"):
         comfyui(tuned(name)[1])
-    assert {tiny.TINY[name].kind for name in NAMES} == set(COMFYUI)
+    assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == set(COMFYUI)
+
+
+def test_layers_of_a_unet_have_the_names_that_kohya_gave_them() -> None:
+    """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""
+    name = "sdxl"
+    model: Any = tiny.TINY[name].model()
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    spec = Pretrained(texts=Codes(), lora=Lora(rank=3))
+    rows = spec.text_rows(SDXL, model.config, CLASSES)
+    net = Dualized(model, SDXL, rows, ("v", "u"), 1, lora=spec.lora, limit=10.0)
+    g = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape, generator=g)
+    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
+    read = spec.model_copy(update={"texts": PipelineTexts(root="texts")}).within(Pipeline(source="sdxl"))
+    exported = Exported(sampler, read, net, "u")
+    file, after = comfyui(exported), exported.model().state_dict()
+    assert {"lora_unet_conv_out.diff", "lora_unet_time_embedding_linear_1.diff_b"} <= file.keys()
+    left = set(file)
+    for key, old in before.items():
+        layer, _, what = key.rpartition(".")
+        called = "lora_unet_" + layer.replace(".", "_")
+        new = old + file.get(f"{called}.{'diff' if what == 'weight' else 'diff_b'}", torch.zeros(()))
+        left -= {f"{called}.diff", f"{called}.diff_b"}
+        if what == "weight" and f"{called}.alpha" in file:
+            up, down, alpha = (file[f"{called}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+            new = new + alpha / len(down) * up @ down
+            left -= {f"{called}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")}
+        torch.testing.assert_close(after[key], new, rtol=0, atol=1e-6)
+    assert not left
 
 
 def test_a_model_that_was_tuned_in_full_is_no_lora() -> None:

@@ -5,18 +5,21 @@ import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dumo.export.lora import product
 from dumo.export.model import CONFIG, INDEX, STOCKS, Stock, check_scheduler, restart, write_scheduler
 from dumo.export.write import fits, read_index, vacant
+from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hermite, Restart, jumps
 from dumo.nets.family import FAMILIES
+from dumo.nets.vp import framed
 from dumo.run.config.load import load
-from dumo.types import UserError
+from dumo.types import Reads, UserError
 
 SOLVER = Restart(m=0.7, start=0.99)
 SCALE = 1.2  # of the codec of recipe cifar10-latents; its shift is 0
@@ -37,6 +40,36 @@ def test_the_scheduler_makes_restarts_steps(tmp_path: Path) -> None:
         z = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(found, s * z + (1 - s) * (x - t * u))
         x = found
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_the_scheduler_of_a_diffusion_makes_restarts_jumps(prediction: str, passes: int, tmp_path: Path) -> None:
+    """`LCMScheduler`, as a pipeline calls it, against Restart on the path: a net of its input and index alone."""
+    from diffusers import LCMScheduler
+
+    said = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    frame = framed(said | {"prediction_type": prediction})
+    path = Diffusion(schedule=frame.schedule)
+    assert write_scheduler(tmp_path, None, SOLVER, frame)[1] == "LCMScheduler"
+    stock = LCMScheduler.from_pretrained(tmp_path)
+    z = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def net(x: Tensor, index: Tensor) -> Tensor:
+        return (x + 0.01 * index[:, None]).sin()
+
+    def endpoint(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        scaled, index, velocity = frame(x, t)
+        return x - t[:, None] * velocity(net(scaled, index))
+
+    solver = Restart(m=0.7)
+    mine = solver(Reads(endpoint=endpoint), path, path.spread * z[0], torch.zeros(3), passes, lambda k: z[k])
+    stock.set_timesteps(timesteps=[path.index(t) for t in solver.times(passes)])
+    x = z[0] * stock.init_noise_sigma
+    for k, index in enumerate(stock.timesteps):
+        with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, k=k, **__: z[k + 1]):
+            x = stock.step(net(x, index.expand(3).float()), index, x).prev_sample
+    assert (x - mine).norm() / mine.norm() < 1e-5
 
 
 @pytest.mark.parametrize("wrong", [{"stochastic_sampling": False}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
@@ -67,13 +100,14 @@ def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Pa
 def test_guidance_is_said_in_each_pipelines_own_way() -> None:
     """V(null) + w (V(c) - V(null)) is what most say; Z-Image adds w - 1 times the difference to V(c)."""
     w, times = 3.5, [1.0, 0.7]
-    said = {name: stock.arguments(times, scale=w) for name, stock in STOCKS.items()}
+    said = {name: stock.arguments([999, 547] if stock.whole else times, scale=w) for name, stock in STOCKS.items()}
     assert said.keys() <= FAMILIES.keys()  # all are classes that dumo trains
     assert said["SD3Transformer2DModel"] == {"sigmas": times, "guidance_scale": w}
     assert said["ZImageTransformer2DModel"]["guidance_scale"] == w - 1
     assert said["QwenImageTransformer2DModel"]["true_cfg_scale"] == w
     assert said["CogView4Transformer2DModel"]["timesteps"] == [1000, 700]
     assert said["WanTransformer3DModel"]["num_inference_steps"] == 2
+    assert said["UNet2DConditionModel"] == {"timesteps": [999, 547], "guidance_scale": w}
     found = STOCKS["FluxTransformer2DModel"].arguments(times, embedded=4.0)
     assert found == {"sigmas": times, "true_cfg_scale": 1.0, "guidance_scale": 4.0}
 

@@ -264,7 +264,12 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
-    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last."""
+    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last.
+
+    Of a UNet none may be, for each hands on to one on the other side.
+    """
+    if isinstance(net, Dualized) and net.row.last == "conv_out":
+        return []
     if isinstance(net, Dualized):
         lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}
     else:

@@ -17,10 +17,10 @@ from dumo.run.plan import cost
 from dumo.run.plan.cost import activation_bytes, forward_flops, forward_units
 from dumo.types import Objective
 
-CHANNELS = {"sana-1600m": 32}
+CHANNELS = {"sana-1600m": 32, "sd15": 4, "sdxl": 4, "pixart-sigma": 4}
 DUAL, PLAIN = DuMo(slope=DualSlope()), FlowMatching()
 DEPTH = 3
-ALONE = [source for source in PUBLISHED if source != "flux-dev"]  # with one stretch that is long
+ALONE = [source for source in PUBLISHED if source not in ("flux-dev", "sd15", "sdxl")]  # with one stretch that is long
 OTHERS = [(source, None if source == "sd3-medium" else Lora(rank=4)) for source in ALONE]
 
 
