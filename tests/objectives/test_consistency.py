@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency
-from dumo.objectives.consistency import Discretization, KarrasGrid, Ratio
+from dumo.objectives.consistency import Discretization, Equal, KarrasGrid, Ratio
 from dumo.run.config.load import load
 from dumo.training.ema import Ema, MovingAverage
 from dumo.types import Noised, Spec, UserError
@@ -204,6 +204,21 @@ def test_ratio_is_that_of_ect(progress: float, stage: int) -> None:
     assert torch.allclose(level(r), sigma * ratio.clamp(min=0), rtol=1e-9, atol=1e-12)
     if stage == 0:
         assert (r == 0).double().mean() > 0.7
+
+
+def test_equal_steps() -> None:
+    """LCM's: neighbours of a grid, down to the data."""
+    t, r = Equal(count=4)(torch.tensor([0.0, 0.1, 0.25, 0.6, 1.0]), 0.5)
+    assert t.tolist() == [0.25, 0.25, 0.5, 0.75, 1.0]
+    assert r.tolist() == [0.0, 0.0, 0.25, 0.5, 0.75]
+
+
+def test_on_the_path_of_a_diffusion_there_are_equal_steps_alone() -> None:
+    """Levels and weights of the others are t / (1 - t), of the linear path."""
+    steps: list[Discretization] = [Ratio(), KarrasGrid(), Equal()]
+    each = [Consistency(weighted=weighted, discretization=one) for weighted in (True, False) for one in steps]
+    fit = [one for one in each if "diffusion" in one.needs.formulas.paths]
+    assert [(one.weighted, one.discretization.kind) for one in fit] == [(False, "equal")]
 
 
 def test_grid_is_that_of_karras() -> None:

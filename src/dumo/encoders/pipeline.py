@@ -33,7 +33,7 @@ UNET = "unet"  # where a UNet is the model
 # Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
 HERE = files("dumo.encoders") / "published"
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
-SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for digits
+SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
 NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts

@@ -32,6 +32,7 @@ from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar
+from dumo.types import UserError
 
 Row = dict[str, Any]  # of a table
 
@@ -117,9 +118,17 @@ def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
         if (source := done.get(getattr(part, "source", ""))) is not None:
             update[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
-        source = save_model(done[cell.weights], parent, cell.cut)
+        made = done.get(cell.weights)
+        source = save_model(made, parent, cell.cut) if made else given(cell.weights)
         update["pipeline"] = Pipeline(source=str(source))
     return replace(cell, spec=cell.spec.model_copy(update=update))
+
+
+def given(folder: str) -> Path:
+    """A folder of diffusers that no cell makes. Raises UserError where it is not there."""
+    if not (place := Path(folder)).is_dir():
+        raise UserError(f"{folder} is missing, which this plan begins from: its YAML says how to make it")
+    return place
 
 
 def save_model(result: Result, parent: Path, cut: float | None) -> Path:

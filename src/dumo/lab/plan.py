@@ -114,7 +114,7 @@ class Arm(Spec):
     steps: int | None = None  # the arms after it cost as much as these steps
     share: float = 1.0  # of that cost
     only: dict[str, Any] = Field({})  # the scale, or the value of an outer axis, at which there is this arm
-    weights: str | None = None  # a cell: it begins from its net, as diffusers saves it
+    weights: str | None = None  # a cell: it begins from its net, as diffusers saves it; or a folder; may have $seed
     cut: float | None = None  # rad: behind a low-pass that is fitted once (`dumo.nets.lowpass`)
 
 
@@ -185,7 +185,8 @@ class Plan(Spec):
             run = spec(seed) if any("$seed" in text for text in sets) else run
             seed = run.train.seed if seed is None else seed
             train = run.train.model_copy(update={"steps": steps, "seed": seed})
-            yield Cell(f"{name}-{seed}", run.model_copy(update={"train": train}), labels, arm.weights, arm.cut)
+            weights = arm.weights and Template(arm.weights).safe_substitute(seed=seed)
+            yield Cell(f"{name}-{seed}", run.model_copy(update={"train": train}), labels, weights, arm.cut)
 
 
 class Budget:
@@ -219,7 +220,7 @@ class Cell:
     name: str
     spec: Run
     labels: dict[str, Any]
-    weights: str | None = None  # as of its arm
+    weights: str | None = None  # as of its arm, of this seed
     cut: float | None = None
 
 

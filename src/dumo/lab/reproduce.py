@@ -61,6 +61,7 @@ VIEWS = {
     "fig4c": View(paper.fig4c_table, paper.fig4c_charts),
     "fig5": View(paper.fig5_table, none, paper.fig5_draw),
     "pretrained": View(charts=none, draw=ours.pretrained_draw),
+    "unet": View(charts=none),
     "words": View(ours.words_table, none, ours.words_draw),
     "zoo": View(paper.zoo_table),
 }

@@ -14,6 +14,9 @@ The authors' weight 1 / (sigma_t - sigma_r), with sigma = t / (1 - t), is (1 - t
 regresses (1 - t) (1 - r) e, of which the length of the step has dropped out. As the loss lives on D, its gradient with
 respect to u has the factor t / (sigma_t - sigma_r) = (1 - t) (1 - r) t / (t - r), which grows as steps get short.
 
+LCM (Luo et al. 2023, arXiv 2310.04378) learns from a teacher: with the run's `teacher`, v_t is its velocity, and the
+step that of DDIM, which on the linear path is Euler's.
+
 TCM (Lee et al. 2025, arXiv 2410.14895) is a second stage, on times from `low` up alone: all of the net learns what
 one-step sampling asks. Below, D is that of the first stage, which training begins with and keeps as theta^-: the run's
 `train.ref` of decay 1. On the boundary, t = `low`, r lies below it, and there the second stage learns from the first.
@@ -31,6 +34,7 @@ from dumo.flow.slope import demand
 from dumo.flow.times import DEVIATION, ROOTS, LogitNormal, Times, karras, root
 from dumo.runtime.bound import FACTOR, STEPS, require_order
 from dumo.types import (
+    STRAIGHT,
     Formulas,
     Frozen,
     Needs,
@@ -100,7 +104,22 @@ class KarrasGrid(Spec):
         return top, torch.where(i > 0, bottom, 0.0)
 
 
-Discretization = Annotated[KarrasGrid | Ratio, Field(discriminator="kind")]
+class Equal(Spec):
+    """Steps of one length: t goes up to the end of its step, and r is where the step begins.
+
+    As many as LCM has (Luo et al. 2023, arXiv 2310.04378, Alg. 1), whose steps are equal in the index of its table.
+    """
+
+    kind: Literal["equal"] = "equal"
+    count: int = Field(default=50, ge=1, le=STEPS)
+
+    def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
+        """Return the ends of the step that t falls into."""
+        i = (t * self.count).floor().clamp(max=self.count - 1)
+        return (i + 1) / self.count, i / self.count
+
+
+Discretization = Annotated[Equal | KarrasGrid | Ratio, Field(discriminator="kind")]
 
 
 class Consistency(Spec):
@@ -132,7 +151,9 @@ class Consistency(Spec):
         """Rounding is multiplied by r / (t - r), 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound."""
         ref = 0.99 if not self.weighted and self.soft is None else None  # CM's goes from 0.9 to 0.9986; ours
         ref = 1.0 if self.low else ref  # the first stage
-        return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=Formulas(unit=True), ref=ref)
+        anywhere = not self.weighted and self.discretization.kind == "equal"  # without a noise level of linear's
+        formulas = STRAIGHT if anywhere else Formulas(unit=True)
+        return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=formulas, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.

@@ -144,6 +144,18 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
     assert last.start.source == str(tmp_path / "start-1")
 
 
+def test_a_cell_may_begin_from_a_folder_of_its_seed(tmp_path: Path) -> None:
+    plan = two()
+    arms = tuple(arm.model_copy(update={"weights": f"{tmp_path}/net-$seed"}) for arm in plan.arms)
+    one = next(plan.model_copy(update={"arms": arms}).cells("smoke"))
+    with pytest.raises(UserError, match="net-0 is missing"):
+        cell.with_folders(one, {}, tmp_path)
+    (tmp_path / "net-0").mkdir()
+    begun = cell.with_folders(one, {}, tmp_path).spec.pipeline
+    assert begun
+    assert begun.source == str(tmp_path / "net-0")
+
+
 @pytest.mark.parametrize(
     ("name", "scale", "jobs", "words"),
     [
