@@ -1,8 +1,8 @@
 """AdamW whose two moments take 8 bits each (Dettmers et al. 2022), and weights of 16 bits that are rounded at random.
 
-The arithmetic is torchao's; the memory is ours: codes and scales are plain tensors, sharded as their parameter, so that
-checkpoints, layouts and counts treat them as any other. torchao cuts what a rank holds into blocks of 256 numbers, each
-with a scale. Here a block lies within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is
+A step is torch's, in float32, on one parameter's moments at a time. Between steps bitsandbytes keeps them as codes, and
+a scale to each block of 256 numbers: plain tensors, sharded as their parameter, so checkpoints, layouts and counts
+treat them as any other. A block lies within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is
 rounded, are those of one process. A parameter of other rows, or of fewer than 4096 numbers, has its moments in float32.
 
 A weight in bf16 has 8 bits, and a step moves it by less than half of the last one: rounded to the nearest it would
@@ -11,22 +11,23 @@ float32 (Gupta et al. 2015). The random numbers are a function of seed, step, pa
 """
 
 from collections.abc import Iterable, Mapping
-from importlib import import_module
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.adamw import adamw
 
 from dumo.flow.precision import HALVES, rounded_at_random
-from dumo.runtime import install
+from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.random import bits
 from dumo.training.layout import begin, like_rows, local
 from dumo.types import UserError
 
-BLOCK = 256  # numbers to a scale: Dettmers et al.'s is 2048, torchao's this
-LEAST = 4096  # numbers of a parameter: torchao's, as bitsandbytes has it
+BLOCK = 256  # numbers to a scale: bitsandbytes'; Dettmers et al.'s is 2048
+LEAST = 4096  # numbers of a parameter: bitsandbytes'
 PIECE = 2**24  # numbers that are rounded at once: ours, to save memory
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether one has a sign
 
@@ -37,21 +38,27 @@ def fits(p: Tensor) -> bool:
 
 
 def require() -> None:
-    """Raise UserError where torchao is missing."""
-    try:
-        import_module("torchao.optim.adam")  # slow to import, and an extra
-        codes = import_module("torchao.optim.subclass_8bit")
-    except ImportError as error:
-        raise UserError(f"optimizer 'adamw8bit' needs torchao: {install('quantised')}") from error
-    with torch.device("cpu"):  # made once, and of numbers: bytes are counted on tensors without any
-        _ = codes.get_qmap_signed(), codes.get_qmap_unsigned()
+    """Raise UserError where bitsandbytes is missing."""
+    if not import_bitsandbytes():
+        raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install('quantised')}")
+    for signed in MOMENTS.values():
+        table(signed)
+
+
+@cache
+def table(signed: bool) -> Tensor:
+    """The 256 numbers that codes stand for, times a scale: Dettmers et al.'s dynamic ones."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    with torch.device("cpu"):  # numbers, also where bytes are counted on tensors without any
+        return create_dynamic_map(signed)
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
     """AdamW (`torch.optim.AdamW`) with memory as above; parameters in bf16 are rounded at random, by `seed`."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
-        """`options` are lr, betas, eps and weight_decay. Raises UserError where torchao is missing."""
+        """`options` are lr, betas, eps and weight_decay. Raises UserError where bitsandbytes is missing."""
         require()
         self.seed, self.names = 0, {p: name for name, p in named}
         parted = [[p for p in self.names if fits(p) is small] for small in (True, False)]
@@ -60,29 +67,29 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
         """Move all parameters that have a gradient; no closure is called."""
-        with torch._dynamo.utils.disable_cache_limit():  # a graph for each shape
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self.move(p, p.grad, group)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.move(p, p.grad, group)
 
     def move(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
-        """Move one parameter. On a GPU one kernel does it, which rounds unlike a CPU's."""
-        from torchao.optim.adam import single_param_adam
-
+        """Move one parameter. On a GPU a fused kernel does it, which rounds unlike a CPU's."""
         memory, here = self.state[p], local(p.detach())
         if not memory:
             memory["step"] = torch.tensor(0.0)
             memory.update({key: torch.zeros_like(self.like(key, p)) for key in keys(p)})
-        memory["step"] += 1
         if not here.numel():  # of fewer rows than ranks
+            memory["step"] += 1
             return
-        adam = torch.compile(single_param_adam, fullgraph=True, dynamic=False) if p.is_cuda else single_param_adam
         first, second = (moment(memory, key) for key in MOMENTS)
-        rate, new = torch.tensor(group["lr"], dtype=torch.float32), here.float()  # a weight in float32 is moved itself
-        b1, b2, decay, eps = *group["betas"], group["weight_decay"], group["eps"]
-        slope = local(grad).contiguous()
-        adam(new, slope, memory["step"], first, second, None, rate, b1, b2, decay, eps, True, False)
+        slope, new = local(grad).float(), here.float()  # a weight in float32 is moved itself
+        adamw(
+            [new], [slope], [first], [second], [], [memory["step"]], foreach=False, fused=p.is_cuda, amsgrad=False,
+            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        keep(memory, "exp_avg", first)
+        keep(memory, "exp_avg_sq", second)
         if isinstance(here, FakeTensor):  # of which bytes are counted: it has no numbers to round
             here.copy_(new)
         elif here.dtype in HALVES:
@@ -114,12 +121,20 @@ def keys(p: Tensor) -> list[str]:
 
 
 def moment(memory: Mapping[str, Tensor], key: str) -> Tensor:
-    """A moment as torchao takes it, in the memory's own numbers."""
+    """This rank's part of a moment in float32: the memory's own numbers, or what its codes stand for."""
     if key in memory:
         return local(memory[key])
-    from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
-
     codes, scale = local(memory[f"{key}_codes"]), local(memory[f"{key}_scale"])
-    table = get_qmap_signed() if MOMENTS[key] else get_qmap_unsigned()
-    qmap = torch.tensor(table, dtype=torch.float32, device=codes.device)
-    return OptimState8bit(codes, scale.view(-1), qmap, MOMENTS[key], dtype=torch.float32)
+    ops: Any = torch.ops.bitsandbytes
+    numbers = table(MOMENTS[key]).to(codes.device)
+    return ops.dequantize_blockwise(codes, scale.view(-1), numbers, BLOCK, torch.float32)
+
+
+def keep(memory: Mapping[str, Tensor], key: str, x: Tensor) -> None:
+    """Put a moment back as codes, where it is kept so."""
+    if key in memory:
+        return
+    ops: Any = torch.ops.bitsandbytes
+    codes, scale = ops.quantize_blockwise(x, table(MOMENTS[key]).to(x.device), BLOCK)
+    local(memory[f"{key}_codes"]).copy_(codes)
+    local(memory[f"{key}_scale"]).view(-1).copy_(scale)

@@ -131,13 +131,13 @@ class Adam(Adaptive[Literal["adam"]]):
 
 
 class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
-    """AdamW with moments of 8 bits, by torchao (`AdamW8bitOptimizer`): 2 bytes of memory to a weight, not 8."""
+    """AdamW with moments of 8 bits, by bitsandbytes (`AdamW8bitOptimizer`): 2 bytes of memory to a weight, not 8."""
 
     moments: ClassVar[float] = 0.5
     kind: Literal["adamw8bit"] = "adamw8bit"
 
     def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
-        """The optimizer of a net's trained weights. Raises UserError where torchao is missing."""
+        """The optimizer of a net's trained weights. Raises UserError where bitsandbytes is missing."""
         named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         return AdamW8bitOptimizer(named, **self.model_dump(exclude={"kind"}))
 

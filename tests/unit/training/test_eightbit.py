@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.flow.precision import rounded_at_random
 from dumo.runtime.random import bits, philox, stream
-from dumo.training import checkpoint
+from dumo.training import checkpoint, eightbit
 from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, fits
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
@@ -17,7 +17,7 @@ from dumo.training.state import State, begin
 from dumo.types import UserError
 from unit.training.toy import same, tensors
 
-pytest.importorskip("torchao")
+pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
 HALF = Train(steps=9, batch=2, optimizer=AdamW8bit(lr=1e-3), weights="bfloat16", precision="bf16")
 
@@ -129,28 +129,7 @@ def test_what_does_not_round_is_refused() -> None:
             Train(**{**HALF.model_dump(), **wrong})
 
 
-def test_without_torchao_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torchao.optim.adam", None)
-    with pytest.raises(UserError, match=r"^optimizer 'adamw8bit' needs torchao: .*install .*"):
+def test_without_bitsandbytes_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eightbit, "import_bitsandbytes", lambda: False)
+    with pytest.raises(UserError, match=r"^optimizer 'adamw8bit' needs bitsandbytes: .*install .*"):
         AdamW8bit()(net())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
-def test_compiled_it_makes_the_same_step() -> None:
-    """As on a GPU."""
-
-    class OnGpu(nn.Parameter):
-        is_cuda = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-
-    def after(kind: type[nn.Parameter]) -> Tensor:
-        p = kind(torch.randn(32, BLOCK, generator=stream("p")))
-        optimizer = AdamW8bitOptimizer([("p", p)], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-        for n in range(3):
-            p.grad = torch.randn(p.shape, generator=stream("g", n))
-            optimizer.step()
-        return p.detach()
-
-    assert torch.allclose(after(OnGpu), after(nn.Parameter), atol=1e-6, rtol=1e-5)

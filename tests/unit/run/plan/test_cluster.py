@@ -123,7 +123,7 @@ def test_hours_and_disk() -> None:
 
 def test_bytes_of_moments_of_8_bits_and_weights_of_16() -> None:
     """Two of each three weights or so have rows of whole blocks here."""
-    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
     words = ("train.share=2", "train.precision=bf16", "net.width=256", "train.ema=[]")
     plain = counted(small(*words), 2).memory
     less = counted(small(*words, "train.optimizer.kind=adamw8bit", "train.weights=bfloat16"), 2).memory
