@@ -58,7 +58,8 @@ def classes() -> tuple[type[BaseModel], ...]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
             found[annotation] = None
             for field in annotation.model_fields.values():
-                walk(field.annotation)
+                if field.json_schema_extra != PINNED:
+                    walk(field.annotation)
         for part in get_args(annotation):
             walk(part)
 

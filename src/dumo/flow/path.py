@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.flow.schedule import Schedule
-from dumo.types import Sample, Spec, Time, UserError, lift
+from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
 
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]  # of the data; 1, as they are, is not written
 
@@ -84,7 +84,7 @@ class Diffusion(Spec):
     """
 
     kind: Literal["diffusion"] = "diffusion"
-    schedule: Schedule | None = None  # the pipeline's: found when a run is resolved
+    schedule: Schedule | None = Field(default=None, json_schema_extra=PINNED)  # the pipeline's
 
     @property
     def sd(self) -> float:

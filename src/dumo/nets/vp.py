@@ -75,7 +75,7 @@ def framed(config: Mapping[str, Any]) -> Frame:
 
 
 def settings(frame: Frame) -> dict[str, Any]:
-    """What a scheduler of diffusers is told so that it has this table and prediction: `framed`, inverted."""
+    """The settings by which a scheduler of diffusers has this table and prediction: `framed`, inverted."""
     schedule = frame.schedule
     return {
         "beta_schedule": schedule.kind,
