@@ -215,7 +215,7 @@ def test_equal_steps() -> None:
 
 def test_on_the_path_of_a_diffusion_there_are_equal_steps_alone() -> None:
     """Levels and weights of the others are t / (1 - t), of the linear path."""
-    steps: list[Discretization] = [Ratio(), KarrasGrid(), Equal()]
+    steps: list[Discretization] = [Ratio(), KarrasGrid(), Equal(count=50)]
     each = [Consistency(weighted=weighted, discretization=one) for weighted in (True, False) for one in steps]
     fit = [one for one in each if "diffusion" in one.needs.formulas.paths]
     assert [(one.weighted, one.discretization.kind) for one in fit] == [(False, "equal")]

@@ -107,11 +107,11 @@ class KarrasGrid(Spec):
 class Equal(Spec):
     """Steps of one length: t goes up to the end of its step, and r is where the step begins.
 
-    As many as LCM has (Luo et al. 2023, arXiv 2310.04378, Alg. 1), whose steps are equal in the index of its table.
+    LCM has 50 (Luo et al. 2023, arXiv 2310.04378, Alg. 1), equal in the index of its table.
     """
 
     kind: Literal["equal"] = "equal"
-    count: int = Field(default=50, ge=1, le=STEPS)
+    count: int = Field(ge=1, le=STEPS)
 
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return the ends of the step that t falls into."""
