@@ -134,7 +134,8 @@ class Pretrained(Reading):
             raise UserError(f"{FIELD} has a {row.pipeline}, which edits images, and codes edit none: take captions")
         if isinstance(self.texts, Codes):
             return codes(classes, config[row.text], row.pooled_width(config))
-        return self.texts.build(classes, shape) if row.edits else self.texts.build(classes)
+        with unnoted():  # tables are files, which are mapped
+            return self.texts.build(classes, shape) if row.edits else self.texts.build(classes)
 
     def fit(self, row: Family, config: Config) -> None:
         """Raise UserError where the fields do not fit the model."""
