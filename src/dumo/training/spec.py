@@ -81,7 +81,7 @@ class Train(Spec):
     @property
     def copies(self) -> float:
         """How many numbers of 4 bytes are kept per trained weight, at least: gradient, moments, averages."""
-        return (0.5 if self.weights == "bfloat16" else 1) + self.optimizer.moments + len(self.ema)
+        return (0.5 if self.weights == "bfloat16" else 1.0) + self.optimizer.moments + len(self.ema)
 
     def probes(self, step: int) -> bool:
         """Whether the update after `step` done ones is probed."""
