@@ -167,7 +167,8 @@ def main() -> None:
     import shutil
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    model(args.folder / "model", args.gigabytes, args.dtype)
+    if not (args.folder / "model").is_dir():
+        model(args.folder / "model", args.gigabytes, args.dtype)
     rows = {}
     for ranks in args.ranks:
         shutil.rmtree(args.folder / "run", ignore_errors=True)
