@@ -10,9 +10,9 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
     export        of one process: the net that is shown; the largest tensor where ranks wrote it
 
 On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top, of a process
-itself: Python, torch, diffusers, peft; MEETING of one of several ranks. Pages of files that are mapped are the
-system's. Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone, whole on
-rank 0, and an examination of the slope, on whole copies of the net on every rank.
+itself: Python, torch, diffusers, peft; MEETING of one of several ranks, but where it resumes. Pages of files that are
+mapped are the system's. Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone,
+whole on rank 0, and an examination of the slope on a CPU, on copies of the whole net on every rank.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")
 PROCESS = 430 * 10**6  # bytes, measured: docs/pretrained.md#memory
-MEETING = 120 * 10**6  # bytes more of one that meets others: what makes the measured start of two
+MEETING = 120 * 10**6  # bytes more of one that meets others: fitted to the start of two ranks
 GB = 1e9
 PER_NODE = 8  # ranks of a node, at most
 
@@ -46,7 +46,7 @@ def host(
         "first step": step + meets,
         "save": kept + here["optimizer"] + here["gradients"] + copy + meets,
         "step": step + copy + meets,
-        "resume": kept + here["optimizer"] + largest + meets,
+        "resume": kept + here["optimizer"] + largest + PROCESS,
         "export": held["weights"] + (largest if ranks > 1 else 0) + PROCESS,
     }
     node = {name: size * (1 if name == "export" else min(ranks, PER_NODE)) for name, size in processes.items()}

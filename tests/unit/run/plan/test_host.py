@@ -35,7 +35,7 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     assert one["start"] == held["weights"] + held["averages"]
     assert four["start"] == (held["weights"] + held["averages"]) // 4 + largest + MEETING
     assert one["resume"] == one["start"] + held["optimizer"]
-    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] == largest + MEETING
+    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] + MEETING == largest + MEETING
     assert planned(4, "CPU")["start"] == one["start"] + largest + MEETING
     assert one["export"] == held["weights"] == four["export"] - largest
 
