@@ -5,7 +5,7 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
     start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU
     first step    on a CPU all that `dumo.run.plan.cluster` counts for a step
     save          on a CPU w, a, o and gradients; the copy that is written (`dumo.run.plan.plan.copied`)
-    step          as the first; that copy, whose memory is kept for the next one
+    step          as the first; that copy, whose memory is kept; on CPUs, of ranks, gradients before they are cut
     resume        as start, with o
     export        of one process: the net that is shown; the largest tensor where ranks wrote it
 
@@ -40,12 +40,15 @@ def host(
     largest = max((p.nbytes for p in net.parameters()), default=0) if gpu or ranks > 1 else 0
     here = dict.fromkeys(held, 0) if gpu else {name: size // share for name, size in held.items()}
     step, kept = 0 if gpu else step, here["weights"] + here["averages"]
+    uncut = (
+        0 if gpu else held["gradients"] - here["gradients"]
+    )  # gloo keeps them, which the count of a GPU's step frees
     meets = PROCESS + (MEETING if ranks > 1 else 0)
     processes = {
         "start": kept + largest + meets,
         "first step": step + meets,
         "save": kept + here["optimizer"] + here["gradients"] + copy + meets,
-        "step": step + copy + meets,
+        "step": step + copy + uncut + meets,
         "resume": kept + here["optimizer"] + largest + PROCESS,
         "export": held["weights"] + (largest if ranks > 1 else 0) + PROCESS,
     }
