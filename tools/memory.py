@@ -134,6 +134,8 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
                 name, size = phase.read_text(), own(one.pid)
             except (OSError, KeyError):  # it ends
                 continue
+            if not name:  # it is being written
+                continue
             most[name] = max(most.get(name, 0), size)
         time.sleep(EVERY)
     if any(one.returncode for one in running):

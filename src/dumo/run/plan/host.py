@@ -40,9 +40,7 @@ def host(
     largest = max((p.nbytes for p in net.parameters()), default=0) if gpu or ranks > 1 else 0
     here = dict.fromkeys(held, 0) if gpu else {name: size // share for name, size in held.items()}
     step, kept = 0 if gpu else step, here["weights"] + here["averages"]
-    uncut = (
-        0 if gpu else held["gradients"] - here["gradients"]
-    )  # gloo keeps them, which the count of a GPU's step frees
+    uncut = 0 if gpu else held["gradients"] - here["gradients"]  # kept longer than the count of a GPU's step has it
     meets = PROCESS + (MEETING if ranks > 1 else 0)
     processes = {
         "start": kept + largest + meets,
