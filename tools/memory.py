@@ -16,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-PHASES = ("imports", "start", "step", "save", "resume", "export")
 WIDTH = 1024
 EVERY = 0.004  # seconds between two looks
 
@@ -65,6 +64,7 @@ def work(args: argparse.Namespace) -> None:
     from dumo.run.folder import begin, note
     from dumo.runtime import dist
     from dumo.training import checkpoint
+    from dumo.training.saver import Saver
     from dumo.training.step import Task, pieces, span, train_step
 
     torch.set_num_threads(1)
@@ -76,17 +76,23 @@ def work(args: argparse.Namespace) -> None:
         assert (args.work == "resume") == (last is not None)
         time.sleep(0.1)
         if args.work == "start":
-            phase.write_text("step")
-            mine = span(pieces(run.train, run.objective))
+            mine, task = span(pieces(run.train, run.objective)), Task(run.objective, run.path, run.data.classes)
             batch = run.data.open().batch(0, run.train.batch, run.train.seed, mine)
-            train_step(state, Task(run.objective, run.path, run.data.classes), [*batch], run.train)
+            phase.write_text("first step")
+            train_step(state, task, [*batch], run.train)
             time.sleep(0.1)
             phase.write_text("save")
             if dist.is_main():
                 out.mkdir(exist_ok=True)
                 note(run, out)
             state.step = 1
-            checkpoint.save(out / "checkpoints", state, 1)
+            with Saver() as saver:
+                copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
+                saver.start(lambda: checkpoint.put(out / "checkpoints", copy, 1))
+                time.sleep(0.1)
+                phase.write_text("step")
+                train_step(state, task, [*batch], run.train)  # while it is written
+            time.sleep(0.1)
         dist.barrier()
     os._exit(0)
 
@@ -128,11 +134,22 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
                 name, size = phase.read_text(), own(one.pid)
             except (OSError, KeyError):  # it ends
                 continue
+            if not name:  # it is being written
+                continue
             most[name] = max(most.get(name, 0), size)
         time.sleep(EVERY)
     if any(one.returncode for one in running):
         raise SystemExit(f"{work} on {ranks} ranks failed")
     return most
+
+
+def planned(args: argparse.Namespace, ranks: int) -> dict[str, int]:
+    """Bytes of a process by phase, as `dumo dry` counts them."""
+    line = [sys.executable, "-m", "dumo", "dry", "digits", "--json", "--ranks", f"{ranks}", "--share", f"{ranks}"]
+    for field in words(args.folder / "model", args.set):
+        line += ["--set", field]
+    made = subprocess.run(line, check=True, stdout=subprocess.PIPE)
+    return json.loads(made.stdout)["cluster"]["host"]["CPU"]["process"]
 
 
 def main() -> None:
@@ -152,7 +169,8 @@ def main() -> None:
     import shutil
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    model(args.folder / "model", args.gigabytes, args.dtype)
+    if not (args.folder / "model").is_dir():
+        model(args.folder / "model", args.gigabytes, args.dtype)
     rows = {}
     for ranks in args.ranks:
         shutil.rmtree(args.folder / "run", ignore_errors=True)
@@ -160,8 +178,10 @@ def main() -> None:
         found = measure(args, ranks, "start")
         found |= {"resume": measure(args, ranks, "resume")["resume"]}
         found |= measure(args, 1, "export")
-        rows[ranks] = found
-        print(ranks, {name: round(size / 1e6) for name, size in found.items()}, flush=True)
+        dry = planned(args, ranks)
+        rows[ranks] = {name: {"measured": size, "dry": dry[name]} for name, size in found.items() if name in dry}
+        each = (f"{name} {size / 1e9:.2f} / {dry[name] / 1e9:.2f}" for name, size in found.items() if name in dry)
+        print(f"{ranks}: {', '.join(each)}; imports {found['imports'] / 1e9:.2f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -158,6 +158,22 @@ def lazily(folder: Path) -> dict[str, Callable[[], Tensor]]:
         return into
 
     return {name: partial(read, name) for name in outlined}
+
+
+def as_file(folder: Path) -> Iterator[bytes | memoryview]:
+    """The bytes of the one file that one process would have written, tensor by tensor. Raises as `outline`."""
+    read, outlined = lazily(folder), outline(folder)
+    none = {name: torch.empty(0, dtype=x.dtype) for name, x in outlined.items()}
+    head, end = json.loads(safetensors.torch.save(none, {"format": "pt"})[8:]), 0  # in the order of a file
+    names = [name for name in head if name in outlined]
+    for name in names:
+        begin, end = end, end + outlined[name].nbytes
+        head[name] |= {"shape": [*outlined[name].shape], "data_offsets": [begin, end]}
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield read[name]().reshape(-1).view(torch.uint8).numpy().data
 
 
 def share(whole: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:

@@ -103,7 +103,7 @@ class Deferred(TorchDispatchMode):
 
     def put(self, x: Tensor, make: Make) -> None:
         """From now on `make` makes all of this tensor."""
-        self._keep(x, Note(self._tick(), make, (), {}, out=0), anew=True)
+        self._keep(x, Note(self._tick(), make, (), {}, out=0))  # what was made of it before is as it was
 
     def made(self, x: Tensor) -> Tensor:
         """The numbers of a tensor on the CPU, which no one may change; itself, where it was there already."""
@@ -157,11 +157,10 @@ class Deferred(TorchDispatchMode):
                 self._keep(x, Note(time, func, *refs, out=i, state=state))
         return changed[0] if changed and isinstance(out, Tensor) else out
 
-    def _keep(self, x: Tensor, note: Note, *, anew: bool = False) -> None:
+    def _keep(self, x: Tensor, note: Note) -> None:
         """Remember a tensor."""
         self._kept.setdefault(key(x), x.detach())
-        notes = self._notes.setdefault(key(x), [])
-        notes[:] = [note] if anew else [*notes, note]
+        self._notes.setdefault(key(x), []).append(note)
 
     def _tick(self) -> int:
         self._time += 1
@@ -176,11 +175,12 @@ class Deferred(TorchDispatchMode):
         """All numbers of a storage as they are before a time, as one row."""
         notes, own = [note for note in self._notes[place] if note.time < before], self._kept[place]
         numbers = own.untyped_storage().nbytes() // own.dtype.itemsize
-        first = max(i for i, note in enumerate(notes) if i == 0 or overwrites(note, place, numbers))
-        if first or notes[0].func is EMPTY:
-            row, notes = own.new_empty(numbers, device="cpu"), notes[max(first, 1) :]
+        first = max(i for i, note in enumerate(notes) if note.out is not None or overwrites(note, place, numbers))
+        begin, notes = notes[first], notes[first + 1 :]
+        if begin.out is None or begin.func is EMPTY:
+            row, notes = own.new_empty(numbers, device="cpu"), [begin, *notes] if begin.out is None else notes
         else:
-            row, notes = flat(tree_leaves(self._run(notes[0], {}))[notes[0].out or 0], own), notes[1:]
+            row = flat(tree_leaves(self._run(begin, {}))[begin.out], own)
             row = row.clone() if notes else row  # a file's pages
         for note in notes:
             self._run(note, {place: row})

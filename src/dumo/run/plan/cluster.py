@@ -95,7 +95,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
     held, step = plan.held(net, train), counted(spec.outline(), objective, path, shape, train, ranks)
     memory = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
-    checkpoint = plan.copied(net, held, ranks)
+    checkpoint, peak = plan.copied(net, held, ranks), sum(memory.values())
     return {
         "ranks": ranks,
         "share": share,
@@ -103,10 +103,10 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "checkpointing": spec.net.checkpoint,
         "rows": step.rows,
         "passes": step.passes,
-        "memory": {**memory, "peak": sum(memory.values())},
+        "memory": {**memory, "peak": peak},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
         "checkpoint": {**checkpoint, "most": (train.keep + 1) * checkpoint["bytes"]},
-        "host": {name: host(net, train, ranks, held, sum(memory.values()), name) for name in DEVICES},
+        "host": {name: host(net, train, ranks, held, checkpoint["copy"], peak, name) for name in DEVICES},
         "units": units,
         "flops": flops,
         "tflops": tflops,

@@ -2,17 +2,17 @@
 
 What is counted, for a rank that holds a share of the weights w, gradients, optimizer's memory o and averages a:
 
-    start     on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU
-    step      on a CPU all that `dumo.run.plan.cluster` counts for a step
-    save      of one process w, a and o, and gradients; ranks write a part of a checkpoint from two copies of it, more
-              than one process, which writes it as it lies
-    resume    as start, with o
-    export    of one process: the net that is shown; four of it where ranks wrote it, for its hash is that of one file
+    start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU
+    first step    on a CPU all that `dumo.run.plan.cluster` counts for a step
+    save          on a CPU w, a, o and gradients; the copy that is written (`dumo.run.plan.plan.copied`)
+    step          as the first; that copy, whose memory is kept; on CPUs, of ranks, gradients before they are cut
+    resume        as start, with o
+    export        of one process: the net that is shown; the largest tensor where ranks wrote it
 
-On a GPU what is kept is the GPU's: then the largest tensor, and what is copied to be written, count alone. PROCESS is
-on top, of a process itself: Python, torch, diffusers, peft; MEETING of one of several ranks. Pages of files that are
+On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top, of a process
+itself: Python, torch, diffusers, peft; MEETING of one of several ranks, but where it resumes. Pages of files that are
 mapped are the system's. Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone,
-whole on rank 0, and an examination of the slope on a CPU, on copies of the net.
+whole on rank 0, and an examination of the slope on a CPU, on copies of the whole net on every rank.
 """
 
 from collections.abc import Mapping
@@ -24,35 +24,32 @@ from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")
 PROCESS = 430 * 10**6  # bytes, measured: docs/pretrained.md#memory
-MEETING = 120 * 10**6  # bytes more of one that meets others: what makes the measured start of two
+MEETING = 120 * 10**6  # bytes more of one that meets others: fitted to the start of two ranks
 GB = 1e9
 PER_NODE = 8  # ranks of a node, at most
-COPIES = 2  # of a part of a checkpoint, by torch.distributed.checkpoint and safetensors
 
 
 def host(
-    net: nn.Module, train: Train, ranks: int, held: Mapping[str, int], step: int, device: str
+    net: nn.Module, train: Train, ranks: int, held: Mapping[str, int], copy: int, step: int, device: str
 ) -> dict[str, dict[str, int]]:
     """Bytes of each process, and of a node, by phase; `held` are as `plan.held` says, `step` the bytes of a step.
 
-    `net` is an outline, `device` one of DEVICES.
+    `net` is an outline, `copy` the bytes of a checkpoint that a rank copies, `device` one of DEVICES.
     """
-    gpu = device == "GPU"
-    share, least = share_of(train.share, ranks), max((p.nbytes for p in net.parameters()), default=0)
-    frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-    kept, learned = (held["weights"] + held["averages"]) // share, held["weights"] - frozen
-    optimizer, largest = held["optimizer"] // share, max(held["optimizer"], learned) // share
-    written = (COPIES if ranks > 1 else 0) * largest + (largest if gpu else 0)
-    stays = 0 if gpu else kept
-    own = {
-        "start": stays + (least if gpu or ranks > 1 else 0),
-        "step": 0 if gpu else step,
-        "save": written + (0 if gpu else kept + optimizer + held["gradients"] // share),
-        "resume": (least if gpu or ranks > 1 else 0) + (0 if gpu else kept + optimizer),
-        "export": held["weights"] * (4 if ranks > 1 else 1),
+    share, gpu = share_of(train.share, ranks), device == "GPU"
+    largest = max((p.nbytes for p in net.parameters()), default=0) if gpu or ranks > 1 else 0
+    here = dict.fromkeys(held, 0) if gpu else {name: size // share for name, size in held.items()}
+    step, kept = 0 if gpu else step, here["weights"] + here["averages"]
+    uncut = 0 if gpu else held["gradients"] - here["gradients"]  # kept longer than the count of a GPU's step has it
+    meets = PROCESS + (MEETING if ranks > 1 else 0)
+    processes = {
+        "start": kept + largest + meets,
+        "first step": step + meets,
+        "save": kept + here["optimizer"] + here["gradients"] + copy + meets,
+        "step": step + copy + uncut + meets,
+        "resume": kept + here["optimizer"] + largest + PROCESS,
+        "export": held["weights"] + (largest if ranks > 1 else 0) + PROCESS,
     }
-    meets = MEETING if ranks > 1 else 0
-    processes = {name: size + PROCESS + (0 if name == "export" else meets) for name, size in own.items()}
     node = {name: size * (1 if name == "export" else min(ranks, PER_NODE)) for name, size in processes.items()}
     return {"process": processes, "node": node}
 

@@ -77,6 +77,7 @@ def plan(spec: Run) -> dict[str, Any]:
     holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
     if encoders := of_encoders(spec.net, spec.data.classes):
         holds |= {"encoders": encoders, "total": holds["total"] + encoders}
+    checkpoint = copied(net, holds)
     cached = None if missing or not isinstance(spec.data, Latents) else read_contents(spec.data.folder)
     standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)  # a set of images by its name
     epoch = cached.rows if cached else standard and (TRAIN if standard.url else standard.real)
@@ -88,10 +89,10 @@ def plan(spec: Run) -> dict[str, Any]:
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": holds,
-        "host": {name: host(net, train, 1, holds, holds["total"], name) for name in DEVICES},
+        "host": {name: host(net, train, 1, holds, checkpoint["copy"], holds["total"], name) for name in DEVICES},
         "side": spec.net.side or None if isinstance(spec.net, Pretrained) else None,
         "gpus": gpus(holds),
-        "checkpoint": copied(net, holds),
+        "checkpoint": checkpoint,
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,

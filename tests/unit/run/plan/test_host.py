@@ -22,7 +22,8 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
     """Bytes without those of a process itself, where the weights of a rank's step take none."""
     run = load("digits", fields)
     net = run.outline()
-    found = host(net, run.train, ranks, plan.held(net, run.train), 0, device)
+    held = plan.held(net, run.train)
+    found = host(net, run.train, ranks, held, plan.copied(net, held, ranks)["copy"], 0, device)
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
@@ -34,9 +35,20 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     assert one["start"] == held["weights"] + held["averages"]
     assert four["start"] == (held["weights"] + held["averages"]) // 4 + largest + MEETING
     assert one["resume"] == one["start"] + held["optimizer"]
-    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] == largest + MEETING
+    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] + MEETING == largest + MEETING
     assert planned(4, "CPU")["start"] == one["start"] + largest + MEETING
-    assert 4 * one["export"] == four["export"] == 4 * held["weights"]
+    assert one["export"] == held["weights"] == four["export"] - largest
+
+
+def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
+    net = load("digits").outline()
+    held, written = plan.held(net, load("digits").train), planned(4, "GPU")["save"] - MEETING
+    assert 4 * written == held["weights"] + held["averages"] + held["optimizer"]
+    assert planned(1, "GPU")["save"] == 4 * written
+    for device, uncut in (("GPU", 0), ("CPU", held["gradients"] - held["gradients"] // 4)):
+        found = planned(4, device, "train.share=4")
+        assert found["step"] - found["first step"] == written + uncut
+    assert planned(4, "CPU", "train.share=4")["save"] == sum(held.values()) // 4 + written + MEETING
 
 
 @pytest.mark.slow
