@@ -325,7 +325,7 @@ def write_euler(folder: Path, frame: Frame | None = None) -> Entry:
     if frame:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        DDIMScheduler(**settings(frame), clip_sample=False).save_pretrained(folder)
+        DDIMScheduler(**settings(frame), clip_sample=False, timestep_spacing="trailing").save_pretrained(folder)
         return ["diffusers", "DDIMScheduler"]
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 

@@ -22,10 +22,10 @@ HALVES = (torch.bfloat16, torch.float16)
 def rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
     """A tensor of float32 in bf16: to either neighbour, with the chances that keep its mean, by random whole numbers.
 
-    Of `bits`, of x's shape, the last 16 count.
+    Of `bits`, of x's shape, the last 16 count. What is not finite stays.
     """
     raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
-    return (raised & -0x10000).view(torch.float32).bfloat16()
+    return torch.where(x.isfinite(), (raised & -0x10000).view(torch.float32), x).bfloat16()
 
 
 def single(x: Tensor) -> Tensor:

@@ -119,6 +119,11 @@ class Pretrained(Reading):
                 f"{FIELD} has a {config['_class_name']}, which forgets the mask of its texts in blocks that are "
                 "computed again: set net.checkpoint=false"
             )
+        if self.checkpoint > 1 and config["_class_name"].startswith("UNet"):
+            raise UserError(
+                f"net.checkpoint = {self.checkpoint} leaves blocks out, and of a UNet all are computed again or none: "
+                "set net.checkpoint=true"
+            )
         if self.checkpoint:
             model.enable_gradient_checkpointing(run_lean)
             for part in model.children():

@@ -140,6 +140,8 @@ class Deferred(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, as `_new`
         """Note an operation on what is not made yet."""
+        if kwargs.get("generator") is not None or "out" in kwargs:
+            raise RuntimeError(f"{func} on weights that are not made yet draws by a generator of its own, or has out=")
         refs = tree_map(self._ref, (args, kwargs))
         state = None
         if torch.Tag.nondeterministic_seeded in func.tags:

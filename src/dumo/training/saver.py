@@ -7,7 +7,7 @@ Threads of several ranks talk in a group of their own: what the main threads say
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import nullcontext, suppress
 from threading import Thread
 from types import TracebackType
@@ -47,8 +47,10 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until nothing is being written. Raises what went wrong, once."""
-        work, self._work = self._work, None
+        work = self._work
         if work:
+            wait([work])  # an interrupt leaves it to be waited for again
+            self._work = None
             work.result()
 
     def __enter__(self) -> "Saver":

@@ -31,7 +31,7 @@ class Train(Spec):
     reshard: bool = Field(default=False, json_schema_extra=MACHINE)
     optimizer: Optimizer = AdamW()
     # How trained weights are kept: bfloat16 takes half, is rounded at random, by adamw8bit, and is for precision bf16.
-    weights: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=QUIET)
     schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay

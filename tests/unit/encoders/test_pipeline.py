@@ -49,10 +49,13 @@ def test_who_needs_a_pipeline_says_so() -> None:
         Pipeline(source="sd3-small").config("vae")
 
 
-def test_a_unet_is_no_flow(tmp_path: Path) -> None:
+def test_a_unet_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
-    with pytest.raises(UserError, match="learned the noise of a diffusion"):
+    with pytest.raises(UserError, match=r"has no transformer/config\.json"):
         Pipeline(source=str(tmp_path)).place(TRANSFORMER)
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    pipeline = Pipeline(source=str(tmp_path))
+    assert (pipeline.place(TRANSFORMER), pipeline.model) == (tmp_path / "unet", "unet")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -65,7 +65,7 @@ def test_bits_are_those_of_a_place() -> None:
 def test_the_mean_of_what_is_rounded_is_the_number(x: float) -> None:
     """It is one of the two neighbours, and within four standard errors in the mean."""
     many = torch.full((2**18,), x)
-    found = rounded_at_random(many, bits("mean", x, begin=0, count=len(many), device=CPU)).double()
+    found = rounded_at_random(many, bits("mean", f"{x}", begin=0, count=len(many), device=CPU)).double()
     exact = float(torch.tensor(x))
     low, high = found.min().item(), found.max().item()
     assert len(found.unique()) <= 2
@@ -133,3 +133,17 @@ def test_without_bitsandbytes_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(eightbit, "import_bitsandbytes", lambda: False)
     with pytest.raises(UserError, match=r"^optimizer 'adamw8bit' needs bitsandbytes: .*install .*"):
         AdamW8bit()(net())
+
+
+def test_what_is_no_number_stays_one() -> None:
+    """Any NaN, whatever its bits, in a weight and in a moment."""
+    odd = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x00800000], dtype=torch.int32).view(torch.float32)
+    found = rounded_at_random(odd, torch.full((5,), 0xFFFF))
+    assert found.isnan().tolist() == [True, True, True, False, False]
+    assert found[3:].tolist() == [float("inf"), -float("inf")]
+    p = nn.Parameter(torch.ones(16, BLOCK))
+    optimizer = AdamW8bitOptimizer([("p", p)], lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    p.grad = torch.ones_like(p)
+    p.grad[3, 5] = float("nan")
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg_scale"].isnan().flatten().tolist() == [row == 3 for row in range(16)]

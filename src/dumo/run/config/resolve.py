@@ -59,6 +59,8 @@ def resolve(run: Run) -> Run:
     new = {one.field: one.now for one in differences(run, found)}
     if isinstance(texts, Tabled) and isinstance(net.texts, Tabled) and net.texts.identity != texts.identity:
         new["net.texts.identity"] = net.texts.identity
+    if isinstance(path, Diffusion) and path.schedule and path != run.path:
+        new["path.schedule"] = path.schedule.model_dump(mode="json")
     if CODE not in run.resolved and (codes := dict(codes_of(run))):
         new[CODE] = codes
     if not new:
