@@ -143,16 +143,15 @@ def load(folder: Path) -> dict[str, Tensor]:
 
 
 def lazily(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """What reads each whole tensor of a folder. Raises as `outline`."""
+    """What reads each whole tensor of a folder, also when that is removed meanwhile. Raises as `outline`."""
     outlined, about = outline(folder), HuggingFaceStorageReader(str(folder)).read_metadata()
-    files: dict[str, safe_open] = {}
+    files = {file: safe_open(file, "pt") for file in {one.relative_path for one in about.storage_data.values()}}
 
     def read(name: str) -> Tensor:
         into, found = torch.empty_like(outlined[name], device="cpu"), about.state_dict_metadata[name]
         assert isinstance(found, TensorStorageMetadata), "as `outline` found"
         for part in found.chunks:
-            file = about.storage_data[MetadataIndex(name, part.offsets)].relative_path
-            opened = files[file] if file in files else files.setdefault(file, safe_open(file, "pt"))
+            opened = files[about.storage_data[MetadataIndex(name, part.offsets)].relative_path]
             place = tuple(slice(at, at + n) for at, n in zip(part.offsets, part.sizes, strict=True))
             into[place] = opened.get_tensor(name)
         return into
