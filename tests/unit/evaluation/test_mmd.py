@@ -16,7 +16,7 @@ SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 def mixture(c: Tensor, key: object, shift: float = 0.0) -> Tensor:
     """Rows of three normal laws, by class, all of them moved along the first axis."""
-    return MEANS[c] + torch.randn(len(c), 4, generator=stream("mixture", key)) + shift * torch.eye(4)[0]
+    return MEANS[c] + torch.randn(len(c), 4, generator=stream("mixture", f"{key}")) + shift * torch.eye(4)[0]
 
 
 def estimates(shift: float, count: int = 200) -> list[Estimate]:

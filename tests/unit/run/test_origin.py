@@ -27,6 +27,7 @@ LAST = "checkpoints/step-00000004"
 PHOTOS = "evaluate.protocol={kind: photos, samples: 20}"
 # For fields of which no other value can be guessed: values of them, and of others that they go with.
 OTHERS = {
+    "train.weights": ["train.weights=bfloat16", "train.optimizer.kind=adamw8bit", "train.precision=bf16"],
     "data.kind": [
         "data={kind: images, root: ., side: 8, classes: 10}",
         "evaluate.protocol={kind: photos, samples: 20}",

@@ -202,7 +202,7 @@ class Ranks(threading.local):
     meeting = threading.Barrier(2, timeout=30)
     told: ClassVar[list[object]] = [None, None]
 
-    def gather(self, answers: list[object], answer: object) -> None:
+    def gather(self, answers: list[object], answer: object, group: None) -> None:
         """As `torch.distributed.all_gather_object`."""
         self.told[self.rank] = answer
         self.meeting.wait()

@@ -17,7 +17,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     """Two ranks, of which this is the first; the other one fails with the last of these."""
     errors: list[Exception] = []
 
-    def gather(answers: list[object], mine: object) -> None:
+    def gather(answers: list[object], mine: object, group: None) -> None:
         answers[:] = [mine, (None, agreement.packed(errors[-1]))]
 
     monkeypatch.setattr(dist, "world", lambda: 2)
