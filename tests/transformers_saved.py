@@ -1,6 +1,7 @@
 """Tiny transformers as their users have them: a folder that diffusers saved, and a file of what encoders made."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor
 import transformers_tiny as tiny
 from dumo.encoders.pipeline import Pipeline
 from dumo.nets import Pretrained
+from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
 from dumo.nets.rows import Codes, Rows
-from dumo.types import Spec
+from dumo.types import Needs, Spec
 
+Saved = Callable[[str], Pretrained]
+VU = Needs(heads=("v", "u"))
 SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
 NOISE = ("sd1", "sd2-v", "sdxl", "pixart")  # of a diffusion
 IMAGES = [
@@ -62,6 +66,13 @@ def saved(place: Path, name: str) -> Pretrained:
         (place / name / "scheduler" / "scheduler_config.json").write_text(config, encoding="utf-8")
     spec = of(place / name, guidance=GUIDANCE.get(name), lowpass=None)
     return spec.model_copy(update={"texts": File(source=str(place / f"{name}.safetensors"))})
+
+
+def built(spec: Pretrained, needs: Needs = VU, **fields: object) -> Dualized:
+    """Its weights and adapters are functions of the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return spec.model_copy(update=fields).build(needs, SHAPE, CLASSES)
 
 
 def texts(name: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -97,14 +97,19 @@ def outline(folder: Path) -> dict[str, Tensor]:
 
     Raises UserError for a folder without shards, a damaged shard, one that lacks, and an old torch.
     """
+    return _headers(folder)[0]
+
+
+def _headers(folder: Path) -> tuple[dict[str, Tensor], Metadata]:
+    """What `outline` gives, and what the headers of all shards say. Raises as that."""
     require_ranks(SHARDS)
     try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        about = HuggingFaceStorageReader(str(folder)).read_metadata()
     except DAMAGED as error:
         raise UserError(f"{folder} has a damaged shard ({brief(repr(error))}): take another copy of it") from error
-    if not found:
+    if not about.state_dict_metadata:
         raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
-    return {name: _outlined(folder, name, about) for name, about in found.items()}
+    return {name: _outlined(folder, name, one) for name, one in about.state_dict_metadata.items()}, about
 
 
 def _outlined(folder: Path, name: str, about: object) -> Tensor:
@@ -144,7 +149,11 @@ def load(folder: Path) -> dict[str, Tensor]:
 
 def lazily(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """What reads each whole tensor of a folder, also when that is removed meanwhile. Raises as `outline`."""
-    outlined, about = outline(folder), HuggingFaceStorageReader(str(folder)).read_metadata()
+    return _readers(*_headers(folder))
+
+
+def _readers(outlined: Mapping[str, Tensor], about: Metadata) -> dict[str, Callable[[], Tensor]]:
+    """Those of `lazily`, of what the headers say; all files are open from now on."""
     files = {file: safe_open(file, "pt") for file in {one.relative_path for one in about.storage_data.values()}}
 
     def read(name: str) -> Tensor:
@@ -161,7 +170,8 @@ def lazily(folder: Path) -> dict[str, Callable[[], Tensor]]:
 
 def as_file(folder: Path) -> Iterator[bytes | memoryview]:
     """The bytes of the one file that one process would have written, tensor by tensor. Raises as `outline`."""
-    read, outlined = lazily(folder), outline(folder)
+    outlined, about = _headers(folder)
+    read = _readers(outlined, about)
     none = {name: torch.empty(0, dtype=x.dtype) for name, x in outlined.items()}
     head, end = json.loads(safetensors.torch.save(none, {"format": "pt"})[8:]), 0  # in the order of a file
     names = [name for name in head if name in outlined]

@@ -9,7 +9,7 @@ the backward pass makes it again. So primal, tangent and gradient are those of t
 scales come and go by operators of bitsandbytes. They are frozen parameters, which ranks share as any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,7 +75,7 @@ class Coded(nn.Linear):
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
         x, bias, size = primal(input), self._parameters["bias"], (self.out_features, self.in_features)
-        out = product(x, self.weight, self.scales, size, None if bias is None else bias)
+        out = product(x, self.weight, self.scales, size, bias)
         return carry(out, product, (input,), self.weight, self.scales, size)
 
 
@@ -147,13 +147,7 @@ def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.d
 
 def halve(model: nn.Module, without: Sequence[str]) -> None:
     """Keep a model's linear layers in bf16, in place; the rest, and all at or below the paths `without`, in float32."""
-    left = tuple(f"{path}." for path in without)
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left):
-            put(model, name, Half(layer))
-    for layer in model.modules():
-        if not isinstance(layer, Half):
-            _widen(layer)
+    _exchange(model, without, Half)
 
 
 def quantise(model: nn.Module, blocks: Sequence[nn.Module], without: Sequence[str], coding: Coding) -> None:
@@ -163,14 +157,13 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], without: Sequence[st
     """
     if not import_bitsandbytes():
         raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install('quantised')}")
-    left, inside = tuple(f"{path}." for path in without), {id(layer) for block in blocks for layer in block.modules()}
-    for name, layer in [*model.named_modules()]:
-        if not isinstance(layer, nn.Linear) or id(layer) not in inside or f"{name}.".startswith(left):
-            continue
-        if coding == "int8" or layer.weight.numel() % BLOCK == 0:
-            put(model, name, Coded(layer, coding))
-    for layer in model.modules():
-        _widen(layer)
+    inside = {id(layer) for block in blocks for layer in block.modules()}
+
+    def coded(layer: nn.Linear) -> Coded | None:
+        divided = coding == "int8" or layer.weight.numel() % BLOCK == 0
+        return Coded(layer, coding) if divided and id(layer) in inside else None
+
+    _exchange(model, without, coded)
 
 
 def saved(net: nn.Module) -> int:
@@ -178,7 +171,15 @@ def saved(net: nn.Module) -> int:
     return sum(layer.saved for layer in net.modules() if isinstance(layer, Coded))
 
 
-def _widen(layer: nn.Module) -> None:
-    """Set a layer's own numbers to float32."""
-    for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-        x.data = single(x.data)
+def _exchange(model: nn.Module, without: Sequence[str], make: Callable[[nn.Linear], nn.Linear | None]) -> None:
+    """Put what `make` makes of it, if anything, where a linear layer is; set all but halved layers to float32.
+
+    Nothing is made of layers at or below the paths `without`.
+    """
+    left = tuple(f"{path}." for path in without)
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left) and (new := make(layer)) is not None:
+            put(model, name, new)
+    for layer in model.modules():
+        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if type(layer) is not Half else ():
+            x.data = single(x.data)

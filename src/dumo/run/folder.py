@@ -128,16 +128,12 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
     require_own(run, folder, last if weights is None else file)
-    if fill:
-        run.require_room(device)
-    net, made = unread(run, file)
-    if fill:
-        made.fill(net, device)
+    net, made = load_net(run, file, device if fill else None)
     name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
     frozen.require(frozen.digest(net, made.made), about.frozen, folder)
     listed = about.files.get(file.name) if weights is None else None
     step = checkpoint.step_of(file, about.step)
-    return RunFolder(run, folder, net.eval(), step, name, file, last, listed and listed.sha256, made)
+    return RunFolder(run, folder, net, step, name, file, last, listed and listed.sha256, made)
 
 
 def shown(train: Train) -> str:
@@ -145,21 +141,21 @@ def shown(train: Train) -> str:
     return f"ema-{train.ema[0].key}" if train.ema else "net"
 
 
-def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
-    """A run's net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
-    run.require_room(device)
-    net, made = unread(run, file)
-    return made.fill(net, device).eval()
+def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Module, Deferred]:
+    """A run's net with what was trained, from a file or a folder of shards, and what reads its weights one by one.
 
-
-def unread(run: Run, file: Path) -> tuple[nn.Module, Deferred]:
-    """The same on the CPU, and what reads its weights one by one. Raises as `load_net`."""
+    On a device they are read; None: not yet. Raises UserError where they do not fit.
+    """
+    if device is not None:
+        run.require_room(device)
     net, made = run.sketch()
     there = {name: single(x) for name, x in outline(file).items()}  # what is trained in 16 bits is shown in float32
     compare(file, there, own := frozen.trained(net), "the run", checkpoint.FIT)
     found = {name: read for name, read in checkpoint.lazily(file).items() if name in own}
     lay_in(net, made, {name: lambda read=read: single(read()) for name, read in found.items()})
-    return net, made
+    if device is not None:
+        made.fill(net, device)
+    return net.eval(), made
 
 
 @torch.no_grad()

@@ -246,7 +246,7 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
     """The run as it was at a milestone. Raises UserError where its weights do not fit."""
     if file is None:
         return opened
-    net = load_net(opened.run, file, opened.device)
+    net, _ = load_net(opened.run, file, opened.device)
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 
 

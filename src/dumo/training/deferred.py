@@ -64,6 +64,7 @@ class Deferred(TorchDispatchMode):
         self._notes: dict[int, list[Note]] = {}
         self._kept: dict[int, Tensor] = {}  # so that no other tensor gets its key
         self._time = 0
+        self._several: tuple[int, list[Any]] = (0, [])  # the last operation of several outputs, and those
 
     def __enter__(self) -> "Deferred":
         """Begin to note."""
@@ -182,11 +183,19 @@ class Deferred(TorchDispatchMode):
         if begin.out is None or begin.func is EMPTY:
             row, notes = own.new_empty(numbers, device="cpu"), [begin, *notes] if begin.out is None else notes
         else:
-            row = flat(tree_leaves(self._run(begin, {}))[begin.out], own)
+            row = flat(self._outputs(begin)[begin.out], own)
             row = row.clone() if notes else row  # a file's pages
         for note in notes:
             self._run(note, {place: row})
         return row
+
+    def _outputs(self, note: Note) -> list[Any]:
+        """What an operation gives; of several outputs, such as codes and scales, those of the last are kept."""
+        if self._several[0] != note.time:
+            outputs = tree_leaves(self._run(note, {}))
+            self._several = (note.time, outputs) if len(outputs) > 1 else (0, [])
+            return outputs
+        return self._several[1]
 
     def _run(self, note: Note, there: Mapping[int, Tensor]) -> Any:  # noqa: ANN401, what an operation gives
         """Do what was noted, on the numbers that are there."""

@@ -20,7 +20,10 @@ from dumo.types import UserError
 from pipelines import PIPELINES, SIDE, save
 from transformers_tiny import TINY
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', of its own code
+pytestmark = [  # diffusers', of its own code
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 SHORT, LONG = (
     "a red fox in the snow",
     "a long story of a fox, " * 60,

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,10 @@ from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
-from dumo.types import Frozen, Needs, UserError
-from transformers_saved import CLASSES, NOISE, SHAPE, batch, of, saved, texts
+from dumo.types import Frozen, UserError
+from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, texts
 
-VU = Needs(heads=("v", "u"))
 LORA = Lora(rank=4)
-Saved = Callable[[str], Pretrained]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Specs of tiny models, each saved once."""
-    place, known = tmp_path_factory.mktemp("models"), dict[str, Pretrained]()
-
-    def spec(name: str) -> Pretrained:
-        if name not in known:
-            known[name] = saved(place, name)
-        return known[name]
-
-    return spec
-
-
-def built(spec: Pretrained, **fields: object) -> Dualized:
-    """Its weights and adapters are functions of the seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return spec.model_copy(update=fields).build(VU, SHAPE, CLASSES)
 
 
 def scheduler(name: str, spec: Pretrained) -> Any:  # noqa: ANN401, of diffusers

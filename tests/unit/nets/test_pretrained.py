@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,37 +29,16 @@ from dumo.training.frozen import digest
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
-from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, of, saved
+from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, VU, Saved, asked, batch, built, of, saved
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),  # diffusers', of its Chroma
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # torch's, of autocast on a CPU
 ]
-V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
-Saved = Callable[[str], Pretrained]
+V = Needs(heads=("v",))
 LORA, RESTS, DRAWN = Lora(rank=4), Lora(rank=4, frozen="bfloat16"), {"weights": "drawn"}
 QUICK = ("sd3", "flux", "sana-masked", "qwen", "z-image")
 SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Specs of tiny models, each saved once."""
-    place, known = tmp_path_factory.mktemp("models"), dict[str, Pretrained]()
-
-    def spec(name: str) -> Pretrained:
-        if name not in known:
-            known[name] = saved(place, name)
-        return known[name]
-
-    return spec
-
-
-def built(spec: Pretrained, needs: Needs = VU) -> Dualized:
-    """Its weights and adapters are functions of the seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return spec.build(needs, SHAPE, CLASSES)
 
 
 def with_limit(spec: Pretrained, name: str) -> Pretrained:

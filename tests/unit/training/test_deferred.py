@@ -1,5 +1,6 @@
 """Weights that are not made yet, and get others before they are."""
 
+import pytest
 import torch
 
 from dumo.training.deferred import Deferred
@@ -17,3 +18,15 @@ def test_what_was_made_of_a_tensor_keeps_its_numbers() -> None:
     with made:
         x.mul_(2)
     assert made.made(x).tolist() == [14, 14, 14]
+
+
+def test_what_has_several_outputs_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a weight's codes and scales."""
+    made, done = Deferred(), list[object]()
+    with made:
+        values, places = torch.empty(2, 3).fill_(1).sort(dim=1)
+    run = Deferred._run
+    monkeypatch.setattr(Deferred, "_run", lambda self, note, there: (done.append(note.func), run(self, note, there))[1])
+    assert made.made(values).tolist() == [[1, 1, 1]] * 2
+    assert sorted(made.made(places)[0].tolist()) == [0, 1, 2]
+    assert done.count(torch.ops.aten.sort.default) == 1

@@ -53,8 +53,8 @@ def resolve(run: Run) -> Run:
         if texts.identity is None:
             require_captions(data, texts)
     path = run.path
-    if isinstance(path, Diffusion) and path.schedule is None and isinstance(net, Pretrained) and net.frame:
-        path = path.model_copy(update={"schedule": net.frame.schedule})
+    if isinstance(path, Diffusion) and path.schedule is None and isinstance(net, Pretrained) and (frame := net.frame):
+        path = path.model_copy(update={"schedule": frame.schedule})
     found = run.model_copy(update={"data": data, "net": net, "path": path})
     new = {one.field: one.now for one in differences(run, found)}
     if isinstance(texts, Tabled) and isinstance(net.texts, Tabled) and net.texts.identity != texts.identity:
