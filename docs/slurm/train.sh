@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train on several nodes under Slurm:  sbatch docs/slurm/train.sh imagenet256-xl2 --out /shared/runs/xl2
 # What follows the script's name are the words of `dumo train`. Submitted again, it goes on where the run stopped.
-# Set the lines marked SITE as your cluster wants them. Not tried on a cluster: docs/ranks.md says what was tried.
+# Set the lines marked SITE as your cluster wants them. Not tried on a cluster: docs/gpus.md says what was tried.
 
 #SBATCH --job-name=dumo
 #SBATCH --nodes=2                    # SITE: any number; another one on resuming is fine

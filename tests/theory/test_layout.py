@@ -59,7 +59,7 @@ def test_more_ranks_to_rounding_over_30_steps(ranks: int, tmp_path: Path) -> Non
 
 
 def uncut(name: str) -> str:
-    """A recipe whose gradients are not cut: of shards that is to rounding (docs/ranks.md)."""
+    """A recipe whose gradients are not cut: of shards that is to rounding (docs/gpus.md)."""
     return name if load(name).train.clip is None else f"{name}+train.clip=100"
 
 
