@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from dumo.evaluation.distance import Estimate, level
@@ -78,7 +77,7 @@ def line(cells: list[str]) -> str:
 
 
 def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
-    """Every arm: what it cost, and its measures in 1, 2 and 4 passes; `raw`: distances before rounding, too."""
+    """Every arm: what it cost, and its measures at 1, 2 and 4 NFE; `raw`: distances before rounding, too."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     arms = read(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
@@ -92,10 +91,10 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
         "AUC": ("auc" if "auc" in has else "auc_features", 1, 2),
         "nearest": ("nearest", 1, 2),
     }
-    old = () if score == "mmd" else ("FD", "nearest")  # FD leads there
+    old = ("FD",) if score == "mmd" else ("FD", "nearest")  # FD leads there
     others = {name: of for name, of in measures.items() if of[0] in has and name not in old}
-    head = [one for name in [title, *["raw FD"] * raw] for one in (f"{name}, 1 pass", "2", "4")]
-    yield line(["", "steps", "F per step", *head, *(f"{name}, 1, 2, 4" for name in others)])
+    head = [one for name in [title, *["raw FD"] * raw] for one in (f"{name}, 1 NFE", "2", "4")]
+    yield line(["", "steps", "F", *head, *(f"{name}, 1, 2, 4" for name in others)])
     yield "|" + "---|" * (len(head) + len(others) + 3)
     for own, cells_of in zip(every, judged(every, (1, 2, 4)), strict=True):
         rows = {row["nfe"]: row for row in own}
@@ -118,7 +117,7 @@ def far(results: Row) -> Iterator[str]:
 
 def front(results: Row) -> Iterator[str]:
     """Five of the arms at a budget of 1, the nearest in one pass first; and what a perfect sampler would have."""
-    yield "| | steps | 1 pass | 2 | 4 | 50 | nearest | recall |"
+    yield "| | steps | 1 NFE | 2 | 4 | 50 | nearest | recall |"
     yield "|---|---|---|---|---|---|---|---|"
     names = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
     every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == 1 and own[0]["arm"][0] != "+"]
@@ -133,16 +132,16 @@ def front(results: Row) -> Iterator[str]:
 
 
 def best(results: Row) -> Iterator[str]:
-    """Arms at each budget, by number of passes; within a budget bold what cannot be told from the least."""
+    """Arms at each budget from 1 on, by number of passes; within a budget bold what cannot be told from the least."""
     all_rows = grouped(results, "arm", "budget")
     score = main_score(all_rows[0][0])
-    title, others = ("kernel distance · 10³", ["FD, 1 pass"]) if score == "mmd" else ("FD", ["KID · 10³, 1 pass"])
-    head = ["", "budget", "steps", f"{title}, 1 pass", "2", "4", "50", *others, "recall", "AUC"]
-    yield line([*head, "level with the first at"])
+    title, others = ("kernel distance · 10³", ["FD, 1 NFE"]) if score == "mmd" else ("FD", ["KID · 10³, 1 NFE"])
+    head = ["", "budget", "steps", f"{title}, 1 NFE", "2", "4", "50", *others, "recall", "AUC"]
+    yield line([*head, "equals the first at"])
     yield "|" + "---|" * (len(head) + 1)
     first = next(own[0][score] for own in all_rows if own[0]["budget"] == 1)
     least = min(own[0]["budget"] for own in all_rows)
-    for budget in dict.fromkeys(own[0]["budget"] for own in all_rows):
+    for budget in dict.fromkeys(own[0]["budget"] for own in all_rows if own[0]["budget"] >= 1):
         every = [own for own in all_rows if own[0]["budget"] == budget]
         for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
             one = own[0]
@@ -160,8 +159,9 @@ def power(results: Row) -> Iterator[str]:
         faults = list(rows[0]["power"])
         yield line([data, "samples", *faults, "nothing wrong"])
         yield "|" + "---|" * (len(faults) + 3)
-        for n in dict.fromkeys(row["samples"] for row in rows):
-            same = [row for row in rows if row["samples"] == n]
+        for n in (600, 3000):
+            if not (same := [row for row in rows if row["samples"] == n]):
+                continue
             most = {fault: max(row["power"][fault] for row in same) for fault in faults}
             for row in same:
                 cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
@@ -171,30 +171,18 @@ def power(results: Row) -> Iterator[str]:
         yield ""
 
 
-def pixels(results: Row) -> Iterator[str]:
-    """Arms of one seed in pixels, by number of passes."""
-    passes = [row["nfe"] for row in grouped(results, "arm")[0]]
-    columns = {"KID": "kid", "pixel FD": "pixel_fd", "recall": "recall"}
-    head = [f"{title}, {passes[0]} pass" if n == passes[0] else str(n) for title in columns for n in passes]
-    yield line(["", "steps", *head])
-    yield "|" + "---|" * (len(head) + 2)
-    for own in grouped(results, "arm"):
-        cells = [f"{row[key]:.2f}" for key in columns.values() for row in own]
-        yield line([own[0]["arm"], f"{own[0]['steps']:,}", *cells])
-
-
 def heads(results: Row) -> Iterator[str]:
     """DuMo with a third head and without, and what the paper reports."""
     yield line(
         [
             "heads",
-            "kernel distance · 10³, 1 pass",
+            "kernel distance · 10³, 1 NFE",
             "2",
             "4",
-            "raw FD, 1 pass",
+            "raw FD, 1 NFE",
             "2",
             "4",
-            "the paper's FID in one pass (XL/2)",
+            "the paper's FID at 1 NFE (XL/2)",
         ]
     )
     yield "|" + "---|" * 8
@@ -205,26 +193,16 @@ def heads(results: Row) -> Iterator[str]:
 
 
 def settings(results: Row) -> Iterator[str]:
-    """The arms that the plan has, by their distance in one pass, two, four and fifty, the nearest in one pass first."""
+    """The arms that the plan has, by their distance at 1, 2, 4 and 50 NFE, the nearest at one first."""
     name = next(iter(results["table"][0]))
     titles = {title for arm in read(results["name"]).arms for title in arm.vary.get(name, arm.labels.values())}
-    yield line([name, "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC"])
+    yield line([name, "steps", "FD, 1 NFE", "2", "4", "50", "KID · 10³", "recall", "AUC"])
     yield "|" + "---|" * 9
     rows = [own for own in grouped(results, name) if own[0][name] in titles]
     for own in sorted(rows, key=lambda own: own[0][main_score(own[0])]):
         one, score = own[0], main_score(own[0])
         far = [f"{row[score]:.2f}" for row in own]
         yield line([one[name], f"{one['steps']:,}", *far, *other_scores(one)])
-
-
-def nearest(results: Row) -> Iterator[str]:
-    """The same, of the six nearest of each objective, and of what there is once."""
-    kept: dict[str, int] = {}
-    for row in settings(results):
-        title = row.split(":")[0]
-        kept[title] = kept.get(title, 0) + 1
-        if kept[title] <= 6:
-            yield row
 
 
 def other_scores(row: Row) -> list[str]:
@@ -236,7 +214,7 @@ def other_scores(row: Row) -> list[str]:
 
 def words(results: Row) -> Iterator[str]:
     """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
-    yield line(["", "by", "steps", "MFLOP a pass", "FD, 1 pass", "2", "recall, 1 pass", "class FD, 1 pass", "held out"])
+    yield line(["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"])
     yield "|" + "---|" * 9
     for own in grouped(results, "data", "condition"):
         row, key = own[0], "fd" if own[0].get("fd_grey") is None else "fd_grey"
@@ -246,9 +224,9 @@ def words(results: Row) -> Iterator[str]:
 
 
 def fair(results: Row) -> Iterator[str]:
-    """Two heads and one, under the same laws of time."""
+    """Two heads and one, under the same timestep distributions."""
     yield line(
-        ["law of $t$", "jumps", "on", "far", *(f"{n}, {k}" for k in ("1 pass", "2") for n in ("two heads", "one head"))]
+        ["timesteps", "jumps", "on", "far", *(f"{n}, {k}" for k in ("1 NFE", "2") for n in ("two heads", "one head"))]
     )
     yield "|" + "---|" * 8
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
@@ -275,27 +253,13 @@ def kills(results: Row) -> Iterator[str]:
 
 
 def machines(results: Row) -> Iterator[str]:
-    """Bad machines: what is said of each, and what came of it."""
-    yield line(["trouble", "exit codes", "what it says", "good files changed", "afterwards"])
-    yield "|" + "---|" * 5
+    """Bad machines: and what came of each."""
+    yield line(["trouble", "exit codes", "good files changed", "afterwards"])
+    yield "|" + "---|" * 4
     for row in results["rows"]:
         codes = ", ".join(map(str, dict.fromkeys(row["codes"]))) or "none"
         changed = f"{row['changed']} of {row['watched']}" if row["watched"] else ""
-        said = f"`{shorten(row['said'][0], 200, placeholder=' ...')}`" if row["said"] else ""
-        yield line([row["name"], codes, said.replace("|", "\\|"), changed, row["left_out"] or row["afterwards"]])
-
-
-def duel(results: Row) -> Iterator[str]:
-    """What work cost before and costs now, by the clock and in CPU time."""
-    yield line(["", "before, ms", "now, ms", "before / now (quartiles)", "of CPU time"])
-    yield "|" + "---|" * 5
-    for row in results["rows"]:
-        digits = 0 if row["wall_ratio"][1] > 100 else 2
-        low, middle, high = ([f"{row[f'{what}_ratio'][k]:.{digits}f}" for what in ("wall", "cpu")] for k in range(3))
-        ratios = [f"{m} ({a}–{b})" for a, m, b in zip(low, middle, high, strict=True)]
-        yield line(
-            [row["about"].rstrip("."), *(f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in row["wall_ms"]), *ratios]
-        )
+        yield line([row["name"], codes, changed, row["left_out"] or row["afterwards"]])
 
 
 def tiny(number: float | None) -> str:
@@ -308,24 +272,14 @@ def tiny(number: float | None) -> str:
 
 def stock(results: Row) -> Iterator[str]:
     """Every family's stock pipeline against dumo."""
-    kinds = {"full": "in full", "guided": "guided", "merged": "adapters, merged", "lora": "as a LoRA"}
-    yield line(["", "two passes", *kinds.values(), "by its generator", "plain Euler, 2"])
+    kinds = {"full": "all weights", "guided": "guided", "merged": "LoRA, merged", "lora": "LoRA"}
+    yield line(["", "call for 2 NFE", *kinds.values(), "`generator`", "plain Euler, 2 NFE"])
     yield "|" + "---|" * 8
     for row in results["rows"]:
         call = ", ".join(f"{name}={value}" for name, value in row["call"].items())
         off = (", ".join(map(tiny, row[kind] or ())) for kind in kinds)
         euler = "" if row["euler"] is None else f"{100 * row['euler']:.0f} %"
         yield line([row["family"], f"`{call}`", *off, "yes" if row["seeded"] else "no", euler])
-
-
-def bare(results: Row) -> Iterator[str]:
-    """What stock pipelines make by their own defaults."""
-    yield line(["", "steps", "passes of a row", "last time", "from one pass", "the same, guidance off"])
-    yield "|" + "---|" * 6
-    for row in results["rows"]:
-        found = row["bare"]
-        far = (f"{100 * found[key]:.0f} %" for key in ("off", "off_unguided"))
-        yield line([row["family"], f"{found['steps']}", f"{found['passes']}", f"{found['last']:.3g}", *far])
 
 
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -337,20 +291,16 @@ TABLES = {
     "front": ("best", front),
     "best": ("best", best),
     "best-latents": ("best-latents", best),
-    "best-pixels": ("best-pixels", pixels),
     "latents": ("latents", arms),
     "power": ("power", power),
     "heads": ("zoo", heads),
-    "tuning": ("best-tuning", nearest),
     "options": ("best-options", settings),
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
-    "duel": ("duel", duel),
     "stock": ("stock", stock),
-    "bare": ("stock", bare),
 }  # by name: the file, and what is made of it
 
 
