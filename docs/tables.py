@@ -99,7 +99,7 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     for own, cells_of in zip(every, judged(every, (1, 2, 4)), strict=True):
         rows = {row["nfe"]: row for row in own}
         name, steps, cost = next(iter(own[0].values())), own[0]["steps"], own[0]["F_per_step"]
-        shown = f"[{name}](objectives/{kinds[name]}.md)" if name in kinds else name
+        shown = f"[{name}](objectives/details.md#{kinds[name]})" if name in kinds else name
         cells = [f"**{shown}**" if name == first else shown, f"{steps:,}", f"{cost:.2f}"]
         cells += cells_of + (spread([rows[n] for n in (1, 2, 4)], "fd") if raw else [])
         for key, times, places in others.values():
