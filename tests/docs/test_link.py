@@ -41,11 +41,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_a_wrong_link_is_found() -> None:
-    page = ROOT / "docs/notation.md"
-    said = (
-        "[a](nothing.md) [b](guidance.md) [c](guidance.md#nowhere) [d](#time) [e](#tim) [f](https://x.org/y#z) `[g](h)`"
-    )
-    assert wrong(page, said) == ["nothing.md", "guidance.md#nowhere", "#tim"]
+    page = ROOT / "docs/glossary.md"
+    said = "[a](no.md) [b](gpus.md) [c](gpus.md#nowhere) [d](#words) [e](#wor) [f](https://x.org/y#z) `[g](h)`"
+    assert wrong(page, said) == ["no.md", "gpus.md#nowhere", "#wor"]
 
 
 def test_code_names_pages_that_are_there() -> None:

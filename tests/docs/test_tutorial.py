@@ -1,4 +1,4 @@
-"""The tutorials do what they say when their commands are typed, of a net and a training made small."""
+"""Pages do what they say when their commands are typed, of a net and a training made small."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
-TUTORIALS = ROOT / "docs/tutorials"
+PAGES = ROOT / "docs"
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +30,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The fenced blocks of a tutorial in one language."""
-    text = (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
+    """The fenced blocks of a page in one language."""
+    text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def typed(name: str) -> Iterator[str]:
-    """Type a tutorial's commands, each of which must end well, and give what each printed; trainings are made small."""
+    """Type a page's commands, each of which must end well, and give what each printed; trainings are made small."""
     text = "".join(blocks(name, "sh")).replace("\\\n", "")
     for line in text.splitlines():
         program, *words = shlex.split(line, comments=True)
@@ -56,19 +56,21 @@ def photos(folder: Path) -> None:
             Image.fromarray(g.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
 
 
-def test_own_images(here: Path) -> None:
+def test_photos(here: Path) -> None:
     photos(here / "photos")
-    *_, report = typed("own-images")
+    *_, report = typed("photos")
     assert report.splitlines()[-1] == "runs/photos/report.html"
 
 
-def test_a_row(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = read("zoo")
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
     monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": two}))
-    printed = list(typed("reproduce-a-row"))
-    assert "fd_grey" in printed[3]
-    assert "677.491 M" in printed[-1]
+    assert "fd_grey" in list(typed("compare"))[3]
+
+
+def test_a_paper(here: Path) -> None:
+    assert "677.491 M" in list(typed("paper"))[-1]
 
 
 def test_an_objective(here: Path) -> None:
@@ -76,7 +78,7 @@ def test_an_objective(here: Path) -> None:
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", here)
-    code, line, union = blocks("add-an-objective", "python")
+    code, line, union = blocks("own-objective", "python")
     assert re.search(r"AlphaFlow\n    \| AnyStep .*\n    \| Consistency\n", union)
     room = here / "src/dumo/objectives"
     listed = (room / "__init__.py").read_text(encoding="utf-8")
@@ -94,7 +96,7 @@ def test_an_objective(here: Path) -> None:
         env = ENVIRONMENT | {"PYTHONPATH": str(here / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return subprocess.run([sys.executable, "-m", *words], cwd=here, env=env, capture_output=True, text=True)
 
-    command = shlex.split(blocks("add-an-objective", "sh")[0])
+    command = shlex.split(blocks("own-objective", "sh")[0])
     done = run("dumo", *command[1:], *TINY, *sets("train.steps=2"))
     assert (done.returncode, "runs/any-step" in done.stderr) == (0, True), done.stderr
     law = "tests/theory/test_fixed_point.py::test_gradient_vanishes_at_the_flow"

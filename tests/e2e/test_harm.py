@@ -1,4 +1,4 @@
-"""Files that were changed and still look whole are refused by name, or change nothing (docs/reliability.md)."""
+"""Files that were changed and still look whole are refused by name, or change nothing (docs/guarantees.md)."""
 
 import shutil
 from collections.abc import Generator

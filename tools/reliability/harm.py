@@ -1,4 +1,4 @@
-"""Change files so that they still look whole, and print what dumo says of each: the table in docs/reliability.md.
+"""Change files so that they still look whole, and print what dumo says of each (docs/guarantees.md).
 
     python tools/reliability/harm.py
 

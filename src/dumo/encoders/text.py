@@ -45,7 +45,7 @@ class Embeddings:
 
 
 class Encoder(Spec):
-    """A text encoder, and the part of its output that is kept (docs/text.md says what published models take)."""
+    """A text encoder, and the part of its output that is kept (docs/captions.md says what published models take)."""
 
     kind: Literal["transformers"] = "transformers"
     # A folder of transformers, or of a pipeline's text_encoder with the tokenizer next to it.

@@ -9,7 +9,7 @@ trained on these and has learned little by heart: to them, 5,000 real images tha
 of sd 0.1 are at 7.1, blurred by 3x3 at 52, noise alone at 279 (measured). Images are judged as a file holds them,
 clamped to [-1, 1] and rounded to 8 bits.
 
-The first score, `mmd`, has no bias: a perfect sampler's is 0 at any size. It sees more than others do (docs/judge.md).
+The first score, `mmd`, has no bias: a perfect sampler's is 0 at any size. It sees most (docs/evaluation.md).
 Kernels are as wide as two real images are apart, at the median. A Fréchet distance to few images is larger than to
 many, whatever is judged: so all scores stand next to what a perfect sampler would have.
 

@@ -1,7 +1,7 @@
 """A low-pass of a time embedder, so that a net which reads 1000 t can be tuned on its derivative (ours).
 
 Image models begin with waves cos(w_i t), sin(w_i t) of frequencies w_i from 1000 down to 0.1 rad, and two linear layers
-over them. So du/dt is large and rough: a flow map that is regressed on it diverges (docs/pretrained.md). But the curve
+over them. So du/dt is large and rough: a flow map that is regressed on it diverges (docs/reproduce.md). But the curve
 t -> temb that the embedder has learned hardly needs its quick waves. So
 
     cut      quick waves no longer enter: the first layer's columns for them are zero, and stay zero;

@@ -14,7 +14,7 @@ g / (rms(g) + c), and the rows are weighed by exp(-s) / tan(theta), where s is l
 loss: so its exp settles at the mean of what it divides, and all times count alike (its Sec. 4).
 
 All this is for a net that is a diffusion model already. One that is none is first made one by a long warm-up, in which
-the part with f' grows, and learns better from g as it is, all rows alike (docs/objectives/sct.md).
+the part with f' grows, and learns better from g as it is, all rows alike (docs/objectives/details.md).
 """
 
 from math import pi

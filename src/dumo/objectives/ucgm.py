@@ -10,7 +10,7 @@ the ratio tends to 1 so does e to F_t + t dF/dt - v*, DuMo's residual, which it 
 this is the loss, FM+, from which the multi-step nets of UCGM come.
 
 On top of e the authors put a bound, a gain that grows with t, a Huber loss and a weight that falls with t. Where the
-law of v* given x_t is skewed these move the fixed point off the flow (docs/objectives/ucgm.md). Each may be left out;
+law of v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Each may be left out;
 without all of them the loss is the mean square of e.
 
 At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.

@@ -154,7 +154,7 @@ def test_what_it_does_not_judge() -> None:
 
 @pytest.mark.parametrize("fault", ["none", "noise", "blur", "lost", "copies", "classes"])
 def test_only_new_digits_are_like_the_data(fault: str) -> None:
-    """The five faults of docs/judge.md: of 600 digits, none seen in training, judged against 600 others."""
+    """The five faults of docs/reproduce.md: of 600 digits, none seen in training, judged against 600 others."""
     x, c = Digits().originals().reference(0, 0)
     some, real, trained = parts(c, 3, stream("thirds"))
     y, d = x[some], c[some].clone()

@@ -23,7 +23,7 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")
-PROCESS = 430 * 10**6  # bytes, measured: docs/pretrained.md#memory
+PROCESS = 430 * 10**6  # bytes, measured: docs/guarantees.md
 MEETING = 120 * 10**6  # bytes more of one that meets others: fitted to the start of two ranks
 GB = 1e9
 PER_NODE = 8  # ranks of a node, at most

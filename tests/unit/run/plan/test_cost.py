@@ -161,7 +161,7 @@ def test_the_way_of_a_slope(guide: Guide, slope: Slope, ref: float | Literal["se
 def test_a_step_of_a_transformer_by_every_slope(
     slope: Slope, guide: Guide, passes: float, products: float, figure: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """256 tokens of width 384, six blocks, counted by two: the figures of docs/performance.md.
+    """256 tokens of width 384, six blocks, counted by two: the figures of docs/memory.md.
 
     A ride under checkpointing runs the blocks once more, in the backward pass: their tangents are known by then.
     """
