@@ -8,7 +8,6 @@ A table stands between `<!-- table: zoo -->` and `<!-- end -->`. A test holds th
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,36 +75,22 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
-    """Every arm: what it cost, and its measures at 1, 2 and 4 NFE; `raw`: distances before rounding, too."""
+def arms(results: Row) -> Iterator[str]:
+    """Every arm: what it cost, its main score at 1, 2 and 4 NFE, and further measures at one."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     arms = read(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
-    score, has = main_score(every[0][0]), every[0][0].keys()
-    title = "kernel distance · 10³" if score == "mmd" else "FD"
-    raw = raw and score != "mmd"
-    measures = {
-        "FD": ("fd", 1, 2),
-        "KID · 10³": ("kid", 1000, 0),
-        "recall": ("recall", 1, 2),
-        "AUC": ("auc" if "auc" in has else "auc_features", 1, 2),
-        "nearest": ("nearest", 1, 2),
-    }
-    old = ("FD",) if score == "mmd" else ("FD", "nearest")  # FD leads there
-    others = {name: of for name, of in measures.items() if of[0] in has and name not in old}
-    head = [one for name in [title, *["raw FD"] * raw] for one in (f"{name}, 1 NFE", "2", "4")]
-    yield line(["", "steps", "F", *head, *(f"{name}, 1, 2, 4" for name in others)])
-    yield "|" + "---|" * (len(head) + len(others) + 3)
-    for own, cells_of in zip(every, judged(every, (1, 2, 4)), strict=True):
-        rows = {row["nfe"]: row for row in own}
-        name, steps, cost = next(iter(own[0].values())), own[0]["steps"], own[0]["F_per_step"]
+    has, mmd = every[0][0].keys(), main_score(every[0][0]) == "mmd"
+    names = ("recall", "auc" if "auc" in has else "auc_features", *["nearest"] * mmd)
+    yield line(
+        ["", "steps", "F", f"{'kernel distance · 10³' if mmd else 'FD'}, 1 NFE", "2", "4", *map(TITLES.get, names)]
+    )
+    yield "|" + "---|" * (6 + len(names))
+    for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
+        one, name = own[0], next(iter(own[0].values()))
         shown = f"[{name}](objectives/details.md#{kinds[name]})" if name in kinds else name
-        cells = [f"**{shown}**" if name == first else shown, f"{steps:,}", f"{cost:.2f}"]
-        cells += cells_of + (spread([rows[n] for n in (1, 2, 4)], "fd") if raw else [])
-        for key, times, places in others.values():
-            texts = {n: f"{round(times * row[key], places) + 0.0:.{places}f}" for n, row in rows.items()}
-            cells.append(", ".join(texts.get(n, "·") for n in (1, 2, 4)).replace("-", "−"))
-        yield line(cells)
+        costs = [f"**{shown}**" if name == first else shown, f"{one['steps']:,}", f"{one['F_per_step']:.2f}"]
+        yield line([*costs, *cells, *(f"{one[key]:.2f}" if one["nfe"] == 1 else "" for key in names)])
 
 
 def far(results: Row) -> Iterator[str]:
@@ -133,23 +118,15 @@ def front(results: Row) -> Iterator[str]:
 
 def best(results: Row) -> Iterator[str]:
     """Arms at each budget from 1 on, by number of passes; within a budget bold what cannot be told from the least."""
-    all_rows = grouped(results, "arm", "budget")
-    score = main_score(all_rows[0][0])
-    title, others = ("kernel distance · 10³", ["FD, 1 NFE"]) if score == "mmd" else ("FD", ["KID · 10³, 1 NFE"])
-    head = ["", "budget", "steps", f"{title}, 1 NFE", "2", "4", "50", *others, "recall", "AUC"]
-    yield line([*head, "equals the first at"])
-    yield "|" + "---|" * (len(head) + 1)
-    first = next(own[0][score] for own in all_rows if own[0]["budget"] == 1)
-    least = min(own[0]["budget"] for own in all_rows)
-    for budget in dict.fromkeys(own[0]["budget"] for own in all_rows if own[0]["budget"] >= 1):
-        every = [own for own in all_rows if own[0]["budget"] == budget]
+    rows = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] >= 1]
+    title = "kernel distance · 10³" if main_score(rows[0][0]) == "mmd" else "FD"
+    yield line(["", "budget", "steps", f"{title}, 1 NFE", "2", "4", "50", "recall"])
+    yield "|" + "---|" * 8
+    for budget in dict.fromkeys(own[0]["budget"] for own in rows):
+        every = [own for own in rows if own[0]["budget"] == budget]
         for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
             one = own[0]
-            cells = [one["arm"], f"{one['budget']:.2g}", f"{one['steps']:,}"]
-            even = "" if one["even_at"] is None else f"{100 * one['even_at']:.0f} %"
-            if one["budget"] == least and one[score] < first:
-                even = f"below {100 * least:.0f} %"
-            yield line([*cells, *scores, *other_scores(one), even])
+            yield line([one["arm"], f"{budget:.2g}", f"{one['steps']:,}", *scores, f"{one['recall']:.2f}"])
 
 
 def power(results: Row) -> Iterator[str]:
@@ -157,59 +134,39 @@ def power(results: Row) -> Iterator[str]:
     for data in dict.fromkeys(row["data"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["data"] == data]
         faults = list(rows[0]["power"])
-        yield line([data, "samples", *faults, "nothing wrong"])
-        yield "|" + "---|" * (len(faults) + 3)
-        for n in (600, 3000):
-            if not (same := [row for row in rows if row["samples"] == n]):
-                continue
-            most = {fault: max(row["power"][fault] for row in same) for fault in faults}
-            for row in same:
-                cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
-                cells = [f"**{c}**" if row["power"][f] == most[f] else c for f, c in zip(faults, cells, strict=True)]
-                null = f"{row['mean']:.2g} ± {row['sd']:.1g}".replace("-", "−")
-                yield line([row["distance"], f"{n:,}", *cells, null])
+        n = 600 if data == "digits" else 3000
+        same = [row for row in rows if row["samples"] == n]
+        yield line([f"{data}, {n:,} samples", *faults, "nothing wrong"])
+        yield "|" + "---|" * (len(faults) + 2)
+        most = {fault: max(row["power"][fault] for row in same) for fault in faults}
+        for row in same:
+            cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
+            cells = [f"**{c}**" if row["power"][f] == most[f] else c for f, c in zip(faults, cells, strict=True)]
+            null = f"{row['mean']:.2g} ± {row['sd']:.1g}".replace("-", "−")
+            yield line([row["distance"], *cells, null])
         yield ""
 
 
 def heads(results: Row) -> Iterator[str]:
     """DuMo with a third head and without, and what the paper reports."""
-    yield line(
-        [
-            "heads",
-            "kernel distance · 10³, 1 NFE",
-            "2",
-            "4",
-            "raw FD, 1 NFE",
-            "2",
-            "4",
-            "the paper's FID at 1 NFE (XL/2)",
-        ]
-    )
-    yield "|" + "---|" * 8
+    yield line(["heads", "kernel distance · 10³, 1 NFE", "2", "4", "the paper's FID at 1 NFE (XL/2)"])
+    yield "|" + "---|" * 5
     for name, fid in PAPER.items():
         (own,) = [rows for rows in by_arm(results) if rows[0]["objective"] == name]
         (cells,) = judged([own], (1, 2, 4))
-        yield line([name, *(cell.strip("*") for cell in cells), *spread(own, "fd"), fid])
+        yield line([name, *(cell.strip("*") for cell in cells), fid])
 
 
 def settings(results: Row) -> Iterator[str]:
     """The arms that the plan has, by their distance at 1, 2, 4 and 50 NFE, the nearest at one first."""
     name = next(iter(results["table"][0]))
     titles = {title for arm in read(results["name"]).arms for title in arm.vary.get(name, arm.labels.values())}
-    yield line([name, "steps", "FD, 1 NFE", "2", "4", "50", "KID · 10³", "recall", "AUC"])
-    yield "|" + "---|" * 9
+    yield line([name, "FD, 1 NFE", "2", "4", "50", "recall"])
+    yield "|" + "---|" * 6
     rows = [own for own in grouped(results, name) if own[0][name] in titles]
     for own in sorted(rows, key=lambda own: own[0][main_score(own[0])]):
-        one, score = own[0], main_score(own[0])
-        far = [f"{row[score]:.2f}" for row in own]
-        yield line([one[name], f"{one['steps']:,}", *far, *other_scores(one)])
-
-
-def other_scores(row: Row) -> list[str]:
-    """The other scores of a row."""
-    auc = row.get("auc", row.get("auc_features"))
-    second = f"{round(1000 * row['kid'])}".replace("-", "−") if "kid" in row else f"{row['fd']:.2f}"
-    return [second, f"{row['recall']:.2f}", "" if auc is None else f"{auc:.2f}"]
+        far = [f"{row[main_score(row)]:.2f}" for row in own]
+        yield line([own[0][name], *far, f"{own[0]['recall']:.2f}"])
 
 
 def words(results: Row) -> Iterator[str]:
@@ -243,13 +200,11 @@ def fair(results: Row) -> Iterator[str]:
 
 def kills(results: Row) -> Iterator[str]:
     """Kills by place and ranks, and what came of them."""
-    yield line(["killed", "ranks", "kills", "starts", "the end", "left by kills", "left at the end", "seconds"])
-    yield "|" + "---|" * 8
+    yield line(["killed while", "ranks", "kills", "starts", "the end"])
+    yield "|" + "---|" * 5
     for row in results["rows"]:
         end = f"{len(row['differs'])} numbers differ" if row["differs"] else f"bit-equal, {row['works']} times"
-        left = ", ".join(sorted(set(row["left_at_end"]))) or "nothing"
-        counts = [row["ranks"], row["hits"], row["starts"], end, row["left_by_kills"], left, round(row["seconds"])]
-        yield line([row["place"], *map(str, counts)])
+        yield line([row["place"], str(row["ranks"]), str(row["hits"]), str(row["starts"]), end])
 
 
 def machines(results: Row) -> Iterator[str]:
@@ -271,22 +226,25 @@ def tiny(number: float | None) -> str:
 
 
 def stock(results: Row) -> Iterator[str]:
-    """Every family's stock pipeline against dumo."""
-    kinds = {"full": "all weights", "guided": "guided", "merged": "LoRA, merged", "lora": "LoRA"}
-    yield line(["", "call for 2 NFE", *kinds.values(), "`generator`", "plain Euler, 2 NFE"])
-    yield "|" + "---|" * 8
+    """Every family's stock pipeline against dumo: the largest difference of its pixels."""
+    yield line(["", "call for 2 NFE", "all weights", "LoRA", "plain Euler, 2 NFE"])
+    yield "|" + "---|" * 5
     for row in results["rows"]:
         call = ", ".join(f"{name}={value}" for name, value in row["call"].items())
-        off = (", ".join(map(tiny, row[kind] or ())) for kind in kinds)
+        off = (
+            tiny(max([x for kind in kinds for x in row[kind] or ()], default=None))
+            for kinds in (("full", "guided"), ("merged", "lora"))
+        )
         euler = "" if row["euler"] is None else f"{100 * row['euler']:.0f} %"
-        yield line([row["family"], f"`{call}`", *off, "yes" if row["seeded"] else "no", euler])
+        yield line([row["family"], f"`{call}`", *off, euler])
 
 
+TITLES = {"recall": "recall", "auc": "AUC", "auc_features": "AUC", "nearest": "nearest"}  # at one NFE
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
 PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 TABLES = {
-    "zoo": ("zoo", partial(arms, raw=True)),
+    "zoo": ("zoo", arms),
     "zoo-far": ("zoo", far),
     "front": ("best", front),
     "best": ("best", best),
