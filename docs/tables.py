@@ -147,16 +147,6 @@ def power(results: Row) -> Iterator[str]:
         yield ""
 
 
-def heads(results: Row) -> Iterator[str]:
-    """DuMo with a third head and without, and what the paper reports."""
-    yield line(["heads", "kernel distance · 10³, 1 NFE", "2", "4", "the paper's FID at 1 NFE (XL/2)"])
-    yield "|" + "---|" * 5
-    for name, fid in PAPER.items():
-        (own,) = [rows for rows in by_arm(results) if rows[0]["objective"] == name]
-        (cells,) = judged([own], (1, 2, 4))
-        yield line([name, *(cell.strip("*") for cell in cells), fid])
-
-
 def settings(results: Row) -> Iterator[str]:
     """The arms that the plan has, by their distance at 1, 2, 4 and 50 NFE, the nearest at one first."""
     name = next(iter(results["table"][0]))
@@ -207,16 +197,6 @@ def kills(results: Row) -> Iterator[str]:
         yield line([row["place"], str(row["ranks"]), str(row["hits"]), str(row["starts"]), end])
 
 
-def machines(results: Row) -> Iterator[str]:
-    """Bad machines: and what came of each."""
-    yield line(["trouble", "exit codes", "good files changed", "afterwards"])
-    yield "|" + "---|" * 4
-    for row in results["rows"]:
-        codes = ", ".join(map(str, dict.fromkeys(row["codes"]))) or "none"
-        changed = f"{row['changed']} of {row['watched']}" if row["watched"] else ""
-        yield line([row["name"], codes, changed, row["left_out"] or row["afterwards"]])
-
-
 def tiny(number: float | None) -> str:
     """A difference, by its power of ten."""
     if not number:
@@ -241,23 +221,18 @@ def stock(results: Row) -> Iterator[str]:
 
 TITLES = {"recall": "recall", "auc": "AUC", "auc_features": "AUC", "nearest": "nearest"}  # at one NFE
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
-PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 TABLES = {
     "zoo": ("zoo", arms),
     "zoo-far": ("zoo", far),
     "front": ("best", front),
     "best": ("best", best),
     "best-latents": ("best-latents", best),
-    "latents": ("latents", arms),
     "power": ("power", power),
-    "heads": ("zoo", heads),
     "options": ("best-options", settings),
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
     "kills": ("kill", kills),
-    "machines": ("machine", machines),
     "stock": ("stock", stock),
 }  # by name: the file, and what is made of it
 

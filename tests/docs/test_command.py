@@ -46,6 +46,7 @@ def check(words: list[str]) -> None:
         load(source, [field for field in context.params.get("set_") or () if not READERS.search(field)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_taken(page: Path) -> None:
     for words in commands(page):
