@@ -26,7 +26,7 @@ from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
 
 OBJECTIVES = get_args(get_args(Objective)[0])
 ROOT = Path(__file__).parents[2]
-TUTORIAL = "add-an-objective.md"  # its kind is not in the union
+TUTORIAL = "own-objective.md"  # its kind is not in the union
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != TUTORIAL)]
 EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's constants
     "Run": ("resolved",),  # what was found when a run was opened
