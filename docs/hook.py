@@ -28,13 +28,12 @@ ROOT = {"../README.md": "index.md", "../CONTRIBUTING.md": "contributing.md", "..
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Take in the pages of the root, and a list of the decisions."""
+    """Take in the pages of the root, and the notebooks."""
     docs = Path(config.docs_dir)
     for name, page in ROOT.items():
         text = (docs / name).read_text(encoding="utf-8")
         text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
         files.append(File.generated(config, page, content=text))
-    files.append(File.generated(config, "adr/index.md", content=decisions(docs / "adr")))
     for book in docs.glob("notebooks/*.ipynb"):
         page = str(book.relative_to(docs).with_suffix(".md"))
         files.append(File.generated(config, page, content=cells(book)))
@@ -48,13 +47,6 @@ def cells(book: Path) -> str:
         text = "".join(cell["source"])
         made.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
     return "\n\n".join([made[1], made[0], *made[2:]])
-
-
-def decisions(folder: Path) -> str:
-    """A line for each, by number."""
-    titles = ((path.name, path.read_text(encoding="utf-8").partition("\n")[0][2:]) for path in folder.glob("*.md"))
-    lines = [f"- [{title}]({name})" for name, title in sorted(titles)]
-    return "\n".join(["# Decisions", "", "Why things are as they are.", "", *lines, ""])
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

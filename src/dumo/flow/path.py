@@ -1,10 +1,10 @@
 """Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1).
 
-A diffusion's ends a little below the noise (docs/adr/0057): what a sampler begins with is the noise times `spread`.
+A diffusion's ends a little below the noise (docs/adr/0008): what a sampler begins with is the noise times `spread`.
 
 x is the data in units of `sd`: they are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
 multiplied by it (`dumo.flow.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
-Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0031).
+Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0008).
 """
 
 from math import pi

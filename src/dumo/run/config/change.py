@@ -1,4 +1,4 @@
-"""Changes to a run's tree of plain values: a file's to its base, and those of --set (ADR 0030).
+"""Changes to a run's tree of plain values: a file's to its base, and those of --set (ADR 0002).
 
 Both keep one rule: a part with another `kind` begins with that kind's defaults; fields of the old kind are dropped.
 """

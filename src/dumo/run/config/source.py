@@ -1,6 +1,6 @@
-"""Where a run is read from: a recipe, a YAML file or a run's folder, and the base that a file may name (ADR 0030).
+"""Where a run is read from: a recipe, a YAML file or a run's folder, and the base that a file may name (ADR 0002).
 
-A run.yaml, which training writes complete, says its format (ADR 0032); files that people write need none.
+A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none.
 """
 
 import errno
