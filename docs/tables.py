@@ -131,11 +131,9 @@ def best(results: Row) -> Iterator[str]:
 
 def power(results: Row) -> Iterator[str]:
     """By how many deviations each fault stands out, by data, size and distance; the most of a column bold."""
-    for data in dict.fromkeys(row["data"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["data"] == data]
-        faults = list(rows[0]["power"])
-        n = 600 if data == "digits" else 3000
-        same = [row for row in rows if row["samples"] == n]
+    for data, n in (("digits", 600), ("CIFAR-10", 3000)):
+        same = [row for row in results["rows"] if (row["data"], row["samples"]) == (data, n)]
+        faults = list(same[0]["power"])
         yield line([f"{data}, {n:,} samples", *faults, "nothing wrong"])
         yield "|" + "---|" * (len(faults) + 2)
         most = {fault: max(row["power"][fault] for row in same) for fault in faults}
@@ -145,18 +143,6 @@ def power(results: Row) -> Iterator[str]:
             null = f"{row['mean']:.2g} ± {row['sd']:.1g}".replace("-", "−")
             yield line([row["distance"], *cells, null])
         yield ""
-
-
-def settings(results: Row) -> Iterator[str]:
-    """The arms that the plan has, by their distance at 1, 2, 4 and 50 NFE, the nearest at one first."""
-    name = next(iter(results["table"][0]))
-    titles = {title for arm in read(results["name"]).arms for title in arm.vary.get(name, arm.labels.values())}
-    yield line([name, "FD, 1 NFE", "2", "4", "50", "recall"])
-    yield "|" + "---|" * 6
-    rows = [own for own in grouped(results, name) if own[0][name] in titles]
-    for own in sorted(rows, key=lambda own: own[0][main_score(own[0])]):
-        far = [f"{row[main_score(row)]:.2f}" for row in own]
-        yield line([own[0][name], *far, f"{own[0]['recall']:.2f}"])
 
 
 def words(results: Row) -> Iterator[str]:
@@ -197,30 +183,7 @@ def kills(results: Row) -> Iterator[str]:
         yield line([row["place"], str(row["ranks"]), str(row["hits"]), str(row["starts"]), end])
 
 
-def tiny(number: float | None) -> str:
-    """A difference, by its power of ten."""
-    if not number:
-        return "" if number is None else "0"
-    digits, power = f"{number:.0e}".split("e")
-    return f"{digits} · 10{str(int(power)).translate(RAISED)}"
-
-
-def stock(results: Row) -> Iterator[str]:
-    """Every family's stock pipeline against dumo: the largest difference of its pixels."""
-    yield line(["", "call for 2 NFE", "all weights", "LoRA", "plain Euler, 2 NFE"])
-    yield "|" + "---|" * 5
-    for row in results["rows"]:
-        call = ", ".join(f"{name}={value}" for name, value in row["call"].items())
-        off = (
-            tiny(max([x for kind in kinds for x in row[kind] or ()], default=None))
-            for kinds in (("full", "guided"), ("merged", "lora"))
-        )
-        euler = "" if row["euler"] is None else f"{100 * row['euler']:.0f} %"
-        yield line([row["family"], f"`{call}`", *off, euler])
-
-
 TITLES = {"recall": "recall", "auc": "AUC", "auc_features": "AUC", "nearest": "nearest"}  # at one NFE
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 TABLES = {
     "zoo": ("zoo", arms),
     "zoo-far": ("zoo", far),
@@ -228,12 +191,10 @@ TABLES = {
     "best": ("best", best),
     "best-latents": ("best-latents", best),
     "power": ("power", power),
-    "options": ("best-options", settings),
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
     "kills": ("kill", kills),
-    "stock": ("stock", stock),
 }  # by name: the file, and what is made of it
 
 
