@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dumo.types import Frozen, UserError
 from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, texts
 
 LORA = Lora(rank=4)
+CONVOLUTIONS = Lora(rank=4, convolutions=True)
 
 
 def scheduler(name: str, spec: Pretrained) -> Any:  # noqa: ANN401, of diffusers
@@ -76,8 +78,10 @@ def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
     assert not torch.allclose(u, before[1])
 
 
-@pytest.mark.parametrize("name", NOISE)
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [*((name, lora) for name in NOISE for lora in (None, LORA)), ("sd1", CONVOLUTIONS), ("sdxl", CONVOLUTIONS)],
+)
 def test_one_guided_step_is_exact(folder: Saved, name: str, lora: Lora | None) -> None:
     """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
     nets = [built(folder(name), lora=lora, lowpass=10.0) for _ in range(2)]
@@ -161,6 +165,24 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     again = built(loaded)(x, c, t=t)[0]
     assert (again - u).norm() / u.norm() < 1e-5
     assert torch.equal(net(x, c, t=t)[1], u)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
+    """All of the blocks, and no projection of time; the first and the last convolution are in no block."""
+    net = built(folder(name), lora=CONVOLUTIONS)
+    mine = {id(layer) for layer in adapters(net.model)}
+    found = {path for path, layer in net.model.named_modules() if id(layer) in mine and layer.weight.ndim == 4}
+    kinds = {re.sub(r"\.\d+", "", path).rpartition("s.")[2] for path in found}
+    assert kinds >= {"conv1", "conv2", "conv_shortcut", "conv"}
+    assert len(found) + 2 == sum(w.ndim == 4 for n, w in folder(name).model(net.config).named_parameters())
+    step(net)
+    assert all(layer.lora_B["default"].weight.any() for layer in adapters(net.model))
+
+
+def test_convolutions_of_transformers_are_refused(folder: Saved) -> None:
+    with pytest.raises(UserError, match=r"adapters of convolutions are for UNets: set net\.lora\.convolutions=false"):
+        built(folder("pixart"), lora=CONVOLUTIONS)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
