@@ -227,6 +227,16 @@ def test_what_reads_more_is_refused(folder: Saved, tmp_path: Path, change: dict[
         built(of(tmp_path, weights="drawn"))
 
 
+@pytest.mark.parametrize("change", [{"use_additional_conditions": True}, {"sample_size": 128}])
+def test_a_pixart_that_reads_sizes_is_refused(folder: Saved, tmp_path: Path, change: dict[str, Any]) -> None:
+    spec = folder("pixart")
+    config = json.loads((spec.pipeline.folder / "config.json").read_text()) | {"use_additional_conditions": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "scheduler").symlink_to(spec.pipeline.folder / "scheduler")
+    with pytest.raises(UserError, match="PixArt-alpha of 1024 pixels, which reads the sizes of images"):
+        built(of(tmp_path, weights="drawn"))
+
+
 def test_what_it_learned_is_said_by_its_scheduler(folder: Saved, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder("sd1").pipeline.folder / "config.json").read_bytes())
     with pytest.raises(UserError, match=r"has no scheduler/scheduler_config\.json: hf download"):
