@@ -20,7 +20,7 @@ from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
 from dumo.types import Frozen, UserError
-from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, texts
+from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, saved, texts
 
 LORA = Lora(rank=4)
 CONVOLUTIONS = Lora(rank=4, convolutions=True)
@@ -178,6 +178,41 @@ def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
     assert len(found) + 2 == sum(w.ndim == 4 for n, w in folder(name).model(net.config).named_parameters())
     step(net)
     assert all(layer.lora_B["default"].weight.any() for layer in adapters(net.model))
+
+
+CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
+    "ssd": {
+        "transformer_layers_per_block": [1, [2, 1]], "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+        "layers_per_block": 2, "mid_block_type": "UNetMidBlock2D",
+    },
+    "middle-less": {"mid_block_type": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_path: Path) -> None:
+    """Other numbers of layers in each block, no attention in the middle, or no middle: from a folder to a folder."""
+    import diffusers
+
+    (spec, (x, c, t)), row = (saved(tmp_path, "sdxl"), batch()), tiny.TINY["sdxl"]
+    folder = spec.pipeline.folder
+    model: Any = diffusers.UNet2DConditionModel.from_config({**row.config, **CUTS[cut]})
+    model.save_pretrained(folder)
+    assert (None if cut == "ssd" else model.mid_block) is None or not hasattr(model.mid_block, "attentions")
+    net = built(spec, lora=lora, lowpass=10.0)
+    assert net.row.pipeline == "StableDiffusionXLPipeline"
+    step(net)
+    dual, jvp = (gradient(net, slope) for slope in (DualSlope(), JvpSlope()))
+    assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() < 1e-4 * net(x, c, t=t)[0].norm()
+    assert built(spec.short(1))(x, c, t=t)[0].shape == x.shape
+    out = tmp_path / "out"
+    net.stock("u", merged=True).save_pretrained(out)
+    (out / "scheduler").symlink_to(folder / "scheduler")
+    loaded = of(out, lowpass=None).model_copy(update={"texts": spec.texts})
+    assert diffusers.UNet2DConditionModel.from_pretrained(out).config.mid_block_type == CUTS[cut]["mid_block_type"]
+    u = net(x, c, t=t)[1]
+    assert (built(loaded)(x, c, t=t)[0] - u).norm() / u.norm() < 1e-5
 
 
 def test_convolutions_of_transformers_are_refused(folder: Saved) -> None:
