@@ -282,7 +282,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "UNet2DConditionModel": Family(
         unet, "StableDiffusionPipeline", "tokens -tokens", 77, "cross_attention_dim", noise=True, last="conv_out",
-        embedder="time_embedding", exact="time_proj", compiles=False, side=eights,
+        embedder="time_embedding", exact="time_proj", side=eights,
     ),
 }  # fmt: skip
 UNET, PIXART = "UNet2DConditionModel", "PixArtTransformer2DModel"
