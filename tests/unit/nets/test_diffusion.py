@@ -175,7 +175,7 @@ def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
     found = {path for path, layer in net.model.named_modules() if id(layer) in mine and layer.weight.ndim == 4}
     kinds = {re.sub(r"\.\d+", "", path).rpartition("s.")[2] for path in found}
     assert kinds >= {"conv1", "conv2", "conv_shortcut", "conv"}
-    assert len(found) + 2 == sum(w.ndim == 4 for n, w in folder(name).model(net.config).named_parameters())
+    assert len(found) + 2 == sum(w.ndim == 4 for w in folder(name).model(net.config).parameters())
     step(net)
     assert all(layer.lora_B["default"].weight.any() for layer in adapters(net.model))
 
@@ -199,12 +199,17 @@ def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_
     folder = spec.pipeline.folder
     model: Any = diffusers.UNet2DConditionModel.from_config({**row.config, **CUTS[cut]})
     model.save_pretrained(folder)
-    assert (None if cut == "ssd" else model.mid_block) is None or not hasattr(model.mid_block, "attentions")
+    assert not getattr(model.mid_block, "attentions", None)
     net = built(spec, lora=lora, lowpass=10.0)
     assert net.row.pipeline == "StableDiffusionXLPipeline"
     step(net)
-    dual, jvp = (gradient(net, slope) for slope in (DualSlope(), JvpSlope()))
-    assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() < 1e-4 * net(x, c, t=t)[0].norm()
+    grads = list[dict[str, Tensor]]()
+    for slope in (DualSlope(), JvpSlope()):
+        net.zero_grad()
+        grads.append(gradient(net, slope))
+    dual, jvp = grads
+    size = torch.stack([g.norm() for g in jvp.values()]).norm()
+    assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
     assert built(spec.short(1))(x, c, t=t)[0].shape == x.shape
     out = tmp_path / "out"
     net.stock("u", merged=True).save_pretrained(out)
