@@ -147,6 +147,16 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tmp_pat
         assert max(case.off(out)) < LIMITS["lora"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SD1", "SDXL"])
+def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
+    case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
+    assert max(case.off(case.export("merged"))) < LIMITS["merged"]
+    out = case.export("out", "--to", "lora")
+    assert any("conv1.lora_A" in key for key in load_file(out / lora.FILE))
+    assert max(case.off(out)) < LIMITS["lora"]
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Flux"])
 def test_which_generator_draws_the_noise_between_passes(name: str, sd3: Case, tmp_path: Path) -> None:
     case = sd3 if name == "SD3" else Case.of(name, tmp_path, *FULL)

@@ -255,7 +255,7 @@ class Case:
         if passes:
             sampler = self.opened.sampler
             times = sampler.spec.solver.times(passes)
-            times = [sampler.path.index(t) for t in times] if isinstance(sampler.path, Diffusion) else times
+            times = sampler.path.indices(times) if isinstance(sampler.path, Diffusion) else times
             found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
         return found
 

@@ -37,6 +37,7 @@ SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-
 NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
+SINGLE = {"conditioner.embedders.1.": "sdxl"}  # names in files of the original layout: the pipeline; else sd15
 LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
 FAST = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)  # in names of distilled models
 
@@ -68,6 +69,11 @@ class Pipeline(Spec):
                 f"{FIELD}: {self.source} is known without its weights. Fetch them, {self.fetch()}, and set {FIELD}=DIR"
             )
         path = user_path(self.source, FIELD)
+        if path.suffix == ".safetensors" and path.is_file():
+            raise UserError(
+                f"{FIELD}: {self.source} is one file, without the configs and tokenizers of a pipeline. Make a folder "
+                f"DIR of it, {unpacking(path)}, and set {FIELD}=DIR"
+            )
         if not path.is_dir():
             raise UserError(f"{FIELD}: {self.source} is no folder. {HINT}")
         return path
@@ -247,6 +253,20 @@ def handed(part: S, pipeline: Pipeline | None) -> S:
     new = {name: made for name, value in now.items() if (made := handed(value, pipeline)) is not value}
     part = part.model_copy(update=new) if new else part
     return part.within(pipeline) if isinstance(part, Reading) else part
+
+
+def unpacking(file: Path) -> str:
+    """The command that makes a folder of a file of the original layout (LDM), which has no configs and no tokenizers.
+
+    config may be a folder of these, where there is no network. Raises UserError for a file that is damaged.
+    """
+    with weights.open_safetensors(file) as found:
+        names = list(found.keys())
+    known = (name for key, name in SINGLE.items() if any(one.startswith(key) for one in names))
+    base = published(next(known, "sd15"))
+    kind, config = base["_class_name"], base["_name_or_path"]
+    code = f"from diffusers import {kind} as P; P.from_single_file('{file}', config='{config}').save_pretrained('DIR')"
+    return f'python -c "{code}"'
 
 
 def settings_of(part: str) -> str:

@@ -209,7 +209,7 @@ class Exported:
     def times(self, passes: int) -> Sequence[float]:
         """Those of its jumps as its pipeline counts them: as sigmas, or as indices of a diffusion's table."""
         times, path = self.solver.times(passes), self.sampler.path
-        return [path.index(t) for t in times] if isinstance(path, Diffusion) else times
+        return path.indices(times) if isinstance(path, Diffusion) else times
 
     @property
     def part(self) -> str:

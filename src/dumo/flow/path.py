@@ -7,6 +7,7 @@ multiplied by it (`dumo.flow.generate`). Constants that are meant for data of st
 Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0008).
 """
 
+from collections.abc import Sequence
 from math import pi
 from typing import Annotated, Literal
 
@@ -27,9 +28,9 @@ class ToNoise(Spec):
         """That of noise."""
         return 1.0
 
-    def near(self, t: float) -> float:
-        """The time itself."""
-        return t
+    def near(self, times: Sequence[float]) -> list[float]:
+        """The times themselves."""
+        return [*times]
 
 
 class Linear(ToNoise):
@@ -104,14 +105,27 @@ class Diffusion(Spec):
         last = self.whole.last
         return (last * last + (1 - last) ** 2) ** 0.5
 
-    def near(self, t: float) -> float:
-        """The nearest time of the table: stock programs call a net at whole indices."""
+    def near(self, times: Sequence[float]) -> list[float]:
+        """The times of the table nearest to falling ones: stock programs call a net at whole indices. As `indices`."""
         schedule = self.whole
-        return float(schedule.times[schedule.near(t * schedule.last)]) / schedule.last
+        return [float(schedule.times[k]) / schedule.last for k in self.indices(times)]
 
-    def index(self, t: float) -> int:
-        """The place of such a time in the table."""
-        return self.whole.near(t * self.whole.last)
+    def indices(self, times: Sequence[float]) -> list[int]:
+        """Their places in the table, falling: where two times have one nearest entry, those above move up.
+
+        Raises UserError where there are more times than entries.
+        """
+        schedule = self.whole
+        if len(times) > schedule.steps:
+            raise UserError(
+                f"{len(times):,} passes jump at as many times, and the pipeline's table has {schedule.steps:,}: "
+                f"nfe = {schedule.steps} at most"
+            )
+        found, least = list[int](), 0
+        for k, t in enumerate(reversed(times)):  # those above need entries, too
+            found.append(min(max(schedule.near(t * schedule.last), least), schedule.steps - len(times) + k))
+            least = found[-1] + 1
+        return found[::-1]
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the noise at time t."""

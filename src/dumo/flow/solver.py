@@ -139,7 +139,7 @@ class Restart(Spec):
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
         endpoint = taught(self, reads)
-        t, *later = rows([path.near(t) for t in self.times(steps(self, nfe))], x)
+        t, *later = rows(path.near(self.times(steps(self, nfe))), x)
         x_0 = endpoint(x, t, c)
         for k, s in enumerate(later, start=1):
             x, _ = path.at(x_0, fresh(k), s)

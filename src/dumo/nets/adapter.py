@@ -1,5 +1,7 @@
 """LoRA (Hu et al. 2021) by peft: next to a frozen linear layer W, a product B A of low rank that is trained.
 
+Next to a convolution, A is one of the same kernel and stride to `rank` channels, and B one of 1 x 1 (LoCon).
+
 peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, and B starts at zero. B A counts in full:
 alpha is the rank, as in TwinFlow.
 
@@ -20,16 +22,17 @@ from dumo.nets.lowbit import Coding, halve, quantise
 from dumo.nets.twin import put
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
-from dumo.types import Spec, UserError
+from dumo.types import QUIET, Spec, UserError
 
 MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 
 class Lora(Spec):
-    """Adapters of the attention and the perceptrons of every block."""
+    """Adapters of the attention and the perceptrons of every block, and of its convolutions."""
 
     rank: int = Field(default=64, ge=1, le=CHANNELS)  # TwinFlow
     frozen: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # the type of frozen linear layers
+    convolutions: bool = Field(default=False, json_schema_extra=QUIET)  # those of a UNet's blocks, too (LCM-LoRA)
 
     @property
     def coding(self) -> Coding | None:
@@ -51,7 +54,7 @@ def adapt(
     except ImportError as error:
         raise UserError(f"net.lora needs peft: {install('pretrained')}") from error
     left = tuple(f"{path}." for path in (*idle, *trained))
-    names = [name for name in targets(model, blocks) if not f"{name}.".startswith(left)]
+    names = [name for name in targets(model, blocks, lora) if not f"{name}.".startswith(left)]
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=names)
     if lora.frozen == "bfloat16":
         halve(model, trained)
@@ -61,11 +64,12 @@ def adapt(
     peft.inject_adapter_in_model(config, model)
 
 
-def targets(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
-    """The names of the linear layers of the blocks, without their modulations."""
+def targets(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> Iterator[str]:
+    """The names of the linear layers of the blocks, without their modulations, and of convolutions if wanted."""
     inside = {id(layer) for block in blocks for layer in block.modules()}
+    kinds = (nn.Linear, nn.Conv2d) if lora.convolutions else nn.Linear
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and id(layer) in inside and not MODULATION.search(name):
+        if isinstance(layer, kinds) and id(layer) in inside and not MODULATION.search(name):
             yield name
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
-from dumo.nets.family import Config, Family, Inputs
+from dumo.nets.family import UNET, Config, Family, Inputs
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
@@ -141,9 +141,15 @@ class Dualized(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The members of the model's own lists, and the middle of a UNet: they are compiled and sharded one by one."""
+        """The members of the model's own lists, and the middle of a UNet: they are sharded one by one."""
         parts = [*self.model.children(), nn.ModuleList(filter(None, [getattr(self.model, "mid_block", None)]))]
         return [block for part in parts if isinstance(part, nn.ModuleList) for block in part]
+
+    @property
+    def regions(self) -> list[nn.Module]:
+        """What is compiled one by one: blocks; those of a UNet are too deep to trace, so the transformers in them."""
+        inner = self.model._repeated_blocks if type(self.model).__name__ == UNET else ()  # diffusers' own choice
+        return [part for part in self.model.modules() if type(part).__name__ in inner] or self.blocks
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:

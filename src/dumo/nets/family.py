@@ -282,10 +282,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "UNet2DConditionModel": Family(
         unet, "StableDiffusionPipeline", "tokens -tokens", 77, "cross_attention_dim", noise=True, last="conv_out",
-        embedder="time_embedding", exact="time_proj", compiles=False, side=eights,
+        embedder="time_embedding", exact="time_proj", side=eights,
     ),
 }  # fmt: skip
-UNET = "UNet2DConditionModel"
+UNET, PIXART = "UNet2DConditionModel", "PixArtTransformer2DModel"
 SDXL = replace(
     FAMILIES[UNET],
     call=sdxl,
@@ -321,6 +321,8 @@ def family(config: Config, pipeline: str = "") -> Family:
     kind = class_of(config)
     if row := EDITS.get(pipeline) if kind == "FluxTransformer2DModel" else None:
         return row
+    if kind == PIXART:
+        without_sizes(config)
     if row := unet_of(config) if kind == UNET else FAMILIES.get(kind):
         if pipeline.replace("Text2Img", "") in ("", row.pipeline):  # an older name
             return row
@@ -337,7 +339,17 @@ def class_of(config: Config) -> str:
     """The class of a model; PixArt was published under an older one's name."""
     kind = str(config.get("_class_name"))
     older = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
-    return "PixArtTransformer2DModel" if older else kind
+    return PIXART if older else kind
+
+
+def without_sizes(config: Config) -> None:
+    """Raise UserError for a PixArt that reads sizes, as one of 1024 pixels does where its config says nothing."""
+    reads = config.get("use_additional_conditions")
+    if config.get("sample_size") == 128 if reads is None else reads:
+        raise UserError(
+            "pipeline has a PixArt-alpha of 1024 pixels, which reads the sizes of images (use_additional_conditions), "
+            "and dumo has none for it: take PixArt-Sigma, or PixArt-alpha of 512 pixels"
+        )
 
 
 def unet_of(config: Config) -> Family:

@@ -149,6 +149,8 @@ class Pretrained(Reading):
             raise UserError(f"{what} that embeds its guidance: set net.guidance, such as 3.5 (FLUX.1-dev)")
         if self.guidance is not None and not distilled:
             raise UserError(f"{what} that embeds no guidance: set net.guidance=null")
+        if self.lora and self.lora.convolutions and not config["_class_name"].startswith("UNet"):
+            raise UserError(f"{what}, and adapters of convolutions are for UNets: set net.lora.convolutions=false")
         if self.lowpass and not row.embedder:
             raise UserError(
                 f"{what}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"

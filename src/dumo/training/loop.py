@@ -98,11 +98,11 @@ def compiled(net: nn.Module, objective: Objective, choice: Compile) -> Loss:
 
 
 def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
-    """Compile each block of a net in place, and the tape of a dual slope. Raises UserError if it has no blocks.
+    """Compile a net's `regions`, else its blocks, in place, and the tape of a dual slope. UserError if it has none.
 
     Blocks are alike and share compiled code; `dynamic` as torch.compile's.
     """
-    if not (blocks := getattr(net, "blocks", None)):
+    if not (blocks := getattr(net, "regions", getattr(net, "blocks", None))):
         raise UserError("compile 'blocks': this net has none: use loss, or none")
     for block in blocks:
         block.compile(fullgraph=True, dynamic=dynamic)

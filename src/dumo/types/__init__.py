@@ -225,8 +225,8 @@ class Path(Protocol):
         """That of x_t at t = 1 for such data, and so what the noise is multiplied by where sampling begins."""
         ...
 
-    def near(self, t: float) -> float:
-        """The time nearest to t at which stock programs can call a net of this path."""
+    def near(self, times: Sequence[float]) -> list[float]:
+        """The times nearest to falling ones at which stock programs can call a net of this path; they fall, too."""
         ...
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:

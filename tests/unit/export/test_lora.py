@@ -9,11 +9,11 @@ import torch
 import transformers_tiny as tiny
 from comfyui import loaded, native
 from dumo.encoders.pipeline import Pipeline
-from dumo.export.lora import COMFYUI, comfyui
+from dumo.export.lora import COMFYUI, comfyui, tensors
 from dumo.export.model import STOCKS, Exported
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import FAMILIES, SDXL
+from dumo.nets.family import FAMILIES, SDXL, UNET, Family
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from dumo.nets.table import PipelineTexts
@@ -65,23 +65,29 @@ def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
     assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == set(COMFYUI)
 
 
-def test_layers_of_a_unet_have_the_names_that_kohya_gave_them() -> None:
-    """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""
-    name = "sdxl"
+def of_unet(name: str, row: Family, *, convolutions: bool) -> tuple[dict[str, torch.Tensor], Exported]:
+    """As `tuned`, of a UNet of a published pipeline."""
     model: Any = tiny.TINY[name].model()
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    spec = Pretrained(texts=Codes(), lora=Lora(rank=3))
-    rows = spec.text_rows(SDXL, model.config, CLASSES)
-    net = Dualized(model, SDXL, rows, ("v", "u"), 1, lora=spec.lora, limit=10.0)
+    spec = Pretrained(texts=Codes(), lora=Lora(rank=3, convolutions=convolutions))
+    rows = spec.text_rows(row, model.config, CLASSES)
+    net = Dualized(model, row, rows, ("v", "u"), 1, lora=spec.lora, limit=10.0)
     g = torch.Generator().manual_seed(0)
     for p in net.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
-    read = spec.model_copy(update={"texts": PipelineTexts(root="texts")}).within(Pipeline(source="sdxl"))
-    exported = Exported(sampler, read, net, "u")
+    read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})
+    return before, Exported(sampler, read.within(Pipeline(source="sdxl" if row is SDXL else "sd15")), net, "u")
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_layers_of_a_unet_have_the_names_that_kohya_gave_them(convolutions: bool) -> None:
+    """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""
+    before, exported = of_unet("sdxl", SDXL, convolutions=convolutions)
     file, after = comfyui(exported), exported.model().state_dict()
     assert {"lora_unet_conv_out.diff", "lora_unet_time_embedding_linear_1.diff_b"} <= file.keys()
+    assert convolutions == ("lora_unet_down_blocks_0_downsamplers_0_conv.lora_down.weight" in file)
     left = set(file)
     for key, old in before.items():
         layer, _, what = key.rpartition(".")
@@ -90,10 +96,35 @@ def test_layers_of_a_unet_have_the_names_that_kohya_gave_them() -> None:
         left -= {f"{called}.diff", f"{called}.diff_b"}
         if what == "weight" and f"{called}.alpha" in file:
             up, down, alpha = (file[f"{called}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
-            new = new + alpha / len(down) * up @ down
+            new = new + alpha / len(down) * (up.flatten(1) @ down.flatten(1)).view(old.shape)
             left -= {f"{called}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")}
         torch.testing.assert_close(after[key], new, rtol=0, atol=1e-6)
     assert not left
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:
+    """All but changes of whole layers, which it does not know; and all of them by its own names."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    kind, row = (StableDiffusionXLPipeline, SDXL) if name == "sdxl" else (StableDiffusionPipeline, FAMILIES[UNET])
+    before, exported = of_unet(name, row, convolutions=True)
+    after, adapted = exported.model(), exported.model()
+    rest = {key: x for key, x in before.items() if key.startswith(("conv_out", "time_embedding"))}
+    adapted.load_state_dict(rest, strict=False)
+    kohya = {key: x for key, x in comfyui(exported).items() if ".diff" not in key}
+    own = {f"unet.{key}": x for key, x in tensors(exported).items()}
+    x, t = tiny.TINY[name].x(), torch.tensor([0.3, 0.9])
+    for file, wanted in ((kohya, adapted), (own, after)):
+        unet: Any = tiny.TINY[name].model()
+        unet.load_state_dict(before)
+        parts = dict.fromkeys(kind._get_signature_keys(kind)[0])
+        pipe = kind(**parts | {"unet": unet, "scheduler": DDIMScheduler()})
+        pipe.load_lora_weights(dict(file))
+        y, found = tiny.TINY[name](wanted.train(), x, t), tiny.TINY[name](pipe.unet.train(), x, t)
+        assert (found - y).norm() / y.norm() < 1e-5
+        assert (tiny.TINY[name](tiny.TINY[name].model(), x, t) - y).norm() / y.norm() > 0.01
 
 
 def test_a_model_that_was_tuned_in_full_is_no_lora() -> None:

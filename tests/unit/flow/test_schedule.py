@@ -1,11 +1,14 @@
 """Schedules of diffusions against diffusers' own tables, the clock between their entries, the path to the last."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.schedule import Clock, Schedule
+from dumo.flow.solver import Restart
 from dumo.types import Path, UserError
 
 SD = Schedule(kind="scaled_linear", start=0.00085, end=0.012)
@@ -76,13 +79,31 @@ def test_a_path_of_a_diffusion_is_a_part_of_the_linear_one(name: str) -> None:
 
 def test_times_fall_on_entries() -> None:
     path = Diffusion(schedule=SD)
-    assert (path.near(1.0), path.index(1.0)) == (1.0, 999)
-    near = path.near(0.5)
+    assert (path.near([1.0]), path.indices([1.0])) == ([1.0], [999])
+    (near,), (index,) = path.near([0.5]), path.indices([0.5])
     assert abs(near - 0.5) < 1e-3
-    assert SD.last * near == pytest.approx(SD.times[path.index(0.5)], rel=1e-15)
-    assert Linear().near(0.5) == 0.5
+    assert SD.last * near == pytest.approx(SD.times[index], rel=1e-15)
+    assert Linear().near([0.5]) == [0.5]
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-zero", "pixart"])
+@pytest.mark.parametrize("n", [2, 50, 60, 200, 999, 1000])
+def test_no_two_jumps_are_at_one_entry(name: str, n: int) -> None:
+    """Stock schedulers refuse times that do not fall. What has an entry of its own keeps it."""
+    path, times = Diffusion(schedule=SCHEDULES[name]), Restart().times(n)
+    found, nearest = path.indices(times), [SCHEDULES[name].near(t * SCHEDULES[name].last) for t in times]
+    assert all(a > b for a, b in pairwise(found))
+    assert (found[0] <= 999, found[-1] >= 0) == (True, True)
+    assert (len(set(nearest)) < n) == (n > 60 or (n == 60 and name != "pixart"))
+    if n <= 60:
+        assert found[:50] == nearest[:50]
+
+
+def test_more_jumps_than_entries_are_refused() -> None:
+    with pytest.raises(UserError, match=r"1,001 passes jump at as many times, and the pipeline's table has 1,000"):
+        Diffusion(schedule=SD).near(Restart().times(1001))
 
 
 def test_without_a_pipeline_there_is_no_schedule() -> None:
     with pytest.raises(UserError, match="--set pipeline=DIR"):
-        Diffusion().near(0.5)
+        Diffusion().near([0.5])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
 from dumo.types import Frozen, UserError
-from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, texts
+from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, saved, texts
 
 LORA = Lora(rank=4)
+CONVOLUTIONS = Lora(rank=4, convolutions=True)
 
 
 def scheduler(name: str, spec: Pretrained) -> Any:  # noqa: ANN401, of diffusers
@@ -76,8 +78,10 @@ def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
     assert not torch.allclose(u, before[1])
 
 
-@pytest.mark.parametrize("name", NOISE)
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [*((name, lora) for name in NOISE for lora in (None, LORA)), ("sd1", CONVOLUTIONS), ("sdxl", CONVOLUTIONS)],
+)
 def test_one_guided_step_is_exact(folder: Saved, name: str, lora: Lora | None) -> None:
     """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
     nets = [built(folder(name), lora=lora, lowpass=10.0) for _ in range(2)]
@@ -164,6 +168,64 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
+    """All of the blocks, and no projection of time; the first and the last convolution are in no block."""
+    net = built(folder(name), lora=CONVOLUTIONS)
+    mine = {id(layer) for layer in adapters(net.model)}
+    found = {path for path, layer in net.model.named_modules() if id(layer) in mine and layer.weight.ndim == 4}
+    kinds = {re.sub(r"\.\d+", "", path).rpartition("s.")[2] for path in found}
+    assert kinds >= {"conv1", "conv2", "conv_shortcut", "conv"}
+    assert len(found) + 2 == sum(w.ndim == 4 for w in folder(name).model(net.config).parameters())
+    step(net)
+    assert all(layer.lora_B["default"].weight.any() for layer in adapters(net.model))
+
+
+CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
+    "ssd": {
+        "transformer_layers_per_block": [1, [2, 1]], "reverse_transformer_layers_per_block": [[2, 1, 1], 1],
+        "layers_per_block": 2, "mid_block_type": "UNetMidBlock2D",
+    },
+    "middle-less": {"mid_block_type": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_path: Path) -> None:
+    """Other numbers of layers in each block, no attention in the middle, or no middle: from a folder to a folder."""
+    import diffusers
+
+    (spec, (x, c, t)), row = (saved(tmp_path, "sdxl"), batch()), tiny.TINY["sdxl"]
+    folder = spec.pipeline.folder
+    model: Any = diffusers.UNet2DConditionModel.from_config({**row.config, **CUTS[cut]})
+    model.save_pretrained(folder)
+    assert not getattr(model.mid_block, "attentions", None)
+    net = built(spec, lora=lora, lowpass=10.0)
+    assert net.row.pipeline == "StableDiffusionXLPipeline"
+    step(net)
+    grads = list[dict[str, Tensor]]()
+    for slope in (DualSlope(), JvpSlope()):
+        net.zero_grad()
+        grads.append(gradient(net, slope))
+    dual, jvp = grads
+    size = torch.stack([g.norm() for g in jvp.values()]).norm()
+    assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
+    assert built(spec.short(1))(x, c, t=t)[0].shape == x.shape
+    out = tmp_path / "out"
+    net.stock("u", merged=True).save_pretrained(out)
+    (out / "scheduler").symlink_to(folder / "scheduler")
+    loaded = of(out, lowpass=None).model_copy(update={"texts": spec.texts})
+    assert diffusers.UNet2DConditionModel.from_pretrained(out).config.mid_block_type == CUTS[cut]["mid_block_type"]
+    u = net(x, c, t=t)[1]
+    assert (built(loaded)(x, c, t=t)[0] - u).norm() / u.norm() < 1e-5
+
+
+def test_convolutions_of_transformers_are_refused(folder: Saved) -> None:
+    with pytest.raises(UserError, match=r"adapters of convolutions are for UNets: set net\.lora\.convolutions=false"):
+        built(folder("pixart"), lora=CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
     """The low-pass is of the embedder of time alone, and blocks include the middle of a UNet."""
     net = built(folder(name), lowpass=10.0)
@@ -202,6 +264,16 @@ def test_what_reads_more_is_refused(folder: Saved, tmp_path: Path, change: dict[
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     (tmp_path / "scheduler").symlink_to(spec.pipeline.folder / "scheduler")
     with pytest.raises(UserError, match=why):
+        built(of(tmp_path, weights="drawn"))
+
+
+@pytest.mark.parametrize("change", [{"use_additional_conditions": True}, {"sample_size": 128}])
+def test_a_pixart_that_reads_sizes_is_refused(folder: Saved, tmp_path: Path, change: dict[str, Any]) -> None:
+    spec = folder("pixart")
+    config = json.loads((spec.pipeline.folder / "config.json").read_text()) | {"use_additional_conditions": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "scheduler").symlink_to(spec.pipeline.folder / "scheduler")
+    with pytest.raises(UserError, match="PixArt-alpha of 1024 pixels, which reads the sizes of images"):
         built(of(tmp_path, weights="drawn"))
 
 

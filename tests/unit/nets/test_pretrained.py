@@ -188,21 +188,23 @@ def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", ["float32", "int8", "nf4"])
-def test_compiled_blocks_teach_the_same(frozen: str, tmp_path: Path) -> None:
-    """Of two kinds, Flux's; in a process of its own, for what checks shapes in tests cannot be compiled."""
-    told, _ = python(f"from {__name__} import compiled; compiled('flux', '{frozen}')", cwd=tmp_path).communicate()
+@pytest.mark.parametrize(
+    ("name", "frozen"), [*(("flux", coding) for coding in ("float32", "int8", "nf4")), ("sdxl", "float32")]
+)
+def test_compiled_blocks_teach_the_same(name: str, frozen: str, tmp_path: Path) -> None:
+    """Of two kinds, Flux's; of a UNet the transformers in them. What checks shapes in tests cannot be compiled."""
+    told, _ = python(f"from {__name__} import compiled; compiled('{name}', '{frozen}')", cwd=tmp_path).communicate()
     blocks, kinds, off = json.loads(told.splitlines()[-1])
-    assert (blocks, kinds) == (2, 2)
+    assert (blocks, kinds) == ((2, 2) if name == "flux" else (8, 1))
     assert off < 1e-5
 
 
 def compiled(name: str, frozen: Any) -> None:  # noqa: ANN401
     """Print how many blocks are compiled, how many kinds of them, and how far gradients are off, relatively."""
     lora = LORA.model_copy(update={"frozen": frozen})
-    spec = saved(Path(), name).model_copy(update={"lora": lora, "lowpass": 10.0})
+    spec = saved(Path("models"), name).model_copy(update={"lora": lora, "lowpass": 10.0})
     plain, net = built(spec), built(spec)
-    for block in net.blocks:
+    for block in net.regions:
         block.compile = partial(block.compile, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
     torch.compile = partial(torch.compile, backend="eager")
     compile_blocks(net)
@@ -210,7 +212,7 @@ def compiled(name: str, frozen: Any) -> None:  # noqa: ANN401
     assert found.keys() == there.keys()
     off = torch.stack([(found[n] - g).norm() for n, g in there.items()]).norm()
     size = torch.stack([g.norm() for g in there.values()]).norm()
-    made = [block for block in net.blocks if block._compiled_call_impl is not None]
+    made = [block for block in net.regions if block._compiled_call_impl is not None]
     print(json.dumps([len(made), len({type(block) for block in made}), (off / size).item()]))
 
 

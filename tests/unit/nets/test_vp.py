@@ -163,7 +163,7 @@ def test_jumps_land_where_those_of_the_schedule_do(config: str, law: str) -> Non
     z = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
     made = Restart()(reads, path, path.spread * z[0], torch.zeros(5), 2, lambda k: z[k])
     x = z[0]
-    for k, index in enumerate((999, path.index(0.5))):
+    for k, index in enumerate(path.indices([1.0, 0.5])):
         t = torch.tensor(frame.schedule.times[index])
         n = (t * t + (1 - t) ** 2) ** 0.5
         a, s = ((1 - t) / n).expand(x.shape), (t / n).expand(x.shape)
@@ -186,9 +186,14 @@ def test_numbers_of_the_frame_are_no_weights_and_follow_no_type() -> None:
     [
         ({"beta_start": ...}, "has no table of betas"),
         ({"beta_schedule": "sigmoid"}, "has no table of betas"),
+        ({"beta_start": -1}, r"a PNDMScheduler, describes no schedule \(ValidationError: "),
+        ({"num_train_timesteps": ...}, "describes no schedule"),
         ({"trained_betas": [0.1, 0.2]}, "has no table of betas"),
         ({"prediction_type": "sample"}, "prediction_type 'sample', and dumo knows epsilon and v_prediction"),
-        ({"rescale_betas_zero_snr": True}, "ends in noise alone"),
+        ({"prediction_type": None}, "prediction_type None"),
+        ({"rescale_betas_zero_snr": True}, r"ends in noise alone but for 0.0e\+00 of the data"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "ends in noise alone but for 4.9e-05 of the data, less than 0.001"),
+        ({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 4000}, "but for 1.6"),
     ],
 )
 def test_what_says_no_velocity_is_refused(change: dict[str, Any], why: str) -> None:
@@ -201,4 +206,8 @@ def test_what_says_no_velocity_is_refused(change: dict[str, Any], why: str) -> N
 def test_kinds_of_predictions() -> None:
     kinds: list[Prediction] = [framed(CONFIGS[name]).prediction for name in ("epsilon", "v")]
     assert kinds == ["epsilon", "v_prediction"]
+    cosine = framed(V | {"beta_schedule": "squaredcos_cap_v2"})  # v says something of the data to the last
+    assert cosine.schedule.kind == "squaredcos_cap_v2"
+    linear = framed(SD | {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})  # of DiT and PixArt
+    assert linear.prediction == "epsilon"
     assert framed(SD).schedule == Schedule(kind="scaled_linear", start=0.00085, end=0.012)
