@@ -37,6 +37,10 @@ READY = ("SD3", "Flux")  # the others are slow: a minute each
 FAMILIES = [name if name in READY else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
 CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TWO = (  # times, by steps so long that the second counts
+    "objective={kind: meanflow, slope: {kind: dual}, times: {kind: jumps}, guide: {zeta: 0}}",
+    "train.optimizer.lr=0.01",
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,45 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     out = case.export("out", "--to", "lora")
     assert any("conv1.lora_A" in key for key in load_file(out / lora.FILE))
     assert max(case.off(out)) < LIMITS["lora"]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if getattr(name, "values", "") != ("Chroma",)])
+def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
+    """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
+
+    Merged into a folder and as a LoRA; the card says how exactly, and dumo.json.
+    """
+    case = Case.of(name, tmp_path, *LORA, *TWO, "sample.solver={kind: restart, m: 0.7}")
+    out = case.export("jumps", "--nfe", "1,2,4")
+    assert max(case.off(out, nfe=(1, 2, 4))) < LIMITS["merged"]
+    said = json.loads((out / "dumo.json").read_text())
+    assert [r for _, r in said["passes"]] == [0, 0, 0, 0]
+    assert said["embedding"]["error"] < 1e-6 < said["embedding"]["half"] < 0.02
+    assert f"condition number {said['embedding']['condition']:.3g}, off by" in (out / "README.md").read_text()
+    must(call("train", case.run, *sets("sample.solver={kind: hop}")))
+    if case.stock.whole:
+        done = call("export", case.run, tmp_path / "hops")
+        assert (done.code, "no stock scheduler" in done.err, "kind: restart" in done.err) == (2, True, True)
+        return
+    case = Case(name, tmp_path)  # which samples otherwise
+    for n, to in ((2, "diffusers"), (4, "lora" if case.stock.lora else "diffusers")):
+        assert max(case.off(case.export(f"hops{n}", "--nfe", n, "--to", to), nfe=(n,))) < LIMITS["merged"]
+    assert "1 to 0.5, 0.5 to 0 |" in (tmp_path / "hops2" / "README.md").read_text()
+
+
+def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here: Path, tmp_path: Path) -> None:
+    """Two r at one t; passes of a net that knows none, of a velocity, of no number. Nothing is written."""
+    case = Case.of("SD3", tmp_path, *FULL, *TWO, "sample.solver={kind: hop}")
+    for run, words, said in (
+        (case.run, ("--nfe", "1,2"), "the one from t = 1 goes to r = 0 and to r = 0.5"),
+        (case.run, ("--nfe", "0"), "is no number of passes"),
+        (sd3.run, ("--nfe", "2"), "this net knows one time"),
+        (sd3.run, ("--nfe", "2", "--head", "v"), "this head is a velocity"),
+    ):
+        refused("export", run, here / "out", *words, named=(said,), lines=None)
+        assert not (here / "out").exists()
+    line = (case.export("out") / "README.md").read_text().partition("vLLM-Omni: ")[2]
+    assert line.startswith("no key")
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Flux"])

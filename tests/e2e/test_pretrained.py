@@ -76,6 +76,24 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
+@pytest.mark.parametrize("objective", ["meanflow", "dumo_any"])
+def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
+    """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
+    taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("train.schedule.kind=constant", taught)]
+    words += sets(f"objective={{kind: {objective}, slope: {{kind: dual}}, times: {{kind: jumps}}}}")
+    words += sets("sample.solver={kind: hop}")
+    assert call(*words, "--out", "whole").code == 0
+    assert call(*words, *sets("train.steps=2"), "--out", "parts").code == 0
+    assert call(*words, "--out", "parts").code == 0
+    whole, parts = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert whole["gap.layers.linear_2.weight"].any()
+    assert call("sample", "whole", "--nfe", "2").code == 0
+    assert call("doctor", "whole").code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("coding", ["int8", "nf4"])

@@ -189,13 +189,15 @@ class Case:
         """The run."""
         return open_run(str(self.run), device="cpu")
 
-    def dumo(self, noises: Sequence[Tensor], scale: float = 1.0, c: Tensor | None = None) -> Tensor:
-        """The image that dumo makes of a prompt, or of c, and of this noise, a pass for each."""
+    def dumo(
+        self, noises: Sequence[Tensor], scale: float = 1.0, c: Tensor | None = None, passes: int | None = None
+    ) -> Tensor:
+        """The image that dumo makes of a prompt, or of c, and of this noise; None: a pass for each."""
         sampler = self.opened.sampler
         guide = sampler.spec.guide.model_copy(update={"scale": scale})
         reads, c = sampler.guided(guide), prompted(sampler, [PROMPT], self.image) if c is None else c
         drawn = [self.latent(noise) for noise in noises]
-        x = carried(reads, sampler.path, sampler.spec.solver, c, len(drawn), lambda k: drawn[k])[1]
+        x = carried(reads, sampler.path, sampler.spec.solver, c, passes or len(drawn), lambda k: drawn[k])[1]
         return sampler.decode(x)
 
     def latent(self, noise: Tensor) -> Tensor:
@@ -225,11 +227,11 @@ class Case:
             images.append((there[f"{n}.image"].reshape(-1, 3, SIDE, SIDE), [x for _, x in noises]))
         return images
 
-    def off(self, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
-        """How far the card's images are from dumo's, |a - b| / |b| of their pixels, call by call."""
+    def off(self, out: Path, scale: float = 1.0, c: Tensor | None = None, nfe: Sequence[int] = (1, 2)) -> list[float]:
+        """How far the card's images, of these passes, are from dumo's, |a - b| / |b| of their pixels, call by call."""
         differences = list[float]()
-        for passes, (image, noises) in enumerate(self.block(out), start=1):
-            mine = self.dumo(noises[:passes], scale, c)
+        for passes, (image, noises) in zip(nfe, self.block(out), strict=False):
+            mine = self.dumo(noises[:passes], scale, c, passes)
             differences.append(float((image.clamp(-1, 1) - mine).norm() / mine.norm()))
         return differences
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dumo.cli.option import Device, Folder, Set, Weights, place
+from dumo.cli.option import Device, Folder, Set, Weights, numbers, place
 from dumo.cli.terminal import err, explain, out
 
 
@@ -34,6 +34,13 @@ def export(
         str, typer.Option(help="The source's other parts (text encoders, decoder ...): copy, link or none.")
     ] = "copy",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    nfe: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a net of two times: passes for which a stock model, which is given t alone, is fixed, e.g. 1,2,4. "
+            "Default: 2, and 1 where both jump to the data."
+        ),
+    ] = None,
     weights: Weights = None,
     push: Annotated[
         str | None,
@@ -53,7 +60,9 @@ def export(
     if push is not None:
         hub.require(push, parts)
     opened = open_run(run_folder, weights=weights, device="cpu")
-    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push)
+    done = write.export(
+        opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=numbers("--nfe", nfe) or ()
+    )
     out.print(str(done), soft_wrap=True)
     if done.is_dir() and push is None:
         where = quote(str(done.resolve().parent))

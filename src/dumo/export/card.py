@@ -13,7 +13,8 @@ from dumo.data import Data, Images, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
 from dumo.evaluation.word import method
-from dumo.export.model import EULER, LCM, OWN, Exported, Stock
+from dumo.export.model import Exported, Stock
+from dumo.export.scheduler import EULER, LCM, OWN
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.run.conditions import shown
@@ -139,9 +140,9 @@ def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str,
     if exported.head == "v":
         return [(", ".join(words), "")]
     scale, embedded = exported.sampler.spec.guide.scale, exported.spec.guidance
-    seed = ["generator=torch.Generator().manual_seed(0)"] if stock.seeded else []
+    seed = ["generator=torch.Generator().manual_seed(0)"] if stock.seeded or exported.hops else []
     found: list[tuple[str, str]] = []
-    for n, note in PASSES.items():
+    for n, note in ({n: PASSES.get(n, str(n)) for n in exported.nfe} or PASSES).items():
         more = stock.arguments(exported.times(n), embedded=embedded, scale=scale)
         found.append((", ".join([*words, *(f"{key}={value}" for key, value in more.items()), *seed]), note))
     return found
@@ -213,4 +214,5 @@ def notes(exported: Exported, made: Provenance) -> dict[str, str]:
         "class": exported.kind,
         "head": exported.head,
         **made.facts,
+        **{name: json.dumps(value) for name, value in exported.facts.items()},
     }

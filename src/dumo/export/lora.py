@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from dumo.encoders.pipeline import UNET
 from dumo.export import card
-from dumo.export.model import SCHEDULER, Exported, require, write_scheduler
+from dumo.export.model import Exported, require
+from dumo.export.scheduler import SCHEDULER, write_scheduler
 from dumo.nets.adapter import adapters
 from dumo.nets.dualized import Dualized
 from dumo.types import UserError
@@ -54,7 +55,7 @@ def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dt
     layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
     safetensors.torch.save_file({f"{exported.part}.{name}": x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u":
-        write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame)
+        write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame, hops=exported.hops)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, NOTES)
     (out / "README.md").write_text(card.of_tuned(exported, made, stock, name), encoding="utf-8")
@@ -83,7 +84,7 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
     for path, a, b, _ in adapted(exported.net):
         found |= {f"{called(path)}.lora_down.weight": a, f"{called(path)}.lora_up.weight": b}
         found |= {f"{called(path)}.alpha": torch.tensor(float(len(a)))} if exported.part == UNET else {}
-    for path, old, new in changed(exported.net, exported.head):
+    for path, old, new in changed(exported):
         name = called(path)
         found[f"{name}.diff"] = new.weight - old.weight
         if old._parameters["bias"] is not None:
@@ -94,7 +95,7 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
 def tensors(exported: Exported) -> dict[str, Tensor]:
     """The LoRA by peft's names; biases where any has changed."""
     found: dict[str, Tensor] = {}
-    full = (product(*layer) for layer in changed(exported.net, exported.head))
+    full = (product(*layer) for layer in changed(exported))
     products = [*adapted(exported.net), *full]
     biased = any(bool(bias.any()) for *_, bias in products)
     for path, a, b, bias in products:
@@ -116,12 +117,13 @@ def adapted(net: Dualized) -> Iterator[Product]:
             yield path, a, b, b.new_zeros(len(b))
 
 
-def changed(net: Dualized, head: str) -> Iterator[tuple[str, Layer, Layer]]:
+def changed(exported: Exported) -> Iterator[tuple[str, Layer, Layer]]:
     """The layers that were trained in full: path, before and now.
 
     Raises UserError for a change that is in no linear layer or convolution.
     """
-    model: nn.Module = net.stock(head)
+    net = exported.net
+    model: nn.Module = net.stock(exported.head, fixed=exported.fixed)
     for path, part in zip(net.paths, net.old, strict=True):
         for name, old in part.named_modules():
             new = model.get_submodule(where := f"{path}.{name}".rstrip("."))

@@ -1,24 +1,13 @@
 """A model that is exported: one head of a run's net, of the class that its source had; how stock diffusers runs it.
 
-A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a pipeline must add fresh noise. Stock
-`FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`:
-
-    x_s = (1 - s) (x_t - t u) + s z,
-
-which is Restart (`dumo.flow.solver`) at the times that the pipeline is given as sigmas. Without it the scheduler
-makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
-
-A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes
-
-    x_vp = a_s (c_out x_0 + c_skip x_vp) + s_s z,   x_0 = (x_vp - s_t F) / a_t (for noise),
-
-the same jumps: c_skip = .25 / (.25 + (c t)^2) is below 1e-9 where its `timestep_scaling` c is large.
+A mean velocity u(x_t, t, r) is exported for a list of passes, `nfe`: Restart's, where r = 0, or those of Hop, which are
+the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of time says both times (`dumo.nets.gap`).
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,41 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from dumo.encoders.pipeline import TRANSFORMER, UNET
+from dumo.export.scheduler import restart
 from dumo.flow.path import Diffusion
-from dumo.flow.solver import Hermite, Restart, Solver
-from dumo.io.read import read_settings, write_json
+from dumo.flow.solver import Hop, Restart, steps, uniform
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import class_of, family
+from dumo.nets.gap import Fixed
 from dumo.nets.rows import Codes
-from dumo.nets.vp import Frame, settings
 from dumo.run.sampler import Sampler
 from dumo.types import UserError
 
 THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
 INDEX = "model_index.json"  # of a pipeline
-SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
-LCM, SHARP = "LCMScheduler", 1e4  # of a diffusion's flow map; its c, above: .25 / 1e8 at index 1
-EULER = "FlowMatchEulerDiscreteScheduler"
-OWN = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
-JUMPS = '''"""Times of jumps to the data, for a pipeline that takes none: the first START, the second of two M."""
-
-from math import log2
-
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-START, M = {start!r}, {m!r}
-
-
-class JumpScheduler(FlowMatchEulerDiscreteScheduler):
-    def set_timesteps(self, num_inference_steps=None, device=None, **given):
-        n = num_inference_steps
-        times = [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]
-        super().set_timesteps(device=device, **given or {{"sigmas": times}})
-'''
+PAIR = 2  # passes for which an export is fixed where none are given: ours, as on its card
 Head = Literal["u", "v"]
 Arguments = dict[str, Any]
-Entry = list[str]  # of model_index.json: library or file, and class
 
 
 @dataclass(frozen=True)
@@ -153,19 +123,6 @@ OTHERS: dict[str, Stock] = {  # by their own class: that of the model is another
 }
 
 
-def restart(solver: Solver) -> Restart:
-    """The solver as schedulers have it: those of other jumps, or of none, are the default.
-
-    Raises UserError for jumps to the data between which no scheduler goes as the solver does.
-    """
-    if isinstance(solver, Hermite):
-        raise UserError(
-            f"sample.solver = {solver.model_dump(mode='json')}: schedulers add fresh noise alone between two "
-            "passes. Set kind: restart there, in the run's run.yaml"
-        )
-    return solver if isinstance(solver, Restart) else Restart()
-
-
 def forms(spec: Pretrained) -> list[str]:
     """What a run of this net can be exported to, so that stock pipelines take it; else a file of its weights."""
     stock = stock_of(class_of(spec.pipeline.config(TRANSFORMER)), spec)
@@ -190,6 +147,65 @@ class Exported:
     spec: Pretrained
     net: Dualized
     head: Head
+    nfe: tuple[int, ...] = ()  # the numbers of passes that it makes; (): any, of a net of one time
+    dtype: str = "float32"
+
+    @property
+    def hops(self) -> bool:
+        """Whether its passes are Hop's, of a net of two times."""
+        return bool(self.nfe) and isinstance(self.sampler.spec.solver, Hop)
+
+    @property
+    def passes(self) -> list[tuple[float, float]]:
+        """From where to where each goes, (t, r), falling. Raises UserError where one time has two r."""
+        found = dict[float, float]()
+        for n in sorted(self.nfe):
+            times = self.sampler.path.near(self.points(n))
+            for t, r in zip(times, [*times[1:], 0.0] if self.hops else [0.0] * n, strict=True):
+                if found.setdefault(t, r) != r:
+                    raise UserError(
+                        f"in {' and '.join(map(str, self.nfe))} passes of solver hop, the one from t = {t:g} goes to r "
+                        f"= {found[t]:g} and to r = {r:g}, and a stock model is given t alone: give one --nfe, and "
+                        "export each to a folder of its own"
+                    )
+        return sorted(found.items(), reverse=True)
+
+    @cached_property
+    def fixed(self) -> Fixed | None:
+        """The embedding of both times in that of one; None where it has one. Raises UserError as `passes`."""
+        if self.net.gap is None:
+            return None
+        if self.head == "v":
+            return self.net.rest()
+        path, (t, r) = self.sampler.path, zip(*self.passes, strict=True)
+        if isinstance(path, Diffusion):
+            stock = torch.tensor([float(k) for k in path.indices(t)])
+        else:
+            stock = self.net.own_time(self.at(t))
+        return self.net.fixed(torch.tensor(t), torch.tensor(r), stock, getattr(torch, self.dtype))
+
+    def at(self, times: Sequence[float]) -> Tensor:
+        """These times as its scheduler has them, in thousandths."""
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        if self.stock and "timesteps" in self.stock.times:
+            scheduler.set_timesteps(timesteps=[round(THOUSAND * t, 6) for t in times])
+        else:
+            scheduler.set_timesteps(sigmas=list(times))
+        return scheduler.timesteps
+
+    @property
+    def facts(self) -> Arguments:
+        """What an export says of its passes, for programs; {} where it makes any."""
+        if not (self.nfe and self.fixed):
+            return {}
+        numbers = {name: value for name, value in vars(self.fixed).items() if isinstance(value, float)}
+        return {"passes": self.passes, "embedding": numbers}
+
+    def points(self, n: int) -> list[float]:
+        """The times at which n passes begin."""
+        return uniform(n, self.solver.start)[:-1] if self.hops else self.solver.times(n)
 
     @property
     def kind(self) -> str:
@@ -203,12 +219,18 @@ class Exported:
 
     @property
     def solver(self) -> Restart:
-        """The run's own jumps; those of the default where it samples by v. Raises UserError as `restart`."""
-        return restart(self.sampler.spec.solver)
+        """The run's own jumps; those of the default where it samples by v; of Hop, by their times, which are as those.
+
+        Raises UserError as `restart`.
+        """
+        solver = self.sampler.spec.solver
+        if self.nfe and isinstance(solver, Hop):
+            return Restart(m=solver.start / 2, start=solver.start)
+        return restart(solver)
 
     def times(self, passes: int) -> Sequence[float]:
         """Those of its jumps as its pipeline counts them: as sigmas, or as indices of a diffusion's table."""
-        times, path = self.solver.times(passes), self.sampler.path
+        times, path = self.points(passes), self.sampler.path
         return path.indices(times) if isinstance(path, Diffusion) else times
 
     @property
@@ -237,21 +259,38 @@ class Exported:
             else {name: rows.contiguous() for name, rows in texts.named_buffers()}
         )
 
-    def model(self, dtype: str = "float32") -> Any:  # noqa: ANN401, a model of diffusers
+    def model(self) -> Any:  # noqa: ANN401, a model of diffusers
         """The model, its adapters added to their layers, without the name of a folder of this machine."""
-        model = self.net.stock(self.head, merged=self.spec.lora is not None)
+        model = self.net.stock(self.head, merged=self.spec.lora is not None, fixed=self.fixed)
         model.register_to_config(_name_or_path="")
-        return model if dtype == "float32" else cast(model, getattr(torch, dtype))
+        return model if self.dtype == "float32" else cast(model, getattr(torch, self.dtype))
 
 
-def of_net(sampler: Sampler, spec: Net, head: Head) -> Exported:
-    """The head of a net with this spec. Raises UserError for a net that no stock program knows."""
+def of_net(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...] = (), dtype: str = "float32") -> Exported:
+    """The head of a net with this spec, of two times for these numbers of passes; (): ours.
+
+    Raises UserError for a net that no stock program knows, and for passes of which it can make others, or none.
+    """
     if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
         raise UserError(
             f"this run trains net '{spec.kind}', for which others have no class: dumo exports nets of kind diffusers, "
             "and of kind dit --to diffusers. Its weights are a safetensors file in its checkpoint"
         )
-    return Exported(sampler, spec, sampler.net, head)
+    net, solver = sampler.net, sampler.spec.solver
+    if nfe and (net.gap is None or head == "v"):
+        why = "this head is a velocity" if head == "v" else "this net knows one time"
+        raise UserError(f"{why}, so what is exported makes any number of passes: leave --nfe out")
+    if net.gap is None or head == "v":
+        return Exported(sampler, spec, net, head, dtype=dtype)
+    if net.frame and isinstance(solver, Hop):
+        raise UserError(
+            "sample.solver is hop, and no stock scheduler makes such steps of a model of a diffusion at given times: "
+            "set kind: restart there, in the run's run.yaml"
+        )
+    nfe = nfe or ((PAIR,) if isinstance(solver, Hop) else (1, PAIR))
+    for n in nfe:
+        steps(solver, n)
+    return Exported(sampler, spec, net, head, tuple(sorted({*nfe})), dtype)
 
 
 def require(exported: Exported, *, lora: bool = False) -> Stock:
@@ -282,52 +321,3 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     memo: dict[int, object] = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in model.parameters()}
     memo |= {id(b): b.to(dtype) if b.is_floating_point() else b for b in model.buffers()}
     return copy.deepcopy(model, memo)
-
-
-def write_scheduler(folder: Path, stock: Stock | None, solver: Restart, frame: Frame | None = None) -> Entry:
-    """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
-
-    A class of its own where the pipeline takes no times. `frame` is that of a model of a diffusion.
-    """
-    if frame:
-        from diffusers.schedulers.scheduling_lcm import LCMScheduler
-
-        steps = frame.schedule.steps
-        LCMScheduler(**settings(frame), original_inference_steps=steps, timestep_scaling=SHARP).save_pretrained(folder)
-        return ["diffusers", LCM]
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True).save_pretrained(folder)
-    check_scheduler(folder)
-    if stock is None or stock.times:
-        return ["diffusers", EULER]
-    (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    write_json(folder / CONFIG, config | {"_class_name": OWN[1]})
-    return OWN
-
-
-def check_scheduler(folder: Path) -> None:
-    """Raise UserError for a scheduler under which a flow map makes no images: one of plain Euler steps, or shifted."""
-    config = read_settings(folder / CONFIG, "export the run anew")
-    wanted = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    for name, value in wanted.items():
-        if config.get(name) != value:
-            raise UserError(
-                f"{folder / CONFIG}: {name} is {config.get(name)}, and a flow map needs {value}: fresh noise between "
-                "two passes, at the times as they are given. Set FlowMatchEulerDiscreteScheduler(shift=1.0, "
-                "stochastic_sampling=True)"
-            )
-
-
-def write_euler(folder: Path, frame: Frame | None = None) -> Entry:
-    """Write the scheduler of a velocity, with Euler steps, or DDIM's of a diffusion's `frame`; return its entry."""
-    if frame:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-        DDIMScheduler(**settings(frame), clip_sample=False, timestep_spacing="trailing").save_pretrained(folder)
-        return ["diffusers", "DDIMScheduler"]
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
-    return ["diffusers", EULER]

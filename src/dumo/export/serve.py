@@ -37,6 +37,8 @@ def unserved(exported: Exported, *, whole: bool) -> str:
     reasons = {
         "it has no class for a few jumps of this model": stock is None or not stock.served,
         "it makes jumps of the flow map, and this is a velocity": not jumps,
+        "it makes two jumps to the data, which are not among this list": bool(exported.nfe)
+        and (exported.hops or PASSES not in exported.nfe),
         "it guides no few-step model, and this run is sampled with guidance": exported.sampler.spec.guide.active,
         "it reads prompts, and this model has codes": bool(exported.codes),
         "it needs a folder with all parts": not whole,

@@ -21,7 +21,8 @@ from torch import nn
 from dumo.data import Latents
 from dumo.encoders import Taef2
 from dumo.export import card
-from dumo.export.model import Head, restart
+from dumo.export.model import Head
+from dumo.export.scheduler import restart
 from dumo.flow.solver import Euler
 from dumo.io.read import write_json
 from dumo.nets.dit import PUBLISHED, DiT

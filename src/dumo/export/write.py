@@ -13,7 +13,7 @@ dumo.json          the run, and the SHA-256 of the weights that this was made of
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -24,7 +24,8 @@ from torch import nn
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET
 from dumo.export import card, lora, standalone
-from dumo.export.model import INDEX, SCHEDULER, Exported, Head, of_net, require, write_euler, write_scheduler
+from dumo.export.model import INDEX, Exported, Head, of_net, require
+from dumo.export.scheduler import SCHEDULER, write_euler, write_scheduler
 from dumo.export.serve import UNREAD, is_whole, served, there, unserved
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
@@ -56,13 +57,14 @@ def export(
     parts: str = "copy",
     dtype: str = "float32",
     name: str | None = None,
+    nfe: Sequence[int] = (),
 ) -> Path:
     """Write a run's head as a pipeline's folder, a LoRA's folder or file, or a file of weights; returns `out`.
 
     `head` is u or v; None: u where it was taught. `parts` of the pipeline that the model came from are copied, linked
-    or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. Raises UserError where `out` is
-    there and not empty, for an option that is none, and where no stock program runs what the run has; OSError where
-    nothing can be written. Then nothing is.
+    or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. `nfe` are the numbers of passes
+    for which a net of two times is fixed. Raises UserError where `out` is there and not empty, for an option that is
+    none, and where no stock program runs what the run has; OSError where nothing can be written. Then nothing is.
     """
     for option, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
         require_known(option, value, known)
@@ -71,7 +73,10 @@ def export(
     if to in ("diffusers", "safetensors"):
         sampler = replace(sampler, net=uncoded(opened))
     found, path = choose_head(sampler.objective, head), sampler.path
-    net = spec if isinstance(spec, DiT) and to == "diffusers" else of_net(sampler, spec, found)
+    if isinstance(spec, DiT) and to == "diffusers":
+        net = spec
+    else:  # a LoRA is rounded alone, without what it is added to
+        net = of_net(sampler, spec, found, tuple(nfe), "float32" if to in ("lora", "comfyui") else dtype)
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
@@ -80,7 +85,7 @@ def export(
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.whole(out) as half:
         if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # one by the model's own names
-            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model(dtype).state_dict())
+            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model().state_dict())
             safetensors.torch.save_file(weights, half, metadata=card.notes(net, made))
             return out
         half.mkdir()
@@ -90,9 +95,10 @@ def export(
         elif to == "lora":
             lora.write(net, made, half, name, dtype=dtype)
         else:
-            write_folder(net, made, half, name, parts=cast(Parts, parts), dtype=dtype)
+            write_folder(net, made, half, name, parts=cast(Parts, parts))
         facts = made.facts
-        write_json(half / ORIGIN, {**facts, "run": json.loads(facts["run"])})
+        facts = {**facts, "run": json.loads(facts["run"])}
+        write_json(half / ORIGIN, facts | (net.facts if isinstance(net, Exported) else {}))
     return out
 
 
@@ -130,7 +136,6 @@ def write_folder(
     out_name: str,
     *,
     parts: Parts = "copy",
-    dtype: str = "float32",
 ) -> None:
     """Write the folder `out`, which is there and empty, and will be called `out_name`.
 
@@ -142,10 +147,12 @@ def write_folder(
     if source and parts != "none":
         exported.spec.pipeline.verify()
         fits(exported.sampler.data)
-    exported.model(dtype).save_pretrained(out / exported.part)
+    exported.model().save_pretrained(out / exported.part)
     index[exported.part] = ["diffusers", exported.kind]
     if exported.head == "u":
-        index[SCHEDULER] = write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame)
+        index[SCHEDULER] = write_scheduler(
+            out / SCHEDULER, stock, exported.solver, exported.net.frame, hops=exported.hops
+        )
     elif source:
         bring(source / SCHEDULER, out / SCHEDULER, "copy")
     else:

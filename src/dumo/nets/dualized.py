@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
-from dumo.nets.family import UNET, Config, Family, Inputs
+from dumo.nets.family import TURN, UNET, Config, Family, Inputs
+from dumo.nets.gap import Fixed, Gap, fixed
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
@@ -28,7 +29,7 @@ from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
 class Dualized(nn.Module):
-    """The net of a `Pretrained` spec: `heads` by name, and `model`, which holds all other parameters.
+    """The net of a `Pretrained` spec: `heads` by name, `gap` where it has two times, and `model`, which holds all else.
 
     Parameters that are not trained require no gradients. `fits` reports the low-pass of each time embedder: it is cut
     when the net is made, and refit (`refit`) before the first step, because loaded weights replace it.
@@ -48,10 +49,11 @@ class Dualized(nn.Module):
         lora: Lora | None = None,
         limit: float | None = None,
         frame: Frame | None = None,
+        gap: bool = False,
     ) -> None:
         """Takes the model over; every head is a copy of its last layer. `limit` is the low-pass's; None: none.
 
-        `frame` is that of a model of a diffusion.
+        `frame` is that of a model of a diffusion. With `gap` it takes r, too: the model has an embedder of time.
 
         Raises UserError as `adapter.adapt`.
         """
@@ -80,25 +82,27 @@ class Dualized(nn.Module):
         if limit is not None:
             cut = (model.get_submodule(path).requires_grad_(True) for path in embedders)
             self.fits = tuple(lowpass.cut(embedder, row.turn(self.config), limit) for embedder in cut)
+        self.names = ("t", "r") if gap else ("t",)
+        self.gap = Gap(model.get_submodule(embedders[0]), row.turn(self.config)) if gap else None
         if row.reads:
             model.get_submodule(row.reads).register_forward_pre_hook(readable)
         put(model, row.last, self._outs([head.out for head in self._heads]))
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x (b, c, h, w), at t (b,), for rows c (b,) of the texts."""
-        check(("t",), inputs)
-        t = inputs["t"]
+        """Return the heads, shaped like x (b, c, h, w), at t (b,), and r, for rows c (b,) of the texts."""
+        check(self.names, inputs)
+        times = tuple(inputs[name] for name in self.names)
         if self.row.alone and self.texts.several:
             places = [min(i, len(c) - 1) for i in range(layout.calls(self, len(c)))]  # those beyond are cut off
-            rows = (self._heads_of(x[i : i + 1], c[i : i + 1], t[i : i + 1]) for i in places)
+            rows = (self._heads_of(*(part[i : i + 1] for part in (x, c, *times))) for i in places)
             return tuple(torch.cat(head)[: len(c)] for head in zip(*rows, strict=True))
-        return self._heads_of(x, c, t)
+        return self._heads_of(x, c, *times)
 
-    def _heads_of(self, x: Sample, c: Cond, t: Time) -> Heads:
+    def _heads_of(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
         """The heads of rows that may share a pass."""
         x_in, time, velocity = self.frame(x, t) if self.frame else self._timed(x, t)
         given = self._inputs(x_in, c, time)
-        with self._exactly(given):
+        with self._exactly(given), self._apart(t, r):
             out = self.model(**self.row.call(given), return_dict=False)[0]
         if given.source is not None:
             out = out[:, : given.x.shape[1]]
@@ -124,6 +128,9 @@ class Dualized(nn.Module):
         for path in paths:
             _ = weights and weights.fill(get(path))
         self.fits = tuple(lowpass.refit(get(path), turn, fit) for path, fit in zip(paths, self.fits, strict=True))
+        if self.gap and paths:
+            _ = weights and weights.fill(self.gap)
+            self.gap.follow(get(paths[0]))
 
     @property
     def config(self) -> Config:
@@ -153,40 +160,124 @@ class Dualized(nn.Module):
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:
-        """Inside, every head gives the output of the untuned model. Raises UserError without adapters."""
+        """Inside, every head gives the output of the untuned model, for any r. Raises UserError without adapters."""
         if not self.old:
             raise UserError(
                 "net.lora is null, so the untuned model is gone once training starts: set net.lora.rank=64, or take "
                 "another teacher, teacher.kind=run"
             )
         old = dict(zip(self.paths, self.old, strict=True))
-        now = {path: self.model.get_submodule(path) for path in old}
+        now, gap = {path: self.model.get_submodule(path) for path in old}, self.gap
         old[self.row.last] = self._outs([old[self.row.last]] * len(self.heads))
         with adapter.off(self.model):
             for path, part in old.items():
                 put(self.model, path, part)
+            self.gap = None
             try:
                 yield self
             finally:
+                self.gap = gap
                 for path, part in now.items():
                     put(self.model, path, part)
 
-    def stock(self, head: str, *, merged: bool = False) -> Any:  # noqa: ANN401, a model of diffusers
+    def stock(self, head: str, *, merged: bool = False, fixed: Fixed | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The model with one head as its last layer, of its own class and shapes; weights are shared.
 
-        `merged`: adapters are added to their layers, in a copy. Raises KeyError for an unknown head.
+        `merged`: adapters are added to their layers, in a copy. `fixed`: the embedding of the gap is in that of t.
+        Raises KeyError for an unknown head.
         """
         own = self.heads[head]
         assert isinstance(own, Head)
         parts: dict[str, nn.Module] = {self.row.last: own.out}
         parts |= {path: twin.saved(self.model.get_submodule(path), tables) for path, tables in self.tables.items()}
         slow = ((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, Slow))
-        model = exchanged(self.model, parts | {name: layer.plain() for name, layer in slow})
+        parts |= {name: layer.plain() for name, layer in slow}
+        model = exchanged(self.model, parts | ({self.last_of_time: fixed.layer} if fixed else {}))
         set_channels(model, self.row.out_channels, self.channels)
         if merged:
             model = copy.deepcopy(model)
             adapter.merge(model)
         return model
+
+    @torch.no_grad()
+    def fixed(self, t: Time, r: Time, stock: Tensor, dtype: torch.dtype = torch.float32) -> Fixed:
+        """The embedding of passes from t to r, (k,) each, by the model alone at its own times `stock`, (k,).
+
+        Raises UserError as `dumo.nets.gap.fixed`.
+        """
+        assert self.gap is not None
+        embedder = copy.deepcopy(self.model.get_submodule(self._embedders()[0]))
+        own = self.frame.clock(self.frame.schedule.last * t) if self.frame else self._timed(t, t)[1]
+        wanted = copy.deepcopy(embedder).double()(self._waves(own).double()) + self.gap(t - r).double()
+        return fixed(embedder, self._waves(stock), wanted, dtype)
+
+    @torch.no_grad()
+    def rest(self) -> Fixed:
+        """The embedding of r = t, a velocity's, at every t: that of no gap is a number, and goes into the bias.
+
+        Raises UserError where there is none.
+        """
+        assert self.gap is not None
+        last = copy.deepcopy(lowpass.layers(self.model.get_submodule(self._embedders()[0]))[2])
+        bias = last._parameters["bias"]
+        if bias is None:
+            raise UserError(
+                f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "
+                "take --head u, if that was taught, or sample by dumo sample"
+            )
+        last.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
+        return Fixed(1, 1.0, 0.0, 0.0, 0.0, last)
+
+    def own_time(self, thousandths: Tensor) -> Tensor:
+        """The model's own times, (k,), of a scheduler's, as its pipeline tells it."""
+        if self.row.backward:
+            return (TURN - thousandths) / TURN
+        return thousandths / (TURN / self.row.clock(self.config))
+
+    def _waves(self, time: Tensor) -> Tensor:
+        """What the embedder of time reads at the model's own times (k,), as the model computes it, (k, waves)."""
+        return torch.cat([self._wave(s) for s in time[:, None]])
+
+    def _wave(self, time: Tensor) -> Tensor:
+        """Of one time (1,): the model is stopped there, so what else it reads is zeros."""
+        row, channels, like = self.row, self.config["in_channels"], self._heads[0].out.weight
+        x = (
+            like.new_zeros(1, 4, channels)
+            if row.packed
+            else like.new_zeros(1, channels, 2 * self.patch, 2 * self.patch)
+        )
+        w, texts = None if self.guidance is None else self.guidance * row.guidance_scale(self.config), self.texts
+        given = Inputs(
+            x=x,
+            time=time,
+            tokens=like.new_zeros(1, 1, texts.width),
+            mask=torch.ones(1, 1, dtype=torch.bool) if texts.masked else None,
+            pooled=like.new_zeros(1, texts.pooled_width) if texts.pooled_width else None,
+            guidance=None if w is None else like.new_full((1,), w),
+            grid=(2, 2),
+            lengths=(1,) if row.apart else None,
+            source=x if row.edits else None,
+        )
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise Reached(args[0])
+
+        handle = self.model.get_submodule(self._embedders()[0]).register_forward_pre_hook(stop)
+        try:
+            with self._exactly(given):
+                self.model(**row.call(given), return_dict=False)
+        except Reached as reached:
+            return reached.args[0]
+        finally:
+            handle.remove()
+        raise AssertionError("no pass without an embedding of time")
+
+    @property
+    def last_of_time(self) -> str:
+        """The path of the last layer of the embedder of time."""
+        path = self._embedders()[0]
+        part = self.model.get_submodule(path)
+        return f"{path}.{[name for name, m in part.named_modules() if isinstance(m, nn.Linear)][-1]}"
 
     @property
     def _heads(self) -> list[Head]:
@@ -237,6 +328,19 @@ class Dualized(nn.Module):
         finally:
             handle.remove()
 
+    @contextmanager
+    def _apart(self, t: Time, r: Time | None) -> Generator[None, None, None]:
+        """Inside, the embedding of t - r is added to the model's own of t."""
+        if r is None or self.gap is None:
+            yield
+            return
+        more, part = self.gap(t - r), self.model.get_submodule(self._embedders()[0])
+        handle = part.register_forward_hook(lambda _, args, out: out + more.to(out.dtype))
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def _idle(self) -> list[str]:
         """The paths of the layers that do not reach the output."""
         if not self.row.idle:
@@ -248,6 +352,10 @@ class Dualized(nn.Module):
         """The paths of the perceptrons that embed time."""
         end = self.row.embedder
         return [name for name, _ in self.model.named_modules() if end and f".{name}".endswith(f".{end}")]
+
+
+class Reached(Exception):  # noqa: N818, no error
+    """A pass has come to a part that reads the argument."""
 
 
 def readable(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:

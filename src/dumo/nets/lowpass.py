@@ -70,7 +70,7 @@ def frequencies(waves: int, turn: float) -> Tensor:
     return (turn * falling).repeat(2)
 
 
-def waves(t: Tensor, w: Tensor) -> Tensor:
+def waves(t: Array, w: Tensor) -> Array:
     """cos(w t) in the first half of w, sin(w t) in the second; (n, waves)."""
     angles, half = t[:, None] * w, len(w) // 2
     return torch.cat([angles[:, :half].cos(), angles[:, half:].sin()], 1)

@@ -27,7 +27,7 @@ from dumo.types import QUIET, Needs, UserError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
-HEADS = ("v", "u")
+HEADS, TIMES = ("v", "u", "m"), ("t", "r")
 DEPTHS = (  # keys of a config: numbers of blocks
     "num_layers",
     "num_single_layers",
@@ -107,7 +107,7 @@ class Pretrained(Reading):
     def made(self, row: Family, config: Config, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """The net of `build`, from a config that may say anything. Raises as that, and whatever diffusers does."""
         model = self.model(self.shaped(config))
-        self.fit(row, config := model.config)
+        self.fit(row, config := model.config, needs)
         p = row.patch(config, shape[0])
         if shape[1] % p or shape[2] % p:
             raise UserError(
@@ -130,7 +130,7 @@ class Pretrained(Reading):
                 make_lean(part if isinstance(part, nn.ModuleList) else (), self.checkpoint)
         return Dualized(
             model, row, texts, needs.heads, p,
-            guidance=self.guidance, lora=self.lora, limit=self.lowpass, frame=self.frame,
+            guidance=self.guidance, lora=self.lora, limit=self.lowpass, frame=self.frame, gap="r" in needs.names,
         )  # fmt: skip
 
     def text_rows(self, row: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
@@ -142,8 +142,8 @@ class Pretrained(Reading):
         with unnoted():  # tables are files, which are mapped
             return self.texts.build(classes, shape) if row.edits else self.texts.build(classes)
 
-    def fit(self, row: Family, config: Config) -> None:
-        """Raise UserError where the fields do not fit the model."""
+    def fit(self, row: Family, config: Config, needs: Needs) -> None:
+        """Raise UserError where the fields or the objective do not fit the model."""
         what, distilled = f"{FIELD} has a {config['_class_name']}", bool(config.get("guidance_embeds"))
         if distilled and self.guidance is None:
             raise UserError(f"{what} that embeds its guidance: set net.guidance, such as 3.5 (FLUX.1-dev)")
@@ -154,6 +154,11 @@ class Pretrained(Reading):
         if self.lowpass and not row.embedder:
             raise UserError(
                 f"{what}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
+            )
+        if "r" in needs.names and not row.embedder:
+            raise UserError(
+                f"{what}, which has no embedder of time that a second time could be added to: take an objective of one "
+                "time, objective.kind=dumo"
             )
 
     def shaped(self, config: Config) -> Config:
@@ -222,13 +227,15 @@ class Shortened(Pretrained):
 
 
 def demand(needs: Needs) -> None:
-    """Raise UserError where an objective needs more than velocities and flow maps at a time."""
+    """Raise UserError where an objective needs more than velocities and flow maps at two times."""
     strange = [f"head '{name}'" for name in needs.heads if name not in HEADS]
-    strange += [f"input '{name}'" for name in needs.names if name != "t"] + [f"gauge '{name}'" for name in needs.gauges]
+    strange += [f"input '{name}'" for name in needs.names if name not in TIMES] + [
+        f"gauge '{name}'" for name in needs.gauges
+    ]
     if strange:
         raise UserError(
-            f"net 'diffusers' has heads v and u, and the input t alone; this objective needs {strange[0]}: take "
-            "objective.kind dumo, flow_matching, ucgm or consistency"
+            f"net 'diffusers' has heads v, u and m, and the inputs t and r; this objective needs {strange[0]}: take "
+            "objective.kind dumo, flow_matching, ucgm, consistency or meanflow"
         )
 
 

@@ -19,7 +19,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Jumps, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
 FLOOR = 0.01  # c of MeanFlow's Eq. 22, as its code has it on ImageNet
 
@@ -38,7 +38,7 @@ class DuMoAny(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(heads=("v", "u"), own={"u": ("r",)}, slope=self.slope, guide=self.guide)
+        return Needs(heads=("v", "u"), own={"u": ("r",)}, slope=self.slope, guide=self.guide, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of DuMo's Alg. 1, with MeanFlow's target and metric for u."""

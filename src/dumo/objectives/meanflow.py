@@ -20,7 +20,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share, normalized
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import Formulas, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
 
 class Line(Spec):
@@ -56,7 +56,7 @@ class MeanFlow(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        formulas = Formulas(climbs=True)
+        formulas = STRAIGHT._replace(climbs=True)
         return Needs(inputs=("t", "r"), heads=("u",), formulas=formulas, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from dumo.flow import dropout
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.times import Pair, Uniform
-from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
 from dumo.types.rows import index
 
 
@@ -32,7 +32,7 @@ class SplitMeanFlow(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t", "r"), heads=("u",), laws={"lam": Uniform()})
+        return Needs(inputs=("t", "r"), heads=("u",), laws={"lam": Uniform()}, formulas=STRAIGHT)
 
     @model_validator(mode="after")
     def _grounded(self) -> "SplitMeanFlow":

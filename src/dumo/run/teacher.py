@@ -136,7 +136,7 @@ def velocity(reads: Reads) -> Taught:
 
 def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
     """The velocity of a net's base, which is every head of it, at r = t where it takes r."""
-    base, names = bind(Base(net, precision), **needs.knobs), needs.inputs
+    base, names = bind(Base(net, precision), **needs.knobs), [n for n in needs.names if n not in needs.knobs]
     return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dumo.export.lora import product
-from dumo.export.model import CONFIG, INDEX, STOCKS, Stock, check_scheduler, restart, write_scheduler
+from dumo.export.model import INDEX, STOCKS, Stock
+from dumo.export.scheduler import CONFIG, check_scheduler, restart, write_scheduler
 from dumo.export.write import fits, read_index, vacant
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hermite, Restart, jumps

@@ -22,7 +22,7 @@ from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
-from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.objectives import DuMo, FlowMatching, Shortcut
 from dumo.run.config.load import load
 from dumo.training.deferred import Deferred
 from dumo.training.frozen import digest
@@ -268,7 +268,7 @@ def test_weights_may_be_in_several_files(folder: Saved, tmp_path: Path) -> None:
 
 
 def test_what_the_objective_asks_beyond_is_refused(folder: Saved) -> None:
-    for needs in (MeanFlow().needs, Needs(heads=("v", "m")), Needs(gauges=("g",)), Needs(knobs={"w": 1.0})):
+    for needs in (Shortcut().needs, Needs(heads=("v", "f")), Needs(gauges=("g",)), Needs(knobs={"w": 1.0})):
         with pytest.raises(UserError, match=r"objective\.kind dumo"):
             built(folder("sd3"), needs)
     with pytest.raises(UserError, match=r"net\.lora is null"), built(folder("sd3")).base():

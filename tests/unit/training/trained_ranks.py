@@ -16,11 +16,12 @@ from dumo.encoders.tokens import Tokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
+from dumo.flow.times import Pair
 from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
 from dumo.nets.rows import Rows
 from dumo.nets.text import Learned
-from dumo.objectives import DuMo
+from dumo.objectives import DuMo, MeanFlow
 from dumo.run.teacher import Base
 from dumo.runtime import dist
 from dumo.training import layout
@@ -32,7 +33,7 @@ from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Batch, Task, pieces, span
-from dumo.types import Cond, Sample, Time
+from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting
 from transformers_saved import CLASSES, SHAPE, saved
 from unit.nets.given import Given
@@ -45,7 +46,7 @@ SPEC = Train(steps=3, batch=8, ema=(Ema(decay=0.9),), clip=1.0, optimizer=AdamW(
 CAPTIONS, GREY = ("one", "two", "a three"), (1, 8, 8)
 ADAPTERS = {"full": None, "lora": Lora(rank=4), "half": Lora(rank=4, frozen="bfloat16")}
 EXACT = ("sdxl",)  # trained in float64, too: deep for its size, so rounding in float32 adds up
-CODED = {"int8": Lora(rank=4, frozen="int8"), "nf4": Lora(rank=4, frozen="nf4")}  # trained in float64
+CODED = {"int8": Lora(rank=4, frozen="int8"), "nf4": Lora(rank=4, frozen="nf4")}  # in float64, as what has two times
 
 
 def randoms(shape: tuple[int, ...], classes: int, step: int, dtype: torch.dtype = torch.float32) -> Batch:
@@ -79,7 +80,9 @@ def reader(way: str, place: Path) -> nn.Module:
     return net.build(OBJECTIVE.needs, GREY, len(CAPTIONS))
 
 
-def tuned(model: str, way: str, place: Path, stored: torch.dtype = torch.float32) -> Built:
+def tuned(
+    model: str, way: str, place: Path, stored: torch.dtype = torch.float32, objective: Objective = OBJECTIVE
+) -> Built:
     """A published transformer, in full or by adapters; of its weights each of two ranks makes its part."""
     spec, weights = saved(place, model), Deferred()
     if stored != torch.float32:
@@ -87,14 +90,14 @@ def tuned(model: str, way: str, place: Path, stored: torch.dtype = torch.float32
     spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
     noting = weights if dist.world() > 1 else nullcontext()
     with noting:
-        net = spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
+        net = spec.build(objective.needs, SHAPE, CLASSES)
     assert all(p.is_meta for p in net.parameters()) == (dist.world() > 1)
     net.refit(weights)
     if net.row.alone:  # captions of several lengths go through it one by one
         rows = net.texts
         assert isinstance(rows, Rows)
         net.texts = Rows(rows.tokens, torch.arange(rows.length) < torch.tensor([[2], [3], [1]]), None)
-    if way in CODED or model in EXACT:
+    if way in CODED or model in EXACT or objective is not OBJECTIVE:
         with noting:
             net.double()
     return net, weights
@@ -124,6 +127,12 @@ for name, ways in MODELS.items():
         asked = Task(OBJECTIVE, Linear(), CLASSES)
         data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if one in CODED or name in EXACT else torch.float32)
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
+two = MeanFlow(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5), times=Pair(velocity_ratio=0.5), power=0)
+for one in ("full", "lora"):
+    build = partial(tuned, "sd3", one, objective=two)
+    asked = Task(two, Linear(), CLASSES)
+    data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64)
+    CASES[f"sd3-two-{one}"] = Case(build, asked, data, based=one == "lora")
 
 
 # Clipped by a norm that is summed shard by shard, a weight of 16 bits would be rounded to its other neighbour.
@@ -157,7 +166,7 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
         base = Base(state.net, spec.precision)
 
         def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-            return v + 0.5 * (base(x, c, t=t)[0] - v)
+            return v + 0.5 * (base(x, c, **dict.fromkeys(case.task.objective.needs.names, t))[0] - v)
 
         task = replace(task, teacher=taught)
     mine = span(pieces(spec, task.objective))

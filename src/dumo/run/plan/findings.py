@@ -188,8 +188,9 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     x, c = (part.to(here) for part in random_batch("pretrained", len(TIMES), data.shape, data.classes))
     t = torch.tensor(TIMES, device=here)
     with torch.no_grad():
-        v = net(x, c, t=t)[0]
-        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)))[0]  # along v itself
+        rest = dict.fromkeys(net.names[1:], t)
+        v = net(x, c, t=t, **rest)[0]
+        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)), **rest)[0]  # along v itself
         rate, same = tangent(dual), torch.equal(primal(dual), v)
         assert isinstance(rate, Tensor)
         found = [Finding("dual pass", "ok", "has the bits of the plain one")]
@@ -199,7 +200,7 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
             # the model that it was: the same with its adapters off, or built again
             again = None if spec.lora else build(spec.model_copy(update={"lowpass": None})).eval()
             with net.base() if again is None else nullcontext(again) as before:
-                change = float((v - before(x, c, t=t)[0]).norm() / v.norm())
+                change = float((v - before(x, c, t=t, **rest)[0]).norm() / v.norm())
             text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
             found.append(judged("low-pass", text, AGAIN if change > CHANGE else ""))
     ratios = [float(r) for r in (lift(t, v) * rate).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)]
