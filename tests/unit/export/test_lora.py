@@ -8,7 +8,7 @@ import torch
 
 import transformers_tiny as tiny
 from comfyui import loaded, native
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline import Pipeline, published
 from dumo.export.lora import COMFYUI, comfyui, tensors
 from dumo.export.model import STOCKS, Exported
 from dumo.nets.adapter import Lora
@@ -65,9 +65,8 @@ def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
     assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == set(COMFYUI)
 
 
-def of_unet(name: str, row: Family, *, convolutions: bool) -> tuple[dict[str, torch.Tensor], Exported]:
+def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, torch.Tensor], Exported]:  # noqa: ANN401
     """As `tuned`, of a UNet of a published pipeline."""
-    model: Any = tiny.TINY[name].model()
     before = {key: x.clone() for key, x in model.state_dict().items()}
     spec = Pretrained(texts=Codes(), lora=Lora(rank=3, convolutions=convolutions))
     rows = spec.text_rows(row, model.config, CLASSES)
@@ -84,7 +83,7 @@ def of_unet(name: str, row: Family, *, convolutions: bool) -> tuple[dict[str, to
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_layers_of_a_unet_have_the_names_that_kohya_gave_them(convolutions: bool) -> None:
     """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""
-    before, exported = of_unet("sdxl", SDXL, convolutions=convolutions)
+    before, exported = of_unet(tiny.TINY["sdxl"].model(), SDXL, convolutions=convolutions)
     file, after = comfyui(exported), exported.model().state_dict()
     assert {"lora_unet_conv_out.diff", "lora_unet_time_embedding_linear_1.diff_b"} <= file.keys()
     assert convolutions == ("lora_unet_down_blocks_0_downsamplers_0_conv.lora_down.weight" in file)
@@ -102,6 +101,41 @@ def test_layers_of_a_unet_have_the_names_that_kohya_gave_them(convolutions: bool
     assert not left
 
 
+def published_layers() -> set[str]:
+    """The layers of SD 1's UNet that a LoRA of kohya's scripts has, by its keys in `safetensors_weight_mapping`.
+
+    PaddlePaddle/PaddleNLP at 0f033fe, ppdiffusers/ppdiffusers/webui_lora_helper.py: 192 of the UNet.
+    """
+    parts = [f"transformer_blocks_0_attn{i}_to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out_0")]
+    parts += ["proj_in", "proj_out", "transformer_blocks_0_ff_net_0_proj", "transformer_blocks_0_ff_net_2"]
+    blocks = (
+        [(f"down_blocks_{i}", 2) for i in (0, 1, 2)] + [("mid_block", 1)] + [(f"up_blocks_{i}", 3) for i in (1, 2, 3)]
+    )
+    return {
+        f"lora_unet_{block}_attentions_{k}_{part}" for block, count in blocks for k in range(count) for part in parts
+    }
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_keys_of_stable_diffusion_are_those_of_published_files(convolutions: bool) -> None:
+    """Of SD 1.5's own layout in narrow layers. Without convolutions proj_in and proj_out, 1 x 1, have no adapters."""
+    from diffusers import UNet2DConditionModel
+
+    narrow = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 8, "attention_head_dim": 4}
+    model: Any = UNet2DConditionModel.from_config(published("sd15")["transformer"] | narrow)
+    _, exported = of_unet(model, FAMILIES[UNET], convolutions=convolutions)
+    keys, layers = comfyui(exported).keys(), published_layers()
+    assert len(layers) == 192
+    found = {key.partition(".")[0] for key in keys if ".lora_" in key}
+    ends = ("proj_in", "proj_out")
+    assert {name for name in found if "attentions" in name} == {
+        name for name in layers if convolutions or not name.endswith(ends)
+    }
+    assert {f"{name}.{end}" for name in found for end in ("lora_down.weight", "lora_up.weight", "alpha")} == {
+        key for key in keys if ".diff" not in key
+    }
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:
@@ -109,7 +143,7 @@ def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     kind, row = (StableDiffusionXLPipeline, SDXL) if name == "sdxl" else (StableDiffusionPipeline, FAMILIES[UNET])
-    before, exported = of_unet(name, row, convolutions=True)
+    before, exported = of_unet(tiny.TINY[name].model(), row, convolutions=True)
     after, adapted = exported.model(), exported.model()
     rest = {key: x for key, x in before.items() if key.startswith(("conv_out", "time_embedding"))}
     adapted.load_state_dict(rest, strict=False)
