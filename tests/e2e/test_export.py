@@ -63,7 +63,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def test_the_card_of_an_exported_pipeline_makes_dumos_images(name: str, sd3: Case, tmp_path: Path) -> None:
     """The release gate: what is typed from the folder of a pipeline on, and the block of the card, verbatim.
 
-    In one pass and two, with words, at the trained size; guided, where a pass reads the row of no text, too.
+    In one pass, two and four, with words, at the trained size; guided, where a pass reads the row of no text, too.
     """
     case = sd3 if name == "SD3" else Case.of(name, tmp_path, *FULL)
     assert max(case.off(case.folder / "out" if case is sd3 else case.export("out"))) < LIMITS["full"]

@@ -30,7 +30,7 @@ from dumo.types import UserError
 
 PROMPT = "a red fox in the snow"
 CODED = "codes.safetensors"
-PASSES = {1: "one pass", 2: "two"}
+PASSES = {1: "one pass", 2: "two", 4: "four"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dumo.export.model import THOUSAND, Arguments, Exported
 
 KEY = "dmd2_config"
 UNREAD = "_use_default_values"  # names what diffusers passes over in silence; of other keys it warns
-PASSES = 2  # that a server makes, as the last call of a card: ours
+PASSES = 2  # that a server makes, as the second call of a card: ours
 
 
 def there(entry: object) -> bool:
