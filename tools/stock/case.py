@@ -227,7 +227,9 @@ class Case:
             images.append((there[f"{n}.image"].reshape(-1, 3, SIDE, SIDE), [x for _, x in noises]))
         return images
 
-    def off(self, out: Path, scale: float = 1.0, c: Tensor | None = None, nfe: Sequence[int] = (1, 2, 4)) -> list[float]:
+    def off(
+        self, out: Path, scale: float = 1.0, c: Tensor | None = None, nfe: Sequence[int] = (1, 2, 4)
+    ) -> list[float]:
         """How far the card's images, of these passes, are from dumo's, |a - b| / |b| of their pixels, call by call."""
         differences = list[float]()
         for passes, (image, noises) in zip(nfe, self.block(out), strict=True):
