@@ -183,6 +183,17 @@ def kills(results: Row) -> Iterator[str]:
         yield line([row["place"], str(row["ranks"]), str(row["hits"]), str(row["starts"]), end])
 
 
+def memory(results: Row) -> Iterator[str]:
+    """Host memory by mode and ranks: measured, and counted."""
+    phases = ["start", "first step", "save", "step", "resume", "export"]
+    yield line(["trained", "ranks", *phases])
+    yield "|" + "---|" * (2 + len(phases))
+    for mode, found in results.items():
+        for ranks, row in found["ranks"].items():
+            cells = [f"{row[name]['measured'] / 1e9:.2f} / {row[name]['dry'] / 1e9:.2f}" for name in phases]
+            yield line([f"{mode}, {found['gigabytes']:g} GB", ranks, *cells])
+
+
 TITLES = {"recall": "recall", "auc": "AUC", "auc_features": "AUC", "nearest": "nearest"}  # at one NFE
 TABLES = {
     "zoo": ("zoo", arms),
@@ -195,6 +206,7 @@ TABLES = {
     "fair": ("fair", fair),
     "stages": ("stages", arms),
     "kills": ("kill", kills),
+    "memory": ("memory", memory),
 }  # by name: the file, and what is made of it
 
 

@@ -1,10 +1,12 @@
 """Measure the host memory of a training's phases on one or more ranks, next to what `dumo dry` says.
 
-    python tools/memory.py --gigabytes 2 --ranks 1 2 4 [--set net.lora.rank=8 ...] [--json FILE]
+    python tools/memory.py --mode int8 --gigabytes 2 --ranks 1 2 4 [--heap] [--set FIELD=VALUE ...] [--json FILE]
 
 The model is a Stable Diffusion 3 of random weights, written to --folder in bf16 (--dtype): --gigabytes is its size in
 float32. Trained on digits, 16 patches each, so that work is small. Bytes are of a process's own memory (RssAnon
-of /proc): pages of a file that is mapped are the system's, which takes them back.
+of /proc): pages of a file that is mapped are the system's, which takes them back, but for those of a base in bf16 that
+one process trains on. The heap of glibc keeps freed blocks of up to 32 MB, as many as it has gaps between others; here
+blocks of 1 MiB and more go back at once, unless --heap. Then a step takes less time, and more memory than is counted.
 """
 
 import argparse
@@ -16,8 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-WIDTH = 1024
+WIDTH, WEIGHTS = 1024, "transformer/diffusion_pytorch_model.safetensors"
 EVERY = 0.004  # seconds between two looks
+MODES = {
+    "full": [],
+    "adamw8bit": ["train.optimizer.kind=adamw8bit", "train.weights=bfloat16", "train.precision=bf16"],
+    **{f: [f"net.lora={{rank: 64, frozen: {f}}}", "train.precision=bf16"] for f in ("bfloat16", "int8", "nf4")},
+}
 
 
 def model(folder: Path, gigabytes: float, dtype: str) -> None:
@@ -45,7 +52,7 @@ def model(folder: Path, gigabytes: float, dtype: str) -> None:
         name: (torch.randn(x.shape, generator=g) * (len(x) / x.numel()) ** 0.5).to(getattr(torch, dtype))
         for name, x in wanted.items()
     }
-    save_file(made, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_file(made, folder / WEIGHTS, {"format": "pt"})
 
 
 def words(folder: Path, more: list[str]) -> list[str]:
@@ -60,6 +67,7 @@ def work(args: argparse.Namespace) -> None:
     phase = Path(os.environ["PHASE"])
     import torch
 
+    from dumo.nets import lowpass
     from dumo.run.config.load import load
     from dumo.run.folder import begin, note
     from dumo.runtime import dist
@@ -68,6 +76,7 @@ def work(args: argparse.Namespace) -> None:
     from dumo.training.step import Task, pieces, span, train_step
 
     torch.set_num_threads(1)
+    lowpass.STEPS = 1  # of the time embedder's fit: most of a start's seconds, and none of its memory
     run, out, here = load("digits", words(args.folder / "model", args.set)), args.folder / "run", torch.device("cpu")
     with dist.join():
         time.sleep(0.1)
@@ -103,6 +112,18 @@ def own(pid: int) -> int:
     return int(lines["RssAnon"].split()[0]) * 1024
 
 
+def mapped(pid: int, file: Path) -> int:
+    """Resident bytes of a mapped file in a process."""
+    found, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        word, *rest = line.split()
+        if not word.endswith(":"):
+            inside = line.endswith(str(file))
+        elif inside and word == "Rss:":
+            found += int(rest[0]) * 1024
+    return found
+
+
 def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
     """The most that any of these ranks had, by phase."""
     with socket.socket() as s:
@@ -113,6 +134,7 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
     for rank, phase in enumerate(phases):
         phase.write_text(work if work == "export" else "imports")
         env = {"PHASE": str(phase), "OMP_NUM_THREADS": "1"}
+        env |= {} if args.heap else {"MALLOC_MMAP_THRESHOLD_": f"{2**20}"}
         if ranks > 1:
             env |= {
                 "RANK": f"{rank}",
@@ -121,22 +143,26 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
                 "LOCAL_WORLD_SIZE": f"{ranks}",
             }
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-        words = [sys.executable, __file__, "--work", work, "--folder", str(args.folder)]
-        words += ["--set", *args.set] if args.set else []
+        words = [sys.executable, __file__, "--work", work, "--folder", str(args.folder), "--mode", args.mode]
+        words += ["--set", *args.more] if args.more else []
         if work == "export":
             words = [sys.executable, "-m", "dumo", "export", "--to", "safetensors", str(args.folder / "run")]
             words += [str(args.folder / "out.safetensors")]
         running.append(subprocess.Popen(words, env=os.environ | env))
-    most: dict[str, int] = {}
+    most, looks, pages = dict[str, int](), 0, 0
+    keeps = ranks == 1 and args.mode == "bfloat16" and work != "export"  # which has weights of its own
     while any(one.poll() is None for one in running):
         for one, phase in zip(running, phases, strict=True):
             try:
-                name, size = phase.read_text(), own(one.pid)
+                if keeps and looks % 50 == 0:  # slow to read, and slow to change
+                    pages = mapped(one.pid, args.folder / "model" / WEIGHTS)
+                name, size = phase.read_text(), own(one.pid) + pages
             except (OSError, KeyError):  # it ends
                 continue
             if not name:  # it is being written
                 continue
             most[name] = max(most.get(name, 0), size)
+        looks += 1
         time.sleep(EVERY)
     if any(one.returncode for one in running):
         raise SystemExit(f"{work} on {ranks} ranks failed")
@@ -155,6 +181,8 @@ def planned(args: argparse.Namespace, ranks: int) -> dict[str, int]:
 def main() -> None:
     """Measure, and print a row for each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=MODES, default="full")
+    parser.add_argument("--heap", action="store_true")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -163,7 +191,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.folder = args.folder.resolve()
+    args.folder, args.more = args.folder.resolve(), args.set
+    args.set = [*MODES[args.mode], *args.set]
     if args.work:
         return work(args)
     import shutil
@@ -171,7 +200,6 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "model").is_dir():
         model(args.folder / "model", args.gigabytes, args.dtype)
-    rows = {}
     for ranks in args.ranks:
         shutil.rmtree(args.folder / "run", ignore_errors=True)
         (args.folder / "out.safetensors").unlink(missing_ok=True)
@@ -179,11 +207,15 @@ def main() -> None:
         found |= {"resume": measure(args, ranks, "resume")["resume"]}
         found |= measure(args, 1, "export")
         dry = planned(args, ranks)
-        rows[ranks] = {name: {"measured": size, "dry": dry[name]} for name, size in found.items() if name in dry}
+        rows = {name: {"measured": size, "dry": dry[name]} for name, size in found.items() if name in dry}
         each = (f"{name} {size / 1e9:.2f} / {dry[name] / 1e9:.2f}" for name, size in found.items() if name in dry)
         print(f"{ranks}: {', '.join(each)}; imports {found['imports'] / 1e9:.2f}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        if args.json:
+            found = json.loads(args.json.read_text()) if args.json.exists() else {}
+            mode = args.mode + (", heap" if args.heap else "")
+            there = found.get(mode, {}).get("ranks", {})
+            found[mode] = {"gigabytes": args.gigabytes, "set": args.set, "ranks": there | {f"{ranks}": rows}}
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def uncoded(opened: RunFolder) -> nn.Module:
     if not isinstance(spec, Pretrained) or (whole := spec.uncoded()) is spec:
         return opened.net
     net = opened.run.model_copy(update={"net": whole}).build(opened.device)
-    net.load_state_dict(trained(opened.net), strict=False)
+    net.load_state_dict(trained(opened.net), strict=False, assign=True)  # which are there once
     return net.eval()
 
 

@@ -183,7 +183,7 @@ class Dualized(nn.Module):
     def stock(self, head: str, *, merged: bool = False, fixed: Fixed | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The model with one head as its last layer, of its own class and shapes; weights are shared.
 
-        `merged`: adapters are added to their layers, in a copy. `fixed`: the embedding of the gap is in that of t.
+        `merged`: adapters are added to their layers, in a copy, in float32. `fixed`: the embedding of t has the gap's.
         Raises KeyError for an unknown head.
         """
         own = self.heads[head]
@@ -195,7 +195,8 @@ class Dualized(nn.Module):
         model = exchanged(self.model, parts | ({self.last_of_time: fixed.layer} if fixed else {}))
         set_channels(model, self.row.out_channels, self.channels)
         if merged:
-            model = copy.deepcopy(model)
+            single = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True), False) for p in model.parameters()}
+            model = copy.deepcopy(model, single)  # a copy in bf16 first would be memory for nothing
             adapter.merge(model)
         return model
 

@@ -12,10 +12,15 @@ from torch.nn import functional as F
 
 import dumo.runtime
 from dumo.autodiff.dual import pair, primal, tangent
+from dumo.flow.slope import DualSlope, JvpSlope
+from dumo.nets.adapter import Lora
+from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import BLOCK, Coded, Coding, decoded, encode, import_bitsandbytes, quantise, saved
+from dumo.nets.twin import put
 from dumo.training.frozen import digest
-from dumo.types import UserError
+from dumo.types import Frozen, UserError
 from forked import ENVIRONMENT
+from transformers_saved import SHAPE, Saved, batch, built
 
 CODINGS: tuple[Coding, ...] = ("int8", "nf4")
 NF4 = torch.tensor(  # QLoRA, Appendix E
@@ -95,6 +100,40 @@ def test_no_pass_keeps_the_weight(coding: Coding) -> None:
     assert not any(t.is_floating_point() and t.numel() == 40 * 96 for t in kept)
     out.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_coded_net_is_that_of_the_weights_its_codes_stand_for(folder: Saved, name: str, coding: Coding) -> None:
+    """Heads, du/dt and the gradients of adapters in float32, against the decoded net in float64."""
+    net = built(folder(name), lora=Lora(rank=4, frozen=coding), lowpass=10.0)
+    g = torch.Generator().manual_seed(6)
+    for path, p in net.named_parameters():
+        if "lora_B" in path:  # it begins at zero
+            p.data = 0.1 * torch.randn(p.shape, generator=g)
+    exact, count = copy.deepcopy(net).double(), 0
+    for path, coded in [*exact.named_modules()]:
+        if isinstance(coded, Coded):
+            plain = nn.Linear(coded.in_features, coded.out_features, device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight(coded), False), coded.bias
+            put(exact, path, plain)
+            count += 1
+    assert count > 10
+    (x, c, t), w = batch(), torch.randn(2, *SHAPE, generator=g)
+    found = answers(net, DualSlope(), x, c, t, w)
+    for key, true in answers(exact, JvpSlope(), x.double(), c, t.double(), w.double()).items():
+        assert (found[key] - true).norm() <= 1e-5 * true.norm(), key
+
+
+def answers(
+    net: Dualized, slope: DualSlope | JvpSlope, x: Tensor, c: Tensor, t: Tensor, w: Tensor
+) -> dict[str, Tensor]:
+    """Heads, their slopes along w, and the gradients of what is trained."""
+    heads, along = slope(net, Frozen(net), x, c, t=t)
+    found = {f"head {i}": head.detach() for i, head in enumerate(heads)}
+    found |= {f"slope {i}": part.detach() for i, part in enumerate(along(w))}
+    sum(((i + 1) * head * w).sum() for i, head in enumerate(heads)).backward()
+    return found | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
 def blocks(*, seed: int = 0) -> nn.Module:

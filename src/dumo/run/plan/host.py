@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from dumo.nets.adapter import adapters
+from dumo.nets.lowbit import saved
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
@@ -43,7 +44,8 @@ def host(
     here = dict.fromkeys(held, 0) if gpu else {name: size // share for name, size in held.items()}
     step, kept = 0 if gpu else step, here["weights"] + here["averages"]
     uncut = 0 if gpu else held["gradients"] - here["gradients"]  # kept longer than the count of a GPU's step has it
-    added = sum(p.numel() * 4 for p in net.parameters()) if adapters(net) else 0  # in float32: `adapter.merge`
+    numbers = sum(p.numel() for p in net.parameters()) + saved(net)
+    added = 4 * numbers if adapters(net) else 0  # in float32: `adapter.merge`
     meets = PROCESS + (MEETING if ranks > 1 else 0)
     processes = {
         "start": kept + largest + meets,

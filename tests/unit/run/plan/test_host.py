@@ -40,13 +40,15 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     assert one["export"] == held["weights"] == four["export"] - largest
 
 
-def test_adapters_are_added_in_a_copy() -> None:
+@pytest.mark.parametrize("coding", ["bfloat16", "int8", "nf4"])
+def test_adapters_are_added_in_a_copy(coding: str) -> None:
+    """Of all weights in float32, whatever the base is kept in."""
     pytest.importorskip("peft")
-    run = load("sd3-lora")
+    run = load("sd3-lora", [f"net.lora.frozen={coding}"])
     net = run.outline()
     held = plan.held(net, run.train)
     found = host(net, run.train, 1, held, 0, 0, "GPU")["process"]["export"] - PROCESS
-    assert found == held["weights"] + 4 * sum(p.numel() for p in net.parameters())
+    assert found == held["weights"] + 4 * sum(p.numel() for p in load("sd3-lora").outline().parameters())
 
 
 def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
