@@ -76,20 +76,18 @@ def line(cells: list[str]) -> str:
 
 
 def arms(results: Row) -> Iterator[str]:
-    """Every arm: what it cost, its main score at 1, 2 and 4 NFE, and further measures at one."""
+    """Every arm: what a step costs, its main score at 1, 2 and 4 NFE, and further measures at one."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     arms = read(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
-    has, mmd = every[0][0].keys(), main_score(every[0][0]) == "mmd"
-    names = ("recall", "auc" if "auc" in has else "auc_features", *["nearest"] * mmd)
-    yield line(
-        ["", "steps", "F", f"{'kernel distance · 10³' if mmd else 'FD'}, 1 NFE", "2", "4", *map(TITLES.get, names)]
-    )
-    yield "|" + "---|" * (6 + len(names))
+    mmd = main_score(every[0][0]) == "mmd"
+    names = ("recall", *["nearest"] * mmd)
+    yield line(["", "F", f"{'kernel distance · 10³' if mmd else 'FD'}, 1 NFE", "2", "4", *names])
+    yield "|" + "---|" * (5 + len(names))
     for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
         one, name = own[0], next(iter(own[0].values()))
         shown = f"[{name}](objectives/details.md#{kinds[name]})" if name in kinds else name
-        costs = [f"**{shown}**" if name == first else shown, f"{one['steps']:,}", f"{one['F_per_step']:.2f}"]
+        costs = [f"**{shown}**" if name == first else shown, f"{one['F_per_step']:.2f}"]
         yield line([*costs, *cells, *(f"{one[key]:.2f}" if one["nfe"] == 1 else "" for key in names)])
 
 
@@ -120,13 +118,13 @@ def best(results: Row) -> Iterator[str]:
     """Arms at each budget from 1 on, by number of passes; within a budget bold what cannot be told from the least."""
     rows = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] >= 1]
     title = "kernel distance · 10³" if main_score(rows[0][0]) == "mmd" else "FD"
-    yield line(["", "budget", "steps", f"{title}, 1 NFE", "2", "4", "50", "recall"])
-    yield "|" + "---|" * 8
+    yield line(["", "budget", f"{title}, 1 NFE", "2", "4", "50", "recall"])
+    yield "|" + "---|" * 7
     for budget in dict.fromkeys(own[0]["budget"] for own in rows):
         every = [own for own in rows if own[0]["budget"] == budget]
         for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
             one = own[0]
-            yield line([one["arm"], f"{budget:.2g}", f"{one['steps']:,}", *scores, f"{one['recall']:.2f}"])
+            yield line([one["arm"], f"{budget:.2g}", *scores, f"{one['recall']:.2f}"])
 
 
 def power(results: Row) -> Iterator[str]:
@@ -183,7 +181,6 @@ def kills(results: Row) -> Iterator[str]:
         yield line([row["place"], str(row["ranks"]), str(row["hits"]), str(row["starts"]), end])
 
 
-TITLES = {"recall": "recall", "auc": "AUC", "auc_features": "AUC", "nearest": "nearest"}  # at one NFE
 TABLES = {
     "zoo": ("zoo", arms),
     "zoo-far": ("zoo", far),
