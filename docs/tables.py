@@ -173,12 +173,14 @@ def fair(results: Row) -> Iterator[str]:
 
 
 def kills(results: Row) -> Iterator[str]:
-    """Kills by place and ranks, and what came of them."""
-    yield line(["killed while", "ranks", "kills", "starts", "the end"])
-    yield "|" + "---|" * 5
+    """What came of the kills, by place and ranks."""
+    yield line(["killed while", "one process", "two ranks"])
+    yield "|" + "---|" * 3
+    found: dict[str, list[str]] = {}
     for row in results["rows"]:
-        end = f"{len(row['differs'])} numbers differ" if row["differs"] else f"bit-equal, {row['works']} times"
-        yield line([row["place"], str(row["ranks"]), str(row["hits"]), str(row["starts"]), end])
+        end = f"{len(row['differs'])} numbers differ" if row["differs"] else "bit-equal"
+        found.setdefault(row["place"], []).append(f"{row['hits']} kills, {row['starts']} starts: {end}")
+    yield from (line([place, *cells]) for place, cells in found.items())
 
 
 TABLES = {
