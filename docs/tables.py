@@ -76,19 +76,18 @@ def line(cells: list[str]) -> str:
 
 
 def arms(results: Row) -> Iterator[str]:
-    """Every arm: what a step costs, its main score at 1, 2 and 4 NFE, and further measures at one."""
+    """Every arm: what a step costs, its main score at 1, 2 and 4 NFE, and its recall at one."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     arms = read(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
-    mmd = main_score(every[0][0]) == "mmd"
-    names = ("recall", *["nearest"] * mmd)
-    yield line(["", "F", f"{'kernel distance · 10³' if mmd else 'FD'}, 1 NFE", "2", "4", *names])
-    yield "|" + "---|" * (5 + len(names))
+    title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
+    yield line(["", "F", f"{title}, 1 NFE", "2", "4", "recall"])
+    yield "|" + "---|" * 6
     for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
         one, name = own[0], next(iter(own[0].values()))
         shown = f"[{name}](objectives/details.md#{kinds[name]})" if name in kinds else name
         costs = [f"**{shown}**" if name == first else shown, f"{one['F_per_step']:.2f}"]
-        yield line([*costs, *cells, *(f"{one[key]:.2f}" if one["nfe"] == 1 else "" for key in names)])
+        yield line([*costs, *cells, f"{one['recall']:.2f}" if one["nfe"] == 1 else ""])
 
 
 def far(results: Row) -> Iterator[str]:
@@ -115,16 +114,14 @@ def front(results: Row) -> Iterator[str]:
 
 
 def best(results: Row) -> Iterator[str]:
-    """Arms at each budget from 1 on, by number of passes; within a budget bold what cannot be told from the least."""
-    rows = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] >= 1]
-    title = "kernel distance · 10³" if main_score(rows[0][0]) == "mmd" else "FD"
-    yield line(["", "budget", f"{title}, 1 NFE", "2", "4", "50", "recall"])
-    yield "|" + "---|" * 7
-    for budget in dict.fromkeys(own[0]["budget"] for own in rows):
-        every = [own for own in rows if own[0]["budget"] == budget]
-        for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-            one = own[0]
-            yield line([one["arm"], f"{budget:.2g}", *scores, f"{one['recall']:.2f}"])
+    """Arms at the largest budget, by number of passes; bold what cannot be told from the least."""
+    largest = max(row["budget"] for row in results["table"])
+    every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == largest]
+    title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
+    yield line(["", f"{title}, 1 NFE", "2", "4", "50", "recall"])
+    yield "|" + "---|" * 6
+    for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
+        yield line([own[0]["arm"], *scores, f"{own[0]['recall']:.2f}"])
 
 
 def power(results: Row) -> Iterator[str]:
