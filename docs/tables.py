@@ -90,13 +90,6 @@ def arms(results: Row) -> Iterator[str]:
         yield line([*costs, *cells, f"{one['recall']:.2f}" if one["nfe"] == 1 else ""])
 
 
-def far(results: Row) -> Iterator[str]:
-    """Why some are far from DuMo, nearest first."""
-    rows = [row for row in results["table"] if row["why"]]
-    for row in sorted(rows, key=lambda row: row["over_dumo_1_pass"]):
-        yield f"- {row['objective']}, {row['over_dumo_1_pass']:.1f} times: {row['why']}."
-
-
 def front(results: Row) -> Iterator[str]:
     """Five of the arms at a budget of 1, the nearest in one pass first; and what a perfect sampler would have."""
     yield "| | 1 NFE | 2 | 4 | 50 |"
@@ -180,7 +173,6 @@ def kills(results: Row) -> Iterator[str]:
 
 TABLES = {
     "zoo": ("zoo", arms),
-    "zoo-far": ("zoo", far),
     "front": ("best", front),
     "best": ("best", best),
     "best-latents": ("best-latents", best),
