@@ -1,5 +1,5 @@
-"""What the pages have people type. Tests run the blocks that say `sh`; those that say `bash`, for a GPU, weights or hours,
-and commands within a sentence are only parsed.
+"""What the pages have people type. Tests run the blocks that say `sh`. Those that say `bash`, which need a GPU, weights
+or hours, and commands within a sentence are only parsed.
 
 python tests/docs/page.py    # how much of each there is
 """

@@ -6,18 +6,25 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGES = {"README": ROOT / "README.md"} | {
-    name: ROOT / f"docs/{name}.md"
-    for name in (
-        *("photos", "captions", "pretrained", "sdxl", "memory", "gpus", "own-objective", "compare", "evaluation"),
-        "paper",
-    )
-}
+from docs.page import README, ROOT
+
+USERS = (
+    "photos",
+    "captions",
+    "pretrained",
+    "sdxl",
+    "memory",
+    "gpus",
+    "own-objective",
+    "compare",
+    "evaluation",
+    "paper",
+)
+PAGES = [README, *(ROOT / f"docs/{name}.md" for name in USERS)]
 WORDS, OF_README = 1200, 600  # of a page, as `wc -w` counts them
 LENGTH, EASE = 18.0, 50.0  # words of a sentence in the mean; Flesch's reading ease, 50 to 60 being "fairly difficult"
 CODE = re.compile(r"^( *)```.*?^\1```$|^(?: {4}|\t).*?$|<!--.*?-->|\$\$.*?\$\$", re.DOTALL | re.MULTILINE)
-SHORT = re.compile(r"`[^`\n]*`|\$[^$\n]+\$")  # code and formulas within a sentence, which count as a noun of two syllables
+SHORT = re.compile(r"`[^`\n]*`|\$[^$\n]+\$")  # in a sentence: counts as a noun of two syllables
 NUMBER = re.compile(r"(?<=\d)[.,](?=\d)")
 
 
@@ -53,16 +60,18 @@ def prose(page: str) -> Prose:
     return Prose(len(page.split()), length, 206.835 - 1.015 * length - 84.6 * sounds)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_short_and_reads_easily(name: str) -> None:
-    words, length, ease = prose(PAGES[name].read_text(encoding="utf-8"))
-    assert words <= (OF_README if name == "README" else WORDS)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short_and_reads_easily(page: Path) -> None:
+    words, length, ease = prose(page.read_text(encoding="utf-8"))
+    assert words <= (OF_README if page == README else WORDS)
     assert length <= LENGTH
     assert ease >= EASE
 
 
 def test_a_heavy_page_is_found() -> None:
-    light = "# A\n\nThe dog ran. It saw a cat, and `sat.down` there.\n\n- One [cat](b.md).\n- Two.\n\n| a |\n|---|\n| b |\n"
+    light = (
+        "# A\n\nThe dog ran. It saw a cat, and `sat.down` there.\n\n- One [cat](b.md).\n- Two.\n\n| a |\n|---|\n| b |\n"
+    )
     assert sentences(light) == ["The dog ran.", "It saw a cat, and object there.", "- One cat.", "- Two."]
     assert prose(light).ease > 100
     heavy = "Unconditional regularization necessitates comprehensive hyperparameter optimization " * 3

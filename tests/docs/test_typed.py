@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from docs.page import PAGES, ROOT, blocks, lines
 from docs.test_tutorial import photos
@@ -20,11 +19,10 @@ ELSEWHERE = {"README", "photos", "compare", "paper", "own-objective", "library"}
 TWO = sets("train.steps=2", "train.schedule.warmup=0", "evaluate.protocol.samples=20")
 TUNED = [
     *sets(f"data.images.side={SIDE}", "train.batch=4", "train.micro_batch=4", "train.share=1", "train.precision=fp32"),
+    *sets("net.lora.frozen=float32"),
     *TWO,
 ]
 DIGITS = [*TINY, *sets("train.steps=2", "train.batch=32")]
-NETS = {"digits-pi-flow": (), "digits-drift": sets("train.batch=256")}  # what a recipe needs otherwise than DIGITS
-
 pytestmark = pytest.mark.slow
 
 
@@ -33,9 +31,11 @@ def typed(page: str, small: list[str], **instead: str) -> None:
     for line in lines(ROOT / f"docs/{page}.md", "sh"):
         program, *words = shlex.split(os.path.expandvars(line), comments=True)
         if program == "export":
-            os.environ.update(word.split("=", 1) for word in words)
+            os.environ |= {name: value for name, _, value in (word.partition("=") for word in words)}
         elif program == "dumo":
-            more = small if words[0] in ("train", "encode", "doctor") else []
+            more = [*small] if words[0] in ("train", "encode", "doctor") else []
+            if words[0] == "train" and "--out" not in words and Path("runs", words[1]).exists():
+                more += ["--out", f"runs/{len(list(Path('runs').iterdir()))}"]  # an alternative to one before
             done = call(*(instead.get(word, word) for word in words), *more)
             assert done.code == 0, (line, done)
         else:
@@ -70,3 +70,46 @@ def test_sdxl(here: Path) -> None:
     save("SDXL", here / "sdxl")
     typed("sdxl", TUNED)
     assert (here / "fox.safetensors").is_file()
+
+
+def test_captions(here: Path) -> None:
+    save("SANA", here / "sana")
+    (here / "prompts.txt").write_text("a red car\n", encoding="utf-8")
+    typed("captions", TWO)
+
+
+def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETRAINED", str(save("Flux", here / "flux")))
+    monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
+    typed("memory", TUNED)
+
+
+def test_gpus(here: Path) -> None:
+    typed("gpus", [])
+
+
+def test_evaluation(here: Path) -> None:
+    small = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60")
+    assert call("train", "photos", "--yes", *small).code == 0
+    made = call("sample", "runs/photos", "--count", "60", "--format", "npz", "--out", "made").out
+    Path(made.strip()).rename("samples.npz")
+    typed("evaluation", [], **{"50000": "8"})
+
+
+def test_mathematics(here: Path) -> None:
+    typed("mathematics", DIGITS)
+
+
+def test_objectives(here: Path) -> None:
+    assert call("train", "digits-flow-matching", *DIGITS).code == 0  # the teacher
+    typed("objectives/index", DIGITS)
+
+
+def test_details(here: Path) -> None:
+    typed("objectives/details", DIGITS)
+
+
+def test_every_page_that_types_is_typed() -> None:
+    here = {name.removeprefix("test_") for name in globals() if name.startswith("test_")} | ELSEWHERE
+    pages = {page.stem for page in PAGES if blocks(page, "sh")}
+    assert {"objectives" if name == "index" else name for name in pages} <= here
