@@ -12,7 +12,7 @@ import pytest
 from docs.page import PAGES, ROOT, blocks, lines
 from docs.test_tutorial import photos
 from dumo.run.plan import machine
-from e2e.shell import TINY, call, sets
+from e2e.shell import call, sets
 from pipelines import SIDE, save
 
 ELSEWHERE = {"README", "photos", "compare", "paper", "own-objective", "library"}
@@ -22,7 +22,8 @@ TUNED = [
     *sets("net.lora.frozen=float32"),
     *TWO,
 ]
-DIGITS = [*TINY, *sets("train.steps=2", "train.batch=32")]
+DIGITS = sets("train.steps=2", "train.batch=32")
+MORE = {"digits-drift": sets("train.batch=256"), "digits-cmt": sets("teacher.pairs.count=32")}  # by recipe
 pytestmark = pytest.mark.slow
 
 
@@ -33,7 +34,7 @@ def typed(page: str, small: list[str], **instead: str) -> None:
         if program == "export":
             os.environ |= {name: value for name, _, value in (word.partition("=") for word in words)}
         elif program == "dumo":
-            more = [*small] if words[0] in ("train", "encode", "doctor") else []
+            more = [*small, *MORE.get(words[1], ())] if words[0] in ("train", "encode", "doctor") else []
             if words[0] == "train" and "--out" not in words and Path("runs", words[1]).exists():
                 more += ["--out", f"runs/{len(list(Path('runs').iterdir()))}"]  # an alternative to one before
             done = call(*(instead.get(word, word) for word in words), *more)
