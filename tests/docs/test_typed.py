@@ -23,7 +23,13 @@ TUNED = [
     *TWO,
 ]
 DIGITS = sets("train.steps=2", "train.batch=32")
-MORE = {"digits-drift": sets("train.batch=256"), "digits-cmt": sets("teacher.pairs.count=32")}  # by recipe
+SMALL = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4")
+MORE = {  # by recipe
+    "digits-drift": sets("train.batch=256"),
+    "digits-cmt": sets("teacher.pairs.count=32"),
+    "photos": [*SMALL, "--yes"],
+    "text-256": [*SMALL, *sets(f"data.images.side={SIDE}", "net.texts.width=16", "train.precision=fp32")],
+}
 pytestmark = pytest.mark.slow
 
 
@@ -91,8 +97,10 @@ def test_gpus(here: Path) -> None:
 
 def test_evaluation(here: Path) -> None:
     small = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60")
+    for caption in here.rglob("*.txt"):
+        caption.unlink()
     assert call("train", "photos", "--yes", *small).code == 0
-    made = call("sample", "runs/photos", "--count", "60", "--format", "npz", "--out", "made").out
+    made = call("sample", "runs/photos", "--nfe", "1", "--count", "60", "--format", "npz", "--out", "made").out
     Path(made.strip()).rename("samples.npz")
     typed("evaluation", [], **{"50000": "8"})
 
