@@ -30,8 +30,9 @@ check: $(BIN)/.developed ## lint, formatting, types, layers, sizes
 	$(BIN)/lint-imports
 	$(BIN)/python tools/budget.py
 
-docs: $(BIN)/.developed ## build the documentation: open site/index.html
+docs: $(BIN)/.developed ## build the documentation: open site/index.html; count words, pages, and commands that tests run
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tests/docs/page.py
 
 mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each
 	$(BIN)/python tools/mutants.py

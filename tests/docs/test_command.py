@@ -1,4 +1,7 @@
-"""Every command on a page is one that dumo takes: its options are there, and its recipe has the fields that it sets."""
+"""Every command on a page is one that dumo takes: its options are there, and its recipe has the fields that it sets.
+
+Which of them run, and which are only parsed: docs/page.py.
+"""
 
 import re
 import shlex
@@ -8,27 +11,13 @@ from typing import Any
 import pytest
 import typer
 
+from docs.page import PAGES, dumos, inline, lines
 from dumo.cli import app
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    *(path for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md" and "adr" not in path.parts),
-]
-FENCED = re.compile(r"^```(?:sh|bash)\n(.*?)^```$|`((?:dumo|torchrun) [^`]*)`", re.DOTALL | re.MULTILINE)
 READERS = re.compile(r"\$|mine:|any_step|=sd35")  # values that are files or classes of the reader's
 NAMES = {"RECIPE": "digits", "K/N": "0/2", "FILE": "f", "N": "1"}  # what stands for something of the reader's
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The words after `dumo` of each."""
-    text = page.read_text(encoding="utf-8")
-    lines = [line for found in FENCED.findall(text) for line in "".join(found).replace("\\\n", "").splitlines()]
-    pieces = [piece for line in lines if "dumo" in line and "..." not in line for piece in line.split(" && ")]
-    words = [shlex.split(piece.partition(" >")[0], comments=True) for piece in pieces]
-    return [own[own.index("dumo") + 1 :] for own in words if "dumo" in own and own[0] in ("dumo", "torchrun")]
 
 
 def check(words: list[str]) -> None:
@@ -49,7 +38,7 @@ def check(words: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_taken(page: Path) -> None:
-    for words in commands(page):
+    for words in dumos([*lines(page, "sh"), *lines(page, "bash"), *inline(page)]):
         try:
             check(words)
         except Exception as error:

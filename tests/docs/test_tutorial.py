@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from docs.page import blocks, lines
 from dumo.lab.plan import read
 from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
@@ -29,16 +30,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def blocks(name: str, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
-    text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
 def typed(name: str) -> Iterator[str]:
     """Type a page's commands, each of which must end well, and give what each printed; trainings are made small."""
-    text = "".join(blocks(name, "sh")).replace("\\\n", "")
-    for line in text.splitlines():
+    for line in lines(PAGES / f"{name}.md", "sh"):
         program, *words = shlex.split(line, comments=True)
         assert program == "dumo", line
         asks = ["--yes"] * (words[:2] == ["train", "photos"])  # there is no terminal to ask on
@@ -78,7 +72,7 @@ def test_an_objective(here: Path) -> None:
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", here)
-    code, line, union = blocks("own-objective", "python")
+    code, line, union = blocks(PAGES / "own-objective.md", "python")
     assert re.search(r"AlphaFlow\n    \| AnyStep .*\n    \| Consistency\n", union)
     room = here / "src/dumo/objectives"
     listed = (room / "__init__.py").read_text(encoding="utf-8")
@@ -96,7 +90,7 @@ def test_an_objective(here: Path) -> None:
         env = ENVIRONMENT | {"PYTHONPATH": str(here / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return subprocess.run([sys.executable, "-m", *words], cwd=here, env=env, capture_output=True, text=True)
 
-    command = shlex.split(blocks("own-objective", "sh")[0])
+    command = shlex.split(blocks(PAGES / "own-objective.md", "sh")[0])
     done = run("dumo", *command[1:], *TINY, *sets("train.steps=2"))
     assert (done.returncode, "runs/any-step" in done.stderr) == (0, True), done.stderr
     law = "tests/theory/test_fixed_point.py::test_gradient_vanishes_at_the_flow"

@@ -26,9 +26,10 @@ def execute(page: Path) -> int:
 
 
 @pytest.mark.slow
-def test_python_on_a_page_runs_as_written(here: Path) -> None:
-    """README's runs in test_readme.py."""
-    assert execute(ROOT / "docs/library.md")
+@pytest.mark.parametrize("name", ["library", "gpus"])
+def test_python_on_a_page_runs_as_written(name: str, here: Path) -> None:
+    """README's runs in test_readme.py, that of own-objective.md in docs/test_tutorial.py."""
+    assert execute(ROOT / f"docs/{name}.md")
 
 
 @pytest.mark.slow

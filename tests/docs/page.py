@@ -1,0 +1,52 @@
+"""What the pages have people type. Tests run the blocks that say `sh`. Those that say `bash`, which need a GPU, weights
+or hours, and commands within a sentence are only parsed.
+
+python tests/docs/page.py    # how much of each there is
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+ALL = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in ALL if page.name != "log.md" and "adr" not in page.parts]  # which have people type
+INLINE = re.compile(r"`((?:dumo|torchrun) [^`]*)`")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def lines(page: Path, language: str) -> list[str]:
+    """The lines of these blocks, continued ones joined, without comments."""
+    text = "".join(blocks(page, language)).replace("\\\n", "")
+    return [line for line in text.splitlines() if line.strip() and line[0] != "#"]
+
+
+def dumos(typed: list[str]) -> list[list[str]]:
+    """The words after `dumo` of each line or part of a line that has it."""
+    pieces = [piece for line in typed if "dumo" in line and "..." not in line for piece in line.split(" && ")]
+    words = [shlex.split(piece.partition(" >")[0], comments=True) for piece in pieces]
+    words = [own[1:] if own[:1] == ["PYTHONPATH=."] else own for own in words]
+    return [own[own.index("dumo") + 1 :] for own in words if "dumo" in own and own[0] in ("dumo", "torchrun")]
+
+
+def inline(page: Path) -> list[str]:
+    """Commands in sentences and tables."""
+    return INLINE.findall(page.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Count."""
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in ALL)
+    run = sum(len(dumos(lines(page, "sh"))) for page in PAGES)
+    parsed = sum(len(dumos(lines(page, "bash") + inline(page))) for page in PAGES)
+    python = sum(len(blocks(page, "python")) for page in PAGES)
+    print(f"{words:,} words on {len(ALL)} pages; {run} commands and {python} blocks of Python run, {parsed} parsed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What pages type for a GPU or for published weights runs: on tiny pipelines of the same class, trained for two steps.
+
+Every page with a block `sh` is run by a test: here, in test_tutorial.py, e2e/test_page.py or e2e/test_readme.py.
+"""
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from docs.page import PAGES, ROOT, blocks, lines
+from docs.test_tutorial import photos
+from dumo.run.plan import machine
+from e2e.shell import call, sets
+from pipelines import SIDE, save
+
+ELSEWHERE = {"README", "photos", "compare", "paper", "own-objective", "library"}
+TWO = sets("train.steps=2", "train.schedule.warmup=0", "evaluate.protocol.samples=20")
+TUNED = [
+    *sets(f"data.images.side={SIDE}", "train.batch=4", "train.micro_batch=4", "train.share=1", "train.precision=fp32"),
+    *sets("net.lora.frozen=float32"),
+    *TWO,
+]
+DIGITS = sets("train.steps=2", "train.batch=32")
+MORE = {  # by recipe
+    "digits-drift": sets("train.batch=256"),
+    "digits-cmt": sets("teacher.pairs.count=32"),
+    "photos": ["--yes", *sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4")],
+}
+pytestmark = pytest.mark.slow
+
+
+def typed(page: str, small: list[str], **instead: str) -> None:
+    """Type the lines of a page's blocks `sh`, each of which must end well. `small` goes to what trains or encodes."""
+    for line in lines(ROOT / f"docs/{page}.md", "sh"):
+        program, *words = shlex.split(os.path.expandvars(line), comments=True)
+        if program == "export":
+            os.environ |= {name: value for name, _, value in (word.partition("=") for word in words)}
+        elif program == "dumo":
+            more = [*small, *MORE.get(words[1], ())] if words[0] in ("train", "encode", "doctor") else []
+            if words[0] == "train" and "--out" not in words and Path("runs", words[1]).exists():
+                more += ["--out", f"runs/{len(list(Path('runs').iterdir()))}"]  # an alternative to one before
+            done = call(*(instead.get(word, word) for word in words), *more)
+            assert done.code == 0, (line, done)
+        else:
+            assert program in ("pip", "hf"), line  # of the network
+
+
+def captioned(folder: Path) -> None:
+    """Photos with a caption each."""
+    photos(folder)
+    for image in folder.rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"a photo of {image.parent.name}, number {image.stem}", encoding="utf-8")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with captioned photos, to work in."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PRETRAINED", "MY_IMAGES", "PWD"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(machine, "compiler", lambda here: machine.Finding("torch.compile", "ok", "works"))  # slow
+    captioned(tmp_path / "photos")
+    return tmp_path
+
+
+def test_pretrained(here: Path) -> None:
+    save("SD3", here / "sd3")
+    typed("pretrained", TUNED)
+    assert (here / "few-steps/README.md").is_file()
+
+
+def test_sdxl(here: Path) -> None:
+    save("SDXL", here / "sdxl")
+    typed("sdxl", TUNED)
+    assert (here / "fox.safetensors").is_file()
+
+
+def test_captions(here: Path) -> None:
+    """Without the block for SANA's own autoencoder, which no tiny one replaces."""
+    typed("captions", TWO)
+
+
+def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETRAINED", str(save("Flux", here / "flux")))
+    monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
+    typed("memory", TUNED)
+
+
+def test_gpus(here: Path) -> None:
+    typed("gpus", [])
+
+
+def test_evaluation(here: Path) -> None:
+    small = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60")
+    for caption in here.rglob("*.txt"):
+        caption.unlink()
+    assert call("train", "photos", "--yes", *small).code == 0
+    made = call("sample", "runs/photos", "--nfe", "1", "--count", "60", "--format", "npz", "--out", "made").out
+    Path(made.strip()).rename("samples.npz")
+    typed("evaluation", [], **{"50000": "8"})
+
+
+def test_mathematics(here: Path) -> None:
+    typed("mathematics", DIGITS)
+
+
+def test_objectives(here: Path) -> None:
+    assert call("train", "digits-flow-matching", *DIGITS).code == 0  # the teacher
+    typed("objectives/index", DIGITS)
+
+
+def test_details(here: Path) -> None:
+    typed("objectives/details", DIGITS)
+
+
+def test_every_page_that_types_is_typed() -> None:
+    here = {name.removeprefix("test_") for name in globals() if name.startswith("test_")} | ELSEWHERE
+    pages = {page.stem for page in PAGES if blocks(page, "sh")}
+    assert {"objectives" if name == "index" else name for name in pages} <= here
