@@ -186,7 +186,8 @@ def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training: without dropout, whose masks cost little, and with routing."""
-    keys = dropout.keys(0, 0, len(b.t)).to(b.t.device)
+    routed = any(getattr(part, "routed", False) for part in net.modules())
+    keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if routed else None
 
     def step() -> None:
         with dropout.using(keys, drops=False):
