@@ -31,9 +31,9 @@ LAYER = 1  # whose keys these are: 0 are those of dropped words (`dumo.nets.text
 
 
 class Route(Spec):
-    """Which blocks are routed, and the share of the tokens that skip them; defaults of TREAD's code, for B/2."""
+    """Which blocks are routed, and the share of the tokens that skip them. Defaults are TREAD's, for B/2 (its code)."""
 
-    share: float = Field(default=0.5, gt=0, lt=1)
+    share: float = Field(gt=0, lt=1)  # TREAD: 0.5
     first: int = Field(default=2, ge=0, le=BLOCKS)  # blocks at the start that see all tokens
     last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
 

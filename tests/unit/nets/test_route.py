@@ -22,7 +22,7 @@ from dumo.types import Frozen, Heads, Needs, UserError, frozen
 from unit.nets.given import Given, drawn, points
 
 SHAPE, TOKENS = (3, 8, 8), 16
-TINY = DiT(patch=2, width=16, depth=5, attention=2, route=Route(first=1, last=2))
+TINY = DiT(patch=2, width=16, depth=5, attention=2, route=Route(share=0.5, first=1, last=2))
 VU, MF = Needs(heads=("v", "u")), Needs(inputs=("t", "r"), heads=("u",))
 KEYS = keys(0, 0, 6)
 KINDS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def test_a_row_is_what_its_tokens_make_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_keep_their_places(kind: str) -> None:
     """Routed blocks alone are blind to skipping tokens: those may change at will. To the others they give the same."""
-    net, (x, c, t) = tiny(first=0, route=Route(first=0, last=1), depth=2, **KINDS[kind]), points(6, SHAPE)
+    net, (x, c, t) = tiny(first=0, route=Route(share=0.5, first=0, last=1), depth=2, **KINDS[kind]), points(6, SHAPE)
     split, out = Split(KEYS, TOKENS, 8), list[Tensor]()
     net.blocks[0].register_forward_hook(lambda _, __, h: out.append(h))
     patches = net._patches(x, (4, 4)).clone()
@@ -221,7 +221,7 @@ def test_what_is_counted_is_what_a_step_does() -> None:
 @pytest.mark.parametrize(("first", "last"), [(3, 2), (0, 5), (7, 0)])
 def test_a_route_past_no_block_is_refused(first: int, last: int) -> None:
     with pytest.raises(UserError, match=r"net.route leaves no block.*of 5.*net.route=null"):
-        tiny(route=Route(first=first, last=last))
+        tiny(route=Route(share=0.5, first=first, last=last))
 
 
 def test_it_has_no_weights() -> None:

@@ -117,7 +117,7 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
-passing = DiT(patch=2, width=8, depth=4, attention=2, route=Route(first=1, last=1))
+passing = DiT(patch=2, width=8, depth=4, attention=2, route=Route(share=0.5, first=1, last=1))
 CASES["routed"] = Case(
     lambda _: passing.build(OBJECTIVE.needs, GREY, 3),
     Task(OBJECTIVE, Linear(), 3),
