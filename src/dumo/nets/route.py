@@ -17,7 +17,6 @@ What this assumes:
 """
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 
 import torch
 from pydantic import Field
@@ -81,16 +80,14 @@ def through(
     blocks: nn.ModuleList, h: Array, places: tuple[Tensor, ...], step: Callable[..., Array], route: Route | None
 ) -> Array:
     """The tokens h (b, n, width) after all blocks, by `step(number of the block, block, h, *places)`; None: dense."""
-    split = route and route.split(h)
-    for routed, some in groupby(enumerate(blocks), lambda pair: bool(split and pair[1].routed)):
-        before, near = h, places
-        if split and routed:
-            h, near = split.part(h), split.places(places)
-        for i, block in some:
-            h = step(i, block, h, *near)
-        if split and routed:
-            h = split.join(h, before)
-    return h
+    split, before, near, inside = route and route.split(h), h, places, False
+    for i, block in enumerate(blocks):
+        if split and block.routed != inside:
+            inside = not inside
+            before, h = (h, split.part(h)) if inside else (before, split.join(h, before))
+            near = split.places(places) if inside else places
+        h = step(i, block, h, *near)
+    return split.join(h, before) if split and inside else h
 
 
 def chosen(h: Array, index: Tensor) -> Array:
