@@ -1,14 +1,14 @@
 """Token routing (TREAD, Krause et al. 2025, arXiv 2501.04765): in training some tokens skip the middle blocks.
 
 Blocks `first` and on, all but the `last` ones, see a random part of each row's tokens. The other tokens wait, and come
-back as they left. A block's cost is that of its tokens, so with half of them a step of XL/2 costs 0.59 of a dense one.
+back as they left. A block's cost is that of its tokens, so with half of them a guided exact step of XL/2 counts 0.58.
 There are no new weights, and sampling is dense.
 
 What this assumes:
 
 - Which tokens skip is a function of row and step alone, by the keys of `dumo.flow.dropout`. So every pass of a step has
   the same: the one with gradients, V(c), V(null), and du/dt, which is then the derivative of the function that is
-  trained. Under guidance `dropout.off` leaves routing on. TREAD draws anew for each pass; it has one a step.
+  trained. Under guidance `dropout.off` leaves routing on. TREAD, which has one pass a step, needs no such key.
 - The tangent moves with its token: part and join are selections, of which the tangents' are the same selections.
 - A target is one of the routed net, for that is the one whose passes make it. An average as theta^- is dense, as it is
   in the mode of sampling: its derivative is the dense function's.
