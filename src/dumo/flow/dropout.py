@@ -8,6 +8,8 @@ device. An average of the weights as theta^- drops nothing: it is in the mode of
     with using(keys(seed, step, len(x))[rows]):  # the training step, for its rows of the batch
         loss(...)  # in it: `rows(...)` around a pass of some rows, `off()` around the null pass
 
+`off` is about dropout alone: token routing (`dumo.nets.route`) uses the same keys, and goes on inside.
+
 The net takes the keys once per pass, by `current`, and hands each layer its own, by `layer_keys`, as an argument: what
 is computed again by checkpointing, after the step has left these contexts, meets the same masks too.
 
@@ -40,6 +42,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.keys: Keys | None = None
         self.set = False  # whether by anybody
+        self.drops = True  # False: inside `off`
 
 
 _state = _State()
@@ -51,34 +54,39 @@ def keys(seed: int, step: int, batch: int) -> Keys:
 
 
 @contextmanager
-def using(rows: Keys | None, *, known: bool = True) -> Generator[None, None, None]:
-    """Inside, nets in training drop by these keys, one for each row of a pass; None: they drop nothing.
+def using(rows: Keys | None, *, known: bool = True, drops: bool = True) -> Generator[None, None, None]:
+    """Inside, nets in training drop and route by these keys, one for each row of a pass; None: they do neither.
 
-    `known`: whether that is so because the caller says it; if not, a net that drops raises.
+    `known`: whether that is so because the caller says it; if not, a net that drops or routes raises. Without `drops`
+    nothing is dropped.
     """
-    before, _state.keys, _state.set = (_state.keys, _state.set), rows, known
+    before = _state.keys, _state.set, _state.drops
+    _state.keys, _state.set, _state.drops = rows, known, drops
     try:
         yield
     finally:
-        _state.keys, _state.set = before
+        _state.keys, _state.set, _state.drops = before
 
 
 def rows(rows: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:
     """Inside, passes are of these rows alone."""
-    return using(None if (now := _state.keys) is None else now[rows], known=_state.set)
+    return using(None if (now := _state.keys) is None else now[rows], known=_state.set, drops=_state.drops)
 
 
 def off() -> AbstractContextManager[None]:
-    """Inside, nothing is dropped."""
-    return using(None)
+    """Inside, nothing is dropped. Tokens are routed as before."""
+    return using(_state.keys, drops=False)
 
 
-def current(n: int) -> Keys | None:
-    """The keys for a pass of n rows; None inside `off`. Raises RuntimeError where none are set, or for other rows."""
-    now = _state.keys
+def current(n: int, *, route: bool = False) -> Keys | None:
+    """The keys for a pass of n rows; None inside `off`, except to `route` by, and where none are wanted.
+
+    Raises RuntimeError where nobody set any, or for other rows.
+    """
+    now = _state.keys if _state.drops or route else None
     if not _state.set:
         raise RuntimeError(
-            "a net in training drops, and has no keys: make the pass inside `dropout.using(...)` or off()"
+            "a net in training drops or routes, and has no keys: make the pass inside `dropout.using(...)` or off()"
         )
     if now is not None and len(now) != n:
         raise RuntimeError(f"a pass of {n} rows has dropout keys for {len(now)}: make it inside `dropout.rows(...)`")
@@ -99,10 +107,16 @@ def drop(h: Array, rows: Keys, p: float) -> Array:
 def kept(rows: Keys, shape: Sequence[int], p: float) -> Bool[Tensor, "b ..."]:
     """Which numbers of shape (b, *shape) stay: those whose 16 bits, hashed from key and place, are not the lowest."""
     n, dropped = prod(shape), round(p * LEVELS)
-    step, start = _mix(rows).unsqueeze(-1).unbind(1)
-    places = torch.arange((n + 1) // 2, dtype=torch.int32, device=rows.device)
-    bits = _mix(places * (step | 1) + start).view(torch.int16)  # two numbers of 16 bits from one of 32
+    bits = hashes(rows, (n + 1) // 2).view(torch.int16)  # two numbers of 16 bits from one of 32
     return (bits[:, :n] >= dropped - LEVELS // 2).view(-1, *shape)
+
+
+@torch.no_grad()
+def hashes(rows: Keys, n: int) -> Int[Tensor, "b n"]:
+    """A number of 32 bits for each of n places of a row. No two of a row are equal: each step here is a bijection."""
+    step, start = _mix(rows).unsqueeze(-1).unbind(1)
+    places = torch.arange(n, dtype=torch.int32, device=rows.device)
+    return _mix(places * (step | 1) + start)
 
 
 def _mix(x: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:

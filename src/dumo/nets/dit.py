@@ -31,6 +31,7 @@ from dumo.nets.block import (
 )
 from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
+from dumo.nets.route import Route, through
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
@@ -59,6 +60,8 @@ class DiT(Spec):
     magnitude: Magnitude = Field(default="free", exclude_if=lambda magnitude: magnitude == "free")
     # the blocks after this many, and the heads, get r for t; None: all of them get both, as a sum
     late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
+    # some tokens skip the middle blocks in training; None: none
+    route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
     texts: Text | None = None  # the embeddings of the data's captions; None: a class has a learned label
     # Keep each block's input alone, and compute the rest again in the backward pass.
     checkpoint: Lean = Field(default=False, json_schema_extra=QUIET)
@@ -93,6 +96,8 @@ class DiT(Spec):
                 f"net.late {self.late} is after how many blocks the others get r: set it below net.depth = "
                 f"{self.depth}, with an objective whose heads all read r, such as meanflow, or set net.late=null"
             )
+        if self.route:
+            self.route.check(self.depth)
         if self.magnitude == "preserved" and self.texts:
             raise UserError(
                 "net.magnitude preserved has no blocks that read texts: use net.magnitude=free, or net.texts=null"
@@ -158,6 +163,9 @@ class Transformer(nn.Module):
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = bool(spec.checkpoint)
         make_lean(self.blocks, spec.checkpoint)
+        self.route = spec.route
+        if self.route:
+            self.route.note(self.blocks)
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -178,9 +186,11 @@ class Transformer(nn.Module):
             vector = self.label(c)
         conditions = [s if vector is None else s + vector for s in self._times(shared)]
         e, last = [F.silu(s) for s in conditions], conditions[-1]
-        for i, block in enumerate(self.blocks):
-            condition = e[0] if self.late is None or i < self.late else e[-1]
-            h = run_lean(block, h, condition, *text, *places)
+
+        def step(i: int, block: nn.Module, h: Array, *places: Array) -> Array:
+            return run_lean(block, h, e[0] if self.late is None or i < self.late else e[-1], *text, *places)
+
+        h = through(self.blocks, h, places, step, self.route if self.training else None)
         own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
         heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())

@@ -43,7 +43,12 @@ PRIVATE = (
     "gap.",
 )  # parts of a net that an objective asks for: another may lack them
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
-SAME = ("net.checkpoint:", "net.dropout:", "net.texts.drop:")  # fields of a net that leave it the same function
+SAME = (
+    "net.checkpoint:",
+    "net.dropout:",
+    "net.route:",
+    "net.texts.drop:",
+)  # fields of a net that leave it the same function
 
 
 @dataclass(frozen=True)

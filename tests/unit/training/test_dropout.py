@@ -1,4 +1,4 @@
-"""Dropout in a training step: its masks are keyed, reach the net, and are the same in every pass of the step."""
+"""Dropout and routing in a training step: keyed, they reach the net, and are the same in every pass of the step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +12,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT, Net, UNet
+from dumo.nets.route import Route
 from dumo.nets.text import Learned
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
@@ -22,9 +23,12 @@ SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
 SHAPE, CAPTIONS = (3, 8, 8), ("one", "two", "a three")
 
 
-@pytest.fixture(params=["unet", "words"])
+@pytest.fixture(params=["unet", "words", "routed"])
 def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net]:
-    """Nets that drop so much: numbers of a layer, or tokens of captions."""
+    """Nets that drop so much: numbers of a layer, or tokens of captions; or route that share of the tokens."""
+    if request.param == "routed":
+        deep = DiT(width=8, depth=4, attention=2)
+        return lambda p: deep.model_copy(update={"route": Route(share=p, first=1, last=1)}) if p else deep
     if request.param == "unet":
         return lambda p: UNet(**SMALL, dropout=p)
     encode(CAPTIONS, tokenizer := Tokenizer(length=8), tmp_path)

@@ -19,6 +19,7 @@ from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
 from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
+from dumo.nets.route import Route
 from dumo.nets.rows import Rows
 from dumo.nets.text import Learned
 from dumo.objectives import DuMo, MeanFlow
@@ -116,6 +117,13 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
+passing = DiT(patch=2, width=8, depth=4, attention=2, route=Route(share=0.5, first=1, last=1))
+CASES["routed"] = Case(
+    lambda _: passing.build(OBJECTIVE.needs, GREY, 3),
+    Task(OBJECTIVE, Linear(), 3),
+    partial(randoms, GREY, 3),
+    layouts=((1, False), (2, False), (2, True)),
+)
 MODELS = {
     "sd3": (*ADAPTERS, *CODED),
     "flux": ("full", "lora"),

@@ -19,6 +19,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.lab.step import Plain
 from dumo.nets.dit import DiT
+from dumo.nets.route import Route
 from dumo.nets.text import Learned
 from dumo.run.config import recipes
 from dumo.run.config.load import load
@@ -108,6 +109,8 @@ def main() -> None:
     found |= {"inductor none": trained(few, "none"), "inductor loss": trained(few, "loss", "inductor")}
     guided = ["objective.guide.zeta=0.4", "train.batch=16", "train.micro_batch=8", "train.ema=[]"]
     digits = load("digits", [*guided, f"train.steps={STEPS}"])
+    routed = DiT(patch=2, width=8, depth=3, attention=2, modern=True, route=Route(share=0.5, first=1, last=1))
+    found |= {f"routed {choice}": trained(digits, choice, net=routed) for choice in ("none", "blocks", "loss")}
     for name, net in texts().items():
         found |= {f"{name} {choice}": trained(digits, choice, net=net) for choice in TEXTS[name]}
     print(json.dumps([found, wholes()]))

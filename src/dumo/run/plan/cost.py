@@ -185,10 +185,12 @@ def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
-    """Forward, targets and backward, as in training."""
+    """Forward, targets and backward, as in training: without dropout, whose masks cost little, and with routing."""
+    routed = any(getattr(part, "routed", False) for part in net.modules())
+    keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if routed else None
 
     def step() -> None:
-        with dropout.off():
+        with dropout.using(keys, drops=False):
             objective.loss(net, ref, b).loss.sum().backward()
 
     return step
@@ -264,7 +266,8 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
-    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last.
+    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last,
+    and for the routed ones.
 
     Of a UNet none may be, for each hands on to one on the other side.
     """
@@ -274,16 +277,16 @@ def stretches(net: nn.Module) -> list[Stretch]:
         lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}
     else:
         blocks = getattr(net, "blocks", None)
-        lists = (
-            {"blocks": blocks} if isinstance(blocks, nn.ModuleList) and len({*map(kind, [*blocks][:-1])}) <= 1 else {}
-        )
+        lists = {"blocks": blocks} if isinstance(blocks, nn.ModuleList) else {}
+        if len({kind(block)[1:] for part in lists.values() for block in [*part][:-1]}) > 1:
+            return []
     return [Stretch(path, [*alike]) for path, blocks in lists.items() for _, alike in groupby(blocks, kind)]
 
 
 def kind(block: nn.Module) -> tuple[object, ...]:
-    """What blocks that cost alike have in common: their class, whether they are computed again, and their shapes."""
+    """What blocks that cost alike have in common: whether they are routed or computed again, class and shapes."""
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
-    return type(block), getattr(block, "lean", False), *shapes
+    return getattr(block, "routed", False), type(block), getattr(block, "lean", False), *shapes
 
 
 def flops(work: Callable[[], object]) -> int:

@@ -112,7 +112,8 @@ def short(net: Net) -> Net:
         return net
     few = min(2, depth)
     late: int | None = getattr(net, "late", None)
-    return net.model_copy(update={"depth": few} | ({} if late is None else {"late": min(late, few - 1)}))
+    dense = {"route": None} if getattr(net, "route", None) else {}
+    return net.model_copy(update={"depth": few} | dense | ({} if late is None else {"late": min(late, few - 1)}))
 
 
 def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> Point:
