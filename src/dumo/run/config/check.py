@@ -51,6 +51,7 @@ def check(run: Tree) -> None:
         teaching(run.teacher, objective, data, train),
         base(outline, net, path) if run.teacher and run.teacher.kind == "base" else (),
         beginning(run.start, objective, train),
+        stacked(run),
         unknown("sample.knobs", run.sample.knobs, objective.needs.knobs, f"objective '{objective.kind}'", "knob"),
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
@@ -359,6 +360,16 @@ def beginning(start: Start | None, objective: Objective, train: Train) -> Iterat
         yield (
             f"{who} with low learns from the net that training begins with: set start.source to a run of all times, "
             "train.ref=1, and in train.ema {decay: 1} as the last"
+        )
+
+
+def stacked(run: Tree) -> Iterator[str]:
+    """Adapters for a subject on top of no run."""
+    lora = run.net.lora
+    if lora and lora.subject and (not run.stacked or not run.start or run.start.kind != "run" or run.start.heads):
+        yield (
+            "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
+            "start={kind: run, source: RUN}, its folder, and net.weights=source"
         )
 
 
