@@ -49,9 +49,10 @@ def digest(
 ) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    `made` gives the numbers of one; those named in `without` are left out. A layer of codes has the digest of what was coded, and how (`origin`), not its
-    codes, which another version of a library may choose otherwise. 20 B parameters take a second. Another model has
-    another digest; a change of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
+    `made` gives the numbers of one; those named in `without` are left out. A layer of codes has the digest of what was
+    coded, and how (`origin`), not its codes, which another version of a library may choose otherwise. 20 B parameters
+    take a second. Another model has another digest; a change of a single number may go unseen. None if nothing is
+    frozen, or the net holds no numbers.
     """
     fixed = {name: p for name, p in frozen_weights(net).items() if name not in without}
     if not fixed or any(isinstance(p, FakeTensor) for p in fixed.values()) or made(next(iter(fixed.values()))).is_meta:

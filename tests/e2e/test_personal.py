@@ -1,0 +1,128 @@
+"""A subject on top of a few-step run: one LoRA of both for the stock model, or one of the subject for that run's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+from dumo.export import lora
+from dumo.run.folder import open_run
+from e2e.shell import call, refused, sets
+from stock.case import LIMITS, SHORT, Case, must
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
+NAMES = ["SD3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Flux", "SDXL"))]
+LARGE = "train.optimizer.lr=0.01"  # steps so long that a few of them count
+LR = sets(LARGE, "train.steps=4", "train.save_every=2", "train.schedule.warmup=0", "train.sheets=4")
+
+
+@dataclass(frozen=True)
+class Personal(Case):
+    """A run of the recipe `personal`; the few-step run is in `few`."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "personal"
+
+    @property
+    def few(self) -> Path:
+        return self.folder / "run"
+
+    def words(self) -> list[str]:
+        """What is set of it."""
+        return sets(*(f"{part}={self.folder / part.replace('.root', '')}" for part in ("data.root", "net.texts.root")))
+
+
+def personal(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Personal:
+    """A few-step run, and one on top of it, trained in two parts."""
+    Case.of(name, folder, "net.lora={rank: 4}", LARGE)
+    case = Personal(name, folder)
+    patch.setenv("FEW_STEPS", str(case.few))
+    patch.setenv("MY_IMAGES", str(folder / "photos"))
+    must(call("encode", "personal", *case.words()))
+    must(call("train", "personal", *case.words(), *LR, "--out", case.run))
+    return case
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Personal:
+    """To be read."""
+    with pytest.MonkeyPatch.context() as patch:
+        return personal("SD3", tmp_path_factory.mktemp("personal"), patch)
+
+
+def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Personal) -> None:
+    """Which are all that its checkpoints hold; without them it is the few-step run's net, head by head, to the bit."""
+    before, after = open_run(str(sd3.few), device="cpu"), open_run(str(sd3.run), device="cpu")
+    held = load_file(after.file)
+    assert held.keys() == {n for n in after.net.state_dict() if ".subject." in n}
+    assert all(x.any() for name, x in held.items() if "lora_B" in name and "attn.to_q" in name)
+    x, c, t = torch.randn(2, *after.run.data.shape), torch.tensor([0, 1]), torch.tensor([0.3, 0.9])
+    with torch.no_grad(), after.net.base():  # pyright: ignore
+        base = after.net(x, c, t=t)
+    with torch.no_grad():
+        wanted, now = before.net(x, c, t=t), after.net(x, c, t=t)
+    assert all(torch.equal(a, b) for a, b in zip(base, wanted, strict=True))
+    assert all((a - b).norm() > 0.01 * b.norm() for a, b in zip(now, wanted, strict=True))
+    assert not torch.equal(*wanted), "heads differ, so that one in the other's place is seen"
+    assert {path.name for path in (sd3.run / "sheets").iterdir()} == {f"step-00000004-nfe{n}.png" for n in (1, 2)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_pipelines_make_dumos_images_of_both_loras(
+    name: str, sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused on the stock model, alone on the few-step run's export, merged; at one pass and two, by their cards."""
+    case = sd3 if name == "SD3" else personal(name, tmp_path, monkeypatch)
+    must(call("export", case.few, case.folder / "run-diffusers"))
+    fused, alone = case.export("fused", "--to", "lora"), case.export("alone", "--to", "lora", "--alone")
+    assert max(case.off(fused)) < LIMITS["lora"]
+    assert max(case.off(alone)) < LIMITS["lora"]
+    assert max(case.off(case.export("merged"))) < LIMITS["merged"]
+    assert {tuple(x.shape)[0] for key, x in load_file(alone / lora.FILE).items() if "lora_A" in key} == {16}
+    assert not (alone / "scheduler").exists()
+    assert "for the export of the few-step run `run`, not for the stock model" in (alone / "README.md").read_text()
+
+
+def test_both_adapters_are_a_few_steps_lora_and_the_subjects_next_to_it(sd3: Personal) -> None:
+    """As adapters of two names, too, on the stock model."""
+    must(call("export", sd3.few, sd3.folder / "few-lora", "--to", "lora"))
+    subject, whole = sd3.export("subject", "--to", "lora", "--alone"), sd3.export("whole", "--to", "lora")
+    made = []
+    for names in ({"whole": whole}, {"few": sd3.folder / "few-lora", "subject": subject}):
+        pipe = sd3.pipeline()
+        for name, place in names.items():
+            pipe.load_lora_weights(place, adapter_name=name)
+        pipe.set_adapters([*names])
+        made.append(sd3.made(pipe, 1))
+    assert (made[0] - made[1]).norm() < 1e-5 * made[0].norm()
+
+
+def test_comfyui_gets_both_or_the_subject(sd3: Personal) -> None:
+    fused, alone = (sd3.export(f"{n}.safetensors", "--to", "comfyui", *w) for n, w in (("f", ()), ("a", ("--alone",))))
+    both, one = load_file(fused), load_file(alone)
+    assert one.keys() == {key for key in both if ".lora_" in key}
+    key = next(key for key in one if key.endswith("lora_down.weight"))
+    up = key.replace("down", "up")
+    assert (len(both[key]), len(one[key])) == (20, 16)
+    assert torch.equal(both[key][4:], one[key])
+    assert torch.equal(both[up][:, 4:], one[up])
+    for file, said in ((fused, sd3.name), (alone, "the export of run")):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata()["onto"] == said
+
+
+def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was trained on, or of another net; and no run at all."""
+    refused("sample", sd3.run, *sets("start.source=nowhere"), named=("start.source",), lines=None)
+    monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "photos"))
+    words = [*sd3.words(), *sets(*SHORT), "--out", "new"]
+    monkeypatch.setenv("FEW_STEPS", str(here))
+    refused("train", "personal", *words, named=("FEW_STEPS",), lines=None)
+    monkeypatch.setenv("FEW_STEPS", str(sd3.few))
+    refused("train", "personal", *words, *sets("net.lora.rank=3"), named=("net.lora.rank: 4 there, 3 asked",))
+    refused("train", "personal", *words, *sets("start=null"), named=("net.lora.subject", "set start="))
+    refused("export", sd3.few, "out", "--to", "lora", "--alone", named=("--alone", "net.lora.subject"))
+    refused("export", sd3.run, "out", "--alone", named=("--alone", "--to lora"))
