@@ -1,16 +1,26 @@
 """A subject on top of a few-step run: one LoRA of both for the stock model, or one of the subject for that run's."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dumo.export import lora
+from dumo.flow.draw import PRIOR, drawn, noised
+from dumo.flow.guide import Guide
+from dumo.flow.reading import reading
 from dumo.run.folder import open_run
-from e2e.shell import call, refused, sets
-from stock.case import LIMITS, SHORT, Case, must
+from dumo.run.teacher import velocity
+from dumo.runtime.random import picked
+from dumo.types import frozen
+from e2e.shell import call, refused, sets, together
+from forked import ENVIRONMENT
+from stock.case import CAPTIONS, LIMITS, SHORT, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 NAMES = ["SD3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Flux", "SDXL"))]
@@ -35,12 +45,16 @@ class Personal(Case):
         return sets(*(f"{part}={self.folder / part.replace('.root', '')}" for part in ("data.root", "net.texts.root")))
 
 
-def personal(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Personal:
-    """A few-step run, and one on top of it, trained in two parts."""
+def personal(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Personal:
+    """A few-step run, its images of prior prompts next to the photographs, and a run on top of it."""
     Case.of(name, folder, "net.lora={rank: 4}", LARGE)
-    case = Personal(name, folder)
-    patch.setenv("FEW_STEPS", str(case.few))
-    patch.setenv("MY_IMAGES", str(folder / "photos"))
+    case, mine = Personal(name, folder), folder / "mine"
+    shutil.copytree(folder / "photos", mine / "photos")
+    (folder / "prior.txt").write_text("a castle\na boat, at sea\n", encoding="utf-8")
+    made = ("--nfe", "2", "--count", "4", "--format", "images", "--out", mine / "prior")
+    must(call("sample", case.few, "--prompts", folder / "prior.txt", *made))
+    monkeypatch.setenv("FEW_STEPS", str(case.few))
+    monkeypatch.setenv("MY_IMAGES", str(mine))
     must(call("encode", "personal", *case.words()))
     must(call("train", "personal", *case.words(), *LR, "--out", case.run))
     return case
@@ -49,8 +63,8 @@ def personal(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Personal:
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Personal:
     """To be read."""
-    with pytest.MonkeyPatch.context() as patch:
-        return personal("SD3", tmp_path_factory.mktemp("personal"), patch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return personal("SD3", tmp_path_factory.mktemp("personal"), monkeypatch)
 
 
 def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Personal) -> None:
@@ -70,6 +84,67 @@ def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Pe
     assert {path.name for path in (sd3.run / "sheets").iterdir()} == {f"step-00000004-nfe{n}.png" for n in (1, 2)}
 
 
+def test_a_share_of_every_batch_is_what_the_few_step_run_made(sd3: Personal) -> None:
+    """Half of each; each part goes through its own images, none left out; any rows of a batch are those of the whole.
+
+    Their velocity is the few-step run's own, and nothing guides it once more.
+    """
+    opened = open_run(str(sd3.run), device="cpu").run
+    source, texts = opened.data.open(), opened.conditions.names
+    seen = dict[str, int]()
+    for step in range(12):
+        x, c = source.batch(step, 4, 0)
+        part = source.batch(step, 4, 0, slice(1, 3))
+        assert torch.equal(part[0], x[1:3])
+        assert torch.equal(part[1], c[1:3])
+        prior = [texts[k] in ("a castle", "a boat, at sea") for k in c.tolist()]
+        assert prior == picked(0, step, PRIOR, 4, 0.5).tolist()
+        assert sum(prior) == 2
+        seen |= {texts[k]: seen.get(texts[k], 0) + 1 for k in c.tolist()}
+    assert set(seen) == {"a castle", "a boat, at sea", *CAPTIONS}
+    assert seen["a castle"] == seen["a boat, at sea"] == 12
+
+
+def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
+    """Before the first step a batch of them alone has no loss of velocity; photographs have."""
+    opened = open_run(str(sd3.few), device="cpu")
+    net, run = opened.net, opened.run
+    teacher = velocity(reading(run.objective, net))
+    x, c, _ = torch.randn(4, *run.data.shape), torch.tensor([0, 1, 2, 0]), None
+    objective = run.objective.model_copy(update={"guide": Guide(zeta=0.8)})
+    draws = drawn(objective, x.shape[1:], seed=0, step=0, batch=4, prior=0.5)
+    b = noised(draws, run.path, x, c, run.data.classes, teacher=teacher)
+    terms = objective.loss(net, frozen(net), b)
+    assert b.taught is not None
+    assert terms.parts["v"][b.taught].max() < 1e-9
+    assert terms.parts["v"][~b.taught].min() > 0.01
+    later = b.at(0.25)
+    assert torch.equal(later.v_t[~b.taught], run.path.at(x, b.z, later.t)[1][~b.taught])
+    assert not torch.equal(later.v_t[b.taught], run.path.at(x, b.z, later.t)[1][b.taught])
+
+
+@pytest.mark.slow
+def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
+    sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEW_STEPS", str(sd3.few))
+    monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "mine"))
+    words = ["train", "personal", *sd3.words(), *LR, *sets("train.micro_batch=2")]
+    must(call(*words, "--out", tmp_path / "whole"))
+    must(call(*words, *sets("train.steps=2"), "--out", tmp_path / "parts"))
+    must(call(*words, "--out", tmp_path / "parts"))
+    env = {"FEW_STEPS": str(sd3.few), "MY_IMAGES": str(sd3.folder / "mine")}
+    with patch.dict(ENVIRONMENT, env):
+        together(2, *words, *sets("train.share=1"), "--out", tmp_path / "ranks", cwd=tmp_path)
+    whole, parts, ranks = (
+        load_file(tmp_path / name / "checkpoints/step-00000004/net.safetensors") for name in ("whole", "parts", "ranks")
+    )
+    assert whole.keys() == parts.keys() == ranks.keys()
+    for key, x in whole.items():
+        assert torch.equal(x, parts[key]), key
+        assert torch.equal(x, ranks[key]), key
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_pipelines_make_dumos_images_of_both_loras(
     name: str, sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +156,7 @@ def test_stock_pipelines_make_dumos_images_of_both_loras(
     assert max(case.off(fused)) < LIMITS["lora"]
     assert max(case.off(alone)) < LIMITS["lora"]
     assert max(case.off(case.export("merged"))) < LIMITS["merged"]
-    assert {tuple(x.shape)[0] for key, x in load_file(alone / lora.FILE).items() if "lora_A" in key} == {16}
+    assert {len(x) for key, x in load_file(alone / lora.FILE).items() if "lora_A" in key} == {16}
     assert not (alone / "scheduler").exists()
     assert "for the export of the few-step run `run`, not for the stock model" in (alone / "README.md").read_text()
 
@@ -117,7 +192,7 @@ def test_comfyui_gets_both_or_the_subject(sd3: Personal) -> None:
 def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was trained on, or of another net; and no run at all."""
     refused("sample", sd3.run, *sets("start.source=nowhere"), named=("start.source",), lines=None)
-    monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "photos"))
+    monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "mine"))
     words = [*sd3.words(), *sets(*SHORT), "--out", "new"]
     monkeypatch.setenv("FEW_STEPS", str(here))
     refused("train", "personal", *words, named=("FEW_STEPS",), lines=None)

@@ -68,8 +68,8 @@ def export(
     if push is not None:
         hub.require(push, parts)
     opened = open_run(run_folder, weights=weights, device="cpu")
-    of = {"to": to, "head": head, "parts": parts, "dtype": dtype, "name": push, "alone": alone}
-    done = write.export(opened, target, **of, nfe=numbers("--nfe", nfe) or ())
+    passes = numbers("--nfe", nfe) or ()
+    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
     out.print(str(done), soft_wrap=True)
     if done.is_dir() and push is None:
         where = quote(str(done.resolve().parent))

@@ -116,9 +116,9 @@ Layer = nn.Linear | nn.Conv2d
 def adapted(exported: Exported) -> Iterator[Product]:
     """The adapters: of a layer with two, both as one; `alone`, that of the subject."""
     model: nn.Module = exported.net.model
-    mine = {id(layer) for layer in adapters(model)}
-    for path, layer in model.named_modules():
-        if id(layer) in mine:
+    mine = {id(layer): layer for layer in adapters(model)}
+    for path, place in model.named_modules():
+        if layer := mine.get(id(place)):
             names = [SUBJECT] if exported.alone else layer.active_adapters
             a, b = ([part[name].weight for name in names] for part in (layer.lora_A, layer.lora_B))
             yield path, torch.cat(a), torch.cat(b, 1), b[0].new_zeros(len(b[0]))

@@ -27,7 +27,7 @@ from dumo.run.config.tree import Evaluation, Tree
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.step import passes
-from dumo.types import Guide, UserError
+from dumo.types import FromTeacher, Guide, UserError
 
 ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
 
@@ -52,6 +52,7 @@ def check(run: Tree) -> None:
         base(outline, net, path) if run.teacher and run.teacher.kind == "base" else (),
         beginning(run.start, objective, train),
         stacked(run),
+        prior(data, run.teacher, objective, train),
         unknown("sample.knobs", run.sample.knobs, objective.needs.knobs, f"objective '{objective.kind}'", "knob"),
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
@@ -371,6 +372,18 @@ def stacked(run: Tree) -> Iterator[str]:
             "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
             "start={kind: run, source: RUN}, its folder, and net.weights=source"
         )
+
+
+def prior(data: Data, teacher: Teacher | None, objective: Objective, train: Train) -> Iterator[str]:
+    """Images for a teacher to answer without one, in no row of a batch, or for an objective that learns otherwise."""
+    found = data.prior if isinstance(data, Latents) else None
+    if found and (not teacher or teacher.pairs or objective.needs.teacher != FromTeacher()):
+        yield (
+            "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
+            "objective that may learn from one, objective.kind=dumo; or data.prior=null"
+        )
+    if found and round(found.share * train.batch) in (0, train.batch):
+        yield f"data.prior.share = {found.share:g} of train.batch = {train.batch} is no row, or all of them: change one"
 
 
 def unknown(field: str, names: Iterable[str], there: Collection[str], who: str, what: str) -> Iterator[str]:

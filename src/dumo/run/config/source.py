@@ -86,8 +86,8 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
     """
     text = base if isinstance(base, str) else shown(base)
     if either := EITHER.fullmatch(text):
-        base, file = os.environ.get(either[1]) or either[2], Path(FILE)
-        text = f"{base} (${either[1]})"
+        base = text = os.environ.get(either[1]) or either[2]
+        file, name = Path(FILE), f"{name}: ${either[1]}"
     if base in recipes.names():
         return _packaged(text), f"recipe {text}", None
     if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):
