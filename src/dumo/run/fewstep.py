@@ -12,7 +12,7 @@ from dumo.training import frozen, manifest
 from dumo.training.deferred import Deferred
 from dumo.types import UserError
 
-OWN = ("net.lora.subject:", "net.lora.frozen:")  # fields that are the subject's run's alone
+OWN = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")  # fields that are of the subject's run alone
 
 
 def of(run: Tree) -> RunFolder:
