@@ -88,7 +88,7 @@ def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Pe
 
 
 def test_a_share_of_every_batch_is_what_the_few_step_run_made(sd3: Personal) -> None:
-    """Half of each; each part goes through its own images, none left out; any rows of a batch are those of the whole."""
+    """Half of each; each part goes through its own images, none left out; some rows of a batch are those of all."""
     opened = open_run(str(sd3.run), device="cpu").run
     source, texts = opened.data.open(), opened.conditions.names
     seen = Counter[str]()
