@@ -17,7 +17,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.reading import reading
 from dumo.run.folder import open_run
 from dumo.run.teacher import velocity
-from dumo.runtime.random import picked
+from dumo.runtime.random import share_of_rows
 from dumo.training import checkpoint
 from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
@@ -98,7 +98,7 @@ def test_a_share_of_every_batch_is_what_the_few_step_run_made(sd3: Personal) -> 
         assert torch.equal(part[0], x[1:3])
         assert torch.equal(part[1], c[1:3])
         prior = [texts[k] in ("a castle", "a boat, at sea") for k in c.tolist()]
-        assert prior == picked(0, step, PRIOR, 4, 0.5).tolist()
+        assert prior == share_of_rows(0, step, PRIOR, 4, 0.5).tolist()
         assert sum(prior) == 2
         seen.update(texts[k] for k in c.tolist())
     assert seen == dict.fromkeys(CAPTIONS, 8) | {"a castle": 12, "a boat, at sea": 12}

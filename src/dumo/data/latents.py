@@ -32,18 +32,11 @@ from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import Table
 from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
-from dumo.runtime.random import picked, stream
+from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
+FOLDER = PRIOR  # of images that a teacher made, below those of the subject
 WAIT = 10.0  # seconds that training waits until the images were looked at: ours
-
-
-class Prior(Spec):
-    """Images of prior prompts, which the teacher made and answers: what else it knows stays (prior preservation of
-    DreamBooth, Ruiz et al. 2022)."""
-
-    folder: str = "prior"  # below the images' root
-    share: float = Field(default=0.5, gt=0, lt=1)  # of every batch; DreamBooth's weight of 1
 
 
 class Latents(Spec):
@@ -55,8 +48,9 @@ class Latents(Spec):
     codec: Codec
     # GB of cache read at once, not mapped; ours.
     memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
-    # Some of the images, which make up a share of every batch and have the teacher's velocity; None: all are alike.
-    prior: Prior | None = Field(default=None, exclude_if=lambda prior: prior is None)
+    # The share of every batch that is images of a folder FOLDER, made by the teacher of other prompts, and answered by
+    # it: what else it knows stays, as by DreamBooth's prior preservation (Ruiz et al. 2022). None: all are alike.
+    prior: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda prior: prior is None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -160,7 +154,7 @@ class Latents(Spec):
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
         source = Encoded(self._cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
-            source.split(self.prior)
+            source.part_prior(self.prior)
         source = source.bucketed() if self.images.buckets else source
         return captioned(source, self.all_captions()) if self.captions else source
 
@@ -241,7 +235,7 @@ class Encoded:
         self.cache, self.codec, self.flip, self.origin = cache, codec, flip, origin
         self.audit = Audit(cache.folder, cache.index.shards)
         self.end, self.only = "", torch.arange(len(cache))  # of the columns' names; which rows of the cache are meant
-        self.prior: tuple[Prior, Tensor, Tensor] | None = None  # the rows that it names, and the others
+        self.prior: tuple[float, Tensor, Tensor] | None = None  # a share, its rows, and the others
 
     def part(self, end: str) -> "Encoded":
         """The rows of a bucket, by the end of their columns' names."""
@@ -249,19 +243,22 @@ class Encoded:
         part.end, part.only = end, torch.cat([columns[f"in{end}"] for columns in tables]).nonzero().flatten()
         return part
 
-    def split(self, prior: Prior) -> None:
-        """Take a share of every batch from the images of a folder. Raises UserError where the cache has none there."""
+    def part_prior(self, share: float) -> None:
+        """Take a share of every batch from the images of a folder FOLDER, the rest from the others.
+
+        Raises UserError where the cache has none, or none but these.
+        """
         file, tables = self.cache.folder / NAMES, map(self.cache.tensors, range(len(self.cache.index.shards)))
         names = split(unpacked(file.read_bytes())) if file.is_file() else []
         image = torch.cat([columns["image"] for columns in tables]) if names else torch.empty(0, dtype=torch.long)
-        there = torch.tensor([f"/{prior.folder}/" in names[i] for i in image.tolist()], dtype=torch.bool)
+        there = torch.tensor([f"/{FOLDER}/" in names[i] for i in image.tolist()], dtype=torch.bool)
         if there.all() or not there.any():
             raise UserError(
                 f"data.prior: of the images in {self.cache.folder}, {'all' if len(there) and there.all() else 'none'} "
-                f"lie in a folder {prior.folder}: put there what the teacher made of prior prompts, the others next to "
+                f"lie in a folder {FOLDER}: put there what the teacher made of prior prompts, the others next to "
                 "it, and encode them; or set data.prior=null teacher=null"
             )
-        self.prior = prior, self.only[there], self.only[~there]
+        self.prior = share, self.only[there], self.only[~there]
 
     def bucketed(self) -> Bucketed:
         """The same in its buckets."""
@@ -289,8 +286,8 @@ class Encoded:
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """Their numbers in the cache."""
         if self.prior:
-            prior, *parts = self.prior
-            mine, places = picked(seed, step, PRIOR, batch, prior.share), torch.empty(batch, dtype=torch.long)
+            share, *parts = self.prior
+            mine, places = share_of_rows(seed, step, PRIOR, batch, share), torch.empty(batch, dtype=torch.long)
             for k, (part, there) in enumerate(zip(parts, (mine, ~mine), strict=True)):
                 own = stream(seed, "prior", k).initial_seed()
                 places[there] = part[rows_of(step, int(there.sum()), size=len(part), seed=own)]

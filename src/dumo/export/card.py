@@ -63,7 +63,7 @@ class Provenance:
     @property
     def fewstep(self) -> str:
         """The name of the few-step run that it is on top of; empty: of none."""
-        return Path(self.run.start.source).name if self.run.start and self.run.stacked else ""
+        return Path(self.run.start.source).name if self.run.start and self.run.has_subject else ""
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":

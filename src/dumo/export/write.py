@@ -71,7 +71,7 @@ def export(
     """
     for option, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
         require_known(option, value, known)
-    if alone and not (opened.run.stacked and to in ("lora", "comfyui")):
+    if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
             "--alone leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): give --to lora "
             "or comfyui, and such a run"

@@ -25,7 +25,7 @@ from torch import Tensor
 from dumo.flow import dropout
 from dumo.runtime import random
 from dumo.runtime.bound import ROWS
-from dumo.runtime.random import keyed, picked, stream
+from dumo.runtime.random import keyed, share_of_rows, stream
 from dumo.types import Cond, Law, Noised, Objective, Path, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pin, to_device
 
@@ -141,7 +141,7 @@ def drawn(
         keys=dropout.keys(seed, step, n)[rows],
         laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in objective.needs.laws.items()},
         moving=moving and moving[rows],
-        taught=None if prior is None else picked(seed, step, PRIOR, n, prior)[rows],
+        taught=None if prior is None else share_of_rows(seed, step, PRIOR, n, prior)[rows],
     )
 
 
@@ -185,7 +185,7 @@ def noised(
     b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, draws.moving, laws, progress, teacher, trail, host, taught)
     if trail is not None:
         b = replace(b, x_t=b.on(t))
-    return replace(b, v_t=b.learned(b.x_t, t, v_t)) if teacher else b
+    return replace(b, v_t=b.velocity(b.x_t, t, v_t)) if teacher else b
 
 
 def draw(

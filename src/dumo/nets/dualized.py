@@ -87,8 +87,8 @@ class Dualized(nn.Module):
         if row.reads:
             model.get_submodule(row.reads).register_forward_pre_hook(readable)
         put(model, row.last, self._outs([head.out for head in self._heads]))
-        self.stacked = bool(lora and lora.subject)
-        if self.stacked:  # all else is the few-step run's, its time embedder, too
+        self.has_subject = bool(lora and lora.subject)
+        if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.fits = ()
             for name, p in self.named_parameters():
                 p.requires_grad_(f".{adapter.SUBJECT}." in name)
@@ -174,7 +174,7 @@ class Dualized(nn.Module):
                 "net.lora is null, so the untuned model is gone once training starts: set net.lora.rank=64, or take "
                 "another teacher, teacher.kind=run"
             )
-        if self.stacked:
+        if self.has_subject:
             with adapter.without_subject(self.model):
                 yield self
             return

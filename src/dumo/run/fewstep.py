@@ -21,7 +21,7 @@ def of(run: Tree) -> RunFolder:
     Raises UserError where it is none, has another net, or other weights than when the subject's run began.
     """
     start = run.start
-    assert start, "a run without one is not stacked"
+    assert start, "a run without one has no subject"
     source = open_run(start.source, device="cpu", fill=False)
     require_net(source.run, start, run.net, run.path, (*SAME, *OWN))
     if start.sha256 not in (None, source.sha256):

@@ -255,7 +255,7 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
     """
     places = folder / "checkpoints"
     last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
-    if run.start and not last and not run.stacked:
+    if run.start and not last and not run.has_subject:
         net, made = begin_from(run, run.start)
     elif dist.world() > 1:
         net, made = run.sketch()

@@ -139,7 +139,7 @@ def go_on(
     journal.open(state)
     sheets.open(state)
     prior = run.data.prior if isinstance(run.data, Latents) else None
-    task = Task(run.objective, run.path, run.data.classes, known and known.velocity, prior and prior.share)
+    task = Task(run.objective, run.path, run.data.classes, known and known.velocity, prior)
     try:
         with (
             journal.saver,

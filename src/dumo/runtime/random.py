@@ -36,7 +36,7 @@ def stream(*key: int | str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest))
 
 
-def picked(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
+def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
     """Which rows of a step's batch are picked, by this name: the share of them, to a row, at random places."""
     found = torch.zeros(batch, dtype=torch.bool)
     found[torch.randperm(batch, generator=stream(seed, step, name))[: round(share * batch)]] = True

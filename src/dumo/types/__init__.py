@@ -268,10 +268,10 @@ class Noised:
             host, s = self.host and (torch.full_like(self.host[0], s), self.host[1]), torch.full_like(self.t, s)
         x, z = self.x if x is None else x, self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
-        v_s = self.learned(x_s, s, v_s)
+        v_s = self.velocity(x_s, s, v_s)
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
 
-    def learned(self, x: Sample, s: Time, v: Sample) -> Sample:
+    def velocity(self, x: Sample, s: Time, v: Sample) -> Sample:
         """The velocity to learn at x and s, where the data's own is v: the teacher's, on the rows that it answers."""
         if self.teacher is None:
             return v

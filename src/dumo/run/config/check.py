@@ -22,12 +22,13 @@ from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
+from dumo.run.config.subject import prior, subject
 from dumo.run.config.teacher import Start, Teacher
 from dumo.run.config.tree import Evaluation, Tree
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.step import passes
-from dumo.types import FromTeacher, Guide, UserError
+from dumo.types import Guide, UserError
 
 ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
 
@@ -51,7 +52,7 @@ def check(run: Tree) -> None:
         teaching(run.teacher, objective, data, train),
         base(outline, net, path) if run.teacher and run.teacher.kind == "base" else (),
         beginning(run.start, objective, train),
-        stacked(run),
+        subject(run),
         prior(data, run.teacher, objective, train),
         unknown("sample.knobs", run.sample.knobs, objective.needs.knobs, f"objective '{objective.kind}'", "knob"),
     )
@@ -362,28 +363,6 @@ def beginning(start: Start | None, objective: Objective, train: Train) -> Iterat
             f"{who} with low learns from the net that training begins with: set start.source to a run of all times, "
             "train.ref=1, and in train.ema {decay: 1} as the last"
         )
-
-
-def stacked(run: Tree) -> Iterator[str]:
-    """Adapters for a subject on top of no run."""
-    lora = run.net.lora
-    if lora and lora.subject and (not run.stacked or not run.start or run.start.kind != "run" or run.start.heads):
-        yield (
-            "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
-            "start={kind: run, source: RUN}, its folder, and net.weights=source"
-        )
-
-
-def prior(data: Data, teacher: Teacher | None, objective: Objective, train: Train) -> Iterator[str]:
-    """Images for a teacher to answer without one, in no row of a batch, or for an objective that learns otherwise."""
-    found = data.prior if isinstance(data, Latents) else None
-    if found and (not teacher or teacher.pairs or objective.needs.teacher != FromTeacher()):
-        yield (
-            "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
-            "objective that may learn from one, objective.kind=dumo; or data.prior=null"
-        )
-    if found and round(found.share * train.batch) in (0, train.batch):
-        yield f"data.prior.share = {found.share:g} of train.batch = {train.batch} is no row, or all of them: change one"
 
 
 def unknown(field: str, names: Iterable[str], there: Collection[str], who: str, what: str) -> Iterator[str]:

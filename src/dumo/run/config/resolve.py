@@ -204,7 +204,7 @@ def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
         found["data.codec.sha256"] = data.codec.sha256, of_codec
     if pipeline:
         found["pipeline.facts"] = pipeline.facts, lambda: pipeline.found().facts
-    if run.start and run.stacked:
+    if run.start and run.has_subject:
         from dumo.run.fewstep import digest as of_weights  # it opens a run, by this
 
         found["start.sha256"] = run.start.sha256, lambda: of_weights(run)
