@@ -37,7 +37,7 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
     net = Dualized(model, row, rows, ("v", "u"), row.patch(model.config, SHAPE[0]), lora=spec.lora, limit=limit)
     g = torch.Generator().manual_seed(0)
     for path, p in net.named_parameters():
-        if p.requires_grad or ((subject and path.startswith(("heads.", "model.time"))) or ".lora_" in path):
+        if p.requires_grad or (subject and any(part in path for part in ("heads.", "timestep_embedder.", ".lora_"))):
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})  # as is one that was tuned on captions
