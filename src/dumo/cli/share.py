@@ -41,6 +41,14 @@ def export(
             "Default: 2, and 1 where both jump to the data."
         ),
     ] = None,
+    alone: Annotated[
+        bool,
+        typer.Option(
+            "--alone",
+            help="Of a run on top of a few-step run: its own adapters alone, to load onto that run's export. Default: "
+            "both in one LoRA, to load onto the stock model.",
+        ),
+    ] = False,
     weights: Weights = None,
     push: Annotated[
         str | None,
@@ -60,9 +68,8 @@ def export(
     if push is not None:
         hub.require(push, parts)
     opened = open_run(run_folder, weights=weights, device="cpu")
-    done = write.export(
-        opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=numbers("--nfe", nfe) or ()
-    )
+    passes = numbers("--nfe", nfe) or ()
+    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
     out.print(str(done), soft_wrap=True)
     if done.is_dir() and push is None:
         where = quote(str(done.resolve().parent))

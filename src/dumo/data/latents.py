@@ -18,21 +18,24 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
-from dumo.data.cache import Contents, crops, open_cache, read_contents, require_origin
+from dumo.data.cache import NAMES, Contents, crops, open_cache, read_contents, require_origin
 from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
+from dumo.flow.draw import PRIOR
 from dumo.io.audit import SOON, Audit
+from dumo.io.content import split, unpacked
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import Table
 from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
-from dumo.runtime.random import stream
+from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
+FOLDER = PRIOR  # of images that a teacher made, below those of the subject
 WAIT = 10.0  # seconds that training waits until the images were looked at: ours
 
 
@@ -45,6 +48,9 @@ class Latents(Spec):
     codec: Codec
     # GB of cache read at once, not mapped; ours.
     memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
+    # The share of every batch that is images of a folder FOLDER, made by the teacher of other prompts, and answered by
+    # it: what else it knows stays, as by DreamBooth's prior preservation (Ruiz et al. 2022). None: all are alike.
+    prior: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda prior: prior is None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,6 +86,10 @@ class Latents(Spec):
     def _fits(self) -> "Latents":
         if self.images.augment:
             raise ValueError("latents are of images as they are: set data.images.augment=null")
+        if self.prior and self.images.buckets:
+            raise ValueError(
+                "data.prior picks rows of every batch, of one size: set data.prior=null, or data.images.buckets=null"
+            )
         if self.codec.kind != "pipeline":  # which the run knows, and looks at its shape
             _ = self.shape, self.shapes  # refuses a side that the codec does not divide
         return self
@@ -143,6 +153,8 @@ class Latents(Spec):
     def open(self) -> "Encoded | Bucketed | Captioned":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
         source = Encoded(self._cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+        if self.prior:
+            source.part_prior(self.prior)
         source = source.bucketed() if self.images.buckets else source
         return captioned(source, self.all_captions()) if self.captions else source
 
@@ -223,12 +235,30 @@ class Encoded:
         self.cache, self.codec, self.flip, self.origin = cache, codec, flip, origin
         self.audit = Audit(cache.folder, cache.index.shards)
         self.end, self.only = "", torch.arange(len(cache))  # of the columns' names; which rows of the cache are meant
+        self.prior: tuple[float, Tensor, Tensor] | None = None  # a share, its rows, and the others
 
     def part(self, end: str) -> "Encoded":
         """The rows of a bucket, by the end of their columns' names."""
         part, tables = copy(self), map(self.cache.tensors, range(len(self.cache.index.shards)))
         part.end, part.only = end, torch.cat([columns[f"in{end}"] for columns in tables]).nonzero().flatten()
         return part
+
+    def part_prior(self, share: float) -> None:
+        """Take a share of every batch from the images of a folder FOLDER, the rest from the others.
+
+        Raises UserError where the cache has none, or none but these.
+        """
+        file, tables = self.cache.folder / NAMES, map(self.cache.tensors, range(len(self.cache.index.shards)))
+        names = split(unpacked(file.read_bytes())) if file.is_file() else []
+        image = torch.cat([columns["image"] for columns in tables]) if names else torch.empty(0, dtype=torch.long)
+        there = torch.tensor([f"/{FOLDER}/" in names[i] for i in image.tolist()], dtype=torch.bool)
+        if there.all() or not there.any():
+            raise UserError(
+                f"data.prior: of the images in {self.cache.folder}, {'all' if len(there) and there.all() else 'none'} "
+                f"lie in a folder {FOLDER}: put there what the teacher made of prior prompts, the others next to "
+                "it, and encode them; or set data.prior=null teacher=null"
+            )
+        self.prior = share, self.only[there], self.only[~there]
 
     def bucketed(self) -> Bucketed:
         """The same in its buckets."""
@@ -255,6 +285,13 @@ class Encoded:
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """Their numbers in the cache."""
+        if self.prior:
+            share, *parts = self.prior
+            mine, places = share_of_rows(seed, step, PRIOR, batch, share), torch.empty(batch, dtype=torch.long)
+            for k, (part, there) in enumerate(zip(parts, (mine, ~mine), strict=True)):
+                own = stream(seed, "prior", k).initial_seed()
+                places[there] = part[rows_of(step, int(there.sum()), size=len(part), seed=own)]
+            return places[rows]
         return self.only[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
 
     def fingerprint(self) -> str:

@@ -125,16 +125,21 @@ def in_files(root: Path, store: Folder, name: str) -> tuple[list[Texts], Iterabl
     for file, row in chain.from_iterable(map(rows_of, tables if name != TEXT[0] else ())):
         rows[file].append(row)
     there = dict.fromkeys(chain.from_iterable(chain.from_iterable(rows.values())))
-    if rows and (keys := keys_of(name, there, ", ".join(tables))):
-        places = map(os.path.normpath, store.files)
-        return [gathered(rows.get(file, ()), keys, file) for file in places], there
-    if name not in (AUTO, *TEXT):
+    keys = keys_of(name, there, ", ".join(tables)) if rows else ()
+    if not keys and name not in (AUTO, *TEXT):
         raise UserError(
             f"{root} has no {' or '.join(TABLES)} that '{brief(name)}' could stand in: set captions.name=txt"
         )
-    stems, endings = (os.path.splitext(file)[0] for file in store.files), TEXT if name == AUTO else (name,)
-    texts_of = (next((file for end in endings if (file := f"{stem}.{end}") in files), None) for stem in stems)
-    return [split(read_text(Path(file), MEND)) if file else () for file in texts_of], there
+    endings = TEXT if name == AUTO else (name,) if name in TEXT else ()
+
+    def texts_of(file: str) -> Texts:
+        if keys and (place := os.path.normpath(file)) in rows:
+            return gathered(rows[place], keys, place)
+        stem = os.path.splitext(file)[0]
+        text = next((text for end in endings if (text := f"{stem}.{end}") in files), None)
+        return split(read_text(Path(text), MEND)) if text else ()
+
+    return [texts_of(file) for file in store.files], there
 
 
 def edited(root: Path, store: Store, source: str) -> list[tuple[str, list[dict[str, Any]]]]:

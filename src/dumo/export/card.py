@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any, cast
 
 import jinja2
@@ -58,6 +59,11 @@ class Provenance:
             "run": as_given(self.run).model_dump_json(),
             "run_sha256": identity(self.run),
         }
+
+    @property
+    def fewstep(self) -> str:
+        """The name of the few-step run that it is on top of; empty: of none."""
+        return Path(self.run.start.source).name if self.run.start and self.run.has_subject else ""
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":
@@ -213,6 +219,7 @@ def notes(exported: Exported, made: Provenance) -> dict[str, str]:
         "format": "pt",
         "class": exported.kind,
         "head": exported.head,
+        "onto": f"the export of {made.fewstep}" if exported.alone else exported.origin,
         **made.facts,
         **{name: json.dumps(value) for name, value in exported.facts.items()},
     }

@@ -11,6 +11,12 @@ convolution.
 
 ComfyUI reads no `lora_bias`, but changes of whole layers, `X.diff` and `X.diff_b`: its file has these. It finds layers
 by the names of diffusers, and the rows of q, k and v in layers that it fuses, so adapters stay as they are.
+
+Adapters on top of a few-step run's (`net.lora.subject`) are added to those by concatenated ranks,
+
+    B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2],
+
+for the untouched model; or they go `alone`, for the few-step run's export.
 """
 
 from collections.abc import Iterator
@@ -24,8 +30,7 @@ from dumo.encoders.pipeline import UNET
 from dumo.export import card
 from dumo.export.model import Exported, require
 from dumo.export.scheduler import SCHEDULER, write_scheduler
-from dumo.nets.adapter import adapters
-from dumo.nets.dualized import Dualized
+from dumo.nets.adapter import SUBJECT, adapters
 from dumo.types import UserError
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
@@ -54,7 +59,7 @@ def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dt
     stock = require(exported, lora=True)
     layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
     safetensors.torch.save_file({f"{exported.part}.{name}": x for name, x in layers.items()}, out / FILE, NOTES)
-    if exported.head == "u":
+    if exported.head == "u" and not exported.alone:  # the few-step run's export has one
         write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame, hops=exported.hops)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, NOTES)
@@ -81,7 +86,7 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
             return KOHYA + path.replace(".", "_")
         return f"diffusion_model.{own[path]}" if path in own else f"{exported.part}.{path}"
 
-    for path, a, b, _ in adapted(exported.net):
+    for path, a, b, _ in adapted(exported):
         found |= {f"{called(path)}.lora_down.weight": a, f"{called(path)}.lora_up.weight": b}
         found |= {f"{called(path)}.alpha": torch.tensor(float(len(a)))} if exported.part == UNET else {}
     for path, old, new in changed(exported):
@@ -96,7 +101,7 @@ def tensors(exported: Exported) -> dict[str, Tensor]:
     """The LoRA by peft's names; biases where any has changed."""
     found: dict[str, Tensor] = {}
     full = (product(*layer) for layer in changed(exported))
-    products = [*adapted(exported.net), *full]
+    products = [*adapted(exported), *full]
     biased = any(bool(bias.any()) for *_, bias in products)
     for path, a, b, bias in products:
         layer = {"lora_A.weight": a, "lora_B.weight": b, **({"lora_B.bias": bias} if biased else {})}
@@ -108,23 +113,25 @@ Product = tuple[str, Tensor, Tensor, Tensor]  # path, A, B and c
 Layer = nn.Linear | nn.Conv2d
 
 
-def adapted(net: Dualized) -> Iterator[Product]:
-    """The adapters."""
-    mine = {id(layer) for layer in adapters(net.model)}
-    for path, layer in net.model.named_modules():
-        if id(layer) in mine:
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            yield path, a, b, b.new_zeros(len(b))
+def adapted(exported: Exported) -> Iterator[Product]:
+    """The adapters: of a layer with two, both as one; `alone`, that of the subject."""
+    model: nn.Module = exported.net.model
+    mine = {id(layer): layer for layer in adapters(model)}
+    for path, place in model.named_modules():
+        if layer := mine.get(id(place)):
+            names = [SUBJECT] if exported.alone else layer.active_adapters
+            a, b = ([part[name].weight for name in names] for part in (layer.lora_A, layer.lora_B))
+            yield path, torch.cat(a), torch.cat(b, 1), b[0].new_zeros(len(b[0]))
 
 
 def changed(exported: Exported) -> Iterator[tuple[str, Layer, Layer]]:
-    """The layers that were trained in full: path, before and now.
+    """The layers that were trained in full, of a subject `alone` none: path, before and now.
 
     Raises UserError for a change that is in no linear layer or convolution.
     """
     net = exported.net
     model: nn.Module = net.stock(exported.head, fixed=exported.fixed)
-    for path, part in zip(net.paths, net.old, strict=True):
+    for path, part in zip(net.paths, net.old, strict=True) if not exported.alone else ():
         for name, old in part.named_modules():
             new = model.get_submodule(where := f"{path}.{name}".rstrip("."))
             both = zip(old.parameters(recurse=False), new.parameters(recurse=False), strict=True)

@@ -149,6 +149,7 @@ class Exported:
     head: Head
     nfe: tuple[int, ...] = ()  # the numbers of passes that it makes; (): any, of a net of one time
     dtype: str = "float32"
+    alone: bool = False  # of adapters on top of a few-step run's, these alone, for that run's export
 
     @property
     def hops(self) -> bool:

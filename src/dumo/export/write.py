@@ -58,16 +58,24 @@ def export(
     dtype: str = "float32",
     name: str | None = None,
     nfe: Sequence[int] = (),
+    alone: bool = False,
 ) -> Path:
     """Write a run's head as a pipeline's folder, a LoRA's folder or file, or a file of weights; returns `out`.
 
     `head` is u or v; None: u where it was taught. `parts` of the pipeline that the model came from are copied, linked
     or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. `nfe` are the numbers of passes
-    for which a net of two times is fixed. Raises UserError where `out` is there and not empty, for an option that is
-    none, and where no stock program runs what the run has; OSError where nothing can be written. Then nothing is.
+    for which a net of two times is fixed. `alone`: of adapters on top of a few-step run's, these without those.
+
+    Raises UserError where `out` is there and not empty, for an option that is none, and where no stock program runs
+    what the run has; OSError where nothing can be written. Then nothing is.
     """
     for option, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
         require_known(option, value, known)
+    if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
+        raise UserError(
+            "--alone leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): give --to lora "
+            "or comfyui, and such a run"
+        )
     vacant(out)
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
     if to in ("diffusers", "safetensors"):
@@ -77,6 +85,7 @@ def export(
         net = spec
     else:  # a LoRA is rounded alone, without what it is added to
         net = of_net(sampler, spec, found, tuple(nfe), "float32" if to in ("lora", "comfyui") else dtype)
+        net = replace(net, alone=alone)
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "

@@ -25,9 +25,11 @@ from torch import Tensor
 from dumo.flow import dropout
 from dumo.runtime import random
 from dumo.runtime.bound import ROWS
-from dumo.runtime.random import keyed, stream
+from dumo.runtime.random import keyed, share_of_rows, stream
 from dumo.types import Cond, Law, Noised, Objective, Path, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pin, to_device
+
+PRIOR = "prior"  # the name by which rows of a batch are picked that a teacher answers
 
 
 class Noise(Law):
@@ -97,6 +99,7 @@ class Draws:
     keys: dropout.Keys  # of the masks of dropout
     laws: Mapping[str, Tensor]  # the objective's further laws, by name
     moving: tuple[bool, ...] | None  # the rows that may have r < t, fixed by place; None: all
+    taught: Rows | None = None  # the rows that a teacher answers; None: all, if there is one
 
     def __getitem__(self, rows: slice) -> "Draws":
         """Some of the rows."""
@@ -108,8 +111,8 @@ class Draws:
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> "Draws":
         own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "keys")}
-        z, laws = None if self.z is None else f(self.z), {name: f(v) for name, v in self.laws.items()}
-        return replace(self, **own, z=z, laws=laws)
+        z, taught = (None if v is None else f(v) for v in (self.z, self.taught))
+        return replace(self, **own, z=z, taught=taught, laws={name: f(v) for name, v in self.laws.items()})
 
 
 def drawn(
@@ -121,8 +124,12 @@ def drawn(
     batch: int,
     rows: slice = slice(None),
     z: bool = True,
+    prior: float | None = None,
 ) -> Draws:
-    """Draw for rows `rows` of the batch of `batch` samples of this shape at this step; `z`: their noise, too."""
+    """Draw for rows `rows` of the batch of `batch` samples of this shape at this step; `z`: their noise, too.
+
+    `prior`: the share of the batch that a teacher answers; None: it answers all.
+    """
     n, mine = batch, range(batch)[rows]
     t, r = objective.times(n, stream(seed, step, "times"))
     moving = objective.times.moving(n)
@@ -134,6 +141,7 @@ def drawn(
         keys=dropout.keys(seed, step, n)[rows],
         laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in objective.needs.laws.items()},
         moving=moving and moving[rows],
+        taught=None if prior is None else share_of_rows(seed, step, PRIOR, n, prior)[rows],
     )
 
 
@@ -156,6 +164,7 @@ def noised(
     """
     here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
     t, r, kept = (to_device(v, here) for v in (draws.t, draws.r, draws.kept))
+    taught = None if draws.taught is None else to_device(draws.taught, here)
     t, r = t.to(exact), r.to(exact)
     if z is None:
         assert draws.z is not None, "noise was neither drawn nor given"
@@ -168,12 +177,15 @@ def noised(
     x_t, v_t = path.at(x, z, t)
     null = torch.full_like(c, null) if isinstance(null, int) else null
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
-    host = (draws.t.to(exact), draws.kept) if here.type == "cuda" else None
+    guided = draws.kept
+    if taught is not None and draws.taught is not None:  # what the teacher answers is guided already
+        kept, guided = kept & ~taught, guided & ~draws.taught
+    host = (draws.t.to(exact), guided) if here.type == "cuda" else None
     trail = None if between is None else torch.cat([x[:, None], between, z[:, None]], 1)
-    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, draws.moving, laws, progress, teacher, trail, host)
+    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, draws.moving, laws, progress, teacher, trail, host, taught)
     if trail is not None:
         b = replace(b, x_t=b.on(t))
-    return replace(b, v_t=teacher(b.x_t, t, c, v_t)) if teacher else b
+    return replace(b, v_t=b.velocity(b.x_t, t, v_t)) if teacher else b
 
 
 def draw(

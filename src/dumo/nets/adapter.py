@@ -5,12 +5,16 @@ Next to a convolution, A is one of the same kernel and stride to `rank` channels
 peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, and B starts at zero. B A counts in full:
 alpha is the rank, as in TwinFlow.
 
+A second adapter may be trained on top of a few-step run's (`Lora.subject`): both add, `lora_A.subject.weight` is
+trained, and all else that the few-step run trained is frozen.
+
 Frozen linear layers may be kept in fewer bits (`dumo.nets.lowbit`); norms, tables and all that is trained stay in
 float32. Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes of
 a machine share them until each has taken its part, or has coded them layer by layer.
 """
 
 import re
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -24,6 +28,7 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import QUIET, Spec, UserError
 
+FEW_STEP, SUBJECT = "default", "subject"  # adapters by their names in peft: the first, and the one on top of it
 MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 
@@ -33,6 +38,8 @@ class Lora(Spec):
     rank: int = Field(default=64, ge=1, le=CHANNELS)  # TwinFlow
     frozen: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # the type of frozen linear layers
     convolutions: bool = Field(default=False, json_schema_extra=QUIET)  # those of a UNet's blocks, too (LCM-LoRA)
+    # The rank of adapters on top of those of the run that `start` names, which is frozen; None: there are none.
+    subject: int | None = Field(default=None, ge=1, le=CHANNELS, json_schema_extra=QUIET)
 
     @property
     def coding(self) -> Coding | None:
@@ -55,13 +62,19 @@ def adapt(
         raise UserError(f"net.lora needs peft: {install('pretrained')}") from error
     left = tuple(f"{path}." for path in (*idle, *trained))
     names = [name for name in targets(model, blocks, lora) if not f"{name}.".startswith(left)]
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=names)
+    ranks = {FEW_STEP: lora.rank} | ({SUBJECT: lora.subject} if lora.subject else {})
     if lora.frozen == "bfloat16":
         halve(model, trained)
     elif lora.coding:
         quantise(model, blocks, trained, lora.coding)
     model.requires_grad_(False)
-    peft.inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # a second adapter is meant
+        for name, rank in ranks.items():
+            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+            peft.inject_adapter_in_model(config, model, adapter_name=name)
+    for layer in adapters(model):
+        layer.set_adapter([*ranks])
 
 
 def targets(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> Iterator[str]:
@@ -76,6 +89,20 @@ def targets(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> Iterat
 def adapters(model: nn.Module) -> list[Any]:
     """The layers of peft, as peft types them."""
     return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+
+
+@contextmanager
+def without_subject(model: nn.Module) -> Generator[None, None, None]:
+    """Inside, the adapters on top add nothing. peft's own switch would also change which parameters are trained."""
+    layers = adapters(model)
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [FEW_STEP]
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._active_adapter = was
 
 
 @contextmanager

@@ -87,6 +87,11 @@ class Dualized(nn.Module):
         if row.reads:
             model.get_submodule(row.reads).register_forward_pre_hook(readable)
         put(model, row.last, self._outs([head.out for head in self._heads]))
+        self.has_subject = bool(lora and lora.subject)
+        if self.has_subject:  # all else is the few-step run's, its time embedder, too
+            self.fits = ()
+            for name, p in self.named_parameters():
+                p.requires_grad_(f".{adapter.SUBJECT}." in name)
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, c, h, w), at t (b,), and r, for rows c (b,) of the texts."""
@@ -160,12 +165,19 @@ class Dualized(nn.Module):
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:
-        """Inside, every head gives the output of the untuned model, for any r. Raises UserError without adapters."""
+        """Inside, every head gives the output of the untuned model, for any r. Raises UserError without adapters.
+
+        With adapters on top of a few-step run's, the net is that run's, head by head.
+        """
         if not self.old:
             raise UserError(
                 "net.lora is null, so the untuned model is gone once training starts: set net.lora.rank=64, or take "
                 "another teacher, teacher.kind=run"
             )
+        if self.has_subject:
+            with adapter.without_subject(self.model):
+                yield self
+            return
         old = dict(zip(self.paths, self.old, strict=True))
         now, gap = {path: self.model.get_submodule(path) for path in old}, self.gap
         old[self.row.last] = self._outs([old[self.row.last]] * len(self.heads))

@@ -260,7 +260,7 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
     """
     places = folder / "checkpoints"
     last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
-    if run.start and not last:
+    if run.start and not last and not run.has_subject:
         net, made = begin_from(run, run.start)
     elif dist.world() > 1:
         net, made = run.sketch()
@@ -314,14 +314,19 @@ def of_run(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], D
     Raises UserError where they make another function of this net, or on this path.
     """
     source = open_run(start.source, device="cpu", fill=False)
-    differs = [*differing("net", source.run.net, net), *differing("path", source.run.path, path)]
-    same = SAME if "r" in source.run.objective.needs.names else (*SAME, "net.late:")  # of r no block knew
+    require_net(source.run, start, net, path, SAME)
+    return source.net.state_dict(), source.made
+
+
+def require_net(source: Run, start: Start, net: Net, path: FlowPath, same: tuple[str, ...]) -> None:
+    """Raise UserError where a run has another net or path, but for fields that begin as one of `same`."""
+    differs = [*differing("net", source.net, net), *differing("path", source.path, path)]
+    same = same if "r" in source.objective.needs.names else (*same, "net.late:")  # of r no block knew
     if differs := [line for line in differs if not line.startswith(same)]:
         raise UserError(
             f"start: the nets differ, {start.source} has another {'; '.join(differs)}: set these fields as they are "
             "there, or start=null"
         )
-    return source.net.state_dict(), source.made
 
 
 def differing(name: str, was: Spec, now: Spec) -> list[str]:

@@ -1,7 +1,9 @@
 """Samples of a run, made, decoded and written."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import replace
+from io import StringIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from dumo.data import Data, Images, Moons
 from dumo.data.pixel import Size
+from dumo.data.written import NAMES, TABLES
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
@@ -178,12 +181,16 @@ def write(
 ) -> Path:
     """One set of samples as one file, or one folder of files; `names` of the conditions, where the data have others.
 
+    Single images of captions have a table of them, which `data.images.captions` reads.
+
     Points are drawn before some of the data, chosen by `seed`.
     """
     points = len(shown(data).shape) == 1
     match form:
         case "images":
             picture.write_singles(stem, picture.to_rows(x))
+            if names and Conditions(data).captions:
+                write_captions(stem, names)
             return stem
         case "npz":
             path = stem.with_name(f"{stem.name}.npz")
@@ -198,3 +205,12 @@ def write(
             )
             picture.write_picture(path, sheet)
             return path
+
+
+def write_captions(folder: Path, texts: Sequence[str]) -> None:
+    """Write metadata.csv of the images in a folder, as `picture.write_singles` numbers them."""
+    rows = StringIO()
+    table = csv.writer(rows)
+    table.writerow(("file_name", NAMES[0]))
+    table.writerows((f"{i:06d}.png", text) for i, text in enumerate(texts))
+    files.write(folder / TABLES[0], rows.getvalue().encode())

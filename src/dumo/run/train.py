@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dumo.data import Data
+from dumo.data import Data, Latents
 from dumo.data.store import some
 from dumo.evaluation.word import method
 from dumo.flow.draw import Draws
@@ -138,7 +138,8 @@ def go_on(
     journal = Journal(run, folder, here, source, tell, hashes, text, validation)
     journal.open(state)
     sheets.open(state)
-    task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
+    prior = run.data.prior if isinstance(run.data, Latents) else None
+    task = Task(run.objective, run.path, run.data.classes, known and known.velocity, prior)
     try:
         with (
             journal.saver,

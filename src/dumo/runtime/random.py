@@ -18,7 +18,7 @@ from math import prod
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Generator, Tensor
 
 from dumo.types import Cond, Sample
@@ -34,6 +34,13 @@ def stream(*key: int | str) -> Generator:
     """
     digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # a seed is a signed 64-bit number
     return Generator().manual_seed(int.from_bytes(digest))
+
+
+def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
+    """Which rows of a step's batch are picked, by this name: the share of them, to a row, at random places."""
+    found = torch.zeros(batch, dtype=torch.bool)
+    found[torch.randperm(batch, generator=stream(seed, step, name))[: round(share * batch)]] = True
+    return found
 
 
 def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:

@@ -5,7 +5,7 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 
 import torch
@@ -44,14 +44,17 @@ def share(copy: nn.Module, net: nn.Module) -> None:
         mine._buffers.update({name: its._buffers[name] for name in its._non_persistent_buffers_set})
 
 
-def digest(net: nn.Module, made: Callable[[Tensor], Tensor] = torch.detach) -> str | None:
+def digest(
+    net: nn.Module, made: Callable[[Tensor], Tensor] = torch.detach, without: Collection[str] = ()
+) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
 
-    `made` gives the numbers of one. A layer of codes has the digest of what was coded, and how (`origin`), not its
-    codes, which another version of a library may choose otherwise. 20 B parameters take a second. Another model has
-    another digest; a change of a single number may go unseen. None if nothing is frozen, or the net holds no numbers.
+    `made` gives the numbers of one; those named in `without` are left out. A layer of codes has the digest of what was
+    coded, and how (`origin`), not its codes, which another version of a library may choose otherwise. 20 B parameters
+    take a second. Another model has another digest; a change of a single number may go unseen. None if nothing is
+    frozen, or the net holds no numbers.
     """
-    fixed = frozen_weights(net)
+    fixed = {name: p for name, p in frozen_weights(net).items() if name not in without}
     if not fixed or any(isinstance(p, FakeTensor) for p in fixed.values()) or made(next(iter(fixed.values()))).is_meta:
         return None
     coded = [path for path, layer in net.named_modules(remove_duplicate=False) if "origin" in layer._parameters]

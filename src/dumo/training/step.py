@@ -44,6 +44,7 @@ class Task:
     path: Path
     classes: int
     teacher: Taught | None = None  # replaces the data's velocity
+    prior: float | None = None  # on this share of a batch's rows; None: on all
 
 
 def together(spec: Train, objective: Objective) -> int:
@@ -184,7 +185,7 @@ class Pieces:
 def draws_of(task: Task, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
     """This rank's random numbers for the step after `step` done ones, for samples of this shape."""
     rows = span(pieces(spec, task.objective))
-    return drawn(task.objective, shape, seed=spec.seed, step=step, batch=spec.batch, rows=rows, z=z)
+    return drawn(task.objective, shape, seed=spec.seed, step=step, batch=spec.batch, rows=rows, z=z, prior=task.prior)
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:

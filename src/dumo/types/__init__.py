@@ -247,13 +247,14 @@ class Noised:
     v_t: Sample  # dx_t/dt: given (x, z), or the teacher's
     c: Cond  # some of it dropped to null
     null: Cond
-    kept: Rows  # the rows whose condition was not dropped
+    kept: Rows  # the rows whose condition was not dropped, and that no teacher answers as guided as it is
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by `Needs.laws`
     progress: float = 0.0  # share of the training done, in [0, 1]
     teacher: Taught | None = None  # gives another velocity instead of v_t
     trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
     host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
+    taught: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
 
     @property
     def known(self) -> tuple[Time, Rows] | None:
@@ -267,9 +268,15 @@ class Noised:
             host, s = self.host and (torch.full_like(self.host[0], s), self.host[1]), torch.full_like(self.t, s)
         x, z = self.x if x is None else x, self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
-        if self.teacher:
-            v_s = self.teacher(x_s, s, self.c, v_s)
+        v_s = self.velocity(x_s, s, v_s)
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
+
+    def velocity(self, x: Sample, s: Time, v: Sample) -> Sample:
+        """The velocity to learn at x and s, where the data's own is v: the teacher's, on the rows that it answers."""
+        if self.teacher is None:
+            return v
+        found = self.teacher(x, s, self.c, v)
+        return found if self.taught is None else torch.where(lift(self.taught, v), found, v)
 
     def on(self, s: Time) -> Sample:
         """x_s of each row's trajectory, of which s is a time; of the path where there is none."""

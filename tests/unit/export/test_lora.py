@@ -1,5 +1,6 @@
 """A LoRA as one file: what ComfyUI makes of it is the model that dumo exports."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from comfyui import loaded, native
 from dumo.encoders.pipeline import Pipeline, published
 from dumo.export.lora import COMFYUI, comfyui, tensors
 from dumo.export.model import STOCKS, Exported
-from dumo.nets.adapter import Lora
+from dumo.nets.adapter import Lora, without_subject
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family
 from dumo.nets.pretrained import Pretrained
@@ -23,17 +24,20 @@ from transformers_saved import CLASSES, SHAPE
 NAMES = ("sd3", "sd3.5", "flux", "flux2", "chroma", "qwen", "z-image", "auraflow")
 
 
-def tuned(name: str, *, lora: bool = True) -> tuple[dict[str, torch.Tensor], Exported]:
+def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[dict[str, torch.Tensor], Exported]:
     """The weights of a tiny model, and that model after all that is trained beside adapters has moved."""
     model: Any = tiny.TINY[name].model()
     model.register_to_config(_class_name=tiny.TINY[name].kind)
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    row, spec = FAMILIES[tiny.TINY[name].kind], Pretrained(texts=Codes(), lora=Lora(rank=3) if lora else None)
+    row, spec = (
+        FAMILIES[tiny.TINY[name].kind],
+        Pretrained(texts=Codes(), lora=Lora(rank=3, subject=subject) if lora else None),
+    )
     rows, limit = spec.text_rows(row, model.config, CLASSES), 10.0 if row.embedder else None
     net = Dualized(model, row, rows, ("v", "u"), row.patch(model.config, SHAPE[0]), lora=spec.lora, limit=limit)
     g = torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        if p.requires_grad:
+    for path, p in net.named_parameters():
+        if p.requires_grad or (subject and any(part in path for part in ("heads.", "timestep_embedder.", ".lora_"))):
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})  # as is one that was tuned on captions
@@ -52,6 +56,20 @@ def test_comfyui_merges_what_dumo_merges(name: str) -> None:
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
     assert any((tensor - native(before, kind)[key]).abs().max() > 0.01 for key, tensor in after.items())
     assert {key.rpartition(".")[2] for key in file} == {"weight", "diff", *["diff_b"] * (name not in NO_BIAS)}
+
+
+def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
+    """What both add up to is the model of both; the subject's alone is on top of the few-step model."""
+    before, exported = tuned("sd3", subject=2)
+    fused, alone, kind = comfyui(exported), comfyui(replace(exported, alone=True)), exported.kind
+    with without_subject(exported.net.model):
+        few = exported.model().state_dict()
+    after = native(exported.model().state_dict(), kind)
+    for found in (loaded(before, fused, kind), loaded(few, alone, kind)):
+        assert all(torch.allclose(found[key], tensor, rtol=0, atol=1e-6) for key, tensor in after.items())
+    assert any((tensor - native(few, kind)[key]).abs().max() > 0.01 for key, tensor in after.items())
+    assert {key.rpartition(".")[2] for key in alone} == {"weight"}
+    assert {key.partition("lora_")[2] for key in tensors(replace(exported, alone=True))} == {"A.weight", "B.weight"}
 
 
 NO_BIAS = ("flux2",)  # neither its last layer nor its embedder has one

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dumo.flow.draw import Coupling, Noise, draw, drawn, noised
+from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow, MeanFlow
-from dumo.runtime.random import stream
+from dumo.runtime.random import share_of_rows, stream
 from dumo.types import Needs, Noised, Objective
 
 
@@ -193,3 +194,25 @@ def test_what_is_not_finite_is_left_to_the_step() -> None:
     same = C.eq(C[7])
     assert torch.equal(z[same], Z[same])
     assert not torch.equal(z[~same], Z[~same])
+
+
+def test_a_teacher_answers_its_share_of_the_rows_alone() -> None:
+    """Its velocity is learned as it is, at any time; the other rows have the data's, guided."""
+    objective, x, c = DuMo(drop=0.25, guide=Guide(zeta=0.5)), torch.zeros(40, 2), torch.arange(40)
+    draws = drawn(objective, x.shape[1:], seed=0, step=3, batch=40, prior=0.3)
+    part = drawn(objective, x.shape[1:], seed=0, step=3, batch=40, rows=slice(5, 17), prior=0.3)
+    assert draws.taught is not None
+    assert draws.taught.sum() == 12
+    assert torch.equal(draws.taught[5:17], part.taught)
+    assert not torch.equal(draws.taught, share_of_rows(0, 4, "prior", 40, 0.3))
+    b = noised(draws, Linear(), x, c, -1, teacher=lambda x, t, c, v: torch.full_like(x, 7.0))
+    plain = noised(replace(draws, taught=None), Linear(), x, c, -1)
+    assert torch.equal(b.c, plain.c), "a label is dropped or not, whoever answers"
+    for record, data in ((b, plain), (b.at(0.25), plain.at(0.25)), (b[10:30], plain[10:30])):
+        assert record.taught is not None
+        assert (record.v_t[record.taught] == 7).all()
+        assert torch.equal(record.v_t[~record.taught], data.v_t[~record.taught])
+    v_star = objective.guide(b, torch.full_like(x, 3.0), lambda b, c: torch.full_like(b.x_t, -1.0))
+    guided = plain.kept & ~draws.taught
+    torch.testing.assert_close(v_star[guided], b.v_t[guided] + 0.5 * (3 + 1))
+    assert torch.equal(v_star[~guided], b.v_t[~guided])

@@ -36,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # torch's, of autocast on a CPU
 ]
 V = Needs(heads=("v",))
+SUBJECT = Lora(rank=4, subject=2)
 LORA, RESTS, DRAWN = Lora(rank=4), Lora(rank=4, frozen="bfloat16"), {"weights": "drawn"}
 QUICK = ("sd3", "flux", "sana-masked", "qwen", "z-image")
 SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
@@ -145,6 +146,24 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
         assert {id(p) for p in net.parameters() if p.requires_grad} <= trained
     assert {id(p) for p in net.parameters() if p.requires_grad} == trained
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
+
+
+def test_a_subject_leaves_the_few_step_net_as_it_is(folder: Saved) -> None:
+    """A step moves its own adapters alone, and in `base` each head is the few-step net's own, to the bit."""
+    x, c, t = batch()
+    few, net = (built(with_limit(folder("sd3"), "sd3").model_copy(update={"lora": lora})) for lora in (LORA, SUBJECT))
+    step(few)
+    before = few.state_dict()
+    assert not net.load_state_dict(before, strict=False).unexpected_keys
+    old = few(x, c, t=t)
+    assert not torch.equal(*old)
+    step(net)
+    after = net.state_dict()
+    assert all(torch.equal(after[name], w) for name, w in before.items())
+    assert after.keys() - before.keys() == {name for name, p in net.named_parameters() if p.requires_grad}
+    with net.base():
+        assert all(map(torch.equal, net(x, c, t=t), old))
+    assert not any(torch.allclose(new, head, atol=1e-4) for new, head in zip(net(x, c, t=t), old, strict=True))
 
 
 def step(net: Dualized) -> None:

@@ -22,6 +22,7 @@ from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
+from dumo.run.config.subject import prior, subject
 from dumo.run.config.teacher import Start, Teacher
 from dumo.run.config.tree import Evaluation, Tree
 from dumo.training.layout import share_of
@@ -51,6 +52,8 @@ def check(run: Tree) -> None:
         teaching(run.teacher, objective, data, train),
         base(outline, net, path) if run.teacher and run.teacher.kind == "base" else (),
         beginning(run.start, objective, train),
+        subject(run),
+        prior(data, run.teacher, objective, train),
         unknown("sample.knobs", run.sample.knobs, objective.needs.knobs, f"objective '{objective.kind}'", "knob"),
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)

@@ -16,7 +16,6 @@ from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_contents
 from dumo.data.caption import Files
 from dumo.data.written import NoCaptionsError
-from dumo.encoders.pipeline import Pipeline
 from dumo.flow.path import Diffusion
 from dumo.io import digest
 from dumo.io.read import user_path
@@ -179,8 +178,8 @@ def whole(text: str, *, maybe: bool = False) -> str:
 
 def pinned(run: Run, before: Run | None = None) -> Run:
     """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
-    old = pins(before.data, before.pipeline) if before else {}
-    lacking = {field: find for field, (known, find) in pins(run.data, run.pipeline).items() if known is None}
+    old = pins(before) if before else {}
+    lacking = {field: find for field, (known, find) in pins(run).items() if known is None}
     found = {field: old[field][0] if field in old else None for field in lacking}
     new = {field: value for field, find in lacking.items() if (value := found[field] or find())}
     if not new:
@@ -193,9 +192,9 @@ def pinned(run: Run, before: Run | None = None) -> Run:
 Pin = str | dict[str, str] | None  # a hash, or the facts of a pipeline
 
 
-def pins(data: Data, pipeline: Pipeline | None) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
+def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
     """The hashes that a run has a field for, and what finds each: of a codec that is not here, that of the cache."""
-    found = dict[str, tuple[Pin, Callable[[], Pin]]]()
+    found, data, pipeline = dict[str, tuple[Pin, Callable[[], Pin]]](), run.data, run.pipeline
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
 
         def of_codec() -> str | None:
@@ -205,6 +204,10 @@ def pins(data: Data, pipeline: Pipeline | None) -> dict[str, tuple[Pin, Callable
         found["data.codec.sha256"] = data.codec.sha256, of_codec
     if pipeline:
         found["pipeline.facts"] = pipeline.facts, lambda: pipeline.found().facts
+    if run.start and run.has_subject:
+        from dumo.run.fewstep import digest as of_weights  # it opens a run, by this
+
+        found["start.sha256"] = run.start.sha256, lambda: of_weights(run)
     return found
 
 

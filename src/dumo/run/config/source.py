@@ -5,6 +5,7 @@ A run.yaml, which training writes complete, says its format (ADR 0003); files th
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run 
 CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
 PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.run.plan.proposal`
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
+EITHER = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # a base that a variable may name
 MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 
 
@@ -78,8 +80,14 @@ def _whole(tree: dict[str, Any], name: str, file: Path | None, above: tuple[str,
 
 
 def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], str, Path | None]:
-    """The tree, the name and the file of a base: a recipe, or what lies at a path next to the file that names it."""
+    """The tree, the name and the file of a base: a recipe, or what lies at a path next to the file that names it.
+
+    ${NAME:-recipe}, as a shell reads it: what lies where the variable says, from here, or the recipe where it is unset.
+    """
     text = base if isinstance(base, str) else shown(base)
+    if either := EITHER.fullmatch(text):
+        base = text = os.environ.get(either[1]) or either[2]
+        file, name = Path(FILE), f"{name}: ${either[1]}"
     if base in recipes.names():
         return _packaged(text), f"recipe {text}", None
     if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):

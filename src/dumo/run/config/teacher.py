@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
 from dumo.runtime.bound import SAMPLES
-from dumo.types import MAYBE_PLACE, QUIET, Spec
+from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec
 
 
 class Pairs(Spec):
@@ -62,3 +62,5 @@ class Start(Spec):
     # A run's folder; of sit and dit a safetensors file, under the names of their authors.
     source: str = Field(json_schema_extra={"where": "maybe"})
     heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}
+    # Of the source's weights where they stay part of the net, under `net.lora.subject`; found when the run begins.
+    sha256: str | None = Field(default=None, exclude_if=lambda known: known is None, json_schema_extra=PINNED)

@@ -144,7 +144,7 @@ class Tree(Spec):
         Raises UserError, before it is made, if the device has less memory than that.
         """
         self.require_room(device)
-        if torch.device(device).type == "cpu":
+        if torch.device(device).type == "cpu" and not self.has_subject:
             return self._built()
         net, weights = self.sketch()
         return weights.fill(net, device)
@@ -157,7 +157,18 @@ class Tree(Spec):
         with weights:
             net = self._built()
         assert not (lost := weights.strange(net)), f"{lost[0]} is not drawn"
+        if self.has_subject:
+            from dumo.run.fewstep import lay  # it opens a run, which is made of this
+
+            lay(self, net, weights)
         return net, weights
+
+    @property
+    def has_subject(self) -> bool:
+        """Whether adapters are trained on top of what another run trained, which `start` names and is frozen."""
+        net = self.net
+        lora = net.lora if isinstance(net, Pretrained) and net.weights == "source" else None
+        return bool(self.start and lora and lora.subject)
 
     def _built(self) -> nn.Module:
         """The net on the CPU, as it is made now."""

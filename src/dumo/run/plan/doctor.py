@@ -25,6 +25,7 @@ from dumo.data import Data
 from dumo.flow.precision import using
 from dumo.io.read import finite
 from dumo.nets import Net, Pretrained
+from dumo.nets.adapter import SUBJECT
 from dumo.nets.text import or_drawn
 from dumo.run.config.spec import Run
 from dumo.run.plan import findings
@@ -86,6 +87,7 @@ def examine(run: Run, device: torch.device) -> Examination:
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
+            noise = 0.1 * noise if f".{SUBJECT}." in name else noise  # three parts of a layer would add up to more
             p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
     at = point(run.objective, run.path, run.data, run.train.seed, 4)
     return _compare(net, run.objective, run.train, at, device, run.net.time_scale, "drawn weights")
