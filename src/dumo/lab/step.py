@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast, products, using
@@ -112,7 +113,7 @@ class Setting:
 
         def step() -> None:
             self.net.zero_grad()
-            with products(row.precision, self.device), self.eager(row):
+            with products(row.precision, self.device), self.eager(row), self.keyed(len(b.t)):
                 with autocast(row.precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
@@ -123,13 +124,17 @@ class Setting:
         """Inside, blocks that were compiled for other rows run as they were written."""
         return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
 
+    def keyed(self, rows: int) -> AbstractContextManager[None]:
+        """Inside, passes of so many rows drop and route, as in training."""
+        return dropout.using(dropout.keys(0, 0, rows).to(self.device))
+
     def judge(self, row: Row, objective: Objective) -> Row:
         """The row with the error of its slope. A loss that is compiled whole is judged as it was written."""
         if row.slope == PLAIN:
             return row
         least = cost.exact_rows(objective)
         b = self.record(objective, least * max(COMPARED // least, 1))
-        with using(row.precision, self.device), self.eager(row):
+        with using(row.precision, self.device), self.eager(row), self.keyed(len(b.t)):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def count(self, row: Row, objective: Objective, step: Work) -> Row:
