@@ -85,6 +85,7 @@ def test_captions(here: Path) -> None:
 def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETRAINED", str(save("Flux", here / "flux")))
     monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
+    assert call("encode", "flux-lora", *sets(f"pipeline={here / 'flux'}", "train.micro_batch=2"), *TUNED).code == 0
     typed("memory", TUNED)
 
 
