@@ -125,7 +125,7 @@ class Setting:
         return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
 
     def keyed(self, rows: int) -> AbstractContextManager[None]:
-        """Inside, passes of so many rows drop and route, as in training."""
+        """Inside, passes of this number of rows drop and route, as in training."""
         return dropout.using(dropout.keys(0, 0, rows).to(self.device))
 
     def judge(self, row: Row, objective: Objective) -> Row:

@@ -35,20 +35,11 @@ from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
-PRIVATE = (
-    "heads.",
-    "gauges.",
-    "scalars.",
-    "own.",
-    "gap.",
-)  # parts of a net that an objective asks for: another may lack them
+# Parts of a net that an objective asks for: another may lack them.
+PRIVATE = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
-SAME = (
-    "net.checkpoint:",
-    "net.dropout:",
-    "net.route:",
-    "net.texts.drop:",
-)  # fields of a net that leave it the same function
+# Fields of a net that leave it the same function.
+SAME = ("net.checkpoint:", "net.dropout:", "net.route:", "net.texts.drop:")
 
 
 @dataclass(frozen=True)
