@@ -179,7 +179,7 @@ def memory(results: Row) -> Iterator[str]:
     for mode, found in results.items():
         for ranks, row in found["ranks"].items():
             cells = [f"{row[name]['measured'] / 1e9:.2f}/{row[name]['dry'] / 1e9:.2f}" for name in phases]
-            yield line([f"{mode}, {found['gigabytes']:g} GB", ranks, *cells])
+            yield line([mode, ranks, *cells])
 
 
 TABLES = {
