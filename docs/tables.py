@@ -178,8 +178,8 @@ def memory(results: Row) -> Iterator[str]:
     yield "|" + "---|" * (2 + len(phases))
     for mode, found in results.items():
         for ranks, row in found["ranks"].items():
-            cells = [f"{row[name]['measured'] / 1e9:.2f} / {row[name]['dry'] / 1e9:.2f}" for name in phases]
-            yield line([f"{mode}, {found['gigabytes']:g} GB", ranks, *cells])
+            cells = [f"{row[name]['measured'] / 1e9:.2f}/{row[name]['dry'] / 1e9:.2f}" for name in phases]
+            yield line([mode, ranks, *cells])
 
 
 TABLES = {
