@@ -79,7 +79,8 @@ def figures() -> dict[str, int]:
     nodes = [node for text in src.values() for node in ast.walk(ast.parse(text))]
     raised = [called(node.exc) for node in nodes if isinstance(node, ast.Raise)]
     decorators = [called(one) for function in functions(nodes) for one in function.decorator_list]
-    pages = [*texts(ROOT / "docs", "*.md").values(), (ROOT / "README.md").read_text(encoding="utf-8")]
+    top = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")]
+    pages = [*texts(ROOT / "docs", "*.md").values(), *top]
     rooms = {path.relative_to(SRC).parts[0] for path in src}
     modules, leaves = subprocess.run(
         [sys.executable, "-c", DIGITS], env={**os.environ, "PYTHONPATH": str(SRC.parent), "OMP_NUM_THREADS": "1"},
