@@ -145,16 +145,14 @@ def words(results: Row) -> Iterator[str]:
 def fair(results: Row) -> Iterator[str]:
     """Two heads and one, under the same timestep distributions."""
     yield line(
-        ["timesteps", "jumps", "on", "far", *(f"{n}, {k}" for k in ("1 NFE", "2") for n in ("two heads", "one head"))]
+        ["timesteps", "jumps", "on", "far, %", *(f"{n}, {k}" for k in ("1 NFE", "2") for n in ("two heads", "one head"))]
     )
     yield "|" + "---|" * 8
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for own in grouped(results, "law", "jumps", "rows", "heads", "metric"):
         row = own[0]
-        on = {"all": "all rows"}.get(row["rows"], row["rows"]) + (
-            ", MeanFlow's metric" if row["metric"] != "l2" else ""
-        )
-        far = f"{100 * row['far']:.1f} %" if row["far"] > 1e-4 else f"{100 * row['far']:.4f} %"
+        on = row["rows"] + (", MeanFlow's metric" if row["metric"] != "l2" else "")
+        far = f"{100 * row['far']:.1f}" if row["far"] > 1e-4 else f"{100 * row['far']:.4f}"
         found.setdefault((row["law"], row["jumps"], on, far), {})[row["heads"]] = spread(own, "fd_grey")
     for arm, cells in found.items():
         yield line([*arm, *(cells.get(n, ["", ""])[k] for k in (0, 1) for n in ("two", "one"))])
@@ -162,12 +160,12 @@ def fair(results: Row) -> Iterator[str]:
 
 def kills(results: Row) -> Iterator[str]:
     """What came of the kills, by place and ranks."""
-    yield line(["killed while", "one process", "two ranks"])
+    yield line(["killed while", "one process: kills/starts", "two ranks"])
     yield "|" + "---|" * 3
     found: dict[str, list[str]] = {}
     for row in results["rows"]:
-        end = f"{len(row['differs'])} numbers differ" if row["differs"] else "bit-equal"
-        found.setdefault(row["place"], []).append(f"{row['hits']} kills, {row['starts']} starts: {end}")
+        end = f", {len(row['differs'])} numbers differ" if row["differs"] else ""
+        found.setdefault(row["place"], []).append(f"{row['hits']}/{row['starts']}{end}")
     yield from (line([place, *cells]) for place, cells in found.items())
 
 

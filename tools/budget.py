@@ -79,8 +79,7 @@ def figures() -> dict[str, int]:
     nodes = [node for text in src.values() for node in ast.walk(ast.parse(text))]
     raised = [called(node.exc) for node in nodes if isinstance(node, ast.Raise)]
     decorators = [called(one) for function in functions(nodes) for one in function.decorator_list]
-    top = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")]
-    pages = [*texts(ROOT / "docs", "*.md").values(), *top]
+    pages = [*texts(ROOT / "docs", "*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     rooms = {path.relative_to(SRC).parts[0] for path in src}
     modules, leaves = subprocess.run(
         [sys.executable, "-c", DIGITS], env={**os.environ, "PYTHONPATH": str(SRC.parent), "OMP_NUM_THREADS": "1"},
@@ -96,7 +95,7 @@ def figures() -> dict[str, int]:
         "lines of tools": lines(texts(ROOT / "tools")),
         "lines of the longest file of src": max(text.count("\n") for text in src.values()),
         "rooms, folders and files at the top of src": len(rooms),
-        "words of docs": sum(len(page.split()) for page in pages),
+        "words of docs": sum(len(page.read_text(encoding="utf-8").split()) for page in pages),
         "raises of UserError and ValueError": sum(name in ("UserError", "ValueError") for name in raised),
         "validators": sum(name in ("model_validator", "field_validator") for name in decorators),
         "exclude_if": prose.count("exclude_if="),
