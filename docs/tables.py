@@ -144,9 +144,8 @@ def words(results: Row) -> Iterator[str]:
 
 def fair(results: Row) -> Iterator[str]:
     """Two heads and one, under the same timestep distributions."""
-    yield line(
-        ["timesteps", "jumps", "on", "far, %", *(f"{n}, {k}" for k in ("1 NFE", "2") for n in ("two heads", "one head"))]
-    )
+    heads = [f"{n}, {k}" for k in ("1 NFE", "2") for n in ("two heads", "one head")]
+    yield line(["timesteps", "jumps", "on", "far, %", *heads])
     yield "|" + "---|" * 8
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for own in grouped(results, "law", "jumps", "rows", "heads", "metric"):
