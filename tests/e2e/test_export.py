@@ -165,8 +165,8 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 
-    Merged into a folder and as a LoRA; the card says how exactly, and dumo.json. Of one family that counts time forward,
-    one backward, one that packs and one of a diffusion: unit/nets/test_gap.py has all.
+    Merged into a folder and as a LoRA; the card says how exactly, and dumo.json. Of families that count time forward,
+    backward, that pack and of a diffusion: unit/nets/test_gap.py has all.
     """
     case = Case.of(name, tmp_path, *LORA, *TWO, "sample.solver={kind: restart, m: 0.7}")
     out = case.export("jumps", "--nfe", "1,2,4")
