@@ -71,6 +71,19 @@ def test_pretrained(here: Path) -> None:
     assert (here / "few-steps/README.md").is_file()
 
 
+def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a few-step run of the tiny pipeline."""
+    save("SD3", here / "sd3")
+    (here / "prior.txt").write_text("a dog on a beach\na cat\n", encoding="utf-8")
+    monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
+    for verb in ("encode", "train"):
+        assert call(verb, "sd3-lora", *sets("pipeline=sd3"), *TUNED).code == 0
+    (here / "mine").mkdir()
+    (here / "photos").rename(here / "mine/photos")
+    typed("personal", TUNED, **{"200": "4"})
+    assert (here / "sks.safetensors").is_file()
+
+
 def test_sdxl(here: Path) -> None:
     save("SDXL", here / "sdxl")
     typed("sdxl", TUNED)
