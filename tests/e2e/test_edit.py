@@ -12,7 +12,7 @@ from dumo.nets.rows import Texts
 from dumo.run.folder import open_run
 from dumo.run.prompt import prompted
 from e2e.shell import call, refused, sets
-from stock.case import CAPTIONS, FULL, LIMITS, SHORT, Case
+from stock.case import CAPTIONS, FULL, SHORT, Case
 
 ALONE = ("data.images.captions.source=source", "data.images.flip=false")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts
@@ -34,7 +34,7 @@ def texts_of(case: Case) -> Texts:
 
 
 def test_the_card_makes_dumos_edits(case: Case) -> None:
-    assert max(case.off(case.folder / "out")) < LIMITS["full"]
+    assert max(case.misses("full", case.folder / "out")) < 1
 
 
 def test_an_edit_depends_on_its_image(case: Case) -> None:

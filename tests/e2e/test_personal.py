@@ -22,7 +22,7 @@ from dumo.training import checkpoint
 from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
 from forked import ENVIRONMENT
-from stock.case import CAPTIONS, LIMITS, SHORT, Case, must
+from stock.case import CAPTIONS, SHORT, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 NAMES = ["SD3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Flux", "SDXL"))]
@@ -151,9 +151,9 @@ def test_stock_pipelines_make_dumos_images_of_both_loras(
     case = sd3 if name == "SD3" else personal(name, tmp_path, monkeypatch)
     must(call("export", case.few, case.folder / "run-diffusers"))
     fused, alone = case.export("fused", "--to", "lora"), case.export("alone", "--to", "lora", "--alone")
-    assert max(case.off(fused)) < LIMITS["lora"]
-    assert max(case.off(alone)) < LIMITS["lora"]
-    assert max(case.off(case.export("merged"))) < LIMITS["merged"]
+    assert max(case.misses("lora", fused)) < 1
+    assert max(case.misses("lora", alone)) < 1
+    assert max(case.misses("merged", case.export("merged"))) < 1
     assert {len(x) for key, x in load_file(alone / lora.FILE).items() if "lora_A" in key} == {16}
     assert not (alone / "scheduler").exists()
     assert "for the export of the few-step run `run`, not for the stock model" in (alone / "README.md").read_text()

@@ -174,7 +174,7 @@ def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) 
 
 def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
     refused("train", "digits", *net(here), named=("pipeline", "config.json"))
-    refused("train", "digits-meanflow", *net(folder), named=("input 'r'", "objective.kind dumo"))
+    refused("train", "digits-shortcut", *net(folder), named=("input 'k'", "objective.kind dumo"))
     refused("train", "moons", *net(folder), named=("takes images",))
     refused("train", "digits", *net(folder), *sets("teacher.kind=base"), named=("net.lora.rank=64",))
     central = sets("net.lowpass=null", "objective.slope.kind=central")

@@ -111,13 +111,13 @@ def test_a_signal_ends_work_between_its_pieces(
 ) -> None:
     """Heard while the run is opened, which has no pieces; nothing is half-written."""
     shutil.copytree(trained["moons"], "run")
-    unread, before = folder.unread, tree(here)
+    opened, before = folder.load_net, tree(here)
 
     def load(*told: object) -> object:
         os.kill(os.getpid(), number)
-        return unread(*told)
+        return opened(*told)
 
-    monkeypatch.setattr(folder, "unread", load)
+    monkeypatch.setattr(folder, "load_net", load)
     done = call(*words)
     assert (done.code, done.out) == (128 + number, "")
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"

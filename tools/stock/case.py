@@ -40,6 +40,8 @@ EDITED = ["data.images.captions.source=source", "data.images.flip=false", "objec
 CODES = ("net.texts={kind: codes}", "data.images.captions=null", "objective.drop=0")  # a random one for each class
 # |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
 LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
+FOUR = 1e-5  # of four passes, where rounding adds up
+WHOLE = 1e-3  # of CogView 4, whose pipeline cuts times to whole thousandths
 GUIDED = 2.0  # the scale of guidance, for which a pass reads the row of no text, too
 QUICK = {"Chroma", "Z-Image"}  # without low-pass: the first has none, and the other's takes long to fit
 SHORT = (
@@ -236,6 +238,12 @@ class Case:
             mine = self.dumo(noises[:passes], scale, c, passes)
             differences.append(float((image.clamp(-1, 1) - mine).norm() / mine.norm()))
         return differences
+
+    def misses(self, kind: str, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
+        """`off` of one, two and four passes, each in proportion to its limit."""
+        few = LIMITS[kind]
+        limits = few, few, WHOLE if self.name == "CogView4" else FOUR
+        return [a / limit for a, limit in zip(self.off(out, scale, c), limits, strict=True)]
 
     def pipeline(self, out: Path | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The stock pipeline of a folder that was exported, or of what was tuned, in this process."""

@@ -272,7 +272,7 @@ class Dualized(nn.Module):
             source=x if row.edits else None,
         )
 
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def stop(_: nn.Module, args: tuple[object, ...]) -> None:
             raise Reached(args[0])
 
         handle = self.model.get_submodule(self._embedders()[0]).register_forward_pre_hook(stop)
