@@ -72,8 +72,13 @@ def export(
     done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
     out.print(str(done), soft_wrap=True)
     if done.is_dir() and push is None:
-        where = quote(str(done.resolve().parent))
-        err.print(f"next:  cd {where}, and run the Python in {quote(str(done / 'README.md'))} there", soft_wrap=True)
+        where, pipeline = done.resolve().parent, opened.run.pipeline
+        near = ""
+        if to == "lora" and not alone and pipeline and not pipeline.known and not pipeline.repository:
+            base = pipeline.folder.resolve()  # the card opens it by its name
+            near = "" if (where / base.name).exists() else f" && ln -s {quote(str(base))}"
+        card = quote(f"{done.resolve().name}/README.md")
+        err.print(f"next:  cd {quote(str(where))}{near}    then run the Python in {card}", soft_wrap=True)
     if push is not None:
         out.print(hub.push(done, push), soft_wrap=True)
 
