@@ -151,6 +151,14 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tmp_pat
         assert max(case.misses("lora", out)) < 1
 
 
+def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Case, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    for place, linked in ((tuned.folder, False), (tmp_path / "away", True)):
+        done = must(call("export", tuned.run, place / "again", "--to", "lora"))
+        assert (f" && ln -s {tuned.source}  " in done.err) == linked
+        assert "then run the Python in again/README.md" in done.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD1", "SDXL"])
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
