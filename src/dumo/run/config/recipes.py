@@ -15,7 +15,8 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten t
 LISTED = {  # by purpose, in order
     "Start here": "digits moons",
     "Your own images": "my-images my-images-256 my-images-buckets",
-    "A pretrained transformer": "sd3-lora sana flux-lora z-image qwen-image-lora qwen-image personal",
+    "A pretrained transformer": "sd3-lora sana flux-lora z-image qwen-image-lora qwen-image",
+    "A subject on a few-step LoRA": "personal",
     "A pretrained diffusion": "sd15-lora sdxl-lora sdxl pixart",
     "By words": "digits-words cifar10-latents-words text-256 text-512 text-1024",
     "Compare objectives on digits, at equal cost": """

@@ -66,6 +66,15 @@ CATALOGUE = (
         "$PRETRAINED|kind: diffusers",
     ),
     Item(
+        "few-steps",
+        "a few-step LoRA run, under the adapters for a subject (recipe personal)",
+        "dumo train sd3-lora",
+        ("export FEW_STEPS=$PWD/runs/sd3-lora",),
+        ("$FEW_STEPS/run.yaml",),
+        "a run's folder, of sd3-lora, flux-lora, sdxl-lora or another LoRA",
+        "$FEW_STEPS",
+    ),
+    Item(
         "cifar10",
         "50,000 and 10,000 images of 32x32 in 10 classes (Krizhevsky 2009)",
         "https://www.cs.toronto.edu/~kriz/cifar.html, on the hub as uoft-cs/cifar10",

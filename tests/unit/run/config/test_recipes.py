@@ -29,6 +29,7 @@ def keys(tree: object, path: str = "") -> set[str]:
 def whole(name: str) -> str:
     """All that a recipe says: its own text, and before it that of its bases."""
     base = recipes.base(name)
+    base = base and re.sub(r"\$\{\w+:-(.*)\}", r"\1", base)  # that of an unset variable
     return (whole(base) if base else "") + recipes.text(name)
 
 

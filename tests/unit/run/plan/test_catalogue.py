@@ -13,7 +13,7 @@ from dumo.run.plan import catalogue
 from dumo.run.plan.catalogue import CATALOGUE, described, find, needing
 from e2e.shell import call, refused
 
-VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED")
+VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED", "FEW_STEPS")
 
 
 @pytest.fixture(autouse=True)
