@@ -33,8 +33,9 @@ from pipelines import PIPELINES, SIDE
 from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
-READY = ("SD3", "Flux")  # the others are slow: a minute each
-FAMILIES = [name if name in READY else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
+READY, SOME = ("SD3", "Flux"), ("SD1", "Qwen-Image")  # the others are slow, a minute each, and `make slow` has all
+GATE = [pytest.mark.slow, pytest.mark.gate]
+FAMILIES = [name if name in READY else pytest.param(name, marks=GATE[: 1 + (name not in SOME)]) for name in PIPELINES]
 CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = (  # times, by steps so long that the second counts
