@@ -61,18 +61,24 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
     assert (done.code, done.json["parameters"]) == (0, 75_976)
 
 
-@pytest.mark.slow
-def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: Path) -> None:
-    """Stopped and gone on with, the same weights to the bit as in one go."""
-    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("teacher.kind=base")]
-    words += sets("teacher.guide.scale=2")
-    words += sets("train.schedule.kind=constant")
+def trained_in_parts(here: Path, words: list[str]) -> dict[str, torch.Tensor]:
+    """What is saved of a run of four steps, `whole`: to the bit as of one that was stopped after two and goes on."""
     assert call(*words, "--out", "whole").code == 0
     assert call(*words, *sets("train.steps=2"), "--out", "parts").code == 0
     assert call(*words, "--out", "parts").code == 0
     whole, parts = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    return whole
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: Path) -> None:
+    """Stopped and gone on with, the same weights to the bit as in one go."""
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("teacher.kind=base")]
+    words += sets("teacher.guide.scale=2")
+    words += sets("train.schedule.kind=constant")
+    whole = trained_in_parts(here, words)
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
@@ -83,12 +89,7 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
     words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("train.schedule.kind=constant", taught)]
     words += sets(f"objective={{kind: {objective}, slope: {{kind: dual}}, times: {{kind: jumps}}}}")
     words += sets("sample.solver={kind: hop}")
-    assert call(*words, "--out", "whole").code == 0
-    assert call(*words, *sets("train.steps=2"), "--out", "parts").code == 0
-    assert call(*words, "--out", "parts").code == 0
-    whole, parts = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole = trained_in_parts(here, words)
     assert whole["gap.layers.linear_2.weight"].any()
     assert call("sample", "whole", "--nfe", "2").code == 0
     assert call("doctor", "whole").code == 0

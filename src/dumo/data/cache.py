@@ -184,6 +184,12 @@ def standing(out: Path, contents: Contents, rank: int, world: int) -> list[int]:
     return [number for number in table.noted(out, there) if number % world == rank]
 
 
+def read_names(folder: Path) -> bytes:
+    """What a cache's images are called, as `Hashes.names`; empty where it does not say."""
+    file = folder / NAMES
+    return unpacked(file.read_bytes()) if file.is_file() else b""
+
+
 def require_origin(
     folder: Path, hashes: Hashes, like: Contents | None = None, *, copies: int, later: bool = False
 ) -> None:
@@ -204,7 +210,7 @@ def require_origin(
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
     shards = table.noted(folder, there)
     if there.fingerprint != hashes.title():
-        names = unpacked((folder / NAMES).read_bytes()) if (folder / NAMES).is_file() else b""
+        names = read_names(folder)
         wrong = moved(names, hashes.names) if names not in (b"", hashes.names) else "of other names or classes"
         if shards:
             raise UserError(f"{folder} is of other images than are here, {wrong}: {way_out}")

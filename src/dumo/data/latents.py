@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
-from dumo.data.cache import NAMES, Contents, crops, open_cache, read_contents, require_origin
+from dumo.data.cache import Contents, crops, open_cache, read_contents, read_names, require_origin
 from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.written import LINES, read_lines
@@ -26,7 +26,7 @@ from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.flow.draw import PRIOR
 from dumo.io.audit import SOON, Audit
-from dumo.io.content import split, unpacked
+from dumo.io.content import split
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import Table
@@ -248,8 +248,8 @@ class Encoded:
 
         Raises UserError where the cache has none, or none but these.
         """
-        file, tables = self.cache.folder / NAMES, map(self.cache.tensors, range(len(self.cache.index.shards)))
-        names = split(unpacked(file.read_bytes())) if file.is_file() else []
+        packed, tables = read_names(self.cache.folder), map(self.cache.tensors, range(len(self.cache.index.shards)))
+        names = split(packed) if packed else []
         image = torch.cat([columns["image"] for columns in tables]) if names else torch.empty(0, dtype=torch.long)
         there = torch.tensor([f"/{FOLDER}/" in names[i] for i in image.tolist()], dtype=torch.bool)
         if there.all() or not there.any():

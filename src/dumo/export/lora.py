@@ -130,7 +130,7 @@ def changed(exported: Exported) -> Iterator[tuple[str, Layer, Layer]]:
     Raises UserError for a change that is in no linear layer or convolution.
     """
     net = exported.net
-    model: nn.Module = net.stock(exported.head, fixed=exported.fixed)
+    model: nn.Module = net.stock(exported.head, last=exported.last)
     for path, part in zip(net.paths, net.old, strict=True) if not exported.alone else ():
         for name, old in part.named_modules():
             new = model.get_submodule(where := f"{path}.{name}".rstrip("."))

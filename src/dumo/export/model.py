@@ -173,17 +173,20 @@ class Exported:
 
     @cached_property
     def fixed(self) -> Fixed | None:
-        """The embedding of both times in that of one; None where it has one. Raises UserError as `passes`."""
-        if self.net.gap is None:
+        """The embedding of both times in that of one; None where it makes any passes. Raises UserError as `passes`."""
+        if not self.nfe:
             return None
-        if self.head == "v":
-            return self.net.rest()
         path, (t, r) = self.sampler.path, zip(*self.passes, strict=True)
         if isinstance(path, Diffusion):
             stock = torch.tensor([float(k) for k in path.indices(t)])
         else:
             stock = self.net.own_time(self.at(t))
         return self.net.fixed(torch.tensor(t), torch.tensor(r), stock, getattr(torch, self.dtype))
+
+    @property
+    def last(self) -> nn.Linear | None:
+        """The last layer of the embedder of time, with the gap's; None of a net of one time. Raises as `fixed`."""
+        return self.fixed.layer if self.fixed else self.net.rest() if self.net.gap else None
 
     def at(self, times: Sequence[float]) -> Tensor:
         """These times as its scheduler has them, in thousandths."""
@@ -199,7 +202,7 @@ class Exported:
     @property
     def facts(self) -> Arguments:
         """What an export says of its passes, for programs; {} where it makes any."""
-        if not (self.nfe and self.fixed):
+        if not self.fixed:
             return {}
         numbers = {name: value for name, value in vars(self.fixed).items() if isinstance(value, float)}
         return {"passes": self.passes, "embedding": numbers}
@@ -262,7 +265,7 @@ class Exported:
 
     def model(self) -> Any:  # noqa: ANN401, a model of diffusers
         """The model, its adapters added to their layers, without the name of a folder of this machine."""
-        model = self.net.stock(self.head, merged=self.spec.lora is not None, fixed=self.fixed)
+        model = self.net.stock(self.head, merged=self.spec.lora is not None, last=self.last)
         model.register_to_config(_name_or_path="")
         return model if self.dtype == "float32" else cast(model, getattr(torch, self.dtype))
 

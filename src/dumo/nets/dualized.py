@@ -83,7 +83,8 @@ class Dualized(nn.Module):
             cut = (model.get_submodule(path).requires_grad_(True) for path in embedders)
             self.fits = tuple(lowpass.cut(embedder, row.turn(self.config), limit) for embedder in cut)
         self.names = ("t", "r") if gap else ("t",)
-        self.gap = Gap(model.get_submodule(embedders[0]), row.turn(self.config)) if gap else None
+        self.timed = embedders[0] if gap else ""  # the path of the embedder that the gap is added to
+        self.gap = Gap(self._embedder, row.turn(self.config)) if gap else None
         if row.reads:
             model.get_submodule(row.reads).register_forward_pre_hook(readable)
         put(model, row.last, self._outs([head.out for head in self._heads]))
@@ -192,11 +193,11 @@ class Dualized(nn.Module):
                 for path, part in now.items():
                     put(self.model, path, part)
 
-    def stock(self, head: str, *, merged: bool = False, fixed: Fixed | None = None) -> Any:  # noqa: ANN401, of diffusers
+    def stock(self, head: str, *, merged: bool = False, last: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The model with one head as its last layer, of its own class and shapes; weights are shared.
 
-        `merged`: adapters are added to their layers, in a copy, in float32. `fixed`: the embedding of t has the gap's.
-        Raises KeyError for an unknown head.
+        `merged`: adapters are added to their layers, in a copy, in float32. `last`: that of the embedder of time, which
+        has the gap's. Raises KeyError for an unknown head.
         """
         own = self.heads[head]
         assert isinstance(own, Head)
@@ -204,7 +205,7 @@ class Dualized(nn.Module):
         parts |= {path: twin.saved(self.model.get_submodule(path), tables) for path, tables in self.tables.items()}
         slow = ((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, Slow))
         parts |= {name: layer.plain() for name, layer in slow}
-        model = exchanged(self.model, parts | ({self.last_of_time: fixed.layer} if fixed else {}))
+        model = exchanged(self.model, parts | ({self.last_of_time: last} if last else {}))
         set_channels(model, self.row.out_channels, self.channels)
         if merged:
             single = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True), False) for p in model.parameters()}
@@ -219,19 +220,19 @@ class Dualized(nn.Module):
         Raises UserError as `dumo.nets.gap.fixed`.
         """
         assert self.gap is not None
-        embedder = copy.deepcopy(self.model.get_submodule(self._embedders()[0]))
+        embedder = self._embedder
         own = self.frame.clock(self.frame.schedule.last * t) if self.frame else self._timed(t, t)[1]
         wanted = copy.deepcopy(embedder).double()(self._waves(own).double()) + self.gap(t - r).double()
         return fixed(embedder, self._waves(stock), wanted, dtype)
 
     @torch.no_grad()
-    def rest(self) -> Fixed:
-        """The embedding of r = t, a velocity's, at every t: that of no gap is a number, and goes into the bias.
+    def rest(self) -> nn.Linear:
+        """The embedder's last layer for r = t, a velocity, at every t: its bias takes up G(0).
 
-        Raises UserError where there is none.
+        Raises UserError where there is no bias.
         """
         assert self.gap is not None
-        last = copy.deepcopy(lowpass.layers(self.model.get_submodule(self._embedders()[0]))[2])
+        last = copy.deepcopy(lowpass.layers(self._embedder)[2])
         bias = last._parameters["bias"]
         if bias is None:
             raise UserError(
@@ -239,7 +240,7 @@ class Dualized(nn.Module):
                 "take --head u, if that was taught, or sample by dumo sample"
             )
         last.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
-        return Fixed(1, 1.0, 0.0, 0.0, 0.0, last)
+        return last
 
     def own_time(self, thousandths: Tensor) -> Tensor:
         """The model's own times, (k,), of a scheduler's, as its pipeline tells it."""
@@ -254,11 +255,8 @@ class Dualized(nn.Module):
     def _wave(self, time: Tensor) -> Tensor:
         """Of one time (1,): the model is stopped there, so what else it reads is zeros."""
         row, channels, like = self.row, self.config["in_channels"], self._heads[0].out.weight
-        x = (
-            like.new_zeros(1, 4, channels)
-            if row.packed
-            else like.new_zeros(1, channels, 2 * self.patch, 2 * self.patch)
-        )
+        side = 2 * self.patch
+        x = like.new_zeros((1, 4, channels) if row.packed else (1, channels, side, side))
         w, texts = None if self.guidance is None else self.guidance * row.guidance_scale(self.config), self.texts
         given = Inputs(
             x=x,
@@ -275,7 +273,7 @@ class Dualized(nn.Module):
         def stop(_: nn.Module, args: tuple[object, ...]) -> None:
             raise Reached(args[0])
 
-        handle = self.model.get_submodule(self._embedders()[0]).register_forward_pre_hook(stop)
+        handle = self._embedder.register_forward_pre_hook(stop)
         try:
             with self._exactly(given):
                 self.model(**row.call(given), return_dict=False)
@@ -288,9 +286,12 @@ class Dualized(nn.Module):
     @property
     def last_of_time(self) -> str:
         """The path of the last layer of the embedder of time."""
-        path = self._embedders()[0]
-        part = self.model.get_submodule(path)
-        return f"{path}.{[name for name, m in part.named_modules() if isinstance(m, nn.Linear)][-1]}"
+        return f"{self.timed}.{[name for name, m in self._embedder.named_modules() if isinstance(m, nn.Linear)][-1]}"
+
+    @property
+    def _embedder(self) -> nn.Module:
+        """The embedder of time that the gap is added to."""
+        return self.model.get_submodule(self.timed)
 
     @property
     def _heads(self) -> list[Head]:
@@ -347,8 +348,8 @@ class Dualized(nn.Module):
         if r is None or self.gap is None:
             yield
             return
-        more, part = self.gap(t - r), self.model.get_submodule(self._embedders()[0])
-        handle = part.register_forward_hook(lambda _, args, out: out + more.to(out.dtype))
+        more = self.gap(t - r)
+        handle = self._embedder.register_forward_hook(lambda _, args, out: out + more.to(out.dtype))
         try:
             yield
         finally:

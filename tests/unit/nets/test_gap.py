@@ -202,7 +202,7 @@ def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str
     net = moved(built(cut(folder(name), name), TR, lora=lora))
     x, c, _ = batch(2)
     found = net.fixed(*PASSES, net.own_time(1000 * PASSES[0]))
-    model = net.stock("u", merged=lora is not None, fixed=found)
+    model = net.stock("u", merged=lora is not None, last=found.layer)
     for t, r in zip(*(s[:, None].expand(3, 2) for s in PASSES), strict=True):
         wanted = net(x, c, t=t, r=r)[0]
         assert apart(asked(name, model, x, c, t), wanted) < 1e-5
@@ -219,7 +219,7 @@ def test_a_velocity_has_no_gap_at_any_time(folder: Saved, name: str) -> None:
         with pytest.raises(UserError, match="has no bias"):
             net.rest()
         return
-    assert apart(asked(name, net.stock("u", fixed=net.rest()), x, c, t), net(x, c, t=t, r=t)[0]) < 1e-5
+    assert apart(asked(name, net.stock("u", last=net.rest()), x, c, t), net(x, c, t=t, r=t)[0]) < 1e-5
 
 
 def embedders(*, bias: bool = True) -> tuple[nn.Sequential, Tensor]:

@@ -32,8 +32,8 @@ LISTED = {  # by purpose, in order
     "ImageNet, in small": "imagenet-sample",
     "ImageNet, at the paper's size": """
         imagenet256-xl2 imagenet256-xl2-432 imagenet256-xl2-meanflow imagenet256-xl2-dual imagenet256-xl2-modern
-        imagenet256-xl2-routed
-        imagenet256-xl2-three-heads imagenet256-xl2-three-heads-shortcut imagenet256-b2 imagenet256-b2-meanflow
+        imagenet256-xl2-routed imagenet256-xl2-three-heads imagenet256-xl2-three-heads-shortcut
+        imagenet256-b2 imagenet256-b2-meanflow
         imagenet512-xl4 imagenet512-xl4-meanflow imagenet512-xl4-dual
         imagenet512-xl1-dcae imagenet512-xl1-dcae-dual""",
 }
