@@ -62,14 +62,18 @@ def export(
     from dumo.export import hub, write
     from dumo.run.folder import open_run
     from dumo.runtime import dist
+    from dumo.runtime.heap import lean
 
     dist.alone("dumo export")
     write.vacant(target)
     if push is not None:
         hub.require(push, parts)
-    opened = open_run(run_folder, weights=weights, device="cpu")
     passes = numbers("--nfe", nfe) or ()
-    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
+    with lean():
+        opened = open_run(run_folder, weights=weights, device="cpu")
+        done = write.export(
+            opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
+        )
     out.print(str(done), soft_wrap=True)
     if done.is_dir() and push is None:
         where, pipeline = done.resolve().parent, opened.run.pipeline

@@ -251,8 +251,9 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
         "train.ref": there["train"]["ref"],
         "sample.solver": there["sample"]["solver"],
     }
-    if "precondition" in here["net"]:
-        parts["net.precondition"] = there["net"].get("precondition", "none")
+    theirs = there["net"].get("precondition", "none")
+    if theirs != here["net"].get("precondition", "none"):
+        parts["net.precondition"] = theirs
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
 
 

@@ -26,6 +26,7 @@ from dumo.run.config.teacher import Start
 from dumo.run.origin import newest, require_own, require_same
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist, typed
+from dumo.runtime.heap import lean
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.deferred import Deferred
 from dumo.training.log import read_log
@@ -244,6 +245,7 @@ def note(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
     files.write(folder / FILE, dump(run, changed).encode(), durable=True)
 
 
+@lean()
 def begin(run: Run, folder: Path, device: torch.device, step: int | None = None) -> tuple[State, Path | None]:
     """The state that a run goes on from, and its checkpoint: that of `step`, or the last one that is whole and finite.
 

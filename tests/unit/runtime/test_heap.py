@@ -1,0 +1,38 @@
+"""Freed memory goes back to the system where weights are made, and the heap is glibc's own afterwards."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import contextlib, sys, torch
+from pathlib import Path
+from dumo.runtime.heap import lean
+
+def own():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))
+
+torch.ones(2**22)  # from here on glibc keeps blocks of up to 16 MiB
+if sys.argv[1] == "after":
+    with lean():
+        torch.ones(2**22)
+with lean() if sys.argv[1] == "within" else contextlib.nullcontext():
+    begun, kept, freed = own(), [], []
+    for _ in range(40):
+        freed.append(torch.ones(2**20))
+        kept.append(torch.ones(2**15))
+    del freed
+    print(own() - begun)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another heap")
+@pytest.mark.parametrize(("when", "kept"), [("never", True), ("within", False), ("after", True)])
+def test_freed_blocks_go_back_within(when: str, kept: bool) -> None:
+    """MiB left of 160 that were freed between 5 that stay."""
+    words = [sys.executable, "-c", CODE, when]
+    left = int(subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    assert left > 100 if kept else left < 20
