@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Verify, Weights, numbers, place
+from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Verify, Weights, complete, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out, show_lines, sparing
 from dumo.runtime import typed
@@ -73,7 +73,13 @@ def encode(
 
 
 def train(
-    source: Source,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
+            autocompletion=complete,
+        ),
+    ],
     folder: Annotated[
         Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="The run's folder. Default: runs/NAME.")
     ] = None,
@@ -141,6 +147,8 @@ def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, d
     from dumo.runtime import dist
 
     if (folder / FILE).is_file():
+        if minutes:
+            say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
         return load(str(folder), [f"data.root={place}", *sets])
     dist.alone(f"planning a run on {place}")
     found = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)

@@ -81,10 +81,10 @@ class Conditions:
         if word.isdecimal() and int(word) < self.count:
             return int(word)
         if not self.count:
-            raise UserError(f"label '{word}' is out of range: this run has no classes, so give no labels")
+            raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
         near = "" if word.isdecimal() or not names or self.captions else f" {nearest(word, [*names])};"
         give = "; give another caption as a prompt" if self.captions else ""
-        raise UserError(f"label '{word}' is out of range:{near} labels run from 0 to {self.count - 1}{give}")
+        raise UserError(f"there is no label '{word}':{near} labels run from 0 to {self.count - 1}{give}")
 
     def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
         """The condition of samples of these classes: the class, or a caption of it, its templates in turn.

@@ -73,7 +73,8 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts
     if texts is None or sampler.conditions.captions is None:
-        raise UserError("this run was trained without captions, so it reads no prompts: give classes (--labels)")
+        way = "give classes (--labels)" if sampler.conditions.count else "leave them out, or train a run with captions"
+        raise UserError(f"this run was trained without captions, so it reads no prompts: {way}")
     wanted = edited(sampler, wanted, source)
     texts.prompts |= {text: texts.prompts.pop(text) for text in wanted if text in texts.prompts}  # the last used
     known = {text: k for k, text in enumerate(sampler.conditions.names)} | texts.prompts

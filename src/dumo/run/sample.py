@@ -22,6 +22,7 @@ from dumo.io.read import brief
 from dumo.io.source import Source
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.check import check_guided
+from dumo.run.config.error import require_known
 from dumo.run.config.load import parse
 from dumo.run.config.tree import Sampling
 from dumo.run.folder import RunFolder
@@ -134,6 +135,7 @@ def export(
     files.check_writable(folder)
     files.sweep(folder)
     sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver, size=size)
+    require_known("--format", form, FORMS)
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")

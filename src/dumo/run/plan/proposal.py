@@ -107,7 +107,8 @@ class Proposal:
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
-        yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
+        least = f"; the fewest proposed, less by --set train.steps" if run.train.steps == FEWEST else ""
+        yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times{least}"
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
 
 
@@ -178,6 +179,11 @@ def seen(images: Images, here: torch.device, sets: Sequence[str], bar: Bar) -> t
     if captions := written(images, store, needed=not why):
         if why:
             found = replace(found, captions=f"{len(captions):,} found, not used: {why}")
+        elif not installed("transformers"):
+            raise UserError(
+                f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them out, "
+                "--set data.captions=null"
+            )
         else:
             fields |= reading(images.root, captions, on_a_cpu=here.type == "cpu")
     return found, fields
@@ -195,11 +201,11 @@ def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
 
 
 def unread(images: Images, sets: Sequence[str]) -> str:
-    """Why a run with these fields set is not proposed to read what was written of its images; "": it is."""
+    """Which of these fields says that a run does not read what was written of its images; "": none."""
     other = () if isinstance(images.captions, Files) else ("data.captions",)
     if chosen := [text for text in sets if text.partition("=")[0] in ("net", "net.kind") or text.startswith(other)]:
         return f"--set {brief(chosen[0])} says what the net reads"
-    return "" if installed("transformers") else f"{install('text')}  and the same command trains on them"
+    return ""
 
 
 def reading(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:

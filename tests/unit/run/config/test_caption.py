@@ -61,7 +61,7 @@ def test_a_caption_is_meant_by_its_words_or_number() -> None:
     assert run.conditions.index("one seven") == 27
     assert run.conditions.index("7") == run.conditions.names.index("7")  # which is what is written, not number 7
     assert run.conditions.index("29") == 29
-    with pytest.raises(UserError, match=r"label 'a cow' is out of range.*as a prompt"):
+    with pytest.raises(UserError, match=r"there is no label 'a cow'.*as a prompt"):
         run.conditions.index("a cow")
 
 
