@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -117,13 +118,21 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
-passing = DiT(patch=2, width=8, depth=4, attention=2, route=Route(share=0.5, first=1, last=1))
-CASES["routed"] = Case(
-    lambda _: passing.build(OBJECTIVE.needs, GREY, 3),
-    Task(OBJECTIVE, Linear(), 3),
-    partial(randoms, GREY, 3),
-    layouts=((1, False), (2, False), (2, True)),
-)
+
+
+def passing(kind: Literal["tread", "sprint"]) -> nn.Module:
+    """A net half of whose tokens skip its middle."""
+    route = Route(kind=kind, share=0.5, first=1, last=1)
+    return DiT(patch=2, width=8, depth=4, attention=2, route=route).build(OBJECTIVE.needs, GREY, 3)
+
+
+for one in ("tread", "sprint"):
+    CASES[one] = Case(
+        lambda _, one=one: passing(one),
+        Task(OBJECTIVE, Linear(), 3),
+        partial(randoms, GREY, 3),
+        layouts=((1, False), (2, False), (2, True)),
+    )
 MODELS = {
     "sd3": (*ADAPTERS, *CODED),
     "flux": ("full", "lora"),
