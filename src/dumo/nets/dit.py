@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         def step(i: int, block: nn.Module, h: Array, *places: Array) -> Array:
             return run_lean(block, h, e[0] if self.late is None or i < self.late else e[-1], *text, *places)
 
-        split = self.route.split(h) if self.route and self.training else None
+        split = self.route.split(*h.shape[:2]) if self.route and self.training else None
         h = through(self.blocks, h, places, step, split, self.fusion)
         own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
         heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())

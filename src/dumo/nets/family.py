@@ -183,6 +183,7 @@ class Family:
     lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
     edits: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
     side: Callable[[Config], int] = lambda config: 1024  # pixels of its pipeline's default image; 0: it is no square
+    routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route.Routed` does
     reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
@@ -222,11 +223,11 @@ FAMILIES: dict[str, Family] = {
     "SD3Transformer2DModel": Family(
         pooled, "StableDiffusion3Pipeline", "tokens -tokens pooled -pooled", 77 + 256,
         "joint_attention_dim", "pooled_projection_dim",
-        clock=thousand, channels_last=True, out_channels="attribute", side=eights,
+        clock=thousand, channels_last=True, out_channels="attribute", side=eights, routes=True,
     ),
     "FluxTransformer2DModel": Family(
         flux, "FluxPipeline", "tokens pooled _", 512, "joint_attention_dim", "pooled_projection_dim",
-        packed=True, exact="time_text_embed", exact_scale=TURN,
+        packed=True, exact="time_text_embed", exact_scale=TURN, routes=True,
     ),
     "Flux2Transformer2DModel": Family(
         flux2, "Flux2Pipeline", "tokens _", 512, "joint_attention_dim",

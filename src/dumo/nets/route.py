@@ -21,13 +21,14 @@ What this assumes:
   all tokens.
 - Tokens know their places before they are parted: waves are in them, and rotary tables are parted alike.
 - As many tokens skip in every row, so shapes are static.
+- A transformer of diffusers has tread alone, over all of its lists of blocks. Its text is never routed.
 - Any tokens may skip, where SPRINT's code keeps one of each 2 x 2. Its path-drop guidance, a guidance of sampling with
   no middle in the null pass, is left out, and with it the rows without a middle in training that prepare it: nets of
   few steps have their guidance in them.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -57,14 +58,14 @@ class Route(Spec):
                 "net.route.first or net.route.last, or set net.route=null"
             )
 
-    def note(self, blocks: nn.ModuleList) -> None:
+    def note(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
         """Note in each block whether it is routed: parts of a net keep the note, and copies do."""
         for i, block in enumerate(blocks):
             block.routed = self.first <= i < len(blocks) - self.last  # pyright: ignore[reportArgumentType]
 
-    def split(self, h: Array) -> "Split | None":
-        """How this pass parts the tokens h (b, n, width); None: all go through. Raises RuntimeError as `current`."""
-        rows, n = current(len(h), route=True), h.shape[1]
+    def split(self, b: int, n: int) -> "Split | None":
+        """How a pass of b rows parts its n tokens; None: all go through. Raises RuntimeError as `current`."""
+        rows = current(b, route=True)
         return None if rows is None or not self.share else Split(rows, n, max(1, n - round(self.share * n)))
 
 
@@ -136,6 +137,55 @@ def through(
             near = split.places(places) if split and inside else places
         h = step(i, block, h, *near)
     return after(h) if inside else h
+
+
+class Routed(nn.Module):
+    """A routed block of a model of diffusers in one pass, in its place: of the image's tokens it gets some.
+
+    `ends`: whether it is the first of its kind, which parts the tokens, and whether it is the last, which joins them.
+    What is computed again by checkpointing meets the same split: all is held here, and the block is as it was.
+    """
+
+    def __init__(self, block: nn.Module, split: Split, ends: tuple[bool, bool], before: list[Array]) -> None:
+        """`before` is shared by the blocks of a pass: the tokens that the first of them got."""
+        super().__init__()
+        self.block, self.split, self.ends, self.before = block, split, ends, before
+        self.lean = getattr(block, "lean", True)  # as `run_lean`
+
+    def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
+        """As the block: by name, or in order, where it is computed again. Text and image, (b, n, width) each."""
+        h, tables = hidden_states, named.get("image_rotary_emb", rest[0] if rest else None)
+        if self.ends[0]:
+            self.before[:], h = [h], self.split.part(h)
+        near = {"image_rotary_emb": tuple(Table(table, self.split) for table in tables)} if tables else {}
+        text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **near)
+        return text, self.split.join(h, *self.before) if self.ends[1] else h
+
+
+class Table:
+    """A rotary table of each row's own, of which code for one (n, size) asks [None, :, None, :], in diffusers."""
+
+    def __init__(self, table: Tensor, split: Split) -> None:
+        """Of a table (text and n, size): all of the text, and of the image what goes through."""
+        (b, _), n = split.there.shape, split.back.shape[1]
+        text = table[:-n].expand(b, -1, -1)
+        self.rows = cat([text, table[-n:][split.there]], 1)
+
+    def __getitem__(self, _: object) -> Tensor:
+        """(b, tokens, 1, size)."""
+        return self.rows.unsqueeze(2)
+
+
+def standing(lists: Mapping[str, nn.ModuleList], split: Split) -> dict[str, nn.ModuleList]:
+    """A model's lists of blocks, by name, with the routed ones as they are in one pass."""
+    routed = [block for blocks in lists.values() for block in blocks if block.routed]
+    before = list[Array]()
+
+    def stand(block: nn.Module) -> nn.Module:
+        ends = block is routed[0], block is routed[-1]
+        return Routed(block, split, ends, before) if block.routed else block
+
+    return {name: nn.ModuleList(map(stand, blocks)) for name, blocks in lists.items()}
 
 
 def chosen(h: Array, index: Tensor) -> Array:
