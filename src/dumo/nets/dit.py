@@ -96,8 +96,6 @@ class DiT(Spec):
                 f"net.late {self.late} is after how many blocks the others get r: set it below net.depth = "
                 f"{self.depth}, with an objective whose heads all read r, such as meanflow, or set net.late=null"
             )
-        if self.route:
-            self.route.check(self.depth)
         if self.magnitude == "preserved" and self.texts:
             raise UserError(
                 "net.magnitude preserved has no blocks that read texts: use net.magnitude=free, or net.texts=null"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
-from dumo.nets.family import TURN, UNET, Config, Family, Inputs
+from dumo.nets.family import TURN, UNET, Config, Family, Inputs, packed, unpacked
 from dumo.nets.gap import Fixed, Gap, fixed
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.route import Route, standing
@@ -57,13 +57,12 @@ class Dualized(nn.Module):
 
         `frame` is that of a model of a diffusion. With `gap` it takes r, too: the model has an embedder of time.
 
-        Raises UserError as `adapter.adapt` and `Route.check`.
+        Raises UserError as `adapter.adapt` and `Route.note`.
         """
         super().__init__()
         self.model, self.row, self.texts, self.patch, self.guidance = model, row, texts, patch, guidance
         self.frame, self.route = frame, route
         if route:
-            route.check(len(self.blocks))
             route.note(self.blocks)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
@@ -130,8 +129,7 @@ class Dualized(nn.Module):
         split = self.route.split(len(given.tokens), n) if self.route and self.training else None
         if split is None:
             return self.model
-        lists = {name: part for name, part in self.model.named_children() if isinstance(part, nn.ModuleList)}
-        return exchanged(self.model, standing(lists, split))
+        return exchanged(self.model, standing(self.model, split))
 
     def _timed(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
         """What a model of a flow gets of x and t, and how its output is read."""
@@ -390,15 +388,3 @@ def readable(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
     """On the meta device, where a mask has no numbers: one that keeps all tokens."""
     x, mask = args
     return x, torch.ones(mask.shape, dtype=torch.long, device="cpu") if mask.is_meta else mask
-
-
-def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:
-    """(b, c, h, w) -> (b, n, c p p), patches row by row, as the pipelines pack."""
-    b, c, (rows, columns) = x.shape[0], x.shape[1], grid
-    return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
-
-
-def unpacked(y: Array, grid: tuple[int, int], p: int) -> Array:
-    """The inverse of `packed`."""
-    b, (rows, columns) = y.shape[0], grid
-    return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dumo.autodiff.dual import primal
-from dumo.types import Array, UserError
+from dumo.types import Array, Sample, UserError
 
 Config = Mapping[str, Any]  # a model's config.json
 Arguments = dict[str, Any]  # of its forward, by name
@@ -149,6 +149,18 @@ def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
     zero = rows.new_zeros(grid)
     places = [zero, rows[:, None].expand(grid), columns.expand(grid), *[zero] * (axes - 3)]
     return torch.stack(places, -1).flatten(0, 1)
+
+
+def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:
+    """(b, c, h, w) -> (b, n, c p p), patches row by row, as the pipelines pack."""
+    b, c, (rows, columns) = x.shape[0], x.shape[1], grid
+    return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
+
+
+def unpacked(y: Array, grid: tuple[int, int], p: int) -> Array:
+    """The inverse of `packed`."""
+    b, (rows, columns) = y.shape[0], grid
+    return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)
 
 
 @dataclass(frozen=True)

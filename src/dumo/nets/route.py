@@ -27,7 +27,7 @@ What this assumes:
   few steps have their guidance in them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,8 @@ class Route(Spec):
             )
 
     def note(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-        """Note in each block whether it is routed: parts of a net keep the note, and copies do."""
+        """Note in each block whether it is routed: parts of a net keep the note, and copies do. Raises as `check`."""
+        self.check(len(blocks))
         for i, block in enumerate(blocks):
             block.routed = self.first <= i < len(blocks) - self.last  # pyright: ignore[reportArgumentType]
 
@@ -176,8 +177,9 @@ class Table:
         return self.rows.unsqueeze(2)
 
 
-def standing(lists: Mapping[str, nn.ModuleList], split: Split) -> dict[str, nn.ModuleList]:
-    """A model's lists of blocks, by name, with the routed ones as they are in one pass."""
+def standing(model: nn.Module, split: Split) -> dict[str, nn.ModuleList]:
+    """The lists of blocks of a model of diffusers, by name, with the routed ones as they are in one pass."""
+    lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
     routed = [block for blocks in lists.values() for block in blocks if block.routed]
     before = list[Array]()
 
