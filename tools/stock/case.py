@@ -24,8 +24,8 @@ from dumo.export.card import PROMPT
 from dumo.export.model import OTHERS, STOCKS, Stock
 from dumo.flow.generate import carried
 from dumo.flow.path import Diffusion
-from dumo.nets.dualized import Dualized, unpacked
-from dumo.nets.family import FAMILIES
+from dumo.nets.dualized import Dualized
+from dumo.nets.family import FAMILIES, unpacked
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
 from e2e.shell import Done, call, sets

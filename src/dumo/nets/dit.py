@@ -31,7 +31,7 @@ from dumo.nets.block import (
 )
 from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
-from dumo.nets.route import Route, through
+from dumo.nets.route import Fusion, Route, through
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
@@ -96,8 +96,6 @@ class DiT(Spec):
                 f"net.late {self.late} is after how many blocks the others get r: set it below net.depth = "
                 f"{self.depth}, with an objective whose heads all read r, such as meanflow, or set net.late=null"
             )
-        if self.route:
-            self.route.check(self.depth)
         if self.magnitude == "preserved" and self.texts:
             raise UserError(
                 "net.magnitude preserved has no blocks that read texts: use net.magnitude=free, or net.texts=null"
@@ -166,6 +164,8 @@ class Transformer(nn.Module):
         self.route = spec.route
         if self.route:
             self.route.note(self.blocks)
+        fused = self.route and self.route.kind == "sprint"
+        self.fusion = Fusion(width, preserved=self.preserved) if fused else None
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -190,7 +190,8 @@ class Transformer(nn.Module):
         def step(i: int, block: nn.Module, h: Array, *places: Array) -> Array:
             return run_lean(block, h, e[0] if self.late is None or i < self.late else e[-1], *text, *places)
 
-        h = through(self.blocks, h, places, step, self.route if self.training else None)
+        split = self.route.split(*h.shape[:2]) if self.route and self.training else None
+        h = through(self.blocks, h, places, step, split, self.fusion)
         own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
         heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())
@@ -235,7 +236,8 @@ class Transformer(nn.Module):
 
     def _initialize(self) -> None:
         """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero."""
-        for layer in (self.embed, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))):
+        fused = (self.fusion.mix,) if self.fusion else ()
+        for layer in (self.embed, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear)), *fused):
             nn.init.xavier_uniform_(layer.weight)
             if not isinstance(layer, Unit):
                 nn.init.zeros_(layer.bias)

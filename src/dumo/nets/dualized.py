@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
-from dumo.nets.family import TURN, UNET, Config, Family, Inputs
+from dumo.nets.family import TURN, UNET, Config, Family, Inputs, packed, unpacked
 from dumo.nets.gap import Fixed, Gap, fixed
 from dumo.nets.lowpass import Fit, Slow
+from dumo.nets.route import Route, standing
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
 from dumo.nets.vp import Frame
@@ -50,16 +51,19 @@ class Dualized(nn.Module):
         limit: float | None = None,
         frame: Frame | None = None,
         gap: bool = False,
+        route: Route | None = None,
     ) -> None:
         """Takes the model over; every head is a copy of its last layer. `limit` is the low-pass's; None: none.
 
         `frame` is that of a model of a diffusion. With `gap` it takes r, too: the model has an embedder of time.
 
-        Raises UserError as `adapter.adapt`.
+        Raises UserError as `adapter.adapt` and `Route.note`.
         """
         super().__init__()
         self.model, self.row, self.texts, self.patch, self.guidance = model, row, texts, patch, guidance
-        self.frame = frame
+        self.frame, self.route = frame, route
+        if route:
+            route.note(self.blocks)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
@@ -109,7 +113,7 @@ class Dualized(nn.Module):
         x_in, time, velocity = self.frame(x, t) if self.frame else self._timed(x, t)
         given = self._inputs(x_in, c, time)
         with self._exactly(given), self._apart(t, r):
-            out = self.model(**self.row.call(given), return_dict=False)[0]
+            out = self._passing(given)(**self.row.call(given), return_dict=False)[0]
         if given.source is not None:
             out = out[:, : given.x.shape[1]]
         if self.row.packed:
@@ -118,6 +122,14 @@ class Dualized(nn.Module):
         if self.frame:  # a learned variance is cut off
             heads = tuple(head[:, : x.shape[1]] for head in heads)
         return tuple(velocity(head) for head in heads)
+
+    def _passing(self, given: Inputs) -> Any:  # noqa: ANN401, of diffusers
+        """The model in this pass: where it routes in training, with its blocks so."""
+        n = prod(given.grid) + (0 if given.source is None else given.source.shape[1])
+        split = self.route.split(len(given.tokens), n) if self.route and self.training else None
+        if split is None:
+            return self.model
+        return exchanged(self.model, standing(self.model, split))
 
     def _timed(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
         """What a model of a flow gets of x and t, and how its output is read."""
@@ -376,15 +388,3 @@ def readable(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
     """On the meta device, where a mask has no numbers: one that keeps all tokens."""
     x, mask = args
     return x, torch.ones(mask.shape, dtype=torch.long, device="cpu") if mask.is_meta else mask
-
-
-def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:
-    """(b, c, h, w) -> (b, n, c p p), patches row by row, as the pipelines pack."""
-    b, c, (rows, columns) = x.shape[0], x.shape[1], grid
-    return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
-
-
-def unpacked(y: Array, grid: tuple[int, int], p: int) -> Array:
-    """The inverse of `packed`."""
-    b, (rows, columns) = y.shape[0], grid
-    return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)

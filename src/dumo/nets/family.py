@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dumo.autodiff.dual import primal
-from dumo.types import Array, UserError
+from dumo.types import Array, Sample, UserError
 
 Config = Mapping[str, Any]  # a model's config.json
 Arguments = dict[str, Any]  # of its forward, by name
@@ -151,6 +151,18 @@ def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
     return torch.stack(places, -1).flatten(0, 1)
 
 
+def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:
+    """(b, c, h, w) -> (b, n, c p p), patches row by row, as the pipelines pack."""
+    b, c, (rows, columns) = x.shape[0], x.shape[1], grid
+    return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
+
+
+def unpacked(y: Array, grid: tuple[int, int], p: int) -> Array:
+    """The inverse of `packed`."""
+    b, (rows, columns) = y.shape[0], grid
+    return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)
+
+
 @dataclass(frozen=True)
 class Family:
     """A class of diffusers. Keys are of its config, paths of its modules."""
@@ -183,6 +195,7 @@ class Family:
     lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
     edits: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
     side: Callable[[Config], int] = lambda config: 1024  # pixels of its pipeline's default image; 0: it is no square
+    routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route.Routed` does
     reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
@@ -222,11 +235,11 @@ FAMILIES: dict[str, Family] = {
     "SD3Transformer2DModel": Family(
         pooled, "StableDiffusion3Pipeline", "tokens -tokens pooled -pooled", 77 + 256,
         "joint_attention_dim", "pooled_projection_dim",
-        clock=thousand, channels_last=True, out_channels="attribute", side=eights,
+        clock=thousand, channels_last=True, out_channels="attribute", side=eights, routes=True,
     ),
     "FluxTransformer2DModel": Family(
         flux, "FluxPipeline", "tokens pooled _", 512, "joint_attention_dim", "pooled_projection_dim",
-        packed=True, exact="time_text_embed", exact_scale=TURN,
+        packed=True, exact="time_text_embed", exact_scale=TURN, routes=True,
     ),
     "Flux2Transformer2DModel": Family(
         flux2, "Flux2Pipeline", "tokens _", 512, "joint_attention_dim",

@@ -16,6 +16,7 @@ from dumo.nets.block import Lean, make_lean, run_lean
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import TURN, Family, family
 from dumo.nets.precondition import Precondition
+from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import Frame, framed
@@ -52,6 +53,8 @@ class Pretrained(Reading):
     lora: Lora | None = None  # None: all weights are tuned
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: none are
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
+    # some of the image's tokens skip the middle blocks in training; None: none
+    route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
     # Captions as the pipeline reads them; or codes for the classes, for who asks for them.
     texts: Annotated[PipelineTexts | Codes, Field(discriminator="kind")]
     # Keep each block's input alone, and compute the rest again in the backward pass.
@@ -79,7 +82,7 @@ class Pretrained(Reading):
 
     def short(self, depth: int) -> "Shortened":
         """The same model with up to `depth` blocks of each kind and random weights: for checks that read no weights."""
-        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth}
+        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth, "route": None}
         made = Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
         return made.within(self._pipeline)
 
@@ -131,6 +134,7 @@ class Pretrained(Reading):
         return Dualized(
             model, row, texts, needs.heads, p,
             guidance=self.guidance, lora=self.lora, limit=self.lowpass, frame=self.frame, gap="r" in needs.names,
+            route=self.route,
         )  # fmt: skip
 
     def text_rows(self, row: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
@@ -154,6 +158,11 @@ class Pretrained(Reading):
         if self.lowpass and not row.embedder:
             raise UserError(
                 f"{what}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
+            )
+        if self.route and not (row.routes and self.route.kind == "tread"):
+            raise UserError(
+                f"{what}, and net.route of kind {self.route.kind}: of the models of diffusers SD3 and Flux route, by "
+                "kind tread: set net.route=null"
             )
         if "r" in needs.names and not row.embedder:
             raise UserError(

@@ -1,28 +1,41 @@
-"""Token routing (TREAD, Krause et al. 2025, arXiv 2501.04765): in training some tokens skip the middle blocks.
+"""Token routing: in training some tokens skip the middle blocks, in one of two ways.
 
-Blocks `first` and on, all but the `last` ones, see a random part of each row's tokens. The other tokens wait, and come
-back as they left. A block's cost is that of its tokens, so with half of them a guided exact step of XL/2 counts 0.58.
-There are no new weights, and sampling is dense.
+Blocks `first` and on, all but the `last` ones, see a random part of each row's tokens. A block's cost is that of its
+tokens: a guided exact step of XL/2 counts 0.58 with half of them, 0.35 with a quarter. Sampling is dense.
+
+- tread (TREAD, Krause et al. 2025, arXiv 2501.04765): the other tokens wait, and come back as they left. There are no
+  new weights.
+- sprint (SPRINT, Park et al. 2025, arXiv 2510.21986): a learned mask token stands for them, and a linear layer fuses
+  all of the middle's tokens with those before it (`Fusion`), so three quarters may skip. The net ends with a tuning on
+  all tokens: another run, that starts from this one, with share 0.
 
 What this assumes:
 
 - Which tokens skip is a function of row and step alone, by the keys of `dumo.flow.dropout`. So every pass of a step has
   the same: the one with gradients, V(c), V(null), and du/dt, which is then the derivative of the function that is
   trained. Under guidance `dropout.off` leaves routing on. TREAD, which has one pass a step, needs no such key.
-- The tangent moves with its token: part and join are selections, of which the tangents' are the same selections.
+- The tangent moves with its token: part and join are selections, of which the tangents' are the same selections. The
+  mask token does not move with t, and fusion is linear.
 - A target is one of the routed net, for that is the one whose passes make it. An average as theta^- is dense, as it is
-  in the mode of sampling: its derivative is the dense function's.
+  in the mode of sampling: its derivative is the dense function's. Dense, a fused net has no mask token: its middle sees
+  all tokens.
 - Tokens know their places before they are parted: waves are in them, and rotary tables are parted alike.
 - As many tokens skip in every row, so shapes are static.
+- A transformer of diffusers has tread alone, over all of its lists of blocks. Its text is never routed.
+- Any tokens may skip, where SPRINT's code keeps one of each 2 x 2. Its path-drop guidance, a guidance of sampling with
+  no middle in the null pass, is left out, and with it the rows without a middle in training that prepare it: nets of
+  few steps have their guidance in them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, cat, nn
 
 from dumo.flow.dropout import Keys, current, hashes, layer_keys
+from dumo.nets.block import Unit, normalize
 from dumo.runtime.bound import BLOCKS
 from dumo.types import Array, Spec, UserError
 
@@ -32,9 +45,10 @@ LAYER = 1  # whose keys these are: 0 are those of dropped words (`dumo.nets.text
 class Route(Spec):
     """Which blocks are routed, and the share of the tokens that skip them. Defaults are TREAD's, for B/2 (its code)."""
 
-    share: float = Field(gt=0, lt=1)  # TREAD: 0.5
+    kind: Literal["tread", "sprint"] = "tread"
+    share: float = Field(ge=0, lt=1)  # TREAD: 0.5; SPRINT: 0.75, and 0 in the tuning that ends it
     first: int = Field(default=2, ge=0, le=BLOCKS)  # blocks at the start that see all tokens
-    last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
+    last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do; SPRINT: 2
 
     def check(self, depth: int) -> None:
         """Raise UserError where a net of this depth has no block between."""
@@ -44,15 +58,16 @@ class Route(Spec):
                 "net.route.first or net.route.last, or set net.route=null"
             )
 
-    def note(self, blocks: nn.ModuleList) -> None:
-        """Note in each block whether it is routed: parts of a net keep the note, and copies do."""
+    def note(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
+        """Note in each block whether it is routed: parts of a net keep the note, and copies do. Raises as `check`."""
+        self.check(len(blocks))
         for i, block in enumerate(blocks):
             block.routed = self.first <= i < len(blocks) - self.last  # pyright: ignore[reportArgumentType]
 
-    def split(self, h: Array) -> "Split | None":
-        """How this pass parts the tokens h (b, n, width); None: all go through. Raises RuntimeError as `current`."""
-        rows, n = current(len(h), route=True), h.shape[1]
-        return None if rows is None else Split(rows, n, max(1, n - round(self.share * n)))
+    def split(self, b: int, n: int) -> "Split | None":
+        """How a pass of b rows parts its n tokens; None: all go through. Raises RuntimeError as `current`."""
+        rows = current(b, route=True)
+        return None if rows is None or not self.share else Split(rows, n, max(1, n - round(self.share * n)))
 
 
 class Split:
@@ -76,18 +91,103 @@ class Split:
         return tuple(table[self.there].unsqueeze(1) for table in tables)
 
 
+class Fusion(nn.Module):
+    """What SPRINT's last blocks get: of each token that of the middle, and that of the blocks before it.
+
+    The mask token starts as N(0, 0.02^2), the layer as all others of the net (SPRINT's code, which never trains the
+    token). Where magnitudes are preserved both have them: EDM2 concatenates so.
+    """
+
+    def __init__(self, width: int, *, preserved: bool) -> None:
+        """For tokens of this width."""
+        super().__init__()
+        self.preserved, self.mask = preserved, nn.Parameter(0.02 * torch.randn(width))
+        self.mix = (Unit if preserved else nn.Linear)(2 * width, width)
+
+    def forward(self, h: Array, before: Array, split: Split | None) -> Array:
+        """(b, n, width), of h (b, through, width) and before (b, n, width)."""
+        if split:
+            mask = normalize(self.mask, rms=True) if self.preserved else self.mask
+            h = split.join(h, mask.to(h.dtype).expand(before.shape))
+        return self.mix(cat([h, before], -1))
+
+
 def through(
-    blocks: nn.ModuleList, h: Array, places: tuple[Tensor, ...], step: Callable[..., Array], route: Route | None
+    blocks: nn.ModuleList,
+    h: Array,
+    places: tuple[Tensor, ...],
+    step: Callable[..., Array],
+    split: Split | None,
+    fusion: Fusion | None,
 ) -> Array:
-    """The tokens h (b, n, width) after all blocks, by `step(number of the block, block, h, *places)`; None: dense."""
-    split, before, near, inside = route and route.split(h), h, places, False
+    """The tokens h (b, n, width) after all blocks, by `step(number of the block, block, h, *places)`.
+
+    Dense where `split` is None; fused where there is a `fusion`, dense or not.
+    """
+    before, near, inside = h, places, False
+
+    def after(h: Array) -> Array:
+        if fusion:
+            return fusion(h, before, split)
+        return split.join(h, before) if split else h
+
     for i, block in enumerate(blocks):
-        if split and block.routed != inside:
+        if (split or fusion) and block.routed != inside:
             inside = not inside
-            before, h = (h, split.part(h)) if inside else (before, split.join(h, before))
-            near = split.places(places) if inside else places
+            before, h = (h, split.part(h) if split else h) if inside else (before, after(h))
+            near = split.places(places) if split and inside else places
         h = step(i, block, h, *near)
-    return split.join(h, before) if split and inside else h
+    return after(h) if inside else h
+
+
+class Routed(nn.Module):
+    """A routed block of a model of diffusers in one pass, in its place: of the image's tokens it gets some.
+
+    `ends`: whether it is the first of its kind, which parts the tokens, and whether it is the last, which joins them.
+    What is computed again by checkpointing meets the same split: all is held here, and the block is as it was.
+    """
+
+    def __init__(self, block: nn.Module, split: Split, ends: tuple[bool, bool], before: list[Array]) -> None:
+        """`before` is shared by the blocks of a pass: the tokens that the first of them got."""
+        super().__init__()
+        self.block, self.split, self.ends, self.before = block, split, ends, before
+        self.lean = getattr(block, "lean", True)  # as `run_lean`
+
+    def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
+        """As the block: by name, or in order, where it is computed again. Text and image, (b, n, width) each."""
+        h, tables = hidden_states, named.get("image_rotary_emb", rest[0] if rest else None)
+        if self.ends[0]:
+            self.before[:], h = [h], self.split.part(h)
+        near = {"image_rotary_emb": tuple(Table(table, self.split) for table in tables)} if tables else {}
+        text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **near)
+        return text, self.split.join(h, *self.before) if self.ends[1] else h
+
+
+class Table:
+    """A rotary table of each row's own, of which code for one (n, size) asks [None, :, None, :], in diffusers."""
+
+    def __init__(self, table: Tensor, split: Split) -> None:
+        """Of a table (text and n, size): all of the text, and of the image what goes through."""
+        (b, _), n = split.there.shape, split.back.shape[1]
+        text = table[:-n].expand(b, -1, -1)
+        self.rows = cat([text, table[-n:][split.there]], 1)
+
+    def __getitem__(self, _: object) -> Tensor:
+        """(b, tokens, 1, size)."""
+        return self.rows.unsqueeze(2)
+
+
+def standing(model: nn.Module, split: Split) -> dict[str, nn.ModuleList]:
+    """The lists of blocks of a model of diffusers, by name, with the routed ones as they are in one pass."""
+    lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
+    routed = [block for blocks in lists.values() for block in blocks if block.routed]
+    before = list[Array]()
+
+    def stand(block: nn.Module) -> nn.Module:
+        ends = block is routed[0], block is routed[-1]
+        return Routed(block, split, ends, before) if block.routed else block
+
+    return {name: nn.ModuleList(map(stand, blocks)) for name, blocks in lists.items()}
 
 
 def chosen(h: Array, index: Tensor) -> Array:

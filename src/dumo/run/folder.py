@@ -40,7 +40,7 @@ LOCK = ".training.lock"  # a file that is held, and there, while the run is trai
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
 # Fields of a net that leave it the same function.
-SAME = ("net.checkpoint:", "net.dropout:", "net.route:", "net.texts.drop:")
+SAME = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
 
 
 @dataclass(frozen=True)
@@ -292,10 +292,16 @@ def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     fits = {
         name for name, w in wanted.items() if their_name(name) in found and found[their_name(name)].shape == w.shape
     }
-    if alien := [name for name in wanted if name not in fits and not name.startswith(PRIVATE)]:
+    lacking = [
+        f"{start.source} has no {name} of shape {tuple(w.shape)}"
+        for name, w in wanted.items()
+        if name not in fits and not name.startswith(PRIVATE)
+    ]
+    lacking += [f"this one has no {name}" for name in found if name not in wanted and not name.startswith(PRIVATE)]
+    if lacking:
         raise UserError(
-            f"start: the nets differ, {start.source} has no {alien[0]} of shape {tuple(wanted[alien[0]].shape)}: take "
-            "a run on data of this shape and number of classes, or set start=null"
+            f"start: the nets differ, {lacking[0]}: take a run of this net.route on data of this shape and number of "
+            "classes, or set start=null"
         )
     lay_in(net, made, {name: partial(theirs.made, found[their_name(name)]) for name in fits})
     return net, made

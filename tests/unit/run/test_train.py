@@ -140,13 +140,14 @@ def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Pat
     assert "dual takes" not in outlook(tiny("moons-flow-matching"), tmp_path, 1, 0, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("recipe", ["digits-words", "digits-guided"])
-def test_stopped_and_resumed_it_hides_the_same_tokens(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ["", "tread", "sprint"])
+def test_stopped_and_resumed_it_hides_the_same_tokens(route: str, tmp_path: Path) -> None:
     """Words that are dropped, and tokens that skip blocks."""
+    recipe = "digits-guided" if route else "digits-words"
     words = ["net.depth=1", "net.texts.width=8", "net.texts.drop=0.5", f"net.texts.root={tmp_path}/ids"]
-    routed = ["net.depth=3", "net.route={share: 0.5, first: 1, last: 1}"]
+    routed = ["net.depth=3", f"net.route={{kind: {route}, share: 0.5, first: 1, last: 1}}"]
     tiny = ["net.width=8", "train.batch=4", "train.schedule.kind=constant", "train.save_every=1"]
-    tiny += words if recipe == "digits-words" else routed
+    tiny += routed if route else words
     runs = {steps: load(recipe, [*tiny, f"train.steps={steps}"]) for steps in (2, 4)}
     whole = train(runs[4], tmp_path / "whole").net.state_dict()
     train(runs[2], tmp_path / "run")

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -82,13 +83,18 @@ def reader(way: str, place: Path) -> nn.Module:
 
 
 def tuned(
-    model: str, way: str, place: Path, stored: torch.dtype = torch.float32, objective: Objective = OBJECTIVE
+    model: str,
+    way: str,
+    place: Path,
+    stored: torch.dtype = torch.float32,
+    objective: Objective = OBJECTIVE,
+    route: Route | None = None,
 ) -> Built:
     """A published transformer, in full or by adapters; of its weights each of two ranks makes its part."""
     spec, weights = saved(place, model), Deferred()
     if stored != torch.float32:
         tiny.TINY[model].model().to(stored).save_pretrained(spec.pipeline.folder)
-    spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
+    spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0, "route": route})
     noting = weights if dist.world() > 1 else nullcontext()
     with noting:
         net = spec.build(objective.needs, SHAPE, CLASSES)
@@ -117,13 +123,21 @@ CASES = {
 for one in ("learned", "given"):
     asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
-passing = DiT(patch=2, width=8, depth=4, attention=2, route=Route(share=0.5, first=1, last=1))
-CASES["routed"] = Case(
-    lambda _: passing.build(OBJECTIVE.needs, GREY, 3),
-    Task(OBJECTIVE, Linear(), 3),
-    partial(randoms, GREY, 3),
-    layouts=((1, False), (2, False), (2, True)),
-)
+
+
+def passing(kind: Literal["tread", "sprint"]) -> nn.Module:
+    """A net half of whose tokens skip its middle."""
+    route = Route(kind=kind, share=0.5, first=1, last=1)
+    return DiT(patch=2, width=8, depth=4, attention=2, route=route).build(OBJECTIVE.needs, GREY, 3)
+
+
+for one in ("tread", "sprint"):
+    CASES[one] = Case(
+        lambda _, one=one: passing(one),
+        Task(OBJECTIVE, Linear(), 3),
+        partial(randoms, GREY, 3),
+        layouts=((1, False), (2, False), (2, True)),
+    )
 MODELS = {
     "sd3": (*ADAPTERS, *CODED),
     "flux": ("full", "lora"),
@@ -135,6 +149,11 @@ for name, ways in MODELS.items():
         asked = Task(OBJECTIVE, Linear(), CLASSES)
         data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if one in CODED or name in EXACT else torch.float32)
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
+for name, way in (("sd3", "full"), ("flux", "lora")):  # the last of their two blocks is routed
+    build = partial(tuned, name, way, route=Route(share=0.5, first=1, last=0))
+    asked = Task(OBJECTIVE, Linear(), CLASSES)
+    data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if name in EXACT else torch.float32)
+    CASES[f"{name}-routed"] = Case(build, asked, data, based=way != "full")
 two = MeanFlow(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5), times=Pair(velocity_ratio=0.5), power=0)
 for one in ("full", "lora"):
     build = partial(tuned, "sd3", one, objective=two)
