@@ -1,5 +1,6 @@
 """From images to samples: encode, train, sample, draw."""
 
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -132,7 +133,9 @@ def train(
     )
     missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
     does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    lines = [f"dumo {verb} {typed(folder)}" for verb in does]
+    path = os.environ.get("PYTHONPATH") if any(":" in part.kind for part in (spec.objective, spec.net, spec.data)) else ""
+    before = f"PYTHONPATH={typed(path)} " if path else ""  # where a class of the user's own lies
+    lines = [f"{before}dumo {verb} {typed(folder)}" for verb in does]
     if isinstance(spec.net, Pretrained):
         lines += (f"dumo export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}" for form in forms(spec.net))
     err.print("next:  " + "    ".join(lines), soft_wrap=True)

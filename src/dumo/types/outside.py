@@ -92,7 +92,7 @@ def imported(name: str) -> type[Spec]:
     if not (isinstance(found, type) and issubclass(found, Spec)):
         raise UserError(f"kind '{name}' is no dumo.types.Spec: make it a class of that base")
     field = found.model_fields.get("kind")
-    if field is None or field.default != name:
+    if field is None or (field.default, *get_args(field.annotation)) != (name, name):
         raise UserError(f'kind \'{name}\': the class must say so, kind: Literal["{name}"] = "{name}"')
     return found
 

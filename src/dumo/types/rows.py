@@ -5,6 +5,8 @@ What is chosen by place is known before any pass: so shapes are static, and ever
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
+from math import floor
 
 import torch
 from jaxtyping import Int
@@ -18,8 +20,8 @@ def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
 
 def spread_evenly(n: int, share: float) -> tuple[bool, ...]:
     """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
-    so_far = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
-    return tuple((so_far.diff() > 0).tolist())
+    so_far = [floor(i * share + 1e-9) for i in range(n + 1)]
+    return tuple(before < after for before, after in pairwise(so_far))
 
 
 def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:

@@ -93,6 +93,13 @@ def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> N
     assert step.memory["optimizer"] < 0.75 * steps["passes"].memory["optimizer"]
 
 
+@pytest.mark.parametrize("recipe", ["digits-meanflow", "dumo-best"])
+def test_rows_that_are_chosen_by_place_are_known_without_numbers(recipe: str) -> None:
+    """Of r = t, and of jumps to the data."""
+    words = ["net.width=64", "net.depth=1", "net.attention=2", "train.coupling=null"]
+    assert counted(load(recipe, words)).rows == 32 // RANKS
+
+
 def test_every_pass_gathers_what_was_given_back() -> None:
     step = counted(small("train.share=2", "train.reshard=true", "train.micro_batch=8"), 2)
     assert (step.passes, step.calls) == (4, {"all-gather": 4 * 4 * 2, "reduce-scatter": 2})
