@@ -99,4 +99,4 @@ def test_what_will_be_is_stated(tabled: Case) -> None:
     assert (sum(parts), "encoders" in there["memory"]) == (live["memory"]["total"], False)
     alone = call("dry", *words(tabled), "--ranks", 2, "--json").json["cluster"]["memory"]
     assert alone["encoders"] == live["memory"]["encoders"]
-    assert "encoded in training by encoders of 0.0 GB" in " ".join(call("dry", *words(tabled)).out.split())
+    assert "encoders of 0.0 GB run in training" in " ".join(call("dry", *words(tabled)).out.split())

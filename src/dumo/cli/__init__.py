@@ -43,12 +43,9 @@ def options(
     """What stands before a command."""
 
 
+PLANS = (preflight.recipes, preflight.show, preflight.dry, preflight.doctor, preflight.data)  # they keep nothing
 COMMANDS = (
-    preflight.recipes,
-    preflight.show,
-    preflight.dry,
-    preflight.doctor,
-    preflight.data,
+    *PLANS,
     run.encode,
     run.train,
     evaluate.log,
@@ -81,7 +78,7 @@ class Command(TyperCommand):
 
 
 for command in COMMANDS:
-    app.command(cls=Command)(trusted(stoppable(command)))
+    app.command(cls=Command)(trusted(stoppable(command, keeps=command not in PLANS)))
 
 benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
 for command in (lab.step, lab.sample, lab.data):

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Verify, Weights, complete, numbers, place
+from dumo.cli.option import (
+    Device,
+    Folder,
+    Nfe,
+    Prompts,
+    Seed,
+    Set,
+    SolverName,
+    Verify,
+    Weights,
+    complete,
+    numbers,
+    place,
+)
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out, show_lines, sparing
 from dumo.runtime import typed
@@ -133,7 +146,9 @@ def train(
     )
     missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
     does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    path = os.environ.get("PYTHONPATH") if any(":" in part.kind for part in (spec.objective, spec.net, spec.data)) else ""
+    path = (
+        os.environ.get("PYTHONPATH") if any(":" in part.kind for part in (spec.objective, spec.net, spec.data)) else ""
+    )
     before = f"PYTHONPATH={typed(path)} " if path else ""  # where a class of the user's own lies
     lines = [f"{before}dumo {verb} {typed(folder)}" for verb in does]
     if isinstance(spec.net, Pretrained):

@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from io import StringIO
 from typing import Any, NoReturn
@@ -45,22 +45,23 @@ AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
 MORE = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 
 
-def stoppable(command: Callable[..., None]) -> Callable[..., None]:
+def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[..., None]:
     """The command; a signal ends it with a line that says how to go on, and exit code 128 + the signal (130: Ctrl-C).
 
-    Work that looks for it stops between its pieces, and keeps them; a second signal ends the command where it is.
+    Work that looks for it stops between its pieces, and keeps them; a second signal ends the command where it is. So
+    does the first one where it `keeps` nothing.
     """
 
     @wraps(command)
     def run(*words: object, **options: object) -> None:
         try:
-            with signals.listening(acknowledge):
+            with signals.listening(acknowledge) if keeps else nullcontext():
                 command(*words, **options)
         except signals.Stopped as stopped:
             say(f"{stopped}; {onward()}")
             raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            say(f"stopped; {onward()}")
+            say(f"stopped; {onward()}" if keeps else "stopped")
             raise typer.Exit(STOPPED + signal.SIGINT) from None
 
     return run

@@ -170,7 +170,7 @@ class Pipeline(Spec):
         )
         if named := FAST.search(names):
             return f"distilled, by its name ({named[0]}): if so, set {FIELD}.distilled=true"
-        return f"unknown, for a distilled model shares class and config with its base: {FIELD}.distilled says it"
+        return f"unknown whether the base is distilled: set {FIELD}.distilled"
 
     def found(self) -> "Pipeline":
         """The same with its facts; as it is where it is not here."""

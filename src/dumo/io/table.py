@@ -289,7 +289,8 @@ def claim(folder: Path, index: Index, rank: int) -> None:
     old = there.binding()
     if lines := [f"{key}: {old[key]} there, {new[key]} now" for key in new if old.get(key) != new[key]]:
         listed = "\n  ".join(lines)
-        raise UserError(f"{folder} holds another {index.word}:\n  {listed}\nGive another folder, or remove this one")
+        way = "Give another folder (data.root, of texts net.texts.root), or remove this one"
+        raise UserError(f"{folder} holds another {index.word}:\n  {listed}\n{way}")
 
 
 def noted(folder: Path, index: Index) -> dict[int, Shard]:

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from dumo.cli.terminal import MORE, err, explain, out, show_lines, show_table, sparing
+from dumo.cli.terminal import MORE, err, explain, out, show_lines, show_table, sparing, stoppable
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, inline, plain, say
 from dumo.training.step import Diverged
@@ -86,3 +87,11 @@ def test_too_little_memory_is_known_on_this_machine_and_has_a_way_out() -> None:
     with pytest.raises(RuntimeError) as other, sparing("lower train.micro_batch"):
         raise RuntimeError(os.strerror(errno.EIO))
     assert not hasattr(other.value, "__notes__")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_keeps_nothing_leaves_signals_to_the_system(keeps: bool) -> None:
+    """So the first of them ends it; work that keeps something hears it."""
+    before, found = signal.getsignal(signal.SIGTERM), []
+    stoppable(lambda: found.append(signal.getsignal(signal.SIGTERM)), keeps=keeps)()
+    assert (found[0] is not before) == keeps

@@ -48,7 +48,10 @@ def require(named: Iterable[tuple[str, Sequence[str]]], source: str) -> None:
         module = name.partition(":")[0]
         if module in sys.modules or (key := digest(module, folders)) in {*accepted, *remembered()}:
             continue
-        where = ", ".join(map(str, files(module, folders))) or "no file on Python's path: put PYTHONPATH=. before the command"
+        where = (
+            ", ".join(map(str, files(module, folders)))
+            or "no file on Python's path: put PYTHONPATH=. before the command"
+        )
         line = f"{source or 'it'} runs code: {brief(name)} ({where})"
         if not (trusts or name in accepted or agreed(f"{line}. Run it?")):
             raise UserError(

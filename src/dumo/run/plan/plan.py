@@ -275,10 +275,10 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     if texts := facts["texts"]:
         whole = f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions" if texts["bytes"] else ""
         size = f" of {texts['encoders'] / GB:,.1f} GB" if texts["encoders"] else ""
-        large = f"encoded in training by encoders{size}"
-        how = f"more than net.texts.budget, so {large}" if texts["live"] else "in a table"
+        live = f"encoders{size} run in training"
+        how = f"more than net.texts.budget, so {live}" if texts["live"] else "in a table"
         if texts["most"] is not None and not texts["live"]:
-            how += f"; more than {texts['most']:,} (net.texts.budget) would be {large}"
+            how += f"; above {texts['most']:,} captions (net.texts.budget) {live}"
         yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}: {how}"
     yield "data", facts["missing_data"] or "there"
 

@@ -107,7 +107,7 @@ class Proposal:
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
-        least = f"; the fewest proposed, less by --set train.steps" if run.train.steps == FEWEST else ""
+        least = "; the fewest proposed, less by --set train.steps" if run.train.steps == FEWEST else ""
         yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times{least}"
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
 
@@ -181,8 +181,8 @@ def seen(images: Images, here: torch.device, sets: Sequence[str], bar: Bar) -> t
             found = replace(found, captions=f"{len(captions):,} found, not used: {why}")
         elif not installed("transformers"):
             raise UserError(
-                f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them out, "
-                "--set data.captions=null"
+                f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
+                "out by --set data.captions=null"
             )
         else:
             fields |= reading(images.root, captions, on_a_cpu=here.type == "cpu")
