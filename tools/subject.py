@@ -219,7 +219,7 @@ def packed(x: Tensor, c: Tensor, schema: Any) -> Any:  # noqa: ANN401, of pyarro
 def finish(name: str, way: Way, rate: float, seed: int, folder: Path, total: float) -> dict[str, Any]:
     """Train and score; what is there is taken as it is."""
     place = folder / "cells" / f"{name.replace(' ', '-')}-{rate:g}-{seed}"
-    if not (kept := place.with_suffix(".json")).exists():
+    if not (kept := place.parent / f"{place.name}.json").exists():
         taken = steps(name, way, folder, total)
         words = (*way.words, f"train.steps={taken}", f"train.optimizer.lr={rate}", f"train.seed={seed}")
         out = train(way.recipe, folder / way.data, place, way.head, words)

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 TRIM, MAP = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -11,7 +11,7 @@ LARGEST = 32 * MiB  # of blocks that glibc keeps, once it has freed one
 
 
 @contextmanager
-def lean() -> Iterator[None]:
+def lean() -> Generator[None, None, None]:
     """Within, freed blocks of 1 MiB and more go back to the system at once; after it, as glibc does by itself.
 
     A step on a CPU would take more than twice the time. Does nothing where the environment chooses, or without glibc.
