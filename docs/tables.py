@@ -72,7 +72,7 @@ def judged(arms: list[list[Row]], passes: tuple[int, ...]) -> list[list[str]]:
 
 def line(cells: list[str]) -> str:
     """A row of a table."""
-    return f"| {' | '.join(cells)} |"
+    return f"|{'|'.join(cells)}|"
 
 
 def arms(results: Row) -> Iterator[str]:
