@@ -170,7 +170,7 @@ class Pipeline(Spec):
         )
         if named := FAST.search(names):
             return f"distilled, by its name ({named[0]}): if so, set {FIELD}.distilled=true"
-        return f"unknown whether the base is distilled: set {FIELD}.distilled"
+        return f"unknown whether the base is distilled: set {FIELD}.distilled to true or false"
 
     def found(self) -> "Pipeline":
         """The same with its facts; as it is where it is not here."""

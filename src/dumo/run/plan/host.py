@@ -2,13 +2,14 @@
 
 What is counted, for a rank that holds a share of the weights w, gradients, optimizer's memory o and averages a:
 
-    start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU
+    start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of
+                  16 bits twice, for they are in 32 until averages are made
     first step    on a CPU all that `dumo.run.plan.cluster` counts for a step
     save          on a CPU w, a, o and gradients; the copy that is written (`dumo.run.plan.plan.copied`)
     step          as the first; that copy, whose memory is kept; on CPUs, of ranks, gradients before they are cut
     resume        as start, with o
-    export        of one process: the net that is shown, and with adapters a copy that they are added to (not of a LoRA
-                  alone); the largest tensor where ranks wrote it
+    export        of one process: the net that is shown, in float32, and with adapters a copy that they are added to
+                  (not of a LoRA alone); the largest tensor where ranks wrote it
 
 On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top, of a process
 itself: Python, torch, diffusers, peft; MEETING of one of several ranks, but where it resumes. Pages of files that are
@@ -44,16 +45,17 @@ def host(
     here = dict.fromkeys(held, 0) if gpu else {name: size // share for name, size in held.items()}
     step, kept = 0 if gpu else step, here["weights"] + here["averages"]
     uncut = 0 if gpu else held["gradients"] - here["gradients"]  # kept longer than the count of a GPU's step has it
+    halved = train.weights == "bfloat16"
     numbers = sum(p.numel() for p in net.parameters()) + saved(net)
     added = 4 * numbers if adapters(net) else 0  # in float32: `adapter.merge`
     meets = PROCESS + (MEETING if ranks > 1 else 0)
     processes = {
-        "start": kept + largest + meets,
+        "start": kept + halved * here["weights"] + largest + meets,
         "first step": step + meets,
         "save": kept + here["optimizer"] + here["gradients"] + copy + meets,
         "step": step + copy + uncut + meets,
         "resume": kept + here["optimizer"] + largest + PROCESS,
-        "export": held["weights"] + added + (largest if ranks > 1 else 0) + PROCESS,
+        "export": (1 + halved) * held["weights"] + added + (largest if ranks > 1 else 0) + PROCESS,
     }
     node = {name: size * (1 if name == "export" else min(ranks, PER_NODE)) for name, size in processes.items()}
     return {"process": processes, "node": node}

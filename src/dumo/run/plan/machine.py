@@ -85,8 +85,8 @@ def unfit(train: Train, operations: float, here: torch.device) -> Iterator[str]:
     fields = {"train.precision": "fp32" if train.precision == "bf16" else None}
     fields |= {"train.compile": "none" if train.compile != "none" else None}
     if here.type == "cpu" and (ways := [f"--set {name}={value}" for name, value in fields.items() if value]):
-        now = " and ".join(name for name, value in fields.items() if value)
-        yield f"{now} as set suit a GPU; a CPU compiles for minutes and gains little:  {' '.join(ways)}"
+        now = " and ".join(f"{name}={getattr(train, name.removeprefix('train.'))}" for name in fields if fields[name])
+        yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {' '.join(ways)}"
     hours = operations / operations_per_second(here) / HOUR
     if hours > DAY:
         steps = max(1, int(train.steps * DAY / hours))

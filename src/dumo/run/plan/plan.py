@@ -26,7 +26,6 @@ from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
 from dumo.runtime.random import stream
 from dumo.training.frozen import frozen_weights
-from dumo.training.layout import halved
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import passes
@@ -132,12 +131,12 @@ def memory(
 
     `net` is an outline, which is left with gradients.
     """
-    if train.weights == "bfloat16":
-        net._apply(halved)
+    found = held(net, train)  # of averages as they begin, before weights are rounded to 16 bits
+    net.zero_grad()
     activations = cost.activation_bytes(
         net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision
     )
-    parts = {**held(net, train), "activations": activations}
+    parts = {**found, "activations": activations}
     return {"rows": rows, **parts, "total": sum(parts.values())}
 
 

@@ -138,6 +138,13 @@ def test_bytes_of_moments_of_8_bits_and_weights_of_16() -> None:
     assert less["optimizer"] < 0.3 * plain["optimizer"]
 
 
+def test_averages_of_weights_of_16_bits_are_in_32() -> None:
+    pytest.importorskip("bitsandbytes")
+    words = ("train.optimizer.kind=adamw8bit", "train.weights=bfloat16", "train.precision=bf16")
+    memory = counted(small(*words), 1).memory
+    assert memory["averages"] == pytest.approx(2 * memory["weights"], rel=0.02)
+
+
 def test_the_first_layout_that_fits() -> None:
     spec, tried = small(), list[str]()
     peak = sum(counted(spec, 2).memory.values())
