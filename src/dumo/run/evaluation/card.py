@@ -21,6 +21,7 @@ from dumo.io.weights import title
 from dumo.objectives import Drift
 from dumo.run import deviation
 from dumo.run.conditions import Conditions
+from dumo.run.config.resolve import as_given
 from dumo.run.config.tree import Evaluation
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
@@ -111,7 +112,7 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
         **facts,
-        "data": run.images.model_dump(mode="json"),
+        "data": as_given(run).images.model_dump(mode="json"),
         "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),
         "codec": codec and codec.codec.facts() | {"sha256": codec.sha256},
