@@ -120,15 +120,9 @@ def images(data: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def steps(name: str, way: Way, folder: Path, total: float) -> int:
-    """As many as cost the total."""
-    return round(total / units(name, way, folder))
-
-
 @cache
-def units(name: str, way: Way, folder: Path) -> float:
+def units(way: Way, folder: Path) -> float:
     """Forward units of a step."""
-    del name
     words = (*way.words, *images(folder / way.data))
     return Cost(resolve(load(way.recipe, [*words]))).units
 
@@ -220,7 +214,7 @@ def finish(name: str, way: Way, rate: float, seed: int, folder: Path, total: flo
     """Train and score; what is there is taken as it is."""
     place = folder / "cells" / f"{name.replace(' ', '-')}-{rate:g}-{seed}"
     if not (kept := place.parent / f"{place.name}.json").exists():
-        taken = steps(name, way, folder, total)
+        taken = round(total / units(way, folder))  # steps that cost as much
         words = (*way.words, f"train.steps={taken}", f"train.optimizer.lr={rate}", f"train.seed={seed}")
         out = train(way.recipe, folder / way.data, place, way.head, words)
         weights = state(out)
@@ -245,7 +239,7 @@ def main() -> None:
     begin(folder)
     os.environ["FEW_STEPS"] = str(folder / "few-run")
     found = ways(folder)
-    total = given.steps * units("personal", found["personal"], folder)
+    total = given.steps * units(found["personal"], folder)
     rows = [{"way": "the few-step model", "mmd": scores(state(folder / "few"), folder / "few/transformer", 0)}]
     tried, best = [], []
     for name, way in found.items():

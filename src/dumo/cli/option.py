@@ -20,9 +20,10 @@ def complete(text: str) -> list[str]:
     return [name for name in recipes.names() if name.startswith(text)]
 
 
-Source = Annotated[
-    str,
-    typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.", autocompletion=complete),
+NAMED = "A recipe's name (see dumo recipes), a YAML file, "
+Source = Annotated[str, typer.Argument(help=f"{NAMED}or a run's folder.", autocompletion=complete)]
+SourceOrImages = Annotated[
+    str, typer.Argument(help=f"{NAMED}a run's folder, or a folder of images.", autocompletion=complete)
 ]
 Folder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
 Set = Annotated[

@@ -17,9 +17,9 @@ from dumo.cli.option import (
     Seed,
     Set,
     SolverName,
+    SourceOrImages,
     Verify,
     Weights,
-    complete,
     numbers,
     place,
 )
@@ -87,13 +87,7 @@ def encode(
 
 
 def train(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
-            autocompletion=complete,
-        ),
-    ],
+    source: SourceOrImages,
     folder: Annotated[
         Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="The run's folder. Default: runs/NAME.")
     ] = None,
@@ -146,13 +140,11 @@ def train(
     )
     missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
     does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    path = (
-        os.environ.get("PYTHONPATH") if any(":" in part.kind for part in (spec.objective, spec.net, spec.data)) else ""
-    )
-    before = f"PYTHONPATH={typed(path)} " if path else ""  # where a class of the user's own lies
-    lines = [f"{before}dumo {verb} {typed(folder)}" for verb in does]
+    path, own = os.environ.get("PYTHONPATH"), any(":" in part.kind for part in (spec.objective, spec.net, spec.data))
+    dumo = f"PYTHONPATH={typed(path)} dumo" if path and own else "dumo"  # where a class of the user's own lies
+    lines = [f"{dumo} {verb} {typed(folder)}" for verb in does]
     if isinstance(spec.net, Pretrained):
-        lines += (f"dumo export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}" for form in forms(spec.net))
+        lines += (f"{dumo} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}" for form in forms(spec.net))
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)

@@ -292,15 +292,15 @@ def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     fits = {
         name for name, w in wanted.items() if their_name(name) in found and found[their_name(name)].shape == w.shape
     }
-    lacking = [
+    alien = [
         f"{start.source} has no {name} of shape {tuple(w.shape)}"
         for name, w in wanted.items()
         if name not in fits and not name.startswith(PRIVATE)
     ]
-    lacking += [f"this one has no {name}" for name in found if name not in wanted and not name.startswith(PRIVATE)]
-    if lacking:
+    alien += [f"this one has no {name}" for name in found if name not in wanted and not name.startswith(PRIVATE)]
+    if alien:
         raise UserError(
-            f"start: the nets differ, {lacking[0]}: take a run of this net.route on data of this shape and number of "
+            f"start: the nets differ, {alien[0]}: take a run of this net.route on data of this shape and number of "
             "classes, or set start=null"
         )
     lay_in(net, made, {name: partial(theirs.made, found[their_name(name)]) for name in fits})

@@ -82,11 +82,12 @@ def peak_tflops(here: torch.device) -> float | None:
 
 def unfit(train: Train, operations: float, here: torch.device) -> Iterator[str]:
     """Why a run does not fit this machine, a line each with the --set that does. `operations` are still to be made."""
-    fields = {"train.precision": "fp32" if train.precision == "bf16" else None}
-    fields |= {"train.compile": "none" if train.compile != "none" else None}
-    if here.type == "cpu" and (ways := [f"--set {name}={value}" for name, value in fields.items() if value]):
-        now = " and ".join(f"{name}={getattr(train, name.removeprefix('train.'))}" for name in fields if fields[name])
-        yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {' '.join(ways)}"
+    fields = {"precision": "fp32"} if train.precision == "bf16" else {}
+    fields |= {"compile": "none"} if train.compile != "none" else {}
+    if here.type == "cpu" and fields:
+        now = " and ".join(f"train.{name}={getattr(train, name)}" for name in fields)
+        ways = " ".join(f"--set train.{name}={value}" for name, value in fields.items())
+        yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {ways}"
     hours = operations / operations_per_second(here) / HOUR
     if hours > DAY:
         steps = max(1, int(train.steps * DAY / hours))

@@ -132,7 +132,6 @@ def memory(
     `net` is an outline, which is left with gradients.
     """
     found = held(net, train)  # of averages as they begin, before weights are rounded to 16 bits
-    net.zero_grad()
     activations = cost.activation_bytes(
         net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision
     )
