@@ -252,7 +252,7 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
         "sample.solver": there["sample"]["solver"],
     }
     theirs = there["net"].get("precondition", "none")
-    if theirs != here["net"].get("precondition", "none"):
+    if here["net"].get("precondition", theirs) != theirs:
         parts["net.precondition"] = theirs
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
 

@@ -1,10 +1,13 @@
 """Every arm of every plan loads; arms cost the same; a plan varies what it says and nothing else."""
 
+import re
 from functools import cache
+from typing import get_type_hints
 
 import pytest
 import torch
 
+from dumo.cli.lab import reproduce
 from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, training_of
 from dumo.run.config import recipes
 from dumo.run.config.load import load
@@ -25,6 +28,12 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 def cells_of(name: str, scale: str) -> list[Cell]:
     """The cells of a plan: to be asked for where steps are `free`."""
     return list(read(name).cells(scale))
+
+
+def test_help_lists_every_plan() -> None:
+    """By hand, for help imports no plan."""
+    (option,) = get_type_hints(reproduce, include_extras=True)["name"].__metadata__
+    assert sorted(re.findall(r"[\w-]+", option.help.replace("ours:", ""))) == names()
 
 
 @pytest.mark.usefixtures("free")

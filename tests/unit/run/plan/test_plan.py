@@ -61,7 +61,7 @@ TABLE_3 = {
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No folder is named, and none is here: recipes must do without."""
     monkeypatch.chdir(tmp_path)
-    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED"):
+    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED", "FEW_STEPS"):
         monkeypatch.delenv(name, raising=False)
 
 
