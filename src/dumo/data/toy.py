@@ -1,9 +1,12 @@
 """Small data that come without files: two moons in the plane, and scikit-learn's handwritten digits."""
 
 from functools import cache
+from importlib.util import find_spec
 from math import pi
+from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
@@ -101,11 +104,12 @@ class Digits(Spec):
 
 @cache
 def _load() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits  # slow to import
-
-    levels, target = load_digits(return_X_y=True)  # (1797, 64) in 0 ... 16
-    x = torch.tensor(levels, dtype=torch.float32).view(-1, *Digits.shape) / 8 - 1
-    return x, torch.tensor(target, dtype=torch.long)
+    """The file of scikit-learn's `load_digits`, read without scikit-learn: its import takes a second."""
+    package = find_spec("sklearn")
+    assert package and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # (1797, 65): levels in 0 ... 16, and the class
+    return rows[:, :-1].view(-1, *Digits.shape) / 8 - 1, rows[:, -1].long()
 
 
 def _held(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:

@@ -4,6 +4,7 @@ from math import pi, sqrt
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dumo.data import Digits, Moons, toy
@@ -77,12 +78,15 @@ def test_steps_are_independent() -> None:
 
 
 def test_digits_are_upright_of_seventeen_levels() -> None:
-    """The first is a zero with a hole in it; ink is in the middle, and never flipped."""
+    """They are what scikit-learn gives. The first is a zero with a hole in it; ink is in the middle, never flipped."""
     source = Digits().open()
     x, c = source.reference(10, 3)  # all, however few
     assert x.shape == (1797, *Digits.shape)
     assert (x.dtype, c.dtype) == (torch.float32, torch.int64)
     assert torch.equal(x.unique(), torch.arange(17) / 8 - 1)
+    levels, classes = load_digits(return_X_y=True)
+    assert ((x + 1) * 8).flatten(1).tolist() == levels.tolist()
+    assert c.tolist() == classes.tolist()
     assert c[:10].tolist() == c.unique().tolist() == list(range(Digits().classes))
     assert c.bincount().min() > 170
     mean = x[c == 0].mean(0)[0]
