@@ -106,9 +106,10 @@ class Digits(Spec):
 def _load() -> tuple[Tensor, Tensor]:
     """The file of scikit-learn's `load_digits`, read without scikit-learn: its import takes a second."""
     package = find_spec("sklearn")
-    assert package and package.submodule_search_locations
+    assert package
+    assert package.submodule_search_locations
     file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
-    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # (1797, 65): levels in 0 ... 16, and the class
+    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # (1797, 65): levels, and the class
     return rows[:, :-1].view(-1, *Digits.shape) / 8 - 1, rows[:, -1].long()
 
 
