@@ -272,7 +272,9 @@ def load(
     device: str | torch.device = "auto",
     trust_code: bool = False,
 ) -> TrainedRun:
-    """Open a trained run's folder. Raises UserError where it is none, or has no checkpoint yet.
+    """Open a trained run's folder, or digits-trained, which comes with dumo.
+
+    Raises UserError where it is none, or has no checkpoint yet.
 
     `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
     objects that `train` was given: another process needs the net to sample, and the data to evaluate. `weights` is a

@@ -25,7 +25,9 @@ Source = Annotated[str, typer.Argument(help=f"{NAMED}or a run's folder.", autoco
 SourceOrImages = Annotated[
     str, typer.Argument(help=f"{NAMED}a run's folder, or a folder of images.", autocompletion=complete)
 ]
-Folder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
+Folder = Annotated[
+    str, typer.Argument(help="A run's folder, such as runs/digits, or digits-trained, which dumo brings.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Set a field, e.g. --set train.steps=2000. May be given many times."),

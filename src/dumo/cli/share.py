@@ -88,7 +88,7 @@ def export(
 
 
 def demo(
-    run_folder: Folder,
+    run_folder: Folder = "digits-trained",
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="Another run's folder, to show next to it.")
     ] = None,
@@ -104,7 +104,10 @@ def demo(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Serve a page to play with a run, or with two next to each other. It needs Gradio, the extra demo."""
+    """Serve a page to play with a run, or with two next to each other. It needs Gradio, the extra demo.
+
+    Without a run it takes digits-trained, which comes with dumo.
+    """
     from dumo.report.address import accounts, listening
     from dumo.report.demo import gradio_alone, page, serve
     from dumo.report.live import open_lives

@@ -23,7 +23,7 @@ from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io.read import brief
 from dumo.io.yaml import parse
 from dumo.report.page import NEAR, POINTS
-from dumo.run import deviation
+from dumo.run import deviation, shipped
 from dumo.run.conditions import shown
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.gallery import Reading, readings
@@ -177,7 +177,7 @@ def open_lives(
     Raises UserError as `open_run`, for the same folder twice, weights of which run is not said, a run that edits
     images, and as `require_fit`.
     """
-    places = [Path(folder).resolve() for folder in folders]
+    places = [shipped.find(folder).resolve() for folder in folders]
     if len(set(places)) < len(places) or (weights and len(places) > 1):
         wrong = "--weights are of one run" if weights else f"both runs are {folders[0]}"
         raise UserError(f"{wrong}: give one run, or two folders without --weights")

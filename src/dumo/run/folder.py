@@ -17,7 +17,7 @@ from dumo.io import file as files
 from dumo.io.weights import compare, outline
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
-from dumo.run import deviation, published
+from dumo.run import deviation, published, shipped
 from dumo.run.config.load import FILE, Difference, Written, difference, differences, dump, load
 from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import Noted, noted
@@ -86,19 +86,22 @@ def open_run(
     device: str = "auto",
     fill: bool = True,
 ) -> RunFolder:
-    """Open a run's folder to sample or judge it; `weights` are a file, or a folder of shards, other than it shows.
+    """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
-    Where it is trained meanwhile, a checkpoint may go while it is read: then a newer one is taken. Without `fill`
-    `made` is left to read the weights. Raises UserError where it is none, or has no checkpoint yet, or none that is
-    whole.
+    `weights` are a file, or a folder of shards, other than it shows. Where it is trained meanwhile, a checkpoint may go
+    while it is read: then a newer one is taken. Without `fill` `made` is left to read the weights. Raises UserError
+    where it is none, or has no checkpoint yet, or none that is whole.
     """
-    folder = Path(source)
+    folder = shipped.find(source)
     if not (folder / FILE).is_file():
-        raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
-    run = load(source, overrides)
+        raise UserError(
+            f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits, or take "
+            f"{' or '.join(shipped.names())}, which dumo brings"
+        )
+    run = load(str(folder), overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
-        require_trained(load(source), run, folder)
+        require_trained(load(str(folder)), run, folder)
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
         try:

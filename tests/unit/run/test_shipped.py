@@ -1,0 +1,73 @@
+"""Trained runs that come with dumo: small, as their README.md says, and opened as a copy."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dumo.io import digest
+from dumo.run import shipped
+from dumo.run.folder import open_run
+from dumo.types import UserError
+
+MEGABYTES = {"digits-trained": 1.5}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_those_with_a_limit() -> None:
+    assert shipped.names() == [*MEGABYTES]
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_small_and_as_its_card_says(name: str) -> None:
+    files = [path for path in (shipped.HERE / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MEGABYTES[name] * 1e6
+    (weights,) = (path for path in files if path.suffix == ".safetensors")
+    assert {x.dtype for x in load_file(weights).values()} == {torch.float16}
+    card = (shipped.HERE / name / "README.md").read_text()
+    assert re.findall(r"SHA-256 (\w+)", card) == [digest.of_file(weights)]
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path) -> None:
+    opened = open_run(name, device="cpu")
+    assert opened.folder.resolve() == here / "runs" / name
+    assert opened.file.resolve().is_relative_to(here)  # what is written goes there
+    card = (shipped.HERE / name / "README.md").read_text()
+    assert f"{opened.step:,} steps" in card
+    assert f"Weights: {sum(p.numel() for p in opened.net.parameters()):,}" in card
+    before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
+    assert open_run(name, device="cpu").sha256 == opened.sha256
+    assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
+
+
+def test_a_folder_of_this_name_comes_first(here: Path) -> None:
+    (name,) = MEGABYTES
+    shutil.copytree(shipped.HERE / name, here / name)
+    assert shipped.find(name) == Path(name)
+    assert not (here / "runs").exists()
+    (here / name / "run.yaml").unlink()
+    with pytest.raises(UserError, match=f"train one first.* {name}"):
+        open_run(name, device="cpu")
+
+
+def test_a_damaged_copy_is_refused(here: Path) -> None:
+    (name,) = MEGABYTES
+    file = open_run(name, device="cpu").file
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError):
+        open_run(name, device="cpu")
+    assert json.loads((here / "runs" / name / "data.json").read_text())
+    assert os.path.samefile(shipped.find(name), here / "runs" / name)
