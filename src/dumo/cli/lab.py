@@ -24,8 +24,8 @@ def reproduce(
         str,
         typer.Argument(
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
-            "best-pixels, best-tuning, fair, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, "
-            "words."
+            "best-pixels, best-tuning, fair, flow-first, latents, lowpass, pretrained, routed, scaling, stages, "
+            "two-times, unet, words."
         ),
     ],
     scale: Annotated[

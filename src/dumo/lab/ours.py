@@ -7,7 +7,7 @@ from importlib import import_module
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression, stdev
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart
-from dumo.lab.cell import Result, Row, averaged, by_arm, main_score
+from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, main_score
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
 from dumo.run import gallery
@@ -176,8 +176,25 @@ def even(points: Curve, to: float) -> float | None:
     return None
 
 
-def best_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """Distance against budget in one pass and in two, ours first, and where the paper's recipe is at a budget of 1."""
+def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
+    """The same with `slope`: the power of the budget by which the distance changes, mean and deviation over seeds."""
+    rows = best_table(plan, results)
+    score, points = main_score(rows[0]), dict[tuple[str, int, int], list[tuple[float, float]]]()
+    for one in results:
+        for row in by_passes(one.report):
+            key = (one.cell.labels["arm"], row["nfe"], one.cell.spec.train.seed)
+            points.setdefault(key, []).append((log(one.cell.labels["budget"]), log(row[score])))
+
+    def slope(row: Row) -> Row:
+        same = [of for key, of in points.items() if key[:2] == (row["arm"], row["nfe"])]
+        own = [linear_regression(*zip(*of, strict=True)).slope for of in same]
+        return {"slope": fmean(own), "slope_sd": stdev(own) if len(own) > 1 else None}
+
+    return [row | slope(row) for row in rows]
+
+
+def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) -> dict[str, Image.Image]:
+    """Distance against budget, a chart per number of passes, ours first, and where the paper's recipe is at 1."""
     arms = list(dict.fromkeys(row["arm"] for row in table if not row["arm"].startswith("+")))
     paper, ours, *rivals = arms
     steps = plan.at("laptop").steps
@@ -189,5 +206,5 @@ def best_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
             {name: curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
             level=(level(table, nfe), f"{paper} at 1"),
         )
-        for nfe in (1, 2)
+        for nfe in passes
     }

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ VIEWS = {
     "fig4c": View(paper.fig4c_table, paper.fig4c_charts),
     "fig5": View(paper.fig5_table, none, paper.fig5_draw),
     "pretrained": View(charts=none, draw=ours.pretrained_draw),
+    "scaling": View(ours.scaling_table, partial(ours.best_charts, passes=(1, 2, 4, 50))),
     "unet": View(charts=none),
     "words": View(ours.words_table, none, ours.words_draw),
     "zoo": View(paper.zoo_table),

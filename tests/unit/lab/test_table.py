@@ -107,6 +107,18 @@ def test_budgets_are_compared_with_the_first_arm() -> None:
     assert even["α-Flow", 1] is even["dumo-best", 2] is None
 
 
+def test_the_power_by_which_distances_fall_has_an_error_by_seeds() -> None:
+    """Of seed 0 by the root of the budget, of seed 1 in proportion to it; in two passes not at all."""
+    done = [
+        result({"arm": "a", "budget": budget}, seed, [row(1, 5 / budget**power), row(2, 7.0)])
+        for budget in (1, 3, 10)
+        for seed, power in enumerate((0.5, 1.0))
+    ]
+    slopes = {row["nfe"]: (row["slope"], row["slope_sd"]) for row in ours.scaling_table(read("scaling"), done)}
+    assert slopes[1] == pytest.approx((-0.75, 0.5 / 2**0.5))
+    assert slopes[2] == pytest.approx((0, 0))
+
+
 def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(chart, "dots", lambda *given: seen.append(given))
