@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 from dumo.io.file import whole
+from dumo.training import manifest
+from dumo.types import UserError
 
 HERE = Path(__file__).parents[1] / "trained"
 
@@ -20,11 +22,16 @@ def names() -> list[str]:
 def find(source: str) -> Path:
     """A run's folder as given, or of one that comes with dumo its copy, runs/NAME, made where there is none.
 
-    A copy, because commands write into a run's folder. Raises OSError where nothing can be written.
+    A copy, because commands write into a run's folder. Raises UserError where another run has its place, OSError where
+    nothing can be written.
     """
     if source not in names() or Path(source).exists():
         return Path(source)
     if not (copy := Path("runs", source)).exists():
         with whole(copy) as half:
             shutil.copytree(HERE / source, half)
+    (listed,) = (HERE / source).glob(f"checkpoints/*/{manifest.NAME}")
+    own = copy / listed.relative_to(HERE / source)
+    if not own.is_file() or own.read_bytes() != listed.read_bytes():
+        raise UserError(f"{copy} is not the {source} that dumo brings: open it as {copy}, or move it away")
     return copy

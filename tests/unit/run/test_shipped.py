@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dumo.io import digest
 from dumo.run import shipped
 from dumo.run.folder import open_run
+from dumo.training import manifest
 from dumo.types import UserError
 
 MEGABYTES = {"digits-trained": 1.5}
@@ -59,6 +60,18 @@ def test_a_folder_of_this_name_comes_first(here: Path) -> None:
     (here / name / "run.yaml").unlink()
     with pytest.raises(UserError, match=f"train one first.* {name}"):
         open_run(name, device="cpu")
+
+
+def test_another_run_at_the_place_of_the_copy_is_refused(here: Path) -> None:
+    """Of an older dumo, or one's own: it opens by its path."""
+    (name,) = MEGABYTES
+    listed = open_run(name, device="cpu").checkpoint / manifest.NAME
+    text = listed.read_text()
+    listed.write_text(text.replace("5300", "5299"))
+    with pytest.raises(UserError, match="is not the digits-trained that dumo brings"):
+        open_run(name, device="cpu")
+    listed.write_text(text)
+    assert open_run(f"runs/{name}", device="cpu").folder == shipped.find(name)
 
 
 def test_a_damaged_copy_is_refused(here: Path) -> None:
