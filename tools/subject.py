@@ -1,6 +1,8 @@
 """Teach a few-step model a subject that it has never seen, and compare with three other ways; on latents of CIFAR-10.
 
-    python tools/subject.py runs/subject [--json tools/subject.json]    # DUMO_DATA as for the recipe cifar10-latents
+    python tools/subject.py runs/subject [--json tools/subject.json] [--picture docs/subject.png]
+
+It needs DUMO_DATA, as the recipe cifar10-latents.
 
 A small SD3 learns nine classes by flow matching; a LoRA taught by it makes it few-step by DuMo. The subject is 30
 images of the tenth class. Every way costs as much, counted, as --steps of `personal`, at a batch of 64 and rank 16:
@@ -40,7 +42,7 @@ from dumo.evaluation.distance import gaussian_mmd
 from dumo.evaluation.photos import WIDTH
 from dumo.evaluation.shipped import learned
 from dumo.flow.solver import jumps
-from dumo.io.picture import to_uint8
+from dumo.io.picture import labelled, sheet, to_rows, to_uint8
 from dumo.lab.plan import Cost
 from dumo.nets.rows import codes
 from dumo.run.config.load import load
@@ -177,6 +179,36 @@ def state(out: Path) -> dict[str, Tensor]:
     return load_file(out / "transformer/diffusion_pytorch_model.safetensors")
 
 
+def weights(way: Way, out: Path, folder: Path) -> dict[str, Tensor]:
+    """The weights of what a way exported, added to the few-step model where it is a LoRA of the base."""
+    own = state(out)
+    if not way.added:
+        return own
+    few, base = state(folder / "few"), state(folder / "base")
+    return {key: x + own[key] - base[key] for key, x in few.items()}
+
+
+def draw(rates: dict[str, float], folder: Path) -> Image.Image:
+    """What the first seed of each way makes of the subject and of other classes, in one pass and in two."""
+    found, config = ways(folder), folder / "few/transformer"
+    nets = {"few-step model": state(folder / "few")}
+    for name, rate in rates.items():
+        out = folder / "cells" / f"{name.replace(' ', '-')}-{rate:g}-{SEEDS[0]}-out"
+        nets[name] = weights(found[name], out, folder)
+    sides = {"subject": torch.tensor([SUBJECT] * 8), "others": torch.tensor(OTHERS[:8])}
+    shown = {"real images": [real(side, c, k) for side, c in sides.items() for k in (0, 8)]}
+    for name, net in nets.items():
+        shown[name] = [made(net, config, c, nfe, 0) for c in sides.values() for nfe in PASSES[:2]]
+    columns = [f"{side}, {nfe} NFE" for side in sides for nfe in PASSES[:2]]
+    return labelled({name: [sheet(to_rows(x), 4) for x in row] for name, row in shown.items()}, columns)
+
+
+def real(side: str, c: Tensor, k: int) -> Tensor:
+    """An image of each of the classes c, from number k on of its class."""
+    x, labels = judged()[side]
+    return torch.stack([x[labels == one][k + i] for i, one in enumerate(c.tolist())])
+
+
 def begin(folder: Path) -> None:
     """The base, the few-step run, and the images of either side."""
     whole = table("train")
@@ -217,12 +249,8 @@ def finish(name: str, way: Way, rate: float, seed: int, folder: Path, total: flo
         taken = round(total / units(way, folder))  # steps that cost as much
         words = (*way.words, f"train.steps={taken}", f"train.optimizer.lr={rate}", f"train.seed={seed}")
         out = train(way.recipe, folder / way.data, place, way.head, words)
-        weights = state(out)
-        if way.added:
-            few, base = state(folder / "few"), state(folder / "base")
-            weights = {key: x + weights[key] - base[key] for key, x in few.items()}
         report = {"way": name, "rate": rate, "seed": seed, "steps": taken}
-        report["mmd"] = scores(weights, out / "transformer", seed)
+        report["mmd"] = scores(weights(way, out, folder), out / "transformer", seed)
         kept.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return json.loads(kept.read_text())
 
@@ -233,6 +261,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
     folder = given.folder.resolve()
     (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -250,6 +279,8 @@ def main() -> None:
         best += runs
         rows.append({"way": name, "rate": least["rate"], "steps": runs[0]["steps"], "mmd": over_seeds(runs)})
         print(json.dumps(rows[-1]), flush=True)
+    if given.picture:
+        draw({row["way"]: row["rate"] for row in rows[1:]}, folder).save(given.picture)
     if given.json:
         given.json.write_text(json.dumps({"table": rows, "tried": tried, "runs": best}, indent=1) + "\n")
 
