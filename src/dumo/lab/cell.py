@@ -75,10 +75,10 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     return results
 
 
-def judged_by(result: Result) -> tuple[str, int]:
-    """What the cells of a table share: the protocol, and which fold of the data was held out as the reference."""
+def judged_by(result: Result) -> tuple[str, str | None, int]:
+    """What the cells of a table share: the protocol, and which split or fold of the data is the reference."""
     spec = result.cell.spec
-    return spec.evaluate.protocol.kind, getattr(spec.data, "fold", 0)
+    return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
 
 
 def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
