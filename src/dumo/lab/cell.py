@@ -205,7 +205,8 @@ def over_seeds(rows: Sequence[Row]) -> Row:
     if all(f"{main[0]}_sd" in row for row in rows):
         each = fmean(row[f"{main[0]}_sd"] ** 2 for row in rows) ** 0.5
         found["error"] = max(each, found[f"{main[0]}_sd"] or 0.0) / len(rows) ** 0.5
-    return {**found, **{n: fmean(row[n] for row in rows) for n in names if n not in main}, "seeds": len(rows)}
+    more = {n: None if None in (own := [row[n] for row in rows]) else fmean(own) for n in names if n not in main}
+    return {**found, **more, "seeds": len(rows)}
 
 
 def from_cells(stored: Row) -> list[Row]:
