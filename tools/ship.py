@@ -9,7 +9,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from dumo.io.file import whole
@@ -33,8 +32,8 @@ OF_DATA = {
 }
 
 
-def ship(run: Path, name: str) -> Path:
-    """Write the folder; return it."""
+def ship(run: Path, name: str) -> None:
+    """Write the folder."""
     opened = open_run(str(run), device="cpu")
     with whole(HERE / name) as half:
         place = half / "checkpoints" / opened.checkpoint.name
@@ -51,7 +50,6 @@ def ship(run: Path, name: str) -> Path:
         (half / "README.md").write_text(card(opened, name, kept[file.name].sha256), encoding="utf-8")
     far = max(float((rounded[key].float() - x).abs().max()) for key, x in weights.items())
     print(f"{HERE / name}: the largest change of a weight is {far:.2g}")
-    return HERE / name
 
 
 def card(opened: RunFolder, name: str, sha256: str) -> str:
@@ -79,5 +77,4 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     words = parser.parse_args()
-    torch.set_num_threads(1)
     ship(words.run, words.name)

@@ -193,9 +193,9 @@ def draw(rates: dict[str, float], folder: Path) -> Image.Image:
     found, config = ways(folder), folder / "few/transformer"
     nets = {"few-step model": state(folder / "few")}
     for name, rate in rates.items():
-        out = folder / "cells" / f"{name.replace(' ', '-')}-{rate:g}-{SEEDS[0]}-out"
-        nets[name] = weights(found[name], out, folder)
-    sides = {"subject": torch.tensor([SUBJECT] * 8), "others": torch.tensor(OTHERS[:8])}
+        cell = cell_of(name, rate, SEEDS[0], folder)
+        nets[name] = weights(found[name], cell.with_name(f"{cell.name}-out"), folder)
+    sides = {"subject": torch.tensor([SUBJECT] * 8), "prior": torch.tensor(OTHERS[:8])}
     shown = {"real images": [real(side, c, k) for side, c in sides.items() for k in (0, 8)]}
     for name, net in nets.items():
         shown[name] = [made(net, config, c, nfe, 0) for c in sides.values() for nfe in PASSES[:2]]
@@ -242,9 +242,14 @@ def packed(x: Tensor, c: Tensor, schema: Any) -> Any:  # noqa: ANN401, of pyarro
     return pa.Table.from_pylist(rows, schema)
 
 
+def cell_of(name: str, rate: float, seed: int, folder: Path) -> Path:
+    """Where a way is trained at a rate, on a seed."""
+    return folder / "cells" / f"{name.replace(' ', '-')}-{rate:g}-{seed}"
+
+
 def finish(name: str, way: Way, rate: float, seed: int, folder: Path, total: float) -> dict[str, Any]:
     """Train and score; what is there is taken as it is."""
-    place = folder / "cells" / f"{name.replace(' ', '-')}-{rate:g}-{seed}"
+    place = cell_of(name, rate, seed, folder)
     if not (kept := place.parent / f"{place.name}.json").exists():
         taken = round(total / units(way, folder))  # steps that cost as much
         words = (*way.words, f"train.steps={taken}", f"train.optimizer.lr={rate}", f"train.seed={seed}")

@@ -39,7 +39,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def nearest(name: str, names: list[str]) -> str:
     """A hint: the nearest of the valid names, or all of them."""
-    close = get_close_matches(brief(name), names, n=1, cutoff=0.6)
+    close = get_close_matches(brief(name), names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
 
 
