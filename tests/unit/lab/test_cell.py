@@ -118,13 +118,19 @@ def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkey
     assert not (tmp_path / "out/table.md").exists()
 
 
-def test_cells_of_other_folds_have_other_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each fold is held out of its own training; within one all must be judged against the same digits."""
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [("digits", ("data.held=359", "data.fold={0}")), ("cifar10-latents", ("evaluate.split={1}",))],
+    ids=["fold", "split"],
+)
+def test_cells_of_other_folds_or_splits_have_other_references(
+    recipe: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fold is held out of its own training; within one all must be judged against the same images."""
+    monkeypatch.setattr(cell.encode, "ensure", lambda *_, **__: None)
     cells = [
-        replace(
-            next(iter(two().cells("smoke"))), name=name, spec=load("digits", ["data.held=359", f"data.fold={fold}"])
-        )
-        for name, fold in (("a", 0), ("b", 1), ("c", 1))
+        replace(next(iter(two().cells("smoke"))), name=name, spec=load(recipe, [word.format(*which) for word in words]))
+        for name, which in (("a", (0, "train")), ("b", (1, "test")), ("c", (1, "test")))
     ]
 
     def finish(one: Cell, folder: Path, **_: object) -> Result:

@@ -31,7 +31,7 @@ def result(
     return Result(Cell(f"{name}-{seed}", spec, labels), RunFolder(spec, Path("x"), NET, 1, "w"), found)
 
 
-def row(nfe: int, distance: float, **more: float) -> dict[str, Any]:
+def row(nfe: int, distance: float, **more: float | None) -> dict[str, Any]:
     """A row of a report."""
     return {"nfe": nfe, "solver": "s", "fd_grey": distance, "fd": distance / 2, "kid": 1.0, "kid_sd": 9.0, **more}
 
@@ -46,6 +46,10 @@ def test_a_table_is_means_over_seeds() -> None:
     first, second, third, _ = cell.averaged(done)
     keys = ["arm", "nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
     assert list(first) == keys
+    lacking = cell.averaged(
+        [result({"arm": "a"}, seed, [row(1, 2.0, auc=auc)]) for seed, auc in enumerate((0.5, None))]
+    )
+    assert lacking[0]["auc"] is None  # a score that one cell has not
     assert (first["fd_grey"], first["fd_grey_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
     assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
     assert cell.averaged(done[:1])[0]["fd_grey_sd"] is None
