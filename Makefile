@@ -17,7 +17,7 @@ demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/d
 	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2
 	$(BIN)/dumo report runs/dumo-best
 
-test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 these, too, but for those of every family
+test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 these, too, but for the longest
 	$(PYTEST) -m "not $(if $(SLOW),gate,slow)" --durations 10 --durations-min 5
 
 slow: $(BIN)/.developed ## run the slow tests

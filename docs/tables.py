@@ -127,6 +127,22 @@ def best(results: Row) -> Iterator[str]:
         yield line([own[0]["arm"], *scores, f"{own[0]['recall']:.2f}"])
 
 
+def scaling(results: Row) -> Iterator[str]:
+    """Every arm at 1, 2, 4 and 50 NFE: the main score by budget, and the power of the budget by which it changes."""
+    budgets = sorted({row["budget"] for row in results["table"]})
+    yield line(["", "NFE", *(f"budget {n}" for n in budgets), "power"])
+    yield "|" + "---|" * (3 + len(budgets))
+    found: dict[tuple[str, int], dict[float, str]] = {}  # by budget; at 0 the slope
+    for budget in budgets:
+        every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+        for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
+            for row, cell in zip(own, cells, strict=True):
+                slope = f"{row['slope']:.2f}&nbsp;±&nbsp;{row['slope_error']:.2f}".replace("-", "−")
+                found.setdefault((row["arm"], row["nfe"]), {0: slope})[budget] = cell
+    for (arm, n), cells in found.items():
+        yield line([arm if n == 1 else "", f"{n}", *(cells.get(b, "") for b in (*budgets, 0))])
+
+
 def power(results: Row) -> Iterator[str]:
     """By how many deviations each fault stands out, by distance, of 3,000 images; the most of a column bold."""
     same = [row for row in results["rows"] if (row["data"], row["samples"]) == ("CIFAR-10", 3000)]
@@ -194,6 +210,8 @@ TABLES = {
     "front": ("best", front),
     "best": ("best", best),
     "best-latents": ("best-latents", best),
+    "routed": ("routed", arms),
+    "scaling": ("scaling", scaling),
     "power": ("power", power),
     "words": ("words", words),
     "fair": ("fair", fair),

@@ -4,9 +4,9 @@
 
 The model is a Stable Diffusion 3 of random weights, written to --folder in bf16 (--dtype): --gigabytes is its size in
 float32. Trained on digits, 16 patches each, so that work is small. Bytes are of a process's own memory (RssAnon
-of /proc): pages of a file that is mapped are the system's, which takes them back, but for those of a base in bf16 that
-one process trains on. The heap of glibc keeps freed blocks of up to 32 MB, as many as it has gaps between others; here
-blocks of 1 MiB and more go back at once, unless --heap. Then a step takes less time, and more memory than is counted.
+of /proc); of a base in bf16, which one process maps from its file, all pages count, read or not. The heap of glibc
+keeps freed blocks of up to 32 MB, as many as it has gaps between others; here blocks of 128 KiB and more go back at
+once, unless --heap. Then a step takes less time, and more memory than is counted.
 """
 
 import argparse
@@ -113,15 +113,8 @@ def own(pid: int) -> int:
 
 
 def mapped(pid: int, file: Path) -> int:
-    """Resident bytes of a mapped file in a process."""
-    found, inside = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        word, *rest = line.split()
-        if not word.endswith(":"):
-            inside = line.endswith(str(file))
-        elif inside and word == "Rss:":
-            found += int(rest[0]) * 1024
-    return found
+    """Bytes of a file if a process has mapped it, whether they are read or not."""
+    return file.stat().st_size * (str(file) in Path(f"/proc/{pid}/maps").read_text())
 
 
 def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
@@ -134,7 +127,7 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
     for rank, phase in enumerate(phases):
         phase.write_text(work if work == "export" else "imports")
         env = {"PHASE": str(phase), "OMP_NUM_THREADS": "1"}
-        env |= {} if args.heap else {"MALLOC_MMAP_THRESHOLD_": f"{2**20}"}
+        env |= {} if args.heap else {"MALLOC_MMAP_THRESHOLD_": f"{2**17}"}
         if ranks > 1:
             env |= {
                 "RANK": f"{rank}",
@@ -149,20 +142,18 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
             words = [sys.executable, "-m", "dumo", "export", "--to", "safetensors", str(args.folder / "run")]
             words += [str(args.folder / "out.safetensors")]
         running.append(subprocess.Popen(words, env=os.environ | env))
-    most, looks, pages = dict[str, int](), 0, 0
+    most = dict[str, int]()
     keeps = ranks == 1 and args.mode == "bfloat16" and work != "export"  # which has weights of its own
     while any(one.poll() is None for one in running):
         for one, phase in zip(running, phases, strict=True):
             try:
-                if keeps and looks % 50 == 0:  # slow to read, and slow to change
-                    pages = mapped(one.pid, args.folder / "model" / WEIGHTS)
+                pages = mapped(one.pid, args.folder / "model" / WEIGHTS) if keeps else 0
                 name, size = phase.read_text(), own(one.pid) + pages
             except (OSError, KeyError):  # it ends
                 continue
             if not name:  # it is being written
                 continue
             most[name] = max(most.get(name, 0), size)
-        looks += 1
         time.sleep(EVERY)
     if any(one.returncode for one in running):
         raise SystemExit(f"{work} on {ranks} ranks failed")

@@ -157,18 +157,22 @@ def main(*words: str) -> int:
         print(f"no row of {TABLE.name} has {' or '.join(map(repr, words))} in its file or text")
         return 2
     os.chdir(ROOT)
-    seen: list[str] = []
+    seen, alive = list[str](), list[str]()
     with TemporaryDirectory() as compiled, ThreadPoolExecutor(AT_ONCE) as pool:
         warm(compiled)
         for mutant, (failed, said) in zip(rows, pool.map(trial, rows), strict=True):
-            seen += [failed] * (failed is not None)
-            print(f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.wrong:46} {said}", flush=True)
+            line = f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.wrong:46} {said}"
+            print(line, flush=True)
+            seen += [failed] if failed else []
+            alive += [] if failed else [line]
         broken = sane(set(seen)) if seen else ""
     print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
+    for line in alive:  # again, where one looks
+        print(line)
     took = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = f"{took.ru_utime + took.ru_stime:.0f} s of processors"
     print(f"{len(seen)} of {len(rows)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}")
-    return 1 if broken or len(seen) < len(rows) else 0
+    return 1 if broken or alive else 0
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from pipelines import PIPELINES, SIDE
 from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
-READY, SOME = ("SD3", "Flux"), ("SD1", "Qwen-Image")  # the others are slow, a minute each, and `make slow` has all
+READY = ("SD3", "Flux")  # the others take a minute each: `make slow` has all
 GATE = [pytest.mark.slow, pytest.mark.gate]
-FAMILIES = [name if name in READY else pytest.param(name, marks=GATE[: 1 + (name not in SOME)]) for name in PIPELINES]
+FAMILIES = [name if name in READY else pytest.param(name, marks=GATE) for name in PIPELINES]
 CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = (  # times, by steps so long that the second counts
@@ -101,7 +101,7 @@ def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> t
     return 2 * made.images - 1
 
 
-@pytest.mark.parametrize("name", ["Flux", pytest.param("Qwen-Image", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["Flux", pytest.param("Qwen-Image", marks=GATE)])
 def test_a_server_makes_dumos_images(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,7 @@ def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Cas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SD1", "SDXL"])
+@pytest.mark.parametrize("name", ["SD1", pytest.param("SDXL", marks=pytest.mark.gate)])
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
     assert max(case.misses("merged", case.export("merged"))) < 1
@@ -170,7 +170,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.parametrize("name", [*READY, *(pytest.param(name, marks=pytest.mark.slow) for name in ("Z-Image", "SD1"))])
+@pytest.mark.parametrize("name", [*READY, *(pytest.param(name, marks=GATE) for name in ("Z-Image", "SD1"))])
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from e2e.shell import call, files, refused
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gate]
 
 
 def test_figure_3(here: Path) -> None:

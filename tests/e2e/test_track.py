@@ -24,7 +24,16 @@ def test_tensorboard_follows_a_run_over_a_kill(here: Path) -> None:
 
     words = ("train", "digits", "--out", "run", "--track", "tensorboard", *TINY, *LOGGED)
     killed, tracked = start(*words, *sets("train.steps=100000"), cwd=here), here / "run/tracked.json"
-    wait(killed, tracked.exists)
+
+    def ahead() -> bool:
+        """Whether it has rows that no checkpoint has, and stands still."""
+        os.kill(killed.pid, signal.SIGSTOP)
+        if tracked.exists() and rows(here / "run")[-1]["step"] % 100 > 5:
+            return True
+        os.kill(killed.pid, signal.SIGCONT)
+        return False
+
+    wait(killed, ahead)
     os.kill(killed.pid, signal.SIGKILL)
     finish(killed)
     far = rows(here / "run")[-1]["step"]

@@ -152,7 +152,7 @@ class Latents(Spec):
 
     def open(self) -> "Encoded | Bucketed | Captioned":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
-        source = Encoded(self._cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+        source = Encoded(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.part_prior(self.prior)
         source = source.bucketed() if self.images.buckets else source
@@ -163,11 +163,12 @@ class Latents(Spec):
         if not self.images.buckets:
             return None
         if read_contents(self.folder):
-            return crops(self._cache())
+            return crops(self.cache())
         with below("data.images"):
             return self.images.crops()
 
-    def _cache(self) -> Table:
+    def cache(self) -> Table:
+        """The rows as `dumo encode` left them. Raises UserError as `open`."""
         images, numbered = self.images, isinstance(self.captions, Files)
         try:
             return open_cache(

@@ -141,10 +141,6 @@ class Shipped:
         """The features of images in [-1, 1], in float32 on the CPU."""
         return torch.cat([self.net.features(part) for part in x.to("cpu", torch.float32).split(PIECE)])
 
-    def predict(self, x: Images) -> Labels:
-        """The most probable class of images in [-1, 1]."""
-        return torch.cat([self.net(part) for part in x.to("cpu", torch.float32).split(PIECE)]).argmax(1)
-
     def classify(self, f: Features) -> Labels:
         """The most probable class of images with these features."""
         return self.net.logits(f).argmax(1)

@@ -25,7 +25,7 @@ Latent = Float[Tensor, "b l y x"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # in a folder of diffusers
 FIELD = "data.codec.weights"
-PIECE = 2**20  # pixels decoded at a time: 16 images of 256 x 256. Ours
+PIECE = 2**20  # pixels at a time: 16 images of 256 x 256. Ours
 
 
 class Published(NamedTuple):
@@ -161,13 +161,11 @@ class Opened:
 
     @torch.no_grad()
     def encode(self, images: Images) -> Moments:
-        """Images in [-1, 1] as x, or as the moments of x, of mean 0 and deviation 1 or near; contiguous.
-
-        Raises as `shape` does.
-        """
-        for side in images.shape[2:]:
-            self.codec.shape(side)
-        return self.codec.normalise(self.net.encode(images.to(self.device, torch.float32))).contiguous()
+        """Images in [-1, 1] as x, or as the moments of x, of mean 0 and deviation 1 or near. Raises as `shape` does."""
+        self.codec.shape(*images.shape[2:])
+        few = max(1, PIECE // (images.shape[2] * images.shape[3]))
+        parts = (self.net.encode(part.to(self.device, torch.float32)) for part in images.split(few))
+        return torch.cat([self.codec.normalise(part).contiguous() for part in parts])
 
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:

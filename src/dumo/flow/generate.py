@@ -16,6 +16,8 @@ from dumo.runtime.bound import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Path, Reads, Sample, Trail, UserError
 
+ROWS = 256  # images made at a time, at most: ours
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -79,7 +81,7 @@ def generate(
     seed: int,
     shape: Sequence[int],
     indices: Sequence[int] | None = None,
-    batch: int = 256,
+    batch: int = ROWS,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     on_batch: Callable[[int], object] | None = None,
@@ -113,7 +115,7 @@ def batches(
     seed: int,
     shape: Sequence[int],
     indices: Sequence[int] | None = None,
-    batch: int = 256,
+    batch: int = ROWS,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     z: Sample | None = None,

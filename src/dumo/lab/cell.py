@@ -193,8 +193,7 @@ def by_passes(report: Row) -> list[Row]:
 def over_seeds(rows: Sequence[Row]) -> Row:
     """One row of equal rows of several seeds: the main score first, then `fd` where that is another, each with sd.
 
-    `error` is the standard error of the mean of the main one: by the scatter of the seeds, or by the errors of each,
-    whichever is larger, for few seeds tell little of their scatter.
+    `error` is the standard error of the mean of the main one (`error_of_mean`).
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     main = [name for name in dict.fromkeys((leading(names), "fd")) if name in names]
@@ -203,10 +202,18 @@ def over_seeds(rows: Sequence[Row]) -> Row:
         values = [row[name] for row in rows]
         found |= {name: fmean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
     if all(f"{main[0]}_sd" in row for row in rows):
-        each = fmean(row[f"{main[0]}_sd"] ** 2 for row in rows) ** 0.5
-        found["error"] = max(each, found[f"{main[0]}_sd"] or 0.0) / len(rows) ** 0.5
+        found["error"] = error_of_mean([(row[main[0]], row[f"{main[0]}_sd"]) for row in rows])
     more = {n: None if None in (own := [row[n] for row in rows]) else fmean(own) for n in names if n not in main}
     return {**found, **more, "seeds": len(rows)}
+
+
+def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
+    """The standard error of a mean of numbers with errors of their own.
+
+    By their scatter, or by their errors, whichever is larger, for few seeds tell little of their scatter.
+    """
+    scatter = stdev(value for value, _ in points) if len(points) > 1 else 0.0
+    return max(fmean(error**2 for _, error in points) ** 0.5, scatter) / len(points) ** 0.5
 
 
 def from_cells(stored: Row) -> list[Row]:

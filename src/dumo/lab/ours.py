@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
-from math import exp, log
+from math import exp, fsum, hypot, log
 from pathlib import Path
-from statistics import fmean, linear_regression, stdev
+from statistics import fmean, linear_regression
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart
-from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, main_score
+from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mean, main_score
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
 from dumo.run import gallery
@@ -177,20 +177,27 @@ def even(points: Curve, to: float) -> float | None:
 
 
 def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The same with `slope`: the power of the budget by which the distance changes, mean and deviation over seeds."""
+    """The same with `slope`, the power of the budget by which the distance changes, and its standard error."""
     rows = best_table(plan, results)
-    score, points = main_score(rows[0]), dict[tuple[str, int, int], list[tuple[float, float]]]()
+    score, points = main_score(rows[0]), dict[tuple[str, int, int], Curve]()
     for one in results:
         for row in by_passes(one.report):
             key = (one.cell.labels["arm"], row["nfe"], one.cell.spec.train.seed)
-            points.setdefault(key, []).append((log(one.cell.labels["budget"]), log(row[score])))
+            points.setdefault(key, []).append((one.cell.labels["budget"], row[score], row[f"{score}_sd"]))
 
-    def slope(row: Row) -> Row:
-        same = [of for key, of in points.items() if key[:2] == (row["arm"], row["nfe"])]
-        own = [linear_regression(*zip(*of, strict=True)).slope for of in same]
-        return {"slope": fmean(own), "slope_sd": stdev(own) if len(own) > 1 else None}
+    def fitted(row: Row) -> Row:
+        own = [power(curve) for key, curve in points.items() if key[:2] == (row["arm"], row["nfe"])]
+        return {"slope": fmean(slope for slope, _ in own), "slope_error": error_of_mean(own)}
 
-    return [row | slope(row) for row in rows]
+    return [row | fitted(row) for row in rows]
+
+
+def power(points: Curve) -> tuple[float, float]:
+    """Of a curve y = x^slope the slope by least squares where both axes are logarithms, and its error by those of y."""
+    x, y = [log(x) for x, _, _ in points], [log(y) for _, y, _ in points]
+    off = [value - fmean(x) for value in x]
+    error = hypot(*(a * (sd or 0.0) / at for a, (_, at, sd) in zip(off, points, strict=True)))
+    return linear_regression(x, y).slope, error / fsum(a * a for a in off)
 
 
 def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) -> dict[str, Image.Image]:

@@ -114,7 +114,7 @@ class Arm(Spec):
     seeds: tuple[int, ...] | None = None  # if not the scale's
     steps: int | None = None  # the arms after it cost as much as these steps
     share: float = 1.0  # of that cost
-    only: dict[str, Any] = Field({})  # the scale, or the value of an outer axis, at which there is this arm
+    only: dict[str, list[Any]] = Field({})  # the scales, or values of an outer axis, at which there is this arm
     weights: str | None = None  # a cell: it begins from its net, as diffusers saves it; or a folder; may have $seed
     cut: float | None = None  # rad: behind a low-pass that is fitted once (`dumo.nets.lowpass`)
 
@@ -160,7 +160,7 @@ class Plan(Spec):
         for outer, sets in combinations(at.vary):
             budget = Budget(self, at, outer.get("budget", 1.0))
             for arm in at.arms or self.arms:
-                if all({"scale": scale, **outer}[name] == value for name, value in arm.only.items()):
+                if all({"scale": scale, **outer}[name] in values for name, values in arm.only.items()):
                     for inner, more in combinations(arm.vary):
                         for cell in self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale):
                             same = f"{arm.labels} {inner} {cell.spec.train.seed}"

@@ -141,7 +141,7 @@ def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.d
     if codes.dtype == torch.int8:
         return ops.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
     made = torch.float32 if dtype == torch.float64 else dtype
-    blocks = (scales.numel(), BLOCK)  # bitsandbytes 0.50 errs on a CPU where rows are no multiples of a block
+    blocks = (scales.numel(), BLOCK)  # on some CPUs bitsandbytes 0.50 errs where rows are no multiples of a block
     return ops.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", blocks, made).view(size).to(dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.data import Images
+from dumo.flow.generate import ROWS
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import single
 from dumo.io import digest
@@ -74,8 +75,9 @@ class RunFolder:
 
 
 def sampler(run: Run, net: nn.Module) -> Sampler:
-    """A run's net with all that its samples depend on."""
-    return Sampler(net, run.objective, run.path, run.data, run.sample, run.precision)
+    """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
+    rows = min(ROWS, run.train.micro_batch or run.train.batch)
+    return Sampler(net, run.objective, run.path, run.data, run.sample, run.precision, rows)
 
 
 def open_run(

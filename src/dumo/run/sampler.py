@@ -38,6 +38,7 @@ class Sampler:
     data: Data
     spec: Sampling
     precision: Precision  # of the net's passes; decoders stay in float32
+    rows: int = generate.ROWS  # of a pass
     size: Size | None = None  # one of the data's buckets; None: the square
 
     @property
@@ -131,6 +132,7 @@ class Sampler:
             seed=self.spec.seed if seed is None else seed,
             shape=self.shape,
             indices=some,
+            batch=self.rows,
             device=self.device,
             precision=self.precision,
             z=None if z is None else z[rows],

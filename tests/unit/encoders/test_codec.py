@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autoencoder import filled, taef2
 from dumo.encoders import Codec, DcAe, PipelineVae, SdVae, Taef2
+from dumo.encoders import codec as codecs
 from dumo.encoders.autoencoder import CONFIG, WEIGHTS
 from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.taesd import Tiny
@@ -141,6 +142,17 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
         torch.testing.assert_close(x, raw.encode(images(16)) * 1.2)
         torch.testing.assert_close(codec.decode(x), raw.decode(x / 1.2).clamp(-1, 1))
     assert codec.sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
+
+
+def test_a_few_images_pass_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their moments are those of all at once."""
+    opened = SdVae(weights=str(vae)).open()
+    x, whole, seen = images(16, 7), opened.encode(images(16, 7)), list[int]()
+    real = type(opened.net).encode
+    monkeypatch.setattr(type(opened.net), "encode", lambda self, x: seen.append(len(x)) or real(self, x))
+    monkeypatch.setattr(codecs, "PIECE", 3 * 16 * 16)
+    torch.testing.assert_close(opened.encode(x), whole)
+    assert seen == [3, 3, 1]
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.18215, 0.0), (1.5305, 0.0609)])

@@ -103,13 +103,15 @@ def test_settings_are_spelled_out() -> None:
 
 
 def test_an_outer_axis_is_all_arms_again() -> None:
-    scale = {"seeds": [0, 1], "steps": 6, "vary": {"budget": {0.5: [], 1.0: []}}, "cost": "steps"}
+    scale = {"seeds": [0, 1], "steps": 6, "vary": {"budget": {0.5: [], 1.0: [], 2.0: []}}, "cost": "steps"}
     arms = [
         {"labels": {"objective": "a"}, "recipe": "moons"},
-        {"labels": {"objective": "b"}, "recipe": "moons-meanflow", "only": {"budget": 0.5}},
+        {"labels": {"objective": "b"}, "recipe": "moons-meanflow", "only": {"budget": [0.5]}},
+        {"labels": {"objective": "c"}, "recipe": "moons-flow-matching", "only": {"budget": [1.0, 2.0]}, "seeds": [0]},
     ]
     found = small(columns=["objective", "budget"], scales={"smoke": scale}, arms=arms).cells("smoke")
-    assert [cell.name for cell in found] == ["a-0.5-0", "a-0.5-1", "b-0.5-0", "b-0.5-1", "a-1-0", "a-1-1"]
+    names = "a-0.5-0 a-0.5-1 b-0.5-0 b-0.5-1 a-1-0 a-1-1 c-1-0 a-2-0 a-2-1 c-2-0"
+    assert [cell.name for cell in found] == names.split()
 
 
 @pytest.mark.usefixtures("free")

@@ -2,6 +2,7 @@
 
 from math import exp, log
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -113,14 +114,26 @@ def test_budgets_are_compared_with_the_first_arm() -> None:
 
 def test_the_power_by_which_distances_fall_has_an_error_by_seeds() -> None:
     """Of seed 0 by the root of the budget, of seed 1 in proportion to it; in two passes not at all."""
+    exact = {"fd_grey_sd": 0.0}
     done = [
-        result({"arm": "a", "budget": budget}, seed, [row(1, 5 / budget**power), row(2, 7.0)])
+        result({"arm": "a", "budget": budget}, seed, [row(1, 5 / budget**power, **exact), row(2, 7.0, **exact)])
         for budget in (1, 3, 10)
         for seed, power in enumerate((0.5, 1.0))
     ]
-    slopes = {row["nfe"]: (row["slope"], row["slope_sd"]) for row in ours.scaling_table(read("scaling"), done)}
-    assert slopes[1] == pytest.approx((-0.75, 0.5 / 2**0.5))
+    slopes = {row["nfe"]: (row["slope"], row["slope_error"]) for row in ours.scaling_table(read("scaling"), done)}
+    assert slopes[1] == pytest.approx((-0.75, 0.25))
     assert slopes[2] == pytest.approx((0, 0))
+
+
+def test_the_error_of_a_slope_is_its_scatter_over_points_redrawn() -> None:
+    """Points of errors of one percent and two, about a slope of -1.5."""
+    g = torch.Generator().manual_seed(0)
+    points: ours.Curve = [(x, x**-1.5, sd * x**-1.5) for x, sd in ((1, 0.01), (3, 0.02), (10, 0.01))]
+    slope, error = ours.power(points)
+    draws = (torch.randn(3, generator=g).tolist() for _ in range(2000))
+    found = [ours.power([(x, y + sd * e, sd) for (x, y, sd), e in zip(points, es, strict=True)])[0] for es in draws]
+    assert slope == pytest.approx(-1.5)
+    assert stdev(found) == pytest.approx(error, rel=0.06)
 
 
 def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def weight(coded: Coded, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (64, 6), (7, 192)])
-def test_codes_stand_for_the_nearest_weights(shape: tuple[int, int]) -> None:
+def test_codes_stand_for_the_nearest_weights(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
     """By hand, where rows are no multiple of a block, too; zeros are zeros."""
     w = layer(*shape).weight.detach()
     w[:, :2] = 0
@@ -61,6 +61,11 @@ def test_codes_stand_for_the_nearest_weights(shape: tuple[int, int]) -> None:
     two = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).flatten().long()
     made = NF4[two] * scales.repeat_interleave(BLOCK)
     assert torch.allclose(decoded(codes, scales, shape, torch.float32), made.view(shape), atol=1e-6)
+    ops, sizes = torch.ops.bitsandbytes, list[tuple[int, int]]()
+    dequantize = ops.dequantize_4bit
+    monkeypatch.setattr(ops, "dequantize_4bit", lambda *args: sizes.append(args[4]) or dequantize(*args))
+    decoded(codes, scales, shape, torch.float32)
+    assert [wide for _, wide in sizes] == [BLOCK], "another width errs, but on some CPUs alone"
     off = (w.flatten()[:, None] - NF4 * scales.repeat_interleave(BLOCK)[:, None]).abs()
     assert torch.allclose((made - w.flatten()).abs(), off.min(1).values, atol=1e-5)
 

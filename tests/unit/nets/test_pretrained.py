@@ -207,6 +207,7 @@ def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("name", "frozen"), [*(("flux", coding) for coding in ("float32", "int8", "nf4")), ("sdxl", "float32")]
 )

@@ -23,7 +23,7 @@ with lean() if sys.argv[1] == "within" else contextlib.nullcontext():
     begun, kept, freed = own(), [], []
     for _ in range(40):
         freed.append(torch.ones(2**20))
-        kept.append(torch.ones(2**15))
+        kept.append(torch.ones(2**14))
     del freed
     print(own() - begun)
 """
@@ -32,7 +32,7 @@ with lean() if sys.argv[1] == "within" else contextlib.nullcontext():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another heap")
 @pytest.mark.parametrize(("when", "kept"), [("never", True), ("within", False), ("after", True)])
 def test_freed_blocks_go_back_within(when: str, kept: bool) -> None:
-    """MiB left of 160 that were freed between 5 that stay."""
+    """MiB left of 160 that were freed between 2.5 that stay."""
     words = [sys.executable, "-c", CODE, when]
     left = int(subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout)
     assert left > 100 if kept else left < 20

@@ -41,7 +41,6 @@ from dumo.types import UserError
 
 PLACES = ("protocol.reference", "protocol.model")  # of files; which ones, the card says
 ROWS = {"results": "nfe", "contrast": "contrast"}  # parts of a report, and where its card has their passes
-ROWS_OF_A_PASS = 256  # where likelihoods are found, as where samples are made
 
 
 def evaluate(
@@ -273,7 +272,7 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
     """
     net, device = sampler.net, sampler.device
     reads = reading(sampler.objective, net, sampler.spec.knobs)
-    for numbers in torch.arange(dist.rank(), len(evaluator.x), dist.world()).split(ROWS_OF_A_PASS):
+    for numbers in torch.arange(dist.rank(), len(evaluator.x), dist.world()).split(sampler.rows):
         x, c = (one[numbers].to(device) for one in (evaluator.x, evaluator.c))
         along = [e.to(x) for e in evaluator.directions(numbers.tolist())] or axes(x)
         with evaluating(net), counting(net) as passed, passing(net, "fp32", device):

@@ -234,22 +234,24 @@ class Stretch(NamedTuple):
 def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     """A count of a net: of all of it, or, where it is deep, as follows from its first few blocks of each stretch.
 
-    `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks, and
-    all are counted unless two more add twice what one more adds, or where two stretches are deep.
+    `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks of each
+    stretch, and all are counted unless two more of every stretch add twice what one more of each adds.
     """
     lengths, few = [len(stretch.blocks) for stretch in stretches(net)], 2 if check else 1
     deep = [i for i, n in enumerate(lengths) if n > few]
-    if sum(lengths) <= FEW or not deep or (check and len(deep) > 1):
+    if sum(lengths) <= FEW or not deep:
         return count(net)
 
-    def at(i: int | None = None, more: int = 1) -> int:
-        return count(cut(net, [min(n, few + more * (i == j)) for j, n in enumerate(lengths)]))
+    def at(*more: int) -> int:
+        return count(cut(net, [min(n, few + k) for n, k in zip(lengths, more, strict=True)]))
 
-    first = at()
-    steps = {i: at(i) - first for i in deep}
-    if check and any(step == 0 or at(i, 2) != first + 2 * step for i, step in steps.items() if lengths[i] > few + 1):
-        return count(net)
-    return first + sum((lengths[i] - few) * step for i, step in steps.items())
+    first = at(*[0] * len(lengths))
+    steps = [at(*(i == j for j in range(len(lengths)))) - first if n > few else 0 for i, n in enumerate(lengths)]
+    if check:
+        two = sum(min(n - few, 2) * step for n, step in zip(lengths, steps, strict=True))
+        if not all(steps[i] for i in deep) or at(*[2] * len(lengths)) != first + two:
+            return count(net)
+    return first + sum((n - few) * step for n, step in zip(lengths, steps, strict=True))
 
 
 def short(net: M) -> M:

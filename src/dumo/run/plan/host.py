@@ -4,17 +4,16 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
 
     start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of
                   16 bits twice, for they are in 32 until averages are made
-    first step    on a CPU all that `dumo.run.plan.cluster` counts for a step
+    first step    on a CPU all that `dumo.run.plan.cluster` counts for a step, but o, which comes with its update
     save          on a CPU w, a, o and gradients; the copy that is written (`dumo.run.plan.plan.copied`)
-    step          as the first; that copy, whose memory is kept; on CPUs, of ranks, gradients before they are cut
+    step          on a CPU all that is counted for a step; that copy, whose memory is kept
     resume        as start, with o
     export        of one process: the net that is shown, in float32, and with adapters a copy that they are added to
                   (not of a LoRA alone); the largest tensor where ranks wrote it
 
-On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top, of a process
-itself: Python, torch, diffusers, peft; MEETING of one of several ranks, but where it resumes. Pages of files that are
-mapped are the system's. Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone,
-whole on rank 0, and an examination of the slope on a CPU, on copies of the whole net on every rank.
+On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top: Python, torch,
+diffusers, peft. A mapped base counts as if it were read. Not counted: rows of texts (`net.texts.memory`), images in
+memory (`data.memory`), a milestone, whole on rank 0, and an examination of the slope on a CPU, on copies of the net.
 """
 
 from collections.abc import Mapping
@@ -28,7 +27,6 @@ from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")
 PROCESS = 430 * 10**6  # bytes, measured: docs/guarantees.md
-MEETING = 120 * 10**6  # bytes more of one that meets others: fitted to the start of two ranks
 GB = 1e9
 PER_NODE = 8  # ranks of a node, at most
 
@@ -44,16 +42,15 @@ def host(
     largest = max((p.nbytes for p in net.parameters()), default=0) if gpu or ranks > 1 else 0
     here = dict.fromkeys(held, 0) if gpu else {name: size // share for name, size in held.items()}
     step, kept = 0 if gpu else step, here["weights"] + here["averages"]
-    uncut = 0 if gpu else held["gradients"] - here["gradients"]  # kept longer than the count of a GPU's step has it
+    after = kept + here["gradients"] + here["optimizer"]  # all that stays after an update
     halved = train.weights == "bfloat16"
     numbers = sum(p.numel() for p in net.parameters()) + saved(net)
     added = 4 * numbers if adapters(net) else 0  # in float32: `adapter.merge`
-    meets = PROCESS + (MEETING if ranks > 1 else 0)
     processes = {
-        "start": kept + halved * here["weights"] + largest + meets,
-        "first step": step + meets,
-        "save": kept + here["optimizer"] + here["gradients"] + copy + meets,
-        "step": step + copy + uncut + meets,
+        "start": kept + halved * here["weights"] + largest + PROCESS,
+        "first step": max(step - here["optimizer"], after) + PROCESS,
+        "save": after + copy + PROCESS,
+        "step": step + copy + PROCESS,
         "resume": kept + here["optimizer"] + largest + PROCESS,
         "export": (1 + halved) * held["weights"] + added + (largest if ranks > 1 else 0) + PROCESS,
     }

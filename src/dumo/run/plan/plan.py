@@ -15,7 +15,6 @@ from dumo.data import Data, Latents
 from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
-from dumo.io.table import FILE
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
 from dumo.nets.table import Embedded, PipelineTexts
@@ -95,7 +94,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
-        "validation": validation(spec, net),
+        "validation": validation(spec, shown["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "texts": rows_of_text(spec.net.texts, spec.data) if isinstance(spec.net.texts, Embedded) else None,
@@ -103,16 +102,16 @@ def plan(spec: Run) -> dict[str, Any]:
     }
 
 
-def validation(run: Run, net: nn.Module | None = None) -> dict[str, Any] | None:
+def validation(run: Run, units: float | None = None) -> dict[str, Any] | None:
     """How a run in training is judged, and the operations of its samples over those of its steps; None: it is not.
 
-    Features and decoders are not counted. `net` is an outline.
+    Features and decoders are not counted. `units`: a step's forward units, if they are known already.
     """
     every, one = run.evaluate.every, run.evaluate.validation
     if not every:
         return None
-    net = run.outline() if net is None else net
-    units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    if units is None:
+        units = cost.forward_units(run.outline(), run.objective, run.path, run.data.shape, ref=run.train.ref)
     passes = one.protocol.total * one.nfe[0] * (2 if run.sample.guide.active else 1)
     share = passes / (every * run.train.batch * units)
     return {"every": every, "samples": one.protocol.total, "nfe": one.nfe[0], "share": share}
@@ -215,10 +214,10 @@ def missing_data(data: Data) -> str | None:
         return None
     try:
         path = user_path(root, "data.root")
+        if isinstance(data, Latents):
+            data.cache()  # whose rows are read when they are taken
     except UserError as error:
-        return str(error)
-    if isinstance(data, Latents) and not (path / FILE).is_file():
-        return f"there is no cache in {path}: make it with dumo encode"
+        return "; ".join(line.strip() for line in str(error).splitlines())
     return None if path.exists() else f"there is no {path}: set data.root"
 
 

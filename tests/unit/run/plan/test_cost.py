@@ -1,6 +1,7 @@
 """The cost of a step, counted on no data, is what one counts by hand."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -268,6 +269,21 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
     seen: list[nn.Module] = []
     assert by_depth(other, lambda net: len(seen) or not seen.append(net)) == 1
     assert seen == [other]
+
+
+def test_two_stretches_are_told_by_their_first_blocks_unless_one_weighs_more_by_the_other() -> None:
+    net, seen = ghost(DuMo(), depth=2 * few.FEW), list[tuple[int, int]]()
+    for block in net.blocks[few.FEW :]:  # pyright: ignore
+        block.routed = True
+
+    def count(net: nn.Module, of: Callable[[int, int], int]) -> int:
+        routed = sum(getattr(block, "routed", False) for block in net.blocks)  # pyright: ignore
+        seen.append((len(net.blocks) - routed, routed))  # pyright: ignore
+        return of(*seen[-1])
+
+    assert by_depth(net, lambda net: count(net, lambda a, b: 7 * a + 3 * b), check=True) == 10 * few.FEW
+    assert seen == [(2, 2), (3, 2), (2, 3), (4, 4)]
+    assert by_depth(net, lambda net: count(net, lambda a, b: a * b), check=True) == few.FEW**2
 
 
 def test_products_in_place_and_fused_ones_are_counted() -> None:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dumo.run.config.load import load
 from dumo.run.plan import plan
 from dumo.run.plan.cluster import Sent, pretended
-from dumo.run.plan.host import MEETING, PROCESS, host
+from dumo.run.plan.host import PROCESS, host
 from dumo.training import layout
 from dumo.training.deferred import Deferred
 from dumo.training.frozen import copied
@@ -33,10 +33,10 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     held, largest = plan.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
     one, four = planned(1, "CPU"), planned(4, "CPU", "train.share=4")
     assert one["start"] == held["weights"] + held["averages"]
-    assert four["start"] == (held["weights"] + held["averages"]) // 4 + largest + MEETING
+    assert four["start"] == (held["weights"] + held["averages"]) // 4 + largest
     assert one["resume"] == one["start"] + held["optimizer"]
-    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] + MEETING == largest + MEETING
-    assert planned(4, "CPU")["start"] == one["start"] + largest + MEETING
+    assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] == largest
+    assert planned(4, "CPU")["start"] == one["start"] + largest
     assert one["export"] == held["weights"] == four["export"] - largest
 
 
@@ -53,13 +53,22 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
 
 def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
     net = load("digits").outline()
-    held, written = plan.held(net, load("digits").train), planned(4, "GPU")["save"] - MEETING
+    held, written = plan.held(net, load("digits").train), planned(4, "GPU")["save"]
     assert 4 * written == held["weights"] + held["averages"] + held["optimizer"]
     assert planned(1, "GPU")["save"] == 4 * written
-    for device, uncut in (("GPU", 0), ("CPU", held["gradients"] - held["gradients"] // 4)):
-        found = planned(4, device, "train.share=4")
-        assert found["step"] - found["first step"] == written + uncut
-    assert planned(4, "CPU", "train.share=4")["save"] == sum(held.values()) // 4 + written + MEETING
+    assert planned(4, "GPU")["step"] == written
+    assert planned(4, "CPU", "train.share=4")["save"] == sum(held.values()) // 4 + written
+
+
+@pytest.mark.parametrize(("step", "first"), [(0, "update"), (10**9, "passes")])
+def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int, first: str) -> None:
+    """Of `step` bytes, as later steps take them."""
+    run = load("digits", ["train.share=2"])
+    held = plan.held(net := run.outline(), run.train)
+    found = host(net, run.train, 2, held, copy := 7, step, "CPU")["process"]
+    update, passes = sum(size // 2 for size in held.values()), step - held["optimizer"] // 2
+    assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
+    assert found["step"] == step + copy + PROCESS
 
 
 @pytest.mark.slow

@@ -181,11 +181,13 @@ def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     )
     mine = load("my-images", TINY)
     spec = load("digits", TINY).model_copy(update={"data": data, "evaluate": mine.evaluate})
-    assert "no cache" in str(missing_data(spec.data))
+    assert "is no cache" in str(missing_data(spec.data))
     assert cache(data, None) == {"images": None, "bytes_per_image": 2 * 2 * prod(data.shape), "bytes": None}
     encode.encode(data, device="cpu")
     facts = plan(spec)
     assert facts["missing_data"] is None
+    larger = data.model_copy(update={"images": images.model_copy(update={"side": 64})})
+    assert "resolution: 32 in the cache, 64 asked" in str(missing_data(larger))
     assert facts["cache"]["images"] == 3
     assert facts["epochs"] == facts["images"] / 3
     files = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
