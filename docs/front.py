@@ -1,22 +1,17 @@
-"""Draw front.png again from two runs: `python docs/front.py RUN_OF_DIGITS RUN_OF_CIFAR`.
+"""Draw front.png again from the trained models that come with dumo: `python docs/front.py`, with $DUMO_DATA/cifar10."""
 
-The picture that is there is of
-
-    dumo train digits --out runs/digits
-    dumo encode cifar10-latents
-    dumo train cifar10-latents --out runs/cifar --set train.steps=6000
-"""
-
-import sys
 from pathlib import Path
 
+import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from dumo.flow.generate import labels
 from dumo.io import picture
+from dumo.run.evaluation.score import passes_text
 from dumo.run.folder import open_run
-from dumo.run.sample import sample
+from dumo.run.sample import judged_data
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels
 DIGITS = tuple("0123456789")
@@ -27,31 +22,40 @@ def letters(size: int, face: str = "") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(findfont(f"DejaVu Sans{face}"), size)
 
 
-def panel(run: str, title: str, names: tuple[str, ...], passes: tuple[int, ...], rows: int) -> Image.Image:
-    """`rows` rows of samples, a column per class, for each number of passes: the first seeds, nothing picked."""
-    opened, step = open_run(run), CELL + GAP
-    high = rows * step + GAP  # of a block
-    page = Image.new("RGB", (LEFT + 10 * step - GAP, TOP + len(passes) * high - 2 * GAP), "white")
+def samples(run: str, nfe: int) -> Tensor:
+    """One per class: the first seeds, nothing picked."""
+    return open_run(run, device="cpu").sampler.sample(labels(10, 10), nfe=nfe).x
+
+
+def real(run: str) -> Tensor:
+    """The first of each class among the test images."""
+    x, c = judged_data(open_run(run, device="cpu").run.data, "test").reference(1000, seed=0)
+    return x[torch.tensor([int((c == k).nonzero()[0]) for k in range(10)])]
+
+
+def panel(title: str, names: tuple[str, ...], rows: dict[str, Tensor]) -> Image.Image:
+    """A row per name, a column per class."""
+    step = CELL + GAP
+    page = Image.new("RGB", (LEFT + 10 * step - GAP, TOP + len(rows) * step - GAP), "white")
     pen = ImageDraw.Draw(page)
     pen.text((LEFT, 18), title, "black", letters(23, ":bold"), anchor="lm")
     for i, name in enumerate(names):
         size = 20 if len(names[0]) == 1 else 14
         pen.text((LEFT + i * step + CELL / 2, 62), name, "dimgrey", letters(size), anchor="mm")
-    for j, n in enumerate(passes):
-        y = TOP + j * high
-        pen.text(
-            (LEFT - 12, y + (rows * step - GAP) / 2), f"{n} pass{'es' * (n > 1)}", "black", letters(20), anchor="rm"
-        )
-        for k, pixels in enumerate(picture.to_rows(sample(opened, nfe=n, c=labels(10 * rows, 10)).x)):
+    for j, (name, images) in enumerate(rows.items()):
+        y = TOP + j * step
+        pen.text((LEFT - 12, y + CELL / 2), name, "black", letters(20), anchor="rm")
+        for k, pixels in enumerate(picture.to_rows(images)):
             cell = Image.fromarray(pixels.numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
-            page.paste(cell, (LEFT + k % 10 * step, y + k // 10 * step))
+            page.paste(cell, (LEFT + k * step, y))
     return page
 
 
-def main(digits: str, cifar: str) -> None:
+def main() -> None:
     """Both panels side by side, into docs/front.png."""
-    left = panel(digits, "Digits, 8 × 8: 0.34 M weights, 5,000 steps", DIGITS, (1, 2, 4, 50), 1)
-    right = panel(cifar, "CIFAR-10 in latents: 0.75 M weights, 6,000 steps", CIFAR, (1, 2), 2)
+    digits = {passes_text(n): samples("digits-trained", n) for n in (1, 2, 4, 50)}
+    cifar = {"real": real("cifar10-trained")} | {passes_text(n): samples("cifar10-trained", n) for n in (1, 2, 4)}
+    left, right = panel("Digits, 8 × 8", DIGITS, digits), panel("CIFAR-10, 32 × 32", CIFAR, cifar)
     page = Image.new("RGB", (left.width + BETWEEN + right.width, max(left.height, right.height)), "white")
     page.paste(left, (0, 0))
     page.paste(right, (left.width + BETWEEN, 0))
@@ -59,4 +63,4 @@ def main(digits: str, cifar: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

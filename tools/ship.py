@@ -1,7 +1,7 @@
 """Make a trained run one that comes with dumo (`dumo.run.shipped`): python tools/ship.py runs/digits digits-trained.
 
 It takes the weights that the run shows, in float16 (the largest change of a weight is printed), what describes the run,
-and the last evaluation, of which its README.md has the numbers.
+the autoencoder of latents with its licence, and the last evaluation, of which its README.md has the numbers.
 """
 
 import argparse
@@ -11,9 +11,14 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from dumo.data.latents import Latents
+from dumo.encoders.codec import FIELD
 from dumo.io.file import whole
+from dumo.io.read import user_path
 from dumo.lab.cell import leading
-from dumo.run.config.load import FILE
+from dumo.run.config.load import FILE, dump
+from dumo.run.config.resolve import as_given
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.shipped import HERE
 from dumo.training import manifest
@@ -29,6 +34,8 @@ CARD = """# {name}
 """
 OF_DATA = {
     "digits": " The digits are UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), CC BY 4.0.",
+    "latents": " Images: CIFAR-10 (Krizhevsky 2009). Decoder: [taef2](https://github.com/madebyollin/taesd), MIT, "
+    "[its notice](LICENSE.taef2).",
 }
 
 
@@ -38,8 +45,8 @@ def ship(run: Path, name: str) -> None:
     with whole(HERE / name) as half:
         place = half / "checkpoints" / opened.checkpoint.name
         place.mkdir(parents=True)
-        for file in (FILE, "data.json"):
-            shutil.copy(run / file, half / file)
+        shutil.copy(run / "data.json", half)
+        (half / FILE).write_text(dump(portable(opened.run, half, name)), encoding="utf-8")
         shutil.copy(opened.checkpoint / manifest.RUN, place / manifest.RUN)
         weights = load_file(opened.file)
         rounded = {key: x.half() for key, x in weights.items()}
@@ -50,6 +57,18 @@ def ship(run: Path, name: str) -> None:
         (half / "README.md").write_text(card(opened, name, kept[file.name].sha256), encoding="utf-8")
     far = max(float((rounded[key].float() - x).abs().max()) for key, x in weights.items())
     print(f"{HERE / name}: the largest change of a weight is {far:.2g}")
+
+
+def portable(run: Run, folder: Path, name: str) -> Run:
+    """A run without paths of this machine; an autoencoder is copied into the folder, and found where that is opened."""
+    there = as_given(run)
+    if not isinstance(run.data, Latents):
+        return there
+    weights = user_path(run.data.codec.weights, FIELD)
+    shutil.copy(weights, folder)
+    shutil.copy(weights.parent / "LICENSE", folder / f"LICENSE.{weights.stem}")
+    own = run.data.codec.model_copy(update={"weights": f"runs/{name}/{weights.name}"})
+    return there.model_copy(update={"data": there.data.model_copy(update={"codec": own})})
 
 
 def card(opened: RunFolder, name: str, sha256: str) -> str:

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from dumo.io import digest
 from dumo.run import shipped
+from dumo.run.config import resolve
 from dumo.run.folder import open_run
 from dumo.training import manifest
 from dumo.types import UserError
 
-MEGABYTES = {"digits-trained": 1.5}
+MEGABYTES = {"cifar10-trained": 12, "digits-trained": 1.5}
+NAME = "digits-trained"
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +35,16 @@ def test_there_are_those_with_a_limit() -> None:
 def test_small_and_as_its_card_says(name: str) -> None:
     files = [path for path in (shipped.HERE / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MEGABYTES[name] * 1e6
-    (weights,) = (path for path in files if path.suffix == ".safetensors")
+    (weights,) = (path for path in files if path.match("checkpoints/*/*.safetensors"))
     assert {x.dtype for x in load_file(weights).values()} == {torch.float16}
     card = (shipped.HERE / name / "README.md").read_text()
     assert re.findall(r"SHA-256 (\w+)", card) == [digest.of_file(weights)]
 
 
 @pytest.mark.parametrize("name", MEGABYTES)
-def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path) -> None:
+def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no data."""
+    monkeypatch.delenv("DUMO_DATA", raising=False)
     opened = open_run(name, device="cpu")
     assert opened.folder.resolve() == here / "runs" / name
     assert opened.file.resolve().is_relative_to(here)  # what is written goes there
@@ -50,37 +54,38 @@ def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
     assert open_run(name, device="cpu").sha256 == opened.sha256
     assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
+    images = opened.sampler.sample(torch.arange(2), nfe=1).x
+    assert images.shape == (2, *opened.sampler.pixels)
+    assert float(images.std()) > 0.3
+    assert not [place for _, place in resolve.places(opened.run) if Path(place).is_absolute()]
 
 
 def test_a_folder_of_this_name_comes_first(here: Path) -> None:
-    (name,) = MEGABYTES
-    shutil.copytree(shipped.HERE / name, here / name)
-    assert shipped.find(name) == Path(name)
+    shutil.copytree(shipped.HERE / NAME, here / NAME)
+    assert shipped.find(NAME) == Path(NAME)
     assert not (here / "runs").exists()
-    (here / name / "run.yaml").unlink()
-    with pytest.raises(UserError, match=f"train one first.* {name}"):
-        open_run(name, device="cpu")
+    (here / NAME / "run.yaml").unlink()
+    with pytest.raises(UserError, match=f"train one first.* {NAME}"):
+        open_run(NAME, device="cpu")
 
 
 def test_another_run_at_the_place_of_the_copy_is_refused(here: Path) -> None:
     """Of an older dumo, or one's own: it opens by its path."""
-    (name,) = MEGABYTES
-    listed = open_run(name, device="cpu").checkpoint / manifest.NAME
+    listed = open_run(NAME, device="cpu").checkpoint / manifest.NAME
     text = listed.read_text()
     listed.write_text(text.replace("5300", "5299"))
     with pytest.raises(UserError, match="is not the digits-trained that dumo brings"):
-        open_run(name, device="cpu")
+        open_run(NAME, device="cpu")
     listed.write_text(text)
-    assert open_run(f"runs/{name}", device="cpu").folder == shipped.find(name)
+    assert open_run(f"runs/{NAME}", device="cpu").folder == shipped.find(NAME)
 
 
 def test_a_damaged_copy_is_refused(here: Path) -> None:
-    (name,) = MEGABYTES
-    file = open_run(name, device="cpu").file
+    file = open_run(NAME, device="cpu").file
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError):
-        open_run(name, device="cpu")
-    assert json.loads((here / "runs" / name / "data.json").read_text())
-    assert os.path.samefile(shipped.find(name), here / "runs" / name)
+        open_run(NAME, device="cpu")
+    assert json.loads((here / "runs" / NAME / "data.json").read_text())
+    assert os.path.samefile(shipped.find(NAME), here / "runs" / NAME)

@@ -28,7 +28,7 @@ LISTED = {  # by purpose, in order
     "Two moons, where everything can be seen": "moons-flow-matching moons-meanflow moons-guided",
     "CIFAR-10": """
         cifar10-latents cifar10-latents-flow-matching cifar10-latents-meanflow dumo-best-latents
-        cifar10-latents-overnight cifar10-small cifar10-routed cifar10 cifar10-meanflow""",
+        cifar10-overnight cifar10-small cifar10-routed cifar10 cifar10-meanflow""",
     "ImageNet, in small": "imagenet-sample",
     "ImageNet, at the paper's size": """
         imagenet256-xl2 imagenet256-xl2-432 imagenet256-xl2-meanflow imagenet256-xl2-dual imagenet256-xl2-modern
