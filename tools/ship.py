@@ -46,8 +46,9 @@ def ship(run: Path, name: str) -> None:
         place = half / "checkpoints" / opened.checkpoint.name
         place.mkdir(parents=True)
         shutil.copy(run / "data.json", half)
-        (half / FILE).write_text(dump(portable(opened.run, half, name)), encoding="utf-8")
-        shutil.copy(opened.checkpoint / manifest.RUN, place / manifest.RUN)
+        said = dump(portable(opened.run, half, name))
+        for file in (half / FILE, place / manifest.RUN):
+            file.write_text(said, encoding="utf-8")
         weights = load_file(opened.file)
         rounded = {key: x.half() for key, x in weights.items()}
         save_file(rounded, file := place / opened.file.name)
@@ -65,8 +66,8 @@ def portable(run: Run, folder: Path, name: str) -> Run:
     if not isinstance(run.data, Latents):
         return there
     weights = user_path(run.data.codec.weights, FIELD)
-    shutil.copy(weights, folder)
-    shutil.copy(weights.parent / "LICENSE", folder / f"LICENSE.{weights.stem}")
+    shutil.copyfile(weights, folder / weights.name)
+    shutil.copyfile(weights.parent / "LICENSE", folder / f"LICENSE.{weights.stem}")
     own = run.data.codec.model_copy(update={"weights": f"runs/{name}/{weights.name}"})
     return there.model_copy(update={"data": there.data.model_copy(update={"codec": own})})
 

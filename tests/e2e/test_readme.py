@@ -31,7 +31,7 @@ MORE = {
     "dumo train digits-meanflow": SMALL,
     "dumo train photos": f"--yes {shlex.join(PHOTOS)}",  # there is no terminal to ask on
     "dumo sample runs/": "",
-    "dumo sample digits-trained": "",
+    "dumo sample cifar10-trained": "",
     "dumo evaluate runs/": "",
     "dumo report runs/": "",
     "dumo compare runs/dumo-best runs/digits-meanflow": "",

@@ -272,7 +272,7 @@ def load(
     device: str | torch.device = "auto",
     trust_code: bool = False,
 ) -> TrainedRun:
-    """Open a trained run's folder, or digits-trained, which comes with dumo.
+    """Open a trained run's folder, or digits-trained or cifar10-trained, which come with dumo.
 
     Raises UserError where it is none, or has no checkpoint yet.
 

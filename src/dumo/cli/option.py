@@ -26,7 +26,7 @@ SourceOrImages = Annotated[
     str, typer.Argument(help=f"{NAMED}a run's folder, or a folder of images.", autocompletion=complete)
 ]
 Folder = Annotated[
-    str, typer.Argument(help="A run's folder, such as runs/digits, or digits-trained, which dumo brings.")
+    str, typer.Argument(help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.")
 ]
 Set = Annotated[
     list[str] | None,
