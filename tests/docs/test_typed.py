@@ -76,6 +76,7 @@ def test_pretrained(here: Path) -> None:
     assert (here / "few-steps/README.md").is_file()
 
 
+@pytest.mark.gate
 def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a few-step run of the tiny pipeline."""
     save("SD3", here / "sd3")
@@ -89,6 +90,7 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (here / "sks.safetensors").is_file()
 
 
+@pytest.mark.gate
 def test_sdxl(here: Path) -> None:
     save("SDXL", here / "sdxl")
     typed("sdxl", TUNED)

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own 
 READY = ("SD3", "Flux")  # the others take a minute each: `make slow` has all
 GATE = [pytest.mark.slow, pytest.mark.gate]
 FAMILIES = [name if name in READY else pytest.param(name, marks=GATE) for name in PIPELINES]
+FIRST = ["SD3", *(pytest.param(name, marks=GATE) for name in PIPELINES if name != "SD3")]
 CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = (  # times, by steps so long that the second counts
@@ -142,7 +143,7 @@ def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tmp_path: P
         assert why in line
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FIRST)
 def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tmp_path: Path) -> None:
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
     case = tuned if name == "SD3" else Case.of(name, tmp_path, *LORA)
@@ -170,7 +171,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.parametrize("name", [*READY, *(pytest.param(name, marks=GATE) for name in ("Z-Image", "SD1"))])
+@pytest.mark.parametrize("name", ["SD3", *(pytest.param(name, marks=GATE) for name in ("Flux", "Z-Image", "SD1"))])
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 
