@@ -10,7 +10,7 @@ from torch import Tensor
 from dumo.flow.generate import labels
 from dumo.io import picture
 from dumo.run.evaluation.score import passes_text
-from dumo.run.folder import open_run
+from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import judged_data
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels
@@ -22,14 +22,14 @@ def letters(size: int, face: str = "") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(findfont(f"DejaVu Sans{face}"), size)
 
 
-def samples(run: str, nfe: int) -> Tensor:
-    """One per class: the first seeds, nothing picked."""
-    return open_run(run, device="cpu").sampler.sample(labels(10, 10), nfe=nfe).x
+def samples(opened: RunFolder, *passes: int) -> dict[str, Tensor]:
+    """One per class by each number of passes: the first seeds, nothing picked."""
+    return {passes_text(n): opened.sampler.sample(labels(10, 10), nfe=n).x for n in passes}
 
 
-def real(run: str) -> Tensor:
+def real(opened: RunFolder) -> Tensor:
     """The first of each class among the test images."""
-    x, c = judged_data(open_run(run, device="cpu").run.data, "test").reference(1000, seed=0)
+    x, c = judged_data(opened.run.data, "test").reference(1000, seed=0)
     return x[torch.tensor([int((c == k).nonzero()[0]) for k in range(10)])]
 
 
@@ -53,9 +53,9 @@ def panel(title: str, names: tuple[str, ...], rows: dict[str, Tensor]) -> Image.
 
 def main() -> None:
     """Both panels side by side, into docs/front.png."""
-    digits = {passes_text(n): samples("digits-trained", n) for n in (1, 2, 4, 50)}
-    cifar = {"real": real("cifar10-trained")} | {passes_text(n): samples("cifar10-trained", n) for n in (1, 2, 4)}
-    left, right = panel("Digits, 8 × 8", DIGITS, digits), panel("CIFAR-10, 32 × 32", CIFAR, cifar)
+    digits, cifar = (open_run(name, device="cpu") for name in ("digits-trained", "cifar10-trained"))
+    left = panel("Digits, 8 × 8", DIGITS, samples(digits, 1, 2, 4, 50))
+    right = panel("CIFAR-10, 32 × 32", CIFAR, {"real": real(cifar), **samples(cifar, 1, 2, 4)})
     page = Image.new("RGB", (left.width + BETWEEN + right.width, max(left.height, right.height)), "white")
     page.paste(left, (0, 0))
     page.paste(right, (left.width + BETWEEN, 0))
