@@ -1,64 +1,43 @@
 """A checkpoint is written behind the steps that follow, as of its own, one at a time, and what goes wrong is raised."""
 
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Timer
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dumo.io import file as files
 from dumo.io import shards
 from dumo.run.plan.cluster import pretended
 from dumo.training import checkpoint
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
-from dumo.training.state import State, begin
+from dumo.training.state import begin
 from unit.training.toy import AVERAGES, Small, run, same, tensors, trained
 
 SPEC = Train(steps=3, batch=12, ema=AVERAGES)
 SECONDS = 30.0
 
 
-@contextmanager
-def stuck() -> Generator[Event, None, None]:
-    """A disk that takes nothing until the event is set."""
-    free, flush = Event(), files.flush
-
-    def slow(path: Path) -> None:
-        assert free.wait(SECONDS)
-        flush(path)
-
-    with patch.object(files, "flush", slow):
-        try:
-            yield free
-        finally:
-            free.set()
-
-
-def begun(saver: Saver, folder: Path, state: State) -> dict[str, torch.Tensor]:
-    """What a state was when its saving began."""
-    copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
-    saver.start(lambda: checkpoint.put(folder, copy, 9))
-    return tensors(state)
-
-
 def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
-    """Weights, averages and moments move in place meanwhile; the next copy takes the same memory."""
-    state, saver = trained(), Saver()
-    with saver, stuck() as free:
-        was = begun(saver, tmp_path, state)
+    """Weights, averages and moments move in place before it is written; the next copy takes the same memory."""
+    state, saver, free = trained(), Saver(), Event()
+
+    def begun() -> dict[str, torch.Tensor]:
+        copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
+        saver.start(lambda: (free.wait(SECONDS), checkpoint.put(tmp_path, copy, 9)))
+        return tensors(state)
+
+    with saver:
+        was = begun()
         run(state, SPEC.model_copy(update={"steps": 5}))
-        assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+        assert not any(tmp_path.iterdir())
         free.set()
         saver.wait()
         places = {key: x.data_ptr() for key, x in saver.memory.items()}
-        then = begun(saver, tmp_path, state)
+        then = begun()
     assert {key: x.data_ptr() for key, x in saver.memory.items()} == places
     for step, wanted in ((3, was), (5, then)):
         checkpoint.restore(tmp_path / f"step-{step:08d}", new := begin(Small(1), SPEC))
