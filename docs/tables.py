@@ -143,6 +143,19 @@ def scaling(results: Row) -> Iterator[str]:
         yield line([arm if n == 1 else "", f"{n}", *(cells.get(b, "") for b in (*budgets, 0))])
 
 
+def by_budget(results: Row) -> Iterator[str]:
+    """Every arm by budget and number of passes: its main score; bold what cannot be told from the least."""
+    budgets, passes = sorted({row["budget"] for row in results["table"]}), (1, 2, 4)
+    yield line(["", *(f"budget {budget}, {n} NFE" if n == 1 else f"{n}" for budget in budgets for n in passes)])
+    yield "|" + "---|" * (1 + len(budgets) * len(passes))
+    found: dict[str, list[str]] = {}
+    for budget in budgets:
+        every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+        for own, cells in zip(every, judged(every, passes), strict=True):
+            found.setdefault(own[0]["arm"], []).extend(cells)
+    yield from (line([arm, *cells]) for arm, cells in found.items())
+
+
 def power(results: Row) -> Iterator[str]:
     """By how many deviations each fault stands out, by distance, of 3,000 images; the most of a column bold."""
     same = [row for row in results["rows"] if (row["data"], row["samples"]) == ("CIFAR-10", 3000)]
@@ -212,6 +225,7 @@ TABLES = {
     "best-latents": ("best-latents", best),
     "routed": ("routed", arms),
     "scaling": ("scaling", scaling),
+    "flow-first": ("flow-first", by_budget),
     "power": ("power", power),
     "words": ("words", words),
     "fair": ("fair", fair),
