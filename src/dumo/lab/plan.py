@@ -144,7 +144,8 @@ class Plan(Spec):
     set: Words = ()
     steps_of: str | None = None  # the recipe whose steps are counted, if not the first arm's
     samples: bool = False  # whether what arms make in one pass is drawn
-    grows: bool = False  # a run of a larger budget goes on from the one before it, where that begins to decay (WSD)
+    grows: bool = False  # a run of a larger budget goes on from the one before it, where that begins to decay (WSD);
+    # but one that learns in phases begins from nothing: gone on with, it would have its first phases twice
     why: dict[str, str] = Field({})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
 
@@ -164,7 +165,8 @@ class Plan(Spec):
                     for inner, more in combinations(arm.vary):
                         for cell in self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale):
                             same = f"{arm.labels} {inner} {cell.spec.train.seed}"
-                            yield replace(cell, after=last.get(same)) if self.grows else cell
+                            goes_on = self.grows and len(cell.spec.objective.needs.phases) == 1
+                            yield replace(cell, after=last.get(same)) if goes_on else cell
                             last[same] = cell.name
 
     def _cells(
