@@ -118,6 +118,7 @@ def test_a_line_that_cannot_be_typed_fails(person: Person) -> None:
         )
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_every_line_can_be_typed(person: Person) -> None:
     folder = person.here
     for line in blocks("sh").splitlines():
