@@ -144,13 +144,14 @@ def scaling(results: Row) -> Iterator[str]:
 
 
 def by_budget(results: Row) -> Iterator[str]:
-    """Every arm by budget and number of passes: its main score; bold what cannot be told from the least."""
+    """Every arm that ends with DuMo, by budget and number of passes; bold what cannot be told from the least."""
     budgets, passes = sorted({row["budget"] for row in results["table"]}), (1, 2, 4)
     yield line(["", *(f"budget {budget}, {n} NFE" if n == 1 else f"{n}" for budget in budgets for n in passes)])
     yield "|" + "---|" * (1 + len(budgets) * len(passes))
     found: dict[str, list[str]] = {}
     for budget in budgets:
-        every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+        same = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+        every = [own for own in same if "DuMo" in own[0]["arm"]]
         for own, cells in zip(every, judged(every, passes), strict=True):
             found.setdefault(own[0]["arm"], []).extend(cells)
     yield from (line([arm, *cells]) for arm, cells in found.items())

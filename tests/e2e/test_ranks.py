@@ -25,11 +25,24 @@ from reliability.process import alive, workers
 OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0", "evaluate.every=10")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
 LAST = "checkpoints/step-00000020"
+LATE = """# dumo, with steps that take at least a fifth of a second: between two of them there is time for a signal
+import time
+from dumo.cli import main
+from dumo.runtime import signals
+poll = signals.poll  # four times a step
+def late():
+    time.sleep(0.05)
+    return poll()
+signals.poll = late
+main()
+"""
 
 
-def torchrun(ranks: int, *words: object, cwd: Path, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+def torchrun(
+    ranks: int, *words: object, cwd: Path, before: tuple[str, ...] = (), program: tuple[str, ...] = ("-m", "dumo")
+) -> "subprocess.Popen[str]":
     """`torchrun --nproc-per-node RANKS -m dumo WORDS`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *before, "-m", "dumo"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *before, *program]
     command[3:3] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port
     return subprocess.Popen(
         [*command, *map(str, words)],
@@ -49,7 +62,8 @@ def ended(process: "subprocess.Popen[str]") -> Done:
 
 def begun(words: tuple[str, ...], out: Path, *before: str) -> tuple["subprocess.Popen[str]", list[int]]:
     """A training on two ranks that has put its first checkpoint, and the processes of its ranks."""
-    process, late = torchrun(2, *words, cwd=out.parent, before=before), time.monotonic() + 240
+    (slow := out.parent / "late.py").write_text(LATE)
+    process, late = torchrun(2, *words, cwd=out.parent, before=before, program=(slow.name,)), time.monotonic() + 240
     while not (out / "checkpoints/step-00000010").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late
