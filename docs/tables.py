@@ -33,6 +33,11 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
     return [*found.values()]
 
 
+def at_budget(results: Row, budget: float) -> list[list[Row]]:
+    """The rows of each arm at a budget."""
+    return [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+
+
 def by_arm(results: Row) -> list[list[Row]]:
     """The rows of each arm, by its first column; the nearest in its fewest passes first."""
     score = main_score(results["table"][0])
@@ -105,7 +110,7 @@ def front(results: Row) -> Iterator[str]:
     yield "| | 1 NFE | 2 | 4 | 50 |"
     yield "|---|---|---|---|---|"
     names = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
-    every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == 1 and own[0]["arm"][0] != "+"]
+    every = [own for own in at_budget(results, 1) if own[0]["arm"][0] != "+"]
     every.sort(key=lambda own: own[0][main_score(own[0])])
     for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
         name = names.get(own[0]["arm"], own[0]["arm"])
@@ -119,7 +124,7 @@ def front(results: Row) -> Iterator[str]:
 def best(results: Row) -> Iterator[str]:
     """Arms at the largest budget, by number of passes; bold what cannot be told from the least."""
     largest = max(row["budget"] for row in results["table"])
-    every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == largest]
+    every = at_budget(results, largest)
     title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
     yield line(["", f"{title}, 1 NFE", "2", "4", "50", "recall"])
     yield "|" + "---|" * 6
@@ -134,7 +139,7 @@ def scaling(results: Row) -> Iterator[str]:
     yield "|" + "---|" * (3 + len(budgets))
     found: dict[tuple[str, int], dict[float, str]] = {}  # by budget; at 0 the slope
     for budget in budgets:
-        every = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+        every = at_budget(results, budget)
         for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
             for row, cell in zip(own, cells, strict=True):
                 slope = f"{row['slope']:.2f}&nbsp;±&nbsp;{row['slope_error']:.2f}".replace("-", "−")
@@ -150,8 +155,7 @@ def by_budget(results: Row) -> Iterator[str]:
     yield "|" + "---|" * (1 + len(budgets) * len(passes))
     found: dict[str, list[str]] = {}
     for budget in budgets:
-        same = [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
-        every = [own for own in same if "DuMo" in own[0]["arm"]]
+        every = [own for own in at_budget(results, budget) if "DuMo" in own[0]["arm"]]
         for own, cells in zip(every, judged(every, passes), strict=True):
             found.setdefault(own[0]["arm"], []).extend(cells)
     yield from (line([arm, *cells]) for arm, cells in found.items())
