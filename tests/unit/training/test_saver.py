@@ -27,7 +27,12 @@ def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
 
     def begun() -> dict[str, torch.Tensor]:
         copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
-        saver.start(lambda: (free.wait(SECONDS), checkpoint.put(tmp_path, copy, 9)))
+
+        def write() -> None:
+            assert free.wait(SECONDS)
+            checkpoint.put(tmp_path, copy, 9)
+
+        saver.start(write)
         return tensors(state)
 
     with saver:
