@@ -23,11 +23,12 @@ test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 the
 slow: $(BIN)/.developed ## run the slow tests
 	$(PYTEST) -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
 
-check: $(BIN)/.developed ## lint, formatting, types, layers, sizes
+check: $(BIN)/.developed ## lint, formatting, types, imports, sizes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python tools/circles.py
 	$(BIN)/python tools/budget.py
 
 docs: $(BIN)/.developed ## build the documentation: open site/index.html; count words, pages, and commands that tests run
