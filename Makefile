@@ -23,13 +23,13 @@ test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 the
 slow: $(BIN)/.developed ## run the slow tests
 	$(PYTEST) -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
 
-check: $(BIN)/.developed ## lint, formatting, types, imports, sizes
+check: $(BIN)/.developed ## lint, formatting, types, imports; then a mirror of how the code reads, which refuses nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python tools/circles.py
-	$(BIN)/python tools/budget.py
+	$(BIN)/python tools/mirror.py
 
 docs: $(BIN)/.developed ## build the documentation: open site/index.html; count words, pages, and commands that tests run
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
