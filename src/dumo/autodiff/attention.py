@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dumo.autodiff.cast import has_autocast
+
 aten = torch.ops.aten
 FLASH = 1  # SDPBackend.FLASH_ATTENTION, as the operator that chooses gives it
 HALF = (torch.float16, torch.bfloat16)
@@ -202,4 +204,4 @@ def _has_kernel(q: Tensor, v: Tensor) -> bool:
 
 def _as_typed(device: str) -> AbstractContextManager[object]:
     """Inside, numbers keep their types: no autocast, where the device has one."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()

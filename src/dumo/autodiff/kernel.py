@@ -57,38 +57,43 @@ def _at(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: t
 @triton.jit
 @no_type_check
 def _load(x, stride, b, h, rows, n, d: tl.constexpr, unit: tl.constexpr):
-    """Some rows, in the one or two parts of `cover`; zero where there is nothing."""
+    """Some rows, in the two parts of `cover`, zero where there is nothing; where one part covers, it stands twice."""
     at, there = _at(x, stride, b, h, rows, n, d, 0, d[1], unit)
     left = tl.load(at, mask=there, other=0.0)
-    if d[2] == 0:
-        return left, None
-    else:
+    right = left  # no None: Triton 3.6 knows none in a tuple
+    if d[2] > 0:
         at, there = _at(x, stride, b, h, rows, n, d, d[1], d[2], unit)
-        return left, tl.load(at, mask=there, other=0.0)
+        right = tl.load(at, mask=there, other=0.0)
+    return left, right
 
 
 @triton.jit
 @no_type_check
-def _scores(a, b, s):
+def _scores(a, b, s, d: tl.constexpr):
     """s + a b^T."""
     s = tl.dot(a[0], tl.trans(b[0]), s, input_precision="ieee")
-    return s if a[1] is None else tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+    if d[2] > 0:
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+    return s
 
 
 @triton.jit
 @no_type_check
-def _mix(p, v, acc):
+def _mix(p, v, acc, e: tl.constexpr):
     """acc + p v."""
     p = p.to(v[0].dtype)
     left = tl.dot(p, v[0], acc[0], input_precision="ieee")
-    return left, None if v[1] is None else tl.dot(p, v[1], acc[1], input_precision="ieee")
+    right = acc[1]
+    if e[2] > 0:
+        right = tl.dot(p, v[1], right, input_precision="ieee")
+    return left, right
 
 
 @triton.jit
 @no_type_check
 def _times(acc, share):
     """Every row of acc times its share."""
-    return acc[0] * share[:, None], None if acc[1] is None else acc[1] * share[:, None]
+    return acc[0] * share[:, None], acc[1] * share[:, None]
 
 
 @triton.jit
@@ -110,12 +115,14 @@ def _kernel(
     if lse is not None:
         peak = tl.load(lse + head * n + rows, mask=rows < n, other=0.0) * 1.4426950408889634  # log2 e
     total, mean = tl.zeros((bn,), tl.float32), tl.zeros((bn,), tl.float32)
-    acc = tl.full((bn, e[1]), 0.0, tl.float32), None if e[2] == 0 else tl.full((bn, e[2]), 0.0, tl.float32)
+    left = tl.full((bn, e[1]), 0.0, tl.float32)
+    right = tl.full((bn, 16 if e[2] == 0 else e[2]), 0.0, tl.float32)  # unused where one part covers
+    acc = left, right
 
     for first in range(0, m, bm):
         cols = first + tl.arange(0, bm)
         key = _load(k, ks, b, h, cols, m, d, unit)
-        s = _scores(query, key, tl.zeros((bn, bm), tl.float32)) * (scale * 1.4426950408889634)
+        s = _scores(query, key, tl.zeros((bn, bm), tl.float32), d) * (scale * 1.4426950408889634)
         s = tl.where(cols[None, :] < m, s, float("-inf"))
         if lse is None:
             top = tl.maximum(peak, tl.max(s, 1))
@@ -125,16 +132,16 @@ def _kernel(
         if lse is None:
             total += tl.sum(p, 1)
         if dv is not None:
-            acc = _mix(p, _load(dv, dvs, b, h, cols, m, e, unit), acc)
+            acc = _mix(p, _load(dv, dvs, b, h, cols, m, e, unit), acc, e)
         if dq is not None or dk is not None:
             ds = tl.zeros((bn, bm), tl.float32)
             if dq is not None:
-                ds = _scores(moved, key, ds)
+                ds = _scores(moved, key, ds, d)
             if dk is not None:
-                ds = _scores(query, _load(dk, dks, b, h, cols, m, d, unit), ds)
+                ds = _scores(query, _load(dk, dks, b, h, cols, m, d, unit), ds, d)
             ds *= p * scale
             mean += tl.sum(ds, 1)
-            acc = _mix(ds, _load(v, vs, b, h, cols, m, e, unit), acc)
+            acc = _mix(ds, _load(v, vs, b, h, cols, m, e, unit), acc, e)
 
     if lse is None:
         mean, acc = mean / total, _times(acc, 1.0 / total)

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.autodiff import dual, tape
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
+from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import pair, primal
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
@@ -275,10 +276,10 @@ def _merge(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> T
 
 def precision_of(x: Sample) -> str:
     """What a pass on x computes in; fp64 is as good as fp32."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return f"{torch.get_autocast_dtype(kind)} autocast"
-    if x.dtype == torch.float32 and rounded(kind):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        return f"{dtype} autocast"
+    if x.dtype == torch.float32 and rounded(x.device.type):
         return "tf32"
     return "fp32" if x.dtype in (torch.float32, torch.float64) else str(x.dtype)
 

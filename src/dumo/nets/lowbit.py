@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
 from dumo.nets.twin import put
@@ -42,7 +43,7 @@ class Half(nn.Linear):
 
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
-        if precision(input) is not None:
+        if autocast_dtype(input.device.type) is not None:
             return super().forward(input)
         bias = self._parameters["bias"]
         return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
@@ -81,7 +82,9 @@ class Coded(nn.Linear):
 
 def product(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None = None) -> Array:
     """x W^T + bias, in the precision of autocast, else of x (..., in)."""
-    x = x if (dtype := precision(x)) is None else x.to(dtype)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x = x.to(dtype)
     function = _Product if torch.compiler.is_compiling() else _Pushed
     return function.apply(x, codes, scales, size, None if bias is None else bias.to(x.dtype))
 
@@ -112,13 +115,6 @@ class _Pushed(_Product):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401
         (dx, *_, bias), (codes, scales) = tangents, ctx.saved_tensors
         return F.linear(dx, decoded(codes, scales, ctx.size, dx.dtype), bias)
-
-
-def precision(x: Array) -> torch.dtype | None:
-    """What autocast computes in on the device of x; None: it is off."""
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
 
 
 def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:

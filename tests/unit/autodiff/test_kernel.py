@@ -192,4 +192,5 @@ if __name__ == "__main__":
             shared, ptx = assembly(capability, kibibytes << 10, 72)
             found |= {f"{machine} shared": shared, f"{machine} groups": ptx.count("wgmma.mma_async")}
             found |= {f"{machine} ahead": ptx.count("cp.async.cg"), f"{machine} narrow": ptx.count("ld.global.b16")}
+        found["H100 one part"] = assembly(*MACHINES["H100"], 64)[0]
     print(json.dumps(found))

@@ -1,0 +1,577 @@
+"""What the first ten minutes on one GPU must settle, in order of value.
+
+    python tools/gpu.py                     all parts that are not done yet, in runs/gpu/results.json
+    python tools/gpu.py kernel memory       these parts, again
+    python tools/gpu.py --list              the parts, with their limits of seconds
+    python tools/gpu.py --smoke             everything tiny, on a CPU: whether the parts run
+
+Each part is a process of its own with a limit of seconds, so one that crashes or hangs takes nothing along. Its rows
+are written when it ends; a part that is done is not made again. It runs in a clone with nothing installed but torch,
+numpy, safetensors, pyarrow and what `import dumo` needs; int8 also needs diffusers, peft and bitsandbytes.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+SRC = Path(__file__).resolve().parent.parent / "src"
+sys.path.insert(0, str(SRC))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+Row = dict[str, Any]
+
+LATENTS = (4, 32, 32)  # of ImageNet at 256 pixels, by SD-VAE
+BATCH = 64  # rows of a pass of XL/2, as the recipes have them
+TINY_NET = ["net.width=32", "net.depth=2", "net.attention=2"]
+TINY_LATENTS = (4, 8, 8)
+TINY_BATCH = 4
+LOGIT_STD = (1.0, 10.0)  # standard deviations of attention's scores: fresh nets, and late in training
+MIB = 2**20
+BUDGET = 600  # seconds of all parts together
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a part runs, and how large."""
+
+    device: torch.device
+    smoke: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return TINY_LATENTS if self.smoke else LATENTS
+
+    @property
+    def batch(self) -> int:
+        return TINY_BATCH if self.smoke else BATCH
+
+    @property
+    def compile(self) -> str:
+        return "none" if self.smoke else "blocks"  # which takes a minute on a CPU
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.smoke else 5
+
+    def fields(self, *fields: str) -> list[str]:
+        """Overrides of a recipe; in a smoke run its net is tiny, too."""
+        return [*fields, *TINY_NET] if self.smoke else [*fields]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question, and the seconds after which its process is ended."""
+
+    seconds: int
+    question: str
+    rows: Callable[[Setting], Iterator[Row]]
+
+
+def load(recipe: str, fields: list[str]) -> Any:  # noqa: ANN401, a Run
+    """A recipe's run, with what the disk says of it."""
+    from dumo.run.config.load import load as load_run
+    from dumo.run.config.resolve import resolve
+
+    return resolve(load_run(recipe, fields))
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """The l2 norm of the error over that of the exact value."""
+    return float((found.to(exact) - exact).norm() / exact.norm())
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """The median of several runs of a piece of work, after two to warm up."""
+    from dumo.run.plan.machine import now
+
+    taken: list[float] = []
+    for _ in range(2 + rounds):
+        began = now(device)
+        work()
+        taken.append(now(device) - began)
+    return sorted(taken[2:])[rounds // 2]
+
+
+# 1. The kernel of attention's tangent
+
+
+def attention_kernel(setting: Setting) -> Iterator[Row]:
+    """Attention's tangent against float64, and its time over that of attention itself."""
+    shapes = {"DiT-XL/2": (16, 16, 256, 72), "SD 3, 1024 tokens": (4, 24, 1024, 64), "4096 tokens": (1, 16, 4096, 128)}
+    if setting.smoke:
+        shapes = {"tiny": (2, 2, 16, 8)}
+    for name, shape in shapes.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for logit_std in LOGIT_STD:
+                row = {"heads": name, "dtype": str(dtype).removeprefix("torch."), "logit std": logit_std}
+                yield row | attention_row(shape, dtype, logit_std, setting)
+
+
+def attention_row(shape: tuple[int, ...], dtype: torch.dtype, logit_std: float, setting: Setting) -> Row:
+    """Errors and times of one shape."""
+    from dumo.autodiff import attention
+
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator).to(setting.device, dtype) for _ in range(6)]
+    q, k, v, dq, dk, dv = values
+    q = q * logit_std
+    out, log_sum = attention.attend(q, k, v)
+    tangent = attention.tangent(q, k, v, dq, dk, dv, out, log_sum)
+
+    def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+    primals = tuple(x.double() for x in (q, k, v))
+    tangents = tuple(x.double() for x in (dq, dk, dv))
+    exact_out, exact_tangent = torch.func.jvp(exact_attention, primals, tangents)
+    forward = seconds_of(lambda: attention.attend(q, k, v), setting.device, setting.rounds)
+    pushed = seconds_of(lambda: attention.tangent(q, k, v, dq, dk, dv, out, log_sum), setting.device, setting.rounds)
+    return {
+        "O off": relative_error(out, exact_out),
+        "dO off": relative_error(tangent, exact_tangent),
+        "attention ms": 1e3 * forward,
+        "tangent ms": 1e3 * pushed,
+        "tangent / attention": pushed / forward,
+    }
+
+
+# 2. du/dt of the dual slope
+
+
+def dual_slope(setting: Setting) -> Iterator[Row]:
+    """The error of du/dt on a DiT of width 768 through each of attention's kernels, and checkpointed."""
+    kernels = {
+        "torch's choice": None,
+        "math": SDPBackend.MATH,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }
+    plain = slope_run(setting, "net.checkpoint=false")
+    for name, backend in kernels.items():
+        yield from slope_rows(plain, {"kernel": name, "checkpoint": False}, backend, "none", setting)
+    checkpointed = slope_run(setting, "net.checkpoint=true")
+    yield from slope_rows(checkpointed, {"kernel": "torch's choice", "checkpoint": True}, None, "none", setting)
+
+
+def compiled_slope(setting: Setting) -> Iterator[Row]:
+    """The same with compiled blocks."""
+    compiled = "none" if setting.smoke else "blocks"
+    for checkpoint in (False, True):
+        run = slope_run(setting, f"net.checkpoint={str(checkpoint).lower()}")
+        yield from slope_rows(run, {"kernel": "the compiler's", "checkpoint": checkpoint}, None, compiled, setting)
+
+
+def slope_run(setting: Setting, *fields: str) -> Any:  # noqa: ANN401, a Run
+    """B/2, cut to four blocks, with the dual slope."""
+    own = ["net.depth=4", "objective.slope={kind: dual}", f"train.batch={setting.batch}", *fields]
+    return load("imagenet256-b2", setting.fields(*own))
+
+
+def slope_rows(
+    run: Any,  # noqa: ANN401, a Run
+    row: Row,
+    backend: SDPBackend | None,
+    compiled: str,
+    setting: Setting,
+) -> Iterator[Row]:
+    """A row for each precision; one whose kernel this machine lacks says so."""
+    from dumo.lab import step
+
+    prepared = step.prepare(run, setting.shape, setting.device, compiled)
+    for precision in ("fp32", "bf16"):
+        try:
+            with sdpa_kernel(backend) if backend is not None else nullcontext():
+                judged = prepared.judge(step.Row("dual", precision, compiled), run.objective)
+            yield row | {"compiled": compiled, "precision": precision, "du/dt off": judged.error}
+        except RuntimeError as error:  # torch's, where no kernel takes these numbers
+            yield row | {"compiled": compiled, "precision": precision, "refused": first_line(error)}
+
+
+# 3. A guided step of XL/2, and of DiTs with other numbers of tokens
+
+
+def step_rows(recipe: str, fields: list[str], slopes: list[str], setting: Setting, **how: Any) -> Iterator[Row]:  # noqa: ANN401
+    """A training step by each slope, beside the plain step of flow matching ("none")."""
+    from dumo.lab import step
+
+    run = load(recipe, setting.fields(f"train.batch={setting.batch}", *fields))
+    report = step.measure(
+        run, slopes=slopes, shape=setting.shape, rounds=setting.rounds, device=str(setting.device), **how
+    )
+    for row in report["rows"]:
+        kept = {"step": recipe, "slope": row["slope"], "precision": row["precision"], "compiled": row["compile"]}
+        if row["refused"]:
+            kept["refused"] = row["refused"]
+        if row["milliseconds"] is not None:
+            kept |= {
+                "images/s": row["images_per_second"],
+                "ms": row["milliseconds"],
+                "F counted": row["units_counted"],
+                "F by time": row["units_timed"],
+                "peak GB": (row["bytes_before"] + row["bytes"]) / 1e9,
+                "share of peak": row["share_of_peak"],
+                "du/dt off": row["error"],
+            }
+        yield kept
+
+
+def xl2_eager(setting: Setting) -> Iterator[Row]:
+    """bf16, not compiled: dual, central and torch.func.jvp."""
+    yield from step_rows("imagenet256-xl2-dual", [], ["dual", "central", "jvp"], setting, precisions=["bf16"])
+
+
+def xl2_compiled(setting: Setting) -> Iterator[Row]:
+    """bf16, with blocks that are compiled."""
+    for slope in ("dual", "central"):
+        yield from step_rows("imagenet256-xl2-dual", [], [slope], setting, precisions=["bf16"], compile=setting.compile)
+
+
+def xl2_routed(setting: Setting) -> Iterator[Row]:
+    """Half of the tokens past the middle blocks, not compiled and compiled."""
+    for compiled in dict.fromkeys(("none", setting.compile)):
+        fields = ["net.route.first=0", "net.route.last=1"] if setting.smoke else []  # of two blocks
+        yield from step_rows("imagenet256-xl2-routed", fields, ["dual"], setting, precisions=["bf16"], compile=compiled)
+
+
+def xl2_fp32(setting: Setting) -> Iterator[Row]:
+    """As the paper has it: a central difference in fp32, and what TF32 makes of it."""
+    precisions = ["fp32"] if setting.smoke else ["tf32", "fp32"]
+    yield from step_rows("imagenet256-xl2", [], ["central", "dual"], setting, precisions=precisions)
+
+
+def b1(setting: Setting) -> Iterator[Row]:
+    """B/1: 1,024 tokens, whose attention is a third of a pass."""
+    yield from step_rows("imagenet256-b2", ["net.patch=1"], ["dual", "central", "jvp"], setting, precisions=["bf16"])
+    yield from step_rows(
+        "imagenet256-b2", ["net.patch=1"], ["dual"], setting, precisions=["bf16"], compile=setting.compile
+    )
+
+
+# 4. Memory as planned and as measured
+
+
+def memory(setting: Setting) -> Iterator[Row]:
+    """Steps of the training loop, optimizer and averages included, each in a process of its own."""
+    cases = {
+        "imagenet256-xl2-dual": (BATCH, ["train.compile=none"]),
+        "imagenet256-xl2-dual compiled": (BATCH, []),
+        "imagenet256-xl2-dual checkpointed": (BATCH, ["net.checkpoint=true", "train.compile=none"]),
+        "imagenet256-b2": (256, []),
+    }
+    if setting.smoke:
+        cases = {"digits": (8, [])}
+    for name, (rows, fields) in cases.items():
+        recipe = name.partition(" ")[0]
+        yield {"run": name, "rows": rows} | dry_row(recipe, rows, setting.fields(*fields), setting.device)
+
+
+def dry_row(recipe: str, rows: int, fields: list[str], device: torch.device) -> Row:
+    """What `dumo dry --rows` says: memory planned and taken, and the step's time."""
+    sets = [f"--set={field}" for field in [f"train.micro_batch={rows}", *fields]]
+    done = run_dumo("dry", recipe, "--rows", str(rows), "--device", str(device), "--json", *sets)
+    if done.returncode:
+        return {"refused": reason(done.stderr)}
+    facts = json.loads(done.stdout)
+    planned = facts["memory"]["total"]
+    measured = facts["step"]["peak_bytes"]
+    return {
+        "planned GB": planned / 1e9,
+        "measured GB": measured / 1e9,
+        "measured / planned": measured / planned,
+        "images/s": facts["step"]["images_per_second"],
+    }
+
+
+# 5. Sampling
+
+
+def sampling(setting: Setting) -> Iterator[Row]:
+    """Latency of one sample and of a batch at 1, 2 and 4 passes of XL/2, not decoded."""
+    from dumo.lab import bench
+
+    for batch in (1, setting.batch):
+        run = load("imagenet256-xl2-dual", setting.fields())
+        report = bench.sample(
+            run,
+            nfes=(1, 2, 4),
+            precisions=("bf16",),
+            shape=setting.shape,
+            batch=batch,
+            rounds=setting.rounds,
+            device=str(setting.device),
+        )
+        for row in report["rows"]:
+            rate = row["images_per_second"]
+            yield {
+                "batch": batch,
+                "NFE": row["nfe"],
+                "solver": row["solver"],
+                "images/s": rate,
+                "ms a batch": 1e3 * batch / rate,
+            }
+
+
+# 6. Pretrained models in int8
+
+
+def int8(setting: Setting) -> Iterator[Row]:
+    """A step of a LoRA over random weights in int8 and bf16: SD 1.5's U-Net and SD 3's transformer."""
+    models = {"sd15": ("sd15-lora", "diffusion", 16), "sd3-medium": ("sd3-lora", "linear", 16)}
+    if setting.smoke:
+        models = {"unet-small": ("cifar10-latents", "diffusion", 2), "sd3-small": ("cifar10-latents", "linear", 2)}
+    for pipeline, (recipe, path, rows) in models.items():
+        for frozen in ("int8", "bfloat16"):
+            lora = f"{{rank: 64, frozen: {frozen}}}"
+            net = f"net={{kind: diffusers, weights: drawn, checkpoint: true, lora: {lora}, texts: {{kind: codes}}}}"
+            fields = [f"pipeline={pipeline}", net, f"path.kind={path}", "objective.slope={kind: dual}"]
+            fields += ["train.precision=bf16", "train.optimizer={kind: adamw, lr: 1e-4}", "train.ema=[]"]
+            if not setting.smoke:
+                fields.append("data.images.captions=null")
+            row = {"model": pipeline, "base": frozen, "rows": rows}
+            yield row | lora_row(load(recipe, fields), rows, setting)
+
+
+def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a Run
+    """Two steps to warm up and three that are timed, in bf16."""
+    from dumo.run.plan import rehearsal
+    from dumo.runtime.random import random_batch
+    from dumo.training.step import Task
+
+    classes = 10
+    shape = run.data.shape
+    net = run.net.build(run.objective.needs, shape, classes).to(setting.device)
+    x, c = random_batch("gpu", rows, shape, classes)
+    batch = (x.to(setting.device), c.to(setting.device))
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    task = Task(run.objective, run.path, classes)
+    _, record, passes, update = rehearsal.make_step(net, task, batch, run.train, warm=2, timed=3)
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "images/s": rows / (passes + update),
+        "ms": 1e3 * (passes + update),
+        "peak GB": rehearsal.peak(setting.device) / 1e9,
+        "loss": record.loss,
+    }
+
+
+# 7. The command line, from data to a report
+
+
+def command_line(setting: Setting) -> Iterator[Row]:
+    """Each command of a run on digits, its exit code, seconds and last line; samples of the GPU against the CPU's."""
+    steps = 4 if setting.smoke else 200
+    with TemporaryDirectory() as folder:
+        run = f"{folder}/digits"
+        device = ["--device", str(setting.device)]
+        sets = [f"--set={field}" for field in setting.fields(f"train.steps={steps}")]
+        yield command_row("train", "dumo-best", "--out", run, *device, *sets)
+        yield command_row("train", run, "--set", f"train.steps={2 * steps}", *device)
+        if not setting.smoke:
+            compiled = [*sets, "--set=train.compile=blocks", "--set=train.precision=bf16"]
+            yield command_row("train", "dumo-best", "--out", f"{folder}/compiled", *device, *compiled)
+        yield command_row("evaluate", run, "--nfe", "1", *device)
+        yield command_row("report", run, *device)
+        yield {"command": "a sample's largest difference between devices", "difference": difference(run, setting)}
+
+
+def command_row(*words: str) -> Row:
+    """One `dumo` command in a process of its own."""
+    began = time.monotonic()
+    done = run_dumo(*words)
+    said = (done.stdout.strip().splitlines() or [""])[-1] if done.returncode == 0 else reason(done.stderr)
+    seconds = time.monotonic() - began
+    return {"command": f"dumo {words[0]}", "exit code": done.returncode, "seconds": seconds, "it said": said}
+
+
+def run_dumo(*words: str) -> subprocess.CompletedProcess[str]:
+    """A `dumo` command of this tree, whatever is installed."""
+    paths = [str(SRC), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-P", "-m", "dumo", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def difference(run: str, setting: Setting) -> float:
+    """Between a sample made on this device and on the CPU: the noise is the same, so rounding alone."""
+    import dumo
+
+    samples = [dumo.load(run, device=device).sample(n=4, nfe=1, seed=0) for device in (str(setting.device), "cpu")]
+    return float((samples[0].cpu() - samples[1].cpu()).abs().max())
+
+
+# 8. A real run
+
+
+def overnight(setting: Setting) -> Iterator[Row]:
+    """`dumo train cifar10-overnight` for as long as there is; it resumes. First: dumo encode cifar10-latents."""
+    folder = Path("runs/cifar10-overnight")
+    recipe = "cifar10-overnight"
+    fields = list[str]()
+    if setting.smoke:
+        recipe = "digits"
+        fields = setting.fields("train.steps=2", "train.batch=16", "train.log_every=1", "evaluate.every=0")
+        folder = Path(TemporaryDirectory().name)
+    sets = [f"--set={field}" for field in fields]
+    done = run_dumo("train", recipe, "--out", str(folder), "--device", str(setting.device), *sets)
+    if done.returncode:
+        yield {"run": recipe, "refused": reason(done.stderr)}
+        return
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    yield {"run": recipe, "steps": log[-1]["step"]}
+
+
+PARTS = {
+    "kernel": Part(60, "attention's tangent against float64, and its time", attention_kernel),
+    "slope": Part(60, "du/dt through attention's kernels, and checkpointed", dual_slope),
+    "xl2": Part(120, "a guided step of XL/2 in bf16, beside flow matching and jvp", xl2_eager),
+    "xl2-compiled": Part(150, "the same with compiled blocks", xl2_compiled),
+    "memory": Part(150, "memory as planned and as measured", memory),
+    "slope-compiled": Part(120, "du/dt with compiled blocks, checkpointed or not", compiled_slope),
+    "xl2-routed": Part(120, "half of the tokens past the middle blocks", xl2_routed),
+    "xl2-fp32": Part(90, "the paper's central difference in fp32 and TF32", xl2_fp32),
+    "sample": Part(60, "latency at 1, 2 and 4 passes", sampling),
+    "b1": Part(120, "B/1, 1,024 tokens", b1),
+    "int8": Part(150, "LoRA steps of SD 1.5 and SD 3 over int8", int8),
+    "commands": Part(150, "the command line on digits, from data to a report", command_line),
+    "overnight": Part(600, "cifar10-overnight for as long as there is", overnight),
+}
+
+
+def reason(text: str) -> str:
+    """Of what a program wrote to stderr, the last line that names an error, else the last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Unsupported|error)\b", line)]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def make_part(name: str, file: Path, setting: Setting) -> None:
+    """Write a part's rows to a file as they come, each a line."""
+    with file.open("w", encoding="utf-8") as out:
+        for row in PARTS[name].rows(setting):
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+
+def run_part(name: str, smoke: bool, device: str, seconds: float) -> dict[str, Any]:
+    """A part in a process of its own: its state, seconds and rows; rows that were there when it ended are kept."""
+    began = time.monotonic()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        words = [sys.executable, __file__, name, "--rows-to", str(file), "--device", device]
+        if smoke:
+            words.append("--smoke")
+        state = "done"
+        try:
+            done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=seconds, check=False)
+            if done.returncode:
+                state = f"failed: {reason(done.stderr)}"
+        except subprocess.TimeoutExpired:
+            state = f"stopped after {seconds:.0f} s"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {"state": state, "seconds": time.monotonic() - began, "rows": [json.loads(line) for line in lines]}
+
+
+def machine_of(device: str) -> Row:
+    """What a reader of the numbers must know."""
+    here = torch.device(device)
+    named = torch.cuda.get_device_name(here) if here.type == "cuda" else "CPU"
+    return {"device": named, "torch": torch.__version__, "date": date.today().isoformat()}
+
+
+def shown(value: object) -> str:
+    """A cell of a table."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def print_part(name: str, result: dict[str, Any]) -> None:
+    """A part's rows as a table of Markdown."""
+    print(f"\n{name}: {result['state']}, {result['seconds']:.0f} s\n")
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    if not columns:
+        return
+    print("|" + "|".join(columns) + "|")
+    print("|" + "---|" * len(columns))
+    for row in result["rows"]:
+        print("|" + "|".join(shown(row.get(column, "")) for column in columns) + "|", flush=True)
+
+
+def print_list() -> None:
+    """The parts in order, each with its limit."""
+    for name, part in PARTS.items():
+        print(f"{name:14} {part.seconds:4} s at most  {part.question}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="parts to make again")
+    parser.add_argument("--list", action="store_true", help="show the parts and end")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="of all parts together (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results.json")
+    parser.add_argument("--rows-to", type=Path, help=argparse.SUPPRESS)  # in the process of a part
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Make the parts; 1 where one failed."""
+    given = parse_arguments()
+    if given.list:
+        print_list()
+        return 0
+    device = "cpu" if given.smoke else given.device
+    if device != "cpu" and not torch.cuda.is_available():
+        print("torch sees no GPU: see nvidia-smi, or give --smoke to try everything on a CPU", file=sys.stderr)
+        return 2
+    if given.rows_to:
+        make_part(given.parts[0], given.rows_to, Setting(torch.device(device), given.smoke))
+        return 0
+
+    file = given.out / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}}
+    results |= machine_of(device) | {"smoke": given.smoke}
+    ends = time.monotonic() + given.seconds
+    failed = False
+    for name, part in PARTS.items():
+        is_done = results["parts"].get(name, {}).get("state") == "done"
+        if name not in given.parts and (given.parts or is_done):
+            continue
+        left = ends - time.monotonic()
+        if left < 1:
+            print(f"\n{name}: no time left; the same command makes it")
+            continue
+        result = run_part(name, given.smoke, device, min(part.seconds, left))
+        failed = failed or result["state"].startswith("failed")
+        results["parts"][name] = result
+        given.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print_part(name, result)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
