@@ -24,9 +24,10 @@ from dumo.io.source import Source, Table, rows_of
 from dumo.io.table import Column, Index
 from dumo.run.config import trust
 from dumo.run.config.check import check_guided
+from dumo.run.config.load import load
 from dumo.run.config.source import FILE as RUN
 from dumo.run.config.spec import Run
-from dumo.run.config.teacher import Pairs, Teacher
+from dumo.run.config.teacher import Pairs, Teacher, no_velocity
 from dumo.run.folder import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, say
@@ -114,9 +115,11 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
         case "python":
             raw, about = of_user(teacher, run, device)
         case "base":
-            raw, about = of_base(state.net, run.train.precision, run.objective.needs), {"sha256": str(state.frozen)}
-    if raw.velocity is None:
-        raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
+            about = {"sha256": str(state.frozen)}
+            if run.start and run.has_subject:
+                raw = of_few_step_run(teacher, run.start.source, state.net, run.train.precision)
+            else:
+                raw = of_base(state.net, run.train.precision, run.objective.needs)
     reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
     learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else velocity(reads)
     return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
@@ -135,15 +138,26 @@ def velocity(reads: Reads) -> Taught:
 
 
 def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
-    """The velocity of a net's base, which is every head of it, at r = t where it takes r."""
+    """The velocity of an untuned pipeline's model, which is every head of the net's base, at r = t where it takes r."""
     base, names = bind(Base(net, precision), **needs.knobs), [n for n in needs.names if n not in needs.knobs]
     return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
+
+
+def of_few_step_run(teacher: Teacher, source: str, net: nn.Module, precision: Precision) -> Reads:
+    """What the few-step run under a subject's adapters was taught: `net.base()`, read by the objective in its run.yaml.
+
+    One without a velocity is refused when the run is resolved. Raises UserError where it cannot be guided as
+    `teacher.guide` says.
+    """
+    few_step = load(source)
+    check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", source)
+    return reading(few_step.objective, Base(net, precision), few_step.sample.knobs)
 
 
 def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Reads, dict[str, str]]:
     """What the net of another run was taught, and its digest.
 
-    Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
+    Raises UserError where it has no velocity, knows other data, or cannot be guided as `teacher.guide` says.
     """
     if not Path(teacher.source, RUN).is_file():
         raise UserError(
@@ -159,7 +173,10 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
             "data, or set these fields as they are there"
         )
     check_guided(teacher.guide, other.data, other.objective, other.guided, "teacher.guide", teacher.source)
-    return reading(other.objective, known.net, other.sample.knobs), {"sha256": digest.of_file(known.file)}
+    reads = reading(other.objective, known.net, other.sample.knobs)
+    if reads.velocity is None:
+        raise UserError(no_velocity("teacher.source", teacher.source, other.objective))
+    return reads, {"sha256": digest.of_file(known.file)}
 
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:
@@ -184,8 +201,11 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
         try:
             make = getattr(importlib.import_module(module), name)
             reads = cast(Reads, make(run, device))
+            user_velocity = reads.velocity
+            if user_velocity is None:
+                raise TypeError("the dumo.types.Reads that it returned has velocity=None")
             with torch.no_grad():
-                v = cast(Callable[..., Tensor], reads.velocity)(x, torch.full((2,), 0.5, device=device), c)
+                v = user_velocity(x, torch.full((2,), 0.5, device=device), c)
             if v.shape != x.shape:
                 raise TypeError(f"the velocity of x of shape {tuple(x.shape)} has shape {tuple(v.shape)}")
         except Exception as error:

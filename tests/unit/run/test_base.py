@@ -1,20 +1,31 @@
 """A run that trains an adapter: what it keeps, what it refuses to go on from, and its own base as its teacher."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD
 
+from contract.case import one_each
+from dumo.flow.draw import drawn, noised
+from dumo.flow.guide import CFG
+from dumo.flow.path import Linear
+from dumo.flow.reading import taught
 from dumo.flow.slope import DualSlope
 from dumo.run.config.load import load
-from dumo.run.config.teacher import Start
-from dumo.run.folder import begin_from, open_run
-from dumo.run.teacher import of_base
+from dumo.run.config.spec import Run
+from dumo.run.config.teacher import OF_VELOCITY, Start, Teacher
+from dumo.run.folder import begin_from, note, open_run
+from dumo.run.teacher import of_base, open_teacher
 from dumo.run.train import train
 from dumo.runtime import dist
-from dumo.types import Frozen, UserError
+from dumo.training.state import State
+from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
+from theory.exact import APART, PRODUCT, Exact, Flow
 from unit.run.adapted import adapt, apart
 from unit.run.known import TINY, same, tiny
 
@@ -121,3 +132,66 @@ def test_a_path_of_another_velocity_is_refused(monkeypatch: pytest.MonkeyPatch) 
     adapt(monkeypatch)
     with pytest.raises(UserError, match=r"on path 'linear' of sd 1; .* of sd 0.5: set teacher\.kind=run"):
         tiny("moons", BASE, "path.sd=0.5")
+
+
+LEARNS_VELOCITY = sorted(  # kinds that a subject may be taught by; no net of a pipeline takes knobs
+    {o.kind for o in one_each() if taught(o).velocity and o.needs.teacher == FromTeacher() and not o.needs.knobs}
+)
+
+
+class OnFewStepRun(nn.Module):
+    """A few-step run's net, which knows its flow, under a subject's adapters, which change it; `base()` has none."""
+
+    def __init__(self, few_step: Exact) -> None:
+        super().__init__()
+        self.few_step, self.on = few_step, True
+
+    def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        heads = self.few_step(x, c, **inputs)
+        return tuple(1 - 2 * h for h in heads) if self.on else heads
+
+    @contextmanager
+    def base(self) -> Generator[None, None, None]:
+        """The adapters are off inside."""
+        self.on = False
+        yield
+        self.on = True
+
+
+@pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("kind", LEARNS_VELOCITY)
+def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
+    kind: str, flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own objective's reading, whatever the net's first output is: FACM's is a jump, its velocity lies at -t."""
+    objective = f"objective={{kind: '{kind}'}}"
+    note(load("moons", [objective, "data.labelled=true", "sample.solver={kind: euler}", "train.batch=64"]), tmp_path)
+    few_step = load(str(tmp_path))
+    monkeypatch.setattr(Run, "has_subject", True)
+    subject = few_step.model_copy(update={"start": Start(source=str(tmp_path))})
+    net = OnFewStepRun(Exact(flow, few_step.objective.needs))
+    known = open_teacher(Teacher(kind="base"), subject, State(net, SGD(net.parameters())), CPU)
+
+    c = torch.arange(64) % flow.classes
+    x = flow.data(c, torch.Generator().manual_seed(0))
+    draws = drawn(few_step.objective, x.shape[1:], seed=0, step=0, batch=64, prior=0.5)
+    b = noised(draws, Linear(), x, c, flow.classes, teacher=known.velocity)
+    assert b.taught is not None
+    assert b.taught.sum() == 32
+    wanted = torch.where(b.taught[:, None], flow.velocity(b.x_t, b.c, b.t), b.z - x)
+    assert (b.v_t - wanted).abs().max() < 1e-5
+
+
+def test_a_few_step_run_that_is_guided_is_not_guided_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "has_subject", True)
+    run = tiny("moons", "data.labelled=true", "objective={kind: rcgm}", "sample.solver={kind: hop}")
+    note(run, tmp_path)
+    subject = run.model_copy(update={"start": Start(source=str(tmp_path))})
+    net = OnFewStepRun(Exact(APART, run.objective.needs))
+    with pytest.raises(UserError, match=r"teacher\.guide\.scale = 2 .*guided"):
+        open_teacher(Teacher(kind="base", guide=CFG(scale=2.0)), subject, State(net, SGD(net.parameters())), CPU)
+
+
+def test_objectives_to_take_instead_teach_a_velocity() -> None:
+    """A line that refuses others names them."""
+    assert {*OF_VELOCITY} <= {*LEARNS_VELOCITY}

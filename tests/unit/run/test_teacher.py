@@ -44,7 +44,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_teacher_without_a_velocity_is_refused(known: Path, tmp_path: Path) -> None:
     train(tiny("moons", "objective={kind: consistency}", "train.steps=1"), tmp_path / "cm")
-    with pytest.raises(UserError, match="has no velocity"):
+    said = r"teacher\.source: the run .*cm has no velocity to teach, because its objective 'consistency' learns jumps"
+    with pytest.raises(UserError, match=said):
         train(tiny("moons", f"teacher.source={tmp_path / 'cm'}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -314,7 +315,7 @@ def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("unit.run.known:mute", "Give module:function"),
+        ("unit.run.known:mute", r"that it returned has velocity=None\. Give module:function"),
         ("unit.run.known", "Give module:function"),
         ("unit.nowhere:line", "No module named"),
         ("unit.run.known:nothing", "no attribute 'nothing'"),

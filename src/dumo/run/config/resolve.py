@@ -17,6 +17,7 @@ from dumo.data.cache import read_contents
 from dumo.data.caption import Files
 from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
+from dumo.flow.reading import taught
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.nets import Pretrained
@@ -24,9 +25,10 @@ from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
 from dumo.run.config.change import override, shown
 from dumo.run.config.check import check, ways_to_captions
-from dumo.run.config.load import differences, parse
-from dumo.run.config.source import CODE, GIVEN
+from dumo.run.config.load import differences, load, parse
+from dumo.run.config.source import CODE, FILE, GIVEN
 from dumo.run.config.spec import Run
+from dumo.run.config.teacher import no_velocity
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code, kind_of
 
@@ -40,6 +42,7 @@ def resolve(run: Run) -> Run:
     one read from its folder, stays as it is; so does what is not there yet. Raises UserError where what is found
     contradicts the spec.
     """
+    require_few_step_velocity(run)
     texts, net = run.net.texts, run.net
     try:
         data = found_data(run.data)
@@ -66,6 +69,23 @@ def resolve(run: Run) -> Run:
         return run
     check(found)
     return found.model_copy(update={"resolved": run.resolved | new})
+
+
+def require_few_step_velocity(run: Run) -> None:
+    """Raise UserError where a subject's few-step run is the teacher, and its objective has no velocity to learn from.
+
+    Its objective is read from its folder, because the subject's run may have another one. A folder that is
+    missing is skipped here, and refused where the run is opened.
+    """
+    if not run.start or not run.has_subject or run.teacher is None or run.teacher.kind != "base":
+        return
+    folder = whole(run.start.source, maybe=True)
+    if not Path(folder, FILE).is_file():
+        return
+    objective = load(folder).objective
+    if taught(objective).velocity is None:
+        why = no_velocity("teacher.kind=base", folder, objective)
+        raise UserError(f"{why}; or learn from the photographs alone, data.prior=null teacher=null")
 
 
 def found_data(data: Data) -> Data:

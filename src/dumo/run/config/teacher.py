@@ -5,7 +5,8 @@ learns with `teacher` from V(x_t, t, c), guided as `guide` says. So sCT becomes 
 distilled selves. Rows that lost their label have the teacher's velocity without one.
 
 The teacher of kind `base` is the net in training itself with its adapters off, the model that it began as: no second
-net is held.
+net is held. Under a subject's adapters (`net.lora.subject`) that is a few-step run, which is read as its own objective
+says: some of these teach jumps alone, and have no velocity for others to learn.
 
 With `pairs` the teacher is asked once, for whole trajectories: its samples x are paired with the noise z that they come
 from, and these are what is trained on (Reflow, Liu et al. 2023; Re-MeanFlow).
@@ -18,8 +19,11 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
+from dumo.objectives import Objective
 from dumo.runtime.bound import SAMPLES
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec
+
+OF_VELOCITY = ("dumo", "meanflow", "facm", "flow_matching")  # objectives to name where one without is refused
 
 
 class Pairs(Spec):
@@ -64,3 +68,11 @@ class Start(Spec):
     heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}
     # Of the source's weights where they stay part of the net, under `net.lora.subject`; found when the run begins.
     sha256: str | None = Field(default=None, exclude_if=lambda known: known is None, json_schema_extra=PINNED)
+
+
+def no_velocity(field: str, run: str, objective: Objective) -> str:
+    """Why a run is refused as a teacher: its objective has no reading of a velocity."""
+    return (
+        f"{field}: the run {run} has no velocity to teach, because its objective '{objective.kind}' learns jumps "
+        f"alone: take a run of an objective that learns a velocity, such as {', '.join(OF_VELOCITY)}"
+    )

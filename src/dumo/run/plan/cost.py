@@ -33,9 +33,11 @@ from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import twin
 from dumo.nets.dualized import Dualized
+from dumo.run.plan.outside import require_terms
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied, share
 from dumo.types import Cond, Frozen, Guide, Heads, Net, Noised, Objective, Path, Sample, frozen
+from dumo.types.outside import name_of
 
 PLAIN = Affine()  # no guidance
 LAW = 1_000_000  # rows that a law is judged by
@@ -185,13 +187,16 @@ def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
-    """Forward, targets and backward, as in training: without dropout, whose masks cost little, and with routing."""
+    """Forward, targets and backward, as in training: without dropout, whose masks cost little, and with routing.
+
+    It raises UserError where the loss is none of one number per row.
+    """
     routed = any(getattr(part, "routed", False) for part in net.modules())
     keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if routed else None
 
     def step() -> None:
         with dropout.using(keys, drops=False):
-            objective.loss(net, ref, b).loss.sum().backward()
+            require_terms(objective.loss(net, ref, b), len(b.t), name_of(type(objective))).loss.sum().backward()
 
     return step
 

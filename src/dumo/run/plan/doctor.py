@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.data import Data
+from dumo.flow import dropout
 from dumo.flow.precision import using
 from dumo.io.read import finite
 from dumo.nets import Net, Pretrained
 from dumo.nets.adapter import SUBJECT
 from dumo.nets.text import or_drawn
 from dumo.run.config.spec import Run
-from dumo.run.plan import findings
+from dumo.run.plan import findings, outside
 from dumo.run.plan.machine import Finding, look
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.training.spec import Train
 from dumo.types import Cond, Frozen, Heads, Objective, Path, Sample, Time, UserError
 
 LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
@@ -82,21 +82,32 @@ class Examination:
 
 
 def examine(run: Run, device: torch.device) -> Examination:
-    """The run's slope on its net, cut to two blocks, every parameter drawn. Raises UserError as the slope does."""
+    """The run's slope on its net, cut to two blocks, every parameter drawn.
+
+    A user's own net or loss is tried first (`outside.require_contract`). Raises UserError as that and the slope do.
+    """
+    net = drawn_net(run, device)
+    if outside.has_own_parts(run):
+        outside.require_contract(run, net, device)
+    at = point(run.objective, run.path, run.data, run.train.seed, 4)
+    return _compare(net, run, at, device, "drawn weights")
+
+
+def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
+    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
+    at, net = point(run.objective, run.path, run.data, run.train.seed, 2), copy.deepcopy(net)
+    return _compare(net, run, at, device, "the weights in training")
+
+
+def drawn_net(run: Run, device: torch.device) -> nn.Module:
+    """The run's net, cut to two blocks, with every parameter drawn."""
     net = run.model_copy(update={"net": short(readable(run.net))}).build(device)
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
             noise = 0.1 * noise if f".{SUBJECT}." in name else noise  # three parts of a layer would add up to more
             p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
-    at = point(run.objective, run.path, run.data, run.train.seed, 4)
-    return _compare(net, run.objective, run.train, at, device, run.net.time_scale, "drawn weights")
-
-
-def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
-    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
-    at, net = point(run.objective, run.path, run.data, run.train.seed, 2), copy.deepcopy(net)
-    return _compare(net, run.objective, run.train, at, device, run.net.time_scale, "the weights in training")
+    return net
 
 
 def readable(net: Net) -> Net:
@@ -129,22 +140,23 @@ def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) ->
     return *path.at(x, z, t), c, inputs
 
 
-def _compare(
-    net: nn.Module,
-    objective: Objective,
-    train: Train,
-    at: Point,
-    device: torch.device,
-    time_scale: float,
-    weights: str,
-) -> Examination:
-    """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none."""
+def _compare(net: nn.Module, run: Run, at: Point, device: torch.device, weights: str) -> Examination:
+    """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none.
+
+    dumo's nets are the same function in training but for dropped numbers, so they drop nothing here. A user's own is
+    asked in the mode of training, with the masks of a step.
+    """
+    objective, train, time_scale = run.objective, run.train, run.net.time_scale
     if (slope := objective.needs.slope) is None:
         return Examination(None, train.precision, time_scale, weights, {})
     x, w, c = (part.to(device) for part in at[:3])
-    net.eval()  # no dropout
-    ref = Frozen(net if train.ref == "self" else copy.deepcopy(net))
-    with using(train.precision, device):
+    keys = None
+    net.eval()
+    if outside.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
+        net.train()
+        keys = dropout.keys(train.seed, 0, len(x)).to(device)
+    ref = Frozen(net if train.ref == "self" else copy.deepcopy(net).eval())
+    with using(train.precision, device), dropout.using(keys):
         errors = slope_errors(objective, net, ref, x, w, c, **{name: s.to(device) for name, s in at[3].items()})
     by_head = dict(zip(errors, dist.mean(torch.stack([*errors.values()]).to(x)).tolist(), strict=True))
     return Examination(slope.kind, train.precision, time_scale, weights, by_head)

@@ -30,7 +30,7 @@ from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
-from dumo.run.plan import doctor, machine, plan, rehearsal
+from dumo.run.plan import doctor, machine, outside, plan, rehearsal
 from dumo.run.plan.findings import of_captions
 from dumo.runtime import dist, install, installed
 from dumo.runtime.progress import Bar, no_bar, span
@@ -218,7 +218,12 @@ def reading(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]
 
 
 def step_seconds(run: Run, here: torch.device) -> float:
-    """A step of the training loop, on random numbers. Raises UserError where the net has no room here."""
+    """A step of the training loop, on random numbers.
+
+    Raises UserError where the net has no room here, or a user's own part cannot be trained.
+    """
+    if outside.has_own_parts(run):
+        outside.require_contract(run, doctor.drawn_net(run, here), here)
     run, rows = run.model_copy(update={"net": doctor.readable(run.net)}), run.train.micro_batch or run.train.batch
     run.require_room(here, run.train.copies, rows)
     task, batch = Task(run.objective, run.path, run.data.classes), rehearsal.random_rows(run.data, rows, here)
