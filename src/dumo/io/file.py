@@ -1,7 +1,8 @@
 """Files and folders written whole or not at all: in a hidden place next to their own, then renamed.
 
 So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
-`locked` keeps other processes out. `held_open` stops writing into a folder that is no longer where it was. `places` is where to keep what was found out about a user's files.
+`locked` keeps other processes out; while a folder is `held_open`, nothing is written to its path once it is elsewhere.
+`places` is where to keep what was found out about a user's files.
 """
 
 import errno

@@ -83,7 +83,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     folder = Path(source)
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first")
-    run = load(source)
+    run = load(folder)
     snapshots = kept(folder, run.train)
     if not snapshots:
         raise UserError(

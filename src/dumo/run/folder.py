@@ -83,7 +83,7 @@ def sampler(run: Run, net: nn.Module) -> Sampler:
 
 
 def open_run(
-    source: str,
+    source: str | Path,
     overrides: Sequence[str] = (),
     *,
     weights: str | None = None,
@@ -102,10 +102,10 @@ def open_run(
             f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits, or take "
             f"{' or '.join(shipped.names())}, which dumo brings"
         )
-    run = load(str(folder), overrides)
+    run = load(folder, overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
-        require_trained(load(str(folder)), run, folder)
+        require_trained(load(folder), run, folder)
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
         try:
@@ -195,7 +195,7 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        there = Written(load(str(folder)), noted(folder))
+        there = Written(load(folder), noted(folder))
         if not steps:
             require_unsaved(folder, there.run.train)
         require_same(there, run, folder, newest(standing, step), accept=accept)

@@ -33,7 +33,7 @@ class Kept(Written):
     def of(cls, place: Path) -> "Kept | None":
         """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
         if file := manifest.run_of(place):
-            return cls(load(str(file)), noted(file), place.name, manifest.read(place).step)
+            return cls(load(file), noted(file), place.name, manifest.read(place).step)
         if dist.is_main():
             words = f"{place} was written before checkpoints held their run: {FILE} is not compared with it"
             warnings.warn(words, stacklevel=2)
@@ -112,5 +112,5 @@ def before_step(folder: Path, last: Path | None) -> Written | None:
         return None
     past, kept = noted(folder), Kept.of(last) if last else None
     if kept is None:
-        return Written(load(str(folder)), past)
+        return Written(load(folder), past)
     return Written(kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)])

@@ -321,7 +321,7 @@ def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None,
 
 
 def prepare(target: Path, kind: str, step: int, size: int) -> None:
-    """Make the folder, and remove half-written files in it. Raises UserError if there is no room, or no run's folder."""
+    """Make the folder, and remove half-written files in it. Raises UserError if there is no room, as `require_held`."""
     folder = target.parent
     files.require_held(target)
     for left in folder.glob(".step-*.tmp"):
