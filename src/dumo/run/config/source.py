@@ -143,7 +143,7 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
         base = text = os.environ.get(either[1]) or either[2]
         file, name = Path(FILE), f"{name}: ${either[1]}"
     recipe = text.removeprefix(BROUGHT)
-    if isinstance(base, str) and recipe in recipes.names():  # whatever lies beside the file
+    if isinstance(base, str) and recipe in recipes.names():  # whatever lies next to the file
         return _packaged(recipe), f"recipe {recipe}", None
     if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):
         tree = _tree(found)
