@@ -32,7 +32,7 @@ from e2e.shell import Done, call, files, sets
 
 COUNT, SHARD = 24, 8  # images, and those in a shard
 LEAN = sets("net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2", "train.keep=3")
-LEAN += sets("train.log_every=1", "train.milestones=[2]", "evaluate.protocol={kind: photos, samples: 24}")
+LEAN += sets("train.log_every=1", "train.milestones=[2, 4]", "evaluate.protocol={kind: photos, samples: 24}")
 End = dict[str, str]
 
 
@@ -481,6 +481,11 @@ def of_checkpoints() -> Iterator[Harm]:
         yield Harm("snapshot of an average", how.__name__, tensors(snapshot, how), average, (snapshot,))
     swap = swapped(snapshot, "runs/averaged/snapshots/ema-std-0.1/step-00000004.safetensors")
     yield Harm("snapshot of an average", "two steps swapped", swap, average, (snapshot,))
+    swap = swapped(snapshot, "runs/averaged/snapshots/ema-std-0.05/step-00000003.safetensors")
+    yield Harm("snapshot of an average", "two widths swapped", swap, average, ("step-00000003", "its std is"))
+    grid = ("grid", "runs/digits", "--nfe", "1", "--count", "2")
+    later = taken(milestone, "runs/digits/milestones/step-00000004.safetensors")
+    yield Harm("milestone", "another step's", later, grid, (milestone, "its step is 4"))
 
 
 def of_records() -> Iterator[Harm]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dumo.cli.api import recipe
 from dumo.types import UserError
@@ -156,6 +157,48 @@ def test_folders_that_are_no_run(here: Path) -> None:
     for command in ("sample", "evaluate", "report"):
         refused(command, "empty", named=("empty", "run.yaml", "train"))
         refused(command, "digits", named=("digits", "train"))
+
+
+def digits_here(what: str, trained: dict[str, Path]) -> None:
+    """A folder with a recipe's name that holds a run, or photos."""
+    if what == "a run":
+        shutil.copytree(trained["digits"], "digits")
+        return
+    Path("digits/class").mkdir(parents=True)
+    for i in range(20):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(f"digits/class/{i}.png")
+
+
+READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"], ["bench", "data"], ["dry"])
+
+
+@pytest.mark.parametrize("what", ["a run", "images"])
+def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, trained: dict[str, Path]) -> None:
+    """By any command; each of the two has a name of its own."""
+    digits_here(what, trained)
+    both = (f"the folder here, which holds {what}", "write dumo:digits for dumo's, or ./digits for the folder")
+    for first, *rest in READING:
+        words = [first, rest.pop(0), "digits"] if first == "bench" else [first, "digits", *rest]
+        refused(*words, named=both)
+    assert "kind: digits" in call("show", "dumo:digits").out
+    assert call("bench", "data", "dumo:digits", "--batches", "1", "--step-seconds", "1").code == 0
+    assert call("train", "dumo:digits", *TINY).code == 0
+    assert Path("runs/digits/run.yaml").is_file()
+    if what == "a run":
+        assert call("train", "./digits").code == 0
+        assert call("train", "digits", *TINY, "--out", "digits").code == 0  # the same command again
+    else:
+        assert call("bench", "data", "./digits", "--side", "16", "--batches", "1").code == 0
+
+
+def test_a_folder_of_a_recipes_name_that_holds_neither_is_no_rival(here: Path) -> None:
+    """Of no command."""
+    (here / "digits/notes").mkdir(parents=True)
+    (here / "digits/notes/a.txt").touch()
+    assert call("show", "digits").out == call("show", "dumo:digits").out
+    assert call("train", "digits", *TINY).code == 0
+    refused("encode", "digits", named=("digits trains on data 'digits', not on latents",))
+    assert call("bench", "data", "digits", "--batches", "1", "--step-seconds", "1").code == 0
 
 
 def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> None:

@@ -284,7 +284,7 @@ def load(
     _ = plain_data(data), plain_net(net)  # remembered
     file = None if weights is None else str(weights)
     with trusting(trust_code):
-        return TrainedRun(open_run(str(folder), _settings(changes), weights=file, device=str(device)))
+        return TrainedRun(open_run(folder, _settings(changes), weights=file, device=str(device)))
 
 
 def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_code: bool = False) -> Run:
@@ -295,7 +295,7 @@ def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_co
     """
     if not isinstance(source, Run):
         with trusting(trust_code):
-            return config.load(str(source), _settings(changes))
+            return config.load(source, _settings(changes))
     tree = source.model_dump(mode="json")
     override(tree, _settings(changes))
     return config.parse(Run, tree)
@@ -339,9 +339,8 @@ def train(
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
             run = recipe(source, changes)
         else:
-            named = None if source is None else str(source)
             parts: Any = {"objective": objective, "data": data, "net": net}
-            run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
+            run, folder = compose(source, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
         hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
         tell = None if bar is no_bar else say
         with live(folder, track, say) as more:

@@ -12,8 +12,9 @@ from dumo.nets import Module
 from dumo.objectives import Objective
 from dumo.run.config import recipes
 from dumo.run.config.change import shown
-from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.load import FILE, load, load_recipe, parse
 from dumo.run.config.load import default_folder as folder_of_recipe
+from dumo.run.config.source import BROUGHT, kind_of, resumed
 from dumo.run.config.spec import Run
 from dumo.run.plan import proposal
 from dumo.runtime.progress import Bar
@@ -37,7 +38,7 @@ class Parts(Spec):
 
 
 def compose(
-    source: str | None,
+    source: str | Path | None,
     sets: Sequence[str],
     folder: Path | None,
     *,
@@ -53,25 +54,33 @@ def compose(
     Without a source the data say what it is based on: for images a run is proposed, as by `dumo train FOLDER`; points
     are trained on as moons are; an objective's name finds its recipe. Raises UserError.
     """
-    if source is not None and data is None and proposal.is_place(source):
-        source, data = None, source
+    if isinstance(source, str):
+        source = resumed(source, folder)
+    if source is not None and data is None and kind_of(source) == "images":
+        data = str(source)
+        source = None
     place = str(data) if source is None and is_path(data) else None
     parts: Fields = {"objective": plain("objective", objective), "net": plain_net(net)}
     parts |= {} if place else {"data": plain_data(data)}
     parts = {name: part for name, part in parts.items() if part is not None}
     folder = folder or default_folder(source, parts, place)
-    first = proposal.RECIPE if place else base(source, parts)
-    fields = fitting(parts, load(first))
+    if source is None:
+        recipe = proposal.RECIPE if place else base(parts)
+        based_on = f"{BROUGHT}{recipe}"
+    else:
+        recipe = None
+        based_on = source
+    fields = fitting(parts, load(based_on))
     if isinstance(net, nn.Module):
         fields |= OF_A_MODULE
     if fields:
         fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
     sets = [*(f"{field}={shown(value)}" for field, value in fields.items()), *sets]
     if (folder / FILE).is_file():
-        return load(str(folder), [*([f"data.root={place}"] if place else []), *sets]), folder
-    if source is None and first == proposal.RECIPE:
+        return load(folder, [*([f"data.root={place}"] if place else []), *sets]), folder
+    if recipe == proposal.RECIPE:
         return proposal.propose(place, sets, minutes=minutes, device=device, bar=bar).run, folder
-    return load(first, sets), folder
+    return load(based_on, sets), folder
 
 
 def is_path(data: object) -> bool:
@@ -102,10 +111,8 @@ def plain_data(data: object) -> Fields | None:
     return plain("data", data if data is None or isinstance(data, str | Mapping | Spec) else Memory.of(data))
 
 
-def base(source: str | None, parts: Fields) -> str:
-    """The recipe, file or folder that parts are put into. Raises UserError where nothing says which."""
-    if source is not None:
-        return source
+def base(parts: Fields) -> str:
+    """The recipe that parts are put into. Raises UserError where nothing says which."""
     if not parts:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": TOYS[0]})
@@ -127,14 +134,14 @@ def twin_of(data: str, objective: Fields) -> str:
     return f"{data}-{objective['kind']}".replace("_", "-")
 
 
-def default_folder(source: str | None, parts: Fields, place: str | None) -> Path:
+def default_folder(source: str | Path | None, parts: Fields, place: str | None) -> Path:
     """runs/NAME. Raises UserError where nothing gives a name."""
     if place is not None:
         return proposal.default_folder(place)
     if source is not None and not parts:
         return folder_of_recipe(source)
-    if source is None and parts.keys() == {"objective"} and (name := base(None, parts)) not in TOYS:
-        return folder_of_recipe(name)
+    if source is None and parts.keys() == {"objective"} and (name := base(parts)) not in TOYS:
+        return folder_of_recipe(f"{BROUGHT}{name}")
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 
@@ -146,12 +153,12 @@ def fitting(parts: Fields, run: Run) -> Fields:
     """
     fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
     if "data" in fields and fields["data"]["kind"] != run.data.kind:
-        judged = load(proposal.RECIPE if are_images(fields["data"]) else "moons").evaluate
+        judged = load_recipe(proposal.RECIPE if are_images(fields["data"]) else "moons").evaluate
         fields["evaluate"] = judged.model_dump(mode="json")
     if "objective" in fields:
         twin = twin_of(TOYS[0], fields["objective"])
         if fields["objective"].keys() == {"kind"} and twin in recipes.names():
-            fields["objective"] = load(twin).objective.model_dump(mode="json")
+            fields["objective"] = load_recipe(twin).objective.model_dump(mode="json")
         objective = parse(Parts, {"objective": fields["objective"]}).objective
         assert objective is not None
         reads = taught(objective)

@@ -64,6 +64,7 @@ def encode(
     """
     from dumo.data import Latents
     from dumo.run import encode
+    from dumo.run.config.source import kind_of
     from dumo.runtime import dist
 
     work, made = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[encode.Made]()
@@ -80,7 +81,7 @@ def encode(
             made.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows or encode.SHARD_ROWS))
     for line in (line for one in made for line in one.lines()):
         out.print(line, soft_wrap=True)
-    if all(one.contents for one in made) and not Path(source).exists():
+    if all(one.contents for one in made) and kind_of(source) == "recipe":
         fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
@@ -121,9 +122,11 @@ def train(
     from dumo.report.feed import live
     from dumo.run import train
     from dumo.run.config.load import default_folder, load
+    from dumo.run.config.source import kind_of, resumed
     from dumo.run.plan import proposal
 
-    if proposal.is_place(source):
+    source = resumed(source, folder)
+    if kind_of(source) == "images":
         folder = folder or proposal.default_folder(source)
         spec = proposed(source, folder, set_ or [], minutes, device, ask=not yes)
     elif minutes or yes:
@@ -159,7 +162,7 @@ def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, d
     if (folder / FILE).is_file():
         if minutes:
             say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
-        return load(str(folder), [f"data.root={place}", *sets])
+        return load(folder, [f"data.root={place}", *sets])
     dist.alone(f"planning a run on {place}")
     found = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
     show_lines(found.lines())

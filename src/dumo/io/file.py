@@ -1,7 +1,8 @@
 """Files and folders written whole or not at all: in a hidden place next to their own, then renamed.
 
 So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
-`locked` keeps other processes out. `places` is where to keep what was found out about a user's files.
+`locked` keeps other processes out; while a folder is `held_open`, nothing is written to its path once it is elsewhere.
+`places` is where to keep what was found out about a user's files.
 """
 
 import errno
@@ -26,6 +27,7 @@ PRIVATE = 0o600  # as safetensors makes its files
 DAY = 86_400.0  # seconds
 GOING = "old"  # in place of a writer: of what is being removed
 OPEN: set[Path] = set()  # hidden places that threads of this process are writing now
+HELD: dict[Path, int] = {}  # folders that must stay where they are (`held_open`), each with a descriptor of it
 WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<going>{GOING}))\.tmp")
 
 
@@ -40,6 +42,7 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
     half = hidden(path, own() if writer is None else writer)
     OPEN.add(half.absolute())
     try:
+        require_held(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield half
         settle(half, path, durable=durable)
@@ -148,11 +151,46 @@ def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(f"{busy} ({path} is locked)") from error
+    lock_file = path.stat()
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone, and makes it again
+        # While it is held: who waits for it sees that it is gone, and makes it again. Where the folder was moved away,
+        # another process may have its own there.
+        if path.exists() and os.path.samestat(lock_file, path.stat()):
+            path.unlink()
         lock.release()
+
+
+@contextmanager
+def held_open(folder: Path) -> Generator[None, None, None]:
+    """Meanwhile nothing is written below `folder` (`require_held`) once its path leads elsewhere.
+
+    It is kept open, so that no other folder gets its number.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    HELD[folder.absolute()] = descriptor
+    try:
+        yield
+    finally:
+        del HELD[folder.absolute()]
+        os.close(descriptor)
+
+
+def require_held(path: Path) -> None:
+    """Raise UserError where a folder above `path` is held open, and was removed, renamed or unmounted since."""
+    for folder, descriptor in [*HELD.items()]:
+        if not path.absolute().is_relative_to(folder):
+            continue
+        try:
+            is_same = os.path.samestat(os.fstat(descriptor), folder.stat())
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise UserError(
+                f"{folder} was removed, renamed or unmounted while a training wrote into it: bring it back, and the "
+                "same command resumes from its last checkpoint"
+            )
 
 
 def own() -> str:
@@ -182,8 +220,11 @@ def hidden(path: Path, writer: int | str = "") -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or a file, as far as it is there."""
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove a folder with all that is in it, a file, or a link but not what it leads to, as far as it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def free(path: Path) -> int:

@@ -105,7 +105,7 @@ def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
     if cell.after and not folder.exists():
         grow(Path(cell.after), folder)
     train(cell.spec, folder, device=device, bar=bar)
-    trained = open_run(str(folder), device=device)
+    trained = open_run(folder, device=device)
     return Result(cell, trained, standing(trained) or evaluate(trained, bar=bar))
 
 

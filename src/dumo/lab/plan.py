@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, Field
 
 from dumo.io.yaml import parse
 from dumo.run.config.error import require_known
-from dumo.run.config.load import load
+from dumo.run.config.load import load_recipe
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
@@ -178,7 +178,7 @@ class Plan(Spec):
 
         def spec(seed: int | None) -> Run:
             values = {**at.values, **axes, "seed": seed}
-            return resolve(load(recipe, [Template(text).safe_substitute(values) for text in sets]))
+            return resolve(load_recipe(recipe, [Template(text).safe_substitute(values) for text in sets]))
 
         seeds = arm.seeds or at.seeds or (None,)
         run = spec(seeds[0])
@@ -206,7 +206,7 @@ class Budget:
         """`times` the steps of the scale."""
         self.at, self.times, self.total = at, times, 0.0
         if plan.steps_of:
-            run = load(plan.steps_of, [*at.set])
+            run = load_recipe(plan.steps_of, [*at.set])
             self.total = round(times * (at.steps or run.train.steps)) * self.each(Cost(run))
 
     def each(self, cost: Cost) -> float:
@@ -253,7 +253,7 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
 
     Dropped labels and guidance, if both objectives have them, stay the host's; so do its data, net and training.
     """
-    here, there = (load(name).model_dump(mode="json") for name in (host, recipe))
+    here, there = (load_recipe(name).model_dump(mode="json") for name in (host, recipe))
     kept = {name: here["objective"][name] for name in ("drop", "guide") if name in here["objective"]}
     objective = there["objective"] | {name: value for name, value in kept.items() if name in there["objective"]}
     parts = {

@@ -18,8 +18,9 @@ from dumo.io.read import user_path
 from dumo.io.source import Source
 from dumo.lab.plan import Cost
 from dumo.run.config.change import override
-from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.load import load, parse
 from dumo.run.config.resolve import found_data, resolve
+from dumo.run.config.source import kind_of
 from dumo.run.plan import machine
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -54,7 +55,7 @@ def reading_of(
     Raises UserError as loading does, and for a side with a recipe.
     """
     path = user_path(source, "the source")
-    if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
+    if kind_of(source) == "recipe" or kind_of(path) == "run":
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
         run = resolve(load(source, overrides))

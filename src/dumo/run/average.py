@@ -10,6 +10,7 @@ a multiplier,
     A x + l = b,   sum_i x_i = 1.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from dumo.io import file as files
 from dumo.io.weights import apart, compare
 from dumo.run.config.load import Written, identity, load
 from dumo.run.config.source import FILE, noted
+from dumo.run.origin import require_place
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import standing
@@ -32,6 +34,7 @@ from dumo.training.state import State
 from dumo.types import UserError
 
 FOLDER = "snapshots"
+KIND = "snapshot"  # of a file of weights
 FAR = 0.05  # a profile that is missed by more than this share of its norm is refused: ours
 
 
@@ -56,7 +59,7 @@ def keep(run: Path, state: State, owner: str) -> None:
     """Write each average by a power after this step into the snapshots of a run of this identity; as `lone`."""
     for key, average in state.averages.items():
         if isinstance(average.spec, PowerEma):
-            checkpoint.lone(run / FOLDER / f"ema-{key}", state, average.module, "snapshot", owner)
+            checkpoint.lone(run / FOLDER / f"ema-{key}", state, average.module, KIND, owner, std=average.spec.std)
 
 
 def kept(run: Path, spec: Train) -> dict[Profile, Path]:
@@ -83,7 +86,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     folder = Path(source)
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first")
-    run = load(source)
+    run = load(folder)
     snapshots = kept(folder, run.train)
     if not snapshots:
         raise UserError(
@@ -106,24 +109,28 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     weights = mixed(found, x, {name for name, _ in net.named_parameters(remove_duplicate=False)})
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
     with files.whole(file) as half:
-        checkpoint.keep_alone(half, apart(weights), step=last, run=identity(run), std=std, sources=sources)
+        facts: dict[str, object] = {"kind": "average", "step": last, "run": identity(run), "std": std}
+        checkpoint.keep_alone(half, apart(weights), **facts, sources=sources)
     return Averaged(file, last, len(snapshots), error)
 
 
 def of_run(folder: Path, there: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
-    """The SHA-256 of each snapshot, by its place in the folder. Raises UserError for one of another run or step.
+    """The SHA-256 of each snapshot, by its place in the folder.
 
-    Those from before they said whose they are, are taken.
+    Raises UserError for one of another run, step or width. Those from before they said these are taken as their place
+    says, with a warning.
     """
-    known = {None, *there.identities()}
-    for (step, _), path in snapshots.items():
-        if (said := checkpoint.step_of(path, step)) != step:
-            raise UserError(f"{path} is a snapshot of step {said}: put each back under its own name")
-        if checkpoint.facts_of(path).get("run") not in known:
-            raise UserError(
-                f"{path} is a snapshot of another run than {folder / FILE} says: put back the one that this run kept, "
-                "or remove it"
-            )
+    unnamed: list[Path] = []
+    for (step, std), path in snapshots.items():
+        require_place(path, there, KIND, step, std=std)
+        if "std" not in checkpoint.facts_of(path):
+            unnamed.append(path)
+    if unnamed:
+        warnings.warn(
+            f"{unnamed[0]} is from before snapshots said their width ({len(unnamed)} of {len(snapshots)} are): it is "
+            "taken to be what the name of its folder says",
+            stacklevel=2,
+        )
     return {path.relative_to(folder).as_posix(): digest.of_file(path) for path in snapshots.values()}
 
 

@@ -21,8 +21,9 @@ from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, Tabled
 from dumo.nets.text import Learned
 from dumo.run.config.change import override
-from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.load import load, parse
 from dumo.run.config.resolve import resolve
+from dumo.run.config.source import kind_of
 from dumo.run.config.spec import Run
 from dumo.run.prompt import sources
 from dumo.runtime import dist
@@ -81,7 +82,7 @@ def work_of(
     """
     sets = [*settings(out, codec, side), *overrides]
     path = user_path(source, "the source")
-    if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
+    if kind_of(source) == "recipe" or kind_of(path) == "run":
         run = resolve(load(source, sets))
         texts = table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:

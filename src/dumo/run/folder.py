@@ -1,12 +1,13 @@
 """A run's folder: claimed and held, gone on with where its last checkpoint stands, and opened to read."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dumo.data import Images
@@ -37,6 +38,7 @@ from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
+UNSAVED = ".unsaved"  # an empty file that is there from the first step on until the first checkpoint is
 # Parts of a net that an objective asks for: another may lack them.
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
@@ -81,7 +83,7 @@ def sampler(run: Run, net: nn.Module) -> Sampler:
 
 
 def open_run(
-    source: str,
+    source: str | Path,
     overrides: Sequence[str] = (),
     *,
     weights: str | None = None,
@@ -100,10 +102,10 @@ def open_run(
             f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits, or take "
             f"{' or '.join(shipped.names())}, which dumo brings"
         )
-    run = load(str(folder), overrides)
+    run = load(folder, overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
-        require_trained(load(str(folder)), run, folder)
+        require_trained(load(folder), run, folder)
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
         try:
@@ -193,7 +195,7 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        there = Written(load(str(folder)), noted(folder))
+        there = Written(load(folder), noted(folder))
         if not steps:
             require_unsaved(folder, there.run.train)
         require_same(there, run, folder, newest(standing, step), accept=accept)
@@ -202,7 +204,13 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
 
 
 def require_unsaved(folder: Path, train: Train) -> None:
-    """Raise UserError where a run without a checkpoint has logged steps after its first one."""
+    """Raise UserError where a run that has no checkpoint had one: it was lost, and is not to be trained anew.
+
+    While UNSAVED is there, none was written. Without it the log decides, which goes on after the first checkpoint: so
+    it is of runs from before there was such a file, too.
+    """
+    if (folder / UNSAVED).exists():
+        return
     file = folder / "metrics.jsonl"
     last = max((row["step"] for row in read_log(file)), default=0)
     if last > min(train.save_every, train.steps):  # that one is saved once the slope has been examined on it
@@ -238,11 +246,54 @@ def held(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fals
         with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
             claim(run, folder, step, accept=accept)  # who held it before may have left another run
             sweep(folder)
-            yield
+            with held_open(folder):
+                yield
     finally:
         with suppress(OSError):  # it is not empty: something was written
             for path in new:
                 path.rmdir()
+
+
+@contextmanager
+def held_open(folder: Path) -> Generator[None, None, None]:
+    """Meanwhile nothing is written into a run's folder that was removed, renamed or unmounted, nor to its other disks.
+
+    Raises UserError where that was tried.
+    """
+    device = folder.stat().st_dev
+    with ExitStack() as stack:
+        stack.enter_context(files.held_open(folder))
+        for place in manifest.places(folder):
+            if place.is_dir() and place.stat().st_dev != device:
+                stack.enter_context(files.held_open(place))
+        try:
+            yield
+        except (OSError, SafetensorError):
+            files.require_held(folder / FILE)  # it went while a file was written, which is why that failed
+            raise
+
+
+def require_written(folder: Path) -> None:
+    """Raise UserError where a run's folder went, or was emptied, in training: a checkpoint alone would be no run."""
+    files.require_held(folder / FILE)
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"{folder / FILE} was removed while its run was trained: bring back the folder's files, and the same "
+            "command resumes from its last checkpoint"
+        )
+
+
+def note_unsaved(folder: Path) -> None:
+    """Write down, before the first step, that the run has no checkpoint yet."""
+    (folder / UNSAVED).touch()
+    files.flush(folder)
+
+
+def note_saved(folder: Path) -> None:
+    """Write down that the run has a checkpoint: from now on one that is not there was lost."""
+    if (folder / UNSAVED).exists():
+        (folder / UNSAVED).unlink()
+        files.flush(folder)
 
 
 def note(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:

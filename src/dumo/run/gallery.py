@@ -20,7 +20,10 @@ from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
 from dumo.io.picture import labelled
+from dumo.run.config.load import Written
+from dumo.run.config.source import noted
 from dumo.run.folder import RunFolder, load_net
+from dumo.run.origin import require_place
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -243,9 +246,10 @@ def solver_title(solver: Solver) -> str:
 
 
 def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
-    """The run as it was at a milestone. Raises UserError where its weights do not fit."""
+    """The run as it was at a milestone. Raises UserError where its weights do not fit, or are not that milestone."""
     if file is None:
         return opened
+    require_place(file, Written(opened.run, noted(opened.folder)), "milestone", step)
     net, _ = load_net(opened.run, file, opened.device)
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 

@@ -17,7 +17,7 @@ from dumo.run.config.change import shown
 from dumo.run.config.load import identity
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import note
+from dumo.run.folder import note, note_saved, note_unsaved, require_written
 from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
@@ -138,8 +138,10 @@ class Journal:
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
+            agreement.main(lambda: require_written(self.folder))
             agreement.main(lambda: log.flush(file))
             checkpoint.put(self.folder / "checkpoints", copy, keep)
+            agreement.main(lambda: note_saved(self.folder))
             if validation := self.validation:
                 agreement.main(lambda: validation.tidy(step))
 
@@ -240,15 +242,23 @@ class History:
         `anew`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
         """
         file = self.folder / "metrics.jsonl"
+        undone_rows = sum(row["step"] > self.step for row in log.read_log(file))
+        if self.step == 0 and undone_rows:
+            yield (
+                f"{self.folder} stopped before its first checkpoint was written, so it starts again from step 0; "
+                f"{undone_rows:,} rows of its log are kept in {log.cut(file)}"
+            )
         if anew:
-            gone = [manifest.rewind(place, self.step) for place in manifest.places(self.folder)]
-            rows = sum(row["step"] > self.step for row in log.read_log(file))
-            steps = sorted({step for steps in gone for step in steps})
-            what = [f"the checkpoints and milestones of steps {', '.join(f'{n:,}' for n in steps)}"] if steps else []
-            if what:
-                yield f"going on from step {self.step:,}: what came after it is removed, {' and '.join(what)}"
-            if rows:
-                yield f"{rows:,} rows of the log after it are kept in {log.cut(file)}"
+            removed = [manifest.rewind(place, self.step) for place in manifest.places(self.folder)]
+            steps = sorted({step for steps in removed for step in steps})
+            if steps:
+                listed = ", ".join(f"{step:,}" for step in steps)
+                yield (
+                    f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones "
+                    f"of steps {listed}"
+                )
+            if undone_rows:
+                yield f"{undone_rows:,} rows of the log after it are kept in {log.cut(file)}"
         log.rewind(file, self.step)
         manifest.rewind(self.folder / BEST, self.step)
         if self.logged not in (None, log.listed(file)):
@@ -256,6 +266,10 @@ class History:
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
             yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
         note(self.run, self.folder, self.changed)
+        if self.step == 0:
+            note_unsaved(self.folder)
+        else:
+            note_saved(self.folder)
         deviation.note(self.folder, self.source, self.fingerprint, anew=self.anew)
         for one in self.changed:
             if one.step == self.step:

@@ -41,7 +41,7 @@ def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
 
 def own(folder: Path) -> Run:
     """The run as its folder has it, without what was set to look at it."""
-    return load(str(folder))
+    return load(folder)
 
 
 def word(field: str, value: object) -> str:

@@ -33,7 +33,7 @@ class Kept(Written):
     def of(cls, place: Path) -> "Kept | None":
         """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
         if file := manifest.run_of(place):
-            return cls(load(str(file)), noted(file), place.name, manifest.read(place).step)
+            return cls(load(file), noted(file), place.name, manifest.read(place).step)
         if dist.is_main():
             words = f"{place} was written before checkpoints held their run: {FILE} is not compared with it"
             warnings.warn(words, stacklevel=2)
@@ -77,6 +77,25 @@ def require_own(run: Run, folder: Path, place: Path) -> None:
         require_same_code(run, kept.run.resolved, folder)
 
 
+def require_place(file: Path, there: Written, kind: str, step: int, **facts: object) -> None:
+    """Raise UserError where a file of weights alone is of another run, or is not what its place in the folder says.
+
+    What a file does not say is taken: it is from before it was written down.
+    """
+    said = checkpoint.facts_of(file)
+    if said.get("run") not in (None, *there.identities()):
+        raise UserError(
+            f"{file} has weights of another run than {FILE} says: put back those that this run kept, or remove them"
+        )
+    expected = {"kind": kind, "step": step, **facts}
+    said["step"] = checkpoint.step_of(file, step)
+    for name, value in expected.items():
+        if said.get(name, value) != value:
+            raise UserError(
+                f"{file} says that its {name} is {said[name]}, not {value}: put each file back in its place"
+            )
+
+
 def newest(standing: Mapping[int, Path], step: int | None) -> Kept | None:
     """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
     for place in reversed([path for n, path in standing.items() if step in (None, n)]):
@@ -112,5 +131,5 @@ def before_step(folder: Path, last: Path | None) -> Written | None:
         return None
     past, kept = noted(folder), Kept.of(last) if last else None
     if kept is None:
-        return Written(load(str(folder)), past)
+        return Written(load(folder), past)
     return Written(kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)])

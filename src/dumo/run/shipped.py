@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from dumo.io.file import whole
+from dumo.run.config.source import name_of_brought
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -19,19 +20,23 @@ def names() -> list[str]:
     return sorted(folder.name for folder in HERE.iterdir())
 
 
-def find(source: str) -> Path:
+def find(source: str | Path) -> Path:
     """A run's folder as given, or of one that comes with dumo its copy, runs/NAME, made where there is none.
 
-    A copy, because commands write into a run's folder. Raises UserError where another run has its place, OSError where
-    nothing can be written.
+    A copy, because commands write into a run's folder. A Path is a folder as given, if it is there. Raises UserError
+    where another run has its place, or lies here under that name, too; OSError where nothing can be written.
     """
-    if source not in names() or Path(source).exists():
+    if isinstance(source, Path) and source.exists():
+        return source
+    name = name_of_brought(str(source), names())
+    if name is None:
         return Path(source)
-    if not (copy := Path("runs", source)).exists():
+    copy = Path("runs", name)
+    if not copy.exists():
         with whole(copy) as half:
-            shutil.copytree(HERE / source, half)
-    (listed,) = (HERE / source).glob(f"checkpoints/*/{manifest.NAME}")
-    own = copy / listed.relative_to(HERE / source)
-    if not own.is_file() or own.read_bytes() != listed.read_bytes():
-        raise UserError(f"{copy} is not the {source} that dumo brings: open it as {copy}, or move it away")
+            shutil.copytree(HERE / name, half)
+    (listed,) = (HERE / name).glob(f"checkpoints/*/{manifest.NAME}")
+    copied = copy / listed.relative_to(HERE / name)
+    if not copied.is_file() or copied.read_bytes() != listed.read_bytes():
+        raise UserError(f"{copy} is not the {name} that dumo brings: open it as {copy}, or move it away")
     return copy

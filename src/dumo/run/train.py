@@ -70,7 +70,7 @@ def train(
     if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
-    before = load(str(folder)) if (folder / FILE).is_file() else None
+    before = load(folder) if (folder / FILE).is_file() else None
     run = resolve(placed(run, before))
     rows, share = -(-run.train.batch // ranks), share_of(run.train.share, ranks)
     run.require_room(dist.device(device), run.train.copies, rows, share)  # of a rank

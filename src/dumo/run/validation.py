@@ -17,16 +17,20 @@ from torch import Tensor
 
 from dumo.evaluation.protocol import Scores, rising
 from dumo.flow.precision import products
-from dumo.run.config.load import identity
+from dumo.run.config.load import Written, identity, load
+from dumo.run.config.source import noted
 from dumo.run.config.spec import Run
 from dumo.run.folder import sampler
+from dumo.run.origin import require_place
 from dumo.run.sampler import turn
+from dumo.run.speed import LOG
 from dumo.runtime import signals
-from dumo.training import agreement, checkpoint, layout, manifest
+from dumo.training import agreement, checkpoint, layout, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError
 
 BEST = "best"  # in a run's folder: the weights of the best score
+KIND = "best weights"  # of a file of weights
 SCORE = "score"  # among the facts of such weights
 
 
@@ -61,6 +65,7 @@ class Validation:
             agreement.own(lambda: self.sampler.codec and None)
         except UserError as error:
             raise UserError(f"evaluate.every = {self.every}: {error}; or train without it, evaluate.every=0") from error
+        agreement.main(lambda: self.best(state.step) and None)
 
     def judge(self, state: State) -> Scores:
         """The first score and, where it has one, its `_sd`; none where none is due. Every rank must call it.
@@ -103,12 +108,36 @@ class Validation:
         worse = said.items() <= before.items() and sign * before["value"] <= sign * score
         if isfinite(score) and not worse:
             facts = {SCORE: said | {"value": score}}
-            checkpoint.lone(self.folder, state, state.shown, "best weights", identity(self.run), **facts)
+            checkpoint.lone(self.folder, state, state.shown, KIND, identity(self.run), **facts)
 
-    def best(self) -> tuple[Path | None, dict[str, Any]]:
-        """The newest file of best weights, and its score with what it is of; none, and {}, where none stands."""
-        file = next(reversed(manifest.standing(self.folder, ".safetensors").values()), None)
-        return file, checkpoint.facts_of(file).get(SCORE, {}) if file else {}
+    def best(self, last: int | None = None) -> tuple[Path | None, dict[str, Any]]:
+        """The newest file of best weights, up to step `last`, and its score with what it is of; none and {} without.
+
+        Raises UserError where the file is not what this run wrote there.
+        """
+        files = manifest.standing(self.folder, ".safetensors")
+        steps = [step for step in files if last is None or step <= last]
+        if not steps:
+            return None, {}
+        file = files[steps[-1]]
+        folder = self.folder.parent
+        require_place(file, Written(load(folder), noted(folder)), KIND, steps[-1])
+        facts = checkpoint.facts_of(file)
+        score = facts.get(SCORE, {})
+        if score and checkpoint.FACTS_SUM not in facts:
+            self.require_logged(file, steps[-1], score)
+        return file, score
+
+    def require_logged(self, file: Path, step: int, score: dict[str, Any]) -> None:
+        """Raise UserError unless the log has the score of weights from before scores were under a checksum."""
+        rows = log.read_log(self.folder.parent / LOG)
+        name = score.get("name")
+        value = score.get("value")
+        if not any(row["step"] == step and row.get("val", {}).get(name) == value for row in rows):
+            raise UserError(
+                f"{file} says that its {name} is {value}, and {LOG} has no such row of step {step}: "
+                "put back the one that this run kept, or remove it"
+            )
 
     def tidy(self, step: int) -> None:
         """Remove what was the best no more at a step, once its checkpoint stands: no resumed run goes back behind it.
@@ -121,7 +150,9 @@ class Validation:
 
     def outcome(self) -> Iterator[str]:
         """Which weights were the best, in a line."""
+        if not self.run.evaluate.best:
+            return
         file, score = self.best()
-        if self.run.evaluate.best and file and score:
+        if file and score:
             step = checkpoint.step_of(file, 0)
             yield f"the best {score['name']} in training, {score['value']:.4g}, is of step {step:,}: {file}"

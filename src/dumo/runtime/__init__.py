@@ -8,10 +8,19 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+PACKAGE = Path(__file__).parents[1]
+
 
 def typed(place: str | Path) -> str:
-    """A path as it is typed after a command: quoted, and not as an option where it begins with a dash."""
-    return shlex.quote(f"./{place}" if str(place).startswith("-") else str(place))
+    """A path as it is typed after a command: quoted, and not as an option where it begins with a dash.
+
+    Nor is a Path typed as the bare name of a recipe or a trained run that dumo brings; a text is as somebody typed it.
+    """
+    text = str(place)
+    is_brought = (PACKAGE / "recipes" / f"{text}.yaml").exists() or (PACKAGE / "trained" / text).exists()
+    if text.startswith("-") or (isinstance(place, Path) and place.parts == (place.name,) and is_brought):
+        text = f"./{text}"
+    return shlex.quote(text)
 
 
 def version() -> str:

@@ -16,7 +16,7 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 import json
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,9 @@ from dumo.types import UserError
 FIT = "resume with the spec that wrote it"  # for weights of another net
 DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.content`)
 ONE_FILE = {"format": "pt"}  # one entry, as `facts`
-ABOUT, SUM = "dumo", "sum"  # of the metadata of weights that are in no checkpoint
+ABOUT = "dumo"  # entry of the metadata of weights that are in no checkpoint: what they are, as JSON
+SUM = "sum"  # in that entry: the checksum of the tensors
+FACTS_SUM = "facts_sum"  # in that entry: the checksum of all else there; older files have none
 
 
 Memory = MutableMapping[tuple[str, str], Tensor]  # in the host, by part and name
@@ -133,14 +135,14 @@ def mark(folder: Path, state: State, run: str = "") -> Path:
 def lone(folder: Path, state: State, module: nn.Module, kind: str, run: str = "", **facts: object) -> Path:
     """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
 
-    `run` is the identity of the run, `facts` what else the file says. Replaces an older one. Every rank must call it.
-    Raises UserError on all ranks if the disk is full; the older file then stays.
+    The file says, under a checksum, its kind, its step, the identity of its run, `run`, and `facts`. Replaces an older
+    one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file then stays.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
     named = frozen.trained(state.net, module)
     with made(target, kind, state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
         whole = weights.apart(gathered(named))
-        agreement.main(lambda: keep_alone(temp, whole, step=state.step, run=run, **facts))
+        agreement.main(lambda: keep_alone(temp, whole, kind=kind, step=state.step, run=run, **facts))
     return target
 
 
@@ -321,8 +323,9 @@ def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None,
 
 
 def prepare(target: Path, kind: str, step: int, size: int) -> None:
-    """Make the folder, and remove half-written files in it. Raises UserError if there is no room."""
+    """Make the folder, and remove half-written files in it. Raises UserError if there is no room, as `require_held`."""
     folder = target.parent
+    files.require_held(target)
     for left in folder.glob(".step-*.tmp"):
         files.remove(left)
     if (free := files.free(folder)) < size:
@@ -340,9 +343,16 @@ def so(target: Path, kind: str, step: int) -> str:
 
 
 def keep_alone(file: Path, tensors: Mapping[str, Tensor], **facts: object) -> None:
-    """Write weights in no checkpoint, with what they are and a checksum: as one entry, for two come in any order."""
-    about = {ABOUT: json.dumps(facts | {SUM: digest.of_tensors(tensors)}, sort_keys=True)}
-    safetensors.torch.save_file(dict(tensors), file, metadata=about)
+    """Write weights in no checkpoint, with what they are and checksums: as one entry, for two come in any order."""
+    facts = facts | {SUM: digest.of_tensors(tensors)}
+    facts[FACTS_SUM] = sum_of_facts(facts)
+    safetensors.torch.save_file(dict(tensors), file, metadata={ABOUT: json.dumps(facts, sort_keys=True)})
+
+
+def sum_of_facts(facts: Mapping[str, object]) -> str:
+    """The checksum of what a file of weights says of itself."""
+    others = {name: value for name, value in facts.items() if name != FACTS_SUM}
+    return digest.short(json.dumps(others, sort_keys=True))
 
 
 def load(place: Path) -> dict[str, Tensor]:
@@ -364,12 +374,22 @@ def lazily(place: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def facts_of(place: Path) -> dict[str, Any]:
-    """What a file of weights says of itself: its step, and maybe its run; {}: nothing that can be read."""
+    """What a file of weights says of itself: its step, and maybe its run; {}: nothing that can be read.
+
+    Raises UserError where it said something else when it was written.
+    """
     notes = weights.notes(place)
-    with suppress(ValueError, RecursionError):
-        found = json.loads(notes.get(ABOUT, "null"))
-        return found if isinstance(found, dict) else dict(notes)
-    return {}
+    try:
+        facts = json.loads(notes.get(ABOUT, "null"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(facts, dict):
+        return dict(notes)
+    if facts.get(FACTS_SUM) not in (None, sum_of_facts(facts)):
+        raise UserError(
+            f"{place} has changed: what it says of itself has another checksum. Take another copy, or other weights"
+        )
+    return facts
 
 
 def step_of(place: Path, default: int) -> int:

@@ -262,8 +262,14 @@ def drop(folder: Path, step: int, keep: int) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; it is hidden first, so that half of one never looks like one."""
-    shutil.rmtree(checkpoint.rename(hidden(checkpoint)))
+    """Remove a checkpoint; it is hidden first, so that half of one never looks like one.
+
+    Of a symbolic link the link alone goes: the checkpoint that it leads to is kept elsewhere.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint.rename(hidden(checkpoint)))
 
 
 def rewind(folder: Path, step: int) -> list[int]:

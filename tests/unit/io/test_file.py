@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dumo.io import file
+from dumo.types import UserError
 
 
 def interrupted(half: Path, *inside: str) -> None:
@@ -136,3 +137,40 @@ def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatc
     with pytest.raises(PermissionError) as refused:
         file.check_writable(tmp_path / "a/b")
     assert refused.value.filename == str(tmp_path / "a/b")
+
+
+def test_a_folder_that_is_held_open_is_written_to_where_it_was_alone(tmp_path: Path) -> None:
+    """Another one in its place is not, though it has its name."""
+    folder, beside = tmp_path / "a", tmp_path / "b"
+    folder.mkdir()
+    with file.held_open(folder):
+        file.write(folder / "c/d", b"d")
+        folder.rename(tmp_path / "moved")
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"a was removed, renamed or unmounted"):
+                file.write(folder / "c/d", b"e")
+            assert not folder.exists() or [*folder.iterdir()] == []
+            folder.mkdir(exist_ok=True)
+        file.write(beside / "d", b"d")
+    file.write(folder / "c/d", b"e")
+    assert (tmp_path / "moved/c/d").read_bytes() == b"d"
+
+
+def test_the_lock_of_another_process_stays(tmp_path: Path) -> None:
+    """Where the folder was moved away, and another process holds one of that name."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    with file.locked(folder / "lock"):
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        (folder / "lock").touch()
+    assert (folder / "lock").exists()
+
+
+def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/a").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    file.remove(tmp_path / "link")
+    assert [*tmp_path.iterdir()] == [tmp_path / "kept"]
+    assert (tmp_path / "kept/a").exists()

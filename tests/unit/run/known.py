@@ -1,10 +1,14 @@
 """What tests of runs share: a run in no time, what it left, a bar; and teachers, as a user's function returns them."""
 
-from collections.abc import Generator
+import json
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.run.config.load import load
@@ -40,6 +44,15 @@ def bits(folder: Path) -> dict[str, bytes]:
     last = checkpoint.latest(folder / "checkpoints")
     assert last is not None
     return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
+
+
+def restate(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a file of weights says of itself."""
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()[checkpoint.ABOUT])
+    tensors = load_file(file)
+    change(facts)
+    save_file(tensors, file, metadata={checkpoint.ABOUT: json.dumps(facts, sort_keys=True)})
 
 
 class Seen:

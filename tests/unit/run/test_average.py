@@ -78,8 +78,30 @@ def test_it_says_what_it_was_made_of_and_takes_no_other_runs(run: Path, tmp_path
     mixed = shutil.copytree(run, tmp_path / "mixed")
     name = "snapshots/ema-std-0.05/step-00000004.safetensors"
     shutil.copy(tmp_path / "other" / name, mixed / name)
-    with pytest.raises(UserError, match=rf"mixed/{name} is a snapshot of another run"):
+    with pytest.raises(UserError, match=rf"mixed/{name} has weights of another run"):
         average(str(mixed), 0.12)
+
+
+def test_a_snapshot_says_its_width_and_what_it_says_does_not_change(run: Path, tmp_path: Path) -> None:
+    """Files of two widths that changed places give another average; without a width they are taken by their place."""
+    narrow, wide = (f"snapshots/ema-std-{std}/step-00000012.safetensors" for std in (0.05, 0.1))
+    swapped = shutil.copytree(run, tmp_path / "swapped")
+    shutil.copy(run / wide, swapped / narrow)
+    shutil.copy(run / narrow, swapped / wide)
+    with pytest.raises(UserError, match=rf"swapped/{narrow} says that its std is 0\.1, not 0\.05"):
+        average(str(swapped), 0.12)
+    known.restate(swapped / narrow, lambda facts: facts.update(std=0.05))
+    with pytest.raises(UserError, match=rf"swapped/{narrow} has changed: what it says of itself"):
+        average(str(swapped), 0.12)
+
+    older = shutil.copytree(run, tmp_path / "older")
+    for file in older.glob("snapshots/*/*"):
+        known.restate(file, lambda facts: [facts.pop(name) for name in ("kind", "std", checkpoint.FACTS_SUM)])
+    with pytest.warns(UserWarning, match=r"is from before snapshots said their width \(12 of 12 are\)"):
+        made = average(str(older), 0.12)
+    found = load_weights(made.file)
+    wanted = load_weights(average(str(run), 0.12, tmp_path / "new.safetensors").file)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_one_that_was_kept_comes_back(run: Path) -> None:

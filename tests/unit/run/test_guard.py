@@ -5,7 +5,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event
 from unittest.mock import patch
@@ -19,7 +19,7 @@ from dumo.run import deviation
 from dumo.run.config.load import FILE
 from dumo.run.config.source import Noted, noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import open_run
+from dumo.run.folder import LOCK, UNSAVED, open_run
 from dumo.run.journal import Journal
 from dumo.run.train import train
 from dumo.runtime import signals
@@ -313,6 +313,93 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
     with patch.object(checkpoint, "put", put), pytest.raises(UserError, match="the disk is full"):
         train(tiny("train.save_every=4"), tmp_path / "run", hooks=[loop.Every(1, pass_by)])
     assert done == [1, 2, 3, 4]
+
+
+def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_does_not(tmp_path: Path) -> None:
+    """The log of both goes on after the step of the first checkpoint."""
+    folder, told, stopped = tmp_path / "run", list[str](), Event()
+
+    def put(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+        assert stopped.wait(30)
+        raise UserError("the disk is full")
+
+    def stop(state: State, record: Record) -> None:
+        if state.step == 5:
+            stopped.set()
+
+    late = ("train.save_every=4", "train.log_every=1")
+    with patch.object(checkpoint, "put", put), pytest.raises(UserError, match="the disk is full"):
+        train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
+    left = shutil.copytree(folder, tmp_path / "left")
+    train(tiny(*late), folder, tell=told.append)
+    again = f"{folder} stopped before its first checkpoint was written, so it starts again from step 0; "
+    assert [line for line in told if line.startswith(again)]
+    train(tiny(*late), tmp_path / "whole")
+    assert known.bits(folder) == known.bits(tmp_path / "whole")
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+    shutil.rmtree(folder / "checkpoints")
+    (left / UNSAVED).unlink()  # as in a run from before there was such a file
+    for place in (folder, left):
+        with pytest.raises(UserError, match=r"metrics\.jsonl reaches step \d, and .*checkpoints has no checkpoint"):
+            train(tiny(*late), place)
+
+
+def replace_by_another(folder: Path) -> None:
+    """As where its disk is unmounted, or another run is begun under its name."""
+    folder.rename(folder.with_name("kept"))
+    folder.mkdir()
+    (folder / FILE).touch()
+    (folder / LOCK).touch()
+
+
+AWAY: dict[str, tuple[Callable[[Path], object], list[str] | None]] = {
+    "removed": (lambda folder: shutil.rmtree(shutil.copytree(folder, folder.with_name("kept")).with_name("run")), None),
+    "renamed": (lambda folder: folder.rename(folder.with_name("kept")), None),
+    "replaced": (replace_by_another, [LOCK, FILE]),
+}
+
+
+@pytest.mark.parametrize(("way", "every"), [*((way, 100) for way in AWAY), ("renamed", 1)])
+def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_path: Path) -> None:
+    """Nothing is written where it was, and the same command resumes once it is back."""
+    folder, (go_away, left) = tmp_path / "run", AWAY[way]
+    run = tiny("train.save_every=2", f"train.log_every={every}")
+
+    def away(state: State, record: Record) -> None:
+        if state.step == 3:
+            wait_for_checkpoint(folder / "checkpoints/step-00000002")
+            go_away(folder)
+
+    with pytest.raises(UserError, match=r"run was removed, renamed or unmounted while a training wrote into it"):
+        train(run, folder, hooks=[loop.Every(1, away)])
+    assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
+    if left:
+        shutil.rmtree(folder)
+    (tmp_path / "kept").rename(folder)
+    assert train(run, folder).step == 8
+
+
+def test_a_folder_that_is_emptied_in_mid_run_ends_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def empty(state: State, record: Record) -> None:
+        if state.step == 3:
+            wait_for_checkpoint(folder / "checkpoints/step-00000002")
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    with pytest.raises(UserError, match=r"run/run\.yaml was removed while its run was trained"):
+        train(tiny("train.log_every=100"), folder, hooks=[loop.Every(1, empty)])
+    assert not folder.exists()
+
+
+def wait_for_checkpoint(checkpoint: Path) -> None:
+    """Until a thread has written it, and noted that."""
+    late = time.monotonic() + 30
+    while not checkpoint.exists() or (checkpoint.parents[1] / UNSAVED).exists():
+        assert time.monotonic() < late
+        time.sleep(0.001)
 
 
 def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

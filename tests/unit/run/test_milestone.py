@@ -9,6 +9,7 @@ import torch
 from dumo.io.weights import load as load_weights
 from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
+from dumo.run.gallery import trajectories
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import UserError
@@ -44,6 +45,16 @@ def test_the_first_milestone_is_before_training(tmp_path: Path) -> None:
     train(spec, tmp_path / "run")
     there = load_weights(tmp_path / "run/milestones/step-00000000.safetensors")
     assert all(torch.equal(there[name], value) for name, value in spec.build().state_dict().items())
+
+
+def test_milestones_that_changed_places_are_no_trajectories(tmp_path: Path) -> None:
+    train(tiny(2, "[0, 1]"), tmp_path / "run")
+    first, second = (tmp_path / f"run/milestones/step-0000000{step}.safetensors" for step in (0, 1))
+    first.rename(tmp_path / "spare")
+    second.rename(first)
+    (tmp_path / "spare").rename(second)
+    with pytest.raises(UserError, match=r"step-00000000\.safetensors says that its step is 1, not 0"):
+        trajectories(open_run(str(tmp_path / "run"), device="cpu"), nfe=[1], count=1)
 
 
 def test_stopped_and_resumed_leaves_the_same_milestones(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dumo.io import digest
 from dumo.run import shipped
 from dumo.run.config import resolve
 from dumo.run.folder import open_run
+from dumo.runtime import typed
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -60,13 +61,17 @@ def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path, monkeypa
     assert not [place for _, place in resolve.places(opened.run) if Path(place).is_absolute()]
 
 
-def test_a_folder_of_this_name_comes_first(here: Path) -> None:
+def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
+    """Each opens by a name of its own; a folder without a run is no rival."""
     shutil.copytree(shipped.HERE / NAME, here / NAME)
-    assert shipped.find(NAME) == Path(NAME)
-    assert not (here / "runs").exists()
-    (here / NAME / "run.yaml").unlink()
-    with pytest.raises(UserError, match=f"train one first.* {NAME}"):
+    with pytest.raises(UserError, match=rf"holds a run: write dumo:{NAME} for dumo's, or \./{NAME} for the folder"):
         open_run(NAME, device="cpu")
+    assert not (here / "runs").exists()
+    assert open_run(f"./{NAME}", device="cpu").folder == open_run(Path(NAME), device="cpu").folder == Path(NAME)
+    assert typed(Path(NAME)) == f"./{NAME}"
+    assert open_run(f"dumo:{NAME}", device="cpu").folder == Path("runs", NAME)
+    (here / NAME / "run.yaml").unlink()
+    assert shipped.find(NAME) == Path("runs", NAME)
 
 
 def test_another_run_at_the_place_of_the_copy_is_refused(here: Path) -> None:

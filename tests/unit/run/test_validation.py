@@ -1,5 +1,6 @@
 """A run is judged as it trains, as `dumo evaluate` would judge it, and trains as it would without."""
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -148,6 +149,33 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
     scored(9.0)
     train(tiny("train.steps=8", "evaluate.nfe=[2]"), tmp_path / "run")  # another number: no score stands
     assert [*kept(tmp_path / "run")] == ["step-00000008.safetensors"]
+
+
+def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored: Callable[..., None]) -> None:
+    """By the name of the file, before the first step, and at the end; older ones are taken by the log's score."""
+    run, more = tmp_path / "run", "train.steps=8"
+    scored(3.0, 1.0, 2.0)
+    train(tiny(), run)
+    scored(4.0, 3.0, 2.0)
+    train(tiny("train.seed=1"), tmp_path / "other")
+    (name,) = kept(run)
+    best, good = run / "best" / name, (run / "best" / name).read_bytes()
+
+    shutil.copy(tmp_path / "other/best/step-00000006.safetensors", best)
+    with pytest.raises(UserError, match=rf"run/best/{name} has weights of another run than run\.yaml says"):
+        train(tiny(more), run)
+    best.write_bytes(good)
+    known.restate(best, lambda facts: facts["score"].update(value=0.5))
+    for words in (more, "train.steps=6"):
+        with pytest.raises(UserError, match=rf"run/best/{name} has changed: what it says of itself"):
+            train(tiny(words), run)
+    known.restate(best, lambda facts: facts.pop(checkpoint.FACTS_SUM))  # as in an older file
+    with pytest.raises(UserError, match=rf"best/{name} says that its mmd is 0\.5, and metrics\.jsonl has no such row"):
+        train(tiny(more), run)
+    known.restate(best, lambda facts: facts["score"].update(value=1.0))
+    scored(1.5)
+    train(tiny(more), run)
+    assert [*kept(run)] == [name]
 
 
 def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: Path) -> None:

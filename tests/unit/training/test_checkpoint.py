@@ -94,6 +94,19 @@ def test_keeps_the_last(tmp_path: Path) -> None:
     assert save(tmp_path, state, 2).is_dir()
 
 
+def test_of_a_checkpoint_that_is_a_link_the_link_goes(tmp_path: Path) -> None:
+    """What it leads to is kept elsewhere, and stays."""
+    state = trained(SPEC)
+    for state.step in (1, 2):
+        save(tmp_path / "run", state, 2)
+    elsewhere = (tmp_path / "run/step-00000001").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/step-00000001").symlink_to(elsewhere)
+    for state.step in (3, 4):
+        save(tmp_path / "run", state, 2)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000003", "step-00000004"]
+    assert (elsewhere / "state.json").exists()
+
+
 def test_half_written_folders_are_ignored_then_removed(tmp_path: Path) -> None:
     assert latest(tmp_path / "none") is None
     state = trained()

@@ -13,7 +13,19 @@ from dumo.io import digest, yaml
 from dumo.run.config import trust
 from dumo.run.config.change import override, shown
 from dumo.run.config.error import explain
-from dumo.run.config.source import CHANGED, CODE, FORMAT, GIVEN, KEY, PROPOSED, RESOLVED, Noted, read
+from dumo.run.config.source import (
+    BROUGHT,
+    CHANGED,
+    CODE,
+    FORMAT,
+    GIVEN,
+    KEY,
+    PROPOSED,
+    RESOLVED,
+    Noted,
+    read,
+    recipe_of,
+)
 from dumo.run.config.source import FILE as FILE
 from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
@@ -38,8 +50,8 @@ class Difference:
         return f"{self.field}: {shown(self.was)} {there}, {shown(self.now)} {here}"
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> Run:
-    """Read a run: a recipe's name, a YAML file, or a folder with a run.yaml.
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run: a recipe's name, a YAML file, or a folder with a run.yaml; a Path is no recipe if it is there.
 
     Raises UserError, one line per mistake, each with its dotted path and the nearest valid name.
     """
@@ -48,6 +60,11 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
     fill(tree, tree.get(RESOLVED))
     trust.accept(overrides)
     return parse(Run, tree, name)
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
+    """Read the recipe of this name, whatever lies under it here. Raises as `load`."""
+    return load(f"{BROUGHT}{name}", overrides)
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
@@ -87,8 +104,11 @@ def clear(tree: dict[str, Any], path: Sequence[str]) -> None:
         tree.pop(path[0], None)
 
 
-def default_folder(source: str) -> Path:
+def default_folder(source: str | Path) -> Path:
     """A run's default folder: runs/NAME, or that of the run.yaml that `source` is or holds."""
+    recipe = recipe_of(source)
+    if recipe is not None:
+        return Path("runs") / recipe
     path = Path(source)
     if path.name == FILE:
         return path.parent

@@ -6,8 +6,9 @@ A run.yaml, which training writes complete, says its format (ADR 0003); files th
 import errno
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -20,6 +21,8 @@ from dumo.run.config.error import nearest_few
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
+BROUGHT = "dumo:"  # before the name of a recipe or a trained run: that which dumo brings, whatever lies here
+TABLES = (".parquet", ".tar")  # files of images
 KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
 RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.config.resolve`)
@@ -47,16 +50,67 @@ class Noted(BaseModel):
         return self.field == "data" and not isinstance(self.was, dict)
 
 
-def read(source: str) -> tuple[dict[str, Any], str]:
+def kind_of(source: str | Path) -> Literal["recipe", "run", "images"]:
+    """What a source is: a recipe; a folder or file of images; or else the folder or the YAML file of a run.
+
+    Of nothing it is a run, which `read` then does not find. Raises UserError as `recipe_of`.
+    """
+    if recipe_of(source) is not None:
+        return "recipe"
+    path = Path(source)
+    if os.path.isfile(path):  # False for a name that is too long
+        return "images" if path.suffix in TABLES else "run"
+    if source and os.path.isdir(path) and not (path / FILE).is_file():
+        return "images"
+    return "run"
+
+
+def recipe_of(source: str | Path) -> str | None:
+    """The name of the recipe that a source means; None: it is a path, as is every Path under which something lies.
+
+    Raises UserError where a folder of that name holds a run or images, so that it may be meant.
+    """
+    if isinstance(source, Path) and os.path.exists(source):
+        return None
+    return name_of_brought(str(source), recipes.names(), images=True)
+
+
+def name_of_brought(source: str, names: Collection[str], *, images: bool = False) -> str | None:
+    """The one of these names, of what dumo brings, that a source means; None: it is a path.
+
+    Raises UserError where a folder of that name holds a run or, with `images`, those, so that it may be meant.
+    """
+    name = source.removeprefix(BROUGHT)
+    if name not in names:
+        return None
+    if name == source:
+        content = _content_of(Path(source), images=images)
+        if content is not None:
+            raise UserError(
+                f"{source} may be what dumo brings by this name, or the folder here, which holds {content}: write "
+                f"{BROUGHT}{source} for dumo's, or ./{source} for the folder"
+            )
+    return name
+
+
+def resumed(source: str, out: Path | None) -> str:
+    """The source, or the run that it left in a folder of its own name: `train digits --out digits`, typed again."""
+    if out is not None and out == Path(source) and (out / FILE).is_file():
+        return f"./{source}"
+    return source
+
+
+def read(source: str | Path) -> tuple[dict[str, Any], str]:
     """The tree of plain values of a source, over its bases, and its name for errors. Raises UserError."""
+    recipe = recipe_of(source)
+    if recipe is not None:
+        return _whole(_packaged(recipe), f"recipe {recipe}", None), f"recipe {recipe}"
     file = _file(Path(source))
     if file is not None:
         return _whole(_tree(file), str(file), file), str(file)
-    if source in recipes.names():
-        return _whole(_packaged(source), f"recipe {source}", None), f"recipe {source}"
     if os.path.isdir(source):  # False for a name that is too long
         raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
-    raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(source)}")
+    raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
 
 
 def noted(place: Path) -> list[Noted]:
@@ -88,8 +142,9 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
     if either := EITHER.fullmatch(text):
         base = text = os.environ.get(either[1]) or either[2]
         file, name = Path(FILE), f"{name}: ${either[1]}"
-    if base in recipes.names():
-        return _packaged(text), f"recipe {text}", None
+    recipe = text.removeprefix(BROUGHT)
+    if isinstance(base, str) and recipe in recipes.names():  # whatever lies next to the file
+        return _packaged(recipe), f"recipe {recipe}", None
     if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):
         tree = _tree(found)
         tree.pop(RESOLVED, None)  # of that run's files
@@ -97,6 +152,22 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
     raise UserError(
         f"{name}: base: there is no recipe '{brief(text)}', nor a file or run's folder there; {_hint(text)}"
     )
+
+
+def _content_of(folder: Path, *, images: bool) -> str | None:
+    """What a folder holds that may be a source: a run, or images if these count; None: neither."""
+    if (folder / FILE).is_file():
+        return "a run"
+    if not images:
+        return None
+    from dumo.data.pixel import SUFFIXES  # slow to import
+
+    for _, _, names in os.walk(folder):
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in SUFFIXES or ending in TABLES:
+                return "images"
+    return None
 
 
 def _file(path: Path) -> Path | None:

@@ -124,7 +124,7 @@ def settings(tree: dict[str, Any], text: str) -> Iterator[tuple[str, dict[str, A
 
 def with_weights(opened: RunFolder, file: Path) -> RunFolder:
     """The run with other weights of its folder."""
-    point = open_run(str(opened.folder), weights=str(file), device=str(opened.device))
+    point = open_run(opened.folder, weights=str(file), device=str(opened.device))
     return replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))
 
 

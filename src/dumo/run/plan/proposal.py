@@ -26,7 +26,7 @@ from dumo.encoders.caption import Captions
 from dumo.evaluation.word import method
 from dumo.io.read import brief, user_path
 from dumo.run.config.change import override, shown
-from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.load import FILE, load_recipe, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
@@ -110,14 +110,6 @@ class Proposal:
         least = "; the fewest proposed, less by --set train.steps" if run.train.steps == FEWEST else ""
         yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times{least}"
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
-
-
-def is_place(source: str) -> bool:
-    """Whether this is a folder or a file of images, not a run's folder or a YAML file."""
-    path = Path(source)
-    if path.is_dir():
-        return bool(source) and not (path / FILE).is_file()
-    return path.is_file() and path.suffix in (".parquet", ".tar")
 
 
 def propose(
@@ -235,7 +227,7 @@ def step_seconds(run: Run, here: torch.device) -> float:
 
 def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
     """The recipe with these fields, and then the user's own."""
-    tree = load(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()]).model_dump(mode="json")
+    tree = load_recipe(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()]).model_dump(mode="json")
     override(tree, sets)
     return parse(Run, tree)
 

@@ -121,7 +121,7 @@ def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run/run.yaml").touch()
-    assert default_folder("digits") == Path("runs/digits")
+    assert default_folder("digits") == default_folder("dumo:digits") == Path("runs/digits")
     assert default_folder("my/recipes/digits.small.yaml") == Path("runs/digits.small")
     assert default_folder("a run") == default_folder("a run/run.yaml") == Path("a run")
     assert default_folder(str(tmp_path / "a run")) == tmp_path / "a run"
@@ -250,7 +250,8 @@ def test_a_base_is_a_file_or_a_folder_beside_it(base: str, tmp_path: Path, monke
 
 def test_a_recipe_is_a_recipe_whatever_lies_beside_the_file(tmp_path: Path) -> None:
     written(tmp_path / "digits/run.yaml", dump(load("moons")))
-    assert load(written(tmp_path / "mine.yaml", "base: digits")) == load("digits")
+    for base in ("digits", "dumo:digits"):
+        assert load(written(tmp_path / "mine.yaml", f"base: {base}")) == load("digits")
     assert load(written(tmp_path / "mine.yaml", "base: ./digits")) == load("moons")
 
 
