@@ -253,7 +253,7 @@ def in_files(root: Path, store: Folder, name: str) -> Pairing:
         )
     pairing = Pairing(
         captions=[columns.of_rows(rows.by_image.get(path, ())) if columns else None for path in paths],
-        name_of=lambda i: os.path.relpath(paths[i], above),
+        name_of=lambda i: name_below(above, paths[i]),
         blank="a row with an empty text" if columns else "an empty .txt",
         columns=rows.text_columns(),
     )
@@ -284,16 +284,21 @@ def add_text_files(
             text_file = text_files.find(stem + ending)
             if text_file is None:
                 continue
-            name = os.path.relpath(text_file, above)
-            images_of_text[name].append(os.path.relpath(image, above))
+            name = name_below(above, text_file)
+            images_of_text[name].append(name_below(above, image))
             captions = pairing.captions[i]
             if not is_filled(captions):
                 pairing.captions[i] = split(read_text(folder / name, MEND)) or captions or ()
             elif (folder / name).read_bytes().strip():
                 pairing.unread.append(name)
     of_no_other = [file for file in text_files.names if other_stems.find(os.path.splitext(file)[0]) is None]
-    names = {os.path.relpath(file, above) for file in of_no_other}
+    names = {name_below(above, file) for file in of_no_other}
     pairing.add_texts(images_of_text, sorted(names - images_of_text.keys()))
+
+
+def name_below(folder: str, file: str) -> str:
+    """A file's path from a folder that holds it; `os.path.relpath` is slow."""
+    return file.removeprefix(folder).lstrip(os.sep)
 
 
 def endings_of(name: str) -> Texts:
