@@ -1,6 +1,7 @@
 """A folder of images is enough: what is there and what the machine makes of it say the rest."""
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -60,6 +61,12 @@ READING = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4"
 def test_captions_are_read(photos: Path) -> None:
     for i in range(6):
         (photos / f"cats/{i}.txt").write_text(f"a cat, number {i}")
+    refused = call("train", "photos", "--yes", "--device", "cpu", *READING)
+    assert refused.code == 2
+    assert "7 of 13 images without a caption: 'dogs/0.png', 'dogs/1.png', 'dogs/2.png' and 4 more" in refused.err
+    assert not Path("runs").exists()
+    for file in photos.glob("dogs/*"):
+        file.with_suffix(".txt").touch()  # no caption, on purpose
     done = call("train", "photos", "--yes", "--device", "cpu", *READING)
     assert done.code == 0, done
     said = " ".join(done.out.split())
@@ -85,7 +92,9 @@ def test_captions_that_are_not_read_are_said(
     monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
     monkeypatch.setattr(proposal, "installed", lambda name: None)
     monkeypatch.setattr(proposal, "install", lambda extra: "pip install transformers")
-    (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "a cat"}\n')
+    rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
+    rows[1]["text"] = "a cat"
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = proposal.propose("photos", [field], device="cpu")
     assert " ".join(dict(found.lines())["captions"].split()) == said
     assert (found.run.net.kind, found.run.data.classes) == ("unet", 2)

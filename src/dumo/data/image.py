@@ -168,11 +168,17 @@ class Images(Spec):
 
     def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
-        found = Captions.of(captions_of(root, self._store(root, None), files.name, files.source))
+        found = self._read_captions(root, files)
         if self.classes not in (0, len(found)):
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
         counted = files.model_copy(update={"digest": found.digest()})
         return {"classes": len(found), "names": (), "captions": counted}
+
+    def _read_captions(self, root: Path, files: Files) -> Captions:
+        """The captions of the images. Before a run has a digest of them, images and captions must find each other."""
+        store = self._store(root, None)
+        counted = files.digest is not None
+        return Captions.of(captions_of(root, store, files.name, files.source, require_pairs=not counted))
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
@@ -216,8 +222,7 @@ class Images(Spec):
         if not isinstance(self.captions, Files):
             return Captions.of([])
         root = user_path(self.root, "data.root")
-        captions = self.captions
-        found = Captions.of(captions_of(root, self._store(root, None), captions.name, captions.source))
+        found = self._read_captions(root, self.captions)
         self.captions.require(found, str(root))
         return found
 
@@ -230,7 +235,8 @@ class Images(Spec):
         """The images that are edited, by their hashes. Raises UserError as `open`."""
         root, source = user_path(self.root, "data.root"), self.source or ""
         found = edited(root, self._store(root, None), source)
-        return {hash_of(file): file for _, rows in found for row in rows if (file := Path(row[source]))}
+        files = (Path(row.values[source]) for _, rows in found for row in rows)
+        return {hash_of(file): file for file in files}
 
     def caption_texts(self) -> tuple[str, ...]:
         """All captions by number; () where there are none. Raises UserError as `open`."""

@@ -126,10 +126,54 @@ class Parquet:
                 column = table.read(columns=[name], use_threads=False).column(0)
             yield column
 
+    def read_texts(self, name: str) -> list[Any]:
+        """A column of all files, as Python's objects. Raises as `read_column`, and UserError for what is not UTF-8."""
+        values: list[Any] = []
+        for file, column in zip(self.files, self.read_column(name), strict=True):
+            values += decoded(column, file, 0)
+        return values
+
 
 def columns(store: Parquet) -> list[str]:
     """What the first table has, for a message."""
     return list(store.tables[0].schema_arrow.names)
+
+
+def columns_of_all(store: Parquet) -> list[str]:
+    """The columns that every table has, in the order of the first."""
+    others = [set(table.schema_arrow.names) for table in store.tables[1:]]
+    return [name for name in columns(store) if all(name in names for names in others)]
+
+
+def text_columns(store: Parquet) -> list[str]:
+    """The columns of the first table that hold texts, or lists of texts."""
+    from pyarrow import types  # slow to import
+
+    names: list[str] = []
+    for column in store.tables[0].schema_arrow:
+        content = column.type.value_type if types.is_list(column.type) else column.type
+        if types.is_string(content) or types.is_large_string(content):
+            names.append(column.name)
+    return names
+
+
+def decoded(rows: Any, table: str, first: int) -> list[Any]:  # noqa: ANN401, untyped rows or a column of them
+    """Rows of a table, or a column of them, as Python's objects; `first` is the number of the first.
+
+    Raises UserError, with the row, where a text is not UTF-8.
+    """
+    try:
+        return rows.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(rows)):
+            try:
+                rows.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{table} row {first + number} has a text that is not UTF-8 (byte "
+                    f"0x{error.object[error.start]:02x}): write the table anew, from texts in UTF-8"
+                ) from error
+        raise
 
 
 def open_table(file: str | Path) -> "ParquetFile":

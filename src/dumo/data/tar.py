@@ -15,8 +15,9 @@ import os
 import tarfile
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from dumo.data.pairing import normal_form
 from dumo.data.pixel import SUFFIXES, Unreadable
 from dumo.data.store import Labels, counted, require_small, states_of
 from dumo.io import digest, note
@@ -109,17 +111,19 @@ class Tar:
             raise Unreadable("is cut off: its archive has become shorter")
         return data
 
-    def texts(self, suffixes: Sequence[str]) -> list[dict[str, bytes]]:
-        """What the members of these endings say of each image, by ending. All archives are gone through anew."""
-        found: list[dict[str, bytes]] = []
+    def texts(self, suffixes: Sequence[str]) -> "MemberTexts":
+        """What the members of these endings say of each image. All archives are gone through anew.
+
+        Raises UserError for a text of more than TEXT bytes.
+        """
+        found = MemberTexts()
+        endings = (*suffixes, *(suffix.upper() for suffix in suffixes))
         with late("looking for captions in tar archives", len(self.files)) as tick:
             for k, (file, scan) in enumerate(zip(self.files, self.scans, strict=True), 1):
                 signals.check()
-                texts: dict[str, dict[str, bytes]] = {}
-                for info, content in _members(file, suffixes, TEXT):
-                    if content is not None:
-                        texts.setdefault(_key(info.name), {})[info.name.rpartition(".")[2]] = content
-                found += [texts.get(_key(scan.name(i)), {}) for i in range(len(scan))]
+                images = [scan.name(i) for i in range(len(scan))]
+                texts = {info.name: content for info, content in _texts_of(file, endings)}
+                found.add(file, images, texts, suffixes)
                 tick(k, "")
         return found
 
@@ -142,6 +146,32 @@ class Tar:
         if wrong:
             raise UserError(wrong)
         return counted(c, self.files[0])
+
+
+@dataclass(frozen=True)
+class MemberTexts:
+    """The texts next to the images of archives. A member is named as an image is: the archive, and its name there."""
+
+    by_image: list[dict[str, bytes]] = field(default_factory=list[dict[str, bytes]])  # by ending
+    images_of_text: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # by member
+    orphans: list[str] = field(default_factory=list[str])  # members of no image
+
+    def add(self, file: str, images: Sequence[str], texts: Mapping[str, bytes], suffixes: Sequence[str]) -> None:
+        """Add an archive: the names of its images, and its texts by name. Of other endings they are of no image."""
+        texts_by_key: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
+        images_by_key: defaultdict[str, list[str]] = defaultdict(list)
+        for image in images:
+            images_by_key[normal_form(_key(image))].append(f"{file} member {image}")
+        for name, content in texts.items():
+            key = normal_form(_key(name))
+            ending = name.rpartition(".")[2]
+            member = f"{file} member {name}"
+            if ending in suffixes and key in images_by_key:
+                texts_by_key[key][ending] = content
+                self.images_of_text[member] = images_by_key[key]
+            else:
+                self.orphans.append(member)
+        self.by_image.extend(texts_by_key.get(normal_form(_key(image)), {}) for image in images)
 
 
 def look(file: str) -> Scan:
@@ -225,6 +255,16 @@ def _members(file: str, read: Sequence[str], most: int) -> Iterator[tuple[tarfil
     except tarfile.TarError as error:
         raise UserError(f"{file} is no whole tar archive: {error}; {AGAIN}") from error
     _check_end(file, end)
+
+
+def _texts_of(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The members of an archive with these endings. Raises UserError for one of more than TEXT bytes."""
+    for info, content in _members(file, endings, TEXT):
+        if content is None:  # an image
+            continue
+        if info.size > TEXT:
+            raise UserError(f"{file} member {info.name} has {info.size:,} bytes, and a text has at most {TEXT:,}")
+        yield info, content
 
 
 def _check_end(file: str, end: int) -> None:

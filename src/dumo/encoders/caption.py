@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.io.read import read_text
+from dumo.io.read import is_unicode, read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -122,12 +122,13 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(_lines(path), 1):
-        wrong = "has no prompt, as {'prompt': 'a photo of a bench'}"
         try:
-            found: Any = json.loads(line)
+            row: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
-            found, wrong = None, f"is not JSON ({error})"
-        text = found.get("prompt") if isinstance(found, dict) else None
+            raise UserError(f"{path} line {number} is not JSON ({error}): {WAY}") from error
+        text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path} line {number} {wrong}: {WAY}")
+            raise UserError(f"{path} line {number} has no prompt, as {{'prompt': 'a photo of a bench'}}: {WAY}")
+        if not is_unicode(text):
+            raise UserError(f"{path} line {number} has a prompt with half a character, a lone surrogate: {WAY}")
         yield text.strip(), line

@@ -3,11 +3,12 @@
 JSON has no NaN and no infinity: they are written as null.
 """
 
+import codecs
 import json
 import math
 import os
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,22 +44,67 @@ def brief(text: object, most: int = 200) -> str:
 
 
 def read_text(path: Path, way_out: str, most: int = MOST) -> str:
-    """What a file holds. Raises UserError, with the way out, where it is not there, or no such file.
+    """What a file holds, without a byte-order mark.
 
-    That is a pipe or a device, which may have no end; more than `most` bytes; or what is not UTF-8.
+    Raises UserError, with the way out, where it is not there; for a pipe or a device, which may have no end; for more
+    than `most` bytes; and for what is not UTF-8.
     """
     if not path.exists():
-        wrong = "is not there"
-    elif not path.is_file():
-        wrong = "is no file"
-    elif (size := path.stat().st_size) > most:
-        wrong = f"has {size:,} bytes, and such a file has at most {most:,}"
+        raise UserError(f"{path} is not there: {way_out}")
+    if not path.is_file():
+        raise UserError(f"{path} is no file: {way_out}")
+    size = path.stat().st_size
+    if size > most:
+        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {most:,}: {way_out}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} {encoding_fault(path.read_bytes())}: {way_out}") from error
+
+
+def decode(data: bytes, where: str, way_out: str) -> str:
+    """A text without a byte-order mark. Raises UserError, with the way out, for what is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} {encoding_fault(data)}: {way_out}") from error
+
+
+def text_lines(path: Path, way_out: str) -> Iterator[str]:
+    """The lines of a file, each with its end as it stands there, without a byte-order mark.
+
+    Raises UserError, with the way out, at the first line that is not UTF-8.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        for number, line in enumerate(lines, 1):
+            if not is_unicode(line):  # the bytes that are not UTF-8 have become halves of characters
+                fault = encoding_fault(line.encode(errors="surrogateescape"), number)
+                raise UserError(f"{path} {fault}: {way_out}")
+            yield line
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON can name halves of characters, as in "\\ud800", which it cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def encoding_fault(data: bytes, first_line: int = 1) -> str:
+    """Where bytes are not UTF-8, and a program that makes them so; their first line has a number."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        place = error.start
     else:
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            wrong = f"is no text ({error})"
-    raise UserError(f"{path} {wrong}: {way_out}")
+        raise ValueError("these bytes are UTF-8")
+    line = first_line + data.count(b"\n", 0, place)
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+    return f"line {line} is not UTF-8 (byte 0x{data[place]:02x}; iconv -f {encoding} -t utf-8 converts a file)"
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ def file_of(i: int) -> str:
 def as_lines(root: Path, told: Told, name: str = "metadata.jsonl", key: str = "text") -> None:
     as_folder(root)
     rows = [{"file_name": file_of(i), key: texts[0] if len(texts) == 1 else texts} for i, texts in enumerate(told)]
-    (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def as_csv(root: Path, told: Told) -> None:
@@ -46,7 +46,7 @@ def as_table(root: Path, told: Told) -> None:
 
 def as_texts(root: Path, told: Told, suffix: str = ".txt") -> None:
     as_folder(root)
-    for i, texts in enumerate(told[1:], 1):
+    for i, texts in enumerate(told):
         (root / file_of(i)).with_suffix(suffix).write_text("\n".join(texts) + "\n\n")
 
 
@@ -107,14 +107,19 @@ def test_a_column_by_its_name(tmp_path: Path) -> None:
 
 def test_a_table_or_files_of_text_as_chosen(tmp_path: Path) -> None:
     """Of both, a table goes first, unless it says nothing of words or files are asked for by their ending."""
+    for suffix in (".txt", ".caption"):
+        as_texts(tmp_path, [[]] * COUNT, suffix)
     as_csv(tmp_path, TOLD)
-    (file := tmp_path / file_of(3)).with_suffix(".caption").write_text("of a file")
+    file = tmp_path / file_of(3)
+    file.with_suffix(".caption").write_text("of a file")
     file.with_suffix(".txt").write_text("of a text")
-    chosen = [spec(tmp_path, captions={"kind": "files", "name": name}) for name in ("auto", "txt", "caption")]
+    with pytest.warns(UserWarning, match="2 files of text not read.*'ant/03.txt', 'ant/03.caption'"):
+        chosen = [spec(tmp_path, captions={"kind": "files", "name": name}) for name in ("auto", "txt", "caption")]
     assert [images.caption_texts() for images in chosen] == [TEXTS, ("of a text",), ("of a file",)]
     table = tmp_path / "metadata.csv"
     table.write_text(table.read_text("utf-8-sig").replace("text,score", "words,score", 1))
-    assert spec(tmp_path, **FILES).caption_texts() == ("of a text",)
+    with pytest.warns(UserWarning, match="1 file of text not read.*'ant/03.caption'"):
+        assert spec(tmp_path, **FILES).caption_texts() == ("of a text",)
     file.with_suffix(".txt").unlink()
     file.with_suffix(".caption").unlink()
     assert "There are columns words, score: set captions.name to one" in refused(tmp_path, **FILES)
@@ -171,3 +176,147 @@ def test_what_tells_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "1.png").write_bytes(picture(1))
     assert "name classes, and" in refused(tmp_path / "flat", **words)
+
+
+def test_the_first_caption_that_is_not_blank_is_read(tmp_path: Path) -> None:
+    """In each row; a blank text hides neither another column nor a file of text."""
+    said = ["of text", "", None, " "]
+    rows = [{"file_name": file_of(i), "text": said[i % 4], "caption": f"of caption {i}"} for i in range(COUNT)]
+    expected = tuple(dict.fromkeys("of text" if i % 4 == 0 else f"of caption {i}" for i in range(COUNT)))
+    as_folder(tmp_path / "table")
+    (tmp_path / "table/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "parquet").mkdir()
+    columns = {name: [row[name] for row in rows] for name in ("text", "caption")}
+    pq.write_table(table(range(COUNT), **columns), tmp_path / "parquet/all.parquet")
+    members: dict[str, bytes] = {}
+    for i, row in enumerate(rows):
+        members |= {f"{i:04}.png": picture(i), f"{i:04}.json": json.dumps(row).encode()}
+        members |= {f"{i:04}.txt": b"  \n"} if i % 2 else {}
+    archive(tmp_path / "tar/all.tar", members)
+    for store in ("table", "parquet", "tar"):
+        assert spec(tmp_path / store, **FILES).caption_texts() == expected
+    as_texts(tmp_path / "files", [[f"of text {i}"] if i < 6 else [" "] for i in range(COUNT)])
+    as_texts(tmp_path / "files", [[f"of caption {i}"] if i > 5 else [] for i in range(COUNT)], ".caption")
+    (tmp_path / "files/metadata.csv").write_text(f"file_name,text\n{file_of(0)},\n{file_of(1)},of row\n")
+    with pytest.warns(UserWarning, match=f"1 file of text not read.*'{Path(file_of(1)).with_suffix('.txt')}'"):
+        found = spec(tmp_path / "files", **FILES).caption_texts()
+    assert found == (
+        "of text 0",
+        "of row",
+        *(f"of text {i}" for i in range(2, 6)),
+        *(f"of caption {i}" for i in range(6, 12)),
+    )
+
+
+def encoded(root: Path, way: str, text: bytes) -> None:
+    """Images whose fourth has a caption of these bytes."""
+    as_folder(root)
+    lines = [b"a %d" % i if i != 3 else text for i in range(COUNT)]
+    files = [file_of(i).encode() for i in range(COUNT)]
+    match way:
+        case "csv":
+            rows = [b"%s,%s\n" % pair for pair in zip(files, lines, strict=True)]
+            (root / "metadata.csv").write_bytes(b"file_name,text\n" + b"".join(rows))
+        case "jsonl":
+            rows = [b'{"file_name": "%s", "text": "%s"}\n' % pair for pair in zip(files, lines, strict=True)]
+            (root / "metadata.jsonl").write_bytes(b"".join(rows))
+        case "txt":
+            for file, line in zip(files, lines, strict=True):
+                (root / file.decode()).with_suffix(".txt").write_bytes(line)
+        case "metadata.parquet":
+            column = pa.array(lines, pa.binary()).view(pa.string())
+            pq.write_table(pa.table({"file_name": [file.decode() for file in files], "text": column}), root / way)
+        case "parquet":
+            for file in files:
+                (root / file.decode()).unlink()
+            column = pa.array(lines, pa.binary()).view(pa.string())
+            pq.write_table(table(range(COUNT), text=column), root / "all.parquet")
+        case _:
+            for file in files:
+                (root / file.decode()).unlink()
+            texts = [b'{"caption": "%s"}' % line if way == "json" else line for line in lines]
+            members = {f"{i:04}.{way.removeprefix('tar ')}": text for i, text in enumerate(texts)}
+            archive(root / "all.tar", {f"{i:04}.png": picture(i) for i in range(COUNT)} | members)
+
+
+@pytest.mark.parametrize(
+    ("way", "place"),
+    [
+        ("csv", "metadata.csv line 5"),
+        ("jsonl", "metadata.jsonl line 4"),
+        ("txt", "03.txt line 1"),
+        ("metadata.parquet", "metadata.parquet row 3"),
+        ("parquet", "all.parquet row 3"),
+        ("json", "the .json of {root}/all.tar member 0003.png line 1"),
+        ("tar txt", "the .txt of {root}/all.tar member 0003.png line 1"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_its_place(tmp_path: Path, way: str, place: str) -> None:
+    encoded(tmp_path, way, "café".encode("latin1"))
+    told = refused(tmp_path, **FILES)
+    assert place.format(root=tmp_path) in told
+    assert "not UTF-8" in told
+    assert "byte 0xe9" in told
+    assert "parquet" in way or "iconv -f latin1 -t utf-8" in told
+
+
+def test_utf16_is_named(tmp_path: Path) -> None:
+    encoded(tmp_path, "txt", "café".encode("utf-16"))
+    assert "iconv -f utf-16 -t utf-8" in refused(tmp_path, **FILES)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    """Nor of a name of a column, in a table of whatever kind."""
+    mark = "\ufeff".encode()
+    encoded(tmp_path / "txt", "txt", mark + b"a 3")
+    encoded(tmp_path / "tar", "tar txt", mark + b"a 3")
+    for way in ("csv", "jsonl"):
+        encoded(tmp_path / way, way, b"a 3")
+        file = tmp_path / way / f"metadata.{way}"
+        file.write_bytes(mark + file.read_bytes())
+    for way in ("txt", "tar", "csv", "jsonl"):
+        assert spec(tmp_path / way, **FILES).caption_texts() == tuple(f"a {i}" for i in range(COUNT))
+
+
+def test_half_a_character_is_refused_with_its_place(tmp_path: Path) -> None:
+    encoded(tmp_path / "jsonl", "jsonl", rb"a \ud800")
+    assert r"metadata.jsonl line 4: the caption 'a \ud800' has half a character" in refused(tmp_path / "jsonl", **FILES)
+    encoded(tmp_path / "tar", "json", rb"a \ud800")
+    assert "the .json of" in (told := refused(tmp_path / "tar", **FILES))
+    assert "member 0003.png: the caption 'a" in told
+
+
+def as_rows(root: Path, text: str) -> Path:
+    as_folder(root)
+    (root / "metadata.csv").write_bytes(text.encode())
+    return root
+
+
+@pytest.mark.parametrize(("delimiter", "end"), [(";", "\r\n"), ("\t", "\n"), (",", "\r\n")])
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, delimiter: str, end: str) -> None:
+    rows = [("file_name", " text"), *((file_of(i), f'"an {i}{delimiter} ""x"""') for i in range(COUNT))]
+    as_rows(tmp_path, "".join(delimiter.join(row) + end for row in rows))
+    assert spec(tmp_path, **FILES).caption_texts() == tuple(f'an {i}{delimiter} "x"' for i in range(COUNT))
+
+
+def test_csv_that_loses_rows_is_refused_with_the_line(tmp_path: Path) -> None:
+    rows = [f"{file_of(i)},a {i}" for i in range(COUNT)]
+    for k, (fourth, told) in enumerate(
+        {
+            f'{file_of(3)},"a 3': "line 5 is no CSV (unexpected end of data): close each quote",
+            f'{file_of(3)},"a" 3': "line 5 is no CSV",
+            f"{file_of(3)},a, 3": "line 5 has more fields than the first line",
+        }.items()
+    ):
+        changed = [*rows[:3], fourth, *rows[4:]]
+        root = as_rows(tmp_path / str(k), "\n".join(["file_name,text", *changed]))
+        assert f"{root}/metadata.csv {told}" in refused(root, **FILES)
+    root = as_rows(tmp_path / "twice", "\n".join(["file_name,text,text", *rows]))
+    assert "line 1 names a column twice" in refused(root, **FILES)
+    root = as_rows(tmp_path / "image", "\n".join(["image,text", *rows]))
+    assert "line 2 has no file_name (it has image, text)" in refused(root, **FILES)
+
+
+def test_a_member_too_long_for_a_caption_is_refused(tmp_path: Path) -> None:
+    archive(tmp_path / "all.tar", {"0.png": picture(0), "0.txt": b"a" * (2**20 + 1)})
+    assert "all.tar member 0.txt has 1,048,577 bytes" in refused(tmp_path, **FILES)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.read import MOST, brief, read_json, read_text, user_path
+from dumo.io.read import MOST, brief, read_json, read_text, text_lines, user_path
 from dumo.types import UserError
 from fuzz.judge import limited
 
 
 def test_text_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("é\n", encoding="utf-8")
+    assert read_text(tmp_path / "a", "way out") == "é\n"
+    (tmp_path / "a").write_text("é\n", encoding="utf-8-sig")
     assert read_text(tmp_path / "a", "way out") == "é\n"
     (tmp_path / "a.json").write_text('{"a": [1, null, "NaN"]}')
     assert read_json(tmp_path / "a.json", "way out") == {"a": [1, None, "NaN"]}
@@ -25,11 +27,24 @@ def test_what_is_no_text_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with huge.open("wb") as file:
         file.truncate(MOST + 1)
     other.write_bytes(b"a\xffb")
-    for path, said in ((pipe, "no file"), (tmp_path, "no file"), (Path("/dev/zero"), "no file"), (other, "no text")):
-        with limited(5), pytest.raises(UserError, match=f"^{path} is {said}.*: way out$"):
+    for path, said in (
+        (pipe, "is no file"),
+        (tmp_path, "is no file"),
+        (Path("/dev/zero"), "is no file"),
+        (other, r"line 1 is not UTF-8 \(byte 0xff; iconv -f latin1 -t utf-8"),
+    ):
+        with limited(5), pytest.raises(UserError, match=f"^{path} {said}.*: way out$"):
             read_text(path, "way out")
     with pytest.raises(UserError, match=r"67,108,865 bytes.* at most 67,108,864: way out$"):
         read_text(huge, "way out")
+
+
+def test_lines_are_read_up_to_the_first_that_is_not_utf8(tmp_path: Path) -> None:
+    (file := tmp_path / "a").write_bytes("\ufeffä\r\nb\n".encode() + b"\xffc\n")
+    lines = text_lines(file, "way out")
+    assert [next(lines), next(lines)] == ["ä\r\n", "b\n"]
+    with pytest.raises(UserError, match=r"a line 3 is not UTF-8 \(byte 0xff; .*: way out$"):
+        next(lines)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "NaN", '{"a": -Infinity}', "9" * 5000, "\0"])

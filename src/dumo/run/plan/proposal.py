@@ -20,8 +20,8 @@ import torch
 from dumo.data import Data, Images, Memory
 from dumo.data.caption import Files
 from dumo.data.pixel import Frame, Unreadable, short_side
-from dumo.data.store import Store
-from dumo.data.written import AUTO, NoCaptionsError, captions_of
+from dumo.data.store import Store, some
+from dumo.data.written import AUTO, TABLES, NoCaptionsError, captions_of
 from dumo.encoders.caption import Captions
 from dumo.evaluation.word import method
 from dumo.io.read import brief, user_path
@@ -168,28 +168,50 @@ def seen(images: Images, here: torch.device, sets: Sequence[str], bar: Bar) -> t
     fields: dict[str, Any] = {"data.side": side(found.side, SIDES.get(here.type, SIDES["cuda"]))}
     fields |= on_a(here, fields["data.side"])
     why = unread(images, sets)
-    if captions := written(images, store, needed=not why):
-        if why:
-            found = replace(found, captions=f"{len(captions):,} found, not used: {why}")
-        elif not installed("transformers"):
-            raise UserError(
-                f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
-                "out by --set data.captions=null"
-            )
-        else:
-            fields |= reading(images.root, captions, on_a_cpu=here.type == "cpu")
-    return found, fields
+    try:
+        captions = written(images, store, needed=not why)
+    except NoCaptionsError as error:
+        if not why:
+            found = replace(found, captions=other_texts(error))
+        return found, fields
+    if captions is None:
+        return found, fields
+    if why:
+        found = replace(found, captions=f"{len(captions):,} found, not used: {why}")
+        return found, fields
+    if not installed("transformers"):
+        raise UserError(
+            f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
+            "out by --set data.captions=null"
+        )
+    return found, fields | reading(images.root, captions, on_a_cpu=here.type == "cpu")
+
+
+def other_texts(error: NoCaptionsError) -> str:
+    """What may be captions, and how to have it read; "": there is nothing of the kind."""
+    if error.columns:
+        way = f"--set 'data.captions={{kind: files, name: {error.columns[0]}}}'"
+        return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
+    if error.tables:
+        return f"none read; a table of captions is called {TABLES[0]}, and there is {some(error.tables)}"
+    return ""
 
 
 def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
-    """What was written of the images; None where nothing was. Raises UserError for what is damaged, if it is needed."""
+    """What was written of the images; None where it is damaged, and not needed.
+
+    Raises NoCaptionsError where nothing was; UserError for what is damaged, or of other images, if it is needed.
+    """
     name = images.captions.name if isinstance(images.captions, Files) else AUTO
     try:
-        return Captions.of(captions_of(user_path(images.root, "data.root"), store, name))
+        texts = captions_of(user_path(images.root, "data.root"), store, name, require_pairs=needed)
+    except NoCaptionsError:
+        raise
     except UserError as error:
-        if not needed or isinstance(error, NoCaptionsError):
+        if not needed:
             return None
         raise UserError(f"{error}; or leave captions out: --set data.captions=null") from error
+    return Captions.of(texts)
 
 
 def unread(images: Images, sets: Sequence[str]) -> str:

@@ -1,0 +1,207 @@
+"""Which images have a caption, and which captions have an image.
+
+A row of a table, and a file of text, name their image. Two names are the same where they are in Unicode's form C: macOS
+writes the letter "é" as two characters, most tables have it as one. No other difference is bridged: of names that
+differ in case or in blanks alone, a message shows both.
+
+What lacks its other half is counted, and NAMED of it are named in a warning. More than MAX_SHARE is refused. A blank
+text lacks nothing: it says that its image shall have no caption.
+"""
+
+import os
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from dumo.types import UserError
+
+# Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
+# somebody wrote captions by hand, a few were forgotten. Whoever captions half of a set on purpose can say so.
+MAX_SHARE = 0.1
+NAMED = 3
+
+Texts = tuple[str, ...]  # captions of an image
+
+
+def normal_form(name: str) -> str:
+    """A name as it is compared: in Unicode's form C."""
+    return unicodedata.normalize("NFC", name)
+
+
+class NameIndex:
+    """Names that are looked up as they are, else in Unicode's form C."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+        self.by_normal_form = {normal_form(name): name for name in self.names}
+
+    def find(self, name: str) -> str | None:
+        """The name that this one means; None where there is none."""
+        if name in self.names:
+            return name
+        return self.by_normal_form.get(normal_form(name))
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A caption without an image."""
+
+    name: str  # of the image, as the row has it, or of the file of text
+    row: str = ""  # where the row is, `metadata.csv line 3`; "": it is a file of text
+
+    def __str__(self) -> str:
+        """The name, and where it is."""
+        return f"'{self.name}' in {self.row}" if self.row else f"'{self.name}'"
+
+
+@dataclass
+class Pairing:
+    """What is written of each image, and what is written of none."""
+
+    captions: list[Texts | None]  # by image, in the store's order; None: nothing names the image
+    name_of: Callable[[int], str]  # the name of image i, for a message
+    blank: str  # how one says that an image shall have no caption
+    num_rows: int = 0  # of tables, in all
+    orphan_rows: list[Orphan] = field(default_factory=list[Orphan])
+    num_texts: int = 0  # files of text, in all
+    orphan_texts: list[Orphan] = field(default_factory=list[Orphan])
+    unread: list[str] = field(default_factory=list[str])  # files of text whose image has a caption elsewhere
+    shared: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # files of text of several images
+    columns: Sequence[str] = ()  # those that hold texts, read or not
+
+    def add_texts(self, images_of_text: Mapping[str, list[str]], others: Sequence[str]) -> None:
+        """Note the files of text: those that belong to images, and the names of the others.
+
+        Where none belongs to an image, nor nearly, they are other texts than captions, such as README.txt.
+        """
+        orphans = [Orphan(name) for name in others]
+        if images_of_text or any(self._pairs_of(orphans)):
+            self.num_texts = len(images_of_text) + len(orphans)
+            self.orphan_texts = orphans
+        self.shared = {text: images for text, images in images_of_text.items() if len(images) > 1}
+
+    def texts(self) -> list[Texts]:
+        """The captions of each image."""
+        return [captions or () for captions in self.captions]
+
+    def has_captions(self) -> bool:
+        """Whether any image has a caption."""
+        return any(text.strip() for captions in self.captions for text in captions or ())
+
+    def require_images(self, root: Path) -> None:
+        """Raise UserError where more than MAX_SHARE of the captions have no image.
+
+        Files of text have other uses, too, such as README.txt: as few as NAMED are never refused.
+        """
+        num_orphan_rows = len(self.orphan_rows)
+        if num_orphan_rows > MAX_SHARE * self.num_rows:
+            raise UserError(
+                f"{root}: {self._orphan_row_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: mend "
+                "the names, bring the images, or remove these rows"
+            )
+        num_orphan_texts = len(self.orphan_texts)
+        if num_orphan_texts > NAMED and num_orphan_texts > MAX_SHARE * self.num_texts:
+            raise UserError(
+                f"{root}: {self._orphan_text_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: mend "
+                "the names, bring the images, or remove these files"
+            )
+
+    def require_captions(self, root: Path) -> None:
+        """Raise UserError where more than MAX_SHARE of the images have no caption, nor a blank one."""
+        num_lacking = len(self._lacking())
+        if num_lacking > MAX_SHARE * len(self.captions):
+            raise UserError(
+                f"{root}: {self._lacking_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: write "
+                f"them, or say of each image that it shall have none, by {self.blank}"
+            )
+
+    def warn(self, root: Path) -> None:
+        """Warn of what is left over, a line for each kind."""
+        lines: list[str] = []
+        if self.orphan_rows:
+            lines.append(self._orphan_row_line())
+        if self.orphan_texts:
+            lines.append(self._orphan_text_line())
+        if self._lacking():
+            lines.append(self._lacking_line())
+        if lines:
+            lines[-1] += self._near_pair()
+        if self.unread:
+            lines.append(
+                f"{count(self.unread, 'file')} of text not read, as the image has a caption in a table, or in a .txt: "
+                f"{first_few(map(repr, self.unread))}"
+            )
+        if self.shared:
+            example, images = next(iter(self.shared.items()))
+            lines.append(
+                f"{count(self.shared, 'file')} of text with several images of one name, which share the captions: "
+                f"'{example}' of {first_few(map(repr, images))}"
+            )
+        for line in lines:
+            warn_once(f"{root}: {line}")
+
+    def _lacking(self) -> list[int]:
+        return [i for i, captions in enumerate(self.captions) if captions is None]
+
+    def _lacking_line(self) -> str:
+        lacking = self._lacking()
+        names = first_few(f"'{self.name_of(i)}'" for i in lacking)
+        return f"{len(lacking):,} of {count(self.captions, 'image')} without a caption: {names}"
+
+    def _orphan_row_line(self) -> str:
+        rows = "row" if self.num_rows == 1 else "rows"
+        return f"{len(self.orphan_rows):,} of {self.num_rows:,} {rows} without an image: {first_few(self.orphan_rows)}"
+
+    def _orphan_text_line(self) -> str:
+        files = "file" if self.num_texts == 1 else "files"
+        names = first_few(self.orphan_texts)
+        return f"{len(self.orphan_texts):,} of {self.num_texts:,} {files} of text without an image: {names}"
+
+    def _near_pair(self) -> str:
+        pair = next(self._pairs_of([*self.orphan_rows, *self.orphan_texts]), None)
+        if pair is None:
+            return ""
+        orphan, image = pair
+        return f"; nearly the same are {orphan} and the image '{image}'"
+
+    def _pairs_of(self, orphans: Iterable[Orphan]) -> Iterator[tuple[Orphan, str]]:
+        """Those with an image without a caption of nearly the same name: by their paths, else by the last parts."""
+        images = [self.name_of(i) for i in self._lacking()]
+        by_path = {loose_form(name): name for name in images}
+        by_last_part = {loose_form(name).rpartition("/")[2]: name for name in images}
+        for orphan in orphans:
+            path = loose_form(orphan.name)
+            image = by_path.get(path) or by_last_part.get(path.rpartition("/")[2])
+            if image:
+                yield orphan, image
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn, once in this process: captions are read when a run is proposed, and again when it is opened."""
+    warnings.warn(message, stacklevel=2)
+
+
+def loose_form(name: str) -> str:
+    """A name without what people get wrong in it: case, blanks, slashes, the endings of images and texts."""
+    loose = "".join(normal_form(name).casefold().replace("\\", "/").split())
+    stem, ending = os.path.splitext(loose)
+    while ending and len(ending) <= len(".caption") and not ending[1:].isdecimal():
+        loose = stem
+        stem, ending = os.path.splitext(loose)
+    return loose
+
+
+def first_few(items: Iterable[object]) -> str:
+    """The first NAMED of them, and how many more there are."""
+    texts = [str(item) for item in items]
+    named = ", ".join(texts[:NAMED])
+    return f"{named} and {len(texts) - NAMED:,} more" if len(texts) > NAMED else named
+
+
+def count(items: Sequence[object] | dict[str, list[str]], noun: str) -> str:
+    """How many there are, in words."""
+    return f"{len(items):,} {noun}" if len(items) == 1 else f"{len(items):,} {noun}s"
