@@ -219,7 +219,7 @@ class _Machine:
 
     def __init__(self, all_threads: int, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
         self.all_threads, self.tell, self.clock = all_threads, tell, clock
-        self.told = False
+        self.has_spoken = False
 
     def ask(self) -> None:
         """Ask the machine, unless it was asked a moment ago, and go on with as many threads as need not wait."""
@@ -229,8 +229,8 @@ class _Machine:
             _answer = now, unhindered(self.all_threads)
         threads = _answer[1]
         torch.set_num_threads(threads)
-        if threads < self.all_threads and not self.told:
-            self.told = True
+        if threads < self.all_threads and not self.has_spoken:
+            self.has_spoken = True
             self.tell(f"{counted(threads)}, for {self.all_threads} would wait: the machine is busy; {ANOTHER}")
 
 
@@ -282,7 +282,7 @@ def unhindered(most: int) -> int:
 
 
 def operation_times(x: Tensor, threads: int, duration: float) -> list[float]:
-    """What small operations take with so many threads, in seconds, for this long. The number of threads stays."""
+    """What small operations take with this number of threads, which stays, in seconds, for this long."""
     torch.set_num_threads(threads)
     x.add_(1)  # the threads are there now
     times: list[float] = []
@@ -297,5 +297,5 @@ def operation_times(x: Tensor, threads: int, duration: float) -> list[float]:
 
 
 def counted(threads: int) -> str:
-    """So many threads, in words."""
+    """A number of threads in words."""
     return "1 thread" if threads == 1 else f"{threads} threads"
