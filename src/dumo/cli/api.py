@@ -31,7 +31,8 @@ from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
 from dumo.run.sample import COUNT, guide_of, size_of, solver_of, turned
 from dumo.run.train import train as train_run
-from dumo.runtime.progress import Bar, bar, no_bar, say
+from dumo.runtime import threads
+from dumo.runtime.progress import Bar, bar, no_bar, say, teller
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
@@ -133,15 +134,16 @@ class TrainedRun:
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, source, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
-        x = sampler.sample(
-            c,
-            nfe=spec.nfe[0] if nfe is None else integer("nfe", nfe, 1),
-            seed=None if seed is None else integer("seed", seed),
-            solver=solver_of(spec, solver),
-            guide=guide,
-            z=None if noise is None else noise.float().cpu(),
-            bar=bar,
-        ).x
+        with threads.fewer_when_busy(self.device, teller(bar)):
+            x = sampler.sample(
+                c,
+                nfe=spec.nfe[0] if nfe is None else integer("nfe", nfe, 1),
+                seed=None if seed is None else integer("seed", seed),
+                solver=solver_of(spec, solver),
+                guide=guide,
+                z=None if noise is None else noise.float().cpu(),
+                bar=bar,
+            ).x
         x = x.clamp(-1, 1) if self.makes_images else x
         if output == "pil":
             return self.pil(x)

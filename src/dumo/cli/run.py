@@ -320,7 +320,7 @@ def grid(
     from dumo.io import file
     from dumo.run import gallery
     from dumo.run.folder import open_run
-    from dumo.runtime import dist
+    from dumo.runtime import dist, threads
 
     dist.alone("dumo grid")
     if labels and classes:
@@ -332,12 +332,13 @@ def grid(
     given |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
     file.check_writable(folder)
-    if classes is not None:
-        only = None if classes == "all" else class_numbers(classes, opened.sampler.conditions)
-        files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **given))
-    else:
-        panels = gallery.trajectories(opened, only=class_numbers(labels, opened.sampler.conditions), **given)
-        files = gallery.write_trajectories(folder, panels)
+    with threads.fewer_when_busy(opened.device, say):
+        if classes is not None:
+            only = None if classes == "all" else class_numbers(classes, opened.sampler.conditions)
+            files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **given))
+        else:
+            panels = gallery.trajectories(opened, only=class_numbers(labels, opened.sampler.conditions), **given)
+            files = gallery.write_trajectories(folder, panels)
     for path in files:
         out.print(str(path), soft_wrap=True)
 

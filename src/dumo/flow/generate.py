@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
+from dumo.runtime import threads
 from dumo.runtime.bound import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Path, Reads, Sample, Trail, UserError
@@ -136,6 +137,7 @@ def batches(
     with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
         draws = Draws(thread, parts, seed=seed, shape=shape, device=device)
         for i, (some, c_some) in enumerate(zip(parts, c.split(batch), strict=True)):
+            threads.check()
             fresh = partial(draws, i) if z is None else partial(begun, z[i * batch :][:batch].to(device), draws, i)
             with evaluating(net), counting(net) as passed, passing(net, precision, device):
                 _, x = carried(reads, path, solver, c_some.to(device), nfe, fresh)

@@ -34,6 +34,7 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.read import read_json
 from dumo.io.weights import load
+from dumo.runtime import threads
 from dumo.runtime.bound import ROWS
 from dumo.types import Spec, UserError
 
@@ -263,7 +264,12 @@ def make(
             damaged.append(f"{note.file} {fault}")
             note, title = None, f"{damaged[-1]}, made again"
         if note is None:
-            tensors = shard(number, lambda behind, done=done, title=title: tick(done + behind, title))
+
+            def progress(behind: int, done: int = done, title: str = title) -> None:
+                threads.check()
+                tick(done + behind, title)
+
+            tensors = shard(number, progress)
             claim(folder, index, rank)  # raises where another took the folder, as long as it was empty
             store(folder, number, tensors, rank, of(number))
             made += 1

@@ -35,8 +35,8 @@ from dumo.run.plan.plan import show
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist, typed
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime import dist, threads, typed
+from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.runtime.random import stream
 from dumo.training import log
 from dumo.types import Sample
@@ -72,8 +72,9 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     real, c = source.reference(min(POINTS, NEAR // prod(sampler.pixels[1:])), sampler.spec.seed)
     real = sampler.decode(real) if isinstance(judged_by, Latents) else real
 
-    texts = prompt_sheet(sampler, prompts, bar)
-    made = make(sampler, bar)
+    with threads.fewer_when_busy(sampler.device, teller(bar)):
+        texts = prompt_sheet(sampler, prompts, bar)
+        made = make(sampler, bar)
     drawn = {name: {n: look(sampler, x, real) for n, x in row.items()} for name, row in made.items()}
     sheets, names, data, near = drawn.pop(SHEET), class_names(sampler), None, None
     pictures = {f"nfe{n}": headed(sheet, names) for n, sheet in sheets.items()}

@@ -26,8 +26,8 @@ from dumo.run.config.resolve import resolve
 from dumo.run.config.source import kind_of
 from dumo.run.config.spec import Run
 from dumo.run.prompt import sources
-from dumo.runtime import dist
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime import dist, threads
+from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Spec, UserError
 
 LONG = 40  # characters of a part: ours
@@ -131,7 +131,8 @@ def encode(
     where the folder holds something else, or what was made of other images.
     """
     (rank, world), images = part, data.images
-    opened, album = data.codec.open(dist.device(device)), data.rows()
+    here = dist.device(device)
+    opened, album = data.codec.open(here), data.rows()
     if verify:
         album.hashes.forget()
         album.hashes.hash(range(len(album)))
@@ -148,7 +149,11 @@ def encode(
         "flips": images.flip,
     }
     plan = parse(cache.Plan, tree | options)
-    with bar(f"encoding {images.root}", table.share(len(album), plan.shard_rows, *part)) as tick, below("data.images"):
+    with (
+        threads.fewer_when_busy(here, teller(bar)),
+        bar(f"encoding {images.root}", table.share(len(album), plan.shard_rows, *part)) as tick,
+        below("data.images"),
+    ):
         captions = images.all_captions() if numbered else None
         done = cache.encode(
             album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
@@ -194,17 +199,21 @@ def encode_texts(
     """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
     texts, (rank, world) = captions(data), part
     files = data.images.edited() if isinstance(data, Latents) and data.images.source else {}
-    with bar("encoding captions", table.share(len(texts) + 1, shard_rows, *part)) as tick:
+    here = dist.device(device)
+    with (
+        threads.fewer_when_busy(here, teller(bar)),
+        bar("encoding captions", table.share(len(texts) + 1, shard_rows, *part)) as tick,
+    ):
         done = texttable.encode(
             texts,
             spec.by,
             spec.folder,
             shard_rows=shard_rows,
             batch=batch,
-            sources=sources(data, dist.device(device), files.__getitem__),
+            sources=sources(data, here, files.__getitem__),
             rank=rank,
             world=world,
-            device=dist.device(device),
+            device=here,
             tick=tick,
         )
     return Made(spec.folder, done, texttable.Contents)

@@ -24,6 +24,7 @@ from dumo.run.teacher import Coupled
 from dumo.run.validation import BEST, Validation
 from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
+from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
@@ -47,6 +48,7 @@ class Journal:
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
     validation: Validation | None = None
+    threads: StepThreads | None = None  # of the steps; None: nobody chooses
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was taken
     saver: Saver = field(default_factory=Saver)
 
@@ -134,7 +136,8 @@ class Journal:
         self.saver.wait()  # its memory is filled anew
         file, step, keep = self.folder / "metrics.jsonl", state.step, self.run.train.keep
         logged = agreement.own(lambda: log.listed(file) if dist.is_main() else None)
-        notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged)
+        step_threads = self.threads.number if self.threads else None
+        notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:

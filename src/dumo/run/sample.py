@@ -29,8 +29,8 @@ from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime import dist, threads
+from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Sample, UserError
 
 
@@ -149,12 +149,13 @@ def export(
     said += [word("size", size)] if size else []
     said += [word("count", count)] if count != (len(prompts) or COUNT) else []
     written: list[Path] = []
-    for n in sampler.spec.nfe:
-        made = sampler.sample(c, nfe=n, bar=bar)
-        if not dist.is_main():
-            continue
-        stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{n}", *said])
-        written.append(write(made.x, c, stem, form, sampler.data, sampler.spec.seed, names(sampler, c)))
+    with threads.fewer_when_busy(sampler.device, teller(bar)):
+        for n in sampler.spec.nfe:
+            made = sampler.sample(c, nfe=n, bar=bar)
+            if not dist.is_main():
+                continue
+            stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{n}", *said])
+            written.append(write(made.x, c, stem, form, sampler.data, sampler.spec.seed, names(sampler, c)))
     return written
 
 

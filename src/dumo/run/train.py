@@ -34,11 +34,12 @@ from dumo.run.folder import begin, held
 from dumo.run.journal import History, Journal, way_back
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
-from dumo.run.speed import Meter, step_flops
+from dumo.run.speed import Meter, step_flops, usual_seconds
 from dumo.run.validation import Validation
-from dumo.runtime import dist
-from dumo.runtime.progress import Bar, no_bar
-from dumo.training import agreement, loop
+from dumo.runtime import dist, threads
+from dumo.runtime.progress import Bar, no_bar, quiet
+from dumo.runtime.threads import StepThreads
+from dumo.training import agreement, loop, manifest
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -85,10 +86,6 @@ def train(
         return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, **more)
 
 
-def quiet(line: str) -> None:
-    """Say nothing."""
-
-
 def go_on(
     run: Run,
     folder: Path,
@@ -103,7 +100,8 @@ def go_on(
 ) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
     data = open_data(run.data)
-    doctor.examine(run, here).require()
+    with threads.fewer_when_busy(here, quiet):
+        doctor.examine(run, here).require()
     count = partial(step_flops, run.outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
     meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
@@ -132,16 +130,19 @@ def go_on(
         tell(line)
     source, points = data, run.objective.needs.teacher.points
     if known:
-        source = known.begin(data, points, run.path, run.data, folder, here, bar)
+        with threads.fewer_when_busy(here, tell):
+            source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
+    step_threads = threads_of(run, folder, last, here, tell)
     text = dump(run, history.changed) if history else ""
-    journal = Journal(run, folder, here, source, tell, hashes, text, validation)
+    journal = Journal(run, folder, here, source, tell, hashes, text, validation, step_threads)
     journal.open(state)
     sheets.open(state)
     prior = run.data.prior if isinstance(run.data, Latents) else None
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity, prior)
     try:
         with (
+            step_threads,
             journal.saver,
             fed(run.train, shapes(source, run.train, run.data.shape), source, task, here) as (batches, draws),
             bar(f"training {folder.name}", run.train.steps) as tick,
@@ -149,7 +150,10 @@ def go_on(
             tick(state.step, "the first step" + ", compiled first" * (run.train.compile != "none"))
             meter.begin(state.step)
             show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
-            every = (show, *journal.hooks, loop.Every(1, sheets.draw), *hooks)
+            begin_step = loop.Every(1, lambda state, record: step_threads.begin())
+            end_step = loop.Every(1, lambda state, record: step_threads.end())
+            every = (end_step, show, *journal.hooks, loop.Every(1, sheets.draw), *hooks, begin_step)
+            step_threads.begin()
             loop.train(state, task, batches, run.train, every, journal.due, draws)
     except Diverged as error:
         raise Diverged(
@@ -158,6 +162,27 @@ def go_on(
     for line in agreement.main(lambda: [*validation.outcome()]):
         tell(line)
     return state
+
+
+def threads_of(
+    run: Run, folder: Path, last: Path | None, device: torch.device, tell: Callable[[str], None]
+) -> StepThreads:
+    """What chooses the number of threads of the steps, after checkpoint `last`; None: from the start.
+
+    The checkpoint's number is kept on a machine of as many cores. Compiled code is of one number, so there is no choice
+    then.
+    """
+    if last is None:
+        return StepThreads(device, tell, fixed=run.train.compile != "none")
+    about = manifest.read(last)
+    return StepThreads(
+        device,
+        tell,
+        fixed=run.train.compile != "none",
+        recorded=about.threads if about.cores == threads.cores() else None,
+        step=about.step,
+        usual=usual_seconds(folder, about.step),
+    )
 
 
 @contextmanager

@@ -127,6 +127,15 @@ def say(line: str) -> None:
     print(plain(line), file=sys.stderr, flush=True)
 
 
+def teller(bar: Bar) -> Callable[[str], None]:
+    """What says lines next to a bar: `say`; nothing where no bar is shown."""
+    return quiet if bar is no_bar else say
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
 def plain(text: str) -> str:
     """The text with control characters spelt out: a file's name must not steer the terminal. Line breaks stay."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

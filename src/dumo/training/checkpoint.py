@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dumo.io import digest, weights
 from dumo.io import file as files
-from dumo.runtime import dist
+from dumo.runtime import dist, threads
 from dumo.training import agreement, frozen, layout, manifest
 from dumo.training.manifest import drop, standing
 from dumo.training.state import Diverged, State, blank, by_place, flatten
@@ -52,6 +52,7 @@ class Notes:
     run: str = ""
     data: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the same on all ranks
     log: manifest.Listed | None = None  # of the main rank
+    threads: int | None = None  # of the next step on a CPU
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def copy(state: State, notes: Notes, memory: Memory) -> Copy:
         ranks=dist.world(),
         versions=dist.versions(),
         frozen=state.frozen,
+        threads=notes.threads,
+        cores=None if notes.threads is None else threads.cores(),
         log=notes.log,
         files={},
     )

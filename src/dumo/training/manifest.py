@@ -59,13 +59,18 @@ class Manifest(BaseModel):
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
+    threads: int | None = None  # of the next step on a CPU; None: of a GPU, not chosen yet, or from before it was kept
+    cores: int | None = None  # that these threads were chosen on
     log: Listed | None = None  # the rows of the run's log up to this step, from its beginning
     files: dict[str, Listed]  # all but this one, by path inside the checkpoint
     sum: str | None = None  # of all above; None: of a checkpoint from before it was kept
 
     def summed(self) -> str:
         """The checksum of all other fields."""
-        return digest.short(self.model_dump_json(exclude={"sum"}))
+        without = {"sum"}
+        if self.threads is None:  # so that of a checkpoint from before threads were kept stays
+            without |= {"threads", "cores"}
+        return digest.short(self.model_dump_json(exclude=without))
 
 
 def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:

@@ -12,6 +12,7 @@ from autoencoder import taef2
 from dumo.data import Latents
 from dumo.data.written import LINES as FILE
 from dumo.run import encode
+from dumo.runtime import threads
 from dumo.types import UserError
 from unit.data.animals import COUNT, SIDE, as_folder
 from unit.data.test_written import FILES, TEXTS, TOLD, as_lines
@@ -46,6 +47,20 @@ def cached(latents: Maker, images: Path, tmp_path_factory: pytest.TempPathFactor
     data = latents(images, tmp_path_factory.mktemp("cache") / "here", flip=True)
     encode.encode(data, shard_rows=5, dtype="float32")
     return data
+
+
+def test_encoding_looks_at_the_machine_between_its_batches(
+    latents: Maker, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that gets busy meanwhile is worked on with fewer threads."""
+    asked: list[int] = []
+    monkeypatch.setattr(threads, "may_choose", lambda device: True)
+    monkeypatch.setattr(threads, "_answer", None)
+    monkeypatch.setattr(threads, "EVERY", 0.0)
+    monkeypatch.setattr(threads, "unhindered", lambda most: asked.append(most) or 1)
+    made = encode.encode(latents(images, tmp_path), batch=2)
+    assert made.contents is not None
+    assert len(asked) > made.contents.rows / 2
 
 
 def unmirrored(data: Latents) -> Latents:

@@ -35,8 +35,8 @@ from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import judged_data, real_data, solver_of
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist, signals
-from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime import dist, signals, threads
+from dumo.runtime.progress import Bar, Tick, no_bar, teller
 from dumo.types import UserError
 
 PLACES = ("protocol.reference", "protocol.model")  # of files; which ones, the card says
@@ -63,6 +63,15 @@ def evaluate(
     check_writable(opened.folder)
     sweep(opened.folder)
     opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
+    with threads.fewer_when_busy(opened.device, teller(bar)):
+        path, report = measured(opened, bar)
+    if dist.is_main():
+        write(path, report)
+    return report
+
+
+def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
+    """The report of a run as it is to be judged, and where it belongs. Raises as `evaluate`."""
     run, sampler, protocol = opened.run, opened.sampler, opened.run.evaluate.protocol
     passes, seed = settings(sampler, run.evaluate), run.evaluate.seed
     evaluator, c = evaluator_of(sampler, run.evaluate, bar), conditions(run.data, run.evaluate)
@@ -84,9 +93,7 @@ def evaluate(
         "versions": dist.versions(),
     }
     report["state"] = state(report["results"], report["baselines"])
-    if dist.is_main():
-        write(path, report)
-    return report
+    return path, report
 
 
 def with_options(
@@ -128,6 +135,7 @@ def looking(bar: Bar, what: str = "looking at the data") -> Generator[Callable[[
 
         def tick(done: int, total: int) -> None:
             signals.check()
+            threads.check()
             if not ticks:
                 ticks.append(stack.enter_context(bar(what, total)))
             ticks[0](done, "")

@@ -27,8 +27,8 @@ from dumo.run.config.load import parse
 from dumo.run.evaluation.card import Card, state
 from dumo.run.evaluation.evaluate import looking, write
 from dumo.run.evaluation.place import Batch, Found, agree, look, require_there
-from dumo.runtime import dist
-from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime import dist, threads
+from dumo.runtime.progress import Bar, Tick, no_bar, teller
 from dumo.types import Spec, UserError
 
 DEFAULT = "photos"
@@ -84,11 +84,13 @@ def judge(
         assert data is not None, "the protocol reads a file of its own"
         return data
 
-    with looking(bar) as seen:
-        c = labels.c[found.chosen(total)] if labels else None
-        evaluator = protocol.evaluator(Context(real, classes, device=dist.device(device), tick=seen, c=c))
-    with bar("judging", total) as tick:
-        scores = evaluator.score(counted(found.judged(total, channels), total, tick))
+    here = dist.device(device)
+    with threads.fewer_when_busy(here, teller(bar)):
+        with looking(bar) as seen:
+            c = labels.c[found.chosen(total)] if labels else None
+            evaluator = protocol.evaluator(Context(real, classes, device=here, tick=seen, c=c))
+        with bar("judging", total) as tick:
+            scores = evaluator.score(counted(found.judged(total, channels), total, tick))
     report: dict[str, Any] = {
         "images": str(place),
         "file": str(path),
@@ -105,7 +107,7 @@ def judge(
             "images_sha256": sha256,
             "labels": f"{classes} classes of the images" if classes else "none",
             "data": spec,
-            "device": dist.device(device).type,
+            "device": here.type,
             "versions": dist.versions(),
         },
         "versions": dist.versions(),
@@ -121,6 +123,7 @@ def counted(batches: Iterator[Batch], total: int, tick: Tick) -> Iterator[Batch]
     done = 0
     for index, x in batches:
         yield index, x
+        threads.check()
         done += len(index) * dist.world()
         tick(min(done, total), "")
 

@@ -19,8 +19,8 @@ from dumo.run.config.tree import Sampling
 from dumo.run.evaluation.card import Row, card
 from dumo.run.evaluation.evaluate import conditions, evaluator_of, name_of, row
 from dumo.run.folder import RunFolder, open_run
-from dumo.runtime import dist
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime import dist, threads
+from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.training.checkpoint import part
 from dumo.types import UserError
 
@@ -48,15 +48,16 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
             check(point.run.sample.solver, point.run.reads, *point.run.evaluate.nfe)
     evaluators: dict[tuple[object, int], Evaluator] = {}
     rows: list[Row] = []
-    for value, point in points.items():
-        run, sampler, seed = point.run, point.sampler, point.run.evaluate.seed
-        key = (run.evaluate.protocol, seed)
-        evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(sampler, run.evaluate, bar)
-        c = conditions(run.data, run.evaluate)
-        about = card(point, evaluator.facts, len(c))
-        for n in run.evaluate.nfe:
-            scores = row(sampler, evaluator, run.sample.solver, n, c, seed, bar)
-            rows.append({"value": value, **scores, "card": about})
+    with threads.fewer_when_busy(opened.device, teller(bar)):
+        for value, point in points.items():
+            run, sampler, seed = point.run, point.sampler, point.run.evaluate.seed
+            key = (run.evaluate.protocol, seed)
+            evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(sampler, run.evaluate, bar)
+            c = conditions(run.data, run.evaluate)
+            about = card(point, evaluator.facts, len(c))
+            for n in run.evaluate.nfe:
+                scores = row(sampler, evaluator, run.sample.solver, n, c, seed, bar)
+                rows.append({"value": value, **scores, "card": about})
     mark(rows)
     named = re.sub(r"[^\w.]+", "-", text)
     path = opened.folder / name_of(opened, f"sweep-{named}")

@@ -32,8 +32,8 @@ from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
 from dumo.run.plan import doctor, machine, outside, plan, rehearsal
 from dumo.run.plan.findings import of_captions
-from dumo.runtime import dist, install, installed
-from dumo.runtime.progress import Bar, no_bar, span
+from dumo.runtime import dist, install, installed, threads
+from dumo.runtime.progress import Bar, no_bar, quiet, span
 from dumo.training.step import Task
 from dumo.types import Spec, UserError
 
@@ -138,7 +138,7 @@ def propose(
         raise UserError(f"{place} is a place of images, and data.kind={images.kind} reads none: leave it out")
     fields |= more
     run = resolve(set_fields(fields, sets))
-    with bar("timing a step", 1) as tick:
+    with bar("timing a step", 1) as tick, threads.fewer_when_busy(here, quiet):  # training says how many it takes
         judged = plan.validation(run)
         step = step_seconds(run, here) * (1 + (judged["share"] if judged else 0))
         tick(1, "")

@@ -1,0 +1,301 @@
+"""How many threads share an operation of torch on a CPU, where the user leaves that to dumo.
+
+torch takes one thread a core, and they spin while they wait for one another. So where another process has a core, each
+small operation waits for the scheduler: a step takes ten times as long, and a sheet of samples a hundred times.
+
+`StepThreads` times a training's own steps, since the number of threads changes how sums round: it is one, unless all
+are clearly faster, and changes again only where steps become several times slower. `fewer_when_busy` is for work whose
+parts differ in cost: it asks the machine alone, by operations that do nothing but wait, and asks again every few
+seconds.
+
+Nothing is changed on a GPU, among several ranks, and where somebody has said how many threads there are: by
+OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads.
+"""
+
+import ctypes
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dumo.runtime import dist
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+ANOTHER = f"{VARIABLES[0]} sets another number"
+
+# All of these are ours.
+PAIRS = 10  # steps with one thread, and as many with all of them, by turns
+CLEARLY = 1.15  # times as fast, or several threads are not worth their waiting
+SURELY = 3.0  # times as fast in the median so far: no more steps need be compared
+ENOUGH = 3  # pairs of which the median is no hiccup of one step
+WINDOW = 2.0  # seconds of steps whose mean is compared with what a step took before
+WINDOWS = 5  # of them: what lasts a few seconds is no reason to change the bits of a run
+SLOWER = 3.0  # times as long as before, in the median of the last windows: the number is measured again
+
+GRAIN = 32_768  # numbers that torch gives to a thread at least
+ALONE = 0.005  # seconds of small operations with one thread
+TOGETHER = 0.06  # seconds of them with several: more than a turn of the scheduler
+WAITING = 10.0  # times as long as with one thread: a thread waited. On a busy machine it was several hundred
+SHARE = 1 / 3  # of the time goes to operations that waited: the machine is busy
+EVERY = 10.0  # seconds until the machine is asked again
+
+_torch_threads: int | None = None  # what torch took by itself, once this is known: dumo sets other numbers later
+
+
+def may_choose(device: torch.device) -> bool:
+    """Whether dumo chooses the number of threads of work on a device: nobody has, and there is a choice."""
+    global _torch_threads
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or dist.world() > 1 or threads == 1:
+        return False
+    if any(os.environ.get(name) for name in VARIABLES):
+        return False
+    if _torch_threads is None and not set_in_python():
+        _torch_threads = threads
+    return threads == _torch_threads
+
+
+def set_in_python() -> bool:
+    """Whether torch.set_num_threads was called in this process.
+
+    torch does not say. But it then tells MKL to keep to the number; without MKL, a number other than that of cores was
+    set.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return not library.mkl_serv_get_dynamic()
+    except (OSError, AttributeError):
+        return torch.get_num_threads() != cores()
+
+
+def cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class StepThreads:
+    """Chooses the number of threads of a training's steps, by the steps themselves: `with` it around the loop.
+
+    The first steps are made with all threads and with one by turns.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        tell: Callable[[str], None],
+        *,
+        fixed: bool = False,
+        recorded: int | None = None,
+        step: int = 0,
+        usual: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Change nothing yet, and nothing later where the number is `fixed`.
+
+        `recorded` is the number that the steps up to `step` were made with, on as many cores as here: it is kept.
+        `usual` is what such a step took, in seconds; None: the first steps say.
+        """
+        self.tell, self.step, self.usual, self.clock = tell, step, usual, clock
+        self.on_cpu = device.type == "cpu"
+        self.free = not fixed and may_choose(device)
+        self.all_threads = torch.get_num_threads()
+        self.recorded = recorded
+        self.number: int | None = self.all_threads if self.on_cpu else None  # None: not known yet, or not of a CPU
+        self.current = self.all_threads  # in the step that is made now
+        self.warm = False
+        self.seconds: dict[int, list[float]] = {1: [], self.all_threads: []}  # of the steps that are compared
+        self.window: list[float] = []  # seconds of the steps of the window that is not full yet
+        self.windows: deque[float] = deque(maxlen=WINDOWS)  # seconds of a step in the last windows
+        self.became_slow = False  # the number is measured again
+        self.began = 0.0
+
+    def __enter__(self) -> "StepThreads":
+        if not self.free:
+            if self.number is not None and self.recorded not in (None, self.number):
+                self.tell(
+                    f"{counted(self.number)}, and {self.recorded} up to step {self.step:,}: numbers may round otherwise"
+                )
+            return self
+        if self.recorded in (1, self.all_threads):
+            self.number = self.recorded
+            self._use(self.recorded)
+            self.tell(f"{counted(self.recorded)}, as up to step {self.step:,}; {ANOTHER}")
+        else:
+            self.number = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.free:
+            self._use(self.all_threads)
+
+    def begin(self) -> None:
+        """A step begins, with the data that it waits for."""
+        self.began = self.clock()
+
+    def end(self) -> None:
+        """The step is done. The next one may have another number of threads."""
+        if not self.free or self.number == 1:
+            return
+        seconds = self.clock() - self.began
+        if self.number is None:
+            self._compare(seconds)
+        else:
+            self._watch(seconds)
+
+    def _compare(self, seconds: float) -> None:
+        """Take the next step with the other number, until it is clear which is better."""
+        if not self.warm:  # the first step has more to do
+            self.warm = True
+            self._use(1)
+            return
+        self.seconds[self.current].append(seconds)
+        if self.current == 1:
+            self._use(self.all_threads)
+            return
+        one = median(self.seconds[1])
+        all_threads = median(self.seconds[self.all_threads])
+        speedup = one / all_threads
+        pairs = len(self.seconds[1])
+        all_surely = speedup >= SURELY  # after one pair: a step with one thread may take minutes
+        one_surely = speedup <= 1 / SURELY and pairs >= ENOUGH
+        if pairs < PAIRS and not all_surely and not one_surely:
+            self._use(1)
+            return
+        slowdown = all_threads / self.usual if self.became_slow and self.usual else 1.0
+        self.number = self.all_threads if speedup >= CLEARLY else 1
+        self.usual = all_threads
+        self._use(self.number)
+        if not self.became_slow:
+            self.tell(f"{self._reason(speedup)}; {ANOTHER}")
+        elif self.number == 1:
+            self.tell(
+                f"steps take {slowdown:.0f} times as long as before: the machine is busy, so training goes on with "
+                "1 thread"
+            )
+
+    def _reason(self, speedup: float) -> str:
+        """Why this number was chosen."""
+        if self.number != 1:
+            return f"{counted(self.all_threads)}: steps are {speedup:.2g} times as fast as with 1"
+        if speedup < 1:
+            return f"1 thread: with {self.all_threads} steps take {1 / speedup:.2g} times as long here"
+        return f"1 thread: with {self.all_threads} steps are {speedup:.2f} times as fast, too little"
+
+    def _watch(self, seconds: float) -> None:
+        """Compare again where steps have become several times slower."""
+        self.window.append(seconds)
+        if sum(self.window) < WINDOW:
+            return
+        self.windows.append(sum(self.window) / len(self.window))
+        self.window = []
+        if len(self.windows) < WINDOWS:
+            return
+        now = median(self.windows)
+        if self.usual is None:
+            self.usual = now
+        if now > SLOWER * self.usual:
+            self.became_slow = True
+            self.number = None
+            self.seconds = {1: [], self.all_threads: []}
+            self.windows.clear()
+            self._use(1)
+
+    def _use(self, threads: int) -> None:
+        self.current = threads
+        torch.set_num_threads(threads)
+
+
+class _Machine:
+    """The number of threads of the work inside `fewer_when_busy`."""
+
+    def __init__(self, all_threads: int, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self.all_threads, self.tell, self.clock = all_threads, tell, clock
+        self.has_spoken = False
+
+    def ask(self) -> None:
+        """Ask the machine, unless it was asked a moment ago, and go on with as many threads as need not wait."""
+        global _answer
+        now = self.clock()
+        if _answer is None or now - _answer[0] >= EVERY or _answer[1] > self.all_threads:
+            _answer = now, unhindered(self.all_threads)
+        threads = _answer[1]
+        torch.set_num_threads(threads)
+        if threads < self.all_threads and not self.has_spoken:
+            self.has_spoken = True
+            self.tell(f"{counted(threads)}, for {self.all_threads} would wait: the machine is busy; {ANOTHER}")
+
+
+_answer: tuple[float, int] | None = None  # of the machine: when, and how many threads
+_machine: ContextVar[_Machine | None] = ContextVar("machine", default=None)
+
+
+@contextmanager
+def fewer_when_busy(
+    device: torch.device, tell: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+) -> Generator[None, None, None]:
+    """Do what is inside with fewer threads while other processes have cores of this machine; `tell` hears of it once.
+
+    The work itself calls `check` between its parts. Afterwards the number is what it was.
+    """
+    if not may_choose(device):
+        yield
+        return
+    all_threads = torch.get_num_threads()
+    machine = _Machine(all_threads, tell, clock)
+    token = _machine.set(machine)
+    try:
+        machine.ask()
+        yield
+    finally:
+        _machine.reset(token)
+        torch.set_num_threads(all_threads)
+
+
+def check() -> None:
+    """Between two parts of work: see whether the machine is busy, where that is asked for and was not just seen."""
+    machine = _machine.get()
+    if machine:
+        machine.ask()
+
+
+def unhindered(most: int) -> int:
+    """The largest of `most`, a half, a quarter ... of as many threads that need not wait for a core."""
+    x = torch.zeros(most * GRAIN)
+    usual = median(operation_times(x, 1, ALONE))
+    threads = most
+    while threads > 1:
+        times = operation_times(x, threads, TOGETHER)
+        waited = sum(seconds for seconds in times if seconds > WAITING * usual)
+        if waited < SHARE * sum(times):
+            return threads
+        threads //= 2
+    return 1
+
+
+def operation_times(x: Tensor, threads: int, duration: float) -> list[float]:
+    """What small operations take with this number of threads, which stays, in seconds, for this long."""
+    torch.set_num_threads(threads)
+    x.add_(1)  # the threads are there now
+    times: list[float] = []
+    began = time.perf_counter()
+    deadline = began + duration
+    while began < deadline:
+        x.add_(1)
+        ended = time.perf_counter()
+        times.append(ended - began)
+        began = ended
+    return times
+
+
+def counted(threads: int) -> str:
+    """A number of threads in words."""
+    return "1 thread" if threads == 1 else f"{threads} threads"

@@ -1,0 +1,139 @@
+"""The number of threads of a run: chosen by its steps, recorded in its checkpoints, kept when it goes on."""
+
+from pathlib import Path
+from threading import current_thread, main_thread
+
+import pytest
+import torch
+
+from dumo.cli.api import TrainedRun
+from dumo.io import digest
+from dumo.run.config.spec import Run
+from dumo.run.evaluation.evaluate import evaluate
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.sample import export
+from dumo.run.speed import usual_seconds
+from dumo.run.train import train
+from dumo.runtime import threads
+from dumo.training import loop, manifest
+from unit.run import known
+
+WAITS = "1 thread, for 2 would wait: the machine is busy; OMP_NUM_THREADS sets another number"
+
+
+class Torch:
+    """torch's number of threads, of a machine of two cores where nobody has set it; no thread is made."""
+
+    def __init__(self) -> None:
+        self.threads = 2
+
+    def use(self, number: int) -> None:
+        if current_thread() is main_thread():  # threads that make batches ahead have their own number
+            self.threads = number
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> Torch:
+    made = Torch()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: made.threads)
+    monkeypatch.setattr(torch, "set_num_threads", made.use)
+    monkeypatch.setattr(threads, "may_choose", lambda device: made.threads > 1)
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setattr(threads, "PAIRS", 1)
+    monkeypatch.setattr(threads, "_answer", None)
+    monkeypatch.setattr(threads, "unhindered", lambda most: most)
+    return made
+
+
+def tiny(*more: str) -> Run:
+    """Moons, of eight steps, with checkpoints of 2, 4, 6 and 8."""
+    return known.tiny("moons", "train.batch=8", "train.steps=8", "train.log_every=2", "train.keep=9", *more)
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with one thread, as the tests have it. Not to be written to."""
+    folder = tmp_path_factory.mktemp("run") / "moons"
+    train(tiny(), folder)
+    return open_run(str(folder))
+
+
+def recorded(folder: Path) -> dict[int, tuple[int | None, int | None]]:
+    """Threads and cores that the checkpoints of a run record, by step."""
+    found = {step: manifest.read(place) for step, place in manifest.standing(folder / "checkpoints").items()}
+    return {step: (about.threads, about.cores) for step, about in found.items()}
+
+
+@pytest.mark.parametrize(("clearly", "number"), [(float("inf"), 1), (0.0, 2)])
+def test_the_number_is_chosen_recorded_and_kept(
+    two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clearly: float, number: int
+) -> None:
+    monkeypatch.setattr(threads, "CLEARLY", clearly)
+    said: list[str] = []
+    train(tiny("train.save_every=2"), tmp_path / "run", tell=said.append)
+    assert len([line for line in said if "OMP_NUM_THREADS" in line]) == 1
+    assert two_cores.threads == 2  # as before
+    assert recorded(tmp_path / "run") == {2: (None, None), **dict.fromkeys((4, 6, 8), (number, 2))}
+
+    again: list[str] = []
+    taken: list[int] = []
+    seen = loop.Every(1, lambda state, record: taken.append(two_cores.threads))
+    train(tiny("train.save_every=2", "train.steps=14"), tmp_path / "run", tell=again.append, hooks=[seen])
+    word = "1 thread" if number == 1 else "2 threads"
+    assert f"{word}, as up to step 8; OMP_NUM_THREADS sets another number" in again
+    assert recorded(tmp_path / "run")[14] == (number, 2)
+    assert taken == [number] * 6  # nothing is measured again
+
+
+def test_a_number_of_other_cores_is_chosen_anew(
+    two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(threads, "CLEARLY", float("inf"))
+    train(tiny(), tmp_path / "run")
+    monkeypatch.setattr(threads, "cores", lambda: 16)
+    monkeypatch.setattr(threads, "CLEARLY", 0.0)
+    train(tiny("train.steps=12"), tmp_path / "run")
+    assert recorded(tmp_path / "run")[12] == (2, 16)
+
+
+def test_a_number_that_was_set_is_recorded(moons: RunFolder) -> None:
+    assert set(recorded(moons.folder).values()) == {(1, threads.cores())}
+
+
+def test_a_checkpoint_from_before_threads_were_kept_keeps_its_checksum(moons: RunFolder) -> None:
+    about = manifest.read(moons.checkpoint)
+    older = about.model_copy(update={"threads": None, "cores": None})
+    assert older.summed() == digest.short(older.model_dump_json(exclude={"sum", "threads", "cores"}))
+    assert about.summed() != older.summed()  # what is recorded is in it
+
+
+def test_what_a_step_took_is_read_from_the_log(moons: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "speed.jsonl").write_text(
+        "".join(f'{{"step": {step}, "steps_per_second": {rate}}}\n' for step, rate in ((2, 4), (4, 2), (6, 1), (8, 9)))
+    )
+    assert usual_seconds(tmp_path, 6) == 0.5
+    assert usual_seconds(tmp_path, 1) is None
+    assert usual_seconds(tmp_path / "nowhere", 6) is None
+
+
+@pytest.mark.parametrize("door", ["dumo sample", "run.sample", "dumo evaluate"])
+def test_samples_are_made_with_fewer_threads_on_a_busy_machine(
+    two_cores: Torch,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moons: RunFolder,
+    tmp_path: Path,
+    door: str,
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(threads, "unhindered", lambda most: 1)
+    moons.net.register_forward_pre_hook(lambda net, inputs: taken.append(two_cores.threads))
+    if door == "dumo sample":
+        export(moons, tmp_path, count=8, nfe=[1], bar=known.Seen())
+    elif door == "run.sample":
+        TrainedRun(moons).sample(n=8, nfe=1, bar=known.Seen())
+    else:
+        evaluate(moons, nfe=[1], bar=known.Seen())
+    assert set(taken) == {1}
+    assert capsys.readouterr().err.splitlines().count(WAITS) == 1
+    assert two_cores.threads == 2
