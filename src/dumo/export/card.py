@@ -226,7 +226,7 @@ def code(text: str) -> str:
 
 
 def literal(text: str) -> str:
-    """A string of Python. JSON's escapes are Python's, too; what is no Unicode is escaped, so that a file can hold it."""
+    """A string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
