@@ -111,6 +111,7 @@ def main(options: Sequence[str], file: Path = FILE) -> int:
     print(*licences(found), sep="\n")
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pip_audit",
         "--requirement",

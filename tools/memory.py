@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
         words = [sys.executable, __file__, "--work", work, "--folder", str(args.folder), "--mode", args.mode]
         words += ["--set", *args.more] if args.more else []
         if work == "export":
-            words = [sys.executable, "-m", "dumo", "export", "--to", "safetensors", str(args.folder / "run")]
+            words = [sys.executable, "-P", "-m", "dumo", "export", "--to", "safetensors", str(args.folder / "run")]
             words += [str(args.folder / "out.safetensors")]
         running.append(subprocess.Popen(words, env=os.environ | env))
     most = dict[str, int]()
@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
 
 def planned(args: argparse.Namespace, ranks: int) -> dict[str, int]:
     """Bytes of a process by phase, as `dumo dry` counts them."""
-    line = [sys.executable, "-m", "dumo", "dry", "digits", "--json", "--ranks", f"{ranks}", "--share", f"{ranks}"]
+    line = [sys.executable, "-P", "-m", "dumo", "dry", "digits", "--json", "--ranks", f"{ranks}", "--share", f"{ranks}"]
     for field in words(args.folder / "model", args.set):
         line += ["--set", field]
     made = subprocess.run(line, check=True, stdout=subprocess.PIPE)

@@ -53,8 +53,8 @@ def build(folder: Path) -> Path:
     """Build both into an empty folder and let twine check them; the wheel's path."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
-    run(sys.executable, "-m", "twine", "check", "--strict", *folder.iterdir())
+    run(sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    run(sys.executable, "-P", "-m", "twine", "check", "--strict", *folder.iterdir())
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -63,8 +63,8 @@ def install(wheel: Path, venv: Path, here: Path) -> None:
     """Install a wheel into an environment, a new one unless it is there, and train, sample and evaluate in a folder."""
     programs = venv.absolute() / "bin"
     if not programs.exists():
-        run(sys.executable, "-m", "venv", venv)
-    run(programs / "python", "-m", "pip", "install", "--quiet", wheel)
+        run(sys.executable, "-P", "-m", "venv", venv)
+    run(programs / "python", "-P", "-m", "pip", "install", "--quiet", wheel)
     tiny = [word for field in TINY for word in ("--set", field)]
     for words in (["--version"], ["train", "digits", *tiny], ["sample", "runs/digits"], ["evaluate", "runs/digits"]):
         run(programs / "dumo", *words, cwd=here)

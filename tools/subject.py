@@ -99,7 +99,7 @@ def of_class(rows: Any, c: int) -> Any:  # noqa: ANN401
 
 def dumo(*words: str, **env: str) -> None:
     """Run a command."""
-    subprocess.run([sys.executable, "-m", "dumo", *words], check=True, env={**os.environ, **env})
+    subprocess.run([sys.executable, "-P", "-m", "dumo", *words], check=True, env={**os.environ, **env})
 
 
 def train(recipe: str, data: Path, run: Path, head: str, words: tuple[str, ...], **env: str) -> Path:

@@ -5,13 +5,14 @@ import re
 import signal
 import socket
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 from zipfile import ZipFile
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 import browser
-from e2e.shell import PATIENCE, TINY, Done, call, finish, refused, sets, start, wait
+from e2e.shell import PATIENCE, TINY, call, finish, refused, sets, start, wait
 from forked import Program, python
 
 if TYPE_CHECKING:
@@ -46,23 +47,33 @@ def free_port() -> int:
         return some.getsockname()[1]
 
 
-def answers(url: str) -> Generator[str, None, None]:
-    """What is said to many questions that come at once."""
-    from gradio_client import Client
+def answered(url: str, number: int) -> str:
+    """What is said to a question about seed `number`, of the tab Between two seeds."""
+    data = ["3", str(number), 1, "7777", "u", 1]
+    return ask(url, {"data": data, "fn_index": 2, "session_hash": f"seed{number}"})
 
-    client = Client(url, verbose=False, analytics_enabled=False)
-    for job in [client.submit("3", str(k), 1, "7777", "u", 1, fn_index=2) for k in range(QUESTIONS)]:
-        try:
-            yield str(job.result(timeout=PATIENCE))
-        except Exception as error:
-            yield str(error)
+
+def ask(url: str, question: Mapping[str, object]) -> str:
+    """All that is said to a question; of one that is refused, why."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", json.dumps(question).encode(), headers)
+    data = f"{url}/gradio_api/queue/data?session_hash={question['session_hash']}"
+    try:
+        for sent in (request, data):
+            with urllib.request.urlopen(sent, timeout=PATIENCE) as answer:
+                text = answer.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.read().decode()
+    return text
 
 
 @contextmanager
-def served(run: Path, *words: object) -> Generator[tuple[str, Program], None, None]:
+def served(run: Path, *words: object, first: str = "") -> Generator[tuple[str, Program], None, None]:
     """The address of a page, and the program that serves it, once it answers."""
     port = free_port()
-    process, url = start("demo", run, "--port", port, *words, cwd=run.parent), f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{port}"
+    process = start("demo", run, "--port", port, *words, cwd=run.parent, first=first)
 
     def answers() -> bool:
         try:
@@ -135,25 +146,78 @@ def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         refused("demo", trained["digits"], "--port", port, named=(f"port {port}", "--port"), run=trained["digits"])
-    refused("demo", trained["digits"], "--host", "no.such.host.invalid", "--port", 0, named=("--host",))
-    refused("demo", trained["digits"], "--host", "0.0.0.0", "--port", 0, named=("--host 0.0.0.0", "--auth FILE"))
     refused("demo", here / "nothing", "--port", 0, named=("no run's folder",))
 
 
 @pytest.mark.slow
-def test_who_is_answered(trained: dict[str, Path], here: Path) -> None:
-    """Who logs in, by the server's own name, from its own page; beyond this machine nobody without a password."""
-    digits = trained["digits"]
-    (here / "people").write_text("me:secret")
-    (here / "people").chmod(0o600)
-    with served(digits, "--auth", here / "people") as (url, _):
-        assert status(f"{url}/config") == 401
-        assert [status(f"{url}{path}") for path in ("/openapi.json", "/docs", "/gradio_api/openapi.json")] == [404] * 3
+def test_who_is_answered(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Requests by the server's own name, from its own page; and no file is given that the page did not make.
+
+    Gradio copies a file that a question names to where it can be fetched. All inputs of all events are tried, as the
+    page itself lists them.
+    """
+    secret, kept = secret_and_kept(tmp_path)
+    with served(trained["digits"], first=keep_in(kept)) as (url, _):
         assert status(url, Host="evil.example:7860") == 403
         assert status(url, Origin="http://evil.example") == 403
-        wrong, right = (f"username=me&password={word}".encode() for word in ("x", "secret"))
-        assert (status(f"{url}/login", wrong), status(f"{url}/login", right, Origin=url)) == (400, 200)
-        assert status(f"{url}/login", right, Origin="http://evil.example") == 403
+        said = [ask(url, question) for question in questions_of_files(url, secret)]
+        assert list(kept.rglob("secret.txt")) == []
+        assert len(said) > 50
+        assert set(said) == {"a question of this page holds texts and numbers alone"}
+        doors = ("openapi.json", "docs", *(f"gradio_api/{name}" for name in ("openapi.json", "info", "upload")))
+        assert [status(f"{url}/{door}") for door in doors] == [404] * len(doors)
+        for route in ("run/work", "api/work", "run/predict", "call/work", "upload"):
+            assert status(f"{url}/gradio_api/{route}", b"{}") == 404
+        (kept / "link").symlink_to(secret)
+        for path in (secret, f"{kept}/../secret.txt", kept / "link", "/etc/passwd", url):
+            assert status(f"{url}/gradio_api/file={quote(str(path))}") == 403
+            assert status(f"{url}/gradio_api/proxy={quote(str(path))}") == 404
+
+
+@pytest.mark.slow
+def test_gradio_itself_opens_no_file_that_a_question_names(trained: dict[str, Path], tmp_path: Path) -> None:
+    """What dumo puts before it is off."""
+    secret, kept = secret_and_kept(tmp_path)
+    off = "import dumo.report.demo as demo; demo.guarded = lambda app, *_: app"
+    with served(trained["digits"], first=f"{off}; {keep_in(kept)}") as (url, _):
+        for question in questions_of_files(url, secret):
+            assert "secret.txt" not in ask(url, question)
+        assert list(kept.rglob("secret.txt")) == []
+        assert list(kept.glob("dumo-demo-*"))
+
+
+def secret_and_kept(folder: Path) -> tuple[Path, Path]:
+    """A file that nobody may see, and an empty folder."""
+    secret = folder / "secret.txt"
+    secret.write_text("not for you")
+    kept = folder / "kept"
+    kept.mkdir()
+    return secret, kept
+
+
+def keep_in(folder: Path) -> str:
+    """What a page says first to keep its files in this folder; and Gradio's tracebacks would fill the pipe."""
+    return f"import sys, tempfile; tempfile.tempdir = {str(folder)!r}; sys.stderr = open('/dev/null', 'w')"
+
+
+def questions_of_files(url: str, file: Path) -> Generator[dict[str, object], None, None]:
+    """Questions that name a file, or an address, in any input of any event of a page."""
+
+    def named(path: object, **more: object) -> dict[str, object]:
+        return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **more}
+
+    with urllib.request.urlopen(f"{url}/config") as answer:
+        config: dict[str, Any] = json.loads(answer.read())
+    values = {part["id"]: part["props"].get("value") for part in config["components"]}
+    shapes = [named(file), [named(file)], {"value": [named(file)]}, named(file, is_stream=True), named(url)]
+    shapes += [named(f"../../../../../../../..{file}"), named("x", url=file.as_uri())]
+    for event in config["dependencies"]:
+        for place in range(len(event["inputs"])):
+            for number, shape in enumerate(shapes):
+                data = [values[i] for i in event["inputs"]]
+                data[place] = shape
+                session = f"s{event['id']}-{place}-{number}"
+                yield {"data": data, "fn_index": event["id"], "session_hash": session}
 
 
 def test_two_runs_that_do_not_fit_are_refused(trained: dict[str, Path], here: Path) -> None:
@@ -291,8 +355,10 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
             toast.wait_for(state="detached")
         assert page.title() == "digits · dumo"
 
-        answered = [text for text in answers(url) if text.count("<img ") == 9]
-        assert 64 <= len(answered) <= QUESTIONS  # so many wait in the queue; the others were told that it is full
+        with ThreadPoolExecutor(QUESTIONS) as threads:
+            answers = threads.map(lambda number: answered(url, number), range(QUESTIONS))
+            made = [text for text in answers if text.count("<img ") >= 9]
+        assert 64 <= len(made) <= QUESTIONS  # so many wait in the queue; the others were told that it is full
         seed.fill("7")
         make.click()
         page.wait_for_function("document.querySelectorAll('.answer img').length >= 8")
@@ -300,7 +366,10 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
         assert wrong == []
         process.send_signal(signal.SIGINT)
         done = finish(process)
-    assert done == Done(0, f"{url}\n", "")
+    port = url.rpartition(":")[2]
+    assert (done.code, done.out) == (0, f"{url}\n")
+    assert done.err.startswith(f"on another machine:  ssh -L {port}:localhost:{port} ")
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What is exported, stock programs run: the images are dumo's own."""
 
+import ast
 import json
 import logging
 import os
@@ -420,8 +421,50 @@ def test_what_a_run_says_of_itself_is_text_on_its_card(trained: dict[str, Path],
     (run / "run.yaml").write_text(re.sub("about: .*", f"about: '{about}'", (run / "run.yaml").read_text()))
     assert call("export", run, "out").code == 0
     card = (here / "out/README.md").read_text()
-    assert "| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\\|b |" in card
+    assert r"| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\|b |" in card
     assert "<script" not in card
+
+
+EVIL = "<img src=x> [a](b) `c` *d*|"
+TEXT = r"&lt;img src=x&gt; \[a\](b) \`c\` \*d\*\|"
+
+
+def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], here: Path) -> None:
+    """Its file may be somebody else's."""
+    run = shutil.copytree(trained["digits"], here / "run")
+    assert call("export", run, "first").code == 0
+    sha256 = json.loads((here / "first/dumo.json").read_text())["weights_sha256"]
+    card = {"solver": {}, "codec": None, "samples": EVIL, "weights_sha256": sha256}
+    scores = {"nfe": 1, "solver": EVIL, EVIL: 0.5, "fd_grey": 12.3}
+    report = {"step": 20, "protocol": EVIL, "results": [scores], "contrast": [], "card": card}
+    (run / FILE).write_text(json.dumps(report), encoding="utf-8")
+    assert call("export", run, "out").code == 0
+    text = (here / "out/README.md").read_text("utf-8")
+    assert f"| passes | solver | {TEXT} | fd_grey |" in text
+    assert f"| 1 | {TEXT} | 0.5 | 12.3 |" in text
+    assert f"Protocol `` {EVIL} ``, {TEXT} samples, by dumo." in text
+
+
+NAMES = ('a "b" \\ {{1}}', "it's\nçé`<b>", "\udcff")  # the last is a byte that is no UTF-8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_an_export_is_a_string_in_its_python(
+    name: str, sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    for kind, run, words in (
+        ("own", trained["digits"], ()),
+        ("whole", sd3.run, ("--parts", "link")),
+        ("alone", sd3.run, ("--parts", "none")),
+        ("lora", tuned.run, ("--to", "lora")),
+    ):
+        out = tmp_path / kind / name
+        assert call("export", run, out, *words).code == 0
+        text = (out / "README.md").read_text("utf-8")
+        program = ast.parse(text.partition("```py\n")[2].partition("\n```")[0])
+        strings = [node.value for node in ast.walk(program) if isinstance(node, ast.Constant)]
+        assert name in strings
+        assert "<b>" not in text.partition("# ")[2].partition("\n")[0]
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def start(
     same.
     """
     launcher = (*TORCHRUN, "--nproc-per-node", str(ranks)) if ranks > 1 else ()
-    command = [sys.executable, *launcher, "-m", "dumo", *words]
+    command = [sys.executable, "-P", *launcher, "-m", "dumo", *words]
     if before:
         command = ["sh", "-c", f'{before}; exec "$@"', "sh", *command]
     command = [*through, *command]

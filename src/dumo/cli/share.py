@@ -1,6 +1,5 @@
 """What others use: a net as files of stock programs, and a page to play with it."""
 
-from ipaddress import ip_address
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -92,12 +91,6 @@ def demo(
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="Another run's folder, to show next to it.")
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Where it is served; 0.0.0.0: to all who reach this machine, and log in (--auth).")
-    ] = "127.0.0.1",
-    auth: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Who may log in: USER:PASSWORD, a line each; chmod 600.")
-    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,  # Gradio's own
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
     set_: Set = None,
@@ -106,18 +99,22 @@ def demo(
 ) -> None:
     """Serve a page to play with a run, or with two next to each other. It needs Gradio, the extra demo.
 
-    Without a run it takes digits-trained, which comes with dumo.
+    This machine alone can reach it; elsewhere, open it through ssh -L 7860:localhost:7860 MACHINE. Without a run it
+    takes digits-trained, which comes with dumo.
     """
-    from dumo.report.address import accounts, listening
+    from dumo.report.address import listening, tunnel
     from dumo.report.demo import gradio_alone, page, serve
     from dumo.report.live import open_lives
     from dumo.runtime import dist
 
     dist.alone("dumo demo")
     folders = [run_folder] if other is None else [run_folder, other]
-    with listening(host, port) as opened, gradio_alone():
-        people = accounts(auth, opened)
+
+    with listening(port) as opened, gradio_alone():
         lives = open_lives(folders, set_ or [], weights=weights, device=device, limit=limit)
-        if not ip_address(opened.getsockname()[0]).is_loopback:
-            err.print("warning: the page is not encrypted: who sees the network sees the passwords", soft_wrap=True)
-        serve(page(lives, explain), opened, lambda url: out.print(url, soft_wrap=True), host=host, auth=people)
+
+        def tell(url: str) -> None:
+            out.print(url, soft_wrap=True)
+            err.print(tunnel(opened), soft_wrap=True)
+
+        serve(page(lives, explain), opened, tell)

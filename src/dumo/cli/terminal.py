@@ -159,7 +159,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         way_out = "; ".join(getattr(error, "__notes__", [MORE]))
         return f"out of memory{f' at {amount[1]} more' if amount else ''}: {way_out}", 1
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to
-        way_out = ": raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        way_out = ""
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            way_out = ": raise the limit (ulimit -n)"
+        elif error.errno == errno.ENOTDIR:
+            way_out = ": a file stands where a folder is wanted, give another folder"
         return inline(f"{error.filename or 'writing'}: {error.strerror or error}{way_out}"), 2
     if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
         return None

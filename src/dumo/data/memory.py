@@ -77,7 +77,7 @@ def read(data: Any) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
         )
     rows, found = list[Tensor](), list[Any]()
     for x, c in map(pair, elements(data)):
-        rows.append(torch.from_numpy(np.array(x)) if not isinstance(x, Tensor) else x)
+        rows.append(tensor(x, f"row {len(rows)} of the data"))
         found.append(c)
         if rows[-1].shape != rows[0].shape or (c is None) != (found[0] is None):
             raise UserError(
@@ -110,9 +110,28 @@ def pair(row: Any) -> tuple[Any, Any]:  # noqa: ANN401
     return (row[0], row[1]) if isinstance(row, tuple | list) and len(row) == 2 else (row, None)
 
 
+def tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
+    """An array, picture or list of numbers as a tensor. Raises UserError, with this name, for what holds no numbers."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = values if isinstance(values, np.ndarray) else np.array(values)
+    except ValueError as error:  # lists of several lengths
+        raise UserError(f"{name} is no array ({error}): give rows of one shape") from error
+    if any(stride < 0 for stride in array.strides):  # torch has none
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:  # objects, texts; another order of bytes
+        raise UserError(
+            f"{name} is an array of dtype {array.dtype}, which torch cannot hold: give uint8 colours, or finite floats "
+            "in [-1, 1]"
+        ) from error
+
+
 def samples(x: Tensor | np.ndarray) -> Tensor:
     """Float32 points (n, d), or images (n, 1 or 3, h, w) in [-1, 1]. Raises UserError for other shapes and ranges."""
-    x = torch.as_tensor(x)
+    x = tensor(x, "data")
     if x.ndim == 3:
         x = x.unsqueeze(1)  # grey
     if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS:
@@ -138,7 +157,13 @@ def labels(c: Any, n: int) -> Tensor:  # noqa: ANN401
     """Class numbers (n,), all 0 where there are none. Raises UserError for what is no class, or not as many."""
     if c is None:
         return torch.zeros(n, dtype=torch.long)
-    found = torch.as_tensor(np.asarray(c))
-    if found.shape != (n,) or found.is_floating_point() or found.dtype == torch.bool or found.min() < 0:
-        raise UserError(f"labels are whole numbers from 0, one for each of {n} samples")
-    return found.long()
+    rule = f"labels are whole numbers from 0, one for each of {n} samples"
+    try:
+        values = np.asarray(c)
+    except ValueError as error:  # lists of several lengths
+        raise UserError(rule) from error
+    if values.dtype.kind not in "iu":
+        raise UserError(f"{rule}, and these are of dtype {values.dtype}")
+    if values.shape != (n,) or values.min() < 0:
+        raise UserError(rule)
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,6 +1,7 @@
 """The model card next to an export, README.md: how to call it, what made it, and what it measured."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,12 +26,13 @@ from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
-from dumo.runtime import version
+from dumo.runtime import typed, version
 from dumo.runtime.progress import inline
 from dumo.types import UserError
 
 PROMPT = "a red fox in the snow"
 CODED = "codes.safetensors"
+MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is one in Markdown, too
 PASSES = {1: "one pass", 2: "two", 4: "four"}
 
 
@@ -204,13 +206,28 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    cast(dict[str, Any], found.filters).update(form=format, plain=plain)
+    cast(dict[str, Any], found.filters).update(form=format, plain=plain, code=code, literal=literal, typed=typed)
     return found
 
 
 def plain(text: str) -> str:
-    """What somebody wrote, as text in a cell of a table: no HTML, which a page that shows the card would run."""
-    return escape(inline(text), quote=False).replace("|", "\\|")
+    """What somebody wrote, as text in a cell of a table: neither HTML nor Markdown, which a page would show as such."""
+    return MARKDOWN.sub(r"\\\g<0>", escape(inline(text), quote=False))
+
+
+def code(text: str) -> str:
+    """What somebody wrote, in a line of text, as code: between more backticks than it has in a row."""
+    text = inline(text)
+    inside = re.findall("`+", text)
+    if not inside:
+        return f"`{text}`"
+    fence = "`" * (max(map(len, inside)) + 1)
+    return f"{fence} {text} {fence}"
+
+
+def literal(text: str) -> str:
+    """A string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def notes(exported: Exported, made: Provenance) -> dict[str, str]:

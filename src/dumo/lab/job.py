@@ -4,10 +4,11 @@ The executors of the standard library learn that a worker was killed, but not wh
 and they pass on no signal.
 """
 
+import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -29,7 +30,8 @@ class Worker:
         """Start it with this number of cores."""
         self.pipe, theirs = processes.Pipe()
         self.process = processes.Process(target=serve, args=(work, theirs, threads))
-        self.process.start()
+        with safe_path():
+            self.process.start()
         theirs.close()  # so that the pipe ends with the process
         self.piece: object = None
 
@@ -49,6 +51,23 @@ class Worker:
         if error is not None:
             error.__cause__ = RuntimeError(trace)  # where it arose
         return error
+
+
+@contextmanager
+def safe_path() -> Generator[None, None, None]:
+    """Meanwhile a Python that starts imports no module of the folder we are in, as with -P.
+
+    Once it has started, multiprocessing gives it this process's own path.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def exit_text(code: int) -> str:

@@ -124,7 +124,8 @@ def by_stock(one: Result, folder: Path) -> Image.Image:
     trained = one.trained
     diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
     if not folder.exists():
-        subprocess.run([sys.executable, "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
+        # -P: no module of the folder we are in is imported there
+        subprocess.run([sys.executable, "-P", "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
     model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     none = dict.fromkeys(("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))))

@@ -1,40 +1,45 @@
-"""Where the demo is served, and who may ask there: this machine, and beyond it who can log in.
+"""Where the demo is served, and what is answered there: what its own page asks, on this machine.
 
 A page of another site that is open in the same browser can send requests here, and by its own name, once that leads to
-this machine (DNS rebinding), read the answers. So only requests to a name of this server are answered (Host), and of a
+this machine (DNS rebinding), read the answers. So only requests to a name of this machine are answered (Host), and of a
 page's requests only those of its own pages (Origin).
+
+Gradio answers more than the page asks: it takes uploads, and opens files and addresses that a question names. So what
+the page does not ask is not found, and a question holds texts and numbers alone.
 """
 
+import json
+import os
 import socket
-import stat
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
-from ipaddress import ip_address
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 from urllib.parse import urlsplit
 
-from dumo.io.read import brief, read_text
+from dumo.io.read import brief
 from dumo.types import UserError
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
-WAY = "write USER:PASSWORD into it, a line for each person"
-SMALL = 2**16  # bytes of such a file: ours
-Sent = Mapping[str, Any]  # of ASGI
+HOST = "127.0.0.1"
+NAMES = ("localhost", "127.0.0.1", "::1")  # of this machine, as only it is called
+QUESTION = "/gradio_api/queue/join"
+PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")
+FOLDERS = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own, and what it keeps to be downloaded
+MAX_QUESTION_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
+Message = Mapping[str, Any]  # of ASGI
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 @contextmanager
-def listening(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """A socket at an address; port 0: any that is free. Raises UserError where it is taken, or none of this machine."""
+def listening(port: int) -> Generator[socket.socket, None, None]:
+    """A socket that this machine alone can reach; port 0: any that is free. Raises UserError where it is taken."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.create_server(address[:2], family=family)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        opened = socket.create_server((HOST, port))
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)  # error.strerror has the address once more
         raise UserError(
-            f"the page cannot stand at {host}, port {port} ({why}): give another --port, such as {port + 1}, or 0 for "
-            "any that is free; or another --host"
+            f"the page cannot be served at port {port} ({reason}): give another --port, or 0 for any that is free"
         ) from error
     with opened:
         yield opened
@@ -42,75 +47,100 @@ def listening(host: str, port: int) -> Generator[socket.socket, None, None]:
 
 def url(opened: socket.socket) -> str:
     """What to type in a browser on this machine."""
-    host, port = opened.getsockname()[:2]
-    host = "localhost" if ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}"
+    return f"http://{HOST}:{opened.getsockname()[1]}"
 
 
-def accounts(file: Path | None, opened: socket.socket) -> list[tuple[str, str]] | None:
-    """Who may log in, each with the password; None: all, which only this machine can reach.
-
-    They stand in a file, for a command line can be read by all users of a machine. Raises UserError where others reach
-    the address and there is none, where others may read it, and for a line that is none.
-    """
-    if file is None:
-        if not ip_address(opened.getsockname()[0]).is_loopback:
-            raise UserError(
-                f"others can reach --host {opened.getsockname()[0]}: give --auth FILE, and {WAY}; or leave out --host"
-            )
-        return None
-    lines = [line for line in read_text(file, WAY, SMALL).splitlines() if line.strip()]
-    if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise UserError(f"{file} has passwords, and others may read or change it: chmod 600 {file}")
-    found = [(user, password) for user, _, password in (line.partition(":") for line in lines) if user and password]
-    if not found or len(found) < len(lines):
-        raise UserError(f"{file}: {'a line' if found else 'the file'} is not USER:PASSWORD: {WAY}")
-    return found
+def tunnel(opened: socket.socket) -> str:
+    """How to open the page on another machine."""
+    port = opened.getsockname()[1]
+    return f"on another machine:  ssh -L {port}:localhost:{port} {socket.gethostname()}    then open http://localhost:{port}"
 
 
-def known(host: str, name: str) -> bool:
-    """Whether a server at `host`, as --host has it, may be called so.
+def guarded(app: App) -> App:
+    """The app, for what its page asks of this machine, and for nothing else."""
 
-    At an address of all networks (0.0.0.0) any number is, and the machine's own name: a number leads nowhere else.
-    """
-    if name in (*LOCAL, host.lower()):
-        return True
-    with suppress(ValueError):
-        if ip_address(host).is_unspecified:
-            own = {socket.gethostname().lower(), socket.getfqdn().lower()}
-            return name in own or bool(ip_address(name))
-    return False
-
-
-def guarded(app: App, host: str) -> App:
-    """The app, for requests to a server at `host` by its name, of no page but its own; without a list of its calls."""
-
-    async def answer(scope: Any, receive: Any, send: Callable[[Sent], Awaitable[None]]) -> None:  # noqa: ANN401
-        if scope["type"] not in ("http", "websocket"):
+    async def answer(scope: Any, receive: Receive, send: Send) -> None:  # noqa: ANN401
+        if scope["type"] == "lifespan":
             return await app(scope, receive, send)
-        if why := refusal(host, {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}):
-            code, said = 403, why
-        elif scope["path"].endswith("/openapi.json"):
-            code, said = 404, "not found"
-        else:
-            return await app(scope, receive, send)
-        if scope["type"] == "websocket":
+        if scope["type"] != "http":  # the page opens no websocket
             return await send({"type": "websocket.close", "code": 1008})
-        await send({"type": "http.response.start", "status": code, "headers": [(b"content-type", b"text/plain")]})
-        await send({"type": "http.response.body", "body": said.encode()})
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        problem = refusal(headers)
+        if problem:
+            return await reply(send, 403, problem)
+        path = scope["path"]
+        if scope["method"] == "POST" and path == QUESTION:
+            question = await read_question(receive)
+            if question is None:
+                return await reply(send, 400, "a question of this page holds texts and numbers alone")
+            return await app(scope, replay(question, receive), send)
+        if scope["method"] in ("GET", "HEAD") and (path in PAGES or path.startswith(FOLDERS)):
+            return await app(scope, receive, send)
+        return await reply(send, 404, "not found")
 
     return answer
 
 
-def refusal(host: str, headers: Mapping[str, str]) -> str:
+async def reply(send: Send, status: int, text: str) -> None:
+    """Answer with a line of text."""
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def refusal(headers: Mapping[str, str]) -> str:
     """Why a request is not answered; empty where it is."""
+    host = headers.get("host", "")
     try:
-        asked, origin = headers.get("host", ""), headers.get("origin")
-        name = urlsplit(f"//{asked}").hostname or ""
+        name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
-        asked, origin, name = "", None, ""
-    if not known(host, name):
+        name = ""
+    if name not in NAMES:
         return f"this server is not called {brief(ascii(name))}"
-    if origin is not None and origin.partition("://")[2] != asked:
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
         return "this page answers its own requests alone"
     return ""
+
+
+async def read_question(receive: Receive) -> bytes | None:
+    """A question as JSON, written anew so that Gradio reads what was checked; None where it is none of the page's."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":  # the browser is gone
+            return None
+        body += message.get("body", b"")
+        if len(body) > MAX_QUESTION_BYTES:
+            return None
+        if not message.get("more_body", False):
+            break
+    try:
+        question = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return json.dumps(question).encode() if is_plain(question) else None
+
+
+def is_plain(question: object) -> bool:
+    """Whether a question holds texts and numbers alone: a dictionary can name a file, which Gradio would copy."""
+    if not isinstance(question, dict):
+        return False
+    fields = cast(dict[str, object], question)
+    inputs = fields.get("data")
+    if not isinstance(inputs, list):
+        return False
+    others = [value for name, value in fields.items() if name != "data"]
+    values = [*cast(list[object], inputs), *others]
+    return all(value is None or isinstance(value, str | int | float) for value in values)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Receive this body, and then what else comes."""
+    bodies = [body]
+
+    async def receive_again() -> Message:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        return await receive()
+
+    return receive_again

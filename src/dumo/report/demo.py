@@ -1,4 +1,4 @@
-"""The demo: a page to play with runs, and its server, which listens at one address and ends at a signal.
+"""The demo: a page to play with runs, and its server, which this machine alone reaches, and which ends at a signal.
 
 An answer is HTML that holds its pictures: nothing is fetched from elsewhere. What a person typed is escaped in it, and
 in what says that it was wrong. Only what is downloaded lies in files, for a while, in a folder that goes at the end.
@@ -231,18 +231,10 @@ def gradio_alone() -> Generator[None, None, None]:
         yield
 
 
-def serve(
-    blocks: "gr.Blocks",
-    opened: socket.socket,
-    tell: Callable[[str], None],
-    *,
-    host: str,
-    auth: list[tuple[str, str]] | None = None,
-) -> None:
+def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None]) -> None:
     """Serve a page until a signal (`dumo.runtime.signals`); `tell` gets its address once it answers.
 
-    `host` is what the server is called, `auth` who may log in (None: nobody need). Raises RuntimeError where the server
-    does not start.
+    Raises RuntimeError where the server does not start.
     """
     import gradio as gr
     import uvicorn
@@ -253,7 +245,6 @@ def serve(
         FastAPI(openapi_url=None),
         blocks,
         path="/",
-        auth=auth,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         theme=Default(font=FONT, font_mono=MONO).set(block_info_text_color=INK, block_info_text_color_dark=INK),
         css=(HERE / "answer.css").read_text(encoding="utf-8"),
@@ -265,7 +256,8 @@ def serve(
         mcp_server=False,
         pwa=False,
     )
-    config = uvicorn.Config(guarded(app, host), log_level="warning", timeout_graceful_shutdown=GRACE)
+    blocks.has_launched = True  # mounting leaves it unset, and then Gradio checks no path that a question names
+    config = uvicorn.Config(guarded(app), log_level="warning", timeout_graceful_shutdown=GRACE)
     server = uvicorn.Server(config)
     thread = Thread(target=server.run, kwargs={"sockets": [opened]}, name="server", daemon=True)
     thread.start()

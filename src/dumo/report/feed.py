@@ -173,13 +173,23 @@ class Live:
         if self.failed or not dist.is_main():
             return
         if self.process is None:
-            words, out, pipe = [sys.executable, "-c", PROGRAM, str(self.folder), self.kind], self.words, subprocess.PIPE
-            try:  # in a session of its own: Ctrl-C is for the training, at whose end its stdin ends
-                self.process = subprocess.Popen(words, stdin=pipe, stdout=out, stderr=out, start_new_session=True)
-            except OSError as error:
-                self.fail(str(error))
+            self.start()
         elif self.process.poll() is not None:
             self.fail(self.last_words())
+
+    def start(self) -> None:
+        """Begin it. No module of the folder we are in is imported there (-P)."""
+        command = [sys.executable, "-P", "-c", PROGRAM, str(self.folder), self.kind]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # closes when training ends: the sign to finish
+                stdout=self.words,
+                stderr=self.words,
+                start_new_session=True,  # Ctrl-C is for the training alone
+            )
+        except OSError as error:
+            self.fail(str(error))
 
     def close(self, patience: float) -> None:
         """No more rows come: give it some seconds to send what is there."""

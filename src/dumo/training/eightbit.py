@@ -64,6 +64,10 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         parted = [[p for p in self.names if fits(p) is small] for small in (True, False)]
         super().__init__([{"params": params, **options} for params in parted if params], {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, and a pickle; torch's knows its own fields alone."""
+        return {**super().__getstate__(), "seed": self.seed, "names": self.names}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
         """Move all parameters that have a gradient; no closure is called."""

@@ -33,7 +33,10 @@ class Unseen(UserError):  # noqa: N818, it says what cannot be seen
 
     @classmethod
     def of(cls, place: Path, error: OSError) -> "Unseen":
-        """With the system's reason."""
+        """With the system's reason, or the file that stands where a folder is wanted."""
+        file = next((above for above in (place, *place.parents) if above.is_file()), None)
+        if isinstance(error, NotADirectoryError) and file:
+            return cls(f"{file} is a file, and a folder is wanted there: put the folder back, or give another one")
         return cls(f"{place} cannot be read ({error.strerror}): mount its disk, or make it readable, and start again")
 
 

@@ -64,6 +64,10 @@ class MuonOptimizer(torch.optim.Optimizer):
         groups = [{"params": [*params], "parts": parts, **options} for parts, params in matrices.items()]
         super().__init__([*groups, *(rest.param_groups if rest else ())], {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, and a pickle; torch's knows its own fields alone."""
+        return {**super().__getstate__(), "rest": self.rest}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
         """Move all parameters that have a gradient; no closure is called."""

@@ -40,8 +40,12 @@ class Saver:
             dist.group.set(self.group)  # of this thread
             try:
                 done.set_result(work())
-            except BaseException as error:
+            except Exception as error:
                 done.set_exception(error)
+            except BaseException as error:  # raised where it is waited for, a SystemExit would end all with its code
+                failure = RuntimeError(f"the thread that saves was ended by {error!r}")
+                failure.__cause__ = error
+                done.set_exception(failure)
 
         Thread(target=write, name="checkpoint", daemon=True).start()  # who ends at once does not wait for it
 

@@ -86,6 +86,12 @@ def test_colours_lie_from_minus_one_to_one() -> None:
         ((FLOATS, [0]), "one for each of 2 samples"),
         ((FLOATS, [0, -1]), "whole numbers from 0"),
         ((FLOATS, [0.0, 1.0]), "whole numbers from 0"),
+        ((FLOATS, ["a", "b"]), "whole numbers from 0, .* dtype <U1"),
+        ((FLOATS, [[0], [1, 2]]), "whole numbers from 0"),
+        (np.array([[1.0, "a"], [2.0, None]], dtype=object), "data is an array of dtype object"),
+        (np.array([["a", "b"]]), "data is an array of dtype <U1"),
+        (Rows([[1.0, 2.0], [3.0], [4.0]]), "row 0 of the data is no array"),
+        (Rows("ab"), "row 0 of the data is an array of dtype <U2"),
         (Rows(image(0), image(0, (8, 8))), "row 1 of the data has shape"),
         (Rows((image(0), 1), image(0)), "all or none have a label"),
         (Rows({"text": "a"}), "a row of the data has text: none is image"),
@@ -94,6 +100,11 @@ def test_colours_lie_from_minus_one_to_one() -> None:
 def test_what_is_no_data_is_refused(data: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         Memory.of(data)
+
+
+def test_an_array_may_be_read_backwards() -> None:
+    points = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
+    assert Memory.of(points[::-1]).open().x.tolist() == points[::-1].tolist()
 
 
 def test_rows_that_this_process_was_not_given_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

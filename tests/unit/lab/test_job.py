@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import trap
 from dumo.lab import job
 from dumo.runtime import signals
 from dumo.runtime.heartbeat import Lost
@@ -46,6 +47,19 @@ def work(name: str) -> None:
         raise UserError("this is wrong")
     if name == "defect":
         raise KeyError(name)
+
+
+def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that starts afresh."""
+    trap.lay(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "processes", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(job, "serve", print)  # which needs no torch
+    worker = job.Worker(len, 1)
+    worker.process.join()
+    worker.pipe.close()
+    assert worker.process.exitcode == 0
+    assert trap.sprung(tmp_path) == []
 
 
 def test_a_killed_process_is_known_by_its_work_and_the_others_go_on() -> None:

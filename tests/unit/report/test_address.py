@@ -1,44 +1,64 @@
-"""Who is answered by the demo's server: requests by its name, of its own pages; beyond this machine who logs in."""
+"""What the demo's server answers: this machine, by its own name, and of that what its page asks."""
 
 import asyncio
+import json
 import socket
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from dumo.report.address import accounts, guarded, listening
+from dumo.report import address
+from dumo.report.address import guarded, listening
 from dumo.types import UserError
 
+QUESTION = {"data": ["", "0", 1, True, None], "fn_index": 0, "trigger_id": 14, "session_hash": "x"}
+FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
-def asked(server: str, path: str = "/", kind: str = "http", **headers: str) -> object:
-    """The status of an answer by a server at a host; of a websocket what it is closed with."""
-    sent = list[Any]()
 
-    async def app(scope: object, receive: object, send: Any) -> None:  # noqa: ANN401
+@dataclass
+class Asked:
+    """What a request came to: its status or the code that closes a websocket; what the app received of it."""
+
+    status: int = 0
+    received: list[bytes] = field(default_factory=list[bytes])
+
+
+def ask(
+    path: str = "/", method: str = "GET", body: bytes = b"", kind: str = "http", host: str = "localhost", **headers: str
+) -> Asked:
+    """A request to an app behind the guard; the body comes in two parts."""
+    asked = Asked()
+    parts = [body[: len(body) // 2], body[len(body) // 2 :]]
+
+    async def app(scope: object, receive: Any, send: Any) -> None:  # noqa: ANN401
+        if method == "POST":
+            asked.received.append((await receive())["body"])
         await send({"status": 200})
 
-    async def send(message: object) -> None:
-        sent.append(message)
+    async def receive() -> Mapping[str, object]:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
 
-    scope = {"type": kind, "path": path, "headers": [(k.encode(), v.encode("latin-1")) for k, v in headers.items()]}
-    asyncio.run(guarded(app, server)(scope, None, send))
-    return sent[0].get("status") or sent[0]["code"]
+    async def send(message: Mapping[str, Any]) -> None:
+        asked.status = asked.status or message.get("status") or message["code"]
+
+    sent = {"host": host, **headers}
+    scope = {"type": kind, "path": path, "headers": [(k.encode(), v.encode("latin-1")) for k, v in sent.items()]}
+    asyncio.run(guarded(app)(scope | {"method": method}, receive, send))
+    return asked
 
 
 @pytest.mark.parametrize(
-    ("host", "name", "code"),
+    ("name", "code"),
     [
-        *(("127.0.0.1", name, 200) for name in ("localhost:7860", "127.0.0.1", "[::1]:7860", "LocalHost:1")),
-        *(("127.0.0.1", name, 403) for name in ("evil.example:1", "10.0.0.7:7860", "", "[", "localhost.x", "\xff")),
-        *(("box.lab", name, code) for name, code in (("Box.lab:7860", 200), ("localhost", 200), ("other.lab", 403))),
-        *(("0.0.0.0", name, 200) for name in ("10.0.0.7:7860", "[fe80::1]:7860", socket.gethostname())),
-        ("0.0.0.0", "evil.example:7860", 403),
+        *((name, 200) for name in ("localhost:7860", "127.0.0.1", "[::1]:7860", "LocalHost:1")),
+        *((name, 403) for name in ("evil.example:1", "10.0.0.7:7860", "", "[", "localhost.x", "\xff", "0.0.0.0:1")),
+        (socket.gethostname() + ":7860", 403),
     ],
 )
-def test_names(host: str, name: str, code: int) -> None:
-    assert asked(host, host=name) == code
-    assert asked(host, kind="websocket", host=name) == (200 if code == 200 else 1008)
+def test_names(name: str, code: int) -> None:
+    assert ask(host=name).status == code
 
 
 @pytest.mark.parametrize(
@@ -46,25 +66,39 @@ def test_names(host: str, name: str, code: int) -> None:
     [("http://localhost:7860", 200), *((text, 403) for text in ("http://localhost:1", "null", "http://evil", ""))],
 )
 def test_pages(origin: str, code: int) -> None:
-    assert asked("127.0.0.1", host="localhost:7860", origin=origin) == code
-    assert asked("127.0.0.1", "/openapi.json", host="localhost", origin="http://localhost") == 404
+    assert ask(host="localhost:7860", origin=origin).status == code
 
 
-def test_who_may_log_in(tmp_path: Path) -> None:
-    file = tmp_path / "people"
-    with listening("127.0.0.1", 0) as own, listening("0.0.0.0", 0) as everywhere:
-        assert accounts(None, own) is None
-        with pytest.raises(UserError, match="--auth FILE"):
-            accounts(None, everywhere)
-        file.write_text("me:a:b c\n\nyou:x\n")
-        file.chmod(0o640)
-        with pytest.raises(UserError, match="chmod 600"):
-            accounts(file, everywhere)
-        file.chmod(0o600)
-        assert accounts(file, everywhere) == accounts(file, own) == [("me", "a:b c"), ("you", "x")]
-        for text in ("", "me\n", ":x\n", "me:\n", "me:x\nyou"):
-            file.write_text(text)
-            with pytest.raises(UserError, match="USER:PASSWORD"):
-                accounts(file, own)
-        with pytest.raises(UserError, match="is not there"):
-            accounts(tmp_path / "none", own)
+def test_what_the_page_does_not_ask_is_not_there() -> None:
+    for path in ("/", "/config", "/assets/index.js", "/static/a.svg", "/gradio_api/file=/tmp/x", address.PAGES[-1]):
+        assert ask(path).status == 200
+        assert ask(path, "POST").status == 404
+    doors = ("upload", "run/work", "call/work", "api/work", "proxy=http://a", "file/etc/passwd", "stream/x", "info")
+    for path in ("/openapi.json", "/docs", "/login", "/queue/join", *(f"/gradio_api/{door}" for door in doors)):
+        assert ask(path).status == ask(path, "POST").status == 404
+    assert ask(kind="websocket").status == 1008
+
+
+def test_a_question_holds_plain_values_alone() -> None:
+    asked = ask(address.QUESTION, "POST", json.dumps(QUESTION).encode())
+    assert asked.status == 200
+    assert json.loads(asked.received[0]) == QUESTION
+    for value in (FILE, [FILE], {"a": [[FILE]]}, [], {}):
+        for question in (QUESTION | {"data": ["", value]}, QUESTION | {"event_data": value}, [value], value):
+            assert ask(address.QUESTION, "POST", json.dumps(question).encode()).status == 400
+    for inputs in (FILE, "", None, 1):
+        assert ask(address.QUESTION, "POST", json.dumps(QUESTION | {"data": inputs}).encode()).status == 400
+    for body in (b"", b"{", b"\xff", b"[" * 100_000, b'{"data": ["' + b"x" * 2**20 + b'"]}'):
+        assert ask(address.QUESTION, "POST", body).status == 400
+    twice = json.dumps(QUESTION).replace("{", f'{{"data": [{json.dumps(FILE)}], ', 1)  # the last of two counts
+    assert b"FileData" not in ask(address.QUESTION, "POST", twice.encode()).received[0]
+
+
+def test_this_machine_alone_is_listened_to() -> None:
+    with listening(0) as opened:
+        host, port = opened.getsockname()
+        assert host == "127.0.0.1"
+        assert address.url(opened) == f"http://127.0.0.1:{port}"
+        assert f"ssh -L {port}:localhost:{port} " in address.tunnel(opened)
+        with pytest.raises(UserError, match=f"port {port} .*--port"), listening(port):
+            pass

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+import trap
 from dumo.io import file
 from dumo.report import feed as feeds
 from dumo.report import tracker
@@ -154,6 +155,18 @@ def test_a_tracker_that_fails_or_hangs_leaves_the_training_as_it_is(
     assert fails.endswith(f"dumo log {tmp_path}/fails --to tensorboard")
     assert "longer than 0.2 s" in hangs
     assert not ends
+
+
+def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap.lay(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(feeds, "PROGRAM", f"import {', '.join(trap.NAMES)}, sys; sys.stdin.read()")
+    said: list[str] = []
+    follower = feeds.Live(tmp_path / "run", "tensorboard", said.append)
+    follower.look(cast(Any, None), cast(Any, None))  # at the first step
+    follower.close(patience=60)
+    assert said == []
+    assert trap.sprung(tmp_path) == []
 
 
 def test_what_is_no_tracker_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,3 +247,12 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["step-00000003"]
     free[0] = needed
     assert save(tmp_path / "a", state, 1).is_dir()
+
+
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
+    """It is no disk that is missing."""
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "checkpoints", file / "run" / "checkpoints"):
+        with pytest.raises(UserError, match=f"^{file} is a file, and a folder is wanted there"):
+            manifest.standing(folder)

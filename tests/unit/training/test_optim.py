@@ -1,5 +1,7 @@
 """Optimizers carry their numbers to torch; schedules are the curves they say; Muon moves matrices as torch's does."""
 
+import copy
+import pickle
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +15,7 @@ from dumo.run.config.load import load
 from dumo.run.plan.plan import held
 from dumo.run.train import train
 from dumo.runtime.random import stream
-from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine, Muon, Schedule, matrices, orthogonal
+from dumo.training.optim import WSD, Adam, AdamW, AdamW8bit, Constant, Cosine, Muon, Schedule, matrices, orthogonal
 from dumo.training.record import Record
 from dumo.training.state import begin
 from dumo.training.step import advance
@@ -224,6 +226,46 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
     for part in ("net", "optimizer"):
         one, other = ((tmp_path / run / last.format(part)).read_bytes() for run in ("whole", "parted"))
         assert one == other
+
+
+class Block(nn.Module):
+    """A matrix and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(256, 16)])
+        self.head = nn.Linear(16, 3)
+
+
+def passed_on(pair: tuple[nn.Module, torch.optim.Optimizer], by: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A net and its optimizer, copied by what other libraries copy them by."""
+    return copy.deepcopy(pair) if by == "copy" else pickle.loads(pickle.dumps(pair))
+
+
+@pytest.mark.parametrize("by", ["copy", "pickle"])
+@pytest.mark.parametrize("spec", [Muon(lr=0.01, weight_decay=0.1), AdamW8bit(lr=0.01)])
+def test_a_copy_takes_the_same_steps(spec: Muon | AdamW8bit, by: str) -> None:
+    """Before the first step and after some: the copy's net moves as the other, which stays where it is."""
+    net: nn.Module = Block()
+    if isinstance(spec, AdamW8bit):
+        net = net.bfloat16()  # it draws random numbers by the names of weights
+    pair = net, spec(net)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        for i, p in enumerate(net.parameters()):
+            p.grad = torch.randn(p.shape, generator=stream(seed, f"{i}")).to(p.dtype)
+        optimizer.step()
+
+    for seed in range(3):
+        other = passed_on(pair, by)
+        before = [p.clone() for p in net.parameters()]
+        step(*other, seed)
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+        step(*pair, seed)
+        moved = zip(net.parameters(), other[0].parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in moved)
+        pair = other if seed == 1 else pair
+        net = pair[0]
 
 
 def test_its_memory_is_counted() -> None:
