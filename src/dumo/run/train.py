@@ -4,9 +4,10 @@ A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, c
 best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from dumo.training import agreement, loop, manifest
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Task, draws_of, pieces, span
+from dumo.training.state import begin as begin_state
+from dumo.training.step import Batch, Task, draws_of, pieces, span, train_step
 from dumo.types import UserError
 from dumo.types.rows import pin, to_device
 
@@ -153,6 +155,7 @@ def go_on(
             begin_step = loop.Every(1, lambda state, record: step_threads.begin())
             end_step = loop.Every(1, lambda state, record: step_threads.end())
             every = (end_step, show, *journal.hooks, loop.Every(1, sheets.draw), *hooks, begin_step)
+            step_threads.choose(trial_step(run.train, state, task, source))
             step_threads.begin()
             loop.train(state, task, batches, run.train, every, journal.due, draws)
     except Diverged as error:
@@ -183,6 +186,22 @@ def threads_of(
         step=about.step,
         usual=usual_seconds(folder, about.step),
     )
+
+
+def trial_step(train: Train, state: State, task: Task, source: Source | teacher.Coupled) -> Callable[[], object]:
+    """What makes a step like the training's next one, on a copy of its state, which the first call makes."""
+
+    @cache
+    def copied_state() -> State:
+        copied = begin_state(copy.deepcopy(state.net), train)
+        copied.step = state.step
+        return copied
+
+    def try_step() -> None:
+        batch = source.batch(state.step, train.batch, train.seed, span(pieces(train, task.objective)))
+        train_step(copied_state(), task, batch, train)
+
+    return try_step
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 torch takes one thread a core, and they spin while they wait for one another. So where another process has a core, each
 small operation waits for the scheduler: a step takes ten times as long, and a sheet of samples a hundred times.
 
-`StepThreads` times a training's own steps, since the number of threads changes how sums round: it is one, unless all
-are clearly faster, and changes again only where steps become several times slower. `fewer_when_busy` is for work whose
+`StepThreads` times steps of a training on trial, since the number of threads changes how sums round: it is one, unless
+all are clearly faster, for the whole run, and changes only where steps become several times slower. `fewer_when_busy` is for work whose
 parts differ in cost: it asks the machine alone, by operations that do nothing but wait, and asks again every few
 seconds.
 
@@ -32,6 +32,7 @@ ANOTHER = f"{VARIABLES[0]} sets another number"
 
 # All of these are ours.
 PAIRS = 10  # steps with one thread, and as many with all of them, by turns
+TRIAL = 5.0  # seconds of steps on trial, after which the pairs so far decide
 CLEARLY = 1.15  # times as fast, or several threads are not worth their waiting
 SURELY = 3.0  # times as fast in the median so far: no more steps need be compared
 ENOUGH = 3  # pairs of which the median is no hiccup of one step
@@ -83,9 +84,9 @@ def cores() -> int:
 
 
 class StepThreads:
-    """Chooses the number of threads of a training's steps, by the steps themselves: `with` it around the loop.
+    """Chooses the number of threads of a training's steps: `with` it around the loop, and `choose` before the first.
 
-    The first steps are made with all threads and with one by turns.
+    Steps are compared with one thread and with all by turns: on trial at first, later those of the training.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class StepThreads:
         """Change nothing yet, and nothing later where the number is `fixed`.
 
         `recorded` is the number that the steps up to `step` were made with, on as many cores as here: it is kept.
-        `usual` is what such a step took, in seconds; None: the first steps say.
+        `usual` is what such a step took, in seconds; None: the first steps after the choice say.
         """
         self.tell, self.step, self.usual, self.clock = tell, step, usual, clock
         self.on_cpu = device.type == "cpu"
@@ -137,6 +138,20 @@ class StepThreads:
         if self.free:
             self._use(self.all_threads)
 
+    def choose(self, try_step: Callable[[], object]) -> None:
+        """Choose by steps on trial, where there is a choice. They must leave the training as it is."""
+        if not self.free or self.number is not None:
+            return
+        began = self.clock()
+        while self.number is None:
+            self.begin()
+            try_step()
+            self.end()
+            has_pair = bool(self.seconds[self.all_threads])
+            if self.number is None and has_pair and self.clock() - began > TRIAL:
+                self._decide()
+        self.usual = None  # a step of the training waits for its data, too
+
     def begin(self) -> None:
         """A step begins, with the data that it waits for."""
         self.began = self.clock()
@@ -161,15 +176,19 @@ class StepThreads:
         if self.current == 1:
             self._use(self.all_threads)
             return
-        one = median(self.seconds[1])
-        all_threads = median(self.seconds[self.all_threads])
-        speedup = one / all_threads
+        speedup = median(self.seconds[1]) / median(self.seconds[self.all_threads])
         pairs = len(self.seconds[1])
         all_surely = speedup >= SURELY  # after one pair: a step with one thread may take minutes
         one_surely = speedup <= 1 / SURELY and pairs >= ENOUGH
         if pairs < PAIRS and not all_surely and not one_surely:
             self._use(1)
             return
+        self._decide()
+
+    def _decide(self) -> None:
+        """Take the number that the steps so far speak for, and say so."""
+        all_threads = median(self.seconds[self.all_threads])
+        speedup = median(self.seconds[1]) / all_threads
         slowdown = all_threads / self.usual if self.became_slow and self.usual else 1.0
         self.number = self.all_threads if speedup >= CLEARLY else 1
         self.usual = all_threads

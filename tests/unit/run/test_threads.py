@@ -73,7 +73,7 @@ def test_the_number_is_chosen_recorded_and_kept(
     train(tiny("train.save_every=2"), tmp_path / "run", tell=said.append)
     assert len([line for line in said if "OMP_NUM_THREADS" in line]) == 1
     assert two_cores.threads == 2  # as before
-    assert recorded(tmp_path / "run") == {2: (None, None), **dict.fromkeys((4, 6, 8), (number, 2))}
+    assert recorded(tmp_path / "run") == dict.fromkeys((2, 4, 6, 8), (number, 2))
 
     again: list[str] = []
     taken: list[int] = []
@@ -83,6 +83,20 @@ def test_the_number_is_chosen_recorded_and_kept(
     assert f"{word}, as up to step 8; OMP_NUM_THREADS sets another number" in again
     assert recorded(tmp_path / "run")[14] == (number, 2)
     assert taken == [number] * 6  # nothing is measured again
+
+
+def test_steps_on_trial_leave_the_run_as_it_is(
+    two_cores: Torch, monkeypatch: pytest.MonkeyPatch, moons: RunFolder, tmp_path: Path
+) -> None:
+    """To the bit, and a run has one number of threads from its first step."""
+    monkeypatch.setattr(threads, "PAIRS", 3)
+    monkeypatch.setattr(threads, "CLEARLY", float("inf"))
+    taken: list[int] = []
+    train(tiny(), tmp_path / "run", hooks=[loop.Every(1, lambda state, record: taken.append(two_cores.threads))])
+    assert taken == [1] * 8
+    ours = open_run(str(tmp_path / "run")).net.state_dict()
+    assert all(value.equal(ours[name]) for name, value in moons.net.state_dict().items())
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (moons.folder / "metrics.jsonl").read_text()
 
 
 def test_a_number_of_other_cores_is_chosen_anew(

@@ -103,6 +103,38 @@ def test_what_is_sure_needs_few_steps(machine: Machine, two: float, number: int,
         assert chooser.number == number
 
 
+def test_steps_on_trial_choose_before_the_first_step(machine: Machine) -> None:
+    def try_step() -> None:
+        machine.now += 0.01 * machine.seconds(machine.threads)
+
+    with machine.chooser() as chooser:
+        chooser.choose(try_step)
+        assert chooser.number == 2
+        assert set(machine.make(chooser, 40)) == {2}
+        machine.seconds = {1: 2.0, 2: 9.0}.__getitem__
+        machine.make(chooser, 40)
+        assert chooser.number == 1  # slower than its first steps were, not than those on trial
+    assert len(machine.said) == 2
+
+
+def test_long_steps_are_tried_as_one_pair(machine: Machine) -> None:
+    tried: list[int] = []
+
+    def try_step() -> None:
+        tried.append(machine.threads)
+        machine.now += 60 * machine.seconds(machine.threads)
+
+    with machine.chooser() as chooser:
+        chooser.choose(try_step)
+        assert tried == [2, 1, 2]
+        assert chooser.number == 2
+
+
+def test_a_recorded_number_needs_no_trial(machine: Machine) -> None:
+    with machine.chooser(recorded=2, step=10) as chooser:
+        chooser.choose(lambda: pytest.fail("tried"))
+
+
 def test_a_hiccup_decides_nothing(machine: Machine) -> None:
     steps = iter([9.0, 1.6, 1.0, 1.6, 9.0, 9.0, 1.0] + [1.6, 1.0] * 20)
     machine.seconds = lambda number: next(steps)
