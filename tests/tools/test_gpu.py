@@ -16,15 +16,15 @@ BY_COMMANDS = ("memory", "commands", "overnight")  # of `dumo`: they run in a sm
 BRIEF = ("xl2", "sample")
 
 
-def parts() -> Iterator[object]:
-    """The parts that run in this process; all but two are left to `make slow`."""
-    for name in gpu.PARTS:
-        if name not in BY_COMMANDS:
-            yield pytest.param(name, marks=[] if name in BRIEF else [pytest.mark.gate])
+IN_PROCESS = [  # all but two are left to `make slow`
+    pytest.param(name, marks=[] if name in BRIEF else [pytest.mark.gate])
+    for name in gpu.PARTS
+    if name not in BY_COMMANDS
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", parts())
+@pytest.mark.parametrize("name", IN_PROCESS)
 def test_a_part_gives_rows(name: str) -> None:
     rows = list(gpu.PARTS[name].rows(SMOKE))
     assert rows

@@ -4,9 +4,9 @@ torch takes one thread a core, and they spin while they wait for one another. So
 small operation waits for the scheduler: a step takes ten times as long, and a sheet of samples a hundred times.
 
 `StepThreads` times steps of a training on trial, since the number of threads changes how sums round: it is one, unless
-all are clearly faster, for the whole run, and changes only where steps become several times slower. `fewer_when_busy` is for work whose
-parts differ in cost: it asks the machine alone, by operations that do nothing but wait, and asks again every few
-seconds.
+all are clearly faster, for the whole run, and changes only where steps become several times slower. `fewer_when_busy`
+is for work whose parts differ in cost: it asks the machine alone, by operations that do nothing but wait, and again
+every few seconds.
 
 Nothing is changed on a GPU, among several ranks, and where somebody has said how many threads there are: by
 OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads.
