@@ -4,7 +4,6 @@ A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, c
 best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
-import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -40,7 +39,7 @@ from dumo.run.validation import Validation
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, quiet
 from dumo.runtime.threads import StepThreads
-from dumo.training import agreement, loop, manifest
+from dumo.training import agreement, frozen, loop, manifest
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -135,7 +134,7 @@ def go_on(
         with threads.fewer_when_busy(here, tell):
             source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
-    step_threads = threads_of(run, folder, last, here, tell)
+    step_threads = step_threads_of(run, folder, last, here, tell)
     text = dump(run, history.changed) if history else ""
     journal = Journal(run, folder, here, source, tell, hashes, text, validation, step_threads)
     journal.open(state)
@@ -155,7 +154,8 @@ def go_on(
             begin_step = loop.Every(1, lambda state, record: step_threads.begin())
             end_step = loop.Every(1, lambda state, record: step_threads.end())
             every = (end_step, show, *journal.hooks, loop.Every(1, sheets.draw), *hooks, begin_step)
-            step_threads.choose(trial_step(run.train, state, task, source))
+            if state.step < run.train.steps:
+                step_threads.choose(trial_step(run.train, state, task, source))
             step_threads.begin()
             loop.train(state, task, batches, run.train, every, journal.due, draws)
     except Diverged as error:
@@ -167,13 +167,13 @@ def go_on(
     return state
 
 
-def threads_of(
+def step_threads_of(
     run: Run, folder: Path, last: Path | None, device: torch.device, tell: Callable[[str], None]
 ) -> StepThreads:
-    """What chooses the number of threads of the steps, after checkpoint `last`; None: from the start.
+    """The chooser of the number of threads for steps; `last` is the checkpoint that the run resumes from, if any.
 
-    The checkpoint's number is kept on a machine of as many cores. Compiled code is of one number, so there is no choice
-    then.
+    A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
+    compiled code is for one number.
     """
     if last is None:
         return StepThreads(device, tell, fixed=run.train.compile != "none")
@@ -193,9 +193,9 @@ def trial_step(train: Train, state: State, task: Task, source: Source | teacher.
 
     @cache
     def copied_state() -> State:
-        copied = begin_state(copy.deepcopy(state.net), train)
-        copied.step = state.step
-        return copied
+        trial = begin_state(frozen.copied(state.net), train)
+        trial.step = state.step
+        return trial
 
     def try_step() -> None:
         batch = source.batch(state.step, train.batch, train.seed, span(pieces(train, task.objective)))

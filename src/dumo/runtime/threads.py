@@ -3,10 +3,10 @@
 torch takes one thread a core, and they spin while they wait for one another. So where another process has a core, each
 small operation waits for the scheduler: a step takes ten times as long, and a sheet of samples a hundred times.
 
-`StepThreads` times steps of a training on trial, since the number of threads changes how sums round: it is one, unless
-all are clearly faster, for the whole run, and changes only where steps become several times slower. `fewer_when_busy`
-is for work whose parts differ in cost: it asks the machine alone, by operations that do nothing but wait, and again
-every few seconds.
+`StepThreads` times trial steps before training: one thread, unless all are clearly faster. The number stays for the
+whole run, because it changes how sums round; it is measured again only if steps become several times slower.
+`fewer_when_busy` is for sampling and the like, whose parts differ in cost: it times tiny operations to see whether
+threads wait for a core, at most every RECHECK_SECONDS.
 
 Nothing is changed on a GPU, among several ranks, and where somebody has said how many threads there are: by
 OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads.
@@ -28,24 +28,24 @@ from torch import Tensor
 from dumo.runtime import dist
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-ANOTHER = f"{VARIABLES[0]} sets another number"
+HOW_TO_SET = f"{VARIABLES[0]}=N sets another"
 
 # All of these are ours.
-PAIRS = 10  # steps with one thread, and as many with all of them, by turns
-TRIAL = 5.0  # seconds of steps on trial, after which the pairs so far decide
-CLEARLY = 1.15  # times as fast, or several threads are not worth their waiting
-SURELY = 3.0  # times as fast in the median so far: no more steps need be compared
-ENOUGH = 3  # pairs of which the median is no hiccup of one step
-WINDOW = 2.0  # seconds of steps whose mean is compared with what a step took before
+MAX_PAIRS = 10  # steps with one thread, and as many with all of them, by turns
+TRIAL_SECONDS = 5.0  # of trial steps, after which the pairs so far decide
+MIN_SPEEDUP = 1.15  # times as fast, or several threads are not worth their waiting
+SURE_SPEEDUP = 3.0  # times as fast in the median so far: no more steps need be compared
+MIN_PAIRS = 3  # pairs of which the median is no hiccup of one step
+WINDOW_SECONDS = 2.0  # of steps whose mean is compared with what a step took before
 WINDOWS = 5  # of them: what lasts a few seconds is no reason to change the bits of a run
-SLOWER = 3.0  # times as long as before, in the median of the last windows: the number is measured again
+MAX_SLOWDOWN = 3.0  # times as long as before, in the median of the last windows: the number is measured again
 
-GRAIN = 32_768  # numbers that torch gives to a thread at least
-ALONE = 0.005  # seconds of small operations with one thread
-TOGETHER = 0.06  # seconds of them with several: more than a turn of the scheduler
-WAITING = 10.0  # times as long as with one thread: a thread waited. On a busy machine it was several hundred
-SHARE = 1 / 3  # of the time goes to operations that waited: the machine is busy
-EVERY = 10.0  # seconds until the machine is asked again
+GRAIN = 32_768  # elements: torch gives a thread no fewer
+ONE_THREAD_SECONDS = 0.005  # of small operations with one thread
+MANY_THREADS_SECONDS = 0.06  # of them with several: more than a turn of the scheduler
+WAIT_FACTOR = 10.0  # times as long as with one thread: a thread waited. On a busy machine it was several hundred
+BUSY_SHARE = 1 / 3  # of the time goes to operations that waited: the machine is busy
+RECHECK_SECONDS = 10.0  # until the machine is asked again
 
 _torch_threads: int | None = None  # what torch took by itself, once this is known: dumo sets other numbers later
 
@@ -105,9 +105,12 @@ class StepThreads:
         `recorded` is the number that the steps up to `step` were made with, on as many cores as here: it is kept.
         `usual` is what such a step took, in seconds; None: the first steps after the choice say.
         """
-        self.tell, self.step, self.usual, self.clock = tell, step, usual, clock
+        self.tell = tell
+        self.step = step
+        self.usual_step_seconds = usual
+        self.clock = clock
         self.on_cpu = device.type == "cpu"
-        self.free = not fixed and may_choose(device)
+        self.may_change = not fixed and may_choose(device)
         self.all_threads = torch.get_num_threads()
         self.recorded = recorded
         self.number: int | None = self.all_threads if self.on_cpu else None  # None: not known yet, or not of a CPU
@@ -120,27 +123,26 @@ class StepThreads:
         self.began = 0.0
 
     def __enter__(self) -> "StepThreads":
-        if not self.free:
+        if not self.may_change:
             if self.number is not None and self.recorded not in (None, self.number):
-                self.tell(
-                    f"{counted(self.number)}, and {self.recorded} up to step {self.step:,}: numbers may round otherwise"
-                )
+                before = f"{self.recorded} up to step {self.step:,}"
+                self.tell(f"{threads_text(self.number)}, and {before}: numbers may round otherwise")
             return self
         if self.recorded in (1, self.all_threads):
             self.number = self.recorded
             self._use(self.recorded)
-            self.tell(f"{counted(self.recorded)}, as up to step {self.step:,}; {ANOTHER}")
+            self.tell(f"{threads_text(self.recorded)}, as up to step {self.step:,}; {HOW_TO_SET}")
         else:
             self.number = None
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.free:
+        if self.may_change:
             self._use(self.all_threads)
 
     def choose(self, try_step: Callable[[], object]) -> None:
-        """Choose by steps on trial, where there is a choice. They must leave the training as it is."""
-        if not self.free or self.number is not None:
+        """Choose by trial steps, where there is a choice. They must leave the training as it is."""
+        if not self.may_change or self.number is not None:
             return
         began = self.clock()
         while self.number is None:
@@ -148,9 +150,9 @@ class StepThreads:
             try_step()
             self.end()
             has_pair = bool(self.seconds[self.all_threads])
-            if self.number is None and has_pair and self.clock() - began > TRIAL:
+            if self.number is None and has_pair and self.clock() - began > TRIAL_SECONDS:
                 self._decide()
-        self.usual = None  # a step of the training waits for its data, too
+        self.usual_step_seconds = None  # a step of the training waits for its data, too
 
     def begin(self) -> None:
         """A step begins, with the data that it waits for."""
@@ -158,7 +160,7 @@ class StepThreads:
 
     def end(self) -> None:
         """The step is done. The next one may have another number of threads."""
-        if not self.free or self.number == 1:
+        if not self.may_change or self.number == 1:
             return
         seconds = self.clock() - self.began
         if self.number is None:
@@ -178,9 +180,9 @@ class StepThreads:
             return
         speedup = median(self.seconds[1]) / median(self.seconds[self.all_threads])
         pairs = len(self.seconds[1])
-        all_surely = speedup >= SURELY  # after one pair: a step with one thread may take minutes
-        one_surely = speedup <= 1 / SURELY and pairs >= ENOUGH
-        if pairs < PAIRS and not all_surely and not one_surely:
+        all_surely = speedup >= SURE_SPEEDUP  # after one pair: a step with one thread may take minutes
+        one_surely = speedup <= 1 / SURE_SPEEDUP and pairs >= MIN_PAIRS
+        if pairs < MAX_PAIRS and not all_surely and not one_surely:
             self._use(1)
             return
         self._decide()
@@ -189,12 +191,14 @@ class StepThreads:
         """Take the number that the steps so far speak for, and say so."""
         all_threads = median(self.seconds[self.all_threads])
         speedup = median(self.seconds[1]) / all_threads
-        slowdown = all_threads / self.usual if self.became_slow and self.usual else 1.0
-        self.number = self.all_threads if speedup >= CLEARLY else 1
-        self.usual = all_threads
+        slowdown = all_threads / self.usual_step_seconds if self.became_slow and self.usual_step_seconds else 1.0
+        # Of steps that became slow one thread must win: those that wait for their data are as slow with either number.
+        least = 1 / MIN_SPEEDUP if self.became_slow else MIN_SPEEDUP
+        self.number = self.all_threads if speedup >= least else 1
+        self.usual_step_seconds = all_threads
         self._use(self.number)
         if not self.became_slow:
-            self.tell(f"{self._reason(speedup)}; {ANOTHER}")
+            self.tell(f"{self._reason(speedup)}; {HOW_TO_SET}")
         elif self.number == 1:
             self.tell(
                 f"steps take {slowdown:.0f} times as long as before: the machine is busy, so training goes on with "
@@ -204,7 +208,7 @@ class StepThreads:
     def _reason(self, speedup: float) -> str:
         """Why this number was chosen."""
         if self.number != 1:
-            return f"{counted(self.all_threads)}: steps are {speedup:.2g} times as fast as with 1"
+            return f"{threads_text(self.all_threads)}: steps are {speedup:.2g} times as fast as with 1"
         if speedup < 1:
             return f"1 thread: with {self.all_threads} steps take {1 / speedup:.2g} times as long here"
         return f"1 thread: with {self.all_threads} steps are {speedup:.2f} times as fast, too little"
@@ -212,16 +216,16 @@ class StepThreads:
     def _watch(self, seconds: float) -> None:
         """Compare again where steps have become several times slower."""
         self.window.append(seconds)
-        if sum(self.window) < WINDOW:
+        if sum(self.window) < WINDOW_SECONDS:
             return
         self.windows.append(sum(self.window) / len(self.window))
         self.window = []
         if len(self.windows) < WINDOWS:
             return
         now = median(self.windows)
-        if self.usual is None:
-            self.usual = now
-        if now > SLOWER * self.usual:
+        if self.usual_step_seconds is None:
+            self.usual_step_seconds = now
+        if now > MAX_SLOWDOWN * self.usual_step_seconds:
             self.became_slow = True
             self.number = None
             self.seconds = {1: [], self.all_threads: []}
@@ -233,28 +237,28 @@ class StepThreads:
         torch.set_num_threads(threads)
 
 
-class _Machine:
+class BusyMachine:
     """The number of threads of the work inside `fewer_when_busy`."""
 
     def __init__(self, all_threads: int, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
         self.all_threads, self.tell, self.clock = all_threads, tell, clock
         self.has_spoken = False
 
-    def ask(self) -> None:
+    def set_threads(self) -> None:
         """Ask the machine, unless it was asked a moment ago, and go on with as many threads as need not wait."""
         global _answer
         now = self.clock()
-        if _answer is None or now - _answer[0] >= EVERY or _answer[1] > self.all_threads:
-            _answer = now, unhindered(self.all_threads)
+        if _answer is None or now - _answer[0] >= RECHECK_SECONDS or _answer[1] > self.all_threads:
+            _answer = now, max_threads_without_waiting(self.all_threads)
         threads = _answer[1]
         torch.set_num_threads(threads)
         if threads < self.all_threads and not self.has_spoken:
             self.has_spoken = True
-            self.tell(f"{counted(threads)}, for {self.all_threads} would wait: the machine is busy; {ANOTHER}")
+            self.tell(f"{threads_text(threads)}, for {self.all_threads} would wait: the machine is busy; {HOW_TO_SET}")
 
 
 _answer: tuple[float, int] | None = None  # of the machine: when, and how many threads
-_machine: ContextVar[_Machine | None] = ContextVar("machine", default=None)
+_machine: ContextVar[BusyMachine | None] = ContextVar("machine", default=None)
 
 
 @contextmanager
@@ -269,10 +273,10 @@ def fewer_when_busy(
         yield
         return
     all_threads = torch.get_num_threads()
-    machine = _Machine(all_threads, tell, clock)
+    machine = BusyMachine(all_threads, tell, clock)
     token = _machine.set(machine)
     try:
-        machine.ask()
+        machine.set_threads()
         yield
     finally:
         _machine.reset(token)
@@ -283,18 +287,18 @@ def check() -> None:
     """Between two parts of work: see whether the machine is busy, where that is asked for and was not just seen."""
     machine = _machine.get()
     if machine:
-        machine.ask()
+        machine.set_threads()
 
 
-def unhindered(most: int) -> int:
+def max_threads_without_waiting(most: int) -> int:
     """The largest of `most`, a half, a quarter ... of as many threads that need not wait for a core."""
     x = torch.zeros(most * GRAIN)
-    usual = median(operation_times(x, 1, ALONE))
+    usual = median(operation_times(x, 1, ONE_THREAD_SECONDS))
     threads = most
     while threads > 1:
-        times = operation_times(x, threads, TOGETHER)
-        waited = sum(seconds for seconds in times if seconds > WAITING * usual)
-        if waited < SHARE * sum(times):
+        times = operation_times(x, threads, MANY_THREADS_SECONDS)
+        waited = sum(seconds for seconds in times if seconds > WAIT_FACTOR * usual)
+        if waited < BUSY_SHARE * sum(times):
             return threads
         threads //= 2
     return 1
@@ -315,6 +319,6 @@ def operation_times(x: Tensor, threads: int, duration: float) -> list[float]:
     return times
 
 
-def counted(threads: int) -> str:
+def threads_text(threads: int) -> str:
     """A number of threads in words."""
     return "1 thread" if threads == 1 else f"{threads} threads"

@@ -56,8 +56,8 @@ def test_encoding_looks_at_the_machine_between_its_batches(
     asked: list[int] = []
     monkeypatch.setattr(threads, "may_choose", lambda device: True)
     monkeypatch.setattr(threads, "_answer", None)
-    monkeypatch.setattr(threads, "EVERY", 0.0)
-    monkeypatch.setattr(threads, "unhindered", lambda most: asked.append(most) or 1)
+    monkeypatch.setattr(threads, "RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: asked.append(most) or 1)
     made = encode.encode(latents(images, tmp_path), batch=2)
     assert made.contents is not None
     assert len(asked) > made.contents.rows / 2

@@ -18,7 +18,7 @@ from dumo.runtime import threads
 from dumo.training import loop, manifest
 from unit.run import known
 
-WAITS = "1 thread, for 2 would wait: the machine is busy; OMP_NUM_THREADS sets another number"
+WAITS = "1 thread, for 2 would wait: the machine is busy; OMP_NUM_THREADS=N sets another"
 
 
 class Torch:
@@ -39,9 +39,9 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Torch:
     monkeypatch.setattr(torch, "set_num_threads", made.use)
     monkeypatch.setattr(threads, "may_choose", lambda device: made.threads > 1)
     monkeypatch.setattr(threads, "cores", lambda: 2)
-    monkeypatch.setattr(threads, "PAIRS", 1)
+    monkeypatch.setattr(threads, "MAX_PAIRS", 1)
     monkeypatch.setattr(threads, "_answer", None)
-    monkeypatch.setattr(threads, "unhindered", lambda most: most)
+    monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: most)
     return made
 
 
@@ -68,7 +68,7 @@ def recorded(folder: Path) -> dict[int, tuple[int | None, int | None]]:
 def test_the_number_is_chosen_recorded_and_kept(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clearly: float, number: int
 ) -> None:
-    monkeypatch.setattr(threads, "CLEARLY", clearly)
+    monkeypatch.setattr(threads, "MIN_SPEEDUP", clearly)
     said: list[str] = []
     train(tiny("train.save_every=2"), tmp_path / "run", tell=said.append)
     assert len([line for line in said if "OMP_NUM_THREADS" in line]) == 1
@@ -80,7 +80,7 @@ def test_the_number_is_chosen_recorded_and_kept(
     seen = loop.Every(1, lambda state, record: taken.append(two_cores.threads))
     train(tiny("train.save_every=2", "train.steps=14"), tmp_path / "run", tell=again.append, hooks=[seen])
     word = "1 thread" if number == 1 else "2 threads"
-    assert f"{word}, as up to step 8; OMP_NUM_THREADS sets another number" in again
+    assert f"{word}, as up to step 8; OMP_NUM_THREADS=N sets another" in again
     assert recorded(tmp_path / "run")[14] == (number, 2)
     assert taken == [number] * 6  # nothing is measured again
 
@@ -89,8 +89,8 @@ def test_steps_on_trial_leave_the_run_as_it_is(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, moons: RunFolder, tmp_path: Path
 ) -> None:
     """To the bit, and a run has one number of threads from its first step."""
-    monkeypatch.setattr(threads, "PAIRS", 3)
-    monkeypatch.setattr(threads, "CLEARLY", float("inf"))
+    monkeypatch.setattr(threads, "MAX_PAIRS", 3)
+    monkeypatch.setattr(threads, "MIN_SPEEDUP", float("inf"))
     taken: list[int] = []
     train(tiny(), tmp_path / "run", hooks=[loop.Every(1, lambda state, record: taken.append(two_cores.threads))])
     assert taken == [1] * 8
@@ -102,10 +102,10 @@ def test_steps_on_trial_leave_the_run_as_it_is(
 def test_a_number_of_other_cores_is_chosen_anew(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(threads, "CLEARLY", float("inf"))
+    monkeypatch.setattr(threads, "MIN_SPEEDUP", float("inf"))
     train(tiny(), tmp_path / "run")
     monkeypatch.setattr(threads, "cores", lambda: 16)
-    monkeypatch.setattr(threads, "CLEARLY", 0.0)
+    monkeypatch.setattr(threads, "MIN_SPEEDUP", 0.0)
     train(tiny("train.steps=12"), tmp_path / "run")
     assert recorded(tmp_path / "run")[12] == (2, 16)
 
@@ -140,7 +140,7 @@ def test_samples_are_made_with_fewer_threads_on_a_busy_machine(
     door: str,
 ) -> None:
     taken: list[int] = []
-    monkeypatch.setattr(threads, "unhindered", lambda most: 1)
+    monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: 1)
     moons.net.register_forward_pre_hook(lambda net, inputs: taken.append(two_cores.threads))
     if door == "dumo sample":
         export(moons, tmp_path, count=8, nfe=[1], bar=known.Seen())

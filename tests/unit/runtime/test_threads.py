@@ -74,10 +74,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.mark.parametrize(
     ("one", "two", "number", "line"),
     [
-        (1.0, 1.0, 1, "1 thread: with 2 steps are 1.00 times as fast, too little; OMP_NUM_THREADS sets another number"),
-        (1.1, 1.0, 1, "1 thread: with 2 steps are 1.10 times as fast, too little; OMP_NUM_THREADS sets another number"),
-        (1.0, 2.0, 1, "1 thread: with 2 steps take 2 times as long here; OMP_NUM_THREADS sets another number"),
-        (1.6, 1.0, 2, "2 threads: steps are 1.6 times as fast as with 1; OMP_NUM_THREADS sets another number"),
+        (
+            1.0,
+            1.0,
+            1,
+            "1 thread: with 2 steps are 1.00 times as fast, too little; OMP_NUM_THREADS=N sets another",
+        ),
+        (
+            1.1,
+            1.0,
+            1,
+            "1 thread: with 2 steps are 1.10 times as fast, too little; OMP_NUM_THREADS=N sets another",
+        ),
+        (1.0, 2.0, 1, "1 thread: with 2 steps take 2 times as long here; OMP_NUM_THREADS=N sets another"),
+        (1.6, 1.0, 2, "2 threads: steps are 1.6 times as fast as with 1; OMP_NUM_THREADS=N sets another"),
     ],
 )
 def test_one_thread_unless_two_are_clearly_faster(
@@ -85,8 +95,8 @@ def test_one_thread_unless_two_are_clearly_faster(
 ) -> None:
     machine.seconds = {1: one, 2: two}.__getitem__
     with machine.chooser() as chooser:
-        first = machine.make(chooser, 1 + 2 * threads.PAIRS)
-        assert first == [2] + [1, 2] * threads.PAIRS
+        first = machine.make(chooser, 1 + 2 * threads.MAX_PAIRS)
+        assert first == [2] + [1, 2] * threads.MAX_PAIRS
         assert chooser.number == number
         assert set(machine.make(chooser, 50)) == {number}
     assert machine.said == [line]  # once
@@ -139,7 +149,7 @@ def test_a_hiccup_decides_nothing(machine: Machine) -> None:
     steps = iter([9.0, 1.6, 1.0, 1.6, 9.0, 9.0, 1.0] + [1.6, 1.0] * 20)
     machine.seconds = lambda number: next(steps)
     with machine.chooser() as chooser:
-        machine.make(chooser, 1 + 2 * threads.PAIRS)
+        machine.make(chooser, 1 + 2 * threads.MAX_PAIRS)
         assert chooser.number == 2
 
 
@@ -167,6 +177,15 @@ def test_steps_that_have_more_to_do_keep_their_threads(machine: Machine) -> None
     assert len(machine.said) == 1
 
 
+def test_steps_that_wait_for_their_data_keep_their_threads(machine: Machine) -> None:
+    with machine.chooser() as chooser:
+        machine.make(chooser, 40)
+        machine.seconds = {1: 9.0, 2: 9.0}.__getitem__
+        machine.make(chooser, 100)
+        assert chooser.number == 2
+    assert len(machine.said) == 1
+
+
 def test_a_moment_of_slow_steps_changes_nothing(machine: Machine) -> None:
     with machine.chooser() as chooser:
         machine.make(chooser, 40)
@@ -182,7 +201,7 @@ def test_a_recorded_number_is_kept(machine: Machine, recorded: int) -> None:
         assert set(machine.make(chooser, 100)) == {recorded}
         assert chooser.number == recorded
     word = "1 thread" if recorded == 1 else "2 threads"
-    assert machine.said == [f"{word}, as up to step 1,000; OMP_NUM_THREADS sets another number"]
+    assert machine.said == [f"{word}, as up to step 1,000; OMP_NUM_THREADS=N sets another"]
 
 
 def test_a_recorded_number_is_not_kept_where_it_is_slow_now(machine: Machine) -> None:
@@ -241,15 +260,15 @@ def test_a_number_set_in_python_is_a_users_own() -> None:
 def test_busy_machines_get_fewer_threads(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([2, 1, 1, 2])
     monkeypatch.setattr(threads, "_answer", None)
-    monkeypatch.setattr(threads, "unhindered", lambda most: next(answers))
+    monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: next(answers))
     taken: list[int] = []
     with threads.fewer_when_busy(CPU, machine.said.append, clock=machine.clock):
         for _ in range(8):
             threads.check()
             taken.append(machine.threads)
-            machine.now += threads.EVERY / 2
+            machine.now += threads.RECHECK_SECONDS / 2
     assert taken == [2, 2, 1, 1, 1, 1, 2, 2]  # asked at times, not for every part
-    assert machine.said == ["1 thread, for 2 would wait: the machine is busy; OMP_NUM_THREADS sets another number"]
+    assert machine.said == ["1 thread, for 2 would wait: the machine is busy; OMP_NUM_THREADS=N sets another"]
     assert machine.threads == 2
     threads.check()  # outside of it there is nobody who asks
     assert machine.threads == 2
@@ -268,7 +287,7 @@ def test_halves_of_the_threads_are_tried(monkeypatch: pytest.MonkeyPatch, slow: 
         return [1e-5] * 1000 + [0.02] * 3 if threads in slow else [1e-5] * 1000 + [0.002]
 
     monkeypatch.setattr(threads, "operation_times", times)
-    assert threads.unhindered(8) == number
+    assert threads.max_threads_without_waiting(8) == number
 
 
 def test_operations_take_time() -> None:
