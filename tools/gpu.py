@@ -5,15 +5,17 @@
     python tools/gpu.py --list              the parts, with their limits of seconds
     python tools/gpu.py --smoke             everything tiny, on a CPU: whether the parts run
 
-Each part is a process of its own with a limit of seconds, so one that crashes or hangs takes nothing along. Its rows
-are written when it ends; a part that is done is not made again. It runs in a clone with nothing installed but torch,
-numpy, safetensors, pyarrow and what `import dumo` needs; int8 also needs diffusers, peft and bitsandbytes.
+Each part is a process of its own with a limit of seconds, so one that crashes or hangs does not end the others. Its
+rows are written when it ends; a part that is done on this device is not made again. It runs in a clone with nothing
+installed but torch, numpy, safetensors, pyarrow and what `import dumo` needs; int8 also needs diffusers, peft and
+bitsandbytes.
 """
 
 import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +43,8 @@ TINY_LATENTS = (4, 8, 8)
 TINY_BATCH = 4
 LOGIT_STD = (1.0, 10.0)  # standard deviations of attention's scores: fresh nets, and late in training
 MIB = 2**20
-BUDGET = 600  # seconds of all parts together
+BUDGET = 600.0  # seconds of all parts together
+SAVING = 30.0  # seconds that a part has to end by itself before its limit
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Setting:
 
     device: torch.device
     smoke: bool
+    seconds: float = BUDGET  # after which the part's process is ended
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -284,7 +288,7 @@ def dry_row(recipe: str, rows: int, fields: list[str], device: torch.device) -> 
     sets = [f"--set={field}" for field in [f"train.micro_batch={rows}", *fields]]
     done = run_dumo("dry", recipe, "--rows", str(rows), "--device", str(device), "--json", *sets)
     if done.returncode:
-        return {"refused": reason(done.stderr)}
+        return {"failed": reason(done.stderr)}
     facts = json.loads(done.stdout)
     planned = facts["memory"]["total"]
     measured = facts["step"]["peak_bytes"]
@@ -373,7 +377,7 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
 
 
 def command_line(setting: Setting) -> Iterator[Row]:
-    """Each command of a run on digits, its exit code, seconds and last line; samples of the GPU against the CPU's."""
+    """Each command of a run on digits, and its seconds; samples of the GPU against the CPU's."""
     steps = 4 if setting.smoke else 200
     with TemporaryDirectory() as folder:
         run = f"{folder}/digits"
@@ -393,17 +397,26 @@ def command_row(*words: str) -> Row:
     """One `dumo` command in a process of its own."""
     began = time.monotonic()
     done = run_dumo(*words)
-    said = (done.stdout.strip().splitlines() or [""])[-1] if done.returncode == 0 else reason(done.stderr)
-    seconds = time.monotonic() - began
-    return {"command": f"dumo {words[0]}", "exit code": done.returncode, "seconds": seconds, "it said": said}
+    row: Row = {"command": f"dumo {words[0]}", "seconds": time.monotonic() - began}
+    if done.returncode:
+        row["failed"] = f"exit code {done.returncode}: {reason(done.stderr)}"
+    return row
 
 
 def run_dumo(*words: str) -> subprocess.CompletedProcess[str]:
     """A `dumo` command of this tree, whatever is installed."""
+    return subprocess.run(dumo_command(*words), capture_output=True, text=True, env=dumo_environment(), check=False)
+
+
+def dumo_command(*words: str) -> list[str]:
+    """What a `dumo` command is to the shell."""
+    return [sys.executable, "-P", "-m", "dumo", *words]
+
+
+def dumo_environment() -> dict[str, str]:
+    """In which it is this tree's."""
     paths = [str(SRC), *filter(None, sys.path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-P", "-m", "dumo", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def difference(run: str, setting: Setting) -> float:
@@ -427,26 +440,33 @@ def overnight(setting: Setting) -> Iterator[Row]:
         fields = setting.fields("train.steps=2", "train.batch=16", "train.log_every=1", "evaluate.every=0")
         folder = Path(TemporaryDirectory().name)
     sets = [f"--set={field}" for field in fields]
-    done = run_dumo("train", recipe, "--out", str(folder), "--device", str(setting.device), *sets)
-    if done.returncode:
-        yield {"run": recipe, "refused": reason(done.stderr)}
+    words = ["train", recipe, "--out", str(folder), "--device", str(setting.device), *sets]
+    training = subprocess.Popen(dumo_command(*words), env=dumo_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        _, stderr = training.communicate(timeout=max(1.0, setting.seconds - SAVING))
+    except subprocess.TimeoutExpired:
+        training.terminate()  # it saves a checkpoint, and resumes from it
+        _, stderr = training.communicate()
+    log = folder / "metrics.jsonl"
+    if not log.exists():
+        yield {"run": recipe, "failed": reason(stderr)}
         return
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    yield {"run": recipe, "steps": log[-1]["step"]}
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    yield {"run": recipe, "steps": rows[-1]["step"], "loss": rows[-1]["loss"]}
 
 
 PARTS = {
     "kernel": Part(60, "attention's tangent against float64, and its time", attention_kernel),
     "slope": Part(60, "du/dt through attention's kernels, and checkpointed", dual_slope),
     "xl2": Part(120, "a guided step of XL/2 in bf16, beside flow matching and jvp", xl2_eager),
-    "xl2-compiled": Part(300, "the same with compiled blocks", xl2_compiled),
     "memory": Part(150, "memory as planned and as measured", memory),
+    "sample": Part(60, "latency at 1, 2 and 4 passes", sampling),
+    "int8": Part(180, "LoRA steps of SD 1.5 and SD 3 over int8", int8),
+    "xl2-compiled": Part(300, "the same with compiled blocks", xl2_compiled),
     "slope-compiled": Part(120, "du/dt with compiled blocks, checkpointed or not", compiled_slope),
     "xl2-routed": Part(120, "half of the tokens past the middle blocks", xl2_routed),
-    "xl2-fp32": Part(90, "the paper's central difference in fp32 and TF32", xl2_fp32),
-    "sample": Part(60, "latency at 1, 2 and 4 passes", sampling),
     "b1": Part(120, "B/1, 1,024 tokens", b1),
-    "int8": Part(180, "LoRA steps of SD 1.5 and SD 3 over int8", int8),
+    "xl2-fp32": Part(90, "the paper's central difference in fp32 and TF32", xl2_fp32),
     "commands": Part(150, "the command line on digits, from data to a report", command_line),
     "overnight": Part(600, "cifar10-overnight for as long as there is", overnight),
 }
@@ -477,25 +497,29 @@ def run_part(name: str, smoke: bool, device: str, seconds: float) -> dict[str, A
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        words = [sys.executable, __file__, name, "--rows-to", str(file), "--device", device]
+        words = [sys.executable, __file__, name, "--rows-to", str(file), "--device", device, "--seconds", str(seconds)]
         if smoke:
             words.append("--smoke")
-        state = "done"
+        part = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
-            done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=seconds, check=False)
-            if done.returncode:
-                state = f"failed: {reason(done.stderr)}"
+            _, stderr = part.communicate(timeout=seconds)
+            state = "done" if part.returncode == 0 else f"failed: {reason(stderr)}"
         except subprocess.TimeoutExpired:
+            os.killpg(part.pid, signal.SIGKILL)  # with what it has started
+            part.communicate()
             state = f"stopped after {seconds:.0f} s"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {"state": state, "seconds": time.monotonic() - began, "rows": [json.loads(line) for line in lines]}
+    rows = [json.loads(line) for line in lines]
+    failures = [row["failed"] for row in rows if "failed" in row]
+    if state == "done" and failures:
+        state = f"failed: {failures[0]}"
+    return {"state": state, "seconds": time.monotonic() - began, "rows": rows}
 
 
 def machine_of(device: str) -> Row:
     """What a reader of the numbers must know."""
-    here = torch.device(device)
-    named = torch.cuda.get_device_name(here) if here.type == "cuda" else "CPU"
-    return {"device": named, "torch": torch.__version__, "date": date.today().isoformat()}
+    name = torch.cuda.get_device_name(device) if device != "cpu" else "CPU"
+    return {"device": name, "torch": torch.__version__, "date": date.today().isoformat()}
 
 
 def shown(value: object) -> str:
@@ -531,45 +555,50 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="of all parts together (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results.json")
+    parser.add_argument(
+        "--out", type=Path, help="folder of results.json (default: runs/gpu, in a smoke run runs/gpu-smoke)"
+    )
     parser.add_argument("--rows-to", type=Path, help=argparse.SUPPRESS)  # in the process of a part
     return parser.parse_args()
 
 
 def main() -> int:
-    """Make the parts; 1 where one failed."""
-    given = parse_arguments()
-    if given.list:
+    """Make the parts; 1 where one is not done then."""
+    arguments = parse_arguments()
+    if arguments.list:
         print_list()
         return 0
-    device = "cpu" if given.smoke else given.device
+    device = "cpu" if arguments.smoke else arguments.device
     if device != "cpu" and not torch.cuda.is_available():
         print("torch sees no GPU: see nvidia-smi, or give --smoke to try everything on a CPU", file=sys.stderr)
         return 2
-    if given.rows_to:
-        make_part(given.parts[0], given.rows_to, Setting(torch.device(device), given.smoke))
+    if arguments.rows_to:
+        setting = Setting(torch.device(device), arguments.smoke, arguments.seconds)
+        make_part(arguments.parts[0], arguments.rows_to, setting)
         return 0
 
-    file = given.out / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"parts": {}}
-    results |= machine_of(device) | {"smoke": given.smoke}
-    ends = time.monotonic() + given.seconds
-    failed = False
+    file = (arguments.out or Path("runs/gpu-smoke" if arguments.smoke else "runs/gpu")) / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    machine = machine_of(device)
+    deadline = time.monotonic() + arguments.seconds
+    all_done = True
     for name, part in PARTS.items():
-        is_done = results["parts"].get(name, {}).get("state") == "done"
-        if name not in given.parts and (given.parts or is_done):
+        before = results.get(name, {})
+        is_done = before.get("state") == "done" and before["machine"]["device"] == machine["device"]
+        if name not in arguments.parts and (arguments.parts or is_done):
             continue
-        left = ends - time.monotonic()
-        if left < 1:
+        seconds_left = deadline - time.monotonic()
+        if seconds_left < 1:
             print(f"\n{name}: no time left; the same command makes it")
+            all_done = False
             continue
-        result = run_part(name, given.smoke, device, min(part.seconds, left))
-        failed = failed or result["state"].startswith("failed")
-        results["parts"][name] = result
-        given.out.mkdir(parents=True, exist_ok=True)
+        result = run_part(name, arguments.smoke, device, min(part.seconds, seconds_left))
+        all_done = all_done and result["state"] == "done"
+        results[name] = {"machine": machine, **result}
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print_part(name, result)
-    return int(failed)
+    return 0 if all_done else 1
 
 
 if __name__ == "__main__":

@@ -52,13 +52,26 @@ def test_rows_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_part_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "hang.py"
-    program.write_text("import time; time.sleep(60)")
+    child = "import time, pathlib, sys; time.sleep(2); pathlib.Path(sys.argv[1]).touch()"
+    alive = tmp_path / "alive"
+    program.write_text(
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, {str(alive)!r}]); {child}"
+    )
     monkeypatch.setattr(gpu, "__file__", str(program))
     began = time.monotonic()
     result = gpu.run_part("kernel", smoke=True, device="cpu", seconds=0.5)
     assert time.monotonic() - began < 30
     assert result["state"].startswith("stopped after")
     assert result["rows"] == []
+    time.sleep(2.5)
+    assert not alive.exists()  # what it had started ended, too
+
+
+def test_a_command_that_fails_fails_its_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "part.py"
+    program.write_text("import sys; open(sys.argv[3], 'w').write('{\"failed\": \"exit code 2\"}\\n')")
+    monkeypatch.setattr(gpu, "__file__", str(program))
+    assert gpu.run_part("commands", smoke=True, device="cpu", seconds=60)["state"] == "failed: exit code 2"
 
 
 def test_what_is_done_is_not_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
