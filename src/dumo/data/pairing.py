@@ -19,7 +19,7 @@ from pathlib import Path
 from dumo.types import UserError
 
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
-# somebody wrote captions by hand, a few were forgotten. Whoever captions half of a set on purpose can say so.
+# somebody wrote captions by hand, a few were forgotten. One who captions half of a set on purpose can say so.
 MAX_SHARE = 0.1
 NAMED = 3
 
