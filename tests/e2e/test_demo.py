@@ -178,7 +178,7 @@ def test_who_is_answered(trained: dict[str, Path], tmp_path: Path) -> None:
 def test_gradio_itself_opens_no_file_that_a_question_names(trained: dict[str, Path], tmp_path: Path) -> None:
     """What dumo puts before it is off."""
     secret, kept = secret_and_kept(tmp_path)
-    off = "import dumo.report.demo as demo; demo.guarded = lambda app, *_: app"
+    off = "import dumo.report.demo as demo; demo.guard = lambda app, *_: app"
     with served(trained["digits"], first=f"{off}; {keep_in(kept)}") as (url, _):
         for question in questions_of_files(url, secret):
             assert "secret.txt" not in ask(url, question)

@@ -29,7 +29,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from dumo.data.pairing import NameIndex, Orphan, Pairing, Texts, first_few
+from dumo.data.pairing import ImageCaptions, NameIndex, Orphan, Pairing, first_few
 from dumo.data.parquet import Parquet, columns, columns_of_all, decoded, open_table, text_columns, whole
 from dumo.data.pixel import SUFFIXES
 from dumo.data.store import Folder, Store, walk
@@ -105,7 +105,7 @@ def are_texts(value: object) -> bool:
 
 def captions_of(
     root: Path, store: Store, name: str, source: str | None = None, *, require_pairs: bool = True
-) -> list[Texts]:
+) -> list[ImageCaptions]:
     """The captions of each image of a store, in its order; () of one that has none.
 
     `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`; `source`: the column of the image
@@ -129,9 +129,9 @@ def captions_of(
         pairing = in_archives(store, name)
         sought = f"{', '.join(f'.{end}' for end in TEXT)} and .json next to each image"
     if require_pairs:
-        pairing.require_images(root)
+        pairing.refuse_orphans(root)
         if pairing.has_captions() or pairing.orphan_texts:
-            pairing.require_captions(root)
+            pairing.refuse_uncaptioned(root)
     if not pairing.has_captions():
         tables = other_tables(root) if isinstance(store, Folder) else []
         if pairing.columns:
@@ -301,7 +301,7 @@ def name_below(folder: str, file: str) -> str:
     return file.removeprefix(folder).lstrip(os.sep)
 
 
-def endings_of(name: str) -> Texts:
+def endings_of(name: str) -> tuple[str, ...]:
     """The endings of files of text that are read, in their order."""
     if name == AUTO:
         return TEXT
@@ -327,7 +327,7 @@ def edited(root: Path, store: Store, source: str, *, require_pairs: bool = False
         orphan_rows=tables.orphans,
     )
     if require_pairs:
-        pairing.require_images(root)
+        pairing.refuse_orphans(root)
     missing = [file for file, rows in rows_by_file if not rows]
     if missing or not rows_by_file:
         raise UserError(
@@ -339,7 +339,7 @@ def edited(root: Path, store: Store, source: str, *, require_pairs: bool = False
     return rows_by_file
 
 
-def edits(rows: list[TableRow], name: str, source: str, where: str) -> Texts:
+def edits(rows: list[TableRow], name: str, source: str, where: str) -> ImageCaptions:
     """The captions of an image, each with the hash of what it edits. Raises UserError as `captions_of`."""
     captions: list[str] = []
     for row in rows:
@@ -471,7 +471,7 @@ def in_archives(store: Tar, name: str) -> Pairing:
         columns=tuple(dict.fromkeys(key for row in rows for key, value in row.values.items() if holds_text(value))),
     )
     for i, (by_ending, row) in enumerate(zip(members.by_image, rows, strict=True)):
-        captions: Texts | None = None
+        captions: ImageCaptions | None = None
         for ending in endings:
             if ending not in by_ending:
                 continue
@@ -493,10 +493,10 @@ def in_archives(store: Tar, name: str) -> Pairing:
 class CaptionColumns:
     """The columns, or keys of JSON, that captions stand under."""
 
-    names: Texts
+    names: tuple[str, ...]
     every: bool  # each of them has captions; False: in each row, the first that is not blank
 
-    def of_rows(self, rows: Iterable[TableRow]) -> Texts | None:
+    def of_rows(self, rows: Iterable[TableRow]) -> ImageCaptions | None:
         """The captions of an image in its rows; None where no row has such a column.
 
         Raises UserError for what is no text.
@@ -506,7 +506,7 @@ class CaptionColumns:
             return None
         return tuple(text for row in stating for text in self.of_row(row))
 
-    def of_row(self, row: TableRow) -> Texts:
+    def of_row(self, row: TableRow) -> ImageCaptions:
         """The captions in a row, blank ones where there are no others. Raises UserError for what is no text."""
         if self.every:
             return tuple(text for name in self.names for text in texts(row.values.get(name), row.where))
@@ -534,12 +534,12 @@ def caption_columns(name: str, there: Iterable[str], where: str) -> CaptionColum
     return CaptionColumns(names, every=True)
 
 
-def is_filled(captions: Texts | None) -> bool:
+def is_filled(captions: ImageCaptions | None) -> bool:
     """Whether one of an image's captions is not blank."""
     return any(text.strip() for text in captions or ())
 
 
-def texts(value: object, where: str) -> Texts:
+def texts(value: object, where: str) -> ImageCaptions:
     """One text, a list of them, or none. Raises UserError for what is no text, or none that UTF-8 can hold."""
     if value is None:
         return ()
@@ -552,7 +552,7 @@ def texts(value: object, where: str) -> Texts:
     return tuple(listed)
 
 
-def split(text: str) -> Texts:
+def split(text: str) -> ImageCaptions:
     """A caption a line, blank ones left out."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
