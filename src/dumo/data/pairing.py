@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from dumo.data.pixel import SUFFIXES
 from dumo.types import UserError
 
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
 # somebody wrote captions by hand, a few were forgotten. Whoever captions half of a set on purpose can say so.
 MAX_SHARE = 0.1
 NAMED = 3
+TEXT_SUFFIXES = (".txt", ".caption", ".json")  # of what is paired by its name; .json in archives alone
 
 ImageCaptions = tuple[str, ...]  # captions of one image
 
@@ -189,7 +191,7 @@ def loose_form(name: str) -> str:
     """A name without what people get wrong in it: case, blanks, slashes, the endings of images and texts."""
     loose = "".join(normal_form(name).casefold().replace("\\", "/").split())
     stem, ending = os.path.splitext(loose)
-    while ending and len(ending) <= len(".caption") and not ending[1:].isdecimal():
+    while ending in SUFFIXES or ending in TEXT_SUFFIXES:
         loose = stem
         stem, ending = os.path.splitext(loose)
     return loose

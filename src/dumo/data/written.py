@@ -137,7 +137,7 @@ def captions_of(
         if pairing.columns:
             has = f" There are columns {', '.join(pairing.columns)}: set captions.name to one,"
         elif tables:
-            has = f" There is {first_few(tables)}: call it {TABLES[0]},"
+            has = f" There is {first_few(tables)}: call it {table_names(tables)},"
         else:
             has = ""
         raise NoCaptionsError(
@@ -156,6 +156,12 @@ def other_tables(root: Path) -> list[str]:
     folder = image_folder(root)
     names = (os.path.relpath(file, folder) for file in walk(folder) if os.path.basename(file) not in TABLES)
     return [name for name in names if ending_of(name).lower() in TABLE_ENDINGS]
+
+
+def table_names(files: Iterable[str]) -> str:
+    """What tables of these endings are called so that they are read: `metadata.csv or metadata.jsonl`."""
+    endings = [ending_of(file).lower().replace(".tsv", ".csv") for file in files]  # columns may be cut by tabs in both
+    return " or ".join(dict.fromkeys(f"metadata{ending}" for ending in endings))
 
 
 def image_folder(root: Path) -> Path:
@@ -331,8 +337,8 @@ def edited(root: Path, store: Store, source: str, *, require_pairs: bool = False
     missing = [file for file, rows in rows_by_file if not rows]
     if missing or not rows_by_file:
         raise UserError(
-            f"{missing[0] if missing else root} has no '{brief(source)}' in {' or '.join(TABLES)}, the image that its "
-            "text edits: give one to each image of the folder, and keep those that are edited in another"
+            f"{missing[0] if missing else root} has no row with '{brief(source)}' in {' or '.join(TABLES)}: give each "
+            "image in data.root a row that names the image it was edited from; keep the originals outside data.root"
         )
     if require_pairs:
         pairing.warn(root)
@@ -374,9 +380,13 @@ def rows_of(table: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         case _:
             rows = json_rows(table)
     for where, row in rows:
-        file_name = row.pop("file_name", None)
-        if not isinstance(file_name, str):
+        if "file_name" not in row:
             raise UserError(f"{where} has no file_name (it has {', '.join(row)}): each row says it, and its text")
+        file_name = row.pop("file_name")
+        if not isinstance(file_name, str):
+            raise UserError(
+                f"{where}: file_name={brief(repr(file_name))} is no text: give the image's path from the table's folder"
+            )
         yield where, file_name, row
 
 
@@ -395,7 +405,8 @@ def csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     lines = text_lines(Path(table), MEND)
     first_line = next(lines, "")
-    reader = csv.reader(chain([first_line], lines), delimiter=delimiter_of(first_line), strict=True)
+    delimiter = delimiter_of(first_line)
+    reader = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         where = f"{table} line {reader.line_num + 1}"
@@ -413,7 +424,10 @@ def csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{where} names a column twice ({', '.join(header)}): rename one")
             continue
         if len(fields) > len(header):
-            raise UserError(f"{where} has more fields than the first line: put a text with commas into quotes")
+            raise UserError(
+                f"{where} has {len(fields)} fields, and the first line has {len(header)}: put a text that holds the "
+                f"separator {delimiter!r} into double quotes"
+            )
         if fields:
             yield where, dict(zip(header, fields, strict=False))
 
@@ -484,9 +498,18 @@ def in_archives(store: Tar, name: str) -> Pairing:
             of_row = columns.of_rows([row])
             captions = captions if of_row is None else of_row
         pairing.captions.append(captions)
-    orphans = [member for member in members.orphans if columns or not member.lower().endswith(".json")]
-    pairing.add_texts(members.images_of_text, orphans)
+    images_of_text = members.images_of_text
+    orphans = members.orphans
+    if columns is None:  # the .json files are of other things
+        images_of_text = {name: images for name, images in images_of_text.items() if not is_json(name)}
+        orphans = [name for name in orphans if not is_json(name)]
+    pairing.add_texts(images_of_text, orphans)
     return pairing
+
+
+def is_json(file: str) -> bool:
+    """Whether a file is of JSON, by its name."""
+    return ending_of(file).lower() == ".json"
 
 
 @dataclass(frozen=True)
