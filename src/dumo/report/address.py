@@ -72,7 +72,9 @@ def guard(app: App) -> App:
         if scope["method"] == "POST" and path == ASK_PATH:
             question = await read_question(receive)
             if question is None:
-                return await reply(send, 400, "a question of this page holds texts and numbers alone")
+                return await reply(
+                    send, 400, "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
+                )
             return await app(scope, replay(question, receive), send)
         if scope["method"] in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
             return await app(scope, receive, send)
@@ -95,7 +97,10 @@ def refusal(headers: Mapping[str, str]) -> str:
     except ValueError:
         name = ""
     if name not in LOCAL_NAMES:
-        return f"this server is not called {brief(ascii(name))}"
+        return (
+            f"this page is not served under the name {brief(ascii(name))}: open it as localhost or 127.0.0.1; from "
+            "another machine, through the ssh command that dumo demo printed"
+        )
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != host:
         return "this page answers its own requests alone"

@@ -19,9 +19,10 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
 @dataclass
 class Asked:
-    """What a request came to: its status or the code that closes a websocket; what the app received of it."""
+    """What a request came to: its status or the code that closes a websocket; its text; what the app received of it."""
 
     status: int = 0
+    text: str = ""
     received: list[bytes] = field(default_factory=list[bytes])
 
 
@@ -42,6 +43,7 @@ def ask(
 
     async def send(message: Mapping[str, Any]) -> None:
         asked.status = asked.status or message.get("status") or message["code"]
+        asked.text += message.get("body", b"").decode()
 
     sent = {"host": host, **headers}
     scope = {"type": kind, "path": path, "headers": [(k.encode(), v.encode("latin-1")) for k, v in sent.items()]}
@@ -59,6 +61,13 @@ def ask(
 )
 def test_names(name: str, code: int) -> None:
     assert ask(host=name).status == code
+
+
+def test_a_refusal_says_what_to_do() -> None:
+    wrong_name = ask(host="10.0.0.7:7860").text
+    assert "not served under the name '10.0.0.7': open it as localhost or 127.0.0.1;" in wrong_name
+    assert "through the ssh command that dumo demo printed" in wrong_name
+    assert "at most 1 MiB of JSON, and only texts and numbers" in ask(address.ASK_PATH, "POST", b"{").text
 
 
 @pytest.mark.parametrize(
