@@ -1,4 +1,5 @@
-"""Circles of files that import one another: `make check` refuses a new one, and a known one that grew or went.
+"""Import cycles between files: `make check` refuses a new one, a listed one that grew, and a listed import that is on
+no cycle any more.
 
     python tools/circles.py
 
@@ -82,7 +83,7 @@ def main(package: str = "dumo", known_circles: Path = KNOWN) -> int:
     if problems:
         print("\n".join(problems))
         return 1
-    print(f"No circle of files, but for {len(known)} imports that are known ({KNOWN.name})")
+    print(f"No import cycle except the {len(known)} known imports in {KNOWN.name}")
     return 0
 
 

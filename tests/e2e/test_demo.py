@@ -163,7 +163,7 @@ def test_who_is_answered(trained: dict[str, Path], tmp_path: Path) -> None:
         said = [ask(url, question) for question in questions_of_files(url, secret)]
         assert list(kept.rglob("secret.txt")) == []
         assert len(said) > 50
-        assert set(said) == {"a question of this page holds texts and numbers alone"}
+        assert set(said) == {"refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"}
         doors = ("openapi.json", "docs", *(f"gradio_api/{name}" for name in ("openapi.json", "info", "upload")))
         assert [status(f"{url}/{door}") for door in doors] == [404] * len(doors)
         for route in ("run/work", "api/work", "run/predict", "call/work", "upload"):
@@ -178,7 +178,7 @@ def test_who_is_answered(trained: dict[str, Path], tmp_path: Path) -> None:
 def test_gradio_itself_opens_no_file_that_a_question_names(trained: dict[str, Path], tmp_path: Path) -> None:
     """What dumo puts before it is off."""
     secret, kept = secret_and_kept(tmp_path)
-    off = "import dumo.report.demo as demo; demo.guarded = lambda app, *_: app"
+    off = "import dumo.report.demo as demo; demo.guard = lambda app, *_: app"
     with served(trained["digits"], first=f"{off}; {keep_in(kept)}") as (url, _):
         for question in questions_of_files(url, secret):
             assert "secret.txt" not in ask(url, question)

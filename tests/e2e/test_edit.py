@@ -88,7 +88,7 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "objective.guide.zeta=0.8": ("objective.guide guides away", "zeta=0"),
         "data.images.flip=true": ("set flip=false",),
         "data.images.captions.source=null": ("captions.source", "FluxKontextPipeline"),
-        "data.images.captions.source=before": ("no 'before' in metadata.csv", "in another"),
+        "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.root"),
     }.items():
         refused("encode", "sd3-lora", *sets(*words, field), named=named)
     refused("dry", "sd3-lora", *sets(*ALONE), named=("name one for a model that edits",))

@@ -89,6 +89,7 @@ def test_a_list_of_circles_decides_the_exit_code(
     ]
     known_circles.write_text('"ring.a" = ["ring.b"]\n"ring.b" = ["ring.a"]\n', encoding="utf-8")
     assert circles.main("ring", known_circles) == 0
+    assert capsys.readouterr().out == "No import cycle except the 2 known imports in circles.toml\n"
 
 
 def write_contracted_package(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,3 +122,12 @@ def test_what_a_branch_added(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(shown) == 10
     assert shown[0] == "  src/c.py:3 (packed assignment, the name found): found, c = f(found if left else 2), 3"
     assert shown[1] == "  src/d.py:1 (the name there): there = 0"
+
+
+@pytest.mark.parametrize(("version", "lines"), [((3, 11), 0), ((3, 12), 1), ((3, 13), 1)])
+def test_tokens_of_later_pythons_are_said_to_be_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: object, lines: int
+) -> None:
+    monkeypatch.setattr(mirror, "sys", SimpleNamespace(version_info=version))
+    assert mirror.main([], tmp_path) == 0
+    assert capsys.readouterr().out.count("tokens do not compare with the peers'") == lines

@@ -57,10 +57,13 @@ def _at(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: t
 @triton.jit
 @no_type_check
 def _load(x, stride, b, h, rows, n, d: tl.constexpr, unit: tl.constexpr):
-    """Some rows, in the two parts of `cover`, zero where there is nothing; where one part covers, it stands twice."""
+    """Some rows, in the two parts of `cover`, zero outside.
+
+    With one part the second repeats the first and is not used.
+    """
     at, there = _at(x, stride, b, h, rows, n, d, 0, d[1], unit)
     left = tl.load(at, mask=there, other=0.0)
-    right = left  # no None: Triton 3.6 knows none in a tuple
+    right = left  # Triton 3.6 does not take None inside a tuple
     if d[2] > 0:
         at, there = _at(x, stride, b, h, rows, n, d, d[1], d[2], unit)
         right = tl.load(at, mask=there, other=0.0)

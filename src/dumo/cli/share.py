@@ -110,11 +110,11 @@ def demo(
     dist.alone("dumo demo")
     folders = [run_folder] if other is None else [run_folder, other]
 
-    with listening(port) as opened, gradio_alone():
+    with listening(port) as listener, gradio_alone():
         lives = open_lives(folders, set_ or [], weights=weights, device=device, limit=limit)
 
         def tell(url: str) -> None:
             out.print(url, soft_wrap=True)
-            err.print(tunnel(opened), soft_wrap=True)
+            err.print(tunnel(listener), soft_wrap=True)
 
-        serve(page(lives, explain), opened, tell)
+        serve(page(lives, explain), listener, tell)

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from dumo.data.pixel import SUFFIXES
 from dumo.types import UserError
 
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
 # somebody wrote captions by hand, a few were forgotten. One who captions half of a set on purpose can say so.
 MAX_SHARE = 0.1
 NAMED = 3
+TEXT_SUFFIXES = (".txt", ".caption", ".json")  # of what is paired by its name; .json in archives alone
 
-Texts = tuple[str, ...]  # captions of an image
+ImageCaptions = tuple[str, ...]  # captions of one image
 
 
 def normal_form(name: str) -> str:
@@ -61,7 +63,7 @@ class Orphan:
 class Pairing:
     """What is written of each image, and what is written of none."""
 
-    captions: list[Texts | None]  # by image, in the store's order; None: nothing names the image
+    captions: list[ImageCaptions | None]  # by image, in the store's order; None: nothing names the image
     name_of: Callable[[int], str]  # the name of image i, for a message
     blank: str  # how one says that an image shall have no caption
     num_rows: int = 0  # of tables, in all
@@ -72,18 +74,18 @@ class Pairing:
     shared: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # files of text of several images
     columns: Sequence[str] = ()  # those that hold texts, read or not
 
-    def add_texts(self, images_of_text: Mapping[str, list[str]], others: Sequence[str]) -> None:
-        """Note the files of text: those that belong to images, and the names of the others.
+    def add_texts(self, images_of_text: Mapping[str, list[str]], orphan_names: Sequence[str]) -> None:
+        """Note the files of text: those that belong to images, and the names of those that belong to none.
 
         Where none belongs to an image, nor nearly, they are other texts than captions, such as README.txt.
         """
-        orphans = [Orphan(name) for name in others]
-        if images_of_text or any(self._pairs_of(orphans)):
+        orphans = [Orphan(name) for name in orphan_names]
+        if images_of_text or any(self._near_pairs(orphans)):
             self.num_texts = len(images_of_text) + len(orphans)
             self.orphan_texts = orphans
         self.shared = {text: images for text, images in images_of_text.items() if len(images) > 1}
 
-    def texts(self) -> list[Texts]:
+    def texts(self) -> list[ImageCaptions]:
         """The captions of each image."""
         return [captions or () for captions in self.captions]
 
@@ -91,7 +93,7 @@ class Pairing:
         """Whether any image has a caption."""
         return any(text.strip() for captions in self.captions for text in captions or ())
 
-    def require_images(self, root: Path) -> None:
+    def refuse_orphans(self, root: Path) -> None:
         """Raise UserError where more than MAX_SHARE of the captions have no image.
 
         Files of text have other uses, too, such as README.txt: as few as NAMED are never refused.
@@ -109,12 +111,12 @@ class Pairing:
                 "the names, bring the images, or remove these files"
             )
 
-    def require_captions(self, root: Path) -> None:
+    def refuse_uncaptioned(self, root: Path) -> None:
         """Raise UserError where more than MAX_SHARE of the images have no caption, nor a blank one."""
-        num_lacking = len(self._lacking())
-        if num_lacking > MAX_SHARE * len(self.captions):
+        num_uncaptioned = len(self._uncaptioned())
+        if num_uncaptioned > MAX_SHARE * len(self.captions):
             raise UserError(
-                f"{root}: {self._lacking_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: write "
+                f"{root}: {self._uncaptioned_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: write "
                 f"them, or say of each image that it shall have none, by {self.blank}"
             )
 
@@ -125,8 +127,8 @@ class Pairing:
             lines.append(self._orphan_row_line())
         if self.orphan_texts:
             lines.append(self._orphan_text_line())
-        if self._lacking():
-            lines.append(self._lacking_line())
+        if self._uncaptioned():
+            lines.append(self._uncaptioned_line())
         if lines:
             lines[-1] += self._near_pair()
         if self.unread:
@@ -143,13 +145,13 @@ class Pairing:
         for line in lines:
             warn_once(f"{root}: {line}")
 
-    def _lacking(self) -> list[int]:
+    def _uncaptioned(self) -> list[int]:
         return [i for i, captions in enumerate(self.captions) if captions is None]
 
-    def _lacking_line(self) -> str:
-        lacking = self._lacking()
-        names = first_few(f"'{self.name_of(i)}'" for i in lacking)
-        return f"{len(lacking):,} of {count(self.captions, 'image')} without a caption: {names}"
+    def _uncaptioned_line(self) -> str:
+        uncaptioned = self._uncaptioned()
+        names = first_few(f"'{self.name_of(i)}'" for i in uncaptioned)
+        return f"{len(uncaptioned):,} of {count(self.captions, 'image')} without a caption: {names}"
 
     def _orphan_row_line(self) -> str:
         rows = "row" if self.num_rows == 1 else "rows"
@@ -161,20 +163,20 @@ class Pairing:
         return f"{len(self.orphan_texts):,} of {self.num_texts:,} {files} of text without an image: {names}"
 
     def _near_pair(self) -> str:
-        pair = next(self._pairs_of([*self.orphan_rows, *self.orphan_texts]), None)
+        pair = next(self._near_pairs([*self.orphan_rows, *self.orphan_texts]), None)
         if pair is None:
             return ""
         orphan, image = pair
         return f"; nearly the same are {orphan} and the image '{image}'"
 
-    def _pairs_of(self, orphans: Iterable[Orphan]) -> Iterator[tuple[Orphan, str]]:
-        """Those with an image without a caption of nearly the same name: by their paths, else by the last parts."""
-        images = [self.name_of(i) for i in self._lacking()]
+    def _near_pairs(self, orphans: Iterable[Orphan]) -> Iterator[tuple[Orphan, str]]:
+        """Each orphan with an uncaptioned image of nearly its name: first by whole path, else by file name."""
+        images = [self.name_of(i) for i in self._uncaptioned()]
         by_path = {loose_form(name): name for name in images}
-        by_last_part = {loose_form(name).rpartition("/")[2]: name for name in images}
+        by_file_name = {loose_form(name).rpartition("/")[2]: name for name in images}
         for orphan in orphans:
             path = loose_form(orphan.name)
-            image = by_path.get(path) or by_last_part.get(path.rpartition("/")[2])
+            image = by_path.get(path) or by_file_name.get(path.rpartition("/")[2])
             if image:
                 yield orphan, image
 
@@ -189,7 +191,7 @@ def loose_form(name: str) -> str:
     """A name without what people get wrong in it: case, blanks, slashes, the endings of images and texts."""
     loose = "".join(normal_form(name).casefold().replace("\\", "/").split())
     stem, ending = os.path.splitext(loose)
-    while ending and len(ending) <= len(".caption") and not ending[1:].isdecimal():
+    while ending in SUFFIXES or ending in TEXT_SUFFIXES:
         loose = stem
         stem, ending = os.path.splitext(loose)
     return loose

@@ -29,7 +29,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from dumo.data.pairing import NameIndex, Orphan, Pairing, Texts, first_few
+from dumo.data.pairing import ImageCaptions, NameIndex, Orphan, Pairing, first_few
 from dumo.data.parquet import Parquet, columns, columns_of_all, decoded, open_table, text_columns, whole
 from dumo.data.pixel import SUFFIXES
 from dumo.data.store import Folder, Store, walk
@@ -105,7 +105,7 @@ def are_texts(value: object) -> bool:
 
 def captions_of(
     root: Path, store: Store, name: str, source: str | None = None, *, require_pairs: bool = True
-) -> list[Texts]:
+) -> list[ImageCaptions]:
     """The captions of each image of a store, in its order; () of one that has none.
 
     `name`: the columns or keys that they stand under, an ending in TEXT, or `auto`; `source`: the column of the image
@@ -129,15 +129,15 @@ def captions_of(
         pairing = in_archives(store, name)
         sought = f"{', '.join(f'.{end}' for end in TEXT)} and .json next to each image"
     if require_pairs:
-        pairing.require_images(root)
+        pairing.refuse_orphans(root)
         if pairing.has_captions() or pairing.orphan_texts:
-            pairing.require_captions(root)
+            pairing.refuse_uncaptioned(root)
     if not pairing.has_captions():
         tables = other_tables(root) if isinstance(store, Folder) else []
         if pairing.columns:
             has = f" There are columns {', '.join(pairing.columns)}: set captions.name to one,"
         elif tables:
-            has = f" There is {first_few(tables)}: call it {TABLES[0]},"
+            has = f" There is {first_few(tables)}: call it {table_names(tables)},"
         else:
             has = ""
         raise NoCaptionsError(
@@ -156,6 +156,12 @@ def other_tables(root: Path) -> list[str]:
     folder = image_folder(root)
     names = (os.path.relpath(file, folder) for file in walk(folder) if os.path.basename(file) not in TABLES)
     return [name for name in names if ending_of(name).lower() in TABLE_ENDINGS]
+
+
+def table_names(files: Iterable[str]) -> str:
+    """What tables of these endings are called so that they are read: `metadata.csv or metadata.jsonl`."""
+    endings = [ending_of(file).lower().replace(".tsv", ".csv") for file in files]  # columns may be cut by tabs in both
+    return " or ".join(dict.fromkeys(f"metadata{ending}" for ending in endings))
 
 
 def image_folder(root: Path) -> Path:
@@ -301,7 +307,7 @@ def name_below(folder: str, file: str) -> str:
     return file.removeprefix(folder).lstrip(os.sep)
 
 
-def endings_of(name: str) -> Texts:
+def endings_of(name: str) -> tuple[str, ...]:
     """The endings of files of text that are read, in their order."""
     if name == AUTO:
         return TEXT
@@ -327,19 +333,19 @@ def edited(root: Path, store: Store, source: str, *, require_pairs: bool = False
         orphan_rows=tables.orphans,
     )
     if require_pairs:
-        pairing.require_images(root)
+        pairing.refuse_orphans(root)
     missing = [file for file, rows in rows_by_file if not rows]
     if missing or not rows_by_file:
         raise UserError(
-            f"{missing[0] if missing else root} has no '{brief(source)}' in {' or '.join(TABLES)}, the image that its "
-            "text edits: give one to each image of the folder, and keep those that are edited in another"
+            f"{missing[0] if missing else root} has no row with '{brief(source)}' in {' or '.join(TABLES)}: give each "
+            "image in data.root a row that names the image it was edited from; keep the originals outside data.root"
         )
     if require_pairs:
         pairing.warn(root)
     return rows_by_file
 
 
-def edits(rows: list[TableRow], name: str, source: str, where: str) -> Texts:
+def edits(rows: list[TableRow], name: str, source: str, where: str) -> ImageCaptions:
     """The captions of an image, each with the hash of what it edits. Raises UserError as `captions_of`."""
     captions: list[str] = []
     for row in rows:
@@ -374,9 +380,13 @@ def rows_of(table: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         case _:
             rows = json_rows(table)
     for where, row in rows:
-        file_name = row.pop("file_name", None)
-        if not isinstance(file_name, str):
+        if "file_name" not in row:
             raise UserError(f"{where} has no file_name (it has {', '.join(row)}): each row says it, and its text")
+        file_name = row.pop("file_name")
+        if not isinstance(file_name, str):
+            raise UserError(
+                f"{where}: file_name={brief(repr(file_name))} is no text: give the image's path from the table's folder"
+            )
         yield where, file_name, row
 
 
@@ -395,7 +405,8 @@ def csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     lines = text_lines(Path(table), MEND)
     first_line = next(lines, "")
-    reader = csv.reader(chain([first_line], lines), delimiter=delimiter_of(first_line), strict=True)
+    delimiter = delimiter_of(first_line)
+    reader = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         where = f"{table} line {reader.line_num + 1}"
@@ -413,7 +424,10 @@ def csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{where} names a column twice ({', '.join(header)}): rename one")
             continue
         if len(fields) > len(header):
-            raise UserError(f"{where} has more fields than the first line: put a text with commas into quotes")
+            raise UserError(
+                f"{where} has {len(fields)} fields, and the first line has {len(header)}: put a text that holds the "
+                f"separator {delimiter!r} into double quotes"
+            )
         if fields:
             yield where, dict(zip(header, fields, strict=False))
 
@@ -471,7 +485,7 @@ def in_archives(store: Tar, name: str) -> Pairing:
         columns=tuple(dict.fromkeys(key for row in rows for key, value in row.values.items() if holds_text(value))),
     )
     for i, (by_ending, row) in enumerate(zip(members.by_image, rows, strict=True)):
-        captions: Texts | None = None
+        captions: ImageCaptions | None = None
         for ending in endings:
             if ending not in by_ending:
                 continue
@@ -484,19 +498,28 @@ def in_archives(store: Tar, name: str) -> Pairing:
             of_row = columns.of_rows([row])
             captions = captions if of_row is None else of_row
         pairing.captions.append(captions)
-    orphans = [member for member in members.orphans if columns or not member.lower().endswith(".json")]
-    pairing.add_texts(members.images_of_text, orphans)
+    images_of_text = members.images_of_text
+    orphans = members.orphans
+    if columns is None:  # the .json files are of other things
+        images_of_text = {name: images for name, images in images_of_text.items() if not is_json(name)}
+        orphans = [name for name in orphans if not is_json(name)]
+    pairing.add_texts(images_of_text, orphans)
     return pairing
+
+
+def is_json(file: str) -> bool:
+    """Whether a file is of JSON, by its name."""
+    return ending_of(file).lower() == ".json"
 
 
 @dataclass(frozen=True)
 class CaptionColumns:
     """The columns, or keys of JSON, that captions stand under."""
 
-    names: Texts
+    names: tuple[str, ...]
     every: bool  # each of them has captions; False: in each row, the first that is not blank
 
-    def of_rows(self, rows: Iterable[TableRow]) -> Texts | None:
+    def of_rows(self, rows: Iterable[TableRow]) -> ImageCaptions | None:
         """The captions of an image in its rows; None where no row has such a column.
 
         Raises UserError for what is no text.
@@ -506,7 +529,7 @@ class CaptionColumns:
             return None
         return tuple(text for row in stating for text in self.of_row(row))
 
-    def of_row(self, row: TableRow) -> Texts:
+    def of_row(self, row: TableRow) -> ImageCaptions:
         """The captions in a row, blank ones where there are no others. Raises UserError for what is no text."""
         if self.every:
             return tuple(text for name in self.names for text in texts(row.values.get(name), row.where))
@@ -534,12 +557,12 @@ def caption_columns(name: str, there: Iterable[str], where: str) -> CaptionColum
     return CaptionColumns(names, every=True)
 
 
-def is_filled(captions: Texts | None) -> bool:
+def is_filled(captions: ImageCaptions | None) -> bool:
     """Whether one of an image's captions is not blank."""
     return any(text.strip() for text in captions or ())
 
 
-def texts(value: object, where: str) -> Texts:
+def texts(value: object, where: str) -> ImageCaptions:
     """One text, a list of them, or none. Raises UserError for what is no text, or none that UTF-8 can hold."""
     if value is None:
         return ()
@@ -552,7 +575,7 @@ def texts(value: object, where: str) -> Texts:
     return tuple(listed)
 
 
-def split(text: str) -> Texts:
+def split(text: str) -> ImageCaptions:
     """A caption a line, blank ones left out."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 

@@ -20,10 +20,10 @@ from dumo.io.read import brief
 from dumo.types import UserError
 
 HOST = "127.0.0.1"
-NAMES = ("localhost", "127.0.0.1", "::1")  # of this machine, as only it is called
-QUESTION = "/gradio_api/queue/join"
-PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")
-FOLDERS = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own, and what it keeps to be downloaded
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # of this machine, as only it is called
+ASK_PATH = "/gradio_api/queue/join"
+GET_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")
+GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own, and what it keeps to be downloaded
 MAX_QUESTION_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
 Message = Mapping[str, Any]  # of ASGI
 Receive = Callable[[], Awaitable[Message]]
@@ -35,28 +35,28 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 def listening(port: int) -> Generator[socket.socket, None, None]:
     """A socket that this machine alone can reach; port 0: any that is free. Raises UserError where it is taken."""
     try:
-        opened = socket.create_server((HOST, port))
+        listener = socket.create_server((HOST, port))
     except OSError as error:
         reason = os.strerror(error.errno or 0)  # error.strerror has the address once more
         raise UserError(
             f"the page cannot be served at port {port} ({reason}): give another --port, or 0 for any that is free"
         ) from error
-    with opened:
-        yield opened
+    with listener:
+        yield listener
 
 
-def url(opened: socket.socket) -> str:
+def url(listener: socket.socket) -> str:
     """What to type in a browser on this machine."""
-    return f"http://{HOST}:{opened.getsockname()[1]}"
+    return f"http://{HOST}:{listener.getsockname()[1]}"
 
 
-def tunnel(opened: socket.socket) -> str:
+def tunnel(listener: socket.socket) -> str:
     """How to open the page on another machine."""
-    port = opened.getsockname()[1]
+    port = listener.getsockname()[1]
     return f"on another machine:  ssh -L {port}:localhost:{port} {socket.gethostname()}    then open http://localhost:{port}"
 
 
-def guarded(app: App) -> App:
+def guard(app: App) -> App:
     """The app, for what its page asks of this machine, and for nothing else."""
 
     async def answer(scope: Any, receive: Receive, send: Send) -> None:  # noqa: ANN401
@@ -69,12 +69,14 @@ def guarded(app: App) -> App:
         if problem:
             return await reply(send, 403, problem)
         path = scope["path"]
-        if scope["method"] == "POST" and path == QUESTION:
+        if scope["method"] == "POST" and path == ASK_PATH:
             question = await read_question(receive)
             if question is None:
-                return await reply(send, 400, "a question of this page holds texts and numbers alone")
+                return await reply(
+                    send, 400, "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
+                )
             return await app(scope, replay(question, receive), send)
-        if scope["method"] in ("GET", "HEAD") and (path in PAGES or path.startswith(FOLDERS)):
+        if scope["method"] in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
             return await app(scope, receive, send)
         return await reply(send, 404, "not found")
 
@@ -94,8 +96,11 @@ def refusal(headers: Mapping[str, str]) -> str:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         name = ""
-    if name not in NAMES:
-        return f"this server is not called {brief(ascii(name))}"
+    if name not in LOCAL_NAMES:
+        return (
+            f"this page is not served under the name {brief(ascii(name))}: open it as localhost or 127.0.0.1; from "
+            "another machine, through the ssh command that dumo demo printed"
+        )
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != host:
         return "this page answers its own requests alone"

@@ -26,7 +26,7 @@ import torch
 
 from dumo.io.picture import READABLE, labelled, write_picture
 from dumo.report import answer
-from dumo.report.address import guarded, url
+from dumo.report.address import guard, url
 from dumo.report.answer import Answer, Answers, together
 from dumo.report.figure import Chart, embed, judged
 from dumo.report.live import WORDS, Live
@@ -231,7 +231,7 @@ def gradio_alone() -> Generator[None, None, None]:
         yield
 
 
-def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None]) -> None:
+def serve(blocks: "gr.Blocks", listener: socket.socket, tell: Callable[[str], None]) -> None:
     """Serve a page until a signal (`dumo.runtime.signals`); `tell` gets its address once it answers.
 
     Raises RuntimeError where the server does not start.
@@ -257,15 +257,15 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
         pwa=False,
     )
     blocks.has_launched = True  # mounting leaves it unset, and then Gradio checks no path that a question names
-    config = uvicorn.Config(guarded(app), log_level="warning", timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(guard(app), log_level="warning", timeout_graceful_shutdown=GRACE)
     server = uvicorn.Server(config)
-    thread = Thread(target=server.run, kwargs={"sockets": [opened]}, name="server", daemon=True)
+    thread = Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(WAIT)
     if not server.started:
         raise RuntimeError("the server of the page did not start")
-    tell(url(opened))
+    tell(url(listener))
     while signals.poll() is None and thread.is_alive():
         time.sleep(WAIT)
     server.should_exit = True

@@ -78,6 +78,28 @@ def test_a_name_that_is_nearly_the_same_is_another_and_is_said(
     assert f"nearly the same are {pair}" in told
 
 
+def test_of_a_name_with_dots_only_the_endings_of_images_and_texts_are_left_out(tmp_path: Path) -> None:
+    texts(images(tmp_path / "images"), NAMES)
+    (tmp_path / "images/Mr. Smith.jpg").write_bytes(picture(0))
+    (tmp_path / "images/Mr. Jones.txt").write_text("a man")
+    with pytest.warns(UserWarning, match="without") as caught:
+        spec(tmp_path / "images", **FILES)
+    assert [str(warned.message).removeprefix(f"{tmp_path}/images: ") for warned in caught] == [
+        f"1 of {COUNT + 1} files of text without an image: 'Mr. Jones.txt'",
+        f"1 of {COUNT + 1} images without a caption: 'Mr. Smith.jpg'",
+    ]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".caption", ".json"])
+def test_a_member_of_nearly_the_same_name_is_said(tmp_path: Path, ending: str) -> None:
+    text = b'{"caption": "a"}' if ending == ".json" else b"a"
+    members = {f"{name}_{i:02}.png": picture(i) for name in ("a", "B") for i in range(COUNT)}
+    members |= {f"{name}_{i:02}{ending}": text for name in ("a", "b") for i in range(COUNT)}
+    archive(tmp_path / "all.tar", members)
+    place = f"{tmp_path}/all.tar member"
+    assert f"nearly the same are '{place} b_00{ending}' and the image '{place} B_00.png'" in refused(tmp_path, **FILES)
+
+
 @pytest.mark.parametrize(
     ("named", "suffix"), [("É 00.txt", ".txt"), ("é 00.TXT", ".TXT"), ("é 00.png.txt", ".png.txt")]
 )
@@ -181,9 +203,33 @@ def test_a_folder_of_other_texts_has_no_captions(tmp_path: Path) -> None:
     (images(tmp_path / "images") / "README.txt").write_text("read me")
     assert "no captions found" in refused(tmp_path / "images", **FILES)
     (tmp_path / "images/captions.csv").write_text("file_name,text\n")
-    assert "There is captions.csv: call it metadata.csv" in refused(tmp_path / "images", **FILES)
+    assert "There is captions.csv: call it metadata.csv," in refused(tmp_path / "images", **FILES)
     (tmp_path / "images/metadata.jsonl").write_text('{"file_name": "gone.png", "boxes": [[1, 2]]}\n')
     assert "no captions found" in refused(tmp_path / "images", **FILES)
     with warnings.catch_warnings(record=True) as caught:
         refused(tmp_path / "images", **FILES)
+    assert not caught
+
+
+@pytest.mark.parametrize(
+    ("ending", "named"),
+    [(".csv", "metadata.csv"), (".tsv", "metadata.csv"), (".JSONL", "metadata.jsonl")],
+)
+def test_a_table_of_another_name_keeps_its_kind(tmp_path: Path, ending: str, named: str) -> None:
+    (images(tmp_path / "images") / f"labels{ending}").write_text("")
+    assert f"There is labels{ending}: call it {named}, or leave out" in refused(tmp_path / "images", **FILES)
+    (tmp_path / "images/more.csv").write_text("")
+    names = " or ".join(dict.fromkeys([named, "metadata.csv"]))
+    assert f"labels{ending}, more.csv: call it {names}, or" in refused(tmp_path / "images", **FILES)
+
+
+def test_an_archive_whose_json_has_no_captions_has_none(tmp_path: Path) -> None:
+    """Whatever other texts are in it."""
+    members = {f"{i:04}.png": picture(i) for i in range(COUNT)}
+    members |= {f"{i:04}.json": b'{"width": 8}' for i in range(COUNT)}
+    members |= {f"{i:04}.jpg": picture(i) for i in range(2)}  # nor are captions shared
+    members |= {f"{name}.txt": b"read me" for name in ("README", "LICENSE", "a", "b")}
+    archive(tmp_path / "all.tar", members)
+    with warnings.catch_warnings(record=True) as caught:
+        assert f"no captions found for the {COUNT + 2} images" in refused(tmp_path, **FILES)
     assert not caught

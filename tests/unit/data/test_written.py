@@ -158,7 +158,19 @@ def test_what_tells_nothing_is_refused(tmp_path: Path) -> None:
         assert str(root) in refused(root, **FILES)
     tables = [
         ("csv", "text\na\n", "line 2 has no file_name"),
-        ("csv", "file_name,text\nant/00.png,a, b\n", "line 2 has more fields than the first line"),
+        ("csv", "file_name,text\nant/00.png,a, b\n", "line 2 has 3 fields, and the first line has 2"),
+        (
+            "csv",
+            "file_name;text\nant/00.png;a; b\n",
+            "line 2 has 3 fields, and the first line has 2: put a text that holds the separator ';' into double quotes",
+        ),
+        (
+            "csv",
+            "file_name\ttext\nant/00.png\ta\t b\n",
+            r"line 2 has 3 fields, and the first line has 2: put a text that holds the separator '\t' into",
+        ),
+        ("jsonl", '{"file_name": 7, "text": "a"}\n', "line 1: file_name=7 is no text: give the image's path from"),
+        ("jsonl", '{"file_name": null, "text": "a"}\n', "line 1: file_name=None is no text: give the image's path"),
         ("parquet", "no table", "is no whole parquet file"),
     ]
     for k, (name, text, says) in enumerate(tables):
@@ -305,7 +317,7 @@ def test_csv_that_loses_rows_is_refused_with_the_line(tmp_path: Path) -> None:
         {
             f'{file_of(3)},"a 3': "line 5 is no CSV (unexpected end of data): close each quote",
             f'{file_of(3)},"a" 3': "line 5 is no CSV",
-            f"{file_of(3)},a, 3": "line 5 has more fields than the first line",
+            f"{file_of(3)},a, 3": "line 5 has 3 fields, and the first line has 2: put a text that",
         }.items()
     ):
         changed = [*rows[:3], fourth, *rows[4:]]

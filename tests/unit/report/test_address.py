@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dumo.report import address
-from dumo.report.address import guarded, listening
+from dumo.report.address import guard, listening
 from dumo.types import UserError
 
 QUESTION = {"data": ["", "0", 1, True, None], "fn_index": 0, "trigger_id": 14, "session_hash": "x"}
@@ -19,9 +19,10 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
 @dataclass
 class Asked:
-    """What a request came to: its status or the code that closes a websocket; what the app received of it."""
+    """What a request came to: its status or the code that closes a websocket; its text; what the app received of it."""
 
     status: int = 0
+    text: str = ""
     received: list[bytes] = field(default_factory=list[bytes])
 
 
@@ -42,10 +43,11 @@ def ask(
 
     async def send(message: Mapping[str, Any]) -> None:
         asked.status = asked.status or message.get("status") or message["code"]
+        asked.text += message.get("body", b"").decode()
 
     sent = {"host": host, **headers}
     scope = {"type": kind, "path": path, "headers": [(k.encode(), v.encode("latin-1")) for k, v in sent.items()]}
-    asyncio.run(guarded(app)(scope | {"method": method}, receive, send))
+    asyncio.run(guard(app)(scope | {"method": method}, receive, send))
     return asked
 
 
@@ -61,6 +63,13 @@ def test_names(name: str, code: int) -> None:
     assert ask(host=name).status == code
 
 
+def test_a_refusal_says_what_to_do() -> None:
+    wrong_name = ask(host="10.0.0.7:7860").text
+    assert "not served under the name '10.0.0.7': open it as localhost or 127.0.0.1;" in wrong_name
+    assert "through the ssh command that dumo demo printed" in wrong_name
+    assert "at most 1 MiB of JSON, and only texts and numbers" in ask(address.ASK_PATH, "POST", b"{").text
+
+
 @pytest.mark.parametrize(
     ("origin", "code"),
     [("http://localhost:7860", 200), *((text, 403) for text in ("http://localhost:1", "null", "http://evil", ""))],
@@ -70,7 +79,7 @@ def test_pages(origin: str, code: int) -> None:
 
 
 def test_what_the_page_does_not_ask_is_not_there() -> None:
-    for path in ("/", "/config", "/assets/index.js", "/static/a.svg", "/gradio_api/file=/tmp/x", address.PAGES[-1]):
+    for path in ("/", "/config", "/assets/index.js", "/static/a.svg", "/gradio_api/file=/tmp/x", address.GET_PATHS[-1]):
         assert ask(path).status == 200
         assert ask(path, "POST").status == 404
     doors = ("upload", "run/work", "call/work", "api/work", "proxy=http://a", "file/etc/passwd", "stream/x", "info")
@@ -80,25 +89,25 @@ def test_what_the_page_does_not_ask_is_not_there() -> None:
 
 
 def test_a_question_holds_plain_values_alone() -> None:
-    asked = ask(address.QUESTION, "POST", json.dumps(QUESTION).encode())
+    asked = ask(address.ASK_PATH, "POST", json.dumps(QUESTION).encode())
     assert asked.status == 200
     assert json.loads(asked.received[0]) == QUESTION
     for value in (FILE, [FILE], {"a": [[FILE]]}, [], {}):
         for question in (QUESTION | {"data": ["", value]}, QUESTION | {"event_data": value}, [value], value):
-            assert ask(address.QUESTION, "POST", json.dumps(question).encode()).status == 400
+            assert ask(address.ASK_PATH, "POST", json.dumps(question).encode()).status == 400
     for inputs in (FILE, "", None, 1):
-        assert ask(address.QUESTION, "POST", json.dumps(QUESTION | {"data": inputs}).encode()).status == 400
+        assert ask(address.ASK_PATH, "POST", json.dumps(QUESTION | {"data": inputs}).encode()).status == 400
     for body in (b"", b"{", b"\xff", b"[" * 100_000, b'{"data": ["' + b"x" * 2**20 + b'"]}'):
-        assert ask(address.QUESTION, "POST", body).status == 400
+        assert ask(address.ASK_PATH, "POST", body).status == 400
     twice = json.dumps(QUESTION).replace("{", f'{{"data": [{json.dumps(FILE)}], ', 1)  # the last of two counts
-    assert b"FileData" not in ask(address.QUESTION, "POST", twice.encode()).received[0]
+    assert b"FileData" not in ask(address.ASK_PATH, "POST", twice.encode()).received[0]
 
 
 def test_this_machine_alone_is_listened_to() -> None:
-    with listening(0) as opened:
-        host, port = opened.getsockname()
+    with listening(0) as listener:
+        host, port = listener.getsockname()
         assert host == "127.0.0.1"
-        assert address.url(opened) == f"http://127.0.0.1:{port}"
-        assert f"ssh -L {port}:localhost:{port} " in address.tunnel(opened)
+        assert address.url(listener) == f"http://127.0.0.1:{port}"
+        assert f"ssh -L {port}:localhost:{port} " in address.tunnel(listener)
         with pytest.raises(UserError, match=f"port {port} .*--port"), listening(port):
             pass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.flow.draw import drawn, noised
-from dumo.flow.precision import using
+from dumo.flow.precision import Precision, using
 from dumo.nets import Module
 from dumo.nets.module import require_heads
 from dumo.run.config.spec import Run
@@ -27,7 +27,8 @@ from dumo.types import Frozen, Needs, Noised, Spec, Terms, UserError
 from dumo.types.outside import TAG, kind_of, name_of
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-ROUNDING = 1e-4  # ours: by how much two passes may differ on a GPU, whose kernels may add in another order
+# Ours: by how much two passes may differ on a GPU, whose kernels may add in another order; of the outputs' norm
+MAX_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}
 KEYED = (
     "drop by dumo.flow.dropout, whose masks are functions of row, step and layer "
     "(docs/library.md, Dropout in a network of your own)"
@@ -52,8 +53,8 @@ def has_own_parts(run: Run) -> bool:
 def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     """Raise UserError where a user's own net or loss draws, changes a buffer, or gives no number for each row.
 
-    `net` is the run's, with drawn weights: where the last layer is zero, nothing that is drawn would be seen. It is
-    left in training mode.
+    `net` is the run's net with every weight drawn: a last layer of zeros would hide what it draws. It is left in
+    training mode.
     """
     objective = run.objective
     if is_from_outside(run.net):  # a module of Python was asked when it was built
@@ -62,13 +63,14 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     net.train()
     ref = Frozen(net if run.train.ref == "self" else copy.deepcopy(net).eval())
     b, keys = first_rows(run, device)
+    max_difference = max_pass_difference(device, run.train.precision)
     with using(run.train.precision, device), dropout.using(keys):
         if is_own_net(run):
-            require_pure_net(net, b, objective.needs)
+            require_pure_net(net, b, objective.needs, max_difference)
         if is_from_outside(objective):
             first = require_terms(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
             again = objective.loss(net, ref, b).loss.detach()
-            if not same(again, first):
+            if not outputs_match(first, again, max_difference):
                 raise UserError(
                     f"objective '{objective.kind}': two losses of the same rows differ, so it draws random numbers or "
                     "keeps a state, and a resumed run would be another one: name what is drawn in Needs.laws, and read "
@@ -99,48 +101,50 @@ def first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
     return b, draws.keys.to(device)
 
 
-def require_terms(found: object, rows: int, objective: str) -> Terms:
+def require_terms(returned: object, rows: int, objective: str) -> Terms:
     """What a loss returned. Raises UserError where it is no `Terms` of one number per row, or has no gradient."""
-    who, wanted = f"objective '{objective}': its loss", f"one number per row, shape ({rows},)"
-    if isinstance(found, Tensor):
+    subject = f"objective '{objective}': its loss"
+    expected = f"one number per row, shape ({rows},)"
+    if isinstance(returned, Tensor):
         raise UserError(
-            f"{who} returned a tensor of shape {tuple(found.shape)}: return dumo.types.Terms(loss, parts), where loss "
-            f"has {wanted}; the trainer takes the mean"
+            f"{subject} returned a tensor of shape {tuple(returned.shape)}: return dumo.types.Terms(loss, parts), "
+            f"where loss has {expected}; the trainer takes the mean"
         )
-    if not isinstance(found, Terms):
+    if not isinstance(returned, Terms):
         raise UserError(
-            f"{who} returned a {type(found).__name__}: return dumo.types.Terms(loss, parts), where loss has {wanted}"
+            f"{subject} returned a {type(returned).__name__}: return dumo.types.Terms(loss, parts), where loss has "
+            f"{expected}"
         )
     for field in ("parts", "notes"):
-        value: object = getattr(found, field)
+        value: object = getattr(returned, field)
         if not isinstance(value, Mapping):
             raise UserError(
-                f"{who} returned Terms whose {field} are a {type(value).__name__}: give a dict of names and tensors "
-                f"of {wanted}"
+                f"{subject} returned Terms whose {field} are a {type(value).__name__}: give a dict of names and "
+                f"tensors of {expected}"
             )
-    values: dict[str, object] = {"loss": found.loss, **found.parts, **found.notes}
+    values: dict[str, object] = {"loss": returned.loss, **returned.parts, **returned.notes}
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise UserError(f"{who} returned Terms where '{name}' is a {type(value).__name__}: give {wanted}")
+            raise UserError(f"{subject} returned Terms where '{name}' is a {type(value).__name__}: give {expected}")
         if value.shape != (rows,):
             raise UserError(
-                f"{who} returned Terms where '{name}' has shape {tuple(value.shape)}: give {wanted}, for squares "
+                f"{subject} returned Terms where '{name}' has shape {tuple(value.shape)}: give {expected}, for squares "
                 "dumo.types.mean_square(e); the trainer takes the mean over rows"
             )
-    if not found.loss.requires_grad:
+    if not returned.loss.requires_grad:
         raise UserError(
-            f"{who} has no gradient: the pass that learns is net(...), without torch.no_grad() and detach()"
+            f"{subject} has no gradient: the pass that learns is net(...), without torch.no_grad() and detach()"
         )
-    return found
+    return returned
 
 
 @torch.no_grad()
-def require_pure_net(net: nn.Module, b: Noised, needs: Needs) -> None:
-    """Raise UserError where a pass in training changes a buffer, or two passes on the same rows differ."""
+def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: float) -> None:
+    """Raise UserError where a pass in training changes a buffer, or two on the same rows differ (`outputs_match`)."""
     known = {"t": b.t, "r": b.r}
     known |= {name: torch.full_like(b.t, value) for name, value in needs.knobs.items()}
     inputs = {name: known.get(name, b.t) for name in needs.names}
-    who = f"net {name_of(type(net))}"
+    subject = f"net {name_of(type(net))}"
     first = net(b.x_t, b.c, **inputs)
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     again = net(b.x_t, b.c, **inputs)
@@ -148,25 +152,39 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs) -> None:
         if name in before and not torch.equal(buffer, before[name]):
             owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
             raise UserError(
-                f"{who}: a pass in training changes its buffer '{name}' (of {owner}). A step makes several passes, at "
-                "several times, and a statistic of all of them is of none: use a norm of one row, such as nn.GroupNorm "
+                f"{subject}: a pass in training changes its buffer '{name}' (of {owner}). A step makes several passes "
+                "at different times t, so such a statistic mixes them: use a norm within one row, such as nn.GroupNorm "
                 "or nn.LayerNorm"
             )
-    if all(same(head, other) for head, other in zip(again, first, strict=True)):
+    if all(outputs_match(head, repeated, max_difference) for head, repeated in zip(first, again, strict=True)):
         return
     for name, part in net.named_modules():
         if isinstance(part, DROPOUTS) and part.p > 0:
             raise UserError(
-                f"{who}: {type(part).__name__}(p={part.p:g}) at '{name}' draws another mask in every pass, so a "
+                f"{subject}: {type(part).__name__}(p={part.p:g}) at '{name}' draws another mask in every pass, so a "
                 f"difference of two passes is no derivative, and a resumed run is another one: {KEYED}, or set p=0"
             )
     raise UserError(
-        f"{who}: two passes in training on the same rows differ, so it draws random numbers or keeps a state: then a "
-        f"difference of two passes is no derivative, and a resumed run is another one. Draw nothing, or {KEYED}"
+        f"{subject}: two passes in training on the same rows differ, so it draws random numbers or keeps a state: then "
+        f"a difference of two passes is no derivative, and a resumed run is another one. Draw nothing, or {KEYED}"
     )
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two passes gave the same, NaN included: to the bit on a CPU."""
-    rtol = 0.0 if one.device.type == "cpu" else ROUNDING
-    return torch.allclose(one, other, rtol=rtol, atol=0.0, equal_nan=True)
+def max_pass_difference(device: torch.device, precision: Precision) -> float:
+    """By how much two passes may differ, as `outputs_match` has it; 0 on a CPU."""
+    return 0.0 if device.type == "cpu" else MAX_DIFFERENCE[precision]
+
+
+def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
+    """Whether two passes gave the same, what is not finite included.
+
+    `max_difference`: the norm of their difference over the norm of the first; 0: they are equal to the bit.
+    """
+    if max_difference == 0:
+        return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+    finite = first.isfinite() & second.isfinite()
+    if not torch.allclose(first[~finite], second[~finite], rtol=0.0, atol=0.0, equal_nan=True):
+        return False
+    values = first[finite].double()
+    difference = torch.linalg.vector_norm(second[finite].double() - values)
+    return bool(difference <= max_difference * torch.linalg.vector_norm(values))

@@ -21,7 +21,7 @@ from dumo.data import Data, Images, Memory
 from dumo.data.caption import Files
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store, some
-from dumo.data.written import AUTO, TABLES, NoCaptionsError, captions_of
+from dumo.data.written import AUTO, NoCaptionsError, captions_of, table_names
 from dumo.encoders.caption import Captions
 from dumo.evaluation.word import method
 from dumo.io.read import brief, user_path
@@ -193,7 +193,9 @@ def other_texts(error: NoCaptionsError) -> str:
         way = f"--set 'data.captions={{kind: files, name: {error.columns[0]}}}'"
         return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
     if error.tables:
-        return f"none read; a table of captions is called {TABLES[0]}, and there is {some(error.tables)}"
+        return (
+            f"none read; a table of captions is called {table_names(error.tables)}, and there is {some(error.tables)}"
+        )
     return ""
 
 

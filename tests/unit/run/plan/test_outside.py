@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import dumo
 from dumo.flow import dropout
+from dumo.flow.precision import Precision
 from dumo.run.plan import cost, outside
 from dumo.types import Heads
 from unit.run.known import same
@@ -103,6 +104,33 @@ def test_dropout_of_no_numbers_and_dumos_own_are_trained(tmp_path: Path) -> None
     plain = train(tmp_path / "plain", Plain(), **{"train.steps": 4})
     assert same(whole.net, parts.net)
     assert not torch.equal(whole.net.first.weight, plain.net.first.weight)
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-7), ("tf32", 2e-4), ("bf16", 2e-3)])
+def test_outputs_that_differ_by_rounding_match_on_a_gpu(precision: Precision, rounding: float) -> None:
+    """Also where one of them is near zero; on a CPU they are equal to the bit."""
+    first = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    first[0, 0] = 1e-6
+    second = first + rounding * torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
+    gpu = outside.max_pass_difference(torch.device("cuda"), precision)
+    cpu = outside.max_pass_difference(torch.device("cpu"), precision)
+    assert outside.outputs_match(first, second, gpu)
+    assert not outside.outputs_match(first, second, cpu)
+    for max_difference in (gpu, cpu):
+        assert outside.outputs_match(first, first.clone(), max_difference)
+        assert outside.outputs_match(0 * first, 0 * first, max_difference)
+        assert not outside.outputs_match(first, F.dropout(first, 0.1), max_difference)
+        assert not outside.outputs_match(0 * first, second, max_difference)
+
+
+@pytest.mark.parametrize("max_difference", [0.0, 1e-4])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_the_same_alone_in_the_same_place(value: float, max_difference: float) -> None:
+    first = torch.tensor([1.0, value, 2.0])
+    assert outside.outputs_match(first, first.clone(), max_difference)
+    for second in (torch.tensor([1.0, 1.0, 2.0]), torch.tensor([value, 1.0, 2.0]), torch.tensor([1.0, value, 3.0])):
+        assert not outside.outputs_match(first, second, max_difference)
+        assert not outside.outputs_match(second, first, max_difference)
 
 
 @pytest.mark.parametrize("what", RETURNS)
