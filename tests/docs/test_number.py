@@ -177,6 +177,13 @@ def share_far(law: Pair, *, least: float = 0.9) -> float:
     return both_orders * torch.trapezoid(density * share_above(later, r + least), r).item()
 
 
+def pair_of(recipe: str) -> Pair:
+    """The timestep distribution of a recipe that draws pairs."""
+    law = getattr(load(recipe).objective, "times", None)
+    assert isinstance(law, Pair)
+    return law
+
+
 def said(kind: str, pattern: str) -> float:
     """A number of a section, in its notation: 0.59, or 4 · 10⁻⁶."""
     match = re.search(pattern, sections()[kind])
@@ -191,7 +198,7 @@ def test_shares_of_rows_are_those_of_the_distributions() -> None:
     late = float(beta.sf(0.9, beta_times.a, beta_times.b))
     assert said("dumo", r"([\d.]+) % of rows have t > 0\.9") == pytest.approx(100 * late, rel=0.03)
 
-    meanflow = load("digits-meanflow").objective.times  # pyright: ignore[reportAttributeAccessIssue]
+    meanflow = pair_of("digits-meanflow")
     assert isinstance(meanflow.of, LogitNormal)
     one = share_above(meanflow.of, torch.tensor(0.9, dtype=torch.float64)).item()
     rest = meanflow.velocity_ratio
@@ -211,7 +218,7 @@ def test_shares_of_rows_are_those_of_the_distributions() -> None:
     ],
 )
 def test_far_jumps_of_recipes_are_as_rare_as_told(kind: str, recipe: str, pattern: str, unit: float) -> None:
-    law = load(recipe).objective.times  # pyright: ignore[reportAttributeAccessIssue]
+    law = pair_of(recipe)
     share = (1 - law.velocity_ratio) * share_far(law)
     assert said(kind, pattern) == pytest.approx(unit * share, rel=0.15)
 

@@ -20,6 +20,7 @@ def test_a_paired_difference_by_hand() -> None:
     """Differences 1, 2 and 3: mean 2, deviation 1."""
     found = paired_difference({"1": 11.0, "2": 22.0, "3": 33.0}, {"3": 30.0, "1": 10.0, "2": 20.0})
     assert found == PairedDifference(2.0, 1 / sqrt(3), 3)
+    assert found is not None
     assert found.margin == pytest.approx(4.3027 / sqrt(3), rel=1e-4)  # from a printed table, two degrees
 
 
@@ -91,4 +92,5 @@ def test_a_seed_fails_far_above_its_median_or_without_a_class() -> None:
     assert failed_seeds({"0": 20.0, "1": 30.0, "2": 20.0}, {}) == []  # 1.5 times, and not above
     assert failed_seeds(distances, {"0": 0.59, "1": 0.7, "2": 0.6}) == ["0", "1"]
     assert failed_seeds(distances, {"0": 0.59, "1": 0.7, "2": 0.59}) == ["1"]  # an arm that has not learned the classes
+    assert failed_seeds({"0": 45.9, "1": 89.7, "2": 44.7}, {}) == ["1"]  # not above 1.5 times their mean
     assert failed_seeds({"0": 500.0}, {}) == []  # one seed has no other to fail by
