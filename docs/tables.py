@@ -153,8 +153,8 @@ def front(results: Row) -> Iterator[str]:
     every.sort(key=lambda own: own[0][main_score(own[0])])
     counts = failures(every)
     for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-        name = names.get(own[0]["arm"], own[0]["arm"])
-        table.append([name, *cells])
+        arm = str(own[0]["arm"])
+        table.append([names.get(arm, arm), *cells])
     known, folds = [cell["baselines"].get("perfect") for cell in results["cells"]], every[0][0]["seeds"]
     if perfect := [one["sd"] for one in known if one]:  # results of before had other baselines
         error = (sum(sd**2 for sd in perfect) / len(perfect) / folds) ** 0.5

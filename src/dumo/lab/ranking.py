@@ -67,7 +67,7 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> PairedD
 
 
 def is_level(arm: ArmScore, best: ArmScore) -> bool:
-    """Whether an arm cannot be told from the best one."""
+    """Whether the difference of an arm from the best one proves nothing."""
     difference = paired_difference(arm.by_seed, best.by_seed)
     if difference is None:
         return level([best.estimate, arm.estimate])[1]
