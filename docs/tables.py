@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dumo.evaluation.distance import Estimate, level
 from dumo.lab.cell import from_cells, main_score
 from dumo.lab.plan import read
+from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
 from dumo.run.config.load import load
 
 DOCS = Path(__file__).parent
@@ -56,23 +56,63 @@ def spread(rows: list[Row], *keys: str, digits: int = 2) -> list[str]:
 
 
 def judged(arms: list[list[Row]], passes: tuple[int, ...]) -> list[list[str]]:
-    """Of each arm the main score by number of passes, with its error; bold what cannot be told from the least.
+    """Of each arm the main score by number of passes, with its error; bold the best (`dumo.lab.ranking`).
 
     Of results from before errors were known the spread over seeds, and nothing bold.
     """
     score = main_score(arms[0][0])
     digits = 2 if score in ("mmd", "fd_grey") else 1
-    if "error" not in arms[0][0]:
-        by_passes = [{row["nfe"]: spread([row], score, digits=digits)[0] for row in own} for own in arms]
-        return [[found.get(n, "") for n in passes] for found in by_passes]
-    cells = [dict.fromkeys(passes, "") for _ in arms]
-    for n in (n for n in passes if any(row["nfe"] == n for own in arms for row in own)):
-        rows = [(cell, row) for cell, own in zip(cells, arms, strict=True) for row in own if row["nfe"] == n]
-        ties = level([Estimate(row[score], row["error"]) for _, row in rows])
-        for (cell, row), tie in zip(rows, ties, strict=True):
-            number = f"{row[score]:.{digits}f}&nbsp;±&nbsp;{row['error']:.{digits}f}".replace("-", "−")
-            cell[n] = f"**{number}**" if tie else number
-    return [[cell[n] for n in passes] for cell in cells]
+    columns: list[list[str]] = []
+    for nfe in passes:
+        rows = [next((row for row in own if row["nfe"] == nfe), None) for own in arms]
+        if "error" in arms[0][0]:
+            columns.append(ranked(rows, score, digits))
+        else:
+            columns.append([spread([row], score, digits=digits)[0] if row else "" for row in rows])
+    return [list(cells) for cells in zip(*columns, strict=True)]
+
+
+def ranked(rows: list[Row | None], score: str, digits: int) -> list[str]:
+    """A column: the score of each arm at one number of passes, bold the best; empty where it was not measured."""
+    measured = {arm: row for arm, row in enumerate(rows) if row is not None}
+    cells = [""] * len(rows)
+    if not measured:
+        return cells
+    best = best_arms([ArmScore(by_seed(row, score), row["error"]) for row in measured.values()])
+    for (arm, row), is_best in zip(measured.items(), best, strict=True):
+        number = f"{row[score]:.{digits}f}&nbsp;±&nbsp;{row['error']:.{digits}f}".replace("-", "−")
+        cells[arm] = f"**{number}**" if is_best else number
+    return cells
+
+
+def by_seed(row: Row, score: str) -> dict[str, float]:
+    """A score of each seed of a row; without those that lack it."""
+    return {seed: cell[score] for seed, cell in row["by_seed"].items() if cell.get(score) is not None}
+
+
+def failures(arms: list[list[Row]]) -> list[str]:
+    """How many seeds of each arm failed at one NFE, as "1 of 3"; empty where none did, or one NFE was not measured."""
+    counts: list[str] = []
+    for own in arms:
+        row = own[0]
+        score = next(key for key in ("mmd", "fd_grey", "fd") if row.get(key) is not None)
+        failed = list[str]()
+        if row["nfe"] == 1:
+            accuracies = by_seed(row, "accuracy") if row["protocol"].startswith("cifar10") else {}
+            failed = failed_seeds(by_seed(row, score), accuracies)
+        counts.append(f"{len(failed)} of {row['seeds']}" if failed else "")
+    return counts
+
+
+def with_failures(table: list[list[str]], counts: list[str]) -> Iterator[str]:
+    """The lines of a table, its head first, with a last column of failed seeds where there are any."""
+    head, *rows = table
+    if any(counts):
+        head = [*head, "failed seeds"]
+        rows = [[*cells, count] for cells, count in zip(rows, counts, strict=True)]
+    yield line(head)
+    yield "|" + "---|" * len(head)
+    yield from map(line, rows)
 
 
 def line(cells: list[str]) -> str:
@@ -86,57 +126,58 @@ def arms(results: Row) -> Iterator[str]:
     arms = read(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
     title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
-    yield line(["", "F", f"{title}, 1 NFE", "2", "4", "recall"])
-    yield "|" + "---|" * 6
+    table = [["", "F", f"{title}, 1 NFE", "2", "4", "recall"]]
     for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
         one, name = own[0], next(iter(own[0].values()))
         shown = f"[{name}](objectives/details.md#{kinds[name]})" if name in kinds else name
         costs = [f"**{shown}**" if name == first else shown, f"{one['F_per_step']:.2f}"]
-        yield line([*costs, *cells, f"{one['recall']:.2f}" if one["nfe"] == 1 else ""])
+        table.append([*costs, *cells, f"{one['recall']:.2f}" if one["nfe"] == 1 else ""])
+    yield from with_failures(table, failures(every))
 
 
 def tested(results: Row) -> Iterator[str]:
     """Every arm at its best rate, on test images: what a step costs, its main score at 1, 2 and 4 NFE."""
     every = grouped(results, "objective", "judged on")
     every = sorted((own for own in every if own[0]["judged on"] == "test images"), key=lambda own: own[0]["mmd"])
-    yield line(["", "rate", "F", "kernel distance · 10³, 1 NFE", "2", "4"])
-    yield "|" + "---|" * 6
+    table = [["", "rate", "F", "kernel distance · 10³, 1 NFE", "2", "4"]]
     for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
-        yield line([own[0]["objective"], f"{own[0]['rate']}", f"{own[0]['F_per_step']:.2f}", *cells])
+        table.append([own[0]["objective"], f"{own[0]['rate']}", f"{own[0]['F_per_step']:.2f}", *cells])
+    yield from with_failures(table, failures(every))
 
 
 def front(results: Row) -> Iterator[str]:
     """Five of the arms at a budget of 1, the nearest in one pass first; and what a perfect sampler would have."""
-    yield "| | 1 NFE | 2 | 4 | 50 |"
-    yield "|---|---|---|---|---|"
+    table = [["", "1 NFE", "2", "4", "50"]]
     names = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
     every = [own for own in at_budget(results, 1) if own[0]["arm"][0] != "+"]
     every.sort(key=lambda own: own[0][main_score(own[0])])
+    counts = failures(every)
     for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-        name = names.get(own[0]["arm"], own[0]["arm"])
-        yield line([name, *cells])
+        arm = str(own[0]["arm"])
+        table.append([names.get(arm, arm), *cells])
     known, folds = [cell["baselines"].get("perfect") for cell in results["cells"]], every[0][0]["seeds"]
     if perfect := [one["sd"] for one in known if one]:  # results of before had other baselines
         error = (sum(sd**2 for sd in perfect) / len(perfect) / folds) ** 0.5
-        yield line(["*a perfect sampler*", *[f"0.00&nbsp;±&nbsp;{error:.2f}"] * 4])
+        table.append(["*a perfect sampler*", *[f"0.00&nbsp;±&nbsp;{error:.2f}"] * 4])
+        counts.append("")
+    yield from with_failures(table, counts)
 
 
 def best(results: Row) -> Iterator[str]:
-    """Arms at the largest budget, by number of passes; bold what cannot be told from the least."""
+    """Arms at the largest budget, by number of passes; the best bold."""
     largest = max(row["budget"] for row in results["table"])
     every = at_budget(results, largest)
     title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
-    yield line(["", f"{title}, 1 NFE", "2", "4", "50", "recall"])
-    yield "|" + "---|" * 6
+    table = [["", f"{title}, 1 NFE", "2", "4", "50", "recall"]]
     for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-        yield line([own[0]["arm"], *scores, f"{own[0]['recall']:.2f}"])
+        table.append([own[0]["arm"], *scores, f"{own[0]['recall']:.2f}"])
+    yield from with_failures(table, failures(every))
 
 
 def scaling(results: Row) -> Iterator[str]:
     """Every arm at 1, 2, 4 and 50 NFE: the main score by budget, and the power of the budget by which it changes."""
     budgets = sorted({row["budget"] for row in results["table"]})
-    yield line(["", "NFE", *(f"budget {n}" for n in budgets), "power"])
-    yield "|" + "---|" * (3 + len(budgets))
+    table = [["", "NFE", *(f"budget {n}" for n in budgets), "power"]]
     found: dict[tuple[str, int], dict[float, str]] = {}  # by budget; at 0 the slope
     for budget in budgets:
         every = at_budget(results, budget)
@@ -144,21 +185,38 @@ def scaling(results: Row) -> Iterator[str]:
             for row, cell in zip(own, cells, strict=True):
                 slope = f"{row['slope']:.2f}&nbsp;±&nbsp;{row['slope_error']:.2f}".replace("-", "−")
                 found.setdefault((row["arm"], row["nfe"]), {0: slope})[budget] = cell
+    failed = failures_by_budget(results, budgets)
+    counts: list[str] = []
     for (arm, n), cells in found.items():
-        yield line([arm if n == 1 else "", f"{n}", *(cells.get(b, "") for b in (*budgets, 0))])
+        table.append([arm if n == 1 else "", f"{n}", *(cells.get(b, "") for b in (*budgets, 0))])
+        counts.append(failed[arm] if n == 1 else "")
+    yield from with_failures(table, counts)
+
+
+def failures_by_budget(results: Row, budgets: list[float]) -> dict[str, str]:
+    """Of each arm its failed seeds at each budget, as "1 of 3 at 10"."""
+    found: dict[str, list[str]] = {}
+    for budget in budgets:
+        every = at_budget(results, budget)
+        for own, count in zip(every, failures(every), strict=True):
+            of_arm = found.setdefault(own[0]["arm"], [])
+            if count:
+                of_arm.append(f"{count} at {budget:g}")
+    return {arm: ", ".join(counts) for arm, counts in found.items()}
 
 
 def by_budget(results: Row) -> Iterator[str]:
-    """Every arm that ends with DuMo, by budget and number of passes; bold what cannot be told from the least."""
+    """Every arm that ends with DuMo, by budget and number of passes; the best bold."""
     budgets, passes = sorted({row["budget"] for row in results["table"]}), (1, 2, 4)
-    yield line(["", *(f"budget {budget}, {n} NFE" if n == 1 else f"{n}" for budget in budgets for n in passes)])
-    yield "|" + "---|" * (1 + len(budgets) * len(passes))
+    head = ["", *(f"budget {budget}, {n} NFE" if n == 1 else f"{n}" for budget in budgets for n in passes)]
     found: dict[str, list[str]] = {}
     for budget in budgets:
         every = [own for own in at_budget(results, budget) if "DuMo" in own[0]["arm"]]
         for own, cells in zip(every, judged(every, passes), strict=True):
             found.setdefault(own[0]["arm"], []).extend(cells)
-    yield from (line([arm, *cells]) for arm, cells in found.items())
+    failed = failures_by_budget(results, budgets)
+    rows = [[arm, *cells] for arm, cells in found.items()]
+    yield from with_failures([head, *rows], [failed[arm] for arm in found])
 
 
 def power(results: Row) -> Iterator[str]:
@@ -177,13 +235,14 @@ def power(results: Row) -> Iterator[str]:
 
 def words(results: Row) -> Iterator[str]:
     """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
-    yield line(["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"])
-    yield "|" + "---|" * 9
-    for own in grouped(results, "data", "condition"):
+    every = grouped(results, "data", "condition")
+    table = [["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"]]
+    for own in every:
         row, key = own[0], "fd" if own[0].get("fd_grey") is None else "fd_grey"
         cells = [row["data"], row["condition"], f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
         apart = [f"{row[k]:.2f}" if row[k] else "" for k in ("recall", "class_fd", "class_fd_held")]
-        yield line([*cells, *spread(own, key), *apart])
+        table.append([*cells, *spread(own, key), *apart])
+    yield from with_failures(table, failures(every))
 
 
 def fair(results: Row) -> Iterator[str]:

@@ -1,22 +1,28 @@
 """Numbers that pages say are those that are counted, or stored."""
 
+import json
 import re
 import runpy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from scipy.stats import beta
 
+import dumo
 from contract.case import kind, members
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.flow.slope import DualSlope
+from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.flow.times import Beta, Dyadic, LogitNormal, Pair
 from dumo.nets import DiT
-from dumo.objectives import Objective
+from dumo.objectives import DuMo, Objective
 from dumo.run.config.load import load
 from dumo.run.plan.cost import forward_units
-from dumo.types import Spec
+from dumo.run.plan.doctor import point, slope_errors
+from dumo.types import Frozen, Spec
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/objectives"
@@ -110,3 +116,199 @@ def test_tables_are_those_of_the_results() -> None:
         assert tables["written"](text) == text, "python docs/tables.py writes it again"
     results = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
     assert tables["written"](results.replace("| 4.52 |", "| 4.53 |")) == results
+
+
+def pages() -> list[str]:
+    """README and the pages."""
+    return [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
+
+
+def test_no_bold_number_is_worse_known_than_to_a_quarter() -> None:
+    bold = [pair for text in pages() for pair in re.findall(r"\*\*(\d[\d.]*)&nbsp;±&nbsp;([\d.]+)\*\*", text)]
+    assert len(bold) > 50
+    for value, error in bold:
+        assert float(error) <= 0.25 * float(value) + 0.007, (value, error)  # both are rounded
+
+
+def test_on_paired_folds_the_front_table_has_one_winner_at_one_nfe() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- table: front -->(.*?)<!-- end -->", readme, re.DOTALL)
+    first_cells = [row.split("|")[2] for row in table.strip().splitlines()[2:]]
+    assert [cell[:2] == "**" for cell in first_cells] == [True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("page", "row", "count"),
+    [
+        ("reproduce", "|[iCT](", "1 of 3"),
+        ("reproduce", "|[DuMo + Shortcut](", ""),
+        ("scaling", "|α-Flow|1|", "1 of 3 at 3, 1 of 3 at 10"),
+        ("scaling", "|a quarter, then DuMo|", "1 of 3 at 3"),
+        ("scaling", "|a half, then DuMo|", ""),
+    ],
+)
+def test_failed_seeds_have_a_column(page: str, row: str, count: str) -> None:
+    lines = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith(row)]
+    assert line.split("|")[-2] == count
+
+
+def test_a_table_without_failed_seeds_has_no_column_of_them() -> None:
+    tables = runpy.run_path(str(ROOT / "docs/tables.py"))
+    assert [*tables["with_failures"]([["a"], ["1"], ["2"]], ["", ""])] == ["|a|", "|---|", "|1|", "|2|"]
+    found = [*tables["with_failures"]([["a"], ["1"], ["2"]], ["", "1 of 3"])]
+    assert found == ["|a|failed seeds|", "|---|---|", "|1||", "|2|1 of 3|"]
+
+
+def share_above(law: LogitNormal, x: torch.Tensor) -> torch.Tensor:
+    """P(t > x)."""
+    return torch.special.ndtr((law.mean - x.logit()) / law.std)
+
+
+def share_far(law: Pair, *, least: float = 0.9) -> float:
+    """P(t - r > 0.9) of rows that may move, by the trapezoidal rule over r."""
+    later, earlier = law.of, law.to or law.of
+    assert isinstance(later, LogitNormal)
+    assert isinstance(earlier, LogitNormal)
+    r = torch.linspace(1e-9, 1 - least - 1e-9, 200_001, dtype=torch.float64)
+    normal = torch.distributions.Normal(earlier.mean, earlier.std)
+    density = normal.log_prob(r.logit()).exp() / (r * (1 - r))
+    both_orders = 1 if law.to else 2  # a pair of one law is sorted
+    return both_orders * torch.trapezoid(density * share_above(later, r + least), r).item()
+
+
+def pair_of(recipe: str) -> Pair:
+    """The timestep distribution of a recipe that draws pairs."""
+    law = getattr(load(recipe).objective, "times", None)
+    assert isinstance(law, Pair)
+    return law
+
+
+def said(kind: str, pattern: str) -> float:
+    """A number of a section, in its notation: 0.59, or 4 · 10⁻⁶."""
+    match = re.search(pattern, sections()[kind])
+    assert match, pattern
+    digits, _, power = match[1].partition(" · 10⁻")
+    return float(digits) * 10.0 ** -int(power.translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")) or 0)
+
+
+def test_shares_of_rows_are_those_of_the_distributions() -> None:
+    beta_times = DuMo().times
+    assert isinstance(beta_times, Beta)
+    late = float(beta.sf(0.9, beta_times.a, beta_times.b))
+    assert said("dumo", r"([\d.]+) % of rows have t > 0\.9") == pytest.approx(100 * late, rel=0.03)
+
+    meanflow = pair_of("digits-meanflow")
+    assert isinstance(meanflow.of, LogitNormal)
+    one = share_above(meanflow.of, torch.tensor(0.9, dtype=torch.float64)).item()
+    rest = meanflow.velocity_ratio
+    later_of_two = 1 - (1 - one) ** 2
+    late = rest * one + (1 - rest) * later_of_two
+    assert said("dumo", r"of MeanFlow's distribution ([\d.]+) %") == pytest.approx(100 * late, rel=0.01)
+    assert said("meanflow", r"t − r > 0\.9 on (\S+ · \S+) of rows") == pytest.approx(
+        (1 - rest) * share_far(meanflow), rel=0.15
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "pattern", "unit"),
+    [
+        ("imf", "digits-imf", r"t − r > 0\.9 on (\S+ · \S+) of rows", 1),
+        ("soflow", "digits-soflow", r"CIFAR-10's, ([\d.]+) %", 100),
+    ],
+)
+def test_far_jumps_of_recipes_are_as_rare_as_told(kind: str, recipe: str, pattern: str, unit: float) -> None:
+    law = pair_of(recipe)
+    share = (1 - law.velocity_ratio) * share_far(law)
+    assert said(kind, pattern) == pytest.approx(unit * share, rel=0.15)
+
+
+def test_far_jumps_of_soflow_on_imagenet_are_as_rare_as_told() -> None:
+    law = kinds()["soflow"]().times
+    assert said("soflow", r"t − r > 0\.9 on (\S+ · \S+) of moving rows") == pytest.approx(share_far(law), rel=0.03)
+
+
+def kinds() -> dict[str, Any]:
+    """The classes of objectives, by kind."""
+    return {kind(cls): cls for cls in OBJECTIVES}
+
+
+def test_the_whole_jump_of_shortcut_is_as_rare_as_told() -> None:
+    assert "One row in 56 trains the whole jump" in sections()["shortcut"]
+    assert Dyadic.levels * Dyadic.every == 56
+
+
+def test_rounding_grows_as_the_sections_say() -> None:
+    for name in ("soflow", "rcgm"):
+        assert said(name, r"Rounding grows up to (\d+) times") == kinds()[name]().needs.amplifies
+    assert "in the recipe 3,200" in sections()["soflow"]
+    assert load("digits-soflow").objective.needs.amplifies == pytest.approx(3200)
+
+
+def test_central_differences_err_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the trained models that come with dumo, against float64: relative, in the l2 norm over 16 points."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
+    for name in ("digits-trained", "cifar10-trained"):
+        told = re.search(rf"([\d.]+) · 10⁻³ \(u of `{name}`\)", page)
+        assert told
+        run = dumo.load(name)
+        objective = run.spec.objective.model_copy(update={"slope": CentralSlope()})
+        x, w, c, inputs = point(objective, run.spec.path, run.spec.data, 0, 16)
+        errors = slope_errors(objective, run.net, Frozen(run.net), x, w, c, **inputs)
+        assert errors["u"].item() == pytest.approx(1e-3 * float(told[1]), abs=0.06e-3)
+        assert all(4e-4 < error < 3e-3 for error in errors.values())
+
+
+@pytest.mark.slow
+def test_costs_of_xl2_are_those_of_the_page() -> None:
+    page = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
+    assert "That is 5.05 F for XL/2 at 256 tokens, and 6 F with `central`" in page
+    for slope, told in (("dual", 5.05), ("central", 6.0)):
+        run = load(
+            "imagenet256-xl2-routed",
+            ["net.route=null", "objective.drop=0", f"objective.slope.kind={slope}", "train.precision=fp32"],
+        )
+        assert units(run) == pytest.approx(told, abs=0.005)
+
+
+@pytest.mark.slow
+def test_routed_costs_are_those_of_the_module() -> None:
+    text = (ROOT / "src/dumo/nets/route.py").read_text(encoding="utf-8")
+    told = re.search(r"([\d.]+) F dense, ([\d.]+) with half of them, ([\d.]+) with a quarter", text)
+    assert told
+    settings = (["net.route=null"], [], ["net.route.share=0.75"])
+    for setting, number in zip(settings, told.groups(), strict=True):
+        assert units(load("imagenet256-xl2-routed", setting)) == pytest.approx(float(number), abs=0.005)
+
+
+def units(run: Any) -> float:  # noqa: ANN401, a Run
+    """What a step of a run costs, in F."""
+    with torch.device("meta"):
+        net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
+    return forward_units(net, run.objective, run.path, run.data.shape)
+
+
+def test_numbers_of_the_gpu_are_those_of_its_file() -> None:
+    text = (ROOT / "tools/gpu.json").read_text(encoding="utf-8")
+    rows = [*json_rows(json.loads(text))]
+    off = {row["slope"]: row["du/dt off"] for row in rows if row.get("slope") and row.get("du/dt off")}
+    assert "its error is 1.4 times du/dt" in (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
+    assert off["central"] == pytest.approx(1.4, abs=0.05)
+    guarantees = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
+    assert "One GPU took [82 to 99 %]" in guarantees
+    taken = [row["measured / planned"] for row in rows if row.get("measured / planned")]
+    assert (round(100 * min(taken)), round(100 * max(taken))) == (82, 99)
+    assert "du/dt in bf16 was within 0.006 of float64" in guarantees
+    exact = [row["du/dt off"] for row in rows if row.get("du/dt off") and row.get("slope") != "central"]
+    assert max(exact) < 0.006
+
+
+def json_rows(value: Any) -> Any:  # noqa: ANN401, of a file
+    """All objects of a JSON file."""
+    if isinstance(value, dict):
+        yield value
+        value = [*value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from json_rows(part)

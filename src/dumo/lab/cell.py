@@ -217,11 +217,20 @@ def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
 
 
 def from_cells(stored: Row) -> list[Row]:
-    """The table of stored results, its deviations taken from their cells: older tables lack those of the main score."""
-    arms: dict[str, list[Row]] = {}
+    """The table of stored results, its deviations taken from their cells: older tables lack those of the main score.
+
+    `by_seed` has the row of each cell, by its seed, and `protocol` what judged them.
+    """
+    cells_by_arm: dict[str, dict[str, Row]] = {}
     for cell in stored["cells"]:
-        arms.setdefault(cell["cell"].rpartition("-")[0], []).append(cell)
-    rows = [over_seeds(same) for of in arms.values() for same in zip(*map(by_passes, of), strict=True)]
+        arm, _, seed = cell["cell"].rpartition("-")
+        cells_by_arm.setdefault(arm, {})[seed] = cell
+    rows: list[Row] = []
+    for cells in cells_by_arm.values():
+        protocol = next(iter(cells.values()))["protocol"]
+        for same in zip(*map(by_passes, cells.values()), strict=True):
+            by_seed = dict(zip(cells, same, strict=True))
+            rows.append({**over_seeds(same), "by_seed": by_seed, "protocol": protocol})
     return [row | again for row, again in zip(stored["table"], rows, strict=True)]
 
 

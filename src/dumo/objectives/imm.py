@@ -12,7 +12,7 @@ K, the mean discrepancy of a group of M is
 
 Nothing here is regressed, and no velocity enters. The pairs j = k, 1 of M, compare y with the y' of its own x and z,
 which is on average nearer to the mean than y: at the exact flow they leave a pull of O(1 / M). Of Gaussian data it
-shrinks with the gap t - q; of skewed data it does not (measured, docs/objectives/details.md).
+shrinks with the gap t - q; of skewed data it does not.
 
 Rows of a group have labels of their own, the same for y and y'. Then all pairs j, k of different labels only match what
 is made of all labels together; it is the pairs j = k, and those of one label, that match each by itself.

@@ -7,8 +7,7 @@ divergence KL(samples || data), diffused to t, by x' is along v(x_t, t) - v(x_t,
     G = v(x_t, -t) - v(x_t, t),
 
 held still, that u(z, 1, 0) descends. Both velocities agree on the data's law alone, so without guidance the exact flow
-is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples diffused by fresh noise
-(with w = 2, G is 23 % of the velocity there, measured).
+is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples diffused by new noise.
 """
 
 from dataclasses import replace

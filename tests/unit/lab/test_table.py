@@ -167,6 +167,7 @@ def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
     assert found is not None
     for stored, again in zip(found["table"], cell.from_cells(found), strict=True):
         assert again["fd"] == pytest.approx(stored["fd"])
+        assert sum(row["fd"] for row in again["by_seed"].values()) == pytest.approx(again["seeds"] * again["fd"])
         assert again["fd_sd"] == pytest.approx(stored["fd_sd"])
     files = write_charts(read(name), VIEWS.get(name, View()), cell.from_cells(found), tmp_path)
     assert {file.stem.partition("-nfe")[0] for file in files} == {name}
