@@ -273,8 +273,10 @@ class History:
         log.rewind(file, self.step)
         if self.step > 0:
             manifest.rewind(self.folder / BEST, self.step)
-        elif aside := set_best_aside(self.folder):
-            yield f"the best weights before it starts again are kept in {aside}"
+        else:
+            aside = set_best_aside(self.folder)
+            if aside:
+                yield f"the best weights of before it starts again are kept in {aside}"
         if self.logged not in (None, log.listed(file)):
             yield f"{file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):

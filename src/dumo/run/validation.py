@@ -43,8 +43,9 @@ def set_best_aside(run: Path) -> Path | None:
     if not weights:
         return None
     number = 1
-    while (aside := run / BEST / f"cut-{number}").exists():
+    while (run / BEST / f"cut-{number}").exists():
         number += 1
+    aside = run / BEST / f"cut-{number}"
     aside.mkdir()
     for file in weights.values():
         file.rename(aside / file.name)

@@ -165,7 +165,7 @@ def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, 
         lost.append((best / "step-00000004.safetensors").read_bytes())
     scored(4.0, 5.0, 6.0)
     train(run, tmp_path / "run", tell=told.append)
-    assert f"the best weights before it starts again are kept in {best / 'cut-2'}" in told
+    assert f"the best weights of before it starts again are kept in {best / 'cut-2'}" in told
     assert [(best / f"cut-{n}/step-00000004.safetensors").read_bytes() for n in (1, 2)] == lost
     assert sorted(path.name for path in best.iterdir()) == ["cut-1", "cut-2", "step-00000002.safetensors"]
 

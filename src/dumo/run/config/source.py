@@ -95,7 +95,9 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
 
 def source_or_own_run(source: str, out: Path | None) -> str:
     """The source, or the run that a recipe left in a folder of its name: `train digits --out digits`, typed again."""
-    if source in recipes.names() and out == Path(source) and (out / FILE).is_file():
+    if out is None or source not in recipes.names():
+        return source
+    if out == Path(source) and (out / FILE).is_file():
         return f"./{source}"
     return source
 
