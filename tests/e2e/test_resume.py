@@ -125,7 +125,7 @@ def test_interrupt_says_so_and_can_go_on(here: Path) -> None:
     _, _, hint = done.err.rstrip().splitlines()[-1].partition("  dumo ")
     steps = steps_logged(run)[-1] + 3
     assert call(*shlex.split(hint), "--set", f"train.steps={steps}").code == 0  # as it was typed
-    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [".saved"]
     assert steps_logged(run) == list(range(1, steps + 1))
 
 

@@ -38,7 +38,7 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     done = call("train", "run", *sets(f"train.steps={step + 1}"))
     assert done.code == 0, done
     there = sorted({path.name for path in (here / "run").iterdir()} - {"metrics.cut.jsonl"})  # after the checkpoint
-    assert there == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
+    assert there == [".saved", "checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
 
 
 @pytest.mark.parametrize("words", [["grid", "R"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]])

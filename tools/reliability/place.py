@@ -16,6 +16,7 @@ from PIL import Image
 
 from autoencoder import taef2
 from dumo.io import digest, weights
+from dumo.run.folder import CHECKPOINT_WRITTEN
 from e2e.shell import TINY, sets
 from reliability.process import said
 
@@ -167,8 +168,9 @@ def hashes(folder: Path, names: str = "*") -> End:
 
 
 def left(folder: Path) -> list[Path]:
-    """What lies about under a hidden or temporary name."""
-    return [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+    """What lies about under a hidden or temporary name, but for the mark of a run with checkpoints."""
+    paths = [path for path in folder.rglob("*") if path.name != CHECKPOINT_WRITTEN]
+    return [path for path in paths if path.name.startswith(".") or path.name.endswith(".tmp")]
 
 
 def timeless(value: Any) -> str:  # noqa: ANN401, what JSON holds

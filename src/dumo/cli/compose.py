@@ -14,7 +14,7 @@ from dumo.run.config import recipes
 from dumo.run.config.change import shown
 from dumo.run.config.load import FILE, load, load_recipe, parse
 from dumo.run.config.load import default_folder as folder_of_recipe
-from dumo.run.config.source import BROUGHT, kind_of, resumed
+from dumo.run.config.source import SHIPPED_PREFIX, kind_of, source_or_own_run
 from dumo.run.config.spec import Run
 from dumo.run.plan import proposal
 from dumo.runtime.progress import Bar
@@ -55,7 +55,7 @@ def compose(
     are trained on as moons are; an objective's name finds its recipe. Raises UserError.
     """
     if isinstance(source, str):
-        source = resumed(source, folder)
+        source = source_or_own_run(source, folder)
     if source is not None and data is None and kind_of(source) == "images":
         data = str(source)
         source = None
@@ -66,7 +66,7 @@ def compose(
     folder = folder or default_folder(source, parts, place)
     if source is None:
         recipe = proposal.RECIPE if place else base(parts)
-        based_on = f"{BROUGHT}{recipe}"
+        based_on = f"{SHIPPED_PREFIX}{recipe}"
     else:
         recipe = None
         based_on = source
@@ -141,7 +141,7 @@ def default_folder(source: str | Path | None, parts: Fields, place: str | None) 
     if source is not None and not parts:
         return folder_of_recipe(source)
     if source is None and parts.keys() == {"objective"} and (name := base(parts)) not in TOYS:
-        return folder_of_recipe(f"{BROUGHT}{name}")
+        return folder_of_recipe(f"{SHIPPED_PREFIX}{name}")
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 

@@ -122,10 +122,10 @@ def train(
     from dumo.report.feed import live
     from dumo.run import train
     from dumo.run.config.load import default_folder, load
-    from dumo.run.config.source import kind_of, resumed
+    from dumo.run.config.source import kind_of, source_or_own_run
     from dumo.run.plan import proposal
 
-    source = resumed(source, folder)
+    source = source_or_own_run(source, folder)
     if kind_of(source) == "images":
         folder = folder or proposal.default_folder(source)
         spec = proposed(source, folder, set_ or [], minutes, device, ask=not yes)

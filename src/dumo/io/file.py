@@ -1,7 +1,7 @@
 """Files and folders written whole or not at all: in a hidden place next to their own, then renamed.
 
 So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
-`locked` keeps other processes out; while a folder is `held_open`, nothing is written to its path once it is elsewhere.
+`locked` keeps other processes out; `guard_path` refuses writes below a folder once its path leads elsewhere.
 `places` is where to keep what was found out about a user's files.
 """
 
@@ -27,7 +27,7 @@ PRIVATE = 0o600  # as safetensors makes its files
 DAY = 86_400.0  # seconds
 GOING = "old"  # in place of a writer: of what is being removed
 OPEN: set[Path] = set()  # hidden places that threads of this process are writing now
-HELD: dict[Path, int] = {}  # folders that must stay where they are (`held_open`), each with a descriptor of it
+GUARDED: dict[Path, int] = {}  # folders that must stay where they are (`guard_path`), each with a descriptor of it
 WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<going>{GOING}))\.tmp")
 
 
@@ -42,7 +42,7 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
     half = hidden(path, own() if writer is None else writer)
     OPEN.add(half.absolute())
     try:
-        require_held(path)
+        require_in_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield half
         settle(half, path, durable=durable)
@@ -157,29 +157,32 @@ def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
     finally:
         # While it is held: who waits for it sees that it is gone, and makes it again. Where the folder was moved away,
         # another process may have its own there.
-        if path.exists() and os.path.samestat(lock_file, path.stat()):
-            path.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):  # it is gone, or its disk is
+                if os.path.samestat(lock_file, path.stat()):
+                    path.unlink()
+        finally:
+            lock.release()
 
 
 @contextmanager
-def held_open(folder: Path) -> Generator[None, None, None]:
-    """Meanwhile nothing is written below `folder` (`require_held`) once its path leads elsewhere.
+def guard_path(folder: Path) -> Generator[None, None, None]:
+    """While inside, writes below `folder` are refused (`require_in_place`) if its path no longer leads to this folder.
 
-    It is kept open, so that no other folder gets its number.
+    The folder is kept open, so that its inode number is not reused.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    HELD[folder.absolute()] = descriptor
+    GUARDED[folder.absolute()] = descriptor
     try:
         yield
     finally:
-        del HELD[folder.absolute()]
+        del GUARDED[folder.absolute()]
         os.close(descriptor)
 
 
-def require_held(path: Path) -> None:
-    """Raise UserError where a folder above `path` is held open, and was removed, renamed or unmounted since."""
-    for folder, descriptor in [*HELD.items()]:
+def require_in_place(path: Path) -> None:
+    """Raise UserError where `path`, or a folder above it, is guarded, and was removed, renamed or unmounted since."""
+    for folder, descriptor in [*GUARDED.items()]:
         if not path.absolute().is_relative_to(folder):
             continue
         try:
@@ -188,8 +191,9 @@ def require_held(path: Path) -> None:
             is_same = False
         if not is_same:
             raise UserError(
-                f"{folder} was removed, renamed or unmounted while a training wrote into it: bring it back, and the "
-                "same command resumes from its last checkpoint"
+                f"{folder} was removed, renamed or unmounted during training, so nothing more is written there. "
+                "Rename it back or mount it, and the same command resumes from its last checkpoint; if the run's "
+                "folder was deleted, that starts a new run"
             )
 
 

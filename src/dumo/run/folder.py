@@ -38,7 +38,8 @@ from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
-UNSAVED = ".unsaved"  # an empty file that is there from the first step on until the first checkpoint is
+NO_CHECKPOINT_YET = ".unsaved"  # empty file: from before the first step until the first checkpoint is written
+CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run without a checkpoint has lost it
 # Parts of a net that an objective asks for: another may lack them.
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
@@ -197,19 +198,29 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     if (folder / FILE).exists():
         there = Written(load(folder), noted(folder))
         if not steps:
-            require_unsaved(folder, there.run.train)
+            require_no_lost_checkpoint(folder, there.run.train)
         require_same(there, run, folder, newest(standing, step), accept=accept)
+    elif steps:
+        raise UserError(
+            f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
+            f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
+        )
     elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
 
 
-def require_unsaved(folder: Path, train: Train) -> None:
-    """Raise UserError where a run that has no checkpoint had one: it was lost, and is not to be trained anew.
+def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
+    """Raise UserError where a run's checkpoints were lost, rather than train it anew.
 
-    While UNSAVED is there, none was written. Without it the log decides, which goes on after the first checkpoint: so
-    it is of runs from before there was such a file, too.
+    The folder's mark says whether one was written. Of a run from before there were marks, the log says so where it goes
+    on after the first step that is saved by its number.
     """
-    if (folder / UNSAVED).exists():
+    if (folder / CHECKPOINT_WRITTEN).exists():
+        raise UserError(
+            f"{folder} had checkpoints, and {folder / 'checkpoints'} has none: bring back what it was on. To train "
+            f"from the start give another folder with --out, or move {folder} away"
+        )
+    if (folder / NO_CHECKPOINT_YET).exists():
         return
     file = folder / "metrics.jsonl"
     last = max((row["step"] for row in read_log(file)), default=0)
@@ -246,7 +257,7 @@ def held(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fals
         with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
             claim(run, folder, step, accept=accept)  # who held it before may have left another run
             sweep(folder)
-            with held_open(folder):
+            with guard_run_folder(folder):
                 yield
     finally:
         with suppress(OSError):  # it is not empty: something was written
@@ -255,45 +266,61 @@ def held(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fals
 
 
 @contextmanager
-def held_open(folder: Path) -> Generator[None, None, None]:
-    """Meanwhile nothing is written into a run's folder that was removed, renamed or unmounted, nor to its other disks.
+def guard_run_folder(folder: Path) -> Generator[None, None, None]:
+    """While inside, refuse writes into a run's folder, or to its other disks, that was removed, renamed or unmounted.
 
     Raises UserError where that was tried.
     """
-    device = folder.stat().st_dev
+    guarded = [folder, *(place for place in manifest.places(folder) if is_on_other_disk(place, folder))]
     with ExitStack() as stack:
-        stack.enter_context(files.held_open(folder))
-        for place in manifest.places(folder):
-            if place.is_dir() and place.stat().st_dev != device:
-                stack.enter_context(files.held_open(place))
+        for place in guarded:
+            stack.enter_context(files.guard_path(place))
         try:
             yield
         except (OSError, SafetensorError):
-            files.require_held(folder / FILE)  # it went while a file was written, which is why that failed
+            for place in guarded:  # one may have gone while a file was written, which is why that failed
+                files.require_in_place(place)
             raise
 
 
-def require_written(folder: Path) -> None:
-    """Raise UserError where a run's folder went, or was emptied, in training: a checkpoint alone would be no run."""
-    files.require_held(folder / FILE)
-    if not (folder / FILE).is_file():
-        raise UserError(
-            f"{folder / FILE} was removed while its run was trained: bring back the folder's files, and the same "
-            "command resumes from its last checkpoint"
-        )
+def is_on_other_disk(place: Path, folder: Path) -> bool:
+    """Whether a place of a run is a folder on another disk than the run's folder, by a link or a mount."""
+    return place.is_dir() and place.stat().st_dev != folder.stat().st_dev
 
 
-def note_unsaved(folder: Path) -> None:
+def restore_run_file(folder: Path, text: str) -> bool:
+    """Write run.yaml again where it was removed during training, and return whether it was.
+
+    Raises UserError where the run's folder is no longer in its place (`files.require_in_place`).
+    """
+    file = folder / FILE
+    files.require_in_place(file)
+    if file.is_file():
+        return False
+    files.write(file, text.encode(), durable=True)
+    return True
+
+
+def mark_no_checkpoint_yet(folder: Path) -> None:
     """Write down, before the first step, that the run has no checkpoint yet."""
-    (folder / UNSAVED).touch()
+    mark = folder / NO_CHECKPOINT_YET
+    files.require_in_place(mark)
+    mark.touch()
     files.flush(folder)
 
 
-def note_saved(folder: Path) -> None:
+def mark_checkpoint_written(folder: Path) -> None:
     """Write down that the run has a checkpoint: from now on one that is not there was lost."""
-    if (folder / UNSAVED).exists():
-        (folder / UNSAVED).unlink()
-        files.flush(folder)
+    before = folder / NO_CHECKPOINT_YET
+    mark = folder / CHECKPOINT_WRITTEN
+    files.require_in_place(mark)
+    if before.exists():
+        before.replace(mark)
+    elif mark.exists():
+        return
+    else:  # of a run from before there were marks
+        mark.touch()
+    files.flush(folder)
 
 
 def note(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:

@@ -14,14 +14,14 @@ from dumo.io.content import Hashes
 from dumo.io.source import Source
 from dumo.run import average, content, deviation
 from dumo.run.config.change import shown
-from dumo.run.config.load import identity
+from dumo.run.config.load import FILE, identity
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import note, note_saved, note_unsaved, require_written
+from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, note, restore_run_file
 from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
-from dumo.run.validation import BEST, Validation
+from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
@@ -141,15 +141,23 @@ class Journal:
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
-            agreement.main(lambda: require_written(self.folder))
+            agreement.main(self.restore_run_file)
             agreement.main(lambda: log.flush(file))
             checkpoint.put(self.folder / "checkpoints", copy, keep)
-            agreement.main(lambda: note_saved(self.folder))
+            agreement.main(lambda: mark_checkpoint_written(self.folder))
             if validation := self.validation:
                 agreement.main(lambda: validation.tidy(step))
 
         self.saver.start(write)
         self.saved = time.monotonic()
+
+    def restore_run_file(self) -> None:
+        """Before a checkpoint, which is of no use without run.yaml: write that again where it was removed, and say so.
+
+        Raises UserError where the run's folder is no longer in its place.
+        """
+        if restore_run_file(self.folder, self.text):
+            self.tell(f"warning: {self.folder / FILE} was removed during training, and is written again")
 
     def examine(self, state: State) -> None:
         """Refuse a slope that is not the derivative at the weights in training; say so where they are too many to look.
@@ -208,7 +216,7 @@ class History:
     versions: dict[str, str]  # that wrote the checkpoint
     was: Train | None  # how it was trained up to it; None: it begins
     logged: manifest.Listed | None = None  # the log up to it
-    anew: bool = False  # whether the data are others
+    data_changed: bool = False
 
     @classmethod
     def of(
@@ -239,19 +247,19 @@ class History:
         versions, logged = (about.versions, about.log) if about else ({}, None)
         return cls(run, folder, source, step, now, changed, versions, train, logged, change is not None)
 
-    def write(self, *, anew: bool = False) -> Iterator[str]:
+    def write(self, *, rewound: bool = False) -> Iterator[str]:
         """Bring the folder to this state, and yield what there is to say of it, in lines.
 
-        `anew`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
+        `rewound`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
         """
         file = self.folder / "metrics.jsonl"
         undone_rows = sum(row["step"] > self.step for row in log.read_log(file))
         if self.step == 0 and undone_rows:
             yield (
-                f"{self.folder} stopped before its first checkpoint was written, so it starts again from step 0; "
-                f"{undone_rows:,} rows of its log are kept in {log.cut(file)}"
+                f"{self.folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
+                f"kept in {log.cut(file)}"
             )
-        if anew:
+        if rewound:
             removed = [manifest.rewind(place, self.step) for place in manifest.places(self.folder)]
             steps = sorted({step for steps in removed for step in steps})
             if steps:
@@ -263,17 +271,22 @@ class History:
             if undone_rows:
                 yield f"{undone_rows:,} rows of the log after it are kept in {log.cut(file)}"
         log.rewind(file, self.step)
-        manifest.rewind(self.folder / BEST, self.step)
+        if self.step > 0:
+            manifest.rewind(self.folder / BEST, self.step)
+        else:
+            aside = set_best_aside(self.folder)
+            if aside:
+                yield f"the best weights of before it starts again are kept in {aside}"
         if self.logged not in (None, log.listed(file)):
             yield f"{file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
             yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
         note(self.run, self.folder, self.changed)
         if self.step == 0:
-            note_unsaved(self.folder)
+            mark_no_checkpoint_yet(self.folder)
         else:
-            note_saved(self.folder)
-        deviation.note(self.folder, self.source, self.fingerprint, anew=self.anew)
+            mark_checkpoint_written(self.folder)
+        deviation.note(self.folder, self.source, self.fingerprint, anew=self.data_changed)
         for one in self.changed:
             if one.step == self.step:
                 yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from dumo.io.file import whole
-from dumo.run.config.source import name_of_brought
+from dumo.run.config.source import shipped_name
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -28,7 +28,7 @@ def find(source: str | Path) -> Path:
     """
     if isinstance(source, Path) and source.exists():
         return source
-    name = name_of_brought(str(source), names())
+    name = shipped_name(str(source), names())
     if name is None:
         return Path(source)
     copy = Path("runs", name)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
@@ -89,12 +88,6 @@ class Meter:
         images = rate * self.train.batch
         share = images * self.flops / (1e12 * self.peak * dist.world()) if self.peak else None
         return Speed(step, time.time(), now - then, rate, images, peak(self.here), share)
-
-
-def usual_seconds(folder: Path, step: int) -> float | None:
-    """What a step of a run took up to this one, in the median of the rows of its speed.jsonl; None: there are none."""
-    rates = [row["steps_per_second"] for row in log.read_log(folder / FILE) if row["step"] <= step]
-    return 1 / median(rates) if rates else None
 
 
 def step_flops(

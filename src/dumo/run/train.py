@@ -34,7 +34,7 @@ from dumo.run.folder import begin, held
 from dumo.run.journal import History, Journal, way_back
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
-from dumo.run.speed import Meter, step_flops, usual_seconds
+from dumo.run.speed import Meter, step_flops
 from dumo.run.validation import Validation
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, quiet
@@ -126,7 +126,7 @@ def go_on(
     if known:
         known.check(folder)
     dist.barrier()  # the folder is read by all before it is written
-    lines = agreement.own(lambda: [*history.write(anew=step is not None)] if history else [])
+    lines = agreement.own(lambda: [*history.write(rewound=step is not None)] if history else [])
     for line in (*lines, *(advice(run, deviation.noted(folder)) if history else ())):
         tell(line)
     source, points = data, run.objective.needs.teacher.points
@@ -134,7 +134,7 @@ def go_on(
         with threads.fewer_when_busy(here, tell):
             source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
-    step_threads = step_threads_of(run, folder, last, here, tell)
+    step_threads = step_threads_of(run, last, here, tell)
     text = dump(run, history.changed) if history else ""
     journal = Journal(run, folder, here, source, tell, hashes, text, validation, step_threads)
     journal.open(state)
@@ -167,9 +167,7 @@ def go_on(
     return state
 
 
-def step_threads_of(
-    run: Run, folder: Path, last: Path | None, device: torch.device, tell: Callable[[str], None]
-) -> StepThreads:
+def step_threads_of(run: Run, last: Path | None, device: torch.device, tell: Callable[[str], None]) -> StepThreads:
     """The chooser of the number of threads for steps; `last` is the checkpoint that the run resumes from, if any.
 
     A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
@@ -184,7 +182,6 @@ def step_threads_of(
         fixed=run.train.compile != "none",
         recorded=about.threads if about.cores == threads.cores() else None,
         step=about.step,
-        usual=usual_seconds(folder, about.step),
     )
 
 

@@ -34,6 +34,24 @@ KIND = "best weights"  # of a file of weights
 SCORE = "score"  # among the facts of such weights
 
 
+def set_best_aside(run: Path) -> Path | None:
+    """Move the best weights of a run that starts again into a folder of their own; None: there are none.
+
+    The folder is best/cut-N, on the same disk, with a number of its own.
+    """
+    weights = manifest.standing(run / BEST, ".safetensors")
+    if not weights:
+        return None
+    number = 1
+    while (run / BEST / f"cut-{number}").exists():
+        number += 1
+    aside = run / BEST / f"cut-{number}"
+    aside.mkdir()
+    for file in weights.values():
+        file.rename(aside / file.name)
+    return aside
+
+
 class Validation:
     """Judges where `evaluate.every` says so; opens nothing where no such step is left."""
 

@@ -39,6 +39,7 @@ MIN_PAIRS = 3  # pairs of which the median is no hiccup of one step
 WINDOW_SECONDS = 2.0  # of steps whose mean is compared with what a step took before
 WINDOWS = 5  # of them: what lasts a few seconds is no reason to change the bits of a run
 MAX_SLOWDOWN = 3.0  # times as long as before, in the median of the last windows: the number is measured again
+MAX_RESUME_SLOWDOWN = 2.0  # times as long as with one thread: a resumed run goes on with one
 
 GRAIN = 32_768  # elements: torch gives a thread no fewer
 ONE_THREAD_SECONDS = 0.005  # of small operations with one thread
@@ -97,17 +98,16 @@ class StepThreads:
         fixed: bool = False,
         recorded: int | None = None,
         step: int = 0,
-        usual: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Change nothing yet, and nothing later where the number is `fixed`.
 
-        `recorded` is the number that the steps up to `step` were made with, on as many cores as here: it is kept.
-        `usual` is what such a step took, in seconds; None: the first steps after the choice say.
+        `recorded` is the number that the steps up to `step` were made with, on as many cores as here. It is kept,
+        unless trial steps with it take MAX_RESUME_SLOWDOWN times as long as with one thread: the machine is busy then.
         """
         self.tell = tell
         self.step = step
-        self.usual_step_seconds = usual
+        self.usual_step_seconds: float | None = None  # as the first windows have it
         self.clock = clock
         self.on_cpu = device.type == "cpu"
         self.may_change = not fixed and may_choose(device)
@@ -128,12 +128,11 @@ class StepThreads:
                 before = f"{self.recorded} up to step {self.step:,}"
                 self.tell(f"{threads_text(self.number)}, and {before}: numbers may round otherwise")
             return self
-        if self.recorded in (1, self.all_threads):
-            self.number = self.recorded
-            self._use(self.recorded)
-            self.tell(f"{threads_text(self.recorded)}, as up to step {self.step:,}; {HOW_TO_SET}")
-        else:
-            self.number = None
+        self.number = None
+        if self.recorded == 1:
+            self.number = 1
+            self._use(1)
+            self.tell(f"1 thread, as up to step {self.step:,}; {HOW_TO_SET}")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -192,12 +191,18 @@ class StepThreads:
         all_threads = median(self.seconds[self.all_threads])
         speedup = median(self.seconds[1]) / all_threads
         slowdown = all_threads / self.usual_step_seconds if self.became_slow and self.usual_step_seconds else 1.0
-        # Of steps that became slow one thread must win: those that wait for their data are as slow with either number.
-        least = 1 / MIN_SPEEDUP if self.became_slow else MIN_SPEEDUP
+        resumes = self.recorded == self.all_threads and not self.became_slow
+        least = MIN_SPEEDUP
+        if self.became_slow:  # one thread must win: steps that wait for their data are as slow with either number
+            least = 1 / MIN_SPEEDUP
+        elif resumes:
+            least = 1 / MAX_RESUME_SLOWDOWN
         self.number = self.all_threads if speedup >= least else 1
         self.usual_step_seconds = all_threads
         self._use(self.number)
-        if not self.became_slow:
+        if resumes and self.number == self.recorded:
+            self.tell(f"{threads_text(self.number)}, as up to step {self.step:,}; {HOW_TO_SET}")
+        elif not self.became_slow:
             self.tell(f"{self._reason(speedup)}; {HOW_TO_SET}")
         elif self.number == 1:
             self.tell(

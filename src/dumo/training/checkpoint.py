@@ -326,9 +326,12 @@ def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None,
 
 
 def prepare(target: Path, kind: str, step: int, size: int) -> None:
-    """Make the folder, and remove half-written files in it. Raises UserError if there is no room, as `require_held`."""
+    """Make the folder, and remove half-written files in it.
+
+    Raises UserError if there is no room, and as `require_in_place`.
+    """
     folder = target.parent
-    files.require_held(target)
+    files.require_in_place(target)
     for left in folder.glob(".step-*.tmp"):
         files.remove(left)
     if (free := files.free(folder)) < size:
@@ -379,7 +382,7 @@ def lazily(place: Path) -> dict[str, Callable[[], Tensor]]:
 def facts_of(place: Path) -> dict[str, Any]:
     """What a file of weights says of itself: its step, and maybe its run; {}: nothing that can be read.
 
-    Raises UserError where it said something else when it was written.
+    Raises UserError where this metadata does not match its checksum.
     """
     notes = weights.notes(place)
     try:
@@ -390,7 +393,8 @@ def facts_of(place: Path) -> dict[str, Any]:
         return dict(notes)
     if facts.get(FACTS_SUM) not in (None, sum_of_facts(facts)):
         raise UserError(
-            f"{place} has changed: what it says of itself has another checksum. Take another copy, or other weights"
+            f"{place}: its metadata does not match its checksum, so it was edited or damaged: take another copy, or "
+            "other weights"
         )
     return facts
 

@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one line; it is with the operating system on return. Raises UserError as `file.require_held`."""
-    file.require_held(path)
+    """Append one line; it is with the operating system on return. Raises UserError as `file.require_in_place`."""
+    file.require_in_place(path)
     with path.open("a") as log:
         log.write(line(row))
 

@@ -139,11 +139,11 @@ def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatc
     assert refused.value.filename == str(tmp_path / "a/b")
 
 
-def test_a_folder_that_is_held_open_is_written_to_where_it_was_alone(tmp_path: Path) -> None:
+def test_a_folder_whose_path_is_guarded_is_written_to_where_it_was_alone(tmp_path: Path) -> None:
     """Another one in its place is not, though it has its name."""
     folder, beside = tmp_path / "a", tmp_path / "b"
     folder.mkdir()
-    with file.held_open(folder):
+    with file.guard_path(folder):
         file.write(folder / "c/d", b"d")
         folder.rename(tmp_path / "moved")
         for _ in range(2):
@@ -165,6 +165,26 @@ def test_the_lock_of_another_process_stays(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "lock").touch()
     assert (folder / "lock").exists()
+
+
+def test_a_lock_on_a_disk_that_is_gone_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the disk's loss was called stays."""
+    lock = tmp_path / "lock"
+
+    def stat(path: Path, **more: bool) -> os.stat_result:
+        if path == lock:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return os.stat(path, **more)
+
+    def lose_disk() -> None:
+        monkeypatch.setattr(Path, "stat", stat)
+        raise UserError("it was unmounted")
+
+    with pytest.raises(UserError, match="was unmounted"), file.locked(lock):
+        lose_disk()
+    monkeypatch.undo()
+    with file.locked(lock, busy="it is held still"):
+        pass
 
 
 def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:

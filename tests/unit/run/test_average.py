@@ -91,7 +91,7 @@ def test_a_snapshot_says_its_width_and_what_it_says_does_not_change(run: Path, t
     with pytest.raises(UserError, match=rf"swapped/{narrow} says that its std is 0\.1, not 0\.05"):
         average(str(swapped), 0.12)
     known.restate(swapped / narrow, lambda facts: facts.update(std=0.05))
-    with pytest.raises(UserError, match=rf"swapped/{narrow} has changed: what it says of itself"):
+    with pytest.raises(UserError, match=rf"swapped/{narrow}: its metadata does not match its checksum"):
         average(str(swapped), 0.12)
 
     older = shutil.copytree(run, tmp_path / "older")

@@ -16,10 +16,11 @@ import torch
 
 from dumo.io import digest
 from dumo.run import deviation
+from dumo.run import folder as folders
 from dumo.run.config.load import FILE
 from dumo.run.config.source import Noted, noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import LOCK, UNSAVED, open_run
+from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET, open_run
 from dumo.run.journal import Journal
 from dumo.run.train import train
 from dumo.runtime import signals
@@ -155,6 +156,12 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     assert "from step 8 on train.optimizer.lr is 0.0005, and was 0.001" in done.err
     assert [row["step"] for row in log.read_log(run / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
     assert call("train", "run").code == 0  # as it is now
+
+
+def test_a_runs_folder_and_the_same_as_out_typed_again_goes_on(run: Path) -> None:
+    for _ in range(2):
+        assert call("train", run, "--out", run, "--set", "train.steps=9").code == 0
+    assert steps(run)[-1] == 9
 
 
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:
@@ -332,17 +339,39 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
         train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
     left = shutil.copytree(folder, tmp_path / "left")
     train(tiny(*late), folder, tell=told.append)
-    again = f"{folder} stopped before its first checkpoint was written, so it starts again from step 0; "
+    again = f"{folder} has no checkpoint, so it starts again from step 0; "
     assert [line for line in told if line.startswith(again)]
     train(tiny(*late), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [CHECKPOINT_WRITTEN]
 
     shutil.rmtree(folder / "checkpoints")
-    (left / UNSAVED).unlink()  # as in a run from before there was such a file
+    (folder / CHECKPOINT_WRITTEN).unlink()  # as in runs from before there were marks
+    (left / NO_CHECKPOINT_YET).unlink()
     for place in (folder, left):
         with pytest.raises(UserError, match=r"metrics\.jsonl reaches step \d, and .*checkpoints has no checkpoint"):
             train(tiny(*late), place)
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["first", "older run resumed"])
+def test_a_lost_first_checkpoint_of_a_stop_is_missed(fate: Fate, tmp_path: Path, resumed: bool) -> None:
+    """It lies before the first step that is saved by its number, so the log cannot tell."""
+    folder = tmp_path / "run"
+    run = tiny("train.save_every=8", "train.log_every=1")
+    for last in (3, 5) if resumed else (3,):
+        fate.comes(last=last)
+        with pytest.raises(signals.Stopped):
+            train(run, folder)
+        if resumed and last == 3:
+            (folder / CHECKPOINT_WRITTEN).unlink()
+    fate.comes()
+    logged = (folder / "metrics.jsonl").read_text()
+    (folder / "checkpoints").rename(tmp_path / "lost")
+    with pytest.raises(UserError, match=r"run had checkpoints, and \S+checkpoints has none: bring back .*--out"):
+        train(run, folder)
+    assert (folder / "metrics.jsonl").read_text() == logged
+    (tmp_path / "lost").rename(folder / "checkpoints")
+    assert train(run, folder).step == 8
 
 
 def replace_by_another(folder: Path) -> None:
@@ -371,7 +400,7 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
             wait_for_checkpoint(folder / "checkpoints/step-00000002")
             go_away(folder)
 
-    with pytest.raises(UserError, match=r"run was removed, renamed or unmounted while a training wrote into it"):
+    with pytest.raises(UserError, match=r"run was removed, renamed or unmounted during training, so nothing"):
         train(run, folder, hooks=[loop.Every(1, away)])
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
     if left:
@@ -380,24 +409,57 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
     assert train(run, folder).step == 8
 
 
-def test_a_folder_that_is_emptied_in_mid_run_ends_it(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("removed", ["*", FILE], ids=["all", FILE])
+def test_a_run_file_that_is_removed_in_mid_run_is_written_again(removed: str, moons: Path, tmp_path: Path) -> None:
+    """With the next checkpoint: steps are not lost, as where an editor saves it by a rename."""
+    folder, told = tmp_path / "run", list[str]()
 
-    def empty(state: State, record: Record) -> None:
+    def remove(state: State, record: Record) -> None:
         if state.step == 3:
             wait_for_checkpoint(folder / "checkpoints/step-00000002")
-            for path in folder.iterdir():
+            for path in folder.glob(removed):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    with pytest.raises(UserError, match=r"run/run\.yaml was removed while its run was trained"):
-        train(tiny("train.log_every=100"), folder, hooks=[loop.Every(1, empty)])
-    assert not folder.exists()
+    train(tiny(), folder, hooks=[loop.Every(1, remove)], tell=told.append)
+    assert told.count(f"warning: {folder / FILE} was removed during training, and is written again") == 1
+    assert (folder / FILE).read_text() == (moons / FILE).read_text()
+    assert steps(folder) == ([4, 6, 8] if removed == "*" else [2, 4, 6, 8])
+    assert train(tiny("train.steps=9"), folder).step == 9
+
+
+def test_a_run_file_that_is_removed_later_is_restored_from_a_checkpoint(run: Path) -> None:
+    (run / FILE).unlink()
+    with pytest.raises(UserError, match=rf"run\.yaml was removed: .* holds a copy, checkpoints/step-\*/{manifest.RUN}"):
+        train(tiny(), run)
+    shutil.copy(run / "checkpoints/step-00000008" / manifest.RUN, run / FILE)
+    assert train(tiny("train.steps=9"), run).step == 9
+
+
+def test_another_disk_of_a_run_that_goes_away_ends_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that comes to light while a file is written there."""
+    disk, put = tmp_path / "disk", checkpoint.put
+    (run / "checkpoints").rename(disk)
+    (run / "checkpoints").symlink_to(disk)
+    monkeypatch.setattr(folders, "is_on_other_disk", lambda place, folder: place.name == "checkpoints")
+
+    def go_away(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+        made = put(folder, copy, keep)
+        disk.rename(tmp_path / "kept")
+        (run / "checkpoints" / made.name / "late").write_bytes(b"")
+        return made
+
+    monkeypatch.setattr(checkpoint, "put", go_away)
+    with pytest.raises(UserError, match=r"run/checkpoints was removed, renamed or unmounted during training"):
+        train(tiny("train.steps=9"), run)
+    assert not disk.exists()
 
 
 def wait_for_checkpoint(checkpoint: Path) -> None:
     """Until a thread has written it, and noted that."""
     late = time.monotonic() + 30
-    while not checkpoint.exists() or (checkpoint.parents[1] / UNSAVED).exists():
+    while not checkpoint.exists() or (checkpoint.parents[1] / NO_CHECKPOINT_YET).exists():
         assert time.monotonic() < late
         time.sleep(0.001)
 
@@ -432,7 +494,7 @@ def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path
     (folder := tmp_path / "run").mkdir()
     (folder / left).touch()
     train(tiny("train.steps=2"), folder)
-    made = ["checkpoints", "data.json", "metrics.jsonl", FILE, "speed.jsonl"]
+    made = [CHECKPOINT_WRITTEN, "checkpoints", "data.json", "metrics.jsonl", FILE, "speed.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == made
     (folder / "checkpoints/.step-00000009.tmp").mkdir()
     (folder / ".evaluation.json.1.tmp").touch()  # another command may be writing it

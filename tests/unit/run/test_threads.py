@@ -12,10 +12,9 @@ from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import export
-from dumo.run.speed import usual_seconds
 from dumo.run.train import train
 from dumo.runtime import threads
-from dumo.training import loop, manifest
+from dumo.training import log, loop, manifest
 from unit.run import known
 
 WAITS = "1 thread, for 2 would wait: the machine is busy; OMP_NUM_THREADS=N sets another"
@@ -40,6 +39,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Torch:
     monkeypatch.setattr(threads, "may_choose", lambda device: made.threads > 1)
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(threads, "MAX_PAIRS", 1)
+    monkeypatch.setattr(threads, "MAX_RESUME_SLOWDOWN", float("inf"))
     monkeypatch.setattr(threads, "_answer", None)
     monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: most)
     return made
@@ -82,7 +82,7 @@ def test_the_number_is_chosen_recorded_and_kept(
     word = "1 thread" if number == 1 else "2 threads"
     assert f"{word}, as up to step 8; OMP_NUM_THREADS=N sets another" in again
     assert recorded(tmp_path / "run")[14] == (number, 2)
-    assert taken == [number] * 6  # nothing is measured again
+    assert taken == [number] * 6
 
 
 def test_steps_on_trial_leave_the_run_as_it_is(
@@ -121,13 +121,24 @@ def test_a_checkpoint_from_before_threads_were_kept_keeps_its_checksum(moons: Ru
     assert about.summed() != older.summed()  # what is recorded is in it
 
 
-def test_what_a_step_took_is_read_from_the_log(moons: RunFolder, tmp_path: Path) -> None:
-    (tmp_path / "speed.jsonl").write_text(
-        "".join(f'{{"step": {step}, "steps_per_second": {rate}}}\n' for step, rate in ((2, 4), (4, 2), (6, 1), (8, 9)))
-    )
-    assert usual_seconds(tmp_path, 6) == 0.5
-    assert usual_seconds(tmp_path, 1) is None
-    assert usual_seconds(tmp_path / "nowhere", 6) is None
+def test_a_faster_machine_before_is_no_reason_to_measure_again(
+    two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its rows are in the same speed.jsonl."""
+    monkeypatch.setattr(threads, "MIN_SPEEDUP", 0.0)
+    train(tiny(), tmp_path / "run")
+    file = tmp_path / "run/speed.jsonl"
+    rows = log.read_log(file)
+    for row in rows:
+        row["steps_per_second"] = 1e9
+    file.write_text("".join(map(log.line, rows)))
+    monkeypatch.setattr(threads, "WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(threads, "WINDOWS", 1)
+    monkeypatch.setattr(threads, "MAX_SLOWDOWN", 1e4)
+    taken: list[int] = []
+    seen = loop.Every(1, lambda state, record: taken.append(two_cores.threads))
+    train(tiny("train.steps=12"), tmp_path / "run", hooks=[seen])
+    assert taken == [2] * 4
 
 
 @pytest.mark.parametrize("door", ["dumo sample", "run.sample", "dumo evaluate"])

@@ -151,6 +151,25 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
     assert [*kept(tmp_path / "run")] == ["step-00000008.safetensors"]
 
 
+def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, scored: Callable[..., None]) -> None:
+    def die(state: object, record: Record) -> None:
+        if record.step == 5:
+            raise KeyboardInterrupt
+
+    run, best, told = tiny("train.save_every=6"), tmp_path / "run/best", list[str]()
+    lost: list[bytes] = []
+    for _ in range(2):
+        scored(3.0, 2.0)
+        with suppress(KeyboardInterrupt):
+            train(run, tmp_path / "run", hooks=[loop.Every(1, die)])
+        lost.append((best / "step-00000004.safetensors").read_bytes())
+    scored(4.0, 5.0, 6.0)
+    train(run, tmp_path / "run", tell=told.append)
+    assert f"the best weights of before it starts again are kept in {best / 'cut-2'}" in told
+    assert [(best / f"cut-{n}/step-00000004.safetensors").read_bytes() for n in (1, 2)] == lost
+    assert sorted(path.name for path in best.iterdir()) == ["cut-1", "cut-2", "step-00000002.safetensors"]
+
+
 def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored: Callable[..., None]) -> None:
     """By the name of the file, before the first step, and at the end; older ones are taken by the log's score."""
     run, more = tmp_path / "run", "train.steps=8"
@@ -167,7 +186,7 @@ def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored
     best.write_bytes(good)
     known.restate(best, lambda facts: facts["score"].update(value=0.5))
     for words in (more, "train.steps=6"):
-        with pytest.raises(UserError, match=rf"run/best/{name} has changed: what it says of itself"):
+        with pytest.raises(UserError, match=rf"run/best/{name}: its metadata does not match its checksum"):
             train(tiny(words), run)
     known.restate(best, lambda facts: facts.pop(checkpoint.FACTS_SUM))  # as in an older file
     with pytest.raises(UserError, match=rf"best/{name} says that its mmd is 0\.5, and metrics\.jsonl has no such row"):

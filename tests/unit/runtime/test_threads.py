@@ -57,8 +57,11 @@ class Machine:
             self.now += 60  # a checkpoint is written, which is no part of a step
         return taken
 
-    def chooser(self, *, recorded: int | None = None, step: int = 0, usual: float | None = None) -> StepThreads:
-        return StepThreads(CPU, self.said.append, recorded=recorded, step=step, usual=usual, clock=self.clock)
+    def chooser(self, *, recorded: int | None = None, step: int = 0) -> StepThreads:
+        return StepThreads(CPU, self.said.append, recorded=recorded, step=step, clock=self.clock)
+
+    def try_step(self) -> None:
+        self.now += self.seconds(self.threads)
 
 
 @pytest.fixture
@@ -140,8 +143,8 @@ def test_long_steps_are_tried_as_one_pair(machine: Machine) -> None:
         assert chooser.number == 2
 
 
-def test_a_recorded_number_needs_no_trial(machine: Machine) -> None:
-    with machine.chooser(recorded=2, step=10) as chooser:
+def test_one_recorded_thread_needs_no_trial(machine: Machine) -> None:
+    with machine.chooser(recorded=1, step=10) as chooser:
         chooser.choose(lambda: pytest.fail("tried"))
 
 
@@ -197,18 +200,21 @@ def test_a_moment_of_slow_steps_changes_nothing(machine: Machine) -> None:
 
 @pytest.mark.parametrize("recorded", [1, 2])
 def test_a_recorded_number_is_kept(machine: Machine, recorded: int) -> None:
+    machine.seconds = {1: 1.0, 2: 1.5}.__getitem__  # one would be chosen now
     with machine.chooser(recorded=recorded, step=1000) as chooser:
+        chooser.choose(machine.try_step)
         assert set(machine.make(chooser, 100)) == {recorded}
         assert chooser.number == recorded
     word = "1 thread" if recorded == 1 else "2 threads"
     assert machine.said == [f"{word}, as up to step 1,000; OMP_NUM_THREADS=N sets another"]
 
 
-def test_a_recorded_number_is_not_kept_where_it_is_slow_now(machine: Machine) -> None:
+def test_a_recorded_number_is_not_kept_on_a_busy_machine(machine: Machine) -> None:
     machine.seconds = {1: 2.0, 2: 9.0}.__getitem__
-    with machine.chooser(recorded=2, step=1000, usual=1.0) as chooser:
-        machine.make(chooser, 40)
+    with machine.chooser(recorded=2, step=1000) as chooser:
+        chooser.choose(machine.try_step)
         assert chooser.number == 1
+    assert machine.said == ["1 thread: with 2 steps take 4.5 times as long here; OMP_NUM_THREADS=N sets another"]
 
 
 def test_a_number_of_another_machine_is_chosen_anew(machine: Machine) -> None:

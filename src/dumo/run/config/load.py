@@ -14,7 +14,6 @@ from dumo.run.config import trust
 from dumo.run.config.change import override, shown
 from dumo.run.config.error import explain
 from dumo.run.config.source import (
-    BROUGHT,
     CHANGED,
     CODE,
     FORMAT,
@@ -22,6 +21,7 @@ from dumo.run.config.source import (
     KEY,
     PROPOSED,
     RESOLVED,
+    SHIPPED_PREFIX,
     Noted,
     read,
     recipe_of,
@@ -64,7 +64,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
     """Read the recipe of this name, whatever lies under it here. Raises as `load`."""
-    return load(f"{BROUGHT}{name}", overrides)
+    return load(f"{SHIPPED_PREFIX}{name}", overrides)
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:

@@ -21,7 +21,7 @@ from dumo.run.config.error import nearest_few
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
-BROUGHT = "dumo:"  # before the name of a recipe or a trained run: that which dumo brings, whatever lies here
+SHIPPED_PREFIX = "dumo:"  # before the name of a recipe or a trained run: that which dumo brings, whatever lies here
 TABLES = (".parquet", ".tar")  # files of images
 KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
@@ -53,7 +53,7 @@ class Noted(BaseModel):
 def kind_of(source: str | Path) -> Literal["recipe", "run", "images"]:
     """What a source is: a recipe; a folder or file of images; or else the folder or the YAML file of a run.
 
-    Of nothing it is a run, which `read` then does not find. Raises UserError as `recipe_of`.
+    A path that does not exist counts as a run, and `read` refuses it. Raises UserError as `recipe_of`.
     """
     if recipe_of(source) is not None:
         return "recipe"
@@ -68,19 +68,19 @@ def kind_of(source: str | Path) -> Literal["recipe", "run", "images"]:
 def recipe_of(source: str | Path) -> str | None:
     """The name of the recipe that a source means; None: it is a path, as is every Path under which something lies.
 
-    Raises UserError where a folder of that name holds a run or images, so that it may be meant.
+    Raises UserError where ./NAME holds a run or images: then either may be meant.
     """
     if isinstance(source, Path) and os.path.exists(source):
         return None
-    return name_of_brought(str(source), recipes.names(), images=True)
+    return shipped_name(str(source), recipes.names(), images=True)
 
 
-def name_of_brought(source: str, names: Collection[str], *, images: bool = False) -> str | None:
+def shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
     """The one of these names, of what dumo brings, that a source means; None: it is a path.
 
-    Raises UserError where a folder of that name holds a run or, with `images`, those, so that it may be meant.
+    Raises UserError where ./NAME holds a run (with `images`, also images): then either may be meant.
     """
-    name = source.removeprefix(BROUGHT)
+    name = source.removeprefix(SHIPPED_PREFIX)
     if name not in names:
         return None
     if name == source:
@@ -88,14 +88,16 @@ def name_of_brought(source: str, names: Collection[str], *, images: bool = False
         if content is not None:
             raise UserError(
                 f"{source} may be what dumo brings by this name, or the folder here, which holds {content}: write "
-                f"{BROUGHT}{source} for dumo's, or ./{source} for the folder"
+                f"{SHIPPED_PREFIX}{source} for dumo's, or ./{source} for the folder"
             )
     return name
 
 
-def resumed(source: str, out: Path | None) -> str:
-    """The source, or the run that it left in a folder of its own name: `train digits --out digits`, typed again."""
-    if out is not None and out == Path(source) and (out / FILE).is_file():
+def source_or_own_run(source: str, out: Path | None) -> str:
+    """The source, or the run that a recipe left in a folder of its name: `train digits --out digits`, typed again."""
+    if out is None or source not in recipes.names():
+        return source
+    if out == Path(source) and (out / FILE).is_file():
         return f"./{source}"
     return source
 
@@ -142,7 +144,7 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
     if either := EITHER.fullmatch(text):
         base = text = os.environ.get(either[1]) or either[2]
         file, name = Path(FILE), f"{name}: ${either[1]}"
-    recipe = text.removeprefix(BROUGHT)
+    recipe = text.removeprefix(SHIPPED_PREFIX)
     if isinstance(base, str) and recipe in recipes.names():  # whatever lies next to the file
         return _packaged(recipe), f"recipe {recipe}", None
     if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):

@@ -18,7 +18,7 @@ from dumo.io import digest, yaml
 from dumo.io.read import user_path
 from dumo.run.config import recipes
 from dumo.run.config.error import require_known
-from dumo.run.config.source import BROUGHT, read
+from dumo.run.config.source import SHIPPED_PREFIX, read
 from dumo.runtime import install
 from dumo.types import UserError
 
@@ -207,7 +207,7 @@ def needing(item: Item) -> Iterator[str]:
 @cache
 def whole_text(recipe: str) -> str:
     """A recipe over its bases, as text."""
-    return yaml.dump(read(f"{BROUGHT}{recipe}")[0])
+    return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}")[0])
 
 
 def _on_this_machine(file: str) -> str:
