@@ -1,9 +1,13 @@
 """The protocol of own images: it sees what is wrong with samples, from few images on, and says what it is not."""
 
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
@@ -15,6 +19,7 @@ from dumo.evaluation.protocol import Reference, parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
+from dumo.run.evaluation import score
 from dumo.run.evaluation.card import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -150,6 +155,64 @@ def test_what_it_does_not_judge() -> None:
         opened(drawn(19, "real"))
     with pytest.raises(UserError, match="each of 0 to 59 must come once"):
         opened(drawn(20, "real")).score([(torch.arange(40), drawn(40, "real"))])
+
+
+def crops(key: str, each: int = 60) -> tuple[Tensor, Tensor]:
+    """Squares of two photos that come with scikit-learn, which are the classes, reduced to 32 pixels a side."""
+    folder = Path(str(files("sklearn.datasets") / "images"))
+    found: list[Tensor] = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = torch.from_numpy(np.array(Image.open(folder / name))).permute(2, 0, 1).float()
+        rows, columns = (torch.randint(n - 96, (each,), generator=stream(key, name, n)) for n in photo.shape[1:])
+        squares = [photo[:, i : i + 96, j : j + 96] for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
+        found.append(avg_pool2d(torch.stack(squares), 3))
+    return from_uint8(torch.stack(found, 1).flatten(0, 1).round().to(torch.uint8)), torch.arange(2 * each) % 2
+
+
+@pytest.fixture(scope="module")
+def folder() -> PhotosEvaluator:
+    return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
+
+
+def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Table]:
+    """The scores of samples, and their evaluation."""
+    found = scores(evaluator, x)
+    judged = {"results": [{"nfe": 1, "solver": "restart", **found}], "baselines": evaluator.baselines()}
+    return found, {**judged, "state": state(judged["results"], judged["baselines"])}
+
+
+def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluator) -> None:
+    """Normal noise that has the mean and the covariance of the folder's pixels, which precision and pixels praise."""
+    x, _ = crops("folder")
+    flat = x.flatten(1)
+    weights = torch.randn(120, 120, generator=stream("coloured")) / 120**0.5
+    noise = (flat.mean(0) + weights @ (flat - flat.mean(0))).view_as(x)
+    found, judged = said_of(folder, noise)
+    perfect = judged["baselines"]["perfect"]
+    assert found["pixel_fd"] < 1.5 * perfect["pixel_fd"]
+    assert judged["state"] in ("far", "untrained")
+    summary = score.summary(score.figures(judged["results"][0]))
+    assert summary == ["class_mmd", "recall", "copies"]
+    assert found["class_mmd"] > 10 * perfect["class_mmd_sd"]
+    sentence = score.verdict(judged)
+    assert sentence is not None
+    assert sentence.startswith(("Not yet like the data", "As good as untrained"))
+
+
+def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator) -> None:
+    """The same images, which are new crops of the photos, with the classes they were asked for and without."""
+    x, _ = crops("samples")
+    good, as_asked = said_of(folder, x)
+    bad, shuffled = said_of(folder, x[torch.randperm(len(x), generator=stream("shuffled"))])
+    perfect = as_asked["baselines"]["perfect"]
+    assert abs(good["class_mmd"]) < 3 * perfect["class_mmd_sd"]
+    assert abs(bad["mmd"] - good["mmd"]) < 4 * perfect["sd"]
+    assert bad["class_mmd"] > 8 * perfect["class_mmd_sd"]
+    assert as_asked["state"] in ("like the data", "near")
+    assert shuffled["state"] == "far"
+    sentence = score.verdict(shuffled)
+    assert sentence is not None
+    assert "do not show the classes that they were asked for" in sentence
 
 
 @pytest.mark.parametrize("fault", ["none", "noise", "blur", "lost", "copies", "classes"])

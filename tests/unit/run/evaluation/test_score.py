@@ -91,7 +91,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     marked, plain = pages
     assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "mmd"], 0.5)
     assert (plain["columns"], plain["baseline"]["mean"]) == (["mmd", "auc"], 0.2)
-    assert score.cells(marked, "perfect") == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert score.cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
     assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
     results = recipes.results("zoo")
     assert results is not None
@@ -117,9 +117,9 @@ def test_every_figure_of_ours_has_words() -> None:
 
 
 def test_a_baseline_stands_under_what_it_is_of() -> None:
-    assert score.cells(judged(), "perfect") == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
-    (told,) = score.baselines(judged())
-    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect"))
+    assert score.cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
+    (told,) = score.baselines(judged(), judged()["columns"])
+    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect", judged()["columns"]))
     assert [score.too_few(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
     for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
         assert score.shipped(load(recipe).evaluate.protocol, load(recipe).data) == name
