@@ -238,12 +238,39 @@ def test_only_new_digits_are_like_the_data(fault: str) -> None:
     assert (found == "like the data") == (fault == "none"), row
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(0.1, 0.15)], "like the data"),
+        ([(0.1, 0.3)], "near"),
+        ([(0.1, 6.0)], "far"),
+        ([(0.1, 90.0)], "far"),  # all of other classes: trained all the same
+        ([(6.0, 6.0)], "far"),
+        ([(60.0, 60.0)], "untrained"),
+        ([(0.1, 6.0), (0.3, 0.3)], "near"),  # the best row is that of the best classes
+    ],
+)
+def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
+    baselines = {
+        "perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.0, "class_mmd_sd": 0.1},
+        "noise": {"mean": 100.0, "sd": 1.0, "class_mmd": 100.0},
+    }
+    results = [{"nfe": 1, "solver": "hop", "mmd": whole, "class_mmd": by_class} for whole, by_class in rows]
+    assert state(results, baselines) == said
+    sentence = score.verdict({"results": results, "baselines": baselines, "state": said})
+    assert sentence is not None
+    assert sentence.endswith(".")
+    assert ("do not show the classes" in sentence) == (said == "far" and rows[0][0] < 1)
+
+
 def test_states_without_noise() -> None:
     """Of protocols that do not measure it: by how many times, and by precision."""
     real = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.01}}
     for auc, said in ((0.482, "like the data"), (0.518, "like the data"), (0.53, "near"), (0.47, "near")):
         assert state([{"nfe": 1, "fd": 0.4, "auc": auc}], real) == said
         assert state([{"nfe": 1, "fd": 0.41, "auc": auc}], real) == "near"
+    judged = {"results": [{"nfe": 1, "fd": 0.41, "auc": 0.53}], "baselines": real, "state": "near"}
+    assert score.verdict(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
     found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
     told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
     assert told == ["like the data", "near", "far", "untrained"]

@@ -105,7 +105,7 @@ def shortened(found: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any
 def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The baselines, with the first score by its name in place of `mean` and `sd`."""
     lead = first_of(judged["results"][0])
-    names = {"mean": lead, "sd": f"{lead}_sd"}
+    names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
     return {of: {names.get(key, key): x for key, x in found.items()} for of, found in judged["baselines"].items()}
 
 

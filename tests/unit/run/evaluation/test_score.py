@@ -54,6 +54,20 @@ def test_the_first_leads() -> None:
     assert score.figures(row) == ["mmd", "fd_grey", "kid"]
 
 
+def test_what_sees_classes_leads_and_a_summary_has_no_precision() -> None:
+    row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "class_mmd": 2.0, "class_mmd_sd": 0.5}
+    row |= {"precision": 0.9, "recall": 0.1, "pixel_fd": 1.0, "copies": 0.0}
+    columns = score.figures(row)
+    assert columns == ["class_mmd", "mmd", "precision", "recall", "pixel_fd", "copies"]
+    assert score.summary(columns) == ["class_mmd", "recall", "copies"]
+    short = score.shortened(row, score.summary(columns))
+    assert list(short) == ["nfe", "solver", "class_mmd", "class_mmd_sd", "recall", "copies"]
+    assert score.summary(score.figures({"geneval": 0.5, "two_object": 0.6})) == ["geneval", "two_object"]
+    baselines = {"perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.5}}
+    named = score.by_name({"results": [row], "baselines": baselines})
+    assert named == {"perfect": {"mmd": 0.0, "mmd_sd": 0.1, "class_mmd": 0.5}}
+
+
 def test_what_a_run_was_trained_on_does_not_lead() -> None:
     """By pixels a distance of features judges on, by features one of pixels; where nothing else is, it leads marked."""
     features = {"features": "32 of dumo's classifier of digits"}
