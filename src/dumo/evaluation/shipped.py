@@ -117,7 +117,7 @@ def baselines_cifar10(reference: Reference, samples: int, asked: Cond | None = N
 
 
 def with_shares_of(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
-    """Classes of so many samples, with about the shares of d."""
+    """Classes of a number of samples, with about the shares of d."""
     return d[torch.arange(samples) * len(d) // samples]
 
 
