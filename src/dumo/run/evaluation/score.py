@@ -14,7 +14,7 @@ from dumo.evaluation import MetricProtocol
 from dumo.evaluation.protocol import CLASS_MMD, headline
 from dumo.evaluation.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.io.read import read_json
-from dumo.run.evaluation.card import apart, best_scores, checked, first_of, is_as_perfect, is_far, seen
+from dumo.run.evaluation.card import apart, best_scores, checked, first_of, is_as_perfect, is_far, lacks_classes, seen
 from dumo.runtime import typed
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
@@ -123,8 +123,8 @@ def verdict(judged: Mapping[str, Any]) -> str | None:
         return "Like the data: no score is over two deviations worse than a perfect sampler's."
     if state == "untrained" and noise:
         return f"{STATES[state]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
-    if state == "far" and noise and not is_far(scores[lead], noise):
-        perfect = spread(real[CLASS_MMD], real[f"{CLASS_MMD}_sd"])
+    if state == "far" and noise and not is_far(scores[lead], noise) and lacks_classes(scores, noise):
+        perfect = spread(real.get(CLASS_MMD), real.get(f"{CLASS_MMD}_sd"))
         return (
             f"{STATES[state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
             f"{number(scores[CLASS_MMD])}, of a perfect sampler {perfect}."
