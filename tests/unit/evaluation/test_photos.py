@@ -269,6 +269,9 @@ def test_states_without_noise() -> None:
     for auc, said in ((0.482, "like the data"), (0.518, "like the data"), (0.53, "near"), (0.47, "near")):
         assert state([{"nfe": 1, "fd": 0.4, "auc": auc}], real) == said
         assert state([{"nfe": 1, "fd": 0.41, "auc": auc}], real) == "near"
+    read = {"perfect": {"mean": 0.2, "sd": 0.1, "accuracy": 0.98, "accuracy_sd": 0.01}}
+    for accuracy, said in ((1.0, "like the data"), (0.97, "like the data"), (0.95, "near")):
+        assert state([{"nfe": 1, "fd": 0.4, "accuracy": accuracy}], read) == said
     judged = {"results": [{"nfe": 1, "fd": 0.41, "auc": 0.53}], "baselines": real, "state": "near"}
     assert score.verdict(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
     found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
