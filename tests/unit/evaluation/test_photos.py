@@ -177,8 +177,9 @@ def folder() -> PhotosEvaluator:
 def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Table]:
     """The scores of samples, and their evaluation."""
     found = scores(evaluator, x)
-    judged = {"results": [{"nfe": 1, "solver": "restart", **found}], "baselines": evaluator.baselines()}
-    return found, {**judged, "state": state(judged["results"], judged["baselines"])}
+    results = [{"nfe": 1, "solver": "restart", **found}]
+    baselines = evaluator.baselines()
+    return found, {"results": results, "baselines": baselines, "state": state(results, baselines)}
 
 
 def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluator) -> None:

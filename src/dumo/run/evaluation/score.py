@@ -106,7 +106,11 @@ def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The baselines, with the first score by its name in place of `mean` and `sd`."""
     lead = first_of(judged["results"][0])
     names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
-    return {of: {names.get(key, key): x for key, x in found.items()} for of, found in judged["baselines"].items()}
+    baselines: Mapping[str, Mapping[str, float]] = judged["baselines"]
+    named: dict[str, dict[str, float]] = {}
+    for baseline, scores in baselines.items():
+        named[baseline] = {names.get(key, key): value for key, value in scores.items()}
+    return named
 
 
 def verdict(judged: Mapping[str, Any]) -> str | None:
