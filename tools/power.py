@@ -1,9 +1,11 @@
 """How well distances see what is wrong with samples: by how many deviations of no difference each fault stands out.
 
     DUMO_DATA=... python tools/power.py [--draws 16] > tools/power.json
+    python tools/power.py --unbiased 200    # of digits: splits, the mean of each kernel distance, and its deviation
 
 Real images that play samples, as they are or with a fault, classes in turn, against other real images: of CIFAR-10
-training rows against its test rows, of digits some against half of the others, the rest being those trained on.
+training rows against its test rows, of digits some against half of the others, the rest being those trained on. The
+folder of photos is 500 of CIFAR-10's test rows, against which fewer training rows than that are judged.
 Of each distance and size: mean and deviation between real rows, and (mean of the faulty - that mean) / deviation. Where
 a size leaves fewer than four disjoint draws, both are those of a smaller one, times the sum of 1/n and 1/m as it falls.
 """
@@ -14,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from dumo.data import Digits, Images
 from dumo.encoders.classifier import PIECE, cifar10, digits
 from dumo.evaluation.distance import (
     Moments,
+    class_mmd,
+    class_mmd_deviation,
     frechet_distance,
     gaussian_mmd,
     kernel_distance,
@@ -36,14 +40,19 @@ from dumo.evaluation.distance import (
 )
 from dumo.evaluation.neighbours import nearest
 from dumo.evaluation.photos import WIDTH
+from dumo.evaluation.protocol import parts
 from dumo.evaluation.shipped import WIDTH_DIGITS, _grey
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import stream
 
 Rows = tuple[Tensor, Tensor]  # features and classes
 FEW = 4  # disjoint draws, at least
-QUICK = ("Fréchet", "Fréchet, extrapolated", "Gaussian kernel by class (`mmd`)", "`accuracy`")
+MMD = "Gaussian kernel by class (`mmd`)"
+CLASS_MMD = "the same within each class (`class_mmd`)"
+QUICK = ("Fréchet", "Fréchet, extrapolated", MMD, CLASS_MMD, "`accuracy`")
+LABELS = "every label one class on"
 BEFORE = 3000  # real rows that fewer samples than all of these are compared with
+FOLDER = 500  # photos
 SVM = 1000  # rows: a machine's time grows as their square
 
 
@@ -86,6 +95,8 @@ class Case:
             f, c = self.fakes.get(fault, plain)[rows], self.c[rows].clone()
             if fault == "one label in 50 wrong":
                 c[::50] = (c[::50] + 1) % 10
+            elif fault == LABELS:
+                c = (c + 1) % 10
             elif fault == "each row twice":
                 f, c = f[: n // 2].repeat(2, 1), c[: n // 2].repeat(2)
             elif fault == "a fifth are copies":
@@ -140,6 +151,13 @@ def cifar() -> Case:
     return Case(fakes, c, (features(y), d), WIDTH, cifar10.classify, (300, 1000, 3000, 10_000, 50_000))
 
 
+def photos(case: Case) -> Case:
+    """A folder of 500 photos, of CIFAR-10."""
+    assert case.real is not None
+    x, c = case.real
+    return replace(case, real=(x[:FOLDER], c[:FOLDER]), sizes=(300,))
+
+
 def of_digits() -> Case:
     """In the features of the classifier, digits as a file holds them."""
     x, c = Digits().originals().reference(0, 0)
@@ -162,7 +180,8 @@ def distances(case: Case) -> dict[str, Callable[[Draw], float]]:
         "Fréchet, extrapolated": lambda of: extrapolated(of.x, of.y),
         "cubic kernel (KID)": lambda of: kernel_distance(of.x, of.y),
         "Gaussian kernel": lambda of: 1000 * mmd2(of.x, of.y, [width]),
-        "Gaussian kernel by class (`mmd`)": lambda of: gaussian_mmd(of.x, of.y, width, of.c, of.d).value,
+        MMD: lambda of: gaussian_mmd(of.x, of.y, width, of.c, of.d).value,
+        CLASS_MMD: lambda of: class_mmd(of.x, of.y, width, of.c, of.d).value,
         "support vector machine (AUC)": lambda of: two_sample_auc(of.y[:SVM], of.x[:SVM], stream("auc", len(of.x))),
         "`accuracy`": lambda of: -(classify(of.x) == of.c).double().mean().item(),
         "`nearest`": lambda of: -nearest(of.trained, of.x)[0].mean().item(),
@@ -171,7 +190,7 @@ def distances(case: Case) -> dict[str, Callable[[Draw], float]]:
 
 def study(name: str, case: Case, count: int) -> Iterator[dict[str, Any]]:
     """A row per size and distance."""
-    faults = [*case.fakes, "each row twice", "a fifth are copies", "one label in 50 wrong"]
+    faults = [*case.fakes, "each row twice", "a fifth are copies", "one label in 50 wrong", LABELS]
     known: dict[str, tuple[float, float, int]] = {}
     for n in case.sizes:
         disjoint = len(case.c) // n if case.real else count
@@ -194,24 +213,53 @@ def study(name: str, case: Case, count: int) -> Iterator[dict[str, Any]]:
                 mean, sd = (mean, sd * (before / n) ** 0.5) if kind == "`accuracy`" else (mean * scale, sd * scale)
             power = {f: (sum(v) / len(v) - mean) / sd for f, v in found.items() if f}
             row = {"data": name, "samples": n, "distance": kind, "mean": mean, "sd": sd, "power": power}
-            if kind.startswith("Gaussian kernel by"):
+            if kind == MMD:
                 row["sd_known"] = mmd_deviation(n, real.y, case.width, real.d)
+            elif kind == CLASS_MMD:
+                row["sd_known"] = class_mmd_deviation(real.c, real.y, case.width, real.d)
+            if "sd_known" in row:
                 row["none"] = found[""][0]
             print(row, file=sys.stderr, flush=True)
             yield row | {"seconds": seconds, "draws": times}
+
+
+def unbiased(splits: int) -> dict[str, Any]:
+    """Of random thirds of the digits with all classes: the mean of each kernel distance over splits, and its deviation.
+
+    `z` is the mean over its standard error, `ratio` what deviation is predicted over the one that is seen.
+    """
+    case = of_digits()
+    x = case.fakes[""]
+    values: dict[str, list[float]] = {"mmd": [], "class_mmd": []}
+    known: dict[str, list[float]] = {"mmd": [], "class_mmd": []}
+    for i in range(splits):
+        some, others, _ = parts(case.c, 3, torch.Generator().manual_seed(i))
+        c, d = case.c[some], case.c[others]
+        values["mmd"].append(gaussian_mmd(x[some], x[others], case.width, c, d).value)
+        values["class_mmd"].append(class_mmd(x[some], x[others], case.width, c, d).value)
+        known["mmd"].append(mmd_deviation(len(some), x[others], case.width, d))
+        known["class_mmd"].append(class_mmd_deviation(c, x[others], case.width, d))
+    found: dict[str, Any] = {"splits": splits}
+    for name, distances in values.items():
+        mean, sd = mean_sd(distances)
+        predicted = (sum(one**2 for one in known[name]) / splits) ** 0.5
+        found[name] = {"mean": mean, "sd": sd, "z": mean / sd * splits**0.5, "ratio": predicted / sd}
+    return found
 
 
 def main() -> None:
     """Everything, as JSON."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--draws", type=int, default=12)
-    count = options.parse_args().draws
-    cases = {"digits": of_digits, "CIFAR-10": cifar}
-    print(
-        json.dumps(
-            {"draws": count, "rows": [row for name, case in cases.items() for row in study(name, case(), count)]}
-        )
-    )
+    options.add_argument("--unbiased", type=int, metavar="SPLITS", help="of digits alone, in a minute")
+    given = options.parse_args()
+    if given.unbiased:
+        print(json.dumps(unbiased(given.unbiased)))
+        return
+    of_cifar = cifar()
+    cases = {"digits": of_digits(), "CIFAR-10": of_cifar, "photos": photos(of_cifar)}
+    rows = [row for name, case in cases.items() for row in study(name, case, given.draws)]
+    print(json.dumps({"draws": given.draws, "rows": rows, "unbiased": unbiased(200)}))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
     for words in hint:
         done, told = said(*words.split())
         assert done.code == 0, (words, told)
-        assert ("perfect sampler: mmd " in " ".join(done.out.split())) == words.startswith("evaluate")
+        assert ("perfect sampler: class_mmd " in " ".join(done.out.split())) == words.startswith("evaluate")
     judged = json.loads((run / "evaluation.json").read_text())
     assert judged["protocol"] == "photos (40 samples)"
     assert "fid" not in json.dumps(judged["results"])

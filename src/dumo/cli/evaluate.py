@@ -170,6 +170,9 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option("--out", help="With --images: the report. Default: PLACE.evaluation.json, here.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print all scores. Without it: the distance that leads, recall and copies.")
+    ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -189,7 +192,7 @@ def evaluate(
     if images is not None:
         if any(one is not None for one in (run_folder, nfe, seed, solver, weights, sweep, geneval, dpg)):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
-        judge(images, protocol, against, set_ or [], file, device, as_json=as_json)
+        judge(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
@@ -197,7 +200,7 @@ def evaluate(
         if len(found) > 1 or any((nfe, seed, solver, set_, weights, sweep)):
             raise typer.BadParameter("results are of images that are made already: give --geneval or --dpg alone")
         [(name, path)] = found.items()
-        show(verdict.report(verdict.folder(run_folder), name, path), as_json)
+        show(verdict.report(verdict.folder(run_folder), name, path), as_json, everything=everything)
         return
     with dist.join():
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
@@ -206,7 +209,7 @@ def evaluate(
         report = evaluate.evaluate(judged, bar=shown) if sweep is None else sweeps.sweep(judged, sweep, bar=shown)
     if not main:
         return
-    show(report, as_json)
+    show(report, as_json, everything=everything)
 
 
 def judge(
@@ -218,6 +221,7 @@ def judge(
     device: str,
     *,
     as_json: bool,
+    everything: bool,
 ) -> None:
     """Judge images that others made, and print what came out."""
     from dumo.run.evaluation import images as others
@@ -229,13 +233,17 @@ def judge(
         kind = protocol or others.DEFAULT
         found = others.judge(images, kind, against=against, fields=fields, out=file, device=device, bar=shown)
     if main:
-        show(found, as_json)
+        show(found, as_json, everything=everything)
 
 
-def show(report: dict[str, Any], as_json: bool) -> None:
-    """Print an evaluation or a sweep: a table, the baselines, and the file."""
-    from dumo.run.evaluation.card import first_of, seen
-    from dumo.run.evaluation.score import too_few
+def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> None:
+    """Print an evaluation or a sweep: a table, the baselines, the verdict, and the file.
+
+    Of an evaluation the scores of the summary, or `everything`.
+    """
+    from dumo.evaluation.protocol import CLASS_MMD
+    from dumo.run.evaluation import score
+    from dumo.run.evaluation.card import seen
 
     if as_json:
         print(json.dumps(report))
@@ -246,23 +254,32 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         show_table(f"{report['run']}, {report['sweep']}; * is the best of its number of passes", rows)
     else:
         rows = [*report["results"], *report["contrast"]]
+        card = report.get("card") or {}
+        columns = score.figures(rows[0], card)
+        if not everything:
+            columns = score.summary(columns)
         what = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
-        show_table(f"{what}, protocol {report['protocol']}", rows)
-        first = first_of(rows[0])
-        for name, value in report["baselines"].items():
-            out.print(f"{WHAT.get(name, name)}: {spelt(value, first)}", soft_wrap=True)
-        if too_few(report):
+        title = f"{what}, protocol {report['protocol']}"
+        show_table(title, rows if everything else [score.shortened(row, columns) for row in rows])
+        for name, value in score.by_name(report).items():
+            known = value if everything else score.shortened(value, columns)
+            if known:
+                out.print(f"{WHAT.get(name, name)}: {spelt(known)}", soft_wrap=True)
+        if score.too_few(report):
             out.print(f"{WHAT['perfect']}: too few images to tell")
-        if biased := seen(rows[0], report.get("card") or {}):
+        if biased := seen(rows[0], card):
             out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
+        if CLASS_MMD in card:
+            out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)
+        if sentence := score.verdict(report):
+            out.print(sentence, soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
 
 
-def spelt(baseline: dict[str, float], first: str = "") -> str:
-    """A baseline in words; its mean and sd are of the first score."""
-    found = {{"mean": first, "sd": f"{first}_sd"}.get(key, key): value for key, value in baseline.items()}
-    means = {key: value for key, value in found.items() if key != "splits" and not key.endswith("_sd")}
-    spread = {key: f" ± {found[f'{key}_sd']:.2g}" for key in means if f"{key}_sd" in found}
+def spelt(baseline: dict[str, float]) -> str:
+    """A baseline in words: each score, ± its spread."""
+    means = {key: value for key, value in baseline.items() if key != "splits" and not key.endswith("_sd")}
+    spread = {key: f" ± {baseline[f'{key}_sd']:.2g}" for key in means if f"{key}_sd" in baseline}
     return ", ".join(f"{key} {value:.3g}{spread.get(key, '')}" for key, value in means.items())
 
 

@@ -4,7 +4,7 @@ The features are those of the shipped classifier of CIFAR-10 on images reduced t
 number is an FID, or to be compared with one. With them come measures that no network sees: pixels as Gaussians
 (`dumo.evaluation.distance`), and whether samples are copies of the images that the net was trained on.
 
-With few images every number is rough, and most depend on how many there are; the first, `mmd`, does not. For the others
+With few images every number is rough, and most depend on how many there are; kernel distances do not. For the others
 samples are compared with a random half of the images, as many with as many, of the same classes, and what a perfect
 sampler, of new images, would have is found between one half and the other, of the same classes too: means over `SPLITS`
 splits. Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of large sets every k-th image
@@ -23,7 +23,20 @@ from torch.nn.functional import adaptive_avg_pool2d
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
 from dumo.evaluation.neighbours import nearest_two, precision_recall
-from dumo.evaluation.protocol import Context, Made, Measure, Protocol, Scores, collect, mmd, parts, summary
+from dumo.evaluation.protocol import (
+    Context,
+    Made,
+    Measure,
+    Protocol,
+    Scores,
+    class_facts,
+    collect,
+    mmd,
+    noise_by_class,
+    parts,
+    perfect_by_class,
+    summary,
+)
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.io.source import Data, Finite
@@ -62,7 +75,7 @@ class PhotosEvaluator:
         return min(len(self.real) // 2, len(self.c), HALF)
 
     def score(self, made: Made) -> Scores:
-        """`mmd` with its standard error, `pixel_fd`, `precision`, `recall`, and `copies`.
+        """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
         `copies` is the share of samples whose distance to one image, mirrored or not, is less than `COPY` of that to
         the next. Raises `UserError` where samples are missing.
@@ -87,11 +100,18 @@ class PhotosEvaluator:
         found = {name: self._mean(pairs) for name, pairs in pairs_of.items()}
         copies = self._copies(of, same=True)
         deviation = (copies * (1 - copies) * (1 / len(of) + 1 / len(self.c))) ** 0.5
-        perfect = {"mean": 0.0, "sd": mmd_deviation(len(self.c), _features(of), WIDTH, self.real_c)}
+        features = _features(of)
+        perfect = {"mean": 0.0, "sd": mmd_deviation(len(self.c), features, WIDTH, self.real_c)}
+        perfect |= perfect_by_class(self.c, features, WIDTH, self.real_c)
         far = self._mmd(z, torch.zeros(len(z), dtype=torch.long))
         return {
             "perfect": perfect | found["perfect"] | {"copies": copies, "copies_sd": deviation},
-            "noise": {"mean": far["mmd"], "sd": far["mmd_sd"], **found["noise"]},
+            "noise": {
+                "mean": far["mmd"],
+                "sd": far["mmd_sd"],
+                **noise_by_class(_features(z), features, WIDTH, self.c, self.real_c),
+                **found["noise"],
+            },
         }
 
     def _mmd(self, fake: Rows, c: Cond) -> Scores:
@@ -184,7 +204,10 @@ def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     }
     if len(real) < ROUGH:
         facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
-    return PhotosEvaluator(protocol.classes_of(context), real, torch.cat(labels), shape, facts)
+    c = protocol.classes_of(context)
+    real_c = torch.cat(labels)
+    facts |= class_facts(c, real_c)
+    return PhotosEvaluator(c, real, real_c, shape, facts)
 
 
 PHOTOS = Measure(

@@ -16,7 +16,17 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Generator, Tensor
 
-from dumo.evaluation.distance import Moments, frechet_distance, gaussian_mmd, mean_sd, mmd_deviation
+from dumo.evaluation.distance import (
+    Moments,
+    class_mmd,
+    class_mmd_deviation,
+    class_shares,
+    frechet_distance,
+    gaussian_mmd,
+    mean_sd,
+    mmd_deviation,
+    shared_classes,
+)
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, Split
@@ -32,6 +42,7 @@ Scores = dict[str, float]  # the first is the one that counts, lower being bette
 OWN = ("auc", "copies", "mmd2", "nearest", "pixel_fd")  # by the numbers of samples themselves, no features
 NUMBERS = "numbers"  # what a loss is trained on that compares by these
 RISING = ("clip_score", "geneval", "dpg")
+CLASS_MMD = "class_mmd"  # leads where both sides have classes
 MOST = 5000  # rows of a part between which distances are measured, where `least` allows: ours
 PAIRS = 60  # of parts: the spread is known to a tenth. Ours
 LEAST = 2.5  # rows for each feature: Chong & Forsyth begin at 5,000 for 2,048
@@ -168,7 +179,7 @@ class WholeSet:
     reference: Reference
     facts: dict[str, str]
     measure: Callable[[Sample, Cond, Reference], Scores]
-    real: Callable[[Reference, int], dict[str, Scores]]  # baselines, of a number of samples
+    real: Callable[[Reference, int, Cond], dict[str, Scores]]  # baselines, of a number of samples and their classes
 
     def score(self, made: Made) -> Scores:
         """All samples by the measure. Raises UserError unless each came once, and is finite."""
@@ -179,13 +190,15 @@ class WholeSet:
 
     def baselines(self) -> dict[str, Scores]:
         """Those of the measure."""
-        return self.real(self.reference, len(self.c))
+        return self.real(self.reference, len(self.c), self.c)
 
 
 def whole_set(
     facts: Callable[[], dict[str, str]],
     measure: Callable[[Sample, Cond, Reference], Scores],
-    real: Callable[[Reference, int], dict[str, Scores]],
+    real: Callable[[Reference, int, Cond], dict[str, Scores]],
+    *,
+    by_class: bool = True,
 ) -> Callable[[Protocol, Context], WholeSet]:
     """How a protocol opens that compares all samples with all of the data, or as many draws of them."""
 
@@ -193,7 +206,10 @@ def whole_set(
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         known = facts() | reference.facts(context.seed)
-        return WholeSet(protocol.classes_of(context), reference, known, measure, real)
+        c = protocol.classes_of(context)
+        if by_class:
+            known |= class_facts(c, reference.c)
+        return WholeSet(c, reference, known, measure, real)
 
     return open
 
@@ -209,11 +225,12 @@ def collect(made: Made, total: int) -> Tensor:
 
 
 def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
-    """The score that counts: the first.
+    """The score that counts: `class_mmd`, which alone sees classes, else the first.
 
     Of a run whose card says what it was trained on, the first of those that are by something else, if there is one.
     """
-    return next((score for score in scores if not trained_on(score, card or {})), next(iter(scores)))
+    ranked = sorted(scores, key=lambda score: score != CLASS_MMD)  # a stable order
+    return next((score for score in ranked if not trained_on(score, card or {})), ranked[0])
 
 
 def trained_on(score: str, card: Mapping[str, Any]) -> bool:
@@ -278,21 +295,81 @@ def unit(
 def mmd(
     fake: Float[Tensor, "b f"], real: Float[Tensor, "m f"], width: float, c: Cond, d: Int64[Tensor, " m"]
 ) -> Scores:
-    """`mmd` and `mmd_sd`, its standard error, of rows of these classes; those of images without any do not count."""
-    found = gaussian_mmd(fake, real, width, *((c, d) if (c != c[0]).any() else ()))
-    return {"mmd": found.value, "mmd_sd": found.error}
+    """`mmd` and `class_mmd`, each with its standard error as NAME_sd, of rows of these classes.
+
+    Without classes, and where no class has two images on both sides, there is no `class_mmd`.
+    """
+    if not judged_by_class(c, d):
+        found = gaussian_mmd(fake, real, width, *((c, d) if (c != c[0]).any() else ()))
+        return {"mmd": found.value, "mmd_sd": found.error}
+    whole = gaussian_mmd(fake, real, width, c, d)
+    by_class = class_mmd(fake, real, width, c, d)
+    return {
+        "mmd": whole.value,
+        "mmd_sd": whole.error,
+        CLASS_MMD: by_class.value,
+        f"{CLASS_MMD}_sd": by_class.error,
+    }
+
+
+def judged_by_class(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> bool:
+    """Whether samples of classes c and data of classes d have classes, and one of them two images on both sides."""
+    return bool((c != c[0]).any()) and bool(shared_classes(c, d))
+
+
+def class_facts(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> dict[str, str]:
+    """What a report says of the classes that `class_mmd` leaves out; nothing where it leaves out none."""
+    if not (c != c[0]).any():
+        return {}
+    total = len(torch.cat([c.cpu(), d.cpu()]).unique())
+    left = total - len(shared_classes(c, d))
+    if not left:
+        return {}
+    return {
+        CLASS_MMD: f"{total - left} of {total} classes: {left} have fewer than 2 images on a side, and do not count"
+    }
+
+
+def noise_by_class(
+    z: Float[Tensor, "b f"], real: Float[Tensor, "m f"], width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]
+) -> Scores:
+    """`class_mmd` of noise z in place of the samples of each class; {} where samples are not judged by class."""
+    if not judged_by_class(c, d):
+        return {}
+    classes = shared_classes(c, d)
+    distances = [gaussian_mmd(z, real[d == k], width).value for k in classes]
+    return {CLASS_MMD: sum(p * x for p, x in zip(class_shares(d, classes), distances, strict=True))}
 
 
 def perfect(
-    kind: str, c: Cond, real: Float[Tensor, "m f"], samples: int, width: float, compared: int | None = None
+    kind: str,
+    d: Cond,
+    real: Float[Tensor, "m f"],
+    samples: int,
+    width: float,
+    compared: int | None = None,
+    c: Int64[Tensor, " n"] | None = None,
 ) -> Scores:
     """What a perfect sampler would have of `mmd`, as `mean` and `sd`, and of `fd` where there are rows enough to tell.
 
-    `real` are the features of the data in classes c, of which `mmd` takes the first `compared`.
+    `real` are the features of the data in classes d, of which the kernel distances take the first `compared`. With the
+    classes c of the samples, `class_mmd` is among them, where samples are judged by class.
     """
-    far = unit(c, lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(real[b])), kind, LEAST * real.shape[1])
-    found = {"mean": 0.0, "sd": mmd_deviation(samples, real[:compared], width, c[:compared])}
+    far = unit(d, lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(real[b])), kind, LEAST * real.shape[1])
+    some, classes = real[:compared], d[:compared]
+    found = {"mean": 0.0, "sd": mmd_deviation(samples, some, width, classes)}
+    if c is not None:
+        found |= perfect_by_class(c, some, width, classes)
     return found | (far.at(samples, len(real), "fd") if far else {})
+
+
+def perfect_by_class(
+    c: Int64[Tensor, " n"], real: Float[Tensor, "m f"], width: float, d: Int64[Tensor, " m"]
+) -> Scores:
+    """`class_mmd` of a perfect sampler whose samples have classes c, with its deviation; {} where none is measured."""
+    if not judged_by_class(c, d):
+        return {}
+    return {CLASS_MMD: 0.0, f"{CLASS_MMD}_sd": class_mmd_deviation(c, real, width, d)}
 
 
 def parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:

@@ -23,7 +23,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from pydantic import field_validator
 from torch import Tensor
 
@@ -50,6 +50,7 @@ from dumo.evaluation.protocol import (
     Reference,
     Scores,
     mmd,
+    noise_by_class,
     perfect,
     unit,
     whole_set,
@@ -72,7 +73,9 @@ known: dict[bytes, Features] = {}  # by the digest of the pixels, for this proce
 
 
 def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`mmd` with `mmd_sd`, `fd`, `precision`, `recall`, `auc_features`, `nearest`, and `accuracy`: the share read as c.
+    """`mmd`, `class_mmd`, `fd`, `precision`, `recall`, `auc_features`, `nearest`, and `accuracy`: the share read as c.
+
+    The kernel distances have standard errors, `mmd_sd` and `class_mmd_sd`.
 
     Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
     protocol: so both sides cover space alike, and 50,000 of them would take minutes; `mmd` compares with `MOST`. The
@@ -97,21 +100,31 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
     }
 
 
-def baselines_cifar10(reference: Reference, samples: int) -> dict[str, Scores]:
-    """`perfect`: what a perfect sampler, of new real images, would have of all scores but precision and recall."""
+def baselines_cifar10(reference: Reference, samples: int, asked: Cond | None = None) -> dict[str, Scores]:
+    """`perfect`: what a perfect sampler, of new real images, would have of all scores but precision and recall.
+
+    `asked` are the classes of the samples; None: classes with the shares of the reference.
+    """
     x, c, some = reference.x, reference.c.cpu(), min(samples, len(reference.x))
     real = learned(x)
     trained = None if reference.trained is None else learned(reference.trained)
-    found = perfect(KIND, c, real, samples, WIDTH, MOST)
+    asked = with_shares_of(c, samples) if asked is None else asked
+    found = perfect(KIND, c, real, samples, WIDTH, MOST, asked)
     read = null_accuracy(cifar10.classify(real), c, samples)
     found |= null_auc("auc_features", samples, some) | read | null_nearness(real, trained, samples)
     z = features_of(noise(0, range(OF_CIFAR10), 0, x.shape[1:]))
-    return {"perfect": found, "noise": of_noise(z, real[:MOST], WIDTH)}
+    return {"perfect": found, "noise": of_noise(z, real[:MOST], WIDTH, asked, c[:MOST])}
 
 
-def of_noise(z: Features, real: Features, width: float) -> Scores:
-    """`mmd` of noise in place of samples, as `mean`, with its standard error."""
-    return dict(zip(("mean", "sd"), gaussian_mmd(z, real, width), strict=True))
+def with_shares_of(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
+    """Classes of a number of samples, with about the shares of d."""
+    return d[torch.arange(samples) * len(d) // samples]
+
+
+def of_noise(z: Features, real: Real, width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " _"]) -> Scores:
+    """`mmd` of noise in place of samples, as `mean`, with its standard error, and `class_mmd` where that is judged."""
+    found = gaussian_mmd(z, real, width)
+    return {"mean": found.value, "sd": found.error, **noise_by_class(z, real, width, c, d)}
 
 
 def null_auc(name: str, samples: int, real: int) -> Scores:
@@ -174,7 +187,7 @@ def learned(x: Sample) -> Features:
 
 
 def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`mmd` with `mmd_sd`, `fd_grey`, `fd`, `precision`, `recall`, `auc`, `pixel_fd`, `nearest` and `accuracy`.
+    """`mmd`, `class_mmd`, `fd_grey`, `fd`, `precision`, `recall`, `auc`, `pixel_fd`, `nearest` and `accuracy`.
 
     `fd`, precision, recall and accuracy judge samples as the net makes them. The others judge them as a file holds
     them: clamped to [-1, 1] and rounded to the 17 levels of the data. So does what counts, `mmd`: half of the pixels of
@@ -197,20 +210,22 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
     }
 
 
-def baselines_digits(reference: Reference, samples: int) -> dict[str, Scores]:
+def baselines_digits(reference: Reference, samples: int, asked: Cond | None = None) -> dict[str, Scores]:
     """`perfect`: what a perfect sampler, of new digits, would have of all scores but precision and recall.
 
-    Digits are grey already, so `fd_grey` and `fd` are one there.
+    `asked` are the classes of the samples; None: classes with the shares of the reference. Digits are grey already, so
+    `fd_grey` and `fd` are one there.
     """
     x, c = reference.x, reference.c.cpu()
     real = digits.features(x)
-    found = perfect("digits", c, real, samples, WIDTH_DIGITS)
+    asked = with_shares_of(c, samples) if asked is None else asked
+    found = perfect("digits", c, real, samples, WIDTH_DIGITS, c=asked)
     pixels = unit(c, lambda a, b: pixel_frechet(x[a], x[b]), "digits", LEAST * x[0].numel())
     found |= {f"fd_grey{end}": found[f"fd{end}"] for end in ("", "_sd") if "fd" in found}
     found |= null_auc("auc", samples, len(x)) | (pixels.at(samples, len(x), "pixel_fd") if pixels else {})
     found |= null_accuracy(digits.classify(real), c, samples) | null_nearness(x, reference.trained, samples)
     z = digits.features(_grey(noise(0, range(OF_DIGITS), 0, x.shape[1:])))
-    return {"perfect": found, "noise": of_noise(z, real, WIDTH_DIGITS)}
+    return {"perfect": found, "noise": of_noise(z, real, WIDTH_DIGITS, asked, c)}
 
 
 def _grey(x: Sample) -> Sample:
@@ -230,8 +245,11 @@ def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
     return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _widths(reference.x))}
 
 
-def baselines_toy(reference: Reference, samples: int) -> dict[str, Scores]:
-    """`null`: mean and sd of `mmd2` between independent draws of the data. Raises `UserError` without `redraw`."""
+def baselines_toy(reference: Reference, samples: int, asked: Cond | None = None) -> dict[str, Scores]:
+    """`null`: mean and sd of `mmd2` between independent draws of the data; classes are not read.
+
+    Raises `UserError` without `redraw`.
+    """
     if reference.redraw is None:
         raise UserError("protocol toy needs a data set that can be drawn anew: choose another protocol")
     mean, sd = null_spread(reference.redraw, _widths(reference.x), samples)
@@ -275,7 +293,7 @@ MEASURES: dict[Shipped, Measure] = {
         fewest=2,
         judges="vectors, of shape (d,), in any classes",
         fits=lambda shape, classes: len(shape) == 1,
-        open=whole_set(lambda: FACTS_TOY, score_toy, baselines_toy),
+        open=whole_set(lambda: FACTS_TOY, score_toy, baselines_toy, by_class=False),
     ),
 }
 

@@ -54,7 +54,7 @@ def blobs() -> Reference:
 
 @pytest.mark.data
 def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[str, float]) -> None:
-    assert list(good)[:3] == ["mmd", "mmd_sd", "fd"]
+    assert list(good)[:5] == ["mmd", "mmd_sd", "class_mmd", "class_mmd_sd", "fd"]
     perfect = baselines(data, 1000)["perfect"]
     assert perfect["mean"] == 0
     assert abs(good["mmd"]) < 3 * perfect["sd"] < 6 * good["mmd_sd"]
@@ -91,7 +91,11 @@ def test_mirrored_images_are_as_good_and_accuracy_is_of_the_classes_asked_for(
     mirrored = score(test.x.flip(3), test.c, data)
     assert mirrored["fd"] == pytest.approx(good["fd"], rel=0.1)
     assert mirrored["accuracy"] == pytest.approx(good["accuracy"], abs=0.03)
-    assert score(test.x, (test.c + 1) % 10, data)["accuracy"] < 0.1
+    shifted = score(test.x, (test.c + 1) % 10, data)
+    perfect = baselines(data, 1000, test.c)["perfect"]
+    assert shifted["accuracy"] < 0.1
+    assert abs(good["class_mmd"]) < 3 * perfect["class_mmd_sd"]
+    assert shifted["class_mmd"] > 100 * perfect["class_mmd_sd"]
 
 
 def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:

@@ -1,4 +1,4 @@
-"""The distance that leads: unbiased by class, its error, and what is no difference, against sums and exact laws."""
+"""Kernel distances, of all and by class: unbiased, their errors, and what is no difference, against exact laws."""
 
 import math
 from statistics import fmean, stdev
@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.evaluation.distance import Estimate, gaussian_mmd, level, mmd2, mmd_deviation
+from dumo.evaluation.distance import (
+    Estimate,
+    class_mmd,
+    class_mmd_deviation,
+    gaussian_mmd,
+    level,
+    mmd2,
+    mmd_deviation,
+    shared_classes,
+)
+from dumo.evaluation.protocol import class_facts, mmd
 from dumo.runtime.random import stream
 
 MEANS = 2.0 * torch.randn(3, 4, generator=stream("means"))
@@ -85,6 +95,67 @@ def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
             x, y = mixture(own[0], (i, 2)), mixture(own[1], (i, 3))
             values.append(gaussian_mmd(x, y, 3.0, *(own if c is not None else ())).value)
         assert known == pytest.approx(stdev(values), rel=0.25)
+
+
+def test_class_mmd_is_the_mean_of_classes_without_bias_and_knows_its_error() -> None:
+    """Of normal laws that are 2, 1 and 0 apart, in classes of shares that samples do not have."""
+    w = 2.0
+    shifts = torch.tensor([2.0, 1.0, 0.0])
+    c = torch.arange(60) % 3
+    d = torch.multinomial(SHARES, 90, replacement=True, generator=stream("classes"))
+    shares = d.bincount() / len(d)
+    by_class = 2000 * (w**2 / (w**2 + 2)) ** 2 * (1 - (-shifts.square() / (2 * (w**2 + 2))).exp())
+    found = list[Estimate]()
+    for i in range(300):
+        x = mixture(c, ("law", i))
+        x[:, 0] += shifts[c]
+        found.append(class_mmd(x, mixture(d, ("data", i)), w, c, d))
+    scatter = stdev(one.value for one in found)
+    assert fmean(one.value for one in found) == pytest.approx(float(shares @ by_class), abs=3 * scatter / 300**0.5)
+    assert fmean(one.error for one in found) == pytest.approx(scatter, rel=0.15)
+
+
+def test_the_deviation_of_class_mmd_is_exact_in_classes_of_a_few_rows() -> None:
+    c = torch.tensor([0, 0, 0, 1, 1, 1])
+    d = torch.tensor([0] * 7 + [1] * 5)
+    values = list[float]()
+    squares = list[float]()
+    for i in range(1000):
+        y = mixture(d, ("few", i))
+        values.append(class_mmd(mixture(c, ("fewer", i)), y, 3.0, c, d).value)
+        squares.append(class_mmd_deviation(c, y, 3.0, d) ** 2)
+    assert abs(fmean(values)) < 3 * stdev(values) / 1000**0.5
+    assert fmean(squares) ** 0.5 == pytest.approx(stdev(values), rel=0.05)
+
+
+def test_class_mmd_alone_sees_labels_of_other_classes() -> None:
+    c, d = torch.arange(300) % 3, torch.arange(600) % 3
+    x, y = mixture(c, "samples"), mixture(d, "reference")
+    scores = mmd(x, y, 3.0, (c + 1) % 3, d)
+    assert scores["mmd"] < 2 * mmd_deviation(300, y, 3.0, d)
+    assert scores["class_mmd"] > 100 * class_mmd_deviation(c, y, 3.0, d)
+    assert scores["class_mmd"] > 10 * scores["class_mmd_sd"]
+
+
+def test_class_mmd_is_the_same_whatever_classes_are_called() -> None:
+    c, d = torch.arange(30) % 3, torch.arange(50) % 3
+    x, y = mixture(c, "samples", 1.0), mixture(d, "reference")
+    names = torch.tensor([2, 0, 1])
+    order = torch.randperm(30, generator=stream("order"))
+    again = class_mmd(x[order], y, 3.0, names[c][order], names[d])
+    assert again == pytest.approx(class_mmd(x, y, 3.0, c, d), rel=1e-9)
+    assert class_mmd_deviation(names[c], y, 3.0, names[d]) == pytest.approx(class_mmd_deviation(c, y, 3.0, d), rel=1e-9)
+
+
+def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
+    c = torch.tensor([0, 0, 1, 1, 1, 2, 4])
+    d = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])
+    x, y = torch.randn(7, 4, generator=stream("x")), torch.randn(9, 4, generator=stream("y"))
+    assert shared_classes(c, d) == [0, 1]
+    assert class_mmd(x, y, 2.0, c, d) == class_mmd(x[:5], y[:5], 2.0, c[:5], d[:5])
+    assert class_facts(c, d) == {"class_mmd": "2 of 5 classes: 3 have fewer than 2 images on a side, and do not count"}
+    assert class_facts(c[:5], d[:5]) == class_facts(torch.zeros(5, dtype=torch.long), d) == {}
+    assert "class_mmd" not in mmd(x[:3], y, 2.0, torch.tensor([0, 1, 2]), d)
 
 
 def test_what_cannot_be_told_from_the_least_is_level() -> None:

@@ -1,9 +1,13 @@
 """The protocol of own images: it sees what is wrong with samples, from few images on, and says what it is not."""
 
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
@@ -15,6 +19,7 @@ from dumo.evaluation.protocol import Reference, parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
+from dumo.run.evaluation import score
 from dumo.run.evaluation.card import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -152,6 +157,65 @@ def test_what_it_does_not_judge() -> None:
         opened(drawn(20, "real")).score([(torch.arange(40), drawn(40, "real"))])
 
 
+def crops(key: str, each: int = 60) -> tuple[Tensor, Tensor]:
+    """Squares of two photos that come with scikit-learn, which are the classes, reduced to 32 pixels a side."""
+    folder = Path(str(files("sklearn.datasets") / "images"))
+    found: list[Tensor] = []
+    for name in ("china.jpg", "flower.jpg"):
+        photo = torch.from_numpy(np.array(Image.open(folder / name))).permute(2, 0, 1).float()
+        rows, columns = (torch.randint(n - 96, (each,), generator=stream(key, name, n)) for n in photo.shape[1:])
+        squares = [photo[:, i : i + 96, j : j + 96] for i, j in zip(rows.tolist(), columns.tolist(), strict=True)]
+        found.append(avg_pool2d(torch.stack(squares), 3))
+    return from_uint8(torch.stack(found, 1).flatten(0, 1).round().to(torch.uint8)), torch.arange(2 * each) % 2
+
+
+@pytest.fixture(scope="module")
+def folder() -> PhotosEvaluator:
+    return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
+
+
+def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Table]:
+    """The scores of samples, and their evaluation."""
+    found = scores(evaluator, x)
+    results = [{"nfe": 1, "solver": "restart", **found}]
+    baselines = evaluator.baselines()
+    return found, {"results": results, "baselines": baselines, "state": state(results, baselines)}
+
+
+def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluator) -> None:
+    """Normal noise that has the mean and the covariance of the folder's pixels, which precision and pixels praise."""
+    x, _ = crops("folder")
+    flat = x.flatten(1)
+    weights = torch.randn(120, 120, generator=stream("coloured")) / 120**0.5
+    noise = (flat.mean(0) + weights @ (flat - flat.mean(0))).view_as(x)
+    found, judged = said_of(folder, noise)
+    perfect = judged["baselines"]["perfect"]
+    assert found["pixel_fd"] < 1.5 * perfect["pixel_fd"]
+    assert judged["state"] in ("far", "untrained")
+    summary = score.summary(score.figures(judged["results"][0]))
+    assert summary == ["class_mmd", "recall", "copies"]
+    assert found["class_mmd"] > 10 * perfect["class_mmd_sd"]
+    sentence = score.verdict(judged)
+    assert sentence is not None
+    assert sentence.startswith(("Not yet like the data", "As good as untrained"))
+
+
+def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator) -> None:
+    """The same images, which are new crops of the photos, with the classes they were asked for and without."""
+    x, _ = crops("samples")
+    good, as_asked = said_of(folder, x)
+    bad, shuffled = said_of(folder, x[torch.randperm(len(x), generator=stream("shuffled"))])
+    perfect = as_asked["baselines"]["perfect"]
+    assert abs(good["class_mmd"]) < 3 * perfect["class_mmd_sd"]
+    assert abs(bad["mmd"] - good["mmd"]) < 4 * perfect["sd"]
+    assert bad["class_mmd"] > 8 * perfect["class_mmd_sd"]
+    assert as_asked["state"] in ("like the data", "near")
+    assert shuffled["state"] == "far"
+    sentence = score.verdict(shuffled)
+    assert sentence is not None
+    assert "do not show the classes that they were asked for" in sentence
+
+
 @pytest.mark.parametrize("fault", ["none", "noise", "blur", "lost", "copies", "classes"])
 def test_only_new_digits_are_like_the_data(fault: str) -> None:
     """The five faults of docs/reproduce.md: of 600 digits, none seen in training, judged against 600 others."""
@@ -175,12 +239,42 @@ def test_only_new_digits_are_like_the_data(fault: str) -> None:
     assert (found == "like the data") == (fault == "none"), row
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(0.1, 0.15)], "like the data"),
+        ([(0.1, 0.3)], "near"),
+        ([(0.1, 6.0)], "far"),
+        ([(0.1, 90.0)], "far"),  # all of other classes: trained all the same
+        ([(6.0, 6.0)], "far"),
+        ([(60.0, 60.0)], "untrained"),
+        ([(0.1, 6.0), (0.3, 0.3)], "near"),  # the best row is that of the best classes
+    ],
+)
+def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
+    baselines = {
+        "perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.0, "class_mmd_sd": 0.1},
+        "noise": {"mean": 100.0, "sd": 1.0, "class_mmd": 100.0},
+    }
+    results = [{"nfe": 1, "solver": "hop", "mmd": whole, "class_mmd": by_class} for whole, by_class in rows]
+    assert state(results, baselines) == said
+    sentence = score.verdict({"results": results, "baselines": baselines, "state": said})
+    assert sentence is not None
+    assert sentence.endswith(".")
+    assert ("do not show the classes" in sentence) == (said == "far" and rows[0][0] < 1)
+
+
 def test_states_without_noise() -> None:
     """Of protocols that do not measure it: by how many times, and by precision."""
     real = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.01}}
     for auc, said in ((0.482, "like the data"), (0.518, "like the data"), (0.53, "near"), (0.47, "near")):
         assert state([{"nfe": 1, "fd": 0.4, "auc": auc}], real) == said
         assert state([{"nfe": 1, "fd": 0.41, "auc": auc}], real) == "near"
+    read = {"perfect": {"mean": 0.2, "sd": 0.1, "accuracy": 0.98, "accuracy_sd": 0.01}}
+    for accuracy, said in ((1.0, "like the data"), (0.97, "like the data"), (0.95, "near")):
+        assert state([{"nfe": 1, "fd": 0.4, "accuracy": accuracy}], read) == said
+    judged = {"results": [{"nfe": 1, "fd": 0.41, "auc": 0.53}], "baselines": real, "state": "near"}
+    assert score.verdict(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
     found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
     told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
     assert told == ["like the data", "near", "far", "untrained"]

@@ -63,7 +63,7 @@ def toy() -> Reference:
 
 
 def test_real_digits_score_well(good: dict[str, float], perfect: dict[str, float]) -> None:
-    assert list(good)[:4] == ["mmd", "mmd_sd", "fd_grey", "fd"]
+    assert list(good)[:6] == ["mmd", "mmd_sd", "class_mmd", "class_mmd_sd", "fd_grey", "fd"]
     assert good["mmd"] < 2 * perfect["sd"]
     assert good["fd"] < perfect["fd"] + 3 * perfect["fd_sd"]
     assert good["precision"] > 0.95

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from dumo.data import Data
 from dumo.data.caption import Files
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
+from dumo.evaluation.protocol import CLASS_MMD, rising, trained_on
 from dumo.evaluation.protocol import Scores as Found
-from dumo.evaluation.protocol import rising, trained_on
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.read import brief, read_json
 from dumo.io.weights import title
@@ -32,7 +32,7 @@ FILE = "evaluation.json"
 UNTRAINED, FAR = 1 / 2, 1 / 20  # of the distance of noise. Ours
 TIMES, SHARE = 20, 0.02  # of a perfect sampler, and of samples among the data, where noise was not measured. Ours
 AREAS = ("auc", "auc_features")  # under the curve of a two-sample test
-WORSE = {"accuracy": -1, "nearest": -1, "copies": 1}  # which way
+WORSE = {CLASS_MMD: 1, "accuracy": -1, "nearest": -1, "copies": 1}  # which way
 Row = dict[str, Any]
 Card = dict[str, Any]
 Number = float | None  # null: it was no finite number
@@ -208,26 +208,55 @@ def first_of(row: Mapping[str, Any]) -> str:
 
 
 def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Found]) -> State | None:
-    """Where a run stands by the first score, lower being better, of its best row; both as an evaluation has them.
+    """Where a run stands by its best row; rows and baselines as an evaluation has them.
 
-    `like the data`: at most two deviations above a perfect sampler, and so is what else tells (`apart`).
-    `untrained`: at least half as far off as noise; where `noise` is not among the baselines, `TIMES` as far as a
-    perfect sampler, and with a precision of at most `SHARE`. `far`: over a twentieth of noise, or `TIMES` as far as a
-    perfect sampler. None: no baseline tells, or more is better.
+    `like the data`: the first score, lower being better, is at most two deviations above a perfect sampler's, and so is
+    what else tells, `class_mmd` among it (`apart`).
+    `untrained`: by the first score at least half as far off as noise; where `noise` is not among the baselines, `TIMES`
+    as far as a perfect sampler, and with a precision of at most `SHARE`. `far`: by the first score or by `class_mmd`
+    over a twentieth of noise, or `TIMES` as far as a perfect sampler. None: no baseline tells, or more is better.
     """
-    real, noise = baselines.get("perfect") or baselines.get("null"), baselines.get("noise")
-    found = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
-    if not real or not any(found) or rising(next(iter(found[0]), "")):
+    real = baselines.get("perfect") or baselines.get("null")
+    noise = baselines.get("noise")
+    scores = best_scores(rows)
+    if not real or not scores or rising(next(iter(scores))):
         return None
-    scores = min(filter(None, found), key=_first)
-    score, usual = _first(scores), abs(real["mean"]) + 2 * real["sd"]
-    if score <= real["mean"] + 2 * real["sd"] and not apart(scores, real):
+    score = _first(scores)
+    if is_as_perfect(score, real) and not apart(scores, real):
         return "like the data"
     if noise:
-        return "untrained" if score >= UNTRAINED * noise["mean"] else "far" if score > FAR * noise["mean"] else "near"
-    if score <= TIMES * usual:
+        if score >= UNTRAINED * noise["mean"]:
+            return "untrained"
+        return "far" if is_far(score, noise) or lacks_classes(scores, noise) else "near"
+    if score <= TIMES * (abs(real["mean"]) + 2 * real["sd"]):
         return "near"
     return "untrained" if scores.get("precision", 1.0) <= SHARE else "far"
+
+
+def best_scores(rows: Sequence[Mapping[str, Any]]) -> Found:
+    """The scores of the row with the least `class_mmd`, or, where a row has none, the least first score; {} of none."""
+    found = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
+    found = [scores for scores in found if scores]
+    if not found:
+        return {}
+    if all(CLASS_MMD in scores for scores in found):
+        return min(found, key=lambda scores: scores[CLASS_MMD])
+    return min(found, key=_first)
+
+
+def is_as_perfect(score: float, real: Found) -> bool:
+    """Whether the first score is at most two deviations above a perfect sampler's."""
+    return score <= real["mean"] + 2 * real["sd"]
+
+
+def is_far(score: float, noise: Found) -> bool:
+    """Whether by the first score samples are over a twentieth as far off as noise."""
+    return score > FAR * noise["mean"]
+
+
+def lacks_classes(scores: Found, noise: Found) -> bool:
+    """Whether by `class_mmd` samples are over a twentieth as far off as noise in place of each class."""
+    return CLASS_MMD in scores and CLASS_MMD in noise and scores[CLASS_MMD] > FAR * noise[CLASS_MMD]
 
 
 def apart(scores: Found, real: Found) -> list[str]:

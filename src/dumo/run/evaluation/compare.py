@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.evaluation.distance import Estimate, level
-from dumo.evaluation.protocol import rising
+from dumo.evaluation.protocol import CLASS_MMD, rising
 from dumo.run.evaluation.card import FILE, Card, Row, first_of, read_report, seen
 from dumo.runtime import typed
 from dumo.types import UserError
@@ -54,7 +54,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of runs' folders, or files of them, as `rows` of one table; and of each what is `perfect`.
 
     Images that others made go by their place, and have neither steps nor passes.
-    `best` marks the least distance of each number of passes and those level with it.
+    `best` marks the least distance of each number of passes and those level with it: by `class_mmd` where all have it.
     A setting of the solver that differs, such as m, has a column, and scores that a run was trained on stand under
     `trained_on`, where there are any: they are no judges of it. Raises UserError where an evaluation is missing, or
     they were measured otherwise, with what differs; `anyway` has the table all the same, what differs in columns of
@@ -79,7 +79,8 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
         on = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
         rows += [head | own | scores | on for scores in report["results"]]
         rows += [head | dict.fromkeys(varied) | scores | on for scores in report.get("contrast", [])]
-    rows = with_best(rows, first_of(reports[sources[0]]["results"][0]))
+    by_class = all(CLASS_MMD in report["results"][0] for report in reports.values())
+    rows = with_best(rows, CLASS_MMD if by_class else first_of(reports[sources[0]]["results"][0]))
     columns = dict.fromkeys(key for row in rows for key in row)
     return {
         "rows": [{key: row.get(key) for key in columns} for row in rows],

@@ -3,7 +3,7 @@
 One number leads: of digits the one that a PNG holds (`dumo.evaluation.protocol.headline`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import floor, log10
 from pathlib import Path
@@ -11,15 +11,16 @@ from typing import Any
 
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
-from dumo.evaluation.protocol import headline
-from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
+from dumo.evaluation.protocol import CLASS_MMD, headline
+from dumo.evaluation.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.io.read import read_json
-from dumo.run.evaluation.card import checked, first_of, seen
+from dumo.run.evaluation.card import apart, best_scores, checked, first_of, is_as_perfect, is_far, lacks_classes, seen
 from dumo.runtime import typed
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
+SUMMARY = (CLASS_MMD, "recall", "copies", "nearest")  # next to the score that leads. Precision praises noise, too
 DISTANCES = ("fd", "fd_grey", "fid", "kid", "mmd")  # from data of which there may be too few
 BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations other than the run's own that a page shows
 
@@ -29,7 +30,8 @@ Table = dict[str, Any]
 def judgement(folder: Path, step: int, weights: str) -> Table | None:
     """What `dumo evaluate` wrote in a run's folder, or None.
 
-    `fresh`: of these weights; `columns`: its figures, the one that leads first. Raises UserError if it is damaged.
+    `fresh`: of these weights; `columns`: its figures, the one that leads first, and `summary`, some of them; `verdict`:
+    a sentence; `left_out`: which classes do not count, if any. Raises UserError if it is damaged.
     """
     path = folder / "evaluation.json"
     if not path.is_file():
@@ -45,7 +47,17 @@ def judgement(folder: Path, step: int, weights: str) -> Table | None:
         for key, of in merits(columns).items()
     }
     baseline = first(found, columns[0])
-    return {**found, "columns": columns, "fresh": fresh, "words": words, "biased": biased, "baseline": baseline}
+    return {
+        **found,
+        "columns": columns,
+        "summary": summary(columns),
+        "verdict": verdict(found),
+        "left_out": about.get(CLASS_MMD),
+        "fresh": fresh,
+        "words": words,
+        "biased": biased,
+        "baseline": baseline,
+    }
 
 
 def benchmarks(folder: Path, step: int, weights: str) -> list[Table]:
@@ -60,7 +72,7 @@ def benchmarks(folder: Path, step: int, weights: str) -> list[Table]:
             one = checked(read_json(path, way_out), path, way_out)
             if (one["step"], one["weights"]) == (step, weights):
                 one["columns"] = figures(one["results"][0])
-                found.append({**one, "words": merits(one["columns"]), "rows": rows(one)})
+                found.append({**one, "words": merits(one["columns"]), "rows": rows(one, one["columns"])})
     return found
 
 
@@ -73,6 +85,59 @@ def figures(row: Mapping[str, Any], card: Mapping[str, Any] | None = None) -> li
     ]
     lead = headline(found, card)
     return [lead, *(key for key in found if key != lead)]
+
+
+def summary(columns: Sequence[str]) -> list[str]:
+    """Of the scores of a row, the one that leads being the first, those that a summary shows.
+
+    What has no words here stays: the tasks of a benchmark.
+    """
+    return [key for i, key in enumerate(columns) if i == 0 or key in SUMMARY or key not in MERITS]
+
+
+def shortened(found: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """A row, or a baseline, with these scores alone and their spreads, in their order."""
+    scores = [end for key in columns for end in (key, f"{key}_sd") if end in found]
+    heads = [key for key in ("nfe", "solver") if key in found]
+    return {key: found[key] for key in (*heads, *scores)}
+
+
+def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The baselines, with the first score by its name in place of `mean` and `sd`."""
+    lead = first_of(judged["results"][0])
+    names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
+    baselines: Mapping[str, Mapping[str, float]] = judged["baselines"]
+    named: dict[str, dict[str, float]] = {}
+    for baseline, scores in baselines.items():
+        named[baseline] = {names.get(key, key): value for key, value in scores.items()}
+    return named
+
+
+def verdict(judged: Mapping[str, Any]) -> str | None:
+    """One sentence on where a run, or images, stand, by the `state` of an evaluation; None where it has none."""
+    state = judged.get("state")
+    scores = best_scores(judged["results"])
+    baselines = judged["baselines"]
+    real = baselines.get("perfect") or baselines.get("null")
+    noise = baselines.get("noise")
+    if state is None or not scores or not real:
+        return None
+    lead = first_of(scores)
+    if state == "like the data":
+        return "Like the data: no score is over two deviations worse than a perfect sampler's."
+    if state == "untrained" and noise:
+        return f"{STATES[state]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
+    if state == "far" and noise and not is_far(scores[lead], noise) and lacks_classes(scores, noise):
+        perfect = spread(real.get(CLASS_MMD), real.get(f"{CLASS_MMD}_sd"))
+        return (
+            f"{STATES[state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
+            f"{number(scores[CLASS_MMD])}, of a perfect sampler {perfect}."
+        )
+    worse = apart(scores, real)
+    if not is_as_perfect(scores[lead], real):
+        worse = [lead, *worse]
+    begin = STATES.get(str(state), "Near the data, but not like them")
+    return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
 
 
 def first(judged: Table, lead: str) -> Table | None:
@@ -89,12 +154,12 @@ def too_few(judged: Mapping[str, Any]) -> bool:
     return not judged["baselines"] and first_of(row) in DISTANCES
 
 
-def cells(judged: Table, name: str) -> list[str]:
-    """A baseline as a row of the table of scores, blank where it does not say."""
+def cells(judged: Table, name: str, columns: Sequence[str]) -> list[str]:
+    """A baseline as a row of a table of these scores, blank where it does not say."""
     found = judged["baselines"][name]
-    known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in judged["columns"]}
+    known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in columns}
     known[first_of(judged["results"][0])] = found["mean"], found["sd"]
-    return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
+    return [spread(*known[key]) if key in known else "" for key in columns]
 
 
 def shipped(protocol: MetricProtocol, data: Data) -> str | None:
@@ -173,16 +238,21 @@ def doubts(steps: int, step: int, judged: Table | None, near: Table | None) -> l
     return found
 
 
-def baselines(judged: Table) -> list[tuple[str, str, list[str]]]:
+def baselines(judged: Table, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """A row per baseline: its name, what it is, its cells."""
     words = {name: word(BASELINES, name) for name in judged["baselines"]}
-    return [(words[name].title, words[name].meaning, cells(judged, name)) for name in words]
+    return [(words[name].title, words[name].meaning, cells(judged, name, columns)) for name in words]
 
 
-def rows(judged: Table) -> Sequence[Sequence[tuple[str, int, list[str]]]]:
+def words_of(judged: Table, columns: Iterable[str]) -> list[Word]:
+    """The words for these scores."""
+    return [judged["words"][key] for key in columns]
+
+
+def rows(judged: Table, columns: Sequence[str]) -> Sequence[Sequence[tuple[str, int, list[str]]]]:
     """The results and the contrast, each with its solver, passes and cells."""
     return [
-        [(row["solver"], row["nfe"], [spread(row.get(k), row.get(f"{k}_sd")) for k in judged["columns"]]) for row in of]
+        [(row["solver"], row["nfe"], [spread(row.get(k), row.get(f"{k}_sd")) for k in columns]) for row in of]
         for of in (judged["results"], judged["contrast"])
         if of
     ]

@@ -89,6 +89,19 @@ def test_a_table_says_what_a_perfect_sampler_would_have(tmp_path: Path) -> None:
     assert compare([one, str(other)])["perfect"] == {str(other): {"fid": 1.5, "fid_sd": 0.1}}
 
 
+def test_a_table_marks_the_best_by_classes_where_all_runs_have_them(tmp_path: Path) -> None:
+    """The first has the right images and wrong classes."""
+    places = [written(tmp_path / name) for name in "abc"]
+    rows = ({"mmd": 1.0, "class_mmd": 90.0}, {"mmd": 2.0, "class_mmd": 3.0}, {"mmd": 3.0})
+    for place, scores in zip(places, rows, strict=True):
+        file = Path(place) / "evaluation.json"
+        errors = {f"{name}_sd": 0.1 for name in scores}
+        results = [{"nfe": 1, "solver": "restart", **scores, **errors}]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"results": results, "contrast": []}))
+    assert [row["best"] for row in compare(places[:2])["rows"]] == [False, True]
+    assert [row["best"] for row in compare(places)["rows"]] == [True, False, False]
+
+
 def test_a_table_says_what_a_run_was_trained_on(tmp_path: Path) -> None:
     one, two = written(tmp_path / "a"), written(tmp_path / "b", trained_on="Inception")
     assert "trained_on" not in compare([one])["rows"][0]

@@ -54,6 +54,20 @@ def test_the_first_leads() -> None:
     assert score.figures(row) == ["mmd", "fd_grey", "kid"]
 
 
+def test_what_sees_classes_leads_and_a_summary_has_no_precision() -> None:
+    row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "class_mmd": 2.0, "class_mmd_sd": 0.5}
+    row |= {"precision": 0.9, "recall": 0.1, "pixel_fd": 1.0, "copies": 0.0}
+    columns = score.figures(row)
+    assert columns == ["class_mmd", "mmd", "precision", "recall", "pixel_fd", "copies"]
+    assert score.summary(columns) == ["class_mmd", "recall", "copies"]
+    short = score.shortened(row, score.summary(columns))
+    assert list(short) == ["nfe", "solver", "class_mmd", "class_mmd_sd", "recall", "copies"]
+    assert score.summary(score.figures({"geneval": 0.5, "two_object": 0.6})) == ["geneval", "two_object"]
+    baselines = {"perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.5}}
+    named = score.by_name({"results": [row], "baselines": baselines})
+    assert named == {"perfect": {"mmd": 0.0, "mmd_sd": 0.1, "class_mmd": 0.5}}
+
+
 def test_what_a_run_was_trained_on_does_not_lead() -> None:
     """By pixels a distance of features judges on, by features one of pixels; where nothing else is, it leads marked."""
     features = {"features": "32 of dumo's classifier of digits"}
@@ -91,7 +105,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     marked, plain = pages
     assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "mmd"], 0.5)
     assert (plain["columns"], plain["baseline"]["mean"]) == (["mmd", "auc"], 0.2)
-    assert score.cells(marked, "perfect") == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert score.cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
     assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
     results = recipes.results("zoo")
     assert results is not None
@@ -117,9 +131,9 @@ def test_every_figure_of_ours_has_words() -> None:
 
 
 def test_a_baseline_stands_under_what_it_is_of() -> None:
-    assert score.cells(judged(), "perfect") == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
-    (told,) = score.baselines(judged())
-    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect"))
+    assert score.cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
+    (told,) = score.baselines(judged(), judged()["columns"])
+    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect", judged()["columns"]))
     assert [score.too_few(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
     for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
         assert score.shipped(load(recipe).evaluate.protocol, load(recipe).data) == name
