@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
+from dumo.training.burst import Gradients
 from dumo.training.deferred import Deferred
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
@@ -68,6 +69,7 @@ class State:
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # skipped steps in a row, up to now
     trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
+    gradients: Gradients = field(default_factory=Gradients)  # their norms by module, of steps that were applied
     frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
 
     @property
