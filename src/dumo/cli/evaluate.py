@@ -71,7 +71,7 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
 
 
 def cells(rows: "list[Row]") -> list[dict[str, Any]]:
-    """Rows as a table has them: the loss alone where it is its only part; of skipped steps how many rows were to blame."""
+    """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
     from dumo.training.log import weighted
 
     shown = [row.get("parts", {}) for row in rows if weighted(row.get("loss"), row.get("parts", {}))]

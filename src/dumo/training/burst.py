@@ -10,11 +10,11 @@ The window is part of a checkpoint, so a resumed run logs and warns as an uninte
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from statistics import median
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -23,34 +23,31 @@ from dumo.training.layout import local, shards
 MODULES = 10  # at most, the smallest are taken together: ours
 REST = "rest"  # the name of those
 WINDOW = 50  # steps whose norms are kept: ours, the default of `train.log_every`
-LEAST = 20  # steps before the first warning: ours
+CALM = 100  # steps before the first warning, and after each burst before another one: ours
 LASTS = 4  # steps in a row, for one batch alone may be far off: ours
 FACTOR = 3.0  # times the median: ours
 DIGITS = 4  # of a norm that is kept
 
 
-class Gradients(BaseModel):
+@dataclass(frozen=True)
+class Gradients:
     """The gradient norms of the last WINDOW applied steps, by module, the latest last."""
 
-    model_config = ConfigDict(frozen=True)
-
-    norms: dict[str, tuple[float, ...]] = {}
-    calm: int = WINDOW  # steps since any module was far above its median; counted up to WINDOW
+    norms: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    calm: int = 0  # steps since any module was far above its median, or since the start; counted up to CALM
 
     def after(self, norms: Mapping[str, float]) -> "Gradients":
         """The window after one more step."""
         window = {name: (*self.norms.get(name, ()), kept(norm))[-WINDOW:] for name, norm in norms.items()}
-        new = Gradients(norms=window, calm=min(self.calm + 1, WINDOW))
-        if new.far_above():
-            return new.model_copy(update={"calm": 0})
-        return new
+        new = Gradients(window, min(self.calm + 1, CALM))
+        return replace(new, calm=0) if new.far_above() else new
 
     def far_above(self) -> dict[str, float]:
         """The modules that burst, the worst first, and how many times its median the last norm of each is."""
         found: dict[str, float] = {}
         for name, norms in self.norms.items():
             usual = median(norms)
-            if len(norms) >= LEAST and usual > 0 and min(norms[-LASTS:]) > FACTOR * usual:
+            if 0 < FACTOR * usual < min(norms[-LASTS:]):
                 found[name] = norms[-1] / usual
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -62,9 +59,10 @@ class Gradients(BaseModel):
 def begins(before: Gradients, now: Gradients) -> dict[str, float]:
     """The modules whose burst begins with the last step, as `Gradients.far_above`; none while another goes on.
 
-    A burst ends when no module was far above its median for WINDOW steps.
+    Another one may begin CALM steps after its end. In the first CALM steps none does: heads start at zero, and so do
+    the gradients of all else, which then grow tenfold in twenty steps.
     """
-    return now.far_above() if before.calm >= WINDOW else {}
+    return now.far_above() if before.calm >= CALM else {}
 
 
 def kept(norm: float) -> float:

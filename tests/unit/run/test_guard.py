@@ -23,6 +23,7 @@ from dumo.run.folder import LOCK, UNSAVED, open_run
 from dumo.run.journal import Journal, burst_text
 from dumo.run.train import train
 from dumo.runtime import signals
+from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
 from dumo.training.burst import LASTS
 from dumo.training.optim import WSD, Cosine
@@ -158,8 +159,8 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     assert call("train", "run").code == 0  # as it is now
 
 
-BURST = range(31, 39)  # steps at which the gradient of the time embedder is a hundred times as large
-LONG = ("train.steps=44", "train.save_every=10", "train.log_every=20", "train.batch=64")
+BURST = range(32, 40)  # steps at which the gradient of the time embedder is a hundred times as large
+LONG = ("train.steps=42", "train.save_every=10", "train.log_every=20", "train.batch=64")
 
 
 def burst(state: State, *rest: object, **more: object) -> Record:
@@ -183,6 +184,8 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
     """However the run was stopped, log, checkpoints and message are the same."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "train_step", burst)
+    monkeypatch.setattr(bursts, "WINDOW", 20)
+    monkeypatch.setattr(bursts, "CALM", 4)
     told: list[str] = []
     train(tiny(*LONG), Path("run"), tell=told.append)
     (warning,) = [line for line in told if line.startswith("warning: step")]

@@ -8,7 +8,7 @@ from torch import nn
 
 from dumo.io import digest
 from dumo.runtime.random import stream
-from dumo.training.burst import FACTOR, LASTS, LEAST, MODULES, REST, WINDOW, Gradients, begins, modules
+from dumo.training.burst import FACTOR, LASTS, MODULES, REST, WINDOW, Gradients, begins, modules
 from dumo.training.manifest import Manifest
 
 
@@ -29,27 +29,26 @@ def calm(steps: int, embedder: float = 0.1, **more: float) -> list[dict[str, flo
 def test_a_burst_is_named_by_its_module_once() -> None:
     """It spreads to the blocks, and nothing is said of that; after a window of calm steps another one is."""
     both = [{"scalars": 4.0, "blocks": 1.0}] * 20
-    rows = [*calm(100), *calm(20, 0.7), *both, *calm(200), *calm(20, 0.7)]
-    assert bursts(rows) == {100 + LASTS: {"scalars": 7.0}, 340 + LASTS: {"scalars": 7.0}}
+    rows = [*calm(120), *calm(20, 0.7), *both, *calm(200), *calm(20, 0.7)]
+    assert bursts(rows) == {120 + LASTS: {"scalars": 7.0}, 360 + LASTS: {"scalars": 7.0}}
 
 
 def test_the_worst_module_comes_first() -> None:
-    rows = [*calm(60), *([{"scalars": 0.5, "blocks": 0.9}] * LASTS)]
-    assert [*bursts(rows)[60 + LASTS]] == ["blocks", "scalars"]
+    rows = [*calm(120), *([{"scalars": 0.5, "blocks": 0.9}] * LASTS)]
+    assert [*bursts(rows)[120 + LASTS]] == ["blocks", "scalars"]
 
 
 def test_less_than_the_factor_one_batch_and_the_first_steps_are_no_burst() -> None:
-    assert not bursts([*calm(100), *calm(50, 0.1 * FACTOR)])
-    assert not bursts([*calm(100), *calm(LASTS - 1, 9.0), *calm(100)])
-    assert not bursts([*calm(LEAST - LASTS - 1), *calm(LASTS, 9.0)])
-    assert not bursts([*calm(100), *calm(100, math.nan), *calm(10, math.inf)])
-    rising = [{"scalars": 0.01 * step} for step in range(300)]  # heads begin at zero, and so does the gradient
+    assert not bursts([*calm(120), *calm(50, 0.1 * FACTOR)])
+    assert not bursts([*calm(120), *calm(LASTS - 1, 9.0), *calm(100)])
+    assert not bursts([*calm(120), *calm(100, math.nan), *calm(10, math.inf)])
+    rising = [{"scalars": min(0.2, 1e-4 * 1.2**step)} for step in range(200)]  # as of a net whose heads begin at zero
     assert not bursts(rising)
 
 
 def test_noise_is_no_burst() -> None:
     """Of small batches norms differ by more than a factor of two."""
-    noise = torch.randn(20_000, generator=stream("noise")).mul(0.5).exp().tolist()
+    noise = torch.randn(5_000, generator=stream("noise")).mul(0.5).exp().tolist()
     assert not bursts({"scalars": x} for x in noise)
 
 
@@ -58,7 +57,8 @@ def test_the_window_survives_a_checkpoint_and_checkpoints_from_before_stay_whole
     for norms in [*calm(WINDOW, 1 / 3), *calm(LASTS, 2.0)]:
         watched = watched.after(norms)
     assert watched.peaks() == {"scalars": 2.0, "blocks": 0.1}
-    assert Gradients.model_validate_json(watched.model_dump_json()) == watched
+    stored = Manifest(step=1, images=1, gradients=watched, files={}).model_dump_json()
+    assert Manifest.model_validate_json(stored).gradients == watched
     about = Manifest(step=1, images=1, files={})
     old = about.model_dump_json(exclude={"sum", "threads", "cores", "gradients"})
     assert about.summed() == digest.short(old)
