@@ -16,7 +16,6 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from dumo.training.layout import local, shards
 
@@ -92,17 +91,16 @@ def module_of(name: str) -> str:
     return ".".join([first, *others[:1]]) if first == "heads" and len(others) > 1 else first
 
 
+@torch.no_grad()
 def local_squares(groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
     """The square of each group's gradient norm on this rank: their means over ranks are those of the whole.
 
     Of sharded weights each rank has the part of one shard, so its square counts as often as there are shards.
     """
-    squares: list[Tensor] = []
-    for group in groups:
-        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-        if gradients:
-            norm = get_total_norm([local(gradient) for gradient in gradients])
-            squares.append(norm.float().square() * shards(gradients[0]))
-        else:
-            squares.append(torch.zeros(()))
-    return squares
+    gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+    every = [gradient for group in gradients for gradient in group]
+    if not every:
+        return []
+    norms = torch._foreach_norm([local(gradient) for gradient in every])  # pyright: ignore[reportPrivateImportUsage]
+    squares = torch.stack([norm.float() for norm in norms]).square() * shards(every[0])
+    return [part.sum() for part in squares.split([len(group) for group in gradients])]

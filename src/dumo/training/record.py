@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.runtime import dist, signals
-from dumo.training.burst import local_squares, modules
+from dumo.training.burst import local_squares
 from dumo.training.layout import whole
 from dumo.training.state import State
 from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
@@ -102,8 +102,8 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
     """
     words = [*(signals.poll() == number for number in signals.SIGNALS), due and dist.is_main()]
     named = values(terms)
-    groups = modules(state.net)
-    table_here = table_of(t, [*named.values()], local_squares([*groups.values()]), norm, words)
+    squares_here = local_squares([*state.modules.values()])
+    table_here = table_of(t, [*named.values()], squares_here, norm, words)
     *table, counts, squares, rest = dist.mean(table_here).tolist()
     sums = dict(zip(named, table, strict=True))
     grad_norm, *said = rest[: 1 + len(words)]
@@ -117,7 +117,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
         bins={name: [s / n if n else math.nan for s, n in zip(row, counts, strict=True)] for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
-        grad_norms={name: math.sqrt(square) for name, square in zip(groups, squares, strict=False)},
+        grad_norms={name: math.sqrt(square) for name, square in zip(state.modules, squares, strict=False)},
         lr=lr,
         asked=next((number for number, yes in zip(signals.SIGNALS, said, strict=False) if yes), None),
         due=said[-1] > 0,
@@ -132,7 +132,8 @@ def table_of(
     table = t.new_zeros(len(columns) + 3, BINS)
     for row, value in zip(table, [*columns, torch.ones_like(t)], strict=False):
         row.index_add_(0, bins, value.to(t))
-    table[-2, : len(squares)] = torch.stack([square.to(t) for square in squares])
+    for place, square in enumerate(squares):
+        table[-2, place] = square
     table[-1, 0] = norm
     for place in (place for place, word in enumerate(words, 1) if word):
         table[-1, place] = 1
