@@ -19,8 +19,10 @@ from dumo.data import Data
 from dumo.io.source import Source
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.journal import slope_in_time
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
+from dumo.training import agreement
 from dumo.training.state import begin
 from dumo.training.step import Task, pieces, span, train_step
 from dumo.types import Cond, Sample, Time
@@ -57,8 +59,8 @@ def opened(data: Data) -> Source:
     return data.open()
 
 
-def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float]]:
-    """All numbers of a run after so many steps, each in one piece, and the losses."""
+def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """All numbers of a run after so many steps, each in one piece; losses; gradient norms by module and time slope."""
     if dist.world() == 1:
         state = begin(run.build(), run.train)
     else:  # as `dumo train` begins
@@ -68,12 +70,17 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
     rows = span(pieces(run.train, run.objective))
     task = Task(run.objective, run.path, run.data.classes, taught if "+teacher" in case else None)
     losses: list[float] = []
+    norms: list[float] = []
     for step in range(steps):
         batch = [*opened(run.data).batch(step, run.train.batch, run.train.seed, rows)]
         batch += [keyed("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape)] * ("+pairs" in case)
-        losses.append(train_step(state, task, batch, run.train).loss)
+        record = train_step(state, task, batch, run.train)
+        losses.append(record.loss)
+        norms += record.grad_norms.values()
     assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered
-    return tensors(state), losses
+    norms.append(slope_in_time(state) or 0.0)
+    assert len(set(agreement.agreed(lambda: repr(norms)))) == 1  # all ranks log the same
+    return tensors(state), losses, norms
 
 
 def main(rank: str, ranks: str, file: str, *cases: str) -> None:
@@ -81,7 +88,7 @@ def main(rank: str, ranks: str, file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # 'dual' says that it makes a pass of its own where weights are given back
     world = int(ranks)
-    alone, steps = dict[str, tuple[dict[str, Tensor], list[float]]](), STEPS[world]
+    alone, steps = dict[str, tuple[dict[str, Tensor], list[float], list[float]]](), STEPS[world]
     for case in cases:
         piece = spec(case).train.batch // world if world == 2 else None
         if rank == "0":
@@ -89,9 +96,9 @@ def main(rank: str, ranks: str, file: str, *cases: str) -> None:
     with meeting(file, int(rank), world):
         every = ((case, *layout) for i, case in enumerate(cases) for layout in layouts(case, i, world))
         for case, share, reshard in every:
-            found, losses = train(spec(case, f"train.share={share}", f"train.reshard={reshard}"), case, steps)
+            found, losses, norms = train(spec(case, f"train.share={share}", f"train.reshard={reshard}"), case, steps)
             if dist.is_main():
-                one, wanted = alone[case]
+                one, wanted, wanted_norms = alone[case]
                 row = {
                     "case": case,
                     "share": share,
@@ -99,5 +106,6 @@ def main(rank: str, ranks: str, file: str, *cases: str) -> None:
                     "numbers": len(one),
                     "differ": [name for name in one if not torch.equal(one[name], found[name])],
                     "loss": max(abs(a - b) / max(abs(b), 0.01) for a, b in zip(losses, wanted, strict=True)),
+                    "norms": max(abs(a - b) / max(abs(b), 0.01) for a, b in zip(norms, wanted_norms, strict=True)),
                 }
                 print(json.dumps(row), flush=True)

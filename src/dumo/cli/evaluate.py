@@ -71,8 +71,11 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
 
 
 def cells(rows: "list[Row]") -> list[dict[str, Any]]:
-    """Rows as a table has them: one loss where it has one part, and of skipped steps how many rows were to blame."""
-    parts = list(dict.fromkeys(part for row in rows for part in row.get("parts", {})))
+    """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
+    from dumo.training.log import weighted
+
+    shown = [row.get("parts", {}) for row in rows if weighted(row.get("loss"), row.get("parts", {}))]
+    parts = list(dict.fromkeys(part for row in shown for part in row))
     scores = list(dict.fromkeys(name for row in rows for name in row.get("val", {}) if not name.endswith("_sd")))
     skips, timed = any(row.get("skipped") for row in rows), any("speed" in row for row in rows)
 
@@ -83,7 +86,7 @@ def cells(rows: "list[Row]") -> list[dict[str, Any]]:
         {
             "step": f"{row['step']:,}",
             "loss": number(row.get("loss")),
-            **({part: number(row.get("parts", {}).get(part)) for part in parts} if len(parts) > 1 else {}),
+            **{part: number(row.get("parts", {}).get(part)) for part in parts},
             "gradient norm": number(row.get("grad_norm")),
             "learning rate": number(row.get("lr")),
             **{f"val/{name}": number(row.get("val", {}).get(name)) for name in scores},

@@ -1,17 +1,19 @@
 """Embeddings of numbers: of the times and knobs that an objective names, of classes, and of places on a grid."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from math import log
 from operator import add
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 
 from dumo.types import Array, Needs, Time, UserError
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
 PERIOD = 10_000.0  # DiT: the slowest wave is nearly PERIOD times as slow as the quickest
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which `Scalars.slope` is taken: ours
 ROTARY_PERIOD = 100.0  # Heo et al. 2024: the same of rotary positions
 
 
@@ -42,6 +44,31 @@ class Scalars(nn.Module):
             inputs["r"] = inputs["t"] - inputs["r"]
         waves = ((name, self._waves(inputs[name])) for name in self.embedders)
         return reduce(add, (self.embedders[name](w if shift is None else w + shift) for name, w in waves))
+
+    @torch.no_grad()
+    def slope(self, weights: Mapping[str, Tensor]) -> float:
+        """How fast the embedding of time turns: the root mean square of de/dt over that of e, at TIMES.
+
+        With `weights` by their names here, for a sharded net has none in one piece. e is the embedding of t and, where
+        there is one, of the gap t - r at r = 0: du/dt has de/dt as a factor. KeyError if there is no t.
+        """
+        weights = {
+            name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()
+        }
+        like = weights["embedders.t.0.weight"]
+        t = torch.tensor(TIMES, device=like.device, dtype=like.dtype)
+
+        def embedding(t: Tensor) -> Tensor:
+            parts: list[Tensor] = []
+            for name in ("t", "r"):
+                start = f"embedders.{name}."
+                own = {full.removeprefix(start): w for full, w in weights.items() if full.startswith(start)}
+                if own:
+                    parts.append(functional_call(self.embedders[name], own, (self._waves(t),)))
+            return torch.stack(parts).sum(0)
+
+        e, de_dt = jvp(embedding, (t,), (torch.ones_like(t),))  # pyright: ignore[reportAssignmentType]
+        return (de_dt.norm() / e.norm()).item()
 
     def _waves(self, number: Array) -> Array:
         angles = number[:, None] * self.frequencies

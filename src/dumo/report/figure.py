@@ -39,6 +39,7 @@ STYLE: dict[Any, Any] = {
 }
 PALE = 0.25  # of a curve as logged, behind itself smoothed
 WIDEST = 1600  # pixels of a picture in the page: enough for a sheet at twice its size
+SLOPE = "slope of the time embedding"
 Points = tuple[list[int], list[float]]  # steps, values
 
 
@@ -87,6 +88,7 @@ def charts(rows: Sequence[log.Row]) -> list[Chart]:
             f"A curve: the rate is {first['lr']:.3g} at step {steps[0]} and {last['lr']:.3g} at step {steps[-1]}.",
             lambda axes: _draw_rate(axes, rows, steps),
         ),
+        *_norms(rows),
         *(
             _chart(
                 f"Loss of {part} by time" if part != "loss" else "Loss by time",
@@ -98,6 +100,23 @@ def charts(rows: Sequence[log.Row]) -> list[Chart]:
         *judged(rows),
         *_watched(rows),
     ]
+
+
+def _norms(rows: Sequence[log.Row]) -> Iterator[Chart]:
+    """Gradient norms by module, in one chart; none of a log from before they were measured."""
+    curves: dict[str, Points] = {}
+    for row in rows:
+        for name, value in highest_norms(row).items():
+            if value:
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    if curves:
+        worst = max(curves, key=lambda name: max(curves[name][1]))
+        steps, values = curves[worst]
+        peak = max(values)
+        alt = f"Curves, one for each module: the largest is {peak:.3g}, of {worst} at step {steps[values.index(peak)]}."
+        yield _chart("Gradient norms by module", alt, partial(_draw_norms, curves=curves))
 
 
 def judged(rows: Sequence[log.Row]) -> Iterator[Chart]:
@@ -119,7 +138,8 @@ def _watched(rows: Sequence[log.Row]) -> Iterator[Chart]:
     for row in rows:
         probe: dict[str, Any] = row.get("probe") or {"cosines": {}, "drift": None}
         cosines = {f"cosine of {pair}": value for pair, value in probe["cosines"].items()}
-        for name, value in {**row.get("notes", {}), "drift": probe["drift"], **cosines}.items():
+        slope = {SLOPE: row.get("time_slope")}
+        for name, value in {**row.get("notes", {}), **slope, "drift": probe["drift"], **cosines}.items():
             if value is not None:
                 found.setdefault(name, {})[row["step"]] = value
     for name, values in sorted(found.items()):
@@ -152,6 +172,14 @@ def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], name:
     axes.plot(steps, smoothed(values), lw=1.5, label=name, color=raw.get_color(), marker=mark)
 
 
+def _draw_norms(axes: Axes, curves: Mapping[str, Points]) -> None:
+    for (name, (steps, values)), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+        axes.plot(steps, values, lw=1.2, label=name, color=colour, marker="." if len(steps) == 1 else None)
+    axes.set(xlabel="step", xlim=(0, None), ylabel="largest of the last steps", yscale="log")
+    _tick(axes.yaxis)
+    axes.legend(frameon=False, ncols=3, handlelength=1.2, columnspacing=1)
+
+
 def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
     axes.plot(steps, [row["lr"] for row in rows], lw=1.4)
     axes.set(xlabel="step", xlim=(0, None), ylabel="learning rate", ylim=(0, None))
@@ -160,10 +188,14 @@ def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> Non
 
 def _draw_watched(axes: Axes, name: str, values: Mapping[int, float]) -> None:
     """A cosine between -1 and 1, the others from 0 on."""
-    low, high = (-1, 1) if name.startswith("cosine") else (0, None)
+    low, high, unit = 0, None, "mean over a batch"
+    if name.startswith("cosine"):
+        low, high, unit = -1, 1, "cosine"
+    elif name == SLOPE:
+        unit = "relative to its length"
     _draw_curve(axes, [*values], [*values.values()], name)
     axes.axhline(0, lw=0.6)
-    axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch" if high is None else "cosine", ylim=(low, high))
+    axes.set(xlabel="step", xlim=(0, None), ylabel=unit, ylim=(low, high))
 
 
 def _draw_judged(axes: Axes, name: str, points: Mapping[int, tuple[float, float]]) -> None:
@@ -251,8 +283,10 @@ def series(rows: Sequence[log.Row]) -> dict[str, Points]:
         parts, probe = row.get("parts", {}), row.get("probe") or {}
         numbers = {
             "loss": row.get("loss"),
-            **(parts if len(parts) > 1 else {}),
+            **(parts if log.weighted(row.get("loss"), parts) else {}),
             "gradient norm": row.get("grad_norm"),
+            **{f"gradient norm, {name}": value for name, value in highest_norms(row).items()},
+            SLOPE: row.get("time_slope"),
             "learning rate": row.get("lr"),
             **{f"validation, {name}": value for name, value in row.get("val", {}).items() if not name.endswith("_sd")},
             **row.get("notes", {}),
@@ -265,6 +299,11 @@ def series(rows: Sequence[log.Row]) -> dict[str, Points]:
                 steps.append(row["step"])
                 values.append(value)
     return found
+
+
+def highest_norms(row: log.Row) -> dict[str, float | None]:
+    """The gradient norm of each module, the largest of the last steps; none in logs from before it was measured."""
+    return row.get("grad_peaks") or row.get("grad_norms") or {}
 
 
 def _finish(axes: Axes, title: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from dumo.io.content import Hashes
 from dumo.io.source import Source
+from dumo.nets.embed import Scalars
 from dumo.run import average, content, deviation
 from dumo.run.config.change import shown
 from dumo.run.config.load import FILE, identity
@@ -26,6 +27,7 @@ from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training.burst import LASTS, WINDOW
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -86,12 +88,21 @@ class Journal:
             self.saver.wait()
 
     def log(self, state: State, record: Record) -> None:
-        """A line of the log, where one is due, as of a step that is judged or was skipped; of that `tell` hears too."""
+        """A line of the log, where one is due, as of a step that is judged, was skipped, or at which a burst begins.
+
+        Of a skipped step and of a burst `tell` hears, too.
+        """
         scores = self.validation.judge(state) if self.validation else {}
+        scheduled = state.step % self.run.train.log_every == 0
+        time_slope = slope_in_time(state) if scheduled else None
         if not dist.is_main():
             return
-        if record.skipped or record.probe or scores or state.step % self.run.train.log_every == 0:
+        if record.burst:
+            self.tell(burst_text(self.run.train, self.folder, record))
+        if scheduled or record.skipped or record.burst or record.probe or scores:
             row = record.row()
+            if time_slope is not None:
+                row["time_slope"] = time_slope
             if scores:
                 row["val"] = scores
             if record.skipped:
@@ -180,14 +191,48 @@ def row_text(row: dict[str, Any]) -> str:
     return ", ".join([*image, *rank, f"t {row['t']:.3f}"])
 
 
+def slope_in_time(state: State) -> float | None:
+    """The slope of the net's embedding of time (`Scalars.slope`); None if it has none. Every rank must call it."""
+    for module in state.net.modules():
+        if isinstance(module, Scalars) and "t" in module.names:
+            return module.slope({name: layout.whole(weight.detach()) for name, weight in module.named_parameters()})
+    return None
+
+
+def burst_text(train: Train, folder: Path, record: Record) -> str:
+    """That a burst begins, in which module, and what to type before it breaks the training."""
+    name, times = next(iter(record.burst.items()))
+    now = f"{record.grad_norms[name]:.3g}, {times:.2g} times its median of the last {WINDOW} steps"
+    line = f"warning: step {record.step:,}: the gradient norm of {name} is {now}: the training may break here. "
+    step = last_good(folder, record.step - LASTS)
+    if step is None:
+        return line + "No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
+    return (
+        f"{line}If the loss's parts grow, stop it, and go on from step {step:,} at half the rate:  "
+        f"{lower_rate(train, folder, step)}"
+    )
+
+
 def way_back(train: Train, folder: Path, step: int) -> str:
     """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
-    standing = [(n, path) for n, path in manifest.standing(folder / "checkpoints").items() if n <= step]
-    good = [n for n, path in standing if manifest.sound(path) and manifest.read(path).trend.good]
-    start, words = (["--from", str(good[-1])], "from its last good checkpoint") if good else ([], "from the start")
+    good = last_good(folder, step)
+    words = "from the start" if good is None else "from its last good checkpoint"
+    return f"To go on {words} at half the rate:  {lower_rate(train, folder, good)}"
+
+
+def last_good(folder: Path, step: int) -> int | None:
+    """The step of the last good checkpoint up to a step; None if there is none."""
+    for n, path in reversed([*manifest.standing(folder / "checkpoints").items()]):
+        if n <= step and manifest.sound(path) and manifest.read(path).trend.good:
+            return n
+    return None
+
+
+def lower_rate(train: Train, folder: Path, step: int | None) -> str:
+    """The command that goes on from the checkpoint of a step, or as the folder stands, at half the rate."""
+    start = [] if step is None else ["--from", str(step)]
     rate = f"train.optimizer.lr={train.optimizer.lr / 2:g}"
-    command = " ".join([join([*started(), "train"]), typed(folder), join([*start, "--set", rate])])
-    return f"To go on {words} at half the rate:  {command}"
+    return " ".join([join([*started(), "train"]), typed(folder), join([*start, "--set", rate])])
 
 
 def started() -> list[str]:

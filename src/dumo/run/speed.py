@@ -77,7 +77,7 @@ class Meter:
         if dist.is_main() and record.step % self.train.log_every == 0:
             self.last = self.measured(record.step)
             log.append(self.path, asdict(self.last))
-        loss = f"loss {record.loss:.4f}" if math.isfinite(record.loss) else "step skipped"
+        loss = loss_text(record)
         return f"{loss}, {self.last}" if self.last else loss
 
     def measured(self, step: int) -> Speed:
@@ -88,6 +88,16 @@ class Meter:
         images = rate * self.train.batch
         share = images * self.flops / (1e12 * self.peak * dist.world()) if self.peak else None
         return Speed(step, time.time(), now - then, rate, images, peak(self.here), share)
+
+
+def loss_text(record: Record) -> str:
+    """The loss, and its parts where it is not the only one: a loss that is weighted by its own size says nothing."""
+    if not math.isfinite(record.loss):
+        return "step skipped"
+    numbers = [f"loss {record.loss:.4f}"]
+    if log.weighted(record.loss, record.parts):
+        numbers += [f"{name} {value:.4g}" for name, value in record.parts.items()]
+    return ", ".join(numbers)
 
 
 def step_flops(

@@ -86,6 +86,7 @@ def copy(state: State, notes: Notes, memory: Memory) -> Copy:
         images=state.images,
         skips=state.skips,
         trend=state.trend,
+        gradients=state.gradients,
         ranks=dist.world(),
         versions=dist.versions(),
         frozen=state.frozen,
@@ -231,7 +232,9 @@ def restore(checkpoint: Path, state: State) -> None:
     agreement.agreed(fill)
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": by_place(memory, state)})
     state.step, state.images = about.step, about.images
-    state.skips, state.trend = about.skips, about.trend
+    state.skips = about.skips
+    state.trend = about.trend
+    state.gradients = about.gradients
 
 
 def parts(state: State) -> dict[str, dict[str, Tensor]]:

@@ -184,6 +184,11 @@ def local(x: Tensor) -> Tensor:
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
+def shards(x: Tensor) -> int:
+    """Over how many ranks one copy of a tensor is shared; 1 if it is in one piece."""
+    return cast("DTensor", x).device_mesh.shape[-1] if hasattr(x, "to_local") else 1
+
+
 def begin(x: Tensor) -> int:
     """The number, in the whole of a tensor, of the first number on this rank; ranks share it by rows."""
     if not hasattr(x, "to_local"):

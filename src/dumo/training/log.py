@@ -4,7 +4,7 @@ JSON has no NaN and no infinity: they are written as null, such as the mean loss
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ def read_log(path: Path) -> list[Row]:
             if i < len(lines):
                 raise UserError(f"{path}, line {i} is no row of a log ({error}): mend or remove that line") from error
     return rows
+
+
+def weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
+    """Whether a loss is something else than its only part. Parts are mean squares, and a loss may be constant."""
+    return bool(parts) and [*parts.values()] != [loss]
 
 
 def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from dumo.io.file import hidden
 from dumo.io.weights import title
 from dumo.runtime import dist, typed
 from dumo.training.agreement import agreed
+from dumo.training.burst import Gradients
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
 
@@ -59,6 +60,7 @@ class Manifest(BaseModel):
     images: int
     skips: int = 0  # skipped steps in a row, up to this one
     trend: Trend = Trend()  # of the error up to this step
+    gradients: Gradients = Gradients()  # their norms by module, of the last steps up to this one
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
@@ -73,6 +75,8 @@ class Manifest(BaseModel):
         without = {"sum"}
         if self.threads is None:  # so that of a checkpoint from before threads were kept stays
             without |= {"threads", "cores"}
+        if not self.gradients.norms:  # likewise
+            without |= {"gradients"}
         return digest.short(self.model_dump_json(exclude=without))
 
 

@@ -14,7 +14,7 @@ velocity is how far its two readings are from one flow.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.runtime import dist, signals
+from dumo.training.burst import local_squares
 from dumo.training.layout import whole
 from dumo.training.state import State
 from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
 
 BINS = 10  # of t, equally wide: ours
 LISTED = 16  # rows of a skipped step that are named: ours
-OWN = ("asked", "due", "skipped")  # fields of a record that are no measurement
+OWN = ("asked", "due", "skipped", "burst")  # fields of a record that are no measurement, or rarely one
 
 H = 0.005  # half-step of the probe's difference, as `dumo.flow.slope.CentralSlope`
 
@@ -72,10 +73,13 @@ class Record:
     notes: dict[str, float]  # what else the objective watches
     bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan if empty
     counts: list[int]  # rows per bin
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping, as all norms
     lr: float
     probe: Probe | None = None  # whether parts and heads agree, after the step; None if it was not probed
     skipped: Skipped | None = None  # why it was not applied; None: it was
+    grad_norms: dict[str, float] = field(default_factory=dict[str, float])  # by module (`dumo.training.burst`)
+    grad_peaks: dict[str, float] = field(default_factory=dict[str, float])  # the largest of the last steps
+    burst: dict[str, float] = field(default_factory=dict[str, float])  # modules whose burst begins, times the median
     asked: int | None = None  # the signal that a rank got, the same on all
     due: bool = False  # whether a checkpoint is due by rank 0's clock
 
@@ -87,8 +91,8 @@ class Record:
     def row(self) -> dict[str, Any]:
         """The record as a row of the log."""
         row = asdict(self)
-        why = {"skipped": row["skipped"]} if self.skipped else {}
-        return {name: value for name, value in row.items() if name not in OWN} | why
+        rare = {name: row[name] for name in ("skipped", "burst") if row[name]}
+        return {name: value for name, value in row.items() if name not in OWN} | rare
 
 
 def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, lr: float, due: bool = False) -> Record:
@@ -98,7 +102,9 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
     """
     words = [*(signals.poll() == number for number in signals.SIGNALS), due and dist.is_main()]
     named = values(terms)
-    *table, counts, rest = dist.mean(table_of(t, [*named.values()], norm, words)).tolist()
+    squares_here = local_squares([*state.modules.values()])
+    table_here = table_of(t, [*named.values()], squares_here, norm, words)
+    *table, counts, squares, rest = dist.mean(table_here).tolist()
     sums = dict(zip(named, table, strict=True))
     grad_norm, *said = rest[: 1 + len(words)]
     means = {name: sum(row) / sum(counts) for name, row in sums.items()}
@@ -111,18 +117,23 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
         bins={name: [s / n if n else math.nan for s, n in zip(row, counts, strict=True)] for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
+        grad_norms={name: math.sqrt(square) for name, square in zip(state.modules, squares, strict=False)},
         lr=lr,
         asked=next((number for number, yes in zip(signals.SIGNALS, said, strict=False) if yes), None),
         due=said[-1] > 0,
     )
 
 
-def table_of(t: Time, columns: Sequence[PerSample], norm: Tensor, words: Sequence[bool]) -> Tensor:
-    """Sums of the columns by bin of t, then the number of rows, then the norm and flags; on t's device."""
+def table_of(
+    t: Time, columns: Sequence[PerSample], squares: Sequence[Tensor], norm: Tensor, words: Sequence[bool]
+) -> Tensor:
+    """Sums of the columns by bin of t, numbers of rows, squares of norms by module, norm and flags; on t's device."""
     bins = (t * BINS).long().clamp(0, BINS - 1)
-    table = t.new_zeros(len(columns) + 2, BINS)
+    table = t.new_zeros(len(columns) + 3, BINS)
     for row, value in zip(table, [*columns, torch.ones_like(t)], strict=False):
         row.index_add_(0, bins, value.to(t))
+    for place, square in enumerate(squares):
+        table[-2, place] = square
     table[-1, 0] = norm
     for place in (place for place, word in enumerate(words, 1) if word):
         table[-1, place] = 1

@@ -10,6 +10,7 @@ a level far above the lowest means that it diverged, though every number is fini
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from math import exp, isfinite, log
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
+from dumo.training.burst import Gradients, modules
 from dumo.training.deferred import Deferred
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
@@ -68,7 +70,13 @@ class State:
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # skipped steps in a row, up to now
     trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
+    gradients: Gradients = field(default_factory=Gradients)  # their norms by module, of steps that were applied
     frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
+
+    @cached_property
+    def modules(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters by top module (`burst.modules`)."""
+        return modules(self.net)
 
     @property
     def shown(self) -> nn.Module:

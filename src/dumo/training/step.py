@@ -25,6 +25,7 @@ from dumo.flow.precision import autocast
 from dumo.flow.reading import reading
 from dumo.runtime import dist
 from dumo.training import layout
+from dumo.training.burst import begins
 from dumo.training.record import Probe, Record, ask, blame, measure
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
@@ -125,6 +126,7 @@ def train_step(
         record = replace(record, skipped=blame(record, t, mine.c, terms))
     elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
+    record = watch(state, record)
     advance(state, record)
     return replace(record, probe=mine.probe(terms.parts)) if probed and not record.skipped else record
 
@@ -212,6 +214,15 @@ def joined(terms: Sequence[Terms]) -> Terms:
         {name: torch.cat([piece.parts[name] for piece in terms]) for name in first.parts},
         {name: torch.cat([piece.notes[name] for piece in terms]) for name in first.notes},
     )
+
+
+def watch(state: State, record: Record) -> Record:
+    """The record with what the norms of the last steps say; those of a skipped step are left out."""
+    if record.skipped:
+        return record
+    before = state.gradients
+    state.gradients = before.after(record.grad_norms)
+    return replace(record, grad_peaks=state.gradients.peaks(), burst=begins(before, state.gradients))
 
 
 def advance(state: State, record: Record) -> None:

@@ -34,6 +34,25 @@ def test_embeddings_of_all_names_are_added_and_a_shift_to_the_waves_of_each() ->
         assert torch.allclose(scalars(*shifts, t=t, r=r, w=w), by_hand, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("names", [("t",), ("t", "r", "w")])
+def test_the_slope_of_the_embedding_of_time(names: tuple[str, ...]) -> None:
+    """Of embedders that pass waves on, that of the gap its quickest alone: e = (2 cos w_0 t, cos w_1 t, ...)."""
+    scalars = Scalars(names, 6, 2.0, count=3).double()
+    scalars.requires_grad_(False)
+    eye = torch.eye(6)
+    for name, embedder in scalars.embedders.items():
+        first, last = torch.nn.Linear(6, 12, bias=False), torch.nn.Linear(12, 6, bias=False)
+        first.weight.data = torch.cat([eye, -eye])
+        last.weight.data = torch.cat([eye, -eye], 1)  # SiLU(x) - SiLU(-x) = x
+        if name == "r":
+            last.weight.data[[1, 2, 4, 5]] = 0.0
+        embedder[0], embedder[2] = first.double(), last.double()
+    squares = torch.tensor([4.0 if "r" in names else 1.0, 1.0, 1.0], dtype=torch.float64)  # the gap is t, at r = 0
+    w = scalars.frequencies.double()
+    expected = ((squares * w.square()).sum() / squares.sum()).sqrt().item()
+    assert scalars.slope(dict(scalars.named_parameters())) == pytest.approx(expected, rel=1e-12)
+
+
 def test_embedders_and_labels_with_a_row_for_null_start_small() -> None:
     for key, p in Scalars(("t",), 200, 1.0).named_parameters():
         size = p.std() if "weight" in key else p.abs().max()

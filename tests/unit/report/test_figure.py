@@ -21,6 +21,32 @@ def test_what_was_measured() -> None:
     assert list(series([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
 
 
+def test_norms_by_module_and_the_slope_of_time() -> None:
+    """And the only part of a loss that is weighted by itself. Logs from before lack all of these (`ROWS`)."""
+    rows = [
+        {
+            "step": step,
+            "loss": 1.0,
+            "parts": {"u": 2.0 * step},
+            "bins": {"u": [1.0] * 10},
+            "lr": 0.1,
+            "grad_norms": {"scalars": 0.1, "blocks": 0.2},
+            "grad_peaks": {"scalars": 0.1 * step, "blocks": 0.2},
+            "time_slope": 0.5,
+        }
+        for step in (10, 20, 30)
+    ]
+    found = series(rows)
+    assert found["u"] == ([10, 20, 30], [20.0, 40.0, 60.0])
+    assert found["gradient norm, scalars"] == ([10, 20, 30], [1.0, 2.0, pytest.approx(3.0)])
+    assert found["slope of the time embedding"] == ([10, 20, 30], [0.5] * 3)
+    titles = {chart.title: chart.alt for chart in figures.charts(rows)}
+    assert titles["Gradient norms by module"].endswith("the largest is 3, of scalars at step 30.")
+    assert "slope of the time embedding" in titles
+    old = [{"step": 1, "loss": 1.0, "parts": {"v": 1.0}, "bins": {"v": [1.0] * 10}, "lr": 0.1}]
+    assert "Gradient norms by module" not in [chart.title for chart in figures.charts(old)]
+
+
 def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
     alone = [{"step": 5, "loss": 3.0, "speed": {"images_per_second": 7.0}}]
     figure = panels({"one": ROWS, "two": alone})

@@ -21,10 +21,12 @@ from dumo.run.config.load import FILE
 from dumo.run.config.source import Noted, noted
 from dumo.run.config.spec import Run
 from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET, open_run
-from dumo.run.journal import Journal
+from dumo.run.journal import Journal, burst_text
 from dumo.run.train import train
 from dumo.runtime import signals
+from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
+from dumo.training.burst import LASTS
 from dumo.training.optim import WSD, Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -162,6 +164,75 @@ def test_a_runs_folder_and_the_same_as_out_typed_again_goes_on(run: Path) -> Non
     for _ in range(2):
         assert call("train", run, "--out", run, "--set", "train.steps=9").code == 0
     assert steps(run)[-1] == 9
+
+
+BURST = range(32, 40)  # steps at which the gradient of the time embedder is a hundred times as large
+LONG = ("train.steps=42", "train.save_every=10", "train.log_every=20", "train.batch=64")
+
+
+def burst(state: State, *rest: object, **more: object) -> Record:
+    """As `train_step`."""
+    scale = 100.0 if state.step + 1 in BURST else 1.0
+    handles = [
+        p.register_hook(lambda gradient: scale * gradient)
+        for name, p in state.net.named_parameters()
+        if name.startswith("scalars")
+    ]
+    try:
+        return train_step(state, *rest, **more)  # pyright: ignore
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the run was stopped, log, checkpoints and message are the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "train_step", burst)
+    monkeypatch.setattr(bursts, "WINDOW", 20)
+    monkeypatch.setattr(bursts, "CALM", 4)
+    told: list[str] = []
+    train(tiny(*LONG), Path("run"), tell=told.append)
+    (warning,) = [line for line in told if line.startswith("warning: step")]
+    first = BURST[0] + LASTS - 1
+    assert warning.startswith(f"warning: step {first}: the gradient norm of scalars is ")
+    assert "times its median of the last 50 steps" in warning
+    rows = {row["step"]: row for row in log.read_log(Path("run/metrics.jsonl"))}
+    assert [*rows] == [20, first, 40]
+    assert list(rows[first]["burst"]) == ["scalars"]
+    assert rows[40]["grad_peaks"]["scalars"] > 10 * rows[40]["grad_norms"]["scalars"]
+    assert rows[40]["time_slope"] > 0
+
+    def stopped(state: State, *rest: object, **more: object) -> Record:
+        if state.step + 1 == first - 1:
+            monkeypatch.setattr(signals, "heard", signal.SIGTERM)
+        return burst(state, *rest, **more)
+
+    monkeypatch.setattr(loop, "train_step", stopped)
+    monkeypatch.setattr(signals, "heard", None)
+    again: list[str] = []
+    with pytest.raises(signals.Stopped):
+        train(tiny(*LONG), Path("again"))
+    monkeypatch.setattr(loop, "train_step", burst)
+    monkeypatch.setattr(signals, "heard", None)
+    train(tiny(*LONG), Path("again"), tell=again.append)
+    assert known.bits(Path("again")) == known.bits(Path("run"))
+    assert warning.replace(" run ", " again ") in again
+
+    command = warning.partition("at half the rate:  ")[2]
+    assert command == "dumo train run --from 30 --set train.optimizer.lr=0.0005"
+    done = call(*shlex.split(command)[1:])
+    assert done.code == 0
+    assert "going on from step 30" in done.err
+
+
+def test_a_burst_before_the_first_checkpoint_has_no_way_back(tmp_path: Path) -> None:
+    record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"blocks": 2.0}, burst={"blocks": 4.0})
+    text = burst_text(tiny().train, tmp_path, record)
+    assert "the gradient norm of blocks is 2, 4 times its median" in text
+    assert text.endswith("begin another run at a lower rate")
 
 
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How fast a run trains is measured between the rows of its log, and kept beside it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows[0]["share_of_peak"] == pytest.approx(16e3 / 1e6)
     assert said[:2] == ["loss 0.5000", "step skipped"]
     assert said[-1] == f"loss 0.5000, 32 images/s, 3 GB, {32e3 / 1e6:.0%} of peak"
+
+
+def test_the_bar_shows_mean_squares_where_the_loss_says_nothing(tmp_path: Path) -> None:
+    """Under MeanFlow's metric of power 1 the loss is 1 throughout."""
+    meter = Meter(load("moons", ["train.log_every=9"]).train, tmp_path, CPU, lambda: 0.0)
+    for parts, said in (
+        ({"v": 1.25, "u": 2.5}, "loss 1.0000, v 1.25, u 2.5"),
+        ({"u": 2.5}, "loss 1.0000, u 2.5"),
+        ({"v": 1.0}, "loss 1.0000"),
+    ):
+        assert meter.note(replace(record(1, 1.0), parts=parts)) == said
 
 
 def test_what_is_left_out_is_no_time_of_the_steps(tmp_path: Path) -> None:

@@ -145,11 +145,14 @@ def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 FILL = """
 import resource, sys
 from pathlib import Path
-from unit.training.toy import trained
+from unit.training.toy import Small, run
 from dumo.training.checkpoint import save
+from dumo.training.spec import Train
+from dumo.training.state import begin
 from dumo.types import UserError
 
-folder, state = Path(sys.argv[1]), trained()
+folder, spec = Path(sys.argv[1]), Train(steps=3, batch=12)
+state = run(begin(Small(width=64), spec), spec)
 sizes = {path.name: path.stat().st_size for path in save(folder, state, 1).iterdir()}
 assert sizes["state.json"] < sizes["net.safetensors"] < sizes["optimizer.safetensors"], sizes
 before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -48,6 +48,11 @@ def test_the_gradient_of_the_mean_loss() -> None:
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-14)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None))
     assert record.grad_norm == pytest.approx(norm, rel=1e-12)
+    squares = {name: p.grad.square().sum().item() for name, p in twin.named_parameters() if p.grad is not None}
+    by_module = {part: sum(x for name, x in squares.items() if name.startswith(part)) for part in record.grad_norms}
+    assert record.grad_norms == pytest.approx({name: math.sqrt(x) for name, x in by_module.items()}, rel=1e-6)
+    assert set(record.grad_norms) == {"first", "last", "label"}
+    assert math.hypot(*record.grad_norms.values()) == pytest.approx(norm, rel=1e-6)
     assert record.loss == pytest.approx(terms.loss.mean().item(), rel=1e-12)
     assert record.parts == pytest.approx({name: part.mean().item() for name, part in terms.parts.items()}, rel=1e-12)
     assert record.row().keys().isdisjoint({"asked", "due", "skipped"})
