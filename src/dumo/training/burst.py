@@ -22,7 +22,7 @@ from dumo.training.layout import local, shards
 MODULES = 10  # at most, the smallest are taken together: ours
 REST = "rest"  # the name of those
 WINDOW = 50  # steps whose norms are kept: ours, the default of `train.log_every`
-CALM = 100  # steps before the first warning, and after each burst before another one: ours
+START = 100  # steps before the first warning: ours
 LASTS = 4  # steps in a row, for one batch alone may be far off: ours
 FACTOR = 3.0  # times the median: ours
 DIGITS = 4  # of a norm that is kept
@@ -33,12 +33,13 @@ class Gradients:
     """The gradient norms of the last WINDOW applied steps, by module, the latest last."""
 
     norms: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
-    calm: int = 0  # steps since any module was far above its median, or since the start; counted up to CALM
+    steps: int = 0  # since the start, counted up to START
+    calm: int = 0  # steps since any module was far above its median, or since the start; counted up to WINDOW
 
     def after(self, norms: Mapping[str, float]) -> "Gradients":
         """The window after one more step."""
         window = {name: (*self.norms.get(name, ()), kept(norm))[-WINDOW:] for name, norm in norms.items()}
-        new = Gradients(window, min(self.calm + 1, CALM))
+        new = Gradients(window, min(self.steps + 1, START), min(self.calm + 1, WINDOW))
         return replace(new, calm=0) if new.far_above() else new
 
     def far_above(self) -> dict[str, float]:
@@ -58,10 +59,10 @@ class Gradients:
 def begins(before: Gradients, now: Gradients) -> dict[str, float]:
     """The modules whose burst begins with the last step, as `Gradients.far_above`; none while another goes on.
 
-    Another one may begin CALM steps after its end. In the first CALM steps none does: heads start at zero, and so do
-    the gradients of all else, which then grow tenfold in twenty steps.
+    Another one may begin WINDOW steps after its end. In the first START steps none does: heads start at zero, and so
+    do the gradients of all else, which then grow tenfold in twenty steps.
     """
-    return now.far_above() if before.calm >= CALM else {}
+    return now.far_above() if before.steps >= START and before.calm >= WINDOW else {}
 
 
 def kept(norm: float) -> float:

@@ -321,7 +321,7 @@ WATCHED = ("Gap between the heads", "Residuals beyond ±1", "Cosine of v and u",
 def test_charts_are_drawn_for_light_and_dark_and_explained(digits: Path) -> None:
     page = page_of(digits)
     dark = [of for of in page.pictures if "srcset" in of]
-    assert [of["media"] for of in dark] == ["screen and (prefers-color-scheme: dark)"] * 8
+    assert [of["media"] for of in dark] == ["screen and (prefers-color-scheme: dark)"] * 10
     inks = {address: decode(address) for of in page.pictures for address in [of.get("srcset")] if address}
     for pixels in inks.values():
         assert pixels[0, 0, 3] == 0  # no ground of its own
@@ -350,17 +350,20 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypa
     """Without notes and probes, and where it was resumed by a version that has them."""
     monkeypatch.setattr(figure, "_paint", lambda ink, draw: "")  # titles alone are looked at
     new = log.read_log(digits / "metrics.jsonl")
-    old = [{k: v for k, v in row.items() if k not in ("notes", "probe")} for row in new]
+    old = [
+        {k: v for k, v in row.items() if k not in ("notes", "probe", "grad_norms", "grad_peaks", "time_slope")}
+        for row in new
+    ]
     old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
-    assert len(report.charts(new)) == 8
+    assert len(report.charts(new)) == 10
     assert len(report.charts(old)) == 4
     once = report.charts([*old[:3], *new[3:]])  # probed
-    assert [chart.title for chart in once][4:] == ["clipped_share", "head_gap"]
+    assert [chart.title for chart in once][5:] == ["clipped_share", "head_gap", figure.SLOPE]
     found = report.late([*old[:4], new[4] | {"step": 17}])
     assert found is not None
     assert [*found["bins"]] == ["loss", "v", "u"]
     never = {"notes": {"clipped_share": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}
-    assert [chart.title for chart in report.charts([row | never for row in new])][4:] == ["drift"]
+    assert [chart.title for chart in report.charts([row | never for row in new])][5:] == ["drift", figure.SLOPE]
 
 
 def test_what_is_put_in_is_escaped(digits: Path) -> None:

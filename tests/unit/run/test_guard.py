@@ -191,8 +191,8 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
     """However the run was stopped, log, checkpoints and message are the same."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "train_step", burst)
-    monkeypatch.setattr(bursts, "WINDOW", 20)
-    monkeypatch.setattr(bursts, "CALM", 4)
+    monkeypatch.setattr(bursts, "WINDOW", 12)
+    monkeypatch.setattr(bursts, "START", 20)
     told: list[str] = []
     train(tiny(*LONG), Path("run"), tell=told.append)
     (warning,) = [line for line in told if line.startswith("warning: step")]
