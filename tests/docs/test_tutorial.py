@@ -61,7 +61,7 @@ def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = read("zoo")
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
     monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": two}))
-    assert "fd_grey" in list(typed("compare"))[3]
+    assert "class_mmd" in list(typed("compare"))[3]
 
 
 def test_a_paper(here: Path) -> None:

@@ -141,7 +141,8 @@ def files_up_to(size: int) -> Generator[None, None, None]:
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
-    words, more = ["moons", *TINY, *OFTEN], ["--set", "train.steps=40"]
+    words = ["moons", *TINY, *OFTEN, *sets("net.width=128")]  # weights larger than the log
+    more = ["--set", "train.steps=40"]
     assert call("train", *words, "--out", "whole", *more).code == 0
     assert call("train", *words, "--out", "full").code == 0
     full = here / "full"

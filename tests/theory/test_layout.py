@@ -54,7 +54,7 @@ def test_every_recipe_on_two_ranks_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", FEW)
 def test_more_ranks_to_rounding_over_30_steps(ranks: int, tmp_path: Path) -> None:
     (row,) = run(ranks, [FEW[ranks]], tmp_path)
-    assert 0 < row["loss"] < 1e-6, row
+    assert 0 < row["loss"] < 2e-6, row  # IMM on three: .83e-6 on one processor, 1.2e-6 on another
     assert row["differ"], row  # it was another split
 
 

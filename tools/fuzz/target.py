@@ -122,7 +122,7 @@ def judge(file: Path) -> None:
     opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights="net.safetensors"))
     judged = score.judgement(opened.folder, opened.step, opened.weights)
     if judged:
-        score.rows(judged)
+        score.rows(judged, judged["columns"])
         score.baselines(judged)
         score.doubts(5000, 20, judged, None)
 

@@ -212,9 +212,12 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
 def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     """Raise UserError where a run's checkpoints were lost, rather than train it anew.
 
-    The folder's mark says whether one was written. Of a run from before there were marks, the log says so where it goes
-    on after the first step that is saved by its number.
+    The folder's mark says whether one was written; where the log is gone, too, somebody has cleared the run. Of a run
+    from before there were marks, the log says so where it goes on after the first step that is saved by its number.
     """
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return
     if (folder / CHECKPOINT_WRITTEN).exists():
         raise UserError(
             f"{folder} had checkpoints, and {folder / 'checkpoints'} has none: bring back what it was on. To train "
@@ -222,7 +225,6 @@ def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
         )
     if (folder / NO_CHECKPOINT_YET).exists():
         return
-    file = folder / "metrics.jsonl"
     last = max((row["step"] for row in read_log(file)), default=0)
     if last > min(train.save_every, train.steps):  # that one is saved once the slope has been examined on it
         raise UserError(

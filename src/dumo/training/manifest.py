@@ -37,7 +37,8 @@ class Unseen(UserError):  # noqa: N818, it says what cannot be seen
         """With the system's reason, or the file that stands where a folder is wanted."""
         file = next((above for above in (place, *place.parents) if above.is_file()), None)
         if isinstance(error, NotADirectoryError) and file:
-            return cls(f"{file} is a file, and a folder is wanted there: put the folder back, or give another one")
+            fix = "put the folder back, or give another one"
+            return cls(f"{place}: {file} is a file, and a folder is wanted there: {fix}")
         return cls(f"{place} cannot be read ({error.strerror}): mount its disk, or make it readable, and start again")
 
 

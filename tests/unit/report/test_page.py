@@ -23,7 +23,7 @@ from dumo.objectives import Critic
 from dumo.report import figure
 from dumo.report import page as report
 from dumo.run.config.load import load
-from dumo.run.folder import RunFolder, open_run
+from dumo.run.folder import CHECKPOINT_WRITTEN, RunFolder, open_run
 from dumo.run.train import train
 from dumo.runtime.progress import Tick, no_bar
 from dumo.training import log
@@ -173,7 +173,7 @@ def test_what_every_page_has(folder: Path) -> None:
     assert {path.stem for path in (folder / "report").iterdir()} == {"nfe1", "nfe2", "trajectories"} | (
         set() if points else {"data", "nearest"}
     )
-    assert not [path for path in folder.rglob(".*") if path.is_file()]  # nothing half done
+    assert [path.name for path in folder.rglob(".*") if path.is_file()] == [CHECKPOINT_WRITTEN]  # nothing half done
     sections = [name for name in SECTIONS if name != "neighbours" or not points]
     assert page.sections == sections
     assert {"header", "main", "h1", "h2", "figure", "figcaption"} <= page.tags
