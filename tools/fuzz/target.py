@@ -123,7 +123,7 @@ def judge(file: Path) -> None:
     judged = score.judgement(opened.folder, opened.step, opened.weights)
     if judged:
         score.rows(judged, judged["columns"])
-        score.baselines(judged)
+        score.baselines(judged, judged["columns"])
         score.doubts(5000, 20, judged, None)
 
 
