@@ -132,14 +132,13 @@ class Pairing:
         if lines:
             lines[-1] += self._near_pair()
         if self.unread:
-            lines.append(
-                f"{count(self.unread, 'file')} of text not read, as the image has a caption in a table, or in a .txt: "
-                f"{first_few(map(repr, self.unread))}"
-            )
+            texts = f"{count(len(self.unread), 'file')} of text"
+            names = first_few(map(repr, self.unread))
+            lines.append(f"{texts} not read, as the image has a caption in a table, or in a .txt: {names}")
         if self.shared:
             example, images = next(iter(self.shared.items()))
             lines.append(
-                f"{count(self.shared, 'file')} of text with several images of one name, which share the captions: "
+                f"{count(len(self.shared), 'file')} of text with several images of one name, which share the captions: "
                 f"'{example}' of {first_few(map(repr, images))}"
             )
         for line in lines:
@@ -151,16 +150,15 @@ class Pairing:
     def _uncaptioned_line(self) -> str:
         uncaptioned = self._uncaptioned()
         names = first_few(f"'{self.name_of(i)}'" for i in uncaptioned)
-        return f"{len(uncaptioned):,} of {count(self.captions, 'image')} without a caption: {names}"
+        return f"{len(uncaptioned):,} of {count(len(self.captions), 'image')} without a caption: {names}"
 
     def _orphan_row_line(self) -> str:
-        rows = "row" if self.num_rows == 1 else "rows"
-        return f"{len(self.orphan_rows):,} of {self.num_rows:,} {rows} without an image: {first_few(self.orphan_rows)}"
+        rows = count(self.num_rows, "row")
+        return f"{len(self.orphan_rows):,} of {rows} without an image: {first_few(self.orphan_rows)}"
 
     def _orphan_text_line(self) -> str:
-        files = "file" if self.num_texts == 1 else "files"
-        names = first_few(self.orphan_texts)
-        return f"{len(self.orphan_texts):,} of {self.num_texts:,} {files} of text without an image: {names}"
+        texts = f"{count(self.num_texts, 'file')} of text"
+        return f"{len(self.orphan_texts):,} of {texts} without an image: {first_few(self.orphan_texts)}"
 
     def _near_pair(self) -> str:
         pair = next(self._near_pairs([*self.orphan_rows, *self.orphan_texts]), None)
@@ -204,6 +202,6 @@ def first_few(items: Iterable[object]) -> str:
     return f"{named} and {len(texts) - NAMED:,} more" if len(texts) > NAMED else named
 
 
-def count(items: Sequence[object] | dict[str, list[str]], noun: str) -> str:
+def count(number: int, noun: str) -> str:
     """How many there are, in words."""
-    return f"{len(items):,} {noun}" if len(items) == 1 else f"{len(items):,} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -298,7 +298,9 @@ class History:
         `rewound`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
         """
         file = self.folder / "metrics.jsonl"
-        undone_rows = sum(row["step"] > self.step for row in log.read_log(file))
+        undone_rows = 0
+        if rewound or self.step == 0:
+            undone_rows = sum(row["step"] > self.step for row in log.read_log(file))
         if self.step == 0 and undone_rows:
             yield (
                 f"{self.folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "

@@ -188,30 +188,30 @@ class StepThreads:
 
     def _decide(self) -> None:
         """Take the number that the steps so far speak for, and say so."""
-        all_threads = median(self.seconds[self.all_threads])
-        speedup = median(self.seconds[1]) / all_threads
-        slowdown = all_threads / self.usual_step_seconds if self.became_slow and self.usual_step_seconds else 1.0
-        resumes = self.recorded == self.all_threads and not self.became_slow
+        all_threads_seconds = median(self.seconds[self.all_threads])
+        speedup = median(self.seconds[1]) / all_threads_seconds
         least = MIN_SPEEDUP
         if self.became_slow:  # one thread must win: steps that wait for their data are as slow with either number
             least = 1 / MIN_SPEEDUP
-        elif resumes:
+        elif self.recorded == self.all_threads:
             least = 1 / MAX_RESUME_SLOWDOWN
         self.number = self.all_threads if speedup >= least else 1
-        self.usual_step_seconds = all_threads
         self._use(self.number)
-        if resumes and self.number == self.recorded:
-            self.tell(f"{threads_text(self.number)}, as up to step {self.step:,}; {HOW_TO_SET}")
-        elif not self.became_slow:
+        if not self.became_slow:
             self.tell(f"{self._reason(speedup)}; {HOW_TO_SET}")
         elif self.number == 1:
+            assert self.usual_step_seconds is not None  # `_watch` found the steps slower
+            slowdown = all_threads_seconds / self.usual_step_seconds
             self.tell(
                 f"steps take {slowdown:.0f} times as long as before: the machine is busy, so training goes on with "
                 "1 thread"
             )
+        self.usual_step_seconds = all_threads_seconds
 
     def _reason(self, speedup: float) -> str:
-        """Why this number was chosen."""
+        """Why this number was chosen, before the first step."""
+        if self.number == self.recorded:
+            return f"{threads_text(self.all_threads)}, as up to step {self.step:,}"
         if self.number != 1:
             return f"{threads_text(self.all_threads)}: steps are {speedup:.2g} times as fast as with 1"
         if speedup < 1:

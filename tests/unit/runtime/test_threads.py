@@ -169,23 +169,15 @@ def test_threads_are_dropped_where_steps_become_slow(machine: Machine) -> None:
     assert line == "steps take 9 times as long as before: the machine is busy, so training goes on with 1 thread"
 
 
-def test_steps_that_have_more_to_do_keep_their_threads(machine: Machine) -> None:
-    """Slower, but with one thread slower still: as where a later part of a training costs more."""
+@pytest.mark.parametrize("one", [18.0, 9.0])
+def test_slower_steps_keep_their_threads_unless_one_wins(machine: Machine, one: float) -> None:
+    """Slower still with one thread, as where a later part of a training costs more; as slow, as where data are late."""
     with machine.chooser() as chooser:
         machine.make(chooser, 40)
-        machine.seconds = {1: 18.0, 2: 9.0}.__getitem__
+        machine.seconds = {1: one, 2: 9.0}.__getitem__
         machine.make(chooser, 100)
         assert chooser.number == 2
         assert set(machine.make(chooser, 100)) == {2}  # it is measured once
-    assert len(machine.said) == 1
-
-
-def test_steps_that_wait_for_their_data_keep_their_threads(machine: Machine) -> None:
-    with machine.chooser() as chooser:
-        machine.make(chooser, 40)
-        machine.seconds = {1: 9.0, 2: 9.0}.__getitem__
-        machine.make(chooser, 100)
-        assert chooser.number == 2
     assert len(machine.said) == 1
 
 
