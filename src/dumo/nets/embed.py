@@ -24,6 +24,7 @@ class Scalars(nn.Module):
     derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
     """
 
+    embeds_times = True  # an optimizer may give its weights a rate of their own
     frequencies: Tensor
 
     def __init__(self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES) -> None:

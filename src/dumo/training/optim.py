@@ -5,7 +5,7 @@ A schedule is a pure function of (step, steps) to a factor in [0, 1], so a resum
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast
 
@@ -161,6 +161,7 @@ class Muon(Spec):
     # Of matrices and all else; Moonlight (Liu et al. 2025) takes 0.1.
     weight_decay: Decay = Field(default=0.0, json_schema_extra=QUIET)
     adamw_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # AdamW's; None: lr
+    time_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # of embedders of times; None: adamw_lr
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW's, as is eps
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
@@ -170,12 +171,22 @@ class Muon(Spec):
         if not parts:
             raise UserError("this net trains no matrix in blocks, so there is nothing for muon: take adamw")
         grouped = {n: [p for p, count in parts.items() if count == n] for n in sorted({*parts.values()})}
-        adamw = AdamW(lr=self.adamw_lr or self.lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps)
         others = [p for p in learned(net) if p not in parts]
-        rest = adamw.of_these(others) if others else None
+        rest = self._adamw(others, embedders(net)) if others else None
         for group in rest.param_groups if rest else ():
             group["ratio"] = group["lr"] / self.lr
         return MuonOptimizer(grouped, rest, **self.model_dump(include={"lr", "momentum", "weight_decay"}))
+
+    def _adamw(self, others: list[nn.Parameter], times: Collection[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW of `others`; with `time_lr` those of them that embed times are a group of their own."""
+        lr = self.adamw_lr or self.lr
+        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).of_these(others)
+        slow = [p for p in others if p in times]
+        if self.time_lr and slow:
+            (group,) = adamw.param_groups
+            group["params"] = [p for p in others if p not in times]
+            adamw.add_param_group({**group, "params": slow, "lr": self.time_lr})
+        return adamw
 
 
 Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind")]
@@ -184,6 +195,12 @@ Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind
 def learned(net: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of a net."""
     return [p for p in net.parameters() if p.requires_grad]
+
+
+def embedders(net: nn.Module) -> set[nn.Parameter]:
+    """The trained weights of a net's embedders of times: of modules that say so by `embeds_times`."""
+    modules = (module for module in net.modules() if getattr(module, "embeds_times", False))
+    return {p for module in modules for p in learned(module)}
 
 
 def matrices(net: nn.Module) -> dict[nn.Parameter, int]:
