@@ -161,7 +161,8 @@ class Muon(Spec):
     # Of matrices and all else; Moonlight (Liu et al. 2025) takes 0.1.
     weight_decay: Decay = Field(default=0.0, json_schema_extra=QUIET)
     adamw_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # AdamW's; None: lr
-    time_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # of embedders of times; None: adamw_lr
+    # AdamW's for the embedders of times (docs/mathematics.md#the-embedders-rate); None: adamw_lr
+    time_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW's, as is eps
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
