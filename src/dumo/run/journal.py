@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import join
@@ -28,6 +28,7 @@ from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
+from dumo.training.optim import Muon, embedders, halved
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -35,6 +36,7 @@ from dumo.training.step import Record
 
 MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
+CALM = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
 COPIES = 4  # of the weights in an examination: in one piece, to be asked, and in float64
 
 
@@ -98,7 +100,8 @@ class Journal:
         if not dist.is_main():
             return
         if record.burst:
-            self.tell(burst_text(self.run.train, self.folder, record))
+            embeds = embedders(state.net).issuperset(state.modules[next(iter(record.burst))])
+            self.tell(burst_text(self.run.train, self.folder, record, embeds=embeds))
         if scheduled or record.skipped or record.burst or record.probe or scores:
             row = record.row()
             if time_slope is not None:
@@ -199,17 +202,23 @@ def slope_in_time(state: State) -> float | None:
     return None
 
 
-def burst_text(train: Train, folder: Path, record: Record) -> str:
-    """That a burst begins, in which module, and what to type before it breaks the training."""
+def burst_text(train: Train, folder: Path, record: Record, *, embeds: bool = False) -> str:
+    """That a burst begins, in which module, and what to type before it breaks the training.
+
+    `embeds`: whether that module is an embedder of times.
+    """
     name, times = next(iter(record.burst.items()))
     now = f"{record.grad_norms[name]:.3g}, {times:.2g} times its median of the last {WINDOW} steps"
     line = f"warning: step {record.step:,}: the gradient norm of {name} is {now}: the training may break here. "
+    rate, rates = "half the rate", halved(train.optimizer)
+    if embeds and isinstance(train.optimizer, Muon):
+        rate, rates = "an eighth of its rate", {"time_lr": train.optimizer.embedders_lr / CALM}
     step = last_good(folder, record.step - LASTS)
     if step is None:
         return line + "No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
     return (
-        f"{line}If the loss's parts grow, stop it, and go on from step {step:,} at half the rate:  "
-        f"{lower_rate(train, folder, step)}"
+        f"{line}If the loss's parts grow, stop it, and go on from step {step:,} at {rate}:  "
+        f"{lower_rate(folder, step, rates)}"
     )
 
 
@@ -217,7 +226,7 @@ def way_back(train: Train, folder: Path, step: int) -> str:
     """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
     good = last_good(folder, step)
     words = "from the start" if good is None else "from its last good checkpoint"
-    return f"To go on {words} at half the rate:  {lower_rate(train, folder, good)}"
+    return f"To go on {words} at half the rate:  {lower_rate(folder, good, halved(train.optimizer))}"
 
 
 def last_good(folder: Path, step: int) -> int | None:
@@ -228,11 +237,11 @@ def last_good(folder: Path, step: int) -> int | None:
     return None
 
 
-def lower_rate(train: Train, folder: Path, step: int | None) -> str:
-    """The command that goes on from the checkpoint of a step, or as the folder stands, at half the rate."""
+def lower_rate(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
+    """The command that goes on at these rates, from the checkpoint of a step, or as the folder stands."""
     start = [] if step is None else ["--from", str(step)]
-    rate = f"train.optimizer.lr={train.optimizer.lr / 2:g}"
-    return " ".join([join([*started(), "train"]), typed(folder), join([*start, "--set", rate])])
+    sets = [word for name, rate in rates.items() for word in ("--set", f"train.optimizer.{name}={rate:g}")]
+    return " ".join([join([*started(), "train"]), typed(folder), join([*start, *sets])])
 
 
 def started() -> list[str]:

@@ -166,6 +166,11 @@ class Muon(Spec):
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW's, as is eps
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
+    @property
+    def embedders_lr(self) -> float:
+        """The rate of the embedders of times."""
+        return self.time_lr or self.adamw_lr or self.lr
+
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a net's trained weights. Raises UserError if its blocks have no matrix."""
         parts = matrices(net)
@@ -191,6 +196,12 @@ class Muon(Spec):
 
 
 Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind")]
+
+
+def halved(optimizer: Optimizer) -> dict[str, float]:
+    """Half of each rate that an optimizer has, by field."""
+    rates = {name: getattr(optimizer, name, None) for name in ("lr", "adamw_lr", "time_lr")}
+    return {name: rate / 2 for name, rate in rates.items() if rate is not None}
 
 
 def learned(net: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from dumo.io import digest
-from dumo.run import deviation
+from dumo.run import deviation, journal
 from dumo.run import folder as folders
 from dumo.run.config.load import FILE
 from dumo.run.config.source import Noted, noted
@@ -233,6 +233,26 @@ def test_a_burst_before_the_first_checkpoint_has_no_way_back(tmp_path: Path) -> 
     text = burst_text(tiny().train, tmp_path, record)
     assert "the gradient norm of blocks is 2, 4 times its median" in text
     assert text.endswith("begin another run at a lower rate")
+
+
+MUON = ["train.optimizer={kind: muon, adamw_lr: 0.008}"]
+
+
+@pytest.mark.parametrize(
+    ("embeds", "words", "rates"),
+    [
+        (True, "at an eighth of its rate", "--set train.optimizer.time_lr=0.001"),
+        (False, "at half the rate", "--set train.optimizer.lr=0.0005 --set train.optimizer.adamw_lr=0.004"),
+    ],
+)
+def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
+    embeds: bool, words: str, rates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "last_good", lambda folder, step: 20)
+    record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"scalars": 2.0}, burst={"scalars": 4.0})
+    text = burst_text(tiny(*MUON).train, tmp_path, record, embeds=embeds)
+    assert f"go on from step 20 {words}:  " in text
+    assert text.endswith(f"--from 20 {rates}")
 
 
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:

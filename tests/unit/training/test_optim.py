@@ -10,12 +10,26 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.func import jvp
 
+from dumo.nets.embed import TIMES, Scalars
 from dumo.run.config.load import load
 from dumo.run.plan.plan import held
 from dumo.run.train import train
 from dumo.runtime.random import stream
-from dumo.training.optim import WSD, Adam, AdamW, AdamW8bit, Constant, Cosine, Muon, Schedule, matrices, orthogonal
+from dumo.training.optim import (
+    WSD,
+    Adam,
+    AdamW,
+    AdamW8bit,
+    Constant,
+    Cosine,
+    Muon,
+    Optimizer,
+    Schedule,
+    matrices,
+    orthogonal,
+)
 from dumo.training.record import Record
 from dumo.training.state import begin
 from dumo.training.step import advance
@@ -211,11 +225,41 @@ def test_all_else_moves_by_adamw() -> None:
     assert {name for name, _ in muon.named_parameters()} - same == {"layers.0.weight", "layers.1.weight"}
 
 
-def test_the_schedule_scales_both_rates() -> None:
-    run = load("moons", [*TINY, "train.optimizer.lr=0.02", "train.optimizer.adamw_lr=0.005"])
+RATES = ["train.optimizer.lr=0.02", "train.optimizer.adamw_lr=0.005", "train.optimizer.time_lr=0.001"]
+
+
+@pytest.mark.parametrize(("rates", "expected"), [(RATES[:2], [0.01, 0.0025]), (RATES, [0.01, 0.0025, 0.0005])])
+def test_the_schedule_scales_all_rates(rates: list[str], expected: list[float]) -> None:
+    run = load("moons", [*TINY, *rates])
     state = begin(run.build(), run.train)
     advance(state, Record(1, 4, 1.0, {}, {}, {}, [], 1.0, lr=0.01))
-    assert [group["lr"] for group in state.optimizer.param_groups] == pytest.approx([0.01, 0.0025])
+    assert [group["lr"] for group in state.optimizer.param_groups] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "embedded"),
+    [
+        ("moons", [], {"t"}),
+        ("cifar10-small", [], {"t"}),
+        ("digits", ["objective.kind=dumo_any"], {"t", "r"}),  # r is an input of one head alone
+        ("digits-meanflow", [], {"t", "r"}),
+    ],
+)
+def test_embedders_of_times_have_a_rate_of_their_own(recipe: str, more: list[str], embedded: set[str]) -> None:
+    """Those of every net, and nothing else; all weights are held once."""
+    net = load(recipe, ["net.width=16", "net.depth=1", *more]).build()
+    names = {p: name for name, p in net.named_parameters()}
+    *groups, own = [[names[p] for p in group["params"]] for group in Muon(time_lr=1e-4)(net).param_groups]
+    assert {name.partition("embedders.")[2].partition(".")[0] for name in own} == embedded
+    others = [name for group in groups for name in group]
+    assert not any("embedders." in name for name in others)
+    assert sorted([*own, *others]) == sorted(names.values())
+
+
+def test_a_run_goes_on_with_another_rate_of_its_embedders(tmp_path: Path) -> None:
+    """What the optimizer has in memory goes by the names of weights, not by their group."""
+    train(load("moons", [*TINY, "train.steps=2"]), tmp_path)
+    train(load("moons", [*TINY, "train.steps=4", "train.optimizer.time_lr=1e-4"]), tmp_path)
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
@@ -283,3 +327,36 @@ def test_refusals() -> None:
         Muon()(Small())
     with pytest.raises(ValidationError, match="momentum"):
         Muon(momentum=1)
+
+
+def slope_growth(optimizer: Optimizer, chosen: str) -> float:
+    """How many times larger de/dt, the slope of the embedding of t, is after the worst first step of some weights.
+
+    Adam's first step is its rate times the sign of the gradient, the worst one that of the slope itself.
+    """
+    net = load("dumo-best-latents", ["net.depth=1"]).build().double()
+    (scalars,) = (module for module in net.modules() if isinstance(module, Scalars))
+    t = torch.tensor(TIMES, dtype=torch.float64)
+
+    def slope() -> Tensor:
+        _, de_dt = jvp(lambda t: scalars(t=t), (t,), (torch.ones_like(t),))  # pyright: ignore[reportAssignmentType]
+        return de_dt.square().mean().sqrt()
+
+    before = slope()
+    before.neg().backward()  # a step goes down
+    for name, p in net.named_parameters():
+        p.grad = p.grad if p.grad is not None and chosen in name else torch.zeros_like(p)
+    optimizer(net).step()
+    return (slope() / before).item()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "own", "without"),
+    [("embedders", 1.5, 6.5), ("t.0.weight", 1.3, 3.0), ("t.2.weight", 1.2, 2.2), ("blocks", 1.0, 1.0)],
+)
+def test_one_step_hardly_turns_the_embedding_of_time(chosen: str, own: float, without: float) -> None:
+    """At its own rate by a half at most; at the rate of heads and labels nearly sevenfold (docs/mathematics.md)."""
+    rates = load("dumo-best-latents").train.optimizer
+    assert isinstance(rates, Muon)
+    assert slope_growth(rates, chosen) <= own
+    assert slope_growth(rates.model_copy(update={"adamw_lr": 0.006, "time_lr": None}), chosen) >= without
