@@ -50,7 +50,7 @@ def photos(folder: Path) -> None:
             Image.fromarray(g.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
 
 
-@pytest.mark.gate
+@pytest.mark.nightly
 def test_photos(here: Path) -> None:
     photos(here / "photos")
     *_, report = typed("photos")

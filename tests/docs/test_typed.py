@@ -76,7 +76,7 @@ def test_pretrained(here: Path) -> None:
     assert (here / "few-steps/README.md").is_file()
 
 
-@pytest.mark.gate
+@pytest.mark.nightly
 def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a few-step run of the tiny pipeline."""
     save("SD3", here / "sd3")
@@ -90,7 +90,7 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (here / "sks.safetensors").is_file()
 
 
-@pytest.mark.gate
+@pytest.mark.nightly
 def test_sdxl(here: Path) -> None:
     save("SDXL", here / "sdxl")
     typed("sdxl", TUNED)
@@ -133,7 +133,7 @@ def test_objectives(here: Path) -> None:
     typed("objectives/index", DIGITS)
 
 
-@pytest.mark.gate
+@pytest.mark.nightly
 def test_details(here: Path) -> None:
     typed("objectives/details", DIGITS)
 

@@ -35,8 +35,8 @@ from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 READY = ("SD3", "Flux")  # the others take a minute each: `make slow` has all
-GATE = [pytest.mark.slow, pytest.mark.gate]
-FAMILIES, FIRST = ([n if n in now else pytest.param(n, marks=GATE) for n in PIPELINES] for now in (READY, READY[:1]))
+NIGHTLY = pytest.mark.nightly
+FAMILIES, FIRST = ([n if n in now else pytest.param(n, marks=NIGHTLY) for n in PIPELINES] for now in (READY, READY[:1]))
 CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = (  # times, by steps so long that the second counts
@@ -102,7 +102,7 @@ def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> t
     return 2 * made.images - 1
 
 
-@pytest.mark.parametrize("name", ["Flux", pytest.param("Qwen-Image", marks=GATE)])
+@pytest.mark.parametrize("name", ["Flux", pytest.param("Qwen-Image", marks=NIGHTLY)])
 def test_a_server_makes_dumos_images(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +162,7 @@ def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Cas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SD1", pytest.param("SDXL", marks=pytest.mark.gate)])
+@pytest.mark.parametrize("name", ["SD1", pytest.param("SDXL", marks=pytest.mark.nightly)])
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
     assert max(case.misses("merged", case.export("merged"))) < 1
@@ -171,7 +171,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.parametrize("name", ["SD3", *(pytest.param(name, marks=GATE) for name in ("Flux", "Z-Image", "SD1"))])
+@pytest.mark.parametrize("name", ["SD3", *(pytest.param(name, marks=NIGHTLY) for name in ("Flux", "Z-Image", "SD1"))])
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 

@@ -26,7 +26,7 @@ from forked import ENVIRONMENT
 from stock.case import CAPTIONS, SHORT, Case, must
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
-NAMES = ["SD3", *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.gate]) for name in ("Flux", "SDXL"))]
+NAMES = ["SD3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("Flux", "SDXL"))]
 LARGE = "train.optimizer.lr=0.01"  # steps so long that a few of them count
 LR = sets(LARGE, "train.steps=4", "train.save_every=2", "train.schedule.warmup=0", "train.sheets=4")
 

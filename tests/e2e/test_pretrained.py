@@ -82,9 +82,7 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
-@pytest.mark.parametrize(
-    "objective", [pytest.param("meanflow", marks=[pytest.mark.slow, pytest.mark.gate]), "dumo_any"]
-)
+@pytest.mark.parametrize("objective", [pytest.param("meanflow", marks=pytest.mark.nightly), "dumo_any"])
 def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
     """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
     taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"

@@ -206,8 +206,7 @@ def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> 
         assert all(torch.allclose(plain[n], other[n], rtol=1e-4, atol=1e-6) for n in plain)
 
 
-@pytest.mark.slow
-@pytest.mark.gate
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "frozen"), [*(("flux", coding) for coding in ("float32", "int8", "nf4")), ("sdxl", "float32")]
 )
