@@ -21,7 +21,7 @@ test: $(BIN)/.developed ## run the tests; with SLOW=1 slow ones, too, as continu
 	$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)"
 
 slow: $(BIN)/.developed ## run what `make test` leaves out, with the tests of each night
-	$(PYTEST) -m "slow or nightly" $$(grep -rlE 'mark\.(slow|nightly)' --include='test_*.py' tests)
+	$(PYTEST) -m "slow or nightly" $$(grep -rlE 'mark\.(slow|nightly)|\btier(ed)?\(' --include='test_*.py' tests)
 
 check: $(BIN)/.developed ## lint, formatting, types, imports; then a mirror of how the code reads, which refuses nothing
 	$(BIN)/ruff check

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import pytest
@@ -15,6 +15,9 @@ import torch
 import browser
 import spent
 from dumo.runtime import signals
+
+if TYPE_CHECKING:
+    from tiny import TinyRuns
 
 if sys.__stdin__ is None:  # closed (`<&-`); pytest and pandas read its encoding
     sys.__stdin__ = Path(os.devnull).open()  # noqa: SIM115, for as long as the tests run
@@ -27,6 +30,17 @@ LEFT = {  # to a later tier, by the expression of marks that make gives
     "not nightly": ("nightly",),
 }
 left_out: dict[str, int] = {}  # how many tests, by mark
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> "TinyRuns":
+    """Shared by the processes of pytest-xdist, whose folders for files lie in one."""
+    from tiny import TinyRuns  # with all of dumo, which few tests need
+
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (folder := session / "tiny").mkdir(exist_ok=True)
+    return TinyRuns(folder)
 
 
 @pytest.fixture

@@ -18,12 +18,13 @@ from dumo.nets.gap import fixed
 from dumo.objectives import RCGM, DuMoAny, MeanFlow, Several, Shortcut, SplitMeanFlow
 from dumo.training.deferred import Deferred
 from dumo.types import Frozen, Needs, Objective, UserError
+from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, Saved, asked, batch, built
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers', of its Chroma
 NAMES = [name for name in (*IMAGES, *NOISE, "wan") if not name.startswith("chroma")]
 QUICK = ("sd3", "flux-guided", "z-image-lengths", "sd1")
-SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
+SOME = tiered(NAMES, now=QUICK)
 TR = Needs(inputs=("t", "r"), heads=("u",))
 LORA = Lora(rank=4)
 

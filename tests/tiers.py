@@ -1,0 +1,21 @@
+"""The cases of a test in three tiers (CONTRIBUTING.md): a law keeps one early, the others come at night."""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+
+def tiered(
+    cases: Iterable[T], *, now: Collection[T] = (), ci: Collection[T] = (), id: Callable[[T], str] = str
+) -> list[Any]:
+    """Parameters: `make test` runs those in `now`, continuous integration those in `ci`, too, and the night all."""
+
+    def marks(case: T) -> list[pytest.MarkDecorator]:
+        if case in now:
+            return []
+        return [pytest.mark.slow] if case in ci else [pytest.mark.nightly]
+
+    return [pytest.param(case, marks=marks(case), id=id(case)) for case in cases]
