@@ -11,11 +11,18 @@ T = TypeVar("T")
 def tiered(
     cases: Iterable[T], *, now: Collection[T] = (), ci: Collection[T] = (), id: Callable[[T], str] = str
 ) -> list[Any]:
-    """Parameters: `make test` runs those in `now`, continuous integration those in `ci`, too, and the night all."""
+    """Parameters: `make test` runs those in `now`, continuous integration those in `ci`, too, and the night all.
+
+    A case that is a tuple is several parameters.
+    """
 
     def marks(case: T) -> list[pytest.MarkDecorator]:
         if case in now:
             return []
         return [pytest.mark.slow] if case in ci else [pytest.mark.nightly]
 
-    return [pytest.param(case, marks=marks(case), id=id(case)) for case in cases]
+    def parameter(case: T) -> Any:  # noqa: ANN401, a parameter
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=marks(case), id=id(case))
+
+    return [parameter(case) for case in cases]

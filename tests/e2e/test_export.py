@@ -156,7 +156,7 @@ def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: 
         assert why in line
 
 
-@pytest.mark.parametrize("name", tiered(PIPELINES, now=["SD3"]))
+@pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
 def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
     case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
@@ -166,6 +166,7 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_ru
         assert max(case.misses("lora", out)) < 1
 
 
+@pytest.mark.slow
 def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Case, tmp_path: Path) -> None:
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
     (tmp_path / "away").mkdir()
@@ -225,7 +226,7 @@ def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here
     assert line.startswith("cannot sample")
 
 
-@pytest.mark.parametrize("name", tiered(PIPELINES, now=["SD3"]))
+@pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
 def test_which_generator_draws_the_noise_between_passes(
     name: str, sd3: Case, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path
     assert "height=144, width=144, " in card
 
 
+@pytest.mark.slow
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another; unloaded, it is the model's own."""
     whole, pipe = load_file(tuned.folder / "out" / lora.FILE), tuned.pipeline()
@@ -272,6 +274,7 @@ def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> None:
     file, whole = tuned.folder / "comfyui.safetensors", tuned.folder / "whole.safetensors"
     for to, out in (("comfyui", file), ("safetensors", whole)):
@@ -303,6 +306,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_tuned(tuned: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The licence of the folder, and its name where it is known."""
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
@@ -403,7 +407,7 @@ def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> Non
     assert (done.code, "has no vae/config.json: hf download REPOSITORY" in done.err) == (2, True), done.err
 
 
-def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], here: Path) -> None:
+def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path], here: Path) -> None:
     run, out = sd3.run, here / "out"
     for words, said in (
         ((run, sd3.folder / "out"), "is there already"),
@@ -462,6 +466,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
 NAMES = ('a "b" \\ {{1}}', "it's\nçé`<b>", "\udcff")  # the last is a byte that is no UTF-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_an_export_is_a_string_in_its_python(
     name: str, sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path
