@@ -42,6 +42,7 @@ def net(folder: Path, *fields: str) -> list[str]:
     return sets("net.kind=diffusers", "net.texts.kind=codes", f"pipeline={folder}", *fields)
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
     with patch.object(lowpass, "refit", wraps=lowpass.refit) as fitted:
         first = call("train", "digits", *net(folder), *SHORT, "--out", "tuned")
@@ -148,6 +149,10 @@ def test_captions_are_what_a_pretrained_model_is_tuned_on(here: Path) -> None:
     refused("train", *words, *sets("data.images.captions=null"), named=ways)
     Image.new("RGB", (8, 8)).save(here / "one.png")
     refused("encode", *words, named=("no captions found", *ways))
+
+
+@pytest.mark.slow
+def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
     codes = sets("data.images.captions=null", "net.texts.kind=codes")
     assert call("dry", "sd3-lora", *codes).code == 0
     named = sets("data.images.captions={kind: templates, templates: ['a photo of a {}']}")
