@@ -250,7 +250,7 @@ def open_data(data: Data) -> Source:
 
 
 def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.device, units: float) -> str:
-    """What is trained on what, and that a step costs so many forward units, in a line."""
+    """What is trained on what, and the forward units of a step, in a line."""
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.conditions.words)}" if run.conditions.names and not run.conditions.captions else ""
