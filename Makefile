@@ -17,11 +17,11 @@ demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/d
 	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2
 	$(BIN)/dumo report runs/dumo-best
 
-test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 these, too, but for the longest
-	$(PYTEST) -m "not $(if $(SLOW),gate,slow)" --durations 10 --durations-min 5
+test: $(BIN)/.developed ## run the tests; with SLOW=1 slow ones, too, as continuous integration does
+	$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)"
 
-slow: $(BIN)/.developed ## run the slow tests
-	$(PYTEST) -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
+slow: $(BIN)/.developed ## run what `make test` leaves out, with the tests of each night
+	$(PYTEST) -m "slow or nightly" $$(grep -rlE 'mark\.(slow|nightly)|\btier(ed)?\(' --include='test_*.py' tests)
 
 check: $(BIN)/.developed ## lint, formatting, types, imports; then a mirror of how the code reads, which refuses nothing
 	$(BIN)/ruff check

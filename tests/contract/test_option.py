@@ -23,6 +23,7 @@ from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.types import PINNED
 from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
+from recipe import recipe
 
 OBJECTIVES = get_args(get_args(Objective)[0])
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def classes() -> tuple[type[BaseModel], ...]:
 def examples() -> Iterator[tuple[str, Run]]:
     """Every packaged recipe, and every command of the documentation that sets a field of one."""
     names = recipes.names()
-    yield from ((name, load(name)) for name in names)
+    yield from ((name, recipe(name)) for name in names)
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():

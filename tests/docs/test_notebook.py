@@ -19,7 +19,7 @@ FEW: dict[str, dict[str, Any]] = {
     "own-photos": {"minutes": 0.1, "changes": NET},
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.gate]
+pytestmark = pytest.mark.nightly
 
 
 def parameters(book: nbformat.NotebookNode) -> tuple[int, set[str]]:

@@ -78,7 +78,7 @@ def test_every_objective_has_a_row_and_a_section() -> None:
     assert table().keys() == sections().keys() == {kind(cls) for cls in OBJECTIVES}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("cls", OBJECTIVES, ids=kind)
 def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
     for number, guided in zip(told(kind(cls)), (False, True), strict=True):
@@ -86,7 +86,7 @@ def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
 
 
 def test_two_steps_cost_what_the_table_says() -> None:
-    """The slow group counts all; here one without a slope, and one with."""
+    """Each night all are counted; here one without a slope, and one with."""
     for cls in OBJECTIVES:
         if kind(cls) in ("imm", "dumo"):
             assert counted(cls, guided=False) == pytest.approx(told(kind(cls))[0], abs=0.015)
@@ -272,7 +272,7 @@ def test_costs_of_xl2_are_those_of_the_page() -> None:
         assert units(run) == pytest.approx(told, abs=0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_routed_costs_are_those_of_the_module() -> None:
     text = (ROOT / "src/dumo/nets/route.py").read_text(encoding="utf-8")
     told = re.search(r"([\d.]+) F dense, ([\d.]+) with half of them, ([\d.]+) with a quarter", text)

@@ -24,7 +24,7 @@ PAGES = [
     "reference/flow.html",
 ]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")

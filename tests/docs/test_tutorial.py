@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 
 from docs.page import blocks, lines
+from docs.turn import tier
 from dumo.lab.plan import read
 from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs"
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -50,13 +49,14 @@ def photos(folder: Path) -> None:
             Image.fromarray(g.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
 
 
-@pytest.mark.gate
+@tier("photos")
 def test_photos(here: Path) -> None:
     photos(here / "photos")
     *_, report = typed("photos")
     assert report.splitlines()[-1] == "runs/photos/report.html"
 
 
+@tier("compare")
 def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = read("zoo")
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
@@ -64,10 +64,12 @@ def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "class_mmd" in list(typed("compare"))[3]
 
 
+@tier("paper")
 def test_a_paper(here: Path) -> None:
     assert "677.491 M" in list(typed("paper"))[-1]
 
 
+@tier("own-objective")
 def test_an_objective(here: Path) -> None:
     """In a copy of the tree: with the file and the line it trains; a law holds it, and breaks with its sign flipped."""
     for name in ("src", "tests"):

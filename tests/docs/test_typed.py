@@ -1,6 +1,7 @@
 """What pages type for a GPU or for published weights runs: on tiny pipelines of the same class, trained for two steps.
 
-Every page with a block `sh` is run by a test: here, in test_tutorial.py, e2e/test_page.py or e2e/test_readme.py.
+Every page with a block `sh` is run by a test: here, in test_tutorial.py, e2e/test_page.py or e2e/test_readme.py. Here
+continuous integration types those that are due (turn.py), and each night all.
 """
 
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from docs.page import PAGES, ROOT, blocks, lines
 from docs.test_tutorial import photos
+from docs.turn import tier
 from dumo.run.plan import machine
 from e2e.shell import call, sets
 from pipelines import SIDE, save
@@ -32,7 +34,6 @@ PLANNED = {  # what `dumo dry` is given: published models take it minutes
     **{f"{one}-lora": [f"pipeline.source=$PWD/{one}", f"data.images.side={SIDE}"] for one in ("sd3", "sdxl", "flux")},
     **{name: ["net.depth=3"] for name in ("imagenet256-xl2", "imagenet256-xl2-dual")},
 }
-pytestmark = pytest.mark.slow
 
 
 def typed(page: str, small: list[str], **instead: str) -> None:
@@ -70,13 +71,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@tier("pretrained")
 def test_pretrained(here: Path) -> None:
     save("SD3", here / "sd3")
     typed("pretrained", TUNED)
     assert (here / "few-steps/README.md").is_file()
 
 
-@pytest.mark.gate
+@tier("personal")
 def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a few-step run of the tiny pipeline."""
     save("SD3", here / "sd3")
@@ -90,18 +92,20 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (here / "sks.safetensors").is_file()
 
 
-@pytest.mark.gate
+@tier("sdxl")
 def test_sdxl(here: Path) -> None:
     save("SDXL", here / "sdxl")
     typed("sdxl", TUNED)
     assert (here / "fox.safetensors").is_file()
 
 
+@tier("captions")
 def test_captions(here: Path) -> None:
     """Without the block for SANA's own autoencoder, which no tiny one replaces."""
     typed("captions", TWO)
 
 
+@tier("memory")
 def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("SD3", here / "sd3")
     monkeypatch.setenv("PRETRAINED", str(save("Flux", here / "flux")))
@@ -110,10 +114,12 @@ def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typed("memory", TUNED)
 
 
+@tier("gpus")
 def test_gpus(here: Path) -> None:
     typed("gpus", [])
 
 
+@tier("evaluation")
 def test_evaluation(here: Path) -> None:
     small = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60")
     for caption in here.rglob("*.txt"):
@@ -124,16 +130,18 @@ def test_evaluation(here: Path) -> None:
     typed("evaluation", [], **{"50000": "8"})
 
 
+@tier("mathematics")
 def test_mathematics(here: Path) -> None:
     typed("mathematics", DIGITS)
 
 
+@tier("objectives/index")
 def test_objectives(here: Path) -> None:
     assert call("train", "digits-flow-matching", *DIGITS).code == 0  # the teacher
     typed("objectives/index", DIGITS)
 
 
-@pytest.mark.gate
+@tier("objectives/details")
 def test_details(here: Path) -> None:
     typed("objectives/details", DIGITS)
 

@@ -5,21 +5,17 @@ from pathlib import Path
 import pytest
 
 from dumo.run.plan import machine
-from e2e.shell import TINY, call, sets
+from e2e.shell import TINY
+from tiny import TinyRuns
 
 RECIPES = ("digits", "digits-flow-matching", "digits-meanflow", "moons")
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def trained(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run's folder for each of `RECIPES`: to be read, not written to."""
-    folder = tmp_path_factory.mktemp("trained")
-    runs = {name: folder / name for name in RECIPES}
-    for name, run in runs.items():
-        done = call("train", name, "--out", run, *TINY, *sets("train.log_every=5", "train.save_every=10"))
-        assert done.code == 0, done
-        assert done.out == ""
-    return runs
+    folder, fields = tmp_path_factory.mktemp("trained"), (*TINY[1::2], "train.log_every=5", "train.save_every=10")
+    return {name: tiny_runs.copy(folder / name, name, *fields) for name in RECIPES}
 
 
 @pytest.fixture

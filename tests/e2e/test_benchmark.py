@@ -109,6 +109,7 @@ def test_what_stands_is_kept_and_what_is_missing_made_again_equal(run: Path, pro
     assert not half.exists()
 
 
+@pytest.mark.slow
 def test_images_that_were_made_otherwise_are_not_mixed(run: Path, prompts: Path, images: Path) -> None:
     assert sample(run, prompts, images.parent, "--seed", "1").out.strip() == f"{images}-seed1"
     prompts.write_text("\n".join(LINES[::-1]))
@@ -154,6 +155,7 @@ def test_results_that_do_not_fit_are_refused(
     assert line in done.err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_the_report_shows_prompts_under_their_pictures_and_what_evaluators_found(
     run: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_the_report_shows_prompts_under_their_pictures_and_what_evaluators_found
     assert pixels(run / "report" / "prompts.png").shape[1] > 2 * 3 * 64
 
 
+@pytest.mark.slow
 def test_dpgs_evaluator_cuts_the_images_out_of_one_picture(run: Path, tmp_path: Path) -> None:
     """And its results are read back: the lines of pictures, then the scores by category."""
     texts = {"0": "a seven", "partiprompts12": "a small grey 4\n"}

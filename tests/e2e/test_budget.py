@@ -12,7 +12,7 @@ from dumo.io.weights import load, read
 from e2e.shell import call, refused, sets, together
 from stock.case import LORA, SHORT, Case, must
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of diffusers about its own parts
 FIELDS = (
     *LORA,
     "net.lowpass=null",
@@ -55,7 +55,6 @@ def test_weights_are_those_of_a_table_and_of_a_run_that_stopped(tabled: Case, tm
     assert_same(tmp_path / "live", tabled)
 
 
-@pytest.mark.slow
 def test_two_ranks_encode_their_own(tabled: Case, tmp_path: Path) -> None:
     there = (f"net.texts.root={tabled.folder / 'texts'}", "train.share=2")
     for out, fields in {"live": ("train.share=2",), "tabled": there}.items():

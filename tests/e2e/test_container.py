@@ -36,7 +36,7 @@ def test_the_last_user_is_not_root_and_nothing_is_kept() -> None:
     assert [sent(name) for name in (".git", "runs", ".venv", "src")] == [False, False, False, True]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_copied_installs(tmp_path: Path) -> None:
     for words in of("COPY"):
         *sources, target = words.split()

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from dumo.io import content
 from dumo.run.config import recipes
 from dumo.run.config.source import noted
 from e2e.shell import call, refused, sets, together
+from tiers import tiered
 from unit.data.animals import archive
 from unit.data.spy import spied
 
@@ -103,8 +105,10 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 LONGER = sets("train.steps=3")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("memory", ["data.memory=0", "data.memory=2"])
+WAYS = [*product(FORMS, ("data.memory=0", "data.memory=2"))]
+
+
+@pytest.mark.parametrize(("form", "memory"), tiered(WAYS, now=[WAYS[0]], ci=[WAYS[3], WAYS[4]], id="-".join))
 def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory: str, recipe: Path) -> None:
     FORMS[form](root := Path("../images"), 0)
     assert call("train", recipe, "--out", "run", *sets(memory)).code == 0
@@ -136,7 +140,7 @@ def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
     refused("train", run, *sets("train.steps=4"), "--verify", named=(CHANGED, f"{file.resolve()} changed"))
 
 
-@pytest.mark.parametrize("change", ["add", "remove", "rename"])
+@pytest.mark.parametrize("change", tiered(["add", "remove", "rename"], now=["rename"], ci=["add", "remove"]))
 def test_images_that_come_and_go_are_named(change: str, run: Path) -> None:
     file, new = Path("../images/class0/00.bmp"), Path("../images/class0/new.bmp")
     if change == "rename":
@@ -179,6 +183,7 @@ def test_new_data_are_noted(run: Path) -> None:
     refused("train", run, *sets("train.steps=6"), named=(CHANGED,))
 
 
+@pytest.mark.slow
 def test_a_teacher_s_pairs_are_not_trained_on_after_a_swap(run: Path) -> None:
     """What they were made for has changed."""
     words = sets("teacher.kind=run", "teacher.source=run", "teacher.pairs.count=16", "data.memory=2")
@@ -209,7 +214,7 @@ def encode(*words: object) -> tuple[object, ...]:
 SWAPPED = ("shard-00000.safetensors was made of another", "images/class0/00.bmp than is here, and 19 more are others")
 
 
-@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("same", tiered([False, True], now=[False], ci=[True]))
 def test_a_cache_of_two_data_sets_is_not_made(same: bool, latents: Path) -> None:
     """With new times, or with new inodes alone: the second part sees what the first was made of."""
     was = times(root := Path("../images"))

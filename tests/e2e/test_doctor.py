@@ -10,7 +10,7 @@ BROKEN = sets("objective.slope.kind=central", "objective.slope.h=1.0e-7")  # rou
 STATES = {"ok", "warning", "failing"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sound_machine(here: Path) -> None:
     done = call("doctor")  # the recipe digits
     assert done.code == 0, done

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,11 @@ from forked import ENVIRONMENT
 from hub import serving
 from pipelines import PIPELINES, SIDE
 from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
+from tiers import tiered
+from tiny import TinyRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
-READY = ("SD3", "Flux")  # the others take a minute each: `make slow` has all
-GATE = [pytest.mark.slow, pytest.mark.gate]
-FAMILIES, FIRST = ([n if n in now else pytest.param(n, marks=GATE) for n in PIPELINES] for now in (READY, READY[:1]))
-CODELESS = next(name for name in FAMILIES if getattr(name, "values", "") == ("Flux-Kontext",))  # it edits: no codes
+RESTART = sets("sample.solver={kind: restart, m: 0.7}")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = (  # times, by steps so long that the second counts
     "objective={kind: meanflow, slope: {kind: dual}, times: {kind: jumps}, guide: {zeta: 0}}",
@@ -46,28 +46,38 @@ TWO = (  # times, by steps so long that the second counts
 
 
 @pytest.fixture(scope="module")
-def sd3(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def sd3(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A run of SD3, exported to `out`: to be read."""
-    case = Case.of("SD3", tmp_path_factory.mktemp("sd3"), *FULL)
+    case = tiny_runs.case(tmp_path_factory.mktemp("sd3"), "SD3", *FULL)
     case.export("out")
     return case
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def tuned(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A run of SD3's adapters, exported to `out` as a LoRA: to be read."""
-    case = Case.of("SD3", tmp_path_factory.mktemp("tuned"), *LORA)
+    case = tiny_runs.case(tmp_path_factory.mktemp("tuned"), "SD3", *LORA)
     case.export("out", "--to", "lora")
     return case
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_card_of_an_exported_pipeline_makes_dumos_images(name: str, sd3: Case, tmp_path: Path) -> None:
+def on_a_copy_of_its_pipeline(case: Case, folder: Path) -> tuple[Path, Path]:
+    """A copy of the run that opens a copy of the pipeline, and that: both may be changed."""
+    run, source = shutil.copytree(case.run, folder / "run"), shutil.copytree(case.source, folder / case.name)
+    spec = run / "run.yaml"
+    spec.write_text(spec.read_text().replace(str(case.source), str(source)))
+    return run, source
+
+
+@pytest.mark.parametrize("name", tiered(PIPELINES, now=["SD3"], ci=["Flux"]))
+def test_the_card_of_an_exported_pipeline_makes_dumos_images(
+    name: str, sd3: Case, tiny_runs: TinyRuns, tmp_path: Path
+) -> None:
     """The release gate: what is typed from the folder of a pipeline on, and the block of the card, verbatim.
 
     In one pass, two and four, with words, at the trained size; guided, where a pass reads the row of no text, too.
     """
-    case = sd3 if name == "SD3" else Case.of(name, tmp_path, *FULL)
+    case = sd3 if name == "SD3" else tiny_runs.case(tmp_path, name, *FULL)
     assert max(case.misses("full", case.folder / "out" if case is sd3 else case.export("out"))) < 1
     if case.guidable and case is not sd3:
         case.guide(GUIDED)
@@ -102,12 +112,13 @@ def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> t
     return 2 * made.images - 1
 
 
-@pytest.mark.parametrize("name", ["Flux", pytest.param("Qwen-Image", marks=GATE)])
+@pytest.mark.parametrize("name", tiered(["Flux", "Qwen-Image"], ci=["Flux"]))
 def test_a_server_makes_dumos_images(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_runs: TinyRuns, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the keys of model_index.json, which diffusers passes over in silence; by Euler steps it would make others."""
-    case = Case.of(name, tmp_path, *FULL, "sample.solver={kind: restart, m: 0.7}")
+    case = tiny_runs.case(tmp_path, name, *FULL)
+    must(call("train", case.run, *RESTART))
     out = case.export("out")
     block = json.loads((out / INDEX).read_text())[KEY]
     assert block["denoising_timesteps"] == [1000, 700]
@@ -123,9 +134,11 @@ def test_a_server_makes_dumos_images(
     assert KEY not in json.loads((tmp_path / "saved" / INDEX).read_text())
 
 
-def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """A family without a class of few steps; a velocity; guidance; parts that are not there; an odd time."""
-    case = Case.of("Flux", tmp_path, *FULL, "sample.solver={kind: restart, m: 0.7}")
+    case = tiny_runs.case(tmp_path, "Flux", *FULL)
+    must(call("train", case.run, *RESTART))
     found = [(sd3.folder / "out", "has no class"), (case.export("v", "--head", "v"), "is a velocity")]
     found.append((case.export("two", "--parts", "none"), "all parts"))
     assert (
@@ -143,26 +156,27 @@ def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tmp_path: P
         assert why in line
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
+def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
-    case = tuned if name == "SD3" else Case.of(name, tmp_path, *LORA)
+    case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
     assert max(case.misses("merged", case.export("merged"))) < 1
     if case.stock.lora:
         out = case.folder / "out" if case is tuned else case.export("out", "--to", "lora")
         assert max(case.misses("lora", out)) < 1
 
 
+@pytest.mark.slow
 def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Case, tmp_path: Path) -> None:
+    run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
     (tmp_path / "away").mkdir()
-    for place, linked in ((tuned.folder, False), (tmp_path / "away", True)):
-        done = must(call("export", tuned.run, place / "again", "--to", "lora"))
-        assert (f" && ln -s {tuned.source}  " in done.err) == linked
+    for place, linked in ((tmp_path, False), (tmp_path / "away", True)):
+        done = must(call("export", run, place / "again", "--to", "lora"))
+        assert (f" && ln -s {source}  " in done.err) == linked
         assert "then run the Python in again/README.md" in done.err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SD1", pytest.param("SDXL", marks=pytest.mark.gate)])
+@pytest.mark.parametrize("name", tiered(["SD1", "SDXL"], ci=["SD1"]))
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
     assert max(case.misses("merged", case.export("merged"))) < 1
@@ -171,7 +185,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.parametrize("name", ["SD3", *(pytest.param(name, marks=GATE) for name in ("Flux", "Z-Image", "SD1"))])
+@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "Z-Image", "SD1"], ci=["SD3"]))
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 
@@ -190,12 +204,13 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
         done = call("export", case.run, tmp_path / "hops")
         assert (done.code, "no stock scheduler" in done.err, "kind: restart" in done.err) == (2, True, True)
         return
-    case = Case(name, tmp_path)  # which samples otherwise
+    case = replace(case)  # which samples otherwise
     for n, to in ((2, "diffusers"), (4, "lora" if case.stock.lora else "diffusers")):
         assert max(case.off(case.export(f"hops{n}", "--nfe", n, "--to", to), nfe=(n,))) < LIMITS["merged"]
     assert "1 to 0.5, 0.5 to 0 |" in (tmp_path / "hops2" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here: Path, tmp_path: Path) -> None:
     """Two r at one t; passes of a net that knows none, of a velocity, of no number. Nothing is written."""
     case = Case.of("SD3", tmp_path, *FULL, *TWO, "sample.solver={kind: hop}")
@@ -211,9 +226,11 @@ def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here
     assert line.startswith("cannot sample")
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Flux"])
-def test_which_generator_draws_the_noise_between_passes(name: str, sd3: Case, tmp_path: Path) -> None:
-    case = sd3 if name == "SD3" else Case.of(name, tmp_path, *FULL)
+@pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
+def test_which_generator_draws_the_noise_between_passes(
+    name: str, sd3: Case, tiny_runs: TinyRuns, tmp_path: Path
+) -> None:
+    case = sd3 if name == "SD3" else tiny_runs.case(tmp_path, name, *FULL)
     pipe = case.pipeline(case.folder / "out" if case is sd3 else case.export("out"))
     assert case.seeded(pipe) == case.stock.seeded
 
@@ -233,6 +250,7 @@ def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path
     assert "height=144, width=144, " in card
 
 
+@pytest.mark.slow
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another; unloaded, it is the model's own."""
     whole, pipe = load_file(tuned.folder / "out" / lora.FILE), tuned.pipeline()
@@ -256,6 +274,7 @@ def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> None:
     file, whole = tuned.folder / "comfyui.safetensors", tuned.folder / "whole.safetensors"
     for to, out in (("comfyui", file), ("safetensors", whole)):
@@ -287,14 +306,13 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_tuned(tuned: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The licence of the folder, and its name where it is known."""
-    (tuned.source / "README.md").write_text("---\nlicense: other\nlicense_name: sai-nc\n---\n# SD3\n")
+    run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: sai-nc\n---\n# SD3\n")
     monkeypatch.setattr("dumo.encoders.pipeline.Pipeline.repository", "owner/model")
-    run = shutil.copytree(tuned.run, tmp_path / "run")
-    text = (run / "run.yaml").read_text()
-    (run / "run.yaml").write_text(text.replace("class: StableDiffusion3Pipeline", "class: X\n    license: other"))
-    assert call("export", tuned.run, tmp_path / "out", "--to", "lora").code == 0
+    assert call("export", run, tmp_path / "out", "--to", "lora").code == 0
     head = (tmp_path / "out" / "README.md").read_text().split("---")[1]
     assert 'base_model: "owner/model"\nbase_model_relation: "adapter"\n' in head
 
@@ -353,7 +371,7 @@ def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "vae" / WEIGHTS).read_bytes() == (sd3.source / "vae" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("Flux", CODELESS)])
+@pytest.mark.parametrize("name", tiered([name for name in PIPELINES if name != "Flux-Kontext"], ci=["SD3"]))
 def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     """Of who asked for codes: a class of theirs takes the place of a prompt, and the images are dumo's."""
     case = Case.of(name, tmp_path, *FULL, *CODES)
@@ -364,8 +382,10 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     assert max(case.misses("full", out, c=torch.tensor([0]))) < 1
 
 
-def test_what_a_pipeline_guides_otherwise_is_refused(tmp_path: Path) -> None:
-    case = Case.of("Qwen-Image", tmp_path, *FULL, "sample.guide.scale=2")
+@pytest.mark.slow
+def test_what_a_pipeline_guides_otherwise_is_refused(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    case = tiny_runs.case(tmp_path, "Qwen-Image", *FULL)
+    case.guide(2)
     refused_as = ("sample.guide.scale is 2", "QwenImagePipeline guides otherwise", "--to safetensors")
     done = call("export", case.run, tmp_path / "out")
     assert done.code == 2
@@ -375,11 +395,9 @@ def test_what_a_pipeline_guides_otherwise_is_refused(tmp_path: Path) -> None:
 
 def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> None:
     """A run's autoencoder, encoders and scheduler are those that it began with, wherever they lie now."""
-    other = shutil.copytree(sd3.source, tmp_path / "other")
+    run, other = on_a_copy_of_its_pipeline(sd3, tmp_path)
     file = other / "vae" / WEIGHTS
     save_file({name: x + 1 for name, x in load_file(file).items()}, file)
-    run = shutil.copytree(sd3.run, tmp_path / "run")
-    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace(str(sd3.source), str(other)))
     for words in (("sample", run, "--nfe", "1"), ("export", run, tmp_path / "out")):
         done = call(*words)
         assert done.code == 2
@@ -389,7 +407,7 @@ def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> Non
     assert (done.code, "has no vae/config.json: hf download REPOSITORY" in done.err) == (2, True), done.err
 
 
-def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], here: Path) -> None:
+def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path], here: Path) -> None:
     run, out = sd3.run, here / "out"
     for words, said in (
         ((run, sd3.folder / "out"), "is there already"),
@@ -448,6 +466,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
 NAMES = ('a "b" \\ {{1}}', "it's\nçé`<b>", "\udcff")  # the last is a byte that is no UTF-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_an_export_is_a_string_in_its_python(
     name: str, sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path

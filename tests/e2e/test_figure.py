@@ -9,7 +9,7 @@ from PIL import Image
 
 from e2e.shell import call, files, refused
 
-pytestmark = [pytest.mark.slow, pytest.mark.gate]
+pytestmark = pytest.mark.nightly
 
 
 def test_figure_3(here: Path) -> None:

@@ -8,9 +8,11 @@ import pytest
 
 from e2e import harm
 from e2e.harm import Harm
+from tiers import tiered
 
 pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # dumo says what it passes over
 ALL = [*harm.cases()]
+FIRST = [*{case.artifact: case for case in reversed(ALL)}.values()]  # of each artifact
 
 
 def name(case: Harm) -> str:
@@ -40,8 +42,7 @@ def given(house: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
     harm.restore(house, spare)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("given")
-@pytest.mark.parametrize("case", ALL, ids=name)
+@pytest.mark.parametrize("case", tiered(ALL, ci=FIRST, id=name))
 def test_every_harm(case: Harm) -> None:
     harm.meet(case)

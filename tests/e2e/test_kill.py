@@ -1,7 +1,7 @@
 """Work that is killed without a word and started again comes to the end of work that was left alone.
 
-One kill in each of five places, on one process. tools/reliability/kill.py makes as many as one likes, and on two ranks;
-torchrun's restart after a dead rank is in test_ranks.
+One kill in each of five places, on one process; continuous integration takes the first place. tools/reliability/kill.py
+makes as many as one likes, and on two ranks; torchrun's restart after a dead rank is in test_ranks.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,12 @@ from forked import Program
 from reliability.kill import trial
 from reliability.place import given, places
 from reliability.process import LOG
+from tiers import tiered
 
 FLAGS = "os.O_WRONLY | os.O_CREAT | os.O_TRUNC"
 TO_LOG = f"import os; log = os.open({LOG!r}, {FLAGS}); os.dup2(log, 1); os.dup2(log, 2)"
+
+FIRST = next(iter(places()))
 
 
 def logged(words: Sequence[str], cwd: Path, ranks: int) -> Program:
@@ -25,8 +28,7 @@ def logged(words: Sequence[str], cwd: Path, ranks: int) -> Program:
     return start(*words, cwd=cwd, first=TO_LOG)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", places())
+@pytest.mark.parametrize("name", tiered(places(), ci=[FIRST]))
 def test_a_kill_leaves_the_same_end(
     name: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

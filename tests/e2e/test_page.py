@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.turn import tier
 from e2e.shell import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +26,13 @@ def execute(page: Path) -> int:
     return len(blocks)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["library", "gpus"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in ("library", "gpus")])
 def test_python_on_a_page_runs_as_written(name: str, here: Path) -> None:
     """README's runs in test_readme.py, that of own-objective.md in docs/test_tutorial.py."""
     assert execute(ROOT / f"docs/{name}.md")
 
 
-@pytest.mark.slow
+@tier("library")
 def test_a_class_of_a_file_is_trained_by_the_line_below_it(here: Path) -> None:
     page = (ROOT / "docs/library.md").read_text(encoding="utf-8")
     (body,) = (block[1] for block in BLOCK.finditer(page) if "class Robust" in block[1])

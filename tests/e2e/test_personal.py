@@ -24,9 +24,12 @@ from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
 from forked import ENVIRONMENT
 from stock.case import CAPTIONS, SHORT, Case, must
+from tiers import tiered
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
-NAMES = ["SD3", *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.gate]) for name in ("Flux", "SDXL"))]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of diffusers about its own parts, and of peft about merges
+    pytest.mark.slow,
+]
 LARGE = "train.optimizer.lr=0.01"  # steps so long that a few of them count
 LR = sets(LARGE, "train.steps=4", "train.save_every=2", "train.schedule.warmup=0", "train.sheets=4")
 
@@ -123,7 +126,6 @@ def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
     assert not torch.equal(later.v_t[b.taught], run.path.at(x, b.z, later.t)[1][b.taught])
 
 
-@pytest.mark.slow
 def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
     sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +146,7 @@ def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
         assert torch.equal(x, ranks[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "SDXL"], ci=["SD3"]))
 def test_stock_pipelines_make_dumos_images_of_both_loras(
     name: str, sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

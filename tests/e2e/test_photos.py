@@ -134,6 +134,7 @@ def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> No
     assert "dumo data inception" in told
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_in_latents(photos: Path) -> None:
     """With a real autoencoder: stopped by the broken file, nothing is in the way of the true run."""

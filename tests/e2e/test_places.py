@@ -87,6 +87,7 @@ def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     refused("train", "run", *another, *sets("train.steps=3", "train.sheets=1"), named=("SHA-256",))
 
 
+@pytest.mark.slow
 def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     (home / "there").mkdir()
     for name in ("run", "cache", "models"):
@@ -98,6 +99,7 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     assert sampled("there/run")
 
 
+@pytest.mark.slow
 def test_images_that_were_moved_are_those_that_were_trained_on(home: Path) -> None:
     """Of images without a cache: their place is free, what they are is not."""
     fields = sets("data={kind: images, root: images, side: 16, crop: none}", "net.patch=8")

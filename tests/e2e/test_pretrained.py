@@ -15,6 +15,7 @@ from dumo.io.weights import read
 from dumo.nets import lowpass
 from dumo.nets.pretrained import WEIGHTS
 from e2e.shell import call, files, refused, sets
+from tiers import tiered
 
 DIGITS: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2, "attention_head_dim": 8,
@@ -41,6 +42,7 @@ def net(folder: Path, *fields: str) -> list[str]:
     return sets("net.kind=diffusers", "net.texts.kind=codes", f"pipeline={folder}", *fields)
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
     with patch.object(lowpass, "refit", wraps=lowpass.refit) as fitted:
         first = call("train", "digits", *net(folder), *SHORT, "--out", "tuned")
@@ -82,9 +84,7 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
-@pytest.mark.parametrize(
-    "objective", [pytest.param("meanflow", marks=[pytest.mark.slow, pytest.mark.gate]), "dumo_any"]
-)
+@pytest.mark.parametrize("objective", tiered(["meanflow", "dumo_any"], ci=["dumo_any"]))
 def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
     """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
     taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"
@@ -97,9 +97,8 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
     assert call("doctor", "whole").code == 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("coding", ["int8", "nf4"])
+@pytest.mark.parametrize("coding", tiered(["int8", "nf4"], ci=["nf4"]))
 def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:
     """Also gone on with, to the bit; on another coding, or on other weights, it is refused."""
     words = net(folder, "net.lora.rank=4", f"net.lora.frozen={coding}")
@@ -150,6 +149,10 @@ def test_captions_are_what_a_pretrained_model_is_tuned_on(here: Path) -> None:
     refused("train", *words, *sets("data.images.captions=null"), named=ways)
     Image.new("RGB", (8, 8)).save(here / "one.png")
     refused("encode", *words, named=("no captions found", *ways))
+
+
+@pytest.mark.slow
+def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
     codes = sets("data.images.captions=null", "net.texts.kind=codes")
     assert call("dry", "sd3-lora", *codes).code == 0
     named = sets("data.images.captions={kind: templates, templates: ['a photo of a {}']}")

@@ -21,6 +21,7 @@ from dumo.io.weights import load, title
 from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import alive, workers
+from tiers import tiered
 
 OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0", "evaluate.every=10")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
@@ -126,7 +127,7 @@ def test_a_killed_rank_and_a_restart_are_the_same_run(run: Path, here: Path) -> 
     assert (here / "killed/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Path, here: Path) -> None:
     words = ("train", "digits", "--out", "asked", *TINY, *OFTEN, *sets("train.log_every=1"))
     process, ranks = begun(words, here / "asked")
@@ -143,7 +144,7 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
     same(here / "asked" / LAST, run / LAST)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     words = [*TINY, *OFTEN, *sets("train.steps=10", "train.sheets=10")]
     together(2, "train", "digits", "--out", "parts", *words, cwd=here)
@@ -169,8 +170,7 @@ def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", tiered([2, 3], ci=[2]))
 def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) -> None:
     words = ("sample", run, "--nfe", "1", "--count", "17")
     assert call(*words, "--out", "one").code == 0
@@ -189,12 +189,15 @@ def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) 
     assert found == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("digits", *sets("train.lr=1")), "train.lr: unknown key"),
-        (("digits-meanflow", *sets("train.batch=4")), "has a pass of 2 rows without one with r < t"),
+        pytest.param(("digits", *sets("train.lr=1")), "train.lr: unknown key", marks=pytest.mark.slow),
+        pytest.param(
+            ("digits-meanflow", *sets("train.batch=4")),
+            "has a pass of 2 rows without one with r < t",
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here: Path) -> None:
@@ -208,7 +211,7 @@ def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here:
     assert tree(here) == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     (here / "images").mkdir()
     for i in range(9):

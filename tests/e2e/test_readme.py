@@ -43,7 +43,7 @@ MORE = {
 FETCH = "import urllib.request as r; r.urlopen('http://x.org')"
 WHERE = "import dumo; print(dumo.__file__)"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def blocks(language: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from e2e.shell import TINY, call, files, finish, sets, start, tree, wait
+from tiers import tiered
 
 OFTEN = sets("train.log_every=1", "train.save_every=10", "train.keep=3", "train.schedule.kind=constant")
 
@@ -162,7 +163,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
     assert steps_logged(full) == list(range(1, 41))
 
 
-@pytest.mark.parametrize("size", [4096, 100])
+@pytest.mark.parametrize("size", tiered([4096, 100], now=[4096], ci=[100]))
 def test_full_disk_when_anything_else_is_written(size: int, here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     before = files(run)

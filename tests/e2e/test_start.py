@@ -14,6 +14,7 @@ from dumo.run.config.load import load, summary
 from dumo.run.config.source import FORMAT, KEY, read
 from e2e.shell import TINY, call, refused, sets
 from forked import ENVIRONMENT
+from tiers import tiered
 
 QUICK = """
 import contextlib, io, json, sys
@@ -85,7 +86,7 @@ def kinds() -> list[str]:
     return list((first | {"diffusers": "sana", "unet": "cifar10-small"}).values())
 
 
-@pytest.mark.parametrize("name", kinds())
+@pytest.mark.parametrize("name", tiered(kinds(), now={*kinds()} - {"sana", "cifar10-small"}, ci=kinds()))
 def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     done = call("show", name, "--json")
     assert (done.code, done.err) == (0, "")

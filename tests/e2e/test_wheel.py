@@ -18,7 +18,7 @@ assert run.sample(classes=[3, 5]).shape == (2, 1, 8, 8)
 print(run.evaluate(nfe=1)["results"][0]["fd"], run.report(), dumo.__file__)
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")

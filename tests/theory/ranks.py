@@ -1,8 +1,8 @@
 """Gradients of a net that is compiled, replicated or sharded, against those of the same net as it is. See test_rank.py.
 
-`main(RANK, FILE)` is one of two processes that train together, and meet in FILE; with `alone` for
-RANK it is alone. Prints one JSON object per case. A process of its own: shapes are checked in the tests', and
-a compiler cannot see through the checks.
+`main(RANK, FILE, WHAT)` is one of two processes that train together, and meet in FILE: WHAT is `wrappers`, or
+`objectives`, each of which meets one wrapper. With `alone` for RANK it is alone. Prints one JSON object per case. A
+process of its own: shapes are checked in the tests', and a compiler cannot see through the checks.
 """
 
 import copy
@@ -127,21 +127,19 @@ def compare(wrap: Callable[[nn.Module], nn.Module], name: str, rank: int, ranks:
     }
 
 
-def main(rank: str, file: str = "") -> None:
-    """Compare every objective in every wrapper."""
+def main(rank: str, file: str = "", what: str = "") -> None:
+    """Compare some objectives in every wrapper, or every objective in one."""
     torch.set_num_threads(1)
     if rank == "alone":
         print(json.dumps(compare(inductor, "tape", 0, 1)))
         for name in OBJECTIVES:
             print(json.dumps(compare(compiled, name, 0, 1)))
         return
+    cases = [(wrap, name) for wrap, names in WRAPPERS.items() for name in names]
+    if what == "objectives":
+        cases = [(ddp, name) for name in EVERY]
     with meeting(file, int(rank)):
-        for wrap, names in WRAPPERS.items():
-            for name in names:
-                row = compare(wrap, name, int(rank), 2)
-                if rank == "0":
-                    print(json.dumps(row))
-        for name in EVERY:
-            row = compare(ddp, name, int(rank), 2)
+        for wrap, name in cases:
+            row = compare(wrap, name, int(rank), 2)
             if rank == "0":
-                print(json.dumps({**row, "net": "every"}))
+                print(json.dumps(row))

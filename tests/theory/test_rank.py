@@ -12,8 +12,6 @@ from forked import main_of
 from meeting import outputs
 from theory.ranks import EVERY, OBJECTIVES, WRAPPERS
 
-pytestmark = pytest.mark.slow
-
 LIMIT = 1e-6
 ROUGH = 1e-5  # of objectives that subtract what is nearly equal, and so multiply rounding: secants, IMM's kernels
 PATIENCE = 400  # seconds, on a busy machine; alone they take 60
@@ -26,34 +24,50 @@ def rows_of(*commands: tuple[str, ...]) -> Rows:
     return [json.loads(line) for line in out.splitlines()]
 
 
+def of_two_ranks(what: str, folder: Path) -> Rows:
+    """What two ranks print of `wrappers`, or of `objectives`."""
+    return rows_of(*((rank, str(folder / "meeting"), what) for rank in "01"))
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Two ranks."""
-    meeting = str(tmp_path_factory.mktemp("ranks") / "meeting")
-    return rows_of(("0", meeting), ("1", meeting))
+    """Every wrapper."""
+    return of_two_ranks("wrappers", tmp_path_factory.mktemp("ranks"))
 
 
-def test_every_objective_met_every_wrapper(pair: Rows) -> None:
+@pytest.mark.slow
+def test_every_wrapper_is_met(pair: Rows) -> None:
     met = {(case, wrap.__name__) for wrap, cases in WRAPPERS.items() for case in cases}
-    assert {(row["case"], row["net"]) for row in pair} == met | {(case, "every") for case in EVERY}
+    assert {(row["case"], row["net"]) for row in pair} == met
     for wrap in WRAPPERS:
         assert {row["way"] for row in pair if row["net"] == wrap.__name__} == {"tape", "ride"}
-    assert len(EVERY) >= len(members(Objective))
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(pair: Rows) -> None:
     for row in pair:
-        assert 0 < row["error"] < (ROUGH if row["net"] == "every" else LIMIT), row
+        assert 0 < row["error"] < LIMIT, row
 
 
+@pytest.mark.nightly
+def test_two_ranks_are_one_for_every_objective(tmp_path: Path) -> None:
+    rows = of_two_ranks("objectives", tmp_path)
+    assert {row["case"] for row in rows} == {*EVERY}
+    assert len(EVERY) >= len(members(Objective))
+    for row in rows:
+        assert 0 < row["error"] < ROUGH, row
+
+
+@pytest.mark.slow
 def test_a_tape_whose_weights_are_given_back_becomes_a_pass_and_says_so(pair: Rows) -> None:
     """A ride is over before the weights go, and there is nothing to say."""
-    for row in (row for row in pair if row["net"] != "every"):
+    for row in pair:
         fell = row["way"] == "tape" and row["net"] == "resharded"
         assert bool(row["said"]) == fell, row
         assert all("reshard_after_forward=False" in said for said in row["said"])
 
 
+@pytest.mark.nightly
 def test_regional_compilation_keeps_the_gradient() -> None:
     """Each block one graph, without a break; all blocks share one with tangents and one without, of each shape."""
     alone = rows_of(("alone",))

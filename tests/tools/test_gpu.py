@@ -17,7 +17,7 @@ BRIEF = ("xl2", "sample")
 
 
 IN_PROCESS = [  # all but two are left to `make slow`
-    pytest.param(name, marks=[] if name in BRIEF else [pytest.mark.gate])
+    pytest.param(name, marks=[] if name in BRIEF else [pytest.mark.nightly])
     for name in gpu.PARTS
     if name not in BY_COMMANDS
 ]

@@ -10,7 +10,7 @@ import yaml
 import release
 
 WORKFLOWS = sorted((release.ROOT / ".github/workflows").glob("*.yml"))
-PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github/workflows/ci\.yml")
+PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github/workflows/(ci|nightly)\.yml")
 
 CHANGES = """# Changelog
 
@@ -94,8 +94,14 @@ def test_a_release_is_a_button_and_ends_with_what_it_tested() -> None:
     jobs = flow["jobs"]
     assert list(flow[True]) == ["workflow_dispatch"]  # YAML 1.1 reads `on` as true
     wants = {name: job.get("needs") for name, job in jobs.items()}
-    assert wants == {"check": None, "test": "check", "build": "check", "publish": ["test", "build"], "tag": "publish"}
+    assert wants == {
+        "check": None,
+        **dict.fromkeys(("test", "slow", "build"), "check"),
+        "publish": ["test", "slow", "build"],
+        "tag": "publish",
+    }
     assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert jobs["slow"]["uses"] == "./.github/workflows/nightly.yml"
     assert jobs["publish"]["environment"] == "pypi"
     writes = {
         (name, right)

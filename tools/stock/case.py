@@ -2,16 +2,18 @@
 
 A complete tiny pipeline is made on the spot, and three captioned photographs. `dumo` encodes, examines, trains two
 steps, samples and exports. Then the Python block of the exported card runs as it stands in a process that cannot import
-dumo; noise and image are recorded there, and dumo makes the image of the same noise.
+dumo; noise and image are recorded there (recorder.py), and dumo makes the image of the same noise.
 """
 
 import ast
+import atexit
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,51 +50,17 @@ SHORT = (
     "train.precision=fp32", "train.steps=2", "train.batch=4", "train.micro_batch=4", "train.share=1",
     "train.schedule.warmup=0", "evaluate.protocol.samples=20", "net.checkpoint=false", "objective.guide.zeta=0",
 )  # fmt: skip
-RECORDER = """
-import sys
-
-sys.modules["dumo"] = None  # it cannot be imported
-import warnings
-
-import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.video_processor import VideoProcessor
-from safetensors.torch import save_file
-
-block, to = sys.argv[1:]
-warnings.simplefilter("ignore")
-torch.set_num_threads(1)
-drawn, made, draw = [], {}, torch.randn
+RECORDER = Path(__file__).with_name("recorder.py")
 
 
-def randn(*shape, **how):
-    noise = draw(*shape, **how)
-    if sys._getframe(1).f_code.co_name == "randn_tensor":  # of a pipeline or a scheduler, and of no layer
-        drawn.append(noise.clone())
-    return noise
-
-
-def recorded(kind, name):
-    process = getattr(kind, name)
-
-    def post(self, image, *args, **how):
-        if not drawn:  # a frame of a video that was recorded
-            return process(self, image, *args, **how)
-        n = sum(key.endswith("image") for key in made)
-        made[f"{n}.image"] = image.detach().clone().float().contiguous()
-        made.update({f"{n}.{k}": noise.float().contiguous() for k, noise in enumerate(drawn)})
-        drawn.clear()
-        return process(self, image, *args, **how)
-
-    setattr(kind, name, post)
-
-
-recorded(VaeImageProcessor, "postprocess")
-recorded(VideoProcessor, "postprocess_video")
-torch.randn = randn
-exec(compile(open(block).read(), block, "exec"))
-save_file(made, to)
-"""
+@cache
+def recorder() -> "subprocess.Popen[str]":
+    """A Python that runs cards' blocks until this process ends."""
+    env = {**ENVIRONMENT, "PYTHONPATH": ""}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-P", RECORDER], env=env, stdin=pipe, stdout=pipe, text=True)
+    atexit.register(process.communicate)
+    return process
 
 
 def photographs(folder: Path) -> Path:
@@ -125,10 +93,11 @@ def must(done: Done) -> Done:
 
 @dataclass(frozen=True)
 class Case:
-    """A family's run in `folder`, tuned from the pipeline there that has its name."""
+    """A family's run in `folder`, tuned from the pipeline of its name in `home`."""
 
     name: str
     folder: Path
+    home_elsewhere: Path | None = None
 
     @classmethod
     def of(cls, name: str, folder: Path, *fields: str, verbs: Sequence[str] = ("encode", "train")) -> "Case":
@@ -138,17 +107,32 @@ class Case:
         photographs(folder / "photos")
         if case.stock.edits:
             edits(folder)
-        if CODES[0] not in fields:
-            fields = (*fields, f"net.texts.root={folder / 'texts'}", "net.texts.dtype=float32")
         for verb in verbs:
-            words = ["--out", case.run] if verb == "train" else []
-            must(call(verb, "sd3-lora", *words, *sets(*case.fields, *SHORT, *fields)))
+            if verb == "train":
+                case.train(*fields)
+            else:
+                must(call(verb, "sd3-lora", *case.typed(*fields)))
         return case
+
+    def train(self, *fields: str) -> None:
+        """Train the run."""
+        must(call("train", "sd3-lora", "--out", self.run, *self.typed(*fields)))
+
+    def typed(self, *fields: str) -> list[str]:
+        """What is typed of the run, `fields` set in addition to what every one here has."""
+        if CODES[0] not in fields:
+            fields = (*fields, f"net.texts.root={self.home / 'texts'}", "net.texts.dtype=float32")
+        return sets(*self.fields, *SHORT, *fields)
+
+    @property
+    def home(self) -> Path:
+        """Where the pipeline, photographs and tables lie."""
+        return self.home_elsewhere or self.folder
 
     @property
     def source(self) -> Path:
         """The pipeline that is tuned."""
-        return self.folder / self.name
+        return self.home / self.name
 
     @property
     def run(self) -> Path:
@@ -159,8 +143,8 @@ class Case:
     def fields(self) -> list[str]:
         """What a person sets, and what is particular about a family."""
         found = [
-            f"pipeline={self.source}", f"data.root={self.folder / 'latents'}", f"data.images.side={SIDE}",
-            f"data.images.root={self.folder / 'photos'}",
+            f"pipeline={self.source}", f"data.root={self.home / 'latents'}", f"data.images.side={SIDE}",
+            f"data.images.root={self.home / 'photos'}",
         ]  # fmt: skip
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
         found += EDITED * self.stock.edits
@@ -170,7 +154,7 @@ class Case:
     @property
     def image(self) -> Path | None:
         """What prompts edit, if anything."""
-        return self.folder / "source.png" if self.stock.edits else None
+        return self.home / "source.png" if self.stock.edits else None
 
     @property
     def guidable(self) -> bool:
@@ -214,15 +198,16 @@ class Case:
     def block(self, out: Path) -> list[tuple[Tensor, list[Tensor]]]:
         """What the Python block of a card makes, verbatim: an image in [-1, 1] and its noise, call by call."""
         text = (out / "README.md").read_text(encoding="utf-8")
-        block, made = self.folder / "block.py", self.folder / "made.safetensors"
+        block, made, printed = (self.folder / name for name in ("block.py", "made.safetensors", "printed.txt"))
         found = re.search(r"```py\n(.*?)```", text, re.S)
         assert found, text
         block.write_text(found[1], encoding="utf-8")
-        words = [sys.executable, "-c", RECORDER, block, made]
-        done = subprocess.run(
-            words, cwd=self.folder, env={**ENVIRONMENT, "PYTHONPATH": ""}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{found[1]}\n{done.stderr[-3000:]}"
+        process = recorder()
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps([*map(str, (block, made, self.folder, printed))]) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "0\n", f"{found[1]}\n{printed.read_text(encoding='utf-8')[-3000:]}"
         there, images = load_file(made), list[tuple[Tensor, list[Tensor]]]()
         for n in range(sum(key.endswith("image") for key in there)):
             noises = sorted((int(key.split(".")[1]), x) for key, x in there.items() if re.fullmatch(rf"{n}\.\d+", key))

@@ -6,16 +6,13 @@ however often the run was stopped. It is only ever added to; of a step that was 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from dumo.flow.path import Path as FlowPath
-from dumo.objectives import Objective
-from dumo.run.plan import cost, machine
+from dumo.run.plan import machine
 from dumo.run.plan.rehearsal import peak
 from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
@@ -98,14 +95,6 @@ def loss_text(record: Record) -> str:
     if log.weighted(record.loss, record.parts):
         numbers += [f"{name} {value:.4g}" for name, value in record.parts.items()]
     return ", ".join(numbers)
-
-
-def step_flops(
-    outline: Callable[[], nn.Module], objective: Objective, path: FlowPath, shape: Sequence[int], *, ref: cost.Theta
-) -> float:
-    """Counted operations of a step, for an image."""
-    net = outline()
-    return cost.forward_units(net, objective, path, shape, ref=ref) * cost.forward_flops(net, objective, shape)
 
 
 def logged(folder: Path) -> list[log.Row]:

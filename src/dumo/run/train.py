@@ -6,7 +6,7 @@ best/, grids/, samples/, evaluation.json, report.html with its pictures in repor
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from dumo.run.folder import begin, held
 from dumo.run.journal import History, Journal, way_back
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
-from dumo.run.speed import Meter, step_flops
+from dumo.run.speed import Meter
 from dumo.run.validation import Validation
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, quiet
@@ -103,8 +103,12 @@ def go_on(
     data = open_data(run.data)
     with threads.fewer_when_busy(here, quiet):
         doctor.examine(run, here).require()
-    count = partial(step_flops, run.outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
-    meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
+
+    @cache
+    def step_cost() -> cost.StepCost:
+        return cost.step_cost(run.outline(), run.objective, run.path, run.data.shape, ref=run.train.ref)
+
+    meter, sheets = Meter(run.train, folder, here, lambda: step_cost().flops), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
     validation = Validation(run, folder, state, tell, meter.leave_out)
     known = agreement.own(lambda: run.teacher and teacher.open_teacher(run.teacher, run, state, here))
@@ -114,12 +118,12 @@ def go_on(
             History.of(run, folder, data, state.step, last, accept=accept, change=change) if dist.is_main() else None
         )
     )
-    tell(outlook(run, folder, data.size, state.step, here))
+    tell(outlook(run, folder, data.size, state.step, here, step_cost().units))
     if isinstance(data, Bucketed):
         tell(f"images are in {data.about}")
     tell(f"objective: {method(run.objective)}")
     left = (run.train.steps - state.step) * run.train.batch / dist.world()
-    for line in machine.unfit(run.train, left * count(), here):
+    for line in machine.unfit(run.train, left * step_cost().flops, here):
         tell(line)
     for fit in state.net.fits if isinstance(state.net, Dualized) and not last else ():
         tell(str(fit))
@@ -245,8 +249,8 @@ def open_data(data: Data) -> Source:
     return source
 
 
-def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.device) -> str:
-    """What is trained on what, and what a step costs, in a line."""
+def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.device, units: float) -> str:
+    """What is trained on what, and the forward units of a step, in a line."""
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.conditions.words)}" if run.conditions.names and not run.conditions.captions else ""
@@ -255,7 +259,6 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     weights = sum(p.numel() for p in net.parameters()) + saved(net)
     learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
     part = f", {learns:,} of them trained" if learns < weights else ""
-    units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     less = by_dual(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     hint = f"; objective.slope.kind=dual takes {less:.2f} F, is exact and may run in bf16" if less else ""
     return (

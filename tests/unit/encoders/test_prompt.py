@@ -18,6 +18,7 @@ from dumo.nets.family import FAMILIES, family
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
 from pipelines import PIPELINES, SIDE, save
+from tiers import tiered
 from transformers_tiny import TINY
 
 pytestmark = [  # diffusers', of its own code
@@ -29,7 +30,7 @@ SHORT, LONG = (
     "a long story of a fox, " * 60,
 )  # more tokens, bytes here, than any pipeline reads
 QUICK = ("SD3", "SANA", "Qwen-Image", "Z-Image")
-SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in PIPELINES]
+SOME = tiered(PIPELINES, now=QUICK[:1], ci=QUICK)
 Received = dict[str, Tensor]  # tokens (l, d), without those that a mask hides; pooled (p,)
 
 

@@ -17,6 +17,7 @@ from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.runtime.random import stream
 from dumo.types import UserError
+from recipe import recipe
 
 EVERY = [(name, scale) for name in names() for scale in read(name).scales]
 
@@ -153,7 +154,7 @@ def test_a_mistake_in_a_plan_is_found() -> None:
 
 
 def test_an_objective_is_taken_onto_another_recipe() -> None:
-    sct, host = load("digits-sct"), load("cifar10-latents")
+    sct, host = recipe("digits-sct"), recipe("cifar10-latents")
     spec = load("cifar10-latents", training_of("digits-sct", "cifar10-latents"))
     assert spec.objective.model_dump() == sct.objective.model_dump() | {"drop": host.objective.drop}
     assert (spec.path, spec.sample.solver, spec.net.precondition) == (sct.path, sct.sample.solver, sct.net.precondition)
@@ -170,7 +171,7 @@ def test_a_teacher_that_is_an_average_counts() -> None:
 def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
     without = {"digits-guided", "digits-words", "digits-likelihood", "digits-match", "digits-critic"}  # no siblings
     found = {name for name in recipes.names() if name.partition("-")[0] == "digits"} - without
-    alone = {name for name in found if (spec := load(name)).teacher is None and spec.start is None}
+    alone = {name for name in found if (spec := recipe(name)).teacher is None and spec.start is None}
     assert {arm.recipe for arm in read("zoo").arms} == alone
     assert read("zoo").why.keys() <= {arm.labels["objective"] for arm in read("zoo").arms}
 
@@ -193,7 +194,7 @@ def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
         assert ((r == 0) | (r == t)).all() == (one.labels["jumps"] == "to data")
         tree = one.spec.objective.model_dump()
         assert (tree.get("power", 0), tree["drop"], tree["guide"]["zeta"]) == (0, 0, 0)
-    assert meanflow.spec.objective == load("digits-meanflow").objective
+    assert meanflow.spec.objective == recipe("digits-meanflow").objective
 
 
 @pytest.mark.usefixtures("free")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
 from dumo.types import Frozen, UserError
+from tiers import tiered
 from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, saved, texts
 
 LORA = Lora(rank=4)
 CONVOLUTIONS = Lora(rank=4, convolutions=True)
+SOME = tiered(NOISE, now=("sd1", "pixart"), ci=NOISE)
 
 
 def scheduler(name: str, spec: Pretrained) -> Any:  # noqa: ANN401, of diffusers
@@ -44,7 +47,7 @@ def answer(name: str, model: Any, x: Tensor, c: Tensor, index: Tensor) -> Tensor
     return model(**given | {"timestep": index}, return_dict=False)[0][:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", SOME)
 def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     """At indices of the table: the data by diffusers' own scheduler are x_t - t v, from x_vp as from x_t."""
     spec, (x, c, _) = folder(name), batch()
@@ -66,7 +69,7 @@ def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     assert (guess - data).norm() / data.norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", SOME)
 def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
     x, c, t = batch()
     net = built(folder(name))
@@ -78,9 +81,25 @@ def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
     assert not torch.allclose(u, before[1])
 
 
+ADAPTED = [*product(NOISE, (None, LORA)), ("sd1", CONVOLUTIONS), ("sdxl", CONVOLUTIONS)]
+FIRST, NEXT = [("sd1", LORA), ("pixart", None)], [("sdxl", CONVOLUTIONS)]
+
+
+def tuned(lora: Lora | None) -> str:
+    """How, in the name of a test."""
+    if lora is None:
+        return "full"
+    return "convolutions" if lora.convolutions else "lora"
+
+
 @pytest.mark.parametrize(
     ("name", "lora"),
-    [*((name, lora) for name in NOISE for lora in (None, LORA)), ("sd1", CONVOLUTIONS), ("sdxl", CONVOLUTIONS)],
+    tiered(
+        ADAPTED,
+        now=[("sd1", LORA), ("pixart", None)],
+        ci=[("sdxl", CONVOLUTIONS)],
+        id=lambda case: f"{case[0]}-{tuned(case[1])}",
+    ),
 )
 def test_one_guided_step_is_exact(folder: Saved, name: str, lora: Lora | None) -> None:
     """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
@@ -115,7 +134,7 @@ def step(net: Dualized) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", SOME)
 def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved, name: str) -> None:
     net, (x, c, t) = built(folder(name)), batch()
     heads, along = DualSlope()(net, Frozen(net), x, c, t=t)
@@ -125,7 +144,7 @@ def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved
     assert (dv - jvp).norm() / jvp.norm() < 1e-5
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", SOME)
 def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     """A step moves adapters of attention and perceptrons, heads and embedder alone, and in `base` all is as it was."""
     x, c, t = batch()
@@ -149,8 +168,8 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NOISE)
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("lora", tiered([None, LORA], now=[LORA], id=tuned))
 def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora | None, tmp_path: Path) -> None:
     """Of the old class, names and shapes; read by a net of its own it gives what the head gives."""
     x, c, t = batch()
@@ -190,7 +209,7 @@ CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("lora", tiered([None, LORA], now=[LORA], id=tuned))
 def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_path: Path) -> None:
     """Other numbers of layers in each block, no attention in the middle, or no middle: from a folder to a folder."""
     import diffusers
@@ -241,7 +260,7 @@ def test_checkpointing_changes_no_gradient(folder: Saved) -> None:
     assert torch.stack([(lean[n] - g).norm() for n, g in plain.items()]).norm() / size < 1e-5
 
 
-@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("name", SOME)
 def test_fewer_blocks_are_a_net_too(folder: Saved, name: str) -> None:
     x, c, t = batch()
     assert built(folder(name).short(1))(x, c, t=t)[0].shape == x.shape

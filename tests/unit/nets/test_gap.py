@@ -18,12 +18,13 @@ from dumo.nets.gap import fixed
 from dumo.objectives import RCGM, DuMoAny, MeanFlow, Several, Shortcut, SplitMeanFlow
 from dumo.training.deferred import Deferred
 from dumo.types import Frozen, Needs, Objective, UserError
+from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, Saved, asked, batch, built
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers', of its Chroma
 NAMES = [name for name in (*IMAGES, *NOISE, "wan") if not name.startswith("chroma")]
 QUICK = ("sd3", "flux-guided", "z-image-lengths", "sd1")
-SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
+SOME = tiered(NAMES, now=QUICK)
 TR = Needs(inputs=("t", "r"), heads=("u",))
 LORA = Lora(rank=4)
 
@@ -52,7 +53,7 @@ def gradient(net: Dualized, objective: Objective) -> dict[str, Tensor]:
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_any_r_begins_as_the_model(folder: Saved, name: str) -> None:
     """u(x, t, r) = v(x, t) to the bit; and no longer, once the gap is embedded."""
     x, c, t = batch()
@@ -196,7 +197,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-@pytest.mark.parametrize("name", [name for name in NAMES if name in IMAGES])
+@pytest.mark.parametrize("name", tiered([name for name in NAMES if name in IMAGES], now=QUICK))
 def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str, lora: Lora | None) -> None:
     """Asked as its pipeline asks; without the correction it is another model, and so it is at other times."""
     net = moved(built(cut(folder(name), name), TR, lora=lora))

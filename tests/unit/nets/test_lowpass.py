@@ -12,6 +12,7 @@ from dumo.nets.family import FAMILIES
 from dumo.nets.lowpass import Fit, Slow, cut, frequencies, layers, refit, waves
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
+from tiers import tiered
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
 # But for models of diffusions, whose waves are of an index (test_diffusion.py).
@@ -68,12 +69,11 @@ def test_waves_are_those_that_the_model_makes(name: str) -> None:
 
 
 SLOW_ALREADY = ("sana-sprint", "lumina2")  # they read t, not 1000 t
-WIDE = "z-image"  # a thousand numbers in the embedder of the smallest; with lengths it is the same
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n == WIDE else []) for n in NAMES if n != "z-image-lengths"],
+    tiered([name for name in NAMES if name != "z-image-lengths"], now=("sd3", *SLOW_ALREADY), ci=("flux", "wan")),
 )
 def test_a_smooth_net_stays_what_it_is(name: str) -> None:
     """|dv| / |v| <= 1 % over all times; to the bit where waves are slow."""

@@ -29,6 +29,7 @@ from dumo.training.frozen import digest
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
+from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, VU, Saved, asked, batch, built, of, saved
 
 pytestmark = [
@@ -39,7 +40,8 @@ V = Needs(heads=("v",))
 SUBJECT = Lora(rank=4, subject=2)
 LORA, RESTS, DRAWN = Lora(rank=4), Lora(rank=4, frozen="bfloat16"), {"weights": "drawn"}
 QUICK = ("sd3", "flux", "sana-masked", "qwen", "z-image")
-SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
+SOME = tiered(IMAGES, now=QUICK[:3], ci=QUICK)
+EVERY = tiered(IMAGES, now=QUICK)
 
 
 def with_limit(spec: Pretrained, name: str) -> Pretrained:
@@ -52,7 +54,7 @@ def record(objective: DuMo | FlowMatching) -> Noised:
     return draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     """To the bit, whatever the model is told and however it counts time."""
     x, c, t = batch()
@@ -66,7 +68,7 @@ def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     assert v.std() > 0.01
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", EVERY)
 def test_an_oblong_has_positions_of_its_own(folder: Saved, name: str) -> None:
     """Those that the model's pipeline gives it, in a net that was built for squares."""
     _, c, t = batch()
@@ -206,8 +208,7 @@ def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> 
         assert all(torch.allclose(plain[n], other[n], rtol=1e-4, atol=1e-6) for n in plain)
 
 
-@pytest.mark.slow
-@pytest.mark.gate
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "frozen"), [*(("flux", coding) for coding in ("float32", "int8", "nf4")), ("sdxl", "float32")]
 )
@@ -348,7 +349,7 @@ def test_what_does_not_fit_is_refused(
 # --- frozen weights in bf16: the bits that float32 gives, what stays as it was, and whose memory they are
 
 VIDEOS = ("wan",)
-HALF = [pytest.param(name, marks=[] if name in QUICK[:4] else [pytest.mark.slow]) for name in (*IMAGES, *VIDEOS)]
+HALF = tiered((*IMAGES, *VIDEOS), now=QUICK[:3])
 
 
 def both(place: Path, name: str, dtype: torch.dtype) -> list[Dualized]:
@@ -416,7 +417,7 @@ def test_a_file_in_bf16_is_mapped_and_shared(tmp_path: Path) -> None:
     assert all(any(int(low, 16) <= at < int(high, 16) for low, high in places) for at in mine)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", tiered(IMAGES, now=QUICK[:1], ci=QUICK[:3]))
 def test_weights_that_are_made_one_by_one_are_those_of_a_whole_net(name: str, tmp_path: Path) -> None:
     """Stored in either type, kept in either, or drawn: the same bits, and nothing of its blocks is there before."""
     spec, model = saved(tmp_path, name), tiny.TINY[name].model()

@@ -21,6 +21,7 @@ from dumo.run import encode
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, open_run
+from dumo.run.plan import cost
 from dumo.run.sample import solver_of
 from dumo.run.train import open_data, outlook, train
 from dumo.training import agreement, checkpoint, log
@@ -128,16 +129,16 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
 
 
 def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
-    said = {
-        kind: outlook(tiny("digits-guided", f"objective.slope.kind={kind}"), tmp_path, 1, 0, torch.device("cpu"))
-        for kind in ("central", "dual")
-    }
-    (dual,) = re.findall(r"([\d.]+) F a step \(1 F: one forward pass\)", said["dual"])
+    def said(run: Run) -> str:
+        units = cost.forward_units(run.outline(), run.objective, run.path, run.data.shape)
+        return outlook(run, tmp_path, 1, 0, torch.device("cpu"), units)
+
+    central, dual = (said(tiny("digits-guided", f"objective.slope.kind={kind}")) for kind in ("central", "dual"))
+    (units,) = re.findall(r"([\d.]+) F a step \(1 F: one forward pass\)", dual)
     assert (
-        f"(1 F: one forward pass; objective.slope.kind=dual takes {dual} F, is exact and may run in bf16)"
-        in (said["central"])
+        f"(1 F: one forward pass; objective.slope.kind=dual takes {units} F, is exact and may run in bf16)" in central
     )
-    assert "dual takes" not in outlook(tiny("moons-flow-matching"), tmp_path, 1, 0, torch.device("cpu"))
+    assert "dual takes" not in said(tiny("moons-flow-matching"))
 
 
 @pytest.mark.parametrize("route", ["", "tread", "sprint"])

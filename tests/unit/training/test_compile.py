@@ -8,8 +8,7 @@ import pytest
 from forked import python
 
 
-@pytest.mark.slow
-@pytest.mark.gate
+@pytest.mark.nightly
 def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> None:
     """Guided ones too, whatever the number of the rows that guidance needs; of each kind of recipe one."""
     out, _ = python("from unit.training.whole import main; main()", cwd=tmp_path).communicate()

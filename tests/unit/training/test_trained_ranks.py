@@ -13,13 +13,14 @@ from dumo.training.checkpoint import latest, part, restore
 from dumo.training.state import begin
 from forked import main_of
 from meeting import outputs
+from tiers import tiered
 from unit.training.adapted import Adapted
 from unit.training.toy import tensors
 from unit.training.trained_ranks import CASES, trained
 
 PATIENCE = 300  # seconds, on a busy machine
 
-pytestmark = pytest.mark.slow
+IN_CI = ("frozen", "learned", "sd3-lora")  # weights of which some are frozen, texts, a model of others
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tiered(CASES, ci=IN_CI))
 def test_two_ranks_equal_one_process(name: str, met: Callable[[str], Path]) -> None:
     folder = met(name)
     one = tensors(trained(CASES[name], folder / "one", 1, reshard=False, ranks=2))
@@ -53,6 +54,7 @@ def test_two_ranks_equal_one_process(name: str, met: Callable[[str], Path]) -> N
             assert (two[key].double() - x.double()).norm() < limit * x.double().norm() + 1e-9, (share, reshard, key)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_adapters_of_two_ranks(met: Callable[[str], Path]) -> None:
     folder = met("frozen")
     for share, reshard in CASES["frozen"].layouts:

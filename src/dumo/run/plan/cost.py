@@ -95,6 +95,21 @@ def forward_units(
     return without + guided * (units(objective) - without)
 
 
+class StepCost(NamedTuple):
+    """What a training step costs for an image."""
+
+    units: float  # `forward_units`
+    flops: float  # floating-point operations
+
+
+def step_cost(
+    net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self"
+) -> StepCost:
+    """Both counts of a step. Takes and raises as `forward_units`."""
+    units = forward_units(net, objective, path, shape, ref=ref)
+    return StepCost(units, units * forward_flops(net, objective, shape))
+
+
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
     """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
     if not isinstance(objective.needs.slope, DualSlope):

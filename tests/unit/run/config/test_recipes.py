@@ -15,6 +15,7 @@ from dumo.run.config import recipes
 from dumo.run.config.advice import advice
 from dumo.run.config.load import dump, load, summary
 from dumo.run.config.source import KEY, read
+from recipe import recipe
 
 NAMES = recipes.names()
 SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))
@@ -75,7 +76,7 @@ SIBLINGS = [
 
 @pytest.mark.parametrize("names", SIBLINGS)
 def test_siblings_differ_in_what_they_compare_only(names: tuple[str, ...]) -> None:
-    runs = [load(name) for name in names]
+    runs = [recipe(name) for name in names]
     for part in ("data", "net", "path"):
         assert len({getattr(run, part) for run in runs}) == 1
     assert len({run.train.model_copy(update={"steps": 1}) for run in runs}) == 1  # steps may pay for dearer ones
@@ -110,7 +111,7 @@ def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_f
 @pytest.mark.parametrize("name", recipes.GROUPS["A pretrained transformer"])
 def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
     """Settings of TwinFlow's released code; and latents are what each model's own pipeline decodes."""
-    run, full = load(name).model_dump(), "lora" not in name
+    run, full = recipe(name).model_dump(), "lora" not in name
     train, net, codec = run["train"], run["net"], run["data"]["codec"]
     assert (train["optimizer"]["lr"], train["optimizer"]["betas"], train["clip"]) == (
         1e-5 if full else 1e-4,

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from dumo.run.config import recipes
-from dumo.run.config.load import load
 from dumo.run.plan import catalogue
 from dumo.run.plan.catalogue import CATALOGUE, described, find, needing
 from e2e.shell import call, refused
+from recipe import recipe
 
 VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED", "FEW_STEPS")
 
@@ -33,7 +33,7 @@ def test_every_variable_that_a_recipe_reads_is_told() -> None:
 def test_a_recipe_is_named_by_what_it_needs() -> None:
     named = {name: {*needing(find(name))} for name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained")}
     for name in ("imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae", "sana"):
-        spec = load(name)
+        spec = recipe(name)
         inception = "inception" if hasattr(spec.evaluate.protocol, "frechet") else None
         wanted = {"pretrained"} if name == "sana" else {spec.data.codec.kind, inception}  # type: ignore[union-attr]
         assert {item for item in named if name in named[item]} == wanted - {None}, name

@@ -25,6 +25,7 @@ from dumo.training.state import State
 from dumo.training.step import Record, Task
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
+from recipe import recipe
 from unit.run.adapted import freeze
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
         monkeypatch.setattr(cost, "way", lambda *_, **__: None)
         monkeypatch.setattr("dumo.run.plan.plan.far", lambda _: 0.1)  # of a million draws
-    spec = load(name)
+    spec = recipe(name)
     if name in HEAVY:
         assert isinstance(spec.net, Pretrained)
         spec = spec.model_copy(update={"net": spec.net.short(2)})
@@ -110,7 +111,7 @@ def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", TABLE_3)
 def test_table_3(name: str) -> None:
-    spec, (side, codec, patch, lr, thetas, zeta, epochs) = load(name), TABLE_3[name]
+    spec, (side, codec, patch, lr, thetas, zeta, epochs) = recipe(name), TABLE_3[name]
     run: dict[str, Any] = spec.model_dump()
     assert (run["data"]["images"]["side"], run["data"]["codec"]["kind"]) == (side, codec)
     assert {key: run["net"][key] for key in ("patch", "width", "depth", "attention")} == {
@@ -136,7 +137,7 @@ def test_table_3(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TABLE_3 if f"{name}-dual" in MILLIONS])
 def test_a_twin_differs_in_its_slope_and_how_it_computes(name: str) -> None:
-    one, two = (load(each).model_dump(exclude={"about"}) for each in (name, f"{name}-dual"))
+    one, two = (recipe(each).model_dump(exclude={"about"}) for each in (name, f"{name}-dual"))
     assert [run["objective"].pop("slope")["kind"] for run in (one, two)] == ["central", "dual"]
     assert [one["train"].pop(key) for key in ("precision", "compile")] == ["fp32", "none"]  # as published
     assert [two["train"].pop(key) for key in ("precision", "compile")] == ["bf16", "blocks"]
@@ -145,7 +146,7 @@ def test_a_twin_differs_in_its_slope_and_how_it_computes(name: str) -> None:
 
 def test_work_is_all_passes_of_all_images() -> None:
     """XL/2: 118.62 G multiply-adds, 5.9 F a step (the tenth without labels needs no null pass), 240 epochs."""
-    spec = load("imagenet256-xl2")
+    spec = recipe("imagenet256-xl2")
     facts = plan(spec)
     assert 40e9 < facts["memory"]["activations"] < 50e9  # 64 rows of 0.68 GB
     assert facts["forward_units_per_step"] == pytest.approx(5.9, abs=1e-3)
@@ -199,7 +200,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     [("imagenet256-xl2", 8 * 4 * 32 * 32), ("imagenet512-xl1-dcae", 4 * 32 * 16 * 16), ("imagenet-sample", 2 * 2048)],
 )
 def test_a_cache_holds_moments_of_gaussians_both_flips_and_two_bytes_a_number(name: str, each: int) -> None:
-    data = load(name).data
+    data = recipe(name).data
     assert isinstance(data, Latents)
     assert cache(data, 10) == {"images": 10, "bytes_per_image": each, "bytes": 10 * each}
 
