@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 # One process has all tests of a file, which share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test slow check docs mutants audit clean
+.PHONY: help demo test slow lowest check docs mutants audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +23,9 @@ test: $(BIN)/.developed ## run the tests; with SLOW=1 slow ones, too, as continu
 
 slow: $(BIN)/.developed ## run what `make test` leaves out, with the tests of each night
 	$(PYTEST) -m "slow or nightly" $$(grep -rlE 'mark\.(slow|nightly)|\btier(ed)?\(' --include='test_*.py' tests)
+
+lowest: $(LOWEST)/bin/.lowest ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	PYTEST_ADDOPTS='-W default::DeprecationWarning' $(MAKE) test VENV=$(LOWEST)
 
 check: $(BIN)/.developed ## lint, formatting, types, imports; then a mirror of how the code reads, which refuses nothing
 	$(BIN)/ruff check
@@ -42,7 +46,7 @@ audit: $(BIN)/.developed ## licences of what is installed, and known vulnerabili
 	$(BIN)/python tools/audit.py
 
 clean: ## remove the environment, the site and the caches, not the runs
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(LOWEST) site .pytest_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"dumo needs Python 3.11 or newer; this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
@@ -55,3 +59,13 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/.developed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(BIN)/.installed
+
+# uv finds the lowest versions that fit together, and pip takes them as constraints. `make test` then finds all installed.
+# Old libraries are deprecated by new ones, so these warnings are no errors there.
+$(LOWEST)/bin/.lowest: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(LOWEST)/bin/uv pip compile --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --extra dev \
+		--no-emit-package pip --no-emit-package setuptools --output-file $(LOWEST)/constraints.txt pyproject.toml
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c $(LOWEST)/constraints.txt -e '.[dev]'
+	@touch $@ $(LOWEST)/bin/.developed $(LOWEST)/bin/.installed

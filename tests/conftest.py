@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import browser
 import spent
@@ -118,3 +119,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{left_out['slow']} tests left to continuous integration: make test SLOW=1")
     if left_out.get("nightly"):
         terminalreporter.write_line(f"{left_out['nightly']} tests left to the night: make slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skip, with this reason, what dumo refuses with the lowest torch that it allows."""
+    from dumo.runtime.dist import FIRST  # jaxtyping must see it first, to check shapes in it
+
+    report = yield
+    refusal = f"needs torch {FIRST} or newer"  # for several ranks, and for shards that they wrote
+    if report.failed and TorchVersion(torch.__version__) < FIRST and refusal in report.longreprtext:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {refusal}")
+    return report

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 import torch._dynamo
-import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

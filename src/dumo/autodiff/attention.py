@@ -166,7 +166,8 @@ def _seen(mask: Mask | None, causal: bool, rows: slice, o: Tensor, k: Tensor) ->
     """The mask of some queries, (*b, rows, m). A causal one lets the i-th query see keys up to the i-th."""
     n, m = o.shape[-2], k.shape[-2]
     if causal:
-        first, last, _ = rows.indices(n)
+        first = rows.start or 0
+        last = n if rows.stop is None else min(rows.stop, n)  # torch 2.11 cannot trace `slice.indices`
         mask = torch.ones(last - first, m, dtype=torch.bool, device=o.device).tril(first)
         return mask.expand(*o.shape[:-2], -1, -1)
     if mask is None:

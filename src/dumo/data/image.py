@@ -101,10 +101,10 @@ class Images(Spec):
         # No copy: it would be lost where `Images(...)` is called.
         object.__setattr__(self, "names", (self.names or ()) if known else None)
         object.__setattr__(self, "classes", self.classes or 0)
-        self._require_agreement()
+        self.require_agreement()
         return self
 
-    def _require_agreement(self) -> None:
+    def require_agreement(self) -> None:
         """Refuse fields that contradict each other."""
         if wrong := self._contradiction():
             raise UserError(wrong)
@@ -146,7 +146,7 @@ class Images(Spec):
             return self
         values = self._written(root, self.captions) if isinstance(self.captions, Files) else self._labelled(root)
         same = self.model_copy(update=values)
-        same._require_agreement()
+        same.require_agreement()
         return same
 
     def _root(self) -> Path | None:

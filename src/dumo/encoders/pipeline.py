@@ -177,19 +177,19 @@ class Pipeline(Spec):
         if self.known or self.facts is not None:
             return self
         try:
-            facts = dict(self._facts())
+            facts = dict(self.read_facts())
         except UserError:  # said where the part is used
             return self
         return self.model_copy(update={"facts": facts})
 
     def verify(self) -> None:
         """Read all parts but the model's weights. Raises UserError where one is another than the run began with."""
-        for name, now in self.model_copy(update={"facts": None})._facts():
+        for name, now in self.model_copy(update={"facts": None}).read_facts():
             if name not in LICENSE:
                 self.require(name, now)
 
-    def _facts(self) -> Iterator[tuple[str, str]]:
-        """The facts, by name."""
+    def read_facts(self) -> Iterator[tuple[str, str]]:
+        """Read the facts from the files, by name. Raises UserError where a part is missing."""
         yield "class", self.class_name
         yield from self.license.items()
         for part in (TRANSFORMER, VAE, "scheduler"):
@@ -245,6 +245,11 @@ class Reading(Spec):
         made = self.model_copy()
         made._pipeline = pipeline
         return made
+
+
+def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class of diffusers
+    """The parts that a pipeline of diffusers is made of, those that it can do without, too."""
+    return set(pipeline_class._get_signature_keys(pipeline_class)[0])
 
 
 def handed(part: S, pipeline: Pipeline | None) -> S:

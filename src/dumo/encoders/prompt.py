@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dumo.encoders.pipeline import HINT, TRANSFORMER, Pipeline
+from dumo.encoders.pipeline import HINT, TRANSFORMER, Pipeline, component_names
 from dumo.encoders.text import Embeddings, quietly
 from dumo.encoders.tokens import transformers
 from dumo.io.read import foreign
@@ -70,9 +70,7 @@ class Prompts(Spec):
             kind = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
-            unused = {
-                name: None for name in kind._get_signature_keys(kind)[0] if name not in (*of.readers, "scheduler")
-            }
+            unused = dict.fromkeys(component_names(kind) - {*of.readers, "scheduler"})
             pipe = kind.from_pretrained(
                 of.folder, **unused | {of.model: model}, torch_dtype=getattr(torch, self.dtype),
                 use_safetensors=True, local_files_only=True, trust_remote_code=False,

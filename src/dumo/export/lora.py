@@ -31,6 +31,7 @@ from dumo.export import card
 from dumo.export.model import Exported, require
 from dumo.export.scheduler import SCHEDULER, write_scheduler
 from dumo.nets.adapter import SUBJECT, adapters
+from dumo.nets.twin import bias_or_none
 from dumo.types import UserError
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
@@ -92,7 +93,7 @@ def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
     for path, old, new in changed(exported):
         name = called(path)
         found[f"{name}.diff"] = new.weight - old.weight
-        if old._parameters["bias"] is not None:
+        if bias_or_none(old) is not None:
             found[f"{name}.diff_b"] = bias_of(new) - bias_of(old)
     return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in found.items()}
 
@@ -151,7 +152,7 @@ def product(path: str, old: Layer, new: Layer) -> Product:
         a, b = change, torch.eye(high).to(change)[..., None, None]
     else:
         a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
-    return path, a, b, change.new_zeros(high) if old._parameters["bias"] is None else bias_of(new) - bias_of(old)
+    return path, a, b, change.new_zeros(high) if bias_or_none(old) is None else bias_of(new) - bias_of(old)
 
 
 def bias_of(layer: Layer) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.pipeline import TRANSFORMER, UNET
+from dumo.encoders.pipeline import TRANSFORMER, UNET, component_names
 from dumo.export.scheduler import restart
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, steps, uniform
@@ -73,7 +73,7 @@ class Stock:
         import diffusers  # slow to import, and an extra
 
         kind = getattr(diffusers, self.pipeline)
-        return sorted(set(kind._get_signature_keys(kind)[0]) - {TRANSFORMER, UNET, "scheduler"})
+        return sorted(component_names(kind) - {TRANSFORMER, UNET, "scheduler"})
 
 
 BINS = ("use_resolution_binning=False",)

@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
@@ -37,6 +36,9 @@ from dumo.runtime.dist import require_ranks
 from dumo.types import UserError
 
 DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # in its notes
+# Of the format: a shard's header has, under this key, where each part begins in its tensor.
+CUSTOM_METADATA_KEY = "DCP_SHARDING_INFO"
+SAVED_OFFSETS_KEY = "saved_offsets"
 SHARDS = "weights in shards, as ranks write them"  # the files of torch before 2.10 differ
 
 

@@ -202,7 +202,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     net = bench.build(doctor.readable(run.net), needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
-        torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
+        torch.compiler.config.recompile_limit = 64  # one block serves every precision, way and number of rows
         compile_blocks(net, dynamic=False)  # as training does, tape and all
     outline = bench.outline(run.net, needs, shape, classes)
     return Setting(run.path, run.train, classes, shape, device, compile, outline, net, ref)

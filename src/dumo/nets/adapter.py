@@ -95,7 +95,7 @@ def adapters(model: nn.Module) -> list[Any]:
 def without_subject(model: nn.Module) -> Generator[None, None, None]:
     """Inside, the adapters on top add nothing. peft's own switch would also change which parameters are trained."""
     layers = adapters(model)
-    before = [layer._active_adapter for layer in layers]
+    before = [layer.active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [FEW_STEP]
     try:
@@ -109,7 +109,7 @@ def without_subject(model: nn.Module) -> Generator[None, None, None]:
 def off(model: nn.Module) -> Generator[None, None, None]:
     """Inside, adapters add nothing. peft's own switch would also change which parameters are trained."""
     layers = adapters(model)
-    before = [layer._disable_adapters for layer in layers]
+    before = [layer.disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:

@@ -245,7 +245,7 @@ class Dualized(nn.Module):
         """
         assert self.gap is not None
         last = copy.deepcopy(lowpass.layers(self._embedder)[2])
-        bias = last._parameters["bias"]
+        bias = twin.bias_or_none(last)
         if bias is None:
             raise UserError(
                 f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "

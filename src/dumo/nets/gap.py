@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.nets.lowpass import frequencies, layers, waves
+from dumo.nets.twin import bias_or_none
 from dumo.types import Array, Time, UserError
 
 EXACT = 1e-5  # of an embedding, relative, beyond which it is not the one that was trained: ours
@@ -83,7 +84,7 @@ def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) ->
     """
     one = rounded(embedder, dtype)
     h, last = hidden(one, x.double()), copy.deepcopy(layers(embedder)[2])
-    bias = last._parameters["bias"]
+    bias = bias_or_none(last)
     if bias is not None:  # as one number more, as large as the others are together
         h = torch.cat([h, h.square().sum(1).mean().sqrt().expand(len(h), 1)], 1)
     left, sizes, right = torch.linalg.svd(h, full_matrices=False)
@@ -92,7 +93,9 @@ def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) ->
     if bias is not None:
         last.bias = nn.Parameter((bias.double() + h[0, -1] * step[-1]).float(), False)
     new = copy.deepcopy(embedder)
-    layers(new)[2]._parameters.update(last._parameters)
+    new_last = layers(new)[2]
+    new_last.weight = last.weight
+    new_last.bias = last.bias
     error, half = (off(rounded(new, kind), x, wanted) for kind in (dtype, torch.bfloat16))
     whole = rounded(embedder, torch.float32)(x.double())
     stock = [off(rounded(embedder, kind), x, whole) for kind in (dtype, torch.bfloat16)]

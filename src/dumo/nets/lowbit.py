@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
-from dumo.nets.twin import put
+from dumo.nets.twin import bias_or_none, put
 from dumo.runtime import import_bitsandbytes, install
 from dumo.training.deferred import derived
 from dumo.training.frozen import digest_of
@@ -36,16 +36,15 @@ class Half(nn.Linear):
 
     def __init__(self, layer: nn.Linear) -> None:
         """Takes over the layer's numbers, rounded where they are not bf16."""
-        biased = layer._parameters["bias"] is not None
-        super().__init__(layer.in_features, layer.out_features, biased, device="meta")
+        super().__init__(layer.in_features, layer.out_features, bias_or_none(layer) is not None, device="meta")
         for name, p in layer.named_parameters():
-            self._parameters[name] = nn.Parameter(p.detach().bfloat16(), False)
+            self.register_parameter(name, nn.Parameter(p.detach().bfloat16(), False))
 
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
         if autocast_dtype(input.device.type) is not None:
             return super().forward(input)
-        bias = self._parameters["bias"]
+        bias = bias_or_none(self)
         return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
 
@@ -61,11 +60,12 @@ class Coded(nn.Linear):
 
     def __init__(self, layer: nn.Linear, coding: Coding) -> None:
         """Codes the layer's weight, on the device where it lies."""
-        weight, bias = layer.weight.detach(), layer._parameters["bias"]
+        weight, bias = layer.weight.detach(), bias_or_none(layer)
         super().__init__(layer.in_features, layer.out_features, bias is not None, device="meta")
         codes, scales = encode(weight, coding)
         self.weight, self.scales = nn.Parameter(codes, False), nn.Parameter(scales, False)
-        self._parameters["bias"] = None if bias is None else nn.Parameter(single(bias.detach()), False)
+        if bias is not None:
+            self.bias = nn.Parameter(single(bias.detach()), False)
         self.origin = nn.Parameter(origin(weight, coding), False)
 
     @property
@@ -75,7 +75,7 @@ class Coded(nn.Linear):
 
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
-        x, bias, size = primal(input), self._parameters["bias"], (self.out_features, self.in_features)
+        x, bias, size = primal(input), bias_or_none(self), (self.out_features, self.in_features)
         out = product(x, self.weight, self.scales, size, bias)
         return carry(out, product, (input,), self.weight, self.scales, size)
 

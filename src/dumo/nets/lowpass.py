@@ -18,7 +18,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from dumo.nets.twin import put
+from dumo.nets.twin import bias_or_none, put
 from dumo.types import Array
 
 PERIOD = 10_000.0  # the quickest wave over the slowest, of every one of these models
@@ -48,7 +48,7 @@ class Slow(nn.Linear):
 
     def __init__(self, layer: nn.Linear, keep: Tensor) -> None:
         """Takes over the layer's parameters."""
-        super().__init__(layer.in_features, layer.out_features, _biased(layer), device="meta")
+        super().__init__(layer.in_features, layer.out_features, bias_or_none(layer) is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("keep", keep, persistent=False)
 
@@ -58,7 +58,7 @@ class Slow(nn.Linear):
 
     def plain(self) -> nn.Linear:
         """A plain linear layer, with zeros for the masked columns."""
-        layer = nn.Linear(self.in_features, self.out_features, _biased(self), device="meta")
+        layer = nn.Linear(self.in_features, self.out_features, bias_or_none(self) is not None, device="meta")
         layer.weight, layer.bias = nn.Parameter(self.weight.detach() * self.keep), self.bias
         return layer
 
@@ -97,7 +97,7 @@ def refit(embedder: nn.Module, turn: float, fit: Fit) -> Fit:
     old = copy.deepcopy(embedder)
     (name, slow, _), (_, first, _) = layers(embedder), layers(old)
     assert isinstance(slow, Slow)
-    whole = nn.Linear(slow.in_features, slow.out_features, _biased(slow), device="meta")
+    whole = nn.Linear(slow.in_features, slow.out_features, bias_or_none(slow) is not None, device="meta")
     whole.weight, whole.bias = first.weight, first.bias
     put(old, name, whole)
     with torch.no_grad():
@@ -132,7 +132,3 @@ def regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     for p, graded in zip(new.to(there).parameters(), before, strict=True):
         p.requires_grad_(graded)
     return float(off)
-
-
-def _biased(layer: nn.Linear) -> bool:
-    return layer._parameters["bias"] is not None

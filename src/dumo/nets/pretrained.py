@@ -211,13 +211,12 @@ class Pretrained(Reading):
         found = {name: x for file in files_of(folder) for name, x in weights.load(file).items()}
         kept = self.lora is not None and self.lora.frozen != "float32"
         for place, module in model.named_modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    x = leaf(found[f"{place}.{name}".lstrip(".")])
-                    module._parameters[name] = nn.Parameter(x if kept else x.float(), p.requires_grad)
-            for name in module._buffers:
+            for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+                x = leaf(found[f"{place}.{name}".lstrip(".")])
+                setattr(module, name, nn.Parameter(x if kept else x.float(), p.requires_grad))
+            for name, _ in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
                 full = f"{place}.{name}".lstrip(".")
-                module._buffers[name] = found[full].float() if full in found else tables.get(full)
+                setattr(module, name, found[full].float() if full in found else tables.get(full))
         return model
 
 

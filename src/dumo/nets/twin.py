@@ -6,7 +6,7 @@ forked. Each head starts as a copy of the old layer: all give the model's own ou
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -52,10 +52,15 @@ class Outs(nn.Module):
         return torch.cat([out.unflatten(-1, (-1, self.channels)) for out in outs], -1).flatten(-2)
 
 
+def bias_or_none(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
+    """A layer's bias; None where it was made without. torch types it as always there."""
+    return cast("nn.Parameter | None", layer.bias)
+
+
 def put(model: nn.Module, path: str, part: nn.Module) -> None:
     """Set a part of a model, in place."""
     parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = part
+    setattr(model.get_submodule(parent), name, part)
 
 
 def exchanged(model: M, parts: Mapping[str, nn.Module]) -> M:
@@ -68,16 +73,19 @@ def exchanged(model: M, parts: Mapping[str, nn.Module]) -> M:
         if rest:
             below.setdefault(first, {})[rest] = part
         else:
-            new._modules[first] = part
+            setattr(new, first, part)
     for name, some in below.items():
-        new._modules[name] = exchanged(model.get_submodule(name), some)
+        setattr(new, name, exchanged(model.get_submodule(name), some))
     return new
 
 
 def unsaved(layer: nn.Module) -> list[str]:
     """Remove a layer's own buffers, fixed numbers in these models, from its state dict; returns their names."""
-    names = [name for name in layer._buffers if name not in layer._non_persistent_buffers_set]
-    layer._non_persistent_buffers_set.update(names)
+    buffers = dict(layer.named_buffers(recurse=False, remove_duplicate=False))
+    in_state = layer.state_dict() if buffers else {}
+    names = [name for name in buffers if name in in_state]
+    for name in names:
+        layer.register_buffer(name, buffers[name], persistent=False)
     return names
 
 

@@ -117,15 +117,15 @@ class Deferred(TorchDispatchMode):
         """Make all weights of a net, in place, one by one on a device."""
         found: dict[int, Tensor] = {}
         for module in net.modules():
-            for name, p in module._parameters.items():
-                if p is not None and p in self:
+            for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+                if p in self:
                     own = found.get(id(p))
                     if own is None:
                         found[id(p)] = own = nn.Parameter(owned(self.made(p), device), p.requires_grad)
-                    module._parameters[name] = own  # pyright: ignore[reportArgumentType]
-            for name, b in module._buffers.items():
-                if b is not None and b in self:
-                    module._buffers[name] = found.setdefault(id(b), owned(self.made(b), device))
+                    setattr(module, name, own)
+            for name, b in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
+                if b in self:
+                    setattr(module, name, found.setdefault(id(b), owned(self.made(b), device)))
         return net.to(device)
 
     def strange(self, net: nn.Module) -> list[str]:
@@ -213,8 +213,8 @@ class Deferred(TorchDispatchMode):
 
 
 def key(x: Tensor) -> int:
-    """Of a tensor's storage."""
-    return x.untyped_storage()._cdata
+    """Of a tensor's storage, which torch shows as one object while a tensor is on it."""
+    return id(x.untyped_storage())
 
 
 def bare(x: object) -> object:
@@ -264,7 +264,12 @@ def derived(f: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) -> Tensor:
     here = _now.get()
     if here is not None and x in here:
         return here.leaf(lambda: f(here.made(x)), like)
-    return like if x.is_meta or isinstance(x, FakeTensor) else f(x)
+    return like if x.is_meta or is_fake(x) else f(x)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has a device and a shape alone: its bytes are counted, and it holds no numbers."""
+    return isinstance(x, FakeTensor)
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.adamw import adamw
 
 from dumo.flow.precision import HALVES, rounded_at_random
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.random import bits
+from dumo.training.deferred import is_fake
 from dumo.training.layout import begin, like_rows, local
 from dumo.types import UserError
 
@@ -94,7 +94,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
         keep(memory, "exp_avg", first)
         keep(memory, "exp_avg_sq", second)
-        if isinstance(here, FakeTensor):  # of which bytes are counted: it has no numbers to round
+        if is_fake(here):  # it has no numbers to round
             here.copy_(new)
         elif here.dtype in HALVES:
             self.round(here.view(-1), new.view(-1), begin(p), f"{self.names[p]}/{int(memory['step'])}")

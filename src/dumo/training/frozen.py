@@ -5,14 +5,14 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dumo.io import digest as digests
+from dumo.training.deferred import is_fake
 from dumo.types import UserError
 
 SAMPLE = 64  # numbers of each tensor in the digest: ours
@@ -23,6 +23,13 @@ def frozen_weights(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
+def fixed_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own buffers that are not in its state dict, by name."""
+    fixed = module._non_persistent_buffers_set
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    return ((name, table) for name, table in buffers if name in fixed)
+
+
 def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor]:
     """The state dict of a net, or of its copy `module`, without the frozen parameters."""
     fixed = frozen_weights(net)
@@ -31,17 +38,19 @@ def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor
 
 def copied(net: nn.Module) -> nn.Module:
     """A copy that shares the frozen parameters and fixed tables with the net."""
-    tables = (m._buffers[name] for m in net.modules() for name in m._non_persistent_buffers_set)
-    shared: dict[int, Tensor] = {id(x): x for x in (*frozen_weights(net).values(), *tables) if x is not None}
+    tables = (table for module in net.modules() for _, table in fixed_tables(module))
+    shared: dict[int, Tensor] = {id(x): x for x in (*frozen_weights(net).values(), *tables)}
     return deepcopy(net, shared)
 
 
 def share(copy: nn.Module, net: nn.Module) -> None:
     """Make a copy share the frozen parameters and fixed tables of the net again."""
     for mine, its in zip(copy.modules(), net.modules(), strict=True):
-        frozen = {name: p for name, p in its._parameters.items() if p is not None and not p.requires_grad}
-        mine._parameters.update(frozen)
-        mine._buffers.update({name: its._buffers[name] for name in its._non_persistent_buffers_set})
+        for name, p in its.named_parameters(recurse=False, remove_duplicate=False):
+            if not p.requires_grad:
+                setattr(mine, name, p)
+        for name, table in fixed_tables(its):
+            setattr(mine, name, table)
 
 
 def digest(
@@ -54,11 +63,12 @@ def digest(
     take a second. Another model has another digest; a change of a single number may go unseen. None if nothing is
     frozen, or the net holds no numbers.
     """
-    fixed = {name: p for name, p in frozen_weights(net).items() if name not in without}
-    if not fixed or any(isinstance(p, FakeTensor) for p in fixed.values()) or made(next(iter(fixed.values()))).is_meta:
+    frozen = frozen_weights(net)
+    fixed = {name: p for name, p in frozen.items() if name not in without}
+    if not fixed or any(map(is_fake, fixed.values())) or made(next(iter(fixed.values()))).is_meta:
         return None
-    coded = [path for path, layer in net.named_modules(remove_duplicate=False) if "origin" in layer._parameters]
-    codes = {f"{path}.{name}" for path in coded for name in ("weight", "scales")}
+    coded = [name.removesuffix("origin") for name in frozen if name.rpartition(".")[2] == "origin"]
+    codes = {path + name for path in coded for name in ("weight", "scales")}
     return digest_of({name: p for name, p in fixed.items() if name not in codes}, made)
 
 

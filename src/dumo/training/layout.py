@@ -71,7 +71,7 @@ def lay(
     """
     if mesh is None:
         if half:
-            net._apply(halved)
+            convert(net, halved)
         return
     from torch.distributed.fsdp import fully_shard
 
@@ -95,7 +95,7 @@ def lay(
 
         put(module, lacks, begin)
     if half:
-        net._apply(halved)
+        convert(net, halved)
     for copy in copies:  # fully_shard takes what it finds there at the first pass
         share(copy, net)
 
@@ -103,8 +103,13 @@ def lay(
 @torch.no_grad()
 def put(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> None:
     """Let a sharded module's parameters of these names be what `make` makes of the name and the parameter."""
-    named = {p: name for name, p in module.named_parameters() if name in names}
-    module._apply(lambda x: make(named[x], x) if x in named else x)
+    named: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if name in names}
+    convert(module, lambda x: make(named[x], x) if x in named else x)
+
+
+def convert(net: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
+    """Let f make each parameter and buffer anew, sharded ones too. The casts that torch makes public spare none."""
+    net._apply(f)
 
 
 def halved(x: Tensor) -> Tensor:

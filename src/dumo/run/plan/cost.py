@@ -356,11 +356,12 @@ class _Live(TorchDispatchMode):
 
     def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
         """Whether a storage is seen for the first time; it counts `size` bytes until the last tensor on it is gone."""
-        if storage._cdata in self._known:
+        key = id(storage)  # torch shows a storage as one object while it lives
+        if key in self._known:
             return False
-        self._known[storage._cdata] = size
+        self._known[key] = size
         self.now += size
-        weakref.finalize(storage, self._leave, storage._cdata).atexit = False
+        weakref.finalize(storage, self._leave, key).atexit = False
         return True
 
     def _leave(self, key: int) -> None:
