@@ -26,7 +26,7 @@ def file_of(folder: Path, file: Path) -> Path:
     for part, prefix, called in (
         ("unet", "model.diffusion_model", of_unet),
         ("vae", "first_stage_model", of_vae),
-        ("text_encoder", "cond_stage_model.transformer.text_model", lambda name: name),
+        ("text_encoder", "cond_stage_model.transformer.text_model", lambda name: name.removeprefix("text_model.")),
     ):
         for weights in (folder / part).glob("*.safetensors"):
             whole |= {f"{prefix}.{called(name)}": x.contiguous() for name, x in load_file(weights).items()}
