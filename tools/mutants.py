@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -33,15 +33,14 @@ from planted import METHOD, Plant
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
 AT_ONCE = 2
-# What dumo and the tests import; a derivative in forward mode asks for the fourth, which takes four seconds.
+# What dumo and the tests import of others, and would each time take a second to eight. Not what starts threads, as
+# scikit-learn's pyarrow does.
 OTHERS = [
-    "jaxtyping",
-    "matplotlib.pyplot",
-    "pydantic.main",
-    "torch._dynamo",
-    "safetensors.torch",
-    "scipy.linalg",
-    "yaml",
+    *("_pytest.debugging", "_pytest.doctest", "_pytest.junitxml", "_pytest.pastebin", "_pytest.unittest"),
+    *("torch._decomp.decompositions_for_jvp", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
+    *("scipy.linalg", "scipy.optimize", "scipy.stats", "matplotlib.pyplot", "PIL.Image"),
+    *("bitsandbytes", "diffusers.models.transformers.transformer_flux", "peft", "safetensors.torch"),
+    *("filelock", "jaxtyping", "jinja2", "pydantic.main", "rich.progress", "typer", "yaml"),
 ]
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
@@ -91,10 +90,10 @@ def test_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
 
 
-def warm(compiled: str) -> None:
+def warm() -> None:
     """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
     os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
-    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
+    sys.dont_write_bytecode = False
     torch.set_num_threads(1)
     for name in OTHERS:
         importlib.import_module(name)
@@ -193,8 +192,8 @@ def main(*words: str) -> int:
         return 2
     os.chdir(ROOT)
     seen, alive, dear = list[str](), list[str](), list[str]()
-    with TemporaryDirectory() as compiled, ThreadPoolExecutor(AT_ONCE) as pool:
-        warm(compiled)
+    warm()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         for mutant, verdict in zip(rows, pool.map(trial, rows), strict=True):
             word = "killed" if verdict.failed else "ALIVE "
             line = f"{word} {verdict.seconds:5.1f} s  {mutant.file:28} {mutant.wrong:46} {verdict.message}"
