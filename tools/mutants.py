@@ -2,8 +2,11 @@
 
     python tools/mutants.py [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
 
-An error is planted as Python imports the file, which stays as it is. One that its tests let live is a law that nobody
+An error is planted as Python imports the file, which stays as it is. One that its test lets live is a law that nobody
 checks, and the exit code is 1. At last the tests that failed run once without any error, and must pass.
+
+Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a
+smaller test should do. They are no failure, as a busy machine may need more.
 """
 
 import gc
@@ -18,8 +21,9 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -29,30 +33,30 @@ from planted import METHOD, Plant
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
 AT_ONCE = 2
-# What dumo and the tests import; a derivative in forward mode asks for the fourth, which takes four seconds.
+# What dumo and the tests import of others, and would each time take a second to eight. Not what starts threads, as
+# scikit-learn's pyarrow does.
 OTHERS = [
-    "jaxtyping",
-    "matplotlib.pyplot",
-    "pydantic.main",
-    "torch._dynamo",
-    "safetensors.torch",
-    "scipy.linalg",
-    "yaml",
+    *("_pytest.debugging", "_pytest.doctest", "_pytest.junitxml", "_pytest.pastebin", "_pytest.unittest"),
+    *("torch._decomp.decompositions_for_jvp", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
+    *("scipy.linalg", "scipy.optimize", "scipy.stats", "matplotlib.pyplot", "PIL.Image"),
+    *("bitsandbytes", "diffusers.models.transformers.transformer_flux", "peft", "safetensors.torch"),
+    *("filelock", "jaxtyping", "jinja2", "pydantic.main", "rich.progress", "typer", "yaml"),
 ]
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
+MAX_SECONDS = 3.0  # of a processor
 PATIENCE = 1800  # seconds, on a machine where all else comes first; alone, no run takes 60
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which stands once in src/dumo/`file`, becomes `new`, which is wrong: one of `tests` must fail."""
+    """`old`, which stands once in src/dumo/`file`, becomes `new`, which is wrong: `test` must fail."""
 
     file: str
     wrong: str
     old: str
     new: str
-    tests: str
+    test: str
 
     def text(self) -> str:
         """The file with the error. Raises ValueError unless there is exactly one place for it."""
@@ -62,12 +66,14 @@ class Mutant:
         return text.replace(self.old, self.new)
 
     def path(self) -> str:
-        """The tests, as pytest takes them. Raises ValueError unless they are in one file."""
-        name, *node = self.tests.split("::")
+        """The test, as pytest takes it. Raises ValueError unless it is a single one, and there is one such file."""
+        name, *node = self.test.split("::")
+        if not node:
+            raise ValueError(f"{self.test!r} names no single test: mend tools/mutants.toml")
         ends = f"{Path('/', name).with_name(f'test_{Path(name).name}')}.py"
         found = [file for file in test_files() if f"/{file}".endswith(ends)]
         if len(found) != 1:
-            raise ValueError(f"{self.tests!r} are the tests of {found or 'no file'}: mend tools/mutants.toml")
+            raise ValueError(f"{self.test!r} is a test of {found or 'no file'}: mend tools/mutants.toml")
         return "::".join([*found, *node])
 
 
@@ -84,10 +90,10 @@ def test_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
 
 
-def warm(compiled: str) -> None:
+def warm() -> None:
     """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
     os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
-    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
+    sys.dont_write_bytecode = False
     torch.set_num_threads(1)
     for name in OTHERS:
         importlib.import_module(name)
@@ -100,13 +106,23 @@ def planted(mutant: Mutant) -> Plant:
     return Plant(name, str(ROOT / "src/dumo" / mutant.file), mutant.text())
 
 
-def run(tests: list[str], plant: Plant | None = None) -> tuple[int, str]:
-    """Exit code and output of the tests, in a process forked from this one, where what they import of others is.
+@dataclass(frozen=True)
+class Outcome:
+    """Of a process of tests: pytest's exit code, what it printed, and the seconds of a processor that it took."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def run(tests: list[str], plant: Plant | None = None) -> Outcome:
+    """Run the tests in a process forked from this one, where what they import of others is.
 
     Raises TimeoutError where they take too long.
     """
+    seconds = FORK.Value("d", 0.0)  # which the child writes at its end
     with NamedTemporaryFile() as output:
-        child = FORK.Process(target=test, args=(tests, plant, output.name))
+        child = FORK.Process(target=test, args=(tests, plant, output.name, seconds))
         child.start()
         end = time.monotonic() + PATIENCE
         while child.exitcode is None:  # not join: what it waits for, the other child has inherited
@@ -114,10 +130,10 @@ def run(tests: list[str], plant: Plant | None = None) -> tuple[int, str]:
                 child.kill()
                 raise TimeoutError(f"no end after {PATIENCE} s")
             time.sleep(0.05)
-        return child.exitcode, Path(output.name).read_text()
+        return Outcome(child.exitcode, Path(output.name).read_text(), seconds.value)
 
 
-def test(tests: list[str], plant: Plant | None, output: str) -> None:
+def test(tests: list[str], plant: Plant | None, output: str, seconds: Synchronized) -> None:
     """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
     with open(output, "w") as out:
         os.dup2(out.fileno(), 1)
@@ -127,27 +143,45 @@ def test(tests: list[str], plant: Plant | None, output: str) -> None:
         plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
     options += ["-p", "no:unraisableexception"]  # what is collected as garbage meanwhile is no test's
-    os._exit(pytest.main([*options, *tests]))
+    code = pytest.main([*options, *tests])
+    seconds.value = cpu_seconds(resource.RUSAGE_SELF) + cpu_seconds(resource.RUSAGE_CHILDREN)
+    os._exit(code)
 
 
-def trial(mutant: Mutant) -> tuple[str | None, str]:
-    """The test that fails with a mutant, None if it lives, and what to say of it."""
-    about = mutant.file.startswith("objectives/") and mutant.tests == "fixed_point"
-    mine = ["-k", Path(mutant.file).stem] if about else []  # its cases, of a test of all objectives
+def cpu_seconds(of: int) -> float:
+    """Of this process, RUSAGE_SELF, or of all that it started and that have ended, RUSAGE_CHILDREN."""
+    usage = resource.getrusage(of)
+    return usage.ru_utime + usage.ru_stime
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The test that failed with a mutant, None if the mutant lives; what to say of it; its seconds of a processor."""
+
+    failed: str | None
+    message: str
+    seconds: float = 0.0
+
+
+def trial(mutant: Mutant) -> Verdict:
+    """Plant one error, and run its test."""
     try:
-        code, output = run([mutant.path(), *mine], planted(mutant))
+        outcome = run([mutant.path()], planted(mutant))
     except (ValueError, TimeoutError) as error:
-        return None, str(error)
-    failed = re.search(r"^FAILED (.*?)( - .*)?$", output, re.MULTILINE)
-    if code == 1 and failed:
-        return failed[1], failed[1].partition("::")[2]
-    return None, "SURVIVED" if code == 0 else f"no test failed, yet pytest exits with {code}: {output[-300:]}"
+        return Verdict(None, str(error))
+    failed = re.search(r"^FAILED (.*?)( - .*)?$", outcome.output, re.MULTILINE)
+    if outcome.code == 1 and failed:
+        return Verdict(failed[1], failed[1].partition("::")[2], outcome.seconds)
+    if outcome.code == 0:
+        return Verdict(None, "SURVIVED", outcome.seconds)
+    message = f"no test failed, yet pytest exits with {outcome.code}: {outcome.output[-300:]}"
+    return Verdict(None, message, outcome.seconds)
 
 
 def sane(tests: set[str]) -> str:
     """What the tests that saw an error say without one; empty if they pass."""
-    code, output = run(sorted(tests))
-    return output[-2000:] if code else ""
+    outcome = run(sorted(tests))
+    return outcome.output[-2000:] if outcome.code else ""
 
 
 def main(*words: str) -> int:
@@ -157,20 +191,26 @@ def main(*words: str) -> int:
         print(f"no row of {TABLE.name} has {' or '.join(map(repr, words))} in its file or text")
         return 2
     os.chdir(ROOT)
-    seen, alive = list[str](), list[str]()
-    with TemporaryDirectory() as compiled, ThreadPoolExecutor(AT_ONCE) as pool:
-        warm(compiled)
-        for mutant, (failed, said) in zip(rows, pool.map(trial, rows), strict=True):
-            line = f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.wrong:46} {said}"
+    seen, alive, dear = list[str](), list[str](), list[str]()
+    warm()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for mutant, verdict in zip(rows, pool.map(trial, rows), strict=True):
+            word = "killed" if verdict.failed else "ALIVE "
+            line = f"{word} {verdict.seconds:5.1f} s  {mutant.file:28} {mutant.wrong:46} {verdict.message}"
             print(line, flush=True)
-            seen += [failed] if failed else []
-            alive += [] if failed else [line]
+            if verdict.failed:
+                seen.append(verdict.failed)
+            else:
+                alive.append(line)
+            if verdict.seconds > MAX_SECONDS:
+                dear.append(line)
         broken = sane(set(seen)) if seen else ""
     print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
-    for line in alive:  # again, where one looks
+    if dear:
+        print(f"above {MAX_SECONDS:g} s of a processor, as no row should be:")
+    for line in [*dear, *alive]:  # again, where one looks
         print(line)
-    took = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = f"{took.ru_utime + took.ru_stime:.0f} s of processors"
+    cpu = f"{cpu_seconds(resource.RUSAGE_CHILDREN):.0f} s of processors"
     print(f"{len(seen)} of {len(rows)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}")
     return 1 if broken or alive else 0
 

@@ -15,7 +15,6 @@ from dumo.flow.slope import CentralSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives import Objective as AnyObjective
-from dumo.types import Spec
 from theory.exact import (
     APART,
     PRODUCT,
@@ -32,14 +31,14 @@ from theory.exact import (
 )
 
 NONE, DUMO = Guide(), Guide(zeta=0.55)
-GUIDES = [
-    NONE,
-    DUMO,
-    Guide(omega=0.2, zeta=0.92),  # MeanFlow, XL/2
-    Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75)),
-    Guide(omega=0.5, zeta=0.5),  # no null pass
-    Guide(omega=1.5),  # no pass of c
-]
+GUIDES = {  # by the word that stands in the name of a case
+    "unguided": NONE,
+    "zeta": DUMO,
+    "both": Guide(omega=0.2, zeta=0.92),  # MeanFlow, XL/2
+    "interval": Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75)),
+    "no_null_pass": Guide(omega=0.5, zeta=0.5),
+    "no_pass_of_c": Guide(omega=1.5),
+}
 Case = tuple[AnyObjective, Flow]
 
 
@@ -77,13 +76,24 @@ def cases(*on: tuple[Flow, Guide], exact: bool = True) -> list[Case]:
     return [(o.model_copy(update=spread) if isinstance(o.times, Pair) else o, flow) for o, flow in found]
 
 
+def label(objective: AnyObjective, flow: Flow) -> str:
+    """Name of a case: the objective, and the mixture or the guide that makes its flow."""
+    if flow is APART:
+        words = ["apart"]
+    elif flow is PRODUCT:
+        words = ["product"]
+    else:
+        words = [word for word, guide in GUIDES.items() if guide == objective.needs.guide]
+    return "-".join([name(objective), *words])
+
+
 def each(some: list[Case]) -> pytest.MarkDecorator:
-    """Parametrises over cases, by name of the objective and number of the flow."""
-    return pytest.mark.parametrize(("objective", "flow"), some, ids=lambda v: name(v) if isinstance(v, Spec) else None)
+    """Parametrises over cases, by their names."""
+    return pytest.mark.parametrize(("objective", "flow"), some, ids=[label(*case) for case in some])
 
 
 ON_MIXTURES = cases((APART, NONE), (PRODUCT, NONE))
-EVERY = [*cases(*((gaussian(guide), guide) for guide in GUIDES)), *ON_MIXTURES]
+EVERY = [*cases(*((gaussian(guide), guide) for guide in GUIDES.values())), *ON_MIXTURES]
 SOME = (None, NONE, DUMO)  # guides of two exact slopes, which are as one another
 CLOSED = [(o, flow) for o, flow in EVERY if not isinstance(o.needs.slope, JvpSlope) or o.needs.guide in SOME]
 RIDING = [  # a product of mixtures is slow, and shows no more than one

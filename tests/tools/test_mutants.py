@@ -1,4 +1,4 @@
-"""Every planted error has its place and its tests, so `make mutants` has no stale row."""
+"""Every planted error has its place and its test, so `make mutants` has no stale row."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mutants import Mutant
 
 
 def fault(row: Mutant) -> str | None:
-    """What is stale about a row."""
+    """What is wrong about a row, if anything is."""
     try:
         row.text()
         path, *node = row.path().split("::")
@@ -17,7 +17,7 @@ def fault(row: Mutant) -> str | None:
         return str(error)
     text = (mutants.ROOT / path).read_text(encoding="utf-8")
     gone = [name for name in node if f"def {name.partition('[')[0]}(" not in text]
-    return f"{row.tests!r} is gone: mend tools/mutants.toml" if gone else None
+    return f"{row.test!r} is gone: mend tools/mutants.toml" if gone else None
 
 
 def test_no_row_is_stale() -> None:
@@ -27,12 +27,27 @@ def test_no_row_is_stale() -> None:
 def test_a_stale_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "mutants.toml"
     table.write_text(
-        '["runtime/random.py"]\n"a" = ["x y z", "", "random"]\n"b" = ["", "", "nothing"]\n', encoding="utf-8"
+        '["runtime/random.py"]\n"a" = ["x y z", "", "random::test_x"]\n"b" = ["", "", "nothing::test_x"]\n',
+        encoding="utf-8",
     )
     monkeypatch.setattr(mutants, "TABLE", table)
     lost, wild = mutants.mutants()
     assert fault(lost) == "runtime/random.py has 'x y z' 0 times: mend tools/mutants.toml"
-    with pytest.raises(ValueError, match="'nothing' are the tests of no file"):
+    with pytest.raises(ValueError, match="'nothing::test_x' is a test of no file"):
         wild.path()
     assert mutants.mutants("runtime/random.py b") == [wild]
     assert mutants.mutants("neither") == []
+
+
+def test_a_row_that_names_a_whole_file_is_refused() -> None:
+    row = Mutant("runtime/random.py", "a", "def keyed(", "def no(", "random")
+    assert fault(row) == "'random' names no single test: mend tools/mutants.toml"
+
+
+def test_a_row_has_the_seconds_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_busy.py").write_text(
+        "import time\n\ndef test_busy():\n    while time.process_time() < 0.5:\n        pass\n", encoding="utf-8"
+    )
+    outcome = mutants.run([str(tmp_path / "test_busy.py")])
+    assert outcome.code == 0
+    assert 0.5 <= outcome.seconds <= 10

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dumo.export.lora import product
-from dumo.export.model import INDEX, STOCKS, Stock
+from dumo.export.model import INDEX, STOCKS, Exported, Stock
 from dumo.export.scheduler import CONFIG, check_scheduler, restart, write_scheduler
 from dumo.export.write import fits, read_index, vacant
-from dumo.flow.path import Diffusion
-from dumo.flow.solver import Hermite, Restart, jumps
+from dumo.flow.path import Diffusion, Linear
+from dumo.flow.solver import Hermite, Hop, Restart, jumps
 from dumo.nets.family import FAMILIES
 from dumo.nets.vp import framed
 from dumo.run.config.load import load
@@ -41,6 +43,27 @@ def test_the_scheduler_makes_restarts_steps(tmp_path: Path) -> None:
         z = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(found, s * z + (1 - s) * (x - t * u))
         x = found
+
+
+def test_the_scheduler_of_hops_makes_eulers_steps(tmp_path: Path) -> None:
+    """x_s = x_t - (t - s) u, without noise."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    write_scheduler(tmp_path, STOCKS["SD3Transformer2DModel"], SOLVER, hops=True)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(sigmas=[1.0, 0.25])
+    x, u = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(scheduler.step(u, scheduler.timesteps[0], x).prev_sample, x - 0.75 * u)
+
+
+def test_a_hop_ends_where_the_next_begins() -> None:
+    """A stock model is given t alone, so two ends of one t are refused."""
+    sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), path=Linear())
+    none: Any = None
+    two = Exported(sampler, spec=none, net=none, head="u", nfe=(2,))
+    assert two.passes == [(1.0, 0.5), (0.5, 0.0)]
+    with pytest.raises(UserError, match=r"the one from t = 1 goes to r = 0 and to r = 0\.5"):
+        _ = replace(two, nfe=(1, 2)).passes
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

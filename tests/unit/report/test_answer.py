@@ -266,17 +266,19 @@ def test_two_grids_stand_next_to_each_other(digits: Live, free: Live, tmp_path: 
         assert files.namelist() == [f"{name}-{i:06d}.png" for name in ("digits", "{free}") for i in range(4)]
 
 
-def test_runs_that_do_not_fit_are_refused(
-    digits: Live, free: Live, flow: Live, moons: Live, words: Live, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_do_not_fit_are_refused(digits: Live, free: Live, flow: Live, moons: Live, words: Live) -> None:
     for other in (free, flow):
         require_fit(digits, other)
     with pytest.raises(UserError, match="moons does not fit next to digits, its data: moons, not digits: give two"):
         require_fit(digits, moons)
     with pytest.raises(UserError, match="its classes: captions, not 10"):
         require_fit(digits, words)
+
+
+def test_each_fact_that_is_known_of_both_must_be_the_same(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, flow = replace(digits, name="free"), replace(digits, name="flow")
     for name, value in {"shape": "1 x 9 x 9", "fingerprint of the images": "a", "names of classes": "cat, dog"}.items():
-        facts = {"digits": {name: "b"}, free.name: {name: value}, "flow": {name: None}}
+        facts = {"digits": {name: "b"}, "free": {name: value}, "flow": {name: None}}
         with monkeypatch.context() as patched:
             patched.setattr(Live, "facts", lambda self, facts=facts: facts[self.name])
             with pytest.raises(UserError, match=f"its {name}: {value}, not b"):

@@ -47,7 +47,7 @@ def test_jumps_stand_beside_the_flow(folder: Path) -> None:
 def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's likelihood does not depend on who asks for it, but for rounding."""
     run = opened(folder)
-    judge = LikelihoodProtocol(samples=300).evaluator(Context(run.run.data.open))
+    judge = LikelihoodProtocol(samples=50).evaluator(Context(run.run.data.open))
     whole = joined(likelihoods(run.sampler, judge, Heun(), 4)).x
     monkeypatch.setattr("dumo.runtime.dist.world", lambda: 2)
     for rank in (0, 1):

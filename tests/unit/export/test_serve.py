@@ -1,0 +1,72 @@
+"""What a server reads of an exported folder, and why it reads nothing where it would make other images."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dumo.export.model import STOCKS
+from dumo.export.serve import KEY, served, unserved
+from dumo.flow.solver import Restart
+
+
+def exported(*, guided: bool = False, **other: object) -> Any:  # noqa: ANN401, a stand-in for Exported
+    """A flow map of FLUX, as far as a server asks, with some facts that are other ones."""
+    facts = {
+        "stock": STOCKS["FluxTransformer2DModel"],
+        "head": "u",
+        "solver": Restart(m=0.7),
+        "nfe": (),
+        "hops": False,
+        "codes": {},
+        "sampler": SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(active=guided))),
+        "spec": SimpleNamespace(guidance=None),
+    }
+    return SimpleNamespace(**facts | other)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"stock": None}, "has no class"),
+        ({"stock": STOCKS["SD3Transformer2DModel"]}, "has no class"),
+        ({"head": "v"}, "is a velocity"),
+        ({"nfe": (1,)}, "two jumps"),
+        ({"nfe": (2,), "hops": True}, "two jumps"),
+        ({"guided": True}, "with guidance"),
+        ({"codes": {"tokens": torch.zeros(1)}}, "reads prompts"),
+        ({"solver": Restart(m=0.70001)}, "whole thousandths"),
+    ],
+)
+def test_what_a_server_would_sample_otherwise_is_said(other: dict[str, Any], why: str) -> None:
+    assert unserved(exported(), whole=True) == ""
+    assert "all parts" in unserved(exported(), whole=False)
+    assert why in unserved(exported(**other), whole=True)
+
+
+def test_a_server_makes_the_steps_of_restart() -> None:
+    """x_s = (1 - s) (x_t - t u) + s z, by diffusers' scheduler as a server sets it by its block."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    block = served(exported())[KEY]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=block["solver"] == "sde")
+    scheduler.set_timesteps(sigmas=[time / 1000 for time in block["denoising_timesteps"]])
+    x, u, z = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    found = scheduler.step(u, scheduler.timesteps[0], x, generator=torch.Generator().manual_seed(1)).prev_sample
+    torch.testing.assert_close(found, 0.3 * (x - u) + 0.7 * z)
+
+
+def test_diffusers_passes_over_what_a_server_reads(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FluxPipeline
+
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    index = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    FluxPipeline.extract_init_dict({**index, "a_key_of_others": {}})
+    assert "a_key_of_others" in caplog.text
+    FluxPipeline.extract_init_dict({**index, **served(exported())})
+    assert KEY not in caplog.text
