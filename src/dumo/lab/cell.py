@@ -7,7 +7,6 @@ A table has a row per arm and number of passes, with means and deviations over s
 """
 
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,6 @@ from typing import Any
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
 from dumo.evaluation.protocol import headline
-from dumo.io.file import whole
 from dumo.lab import job
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
@@ -34,7 +32,6 @@ from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar
-from dumo.training import checkpoint
 from dumo.types import UserError
 
 Row = dict[str, Any]  # of a table
@@ -102,25 +99,15 @@ def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
     """Train and measure a cell, or take what there is of it."""
     trains = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
     folder = cells / f"{cell.name}-{blake2b(trains.encode(), digest_size=4).hexdigest()}"
-    if cell.after and not folder.exists():
-        grow(Path(cell.after), folder)
     train(cell.spec, folder, device=device, bar=bar)
     trained = open_run(folder, device=device)
     return Result(cell, trained, standing(trained) or evaluate(trained, bar=bar))
 
 
-def grow(source: Path, folder: Path) -> None:
-    """Begin a run's folder as another's, at the first of its checkpoints: where its rate began to fall."""
-    first = next(iter(checkpoint.standing(source / "checkpoints").values()))
-    with whole(folder) as half:
-        shutil.copytree(source, half, ignore=lambda place, names: {"checkpoints", "evaluation.json"} & {*names})
-        shutil.copytree(first, half / "checkpoints" / first.name)
-
-
 def sources(cell: Cell, names: Collection[str]) -> set[str]:
-    """Which of these cells a cell begins from, goes on from, or is taught by."""
+    """Which of these cells a cell begins from or is taught by."""
     parts = (getattr(part, "source", None) for part in (cell.spec.start, cell.spec.teacher))
-    return {*names} & {cell.weights, cell.after, *parts}
+    return {*names} & {cell.weights, *parts}
 
 
 def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
@@ -134,8 +121,7 @@ def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
         made = done.get(cell.weights)
         source = save_model(made, parent, cell.cut) if made else given(cell.weights)
         update["pipeline"] = Pipeline(source=str(source))
-    after = str(done[cell.after].trained.folder) if cell.after else None
-    return replace(cell, spec=cell.spec.model_copy(update=update), after=after)
+    return replace(cell, spec=cell.spec.model_copy(update=update))
 
 
 def given(folder: str) -> Path:

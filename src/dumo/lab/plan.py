@@ -16,7 +16,7 @@ An objective that needs more passes a step gets fewer steps. At the paper's size
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import product
@@ -31,7 +31,6 @@ from dumo.run.config.load import load_recipe
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
-from dumo.training.optim import WSD
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"
@@ -144,8 +143,6 @@ class Plan(Spec):
     set: Words = ()
     steps_of: str | None = None  # the recipe whose steps are counted, if not the first arm's
     samples: bool = False  # whether what arms make in one pass is drawn
-    grows: bool = False  # a run of a larger budget goes on from the one before it, where that begins to decay (WSD);
-    # but one that learns in phases begins from nothing: gone on with, it would have its first phases twice
     why: dict[str, str] = Field({})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
 
@@ -157,17 +154,13 @@ class Plan(Spec):
 
     def cells(self, scale: str) -> "Iterator[Cell]":
         """All runs of the plan, arm by arm, seed by seed."""
-        at, last = self.at(scale), dict[str, str]()
+        at = self.at(scale)
         for outer, sets in combinations(at.vary):
             budget = Budget(self, at, outer.get("budget", 1.0))
             for arm in at.arms or self.arms:
                 if all({"scale": scale, **outer}[name] in values for name, values in arm.only.items()):
                     for inner, more in combinations(arm.vary):
-                        for cell in self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale):
-                            same = f"{arm.labels} {inner} {cell.spec.train.seed}"
-                            goes_on = self.grows and len(cell.spec.objective.needs.phases) == 1
-                            yield replace(cell, after=last.get(same)) if goes_on else cell
-                            last[same] = cell.name
+                        yield from self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale)
 
     def _cells(
         self, arm: Arm, at: Scale, budget: "Budget", axes: dict[str, Any], sets: Sequence[str], scale: str
@@ -192,9 +185,6 @@ class Plan(Spec):
             run = spec(seed) if any("$seed" in text for text in sets) else run
             seed = run.train.seed if seed is None else seed
             train = run.train.model_copy(update={"steps": steps, "seed": seed})
-            if self.grows:  # the last checkpoint but one is where the rate begins to fall
-                fall = int((1 - WSD.DECAY) * steps)
-                train = train.model_copy(update={"save_every": fall, "save_minutes": None, "keep": 2})
             weights = arm.weights and Template(arm.weights).safe_substitute(seed=seed)
             yield Cell(f"{name}-{seed}", run.model_copy(update={"train": train}), labels, weights, arm.cut)
 
@@ -232,7 +222,6 @@ class Cell:
     labels: dict[str, Any]
     weights: str | None = None  # as of its arm, of this seed
     cut: float | None = None
-    after: str | None = None  # a cell, or its folder, that it goes on from
 
 
 def combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:

@@ -77,24 +77,6 @@ def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(tmp_path: Path, s
     assert steps == [0, 1, 2, 3, 2, 3]
 
 
-def test_a_larger_budget_goes_on_where_the_one_before_it_began_to_decay(tmp_path: Path, steps: list[int]) -> None:
-    """It trains the steps that are left, and is to the bit the run that begins from nothing."""
-    plan = two("train.schedule={kind: wsd, warmup: 2}", "train.save_minutes=1").model_dump()
-    plan["scales"]["smoke"] |= {"steps": 10, "vary": {"budget": {1: [], 2: [], 4: []}}, "cost": "passes"}
-    plan = Plan.model_validate(plan | {"grows": True, "arms": plan["arms"][1:], "columns": ["arm", "budget"]})
-    cells = [*plan.cells("smoke")]
-    assert [(one.name, one.after) for one in cells] == [("b-1-0", None), ("b-2-0", "b-1-0"), ("b-4-0", "b-2-0")]
-    grown = cell.finish_all(cells, tmp_path / "grown", jobs=1, device="cpu", bar=no_bar)
-    assert steps == [*range(10), *range(8, 20), *range(16, 40)]
-    alone = finish(replace(cells[-1], after=None), tmp_path / "alone", device="cpu", bar=no_bar)
-    assert steps[-40:] == [*range(40)]
-    assert grown[-1].trained.sha256 == alone.trained.sha256
-    assert grown[-1].report["results"] == alone.report["results"]
-    again = cell.finish_all(cells, tmp_path / "grown", jobs=1, device="cpu", bar=no_bar)
-    assert [one.report for one in again] == [one.report for one in grown]
-    assert steps[-40:] == [*range(40)]  # nothing is trained again
-
-
 def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: list[int]) -> None:
     """In the same folder, without training; what trains otherwise has a folder of its own."""
     first = finished(tmp_path)

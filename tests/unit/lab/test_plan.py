@@ -1,16 +1,12 @@
 """Every arm of every plan loads; arms cost the same; a plan varies what it says and nothing else."""
 
 import re
-from dataclasses import replace
 from functools import cache
 from typing import get_type_hints
 
 import pytest
 import torch
 
-from contract.case import step
-from contract.outside import PlainNet
-from contract.test_loss import built, record
 from dumo.cli.lab import reproduce
 from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, training_of
 from dumo.run.config import recipes
@@ -51,18 +47,6 @@ def test_every_arm_loads(name: str, scale: str) -> None:
     assert len({(cell.spec.model_dump_json(), cell.weights, cell.cut) for cell in cells}) == len(cells)
     if scale == "smoke" and name != "fig4b":
         assert all(cell.spec.train.steps <= 40 for cell in cells)
-
-
-@pytest.mark.usefixtures("free")
-@pytest.mark.parametrize("name", [name for name in names() if read(name).grows])
-def test_what_goes_on_to_a_larger_budget_learns_alike_at_any_progress(name: str) -> None:
-    """Else it would not be the run that begins from nothing. α-Flow, whose alpha falls, begins so."""
-    cells = cells_of(name, "laptop")
-    assert {cell.labels["arm"] for cell in cells if not cell.after and cell.labels["budget"] > 1} == {"α-Flow"}
-    for objective in dict.fromkeys(cell.spec.objective for cell in cells if cell.after):
-        b, net = record(objective), built(objective, PlainNet())
-        early, late = (step(objective, net, replace(b, progress=at)).loss for at in (0.1, 0.9))
-        assert torch.equal(early, late)
 
 
 @pytest.mark.parametrize(
