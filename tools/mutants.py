@@ -2,8 +2,10 @@
 
     python tools/mutants.py [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
 
-An error is planted as Python imports the file, which stays as it is. One that its test lets live is a law that nobody
-checks, and the exit code is 1. At last the tests that failed run once without any error, and must pass.
+All of dumo is imported once. Each row has a process forked from there, in which the functions with the error get its
+code; an error outside of functions is planted as Python imports the file. Files stay as they are. An error that its
+test lets live is a law that nobody checks, and the exit code is 1. At last the tests that failed run once without any
+error, and must pass.
 
 Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a
 smaller test should do. They are no failure, as a busy machine may need more.
@@ -18,17 +20,19 @@ import resource
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import FunctionType
 
 import pytest
 import torch
 
-from planted import METHOD, Plant
+from planted import METHOD, Plant, functions_by_place
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
@@ -42,8 +46,10 @@ OTHERS = [
     *("bitsandbytes", "diffusers.models.transformers.transformer_flux", "peft", "safetensors.torch"),
     *("filelock", "jaxtyping", "jinja2", "pydantic.main", "rich.progress", "typer", "yaml"),
 ]
+there = dict[tuple[object, ...], list[FunctionType]]()  # the functions of dumo, once it is imported
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
+SHARED = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]
 MAX_SECONDS = 3.0  # of a processor
 PATIENCE = 1800  # seconds, on a machine where all else comes first; alone, no run takes 60
 
@@ -64,6 +70,13 @@ class Mutant:
         if (times := text.count(self.old)) != 1:
             raise ValueError(f"{self.file} has {self.old!r} {times} times: mend tools/mutants.toml")
         return text.replace(self.old, self.new)
+
+    def is_inside_functions(self) -> bool:
+        """Whether functions have the error, and nothing else of the file."""
+        try:
+            return bool(planted(self).wrong_functions())
+        except ValueError:
+            return False  # the row is stale, and the trial says so
 
     def path(self) -> str:
         """The test, as pytest takes it. Raises ValueError unless it is a single one, and there is one such file."""
@@ -92,6 +105,7 @@ def test_files() -> list[str]:
 
 def warm() -> None:
     """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
     sys.dont_write_bytecode = False
     torch.set_num_threads(1)
@@ -100,10 +114,23 @@ def warm() -> None:
     gc.freeze()
 
 
+def import_all() -> None:
+    """All of dumo, and what the tests share."""
+    for name in [*map(module_name, sorted((ROOT / "src").rglob("[!_]*.py"))), *SHARED]:
+        importlib.import_module(name)
+    there.update(functions_by_place())
+    gc.freeze()
+
+
+def module_name(path: Path) -> str:
+    """By which a file in src is imported."""
+    return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+
+
 def planted(mutant: Mutant) -> Plant:
-    """The module with the error."""
-    name = "dumo." + mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    return Plant(name, str(ROOT / "src/dumo" / mutant.file), mutant.text())
+    """The module with the error. Raises ValueError as `Mutant.text` does."""
+    path = ROOT / "src/dumo" / mutant.file
+    return Plant(module_name(path), str(path), mutant.text())
 
 
 @dataclass(frozen=True)
@@ -138,9 +165,8 @@ def test(tests: list[str], plant: Plant | None, output: str, seconds: Synchroniz
     with open(output, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    sys.path.insert(0, str(ROOT / "src"))
     if plant:
-        plant.plant()
+        plant.patch(there) if there else plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
     options += ["-p", "no:unraisableexception"]  # what is collected as garbage meanwhile is no test's
     code = pytest.main([*options, *tests])
@@ -178,6 +204,16 @@ def trial(mutant: Mutant) -> Verdict:
     return Verdict(None, message, outcome.seconds)
 
 
+def verdicts(rows: list[Mutant], pool: ThreadPoolExecutor) -> Iterator[tuple[Mutant, Verdict]]:
+    """Of each row, those first that Python must not have imported yet."""
+    inside, outside = list[Mutant](), list[Mutant]()
+    for row in rows:
+        (inside if row.is_inside_functions() else outside).append(row)
+    yield from zip(outside, pool.map(trial, outside), strict=True)
+    import_all()
+    yield from zip(inside, pool.map(trial, inside), strict=True)
+
+
 def sane(tests: set[str]) -> str:
     """What the tests that saw an error say without one; empty if they pass."""
     outcome = run(sorted(tests))
@@ -194,7 +230,7 @@ def main(*words: str) -> int:
     seen, alive, dear = list[str](), list[str](), list[str]()
     warm()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for mutant, verdict in zip(rows, pool.map(trial, rows), strict=True):
+        for mutant, verdict in verdicts(rows, pool):
             word = "killed" if verdict.failed else "ALIVE "
             line = f"{word} {verdict.seconds:5.1f} s  {mutant.file:28} {mutant.wrong:46} {verdict.message}"
             print(line, flush=True)
