@@ -56,7 +56,7 @@ def test_a_run_on_buckets_is_the_same_stopped_and_on_two_ranks(photos: Path) -> 
     same(Path("ranks") / LAST, Path("whole") / LAST)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("uncompiled")
 def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
     assert "buckets: 4 of 4 buckets" in call("doctor", *RECIPE, *SMALL).out

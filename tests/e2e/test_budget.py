@@ -55,6 +55,7 @@ def test_weights_are_those_of_a_table_and_of_a_run_that_stopped(tabled: Case, tm
     assert_same(tmp_path / "live", tabled)
 
 
+@pytest.mark.nightly
 def test_two_ranks_encode_their_own(tabled: Case, tmp_path: Path) -> None:
     there = (f"net.texts.root={tabled.folder / 'texts'}", "train.share=2")
     for out, fields in {"live": ("train.share=2",), "tabled": there}.items():
@@ -64,6 +65,7 @@ def test_two_ranks_encode_their_own(tabled: Case, tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
 
 
+@pytest.mark.nightly
 def test_a_table_that_is_made_meanwhile_is_read(tabled: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with another encoder nothing goes on."""
     must(call("train", *words(tabled), "--out", tmp_path / "run"))
@@ -77,6 +79,7 @@ def test_a_table_that_is_made_meanwhile_is_read(tabled: Case, tmp_path: Path, mo
     assert_same(tmp_path / "run", tabled)
 
 
+@pytest.mark.nightly
 def test_samples_of_captions_and_prompts_are_those_of_a_table(tabled: Case, tmp_path: Path) -> None:
     must(call("train", *words(tabled), "--out", tmp_path / "live"))
     for said in (["--count", 3], ["--prompt", "a red fox", "--prompt", "a dog"]):
@@ -86,6 +89,7 @@ def test_samples_of_captions_and_prompts_are_those_of_a_table(tabled: Case, tmp_
         assert mine.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.nightly
 def test_what_will_be_is_stated(tabled: Case) -> None:
     done = must(call("encode", *words(tabled)))
     assert "3 captions may take" in done.err

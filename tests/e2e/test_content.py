@@ -268,7 +268,7 @@ def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
     assert bad.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_know_what_any_of_them_read(recipe: Path) -> None:
     """Each reads half of the images; one process knows them all again."""
     as_folder(root := Path("../images"), 0)

@@ -134,7 +134,7 @@ def test_a_server_makes_dumos_images(
     assert KEY not in json.loads((tmp_path / "saved" / INDEX).read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """A family without a class of few steps; a velocity; guidance; parts that are not there; an odd time."""
     case = tiny_runs.case(tmp_path, "Flux", *FULL)
@@ -176,7 +176,7 @@ def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Cas
         assert "then run the Python in again/README.md" in done.err
 
 
-@pytest.mark.parametrize("name", tiered(["SD1", "SDXL"], ci=["SD1"]))
+@pytest.mark.parametrize("name", tiered(["SD1", "SDXL"]))
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
     assert max(case.misses("merged", case.export("merged"))) < 1
@@ -235,7 +235,7 @@ def test_which_generator_draws_the_noise_between_passes(
     assert case.seeded(pipe) == case.stock.seeded
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path) -> None:
     """Counted, or where the images are gone the square: of these three photographs none went there."""
     case = Case.of("Flux", tmp_path, *LORA, "data.images.side=144", "data.images.buckets={step: 16}")
@@ -466,8 +466,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
 NAMES = ('a "b" \\ {{1}}', "it's\nçé`<b>", "\udcff")  # the last is a byte that is no UTF-8
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(NAMES, ci=NAMES[:1], id=ascii))
 def test_any_name_of_an_export_is_a_string_in_its_python(
     name: str, sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -486,7 +485,7 @@ def test_any_name_of_an_export_is_a_string_in_its_python(
         assert "<b>" not in text.partition("# ")[2].partition("\n")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) -> None:
     """In a process that knows the hub by its environment alone; where that refuses, the folder stays, and is whole."""
     with serving() as hub:

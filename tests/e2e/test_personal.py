@@ -126,6 +126,7 @@ def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
     assert not torch.equal(later.v_t[b.taught], run.path.at(x, b.z, later.t)[1][b.taught])
 
 
+@pytest.mark.nightly
 def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
     sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
-@pytest.mark.parametrize("objective", tiered(["meanflow", "dumo_any"], ci=["dumo_any"]))
+@pytest.mark.parametrize("objective", tiered(["meanflow", "dumo_any"]))
 def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
     """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
     taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"
@@ -98,7 +98,7 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("coding", tiered(["int8", "nf4"], ci=["nf4"]))
+@pytest.mark.parametrize("coding", tiered(["int8", "nf4"]))
 def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:
     """Also gone on with, to the bit; on another coding, or on other weights, it is refused."""
     words = net(folder, "net.lora.rank=4", f"net.lora.frozen={coding}")
@@ -151,7 +151,7 @@ def test_captions_are_what_a_pretrained_model_is_tuned_on(here: Path) -> None:
     refused("encode", *words, named=("no captions found", *ways))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
     codes = sets("data.images.captions=null", "net.texts.kind=codes")
     assert call("dry", "sd3-lora", *codes).code == 0

@@ -114,7 +114,7 @@ def test_two_ranks_make_the_run_that_one_process_makes_in_two_pieces(run: Path, 
     assert not any((run / name).exists() for name in (".training.lock", "samples"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_rank_and_a_restart_are_the_same_run(run: Path, here: Path) -> None:
     """The first, which writes all that is written; torchrun then ends the other, and begins both again."""
     words = ("train", "digits", "--out", "killed", *TINY, *OFTEN)
@@ -192,7 +192,7 @@ def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        pytest.param(("digits", *sets("train.lr=1")), "train.lr: unknown key", marks=pytest.mark.slow),
+        pytest.param(("digits", *sets("train.lr=1")), "train.lr: unknown key", marks=pytest.mark.nightly),
         pytest.param(
             ("digits-meanflow", *sets("train.batch=4")),
             "has a pass of 2 rows without one with r < t",

@@ -16,6 +16,7 @@ OTHERS = ("digits-words", "digits-drift")  # tested elsewhere; a variant of it h
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
 VARIANTS = [
     "digits+objective.slope.kind=dual",
+    "digits+train.probe_every=1+train.optimizer.kind=muon",
     "digits+objective.slope.kind=dual+train.precision=bf16",
     "digits+train.coupling={group: 16}+data.held=360",
     "digits+teacher",
@@ -39,9 +40,16 @@ def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_two_ranks_are_two_pieces_to_the_bit(tmp_path: Path) -> None:
-    cases = ["digits-cm+train.clip=100", "digits+train.probe_every=1+train.optimizer.kind=muon"]
-    check_bits(run(2, cases, tmp_path), cases)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "digits-cm+train.clip=100+train.batch=8",
+        "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.depth=2",
+    ],
+    ids=["average", "muon"],
+)
+def test_two_ranks_are_two_pieces_to_the_bit(case: str, tmp_path: Path) -> None:
+    check_bits(run(2, [case], tmp_path), [case])
 
 
 @pytest.mark.nightly
