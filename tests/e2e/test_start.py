@@ -86,7 +86,10 @@ def kinds() -> list[str]:
     return list((first | {"diffusers": "sana", "unet": "cifar10-small"}).values())
 
 
-@pytest.mark.parametrize("name", tiered(kinds(), now={*kinds()} - {"sana", "cifar10-small"}, ci=kinds()))
+KINDS = kinds()
+
+
+@pytest.mark.parametrize("name", tiered(KINDS, now={*KINDS} - {"sana", "cifar10-small"}, ci=KINDS))
 def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     done = call("show", name, "--json")
     assert (done.code, done.err) == (0, "")

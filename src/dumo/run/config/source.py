@@ -7,6 +7,8 @@ import errno
 import os
 import re
 from collections.abc import Collection
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,6 +218,12 @@ def _plain(file: Path) -> dict[str, Any]:
 
 
 def _packaged(name: str) -> dict[str, Any]:
+    """The tree of a recipe, to be changed."""
+    return deepcopy(_parsed(name))
+
+
+@cache
+def _parsed(name: str) -> dict[str, Any]:
     return _mapping(recipes.text(name), f"recipe {name}")
 
 
