@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 # One process has all tests of a file, which share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test slow lowest check docs mutants audit clean
+.PHONY: help demo test slow shuffled lowest check docs mutants audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +23,9 @@ test: $(BIN)/.developed ## run the tests; with SLOW=1 slow ones, too, as continu
 
 slow: $(BIN)/.developed ## run what `make test` leaves out, with the tests of each night
 	$(PYTEST) -m "slow or nightly" $$(grep -rlE 'mark\.(slow|nightly)|\btier(ed)?\(' --include='test_*.py' tests)
+
+shuffled: $(BIN)/.developed ## run what continuous integration runs, in a random order, whose seed it prints
+	$(PYTEST) -p randomly -m "not nightly"
 
 lowest: $(LOWEST)/bin/.lowest ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	PYTEST_ADDOPTS='-W default::DeprecationWarning' $(MAKE) test VENV=$(LOWEST)
