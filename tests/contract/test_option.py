@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -122,6 +123,7 @@ def idle() -> list[str]:
     return sorted(lines)
 
 
+@pytest.mark.slow
 def test_every_option_is_set_by_a_recipe_or_a_documented_example() -> None:
     """But for those still to be judged, a list that only gets shorter."""
     pending = Path(__file__).with_name("idle.txt").read_text(encoding="utf-8").split()

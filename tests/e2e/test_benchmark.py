@@ -83,6 +83,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
+@pytest.mark.slow
 def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: Path) -> None:
     found = as_geneval_reads(images)
     assert sorted(row["prompt"] for row in found) == sorted(4 * [one["prompt"] for one in PROMPTS])
@@ -109,7 +110,7 @@ def test_what_stands_is_kept_and_what_is_missing_made_again_equal(run: Path, pro
     assert not half.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_images_that_were_made_otherwise_are_not_mixed(run: Path, prompts: Path, images: Path) -> None:
     assert sample(run, prompts, images.parent, "--seed", "1").out.strip() == f"{images}-seed1"
     prompts.write_text("\n".join(LINES[::-1]))
@@ -155,7 +156,7 @@ def test_results_that_do_not_fit_are_refused(
     assert line in done.err.replace("\n", " ")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_report_shows_prompts_under_their_pictures_and_what_evaluators_found(
     run: Path, images: Path, tmp_path: Path
 ) -> None:

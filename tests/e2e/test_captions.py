@@ -45,6 +45,7 @@ def test_a_table_that_is_not_of_these_images_ends_a_command(photos: Path, words:
     refused(*words, named=("12 of 12 rows without an image", "nearly the same are 'img_00.png'", "'IMG_00.PNG'"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:.* without :UserWarning")
 def test_a_caption_without_an_image_is_named(photos: Path) -> None:
     captioned(photos, "img_99.png,a cat")

@@ -119,6 +119,7 @@ def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory:
     refused("train", "run", *LONGER, named=(CHANGED, f"{root.resolve() / name}, ", "and 37 more changed", "--accept"))
 
 
+@pytest.mark.slow
 def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, hashed: list[int]) -> None:
     was = times(root := Path("../images"))
     as_folder(root, 100)
@@ -129,7 +130,7 @@ def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, has
     refused("train", run, *LONGER, named=(CHANGED, "changed"))  # now it is known
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
     """In place, of the same size, with its time set back."""
     file = Path("../images/class0/00.bmp")
@@ -154,7 +155,7 @@ def test_images_that_come_and_go_are_named(change: str, run: Path) -> None:
     refused("train", run, *LONGER, named=(CHANGED, f"images are {said[change]}"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
     """Untouched nothing is hashed; touched or copied, what is needed, once."""
     for k, change in enumerate(("none", "touch", "none", "copy", "forgotten", "none"), 3):
@@ -173,6 +174,7 @@ def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
     assert noted(run) == []
 
 
+@pytest.mark.slow
 def test_new_data_are_noted(run: Path) -> None:
     as_folder(Path("../images"), 100)
     done = call("train", run, *LONGER, "--accept")
@@ -183,7 +185,7 @@ def test_new_data_are_noted(run: Path) -> None:
     refused("train", run, *sets("train.steps=6"), named=(CHANGED,))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_teacher_s_pairs_are_not_trained_on_after_a_swap(run: Path) -> None:
     """What they were made for has changed."""
     words = sets("teacher.kind=run", "teacher.source=run", "teacher.pairs.count=16", "data.memory=2")
@@ -230,7 +232,7 @@ def test_a_cache_of_two_data_sets_is_not_made(same: bool, latents: Path) -> None
     assert not Path("new").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None:
     """A run goes on with the same ones touched, without them, and not with others: nor is it judged by these."""
     assert call(*encode()).code == 0

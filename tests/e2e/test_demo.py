@@ -279,7 +279,7 @@ def test_a_person_makes_images_and_keeps_them(free: Path, tmp_path: Path) -> Non
     assert not place.parents[1].exists()  # the folder of the page
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.browser
 def test_two_runs_stand_next_to_each_other(trained: dict[str, Path], tmp_path: Path) -> None:
     """Both in every answer, by their names; guidance is grey, for neither can be guided."""
@@ -372,7 +372,7 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_points_there_is_a_scatter_alone(trained: dict[str, Path]) -> None:
     with served(trained["moons"]) as (url, _):
         parts = json.loads(urllib.request.urlopen(f"{url}/config").read())["components"]

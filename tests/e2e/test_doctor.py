@@ -46,6 +46,7 @@ def test_train_refuses_a_slope_that_is_no_derivative(here: Path) -> None:
 SHORTCUT = sets("objective.kind=shortcut", "sample.solver.kind=hop")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_it_is_said_by_what_looks_at_a_run(tmp_path: Path) -> None:
     for words in (("show",), ("dry", "--json"), ("doctor", "--json")):

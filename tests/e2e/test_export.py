@@ -69,7 +69,7 @@ def on_a_copy_of_its_pipeline(case: Case, folder: Path) -> tuple[Path, Path]:
     return run, source
 
 
-@pytest.mark.parametrize("name", tiered(PIPELINES, now=["SD3"], ci=["Flux"]))
+@pytest.mark.parametrize("name", tiered(PIPELINES, now=["SD3"]))
 def test_the_card_of_an_exported_pipeline_makes_dumos_images(
     name: str, sd3: Case, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
@@ -185,7 +185,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "Z-Image", "SD1"], ci=["SD3"]))
+@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "Z-Image", "SD1"]))
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 
@@ -210,7 +210,7 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
     assert "1 to 0.5, 0.5 to 0 |" in (tmp_path / "hops2" / "README.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here: Path, tmp_path: Path) -> None:
     """Two r at one t; passes of a net that knows none, of a velocity, of no number. Nothing is written."""
     case = Case.of("SD3", tmp_path, *FULL, *TWO, "sample.solver={kind: hop}")
@@ -382,7 +382,7 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     assert max(case.misses("full", out, c=torch.tensor([0]))) < 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_a_pipeline_guides_otherwise_is_refused(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     case = tiny_runs.case(tmp_path, "Qwen-Image", *FULL)
     case.guide(2)

@@ -163,6 +163,7 @@ def test_stock_pipelines_make_dumos_images_of_both_loras(
     assert "for the export of the few-step run `run`, not for the stock model" in (alone / "README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_both_adapters_are_a_few_steps_lora_and_the_subjects_next_to_it(sd3: Personal) -> None:
     """As adapters of two names, too, on the stock model."""
     must(call("export", sd3.few, sd3.folder / "few-lora", "--to", "lora"))
@@ -177,6 +178,7 @@ def test_both_adapters_are_a_few_steps_lora_and_the_subjects_next_to_it(sd3: Per
     assert (made[0] - made[1]).norm() < 1e-5 * made[0].norm()
 
 
+@pytest.mark.nightly
 def test_comfyui_gets_both_or_the_subject(sd3: Personal) -> None:
     """Both are the few-step run's LoRA and the subject's, rank after rank, and the layers that the former changed."""
     fused, alone = (sd3.export(f"{n}.safetensors", "--to", "comfyui", *w) for n, w in (("f", ()), ("a", ("--alone",))))

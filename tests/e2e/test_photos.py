@@ -84,6 +84,7 @@ def test_folders_are_classes_by_name(run: Path) -> None:
     assert [spec.conditions.index(name) for name in ("fish", " zoo birds", "3")] == [2, 3, 3]
 
 
+@pytest.mark.slow
 def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
     done, _ = said("train", run)
     assert done.code == 0
@@ -134,7 +135,7 @@ def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> No
     assert "dumo data inception" in told
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.data
 def test_in_latents(photos: Path) -> None:
     """With a real autoencoder: stopped by the broken file, nothing is in the way of the true run."""

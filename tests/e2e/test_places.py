@@ -72,6 +72,7 @@ def test_a_run_keeps_to_what_it_began_with(home: Path, monkeypatch: pytest.Monke
     assert (home / "run/checkpoints/step-00000003").is_dir()
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     wanted, file = sampled("run"), home / "models" / WEIGHTS
     file.rename(home / WEIGHTS)
@@ -99,7 +100,7 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     assert sampled("there/run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_images_that_were_moved_are_those_that_were_trained_on(home: Path) -> None:
     """Of images without a cache: their place is free, what they are is not."""
     fields = sets("data={kind: images, root: images, side: 16, crop: none}", "net.patch=8")

@@ -74,7 +74,7 @@ def trained_in_parts(here: Path, words: list[str]) -> dict[str, torch.Tensor]:
     return whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: Path) -> None:
     """Stopped and gone on with, the same weights to the bit as in one go."""
     words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("teacher.kind=base")]
@@ -128,6 +128,7 @@ def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Pat
     refused(*more, "--accept", named=("was trained on other frozen weights", "keep net.lora.frozen as it was"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_doctor_looks_at_the_weights(here: Path, folder: Path) -> None:
     done = call("doctor", "digits", *net(folder), "--json")

@@ -16,6 +16,7 @@ from dumo.run.config.load import load
 from dumo.run.plan import proposal
 from dumo.types import UserError
 from e2e.shell import call, sets
+from tiers import tiered
 
 pytestmark = pytest.mark.filterwarnings("default:.* cannot be read:UserWarning")
 QUICK = sets("net.width=8", "net.multipliers=[1, 1]", "net.attend=[]", "train.batch=4")
@@ -57,7 +58,7 @@ def test_a_folder_is_enough(photos: Path) -> None:
 READING = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_captions_are_read(photos: Path) -> None:
     for i in range(6):
         (photos / f"cats/{i}.txt").write_text(f"a cat, number {i}")
@@ -140,7 +141,10 @@ def test_minutes_are_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert dict(found.lines())["images"].startswith("13 in 2 classes")
 
 
-@pytest.mark.parametrize(("answer", "code"), [("n\n", 1), ("\n", 0), ("y\n", 0)])
+ANSWERS = [("n\n", 1), ("\n", 0), ("y\n", 0)]
+
+
+@pytest.mark.parametrize(("answer", "code"), tiered(ANSWERS, now=ANSWERS[:1], ci=ANSWERS[2:], id=repr))
 def test_it_asks_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

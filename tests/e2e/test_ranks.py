@@ -170,7 +170,7 @@ def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("ranks", tiered([2, 3], ci=[2]))
+@pytest.mark.parametrize("ranks", tiered([2, 3]))
 def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) -> None:
     words = ("sample", run, "--nfe", "1", "--count", "17")
     assert call(*words, "--out", "one").code == 0

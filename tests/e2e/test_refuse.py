@@ -172,6 +172,7 @@ def digits_here(what: str, trained: dict[str, Path]) -> None:
 READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"], ["bench", "data"], ["dry"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["a run", "images"])
 def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, trained: dict[str, Path]) -> None:
     """By any command; each of the two has a name of its own."""
@@ -191,6 +192,7 @@ def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, t
         assert call("bench", "data", "./digits", "--side", "16", "--batches", "1").code == 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_recipes_name_that_holds_neither_is_no_rival(here: Path) -> None:
     """Of no command."""
     (here / "digits/notes").mkdir(parents=True)

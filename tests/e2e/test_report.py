@@ -29,6 +29,7 @@ def pages(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [browser.DESK, browser.TELEPHONE])
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_readable(name: str, width: int, pages: dict[str, Path]) -> None:
@@ -41,6 +42,7 @@ def test_it_is_readable(name: str, width: int, pages: dict[str, Path]) -> None:
     assert seen.smallest >= browser.READABLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "of"),
     [

@@ -141,6 +141,7 @@ def files_up_to(size: int) -> Generator[None, None, None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
     words = ["moons", *TINY, *OFTEN, *sets("net.width=128")]  # weights larger than the log
     more = ["--set", "train.steps=40"]

@@ -215,7 +215,7 @@ def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
     assert done.code == 1
 
 
-@pytest.mark.parametrize("words", [["recipes"], pytest.param(["recipes", "--schema"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("words", [["recipes"], pytest.param(["recipes", "--schema"], marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("stdout", [">&-", "> /dev/full"])
 def test_an_answer_that_nobody_gets_is_an_error(words: list[str], stdout: str) -> None:
     """`dumo recipes >&-`: the first prints as it goes, the second at the end."""

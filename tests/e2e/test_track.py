@@ -18,7 +18,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tensorboard_follows_a_run_over_a_kill(here: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -74,6 +74,7 @@ def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
 
 
+@pytest.mark.slow
 def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> None:
     last = trained["digits"] / "checkpoints/step-00000020"
     asked: dict[str, list[object]] = {
@@ -111,7 +112,7 @@ def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, 
     assert np.array_equal(made("--count", 9, "--set", "sample.seed=1"), made("--count", 9, "--seed", 1))
 
 
-@pytest.mark.parametrize("name", tiered(["digits-flow-matching", "moons"], now=["digits-flow-matching"], ci=["moons"]))
+@pytest.mark.parametrize("name", tiered(["digits-flow-matching", "moons"], ci=["digits-flow-matching"]))
 def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained[name], here / "run")
     done = call("evaluate", "run", "--nfe", "1,2", "--json")
@@ -183,6 +184,7 @@ def test_folders_by_any_name(name: str, here: Path) -> None:
     assert [path.name for path in here.iterdir()] == [Path(name).parts[0]]
 
 
+@pytest.mark.slow
 def test_grids_of_milestones(here: Path) -> None:
     words = [*TINY, *sets("train.milestones=[0,10]", "train.save_every=10", "train.keep=1")]
     assert call("train", "digits", "--out", "run", *words).code == 0
@@ -226,6 +228,7 @@ def test_the_last_rows_of_runs(trained: dict[str, Path]) -> None:
     assert {"loss", "parts", "grad_norm", "lr", "speed"} <= rows[-1].keys()
 
 
+@pytest.mark.slow
 def test_curves_of_one_run_and_of_several(here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained["digits"], "one")
     assert call("log", "one", "--plot").out == "one/log.png\n"
@@ -246,6 +249,7 @@ def test_a_skipped_step_is_shown(here: Path) -> None:
     refused("log", "run", "--plot", named=("run: nothing is logged yet",))
 
 
+@pytest.mark.slow
 def test_a_plan_for_ranks(here: Path) -> None:
     words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
     facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]

@@ -47,6 +47,7 @@ def test_passes_of_a_step() -> None:
     assert passes(MeanFlow(slope=CentralSlope())) == (1, 4)
 
 
+@pytest.mark.slow
 def test_step_is_an_eighth_cheaper_than_meanflow() -> None:
     """Sec. 4.4 measures 12.6 % more steps per second on XL; counted it is 7 / 6, where all rows pay for all passes.
 

@@ -12,6 +12,7 @@ PATIENCE = 300  # seconds, on a busy machine
 PASSES = {"dual": 3, "jvp": 3, "central": 4}  # forward passes of guided DuMo: the heads, V(null), du/dt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
 def test_calls_and_bytes_of_a_step(ranks: int, tmp_path: Path) -> None:
     """Copies of all weights: gathered once, or by every pass and the backward one; gradients once; one small table."""

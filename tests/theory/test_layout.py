@@ -40,6 +40,7 @@ def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -59,7 +60,7 @@ def test_every_recipe_on_two_ranks_to_the_bit(tmp_path: Path) -> None:
     check_bits(run(2, cases, tmp_path), cases)
 
 
-@pytest.mark.parametrize("ranks", tiered(FEW, ci=[3]))
+@pytest.mark.parametrize("ranks", tiered(FEW))
 def test_more_ranks_to_rounding_over_30_steps(ranks: int, tmp_path: Path) -> None:
     (row,) = run(ranks, [FEW[ranks]], tmp_path)
     assert 0 < row["loss"] < 2e-6, row  # IMM on three: .83e-6 on one processor, 1.2e-6 on another

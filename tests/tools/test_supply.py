@@ -38,6 +38,7 @@ def url() -> Generator[str, None, None]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [

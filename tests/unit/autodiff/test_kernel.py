@@ -142,6 +142,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return run("compile", tmp_path_factory.mktemp("triton"))
 
 
+@pytest.mark.slow
 def test_the_kernel_is_exact(errors: dict[str, float]) -> None:
     """On any strides, too; and as the one operator that a compiler sees it is itself."""
     assert errors.pop("compiled") == 0
@@ -149,6 +150,7 @@ def test_the_kernel_is_exact(errors: dict[str, float]) -> None:
         assert found <= (2e-3 if case.startswith("half") else 1e-5), case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_code_fits_the_machine(code: dict[str, float], machine: str) -> None:
     """Into its shared memory; loads are wide and ahead; Hopper multiplies by groups of warps."""

@@ -122,7 +122,7 @@ def test_parts_find_what_they_are_trained_with(
     assert (spec.objective.kind, spec.data.kind, spec.sample.solver.kind) == (objective, data, solver)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for i, pixels in enumerate(COLOURS):

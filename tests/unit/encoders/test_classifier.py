@@ -197,7 +197,7 @@ def test_images_are_mirrored_and_moved_by_up_to_four_pixels() -> None:
     assert across.max() == down.max() == 31
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_digits_are_made_as_good(tmp_path: Path) -> None:
     assert float(tool.make_digits(tmp_path / "again.safetensors")["accuracy"]) >= 0.98
 

@@ -25,6 +25,7 @@ from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.taesd import Tiny
 from dumo.runtime.random import keyed, stream
 from dumo.types import UserError
+from tiers import tiered
 
 SPEC = TypeAdapter[Codec](Codec)
 PSNR = {  # dB on rows 0, 125 ... 875 of imagenet-sample
@@ -331,7 +332,7 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("side", PSNR)
+@pytest.mark.parametrize("side", tiered(PSNR, now=[64], ci=PSNR))
 def test_taef2_reconstructs_as_measured(side: int) -> None:
     """The real weights on real images: PSNR within 0.3 dB, deviation within 3 % of what was measured."""
     table = parquet.read_table(Path(os.environ["DUMO_DATA"], "imagenet-sample/train-00000-of-00001.parquet"))

@@ -52,6 +52,7 @@ def blobs() -> Reference:
     return Reference(from_uint8(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)), torch.arange(1000) % 10)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[str, float]) -> None:
     assert list(good)[:5] == ["mmd", "mmd_sd", "class_mmd", "class_mmd_sd", "fd"]
@@ -84,6 +85,7 @@ def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dic
     assert bad[share] < good[share] - 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_mirrored_images_are_as_good_and_accuracy_is_of_the_classes_asked_for(
     data: Reference, test: Reference, good: dict[str, float]
@@ -98,6 +100,7 @@ def test_mirrored_images_are_as_good_and_accuracy_is_of_the_classes_asked_for(
     assert shifted["class_mmd"] > 100 * perfect["class_mmd_sd"]
 
 
+@pytest.mark.slow
 def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
     evaluator = QUICK.evaluator(Context(lambda: Table(blobs.x, blobs.c), 10))
     upside_down = blobs.x.flip(2)
@@ -108,6 +111,7 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
     assert evaluator.facts["features_sha256"] == cifar10.sha256
 
 
+@pytest.mark.slow
 def test_without_classes_there_is_no_accuracy_and_without_as_many_images_no_score(blobs: Reference) -> None:
     with pytest.raises(UserError, match="1000 images or more, here are 900"):
         score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

@@ -118,7 +118,7 @@ def test_merged_rows_against_the_closed_form(sizes: tuple[int, ...]) -> None:
     assert frechet_distance(*merged) == pytest.approx(expected.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("d", [256, pytest.param(2048, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("d", [256, pytest.param(2048, marks=pytest.mark.nightly)])
 def test_as_wide_as_inception(d: int) -> None:
     """No axis in common: pairs of coordinates, each with its closed form, mixed by one reflection."""
     roots = (randn(d // 2, 2, 2, key=key) for key in "st")

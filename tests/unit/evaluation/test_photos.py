@@ -139,6 +139,7 @@ class Large:
         raise AssertionError("all at once")
 
 
+@pytest.mark.slow
 def test_large_sets_are_sampled_evenly_and_never_held() -> None:
     data = Large(3 * MOST, [])
     evaluator = PROTOCOL.evaluator(Context(lambda: data))

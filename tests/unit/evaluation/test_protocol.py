@@ -109,6 +109,7 @@ def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference,
     assert score["accuracy"] < 0.02  # of the classes asked for
 
 
+@pytest.mark.slow
 def test_a_perfect_sampler_of_digits(data: Reference, perfect: dict[str, float]) -> None:
     """As two sets of digits have it that are drawn with replacement, the classes of the samples in turn."""
     assert all(perfect[f"fd{end}"] == perfect[f"fd_grey{end}"] for end in ("", "_sd"))

@@ -44,7 +44,7 @@ def measured(run: Run, **more: object) -> dict[tuple[str, str], dict[str, object
     return {(row["slope"], row["precision"]): row for row in report["rows"]}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_slope_has_a_row_in_every_precision_with_the_yardstick() -> None:
     rows = measured(tiny("digits", GUIDED), precisions=("fp32", "bf16"))
     assert list(rows) == [(slope, precision) for precision in ("fp32", "bf16") for slope in ("none", *KINDS)]

@@ -14,8 +14,11 @@ from dumo.run.config.load import load
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from recipe import recipe
+from tiers import tiered
 
 EVERY = [(name, scale) for name in names() for scale in read(name).scales]
+QUICK = [("fig3", "smoke"), ("scaling", "smoke")]
+LONGER = [("scaling", "laptop"), ("zoo", "smoke")]
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_help_lists_every_plan() -> None:
 
 
 @pytest.mark.usefixtures("free")
-@pytest.mark.parametrize(("name", "scale"), EVERY)
+@pytest.mark.parametrize(("name", "scale"), tiered(EVERY, now=QUICK, ci=LONGER, id="-".join))
 def test_every_arm_loads(name: str, scale: str) -> None:
     cells = cells_of(name, scale)
     assert len({cell.name for cell in cells}) == len(cells) >= 2

@@ -186,6 +186,7 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     assert torch.equal(net(x, c, t=t)[1], u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
     """All of the blocks, and no projection of time; the first and the last convolution are in no block."""
@@ -208,6 +209,7 @@ CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("lora", tiered([None, LORA], now=[LORA], id=tuned))
 def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_what_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPat
         quantise(blocks(), (), (), "nf4")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_hub_is_searched_for_kernels() -> None:
     """With a package `kernels` that would be asked, and is there afterwards; in a process that has no bitsandbytes."""
     program = (

@@ -205,6 +205,7 @@ def test_a_guided_step_has_one_function(route: Route) -> None:
     assert (g - h).norm() < 1e-10 * h.norm()
 
 
+@pytest.mark.nightly
 def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
     """Counted: with half of the tokens past 23 of 28 blocks at most 0.62 of the dense step. A pass is as it was.
 
@@ -226,6 +227,7 @@ def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
     assert units[1] / units[2] == pytest.approx(0.355, abs=0.001)
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_a_step_does(route: Route) -> None:
     """By a few blocks, by all, and on numbers."""
     objective = GUIDED.model_copy(update={"slope": DualSlope()})

@@ -205,7 +205,7 @@ def test_words_are_escaped_and_pictures_are_inside() -> None:
         ("digits", " 7\n", 1, "v", ("sample.solver.m=0.3", "sample.precision=fp32")),
         ("free", "3", STRONG, "u", ("sample.guide.interval.high=0.7", "sample.guide.scale=3")),
         ("flow", "3", 1, "v", ()),
-        ("words", "a blue 'seven'", 1, "u", ()),
+        pytest.param("words", "a blue 'seven'", 1, "u", (), marks=pytest.mark.slow),
     ],
 )
 def test_the_script_makes_what_is_shown(

@@ -234,7 +234,7 @@ def test_tensorboard_reads_what_it_was_sent(run: Path) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     program = (

@@ -160,6 +160,7 @@ def rendered(opened: RunFolder) -> Page:
 KEYS = ("fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "null")
 
 
+@pytest.mark.nightly
 def test_what_every_page_has(folder: Path) -> None:
     """Nothing outside is needed, what to type comes first, every section and picture is there, and no key shows."""
     text, points = (folder / "report.html").read_text(), "moons" in folder.name
@@ -187,6 +188,7 @@ def test_what_every_page_has(folder: Path) -> None:
     assert torch.__version__ in page.words
 
 
+@pytest.mark.slow
 def test_the_page_is_the_last_path_and_again_it_is_the_same(digits: Path) -> None:
     before = {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()}
     seen: list[tuple[int, int]] = []

@@ -82,6 +82,7 @@ def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     assert card["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
     own = evaluate(open_folder(folder))
     net = str(folder / "checkpoints/step-00000004/net.safetensors")
@@ -104,6 +105,7 @@ def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
     assert len(files(folder)) == 6  # all of that is the run's own
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_an_earlier_step_is_kept(folder: Path) -> None:
     before = evaluate(open_folder(folder))
     train(load(str(folder), ["train.steps=5"]), folder)
@@ -113,6 +115,7 @@ def test_an_evaluation_of_an_earlier_step_is_kept(folder: Path) -> None:
     assert read_report(folder / "evaluation-step4.json") == before
 
 
+@pytest.mark.slow
 def test_rows_of_other_passes_are_collected(folder: Path) -> None:
     """So what was judged at one pass, then at others, is what a comparison and a report show."""
     one = evaluate(open_folder(folder), nfe=[1])
@@ -130,6 +133,7 @@ def test_rows_of_other_passes_are_collected(folder: Path) -> None:
     assert files(folder) == {"evaluation.json"}
 
 
+@pytest.mark.slow
 def test_guided_rows_are_collected_by_the_passes_asked_for(tmp_path: Path) -> None:
     """The net counts two passes where it is guided, so a row of one asked for says 2."""
     folder = tmp_path / "run"
@@ -151,6 +155,7 @@ def test_rows_of_another_card_are_put_aside(folder: Path) -> None:
     assert read_report(aside) == before
 
 
+@pytest.mark.slow
 def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
     """Between reading what stands and writing, nobody else writes."""
     with ThreadPoolExecutor(4) as pool:

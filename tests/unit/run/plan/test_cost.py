@@ -33,6 +33,7 @@ from dumo.run.plan.cost import (
     way,
 )
 from dumo.types import Needs, Noised, Objective, frozen
+from tiers import tiered
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
 SHAPE = (4, 32, 32)
@@ -176,6 +177,7 @@ def test_a_step_of_a_transformer_by_every_slope(
         assert forward_units(outline(checkpoint=True), objective, Linear(), SHAPE) == pytest.approx(5.15, abs=0.005)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference_and_grow_as_the_tokens() -> None:
     def peak(slope: Slope, guide: Guide, net: nn.Module, side: int = 32, rows: int = 4) -> int:
         shape = (SHAPE[0], side, side)
@@ -214,7 +216,10 @@ def test_rows_make_every_share_whole() -> None:
     assert few == many
 
 
-@pytest.mark.parametrize("objective", one_each(guide=GUIDED, drop=0.0), ids=name_of)
+EACH = one_each(guide=GUIDED, drop=0.0)
+
+
+@pytest.mark.parametrize("objective", tiered(EACH, now=EACH[:1], ci=EACH[1:5], id=name_of))
 def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
     shape, rows = (1, 16, 16), 4
     one, net = (DiT(width=32, depth=n, patch=2, attention=2).build(objective.needs, shape, 10) for n in (1, 2))
@@ -238,6 +243,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     assert units == pytest.approx(forward_units(one, objective, Linear(), shape, rows=rows), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "checkpoint"),
     [(DuMo(guide=GUIDED, slope=DualSlope()), True), (MeanFlow(guide=PLAIN, slope=DualSlope()), False)],

@@ -16,6 +16,7 @@ from dumo.objectives import DuMo, FlowMatching
 from dumo.run.plan import cost
 from dumo.run.plan.cost import activation_bytes, forward_flops, forward_units
 from dumo.types import Objective
+from tiers import tiered
 
 CHANNELS = {"sana-1600m": 32, "sd15": 4, "sdxl": 4, "pixart-sigma": 4}
 DUAL, PLAIN = DuMo(slope=DualSlope()), FlowMatching()
@@ -45,7 +46,7 @@ def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[f
 
 @pytest.mark.parametrize(
     ("source", "lora"),
-    [("flux-dev", Lora(rank=4)), *(pytest.param(source, lora, marks=pytest.mark.slow) for source, lora in OTHERS)],
+    tiered([("flux-dev", Lora(rank=4)), *OTHERS], ci=OTHERS[:1], id=lambda case: case[0]),
 )
 def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = DUAL if source == "flux-dev" else PLAIN
@@ -57,7 +58,7 @@ def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ALONE)
+@pytest.mark.parametrize("source", tiered(ALONE, ci=["sana-1600m"]))
 def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that keeps inputs alone; Flux is counted whole."""
     shape = (CHANNELS.get(source, 16), 8, 8)

@@ -16,6 +16,7 @@ from dumo.run.plan.host import PROCESS, host
 from dumo.training import layout
 from dumo.training.deferred import Deferred
 from dumo.training.frozen import copied
+from tiers import tiered
 
 
 def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
@@ -40,7 +41,7 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     assert one["export"] == held["weights"] == four["export"] - largest
 
 
-@pytest.mark.parametrize("coding", ["bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("coding", tiered(["bfloat16", "int8", "nf4"], ci=["int8"]))
 def test_adapters_are_added_in_a_copy(coding: str) -> None:
     """Of all weights in float32, whatever the base is kept in."""
     pytest.importorskip("peft")
@@ -71,7 +72,7 @@ def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int
     assert found["step"] == step + copy + PROCESS
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("recipe", ["qwen-image"])
 def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once(
     recipe: str, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ from dumo.training.step import Record, Task
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from recipe import recipe
+from tiers import tiered
 from unit.run.adapted import freeze
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", tiered(recipes.names(), now=["digits", "moons"], ci=["cifar10", "imagenet256-xl2"]))
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
@@ -99,6 +100,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert dict(lines(facts)).keys() >= {"parameters", "memory", "data"}
 
 
+@pytest.mark.slow
 def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
     words = ["evaluate.every=100", "evaluate.few=1000", "evaluate.nfe=[2]", "train.batch=50", "sample.guide.scale=2"]
@@ -144,6 +146,7 @@ def test_a_twin_differs_in_its_slope_and_how_it_computes(name: str) -> None:
     assert one == two
 
 
+@pytest.mark.slow
 def test_work_is_all_passes_of_all_images() -> None:
     """XL/2: 118.62 G multiply-adds, 5.9 F a step (the tenth without labels needs no null pass), 240 epochs."""
     spec = recipe("imagenet256-xl2")
