@@ -95,6 +95,7 @@ def test_without_whom_a_process_works_on(
     monkeypatch.delenv(LAUNCHED, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getppid", lambda: 1000)  # this one's own may be 1 already
     with signals.listening(child=child):
         assert signals.poll() is None
         monkeypatch.setattr(os, "getppid", lambda: 1)
