@@ -136,6 +136,7 @@ def test_the_score_is_the_mean_of_tasks_as_geneval_sums_it_up(run: Path, images:
     assert call("compare", done.json["file"]).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
@@ -207,6 +208,7 @@ def test_dpgs_evaluator_cuts_the_images_out_of_one_picture(run: Path, tmp_path: 
     assert "judges 1 images of 0.png, not 4" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "form", "line"),
     [

@@ -142,6 +142,7 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -103,6 +103,7 @@ def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
     assert peephole.seen == 5 * COUNT  # the data once
 
 
+@pytest.mark.slow
 def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: Path, album: Path) -> None:
     """Photos round samples to 8 bits, as a file does: so all numbers are equal."""
     photos = sets(f"evaluate.protocol={{kind: photos, samples: {COUNT}}}", "evaluate.contrast=[]")

@@ -55,6 +55,7 @@ def sampled(run: Path | str, *words: str) -> dict[str, bytes]:
     return files(Path("drawn"))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_what_it_began_with(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, wanted = load("run").data, sampled("run")
     assert data.codec.weights == str(home / "models" / WEIGHTS)  # pyright: ignore

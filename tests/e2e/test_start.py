@@ -104,6 +104,7 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [[], ["--yaml"]])
 def test_what_show_prints_is_a_file_that_trains(alone: list[str], here: Path) -> None:
     about = "a long line that says what this is " * 5

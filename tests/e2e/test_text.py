@@ -112,6 +112,7 @@ def test_a_table_of_other_captions_or_otherwise_encoded_is_refused(home: Path, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", ["table", "learned"])
 def test_a_step_is_tried_before_any_caption_is_encoded(home: Path, tmp_path: Path, texts: str) -> None:
     """On texts that are drawn; nothing is written."""

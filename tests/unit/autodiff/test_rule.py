@@ -644,6 +644,7 @@ for call in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_same_operation(tmp_path: Path) -> None:
     """It gives `moving @ tensor` as `tensor.matmul(moving)`: a square product would be another, and is refused.
 

@@ -19,6 +19,7 @@ from dumo.objectives import FlowMatching, MeanFlow
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
+from tiers import tiered
 
 UNGUIDED = Guide(omega=1, zeta=0)
 STEPS = {"train.steps": 2}
@@ -100,20 +101,22 @@ def test_a_net_that_does_not_fit_is_refused_before_anything_is_written(net: obje
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+PARTS: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"objective": "meanflow"}, "meanflow", "digits", "hop"),
+    ({"objective": "flow_matching", "data": "moons"}, "flow_matching", "moons", "heun"),
+    ({"objective": "alpha_flow", "data": Moons()}, "alpha_flow", "moons", "hop"),
+    ({"objective": MeanFlow(guide=UNGUIDED), "data": COLOURS}, "meanflow", "memory", "hop"),
+    ({"source": "moons", "objective": FlowMatching()}, "flow_matching", "moons", "euler"),
+    ({"source": "moons", "objective": "dumo"}, "dumo", "moons", "restart"),
+    ({"data": Digits()}, "dumo", "digits", "restart"),
+    ({"data": np.zeros((8, 2), dtype=np.float32)}, "dumo", "memory", "restart"),
+    ({"source": "digits", "data": COLOURS[:, 0, :8, :8]}, "dumo", "memory", "restart"),
+]
+
+
 @pytest.mark.parametrize(
     ("parts", "objective", "data", "solver"),
-    [
-        ({"objective": "meanflow"}, "meanflow", "digits", "hop"),
-        ({"objective": "flow_matching", "data": "moons"}, "flow_matching", "moons", "heun"),
-        ({"objective": "alpha_flow", "data": Moons()}, "alpha_flow", "moons", "hop"),
-        ({"objective": MeanFlow(guide=UNGUIDED), "data": COLOURS}, "meanflow", "memory", "hop"),
-        ({"source": "moons", "objective": FlowMatching()}, "flow_matching", "moons", "euler"),
-        ({"source": "moons", "objective": "dumo"}, "dumo", "moons", "restart"),
-        ({"data": Digits()}, "dumo", "digits", "restart"),
-        ({"data": np.zeros((8, 2), dtype=np.float32)}, "dumo", "memory", "restart"),
-        ({"source": "digits", "data": COLOURS[:, 0, :8, :8]}, "dumo", "memory", "restart"),
-    ],
+    tiered(PARTS, ci=PARTS[2:4], id=lambda case: "-".join(case[1:])),
 )
 def test_parts_find_what_they_are_trained_with(
     parts: dict[str, Any], objective: str, data: str, solver: str, tmp_path: Path

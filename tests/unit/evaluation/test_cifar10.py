@@ -66,6 +66,7 @@ def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[
     assert min(good["precision"], good["recall"]) > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("fault", ["blur", "noise", "one class"])
 def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dict[str, float]) -> None:

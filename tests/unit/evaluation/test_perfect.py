@@ -67,6 +67,7 @@ def test_new_samples_of_the_law_score_as_a_perfect_sampler(*, classes: bool) -> 
     assert found(real, 0 * c).mean > (2 if classes else 0) * found(real, c).mean
 
 
+@pytest.mark.slow
 def test_kernel_distances_in_subsets() -> None:
     """Unbiased: about 0 without classes; and the mean over subsets scatters more than one of all rows."""
     of = found(rows(2400, "real"), torch.zeros(2400), kernel_distance, 2.0)

@@ -93,6 +93,7 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], pe
     assert bad[share] < good[share] - 0.05
 
 
+@pytest.mark.slow
 def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference, good: dict[str, float]) -> None:
     """A quarter of a level either way, and light beyond black and white, change nothing that a file would hold."""
     x, c = some(data)

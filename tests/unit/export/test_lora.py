@@ -134,6 +134,7 @@ def published_layers() -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_keys_of_stable_diffusion_are_those_of_published_files(convolutions: bool) -> None:
     """Of SD 1.5's own layout in narrow layers. Without convolutions proj_in and proj_out, 1 x 1, have no adapters."""

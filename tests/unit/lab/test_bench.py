@@ -75,6 +75,7 @@ def test_a_difference_over_too_fast_a_time_is_measured_and_says_why() -> None:
     assert wide["error"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "way"), [((GUIDED,), "tape"), (("train.ref=0.999",), "pass")])
 def test_the_way_of_a_dual_is_shown(more: tuple[str, ...], way: str) -> None:
     assert measured(tiny("digits", *more), slopes=("dual",))["dual", "fp32"]["way"] == way
@@ -215,6 +216,7 @@ def test_samples_are_made_by_what_makes_sense() -> None:
         bench.solver(Restart(), tiny().reads, 0)
 
 
+@pytest.mark.slow
 def test_the_commands_print_tables_and_json() -> None:
     words = ("bench", "step", "digits", *sets(*TINY, GUIDED), "--rounds", 1, "--device", "cpu", "--precision", "bf16")
     made = call(*words, "--slope", "central,none")

@@ -108,6 +108,7 @@ def test_a_skipped_step_is_logged_with_its_rows(fate: Fate, tmp_path: Path) -> N
     assert line.endswith(f"image {image}, t {row['t']:.3f}")
 
 
+@pytest.mark.slow
 def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: Path) -> None:
     """The steps that were skipped in a row are counted on."""
     run = tiny("train.save_every=8")
@@ -291,6 +292,7 @@ def test_from_a_step_that_is_not_there(step: int, run: Path) -> None:
     assert not (run.parent / "none").exists()
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     run, folder, told = tiny("train.steps=2", name="digits"), tmp_path / "run", list[str]()
     train(run, folder)
@@ -413,6 +415,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
     assert done == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_does_not(tmp_path: Path) -> None:
     """The log of both goes on after the step of the first checkpoint."""
     folder, told, stopped = tmp_path / "run", list[str](), Event()
@@ -480,6 +483,7 @@ AWAY: dict[str, tuple[Callable[[Path], object], list[str] | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "every"), [*((way, 100) for way in AWAY), ("renamed", 1)])
 def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_path: Path) -> None:
     """Nothing is written where it was, and the same command resumes once it is back."""
@@ -500,6 +504,7 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
     assert train(run, folder).step == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", ["*", FILE], ids=["all", FILE])
 def test_a_run_file_that_is_removed_in_mid_run_is_written_again(removed: str, moons: Path, tmp_path: Path) -> None:
     """With the next checkpoint: steps are not lost, as where an editor saves it by a rename."""

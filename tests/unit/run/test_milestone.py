@@ -57,6 +57,7 @@ def test_milestones_that_changed_places_are_no_trajectories(tmp_path: Path) -> N
         trajectories(open_run(str(tmp_path / "run"), device="cpu"), nfe=[1], count=1)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_leaves_the_same_milestones(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(tiny(7, "[0, 1, 3, 5, 7]"), whole)

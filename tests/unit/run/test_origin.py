@@ -136,6 +136,7 @@ def other(folder: Path, field: str, value: object) -> Run:
     pytest.fail(f"no other value is known of {field}, which is {value}")
 
 
+@pytest.mark.slow
 def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Kept.of(run / LAST)
     monkeypatch.setattr(Kept, "of", lambda place: kept)  # read once, for speed
@@ -171,6 +172,7 @@ def test_what_may_change_is_noted_though_run_yaml_was_edited(run: Path) -> None:
     assert open_run(str(run)).step == 6
 
 
+@pytest.mark.slow
 def test_what_is_accepted_is_noted_and_then_as_good_as_trained(run: Path) -> None:
     trained = load(str(run))
     edit(run, "net.time_scale=2", "train.batch=6")

@@ -61,6 +61,7 @@ def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path, monkeypa
     assert not [place for _, place in resolve.places(opened.run) if Path(place).is_absolute()]
 
 
+@pytest.mark.slow
 def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
     """Each opens by a name of its own; a folder without a run is no rival."""
     shutil.copytree(shipped.HERE / NAME, here / NAME)

@@ -119,6 +119,7 @@ def test_pairs_of_older_versions_are_refused(tmp_path: Path) -> None:
 FEW = ("net.width=32", "train.steps=120", "train.batch=64", "train.optimizer.lr=0.01")
 
 
+@pytest.mark.slow
 def test_the_net_learns_what_the_teacher_says(tmp_path: Path) -> None:
     """Of data that are two moons it learns one point, which is what its teacher knows."""
     run = tiny("moons-flow-matching", *USER, *FEW, "objective.times.low=0.05")
@@ -142,6 +143,7 @@ def test_a_run_teaches_and_is_remembered(known: Path, tmp_path: Path) -> None:
     assert len(about["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
     for more in ([], ["teacher.pairs.count=24"]):
         name = f"{len(more)}"
@@ -152,6 +154,7 @@ def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
         assert same(whole.net, again.net)
 
 
+@pytest.mark.slow
 def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -> None:
     other = tmp_path / "teacher"
     train(tiny("moons-flow-matching"), other)
@@ -271,6 +274,7 @@ def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: P
     assert [file.stem for file in shards(tmp_path)] == ["shard-00000", "shard-00002"]
 
 
+@pytest.mark.slow
 def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
     """Their slopes z - x have no scatter: a net that knows the shift has loss 0 to learn."""
     pairs = ["teacher.pairs.count=512"]
@@ -335,6 +339,7 @@ def test_a_function_that_is_none_is_refused(source: str, said: str, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_function_of_the_current_folder_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed command has its own folder on the path, not that where it is called."""
     monkeypatch.chdir(tmp_path)

@@ -64,6 +64,7 @@ def recorded(folder: Path) -> dict[int, tuple[int | None, int | None]]:
     return {step: (about.threads, about.cores) for step, about in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clearly", "number"), [(float("inf"), 1), (0.0, 2)])
 def test_the_number_is_chosen_recorded_and_kept(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clearly: float, number: int
@@ -85,6 +86,7 @@ def test_the_number_is_chosen_recorded_and_kept(
     assert taken == [number] * 6
 
 
+@pytest.mark.slow
 def test_steps_on_trial_leave_the_run_as_it_is(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, moons: RunFolder, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return give
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_evaluate_and_the_training_is_the_same(tmp_path: Path) -> None:
     words = ("train.log_every=3", "train.steps=4", "train.milestones=[2]")
     train(known.tiny("digits", *words), tmp_path / "without")
@@ -84,6 +85,7 @@ def test_a_run_that_was_stopped_has_the_same_scores_and_keeps_the_same_weights(t
     assert [step for step, row in rows(tmp_path / "whole").items() if "val" in row] == [2, 4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Validation, "made")])
 def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
     where: object, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +153,7 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
     assert [*kept(tmp_path / "run")] == ["step-00000008.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, scored: Callable[..., None]) -> None:
     def die(state: object, record: Record) -> None:
         if record.step == 5:
@@ -170,6 +173,7 @@ def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, 
     assert sorted(path.name for path in best.iterdir()) == ["cut-1", "cut-2", "step-00000002.safetensors"]
 
 
+@pytest.mark.slow
 def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored: Callable[..., None]) -> None:
     """By the name of the file, before the first step, and at the end; older ones are taken by the log's score."""
     run, more = tmp_path / "run", "train.steps=8"

@@ -7,6 +7,7 @@ import pytest
 from dumo import runtime
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("extra", ["text", "pretrained"])
 def test_the_line_runs_as_it_is_typed(extra: str) -> None:
     """What is there already needs no network."""

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -97,6 +98,7 @@ def unfit(train: Train, operations: float, here: torch.device) -> Iterator[str]:
         )
 
 
+@cache
 def operations_per_second(here: torch.device) -> float:
     """What a product of matrices of SIDE x SIDE makes, on a GPU in bf16, which no training reaches; measured."""
     x = torch.ones(SIDE, SIDE, device=here, dtype=torch.bfloat16 if here.type == "cuda" else torch.float32)

@@ -53,6 +53,7 @@ def test_a_report_is_of_this_run_and_repeats(folder: Path) -> None:
     assert files(folder) == {"evaluation.json"}
 
 
+@pytest.mark.slow
 def test_precision_is_that_of_training_unless_another_is_asked_for(folder: Path) -> None:
     """It is on the card, and in the name where it is not the run's own; an older card means fp32."""
     plain = evaluate(open_folder(folder))
@@ -164,6 +165,7 @@ def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
     assert [row["nfe"] for row in kept["results"]] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_what_stands_is_known_to_be_what_is_asked(folder: Path) -> None:
     assert standing(open_folder(folder)) is None
     report = evaluate(open_folder(folder))

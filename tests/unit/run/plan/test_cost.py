@@ -151,6 +151,7 @@ def test_the_way_of_a_slope(guide: Guide, slope: Slope, ref: float | Literal["se
     assert forward_units(*given, ref=ref) - forward_units(*given) == pytest.approx(float(ref != "self"), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slope", "guide", "passes", "products", "figure"),
     [  # a tangent of attention is five products of matrices, attention two
@@ -207,6 +208,7 @@ def test_counting_changes_nothing_and_needs_no_numbers(objective: Objective) -> 
     assert forward_flops(outline, objective, (1, 4, 4)) == forward_flops(net, objective, (1, 4, 4))
 
 
+@pytest.mark.slow
 def test_rows_make_every_share_whole() -> None:
     assert exact_rows(FlowMatching()) == 2
     assert exact_rows(DuMo(guide=GUIDED)) == 2

@@ -283,6 +283,7 @@ def test_what_does_not_fit_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatc
         rehearsal.rehearse(small(), 4, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "far", "scale"),
     [
@@ -303,6 +304,7 @@ def test_how_much_is_far_and_how_much_is_guided(
     assert found["guidance_scale"] == pytest.approx(scale)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     words = ("dry", "moons", *sets("net.width=16"), "--device", "cpu")
     told = call(*words, "--rows", 3)
