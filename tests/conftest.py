@@ -14,6 +14,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 import browser
+import shapes  # noqa: F401, before dumo
 import spent
 from dumo.runtime import signals
 
