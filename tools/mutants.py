@@ -1,4 +1,4 @@
-"""Plant errors in the mathematics, one at a time, and see that a test fails for each: `make mutants`, four minutes.
+"""Plant errors in the mathematics, one at a time, and see that a test fails for each: `make mutants`, some six minutes.
 
     python tools/mutants.py [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
 
