@@ -19,9 +19,10 @@ def test_the_line_runs_as_it_is_typed(extra: str) -> None:
 
 def test_the_line_is_for_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)  # another environment is active
-    assert runtime.install("text").startswith(f"{sys.executable} -m pip install 'transformers<")
+    python = shlex.quote(sys.executable)
+    assert runtime.install("text").startswith(f"{python} -m pip install 'transformers<")
     monkeypatch.setattr(runtime, "installed", lambda name: None)
-    assert runtime.install("text").startswith(f"uv pip install --python {sys.executable} 'transformers<")
+    assert runtime.install("text").startswith(f"uv pip install --python {python} 'transformers<")
 
 
 def test_every_extra_of_the_project_has_packages() -> None:
