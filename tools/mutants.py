@@ -46,10 +46,10 @@ OTHERS = [
     *("bitsandbytes", "diffusers.models.transformers.transformer_flux", "peft", "safetensors.torch"),
     *("filelock", "jaxtyping", "jinja2", "pydantic.main", "rich.progress", "typer", "yaml"),
 ]
-there = dict[tuple[object, ...], list[FunctionType]]()  # the functions of dumo, once it is imported
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
-SHARED = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]
+SHARED = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]  # by many tests
+imported = dict[tuple[object, ...], list[FunctionType]]()  # every function, by its place, after `import_all`
 MAX_SECONDS = 3.0  # of a processor
 PATIENCE = 1800  # seconds, on a machine where all else comes first; alone, no run takes 60
 
@@ -118,7 +118,7 @@ def import_all() -> None:
     """All of dumo, and what the tests share."""
     for name in [*map(module_name, sorted((ROOT / "src").rglob("[!_]*.py"))), *SHARED]:
         importlib.import_module(name)
-    there.update(functions_by_place())
+    imported.update(functions_by_place())
     gc.freeze()
 
 
@@ -166,7 +166,7 @@ def test(tests: list[str], plant: Plant | None, output: str, seconds: Synchroniz
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     if plant:
-        plant.patch(there) if there else plant.plant()
+        plant.patch(imported) if imported else plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
     options += ["-p", "no:unraisableexception"]  # what is collected as garbage meanwhile is no test's
     code = pytest.main([*options, *tests])

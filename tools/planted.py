@@ -45,10 +45,10 @@ class Plant(MetaPathFinder, SourceFileLoader):
             return []
         return [pair for pair in zip(functions(right), functions(wrong), strict=True) if pair[0] != pair[1]]
 
-    def patch(self, there: dict[tuple[object, ...], list[FunctionType]]) -> None:
-        """Give the functions that are `there` the error, and pass it on to processes that are started."""
+    def patch(self, imported: dict[tuple[object, ...], list[FunctionType]]) -> None:
+        """Give imported functions the error, and pass it on to processes that are started."""
         for right, wrong in self.wrong_functions():
-            for function in there.get(place(right), ()):
+            for function in imported.get(place(right), ()):
                 function.__code__ = wrong
         self.plant()
 

@@ -176,7 +176,8 @@ def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Cas
         assert "then run the Python in again/README.md" in done.err
 
 
-@pytest.mark.parametrize("name", tiered(["SD1", "SDXL"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["SD1", "SDXL"])
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
     assert max(case.misses("merged", case.export("merged"))) < 1
@@ -185,7 +186,8 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "Z-Image", "SD1"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["SD3", "Flux", "Z-Image", "SD1"])
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 

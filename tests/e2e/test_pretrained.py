@@ -15,7 +15,6 @@ from dumo.io.weights import read
 from dumo.nets import lowpass
 from dumo.nets.pretrained import WEIGHTS
 from e2e.shell import call, files, refused, sets
-from tiers import tiered
 
 DIGITS: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2, "attention_head_dim": 8,
@@ -84,7 +83,8 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
-@pytest.mark.parametrize("objective", tiered(["meanflow", "dumo_any"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("objective", ["meanflow", "dumo_any"])
 def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
     """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
     taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"
@@ -98,7 +98,8 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("coding", tiered(["int8", "nf4"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("coding", ["int8", "nf4"])
 def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:
     """Also gone on with, to the bit; on another coding, or on other weights, it is refused."""
     words = net(folder, "net.lora.rank=4", f"net.lora.frozen={coding}")

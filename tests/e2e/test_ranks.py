@@ -21,7 +21,6 @@ from dumo.io.weights import load, title
 from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import alive, workers
-from tiers import tiered
 
 OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0", "evaluate.every=10")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
@@ -170,7 +169,8 @@ def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("ranks", tiered([2, 3]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) -> None:
     words = ("sample", run, "--nfe", "1", "--count", "17")
     assert call(*words, "--out", "one").code == 0

@@ -22,6 +22,7 @@ from dumo.run.config.load import load
 from dumo.training.state import begin
 from dumo.training.step import Task, pieces, span, train_step
 
+BATCH = 64
 SLOPES = ("dual", "jvp", "central")
 NAMES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter", "allreduce_": "reduce"}
 
@@ -46,7 +47,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     """One step of the digits recipe, guided."""
     guided = ["objective.guide.zeta=0.5", f"objective.slope.kind={slope}", "train.probe_every=0"]
     cut = [f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"]
-    spec = load("digits", [*guided, *cut, "train.batch=64"])
+    spec = load("digits", [*guided, *cut, f"train.batch={BATCH}"])
     net = spec.build()
     size = sum(p.numel() for p in net.parameters()) * 4
     state = begin(net, spec.train)
@@ -76,8 +77,8 @@ def main(ranks: str) -> None:
         for reshard in {False, share > 1}:
             for slope in SLOPES if reshard and world < 64 else SLOPES[:1]:  # only then each pass gathers
                 print(json.dumps(count(slope, share, reshard, None)))
-    if world == 2:
-        print(json.dumps(count("dual", 1, False, 8)))
-        print(json.dumps(count("dual", world, False, 8)))
+    if world in (2, 8):  # a quarter of a rank's rows a pass
+        for share in (1, world):
+            print(json.dumps(count("dual", share, False, BATCH // world // 4)))
     if world > 1:
         torch.distributed.destroy_process_group()

@@ -10,7 +10,6 @@ from dumo.run.config import recipes
 from dumo.run.config.load import load
 from forked import main_of
 from meeting import outputs
-from tiers import tiered
 
 OTHERS = ("digits-words", "digits-drift")  # tested elsewhere; a variant of it has groups of 8, not of 256
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
@@ -60,7 +59,8 @@ def test_every_recipe_on_two_ranks_to_the_bit(tmp_path: Path) -> None:
     check_bits(run(2, cases, tmp_path), cases)
 
 
-@pytest.mark.parametrize("ranks", tiered(FEW))
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", FEW)
 def test_more_ranks_to_rounding_over_30_steps(ranks: int, tmp_path: Path) -> None:
     (row,) = run(ranks, [FEW[ranks]], tmp_path)
     assert 0 < row["loss"] < 2e-6, row  # IMM on three: .83e-6 on one processor, 1.2e-6 on another
