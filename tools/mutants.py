@@ -1,11 +1,11 @@
 """Plant errors in the mathematics, one at a time, and see that a test fails for each: `make mutants`, some six minutes.
 
-    python tools/mutants.py [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
+    python tools/mutants.py [--tested] [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
 
 All of dumo is imported once. Each row has a process forked from there, in which the functions with the error get its
 code; an error outside of functions is planted as Python imports the file. Files stay as they are. An error that its
 test lets live is a law that nobody checks, and the exit code is 1. At last the tests that failed run once without any
-error, and must pass.
+error, and must pass; not so with --tested, for where all tests run besides.
 
 Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a
 smaller test should do. They are no failure, as a busy machine may need more.
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from types import FunctionType
 
 import pytest
@@ -51,6 +51,8 @@ ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 SHARED = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]  # by many tests
 imported = dict[tuple[object, ...], list[FunctionType]]()  # every function, by its place, after `import_all`
 MAX_SECONDS = 3.0  # of a processor
+TESTED = "--tested"
+SAID = "output"  # in the folder of a process: the file of what it prints
 PATIENCE = 1800  # seconds, on a machine where all else comes first; alone, no run takes 60
 
 
@@ -148,8 +150,8 @@ def run(tests: list[str], plant: Plant | None = None) -> Outcome:
     Raises TimeoutError where they take too long.
     """
     seconds = FORK.Value("d", 0.0)  # which the child writes at its end
-    with NamedTemporaryFile() as output:
-        child = FORK.Process(target=test, args=(tests, plant, output.name, seconds))
+    with TemporaryDirectory() as folder:
+        child = FORK.Process(target=test, args=(tests, plant, Path(folder), seconds))
         child.start()
         end = time.monotonic() + PATIENCE
         while child.exitcode is None:  # not join: what it waits for, the other child has inherited
@@ -157,18 +159,19 @@ def run(tests: list[str], plant: Plant | None = None) -> Outcome:
                 child.kill()
                 raise TimeoutError(f"no end after {PATIENCE} s")
             time.sleep(0.05)
-        return Outcome(child.exitcode, Path(output.name).read_text(), seconds.value)
+        return Outcome(child.exitcode, Path(folder, SAID).read_text(), seconds.value)
 
 
-def test(tests: list[str], plant: Plant | None, output: str, seconds: Synchronized) -> None:
+def test(tests: list[str], plant: Plant | None, folder: Path, seconds: Synchronized) -> None:
     """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
-    with open(output, "w") as out:
+    with (folder / SAID).open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     if plant:
         plant.patch(imported) if imported else plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
     options += ["-p", "no:unraisableexception"]  # what is collected as garbage meanwhile is no test's
+    options += [f"--basetemp={folder / 'tests'}"]  # pytest's own place keeps three: each row would delete another's
     code = pytest.main([*options, *tests])
     seconds.value = cpu_seconds(resource.RUSAGE_SELF) + cpu_seconds(resource.RUSAGE_CHILDREN)
     os._exit(code)
@@ -220,8 +223,9 @@ def sane(tests: set[str]) -> str:
     return outcome.output[-2000:] if outcome.code else ""
 
 
-def main(*words: str) -> int:
+def main(*given: str) -> int:
     """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
+    words = [word for word in given if word != TESTED]
     begun, rows = time.monotonic(), mutants(*words)
     if not rows:
         print(f"no row of {TABLE.name} has {' or '.join(map(repr, words))} in its file or text")
@@ -240,8 +244,10 @@ def main(*words: str) -> int:
                 alive.append(line)
             if verdict.seconds > MAX_SECONDS:
                 dear.append(line)
-        broken = sane(set(seen)) if seen else ""
-    print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
+        broken = ""
+        if seen and TESTED not in given:
+            broken = sane(set(seen))
+            print("BROKEN" if broken else "fine  ", f" without a mutant: {broken or f'{len(set(seen))} tests pass'}")
     if dear:
         print(f"above {MAX_SECONDS:g} s of a processor, as no row should be:")
     for line in [*dear, *alive]:  # again, where one looks

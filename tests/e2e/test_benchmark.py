@@ -95,6 +95,7 @@ def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: 
     assert (pixels(images / "00001" / "samples" / "0002.png") == np.asarray(made[4 + 2])).all()
 
 
+@pytest.mark.slow
 def test_what_stands_is_kept_and_what_is_missing_made_again_equal(run: Path, prompts: Path, images: Path) -> None:
     """Also half a file that a killed one left: the evaluator must not see it."""
     kept, gone = images / "00000" / "samples" / "0000.png", images / "00001" / "samples" / "0003.png"

@@ -33,6 +33,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[:2]) for words in COMMANDS])
 def test_a_table_that_is_not_of_these_images_ends_a_command(photos: Path, words: tuple[str, ...]) -> None:
     captioned(photos, 'img_00.png,"a cat')

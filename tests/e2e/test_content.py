@@ -108,6 +108,7 @@ LONGER = sets("train.steps=3")
 WAYS = [*product(FORMS, ("data.memory=0", "data.memory=2"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "memory"), tiered(WAYS, now=[WAYS[0]], ci=[WAYS[3], WAYS[4]], id="-".join))
 def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory: str, recipe: Path) -> None:
     FORMS[form](root := Path("../images"), 0)
@@ -141,6 +142,7 @@ def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
     refused("train", run, *sets("train.steps=4"), "--verify", named=(CHANGED, f"{file.resolve()} changed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", tiered(["add", "remove", "rename"], now=["rename"], ci=["add", "remove"]))
 def test_images_that_come_and_go_are_named(change: str, run: Path) -> None:
     file, new = Path("../images/class0/00.bmp"), Path("../images/class0/new.bmp")
@@ -216,6 +218,7 @@ def encode(*words: object) -> tuple[object, ...]:
 SWAPPED = ("shard-00000.safetensors was made of another", "images/class0/00.bmp than is here, and 19 more are others")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", tiered([False, True], now=[False], ci=[True]))
 def test_a_cache_of_two_data_sets_is_not_made(same: bool, latents: Path) -> None:
     """With new times, or with new inodes alone: the second part sees what the first was made of."""
@@ -257,6 +260,7 @@ def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None
     refused("train", "run", *sets("train.steps=5"), named=("class0/00.bmp gone",))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:1 of 41 images cannot be read")
 def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
     shutil.rmtree(latents)

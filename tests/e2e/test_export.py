@@ -288,12 +288,14 @@ def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> N
         assert opened.metadata()["class"] == kind
 
 
+@pytest.mark.slow
 def test_half_precision_is_rounded_once(sd3: Case) -> None:
     out = sd3.export("half", "--dtype", "bfloat16")
     one, other = (load_file(folder / "transformer" / WEIGHTS) for folder in (out, sd3.folder / "out"))
     assert all(torch.equal(one[name], other[name].bfloat16()) for name in one)
 
 
+@pytest.mark.slow
 def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     """Run at times of ours, which its own scheduler would shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -362,6 +364,7 @@ def test_dumos_own_net_runs_where_dumo_is_not(
         assert torch.equal(found[str(n)], run.sampler.sample(torch.tensor([3, 7]), nfe=n).x)
 
 
+@pytest.mark.slow
 def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
     for parts in ("copy", "link", "none"):
         assert call("export", sd3.run, tmp_path / parts, "--parts", parts).code == 0
@@ -395,6 +398,7 @@ def test_what_a_pipeline_guides_otherwise_is_refused(tiny_runs: TinyRuns, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> None:
     """A run's autoencoder, encoders and scheduler are those that it began with, wherever they lie now."""
     run, other = on_a_copy_of_its_pipeline(sd3, tmp_path)
@@ -528,6 +532,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Pat
     assert sorted(path.name for path in (here / "out").iterdir()) == [".mine.old.tmp", "two"]
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_path: Path) -> None:
     run, file = sd3.folder / "run", sd3.folder / "run" / FILE
     scores: dict[str, Any] = {"nfe": 1, "solver": "restart", "fd_grey": 12.345}

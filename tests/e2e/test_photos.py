@@ -104,6 +104,7 @@ def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
     assert (run / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_labels_by_name(run: Path) -> None:
     by_name = call("sample", run, "--labels", "fish,cats", "--count", 8, "--out", "a", "--format", "npz").out
     by_number = call("sample", run, "--labels", "2,0", "--count", 8, "--out", "b", "--format", "npz").out
@@ -127,6 +128,7 @@ def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     refused("train", "my-images", *PIXELS, *fields, named=("dogs/broken.png", "data.on_bad=skip"))
 
 
+@pytest.mark.slow
 def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> None:
     fields = sets(f"data.root={photos}", "evaluate.protocol={kind: folder, samples: 40, frechet: false}")
     done, told = said("train", "my-images", *PIXELS[: PIXELS.index("evaluate.protocol.samples=40") - 1], *fields)
@@ -160,6 +162,7 @@ def test_in_latents(photos: Path) -> None:
     assert os.path.getsize(run / "report.html") > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_what_an_empty_beginning_left_is_no_obstacle(photos: Path) -> None:
     """A cache that holds nothing yet binds nobody to the number of images that there were."""

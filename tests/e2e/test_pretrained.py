@@ -180,6 +180,7 @@ def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) 
     refused("dry", "qwen-image", *sets("pipeline=model"), named=(kind, does, "QwenImagePipeline"))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
     refused("train", "digits", *net(here), named=("pipeline", "config.json"))
     refused("train", "digits-shortcut", *net(folder), named=("input 'k'", "objective.kind dumo"))

@@ -80,6 +80,7 @@ def test_captions_are_read(photos: Path) -> None:
     assert call("train", "photos", *sets("train.steps=3")).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "said"),
     [
@@ -108,6 +109,7 @@ def test_captions_that_are_not_read_are_said(
         proposal.propose("photos", [], device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real photographs, with a class and a text each: what was written of each says more."""
@@ -158,6 +160,7 @@ def test_it_asks_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch, an
     assert Path("runs/photos").exists() == (code == 0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_proposed_is_said(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
     (photos.parent / "empty").mkdir()

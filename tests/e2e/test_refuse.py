@@ -211,6 +211,7 @@ def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> 
         refused("sample", trained["moons"], *words, "--out", out, named=(out,), run=trained["moons"])
 
 
+@pytest.mark.slow
 def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
     words = [*TINY, *sets("net.depth=2", "objective.drop=0.25", "train.log_every=9")]
@@ -292,6 +293,7 @@ def test_what_no_command_can_do(command: str, named: tuple[str, ...], here: Path
     refused(first, *ran, named=named, run=trained["moons" if "moons" in words else "digits"])
 
 
+@pytest.mark.slow
 def test_divergence_is_a_failure_not_a_mistake(here: Path) -> None:
     words = sets("train.optimizer.lr=1.0e+06", "train.schedule.kind=constant", "train.log_every=1")
     done = call("train", "digits", *TINY, *words)

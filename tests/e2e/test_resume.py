@@ -41,6 +41,7 @@ def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
         assert (here / "parts" / name).read_bytes() == (here / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_fields_that_may_change_do_and_are_kept(here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained["moons"], here / "run")
     words = sets("train.steps=22", "train.log_every=1", "train.save_every=2", "train.keep=1", "about=mine")
@@ -87,6 +88,7 @@ def test_a_run_whose_checkpoints_cannot_be_seen_does_not_start_over(
     assert call("train", "run").code == 0
 
 
+@pytest.mark.slow
 def test_a_run_without_its_checkpoints_and_log_starts_over(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     before = files(run)
@@ -96,6 +98,7 @@ def test_a_run_without_its_checkpoints_and_log_starts_over(here: Path, trained: 
     assert {**files(run), "speed.jsonl": b""} == {**before, "speed.jsonl": b""}  # of the machine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.json", "net.safetensors"])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
     name: str, here: Path, trained: dict[str, Path]

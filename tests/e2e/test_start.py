@@ -33,6 +33,7 @@ print(json.dumps(found))
 HEAVY = ["torch", "numpy", "sklearn", "matplotlib", "safetensors"]
 
 
+@pytest.mark.slow
 def test_quick_commands_import_nothing_heavy() -> None:
     words = [[], ["--help"], ["-h"], ["--version"], ["recipes"]]
     words += [["train", "--help"], ["reproduce", "-h"], ["frobnicate"]]
@@ -89,6 +90,7 @@ def kinds() -> list[str]:
 KINDS = kinds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(KINDS, now={*KINDS} - {"sana", "cifar10-small"}))
 def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     done = call("show", name, "--json")
@@ -130,6 +132,7 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
 
 
+@pytest.mark.slow
 def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(
     here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
     assert done.err.startswith("error: a\\x1b[2Jb is no run's folder")
 
 
+@pytest.mark.slow
 def test_what_is_printed_of_a_name_with_a_dash_can_be_typed(here: Path) -> None:
     first = call("train", "moons", "--out", "-x", *TINY)
     assert first.code == 0
@@ -160,6 +161,7 @@ def test_what_is_printed_of_a_name_with_a_dash_can_be_typed(here: Path) -> None:
     refused("sample", "./-x", named=("dumo train ./-x",))
 
 
+@pytest.mark.slow
 def test_the_start_line(here: Path) -> None:
     """Printed without a terminal, too, with the last line of the work; on a terminal a bar is below it."""
     done = call("train", "digits", "--out", "run", *TINY, "--device", "cpu")
@@ -177,6 +179,7 @@ def test_the_start_line(here: Path) -> None:
     assert "data moons (points drawn anew), net mlp" in done.err.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_warnings_are_plain_lines(here: Path) -> None:
     Path("album/a").mkdir(parents=True)
     for i in range(8):
@@ -226,6 +229,7 @@ def test_an_answer_that_nobody_gets_is_an_error(words: list[str], stdout: str) -
     assert done.stderr.startswith("error: writing: ")
 
 
+@pytest.mark.slow
 def test_completion(tmp_path: Path) -> None:
     def completed(text: str) -> list[str]:
         asked = {"_DUMO_COMPLETE": "complete_bash", "COMP_WORDS": text, "COMP_CWORD": len(text.split(" ")) - 1}

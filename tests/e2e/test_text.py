@@ -71,6 +71,7 @@ def test_a_prompt_that_is_a_caption_is_that_caption_and_another_one_is_told_apar
     assert run.sample(prompts="a red seven", n=3, nfe=1).shape == (3, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_wrong_prompts_are_refused_in_a_line(home: Path) -> None:
     run, sample = dumo.load(home / "run"), ("sample", home / "run", "--nfe", 1)
     for prompts, says in (([], "there are no prompts"), (["a", " "], "a prompt is empty")):
@@ -136,6 +137,7 @@ def test_doctor_compares_the_captions_or_says_that_they_are_not_there(home: Path
     assert "texts: not encoded yet" in done.out
 
 
+@pytest.mark.slow
 def test_rows_on_disk_train_the_same_net_and_no_compiler_follows_them(home: Path, tmp_path: Path) -> None:
     recipe, disk = home / "words.yaml", ("--set", "net.texts.memory=0")
     assert call("train", recipe, "--out", tmp_path / "run", *disk).code == 0

@@ -97,6 +97,7 @@ def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> N
     assert call("sample", trained["digits"], "--nfe", 1, "--out", "o", *own).out == "o/restart-nfe1.png\n"
 
 
+@pytest.mark.slow
 def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, Path]) -> None:
     def made(*words: object) -> np.ndarray:
         done = call("sample", trained["digits"], "--format", "npz", "--nfe", "1", "--out", "o", *words)
@@ -172,6 +173,7 @@ def test_report_is_one_page_that_needs_no_other(here: Path, trained: dict[str, P
     assert str(json.loads((run / "evaluation.json").read_text())["step"]) in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiered(["ü ñ/x y", "a[/b]", "[bold]:x:.c"], now=["ü ñ/x y"], ci=["[bold]:x:.c"]))
 def test_folders_by_any_name(name: str, here: Path) -> None:
     done = call("train", "moons", "--out", name, *TINY, *sets("train.steps=1", "train.batch=2"))

@@ -52,6 +52,7 @@ def test_reversal_is_the_same_whatever_the_loss_is_multiplied_by(scale: float) -
     assert not alone.any()  # of a part of the loss that is not this row's: a probe asks so
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [gaussian(), PRODUCT])
 def test_a_flat_critic_moves_nothing(flow: Gaussian | Product) -> None:
     b = record(CRITIC, flow, 64)

@@ -49,6 +49,7 @@ def at_rest(o: FACM, flow: Flow, n: int = 256) -> float:
     return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
 
 
+@pytest.mark.slow
 def test_it_rests_at_the_flow() -> None:
     """With every switch as the authors have it. Measured: 1e-14."""
     for flow, guide in ((gaussian(OWN), OWN), (APART, NONE), (PRODUCT, NONE)):

@@ -78,6 +78,7 @@ def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256, **drawn: float) -> fl
     return gradient(o, Exact(flow, o.needs), b).abs().max().item()
 
 
+@pytest.mark.slow
 def test_it_rests_at_the_flow_that_its_knobs_ask_for() -> None:
     """Every row guided by its own w in its own interval. Measured: 4e-15 on Gaussians, 4e-13 by Runge and Kutta."""
     o = ImprovedMeanFlow(times=EVEN, drop=0.2, slope=DualSlope())

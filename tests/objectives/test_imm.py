@@ -78,6 +78,7 @@ def pulls(off: Tensor, size: int = 4, gap: float = 0.2) -> tuple[Tensor, Tensor]
     return found.mean(0), found.std(0) / len(found) ** 0.5
 
 
+@pytest.mark.slow
 def test_it_rests_near_the_flow() -> None:
     """Of groups, by samples: to their error but for the pairs of one x and z, one of M, whose y' is nearer to the mean
     than y, for its part of x_q is forgotten: less and less as q comes close to t."""
@@ -89,6 +90,7 @@ def test_it_rests_near_the_flow() -> None:
     assert abs(large[0]) < 3 * error[0]  # no side is preferred
 
 
+@pytest.mark.slow
 def test_it_is_led_back_to_the_flow() -> None:
     for i in range(2):
         for off in (-0.3, 0.3):

@@ -77,6 +77,7 @@ def test_a_policy_is_gone_along_in_closed_form() -> None:
     assert torch.allclose(line.roll(source, t, t / 3), source - 0.6 * heads[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_formula() -> None:
     """At three states, of which the policy made two, held still."""
     objective = PiFlow(guesses=3, times=Grid(steps=2))
@@ -98,6 +99,7 @@ def test_formula() -> None:
         assert torch.allclose(mine, hand, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @each_flow
 def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
     """Between guesses the mean of the data is a line: the velocity is off by the square of their distance, and with its

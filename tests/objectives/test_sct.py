@@ -69,6 +69,7 @@ def taught(flow: Flow, progress: float = 1.0, weigh: bool = True) -> Tensor:
     return gradient(o, Exact(flow, o.needs), replace(record(o, flow), progress=progress))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "apart", "product"])
 def test_it_rests_at_the_flow_after_the_warm_up(flow: Flow) -> None:
     """Measured: 3e-15. Before, it is taught something else."""

@@ -88,6 +88,7 @@ def test_a_rate_held_still_would_be_another_gradient() -> None:
 ON = [gaussian(), APART, PRODUCT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ON, ids=lambda f: type(f).__name__)
 def test_rests_at_the_flow(flow: Flow) -> None:
     """Unguided, where means are not zero and components several; guided, see tests/theory/test_fixed_point.py."""

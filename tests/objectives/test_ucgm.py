@@ -70,6 +70,7 @@ def test_measures() -> None:
         assert grad.abs().max() < 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [APART, PRODUCT])
 def test_gradient_vanishes_as_the_ratio_tends_to_1(flow: Flow) -> None:
     """Off the exact flow by O(1 - ratio), for the line to ratio t is straight; at 1 it is exact."""

@@ -34,9 +34,11 @@ STEPS = {2: 2, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
 
 def layouts(case: str, place: int, world: int) -> list[tuple[int, bool]]:
     """Ranks to a copy, and whether weights are given back. Two ranks have four; of a recipe as it is two of them, that
-    differ in both, by turns: half of the recipes meet each.
+    differ in both, by turns: half of the recipes meet each. A case +once has the last of them, where a rank has least.
     """
     every = [*product({2: (1, 2), 3: (3,), 4: (2,)}[world], (False, True) if world == 2 else (False,))]
+    if "+once" in case:
+        return every[-1:]
     return every if "+" in case or world != 2 else [every[place % 2], every[3 - place % 2]]
 
 
@@ -46,8 +48,8 @@ def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
 
 
 def spec(case: str, *more: str) -> Run:
-    """The run of a case; +teacher and +pairs are no fields."""
-    name, *fields = [word for word in case.split("+") if word not in ("teacher", "pairs")]
+    """The run of a case; +teacher, +pairs and +once are no fields."""
+    name, *fields = [word for word in case.split("+") if word not in ("teacher", "pairs", "once")]
     lean = [] if name == "moons" else ["net.depth=2"]  # two blocks, and what is around them: what is given back in turn
     lean += {"digits-dmf": ["net.late=1"], "dumo-best": ["train.coupling.group=8"]}.get(name, [])  # a rank has half
     return load(name, [*lean, *fields, *more])

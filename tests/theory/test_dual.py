@@ -336,6 +336,7 @@ def cost(net: nn.Module, way: str | None) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_a_ride_costs_what_a_tape_does_and_a_checkpoint_computes_no_tangent_again() -> None:
     full, lean = transformers()
     assert cost(full, "ride") == cost(full, "tape")

@@ -53,6 +53,7 @@ def test_velocity_is_the_mean_slope_by_quadrature() -> None:
         assert (v[:, 0] - slope).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [APART, plane()])
 def test_velocity_is_the_mean_of_the_paths_slopes(flow: Flow) -> None:
     """Of the slopes that training sees, by their moments with 1, x_t and x_t^2: 400,000 draws, where a sign is 1."""
@@ -75,6 +76,7 @@ def test_a_mixture_of_one_is_a_gaussian() -> None:
     assert torch.allclose(one.carry(x, c, t, r), Gaussian(*both).carry(x, c, t, r), rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [gaussian(GUIDE), gaussian(Guide(zeta=0.55)), APART, PRODUCT])
 def test_closed_flows_follow_their_velocity(flow: Flow) -> None:
     """Closed forms and quantiles against Runge and Kutta, piece by piece: the guide's corners cost order."""

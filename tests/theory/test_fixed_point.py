@@ -145,6 +145,7 @@ def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flo
     assert (one + other).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_another_guidance_scale_is_not_at_rest() -> None:
     """A velocity guided too little is pulled one way, one guided too much the other."""
     for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if isinstance(o.needs.guide, Guide)]:
@@ -154,6 +155,7 @@ def test_another_guidance_scale_is_not_at_rest() -> None:
         assert much > 1e-3
 
 
+@pytest.mark.slow
 def test_dropped_rows_learn_the_null_flow() -> None:
     """Rows without their label are not guided: a guide that moved them would move the fixed point."""
     for o, flow in cases((gaussian(DUMO), DUMO)):
@@ -163,6 +165,7 @@ def test_dropped_rows_learn_the_null_flow() -> None:
         assert gradient(o, Exact(flow, o.needs), b).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @each(IN_THE_PLANE)
 def test_gradient_vanishes_in_the_plane(objective: AnyObjective, flow: Flow) -> None:
     """A mixture in two dimensions, guided: the flow by Runge and Kutta, to which the bar of 1e-10 applies."""

@@ -41,12 +41,14 @@ def off(solver: Solver, passes: int, path: Path, sd: float = 1.0) -> float:
     return (found - density(FLOW, x, c) + 2 * log(sd)).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "sd"), [(Linear(), 1), (Trig(), 1), (Linear(sd=2.0), 2)])
 def test_the_flow_knows_the_density_of_its_data(path: Path, sd: float) -> None:
     """In units of the data, whatever the net's are."""
     assert off(Heun(), 96, path, sd) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2)])
 def test_the_error_falls_with_the_order_of_the_solver(solver: Solver, order: int) -> None:
     assert log2(off(solver, 16, Linear()) / off(solver, 32, Linear())) == pytest.approx(order, abs=0.6)

@@ -128,6 +128,7 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_arrow_up_and_each_broken_law_are_named(tmp_path: Path) -> None:
     write_contracted_package(tmp_path)
     kept = lint_imports(tmp_path)

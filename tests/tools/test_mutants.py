@@ -44,6 +44,7 @@ def test_a_row_that_names_a_whole_file_is_refused() -> None:
     assert fault(row) == "'random' names no single test: mend tools/mutants.toml"
 
 
+@pytest.mark.slow
 def test_a_row_has_the_seconds_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_busy.py").write_text(
         "import time\n\ndef test_busy():\n    while time.process_time() < 0.5:\n        pass\n", encoding="utf-8"

@@ -58,6 +58,7 @@ def test_what_is_known(
     assert capsys.readouterr().out.splitlines()[-len(said) :] == said
 
 
+@pytest.mark.slow
 def test_nobody_can_be_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "constraints.txt").write_text("pillow==1.0\n")
     assert main(["-s", "osv", "--osv-url", "http://127.0.0.1:9"], tmp_path / "constraints.txt") == 0
@@ -76,6 +77,7 @@ def test_a_service_that_knows_no_package_has_not_audited_any() -> None:
     assert verdict(0, "nonsense", "")[0] == 1
 
 
+@pytest.mark.slow
 def test_all_that_is_installed_is_pinned_and_has_a_licence() -> None:
     found = packages()
     assert {"torch", "gradio", "pip-audit", "uvicorn"} <= found.keys()

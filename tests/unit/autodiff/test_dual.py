@@ -144,6 +144,7 @@ def test_play_computes_what_is_asked_for_alone() -> None:
     assert sorted(calls) == ["a", "b", "c", "d", "e"]
 
 
+@pytest.mark.slow
 def test_play_lets_go_of_what_it_has_used() -> None:
     """Of saved tensors, and of tangents in between."""
     x, w = later(torch.ones(3)), torch.full((3,), 2.0)

@@ -310,6 +310,7 @@ def test_tangent_is_that_of_torch(shapes: Shapes, call: str) -> None:
                 assert (head.t - d).abs().max() <= (1e-2 if low else 1e-12) * d.abs().max(), names
 
 
+@pytest.mark.slow
 def test_a_tangent_may_be_one_row_for_all() -> None:
     """That is, expanded, and not to be written to."""
     for shapes, call in FLAT:
@@ -366,6 +367,7 @@ def test_a_constant_rests(call: str) -> None:
         assert torch.equal(found.p, plain + 1)
 
 
+@pytest.mark.slow
 def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule nobody calls is a rule nobody checks: the functions of torch, and the methods and operators of Dual."""
     called = set[object]()

@@ -70,6 +70,7 @@ def test_python_m_dumo_is_dumo() -> None:
     assert done.stdout == f"dumo {dumo.__version__}\n"
 
 
+@pytest.mark.slow
 def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
     fields = ["train.steps=2", "train.batch=16", "train.ema=[{decay: 0.5}]", "evaluate.protocol.samples=500"]
     net = "net={kind: dit, width: 32, depth: 1, patch: 2, attention: 4, time_scale: 10}"
@@ -83,6 +84,7 @@ def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
     assert again == digits.spec.model_copy(update={"train": digits.spec.train.model_copy(update={"steps": 3})})
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun, tmp_path: Path) -> None:
     def made(run: TrainedRun, count: int, *words: str) -> np.ndarray:
         done = call("sample", run.folder, "--format", "npz", "--nfe", "2", "--out", tmp_path, "--count", count, *words)
@@ -127,6 +129,7 @@ def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
     assert torch.allclose(guided.velocity(x, t, c), null + 3 * (v - null), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun) -> None:
     assert (digits.step, digits.device.type, digits.codec, digits.net.training) == (2, "cpu", None, False)
     assert digits.spec == load(str(digits.folder))

@@ -72,6 +72,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
     assert longer.step == 4
 
 
+@pytest.mark.slow
 def test_other_data_or_another_layout_are_another_run(tmp_path: Path) -> None:
     train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3))
     with pytest.raises(dumo.UserError, match=r"net\.layout"):
@@ -139,6 +140,7 @@ def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeyp
     assert (again.folder, again.step) == (run.folder, 3)
 
 
+@pytest.mark.slow
 def test_callbacks_hear_of_every_step(tmp_path: Path) -> None:
     every, second = list[tuple[int, float]](), list[int]()
 

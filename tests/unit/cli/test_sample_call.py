@@ -20,6 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     return dumo.train("digits", changes, out=tmp_path_factory.mktemp("run") / "digits", device="cpu")
 
 
+@pytest.mark.slow
 def test_outputs_hold_the_same_images(run: TrainedRun) -> None:
     x = run.sample([3, 5], seed=1)
     grid = run.sample([3, 5], seed=1, output="np")
@@ -51,6 +52,7 @@ def test_a_generator_draws_the_seed(run: TrainedRun) -> None:
     assert torch.equal(one, drawn(torch.Generator().manual_seed(7)))
 
 
+@pytest.mark.slow
 def test_guidance_is_that_of_the_spec(run: TrainedRun, tmp_path: Path) -> None:
     changes = {
         "objective.drop": 0.1,

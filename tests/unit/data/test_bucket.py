@@ -207,6 +207,7 @@ def latents(root: Path, cache: Path, **fields: object) -> Latents:
     return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).found()
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> None:
     """Mirrored and captioned as they are, however many were encoded at a time."""
     root = photos(tmp_path / "photos")
@@ -231,6 +232,7 @@ def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> Non
         assert torch.equal(one.take(torch.arange(16), name), two.take(torch.arange(16), name))
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_buckets_or_images_is_refused(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
     data = latents(root, tmp_path / "cache")

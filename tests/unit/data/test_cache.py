@@ -63,6 +63,7 @@ def test_stored_dtype_rounds_and_no_more(tmp_path: Path, dtype: str, error: floa
     assert 0 < ((x - encoded(ROWS)) / encoded(ROWS)).abs().max() <= error
 
 
+@pytest.mark.slow
 def test_moments_are_normalised_and_can_be_drawn_from(tmp_path: Path) -> None:
     moments = made(tmp_path, GAUSSIAN).take(ROWS, "x")
     mean, deviation = GAUSSIAN.net.encode(pictures(ROWS)).mul(0.18215).chunk(2, 1)

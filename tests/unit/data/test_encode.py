@@ -75,6 +75,7 @@ def test_stopped_at_any_step_and_resumed(tmp_path: Path, monkeypatch: pytest.Mon
         assert contents(out) == contents(tmp_path / "whole"), f"stopped before step {at}"
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
     """At once, in two processes; and one after the other, where only the last finds all there."""
     out = tmp_path / "both"

@@ -68,6 +68,7 @@ def unmirrored(data: Latents) -> Latents:
     return data.model_copy(update={"images": data.images.model_copy(update={"flip": False})})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [2.0, 0.0])
 def test_rows_are_those_of_the_images(cached: Latents, memory: float) -> None:
     """A batch is that of the images through the codec, also in which are mirrored: half of them, before the codec."""
@@ -127,6 +128,7 @@ def again(data: Latents) -> Latents:
     return Latents.model_validate(data.model_dump(mode="json")).found()
 
 
+@pytest.mark.slow
 def test_latents_have_the_captions_of_the_images(latents: Maker, tmp_path: Path) -> None:
     """So that the images are no longer needed."""
     as_lines(root := tmp_path / "images", TOLD)

@@ -78,6 +78,7 @@ SOURCES: dict[str, Callable[[Path], Batches]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
 def test_parts_of_a_batch_are_the_batch(make: Callable[[Path], Batches], tmp_path: Path) -> None:
     """Of as many ranks as there are, and cut unevenly: the same bits, whatever else is asked for."""
@@ -93,6 +94,7 @@ def test_parts_of_a_batch_are_the_batch(make: Callable[[Path], Batches], tmp_pat
                 assert torch.equal(torch.cat(part), one)
 
 
+@pytest.mark.slow
 def test_parts_of_many_points_are_the_whole() -> None:
     """Their law has no rounding that depends on the place of a row in what is computed at one time."""
     whole, _ = Moons().open().reference(2**17, 0)

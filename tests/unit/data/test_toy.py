@@ -67,6 +67,7 @@ def test_batches_are_fresh_and_keyed() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_steps_are_independent() -> None:
     """No lattice, no memory: neighbouring steps are uncorrelated, and so are the rows of one."""
     source, n = Moons().open(), 1500

@@ -66,6 +66,7 @@ def test_a_fixed_fifth_of_digits_is_held_out_and_well_known() -> None:
     assert tool.accuracy(digits.net, DIGITS.x[held], DIGITS.c[held]) == right
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_accuracy_on_test_images_of_cifar10() -> None:
     """Of the first 1,000, within three standard errors of what the file says of 10,000."""
@@ -83,6 +84,7 @@ def test_features_of_digits_are_standardised() -> None:
     assert f.var(0).max() < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_features_of_cifar10_are_standardised() -> None:
     x, _ = tool.cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", "train", 1000)
@@ -95,6 +97,7 @@ def test_features_of_cifar10_are_standardised() -> None:
     assert cifar10.features(torch.randn(50, 3, 32, 32, generator=stream("noise")).clamp(-1, 1)).abs().max() < 20
 
 
+@pytest.mark.slow
 @BOTH
 def test_features_are_what_the_head_reads_and_of_a_row_alone(known: Shipped, x: Tensor) -> None:
     f = known.features(x)
@@ -148,6 +151,7 @@ MAKERS: dict[str, Callable[[Path, Path], dict[str, str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -168,6 +172,7 @@ def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
     assert {k: (v.shape, v.dtype) for k, v in again.items()} == {k: (v.shape, v.dtype) for k, v in kept.items()}
 
 
+@pytest.mark.slow
 def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "EPOCHS", 4)
     monkeypatch.setattr(tool, "CIFAR_BATCH", 32)

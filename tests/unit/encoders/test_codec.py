@@ -331,6 +331,7 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
         SdVae().open()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("side", tiered(PSNR, now=[64], ci=PSNR))
 def test_taef2_reconstructs_as_measured(side: int) -> None:

@@ -24,6 +24,7 @@ def net() -> Inception:
     return recipe.net()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 256])
 def test_every_output_is_torch_fidelitys(net: Inception, size: int) -> None:
     """The same weights on the same images: here bit for bit, and 1e-4 of the largest number on any machine."""
@@ -49,6 +50,7 @@ def test_names_and_sizes_are_those_of_the_published_file() -> None:
     assert not any(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_precision_and_batch_around_it_change_nothing(net: Inception) -> None:
     x = recipe.images(64)
     two: InceptionFeatures = net(x)
@@ -108,6 +110,7 @@ def test_no_file_and_no_safetensors_are_refused_with_the_way(tmp_path: Path, mon
     refused(pickle, "dumo reads no pickle")
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_by_name_and_shape(tmp_path: Path) -> None:
     refused(small(tmp_path / "shape"), r"is \(1,\) float32 in the file, \(.*\) float32 in Inception \(\d+ such names\)")
     refused(small(tmp_path / "more", A=torch.zeros(1)), r"A is \(1,\) float32 in the file, absent in Inception")
@@ -116,6 +119,7 @@ def test_other_weights_are_refused_by_name_and_shape(tmp_path: Path) -> None:
     refused(fewer, "Conv2d_1a_3x3.bn.bias is absent in the file")
 
 
+@pytest.mark.slow
 def test_other_numbers_or_another_source_are_refused(tmp_path: Path) -> None:
     weights, source = recipe.net().state_dict(), {"sha256": inception.SHA256}
     for wrong, said in (

@@ -50,6 +50,7 @@ def texts(pipeline: Pipeline, root: Path) -> PipelineTexts:
     return PipelineTexts(root=str(root), dtype="float32").within(pipeline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tmp_path: Path) -> None:
     pipeline = saved(place, name)

@@ -21,6 +21,7 @@ def refusal(file: Path) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_of_the_original_layout_becomes_the_folder(tmp_path: Path) -> None:
     """By the command as it stands, but for a folder of configs and tokenizers in place of the hub's."""

@@ -258,6 +258,7 @@ def test_blocks_are_small_and_see_each_pair_once(monkeypatch: pytest.MonkeyPatch
     assert max(sizes) <= 3000
 
 
+@pytest.mark.slow
 def test_null_spread_is_that_of_full_draws() -> None:
     """Scaled from sets of 60 points to 300, and measured at 300; of fewer points than rows it needs no scale."""
     mean, sd = null_spread(lambda i: randn(300, 2, key=f"null {i}"), WIDTHS, 300, pairs=300, rows=60)

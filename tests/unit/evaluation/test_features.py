@@ -178,6 +178,7 @@ def test_the_kernel_distance_is_that_of_the_papers(kind: Kind, folders: dict[Kin
         assert 1000 * (biased - value) == pytest.approx(excess, rel=1e-2)
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_frechet_distance_needs_more_images(kind: Kind, folders: dict[Kind, Path]) -> None:
     width = {"cmmd": 8, "dinov2": WIDTH}[kind]
@@ -190,6 +191,7 @@ def test_a_frechet_distance_needs_more_images(kind: Kind, folders: dict[Kind, Pa
     assert ("kid" in more) == (kind == "dinov2")
 
 
+@pytest.mark.slow
 @each_kind
 def test_new_images_are_as_far_as_a_perfect_sampler_and_damaged_ones_are_not(
     kind: Kind, folders: dict[Kind, Path]

@@ -71,6 +71,7 @@ def test_gaussian_mmd_of_two_normal_laws() -> None:
     assert fmean(values) == pytest.approx(exact, abs=3 * stdev(values) / 200**0.5)
 
 
+@pytest.mark.slow
 def test_gaussian_mmd_has_no_bias_and_knows_its_error() -> None:
     """Whatever the shares of the classes; where something differs its error is that of repeated draws."""
     same, other = estimates(0.0), estimates(1.0)
@@ -80,6 +81,7 @@ def test_gaussian_mmd_has_no_bias_and_knows_its_error() -> None:
     assert fmean(one.error for one in other) == pytest.approx(stdev(one.value for one in other), rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
     """With samples that have the shares of the reference, with classes and without."""
     d = torch.arange(400) % 3
@@ -97,6 +99,7 @@ def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
         assert known == pytest.approx(stdev(values), rel=0.25)
 
 
+@pytest.mark.slow
 def test_class_mmd_is_the_mean_of_classes_without_bias_and_knows_its_error() -> None:
     """Of normal laws that are 2, 1 and 0 apart, in classes of shares that samples do not have."""
     w = 2.0
@@ -115,6 +118,7 @@ def test_class_mmd_is_the_mean_of_classes_without_bias_and_knows_its_error() -> 
     assert fmean(one.error for one in found) == pytest.approx(scatter, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_deviation_of_class_mmd_is_exact_in_classes_of_a_few_rows() -> None:
     c = torch.tensor([0, 0, 0, 1, 1, 1])
     d = torch.tensor([0] * 7 + [1] * 5)

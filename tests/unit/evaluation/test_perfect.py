@@ -56,6 +56,7 @@ def test_the_bias_of_a_gaussian_is_the_exact_one() -> None:
     assert of.at(N, M)["mean"] == pytest.approx(exact.item() * (1 / N + 1 / M), rel=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [False, True], ids=["no classes", "classes in turn"])
 def test_new_samples_of_the_law_score_as_a_perfect_sampler(*, classes: bool) -> None:
     """With classes parts have their share of each: what is between the classes does not count."""
@@ -84,6 +85,7 @@ def test_kernel_distances_in_subsets() -> None:
         assert at["kid_sd"] == pytest.approx(sd, rel=0.35)
 
 
+@pytest.mark.slow
 def test_an_area_scatters_about_a_half() -> None:
     areas = [two_sample_auc(rows(120, i), rows(200, -1 - i), stream("auc", i)) for i in range(100)]
     mean, sd = mean_sd(areas)

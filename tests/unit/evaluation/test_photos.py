@@ -58,6 +58,7 @@ def good(own: PhotosEvaluator) -> Row:
     return scores(own, drawn(60, "fresh"))
 
 
+@pytest.mark.slow
 def test_fresh_images_of_the_same_law_are_as_a_perfect_sampler(own: PhotosEvaluator, good: Row) -> None:
     perfect = own.baselines()["perfect"]
     assert abs(good["mmd"] - perfect["mean"]) < 3 * perfect["sd"]
@@ -67,6 +68,7 @@ def test_fresh_images_of_the_same_law_are_as_a_perfect_sampler(own: PhotosEvalua
     assert state([{"nfe": 1, "solver": "restart", **good}], own.baselines()) in ("like the data", "near")
 
 
+@pytest.mark.slow
 def test_noise_is_far_off_and_is_the_other_baseline_and_collapse_shows_in_recall(
     own: PhotosEvaluator, good: Row
 ) -> None:
@@ -88,6 +90,7 @@ def test_copies_are_told(own: PhotosEvaluator, turn: "type[Tensor]") -> None:
     assert scores(own, torch.cat([copied, drawn(30, "fresh")]))["copies"] == 0.5
 
 
+@pytest.mark.slow
 def test_samples_are_compared_with_images_of_their_classes() -> None:
     """Classes come in turn; a set that has one of them nine times in ten must not count for a difference."""
     x, c = drawn(100, "real"), torch.arange(100) % 10 == 0
@@ -183,6 +186,7 @@ def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Table]:
     return found, {"results": results, "baselines": baselines, "state": state(results, baselines)}
 
 
+@pytest.mark.slow
 def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluator) -> None:
     """Normal noise that has the mean and the covariance of the folder's pixels, which precision and pixels praise."""
     x, _ = crops("folder")
@@ -201,6 +205,7 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
     assert sentence.startswith(("Not yet like the data", "As good as untrained"))
 
 
+@pytest.mark.slow
 def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator) -> None:
     """The same images, which are new crops of the photos, with the classes they were asked for and without."""
     x, _ = crops("samples")

@@ -62,6 +62,7 @@ def toy() -> Reference:
     return Reference(points(-1), torch.zeros(400, dtype=torch.long), points)
 
 
+@pytest.mark.slow
 def test_real_digits_score_well(good: dict[str, float], perfect: dict[str, float]) -> None:
     assert list(good)[:6] == ["mmd", "mmd_sd", "class_mmd", "class_mmd_sd", "fd_grey", "fd"]
     assert good["mmd"] < 2 * perfect["sd"]
@@ -149,6 +150,7 @@ def test_of_five_folds_all_digits_are_held_out_but_two() -> None:
     assert torch.equal(held[5], held[0])
 
 
+@pytest.mark.slow
 def test_toy_null_tells_a_draw_from_a_difference() -> None:
     null = shipped.baselines_toy(toy(), 400)["null"]
     same = [shipped.score_toy(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
@@ -158,6 +160,7 @@ def test_toy_null_tells_a_draw_from_a_difference() -> None:
         assert shipped.score_toy(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
 
 
+@pytest.mark.slow
 def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
     assert shipped.score_digits(*some(data), data) == good
     assert shipped.score_toy(points(1), toy().c, toy()) == shipped.score_toy(points(1), toy().c, toy())

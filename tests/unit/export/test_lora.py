@@ -75,6 +75,7 @@ def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
 NO_BIAS = ("flux2",)  # neither its last layer nor its embedder has one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sana", "lumina2", "cogview4"])
 def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
     assert STOCKS[tiny.TINY[name].kind].lora
@@ -98,6 +99,7 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
     return before, Exported(sampler, read.within(Pipeline(source="sdxl" if row is SDXL else "sd15")), net, "u")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_layers_of_a_unet_have_the_names_that_kohya_gave_them(convolutions: bool) -> None:
     """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""

@@ -41,6 +41,7 @@ def make(solver: Solver, nfe: int, batch: int, *, n: int = 64, seed: int = 0, ne
     return generate(net, mean_velocity(net), Linear(), solver, labels(n, 10), **asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ALL)
 def test_same_image_at_any_batch_size(solver: Solver) -> None:
     """Convolutions of other batch sizes add in another order, so last bits differ: by 4e-6 at values near 2."""

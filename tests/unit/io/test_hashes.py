@@ -64,6 +64,7 @@ def share(root: Path, rank: int) -> None:
     found.hash(range(rank, COUNT, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("form", STORES)
 def test_processes_share_a_note(form: str, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_every_slope_has_a_row_in_every_precision_with_the_yardstick() -> None:
         assert rows["jvp", precision]["error"] == pytest.approx(rows["dual", precision]["error"], rel=0.5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_difference_over_too_fast_a_time_is_measured_and_says_why() -> None:
     wide = measured(tiny("digits", "net.time_scale=1000"), slopes=("central",))["central", "fp32"]
     assert "time_scale" in str(wide["refused"])
@@ -81,6 +82,7 @@ def test_the_way_of_a_dual_is_shown(more: tuple[str, ...], way: str) -> None:
     assert measured(tiny("digits", *more), slopes=("dual",))["dual", "fp32"]["way"] == way
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lame(JvpSlope):
         def __call__(self, *args: object, **rest: object) -> tuple[Heads, Along]:
@@ -95,6 +97,7 @@ def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyP
     assert rows["dual", "fp32"]["units_timed"] > 0
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_where_there_are_some_and_a_loss_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As training does it."""
     setting = step.prepare(tiny(), (1, 8, 8), CPU, "blocks")

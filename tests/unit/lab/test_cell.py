@@ -94,6 +94,7 @@ def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: lis
     assert len(steps) == 8
 
 
+@pytest.mark.slow
 def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "read", lambda name: two("evaluate.seed=1"))
     with pytest.raises(UserError, match=r"not measured alike(.|\n)*  seed: 0 in a-0; 1 in b-0\n"):
@@ -163,6 +164,7 @@ def test_a_cell_may_begin_from_a_folder_of_its_seed(tmp_path: Path) -> None:
     assert begun.source == str(tmp_path / "net-0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale", "jobs", "words"),
     [

@@ -15,6 +15,7 @@ class Ended(Exception):  # noqa: N818, it is no error
     """The program has run."""
 
 
+@pytest.mark.slow
 def test_no_module_of_the_working_folder_is_imported_by_an_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

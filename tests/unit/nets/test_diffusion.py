@@ -144,6 +144,7 @@ def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved
     assert (dv - jvp).norm() / jvp.norm() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     """A step moves adapters of attention and perceptrons, heads and embedder alone, and in `base` all is as it was."""
@@ -246,6 +247,7 @@ def test_convolutions_of_transformers_are_refused(folder: Saved) -> None:
         built(folder("pixart"), lora=CONVOLUTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
     """The low-pass is of the embedder of time alone, and blocks include the middle of a UNet."""
@@ -255,6 +257,7 @@ def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
     assert any(block is net.model.mid_block for block in net.blocks)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient(folder: Saved) -> None:
     plain, lean = (gradient(built(folder("sd1"), checkpoint=c), DualSlope()) for c in (False, True))
     assert plain.keys() == lean.keys()

@@ -53,6 +53,7 @@ def gradient(net: Dualized, objective: Objective) -> dict[str, Tensor]:
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_any_r_begins_as_the_model(folder: Saved, name: str) -> None:
     """u(x, t, r) = v(x, t) to the bit; and no longer, once the gap is embedded."""
@@ -65,6 +66,7 @@ def test_any_r_begins_as_the_model(folder: Saved, name: str) -> None:
     assert not torch.allclose(net(x, c, t=t, r=t / 3)[0], net(x, c, t=t, r=0 * t)[0], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_one_guided_step_is_exact(folder: Saved, name: str) -> None:
     """MeanFlow's gradient by the slope that rides is that by forward mode, and every parameter has one."""
@@ -118,6 +120,7 @@ def test_adapters_rest_for_the_base_and_the_gap_is_trained_in_full(folder: Saved
     assert {n for n, p in net.named_parameters() if p.requires_grad} == trained
 
 
+@pytest.mark.slow
 def test_quick_waves_of_the_gap_are_cut_and_its_first_layer_is_that_of_t(folder: Saved) -> None:
     """Also once the embedder was refitted."""
     net = built(cut(folder("sd3"), "sd3"), TR)
@@ -196,6 +199,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm() / b.norm()).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize("name", tiered([name for name in NAMES if name in IMAGES], now=QUICK))
 def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str, lora: Lora | None) -> None:

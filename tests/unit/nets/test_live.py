@@ -31,6 +31,7 @@ def both(name: str, place: Path) -> tuple[Live, Texts]:
     return live, tabled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD3", "Chroma", "Z-Image"])
 def test_rows_are_those_of_a_table_whatever_surrounds_the_call(name: str, tmp_path: Path) -> None:
     live, tabled = both(name, tmp_path)
@@ -50,6 +51,7 @@ def test_rows_are_those_of_a_table_whatever_surrounds_the_call(name: str, tmp_pa
     assert (live.width, live.pooled_width, live.masked) == (tabled.width, tabled.pooled_width, tabled.masked)
 
 
+@pytest.mark.slow
 def test_prompts_come_and_go_and_few_rows_are_kept(tmp_path: Path) -> None:
     live, tabled = both("SD3", tmp_path)
     live.encoders.most = 2
@@ -63,6 +65,7 @@ def test_prompts_come_and_go_and_few_rows_are_kept(tmp_path: Path) -> None:
     assert [*live.encoders.rows] == ["a bird", CAPTIONS[0]]
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     live, tabled = both("SD3", tmp_path)
     live.captions = ()

@@ -71,6 +71,7 @@ def test_waves_are_those_that_the_model_makes(name: str) -> None:
 SLOW_ALREADY = ("sana-sprint", "lumina2")  # they read t, not 1000 t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     tiered([name for name in NAMES if name != "z-image-lengths"], now=("sd3", *SLOW_ALREADY), ci=("flux", "wan")),
@@ -87,6 +88,7 @@ def test_a_smooth_net_stays_what_it_is(name: str) -> None:
     assert torch.equal(w, v) == slow
 
 
+@pytest.mark.slow
 def test_what_is_cut_stays_cut() -> None:
     """Whatever moves the columns, the net does not see it; and no step of AdamW, decay included, moves them."""
     net = dualized("sd3")
@@ -113,6 +115,7 @@ def test_what_is_cut_stays_cut() -> None:
     assert not first.plain().weight[:, quick].any()
 
 
+@pytest.mark.slow
 def test_a_refit_is_a_function() -> None:
     """The same on every call, whatever torch's generator and mode, and it leaves both as they were."""
     one, two = (nn.Sequential(nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(2))

@@ -150,6 +150,7 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_subject_leaves_the_few_step_net_as_it_is(folder: Saved) -> None:
     """A step moves its own adapters alone, and in `base` each head is the few-step net's own, to the bit."""
     x, c, t = batch()
@@ -198,6 +199,7 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     assert torch.equal(net(x, c, t=t)[1], u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> None:
     spec = folder("sd3").model_copy(update={"lora": lora, "lowpass": 10.0})
@@ -393,6 +395,7 @@ def test_a_pass_in_bf16_has_the_bits_of_float32_weights(tmp_path: Path, name: st
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HALF)
 def test_what_is_stored_in_bf16_is_rounded_nowhere(tmp_path: Path, name: str) -> None:
     whole, half = both(tmp_path, name, torch.bfloat16)

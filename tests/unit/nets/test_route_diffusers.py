@@ -80,6 +80,7 @@ def test_a_block_sees_some_of_the_image_at_its_places_and_all_of_the_text(name: 
         assert torch.allclose(text[0], seen[1][1][0][row], atol=1e-5)
 
 
+@pytest.mark.slow
 @MODELS
 def test_the_derivative_is_that_of_the_routed_net(name: str, made: Made) -> None:
     """In float64: what rides, before or after its direction is known, is torch.func.jvp's; and a step's gradient."""

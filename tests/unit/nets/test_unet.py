@@ -180,6 +180,7 @@ def test_layers_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
     assert len({tuple(rows.flatten().tolist()) for rows in seen}) == len(seen) == 14
 
 
+@pytest.mark.slow
 def test_slopes_meet_the_mask_of_the_primal() -> None:
     """Riding, from the tape or by a pass of its own."""
     net = tiny(dropout=0.4)

@@ -107,6 +107,7 @@ def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
     assert parts[-1].line == ""
 
 
+@pytest.mark.slow
 def test_what_a_run_cannot_do_says_why(flow: Live) -> None:
     *_, last = answer.passes(flow, "3", "0", 1)
     (row,) = last.rows
@@ -152,6 +153,7 @@ def test_without_the_data_there_are_samples_and_a_line(digits: Live, monkeypatch
     assert found.line.endswith("there is no folder photos")
 
 
+@pytest.mark.slow
 def test_points_are_a_scatter(moons: Live) -> None:
     first = next(answer.passes(moons, "", "0", 1))
     drawn = pixels(first.rows[0].cells[0])
@@ -199,6 +201,7 @@ def test_words_are_escaped_and_pictures_are_inside() -> None:
     assert text.count('src="data:image/png;base64,') == text.count("src=") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "what", "guidance", "letter", "sets"),
     [
@@ -206,7 +209,7 @@ def test_words_are_escaped_and_pictures_are_inside() -> None:
         ("digits", " 7\n", 1, "v", ("sample.solver.m=0.3", "sample.precision=fp32")),
         ("free", "3", STRONG, "u", ("sample.guide.interval.high=0.7", "sample.guide.scale=3")),
         ("flow", "3", 1, "v", ()),
-        pytest.param("words", "a blue 'seven'", 1, "u", (), marks=pytest.mark.slow),
+        ("words", "a blue 'seven'", 1, "u", ()),
     ],
 )
 def test_the_script_makes_what_is_shown(

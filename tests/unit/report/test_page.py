@@ -219,6 +219,7 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
     assert "a perfect sampler 3.58 ± 0.10" in words
 
 
+@pytest.mark.slow
 def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
     moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
@@ -234,6 +235,7 @@ def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Pat
         assert ("too few" in words) != bool(perfect)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_done_says_so(digits: Path) -> None:
     words = rendered(open_run(str(digits), ["train.steps=5000"])).words
     assert "Stopped at step 20 of 5,000 : its training is not done." in words
@@ -259,6 +261,7 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_size_is_that_of_the_run() -> None:
     """Not that of the recipe, whose words no setting changes."""
     for recipe, field in (("my-images", "data.side"), ("my-images-256", "data.images.side")):
@@ -276,6 +279,7 @@ def test_velocity_alone_says_what_is_missing() -> None:
     assert "This run has not been evaluated. dumo evaluate runs/untrained does it" in page.words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sets", "rows"),
     [
@@ -299,6 +303,7 @@ def test_each_reading_has_a_row_of_the_passes_that_its_solver_can_make(
     assert report.joined(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "head"), [("digits-imf", "u"), ("digits-three-heads", "u"), ("digits-sct", "f")])
 def test_the_words_name_the_head_that_is_read(recipe: str, head: str) -> None:
     """Not the last of the objective's; and where no velocity is taught, there is none to fail."""
@@ -308,6 +313,7 @@ def test_the_words_name_the_head_that_is_read(recipe: str, head: str) -> None:
     assert ("single Euler step" in words) is (recipe != "digits-sct")
 
 
+@pytest.mark.slow
 def test_points_are_scattered(moons: Path) -> None:
     page = page_of(moons)
     assert "One pass of the u head makes these points." in page.words
@@ -368,12 +374,14 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypa
     assert [chart.title for chart in report.charts([row | never for row in new])][5:] == ["drift", figure.SLOPE]
 
 
+@pytest.mark.slow
 def test_what_is_put_in_is_escaped(digits: Path) -> None:
     page = rendered(open_run(str(digits), ["about='<script>alert(1)</script> & <b>bold</b>'"]))
     assert "<script>alert(1)</script> & <b>bold</b>" in page.words
     assert not {"script", "b"} & page.tags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"step": 10}, {"weights": "other.safetensors"}])
 def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, change: dict[str, object]) -> None:
     opened = open_run(str(digits))
@@ -393,6 +401,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
+@pytest.mark.slow
 def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = {**ZOO, "cells": [{**ZOO["cells"][0], "card": {"data": {"kind": "digits", "held": 360}}}]}
     other = {**ZOO, "cells": [{"protocol": "digits (500 samples)", "baselines": {}}]}

@@ -53,6 +53,7 @@ def test_stopped_and_resumed_keeps_the_same(run: Path, tmp_path: Path) -> None:
     assert max(int(name[-20:-12]) for name in kept(tmp_path / "run")) == 12
 
 
+@pytest.mark.slow
 def test_it_is_the_average_that_would_have_been_kept(run: Path, tmp_path: Path) -> None:
     """To the error that is said, of how far the weights went."""
     made = average(str(run), 0.12, tmp_path / "new.safetensors")

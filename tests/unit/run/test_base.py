@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 BASE = "teacher.kind=base"
 
 
+@pytest.mark.slow
 def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its files hold the adapter, it goes on bit for bit, and is opened, but not on other frozen weights."""
     adapt(monkeypatch)
@@ -63,6 +64,7 @@ def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert same(begun, known.shown)
 
 
+@pytest.mark.slow
 def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where there is room to train an adapter of them; and that is said."""
     adapt(monkeypatch)
@@ -76,6 +78,7 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", [1.0, 2.0])
 def test_the_base_teaches_as_a_net_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guide: float) -> None:
     adapt(monkeypatch)

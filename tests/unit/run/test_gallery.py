@@ -146,6 +146,7 @@ def test_heun_where_it_can_and_euler_elsewhere() -> None:
     assert [v.at(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
+@pytest.mark.slow
 def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) -> None:
     for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"letters": ["x"]}):
         with pytest.raises(UserError):
@@ -177,6 +178,7 @@ def test_a_block_is_the_same_whatever_else_is_drawn(digits: RunFolder) -> None:
     assert np.abs(corner.astype(int) - shown(digits, 9 * 4 + 3, 9, nfe=1)).max() <= 1
 
 
+@pytest.mark.slow
 def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
     panels = gallery.trajectories(digits, nfe=(1, 2), count=2)
     files = gallery.write_trajectories(tmp_path, panels)

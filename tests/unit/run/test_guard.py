@@ -91,6 +91,7 @@ def steps(folder: Path) -> list[int]:
     return [*checkpoint.standing(folder / "checkpoints")]
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_logged_with_its_rows(fate: Fate, tmp_path: Path) -> None:
     run, told = tiny("train.steps=4", "train.log_every=4", name="digits"), list[str]()
     fate.comes(spoilt=[3])
@@ -133,6 +134,7 @@ def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: 
     assert [row["step"] for row in log.read_log(tmp_path / "run/metrics.jsonl")] == [2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_asked_to_stop_before_its_first_step_or_in_its_last(fate: Fate, run: Path, tmp_path: Path) -> None:
     """It makes none, or is done."""
     fate.patch.setattr(signals, "heard", signal.SIGINT)
@@ -144,6 +146,7 @@ def test_asked_to_stop_before_its_first_step_or_in_its_last(fate: Fate, run: Pat
     assert steps(tmp_path / "short") == [2]
 
 
+@pytest.mark.slow
 def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fate.comes(spoilt=range(9, 13))
     monkeypatch.chdir(run.parent)
@@ -161,6 +164,7 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     assert call("train", "run").code == 0  # as it is now
 
 
+@pytest.mark.slow
 def test_a_runs_folder_and_the_same_as_out_typed_again_goes_on(run: Path) -> None:
     for _ in range(2):
         assert call("train", run, "--out", run, "--set", "train.steps=9").code == 0
@@ -256,6 +260,7 @@ def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
     assert text.endswith(f"--from 20 {rates}")
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:
     fate.comes(spoilt=[1])
     with pytest.raises(Diverged, match=r"It was not applied.*from the start at half the rate:  dumo train \S+ --set"):
@@ -326,6 +331,7 @@ def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "says"), [("constant", False), ("wsd", True), ("cosine", True)])
 def test_more_steps_under_a_schedule_that_stretches_are_said(kind: str, says: bool, tmp_path: Path) -> None:
     train(tiny(f"train.schedule.kind={kind}"), tmp_path / "run")
@@ -341,6 +347,7 @@ def test_more_steps_before_the_rate_falls_are_those_of_the_longer_schedule() -> 
     assert not Train(steps=100, batch=1, schedule=Cosine()).stretched(200, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path, run: Path) -> None:
     last = run / "checkpoints/step-00000008"
     found = safetensors.torch.load_file(last / "optimizer.safetensors")
@@ -370,6 +377,7 @@ def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> No
     assert journal.due() == due
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Path, fate: Fate) -> None:
     """A stop waits for it, and what goes on from it is the undisturbed run."""
     behind, put, append, every = Event(), checkpoint.put, log.append, "train.log_every=1"
@@ -447,6 +455,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
             train(tiny(*late), place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True], ids=["first", "older run resumed"])
 def test_a_lost_first_checkpoint_of_a_stop_is_missed(fate: Fate, tmp_path: Path, resumed: bool) -> None:
     """It lies before the first step that is saved by its number, so the log cannot tell."""
@@ -585,6 +594,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
         open_run(str(run))  # what is damaged stays damaged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [".run.yaml.1", ".data.json.7.tmp"])
 def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path) -> None:
     (folder := tmp_path / "run").mkdir()

@@ -28,6 +28,7 @@ def kept(folder: Path) -> dict[int, bytes]:
     return {step: file.read_bytes() for step, file in files.items()}
 
 
+@pytest.mark.slow
 def test_milestones_outlive_the_checkpoints(tmp_path: Path) -> None:
     train(tiny(6, "[0, 3, 4, 99]"), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
@@ -76,6 +77,7 @@ def test_a_milestone_where_a_run_stands_is_written_on_resume(tmp_path: Path) -> 
     assert list(kept(tmp_path / "run")) == [2]
 
 
+@pytest.mark.slow
 def test_what_is_made_again_replaces_what_was_lost_with_its_checkpoint(tmp_path: Path) -> None:
     """The milestones after the checkpoint are those of the run that went on, not of the one that stopped."""
     run = tmp_path / "run"
@@ -88,6 +90,7 @@ def test_what_is_made_again_replaces_what_was_lost_with_its_checkpoint(tmp_path:
     assert kept(run) == first
 
 
+@pytest.mark.slow
 def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
     train(tiny(6, "[0, 3]", "train.keep=9"), tmp_path / "run")
     file = tmp_path / "run/milestones/step-00000003.safetensors"
@@ -102,6 +105,7 @@ def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
     assert open_run(str(tmp_path / "run")).step == 6
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny(2, "[0, 1]"), tmp_path / "run")
     before = kept(tmp_path / "run")

@@ -165,6 +165,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, m
     assert {"about", "train.steps", "sample.seed"} <= {*seen["free"]}
 
 
+@pytest.mark.slow
 def test_what_may_change_is_noted_though_run_yaml_was_edited(run: Path) -> None:
     edit(run, "train.clip=1.0")
     train(load(str(run), ["train.steps=6"]), run)
@@ -194,6 +195,7 @@ def test_what_is_accepted_is_noted_and_then_as_good_as_trained(run: Path) -> Non
         open_run(str(run))
 
 
+@pytest.mark.slow
 def test_a_change_is_no_excuse_for_another_edit(run: Path) -> None:
     train(load(str(run), ["train.clip=1.0"]), run)
     assert open_run(str(run)).run.train.clip == 1
@@ -202,6 +204,7 @@ def test_a_change_is_no_excuse_for_another_edit(run: Path) -> None:
         open_run(str(run))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_for_may_be_accepted(run: Path) -> None:
     asked = load(str(run), ["train.batch=6", "train.steps=6"])
     with pytest.raises(UserError, match=r"(?s)holds another run.*train\.batch: 4 there, 6 asked.*--accept"):
@@ -210,6 +213,7 @@ def test_a_run_that_is_asked_for_may_be_accepted(run: Path) -> None:
     assert (open_run(str(run)).step, [one.field for one in noted(run)]) == (6, ["train.batch"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_is_not_compared(run: Path) -> None:
     for place in (run / "checkpoints").iterdir():
         (place / manifest.RUN).unlink()
@@ -233,6 +237,7 @@ def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> 
         manifest.run_of(run / LAST)
 
 
+@pytest.mark.slow
 def test_weights_say_whose_they_are(run: Path, tmp_path: Path) -> None:
     train(tiny("train.seed=1", "train.milestones=[2]"), tmp_path / "other")
     about = checkpoint.facts_of(run / "milestones/step-00000002.safetensors")

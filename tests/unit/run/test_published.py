@@ -220,6 +220,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_start_is_another_runs_weights_by_name(known: Path, tmp_path: Path) -> None:
     asked = ["train.optimizer.lr=1e-12", "train.steps=1", f"start.source={known}"]
     there = open_run(str(known)).net.state_dict()
@@ -286,6 +287,7 @@ def test_a_fused_net_is_tuned_on_all_tokens_and_is_no_other(tmp_path: Path) -> N
         train(load("digits", [*small, route, f"start.source={tmp_path / 'plain'}"]), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_start_is_made_once(known: Path, tmp_path: Path) -> None:
     """A resumed run goes on from its own weights."""
     asked = [f"start.source={known}", "start.heads.u=v"]

@@ -36,6 +36,7 @@ def opened(folder: Path, weights: str | None = None) -> RunFolder:
     return open_run(str(folder), weights=weights and str(folder / "checkpoints" / weights), device="cpu")
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_the_same_and_other_weights_may_be_a_folder(runs: dict[str, Path]) -> None:
     for folder, file in ((None, None), ("step-00000004/net", "step-00000004/net.safetensors")):
         assert same(opened(runs["files"], file).net, opened(runs["shards"], folder).net)
@@ -64,6 +65,7 @@ def test_a_card_and_its_file_are_the_same_but_for_the_place(runs: dict[str, Path
     assert found["shards"][3] == {"ema-0.999": 0.999, "ema-0.5": 0.5, "net": None}
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_for_bit(runs: dict[str, Path], tmp_path: Path) -> None:
     states = [
         train(tiny("moons-flow-matching", *MORE, "train.steps=6"), shutil.copytree(folder, tmp_path / kind))
@@ -76,6 +78,7 @@ def test_it_goes_on_bit_for_bit(runs: dict[str, Path], tmp_path: Path) -> None:
     assert all((last[0] / name).read_bytes() == (last[1] / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_it_may_be_begun_from_and_taught_by(runs: dict[str, Path], tmp_path: Path) -> None:
     nets, known = [], []
     for kind, folder in runs.items():

@@ -42,6 +42,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_teacher_without_a_velocity_is_refused(known: Path, tmp_path: Path) -> None:
     train(tiny("moons", "objective={kind: consistency}", "train.steps=1"), tmp_path / "cm")
     said = r"teacher\.source: the run .*cm has no velocity to teach, because its objective 'consistency' learns jumps"
@@ -50,6 +51,7 @@ def test_a_teacher_without_a_velocity_is_refused(known: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
     run = tiny("moons", *USER, "train.steps=2")
     train(run, tmp_path)
@@ -167,6 +169,7 @@ def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_teacher_that_was_moved_is_found_by_its_hash(known: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(known, tmp_path / "moved")
     train(tiny("moons", f"teacher.source={known}", "train.steps=2"), tmp_path / "run")

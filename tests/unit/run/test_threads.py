@@ -101,6 +101,7 @@ def test_steps_on_trial_leave_the_run_as_it_is(
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (moons.folder / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_number_of_other_cores_is_chosen_anew(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_checkpoint_from_before_threads_were_kept_keeps_its_checksum(moons: Ru
     assert about.summed() != older.summed()  # what is recorded is in it
 
 
+@pytest.mark.slow
 def test_a_faster_machine_before_is_no_reason_to_measure_again(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_run_is_a_function_of_its_spec(tmp_path: Path) -> None:
     assert made(tmp_path / "c", tiny("moons", "train.seed=1")) != first
 
 
+@pytest.mark.slow
 def test_training_is_watched_and_logged(tmp_path: Path) -> None:
     seen = known.Seen()
     train(tiny(), tmp_path / "run", bar=seen)
@@ -68,6 +69,7 @@ def test_training_is_watched_and_logged(tmp_path: Path) -> None:
     assert seen.ticks[7:] == [6, 7, 8]
 
 
+@pytest.mark.slow
 def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
     """Of a run that is stopped and resumed, as of one that is not."""
     run = tiny("moons", "train.probe_every=4")
@@ -94,6 +96,7 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
         open_data(load("digits").data)
 
 
+@pytest.mark.slow
 def test_what_is_opened_is_the_first_average(moons: RunFolder) -> None:
     last = checkpoint.latest(moons.folder / "checkpoints")
     assert last is not None
@@ -113,6 +116,7 @@ def test_solvers_by_name() -> None:
             solver_of(sample, name)
 
 
+@pytest.mark.slow
 def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ahead of its step, by a thread that is gone when training ends."""
     calls: list[tuple[int, int]] = []
@@ -129,6 +133,7 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode", "audit"))]
 
 
+@pytest.mark.slow
 def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
     def said(run: Run) -> str:
         units = cost.forward_units(run.outline(), run.objective, run.path, run.data.shape)
@@ -177,6 +182,7 @@ def test_runs_that_start_together_make_their_table_one_after_the_other(
     assert most == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
     """On the test images, which are fewer, with a net of a few layers, and makes images in one pass."""

@@ -76,6 +76,7 @@ def test_the_numbers_are_those_of_evaluate_and_the_training_is_the_same(tmp_path
     assert not (tmp_path / "with/best").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_has_the_same_scores_and_keeps_the_same_weights(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "whole")
     train(tiny("train.steps=3"), tmp_path / "parts")
@@ -110,6 +111,7 @@ def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
     assert kept(tmp_path / "parts") == kept(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_and_says_its_step(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(3.0, 1.0, 2.0)
@@ -124,6 +126,7 @@ def test_the_best_is_kept_and_says_its_step(tmp_path: Path, scored: Callable[...
     assert earlier.keys() == opened.net.state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "name", "step"),
     [((1.0, 2.0, 3.0), "mmd", 2), ((1.0, 2.0, 3.0), "clip_score", 6), ((float("nan"), 5.0, 5.0), "mmd", 4)],
@@ -136,6 +139,7 @@ def test_which_is_the_best(
     assert [*kept(tmp_path / "run")] == [f"step-{step:08d}.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[..., None]) -> None:
     def die(state: object, record: Record) -> None:
         if record.step == 5:
@@ -213,6 +217,7 @@ def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: P
     assert [path.name[11:13] for path in sorted(tmp_path.iterdir())] == ["06"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(UserError("some samples are not finite"), 1.0, 1.0)
@@ -221,6 +226,7 @@ def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: 
     assert [step for step, row in rows(tmp_path / "run").items() if "val" in row] == [4, 6]
 
 
+@pytest.mark.slow
 def test_its_time_is_not_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[float] = []
     monkeypatch.setattr(speed.Meter, "leave_out", lambda self, seconds: left.append(seconds))
@@ -229,6 +235,7 @@ def test_its_time_is_not_of_the_training(tmp_path: Path, monkeypatch: pytest.Mon
     assert min(left) > 0
 
 
+@pytest.mark.slow
 def test_what_is_judged_is_opened_before_the_first_step_and_only_if_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

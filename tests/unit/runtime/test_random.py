@@ -82,6 +82,7 @@ def test_rows_do_not_depend_on_the_others(made: Rows) -> None:
     assert keyed(0, "z", rows=[], shape=(3, 5)).shape == (0, 3, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("made", "keys"), OTHERS)
 def test_rows_are_normal_and_apart(made: Rows, keys: list[tuple[int | str, ...]]) -> None:
     """In value, from their neighbours, and from the rows of another step, seed, name or draw: no more than chance."""

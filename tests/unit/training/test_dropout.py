@@ -50,6 +50,7 @@ def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[Recor
     return done, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 def test_dropout_changes_the_step_and_draws_nothing(net: Callable[[float], Net]) -> None:
     (plain, _), (one, first), (again, second) = step(net(0.0)), step(net(0.3)), step(net(0.3))
     assert one.loss != plain.loss
@@ -57,6 +58,7 @@ def test_dropout_changes_the_step_and_draws_nothing(net: Callable[[float], Net])
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_meet_the_masks_of_the_whole(net: Callable[[float], Net]) -> None:
     (whole, one), (pieces, other) = step(net(0.3)), step(net(0.3), rows=2)
     assert abs(whole.loss - pieces.loss) < 1e-5 * whole.loss

@@ -256,6 +256,7 @@ def test_embedders_of_times_have_a_rate_of_their_own(recipe: str, more: list[str
     assert sorted([*own, *others]) == sorted(names.values())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_rate_of_its_embedders(tmp_path: Path) -> None:
     """What the optimizer has in memory goes by the names of weights, not by their group."""
     train(load("moons", [*TINY, "train.steps=2"]), tmp_path)

@@ -132,6 +132,7 @@ def probes(spec: Train, state: State | None = None, *hooks: Every) -> tuple[Stat
 SPEC = Train(steps=9, batch=12, micro_batch=3, ema=AVERAGES, ref=0.9, clip=0.5)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without() -> None:
     without, none = probes(SPEC)
     watched, found = probes(SPEC.model_copy(update={"probe_every": 2}))

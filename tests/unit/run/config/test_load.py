@@ -95,6 +95,7 @@ def test_overrides_of_one_load_leave_the_next_alone() -> None:
     assert load("digits") == before
 
 
+@pytest.mark.slow
 def test_garbage_never_gets_further_than_a_user_error(tmp_path: Path) -> None:
     text, file = dump(load("digits")), tmp_path / "a.yaml"
     g = random.Random(0)

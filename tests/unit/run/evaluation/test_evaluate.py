@@ -42,6 +42,7 @@ def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> Ru
     return open_run(str(folder), overrides, weights=weights, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_report_is_of_this_run_and_repeats(folder: Path) -> None:
     opened = open_folder(folder)
     report = evaluate(opened)
@@ -145,6 +146,7 @@ def test_guided_rows_are_collected_by_the_passes_asked_for(tmp_path: Path) -> No
     assert ([row["nfe"] for row in kept["results"]], kept["card"]["nfe"]) == ([2, 4], [1, 2])
 
 
+@pytest.mark.slow
 def test_rows_of_another_card_are_put_aside(folder: Path) -> None:
     evaluate(open_folder(folder), nfe=[1])
     before = read_report(folder / "evaluation.json")

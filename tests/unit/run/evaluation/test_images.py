@@ -112,6 +112,7 @@ def test_images_are_read_as_the_fields_evaluators_do_and_grey_of_16_bits_is_roun
         frame(encoded(grey.crop((0, 0, 4, 8))))
 
 
+@pytest.mark.slow
 def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
     write("made", 30, classes=2)
     write("real", 24, classes=2)
@@ -135,6 +136,7 @@ def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
     assert judge("made", against="real", out=Path("o.json"))["card"]["labels"] == "none"
 
 
+@pytest.mark.slow
 def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     """Class by class as a run is judged; the classes of an .npz have no names."""
     made, real = write("made", 30, classes=2, base=40), write("real", 30, classes=2)

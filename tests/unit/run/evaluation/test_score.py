@@ -114,6 +114,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     assert not score.others(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
 
 
+@pytest.mark.slow
 def test_every_figure_of_ours_has_words() -> None:
     x, c = Digits().originals().reference(0, 0)
     of_digits = shipped.score_digits(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))

@@ -60,6 +60,7 @@ def test_short_names() -> None:
     assert full("sample.knobs.w") == "sample.knobs.w"
 
 
+@pytest.mark.slow
 def test_each_value_is_what_evaluating_it_gives(folder: Path) -> None:
     opened = open_run(str(folder), device="cpu")
     report = sweep(opened, "sample.m=0.3:0.5:0.2")
@@ -82,6 +83,7 @@ def read_rows(path: Path) -> object:
     return json.loads(path.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_every_average_and_the_weights_in_training(folder: Path) -> None:
     opened = open_run(str(folder), device="cpu")
     report = sweep(opened, "ema")

@@ -86,6 +86,7 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> None:
     spec = small("train.share=8", "train.optimizer.kind=muon")
     step, found = counted(spec), matrices(spec.outline())
@@ -145,6 +146,7 @@ def test_bytes_of_moments_of_8_bits_and_weights_of_16() -> None:
     assert less["optimizer"] < 0.3 * plain["optimizer"]
 
 
+@pytest.mark.slow
 def test_averages_of_weights_of_16_bits_are_in_32() -> None:
     pytest.importorskip("bitsandbytes")
     words = ("train.optimizer.kind=adamw8bit", "train.weights=bfloat16", "train.precision=bf16")
@@ -161,6 +163,7 @@ def test_the_first_layout_that_fits() -> None:
     assert [line.partition(":")[0] for line in tried] == ["as it is", "train.micro_batch=8", "train.micro_batch=16"]
 
 
+@pytest.mark.slow
 def test_a_base_of_fewer_bits_is_the_last_way_and_of_a_lora_alone() -> None:
     """And no way is one that the run has gone already, or cannot go."""
     words = [
@@ -180,6 +183,7 @@ def test_a_base_of_fewer_bits_is_the_last_way_and_of_a_lora_alone() -> None:
     assert names == ["", "as it is", "train.micro_batch=1", *coded, "", "as it is", "train.micro_batch=1"]
 
 
+@pytest.mark.slow
 def test_where_none_fits_all_are_tried_in_order() -> None:
     """None of these is counted: weights alone are too much."""
     tried: list[str] = []

@@ -133,6 +133,7 @@ def test_rows_that_are_not_guided_cost_no_pass() -> None:
     assert units(inside, drop=0.1) - units(PLAIN) == pytest.approx(0.9 * 0.75, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guide", "slope", "ref", "name"),
     [
@@ -190,6 +191,7 @@ def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference_and_grow_as_th
     assert peak(DualSlope(), GUIDED, many, 128, 1) < 4.05 * peak(DualSlope(), GUIDED, some, 64, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [DuMo(slope=DualSlope()), Match(slope=DualSlope())], ids=name_of)
 def test_counting_changes_nothing_and_needs_no_numbers(objective: Objective) -> None:
     build = nets()[0].build
@@ -221,6 +223,7 @@ def test_rows_make_every_share_whole() -> None:
 EACH = one_each(guide=GUIDED, drop=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", tiered(EACH, now=EACH[:1], ci=EACH[1:5], id=name_of))
 def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
     shape, rows = (1, 16, 16), 4

@@ -204,6 +204,7 @@ def test_examining_leaves_everything_as_it_is() -> None:
         assert p.grad is None if grad is None else torch.equal(cast(Tensor, p.grad), grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "first"), [(6, 2), (4, 2), (2, 2), (1, 1)])
 def test_weights_are_examined_once_at_the_first_checkpoint(
     steps: int, first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -224,6 +225,7 @@ def test_weights_are_examined_once_at_the_first_checkpoint(
         assert len(saved) == 1
 
 
+@pytest.mark.slow
 def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = JvpSlope.__call__
 

@@ -29,6 +29,7 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
 
+@pytest.mark.slow
 def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     net = load("digits").outline()
     held, largest = plan.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
@@ -52,6 +53,7 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     assert found == held["weights"] + 4 * sum(p.numel() for p in load("sd3-lora").outline().parameters())
 
 
+@pytest.mark.slow
 def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
     net = load("digits").outline()
     held, written = plan.held(net, load("digits").train), planned(4, "GPU")["save"]

@@ -151,6 +151,7 @@ def test_a_step_of_such_a_loss_is_not_counted(what: str) -> None:
         cost.forward_units(run.outline(), run.objective, run.path, run.data.shape)
 
 
+@pytest.mark.slow
 def test_images_are_no_way_round(tmp_path: Path) -> None:
     """There steps are proposed, and one is timed, before the run is opened."""
     images = np.zeros((16, 1, 16, 16), np.uint8)
@@ -162,6 +163,7 @@ def test_images_are_no_way_round(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dumos_own_nets_and_losses_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(outside, "require_contract", lambda run, net, device: tried.append(run.objective.kind))

@@ -157,6 +157,7 @@ def test_work_is_all_passes_of_all_images() -> None:
     assert facts["epochs"] == pytest.approx(239.8, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [False, True])
 def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: bool) -> None:
     """Of each memory once: what averages share with the net is the net's."""
@@ -175,6 +176,7 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     assert counted["optimizer"] == sum(value.nbytes for value in own)
 
 
+@pytest.mark.slow
 def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(3):
@@ -319,6 +321,7 @@ def test_the_command(tmp_path: Path) -> None:
     refused(*words, "--rows", 0, named=("--rows",))
 
 
+@pytest.mark.slow
 def test_your_own_folder_need_not_be_named_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, tried = call("show", "my-images", *sets(*TINY)), call("dry", "my-images", *sets(*TINY))
     assert (shown.code, shown.err) == (0, "")
