@@ -36,6 +36,7 @@ def test_a_run_of_four_classes_from_outside_is_trained_sampled_and_judged(tmp_pa
     assert again.report().is_file()
 
 
+@pytest.mark.slow
 def test_code_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dumo.train("digits", RUN, out=tmp_path / "run", device="cpu")
     monkeypatch.setattr("dumo.run.config.resolve.code", lambda spec: "other")

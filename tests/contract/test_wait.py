@@ -61,6 +61,7 @@ class Crossing(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @each
 def test_a_step_waits_for_no_number_and_makes_the_same_passes(objective: Objective) -> None:
     spec, made = Train(steps=4, batch=N, micro_batch=N // 2, ema=()), dict[str, list[int]]()

@@ -155,6 +155,7 @@ def test_a_field_that_was_edited_is_refused_by_all_and_accepted_by_training(
     assert "accepted: true" in file.read_text()
 
 
+@pytest.mark.slow
 def test_log_that_is_damaged_in_the_middle(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     log = run / "metrics.jsonl"

@@ -221,6 +221,7 @@ def questions_of_files(url: str, file: Path) -> Generator[dict[str, object], Non
                 yield {"data": data, "fn_index": event["id"], "session_hash": session}
 
 
+@pytest.mark.slow
 def test_two_runs_that_do_not_fit_are_refused(trained: dict[str, Path], here: Path) -> None:
     digits = trained["digits"]
     for words, said in {

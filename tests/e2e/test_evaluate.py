@@ -140,6 +140,7 @@ def test_what_does_not_go_together_is_refused(words: tuple[str, ...], named: str
     refused("evaluate", *words, named=(named,))
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing to compare without them."""
     way = (network.URL, "python -c", network.VARIABLE)

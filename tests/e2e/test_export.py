@@ -430,6 +430,7 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path
         refused("export", *words, named=(said,), lines=None)
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -453,6 +454,7 @@ EVIL = "<img src=x> [a](b) `c` *d*|"
 TEXT = r"&lt;img src=x&gt; \[a\](b) \`c\` \*d\*\|"
 
 
+@pytest.mark.slow
 def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], here: Path) -> None:
     """Its file may be somebody else's."""
     run = shutil.copytree(trained["digits"], here / "run")
@@ -521,6 +523,7 @@ def test_an_upload_that_cannot_be_is_refused_before_anything_is_written(
     refused("export", trained["digits"], here / "out", "--push", "owner/name", named=("hf auth login",))
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Path], here: Path) -> None:
     """A whole pipeline may be tens of GB; but what a name of ours might be, in a folder of the user's, stays."""
     kill = "from dumo.export import standalone; standalone.write = lambda *a, **k: os.kill(os.getpid(), 9)"

@@ -117,6 +117,7 @@ def test_labels_by_name(run: Path) -> None:
     refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
 
 
+@pytest.mark.slow
 def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     again = ("train", run)
     (photos / "cats").rename(photos / "lions")

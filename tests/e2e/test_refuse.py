@@ -148,6 +148,7 @@ def test_source_that_is_incomplete(here: Path) -> None:
     refused("train", "a.yaml", named=("net: missing", "objective: missing", "train: missing"), lines=5)
 
 
+@pytest.mark.slow
 def test_folders_that_are_no_run(here: Path) -> None:
     (here / "empty").mkdir()
     (here / "full").mkdir()
@@ -203,6 +204,7 @@ def test_a_folder_of_a_recipes_name_that_holds_neither_is_no_rival(here: Path) -
     assert call("bench", "data", "digits", "--batches", "1", "--step-seconds", "1").code == 0
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> None:
     (here / "file").write_text("mine")
     words = ["--count", "1", "--nfe", "1"]

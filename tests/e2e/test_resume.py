@@ -54,6 +54,7 @@ def test_fields_that_may_change_do_and_are_kept(here: Path, trained: dict[str, P
     assert (kept["evaluate"]["protocol"]["samples"], kept["sample"]["solver"]["kind"]) == (300, "euler")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     before = files(run)
@@ -61,6 +62,7 @@ def test_a_finished_run_is_left_as_it_is(here: Path, trained: dict[str, Path]) -
     assert files(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gone", "link", "loop", "file"])
 def test_a_run_whose_checkpoints_cannot_be_seen_does_not_start_over(
     how: str, here: Path, trained: dict[str, Path]

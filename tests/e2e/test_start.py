@@ -54,6 +54,7 @@ def test_quick_commands_import_nothing_heavy() -> None:
         assert heavy == [], asked
 
 
+@pytest.mark.slow
 def test_help_names_every_command() -> None:
     done = call("--help")
     assert (done.code, done.err) == (0, "")

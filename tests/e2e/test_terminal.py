@@ -207,6 +207,7 @@ def command(*words: str, **options: object) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["recipes"], ["--help"]])
 def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
     """`dumo recipes | head -1`."""

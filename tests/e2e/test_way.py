@@ -42,6 +42,7 @@ def test_processes_of_their_own_say_the_same(here: Path, trained: dict[str, Path
     assert judged.json["results"][0]["nfe"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-meanflow", "moons"])
 def test_sheets_for_every_number_of_passes(name: str, here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained[name], here / "run")
@@ -58,6 +59,7 @@ def test_sheets_for_every_number_of_passes(name: str, here: Path, trained: dict[
                 assert sheet.size == (10 * 64 + 9 * 2, 20 + 3 * 64 + 2 * 2)
 
 
+@pytest.mark.slow
 def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict[str, Path]) -> None:
     words = ["sample", trained["digits"], "--count", "7", "--labels", "3,5", "--nfe", "2", "--seed", "4", "--out", "o"]
     made = "o/restart-nfe2-seed4-labels3-5-count7"

@@ -61,6 +61,7 @@ def pull(objective: PiFlow, net: Guessing, b: Noised, off: float) -> Tensor:
     return torch.autograd.grad(objective.loss(net, Frozen(net), b).loss.mean(), net.probe)[0]
 
 
+@pytest.mark.slow
 def test_a_policy_is_gone_along_in_closed_form() -> None:
     """Through several pieces; down to data it ends in the guess for them; no time is no way; one guess is a line."""
     g = torch.Generator().manual_seed(0)

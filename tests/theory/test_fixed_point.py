@@ -126,6 +126,7 @@ def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, 
     assert falls([size[moved] for size in left], 2)
 
 
+@pytest.mark.slow
 @each(RIDING)
 def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> None:
     """Near the flow the gradient is linear in the displacement of the heads; all its eigenvalues are positive."""

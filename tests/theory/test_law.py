@@ -169,6 +169,7 @@ def test_pairs_with_laws_of_their_own() -> None:
     assert abs(low.mean() + 1) < 5 * 0.8 / sqrt(len(low))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rest", "data"), [(0.5, 0.5), (0.75, 0.8), (0.0, 0.25), (0.5, 1.0), (0.6, 0.0)])
 def test_jumps_are_of_three_kinds(rest: float, data: float) -> None:
     """Their shares are exact, and each keeps its law."""

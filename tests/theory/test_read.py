@@ -42,6 +42,7 @@ def test_readings_are_those_of_the_flow(objective: Objective, flow: Flow) -> Non
         assert (x_r - flow.carry(b.x_t, b.c, b.t, b.r)).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_every_reading_is_tried() -> None:
     """Some objectives have no velocity, some no endpoint, and most flow maps go anywhere."""
     all_reads = [readings(o, APART)[0] for o in objectives(exact=True)]

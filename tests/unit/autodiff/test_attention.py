@@ -195,6 +195,7 @@ def high(tokens: int, dtype: torch.dtype, kind: str) -> int:
     return mode.most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["", "bool", "added", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_grow_with_the_tokens_not_their_square(dtype: torch.dtype, kind: str) -> None:

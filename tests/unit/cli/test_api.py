@@ -63,6 +63,7 @@ def test_no_room_shadows_a_name() -> None:
         _ = dumo.lode
 
 
+@pytest.mark.slow
 def test_python_m_dumo_is_dumo() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dumo", "--version"], env=ENVIRONMENT, capture_output=True, text=True, check=True

@@ -163,6 +163,7 @@ def by_number(source: Bucketed, steps: int, batch: int) -> dict[int, set[tuple[i
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [2.0, 0.0])
 def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     images = spec(photos(tmp_path), memory=memory)
@@ -181,6 +182,7 @@ def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     assert images.originals().reference(99, 0)[0].shape == (16, 3, 32, 32)  # what is judged by are squares
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_in_no_bucket(tmp_path: Path) -> None:
     """Nor one whose header alone is whole: another of its own bucket replaces it."""
     root = photos(tmp_path)

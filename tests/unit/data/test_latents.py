@@ -158,6 +158,7 @@ def test_templates_are_drawn_over_a_cache_of_classes(latents: Maker, tmp_path: P
     assert words.caption_texts()[-3:] == ("one ant", "one bee", "one cow")
 
 
+@pytest.mark.slow
 def test_other_captions_are_refused(latents: Maker, tmp_path: Path) -> None:
     as_lines(root := tmp_path / "images", TOLD)
     data = latents(root, tmp_path / "cache", **FILES)

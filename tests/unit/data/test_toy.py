@@ -31,6 +31,7 @@ def test_centred_with_unit_spread(noise: float, monkeypatch: pytest.MonkeyPatch)
     assert (x.var(0) - 1 - noise**2 / UNIT).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_moons_are_two_half_circles_of_uniform_angles(monkeypatch: pytest.MonkeyPatch) -> None:
     """They hook into each other; 0 is the upper one, 1 the lower, as often; and labels move no point."""
     monkeypatch.setattr(toy, "NOISE", 0.0)

@@ -125,6 +125,7 @@ def test_restore_is_the_inverse_of_normalise(codec: Codec) -> None:
     torch.testing.assert_close(codec.restore(codec.normalise(raw)), raw, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_tiny_has_the_published_layout(tiny: Path) -> None:
     """The count of taef2's parameters, and where a pixel's change reaches: 8 x 8 pixels and their surroundings."""
     net = Tiny(32)

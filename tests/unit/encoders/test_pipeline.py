@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("SD3", tmp_path_factory.mktemp("pipeline") / "sd3")
 
 
+@pytest.mark.slow
 def test_a_run_notes_each_part_and_hands_the_folder_to_who_reads_it(folder: Path, tmp_path: Path) -> None:
     run = load("sd3-lora", [f"pipeline={folder}", "data.images.side=64", "train.precision=bf16"])
     began = pinned(run)

@@ -189,6 +189,7 @@ def test_a_caption_does_not_depend_on_its_neighbours(place: Path) -> None:
     assert torch.equal(both.tokens[0][both.mask[0]], alone.tokens[0])
 
 
+@pytest.mark.slow
 def test_weights_of_the_model_and_its_autoencoder_are_not_needed(place: Path, tmp_path: Path) -> None:
     import shutil
 

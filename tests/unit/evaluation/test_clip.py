@@ -49,6 +49,7 @@ def judge(folder: Path, c: Tensor | None = None, **fields: object) -> ClipEvalua
     return protocol.evaluator(Context(Pairs, captions=lambda: (Pairs(), wanted, TEXTS)))
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> None:
     """The images through transformers' own processor of Pillow, in other batches and another order."""
     from transformers import CLIPModel
@@ -67,6 +68,7 @@ def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> N
     assert found["clip_score_sd"] == pytest.approx(100 * cosines.std().item() / SAMPLES**0.5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_forty_times_clipscore_by_the_stock_processor(tmp_path: Path) -> None:
     """torchmetrics clips the mean at 0, CLIPScore (Hessel et al. 2021) each cosine, times 2.5; no prefix.
 

@@ -160,6 +160,7 @@ def unbiased(x: Tensor, y: Tensor, width: float) -> tuple[float, float]:
     )
 
 
+@pytest.mark.slow
 @each_kind
 def test_the_kernel_distance_is_that_of_the_papers(kind: Kind, folders: dict[Kind, Path]) -> None:
     """And how far CMMD's own estimate is from it, which the page says."""

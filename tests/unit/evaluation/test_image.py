@@ -79,6 +79,7 @@ def test_the_numbers_are_those_of_their_definitions() -> None:
     assert 0.5 < scores["recall"] <= 1
 
 
+@pytest.mark.slow
 def test_copies_of_the_data_are_perfect_and_shifts_are_not() -> None:
     data = images(N) // 2
     of = evaluator(counted(data))
@@ -112,6 +113,7 @@ def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
     return Statistics(moments.pool, moments.spatial, statistics.score, statistics.rows, statistics.index)
 
 
+@pytest.mark.slow
 def test_new_images_are_as_far_as_a_perfect_sampler() -> None:
     """Of parts of one law; of too few images there is none."""
     real = counted(images(400))

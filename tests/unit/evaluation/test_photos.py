@@ -106,6 +106,7 @@ def test_samples_are_compared_with_images_of_their_classes() -> None:
     assert set(rows[[0, 1]].tolist()) == {1, 3}  # each once before one is taken again
 
 
+@pytest.mark.slow
 def test_it_says_what_it_is_and_is_not(own: PhotosEvaluator, good: Row) -> None:
     assert "not Inception" in own.facts["features"]
     assert own.facts["features_sha256"] == cifar10.sha256
@@ -222,6 +223,7 @@ def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator
     assert "do not show the classes that they were asked for" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["none", "noise", "blur", "lost", "copies", "classes"])
 def test_only_new_digits_are_like_the_data(fault: str) -> None:
     """The five faults of docs/reproduce.md: of 600 digits, none seen in training, judged against 600 others."""

@@ -131,6 +131,7 @@ def test_a_perfect_sampler_of_digits(data: Reference, perfect: dict[str, float])
         assert perfect["sd" if name == "mean" else f"{name}_sd"] == pytest.approx(sd, rel=0.5)
 
 
+@pytest.mark.slow
 def test_samples_are_judged_against_what_was_held_out(split: Reference) -> None:
     """New digits have what a perfect sampler has, at its sizes; training images are copies."""
     assert split.trained is not None

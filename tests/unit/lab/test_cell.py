@@ -129,6 +129,7 @@ def test_cells_of_other_folds_or_splits_have_other_references(
         cell.finish_all(cells, tmp_path, jobs=1, device="cpu", bar=no_bar)
 
 
+@pytest.mark.slow
 def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[str] = []
 

@@ -151,6 +151,7 @@ def test_an_objective_is_taken_onto_another_recipe() -> None:
     assert spec.net.model_copy(update={"precondition": "none"}) == host.net
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_an_average_counts() -> None:
     """As a pass of its own."""
     alone, taught = (Cost(load("digits", ["net.width=8", "net.depth=1", *more])) for more in ([], ["train.ref=0.999"]))
@@ -165,6 +166,7 @@ def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
     assert read("zoo").why.keys() <= {arm.labels["objective"] for arm in read("zoo").arms}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("free")
 def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
     """At the same law of (t, r) two heads and one draw the very same times; nothing else differs but the objective."""

@@ -134,6 +134,7 @@ def step(net: Dualized) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved, name: str) -> None:
     net, (x, c, t) = built(folder(name)), batch()

@@ -143,6 +143,7 @@ def test_quick_waves_of_the_gap_are_cut_and_its_first_layer_is_that_of_t(folder:
     assert torch.autograd.functional.jacobian(lambda s: whole(s)[0], s).norm() > 10 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"lora": LORA}, {"weights": "drawn"}])
 def test_it_is_built_of_a_config_and_one_by_one(folder: Saved, fields: dict[str, object]) -> None:
     """The names and bits of a net that is built as it stands; no weight is there before."""

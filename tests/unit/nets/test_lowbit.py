@@ -107,6 +107,7 @@ def test_no_pass_keeps_the_weight(coding: Coding) -> None:
     assert x.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize("coding", CODINGS)
 def test_a_coded_net_is_that_of_the_weights_its_codes_stand_for(folder: Saved, name: str, coding: Coding) -> None:

@@ -129,6 +129,7 @@ def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     """A step moves adapters, heads and embedder alone, and in `base` all is as it was, to the bit."""
@@ -179,6 +180,7 @@ def step(net: Dualized) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "z-image", "auraflow", "prx"])
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora | None, tmp_path: Path) -> None:
@@ -410,6 +412,7 @@ def test_what_is_stored_in_bf16_is_rounded_nowhere(tmp_path: Path, name: str) ->
     assert all(torch.equal(x, merged[1][name]) for name, x in merged[0].items())
 
 
+@pytest.mark.slow
 def test_a_file_in_bf16_is_mapped_and_shared(tmp_path: Path) -> None:
     """Weights that rest lie in the file's own pages."""
     _, net = both(tmp_path, "sd3", torch.bfloat16)

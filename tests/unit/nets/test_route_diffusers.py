@@ -120,6 +120,7 @@ def test_sampling_and_export_are_dense(name: str, made: Made) -> None:
         net.train()(x, c, t=t)
 
 
+@pytest.mark.slow
 @MODELS
 def test_blocks_that_are_computed_again_meet_the_same_tokens(name: str, made: Made) -> None:
     plain, lean, half = (gradient(made(name, checkpoint=every), DualSlope()) for every in (False, True, 2))

@@ -248,6 +248,7 @@ def test_what_cannot_be_guided_says_why(digits: Live, free: Live) -> None:
     assert (pixels(plain) != pixels(guided)).any()
 
 
+@pytest.mark.slow
 def test_two_runs_answer_one_after_the_other(digits: Live, flow: Live) -> None:
     """From the same noise; what one cannot make is its line, and no error while another can."""
     parts = [*together([digits, flow], answer.passes, "3", "0", 1)]

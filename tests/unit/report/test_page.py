@@ -271,6 +271,7 @@ def test_the_size_is_that_of_the_run() -> None:
         assert not re.search(r"\b(64|256)\b", above)
 
 
+@pytest.mark.slow
 def test_velocity_alone_says_what_is_missing() -> None:
     page = rendered(untrained("digits-flow-matching"))
     assert "passes of the velocity make the images below" in page.words

@@ -72,6 +72,7 @@ def test_it_is_the_average_that_would_have_been_kept(run: Path, tmp_path: Path) 
     assert all(torch.equal(x, found[name]) for name, x in opened.net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_it_says_what_it_was_made_of_and_takes_no_other_runs(run: Path, tmp_path: Path) -> None:
     about = checkpoint.facts_of(average(str(run), 0.07, tmp_path / "new.safetensors").file)
     assert (about["step"], about["std"], about["run"]) == (24, 0.07, identity(tiny()))

@@ -56,6 +56,7 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         train(tiny("moons", *more, "train.steps=6"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapt(monkeypatch)
     known = train(tiny("moons"), tmp_path / "known")

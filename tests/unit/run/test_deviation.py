@@ -42,6 +42,7 @@ def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_deviation_is_refused(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "run")
     taught = {"source": str(tmp_path / "run")}

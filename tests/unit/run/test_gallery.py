@@ -156,6 +156,7 @@ def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) 
             gallery.class_grids(one, classes)
 
 
+@pytest.mark.slow
 def test_points_are_scattered_in_one_row(moons: RunFolder) -> None:
     panels = gallery.trajectories(moons, nfe=(1, 2), steps=[12], count=50)
     for row in panels.values():
@@ -197,6 +198,7 @@ def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
     assert file.name == "classes-u-nfe1-step-00000012.png"
 
 
+@pytest.mark.slow
 def test_work_is_watched(digits: RunFolder) -> None:
     gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
     assert seen.ticks == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]

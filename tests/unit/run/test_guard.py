@@ -316,6 +316,7 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     assert deviation.fingerprint(folder) == now
 
 
+@pytest.mark.slow
 def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
     told, rows, state = list[str](), run / "metrics.jsonl", run / "checkpoints/step-00000008/state.json"
     about = json.loads(state.read_text())
@@ -362,6 +363,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path
     assert known.bits(run) == known.bits(moons)  # it was replaced
 
 
+@pytest.mark.slow
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = tiny("train.steps=5", "train.save_every=5")
     calls = iter([False, True, False, False, False])
@@ -404,6 +406,7 @@ def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Pat
     assert known.bits(folder) == known.bits(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> None:
     """Though no checkpoint is due at it."""
     failed, done = Event(), list[int]()
@@ -532,6 +535,7 @@ def test_a_run_file_that_is_removed_in_mid_run_is_written_again(removed: str, mo
     assert train(tiny("train.steps=9"), folder).step == 9
 
 
+@pytest.mark.slow
 def test_a_run_file_that_is_removed_later_is_restored_from_a_checkpoint(run: Path) -> None:
     (run / FILE).unlink()
     with pytest.raises(UserError, match=rf"run\.yaml was removed: .* holds a copy, checkpoints/step-\*/{manifest.RUN}"):
@@ -540,6 +544,7 @@ def test_a_run_file_that_is_removed_later_is_restored_from_a_checkpoint(run: Pat
     assert train(tiny("train.steps=9"), run).step == 9
 
 
+@pytest.mark.slow
 def test_another_disk_of_a_run_that_goes_away_ends_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,6 +614,7 @@ def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path
     assert (folder / ".evaluation.json.1.tmp").exists()
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_stays(run: Path) -> None:
     for n in (6, 8):
         place = run / f"checkpoints/step-0000000{n}"

@@ -41,6 +41,7 @@ def test_milestones_outlive_the_checkpoints(tmp_path: Path) -> None:
     assert all(torch.equal(there[name], value) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_first_milestone_is_before_training(tmp_path: Path) -> None:
     spec = tiny(2, "[0]", "train.ema=[]")
     train(spec, tmp_path / "run")
@@ -71,6 +72,7 @@ def test_stopped_and_resumed_leaves_the_same_milestones(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_milestone_where_a_run_stands_is_written_on_resume(tmp_path: Path) -> None:
     train(tiny(2, "[]"), tmp_path / "run")
     train(tiny(2, "[1, 2]"), tmp_path / "run")  # step 1 is over

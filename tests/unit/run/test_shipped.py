@@ -87,6 +87,7 @@ def test_another_run_at_the_place_of_the_copy_is_refused(here: Path) -> None:
     assert open_run(f"runs/{NAME}", device="cpu").folder == shipped.find(NAME)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_refused(here: Path) -> None:
     file = open_run(NAME, device="cpu").file
     data = bytearray(file.read_bytes())

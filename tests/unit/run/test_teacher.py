@@ -250,6 +250,7 @@ def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[tea
 COUPLED = [*SHIFT, "teacher.pairs.count=2100"]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
     """Each makes every other shard, once, and has all of them: the same as one process makes."""
     run = tiny("moons", *COUPLED)

@@ -74,6 +74,7 @@ def test_the_mean_of_what_is_rounded_is_the_number(x: float) -> None:
     assert torch.tensor(x).bfloat16().item() in (low, high)
 
 
+@pytest.mark.slow
 def test_small_steps_move_weights_of_16_bits_in_the_mean() -> None:
     """A step of 1e-5 at 1: rounded to the nearest, nothing would move."""
     p = nn.Parameter(torch.ones(64, BLOCK, dtype=torch.bfloat16))

@@ -351,6 +351,7 @@ def slope_growth(optimizer: Optimizer, chosen: str) -> float:
     return (slope() / before).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chosen", "own", "without"),
     [("embedders", 1.5, 6.5), ("t.0.weight", 1.3, 3.0), ("t.2.weight", 1.2, 2.2), ("blocks", 1.0, 1.0)],

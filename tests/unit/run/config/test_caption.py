@@ -38,6 +38,7 @@ def test_a_run_by_classes_is_judged_by_them() -> None:
     assert "captions" not in summary(run)["evaluate"]
 
 
+@pytest.mark.slow
 def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None:
     run = words()
     assert (run.data.classes, run.data.labels) == (30, 10)

@@ -70,6 +70,7 @@ def test_precision_is_that_of_training_unless_another_is_asked_for(folder: Path)
     assert standing(open_folder(folder)) is not None
 
 
+@pytest.mark.slow
 def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     opened = open_folder(folder, "sample.solver.m=0.25")
     card = evaluate(opened, seed=3)["card"]
@@ -191,6 +192,7 @@ def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
         assert contrast(sampler(run, nn.Identity()), run.evaluate) == passes
 
 
+@pytest.mark.slow
 def test_the_work_is_watched(folder: Path) -> None:
     seen = Seen()
     evaluate(open_folder(folder), bar=seen)

@@ -238,6 +238,7 @@ def test_two_ranks_are_one(here: Path) -> None:
         assert together["card"] == alone["card"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frechet", [False, True])
 def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of the evaluator, of the same pixels; weights have to be there."""

@@ -30,6 +30,7 @@ def test_every_variable_that_a_recipe_reads_is_told() -> None:
     assert not [name for name in VARIABLES if f"${name}" not in said]
 
 
+@pytest.mark.slow
 def test_a_recipe_is_named_by_what_it_needs() -> None:
     named = {name: {*needing(find(name))} for name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained")}
     for name in ("imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae", "sana"):

@@ -121,6 +121,7 @@ def test_a_step_is_a_pass_its_backward_and_the_passes_of_the_targets(objective: 
     )
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_guided_cost_no_pass() -> None:
     """Neither those without a label nor those outside the interval; a tenth and, with uniform times, a quarter."""
 
