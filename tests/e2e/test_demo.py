@@ -142,7 +142,7 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -245,7 +245,7 @@ def pressed(button: "Locator", shown: "Locator") -> None:
     raise AssertionError(f"{shown} is not shown")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.browser
 def test_a_person_makes_images_and_keeps_them(free: Path, tmp_path: Path) -> None:
     """Nine of a class, guided, by passes of their choice; the script makes the same, to the pixel."""

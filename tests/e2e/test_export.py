@@ -112,7 +112,8 @@ def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> t
     return 2 * made.images - 1
 
 
-@pytest.mark.parametrize("name", tiered(["Flux", "Qwen-Image"], ci=["Flux"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["Flux", "Qwen-Image"])
 def test_a_server_makes_dumos_images(
     name: str, tiny_runs: TinyRuns, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,8 +169,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
     assert steps_logged(full) == list(range(1, 41))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", tiered([4096, 100], now=[4096], ci=[100]))
+@pytest.mark.parametrize("size", tiered([4096, 100], ci=[4096]))
 def test_full_disk_when_anything_else_is_written(size: int, here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     before = files(run)

@@ -91,8 +91,7 @@ def kinds() -> list[str]:
 KINDS = kinds()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", tiered(KINDS, now={*KINDS} - {"sana", "cifar10-small"}))
+@pytest.mark.parametrize("name", tiered(KINDS, ci={*KINDS} - {"sana", "cifar10-small"}))
 def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     done = call("show", name, "--json")
     assert (done.code, done.err) == (0, "")

@@ -73,12 +73,8 @@ OBJECTIVES = {
 }
 
 
-WRAPPERS = {  # what is compiled, alone too, is sharded with those that cut the rows
-    ddp: (*OBJECTIVES,),
-    fsdp: (*OBJECTIVES,),
-    resharded: (*OBJECTIVES,),
-    both: ("tape, three heads", "ride, some rows"),
-}
+ONE_OF_EACH = ("tape, three heads", "ride, some rows")  # those that cut the rows; the others in the plainest sharding
+WRAPPERS = {ddp: ONE_OF_EACH, fsdp: (*OBJECTIVES,), resharded: ONE_OF_EACH, both: ONE_OF_EACH}
 EVERY = {named(o): o for o in objectives() if o.needs.slope in (None, DualSlope())}  # each meets one wrapper
 
 

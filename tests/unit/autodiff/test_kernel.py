@@ -150,7 +150,7 @@ def test_the_kernel_is_exact(errors: dict[str, float]) -> None:
         assert found <= (2e-3 if case.startswith("half") else 1e-5), case
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_code_fits_the_machine(code: dict[str, float], machine: str) -> None:
     """Into its shared memory; loads are wide and ahead; Hopper multiplies by groups of warps."""

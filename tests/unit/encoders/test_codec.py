@@ -332,9 +332,8 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
         SdVae().open()
 
 
-@pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.parametrize("side", tiered(PSNR, now=[64], ci=PSNR))
+@pytest.mark.parametrize("side", tiered(PSNR, ci=[64]))
 def test_taef2_reconstructs_as_measured(side: int) -> None:
     """The real weights on real images: PSNR within 0.3 dB, deviation within 3 % of what was measured."""
     table = parquet.read_table(Path(os.environ["DUMO_DATA"], "imagenet-sample/train-00000-of-00001.parquet"))

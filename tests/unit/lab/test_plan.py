@@ -18,7 +18,6 @@ from tiers import tiered
 
 EVERY = [(name, scale) for name in names() for scale in read(name).scales]
 QUICK = [("fig3", "smoke"), ("scaling", "smoke")]
-LONGER = [("scaling", "laptop"), ("zoo", "smoke")]
 
 
 @pytest.fixture
@@ -40,9 +39,8 @@ def test_help_lists_every_plan() -> None:
     assert sorted(re.findall(r"[\w-]+", option.help.replace("ours:", ""))) == names()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("free")
-@pytest.mark.parametrize(("name", "scale"), tiered(EVERY, now=QUICK, ci=LONGER, id="-".join))
+@pytest.mark.parametrize(("name", "scale"), tiered(EVERY, ci=QUICK, id="-".join))
 def test_every_arm_loads(name: str, scale: str) -> None:
     cells = cells_of(name, scale)
     assert len({cell.name for cell in cells}) == len(cells) >= 2

@@ -211,9 +211,8 @@ CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("lora", tiered([None, LORA], now=[LORA], id=tuned))
+@pytest.mark.parametrize("lora", tiered([None, LORA], ci=[LORA], id=tuned))
 def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_path: Path) -> None:
     """Other numbers of layers in each block, no attention in the middle, or no middle: from a folder to a folder."""
     import diffusers

@@ -200,9 +200,8 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm() / b.norm()).detach())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA])
-@pytest.mark.parametrize("name", tiered([name for name in NAMES if name in IMAGES], now=QUICK))
+@pytest.mark.parametrize("name", tiered([name for name in NAMES if name in IMAGES], ci=QUICK))
 def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str, lora: Lora | None) -> None:
     """Asked as its pipeline asks; without the correction it is another model, and so it is at other times."""
     net = moved(built(cut(folder(name), name), TR, lora=lora))

@@ -20,7 +20,7 @@ from unit.training.trained_ranks import CASES, trained
 
 PATIENCE = 300  # seconds, on a busy machine
 
-IN_CI = ("frozen", "sd3-lora")  # weights of which some are frozen, a model of others
+IN_CI = ("frozen",)  # weights of which some are
 
 
 @pytest.fixture(scope="module")
