@@ -61,7 +61,9 @@ def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dt
     layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
     safetensors.torch.save_file({f"{exported.part}.{name}": x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u" and not exported.alone:  # the few-step run's export has one
-        write_scheduler(out / SCHEDULER, stock, exported.solver, exported.net.frame, hops=exported.hops)
+        write_scheduler(
+            out / SCHEDULER, exported.solver, exported.net.frame, takes_times=bool(stock.times), hops=exported.hops
+        )
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, NOTES)
     (out / "README.md").write_text(card.of_tuned(exported, made, stock, name), encoding="utf-8")

@@ -19,15 +19,11 @@ Passes of Hop are Euler steps along a mean velocity, x_s = x_t - (t - s) u(x_t, 
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
 from dumo.nets.vp import Frame, settings
 from dumo.types import UserError
-
-if TYPE_CHECKING:
-    from dumo.export.model import Stock
 
 SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
 LCM, SHARP = "LCMScheduler", 1e4  # of a diffusion's flow map; its c, above: .25 / 1e8 at index 1
@@ -65,12 +61,12 @@ def restart(solver: Solver) -> Restart:
 
 
 def write_scheduler(
-    folder: Path, stock: "Stock | None", solver: Restart, frame: Frame | None = None, *, hops: bool = False
+    folder: Path, solver: Restart, frame: Frame | None = None, *, takes_times: bool = True, hops: bool = False
 ) -> Entry:
     """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
-    A class of its own where the pipeline takes no times. `frame` is that of a model of a diffusion. `hops`: it makes
-    the steps of a mean velocity, and adds no noise.
+    `takes_times`: the pipeline has an argument for them; else a class of its own has them. `frame` is that of a model
+    of a diffusion. `hops`: it makes the steps of a mean velocity, and adds no noise.
     """
     if frame:
         from diffusers.schedulers.scheduling_lcm import LCMScheduler
@@ -83,7 +79,7 @@ def write_scheduler(
     FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=not hops).save_pretrained(folder)
     if not hops:
         check_scheduler(folder)
-    if stock is None or stock.times:
+    if takes_times:
         return ["diffusers", EULER]
     (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ def write_folder(
     index[exported.part] = ["diffusers", exported.kind]
     if exported.head == "u":
         index[SCHEDULER] = write_scheduler(
-            out / SCHEDULER, stock, exported.solver, exported.net.frame, hops=exported.hops
+            out / SCHEDULER, exported.solver, exported.net.frame, takes_times=bool(stock.times), hops=exported.hops
         )
     elif source:
         bring(source / SCHEDULER, out / SCHEDULER, "copy")

@@ -1,21 +1,14 @@
 """SHA-256 of files, numbers and texts, in hexadecimal."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 
 def of_file(file: Path) -> str:
-    """Of a file's bytes; of a folder of shards, those of the one file that one process would have written."""
-    if file.is_dir():
-        from dumo.io import shards  # slow to import
-
-        found = hashlib.sha256()
-        for part in shards.as_file(file):
-            found.update(part)
-        return found.hexdigest()
+    """Of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -38,6 +31,11 @@ def short(*parts: str) -> str:
 
 def of_bytes(*parts: bytes | memoryview) -> str:
     """Of all parts, one after the other."""
+    return of_stream(parts)
+
+
+def of_stream(parts: Iterable[bytes | memoryview]) -> str:
+    """Of parts that come one after the other, each held no longer than it takes."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)

@@ -107,6 +107,15 @@ def notes(place: Path) -> dict[str, str]:
         return found.metadata() or {}
 
 
+def sha256(place: Path) -> str:
+    """Of a file's bytes; of a folder of shards, those of the one file that one process would have written."""
+    if place.is_dir():
+        from dumo.io import shards  # slow to import
+
+        return digest.of_stream(shards.as_file(place))
+    return digest.of_file(place)
+
+
 def whole_digest(file: Path, hint: str) -> str:
     """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `open_safetensors`."""
     with open_safetensors(file, hint):

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dumo.io import digest
 from dumo.io import file as files
-from dumo.io.weights import apart, compare
+from dumo.io.weights import apart, compare, sha256
 from dumo.run.config.load import Written, identity, load
 from dumo.run.config.source import FILE, noted
 from dumo.run.origin import require_place
@@ -131,7 +130,7 @@ def of_run(folder: Path, there: Written, snapshots: Mapping[Profile, Path]) -> d
             "taken to be what the name of its folder says",
             stacklevel=2,
         )
-    return {path.relative_to(folder).as_posix(): digest.of_file(path) for path in snapshots.values()}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in snapshots.values()}
 
 
 def overlap(one: Profile, other: Profile) -> float:

@@ -14,9 +14,8 @@ from dumo.data import Images
 from dumo.flow.generate import ROWS
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import single
-from dumo.io import digest
 from dumo.io import file as files
-from dumo.io.weights import compare, outline
+from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, published, shipped
@@ -64,7 +63,7 @@ class RunFolder:
     @cached_property
     def sha256(self) -> str:
         """The weights' SHA-256; where listed, known even after a concurrent training has removed the checkpoint."""
-        return self.listed or digest.of_file(self.file)
+        return self.listed or sha256(self.file)
 
     @property
     def device(self) -> torch.device:

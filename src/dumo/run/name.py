@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.io import digest
-from dumo.io.weights import title
+from dumo.io.weights import sha256, title
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.config.tree import Sampling
@@ -35,7 +35,7 @@ def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The fields that differ, and weights other than those the run shows, as parts of a name."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
     if opened.file.resolve() != part(opened.checkpoint, shown(opened.run.train)).resolve():
-        parts.append(f"{title(opened.file)}-{digest.of_file(opened.file)[:6]}")
+        parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
 
 

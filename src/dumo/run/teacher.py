@@ -18,7 +18,7 @@ from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind, reading
 from dumo.flow.solver import Heun
-from dumo.io import digest, table
+from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
 from dumo.io.table import Column, Index
@@ -176,7 +176,7 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
     reads = reading(other.objective, known.net, other.sample.knobs)
     if reads.velocity is None:
         raise UserError(no_velocity("teacher.source", teacher.source, other.objective))
-    return reads, {"sha256": digest.of_file(known.file)}
+    return reads, {"sha256": weights.sha256(known.file)}
 
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:
