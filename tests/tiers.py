@@ -13,8 +13,11 @@ def tiered(
 ) -> list[Any]:
     """Parameters: `make test` runs those in `now`, continuous integration those in `ci`, too, and the night all.
 
-    A case that is a tuple is several parameters.
+    A case that is a tuple is several parameters. Raises ValueError for what is in `now` or `ci` and is no case.
     """
+    cases = [*cases]
+    if strangers := [one for one in (*now, *ci) if one not in cases]:
+        raise ValueError(f"no cases: {strangers}")
 
     def marks(case: T) -> list[pytest.MarkDecorator]:
         if case in now:

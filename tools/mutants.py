@@ -1,14 +1,16 @@
-"""Plant errors in the mathematics, one at a time, and see that a test fails for each: `make mutants`, some six minutes.
+"""Plant errors in the mathematics, one at a time, and see that a test fails for each: `make mutants`.
 
-    python tools/mutants.py [--tested] [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
+    python tools/mutants.py [--tested] [WORD ...]    # rows of mutants.toml with a WORD in their file or text, or all
 
-All of dumo is imported once. Each row has a process forked from there, in which the functions with the error get its
-code; an error outside of functions is planted as Python imports the file. Files stay as they are. An error that its
-test lets live is a law that nobody checks, and the exit code is 1. At last the tests that failed run once without any
-error, and must pass; not so with --tested, for where all tests run besides.
+Each row has a process of its own. All of dumo is imported once, and the processes are forked from there, in which the
+functions with the error get its code. Errors outside of functions come before: Python imports the file with the error.
+Files stay as they are.
 
-Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a
-smaller test should do. They are no failure, as a busy machine may need more.
+An error that its test lets live is a law that nobody checks, and the exit code is 1. At last the tests that failed run
+once without any error, and must pass. With --tested only those do that continuous integration leaves to the night.
+
+Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a smaller test
+should do. They are no failure, as a busy machine may need more.
 """
 
 import gc
@@ -27,12 +29,12 @@ from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FunctionType
+from types import CodeType, FunctionType
 
 import pytest
 import torch
 
-from planted import METHOD, Plant, functions_by_place
+from planted import METHOD, Plant, functions_by_code
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).with_suffix(".toml")
@@ -49,9 +51,10 @@ OTHERS = [
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 SHARED = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]  # by many tests
-imported = dict[tuple[object, ...], list[FunctionType]]()  # every function, by its place, after `import_all`
+imported = dict[tuple[str, CodeType], list[FunctionType]]()  # every function, by its file and code, after `import_all`
 MAX_SECONDS = 3.0  # of a processor
 TESTED = "--tested"
+UNPLANTABLE = (ValueError, SyntaxError, OSError)  # a row that does not fit the files
 SAID = "output"  # in the folder of a process: the file of what it prints
 PATIENCE = 1800  # seconds, on a machine where all else comes first; alone, no run takes 60
 
@@ -77,8 +80,8 @@ class Mutant:
         """Whether functions have the error, and nothing else of the file."""
         try:
             return bool(planted(self).wrong_functions())
-        except ValueError:
-            return False  # the row is stale, and the trial says so
+        except UNPLANTABLE:
+            return False  # stale, as the trial will say; or it adds or removes a function, and is planted at import
 
     def path(self) -> str:
         """The test, as pytest takes it. Raises ValueError unless it is a single one, and there is one such file."""
@@ -120,7 +123,7 @@ def import_all() -> None:
     """All of dumo, and what the tests share."""
     for name in [*map(module_name, sorted((ROOT / "src").rglob("[!_]*.py"))), *SHARED]:
         importlib.import_module(name)
-    imported.update(functions_by_place())
+    imported.update(functions_by_code())
     gc.freeze()
 
 
@@ -144,35 +147,36 @@ class Outcome:
     seconds: float
 
 
-def run(tests: list[str], plant: Plant | None = None) -> Outcome:
-    """Run the tests in a process forked from this one, where what they import of others is.
+def run(tests: list[str], plant: Plant | None = None, *more: str) -> Outcome:
+    """Run the tests, with more words for pytest, in a process forked from this one, where what they import is.
 
     Raises TimeoutError where they take too long.
     """
     seconds = FORK.Value("d", 0.0)  # which the child writes at its end
-    with TemporaryDirectory() as folder:
-        child = FORK.Process(target=test, args=(tests, plant, Path(folder), seconds))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its programs may still write
+        child = FORK.Process(target=test, args=([*more, *tests], plant, Path(folder), seconds))
         child.start()
         end = time.monotonic() + PATIENCE
-        while child.exitcode is None:  # not join: what it waits for, the other child has inherited
+        while child.exitcode is None:  # not join: it waits for the end of a pipe that the other child holds, too
             if time.monotonic() > end:
                 child.kill()
                 raise TimeoutError(f"no end after {PATIENCE} s")
             time.sleep(0.05)
-        return Outcome(child.exitcode, Path(folder, SAID).read_text(), seconds.value)
+        said = Path(folder, SAID)
+        return Outcome(child.exitcode, said.read_text() if said.exists() else "it printed nothing", seconds.value)
 
 
-def test(tests: list[str], plant: Plant | None, folder: Path, seconds: Synchronized) -> None:
-    """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
+def test(words: list[str], plant: Plant | None, folder: Path, seconds: Synchronized) -> None:
+    """Run pytest with these words in this process, and end it; shapes are not checked, as that takes longer."""
     with (folder / SAID).open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     if plant:
         plant.patch(imported) if imported else plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
-    options += ["-p", "no:unraisableexception"]  # what is collected as garbage meanwhile is no test's
+    options += ["-p", "no:unraisableexception"]  # garbage of the process that this was forked from is no test's fault
     options += [f"--basetemp={folder / 'tests'}"]  # pytest's own place keeps three: each row would delete another's
-    code = pytest.main([*options, *tests])
+    code = pytest.main([*options, *words])
     seconds.value = cpu_seconds(resource.RUSAGE_SELF) + cpu_seconds(resource.RUSAGE_CHILDREN)
     os._exit(code)
 
@@ -196,7 +200,7 @@ def trial(mutant: Mutant) -> Verdict:
     """Plant one error, and run its test."""
     try:
         outcome = run([mutant.path()], planted(mutant))
-    except (ValueError, TimeoutError) as error:
+    except (*UNPLANTABLE, TimeoutError) as error:
         return Verdict(None, str(error))
     failed = re.search(r"^FAILED (.*?)( - .*)?$", outcome.output, re.MULTILINE)
     if outcome.code == 1 and failed:
@@ -217,10 +221,10 @@ def verdicts(rows: list[Mutant], pool: ThreadPoolExecutor) -> Iterator[tuple[Mut
     yield from zip(inside, pool.map(trial, inside), strict=True)
 
 
-def sane(tests: set[str]) -> str:
-    """What the tests that saw an error say without one; empty if they pass."""
-    outcome = run(sorted(tests))
-    return outcome.output[-2000:] if outcome.code else ""
+def sane(tests: set[str], *more: str) -> str:
+    """What the tests that saw an error say without one, empty if they pass; of those that `more` words choose."""
+    outcome = run(sorted(tests), None, *more)
+    return outcome.output[-2000:] if outcome.code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED) else ""
 
 
 def main(*given: str) -> int:
@@ -244,10 +248,8 @@ def main(*given: str) -> int:
                 alive.append(line)
             if verdict.seconds > MAX_SECONDS:
                 dear.append(line)
-        broken = ""
-        if seen and TESTED not in given:
-            broken = sane(set(seen))
-            print("BROKEN" if broken else "fine  ", f" without a mutant: {broken or f'{len(set(seen))} tests pass'}")
+        broken = sane(set(seen), *(("-m", "nightly") if TESTED in given else ())) if seen else ""
+    print(f"BROKEN  without a mutant: {broken}" if broken else "fine    without a mutant: the tests pass")
     if dear:
         print(f"above {MAX_SECONDS:g} s of a processor, as no row should be:")
     for line in [*dear, *alive]:  # again, where one looks

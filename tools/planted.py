@@ -1,8 +1,10 @@
-"""An error that `mutants.py` plants in a test's process and, where they import this first, in those that it starts."""
+"""An error that `mutants.py` plants: in functions that are imported, or as Python imports the file that has it.
+
+What functions made while they were imported, tables for example, stays right. So does what reads a source, for the file
+is right.
+"""
 
 import gc
-import json
-import os
 import sys
 from collections.abc import Iterator
 from importlib.abc import MetaPathFinder
@@ -12,12 +14,11 @@ from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import CodeType, FunctionType
 
-TOLD = "DUMO_PLANTED"  # the environment variable by which processes pass it on
-METHOD = "DUMO_FORK"  # that by which a test's process says that its programs are forked from itself, error and all
+METHOD = "DUMO_FORK"  # the environment variable that says "fork": programs are forked from the test, with its error
 
 
 class Plant(MetaPathFinder, SourceFileLoader):
-    """Imports one module from a text with the error in it, whatever its file and what was compiled of it say."""
+    """A module whose text has an error, whatever its file says."""
 
     def __init__(self, name: str, path: str, text: str) -> None:
         """Of the module of this name, in the file of this path."""
@@ -25,16 +26,15 @@ class Plant(MetaPathFinder, SourceFileLoader):
         self.text = text
 
     def plant(self) -> None:
-        """From now on, here and in processes that are started."""
+        """Whoever imports the module from now on gets the error."""
         sys.meta_path.insert(0, self)
-        os.environ[TOLD] = json.dumps([self.name, self.path, self.text])
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        """Of this module alone."""
+        """The spec of this module, None of any other."""
         return spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
 
     def get_code(self, fullname: str) -> CodeType:
-        """Of the text with the error."""
+        """Of the text with the error, not of the file or of what was compiled of it."""
         return compile(self.text, self.path, "exec", dont_inherit=True)
 
     def wrong_functions(self) -> list[tuple[CodeType, CodeType]]:
@@ -45,11 +45,15 @@ class Plant(MetaPathFinder, SourceFileLoader):
             return []
         return [pair for pair in zip(functions(right), functions(wrong), strict=True) if pair[0] != pair[1]]
 
-    def patch(self, imported: dict[tuple[object, ...], list[FunctionType]]) -> None:
-        """Give imported functions the error, and pass it on to processes that are started."""
+    def patch(self, imported: dict[tuple[str, CodeType], list[FunctionType]]) -> None:
+        """Give the error to functions that are imported. Raises ValueError where none of them has it."""
+        patched = 0
         for right, wrong in self.wrong_functions():
-            for function in imported.get(place(right), ()):
+            for function in imported.get((right.co_filename, right), ()):
                 function.__code__ = wrong
+                patched += 1
+        if not patched:
+            raise ValueError(f"no imported function of {self.name} has the error")
         self.plant()
 
 
@@ -75,19 +79,10 @@ def outside(code: CodeType) -> list[object]:
     return found
 
 
-def functions_by_place() -> dict[tuple[object, ...], list[FunctionType]]:
-    """Every function that there is."""
-    found: dict[tuple[object, ...], list[FunctionType]] = {}
+def functions_by_code() -> dict[tuple[str, CodeType], list[FunctionType]]:
+    """Every function, by its file and code, but for those that `gc.freeze` has hidden."""
+    found: dict[tuple[str, CodeType], list[FunctionType]] = {}
     for thing in gc.get_objects():
         if isinstance(thing, FunctionType):
-            found.setdefault(place(thing.__code__), []).append(thing)
+            found.setdefault((thing.__code__.co_filename, thing.__code__), []).append(thing)
     return found
-
-
-def place(code: CodeType) -> tuple[object, ...]:
-    """Where it stands in its file."""
-    return code.co_filename, code.co_qualname, *next(code.co_positions(), ())
-
-
-if TOLD in os.environ:
-    Plant(*json.loads(os.environ[TOLD])).plant()

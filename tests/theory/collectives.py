@@ -3,9 +3,6 @@
 Prints a JSON object per case. A process of its own, for torch has one group of all processes at a time.
 """
 
-import planted  # noqa: F401, before what may have an error in it
-
-# isort: split
 import json
 import warnings
 from collections import Counter

@@ -4,9 +4,6 @@
 `+field=value` for each field that is set. Rank 0 prints a JSON object per case and layout.
 """
 
-import planted  # noqa: F401, before what may have an error in it
-
-# isort: split
 import functools
 import json
 import warnings

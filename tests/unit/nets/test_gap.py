@@ -201,7 +201,9 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-@pytest.mark.parametrize("name", tiered([name for name in NAMES if name in IMAGES], ci=QUICK))
+@pytest.mark.parametrize(
+    "name", tiered([name for name in NAMES if name in IMAGES], ci=[name for name in QUICK if name in IMAGES])
+)
 def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str, lora: Lora | None) -> None:
     """Asked as its pipeline asks; without the correction it is another model, and so it is at other times."""
     net = moved(built(cut(folder(name), name), TR, lora=lora))
