@@ -31,11 +31,12 @@ STEPS = {2: 2, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
 
 def layouts(case: str, place: int, world: int) -> list[tuple[int, bool]]:
     """Ranks to a copy, and whether weights are given back. Two ranks have four; of a recipe as it is two of them, that
-    differ in both, by turns: half of the recipes meet each. A case +once has the last of them, where a rank has least.
+    differ in both, by turns: half of the recipes meet each. A case +once has the third: each rank has half of the
+    weights, and gathers them once a step.
     """
     every = [*product({2: (1, 2), 3: (3,), 4: (2,)}[world], (False, True) if world == 2 else (False,))]
     if "+once" in case:
-        return every[-1:]
+        return every[2:3]
     return every if "+" in case or world != 2 else [every[place % 2], every[3 - place % 2]]
 
 
