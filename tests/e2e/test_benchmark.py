@@ -122,7 +122,6 @@ def test_images_that_were_made_otherwise_are_not_mixed(run: Path, prompts: Path,
         images.with_name(f"{NAME}.json").unlink(missing_ok=True)
 
 
-@pytest.mark.slow
 def test_the_score_is_the_mean_of_tasks_as_geneval_sums_it_up(run: Path, images: Path) -> None:
     """Six of eight single objects, and one of four counts: not seven of twelve. Other passes stand in one report."""
     rows = as_geneval_reads(images)

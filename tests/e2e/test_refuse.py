@@ -148,7 +148,6 @@ def test_source_that_is_incomplete(here: Path) -> None:
     refused("train", "a.yaml", named=("net: missing", "objective: missing", "train: missing"), lines=5)
 
 
-@pytest.mark.slow
 def test_folders_that_are_no_run(here: Path) -> None:
     (here / "empty").mkdir()
     (here / "full").mkdir()

@@ -132,7 +132,6 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
 
 
-@pytest.mark.slow
 def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(
     here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -127,7 +127,6 @@ def test_a_step_is_tried_before_any_caption_is_encoded(home: Path, tmp_path: Pat
     assert os.listdir(tmp_path) == ["words.yaml"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_doctor_compares_the_captions_or_says_that_they_are_not_there(home: Path, tmp_path: Path) -> None:
     done = call("doctor", home / "words.yaml")

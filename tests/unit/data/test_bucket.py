@@ -182,7 +182,6 @@ def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     assert images.originals().reference(99, 0)[0].shape == (16, 3, 32, 32)  # what is judged by are squares
 
 
-@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_in_no_bucket(tmp_path: Path) -> None:
     """Nor one whose header alone is whole: another of its own bucket replaces it."""
     root = photos(tmp_path)
@@ -234,7 +233,6 @@ def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> Non
         assert torch.equal(one.take(torch.arange(16), name), two.take(torch.arange(16), name))
 
 
-@pytest.mark.slow
 def test_a_cache_of_other_buckets_or_images_is_refused(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
     data = latents(root, tmp_path / "cache")

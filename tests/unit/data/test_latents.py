@@ -128,7 +128,6 @@ def again(data: Latents) -> Latents:
     return Latents.model_validate(data.model_dump(mode="json")).found()
 
 
-@pytest.mark.slow
 def test_latents_have_the_captions_of_the_images(latents: Maker, tmp_path: Path) -> None:
     """So that the images are no longer needed."""
     as_lines(root := tmp_path / "images", TOLD)

@@ -50,7 +50,6 @@ def test_names_and_sizes_are_those_of_the_published_file() -> None:
     assert not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.slow
 def test_precision_and_batch_around_it_change_nothing(net: Inception) -> None:
     x = recipe.images(64)
     two: InceptionFeatures = net(x)

@@ -58,7 +58,6 @@ def test_comfyui_merges_what_dumo_merges(name: str) -> None:
     assert {key.rpartition(".")[2] for key in file} == {"weight", "diff", *["diff_b"] * (name not in NO_BIAS)}
 
 
-@pytest.mark.slow
 def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
     """What both add up to is the model of both; the subject's alone is on top of the few-step model."""
     before, exported = tuned("sd3", subject=2)

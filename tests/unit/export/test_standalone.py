@@ -100,7 +100,6 @@ def codec(kind: str, folder: Path) -> SdVae | Taef2:
     return SdVae(weights=str(folder / "vae"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["taef2", "sd-vae"])
 def test_the_decoder_is_inside(kind: str, pipeline: Opener, tmp_path: Path) -> None:
     run = load("digits", [*SMALL, RESTART])

@@ -69,7 +69,6 @@ def test_every_slope_has_a_row_in_every_precision_with_the_yardstick() -> None:
         assert rows["jvp", precision]["error"] == pytest.approx(rows["dual", precision]["error"], rel=0.5, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_a_difference_over_too_fast_a_time_is_measured_and_says_why() -> None:
     wide = measured(tiny("digits", "net.time_scale=1000"), slopes=("central",))["central", "fp32"]
     assert "time_scale" in str(wide["refused"])

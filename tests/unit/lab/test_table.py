@@ -178,7 +178,6 @@ def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50  # not blank
 
 
-@pytest.mark.slow
 def test_a_class_that_is_confused_is_far() -> None:
     """The class FD is near for a class's own images, and far where two classes are swapped."""
     run = load("digits", ["data.held=360"])

@@ -51,7 +51,6 @@ def test_rows_are_those_of_a_table_whatever_surrounds_the_call(name: str, tmp_pa
     assert (live.width, live.pooled_width, live.masked) == (tabled.width, tabled.pooled_width, tabled.masked)
 
 
-@pytest.mark.slow
 def test_prompts_come_and_go_and_few_rows_are_kept(tmp_path: Path) -> None:
     live, tabled = both("SD3", tmp_path)
     live.encoders.most = 2

@@ -153,7 +153,6 @@ def test_without_the_data_there_are_samples_and_a_line(digits: Live, monkeypatch
     assert found.line.endswith("there is no folder photos")
 
 
-@pytest.mark.slow
 def test_points_are_a_scatter(moons: Live) -> None:
     first = next(answer.passes(moons, "", "0", 1))
     drawn = pixels(first.rows[0].cells[0])

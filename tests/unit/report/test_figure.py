@@ -48,7 +48,6 @@ def test_norms_by_module_and_the_slope_of_time() -> None:
     assert "Gradient norms by module" not in [chart.title for chart in figures.charts(old)]
 
 
-@pytest.mark.slow
 def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
     alone = [{"step": 5, "loss": 3.0, "speed": {"images_per_second": 7.0}}]
     figure = panels({"one": ROWS, "two": alone})

@@ -179,7 +179,6 @@ def test_a_block_is_the_same_whatever_else_is_drawn(digits: RunFolder) -> None:
     assert np.abs(corner.astype(int) - shown(digits, 9 * 4 + 3, 9, nfe=1)).max() <= 1
 
 
-@pytest.mark.slow
 def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
     panels = gallery.trajectories(digits, nfe=(1, 2), count=2)
     files = gallery.write_trajectories(tmp_path, panels)

@@ -260,7 +260,6 @@ def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
     assert text.endswith(f"--from 20 {rates}")
 
 
-@pytest.mark.slow
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:
     fate.comes(spoilt=[1])
     with pytest.raises(Diverged, match=r"It was not applied.*from the start at half the rate:  dumo train \S+ --set"):

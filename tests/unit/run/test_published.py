@@ -232,7 +232,6 @@ def test_a_start_is_another_runs_weights_by_name(known: Path, tmp_path: Path) ->
     assert all(not value.abs().max() > 1e-6 for name, value in state.net.state_dict().items() if "heads.u" in name)
 
 
-@pytest.mark.slow
 def test_a_start_that_does_not_fit_is_refused(known: Path, tmp_path: Path) -> None:
     for more, said in [
         ("net.width=12", r"the nets differ, .* net\.width: 8 there, 12 asked: set these fields as they are"),

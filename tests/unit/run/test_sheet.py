@@ -85,7 +85,6 @@ def test_a_signal_in_a_step_with_a_sheet_loses_none(
     assert tree(tmp_path / "parts/sheets") == tree(tmp_path / "whole/sheets")
 
 
-@pytest.mark.slow
 def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*what: object) -> None:
         raise OSError(28, "No space left on device")

@@ -217,7 +217,6 @@ def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: P
     assert [path.name[11:13] for path in sorted(tmp_path.iterdir())] == ["06"]
 
 
-@pytest.mark.slow
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(UserError("some samples are not finite"), 1.0, 1.0)

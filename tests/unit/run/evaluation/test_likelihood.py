@@ -45,7 +45,6 @@ def test_jumps_stand_beside_the_flow(folder: Path) -> None:
     assert euler["results"][0]["nfe"] == 8  # two axes
 
 
-@pytest.mark.slow
 def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's likelihood does not depend on who asks for it, but for rounding."""
     run = opened(folder)

@@ -83,7 +83,6 @@ def read_rows(path: Path) -> object:
     return json.loads(path.read_text())["rows"]
 
 
-@pytest.mark.slow
 def test_every_average_and_the_weights_in_training(folder: Path) -> None:
     opened = open_run(str(folder), device="cpu")
     report = sweep(opened, "ema")

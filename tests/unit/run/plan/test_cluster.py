@@ -86,7 +86,6 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.slow
 def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> None:
     spec = small("train.share=8", "train.optimizer.kind=muon")
     step, found = counted(spec), matrices(spec.outline())
@@ -183,7 +182,6 @@ def test_a_base_of_fewer_bits_is_the_last_way_and_of_a_lora_alone() -> None:
     assert names == ["", "as it is", "train.micro_batch=1", *coded, "", "as it is", "train.micro_batch=1"]
 
 
-@pytest.mark.slow
 def test_where_none_fits_all_are_tried_in_order() -> None:
     """None of these is counted: weights alone are too much."""
     tried: list[str] = []
