@@ -59,6 +59,14 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return give
 
 
+def test_training_is_judged_by_few_samples_of_another_seed() -> None:
+    whole = load("digits").evaluate
+    few = whole.validation
+    assert few.seed != whole.seed
+    assert few.protocol.total < whole.protocol.total
+    assert few.nfe == whole.nfe[:1]
+
+
 @pytest.mark.slow
 def test_the_numbers_are_those_of_evaluate_and_the_training_is_the_same(tmp_path: Path) -> None:
     words = ("train.log_every=3", "train.steps=4", "train.milestones=[2]")
