@@ -147,14 +147,14 @@ class Outcome:
     seconds: float
 
 
-def run(tests: list[str], plant: Plant | None = None, *more: str) -> Outcome:
-    """Run the tests, with more words for pytest, in a process forked from this one, where what they import is.
+def run(words: list[str], plant: Plant | None = None) -> Outcome:
+    """Run pytest with these words in a process forked from this one, where what its tests import is.
 
     Raises TimeoutError where they take too long.
     """
     seconds = FORK.Value("d", 0.0)  # which the child writes at its end
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its programs may still write
-        child = FORK.Process(target=test, args=([*more, *tests], plant, Path(folder), seconds))
+        child = FORK.Process(target=test, args=(words, plant, Path(folder), seconds))
         child.start()
         end = time.monotonic() + PATIENCE
         while child.exitcode is None:  # not join: it waits for the end of a pipe that the other child holds, too
@@ -221,9 +221,9 @@ def verdicts(rows: list[Mutant], pool: ThreadPoolExecutor) -> Iterator[tuple[Mut
     yield from zip(inside, pool.map(trial, inside), strict=True)
 
 
-def sane(tests: set[str], *more: str) -> str:
-    """What the tests that saw an error say without one, empty if they pass; of those that `more` words choose."""
-    outcome = run(sorted(tests), None, *more)
+def sane(tests: set[str], *, tested: bool) -> str:
+    """What the tests that saw an error say without one, empty if they pass; if `tested`, those of the night alone."""
+    outcome = run([*(("-m", "nightly") if tested else ()), *sorted(tests)])
     return outcome.output[-2000:] if outcome.code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED) else ""
 
 
@@ -248,7 +248,7 @@ def main(*given: str) -> int:
                 alive.append(line)
             if verdict.seconds > MAX_SECONDS:
                 dear.append(line)
-        broken = sane(set(seen), *(("-m", "nightly") if TESTED in given else ())) if seen else ""
+        broken = sane(set(seen), tested=TESTED in given) if seen else ""
     print(f"BROKEN  without a mutant: {broken}" if broken else "fine    without a mutant: the tests pass")
     if dear:
         print(f"above {MAX_SECONDS:g} s of a processor, as no row should be:")

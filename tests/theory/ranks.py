@@ -1,8 +1,8 @@
 """Gradients of a net that is compiled, replicated or sharded, against those of the same net as it is. See test_rank.py.
 
-`main(RANK, FILE, WHAT)` is one of two processes that train together, and meet in FILE: WHAT is `wrappers`, or
-`objectives`, each of which meets one wrapper. With `alone` for RANK it is alone. Prints one JSON object per case. A
-process of its own: shapes are checked in the tests', and a compiler cannot see through the checks.
+`main(RANK, FILE, WHAT)` is one of two processes that train together, and meet in FILE: WHAT is a key of CASES. With
+`alone` for RANK it is alone. Prints one JSON object per case. A process of its own: shapes are checked in the tests',
+and a compiler cannot see through the checks.
 """
 
 import copy
@@ -73,9 +73,14 @@ OBJECTIVES = {
 }
 
 
-ONE_OF_EACH = ("tape, three heads", "ride, some rows")  # those that cut the rows; the others in the plainest sharding
-WRAPPERS = {ddp: ONE_OF_EACH, fsdp: (*OBJECTIVES,), resharded: ONE_OF_EACH, both: ONE_OF_EACH}
-EVERY = {named(o): o for o in objectives() if o.needs.slope in (None, DualSlope())}  # each meets one wrapper
+CUTTING = ("tape, three heads", "ride, some rows")  # those that cut the rows
+WRAPPERS = {ddp: (*OBJECTIVES,), fsdp: (*OBJECTIVES,), resharded: (*OBJECTIVES,), both: CUTTING}
+EVERY = {named(o): o for o in objectives() if o.needs.slope in (None, DualSlope())}
+CASES = {  # of two ranks, by the word that asks for them: what is wrapped, and how
+    "few": [(wrap, name) for wrap in WRAPPERS for name in CUTTING],
+    "wrappers": [(wrap, name) for wrap, names in WRAPPERS.items() for name in names],
+    "objectives": [(ddp, name) for name in EVERY],
+}
 
 
 def record(objective: Objective, rank: int, ranks: int) -> Noised:
@@ -123,18 +128,15 @@ def compare(wrap: Callable[[nn.Module], nn.Module], name: str, rank: int, ranks:
 
 
 def main(rank: str, file: str = "", what: str = "") -> None:
-    """Compare some objectives in every wrapper, or every objective in one."""
+    """Compare all cases of `what`."""
     torch.set_num_threads(1)
     if rank == "alone":
         print(json.dumps(compare(inductor, "tape", 0, 1)))
         for name in OBJECTIVES:
             print(json.dumps(compare(compiled, name, 0, 1)))
         return
-    cases = [(wrap, name) for wrap, names in WRAPPERS.items() for name in names]
-    if what == "objectives":
-        cases = [(ddp, name) for name in EVERY]
     with meeting(file, int(rank)):
-        for wrap, name in cases:
+        for wrap, name in CASES[what]:
             row = compare(wrap, name, int(rank), 2)
             if rank == "0":
                 print(json.dumps(row))

@@ -28,5 +28,5 @@ def test_calls_and_bytes_of_a_step(ranks: int, tmp_path: Path) -> None:
         calls["reduce"] += ranks > 1  # the log's
         assert row["calls"] == {name: n for name, n in calls.items() if n}, row
         for name, copies in row["copies"].items():
-            padding = 0.1 * expected[name] + 0.001  # shards are as large as the largest; the log's table
+            padding = 0.05 * expected[name] + 0.001  # shards are as large as the largest; the log's table
             assert expected[name] <= copies <= expected[name] + padding, (name, row)

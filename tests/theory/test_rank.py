@@ -10,7 +10,8 @@ from contract.case import members
 from dumo.objectives import Objective
 from forked import main_of
 from meeting import outputs
-from theory.ranks import EVERY, OBJECTIVES, WRAPPERS
+from theory.ranks import CASES, EVERY, OBJECTIVES, WRAPPERS
+from tiers import tiered
 
 LIMIT = 1e-6
 ROUGH = 1e-5  # of objectives that subtract what is nearly equal, and so multiply rounding: secants, IMM's kernels
@@ -25,25 +26,23 @@ def rows_of(*commands: tuple[str, ...]) -> Rows:
 
 
 def of_two_ranks(what: str, folder: Path) -> Rows:
-    """What two ranks print of `wrappers`, or of `objectives`."""
+    """What two ranks print of these cases."""
     return rows_of(*((rank, str(folder / "meeting"), what) for rank in "01"))
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Every wrapper."""
-    return of_two_ranks("wrappers", tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=tiered(["few", "wrappers"], ci=["few"]))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """Every wrapper, with a case of each way of the slope or with all."""
+    rows = of_two_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    assert {(row["case"], row["net"]) for row in rows} == {(case, wrap.__name__) for wrap, case in CASES[request.param]}
+    return rows
 
 
-@pytest.mark.slow
 def test_every_wrapper_is_met(pair: Rows) -> None:
-    met = {(case, wrap.__name__) for wrap, cases in WRAPPERS.items() for case in cases}
-    assert {(row["case"], row["net"]) for row in pair} == met
     for wrap in WRAPPERS:
         assert {row["way"] for row in pair if row["net"] == wrap.__name__} == {"tape", "ride"}
 
 
-@pytest.mark.slow
 def test_two_ranks_are_one(pair: Rows) -> None:
     for row in pair:
         assert 0 < row["error"] < LIMIT, row
@@ -58,7 +57,6 @@ def test_two_ranks_are_one_for_every_objective(tmp_path: Path) -> None:
         assert 0 < row["error"] < ROUGH, row
 
 
-@pytest.mark.slow
 def test_a_tape_whose_weights_are_given_back_becomes_a_pass_and_says_so(pair: Rows) -> None:
     """A ride is over before the weights go, and there is nothing to say."""
     for row in pair:

@@ -57,7 +57,6 @@ def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, m
     assert few == pytest.approx(all_, rel=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", tiered(ALONE, ci=["sana-1600m"]))
 def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that keeps inputs alone; Flux is counted whole."""
