@@ -87,6 +87,12 @@ def pytest_collection_finish() -> None:
     spent.seconds_by_file[spent.COLLECTION] += spent.processor_seconds()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """In whatever order tests run, torch's own generator gives each the same numbers."""
+    torch.manual_seed(0)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """What a test took, with the fixtures that it was the first to need."""

@@ -85,7 +85,7 @@ def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
         assert counted(cls, guided=guided) == (number and pytest.approx(number, abs=0.015))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_steps_cost_what_the_table_says() -> None:
     """Each night all are counted; here one without a slope, and one with."""
     for cls in OBJECTIVES:
@@ -109,7 +109,7 @@ def test_a_section_trains_its_objective(name: str) -> None:
     assert {load(recipe).objective.kind for recipe in recipes} == {name}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tables_are_those_of_the_results() -> None:
     tables = runpy.run_path(str(ROOT / "docs/tables.py"))
     pages = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
@@ -247,7 +247,7 @@ def test_rounding_grows_as_the_sections_say() -> None:
     assert load("digits-soflow").objective.needs.amplifies == pytest.approx(3200)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_central_differences_err_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the trained models that come with dumo, against float64: relative, in the l2 norm over 16 points."""
     monkeypatch.chdir(tmp_path)
@@ -263,7 +263,7 @@ def test_central_differences_err_as_the_page_says(tmp_path: Path, monkeypatch: p
         assert all(4e-4 < error < 3e-3 for error in errors.values())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_costs_of_xl2_are_those_of_the_page() -> None:
     page = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
     assert "That is 5.05 F for XL/2 at 256 tokens, and 6 F with `central`" in page

@@ -83,7 +83,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: Path) -> None:
     found = as_geneval_reads(images)
     assert sorted(row["prompt"] for row in found) == sorted(4 * [one["prompt"] for one in PROMPTS])

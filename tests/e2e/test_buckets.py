@@ -44,7 +44,7 @@ def photos(here: Path) -> Path:
     return here
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_on_buckets_is_the_same_stopped_and_on_two_ranks(photos: Path) -> None:
     whole = call("train", *RECIPE, *SMALL, "--out", "whole", *sets("train.micro_batch=4"))
     assert whole.code == 0, whole.err

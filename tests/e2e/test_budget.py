@@ -47,6 +47,7 @@ def assert_same(run: Path, case: Case) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.nightly
 def test_weights_are_those_of_a_table_and_of_a_run_that_stopped(tabled: Case, tmp_path: Path) -> None:
     must(call("train", *words(tabled), "--out", tmp_path / "live"))
     assert_same(tmp_path / "live", tabled)

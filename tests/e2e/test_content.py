@@ -119,7 +119,7 @@ def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory:
     refused("train", "run", *LONGER, named=(CHANGED, f"{root.resolve() / name}, ", "and 37 more changed", "--accept"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, hashed: list[int]) -> None:
     was = times(root := Path("../images"))
     as_folder(root, 100)

@@ -132,7 +132,7 @@ def test_run_edited_by_hand(
         refused(*words, named=named, lines=None)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_field_that_was_edited_is_refused_by_all_and_accepted_by_training(
     here: Path, trained: dict[str, Path]
 ) -> None:

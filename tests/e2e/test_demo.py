@@ -150,7 +150,7 @@ def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -
     refused("demo", here / "nothing", "--port", 0, named=("no run's folder",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_who_is_answered(trained: dict[str, Path], tmp_path: Path) -> None:
     """Requests by the server's own name, from its own page; and no file is given that the page did not make.
 
@@ -175,7 +175,7 @@ def test_who_is_answered(trained: dict[str, Path], tmp_path: Path) -> None:
             assert status(f"{url}/gradio_api/proxy={quote(str(path))}") == 404
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_gradio_itself_opens_no_file_that_a_question_names(trained: dict[str, Path], tmp_path: Path) -> None:
     """What dumo puts before it is off."""
     secret, kept = secret_and_kept(tmp_path)

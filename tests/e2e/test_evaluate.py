@@ -92,7 +92,7 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
     assert "measured otherwise, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
     done = call("evaluate", "a", "--sweep", "sample.m=0.3:0.5:0.2", "--nfe", "1,2")
     assert done.code == 0, done

@@ -157,7 +157,8 @@ def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: 
         assert why in line
 
 
-@pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", PIPELINES)
 def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
     case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
@@ -167,7 +168,7 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_ru
         assert max(case.misses("lora", out)) < 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Case, tmp_path: Path) -> None:
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
     (tmp_path / "away").mkdir()
@@ -289,7 +290,7 @@ def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> N
         assert opened.metadata()["class"] == kind
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_half_precision_is_rounded_once(sd3: Case) -> None:
     out = sd3.export("half", "--dtype", "bfloat16")
     one, other = (load_file(folder / "transformer" / WEIGHTS) for folder in (out, sd3.folder / "out"))
@@ -377,7 +378,8 @@ def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "vae" / WEIGHTS).read_bytes() == (sd3.source / "vae" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("name", tiered([name for name in PIPELINES if name != "Flux-Kontext"], ci=["SD3"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "Flux-Kontext"])
 def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     """Of who asked for codes: a class of theirs takes the place of a prompt, and the images are dumo's."""
     case = Case.of(name, tmp_path, *FULL, *CODES)

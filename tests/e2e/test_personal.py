@@ -24,7 +24,6 @@ from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
 from forked import ENVIRONMENT
 from stock.case import CAPTIONS, SHORT, Case, must
-from tiers import tiered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of diffusers about its own parts, and of peft about merges
@@ -147,7 +146,8 @@ def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
         assert torch.equal(x, ranks[key]), key
 
 
-@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "SDXL"], ci=["SD3"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["SD3", "Flux", "SDXL"])
 def test_stock_pipelines_make_dumos_images_of_both_loras(
     name: str, sd3: Personal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +194,7 @@ def test_comfyui_gets_both_or_the_subject(sd3: Personal) -> None:
             assert opened.metadata()["onto"] == said
 
 
+@pytest.mark.nightly
 def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was trained on, or of another net; and no run at all."""
     refused("sample", sd3.run, *sets("start.source=nowhere"), named=("start.source",), lines=None)
@@ -208,6 +209,7 @@ def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch:
     refused("export", sd3.run, "out", "--alone", named=("--alone", "--to lora"))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("objective", ["ucgm", "consistency"])
 def test_a_few_step_run_that_learned_jumps_alone_teaches_no_velocity(
     objective: str, sd3: Personal, here: Path, monkeypatch: pytest.MonkeyPatch

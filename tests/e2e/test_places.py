@@ -73,7 +73,7 @@ def test_a_run_keeps_to_what_it_began_with(home: Path, monkeypatch: pytest.Monke
     assert (home / "run/checkpoints/step-00000003").is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     wanted, file = sampled("run"), home / "models" / WEIGHTS
     file.rename(home / WEIGHTS)
@@ -89,7 +89,7 @@ def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     refused("train", "run", *another, *sets("train.steps=3", "train.sheets=1"), named=("SHA-256",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     (home / "there").mkdir()
     for name in ("run", "cache", "models"):

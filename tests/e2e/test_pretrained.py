@@ -129,7 +129,7 @@ def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Pat
     refused(*more, "--accept", named=("was trained on other frozen weights", "keep net.lora.frozen as it was"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("uncompiled")
 def test_doctor_looks_at_the_weights(here: Path, folder: Path) -> None:
     done = call("doctor", "digits", *net(folder), "--json")

@@ -11,6 +11,7 @@ from PIL import Image
 from dumo.cli.api import recipe
 from dumo.types import UserError
 from e2e.shell import TINY, call, refused, sets
+from tiers import tiered
 
 NESTED = "data={kind: latents, root: x, images: {kind: images, root: x, side: 8, sid: 3}, codec: {kind: taef2}}"
 FIELDS = [
@@ -172,8 +173,7 @@ def digits_here(what: str, trained: dict[str, Path]) -> None:
 READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"], ["bench", "data"], ["dry"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["a run", "images"])
+@pytest.mark.parametrize("what", tiered(["a run", "images"], ci=["a run"]))
 def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, trained: dict[str, Path]) -> None:
     """By any command; each of the two has a name of its own."""
     digits_here(what, trained)
@@ -192,7 +192,7 @@ def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, t
         assert call("bench", "data", "./digits", "--side", "16", "--batches", "1").code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_folder_of_a_recipes_name_that_holds_neither_is_no_rival(here: Path) -> None:
     """Of no command."""
     (here / "digits/notes").mkdir(parents=True)

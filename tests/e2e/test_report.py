@@ -8,6 +8,7 @@ import pytest
 import browser
 from dumo.report import page as report
 from e2e.shell import call
+from tiers import tiered
 
 pytestmark = pytest.mark.browser
 RUNS = ("digits", "digits-flow-matching", "moons")  # judged; with a velocity alone; points
@@ -31,7 +32,7 @@ def pages(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [browser.DESK, browser.TELEPHONE])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", tiered(RUNS, ci=["digits"]))
 def test_it_is_readable(name: str, width: int, pages: dict[str, Path]) -> None:
     """The folded part is open; light on a desk and dark on a telephone, for ink changes no size."""
     text = pages[name].read_text()

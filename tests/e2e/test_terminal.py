@@ -161,7 +161,7 @@ def test_what_is_printed_of_a_name_with_a_dash_can_be_typed(here: Path) -> None:
     refused("sample", "./-x", named=("dumo train ./-x",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_start_line(here: Path) -> None:
     """Printed without a terminal, too, with the last line of the work; on a terminal a bar is below it."""
     done = call("train", "digits", "--out", "run", *TINY, "--device", "cpu")
@@ -230,7 +230,7 @@ def test_an_answer_that_nobody_gets_is_an_error(words: list[str], stdout: str) -
     assert done.stderr.startswith("error: writing: ")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_completion(tmp_path: Path) -> None:
     def completed(text: str) -> list[str]:
         asked = {"_DUMO_COMPLETE": "complete_bash", "COMP_WORDS": text, "COMP_CWORD": len(text.split(" ")) - 1}

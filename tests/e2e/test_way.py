@@ -29,7 +29,7 @@ def test_training_leaves_a_whole_run(name: str, trained: dict[str, Path]) -> Non
     assert [row["images"] for row in rows] == [80, 160, 240, 320]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_of_their_own_say_the_same(here: Path, trained: dict[str, Path]) -> None:
     words = [*TINY, *sets("train.log_every=5", "train.save_every=10")]
     done = finish(start("train", "moons", *words, cwd=here))
@@ -77,7 +77,7 @@ def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> None:
     last = trained["digits"] / "checkpoints/step-00000020"
     asked: dict[str, list[object]] = {
@@ -99,7 +99,7 @@ def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> N
     assert call("sample", trained["digits"], "--nfe", 1, "--out", "o", *own).out == "o/restart-nfe1.png\n"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, Path]) -> None:
     def made(*words: object) -> np.ndarray:
         done = call("sample", trained["digits"], "--format", "npz", "--nfe", "1", "--out", "o", *words)
@@ -116,7 +116,8 @@ def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, 
     assert np.array_equal(made("--count", 9, "--set", "sample.seed=1"), made("--count", 9, "--seed", 1))
 
 
-@pytest.mark.parametrize("name", tiered(["digits-flow-matching", "moons"], ci=["digits-flow-matching"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["digits-flow-matching", "moons"])
 def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained[name], here / "run")
     done = call("evaluate", "run", "--nfe", "1,2", "--json")
@@ -188,7 +189,7 @@ def test_folders_by_any_name(name: str, here: Path) -> None:
     assert [path.name for path in here.iterdir()] == [Path(name).parts[0]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_grids_of_milestones(here: Path) -> None:
     words = [*TINY, *sets("train.milestones=[0,10]", "train.save_every=10", "train.keep=1")]
     assert call("train", "digits", "--out", "run", *words).code == 0
@@ -201,7 +202,7 @@ def test_grids_of_milestones(here: Path) -> None:
     assert call("sample", "run", "--weights", "run/milestones/step-00000010.safetensors", "--nfe", "1").code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_is_sampled_at_any_scale(here: Path) -> None:
     run = here / "run"
     assert call("train", "digits-flow-matching", "--out", run, *TINY, *sets("objective.drop=0.1")).code == 0
@@ -233,7 +234,7 @@ def test_the_last_rows_of_runs(trained: dict[str, Path]) -> None:
     assert {"loss", "parts", "grad_norm", "lr", "speed"} <= rows[-1].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_curves_of_one_run_and_of_several(here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained["digits"], "one")
     assert call("log", "one", "--plot").out == "one/log.png\n"
@@ -254,7 +255,7 @@ def test_a_skipped_step_is_shown(here: Path) -> None:
     refused("log", "run", "--plot", named=("run: nothing is logged yet",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_plan_for_ranks(here: Path) -> None:
     words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
     facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]

@@ -78,7 +78,7 @@ def pulls(off: Tensor, size: int = 4, gap: float = 0.2) -> tuple[Tensor, Tensor]
     return found.mean(0), found.std(0) / len(found) ** 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_rests_near_the_flow() -> None:
     """Of groups, by samples: to their error but for the pairs of one x and z, one of M, whose y' is nearer to the mean
     than y, for its part of x_q is forgotten: less and less as q comes close to t."""

@@ -117,7 +117,7 @@ def test_number_of_passes(objective: Match, before: tuple[int, int], now: tuple[
         assert passes(objective, drawn(objective, 16, progress=progress)) == count
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_cost() -> None:
     """4 F before, 6 F from half of the training on, beside DuMo: the mean of both halves."""
     spec, shape = DiT(width=32, depth=2, patch=2, attention=2), (1, 8, 8)

@@ -100,7 +100,7 @@ def test_formula() -> None:
         assert torch.allclose(mine, hand, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @each_flow
 def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
     """Between guesses the mean of the data is a line: the velocity is off by the square of their distance, and with its

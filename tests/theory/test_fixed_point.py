@@ -166,7 +166,7 @@ def test_dropped_rows_learn_the_null_flow() -> None:
         assert gradient(o, Exact(flow, o.needs), b).abs().max() < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @each(IN_THE_PLANE)
 def test_gradient_vanishes_in_the_plane(objective: AnyObjective, flow: Flow) -> None:
     """A mixture in two dimensions, guided: the flow by Runge and Kutta, to which the bar of 1e-10 applies."""

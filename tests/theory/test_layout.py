@@ -10,6 +10,7 @@ from dumo.run.config import recipes
 from dumo.run.config.load import load
 from forked import main_of
 from meeting import outputs
+from tiers import tiered
 
 OTHERS = ("digits-words", "digits-drift")  # tested elsewhere; a variant of it has groups of 8, not of 256
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
@@ -39,15 +40,11 @@ def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        "digits-cm+train.clip=100+train.batch=8+once",
-        "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.depth=2+once",
-    ],
-    ids=["average", "muon"],
-)
+AVERAGE = "digits-cm+train.clip=100+train.batch=8+once"
+MUON = "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.depth=2+once"
+
+
+@pytest.mark.parametrize("case", tiered([AVERAGE, MUON], ci=[AVERAGE]))
 def test_two_ranks_are_two_pieces_to_the_bit(case: str, tmp_path: Path) -> None:
     check_bits(run(2, [case], tmp_path), [case])
 

@@ -13,6 +13,7 @@ from dumo.objectives import F2D2
 from dumo.runtime.random import stream
 from dumo.types import Reads, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Mixture, OnTrig, Product, opaque, plane
+from tiers import tiered
 
 FLOW = plane()
 
@@ -41,8 +42,10 @@ def off(solver: Solver, passes: int, path: Path, sd: float = 1.0) -> float:
     return (found - density(FLOW, x, c) + 2 * log(sd)).abs().max().item()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("path", "sd"), [(Linear(), 1), (Trig(), 1), (Linear(sd=2.0), 2)])
+PATHS: list[tuple[Path, float]] = [(Linear(), 1), (Trig(), 1), (Linear(sd=2.0), 2)]
+
+
+@pytest.mark.parametrize(("path", "sd"), tiered(PATHS, ci=PATHS[:1], id=lambda case: f"{case[0].kind}-{case[1]}"))
 def test_the_flow_knows_the_density_of_its_data(path: Path, sd: float) -> None:
     """In units of the data, whatever the net's are."""
     assert off(Heun(), 96, path, sd) < 1e-3

@@ -23,7 +23,7 @@ IN_PROCESS = [  # all but two are left to `make slow`
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_a_part_gives_rows(name: str) -> None:
     rows = list(gpu.PARTS[name].rows(SMOKE))

@@ -38,7 +38,7 @@ def url() -> Generator[str, None, None]:
         server.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [
@@ -58,7 +58,7 @@ def test_what_is_known(
     assert capsys.readouterr().out.splitlines()[-len(said) :] == said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nobody_can_be_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "constraints.txt").write_text("pillow==1.0\n")
     assert main(["-s", "osv", "--osv-url", "http://127.0.0.1:9"], tmp_path / "constraints.txt") == 0

@@ -2,11 +2,17 @@
 
 import torch
 
+# Asked once, when this is imported: torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = tuple(
+    device_type
+    for device_type in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "ipu", "xla", "maia")
+    if torch.amp.is_autocast_available(device_type)
+)
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace torch's own function
+
 def has_autocast(device_type: str) -> bool:
     """Whether torch.autocast takes this type of device."""
-    return torch.amp.is_autocast_available(device_type)
+    return device_type in AUTOCAST_DEVICES
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

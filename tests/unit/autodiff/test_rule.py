@@ -367,7 +367,7 @@ def test_a_constant_rests(call: str) -> None:
         assert torch.equal(found.p, plain + 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule nobody calls is a rule nobody checks: the functions of torch, and the methods and operators of Dual."""
     called = set[object]()
@@ -646,7 +646,7 @@ for call in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiler_sees_the_same_operation(tmp_path: Path) -> None:
     """It gives `moving @ tensor` as `tensor.matmul(moving)`: a square product would be another, and is refused.
 

@@ -208,7 +208,7 @@ def latents(root: Path, cache: Path, **fields: object) -> Latents:
     return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).found()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> None:
     """Mirrored and captioned as they are, however many were encoded at a time."""
     root = photos(tmp_path / "photos")

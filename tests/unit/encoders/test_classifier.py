@@ -172,7 +172,7 @@ def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
     assert {k: (v.shape, v.dtype) for k, v in again.items()} == {k: (v.shape, v.dtype) for k, v in kept.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "EPOCHS", 4)
     monkeypatch.setattr(tool, "CIFAR_BATCH", 32)

@@ -77,7 +77,7 @@ def small(path: Path, **changes: Tensor) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_documented_line_makes_a_file_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the counters that the published file has; refused as long as its source is not the published one."""
     monkeypatch.chdir(tmp_path)

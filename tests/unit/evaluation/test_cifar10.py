@@ -101,7 +101,7 @@ def test_mirrored_images_are_as_good_and_accuracy_is_of_the_classes_asked_for(
     assert shifted["class_mmd"] > 100 * perfect["class_mmd_sd"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
     evaluator = QUICK.evaluator(Context(lambda: Table(blobs.x, blobs.c), 10))
     upside_down = blobs.x.flip(2)
@@ -112,7 +112,7 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
     assert evaluator.facts["features_sha256"] == cifar10.sha256
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_classes_there_is_no_accuracy_and_without_as_many_images_no_score(blobs: Reference) -> None:
     with pytest.raises(UserError, match="1000 images or more, here are 900"):
         score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

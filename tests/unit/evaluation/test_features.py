@@ -192,7 +192,7 @@ def test_a_frechet_distance_needs_more_images(kind: Kind, folders: dict[Kind, Pa
     assert ("kid" in more) == (kind == "dinov2")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @each_kind
 def test_new_images_are_as_far_as_a_perfect_sampler_and_damaged_ones_are_not(
     kind: Kind, folders: dict[Kind, Path]
@@ -255,7 +255,7 @@ def test_what_is_missing_is_said(kind: Kind, folders: dict[Kind, Path]) -> None:
         protocol.check((4, 32, 32))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_folder_is_judged_against_another_by_one_rank_as_by_two(
     folders: dict[Kind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

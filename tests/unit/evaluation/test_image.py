@@ -267,7 +267,7 @@ def test_what_is_not_there_is_told_before_anybody_asks_and_before_the_data_is_op
     assert "ADM's reference" in str(ImageProtocol(kind="adm-imagenet256-50k").missing)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_inception_itself_serves() -> None:
     """Three images through the real network, of random weights; its widths are those of ADM's files."""
     net, protocol = recipe.net(), ImageProtocol(kind="folder", samples=3, frechet=False)

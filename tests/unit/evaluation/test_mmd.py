@@ -99,7 +99,7 @@ def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
         assert known == pytest.approx(stdev(values), rel=0.25)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_class_mmd_is_the_mean_of_classes_without_bias_and_knows_its_error() -> None:
     """Of normal laws that are 2, 1 and 0 apart, in classes of shares that samples do not have."""
     w = 2.0
@@ -118,7 +118,7 @@ def test_class_mmd_is_the_mean_of_classes_without_bias_and_knows_its_error() -> 
     assert fmean(one.error for one in found) == pytest.approx(scatter, rel=0.15)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_deviation_of_class_mmd_is_exact_in_classes_of_a_few_rows() -> None:
     c = torch.tensor([0, 0, 0, 1, 1, 1])
     d = torch.tensor([0] * 7 + [1] * 5)

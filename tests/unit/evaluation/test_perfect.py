@@ -68,7 +68,7 @@ def test_new_samples_of_the_law_score_as_a_perfect_sampler(*, classes: bool) -> 
     assert found(real, 0 * c).mean > (2 if classes else 0) * found(real, c).mean
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kernel_distances_in_subsets() -> None:
     """Unbiased: about 0 without classes; and the mean over subsets scatters more than one of all rows."""
     of = found(rows(2400, "real"), torch.zeros(2400), kernel_distance, 2.0)
@@ -85,7 +85,7 @@ def test_kernel_distances_in_subsets() -> None:
         assert at["kid_sd"] == pytest.approx(sd, rel=0.35)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_area_scatters_about_a_half() -> None:
     areas = [two_sample_auc(rows(120, i), rows(200, -1 - i), stream("auc", i)) for i in range(100)]
     mean, sd = mean_sd(areas)

@@ -68,7 +68,7 @@ def test_fresh_images_of_the_same_law_are_as_a_perfect_sampler(own: PhotosEvalua
     assert state([{"nfe": 1, "solver": "restart", **good}], own.baselines()) in ("like the data", "near")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_noise_is_far_off_and_is_the_other_baseline_and_collapse_shows_in_recall(
     own: PhotosEvaluator, good: Row
 ) -> None:
@@ -143,7 +143,7 @@ class Large:
         raise AssertionError("all at once")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_large_sets_are_sampled_evenly_and_never_held() -> None:
     data = Large(3 * MOST, [])
     evaluator = PROTOCOL.evaluator(Context(lambda: data))
@@ -206,7 +206,7 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
     assert sentence.startswith(("Not yet like the data", "As good as untrained"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator) -> None:
     """The same images, which are new crops of the photos, with the classes they were asked for and without."""
     x, _ = crops("samples")

@@ -62,7 +62,7 @@ def toy() -> Reference:
     return Reference(points(-1), torch.zeros(400, dtype=torch.long), points)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_real_digits_score_well(good: dict[str, float], perfect: dict[str, float]) -> None:
     assert list(good)[:6] == ["mmd", "mmd_sd", "class_mmd", "class_mmd_sd", "fd_grey", "fd"]
     assert good["mmd"] < 2 * perfect["sd"]
@@ -94,7 +94,7 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], pe
     assert bad[share] < good[share] - 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference, good: dict[str, float]) -> None:
     """A quarter of a level either way, and light beyond black and white, change nothing that a file would hold."""
     x, c = some(data)
@@ -151,7 +151,7 @@ def test_of_five_folds_all_digits_are_held_out_but_two() -> None:
     assert torch.equal(held[5], held[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_toy_null_tells_a_draw_from_a_difference() -> None:
     null = shipped.baselines_toy(toy(), 400)["null"]
     same = [shipped.score_toy(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
@@ -161,7 +161,7 @@ def test_toy_null_tells_a_draw_from_a_difference() -> None:
         assert shipped.score_toy(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
     assert shipped.score_digits(*some(data), data) == good
     assert shipped.score_toy(points(1), toy().c, toy()) == shipped.score_toy(points(1), toy().c, toy())

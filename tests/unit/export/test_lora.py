@@ -157,7 +157,7 @@ def test_keys_of_stable_diffusion_are_those_of_published_files(convolutions: boo
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:

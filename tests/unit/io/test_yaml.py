@@ -16,7 +16,7 @@ VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(TEX
 FEW = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @FEW
 @given(VALUES, st.booleans())
 def test_what_is_dumped_is_parsed(value: object, flow: bool) -> None:

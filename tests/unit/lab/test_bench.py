@@ -75,13 +75,13 @@ def test_a_difference_over_too_fast_a_time_is_measured_and_says_why() -> None:
     assert wide["error"] > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("more", "way"), [((GUIDED,), "tape"), (("train.ref=0.999",), "pass")])
 def test_the_way_of_a_dual_is_shown(more: tuple[str, ...], way: str) -> None:
     assert measured(tiny("digits", *more), slopes=("dual",))["dual", "fp32"]["way"] == way
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lame(JvpSlope):
         def __call__(self, *args: object, **rest: object) -> tuple[Heads, Along]:
@@ -96,7 +96,7 @@ def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyP
     assert rows["dual", "fp32"]["units_timed"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_blocks_are_compiled_where_there_are_some_and_a_loss_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As training does it."""
     setting = step.prepare(tiny(), (1, 8, 8), CPU, "blocks")
@@ -218,7 +218,7 @@ def test_samples_are_made_by_what_makes_sense() -> None:
         bench.solver(Restart(), tiny().reads, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_commands_print_tables_and_json() -> None:
     words = ("bench", "step", "digits", *sets(*TINY, GUIDED), "--rounds", 1, "--device", "cpu", "--precision", "bf16")
     made = call(*words, "--slope", "central,none")

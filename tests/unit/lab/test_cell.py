@@ -77,7 +77,7 @@ def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(tmp_path: Path, s
     assert steps == [0, 1, 2, 3, 2, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: list[int]) -> None:
     """In the same folder, without training; what trains otherwise has a folder of its own."""
     first = finished(tmp_path)
@@ -184,7 +184,7 @@ def test_what_cannot_be_timed_or_read(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One size, the paper's two in three ways and the plain step, two rounds."""
     chosen = read("fig4b")

@@ -51,10 +51,9 @@ def test_every_arm_loads(name: str, scale: str) -> None:
         assert all(cell.spec.train.steps <= 40 for cell in cells)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scale"),
-    [("sec43", "laptop"), ("stages", "laptop"), ("words", "smoke")],
+    tiered([("sec43", "laptop"), ("stages", "laptop"), ("words", "smoke")], ci=[("words", "smoke")], id="-".join),
 )
 def test_arms_cost_the_same(name: str, scale: str) -> None:
     """Or a share of it, to half a step; the pairs that a teacher makes are part of it."""
@@ -186,7 +185,7 @@ def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
     assert meanflow.spec.objective == recipe("digits-meanflow").objective
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("free")
 def test_rivals_have_the_setting_that_was_nearest() -> None:
     """By the least product of distances in one pass and two; flow matching's in fifty. Other seeds then compare."""
@@ -206,7 +205,7 @@ def test_rivals_have_the_setting_that_was_nearest() -> None:
     assert 0 not in {cell.spec.train.seed for cell in cells_of("best", "laptop")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("free")
 @pytest.mark.parametrize("name", [name for name in names() if recipes.results(name)])
 def test_results_are_of_the_plan(name: str) -> None:

@@ -160,7 +160,7 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
 SHIPPED = ("best", "best-options", "fair", "fig4a", "fig4c", "zoo")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SHIPPED)
 def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
     """Of the numbers as they were measured: the deviation of the main score is in the cells."""

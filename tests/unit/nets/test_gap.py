@@ -120,7 +120,7 @@ def test_adapters_rest_for_the_base_and_the_gap_is_trained_in_full(folder: Saved
     assert {n for n, p in net.named_parameters() if p.requires_grad} == trained
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_quick_waves_of_the_gap_are_cut_and_its_first_layer_is_that_of_t(folder: Saved) -> None:
     """Also once the embedder was refitted."""
     net = built(cut(folder("sd3"), "sd3"), TR)

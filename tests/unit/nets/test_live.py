@@ -64,7 +64,7 @@ def test_prompts_come_and_go_and_few_rows_are_kept(tmp_path: Path) -> None:
     assert [*live.encoders.rows] == ["a bird", CAPTIONS[0]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     live, tabled = both("SD3", tmp_path)
     live.captions = ()

@@ -87,7 +87,7 @@ def test_a_smooth_net_stays_what_it_is(name: str) -> None:
     assert torch.equal(w, v) == slow
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_cut_stays_cut() -> None:
     """Whatever moves the columns, the net does not see it; and no step of AdamW, decay included, moves them."""
     net = dualized("sd3")
@@ -114,7 +114,7 @@ def test_what_is_cut_stays_cut() -> None:
     assert not first.plain().weight[:, quick].any()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_refit_is_a_function() -> None:
     """The same on every call, whatever torch's generator and mode, and it leaves both as they were."""
     one, two = (nn.Sequential(nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(2))

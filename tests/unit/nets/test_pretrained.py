@@ -423,7 +423,7 @@ def test_a_file_in_bf16_is_mapped_and_shared(tmp_path: Path) -> None:
     assert all(any(int(low, 16) <= at < int(high, 16) for low, high in places) for at in mine)
 
 
-@pytest.mark.parametrize("name", tiered(IMAGES, ci=QUICK[:3]))
+@pytest.mark.parametrize("name", tiered(IMAGES, ci=["sd3"]))
 def test_weights_that_are_made_one_by_one_are_those_of_a_whole_net(name: str, tmp_path: Path) -> None:
     """Stored in either type, kept in either, or drawn: the same bits, and nothing of its blocks is there before."""
     spec, model = saved(tmp_path, name), tiny.TINY[name].model()

@@ -227,7 +227,7 @@ def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
     assert units[1] / units[2] == pytest.approx(0.355, abs=0.001)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_counted_is_what_a_step_does(route: Route) -> None:
     """By a few blocks, by all, and on numbers."""
     objective = GUIDED.model_copy(update={"slope": DualSlope()})

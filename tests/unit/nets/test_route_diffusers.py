@@ -127,7 +127,7 @@ def test_blocks_that_are_computed_again_meet_the_same_tokens(name: str, made: Ma
     assert all((plain - other).norm() < 1e-4 * plain.norm() for other in (lean, half))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @MODELS
 def test_what_is_counted_is_what_a_step_does(name: str, made: Made) -> None:
     net, (x, c, _) = made(name), batch(4)

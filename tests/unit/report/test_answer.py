@@ -93,7 +93,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.abs(a.astype(int) - b) <= 1).all())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
     """In the order of their numbers, a row for each reading, and each as soon as it is made."""
     parts = [*answer.passes(digits, "3", "8", 1)]

@@ -133,7 +133,7 @@ def test_rows_under_other_names_go_to_another_run(run: Path, sent: Sent) -> None
     assert len(sent) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tracker_that_fails_or_hangs_leaves_the_training_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ def test_what_was_measured() -> None:
     assert list(series([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_norms_by_module_and_the_slope_of_time() -> None:
     """And the only part of a loss that is weighted by itself. Logs from before lack all of these (`ROWS`)."""
     rows = [

@@ -188,7 +188,7 @@ def test_what_every_page_has(folder: Path) -> None:
     assert torch.__version__ in page.words
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_page_is_the_last_path_and_again_it_is_the_same(digits: Path) -> None:
     before = {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()}
     seen: list[tuple[int, int]] = []
@@ -219,7 +219,7 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
     assert "a perfect sampler 3.58 ± 0.10" in words
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
     moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
@@ -261,7 +261,7 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_size_is_that_of_the_run() -> None:
     """Not that of the recipe, whose words no setting changes."""
     for recipe, field in (("my-images", "data.side"), ("my-images-256", "data.images.side")):
@@ -304,7 +304,7 @@ def test_each_reading_has_a_row_of_the_passes_that_its_solver_can_make(
     assert report.joined(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("recipe", "head"), [("digits-imf", "u"), ("digits-three-heads", "u"), ("digits-sct", "f")])
 def test_the_words_name_the_head_that_is_read(recipe: str, head: str) -> None:
     """Not the last of the objective's; and where no velocity is taught, there is none to fail."""
@@ -314,7 +314,7 @@ def test_the_words_name_the_head_that_is_read(recipe: str, head: str) -> None:
     assert ("single Euler step" in words) is (recipe != "digits-sct")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_points_are_scattered(moons: Path) -> None:
     page = page_of(moons)
     assert "One pass of the u head makes these points." in page.words
@@ -402,7 +402,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = {**ZOO, "cells": [{**ZOO["cells"][0], "card": {"data": {"kind": "digits", "held": 360}}}]}
     other = {**ZOO, "cells": [{"protocol": "digits (500 samples)", "baselines": {}}]}

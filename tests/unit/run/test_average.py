@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_and_resumed_keeps_the_same(run: Path, tmp_path: Path) -> None:
     train(tiny(10), tmp_path / "run")
     train(tiny(), tmp_path / "run")

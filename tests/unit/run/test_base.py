@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 BASE = "teacher.kind=base"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its files hold the adapter, it goes on bit for bit, and is opened, but not on other frozen weights."""
     adapt(monkeypatch)

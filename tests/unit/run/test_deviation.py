@@ -30,7 +30,7 @@ def test_it_is_measured_once(tmp_path: Path) -> None:
         noted(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)

@@ -60,7 +60,7 @@ def made_of(recipe: str, *fields: str) -> Sampler:
     return sampler(load(recipe, fields), torch.nn.Identity())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_cell_is_its_image(digits: RunFolder) -> None:
     """Rows are images, columns are passes, and the noise of a row is the same by any reading, after any step."""
     panels = gallery.trajectories(digits, nfe=(1, 2, 5), count=3, only=[7, 4], seed=5)

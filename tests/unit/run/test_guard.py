@@ -109,7 +109,7 @@ def test_a_skipped_step_is_logged_with_its_rows(fate: Fate, tmp_path: Path) -> N
     assert line.endswith(f"image {image}, t {row['t']:.3f}")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: Path) -> None:
     """The steps that were skipped in a row are counted on."""
     run = tiny("train.save_every=8")
@@ -146,7 +146,7 @@ def test_asked_to_stop_before_its_first_step_or_in_its_last(fate: Fate, run: Pat
     assert steps(tmp_path / "short") == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fate.comes(spoilt=range(9, 13))
     monkeypatch.chdir(run.parent)
@@ -296,7 +296,7 @@ def test_from_a_step_that_is_not_there(step: int, run: Path) -> None:
     assert not (run.parent / "none").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     run, folder, told = tiny("train.steps=2", name="digits"), tmp_path / "run", list[str]()
     train(run, folder)
@@ -378,7 +378,7 @@ def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> No
     assert journal.due() == due
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Path, fate: Fate) -> None:
     """A stop waits for it, and what goes on from it is the undisturbed run."""
     behind, put, append, every = Event(), checkpoint.put, log.append, "train.log_every=1"
@@ -425,7 +425,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
     assert done == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_does_not(tmp_path: Path) -> None:
     """The log of both goes on after the step of the first checkpoint."""
     folder, told, stopped = tmp_path / "run", list[str](), Event()

@@ -59,7 +59,7 @@ def test_milestones_that_changed_places_are_no_trajectories(tmp_path: Path) -> N
         trajectories(open_run(str(tmp_path / "run"), device="cpu"), nfe=[1], count=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_and_resumed_leaves_the_same_milestones(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(tiny(7, "[0, 1, 3, 5, 7]"), whole)
@@ -79,7 +79,7 @@ def test_a_milestone_where_a_run_stands_is_written_on_resume(tmp_path: Path) -> 
     assert list(kept(tmp_path / "run")) == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_made_again_replaces_what_was_lost_with_its_checkpoint(tmp_path: Path) -> None:
     """The milestones after the checkpoint are those of the run that went on, not of the one that stopped."""
     run = tmp_path / "run"

@@ -173,7 +173,7 @@ def test_what_may_change_is_noted_though_run_yaml_was_edited(run: Path) -> None:
     assert open_run(str(run)).step == 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_accepted_is_noted_and_then_as_good_as_trained(run: Path) -> None:
     trained = load(str(run))
     edit(run, "net.time_scale=2", "train.batch=6")

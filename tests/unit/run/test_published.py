@@ -247,7 +247,7 @@ def test_a_start_that_does_not_fit_is_refused(known: Path, tmp_path: Path) -> No
         tiny("moons", f"start.source={known}", "start.heads.w=v")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_path: Path) -> None:
     small = (
         "data.held=360",
@@ -267,7 +267,7 @@ def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_pat
         train(load("digits-meanflow", [*small, f"start.source={tmp_path / 'late'}"]), tmp_path / "all")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fused_net_is_tuned_on_all_tokens_and_is_no_other(tmp_path: Path) -> None:
     small = ["data.held=360", "net.width=16", "net.attention=2", "net.depth=3", "train.batch=4", "train.steps=1"]
     route = "net.route={kind: sprint, share: 0.75, first: 1, last: 1}"

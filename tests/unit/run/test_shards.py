@@ -47,7 +47,7 @@ def test_what_is_shown_is_the_same_and_other_weights_may_be_a_folder(runs: dict[
         opened(runs["shards"], "step-00000004/none")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_card_and_its_file_are_the_same_but_for_the_place(runs: dict[str, Path], tmp_path: Path) -> None:
     found = {}
     for kind, folder in runs.items():

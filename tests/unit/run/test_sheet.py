@@ -19,7 +19,6 @@ from dumo.training import loop
 from dumo.training.state import State
 from dumo.types import UserError
 from e2e.shell import tree
-from tiers import tiered
 from unit.run import known
 
 
@@ -34,7 +33,7 @@ def drawn(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "sheets").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("average", ["[{decay: 0.9}]", "[]"])  # what is shown: one that is evaluated, one that trains
 def test_sheets_are_samples_and_change_nothing(average: str, tmp_path: Path) -> None:
     train(tiny("digits", "[]", f"train.ema={average}"), tmp_path / "without")
@@ -60,7 +59,8 @@ def test_a_stop_leaves_the_same_sheets(tmp_path: Path) -> None:
         assert (tmp_path / "parts/sheets" / name).read_bytes() == (tmp_path / "whole/sheets" / name).read_bytes()
 
 
-@pytest.mark.parametrize("step", tiered([4, 6], ci=[4]))  # the last one ends by itself
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", [4, 6])  # the last one ends by itself
 @pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Sheets, "made")])
 def test_a_signal_in_a_step_with_a_sheet_loses_none(
     where: object, what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

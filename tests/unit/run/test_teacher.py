@@ -121,7 +121,7 @@ def test_pairs_of_older_versions_are_refused(tmp_path: Path) -> None:
 FEW = ("net.width=32", "train.steps=120", "train.batch=64", "train.optimizer.lr=0.01")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_net_learns_what_the_teacher_says(tmp_path: Path) -> None:
     """Of data that are two moons it learns one point, which is what its teacher knows."""
     run = tiny("moons-flow-matching", *USER, *FEW, "objective.times.low=0.05")
@@ -145,7 +145,7 @@ def test_a_run_teaches_and_is_remembered(known: Path, tmp_path: Path) -> None:
     assert len(about["sha256"]) == 64
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
     for more in ([], ["teacher.pairs.count=24"]):
         name = f"{len(more)}"
@@ -156,7 +156,7 @@ def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
         assert same(whole.net, again.net)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -> None:
     other = tmp_path / "teacher"
     train(tiny("moons-flow-matching"), other)

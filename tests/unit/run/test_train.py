@@ -69,7 +69,7 @@ def test_training_is_watched_and_logged(tmp_path: Path) -> None:
     assert seen.ticks[7:] == [6, 7, 8]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
     """Of a run that is stopped and resumed, as of one that is not."""
     run = tiny("moons", "train.probe_every=4")
@@ -133,7 +133,7 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode", "audit"))]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
     def said(run: Run) -> str:
         units = cost.forward_units(run.outline(), run.objective, run.path, run.data.shape)

@@ -84,7 +84,7 @@ def test_the_numbers_are_those_of_evaluate_and_the_training_is_the_same(tmp_path
     assert not (tmp_path / "with/best").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_was_stopped_has_the_same_scores_and_keeps_the_same_weights(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "whole")
     train(tiny("train.steps=3"), tmp_path / "parts")
@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_has_the_same_scores_and_keeps_the_same_weights(t
     assert [step for step, row in rows(tmp_path / "whole").items() if "val" in row] == [2, 4, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Validation, "made")])
 def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
     where: object, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +147,7 @@ def test_which_is_the_best(
     assert [*kept(tmp_path / "run")] == [f"step-{step:08d}.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[..., None]) -> None:
     def die(state: object, record: Record) -> None:
         if record.step == 5:
@@ -165,7 +165,7 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
     assert [*kept(tmp_path / "run")] == ["step-00000008.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, scored: Callable[..., None]) -> None:
     def die(state: object, record: Record) -> None:
         if record.step == 5:
@@ -185,7 +185,7 @@ def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, 
     assert sorted(path.name for path in best.iterdir()) == ["cut-1", "cut-2", "step-00000002.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored: Callable[..., None]) -> None:
     """By the name of the file, before the first step, and at the end; older ones are taken by the log's score."""
     run, more = tmp_path / "run", "train.steps=8"

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from tiers import tiered
-
 CODE = """
 import contextlib, sys, torch
 from pathlib import Path
@@ -35,7 +33,8 @@ KEPT = [("never", True), ("within", False), ("after", True)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another heap")
-@pytest.mark.parametrize(("when", "kept"), tiered(KEPT, ci=KEPT[1:2], id=lambda case: case[0]))
+@pytest.mark.nightly
+@pytest.mark.parametrize(("when", "kept"), KEPT)
 def test_freed_blocks_go_back_within(when: str, kept: bool) -> None:
     """MiB left of 160 that were freed between 2.5 that stay."""
     words = [sys.executable, "-c", CODE, when]

@@ -38,7 +38,7 @@ def test_streams_are_uncorrelated() -> None:
     assert (together - torch.eye(len(keys))).abs().max() < 5 / 4000**0.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_two_images_are_twins() -> None:
     """With streams keyed by 32 bits, as torch's are, images 7,875 and 22,435 of seed 9 would be."""
     rows = noise(9, range(50_000), 0, (2,))

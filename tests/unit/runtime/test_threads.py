@@ -244,7 +244,7 @@ def test_a_variable_is_a_users_own(monkeypatch: pytest.MonkeyPatch, name: str) -
     assert not threads.may_choose(CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_number_set_in_python_is_a_users_own() -> None:
     """Also where it is the one that torch takes by itself, unless dumo has set others before."""
     environment = {name: value for name, value in os.environ.items() if name not in threads.VARIABLES}

@@ -53,7 +53,7 @@ def interrupt(state: State, record: Record) -> None:
     raise InterruptedError
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_lowers_the_loss() -> None:
     losses: list[float] = []
     spec = Train(steps=300, batch=64, optimizer=AdamW(lr=1e-2), schedule=Cosine())

@@ -33,6 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["share-1", "share-2", "one"])
 def test_one_process_loads_what_ranks_saved(saved: Path, kind: str) -> None:
     state = built(1)

@@ -85,7 +85,7 @@ def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     assert card["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
     own = evaluate(open_folder(folder))
     net = str(folder / "checkpoints/step-00000004/net.safetensors")
@@ -136,7 +136,7 @@ def test_rows_of_other_passes_are_collected(folder: Path) -> None:
     assert files(folder) == {"evaluation.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_guided_rows_are_collected_by_the_passes_asked_for(tmp_path: Path) -> None:
     """The net counts two passes where it is guided, so a row of one asked for says 2."""
     folder = tmp_path / "run"
@@ -159,7 +159,7 @@ def test_rows_of_another_card_are_put_aside(folder: Path) -> None:
     assert read_report(aside) == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
     """Between reading what stands and writing, nobody else writes."""
     with ThreadPoolExecutor(4) as pool:
@@ -168,7 +168,7 @@ def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
     assert [row["nfe"] for row in kept["results"]] == list(range(1, 9))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_stands_is_known_to_be_what_is_asked(folder: Path) -> None:
     assert standing(open_folder(folder)) is None
     report = evaluate(open_folder(folder))

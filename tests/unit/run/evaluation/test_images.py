@@ -136,7 +136,7 @@ def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
     assert judge("made", against="real", out=Path("o.json"))["card"]["labels"] == "none"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     """Class by class as a run is judged; the classes of an .npz have no names."""
     made, real = write("made", 30, classes=2, base=40), write("real", 30, classes=2)
@@ -159,7 +159,7 @@ def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     assert again["card"]["reference_sha256"] == reports[0]["card"]["reference_sha256"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     table = Digits().originals()
     write_adm(Path("digits.npz"), to_rows(table.x[:600]), table.c[:600])
@@ -224,7 +224,7 @@ def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> Non
         compare(["run", "made.evaluation.json"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_are_one(here: Path) -> None:
     """Images of one piece, so that the second rank has none, and of three."""
     write("few", 24, classes=2)
@@ -263,7 +263,7 @@ def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.Monke
     assert report["results"][0]["is"] == pytest.approx(fake.score.value()[0], rel=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_features_of_a_folder_are_torch_fidelitys() -> None:
     """Of Inception with random weights, by way of files (tests/golden/inception.json)."""
     for size in (64, 256):

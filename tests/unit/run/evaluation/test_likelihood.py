@@ -31,7 +31,7 @@ def opened(folder: Path, *overrides: str) -> RunFolder:
     return open_run(str(folder), [*ASKED, *overrides], device="cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_jumps_stand_beside_the_flow(folder: Path) -> None:
     """Passes as the net counts them: one a jump, one a direction and reading of the velocity."""
     report = evaluate(run := opened(folder, "sample.solver.kind=hop"), nfe=[1, 3])

@@ -40,7 +40,7 @@ def steps() -> dict[str, cluster.Step]:
     return {name: counted(small(*words)) for name, words in layouts.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_hold_their_share(steps: dict[str, cluster.Step]) -> None:
     alone, whole = held(small()), steps["replicated"].memory
     for name in ("weights", "optimizer", "averages"):
@@ -56,7 +56,7 @@ def test_ranks_hold_their_share(steps: dict[str, cluster.Step]) -> None:
     assert steps["passes"].memory["activations"] < 0.5 * whole["activations"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_frozen_has_no_gradients_and_lies_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a rank with all weights as without ranks, in a share of it, and in no checkpoint."""
     freeze(monkeypatch)
@@ -95,7 +95,7 @@ def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> N
     assert step.memory["optimizer"] < 0.75 * steps["passes"].memory["optimizer"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("recipe", ["digits-meanflow", "dumo-best"])
 def test_rows_that_are_chosen_by_place_are_known_without_numbers(recipe: str) -> None:
     """Of r = t, and of jumps to the data."""
@@ -103,13 +103,13 @@ def test_rows_that_are_chosen_by_place_are_known_without_numbers(recipe: str) ->
     assert counted(load(recipe, words)).rows == 32 // RANKS
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_pass_gathers_what_was_given_back() -> None:
     step = counted(small("train.share=2", "train.reshard=true", "train.micro_batch=8"), 2)
     assert (step.passes, step.calls) == (4, {"all-gather": 4 * 4 * 2, "reduce-scatter": 2})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_given_back_leaves_no_cast_behind() -> None:
     """Autocast would keep all weights in bf16, half of them as bytes count, where one block is there at a time."""
     words = ("train.precision=bf16", "train.share=8", "train.reshard=true", "net.checkpoint=true", "train.batch=8")
@@ -118,7 +118,7 @@ def test_what_is_given_back_leaves_no_cast_behind() -> None:
     assert six["activations"] - two["activations"] < 0.1 * four_blocks
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hours_and_disk() -> None:
     spec = small("train.keep=3")
     facts = cluster.cluster(spec, 1, tflops=2.0)
@@ -134,7 +134,7 @@ def test_hours_and_disk() -> None:
         cluster.cluster(small("train.share=2", "train.batch=63"), 3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bytes_of_moments_of_8_bits_and_weights_of_16() -> None:
     """Two of each three weights or so have rows of whole blocks here."""
     pytest.importorskip("bitsandbytes")
@@ -162,7 +162,7 @@ def test_the_first_layout_that_fits() -> None:
     assert [line.partition(":")[0] for line in tried] == ["as it is", "train.micro_batch=8", "train.micro_batch=16"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_base_of_fewer_bits_is_the_last_way_and_of_a_lora_alone() -> None:
     """And no way is one that the run has gone already, or cannot go."""
     words = [

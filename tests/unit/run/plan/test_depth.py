@@ -57,7 +57,8 @@ def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, m
     assert few == pytest.approx(all_, rel=1e-12)
 
 
-@pytest.mark.parametrize("source", tiered(ALONE, ci=["sana-1600m"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("source", ALONE)
 def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that keeps inputs alone; Flux is counted whole."""
     shape = (CHANNELS.get(source, 16), 8, 8)

@@ -16,7 +16,6 @@ from dumo.run.plan.host import PROCESS, host
 from dumo.training import layout
 from dumo.training.deferred import Deferred
 from dumo.training.frozen import copied
-from tiers import tiered
 
 
 def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
@@ -42,7 +41,8 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     assert one["export"] == held["weights"] == four["export"] - largest
 
 
-@pytest.mark.parametrize("coding", tiered(["bfloat16", "int8", "nf4"], ci=["int8"]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("coding", ["bfloat16", "int8", "nf4"])
 def test_adapters_are_added_in_a_copy(coding: str) -> None:
     """Of all weights in float32, whatever the base is kept in."""
     pytest.importorskip("peft")

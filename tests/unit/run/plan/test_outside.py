@@ -95,7 +95,7 @@ def test_the_slope_is_examined_in_the_mode_of_training(tmp_path: Path) -> None:
         train(tmp_path / "run", Rounded(), **{"objective.slope": {"kind": "central"}})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_dropout_of_no_numbers_and_dumos_own_are_trained(tmp_path: Path) -> None:
     """And with dumo's a run that is resumed is the same to the bit."""
     train(tmp_path / "none", Plain(nn.Dropout(0.0)))

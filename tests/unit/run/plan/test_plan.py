@@ -100,7 +100,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert dict(lines(facts)).keys() >= {"parameters", "memory", "data"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
     words = ["evaluate.every=100", "evaluate.few=1000", "evaluate.nfe=[2]", "train.batch=50", "sample.guide.scale=2"]
@@ -146,7 +146,7 @@ def test_a_twin_differs_in_its_slope_and_how_it_computes(name: str) -> None:
     assert one == two
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_work_is_all_passes_of_all_images() -> None:
     """XL/2: 118.62 G multiply-adds, 5.9 F a step (the tenth without labels needs no null pass), 240 epochs."""
     spec = recipe("imagenet256-xl2")
@@ -176,7 +176,7 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     assert counted["optimizer"] == sum(value.nbytes for value in own)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(3):
@@ -306,7 +306,7 @@ def test_how_much_is_far_and_how_much_is_guided(
     assert found["guidance_scale"] == pytest.approx(scale)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command(tmp_path: Path) -> None:
     words = ("dry", "moons", *sets("net.width=16"), "--device", "cpu")
     told = call(*words, "--rows", 3)
@@ -321,7 +321,7 @@ def test_the_command(tmp_path: Path) -> None:
     refused(*words, "--rows", 0, named=("--rows",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_your_own_folder_need_not_be_named_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, tried = call("show", "my-images", *sets(*TINY)), call("dry", "my-images", *sets(*TINY))
     assert (shown.code, shown.err) == (0, "")
