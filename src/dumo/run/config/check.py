@@ -1,25 +1,20 @@
-"""Whether the parts of a run fit together, checked when it is read.
+"""Whether the values of a run fit together, checked when it is read; `dumo.run.config.fit` checks what is opened.
 
 A function per kind of mismatch says in a line each what does not fit, with the way out; the first line is raised.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
-
-from torch import nn
 
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
-from dumo.flow.path import Diffusion, Path
-from dumo.flow.slope import DualSlope, demand_precision
+from dumo.flow.path import Path
+from dumo.flow.slope import demand_precision
 from dumo.flow.times import Jumps, Pair
-from dumo.nets import Net, Pretrained
-from dumo.nets.dualized import Dualized
+from dumo.nets import Net
 from dumo.nets.precondition import VELOCITIES
-from dumo.nets.table import Embedded, PipelineTexts
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.subject import prior, subject
@@ -34,23 +29,20 @@ ANY_SHAPE = ("dit", "diffusers")  # the nets that take samples of any shape
 
 
 def check(run: Tree) -> None:
-    """Raise UserError for the first mismatch between parts of a run."""
+    """Raise UserError for the first mismatch between the values of a run; no net is made and no file is read."""
     data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
     require(captions(data, net, run.evaluate), unconditional(data, objective, run.sample.guide, run.teacher))
-    outline = run.outline(short=True)
-    require(buckets(data, net, outline, run.teacher), positions(data, outline))
     require(
+        buckets(data, net, run.teacher),
         augmentation(data, net, objective),
-        scheduled(path, net),
         formulas(objective, path, net),
         precision(objective, net, train),
     )
     check_pieces(train, objective)
-    require(compilation(train, objective, net, outline, data.classes), guidance(objective, data))
+    require(guidance(objective, data))
     check_guided(run.sample.guide, data, objective, run.guided)
     require(
         teaching(run.teacher, objective, data, train),
-        base(outline, net, path) if run.teacher and run.teacher.kind == "base" else (),
         beginning(run.start, objective, train),
         subject(run),
         prior(data, run.teacher, objective, train),
@@ -78,13 +70,6 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
         yield (
             f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
             f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if reads else 'none'}"
-        )
-    edits = isinstance(texts, PipelineTexts) and texts.row.edits
-    if edits != bool(source := getattr(given, "source", None)):
-        yield (
-            f"{where}.source is the column of images to edit, {source or 'null'}, and the pipeline is a "
-            f"{texts.row.pipeline if isinstance(texts, PipelineTexts) else net.kind}: name one for a model that edits, "
-            "and for no other"
         )
     if evaluation.protocol.kind == "clip-score" and not given:
         yield (
@@ -122,8 +107,8 @@ def validation(evaluation: Evaluation) -> Iterator[str]:
         yield f"evaluate.few = {few}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or null"
 
 
-def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -> Iterator[str]:
-    """Buckets whose shapes the net does not take, or a teacher whose pairs are squares."""
+def buckets(data: Data, net: Net, teacher: Teacher | None) -> Iterator[str]:
+    """Buckets with a net of one size, or with a teacher whose pairs are squares."""
     images = shown(data)
     if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
         return
@@ -132,32 +117,6 @@ def buckets(data: Data, net: Net, outline: nn.Module, teacher: Teacher | None) -
         yield f"net '{net.kind}' is made for one size, and {field} has several: set {field}=null, or net.kind=dit"
     if teacher and teacher.pairs:
         yield f"teacher.pairs are squares, and {field} has other shapes: set {field}=null, or teacher.pairs=null"
-    patch: int = getattr(outline, "patch", 1)
-    if odd := [side for shape in data.shapes for side in shape[1:] if side % patch]:
-        yield (
-            f"{field}.step = {images.buckets.step} pixels makes sides of {odd[0]}, which net.patch {patch} does not "
-            f"divide: make it a multiple of {images.side * patch // data.shape[1]}"
-        )
-
-
-def positions(data: Data, outline: nn.Module) -> Iterator[str]:
-    """Images of more patches along a side than a pretrained model has positions for."""
-    most, patch = (outline.most, outline.patch) if isinstance(outline, Dualized) else (None, 1)
-    if most is None:
-        return
-    what = f"pipeline has a model with positions for {most} patches a side"
-    if max(data.shape[1:]) // patch > most:
-        images, field = shown(data), "data.images.side" if isinstance(data, Latents) else "data.side"
-        pixels, latents = images.shape[1], data.shape[1]
-        yield (
-            f"{what}, and images of {pixels:,} x {pixels:,} pixels have {latents // patch}: set "
-            f"{field}={most * patch * pixels // latents} or less"
-        )
-    if isinstance(data, Images | Latents):
-        long, field = max(side // patch for shape in data.shapes for side in shape[1:]), "data.images.buckets"
-        if long > most:
-            field = field if isinstance(data, Latents) else "data.buckets"
-            yield f"{what}, and {field} has {long}: lower {field}.ratio"
 
 
 def ways_to_captions(data: Data) -> str:
@@ -208,30 +167,14 @@ def formulas(objective: Objective, path: Path, net: Net) -> Iterator[str]:
         )
 
 
-def scheduled(path: Path, net: Net) -> Iterator[str]:
-    """A model of a diffusion on another path than its own, or that path with another net."""
-    frame = net.frame if isinstance(net, Pretrained) else None
-    if isinstance(path, Diffusion) and frame is None:
-        yield "path 'diffusion' is that of a pipeline's model which learned noise, and this one did not: set path.kind"
-    elif frame and not isinstance(path, Diffusion):
-        yield (
-            "pipeline has a model of a diffusion, whose path ends before the noise, at the last time of its schedule: "
-            "set path.kind=diffusion"
-        )
-    elif frame and isinstance(path, Diffusion) and path.schedule not in (None, frame.schedule):
-        yield "path.schedule is another than the pipeline's scheduler has: leave it out, or set it to null"
-
-
 def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
-    """Frozen weights that every pass would cast up, and differences with too large a rounding error or step."""
+    """Frozen weights that every pass would cast up, and an objective that amplifies rounding errors."""
     needs, lora = objective.needs, net.lora
     if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
         yield (
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
             f"{train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    if needs.slope:
-        needs.slope.check(train.precision, net.time_scale)
     demand_precision(train.precision, needs.amplifies, objective.kind)
 
 
@@ -258,22 +201,6 @@ def pieces(train: Train, objective: Objective, ranks: int) -> Iterator[str]:
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
         yield f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks"
-
-
-def compilation(train: Train, objective: Objective, net: Net, outline: nn.Module, classes: int) -> Iterator[str]:
-    """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
-    needs, texts = objective.needs, net.texts
-    dual = isinstance(needs.slope, DualSlope)
-    if train.compile != "none" and dual and isinstance(outline, Dualized) and not outline.row.compiles:
-        yield (
-            f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model where slope "
-            "'dual' rides along: set train.compile=none"
-        )
-    if train.compile == "loss" and isinstance(texts, Embedded) and texts.mapped(classes):
-        yield (
-            f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
-            "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"
-        )
 
 
 def guidance(objective: Objective, data: Data) -> Iterator[str]:
@@ -338,20 +265,6 @@ def teaching(teacher: Teacher | None, objective: Objective, data: Data, train: T
     if guide.active and (needs.knobs or own.active):
         field, off = (own.field, own.off) if own.active else ("objective.w", "objective.w=null")
         yield f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
-
-
-def base(outline: nn.Module, net: Net, path: Path) -> Iterator[str]:
-    """A net without adapters as its own teacher, or on another path than that of its velocity."""
-    off: Callable[[], AbstractContextManager[None]] | None = getattr(outline, "base", None)
-    if off is None or path.kind == "trig" or path.sd != 1:
-        yield (
-            f"teacher.kind = base asks for the net with its adapters off, on path 'linear' of sd 1; this is net "
-            f"'{net.kind}' on path '{path.kind}' of sd {path.sd:g}: set teacher.kind=run and teacher.source to the "
-            "folder of a run that can teach"
-        )
-        return
-    with off():  # a net that may have adapters refuses it if it has none
-        pass
 
 
 def beginning(start: Start | None, objective: Objective, train: Train) -> Iterator[str]:

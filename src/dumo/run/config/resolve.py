@@ -25,6 +25,7 @@ from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
 from dumo.run.config.change import override, shown
 from dumo.run.config.check import check, ways_to_captions
+from dumo.run.config.fit import check_opened
 from dumo.run.config.load import differences, load, parse
 from dumo.run.config.source import CODE, FILE, GIVEN
 from dumo.run.config.spec import Run
@@ -65,10 +66,11 @@ def resolve(run: Run) -> Run:
         new["path.schedule"] = path.schedule.model_dump(mode="json")
     if CODE not in run.resolved and (codes := dict(codes_of(run))):
         new[CODE] = codes
-    if not new:
-        return run
-    check(found)
-    return found.model_copy(update={"resolved": run.resolved | new})
+    if new:
+        check(found)
+        run = found.model_copy(update={"resolved": run.resolved | new})
+    check_opened(run)
+    return run
 
 
 def require_few_step_velocity(run: Run) -> None:

@@ -1,11 +1,17 @@
 """Parts that do not fit one another are refused when a run is made, whichever way it is made."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
 
+import dumo
 from dumo.run.config.check import check_pieces
 from dumo.run.config.load import difference, load
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.types import UserError
 
@@ -45,7 +51,7 @@ def test_a_run_made_in_python_is_held_to_the_same() -> None:
 
 def test_checking_costs_no_memory_and_no_randomness() -> None:
     state = torch.random.get_rng_state()
-    huge = load("digits", ["net.width=16384", "net.depth=200", "net.attention=4"])  # 600 billion parameters, never made
+    huge = resolve(load("digits", ["net.width=16384", "net.depth=200", "net.attention=4"]))  # 600 billion parameters
     assert huge.net.depth == 200
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -90,8 +96,6 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
         ("digits-split-meanflow", [], "objective.times.velocity_ratio=0", "leaves no row that matches the data"),
         ("digits-pi-flow", [], "objective.early.low=-3", "early.low: .*greater than or equal to 0"),
         ("digits-ict", [], "objective.discretization.first=1e9", "discretization"),
-        ("digits-ucgm", IN_BF16[1:], IN_BF16[0], "slope 'central' needs precision fp32"),
-        ("digits", [IN_BF16[2], "objective.slope={kind: central, h: 0.05}"], "objective.slope.h=0.06", "central"),
         ("digits-facm", [], EDM, NEGATIVE),
         ("digits-twinflow", [], EDM, NEGATIVE),
         ("digits-imm", [], PAIRS[0], "learns from no velocity"),
@@ -123,6 +127,46 @@ def test_what_does_not_fit_is_refused_and_what_does_is_not(recipe: str, fits: li
     load(recipe, fits)
     with pytest.raises(UserError, match=said):
         load(recipe, [*fits, more])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fits", "more", "said"),
+    [
+        ("digits-ucgm", IN_BF16[1:], IN_BF16[0], "slope 'central' needs precision fp32"),
+        ("digits", [IN_BF16[2], "objective.slope={kind: central, h: 0.05}"], "objective.slope.h=0.06", "central"),
+        ("digits", [], "net.patch=3", r"net\.patch 3"),
+    ],
+)
+def test_what_takes_a_net_is_refused_when_a_run_is_opened(recipe: str, fits: list[str], more: str, said: str) -> None:
+    resolve(load(recipe, fits))
+    run = load(recipe, [*fits, more])
+    with pytest.raises(UserError, match=said):
+        resolve(run)
+
+
+READ_ALL = """
+import sys, torch
+opened, dumo = [], sys.argv[1]
+sys.addaudithook(lambda event, given: event == "open" and opened.append(str(given[0])))
+from dumo.run.config import recipes
+from dumo.run.config.load import load
+load("digits")  # imports what all of them need
+opened.clear()
+for name in recipes.names():
+    load(name)
+print(*{"diffusers", "transformers", "torch._dynamo"} & {*sys.modules})
+print(*(path for path in opened if not path.startswith(dumo)))
+"""
+
+
+@pytest.mark.slow
+def test_reading_a_recipe_opens_nothing_but_dumos_own_texts_and_makes_no_net(tmp_path: Path) -> None:
+    """Of a published model a config is such a text."""
+    package = Path(dumo.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL, str(package)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize(
