@@ -90,7 +90,7 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """In whatever order tests run, torch's own generator gives each the same numbers."""
-    torch.manual_seed(0)
+    torch.manual_seed(260217682)  # no seed that a test has: equal draws hide errors
 
 
 @pytest.hookimpl(wrapper=True)

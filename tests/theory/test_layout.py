@@ -44,7 +44,7 @@ AVERAGE = "digits-cm+train.clip=100+train.batch=8+once"
 MUON = "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.depth=2+once"
 
 
-@pytest.mark.parametrize("case", tiered([AVERAGE, MUON], ci=[AVERAGE]))
+@pytest.mark.parametrize("case", tiered([AVERAGE, MUON], ci=[AVERAGE], id={AVERAGE: "average", MUON: "muon"}.__getitem__))
 def test_two_ranks_are_two_pieces_to_the_bit(case: str, tmp_path: Path) -> None:
     check_bits(run(2, [case], tmp_path), [case])
 
