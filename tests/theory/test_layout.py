@@ -42,9 +42,10 @@ def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
 
 AVERAGE = "digits-cm+train.clip=100+train.batch=8+once"
 MUON = "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.depth=2+once"
+CASE_NAMES = {AVERAGE: "average", MUON: "muon"}
 
 
-@pytest.mark.parametrize("case", tiered([AVERAGE, MUON], ci=[AVERAGE], id={AVERAGE: "average", MUON: "muon"}.__getitem__))
+@pytest.mark.parametrize("case", tiered(CASE_NAMES, ci=[AVERAGE], id=CASE_NAMES.__getitem__))
 def test_two_ranks_are_two_pieces_to_the_bit(case: str, tmp_path: Path) -> None:
     check_bits(run(2, [case], tmp_path), [case])
 
