@@ -1,32 +1,21 @@
-"""Import cycles between files: `make check` refuses a new one, a listed one that grew, and a listed import that is on
-no cycle any more.
+"""Import cycles between files, which `make check` refuses.
 
     python tools/circles.py
 
 An import counts wherever it stands, as in import-linter's contracts: inside a function it lets Python start, under
-TYPE_CHECKING it costs nothing, and yet neither file is understood without the other. circles.toml lists the imports of
-known circles. A new one that lies on a circle fails; so does a listed one that lies on none, so the list only shrinks.
+TYPE_CHECKING it costs nothing, and yet neither file is understood without the other.
 """
 
 import sys
-import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import grimp
 
 ROOT = Path(__file__).parents[1]
-KNOWN = Path(__file__).with_name("circles.toml")
 SHOWN_CIRCLES = 10
 
 Import = tuple[str, str]  # importer, imported
-
-
-def read_known(path: Path) -> set[Import]:
-    """The imports of a list of known circles."""
-    imports_by_file: Mapping[str, Sequence[str]] = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {(importer, imported) for importer, files in imports_by_file.items() for imported in files}
 
 
 def find_circular_imports(graph: grimp.ImportGraph) -> set[Import]:
@@ -49,41 +38,30 @@ def find_circle(graph: grimp.ImportGraph, circular_import: Import) -> tuple[str,
     return (*chain[first:], *chain[:first])
 
 
-def find_new_circles(graph: grimp.ImportGraph, new_imports: Iterable[Import]) -> list[str]:
-    """A line for each circle, smallest first: its files, and which of its imports are new."""
+def find_circles(graph: grimp.ImportGraph) -> list[str]:
+    """A line for each circle, smallest first: its files, and where its imports stand."""
     places_by_circle: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
-    for importer, imported in sorted(new_imports):
+    for importer, imported in sorted(find_circular_imports(graph)):
         line = graph.get_import_details(importer=importer, imported=imported)[0]["line_number"]
         circle = find_circle(graph, (importer, imported))
         places_by_circle[circle].append(f"{importer}:{line} → {imported}")
     lines: list[str] = []
     for circle in sorted(places_by_circle, key=lambda circle: (len(circle), circle)):
         path = " → ".join((*circle, circle[0]))
-        lines.append(f"a circle of files: {path}; new in it: {', '.join(places_by_circle[circle])}")
+        lines.append(f"a circle of files: {path}; its imports: {', '.join(places_by_circle[circle])}")
     return lines
 
 
-def find_problems(graph: grimp.ImportGraph, known: set[Import]) -> list[str]:
-    """A line for each new circle, and for each import that the list has in vain."""
-    circular_imports = find_circular_imports(graph)
-    new_circles = find_new_circles(graph, circular_imports - known)
-    problems = new_circles[:SHOWN_CIRCLES]
-    if len(new_circles) > SHOWN_CIRCLES:
-        problems.append(f"and {len(new_circles) - SHOWN_CIRCLES} more circles")
-    for importer, imported in sorted(known - circular_imports):
-        problems.append(f"{importer} → {imported} lies on no circle any more: delete it from {KNOWN.name}")
-    return problems
-
-
-def main(package: str = "dumo", known_circles: Path = KNOWN) -> int:
-    """Print the problems of a package, or that there are none. Returns 1 where there are any."""
-    graph = grimp.build_graph(package, cache_dir=None)
-    known = read_known(known_circles)
-    problems = find_problems(graph, known)
-    if problems:
-        print("\n".join(problems))
+def main(package: str = "dumo") -> int:
+    """Print the circles of a package, or that there are none. Returns 1 where there are any."""
+    circles = find_circles(grimp.build_graph(package, cache_dir=None))
+    for line in circles[:SHOWN_CIRCLES]:
+        print(line)
+    if len(circles) > SHOWN_CIRCLES:
+        print(f"and {len(circles) - SHOWN_CIRCLES} more circles")
+    if circles:
         return 1
-    print(f"No import cycle except the {len(known)} known imports in {KNOWN.name}")
+    print("No import cycle")
     return 0
 
 

@@ -69,7 +69,8 @@ def work(args: argparse.Namespace) -> None:
 
     from dumo.nets import lowpass
     from dumo.run.config.load import load
-    from dumo.run.folder import begin, note
+    from dumo.run.folder import note
+    from dumo.run.weights import begin
     from dumo.runtime import dist
     from dumo.training import checkpoint
     from dumo.training.saver import Saver

@@ -19,8 +19,8 @@ from dumo.lab.cell import leading
 from dumo.run.config.load import FILE, dump
 from dumo.run.config.resolve import as_given
 from dumo.run.config.spec import Run
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.shipped import HERE
+from dumo.run.weights import RunFolder, open_run
 from dumo.training import manifest
 
 CARD = """# {name}

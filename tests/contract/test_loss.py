@@ -199,10 +199,9 @@ IN_BF16 = [(o, FIRST) for o in dict.fromkeys([*ONCE, *filter(refused, ALL)]) if 
 EACH_NET = [(DuMo(guide=GUIDE, slope=DualSlope()), net) for net in (*nets(), PlainNet())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "net"), [*IN_BF16, *EACH_NET], ids=name)
-@pytest.mark.parametrize(
-    "bf16_data", [pytest.param(False, id="fp32 data"), pytest.param(True, id="bf16 data", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("bf16_data", [False, True], ids=["fp32 data", "bf16 data"])
 def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bool) -> None:
     """Exact slopes work in the corners of time under autocast; differences are refused, for they would be noise."""
     model = built(objective, net).float()

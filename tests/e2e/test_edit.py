@@ -9,8 +9,8 @@ from PIL import Image
 
 from dumo.export.card import PROMPT
 from dumo.nets.rows import Texts
-from dumo.run.folder import open_run
 from dumo.run.prompt import prompted
+from dumo.run.weights import open_run
 from e2e.shell import call, refused, sets
 from stock.case import CAPTIONS, FULL, SHORT, Case
 

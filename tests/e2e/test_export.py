@@ -25,8 +25,8 @@ from dumo.export.serve import KEY
 from dumo.flow.generate import carried
 from dumo.flow.solver import Euler
 from dumo.run.evaluation.evaluate import FILE
-from dumo.run.folder import open_run
 from dumo.run.prompt import prompted
+from dumo.run.weights import open_run
 from dumo.runtime.random import noise
 from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT

@@ -11,8 +11,8 @@ from dumo.flow.path import Linear
 from dumo.lab.step import Plain, slope_error
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.folder import sampler
 from dumo.run.plan.doctor import examine
+from dumo.run.weights import build, sampler
 from dumo.types import frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
@@ -26,7 +26,7 @@ def guided(*more: str) -> Run:
 
 def test_samples_follow_the_knobs(tmp_path: Path) -> None:
     runs = [guided(), guided("sample.knobs.w=8"), guided("sample.knobs={w: 2, low: 0.1, high: 0.9}")]
-    net = randomise(runs[0].build())
+    net = randomise(build(runs[0]))
     c = torch.arange(4)
     one, same, other = (torch.cat([part.x for part in sampler(run, net.eval()).batches(c, nfe=1)]) for run in runs)
     assert torch.equal(one, same)
@@ -38,7 +38,7 @@ def test_a_knob_may_be_called_as_a_direction_is(slope: str) -> None:
     """What examines a slope calls the direction w, too."""
     run = guided(f"objective.slope.kind={slope}")
     assert examine(run, torch.device("cpu")).passed
-    net = randomise(run.build())
+    net = randomise(build(run))
     x, c = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8)
     b = draw(run.objective, Linear(), x, c, torch.full_like(c, 10), seed=0, step=0)
     assert slope_error(net, frozen(net), run.objective, b) < 1e-3
@@ -48,7 +48,7 @@ def test_a_knob_may_be_called_as_a_direction_is(slope: str) -> None:
 def test_the_bench_and_the_doctor_serve_heads_with_inputs_of_their_own(name: str) -> None:
     run = load(name, ["net.width=16", "net.depth=2", "train.batch=16"])
     c, x = torch.arange(16) % 10, torch.randn(16, *run.data.shape, generator=torch.Generator().manual_seed(0))
-    net = randomise(run.build())
+    net = randomise(build(run))
     b = draw(run.objective, run.path, x, c, torch.full_like(c, 10), seed=0, step=0)
     Plain(of=run.objective).loss(net, frozen(net), b).loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.numel() > 11 * 16)

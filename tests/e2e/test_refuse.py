@@ -287,6 +287,7 @@ REFUSED = [  # of the recipes' runs, where a word names one
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "named"), REFUSED)
 def test_what_no_command_can_do(command: str, named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
     first, *words = shlex.split(command)

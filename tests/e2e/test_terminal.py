@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dumo.run import folder
+from dumo.run import weights
 from e2e.shell import TINY, call, finish, refused, sets, start, tree, wait
 from forked import ENVIRONMENT
 
@@ -111,13 +111,13 @@ def test_a_signal_ends_work_between_its_pieces(
 ) -> None:
     """Heard while the run is opened, which has no pieces; nothing is half-written."""
     shutil.copytree(trained["moons"], "run")
-    opened, before = folder.load_net, tree(here)
+    opened, before = weights.load_net, tree(here)
 
     def load(*told: object) -> object:
         os.kill(os.getpid(), number)
         return opened(*told)
 
-    monkeypatch.setattr(folder, "load_net", load)
+    monkeypatch.setattr(weights, "load_net", load)
     done = call(*words)
     assert (done.code, done.out) == (128 + number, "")
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"

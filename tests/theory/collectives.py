@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.run.config.load import load
+from dumo.run.weights import build
 from dumo.training.state import begin
 from dumo.training.step import Task, pieces, span, train_step
 
@@ -45,7 +46,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     guided = ["objective.guide.zeta=0.5", f"objective.slope.kind={slope}", "train.probe_every=0"]
     cut = [f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"]
     spec = load("digits", [*guided, *cut, f"train.batch={BATCH}", f"net.depth={2 if share < 64 else 4}"])
-    net = spec.build()
+    net = build(spec)
     size = sum(p.numel() for p in net.parameters()) * 4
     state = begin(net, spec.train)
     mine = pieces(spec.train, spec.objective)

@@ -17,6 +17,7 @@ from dumo.io.source import Source
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.journal import slope_in_time
+from dumo.run.weights import build, sketch
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
 from dumo.training import agreement
@@ -62,9 +63,9 @@ def opened(data: Data) -> Source:
 def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float], list[float]]:
     """All numbers of a run after so many steps, each in one piece; losses; gradient norms by module and time slope."""
     if dist.world() == 1:
-        state = begin(run.build(), run.train)
+        state = begin(build(run), run.train)
     else:  # as `dumo train` begins
-        net, made = run.sketch()
+        net, made = sketch(run)
         assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
         state = begin(net, run.train, torch.device("cpu"), made)
     rows = span(pieces(run.train, run.objective))

@@ -12,14 +12,7 @@ import pytest
 
 import circles
 
-RING = {  # a known circle of a and b; c reaches it, and d stands alone
-    "__init__.py": "",
-    "a.py": "from ring import b\n",
-    "b.py": "def call():\n    from ring import a\n",
-    "c.py": "import ring.a\nimport ring.d\n",
-    "d.py": "",
-}
-KNOWN = {("ring.a", "ring.b"), ("ring.b", "ring.a")}
+CHAIN = {"__init__.py": "", "a.py": "", "b.py": "from chain import a\n", "c.py": "import chain.b\n", "d.py": ""}
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 PYPROJECT = circles.ROOT / "pyproject.toml"
 
@@ -31,65 +24,58 @@ def write_files(folder: Path, texts: dict[str, str]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def find_problems(folder: Path, monkeypatch: pytest.MonkeyPatch, **changed: str) -> list[str]:
-    """Of the ring with other texts of files."""
-    write_files(folder / "ring", RING | {f"{name}.py": text for name, text in changed.items()})
+def find_circles(folder: Path, monkeypatch: pytest.MonkeyPatch, **changed: str) -> list[str]:
+    """Of the chain with other texts of files."""
+    write_files(folder / "chain", CHAIN | {f"{name}.py": text for name, text in changed.items()})
     monkeypatch.syspath_prepend(str(folder))
-    return circles.find_problems(grimp.build_graph("ring", cache_dir=None), KNOWN)
+    return circles.find_circles(grimp.build_graph("chain", cache_dir=None))
 
 
-def test_a_known_circle_passes_and_what_only_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_problems(tmp_path, monkeypatch) == []
+def test_a_chain_is_no_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_circles(tmp_path, monkeypatch) == []
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "\nimport ring.c\n",
-        "def call():\n    import ring.c\n",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING: import ring.c\n",
+        "\nimport chain.b\n",
+        "def call():\n    import chain.b\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING: import chain.b\n",
     ],
 )
-def test_a_new_circle_is_named_wherever_its_imports_stand(
+def test_a_circle_is_named_wherever_its_imports_stand(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find_problems(tmp_path, monkeypatch, d=text) == [
-        "a circle of files: ring.c → ring.d → ring.c; new in it: ring.c:2 → ring.d, ring.d:2 → ring.c"
+    assert find_circles(tmp_path, monkeypatch, a=text) == [
+        "a circle of files: chain.a → chain.b → chain.a; its imports: chain.a:2 → chain.b, chain.b:1 → chain.a"
     ]
 
 
-def test_an_import_more_in_a_known_circle_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_problems(tmp_path, monkeypatch, b="import ring.a\nimport ring.c\n") == [
-        "a circle of files: ring.a → ring.b → ring.c → ring.a; new in it: ring.b:2 → ring.c, ring.c:1 → ring.a"
+def test_an_import_more_makes_a_circle_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_circles(tmp_path, monkeypatch, a="import chain.b\nimport chain.c\n") == [
+        "a circle of files: chain.a → chain.b → chain.a; its imports: chain.a:1 → chain.b, chain.b:1 → chain.a",
+        "a circle of files: chain.a → chain.c → chain.b → chain.a; its imports: chain.a:2 → chain.c, "
+        "chain.c:1 → chain.b",
     ]
 
 
 def test_a_package_and_a_file_in_it_can_make_a_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = find_problems(tmp_path, monkeypatch, __init__="import ring.d\n", d="from ring import x\n")
-    assert problems == ["a circle of files: ring → ring.d → ring; new in it: ring:1 → ring.d, ring.d:1 → ring"]
+    found = find_circles(tmp_path, monkeypatch, __init__="import chain.d\n", d="from chain import x\n")
+    assert found == ["a circle of files: chain → chain.d → chain; its imports: chain:1 → chain.d, chain.d:1 → chain"]
 
 
-def test_a_known_circle_that_is_gone_leaves_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_problems(tmp_path, monkeypatch, b="") == [
-        "ring.a → ring.b lies on no circle any more: delete it from circles.toml",
-        "ring.b → ring.a lies on no circle any more: delete it from circles.toml",
-    ]
-
-
-def test_a_list_of_circles_decides_the_exit_code(
+def test_a_circle_decides_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_files(tmp_path, {f"ring/{name}": text for name, text in RING.items()})
+    write_files(tmp_path, {f"whole/{name}": text.replace("chain", "whole") for name, text in CHAIN.items()})
+    write_files(
+        tmp_path, {"broken/__init__.py": "", "broken/a.py": "import broken.b\n", "broken/b.py": "import broken.a\n"}
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    known_circles = tmp_path / "circles.toml"
-    known_circles.write_text('"ring.a" = ["ring.b"]\n', encoding="utf-8")
-    assert circles.main("ring", known_circles) == 1
-    assert capsys.readouterr().out.splitlines() == [
-        "a circle of files: ring.a → ring.b → ring.a; new in it: ring.b:2 → ring.a"
-    ]
-    known_circles.write_text('"ring.a" = ["ring.b"]\n"ring.b" = ["ring.a"]\n', encoding="utf-8")
-    assert circles.main("ring", known_circles) == 0
-    assert capsys.readouterr().out == "No import cycle except the 2 known imports in circles.toml\n"
+    assert circles.main("whole") == 0
+    assert capsys.readouterr().out == "No import cycle\n"
+    assert circles.main("broken") == 1
+    assert "a circle of files: broken.a → broken.b → broken.a" in capsys.readouterr().out
 
 
 def write_contracted_package(folder: Path) -> None:

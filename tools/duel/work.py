@@ -27,6 +27,7 @@ from dumo.run import encode as encoding
 from dumo.run.config.load import load
 from dumo.run.encode import encode
 from dumo.run.train import train
+from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training import checkpoint
 from dumo.training.ema import Ema, MovingAverage
@@ -157,7 +158,7 @@ def sampling(folder: Path) -> Work:
 def saving(folder: Path) -> Work:
     """A checkpoint of 25 M parameters, their moments and one average."""
     run = load("digits", ["net.width=512", "net.depth=6", "net.attention=8"])
-    state = begin(run.build(CPU), run.train)
+    state = begin(build(run, CPU), run.train)
     for group in state.optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -172,7 +173,7 @@ def saving(folder: Path) -> Work:
 
 def averages(_: Path) -> Work:
     """An update of one average of the net of digits."""
-    net = load("digits", []).build(CPU)
+    net = build(load("digits", []), CPU)
     average = MovingAverage(Ema(decay=0.999), net)
     return timed(50, lambda: average.update(net, 100))
 
@@ -180,7 +181,7 @@ def averages(_: Path) -> Work:
 def slope(*, rides: bool) -> Work:
     """The exact slope of a small net of six blocks."""
     run = load("digits", ["net.width=8", "net.attention=2", "net.depth=6"])
-    net = run.build(CPU)
+    net = build(run, CPU)
     (x, c), t = random_batch("duel", 2, run.data.shape, 10), torch.rand(2)
     v, ref = torch.randn_like(x), frozen(net)
 
@@ -205,7 +206,7 @@ def guided(_: Path) -> Work:
     """A compiled loss of DuMo with guidance, and its gradient."""
     small = ["net.depth=2", "net.width=64"]
     run = load("digits", ["objective.guide.zeta=0.5", "objective.drop=0.1", "train.batch=64", *small])
-    net, (x, c) = run.build(CPU), random_batch("duel", 64, run.data.shape, 10)
+    net, (x, c) = build(run, CPU), random_batch("duel", 64, run.data.shape, 10)
     loss, batch = torch.compile(run.objective.loss), draw(run.objective, run.path, x, c, 10, seed=0, step=0)
 
     def one() -> None:

@@ -28,8 +28,8 @@ from dumo.flow.generate import carried
 from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpacked
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
+from dumo.run.weights import RunFolder, open_run
 from e2e.shell import Done, call, sets
 from forked import ENVIRONMENT
 from pipelines import PIPELINES, SIDE, save

@@ -27,10 +27,10 @@ from dumo.run.config.change import override, shown
 from dumo.run.config.spec import Run
 from dumo.run.config.trust import trusting
 from dumo.run.evaluation import evaluate as evaluation
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
 from dumo.run.sample import COUNT, guide_of, size_of, solver_of, turned
 from dumo.run.train import train as train_run
+from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads
 from dumo.runtime.progress import Bar, bar, no_bar, say, teller
 from dumo.training.loop import Every

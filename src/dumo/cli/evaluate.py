@@ -188,7 +188,7 @@ def evaluate(
     """
     from dumo.run.evaluation import evaluate, verdict
     from dumo.run.evaluation import sweep as sweeps
-    from dumo.run.folder import open_run
+    from dumo.run.weights import open_run
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 

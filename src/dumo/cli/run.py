@@ -227,8 +227,8 @@ def sample(
     """
     from dumo.encoders.caption import read_prompts
     from dumo.run.evaluation.benchmark import LAYOUTS, make
-    from dumo.run.folder import open_run
     from dumo.run.sample import COUNT, export
+    from dumo.run.weights import open_run
     from dumo.runtime import dist
 
     if sum(map(bool, (labels, prompt, prompts))) > 1:
@@ -319,7 +319,7 @@ def grid(
     """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
     from dumo.io import file
     from dumo.run import gallery
-    from dumo.run.folder import open_run
+    from dumo.run.weights import open_run
     from dumo.runtime import dist, threads
 
     dist.alone("dumo grid")
@@ -350,7 +350,7 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
     """
     from dumo.encoders.caption import read_prompts
     from dumo.report import page
-    from dumo.run.folder import open_run
+    from dumo.run.weights import open_run
     from dumo.runtime import dist
 
     dist.alone("dumo report")

@@ -59,7 +59,7 @@ def export(
 ) -> None:
     """Write a trained net as stock programs take it."""
     from dumo.export import hub, write
-    from dumo.run.folder import open_run
+    from dumo.run.weights import open_run
     from dumo.runtime import dist
     from dumo.runtime.heap import lean
 

@@ -24,8 +24,8 @@ from dumo.run.config.load import identity
 from dumo.run.config.resolve import as_given, without_path
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import FILE, read_report
-from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.runtime import typed, version
 from dumo.runtime.progress import inline
 from dumo.types import UserError

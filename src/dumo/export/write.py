@@ -34,7 +34,7 @@ from dumo.io.weights import apart
 from dumo.nets import DiT, Pretrained
 from dumo.objectives import Objective
 from dumo.run.config.error import require_known
-from dumo.run.folder import RunFolder
+from dumo.run.weights import RunFolder, build
 from dumo.training.frozen import trained
 from dumo.types import UserError
 
@@ -116,7 +116,7 @@ def uncoded(opened: RunFolder) -> nn.Module:
     spec = opened.run.net
     if not isinstance(spec, Pretrained) or (whole := spec.uncoded()) is spec:
         return opened.net
-    net = opened.run.model_copy(update={"net": whole}).build(opened.device)
+    net = build(opened.run.model_copy(update={"net": whole}), opened.device)
     net.load_state_dict(trained(opened.net), strict=False, assign=True)  # which are there once
     return net.eval()
 

@@ -28,8 +28,8 @@ from dumo.run import encode
 from dumo.run.config.resolve import resolve
 from dumo.run.evaluation import compare
 from dumo.run.evaluation.evaluate import evaluate, standing
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError

@@ -24,9 +24,10 @@ from dumo.lab.plan import Cell, Cost, Plan
 from dumo.run import gallery
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluator_of, row
-from dumo.run.folder import RunFolder
+from dumo.run.net import outline
 from dumo.run.plan import machine
 from dumo.run.plan import plan as counts
+from dumo.run.weights import RunFolder, build
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
@@ -170,14 +171,14 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
         seconds = interleave(f"steps of size {size}", steps, same[0].labels["rounds"], here, bar)
         for cell, taken in zip(same, seconds, strict=True):
             facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
-            trained = RunFolder(cell.spec, folder, cell.spec.outline(), 0, "none")
+            trained = RunFolder(cell.spec, folder, outline(cell.spec), 0, "none")
             results.append(Result(cell, trained, {"card": timing(cell, here), **facts}))
     return results
 
 
 def parameters(cell: Cell) -> int:
     """Of its net."""
-    return sum(p.numel() for p in cell.spec.outline().parameters())
+    return sum(p.numel() for p in outline(cell.spec).parameters())
 
 
 class Rest(Constant):
@@ -192,7 +193,7 @@ def step(spec: Run, here: torch.device) -> Callable[[], object]:
     """A training step on random numbers, in the middle of the training; the rate is zero, so it cannot diverge."""
     rest = {"steps": 2 * MIDDLE, "schedule": Rest(), "micro_batch": None, "clip": None, "probe_every": 0}
     train, classes, rows = spec.train.model_copy(update=rest), spec.data.classes, spec.train.batch
-    state, task = begin(spec.build(here), train), Task(spec.objective, spec.path, classes)
+    state, task = begin(build(spec, here), train), Task(spec.objective, spec.path, classes)
     state.step = MIDDLE
     x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(here)
     c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(here)

@@ -30,6 +30,7 @@ from dumo.run.config.error import require_known
 from dumo.run.config.load import load_recipe
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
+from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.types import Spec, UserError
 
@@ -71,7 +72,7 @@ class Cost:
         return self._once(
             "units",
             lambda: (
-                taught + cost.forward_units(run.outline(), run.objective, run.path, run.data.shape, ref=run.train.ref)
+                taught + cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
             ),
         )
 
@@ -79,7 +80,7 @@ class Cost:
     def flops(self) -> float:
         """Operations of a pass, per row."""
         run = self.run
-        return self._once("flops", lambda: cost.forward_flops(run.outline(), run.objective, run.data.shape))
+        return self._once("flops", lambda: cost.forward_flops(outline(run), run.objective, run.data.shape))
 
     @property
     def operations(self) -> float:

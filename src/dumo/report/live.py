@@ -25,11 +25,11 @@ from dumo.io.yaml import parse
 from dumo.report.page import NEAR, POINTS
 from dumo.run import deviation, shipped
 from dumo.run.conditions import shown
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.gallery import Reading, readings
 from dumo.run.prompt import edits, prompted
 from dumo.run.sample import guide_of, real_data, turned
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 

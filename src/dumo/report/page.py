@@ -29,12 +29,12 @@ from dumo.run.config import recipes
 from dumo.run.config.load import dump
 from dumo.run.evaluation import score
 from dumo.run.evaluation.score import judgement, large, number
-from dumo.run.folder import RunFolder
 from dumo.run.gallery import PASSES, readings, within
 from dumo.run.plan.plan import show
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads, typed
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.runtime.random import stream

@@ -24,6 +24,7 @@ from dumo.io import file as files
 from dumo.io.weights import apart, compare, sha256
 from dumo.run.config.load import Written, identity, load
 from dumo.run.config.source import FILE, noted
+from dumo.run.net import outline
 from dumo.run.origin import require_place
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
@@ -92,7 +93,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
             f"{folder} has no snapshots to make averages of: train with --set train.snapshots="
             f"{max(1, run.train.steps // 10)} --set 'train.ema=[{{kind: power, std: 0.05}}, {{kind: power, std: 0.1}}]'"
         )
-    last, net = max(step for step, _ in snapshots), run.outline()
+    last, net = max(step for step, _ in snapshots), outline(run)
     x, error = fit([*snapshots], Profile(last, std))
     if error > FAR:
         widths = ", ".join(f"{width:g}" for width in sorted({width for _, width in snapshots}))

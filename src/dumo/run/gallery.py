@@ -22,10 +22,10 @@ from dumo.io import picture
 from dumo.io.picture import labelled
 from dumo.run.config.load import Written
 from dumo.run.config.source import noted
-from dumo.run.folder import RunFolder, load_net
 from dumo.run.origin import require_place
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder, load_net
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
 from dumo.types import UserError

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shlex import join
 from typing import Any
@@ -19,10 +20,12 @@ from dumo.run.config.load import FILE, identity
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, note, restore_run_file
+from dumo.run.net import outline
 from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
 from dumo.run.validation import BEST, Validation, set_best_aside
+from dumo.run.weights import build
 from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
@@ -178,13 +181,13 @@ class Journal:
 
         A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
         """
-        size = COPIES * sum(p.nbytes for p in self.run.outline().parameters())
+        size = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
         most = agreement.main(lambda: dist.memory(self.device))
         if self.run.objective.needs.slope and size > most:
             what = f"copies of them take {sized(size)} of memory, and {self.device} has {sized(most)}"
             self.tell(f"the slope is not examined on the weights in training: {what}")
             return
-        doctor.examine_weights(self.run, layout.gathered(state.net, self.run.build), self.device).require()
+        doctor.examine_weights(self.run, layout.gathered(state.net, partial(build, self.run)), self.device).require()
 
 
 def row_text(row: dict[str, Any]) -> str:

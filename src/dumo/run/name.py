@@ -12,7 +12,7 @@ from dumo.io.weights import sha256, title
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.config.tree import Sampling
-from dumo.run.folder import RunFolder, shown
+from dumo.run.weights import RunFolder, shown
 from dumo.training.checkpoint import part
 
 LONG = 40  # characters of a value in a name

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dumo.run.config.code import require_same_code
 from dumo.run.config.load import Difference, Written, differences, identity, load
-from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import FILE, Noted, noted
 from dumo.run.config.spec import Run
 from dumo.runtime import dist, typed

@@ -25,10 +25,10 @@ from dumo.run.config.check import check_guided
 from dumo.run.config.error import require_known
 from dumo.run.config.load import parse
 from dumo.run.config.tree import Sampling
-from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Sample, UserError

@@ -19,9 +19,9 @@ from dumo.flow import generate
 from dumo.io import file as files
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.spec import Run
-from dumo.run.folder import sampler
 from dumo.run.sample import write
 from dumo.run.sampler import gather, turn
+from dumo.run.weights import sampler
 from dumo.runtime import dist, signals
 from dumo.training import agreement, layout
 from dumo.training.state import State

@@ -28,7 +28,7 @@ from dumo.run.config.load import load
 from dumo.run.config.source import FILE as RUN
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Pairs, Teacher, no_velocity
-from dumo.run.folder import open_run
+from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise

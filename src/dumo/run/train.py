@@ -30,12 +30,14 @@ from dumo.run.config.check import check_pieces
 from dumo.run.config.load import FILE, dump, load
 from dumo.run.config.resolve import pinned, placed, resolve
 from dumo.run.config.spec import Run
-from dumo.run.folder import begin, held
+from dumo.run.folder import held
 from dumo.run.journal import History, Journal, way_back
+from dumo.run.net import outline, require_room
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter
 from dumo.run.validation import Validation
+from dumo.run.weights import begin
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, quiet
 from dumo.runtime.threads import StepThreads
@@ -75,7 +77,7 @@ def train(
     before = load(folder) if (folder / FILE).is_file() else None
     run = resolve(placed(run, before))
     rows, share = -(-run.train.batch // ranks), share_of(run.train.share, ranks)
-    run.require_room(dist.device(device), run.train.copies, rows, share)  # of a rank
+    require_room(run, dist.device(device), run.train.copies, rows, share)  # of a rank
     check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         encode.make_tokens(run)
@@ -106,7 +108,7 @@ def go_on(
 
     @cache
     def step_cost() -> cost.StepCost:
-        return cost.step_cost(run.outline(), run.objective, run.path, run.data.shape, ref=run.train.ref)
+        return cost.step_cost(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
 
     meter, sheets = Meter(run.train, folder, here, lambda: step_cost().flops), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
@@ -251,7 +253,7 @@ def open_data(data: Data) -> Source:
 
 def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.device, units: float) -> str:
     """What is trained on what, and the forward units of a step, in a line."""
-    net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
+    net, what = outline(run), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.conditions.words)}" if run.conditions.names and not run.conditions.captions else ""
     kind = "with {:,} captions" if run.conditions.captions else "in {} classes"

@@ -20,10 +20,10 @@ from dumo.flow.precision import products
 from dumo.run.config.load import Written, identity, load
 from dumo.run.config.source import noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import sampler
 from dumo.run.origin import require_place
 from dumo.run.sampler import turn
 from dumo.run.speed import LOG
+from dumo.run.weights import sampler
 from dumo.runtime import signals
 from dumo.training import agreement, checkpoint, layout, log, manifest
 from dumo.training.state import State

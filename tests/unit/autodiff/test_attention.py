@@ -145,6 +145,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.float32, ""), (torch.bfloat16, ""), (torch.float32, "bool"), (torch.bfloat16, "causal")]
 )

@@ -320,6 +320,7 @@ def test_a_tangent_may_be_one_row_for_all() -> None:
             assert not isinstance(a, Dual) or torch.allclose(a.t, b.t, rtol=1e-12, atol=1e-14), call
 
 
+@pytest.mark.slow
 @each
 def test_primal_and_gradients_keep_their_bits(shapes: Shapes, call: str) -> None:
     f = function(call)

@@ -17,7 +17,7 @@ from dumo.export.write import export
 from dumo.flow.solver import Euler
 from dumo.run.config.load import identity, load, parse
 from dumo.run.config.spec import Run
-from dumo.run.folder import RunFolder
+from dumo.run.weights import RunFolder, build
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
 from unit.encoders.test_codec import vae_of
@@ -44,7 +44,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 def drawn(run: Run, folder: Path) -> RunFolder:
     """The run with random weights, as if it had been trained."""
-    net, g = run.build("cpu"), stream("standalone")
+    net, g = build(run, "cpu"), stream("standalone")
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.1
     return RunFolder(run, folder, net.eval(), step=1, weights="net.safetensors", listed="0" * 64)

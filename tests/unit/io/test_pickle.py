@@ -34,6 +34,7 @@ def uses(text: str) -> Iterator[str]:
                 pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
 def test_no_module_can(file: Path) -> None:
     assert list(uses(file.read_text(encoding="utf-8"))) == []

@@ -15,8 +15,8 @@ from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import VIEWS, View, write_charts
 from dumo.run.config import recipes
 from dumo.run.config.load import load
-from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.types import Cond
 
 NET = torch.nn.Identity()

@@ -14,6 +14,7 @@ from dumo.nets.dit import DiT, Head, Transformer
 from dumo.nets.embed import turn, turns
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.run.config.load import load
+from dumo.run.net import outline as outline_of_run
 from dumo.run.plan.cost import forward_flops
 from dumo.types import Needs, UserError
 from unit.nets.given import drawn, points
@@ -163,7 +164,7 @@ def test_swiglu_by_hand() -> None:
 
 def test_modern_blocks_have_all_four_parts() -> None:
     """Those of the recipe's net."""
-    net = load("imagenet256-xl2-modern", ["net.depth=2", "net.width=16", "net.attention=2"]).outline()
+    net = outline_of_run(load("imagenet256-xl2-modern", ["net.depth=2", "net.width=16", "net.attention=2"]))
     assert isinstance(net, Transformer)
     block, head = net.blocks[0], net.heads["v"]
     assert isinstance(block, Block)

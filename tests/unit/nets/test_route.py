@@ -17,6 +17,7 @@ from dumo.nets.dit import DiT, Transformer
 from dumo.nets.route import Route, Split
 from dumo.objectives import DuMo
 from dumo.run.config.load import load
+from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.types import Frozen, Heads, Needs, UserError, frozen
 from unit.nets.given import Given, drawn, points
@@ -166,6 +167,7 @@ def test_all_passes_of_a_step_route_alike_and_sampling_is_dense(route: Route) ->
         net(x, c, t=t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("needs", [VU, MF], ids=["t", "t and r"])
 def test_the_derivative_is_that_of_the_routed_net(kind: str, needs: Needs, route: Route) -> None:
@@ -218,7 +220,7 @@ def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
     assert routed.net.model_dump()["route"]["share"] == 0.5
     units, passes = [], []
     for run in (routed, fused, dense):
-        given = run.outline(), run.objective
+        given = outline(run), run.objective
         units.append(cost.forward_units(*given, run.path, (4, 32, 32)))
         passes.append(cost.forward_flops(*given, (4, 32, 32)))
     assert passes[0] == passes[2]

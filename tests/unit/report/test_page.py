@@ -23,8 +23,9 @@ from dumo.objectives import Critic
 from dumo.report import figure
 from dumo.report import page as report
 from dumo.run.config.load import load
-from dumo.run.folder import CHECKPOINT_WRITTEN, RunFolder, open_run
+from dumo.run.folder import CHECKPOINT_WRITTEN
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.progress import Tick, no_bar
 from dumo.training import log
 from dumo.types import UserError
@@ -119,7 +120,7 @@ def make(folder: Path, recipe: str, overrides: list[str], evaluation: object = N
 def untrained(recipe: str, *overrides: str) -> RunFolder:
     """A run at step 1, as its net begins."""
     run = load(recipe, ["net.depth=1", "net.width=8", "net.attention=2", *overrides])
-    return RunFolder(run, Path("runs/untrained"), run.build().eval(), 1, "net.safetensors")
+    return RunFolder(run, Path("runs/untrained"), build(run).eval(), 1, "net.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 from dumo.nets import MLP, DiT
 from dumo.run.config.spec import Run
+from dumo.run.weights import build
 from dumo.runtime.random import stream
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Time
 
@@ -63,5 +64,5 @@ def freeze(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def apart(run: Run, device: torch.device) -> Reads:
     """What the frozen weights tell, of a net that is not in training."""
-    net = run.build(device).get_submodule("net")
+    net = build(run, device).get_submodule("net")
     return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0])

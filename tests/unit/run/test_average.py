@@ -13,8 +13,8 @@ from dumo.io.weights import load as load_weights
 from dumo.run.average import Profile, average, fit, mixed, overlap
 from dumo.run.config.load import identity
 from dumo.run.config.spec import Run
-from dumo.run.folder import open_run
 from dumo.run.train import train
+from dumo.run.weights import open_run
 from dumo.training import checkpoint
 from dumo.training.ema import exponent
 from dumo.types import UserError

@@ -17,11 +17,14 @@ from dumo.flow.path import Linear
 from dumo.flow.reading import taught
 from dumo.flow.slope import DualSlope
 from dumo.run.config.load import load
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import OF_VELOCITY, Start, Teacher
-from dumo.run.folder import begin_from, note, open_run
+from dumo.run.folder import note
+from dumo.run.net import outline
 from dumo.run.teacher import of_base, open_teacher
 from dumo.run.train import train
+from dumo.run.weights import begin_from, build, open_run
 from dumo.runtime import dist
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
@@ -70,7 +73,7 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     """Where there is room to train an adapter of them; and that is said."""
     adapt(monkeypatch)
     run, lines = tiny("moons"), list[str]()
-    whole = sum(p.nbytes for p in run.outline().parameters())
+    whole = sum(p.nbytes for p in outline(run).parameters())
     monkeypatch.setattr(dist, "memory", lambda device: 4 * whole)
     train(run, tmp_path / "all", tell=lines.append)
     assert not any("is not examined" in line for line in lines)
@@ -96,7 +99,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     """In the midst of a step: modes, gradients, and the tape of a dual number that is played later."""
     adapt(monkeypatch)
     run = tiny("moons")
-    net, g = run.build(), torch.Generator().manual_seed(0)
+    net, g = build(run), torch.Generator().manual_seed(0)
     net.train().get_submodule("net").eval()
     modes = [part.training for part in net.modules()]
     x, w, c, t = *torch.randn(2, 4, 2, generator=g).unbind(), torch.zeros(4).long(), torch.rand(4, generator=g)
@@ -129,13 +132,14 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 )
 def test_what_has_no_base_is_refused(fields: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        load("moons", [*TINY, BASE, *fields])
+        resolve(load("moons", [*TINY, BASE, *fields]))
 
 
 def test_a_path_of_another_velocity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(monkeypatch)
+    run = tiny("moons", BASE, "path.sd=0.5")
     with pytest.raises(UserError, match=r"on path 'linear' of sd 1; .* of sd 0.5: set teacher\.kind=run"):
-        tiny("moons", BASE, "path.sd=0.5")
+        resolve(run)
 
 
 LEARNS_VELOCITY = sorted(  # kinds that a subject may be taught by; no net of a pipeline takes knobs

@@ -8,8 +8,8 @@ import torch
 from dumo.io.source import Table
 from dumo.run.config.load import load
 from dumo.run.deviation import FILE, measure, note, noted
-from dumo.run.folder import open_run
 from dumo.run.train import train
+from dumo.run.weights import open_run
 from dumo.types import UserError
 from unit.run.known import tiny
 

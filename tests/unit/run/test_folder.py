@@ -7,7 +7,8 @@ import torch
 
 from dumo.run.config.load import dump, load
 from dumo.run.config.spec import Run
-from dumo.run.folder import FILE, LOCK, claim, held, note, sampler
+from dumo.run.folder import FILE, LOCK, claim, held, note
+from dumo.run.weights import build, sampler
 from dumo.types import UserError
 from unit.run.known import tiny
 
@@ -66,7 +67,7 @@ def test_what_a_killed_training_leaves_is_no_hindrance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("more", "most"), [(["micro_batch=2"], 2), ([], 8), (["batch=300"], 256)])
 def test_samples_are_made_with_no_more_rows_at_a_time_than_were_trained(more: list[str], most: int) -> None:
     run, seen = tiny("moons", "train.batch=8", *(f"train.{word}" for word in more)), list[int]()
-    net = run.build(torch.device("cpu"))
+    net = build(run, torch.device("cpu"))
     net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     made = sampler(run, net).sample(torch.zeros(259, dtype=torch.long), nfe=1)
     assert len(made.x) == 259

@@ -11,9 +11,9 @@ from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.run import gallery
 from dumo.run.config.load import load
-from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.sampler import Sampler
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run, sampler
 from dumo.types import UserError
 from unit.run.known import Seen
 

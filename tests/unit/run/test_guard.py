@@ -20,9 +20,10 @@ from dumo.run import folder as folders
 from dumo.run.config.load import FILE
 from dumo.run.config.source import Noted, noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET, open_run
+from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET
 from dumo.run.journal import Journal, burst_text
 from dumo.run.train import train
+from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
@@ -190,6 +191,7 @@ def burst(state: State, *rest: object, **more: object) -> Record:
             handle.remove()
 
 
+@pytest.mark.slow
 def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,9 @@ import torch
 
 from dumo.io.weights import load as load_weights
 from dumo.run.config.spec import Run
-from dumo.run.folder import open_run
 from dumo.run.gallery import trajectories
 from dumo.run.train import train
+from dumo.run.weights import build, open_run
 from dumo.training import checkpoint
 from dumo.types import UserError
 from unit.run import known
@@ -46,7 +46,7 @@ def test_the_first_milestone_is_before_training(tmp_path: Path) -> None:
     spec = tiny(2, "[0]", "train.ema=[]")
     train(spec, tmp_path / "run")
     there = load_weights(tmp_path / "run/milestones/step-00000000.safetensors")
-    assert all(torch.equal(there[name], value) for name, value in spec.build().state_dict().items())
+    assert all(torch.equal(there[name], value) for name, value in build(spec).state_dict().items())
 
 
 def test_milestones_that_changed_places_are_no_trajectories(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from dumo.run.config.change import shown
 from dumo.run.config.load import FILE, dump, identity, load
 from dumo.run.config.source import RESOLVED, Noted, noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import claim, open_run
+from dumo.run.folder import claim
 from dumo.run.origin import Kept
 from dumo.run.train import train
+from dumo.run.weights import open_run
 from dumo.training import checkpoint, manifest
 from dumo.types import UserError
 from unit.run import known

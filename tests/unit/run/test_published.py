@@ -13,8 +13,8 @@ from dumo.nets.dit import of_diffusers
 from dumo.nets.embed import grid_waves
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.folder import begin_from, open_run
 from dumo.run.train import train
+from dumo.run.weights import begin_from, build, open_run
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from unit.nets.given import Given
@@ -158,7 +158,7 @@ def test_of_diffusers_folder_the_trunk(diffusers_dit: Path) -> None:
 def test_of_a_dit_the_trunk_alone(file: Path) -> None:
     run = run_from(file, "net.time_scale=10", kind="dit")
     net, weights = begun(run), published(sigma=True)
-    fresh = run.build(CPU).state_dict()
+    fresh = build(run, CPU).state_dict()
     for name, value in net.state_dict().items():
         if name.startswith(("heads.", "scalars.")):
             assert torch.equal(value, fresh[name]), name

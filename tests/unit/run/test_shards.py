@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from dumo.io import weights
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.evaluation.sweep import sweep
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run
 from dumo.training import checkpoint
 from dumo.types import UserError
 from unit.run.known import same, tiny

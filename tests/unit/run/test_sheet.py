@@ -10,10 +10,10 @@ from dumo.io import file as files
 from dumo.run import sheet
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.folder import open_run
 from dumo.run.sample import export
 from dumo.run.sheet import Sheets
 from dumo.run.train import train
+from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import loop
 from dumo.training.state import State

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dumo.io import digest
 from dumo.run import shipped
 from dumo.run.config import resolve
-from dumo.run.folder import open_run
+from dumo.run.weights import open_run
 from dumo.runtime import typed
 from dumo.training import manifest
 from dumo.types import UserError

@@ -10,9 +10,9 @@ from dumo.cli.api import TrainedRun
 from dumo.io import digest
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluate
-from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import export
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads
 from dumo.training import log, loop, manifest
 from unit.run import known

@@ -20,10 +20,11 @@ from dumo.nets.table import Tabled
 from dumo.run import encode
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.folder import RunFolder, open_run
+from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.run.sample import solver_of
 from dumo.run.train import open_data, outlook, train
+from dumo.run.weights import RunFolder, open_run
 from dumo.training import agreement, checkpoint, log
 from dumo.types import UserError
 from tiers import tiered
@@ -136,7 +137,7 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
 @pytest.mark.nightly
 def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
     def said(run: Run) -> str:
-        units = cost.forward_units(run.outline(), run.objective, run.path, run.data.shape)
+        units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape)
         return outlook(run, tmp_path, 1, 0, torch.device("cpu"), units)
 
     central, dual = (said(tiny("digits-guided", f"objective.slope.kind={kind}")) for kind in ("central", "dual"))

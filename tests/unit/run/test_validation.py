@@ -13,9 +13,9 @@ from dumo.run import speed
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.evaluation import evaluate
-from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.run.validation import Validation
+from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import checkpoint, log, loop
 from dumo.training.record import Record

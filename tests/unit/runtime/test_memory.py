@@ -8,6 +8,7 @@ from torch import nn
 
 from dumo.run.config.load import load
 from dumo.run.train import train
+from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.types import UserError
 
@@ -29,14 +30,14 @@ def test_as_much_as_there_is_and_no_more(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = load("moons", ["net.width=32"])
-    size = sum(value.nbytes for value in run.build().state_dict().values())
+    size = sum(value.nbytes for value in build(run).state_dict().values())
     rows = 2 * run.train.batch * 2 * 4
     monkeypatch.setattr(dist, "memory", lambda device: size)
-    run.build()
+    build(run)
     monkeypatch.setattr(dist, "memory", lambda device: size - 1)
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("it was made"))
     with pytest.raises(UserError, match="the net takes"):
-        run.build()
+        build(run)
     monkeypatch.setattr(dist, "memory", lambda device: (4 + len(run.train.ema)) * size + rows - 1)
     with pytest.raises(UserError, match=r"averages and a batch take .*net.width.*train.batch"):
         train(run, tmp_path / "run")

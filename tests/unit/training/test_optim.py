@@ -14,8 +14,10 @@ from torch.func import jvp
 
 from dumo.nets.embed import TIMES, Scalars
 from dumo.run.config.load import load
+from dumo.run.net import outline
 from dumo.run.plan.plan import held
 from dumo.run.train import train
+from dumo.run.weights import build
 from dumo.runtime.random import stream
 from dumo.training.optim import (
     WSD,
@@ -206,7 +208,7 @@ def test_filters_are_rows() -> None:
     ],
 )
 def test_matrices_are_those_of_blocks(recipe: str, more: list[str], taken: dict[str, int]) -> None:
-    net = load(recipe, ["net.width=16", *(["net.depth=2"] if recipe != "cifar10-small" else []), *more]).outline()
+    net = outline(load(recipe, ["net.width=16", *(["net.depth=2"] if recipe != "cifar10-small" else []), *more]))
     names = {p: name for name, p in net.named_parameters()}
     found = {names[p]: n for p, n in matrices(net).items()}
     assert all(name.startswith(("blocks.", "layers.")) for name in found)
@@ -218,7 +220,7 @@ def test_matrices_are_those_of_blocks(recipe: str, more: list[str], taken: dict[
 
 
 def test_all_else_moves_by_adamw() -> None:
-    nets = [load("moons", ["net.width=8", "net.depth=2"]).build() for _ in range(2)]
+    nets = [build(load("moons", ["net.width=8", "net.depth=2"])) for _ in range(2)]
     muon = stepped(Muon(lr=0.1, adamw_lr=0.01, weight_decay=0.1)(nets[0]), nets[0])
     adamw = stepped(AdamW(lr=0.01, weight_decay=0.1)(nets[1]), nets[1])
     same = {name for name, p in muon.named_parameters() if torch.equal(p, adamw.get_parameter(name))}
@@ -231,7 +233,7 @@ RATES = ["train.optimizer.lr=0.02", "train.optimizer.adamw_lr=0.005", "train.opt
 @pytest.mark.parametrize(("rates", "expected"), [(RATES[:2], [0.01, 0.0025]), (RATES, [0.01, 0.0025, 0.0005])])
 def test_the_schedule_scales_all_rates(rates: list[str], expected: list[float]) -> None:
     run = load("moons", [*TINY, *rates])
-    state = begin(run.build(), run.train)
+    state = begin(build(run), run.train)
     advance(state, Record(1, 4, 1.0, {}, {}, {}, [], 1.0, lr=0.01))
     assert [group["lr"] for group in state.optimizer.param_groups] == pytest.approx(expected)
 
@@ -247,7 +249,7 @@ def test_the_schedule_scales_all_rates(rates: list[str], expected: list[float]) 
 )
 def test_embedders_of_times_have_a_rate_of_their_own(recipe: str, more: list[str], embedded: set[str]) -> None:
     """Those of every net, and nothing else; all weights are held once."""
-    net = load(recipe, ["net.width=16", "net.depth=1", *more]).build()
+    net = build(load(recipe, ["net.width=16", "net.depth=1", *more]))
     names = {p: name for name, p in net.named_parameters()}
     *groups, own = [[names[p] for p in group["params"]] for group in Muon(time_lr=1e-4)(net).param_groups]
     assert {name.partition("embedders.")[2].partition(".")[0] for name in own} == embedded
@@ -316,7 +318,7 @@ def test_a_copy_takes_the_same_steps(spec: Muon | AdamW8bit, by: str) -> None:
 def test_its_memory_is_counted() -> None:
     """One number for each weight of a matrix, two of all else, and a count of steps."""
     run = load("moons", TINY)
-    net = run.outline()
+    net = outline(run)
     both = held(net, run.train)["optimizer"]
     most = sum(p.nbytes for p in net.parameters())
     inside = sum(p.nbytes for p in matrices(net))
@@ -335,7 +337,7 @@ def slope_growth(optimizer: Optimizer, chosen: str) -> float:
 
     Adam's first step is its rate times the sign of the gradient, the worst one that of the slope itself.
     """
-    net = load("dumo-best-latents", ["net.depth=1"]).build().double()
+    net = build(load("dumo-best-latents", ["net.depth=1"])).double()
     (scalars,) = (module for module in net.modules() if isinstance(module, Scalars))
     t = torch.tensor(TIMES, dtype=torch.float64)
 

@@ -24,6 +24,7 @@ from dumo.nets.text import Learned
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train
 from dumo.training.spec import Compile
@@ -63,7 +64,7 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
     torch.compile = partial(COMPILE, backend=backend)
     spec = run.train.model_copy(update={"compile": choice})
     torch.manual_seed(0)
-    state = begin(run.model_copy(update={"net": net or run.net}).build(torch.device("cpu")), spec)
+    state = begin(build(run.model_copy(update={"net": net or run.net}), torch.device("cpu")), spec)
     x, c = random_batch("compile", spec.batch, run.data.shape, run.data.classes)
     seen = list[tuple[float, int]]()
     note = Every(1, lambda _, record: seen.append((record.loss, counters["stats"]["unique_graphs"])))

@@ -18,6 +18,7 @@ from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.check import require
 from dumo.run.config.tree import Tree
+from dumo.run.net import outline
 from dumo.training.spec import Train
 
 
@@ -25,13 +26,13 @@ def check_opened(run: Tree) -> None:
     """Raise UserError for the first mismatch between the net of a run, its pipeline, its path and its data."""
     data, net, objective, train = run.data, run.net, run.objective, run.train
     require(edits(data, net))
-    outline = run.outline(short=True)
-    require(patches(data, outline), positions(data, outline), scheduled(run.path, net))
+    net_outline = outline(run, short=True)
+    require(patches(data, net_outline), positions(data, net_outline), scheduled(run.path, net))
     if objective.needs.slope:
         objective.needs.slope.check(train.precision, net.time_scale)
-    require(compilation(train, objective, net, outline, data.classes))
+    require(compilation(train, objective, net, net_outline, data.classes))
     if run.teacher and run.teacher.kind == "base":
-        require(base(outline, net.kind, run.path))
+        require(base(net_outline, net.kind, run.path))
 
 
 def edits(data: Data, net: Net) -> Iterator[str]:

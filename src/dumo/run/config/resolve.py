@@ -5,7 +5,7 @@ known by its hash (`pinned`). Where it moves to another machine, fields of place
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -25,13 +25,14 @@ from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
 from dumo.run.config.change import override, shown
 from dumo.run.config.check import check, ways_to_captions
+from dumo.run.config.code import codes_of
 from dumo.run.config.fit import check_opened
 from dumo.run.config.load import differences, load, parse
 from dumo.run.config.source import CODE, FILE, GIVEN
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import no_velocity
+from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
-from dumo.types.outside import TAG, code, kind_of
 
 S = TypeVar("S", bound=Spec)
 
@@ -108,15 +109,6 @@ def require_captions(data: Data, texts: Tabled) -> None:
             f"net.texts.root: {texts.folder} is of other captions (digest {there}) than the data's ({now}): encode "
             "these into another folder, dumo encode RECIPE --set net.texts.root=DIR"
         )
-
-
-def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
-    """The name of every class from outside in a spec, at any depth, and a hash of its code."""
-    if isinstance(part, Spec):
-        if kind_of(part) == TAG:
-            yield getattr(part, "kind", ""), code(part)
-        for name in type(part).model_fields:
-            yield from codes_of(getattr(part, name))
 
 
 def placed(run: Run, before: Run | None = None) -> Run:
@@ -227,17 +219,5 @@ def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
     if pipeline:
         found["pipeline.facts"] = pipeline.facts, lambda: pipeline.found().facts
     if run.start and run.has_subject:
-        from dumo.run.fewstep import digest as of_weights  # it opens a run, by this
-
-        found["start.sha256"] = run.start.sha256, lambda: of_weights(run)
+        found["start.sha256"] = run.start.sha256, lambda: few_step_run(run).sha256
     return found
-
-
-def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Path) -> None:
-    """Raise UserError if a class from outside is not as it was when the run in this folder began, by what it found."""
-    was = resolved.get(CODE)
-    for name, now in codes_of(spec):
-        if isinstance(was, dict) and was.get(name) != now:
-            raise UserError(
-                f"{name} is not the code that {folder} was trained with: bring that back, or train in another folder"
-            )

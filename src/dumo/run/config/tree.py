@@ -1,12 +1,9 @@
 """The parts of a run, as one tree of specs; `dumo.run.config.check` sees whether they fit together."""
 
 from collections.abc import Mapping
-from math import prod
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from pydantic import Field, JsonValue
-from torch import nn
 
 from dumo.data import Data, Digits, Images, Memory, Moons
 from dumo.encoders.pipeline import Pipeline, handed
@@ -16,15 +13,11 @@ from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught
 from dumo.flow.solver import Solver
-from dumo.nets import MLP, DiT, Net, Pretrained, UNet
-from dumo.nets.live import Live
+from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
-from dumo.runtime import dist
 from dumo.runtime.bound import PASSES, SAMPLES, STEPS
-from dumo.runtime.random import stream
-from dumo.training.deferred import Deferred
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
 from dumo.types.outside import DataSpec
@@ -138,70 +131,12 @@ class Tree(Spec):
         """The classes or captions that the net is conditioned on."""
         return Conditions(self.data)
 
-    def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The net at step 0, its weights keyed by the run's seed: the same on every device.
-
-        Raises UserError, before it is made, if the device has less memory than that.
-        """
-        self.require_room(device)
-        if torch.device(device).type == "cpu" and not self.has_subject:
-            return self._built()
-        net, weights = self.sketch()
-        return weights.fill(net, device)
-
-    def sketch(self) -> tuple[nn.Module, Deferred]:
-        """The same net on the CPU, and what makes its weights one by one; one from outside has them."""
-        weights = Deferred()
-        if not isinstance(self.net, DiT | MLP | Pretrained | UNet):
-            return self._built(), weights
-        with weights:
-            net = self._built()
-        assert not (lost := weights.strange(net)), f"{lost[0]} is not drawn"
-        if self.has_subject:
-            from dumo.run.fewstep import lay  # it opens a run, which is made of this
-
-            lay(self, net, weights)
-        return net, weights
-
     @property
     def has_subject(self) -> bool:
         """Whether adapters are trained on top of what another run trained, which `start` names and is frozen."""
         net = self.net
         lora = net.lora if isinstance(net, Pretrained) and net.weights == "source" else None
         return bool(self.start and lora and lora.subject)
-
-    def _built(self) -> nn.Module:
-        """The net on the CPU, as it is made now."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
-            net = self.net.build(self.objective.needs, self.data.shape, self.data.classes)
-        for part in net.modules():
-            if isinstance(part, Live):
-                part.captions = self.conditions.names
-        return net
-
-    def outline(self, *, short: bool = False) -> nn.Module:
-        """The net on the meta device, without numbers. Raises UserError if it does not fit the data.
-
-        `short`: only the first blocks of a pretrained net, which takes long.
-        """
-        net = self.net.short(1) if short and isinstance(self.net, Pretrained) else self.net
-        with torch.device("meta"):
-            return net.build(self.objective.needs, self.data.shape, self.data.classes)
-
-    def require_room(self, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:
-        """Raise UserError if a device has too little memory for the net, `copies` of its trained weights, and `rows`.
-
-        Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
-        (`dumo.run.plan.plan`).
-        """
-        net, numbers = self.outline(), 2 * rows * prod(self.data.shape)
-        whole = sum(value.nbytes for value in net.state_dict().values())
-        frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-        size = int((whole + copies * (whole - frozen)) / share) + numbers * torch.float32.itemsize
-        what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
-        way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
-        dist.require_memory(size, what, way, device)
 
     @property
     def knobs(self) -> dict[str, float]:

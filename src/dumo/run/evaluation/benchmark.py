@@ -30,10 +30,10 @@ from dumo.io import digest, file, picture
 from dumo.io.read import brief, finite, read_json, write_json
 from dumo.run.evaluation import evaluate
 from dumo.run.evaluation.card import Card, card
-from dumo.run.folder import RunFolder
 from dumo.run.prompt import prompted
 from dumo.run.sample import said_of, with_options
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError

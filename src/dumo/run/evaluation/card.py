@@ -23,8 +23,8 @@ from dumo.run import deviation
 from dumo.run.conditions import Conditions
 from dumo.run.config.resolve import as_given
 from dumo.run.config.tree import Evaluation
-from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.runtime import dist, typed
 from dumo.types import UserError
 

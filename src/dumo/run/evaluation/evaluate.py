@@ -31,10 +31,10 @@ from dumo.run.conditions import Conditions, shown, squares
 from dumo.run.config.tree import Evaluation, Sampling
 from dumo.run.encode import captions
 from dumo.run.evaluation.card import FILE, Row, card, contrast_solver, read_report, settings, state
-from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import judged_data, real_data, solver_of
 from dumo.run.sampler import Sampler
+from dumo.run.weights import RunFolder
 from dumo.runtime import dist, signals, threads
 from dumo.runtime.progress import Bar, Tick, no_bar, teller
 from dumo.types import UserError

@@ -18,7 +18,7 @@ from dumo.run.config.spec import Run
 from dumo.run.config.tree import Sampling
 from dumo.run.evaluation.card import Row, card
 from dumo.run.evaluation.evaluate import conditions, evaluator_of, name_of, row
-from dumo.run.folder import RunFolder, open_run
+from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.training.checkpoint import part

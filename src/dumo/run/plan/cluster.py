@@ -36,6 +36,7 @@ from dumo.run.config.change import override, shown
 from dumo.run.config.check import check_pieces
 from dumo.run.config.load import parse
 from dumo.run.config.spec import Run
+from dumo.run.net import outline
 from dumo.run.plan import cost, plan
 from dumo.run.plan.host import DEVICES, host
 from dumo.runtime import dist
@@ -89,11 +90,11 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     """
     train, objective, path, shape = spec.train, spec.objective, spec.path, spec.data.shape
     check_pieces(train, objective, ranks)
-    net = spec.outline()
+    net = outline(spec)
     share = share_of(train.share, ranks)
     units = units_of(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
-    held, step = plan.held(net, train), counted(spec.outline(), objective, path, shape, train, ranks)
+    held, step = plan.held(net, train), counted(outline(spec), objective, path, shape, train, ranks)
     memory = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
     checkpoint, peak = plan.copied(net, held, ranks), sum(memory.values())
     return {
@@ -260,11 +261,11 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
         name, run = " ".join(words(fields)) or "as it is", changed(spec, fields)
         if name not in tried:
             base = str(run.net.lora)
-            held[base] = held.get(base) or plan.held(run.outline(), run.train)
+            held[base] = held.get(base) or plan.held(outline(run), run.train)
             tried[name] = at_least(run.train, ranks, held[base]) + encoders
             if tried[name] <= limit:
                 exact.add(name)
-                step = counted(run.outline(), run.objective, run.path, run.data.shape, run.train, ranks)
+                step = counted(outline(run), run.objective, run.path, run.data.shape, run.train, ranks)
                 tried[name] = sum(step.memory.values()) + encoders
             tell(f"{name}: {'' if name in exact else 'more than '}{sized(tried[name], 1024)}")
         return tried[name] <= limit

@@ -31,6 +31,7 @@ from dumo.nets.text import or_drawn
 from dumo.run.config.spec import Run
 from dumo.run.plan import findings, outside
 from dumo.run.plan.machine import Finding, look
+from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Heads, Objective, Path, Sample, Time, UserError
@@ -101,7 +102,7 @@ def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examinati
 
 def drawn_net(run: Run, device: torch.device) -> nn.Module:
     """The run's net, cut to two blocks, with every parameter drawn."""
-    net = run.model_copy(update={"net": short(readable(run.net))}).build(device)
+    net = build(run.model_copy(update={"net": short(readable(run.net))}), device)
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
@@ -212,7 +213,7 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
         text, way = "refused", str(error)
     test = Finding("self-test", "failing" if way else "ok", text, way)
-    weights = findings.of_weights(run.net, run.data, lambda net: run.model_copy(update={"net": net}).build(here))
+    weights = findings.of_weights(run.net, run.data, lambda net: build(run.model_copy(update={"net": net}), here))
     texts = findings.of_texts(run.net, run.data, run.train.seed)
     found = [*look(here), *weights, *findings.of_captions(run.data), *findings.of_buckets(run.data), *texts, test]
     ok = all(finding.state != "failing" for finding in found)

@@ -19,6 +19,7 @@ from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.run.config.spec import Run
+from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.run.plan.host import DEVICES, host
 from dumo.runtime import dist
@@ -42,7 +43,7 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
     P(t - r > 0.9), the share of rows where one-step sampling is taught, None where no jump is; `guidance_scale` is the
     effective one, 1 for none. `net`: its outline, if there is one already.
     """
-    net = run.outline() if net is None else net
+    net = outline(run) if net is None else net
     jumps = run.reads.endpoint or run.reads.flow_map
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {
@@ -69,7 +70,7 @@ def plan(spec: Run) -> dict[str, Any]:
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
     whole run's; `side` is that of the pipeline's default image; `gpus` is as the function of that name says.
     """
-    net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
+    net, shape, needs, train = outline(spec), spec.data.shape, spec.objective.needs, spec.train
     shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
     heads = cost.heads(net, spec.objective, shape, rows=1)
     holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
@@ -111,7 +112,7 @@ def validation(run: Run, units: float | None = None) -> dict[str, Any] | None:
     if not every:
         return None
     if units is None:
-        units = cost.forward_units(run.outline(), run.objective, run.path, run.data.shape, ref=run.train.ref)
+        units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
     passes = one.protocol.total * one.nfe[0] * (2 if run.sample.guide.active else 1)
     share = passes / (every * run.train.batch * units)
     return {"every": every, "samples": one.protocol.total, "nfe": one.nfe[0], "share": share}

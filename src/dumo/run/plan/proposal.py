@@ -30,8 +30,10 @@ from dumo.run.config.load import FILE, load_recipe, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
+from dumo.run.net import outline, require_room
 from dumo.run.plan import doctor, machine, outside, plan, rehearsal
 from dumo.run.plan.findings import of_captions
+from dumo.run.weights import build
 from dumo.runtime import dist, install, installed, threads
 from dumo.runtime.progress import Bar, no_bar, quiet, span
 from dumo.training.step import Task
@@ -103,7 +105,7 @@ class Proposal:
             yield "captions", look.captions
         yield "machine", self.machine
         yield "size", f"{' x '.join(map(str, run.pixels[1:]))} pixels (data.side)"
-        parameters = sum(p.numel() for p in run.outline().parameters())
+        parameters = sum(p.numel() for p in outline(run).parameters())
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
@@ -241,10 +243,10 @@ def step_seconds(run: Run, here: torch.device) -> float:
     if outside.has_own_parts(run):
         outside.require_contract(run, doctor.drawn_net(run, here), here)
     run, rows = run.model_copy(update={"net": doctor.readable(run.net)}), run.train.micro_batch or run.train.batch
-    run.require_room(here, run.train.copies, rows)
+    require_room(run, here, run.train.copies, rows)
     task, batch = Task(run.objective, run.path, run.data.classes), rehearsal.random_rows(run.data, rows, here)
     _, _, passes, update = rehearsal.make_step(
-        run.build(here), task, batch, run.train, warm=rehearsal.WARM, timed=TIMED
+        build(run, here), task, batch, run.train, warm=rehearsal.WARM, timed=TIMED
     )
     return run.train.batch / rows * passes + update
 

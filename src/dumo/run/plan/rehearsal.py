@@ -16,9 +16,10 @@ from dumo.data import Data
 from dumo.flow import generate
 from dumo.flow.reading import reading
 from dumo.run.config.spec import Run
-from dumo.run.folder import sampler
+from dumo.run.net import outline, require_room
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sampler import Sampler
+from dumo.run.weights import build, sampler
 from dumo.runtime import dist
 from dumo.runtime.random import random_batch
 from dumo.training import loop
@@ -64,12 +65,12 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
         torch.cuda.reset_peak_memory_stats(here)
     exam = doctor.examine(spec, here)
     exam.require()
-    slow = here.type == "cpu" and sum(p.numel() for p in spec.outline().parameters()) > SLOW
-    spec.require_room(here, spec.train.copies, rows)
+    slow = here.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
+    require_room(spec, here, spec.train.copies, rows)
     task = Task(spec.objective, spec.path, spec.data.classes)
     try:
         batch = random_rows(spec.data, rows, here)
-        state, record, passes, update = make_step(spec.build(here), task, batch, spec.train, warm=0 if slow else WARM)
+        state, record, passes, update = make_step(build(spec, here), task, batch, spec.train, warm=0 if slow else WARM)
     except torch.OutOfMemoryError as error:
         way = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {machine.hardware(here).text}: {way}") from error

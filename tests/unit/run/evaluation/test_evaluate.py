@@ -14,8 +14,8 @@ from dumo.run.config.load import load
 from dumo.run.evaluation.card import contrast, read_report
 from dumo.run.evaluation.compare import compare
 from dumo.run.evaluation.evaluate import evaluate, standing
-from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run, sampler
 from dumo.training import checkpoint
 from dumo.types import UserError
 from unit.run.known import Seen, tiny

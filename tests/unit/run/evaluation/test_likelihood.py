@@ -11,8 +11,8 @@ from dumo.flow.generate import joined
 from dumo.flow.solver import Heun
 from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import demand, evaluate, likelihoods, standing
-from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run, sampler
 from dumo.types import UserError
 from unit.run.known import tiny
 

@@ -22,7 +22,7 @@ from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import seen, settings
-from dumo.run.folder import sampler
+from dumo.run.weights import sampler
 from dumo.types import Sample
 
 PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}

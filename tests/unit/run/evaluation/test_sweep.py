@@ -7,8 +7,8 @@ import pytest
 
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.evaluation.sweep import full, mark, sweep, values
-from dumo.run.folder import open_run
 from dumo.run.train import train
+from dumo.run.weights import open_run
 from dumo.types import UserError
 from unit.run.known import tiny
 

@@ -5,6 +5,7 @@ import torch.distributed
 
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.net import outline
 from dumo.run.plan import cluster, plan
 from dumo.training.optim import matrices
 from dumo.types import UserError
@@ -21,12 +22,12 @@ def small(*words: str) -> Run:
 
 def counted(spec: Run, ranks: int = RANKS) -> cluster.Step:
     """A rank's step."""
-    return cluster.counted(spec.outline(), spec.objective, spec.path, spec.data.shape, spec.train, ranks)
+    return cluster.counted(outline(spec), spec.objective, spec.path, spec.data.shape, spec.train, ranks)
 
 
 def held(spec: Run) -> dict[str, int]:
     """Bytes between passes, where each rank holds all."""
-    return plan.held(spec.outline(), spec.train)
+    return plan.held(outline(spec), spec.train)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_what_is_frozen_has_no_gradients_and_lies_once(monkeypatch: pytest.Monke
     assert alone["gradients"] < 0.5 * alone["weights"]
     for name in ("weights", "optimizer", "averages"):
         assert alone[name] / RANKS <= part[name] <= 1.25 * alone[name] / RANKS  # the table of positions is whole
-    kept = [p.nbytes for p in spec.outline().parameters() if p.requires_grad]
+    kept = [p.nbytes for p in outline(spec).parameters() if p.requires_grad]
     assert 4 * sum(kept) == pytest.approx(cluster.cluster(spec, RANKS)["checkpoint"]["bytes"], rel=0.02)
 
 
@@ -88,7 +89,7 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
 
 def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> None:
     spec = small("train.share=8", "train.optimizer.kind=muon")
-    step, found = counted(spec), matrices(spec.outline())
+    step, found = counted(spec), matrices(outline(spec))
     assert step.calls["all-gather"] == steps["passes"].calls["all-gather"] + len(found)
     more = step.sent["all-gather"] - steps["passes"].sent["all-gather"]
     assert more == sum(p.nbytes for p in found)
@@ -125,10 +126,10 @@ def test_hours_and_disk() -> None:
     assert facts["flops"] == pytest.approx(plan.plan(spec)["flops"])
     assert facts["hours"] * 3600 * 2e12 == pytest.approx(facts["flops"])
     alone, given = held(spec), (spec.objective, spec.path, spec.data.shape)
-    assert facts["memory"]["peak"] == plan.memory(spec.outline(), *given, spec.train, 64)["total"]
+    assert facts["memory"]["peak"] == plan.memory(outline(spec), *given, spec.train, 64)["total"]
     assert facts["checkpoint"]["bytes"] == alone["weights"] + alone["optimizer"] + alone["averages"]
     assert facts["checkpoint"]["most"] == 4 * facts["checkpoint"]["bytes"]
-    more = cluster.units_of(spec.outline(), *given, "self", given_back=True) - facts["units"]
+    more = cluster.units_of(outline(spec), *given, "self", given_back=True) - facts["units"]
     assert more == pytest.approx(1.0)  # a pass of its own, where there was one to ride on
     with pytest.raises(UserError, match=r"share = 2 does not divide 3"):
         cluster.cluster(small("train.share=2", "train.batch=63"), 3)

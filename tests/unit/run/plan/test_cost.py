@@ -94,6 +94,7 @@ def test_a_pass_of_a_transformer_is_counted_as_by_hand() -> None:
     assert forward_flops(net, DuMo(), (3, 8, 8)) == 2 * (linear + attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "more"),
     [

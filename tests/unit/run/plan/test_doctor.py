@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from contract.case import kind, members
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
 from dumo.run.train import train
+from dumo.run.weights import build
 from dumo.training import checkpoint
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
 from unit.run import known
@@ -60,6 +62,7 @@ def sloped(run: Run, slope: Spec, **net: float) -> Run:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ref", ["self", "0.999"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("slope", members(Slope), ids=kind)
@@ -69,10 +72,10 @@ def test_every_slope_passes_where_it_is_not_refused(name: str, slope: type[Spec]
     words += ["net.attention=2"] if name.startswith("digits") else []
     if precision == "bf16" and slope is CentralSlope:
         with pytest.raises(UserError, match="fp32"):
-            tiny(name, *words)
+            resolve(tiny(name, *words))
         return
     run = tiny(name, *words)
-    for found in (doctor.examine(run, CPU), doctor.examine_weights(run, run.build(), CPU)):
+    for found in (doctor.examine(run, CPU), doctor.examine_weights(run, build(run), CPU)):
         found.require()
         assert (found.slope, found.precision, found.time_scale) == (kind(slope), precision, run.net.time_scale)
         assert tuple(found.errors) == run.objective.needs.heads
@@ -126,7 +129,7 @@ def test_differences_that_are_no_derivatives(name: str, slope: CentralSlope, pre
 
 def test_a_fresh_net_would_pass_anything() -> None:
     run = sloped(tiny(), Skewed(factor=100.0))
-    net = run.build()
+    net = build(run)
     assert doctor.examine_weights(run, net, CPU).passed  # its heads are zero, and so are their derivatives
     assert not doctor.examine(run, CPU).passed
     with torch.no_grad():
@@ -147,7 +150,7 @@ def test_where_the_derivative_is_zero_the_error_is_absolute() -> None:
 
     for by, passed in ((0.0, True), (0.9e-6, True), (1.1e-6, False)):
         run = sloped(tiny(), Shifted(by=by))
-        assert doctor.examine_weights(run, run.build(), CPU).passed == passed
+        assert doctor.examine_weights(run, build(run), CPU).passed == passed
 
 
 @pytest.mark.parametrize(("ref", "own"), [("self", True), ("0.999", False)])
@@ -188,7 +191,7 @@ def test_times_reach_the_ends() -> None:
 
 def test_examining_leaves_everything_as_it_is() -> None:
     run = tiny("moons-meanflow")
-    net = run.build().train()
+    net = build(run).train()
     x, c, ones = torch.ones(4, 2), torch.zeros(4, dtype=torch.long), torch.ones(4)
     net(x, c, t=ones, r=ones)[0].square().sum().backward()
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.run.config.load import load
+from dumo.run.net import outline
 from dumo.run.plan import plan
 from dumo.run.plan.cluster import Sent, pretended
 from dumo.run.plan.host import PROCESS, host
@@ -21,7 +22,7 @@ from dumo.training.frozen import copied
 def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
     """Bytes without those of a process itself, where the weights of a rank's step take none."""
     run = load("digits", fields)
-    net = run.outline()
+    net = outline(run)
     held = plan.held(net, run.train)
     found = host(net, run.train, ranks, held, plan.copied(net, held, ranks)["copy"], 0, device)
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
@@ -30,7 +31,7 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.slow
 def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
-    net = load("digits").outline()
+    net = outline(load("digits"))
     held, largest = plan.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
     one, four = planned(1, "CPU"), planned(4, "CPU", "train.share=4")
     assert one["start"] == held["weights"] + held["averages"]
@@ -47,15 +48,15 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     """Of all weights in float32, whatever the base is kept in."""
     pytest.importorskip("peft")
     run = load("sd3-lora", [f"net.lora.frozen={coding}"])
-    net = run.outline()
+    net = outline(run)
     held = plan.held(net, run.train)
     found = host(net, run.train, 1, held, 0, 0, "GPU")["process"]["export"] - PROCESS
-    assert found == held["weights"] + 4 * sum(p.numel() for p in load("sd3-lora").outline().parameters())
+    assert found == held["weights"] + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
 
 
 @pytest.mark.slow
 def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
-    net = load("digits").outline()
+    net = outline(load("digits"))
     held, written = plan.held(net, load("digits").train), planned(4, "GPU")["save"]
     assert 4 * written == held["weights"] + held["averages"] + held["optimizer"]
     assert planned(1, "GPU")["save"] == 4 * written
@@ -67,7 +68,7 @@ def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
 def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int, first: str) -> None:
     """Of `step` bytes, as later steps take them."""
     run = load("digits", ["train.share=2"])
-    held = plan.held(net := run.outline(), run.train)
+    held = plan.held(net := outline(run), run.train)
     found = host(net, run.train, 2, held, copy := 7, step, "CPU")["process"]
     update, passes = sum(size // 2 for size in held.values()), step - held["optimizer"] // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
@@ -80,7 +81,7 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = load(recipe, ["train.share=8"])
-    net, weights, made, fake = run.outline(), Deferred(), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
+    net, weights, made, fake = outline(run), Deferred(), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
 
     def make(name: str, like: Tensor) -> Tensor:
         made[name] += like.nbytes

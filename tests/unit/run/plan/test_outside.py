@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import dumo
 from dumo.flow import dropout
 from dumo.flow.precision import Precision
+from dumo.run.net import outline
 from dumo.run.plan import cost, outside
 from dumo.types import Heads
 from unit.run.known import same
@@ -148,7 +149,7 @@ def test_a_step_of_such_a_loss_is_not_counted(what: str) -> None:
         "moons", {"objective": {"kind": Returning().kind, "what": what}, "sample.solver": {"kind": "euler"}}
     )
     with pytest.raises(dumo.UserError, match=RETURNS[what][1].replace("8", r"\d+")):
-        cost.forward_units(run.outline(), run.objective, run.path, run.data.shape)
+        cost.forward_units(outline(run), run.objective, run.path, run.data.shape)
 
 
 @pytest.mark.slow

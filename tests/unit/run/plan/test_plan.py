@@ -17,8 +17,10 @@ from dumo.run import encode
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.net import outline
 from dumo.run.plan import cost, doctor, machine, rehearsal
 from dumo.run.plan.plan import cache, lines, memory, missing_data, most_rows, plan, show
+from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.training.frozen import trained
 from dumo.training.state import State
@@ -79,7 +81,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if name in HEAVY:
         assert isinstance(spec.net, Pretrained)
         spec = spec.model_copy(update={"net": spec.net.short(2)})
-    assert spec.model_copy(update={"net": doctor.short(spec.net)}).outline()  # what is examined before training
+    assert outline(spec.model_copy(update={"net": doctor.short(spec.net)}))  # what is examined before training
     facts = plan(spec)
     json.dumps(facts, allow_nan=False)
     if name in MILLIONS:
@@ -164,7 +166,7 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     if part:
         freeze(monkeypatch)
     spec = load("digits", [*TINY, "train.ema=[{decay: 0.9}, {decay: 0.99}]", "train.ref=0.9"])
-    counted = memory(spec.outline(), spec.objective, spec.path, spec.data.shape, spec.train, 2)
+    counted = memory(outline(spec), spec.objective, spec.path, spec.data.shape, spec.train, 2)
     state, *_ = step(spec, 2)
     modules = [state.net, *(average.module for average in state.averages.values())]
     weights = sum(t.nbytes for t in (*state.net.parameters(), *state.net.buffers()))
@@ -226,13 +228,13 @@ def small(*fields: str) -> Run:
 def step(spec: Run, rows: int) -> tuple[State, Record, float, float]:
     """A rehearsed step of random rows."""
     task = Task(spec.objective, spec.path, spec.data.classes)
-    return rehearsal.make_step(spec.build(), task, rehearsal.random_rows(spec.data, rows, CPU), spec.train)
+    return rehearsal.make_step(build(spec), task, rehearsal.random_rows(spec.data, rows, CPU), spec.train)
 
 
 def test_a_rehearsal_is_the_first_step_of_training() -> None:
     """One update of every weight that has a gradient, at the rate of step 0, and the average follows."""
     spec = small("train.schedule.warmup=10", "train.ema=[{decay: 0.75, ramp: false}]", "train.micro_batch=8")
-    before, (state, record, passes, update) = spec.build(), step(spec, 2)
+    before, (state, record, passes, update) = build(spec), step(spec, 2)
     assert (state.step, state.images, record.images) == (1, 2, 2)
     assert record.lr == spec.train.optimizer.lr / 10
     assert min(passes, update) > 0
