@@ -103,8 +103,8 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
-    from dumo.evaluation.word import method
     from dumo.run.config.load import dump, summary
+    from dumo.run.config.word import method
     from dumo.run.plan.findings import of_captions
     from dumo.run.plan.plan import show
 

@@ -14,7 +14,6 @@ import jinja2
 from dumo.data import Data, Images, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
-from dumo.evaluation.word import method
 from dumo.export.model import Exported, Stock
 from dumo.export.scheduler import EULER, LCM, OWN
 from dumo.export.serve import is_whole, unserved
@@ -23,6 +22,7 @@ from dumo.run.conditions import shown
 from dumo.run.config.load import identity
 from dumo.run.config.resolve import as_given, without_path
 from dumo.run.config.spec import Run
+from dumo.run.config.word import method
 from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder

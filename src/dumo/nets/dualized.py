@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dumo.io.deferred import Deferred
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
@@ -24,8 +25,7 @@ from dumo.nets.route import Route, standing
 from dumo.nets.rows import Texts
 from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
 from dumo.nets.vp import Frame
-from dumo.training import layout
-from dumo.training.deferred import Deferred
+from dumo.runtime import dist
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
@@ -103,7 +103,7 @@ class Dualized(nn.Module):
         check(self.names, inputs)
         times = tuple(inputs[name] for name in self.names)
         if self.row.alone and self.texts.several:
-            places = [min(i, len(c) - 1) for i in range(layout.calls(self, len(c)))]  # those beyond are cut off
+            places = [min(i, len(c) - 1) for i in range(dist.calls(self, len(c)))]  # those beyond are cut off
             rows = (self._heads_of(*(part[i : i + 1] for part in (x, c, *times))) for i in places)
             return tuple(torch.cat(head)[: len(c)] for head in zip(*rows, strict=True))
         return self._heads_of(x, c, *times)

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
+from dumo.io import digest
+from dumo.io.deferred import derived
 from dumo.nets.twin import bias_or_none, put
 from dumo.runtime import import_bitsandbytes, install
-from dumo.training.deferred import derived
-from dumo.training.frozen import digest_of
 from dumo.types import Array, UserError
 
 Coding = Literal["int8", "nf4"]
@@ -128,7 +128,9 @@ def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 def origin(weight: Tensor, coding: Coding) -> Tensor:
     """A SHA-256 of a weight, as the digest of what is frozen takes it, and of how it is coded; (32,)."""
     blank = torch.empty(32, dtype=torch.uint8, device=weight.device)
-    return derived(lambda x: torch.tensor([*bytes.fromhex(digest_of({coding: x}))], dtype=torch.uint8), weight, blank)
+    return derived(
+        lambda x: torch.tensor([*bytes.fromhex(digest.of_samples({coding: x}))], dtype=torch.uint8), weight, blank
+    )
 
 
 def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

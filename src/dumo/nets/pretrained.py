@@ -10,6 +10,7 @@ from torch import nn
 
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, Reading
 from dumo.io import weights
+from dumo.io.deferred import leaf, unnoted
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
 from dumo.nets.block import Lean, make_lean, run_lean
@@ -22,7 +23,6 @@ from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import Frame, framed
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
-from dumo.training.deferred import leaf, unnoted
 from dumo.types import QUIET, Needs, UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dumo.data import Images, Latents
-from dumo.evaluation import word
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels
 from dumo.flow.solver import able
@@ -25,7 +24,7 @@ from dumo.io.picture import headed, labelled, letters
 from dumo.report.figure import charts, embed
 from dumo.run.conditions import shown as shown_data
 from dumo.run.conditions import squares
-from dumo.run.config import recipes
+from dumo.run.config import recipes, word
 from dumo.run.config.load import dump
 from dumo.run.evaluation import score
 from dumo.run.evaluation.score import judgement, large, number

@@ -5,12 +5,12 @@ from math import prod
 import torch
 from torch import nn
 
+from dumo.io.deferred import Deferred
 from dumo.nets import MLP, DiT, Pretrained, UNet
 from dumo.nets.live import Live
 from dumo.run.config.tree import Tree
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.training.deferred import Deferred
 
 
 def outline(run: Tree, *, short: bool = False) -> nn.Module:

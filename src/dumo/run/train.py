@@ -15,7 +15,6 @@ from torch import nn
 
 from dumo.data import Data, Latents
 from dumo.data.store import some
-from dumo.evaluation.word import method
 from dumo.flow.draw import Draws
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.slope import CentralSlope, DualSlope
@@ -30,6 +29,7 @@ from dumo.run.config.check import check_pieces
 from dumo.run.config.load import FILE, dump, load
 from dumo.run.config.resolve import pinned, placed, resolve
 from dumo.run.config.spec import Run
+from dumo.run.config.word import method
 from dumo.run.folder import held
 from dumo.run.journal import History, Journal, way_back
 from dumo.run.net import outline, require_room

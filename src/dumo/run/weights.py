@@ -12,6 +12,7 @@ from dumo.data import Images
 from dumo.flow.generate import ROWS
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import single
+from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
@@ -27,7 +28,6 @@ from dumo.run.sampler import Sampler
 from dumo.runtime import dist, typed
 from dumo.runtime.heap import lean
 from dumo.training import checkpoint, frozen, manifest
-from dumo.training.deferred import Deferred
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training

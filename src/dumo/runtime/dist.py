@@ -15,7 +15,7 @@ from datetime import timedelta
 from secrets import token_hex
 
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -67,6 +67,18 @@ def largest(x: Tensor) -> Tensor:
         return x
     torch.distributed.all_reduce(most := x.clone(), torch.distributed.ReduceOp.MAX)
     return most
+
+
+def calls(net: nn.Module, rows: int) -> int:
+    """How often a rank with these rows calls a net that takes them one by one: as often as the one with most of them.
+
+    Each call gathers sharded weights from all ranks, forward and backward. Every rank must call it, if they are.
+    """
+    if world() == 1:
+        return rows
+    from torch.distributed.fsdp import FSDPModule
+
+    return int(largest(torch.tensor(rows))) if isinstance(net, FSDPModule) else rows
 
 
 def gathered(x: Tensor) -> list[Tensor]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dumo.flow.precision import HALVES, rounded_at_random
+from dumo.io.deferred import is_fake
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.random import bits
-from dumo.training.deferred import is_fake
 from dumo.training.layout import begin, like_rows, local
 from dumo.types import UserError
 

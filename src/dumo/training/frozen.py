@@ -5,17 +5,15 @@ averages share them with the net, checkpoints leave them out, and a digest tells
 that it began with.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from dumo.io import digest as digests
-from dumo.training.deferred import is_fake
+from dumo.io.deferred import is_fake
 from dumo.types import UserError
-
-SAMPLE = 64  # numbers of each tensor in the digest: ours
 
 
 def frozen_weights(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,19 +67,7 @@ def digest(
         return None
     coded = [name.removesuffix("origin") for name in frozen if name.rpartition(".")[2] == "origin"]
     codes = {path + name for path in coded for name in ("weight", "scales")}
-    return digest_of({name: p for name, p in fixed.items() if name not in codes}, made)
-
-
-def digest_of(tensors: Mapping[str, Tensor], made: Callable[[Tensor], Tensor] = torch.detach) -> str:
-    """The SHA-256 of these tensors, as `digest` takes it."""
-    return digests.of_bytes(*(part for name, x in sorted(tensors.items()) for part in _sampled(name, made(x))))
-
-
-def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
-    """The bytes of a tensor that go into the digest."""
-    count = min(SAMPLE, x.numel())
-    some = x.flatten()[torch.arange(count, device=x.device) * x.numel() // max(count, 1)].cpu()
-    return f"{name} {tuple(x.shape)} {x.dtype}\n".encode(), bytes(some.view(torch.uint8).numpy().data)
+    return digests.of_samples({name: p for name, p in fixed.items() if name not in codes}, made)
 
 
 def require(now: str | None, then: str | None, whose: object) -> None:

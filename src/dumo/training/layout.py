@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.precision import HALVES
+from dumo.io.deferred import Deferred
 from dumo.runtime import dist
-from dumo.training.deferred import Deferred
 from dumo.training.frozen import share, trained
 from dumo.types import UserError, unwrap
 
@@ -136,18 +136,6 @@ def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
 def gives_back(reshard: bool) -> bool:
     """Whether gathered weights are freed after each pass, so that no cast of them may be kept either."""
     return reshard and dist.world() > 1
-
-
-def calls(net: nn.Module, rows: int) -> int:
-    """How often a rank with these rows calls a net that takes them one by one: as often as the one with most of them.
-
-    Each call gathers sharded weights from all ranks, forward and backward. Every rank must call it, if they are.
-    """
-    if dist.world() == 1:
-        return rows
-    from torch.distributed.fsdp import FSDPModule
-
-    return int(dist.largest(torch.tensor(rows))) if isinstance(net, FSDPModule) else rows
 
 
 def release(net: nn.Module) -> None:

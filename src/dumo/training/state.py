@@ -19,10 +19,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
 from dumo.training.burst import Gradients, modules
-from dumo.training.deferred import Deferred
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train

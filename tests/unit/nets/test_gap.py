@@ -11,12 +11,12 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair
+from dumo.io.deferred import Deferred
 from dumo.nets import Pretrained, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import fixed
 from dumo.objectives import RCGM, DuMoAny, MeanFlow, Several, Shortcut, SplitMeanFlow
-from dumo.training.deferred import Deferred
 from dumo.types import Frozen, Needs, Objective, UserError
 from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, Saved, asked, batch, built

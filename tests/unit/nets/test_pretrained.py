@@ -17,6 +17,7 @@ from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
+from dumo.io.deferred import Deferred
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
@@ -24,7 +25,6 @@ from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, Shortcut
 from dumo.run.config.load import load
-from dumo.training.deferred import Deferred
 from dumo.training.frozen import digest
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError

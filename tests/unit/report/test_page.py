@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.evaluation import word
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.objectives import Critic
 from dumo.report import figure
 from dumo.report import page as report
+from dumo.run.config import word
 from dumo.run.config.load import load
 from dumo.run.folder import CHECKPOINT_WRITTEN
 from dumo.run.train import train

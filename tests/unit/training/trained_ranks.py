@@ -18,6 +18,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
+from dumo.io.deferred import Deferred
 from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
@@ -28,7 +29,6 @@ from dumo.run.teacher import Base
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.checkpoint import save
-from dumo.training.deferred import Deferred
 from dumo.training.ema import Ema
 from dumo.training.loop import train
 from dumo.training.optim import AdamW, AdamW8bit

@@ -12,8 +12,8 @@ from typing import Any
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
 from dumo.evaluation.protocol import CLASS_MMD, headline
-from dumo.evaluation.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.io.read import read_json
+from dumo.run.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.run.evaluation.card import apart, best_scores, checked, first_of, is_as_perfect, is_far, lacks_classes, seen
 from dumo.runtime import typed
 

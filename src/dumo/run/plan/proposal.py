@@ -23,13 +23,13 @@ from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store, some
 from dumo.data.written import AUTO, NoCaptionsError, captions_of, table_names
 from dumo.encoders.caption import Captions
-from dumo.evaluation.word import method
 from dumo.io.read import brief, user_path
 from dumo.run.config.change import override, shown
 from dumo.run.config.load import FILE, load_recipe, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
+from dumo.run.config.word import method
 from dumo.run.net import outline, require_room
 from dumo.run.plan import doctor, machine, outside, plan, rehearsal
 from dumo.run.plan.findings import of_captions

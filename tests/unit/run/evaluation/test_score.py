@@ -12,13 +12,13 @@ from torch import nn
 
 from contract.case import members
 from dumo.data import Digits
-from dumo.evaluation import shipped, word
+from dumo.evaluation import shipped
 from dumo.evaluation.protocol import Reference, headline
 from dumo.io.picture import headed
 from dumo.objectives import Objective
 from dumo.report import page
 from dumo.report.figure import smoothed
-from dumo.run.config import recipes
+from dumo.run.config import recipes, word
 from dumo.run.config.load import load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import seen, settings

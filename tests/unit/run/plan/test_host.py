@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo.io.deferred import Deferred
 from dumo.run.config.load import load
 from dumo.run.net import outline
 from dumo.run.plan import plan
 from dumo.run.plan.cluster import Sent, pretended
 from dumo.run.plan.host import PROCESS, host
 from dumo.training import layout
-from dumo.training.deferred import Deferred
 from dumo.training.frozen import copied
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dumo.training.deferred import Deferred
+from dumo.io.deferred import Deferred
 
 
 def test_what_was_made_of_a_tensor_keeps_its_numbers() -> None:
