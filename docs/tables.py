@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dumo.config.load import load
 from dumo.lab.cell import from_cells, main_score
 from dumo.lab.plan import read
 from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
-from dumo.run.config.load import load
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"

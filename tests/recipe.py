@@ -2,8 +2,8 @@
 
 from functools import cache
 
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
+from dumo.config.load import load
+from dumo.config.spec import Run
 
 
 @cache

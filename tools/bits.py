@@ -189,7 +189,7 @@ def record_all(source: Path, patterns: Sequence[str]) -> Record:
     sys.path.insert(0, str(source.resolve()))
     import torch
 
-    from dumo.run.config import recipes
+    from dumo.config import recipes
 
     torch.set_num_threads(1)
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())

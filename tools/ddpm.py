@@ -21,11 +21,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.encoders.pipeline import published
 from dumo.evaluation import Context
 from dumo.nets.rows import codes
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.sample import judged_data, real_data
 
 STEPS, BATCH, RATE, WARM, DECAY = 8000, 64, 1e-3, 200, 0.999

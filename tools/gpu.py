@@ -87,8 +87,8 @@ class Part:
 
 def load(recipe: str, fields: list[str]) -> Any:  # noqa: ANN401, a Run
     """A recipe's run, with what the disk says of it."""
-    from dumo.run.config.load import load as load_run
-    from dumo.run.config.resolve import resolve
+    from dumo.config.load import load as load_run
+    from dumo.run.resolve import resolve
 
     return resolve(load_run(recipe, fields))
 

@@ -67,8 +67,8 @@ def work(args: argparse.Namespace) -> None:
     phase = Path(os.environ["PHASE"])
     import torch
 
+    from dumo.config.load import load
     from dumo.nets import lowpass
-    from dumo.run.config.load import load
     from dumo.run.folder import note
     from dumo.run.weights import begin
     from dumo.runtime import dist

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from dumo.config.load import FILE, dump
+from dumo.config.spec import Run
 from dumo.data.latents import Latents
 from dumo.encoders.codec import FIELD
 from dumo.io.file import whole
 from dumo.io.read import user_path
 from dumo.lab.cell import leading
-from dumo.run.config.load import FILE, dump
-from dumo.run.config.resolve import as_given
-from dumo.run.config.spec import Run
+from dumo.run.resolve import as_given
 from dumo.run.shipped import HERE
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import manifest

@@ -38,6 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dumo.config.load import load
 from dumo.evaluation.distance import gaussian_mmd
 from dumo.evaluation.photos import WIDTH
 from dumo.evaluation.shipped import learned
@@ -45,8 +46,7 @@ from dumo.flow.solver import jumps
 from dumo.io.picture import labelled, sheet, to_rows, to_uint8
 from dumo.lab.plan import Cost
 from dumo.nets.rows import codes
-from dumo.run.config.load import load
-from dumo.run.config.resolve import resolve
+from dumo.run.resolve import resolve
 
 SUBJECT, SHOTS, EACH = 5, 30, 2000  # dogs; their images; training images of each other class
 OTHERS = [c for c in range(10) if c != SUBJECT]

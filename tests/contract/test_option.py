@@ -16,12 +16,12 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from dumo.config import recipes
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.nets import Module
 from dumo.objectives import Objective
-from dumo.run.config import recipes
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.types import PINNED
 from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
 from recipe import recipe

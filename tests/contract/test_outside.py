@@ -8,8 +8,8 @@ import torch
 
 import dumo
 from contract import outside
-from dumo.run.config.load import load
-from dumo.run.config.resolve import resolve
+from dumo.config.load import load
+from dumo.run.resolve import resolve
 from dumo.types.outside import code
 
 RUN = {
@@ -39,7 +39,7 @@ def test_a_run_of_four_classes_from_outside_is_trained_sampled_and_judged(tmp_pa
 @pytest.mark.slow
 def test_code_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dumo.train("digits", RUN, out=tmp_path / "run", device="cpu")
-    monkeypatch.setattr("dumo.run.config.resolve.code", lambda spec: "other")
+    monkeypatch.setattr("dumo.config.code.code", lambda spec: "other")
     for go_on in (lambda: dumo.load(tmp_path / "run"), lambda: dumo.train(tmp_path / "run", RUN)):
         with pytest.raises(dumo.UserError, match=r"contract.outside:.* is not the code that .* was trained with"):
             go_on()

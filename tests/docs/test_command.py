@@ -13,8 +13,8 @@ import typer
 
 from docs.page import PAGES, dumos, inline, lines
 from dumo.cli import app
-from dumo.run.config import recipes
-from dumo.run.config.load import load
+from dumo.config import recipes
+from dumo.config.load import load
 
 READERS = re.compile(r"\$|mine:|any_step|=sd35")  # values that are files or classes of the reader's
 NAMES = {"RECIPE": "digits", "K/N": "0/2", "FILE": "f", "N": "1"}  # what stands for something of the reader's

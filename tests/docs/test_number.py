@@ -13,13 +13,13 @@ from scipy.stats import beta
 
 import dumo
 from contract.case import kind, members
+from dumo.config.load import load
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.flow.times import Beta, Dyadic, LogitNormal, Pair
 from dumo.nets import DiT
 from dumo.objectives import DuMo, Objective
-from dumo.run.config.load import load
 from dumo.run.plan.cost import forward_units
 from dumo.run.plan.doctor import point, slope_errors
 from dumo.types import Frozen, Spec

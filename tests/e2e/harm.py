@@ -26,8 +26,8 @@ from torch import Tensor
 
 import encoders
 from autoencoder import taef2
+from dumo.config import recipes
 from dumo.io import digest, weights
-from dumo.run.config import recipes
 from e2e.shell import Done, call, files, sets
 
 COUNT, SHARD = 24, 8  # images, and those in a shard

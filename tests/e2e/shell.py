@@ -15,7 +15,7 @@ from unittest.mock import patch
 from torch.distributed import TCPStore
 
 from dumo import cli
-from dumo.run.config.load import FILE
+from dumo.config.load import FILE
 from forked import ENVIRONMENT, Program, python
 from meeting import outputs
 

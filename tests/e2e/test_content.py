@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from autoencoder import taef2
+from dumo.config import recipes
+from dumo.config.source import noted
 from dumo.io import content
-from dumo.run.config import recipes
-from dumo.run.config.source import noted
 from e2e.shell import call, refused, sets, together
 from tiers import tiered
 from unit.data.animals import archive

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from contract.case import randomise
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.lab.step import Plain, slope_error
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.plan.doctor import examine
 from dumo.run.weights import build, sampler
 from dumo.types import frozen

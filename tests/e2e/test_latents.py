@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from autoencoder import taef2
-from dumo.run.config import recipes
+from dumo.config import recipes
 from e2e.shell import call, refused
 
 CLASSES, EACH, SIDE = 10, 6, 32

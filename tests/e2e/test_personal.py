@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dumo.config.load import load
 from dumo.export import lora
 from dumo.flow.draw import PRIOR, drawn, noised
 from dumo.flow.guide import Guide
 from dumo.flow.reading import reading
-from dumo.run.config.load import load
 from dumo.run.folder import note
 from dumo.run.teacher import velocity
 from dumo.run.weights import open_run

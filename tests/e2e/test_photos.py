@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dumo.run.config.load import load
+from dumo.config.load import load
 from e2e.shell import Done, call, refused, sets
 
 CLASSES = ("cats", "dogs", "fish", "zoo birds")

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from autoencoder import taef2
-from dumo.run.config import recipes
-from dumo.run.config.load import load
+from dumo.config import recipes
+from dumo.config.load import load
 from e2e.shell import call, files, refused, sets
 
 SIDE = 16

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from pyarrow.parquet import read_table, write_table
 
-from dumo.run.config.load import load
+from dumo.config.load import load
 from dumo.run.plan import proposal
 from dumo.types import UserError
 from e2e.shell import call, sets

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dumo.run.config import recipes
-from dumo.run.config.load import load, summary
-from dumo.run.config.source import FORMAT, KEY, read
+from dumo.config import recipes
+from dumo.config.load import load, summary
+from dumo.config.source import FORMAT, KEY, read
 from dumo.run.net import outline
 from dumo.run.weights import build
 from e2e.shell import TINY, call, refused, sets

@@ -12,8 +12,8 @@ import yaml
 
 import dumo
 import encoders
+from dumo.config import recipes
 from dumo.io.weights import load
-from dumo.run.config import recipes
 from dumo.run.prompt import names, prompted
 from e2e.shell import call
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dumo.config.load import load
 from dumo.io.digest import of_file
-from dumo.run.config.load import load
 from e2e.conftest import RECIPES
 from e2e.shell import TINY, call, finish, refused, sets, start, tree
 from tiers import tiered

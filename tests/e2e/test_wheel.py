@@ -6,7 +6,7 @@ from zipfile import ZipFile
 import pytest
 
 import release
-from dumo.run.config import recipes
+from dumo.config import recipes
 from fresh import ALONE, finished, made
 
 ROOT = Path(__file__).parents[2]

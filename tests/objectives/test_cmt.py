@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from contract.case import step
+from dumo.config.load import load
 from dumo.flow.draw import draw, drawn, noised
 from dumo.flow.generate import trailed
 from dumo.flow.path import Linear
@@ -16,7 +17,6 @@ from dumo.flow.solver import Euler, Heun
 from dumo.flow.times import Grid
 from dumo.objectives import CMT
 from dumo.run import teacher
-from dumo.run.config.load import load
 from dumo.runtime.progress import no_bar
 from dumo.types import Noised, Reads, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gradient

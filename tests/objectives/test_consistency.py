@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dumo.config.load import load
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency
 from dumo.objectives.consistency import Discretization, Equal, KarrasGrid, Ratio
-from dumo.run.config.load import load
 from dumo.training.ema import Ema, MovingAverage
 from dumo.types import Noised, Spec, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, falls, gaussian, gradient, record, stiffness

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from contract.case import step
+from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
-from dumo.run.config.load import load
 from dumo.training.step import together
 from dumo.types import UserError
 from theory.exact import D, drawn

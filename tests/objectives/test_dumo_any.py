@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from contract.case import nets, randomise, step
+from dumo.config.load import load
 from dumo.flow.guide import Guide
 from dumo.flow.slope import JvpSlope
 from dumo.flow.times import Jumps
 from dumo.objectives import DuMo, DuMoAny
-from dumo.run.config.load import load
 from theory.exact import D, column, drawn
 from theory.formula import GUIDES, Told, agree, guided, half, rows
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dumo.config.load import load
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
 from dumo.objectives.pi_flow import Policy
-from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Flow, column, drawn
 from theory.formula import Polynomial, gradients

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import step
+from dumo.config.load import load
 from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import Shortcut
-from dumo.run.config.load import load
 from dumo.types import Heads, Noised, Reads, UserError
 from theory import exact
 from theory.exact import D, Exact, column, drawn, falls, gaussian

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dumo.run.config.load import load
+from dumo.config.load import load
 from dumo.run.weights import build
 from dumo.training.state import begin
 from dumo.training.step import Task, pieces, span, train_step

@@ -12,10 +12,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import Source
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.journal import slope_in_time
 from dumo.run.weights import build, sketch
 from dumo.runtime import dist

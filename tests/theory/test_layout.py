@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dumo.run.config import recipes
-from dumo.run.config.load import load
+from dumo.config import recipes
+from dumo.config.load import load
 from forked import main_of
 from meeting import outputs
 from tiers import tiered

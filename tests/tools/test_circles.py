@@ -83,7 +83,7 @@ def write_contracted_package(folder: Path) -> None:
     contracts: list[dict[str, Any]] = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]
-    modules = {"dumo", "dumo.run.config.spec"}
+    modules = {"dumo", "dumo.config.spec"}
     exceptions: list[tuple[str, str]] = []
     for contract in contracts:
         for layer in contract.get("layers", []):

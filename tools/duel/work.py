@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dumo.cli import api
+from dumo.config.load import load
 from dumo.encoders.taesd import Taef2, Tiny
 from dumo.evaluation.neighbours import precision_recall
 from dumo.flow.draw import draw
 from dumo.flow.slope import DualSlope
 from dumo.run import encode as encoding
-from dumo.run.config.load import load
 from dumo.run.encode import encode
 from dumo.run.train import train
 from dumo.run.weights import build

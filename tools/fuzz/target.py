@@ -14,11 +14,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from dumo.config.load import dump, load
 from dumo.data.cache import Contents, read_contents
 from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
 from dumo.run import deviation
-from dumo.run.config.load import dump, load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.compare import compare
 from dumo.training import checkpoint, log, manifest

@@ -14,7 +14,7 @@ from dumo import runtime
 from dumo.cli import evaluate, lab, preflight, run, share
 from dumo.cli.option import trusted
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams, stoppable
-from dumo.run.config.foreign import ours
+from dumo.config.foreign import ours
 
 app = typer.Typer(
     name="dumo",

@@ -17,15 +17,15 @@ from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
 from dumo.cli.compose import compose, plain_data, plain_net
+from dumo.config import load as config
+from dumo.config.change import override, shown
+from dumo.config.spec import Run
+from dumo.config.trust import trusting
 from dumo.encoders.codec import Opened
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report import page
 from dumo.report.feed import live
-from dumo.run.config import load as config
-from dumo.run.config.change import override, shown
-from dumo.run.config.spec import Run
-from dumo.run.config.trust import trusting
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.prompt import prompted
 from dumo.run.sample import COUNT, guide_of, size_of, solver_of, turned
@@ -281,7 +281,7 @@ def load(
     `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
     objects that `train` was given: another process needs the net to sample, and the data to evaluate. `weights` is a
     safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
-    there is one. `trust_code`: run the code that the folder names (`dumo.run.config.trust`).
+    there is one. `trust_code`: run the code that the folder names (`dumo.config.trust`).
     """
     _ = plain_data(data), plain_net(net)  # remembered
     file = None if weights is None else str(weights)

@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from dumo.config import recipes
+from dumo.config.change import shown
+from dumo.config.load import FILE, load, load_recipe, parse
+from dumo.config.load import default_folder as folder_of_recipe
+from dumo.config.source import SHIPPED_PREFIX, kind_of, source_or_own_run
+from dumo.config.spec import Run
 from dumo.data import Data, Memory
 from dumo.flow.reading import taught
 from dumo.nets import Module
 from dumo.objectives import Objective
-from dumo.run.config import recipes
-from dumo.run.config.change import shown
-from dumo.run.config.load import FILE, load, load_recipe, parse
-from dumo.run.config.load import default_folder as folder_of_recipe
-from dumo.run.config.source import SHIPPED_PREFIX, kind_of, source_or_own_run
-from dumo.run.config.spec import Run
 from dumo.run.plan import proposal
 from dumo.runtime.progress import Bar
 from dumo.types import Spec, UserError

@@ -120,9 +120,9 @@ def draw(runs: list[Path], file: Path | None) -> None:
 
 def send(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
+    from dumo.config.error import require_known
     from dumo.report.feed import feed, nap
     from dumo.report.tracker import TRACKERS
-    from dumo.run.config.error import require_known
 
     require_known("tracker", to, TRACKERS)
     for run, rows in feed(runs, to, nap if follow else None).items():

@@ -74,9 +74,9 @@ def step(
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
+    from dumo.config.load import load
     from dumo.lab import step
-    from dumo.run.config.load import load
-    from dumo.run.config.resolve import resolve
+    from dumo.run.resolve import resolve
 
     begin(threads)
     report = step.measure(
@@ -135,9 +135,9 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Measure images per second by number of passes, with random weights."""
+    from dumo.config.load import load
     from dumo.lab import bench
-    from dumo.run.config.load import load
-    from dumo.run.config.resolve import resolve
+    from dumo.run.resolve import resolve
 
     begin(threads)
     report = bench.sample(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.run.config import recipes
+from dumo.config import recipes
 
 if TYPE_CHECKING:
-    from dumo.run.conditions import Conditions
+    from dumo.config.conditions import Conditions
 
 
 def complete(text: str) -> list[str]:
@@ -60,14 +60,14 @@ TrustCode = Annotated[
 
 
 def trusted(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with --trust-code where it reads a run (`dumo.run.config.trust`)."""
+    """The command, with --trust-code where it reads a run (`dumo.config.trust`)."""
     before = signature(command)
     if not before.parameters.keys() & {"source", "run_folder"}:
         return command
 
     @wraps(command)
     def run(*words: object, trust_code: bool = False, **options: object) -> None:
-        from dumo.run.config.trust import trusting
+        from dumo.config.trust import trusting
 
         with trusting(trust_code):
             command(*words, **options)

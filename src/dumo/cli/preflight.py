@@ -11,14 +11,14 @@ from rich.table import Table
 
 from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
-from dumo.run.config import recipes as packaged
+from dumo.config import recipes as packaged
 from dumo.runtime import typed
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import say
 
 if TYPE_CHECKING:
-    from dumo.run.conditions import Conditions
-    from dumo.run.config.spec import Run
+    from dumo.config.conditions import Conditions
+    from dumo.config.spec import Run
 
 
 def recipes(
@@ -27,7 +27,7 @@ def recipes(
 ) -> None:
     """List the packaged recipes, by purpose."""
     if as_schema:
-        from dumo.run.config.schema import schema
+        from dumo.config.schema import schema
 
         print(json.dumps(schema()))
         return
@@ -81,9 +81,9 @@ def data(
 
 def load_with_advice(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
-    from dumo.run.config.advice import advice
-    from dumo.run.config.load import load
-    from dumo.run.config.resolve import resolve
+    from dumo.config.advice import advice
+    from dumo.config.load import load
+    from dumo.run.resolve import resolve
 
     run = resolve(load(source, overrides or []))
     for line in advice(run):
@@ -103,8 +103,8 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
-    from dumo.run.config.load import dump, summary
-    from dumo.run.config.word import method
+    from dumo.config.load import dump, summary
+    from dumo.config.word import method
     from dumo.run.plan.findings import of_captions
     from dumo.run.plan.plan import show
 

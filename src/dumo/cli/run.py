@@ -30,8 +30,8 @@ from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar, no_bar, say
 
 if TYPE_CHECKING:
+    from dumo.config.spec import Run
     from dumo.nets import Net
-    from dumo.run.config.spec import Run
     from dumo.training.spec import Train
 
 
@@ -62,9 +62,9 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
+    from dumo.config.source import kind_of
     from dumo.data import Latents
     from dumo.run import encode
-    from dumo.run.config.source import kind_of
     from dumo.runtime import dist
 
     work, made = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[encode.Made]()
@@ -117,12 +117,12 @@ def train(
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
+    from dumo.config.load import default_folder, load
+    from dumo.config.source import kind_of, source_or_own_run
     from dumo.export.model import forms
     from dumo.nets import Pretrained
     from dumo.report.feed import live
     from dumo.run import train
-    from dumo.run.config.load import default_folder, load
-    from dumo.run.config.source import kind_of, source_or_own_run
     from dumo.run.plan import proposal
 
     source = source_or_own_run(source, folder)
@@ -155,7 +155,7 @@ def train(
 
 def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
     """The run that a folder holds already, or one proposed for these images, if the user agrees."""
-    from dumo.run.config.load import FILE, load
+    from dumo.config.load import FILE, load
     from dumo.run.plan import proposal
     from dumo.runtime import dist
 

@@ -11,6 +11,10 @@ from typing import Any, cast
 
 import jinja2
 
+from dumo.config.conditions import shown
+from dumo.config.load import identity
+from dumo.config.spec import Run
+from dumo.config.word import method
 from dumo.data import Data, Images, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
@@ -18,12 +22,8 @@ from dumo.export.model import Exported, Stock
 from dumo.export.scheduler import EULER, LCM, OWN
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
-from dumo.run.conditions import shown
-from dumo.run.config.load import identity
-from dumo.run.config.resolve import as_given, without_path
-from dumo.run.config.spec import Run
-from dumo.run.config.word import method
 from dumo.run.evaluation.card import FILE, read_report
+from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import typed, version

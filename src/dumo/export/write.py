@@ -21,6 +21,7 @@ from typing import Any, Literal, cast, get_args
 import safetensors.torch
 from torch import nn
 
+from dumo.config.error import require_known
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET
 from dumo.export import card, lora, standalone
@@ -33,7 +34,6 @@ from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import apart
 from dumo.nets import DiT, Pretrained
 from dumo.objectives import Objective
-from dumo.run.config.error import require_known
 from dumo.run.weights import RunFolder, build
 from dumo.training.frozen import trained
 from dumo.types import UserError

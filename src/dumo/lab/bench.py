@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dumo.config.error import require_known
+from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
 from dumo.nets import Net
-from dumo.run.config.error import require_known
-from dumo.run.config.spec import Run
 from dumo.run.plan import doctor, machine
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar

@@ -25,9 +25,9 @@ from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from dumo.objectives import Objective
 from dumo.run import encode
-from dumo.run.config.resolve import resolve
 from dumo.run.evaluation import compare
 from dumo.run.evaluation.evaluate import evaluate, standing
+from dumo.run.resolve import resolve
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.heartbeat import Lost

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dumo.config.tree import Evaluation
 from dumo.data import Data
 from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance
@@ -24,7 +25,6 @@ from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mea
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
 from dumo.run import gallery
-from dumo.run.config.tree import Evaluation
 from dumo.run.evaluation.score import passes_text
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dumo.config.spec import Run
+from dumo.config.word import MERITS, word
 from dumo.flow import generate
 from dumo.io import picture
 from dumo.lab import chart
@@ -21,8 +23,6 @@ from dumo.lab.bench import interleave, quartiles
 from dumo.lab.cell import Result, Row, averaged, main_score
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.run import gallery
-from dumo.run.config.spec import Run
-from dumo.run.config.word import MERITS, word
 from dumo.run.evaluation.evaluate import evaluator_of, row
 from dumo.run.net import outline
 from dumo.run.plan import machine

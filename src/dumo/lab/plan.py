@@ -25,13 +25,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dumo.config.error import require_known
+from dumo.config.load import load_recipe
+from dumo.config.spec import Run
 from dumo.io.yaml import parse
-from dumo.run.config.error import require_known
-from dumo.run.config.load import load_recipe
-from dumo.run.config.resolve import resolve
-from dumo.run.config.spec import Run
 from dumo.run.net import outline
 from dumo.run.plan import cost
+from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"

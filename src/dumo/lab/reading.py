@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+from dumo.config.change import override
+from dumo.config.load import load, parse
+from dumo.config.source import kind_of
 from dumo.data import Data, Latents
 from dumo.data.album import Album
 from dumo.io.read import user_path
 from dumo.io.source import Source
 from dumo.lab.plan import Cost
-from dumo.run.config.change import override
-from dumo.run.config.load import load, parse
-from dumo.run.config.resolve import found_data, resolve
-from dumo.run.config.source import kind_of
 from dumo.run.plan import machine
+from dumo.run.resolve import found_data, resolve
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training.loop import BATCHES, Prefetch

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dumo.config.error import require_known
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import cell, chart, ours, paper
 from dumo.lab.cell import Result, Row, averaged, markdown
 from dumo.lab.plan import SCALES, Plan, read
-from dumo.run.config.error import require_known
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 

@@ -14,6 +14,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from dumo.config.error import require_known
+from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.path import Path
@@ -23,8 +25,6 @@ from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
 from dumo.objectives import Objective as AnyObjective
-from dumo.run.config.error import require_known
-from dumo.run.config.spec import Run
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.plan.cost import Bytes
 from dumo.runtime import dist

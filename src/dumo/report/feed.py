@@ -24,11 +24,11 @@ from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
+from dumo.config.error import require_known
+from dumo.config.source import read
 from dumo.io import file
 from dumo.io.read import read_json
 from dumo.report.tracker import NAMES, TRACKERS, Tracker, values
-from dumo.run.config.error import require_known
-from dumo.run.config.source import read
 from dumo.run.speed import LOG, logged
 from dumo.runtime import dist, install, installed, signals, typed
 from dumo.training.log import Row, cut, read_log

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dumo.config.conditions import shown
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
 from dumo.flow.generate import carried, counting, evaluating, passing
@@ -24,7 +25,6 @@ from dumo.io.read import brief
 from dumo.io.yaml import parse
 from dumo.report.page import NEAR, POINTS
 from dumo.run import deviation, shipped
-from dumo.run.conditions import shown
 from dumo.run.gallery import Reading, readings
 from dumo.run.prompt import edits, prompted
 from dumo.run.sample import guide_of, real_data, turned

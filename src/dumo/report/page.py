@@ -15,6 +15,10 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from dumo.config import recipes, word
+from dumo.config.conditions import shown as shown_data
+from dumo.config.conditions import squares
+from dumo.config.load import dump
 from dumo.data import Images, Latents
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels
@@ -22,10 +26,6 @@ from dumo.flow.solver import able
 from dumo.io import file, picture
 from dumo.io.picture import headed, labelled, letters
 from dumo.report.figure import charts, embed
-from dumo.run.conditions import shown as shown_data
-from dumo.run.conditions import squares
-from dumo.run.config import recipes, word
-from dumo.run.config.load import dump
 from dumo.run.evaluation import score
 from dumo.run.evaluation.score import judgement, large, number
 from dumo.run.gallery import PASSES, readings, within

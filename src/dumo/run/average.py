@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dumo.config.load import Written, identity, load
+from dumo.config.source import FILE, noted
 from dumo.io import file as files
 from dumo.io.weights import apart, compare, sha256
-from dumo.run.config.load import Written, identity, load
-from dumo.run.config.source import FILE, noted
 from dumo.run.net import outline
 from dumo.run.origin import require_place
 from dumo.training import checkpoint, frozen

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dumo.config.change import override
+from dumo.config.load import load, parse
+from dumo.config.source import kind_of
+from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache
 from dumo.data.caption import Files
 from dumo.data.image import below
@@ -20,12 +24,8 @@ from dumo.io.table import Done, Index
 from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, Tabled
 from dumo.nets.text import Learned
-from dumo.run.config.change import override
-from dumo.run.config.load import load, parse
-from dumo.run.config.resolve import resolve
-from dumo.run.config.source import kind_of
-from dumo.run.config.spec import Run
 from dumo.run.prompt import sources
+from dumo.run.resolve import resolve
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Spec, UserError

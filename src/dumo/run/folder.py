@@ -6,10 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dumo.config.load import FILE, Written, dump, load
+from dumo.config.source import Noted, noted
+from dumo.config.spec import Run
 from dumo.io import file as files
-from dumo.run.config.load import FILE, Written, dump, load
-from dumo.run.config.source import Noted, noted
-from dumo.run.config.spec import Run
 from dumo.run.origin import newest, require_same
 from dumo.training import checkpoint, manifest
 from dumo.training.log import read_log

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dumo.config import word
+from dumo.config.load import Written
+from dumo.config.source import noted
 from dumo.flow.generate import joined, labels
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
 from dumo.io.picture import labelled
-from dumo.run.config import word
-from dumo.run.config.load import Written
-from dumo.run.config.source import noted
 from dumo.run.origin import require_place
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from dumo.config.change import shown
+from dumo.config.load import FILE, identity
+from dumo.config.source import Noted
+from dumo.config.spec import Run
 from dumo.io.content import Hashes
 from dumo.io.source import Source
 from dumo.nets.embed import Scalars
 from dumo.run import average, content, deviation
-from dumo.run.config.change import shown
-from dumo.run.config.load import FILE, identity
-from dumo.run.config.source import Noted
-from dumo.run.config.spec import Run
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, note, restore_run_file
 from dumo.run.net import outline
 from dumo.run.origin import before_step

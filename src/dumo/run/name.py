@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.config.tree import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
-from dumo.run.config.tree import Sampling
 from dumo.run.weights import RunFolder, shown
 from dumo.training.checkpoint import part
 

@@ -5,10 +5,10 @@ from math import prod
 import torch
 from torch import nn
 
+from dumo.config.tree import Tree
 from dumo.io.deferred import Deferred
 from dumo.nets import MLP, DiT, Pretrained, UNet
 from dumo.nets.live import Live
-from dumo.run.config.tree import Tree
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 

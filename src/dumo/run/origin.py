@@ -2,7 +2,7 @@
 
 A checkpoint has the run as it was up to its step, with what had changed by then; run.yaml may have been edited since. A
 field that makes another function, training or sample must be the same in both, or be noted as changed at that step or
-later. Files of weights alone have a hash of their run (`dumo.run.config.load.identity`).
+later. Files of weights alone have a hash of their run (`dumo.config.load.identity`).
 """
 
 import warnings
@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dumo.run.config.code import require_same_code
-from dumo.run.config.load import Difference, Written, differences, identity, load
-from dumo.run.config.source import FILE, Noted, noted
-from dumo.run.config.spec import Run
+from dumo.config.code import require_same_code
+from dumo.config.load import Difference, Written, differences, identity, load
+from dumo.config.source import FILE, Noted, noted
+from dumo.config.spec import Run
 from dumo.runtime import dist, typed
 from dumo.training import checkpoint, manifest
 from dumo.types import UserError

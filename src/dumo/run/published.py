@@ -4,13 +4,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dumo.config.teacher import Start
 from dumo.flow.path import Path as FlowPath
 from dumo.io.read import read_settings, user_path
 from dumo.io.weights import load
 from dumo.nets import Net
 from dumo.nets.dit import PUBLISHED, SIZES, UNUSED, DiT, Transformer, converted, of_diffusers, our_name
 from dumo.nets.embed import FREQUENCIES
-from dumo.run.config.teacher import Start
 from dumo.types import UserError
 
 ATTENTION = {width: attention for width, _, attention in SIZES.values()}

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dumo.config.check import check_guided
+from dumo.config.conditions import Conditions, shown
+from dumo.config.error import require_known
+from dumo.config.load import parse
+from dumo.config.tree import Sampling
 from dumo.data import Data, Images, Moons
 from dumo.data.pixel import Size
 from dumo.data.written import NAMES, TABLES
@@ -20,11 +25,6 @@ from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.io.source import Source
-from dumo.run.conditions import Conditions, shown
-from dumo.run.config.check import check_guided
-from dumo.run.config.error import require_known
-from dumo.run.config.load import parse
-from dumo.run.config.tree import Sampling
 from dumo.run.name import changes, own, sampling, word
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from dumo.config.conditions import Conditions, shown
+from dumo.config.tree import Sampling
 from dumo.data import Data, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.codec import Opened
@@ -19,8 +21,6 @@ from dumo.flow.reading import reading, taught
 from dumo.flow.solver import Solver
 from dumo.nets.rows import Texts
 from dumo.objectives import Objective
-from dumo.run.conditions import Conditions, shown
-from dumo.run.config.tree import Sampling
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Reads, Sample, UserError

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dumo.config.conditions import Conditions, shown
+from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow import generate
 from dumo.io import file as files
-from dumo.run.conditions import Conditions, shown
-from dumo.run.config.spec import Run
 from dumo.run.sample import write
 from dumo.run.sampler import gather, turn
 from dumo.run.weights import sampler

@@ -7,8 +7,8 @@ Each is a run's folder in `dumo/trained`. Its checkpoint has nothing but the wei
 import shutil
 from pathlib import Path
 
+from dumo.config.source import shipped_name
 from dumo.io.file import whole
-from dumo.run.config.source import shipped_name
 from dumo.training import manifest
 from dumo.types import UserError
 

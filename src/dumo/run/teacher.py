@@ -12,6 +12,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from dumo.config import trust
+from dumo.config.check import check_guided
+from dumo.config.load import load
+from dumo.config.source import FILE as RUN
+from dumo.config.spec import Run
+from dumo.config.teacher import Pairs, Teacher, no_velocity
 from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.path import Path as FlowPath
@@ -22,12 +28,6 @@ from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
 from dumo.io.table import Column, Index
-from dumo.run.config import trust
-from dumo.run.config.check import check_guided
-from dumo.run.config.load import load
-from dumo.run.config.source import FILE as RUN
-from dumo.run.config.spec import Run
-from dumo.run.config.teacher import Pairs, Teacher, no_velocity
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, say

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dumo.config.advice import advice
+from dumo.config.check import check_pieces
+from dumo.config.load import FILE, dump, load
+from dumo.config.spec import Run
+from dumo.config.word import method
 from dumo.data import Data, Latents
 from dumo.data.store import some
 from dumo.flow.draw import Draws
@@ -24,16 +29,11 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import saved
 from dumo.objectives import Objective
 from dumo.run import content, deviation, encode, teacher
-from dumo.run.config.advice import advice
-from dumo.run.config.check import check_pieces
-from dumo.run.config.load import FILE, dump, load
-from dumo.run.config.resolve import pinned, placed, resolve
-from dumo.run.config.spec import Run
-from dumo.run.config.word import method
 from dumo.run.folder import held
 from dumo.run.journal import History, Journal, way_back
 from dumo.run.net import outline, require_room
 from dumo.run.plan import cost, doctor, machine
+from dumo.run.resolve import pinned, placed, resolve
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter
 from dumo.run.validation import Validation

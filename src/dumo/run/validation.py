@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dumo.config.load import Written, identity, load
+from dumo.config.source import noted
+from dumo.config.spec import Run
 from dumo.evaluation.protocol import Scores, rising
 from dumo.flow.precision import products
-from dumo.run.config.load import Written, identity, load
-from dumo.run.config.source import noted
-from dumo.run.config.spec import Run
 from dumo.run.origin import require_place
 from dumo.run.sampler import turn
 from dumo.run.speed import LOG

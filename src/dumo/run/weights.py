@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dumo.config.code import require_same_code
+from dumo.config.load import FILE, Difference, difference, differences, load
+from dumo.config.spec import Run
+from dumo.config.teacher import Start
+from dumo.config.tree import Tree
 from dumo.data import Images
 from dumo.flow.generate import ROWS
 from dumo.flow.path import Path as FlowPath
@@ -17,11 +22,6 @@ from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, published, shipped
-from dumo.run.config.code import require_same_code
-from dumo.run.config.load import FILE, Difference, difference, differences, load
-from dumo.run.config.spec import Run
-from dumo.run.config.teacher import Start
-from dumo.run.config.tree import Tree
 from dumo.run.net import deferred, drawn, require_room
 from dumo.run.origin import require_own
 from dumo.run.sampler import Sampler

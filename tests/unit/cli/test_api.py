@@ -14,7 +14,7 @@ import torch
 
 import dumo
 from dumo.cli.api import TrainedRun
-from dumo.run.config.load import load
+from dumo.config.load import load
 from dumo.run.sample import COUNT
 from dumo.types import Reads
 from e2e.shell import call

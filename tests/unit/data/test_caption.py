@@ -4,11 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from dumo.config.load import load
 from dumo.data import Digits
 from dumo.data.caption import Templates
 from dumo.data.toy import NAMES
 from dumo.encoders.caption import Captions
-from dumo.run.config.load import load
 from dumo.types import UserError
 
 WORDS = Templates(templates=("a handwritten {}", "{n}", "the digit {n}, {}"), held=("{}!", "no. {n}"))

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from dumo.config.load import dump, load
 from dumo.encoders import PipelineVae
 from dumo.encoders.pipeline import PUBLISHED, TRANSFORMER, Pipeline, handed, published
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes
-from dumo.run.config.load import dump, load
-from dumo.run.config.resolve import pinned
+from dumo.run.resolve import pinned
 from dumo.types import UserError
 from pipelines import save
 

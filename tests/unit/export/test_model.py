@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dumo.config.load import load
 from dumo.export.lora import product
 from dumo.export.model import INDEX, STOCKS, Exported
 from dumo.export.scheduler import CONFIG, check_scheduler, restart, write_scheduler
@@ -21,7 +22,6 @@ from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jumps
 from dumo.nets.family import FAMILIES
 from dumo.nets.vp import framed
-from dumo.run.config.load import load
 from dumo.types import Reads, UserError
 
 SOLVER = Restart(m=0.7, start=0.99)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from autoencoder import taef2
+from dumo.config.load import identity, load, parse
+from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.data.image import Images
 from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
-from dumo.run.config.load import identity, load, parse
-from dumo.run.config.spec import Run
 from dumo.run.weights import RunFolder, build
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError

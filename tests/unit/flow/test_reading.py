@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.config.load import load
 from dumo.flow.reading import bind, head_of
-from dumo.run.config.load import load
 from dumo.types import Heads
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import members
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.lab import bench, reading, step
 from dumo.lab.step import Plain, Row, slope_error
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.runtime.progress import no_bar
 from dumo.training.loop import BATCHES
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen

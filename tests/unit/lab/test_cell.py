@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
+from dumo.config.load import load
 from dumo.lab import cell, paper, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read
-from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.runtime.progress import no_bar
 from dumo.training import loop

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dumo.cli.lab import reproduce
+from dumo.config import recipes
+from dumo.config.load import load
 from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, training_of
-from dumo.run.config import recipes
-from dumo.run.config.load import load
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from recipe import recipe

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from dumo.config import recipes
+from dumo.config.load import load
 from dumo.flow.generate import Samples
 from dumo.lab import cell, chart, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import VIEWS, View, write_charts
-from dumo.run.config import recipes
-from dumo.run.config.load import load
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.types import Cond

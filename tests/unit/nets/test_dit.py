@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import randomise
+from dumo.config.load import load
 from dumo.nets.block import Block, Sizes, gated
 from dumo.nets.dit import DiT, Head, Transformer
 from dumo.nets.embed import turn, turns
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
-from dumo.run.config.load import load
 from dumo.run.net import outline as outline_of_run
 from dumo.run.plan.cost import forward_flops
 from dumo.types import Needs, UserError

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT
-from dumo.run.config.load import load
 from dumo.types import Frozen, Needs, UserError, lift
 from unit.nets.given import drawn, points
 

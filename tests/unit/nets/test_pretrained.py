@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
+from dumo.config.load import load
 from dumo.encoders.pipeline import Pipeline
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
@@ -24,7 +25,6 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, Shortcut
-from dumo.run.config.load import load
 from dumo.training.frozen import digest
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError

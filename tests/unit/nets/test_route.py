@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import randomise
+from dumo.config.load import load
 from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.dropout import keys, using
@@ -16,7 +17,6 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.route import Route, Split
 from dumo.objectives import DuMo
-from dumo.run.config.load import load
 from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.types import Frozen, Heads, Needs, UserError, frozen

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.cli.terminal import explain
+from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import answer, live
 from dumo.report.answer import PASSES, Answer, Cell, Row, between, together
 from dumo.report.demo import error_text, render, validation, write
 from dumo.report.live import Live, open_lives, require_fit, short
-from dumo.run.config.load import load
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped

@@ -14,11 +14,11 @@ from typing import Any, cast
 import pytest
 
 import trap
+from dumo.config.load import dump, load
 from dumo.io import file
 from dumo.report import feed as feeds
 from dumo.report import tracker
 from dumo.report.feed import Feed, feed, live, nap
-from dumo.run.config.load import dump, load
 from dumo.run.train import train
 from dumo.runtime import signals
 from dumo.training import log

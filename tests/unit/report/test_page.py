@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dumo.config import word
+from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.objectives import Critic
 from dumo.report import figure
 from dumo.report import page as report
-from dumo.run.config import word
-from dumo.run.config.load import load
 from dumo.run.folder import CHECKPOINT_WRITTEN
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, build, open_run

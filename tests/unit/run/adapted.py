@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from dumo.config.spec import Run
 from dumo.nets import MLP, DiT
-from dumo.run.config.spec import Run
 from dumo.run.weights import build
 from dumo.runtime.random import stream
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Time

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.runtime.progress import Tick
 from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Time, lift

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dumo.config.load import identity
+from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.io.weights import load as load_weights
 from dumo.run.average import Profile, average, fit, mixed, overlap
-from dumo.run.config.load import identity
-from dumo.run.config.spec import Run
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.training import checkpoint

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from contract.case import one_each
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.config.teacher import OF_VELOCITY, Start, Teacher
 from dumo.flow.draw import drawn, noised
 from dumo.flow.guide import CFG
 from dumo.flow.path import Linear
 from dumo.flow.reading import taught
 from dumo.flow.slope import DualSlope
-from dumo.run.config.load import load
-from dumo.run.config.resolve import resolve
-from dumo.run.config.spec import Run
-from dumo.run.config.teacher import OF_VELOCITY, Start, Teacher
 from dumo.run.folder import note
 from dumo.run.net import outline
+from dumo.run.resolve import resolve
 from dumo.run.teacher import of_base, open_teacher
 from dumo.run.train import train
 from dumo.run.weights import begin_from, build, open_run

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.config.load import load
 from dumo.io.source import Table
-from dumo.run.config.load import load
 from dumo.run.deviation import FILE, measure, note, noted
 from dumo.run.train import train
 from dumo.run.weights import open_run

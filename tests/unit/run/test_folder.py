@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.run.config.load import dump, load
-from dumo.run.config.spec import Run
+from dumo.config.load import dump, load
+from dumo.config.spec import Run
 from dumo.run.folder import FILE, LOCK, claim, held, note
 from dumo.run.weights import build, sampler
 from dumo.types import UserError

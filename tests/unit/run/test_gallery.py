@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dumo.config.load import load
 from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.run import gallery
-from dumo.run.config.load import load
 from dumo.run.sampler import Sampler
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run, sampler

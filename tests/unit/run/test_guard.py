@@ -14,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from dumo.config.load import FILE
+from dumo.config.source import Noted, noted
+from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.run import deviation, journal
 from dumo.run import folder as folders
-from dumo.run.config.load import FILE
-from dumo.run.config.source import Noted, noted
-from dumo.run.config.spec import Run
 from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET
 from dumo.run.journal import Journal, burst_text
 from dumo.run.train import train

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.config.spec import Run
 from dumo.io.weights import load as load_weights
-from dumo.run.config.spec import Run
 from dumo.run.gallery import trajectories
 from dumo.run.train import train
 from dumo.run.weights import build, open_run

@@ -11,10 +11,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from dumo.run.config.change import shown
-from dumo.run.config.load import FILE, dump, identity, load
-from dumo.run.config.source import RESOLVED, Noted, noted
-from dumo.run.config.spec import Run
+from dumo.config.change import shown
+from dumo.config.load import FILE, dump, identity, load
+from dumo.config.source import RESOLVED, Noted, noted
+from dumo.config.spec import Run
 from dumo.run.folder import claim
 from dumo.run.origin import Kept
 from dumo.run.train import train

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.nets.dit import of_diffusers
 from dumo.nets.embed import grid_waves
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.train import train
 from dumo.run.weights import begin_from, build, open_run
 from dumo.runtime.random import stream

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.io import file as files
 from dumo.run import sheet
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.sample import export
 from dumo.run.sheet import Sheets
 from dumo.run.train import train

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dumo.io import digest
-from dumo.run import shipped
-from dumo.run.config import resolve
+from dumo.run import resolve, shipped
 from dumo.run.weights import open_run
 from dumo.runtime import typed
 from dumo.training import manifest

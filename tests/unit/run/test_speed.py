@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.config.load import load
 from dumo.run import speed
-from dumo.run.config.load import load
 from dumo.run.plan import machine
 from dumo.run.speed import Meter, logged
 from dumo.training import log

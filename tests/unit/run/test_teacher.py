@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dumo.config.check import check_guided
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.config.teacher import Teacher
 from dumo.flow.guide import CFG
 from dumo.io.weights import load as load_weights
 from dumo.run import teacher
-from dumo.run.config.check import check_guided
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
-from dumo.run.config.teacher import Teacher
 from dumo.run.train import train
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dumo.cli.api import TrainedRun
+from dumo.config.spec import Run
 from dumo.io import digest
-from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.sample import export
 from dumo.run.train import train

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow.generate import labels
 from dumo.flow.solver import Heun, Restart
@@ -18,8 +20,6 @@ from dumo.io.source import Table
 from dumo.io.weights import load as load_weights
 from dumo.nets.table import Tabled
 from dumo.run import encode
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.run.sample import solver_of

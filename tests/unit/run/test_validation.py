@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.run import speed
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.evaluation import evaluate
 from dumo.run.train import train
 from dumo.run.validation import Validation

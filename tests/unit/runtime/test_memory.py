@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.run.config.load import load
+from dumo.config.load import load
 from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.runtime import dist

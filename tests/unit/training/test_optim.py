@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import jvp
 
+from dumo.config.load import load
 from dumo.nets.embed import TIMES, Scalars
-from dumo.run.config.load import load
 from dumo.run.net import outline
 from dumo.run.plan.plan import held
 from dumo.run.train import train

@@ -12,6 +12,9 @@ from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each, randomise
 from dumo.autodiff import tape
+from dumo.config import recipes
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
@@ -21,9 +24,6 @@ from dumo.lab.step import Plain
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
 from dumo.nets.text import Learned
-from dumo.run.config import recipes
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from dumo.config.conditions import Conditions
+from dumo.config.tree import Evaluation
 from dumo.data import Data
 from dumo.data.caption import Files
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
@@ -20,9 +22,7 @@ from dumo.io.read import brief, read_json
 from dumo.io.weights import title
 from dumo.objectives import Drift
 from dumo.run import deviation
-from dumo.run.conditions import Conditions
-from dumo.run.config.resolve import as_given
-from dumo.run.config.tree import Evaluation
+from dumo.run.resolve import as_given
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, typed

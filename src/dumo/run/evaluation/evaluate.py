@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dumo.config.conditions import Conditions, shown, squares
+from dumo.config.tree import Evaluation, Sampling
 from dumo.data import Data, Latents
 from dumo.encoders.caption import parted
 from dumo.evaluation import Context, LikelihoodProtocol
@@ -27,8 +29,6 @@ from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
-from dumo.run.conditions import Conditions, shown, squares
-from dumo.run.config.tree import Evaluation, Sampling
 from dumo.run.encode import captions
 from dumo.run.evaluation.card import FILE, Row, card, contrast_solver, read_report, settings, state
 from dumo.run.name import Fields, changes, flat, own

@@ -10,6 +10,9 @@ from typing import Any, get_args
 
 import torch
 
+from dumo.config.change import override
+from dumo.config.error import require_known
+from dumo.config.load import parse
 from dumo.data import Digits, Images
 from dumo.data.store import Labels
 from dumo.encoders import vision
@@ -21,9 +24,6 @@ from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Data
-from dumo.run.config.change import override
-from dumo.run.config.error import require_known
-from dumo.run.config.load import parse
 from dumo.run.evaluation.card import Card, state
 from dumo.run.evaluation.evaluate import looking, write
 from dumo.run.evaluation.place import Batch, Found, agree, look, require_there

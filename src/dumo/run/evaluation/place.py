@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dumo.config.source import FILE
 from dumo.data.album import Album
 from dumo.data.image import GIGABYTE, find
 from dumo.data.pixel import Oblong, Unreadable, flat, upright
 from dumo.data.store import Labels, Store
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.reference import PIECE
-from dumo.run.config.source import FILE
 from dumo.runtime import dist, signals
 from dumo.runtime.random import stream
 from dumo.types import UserError

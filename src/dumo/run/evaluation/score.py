@@ -9,11 +9,11 @@ from math import floor, log10
 from pathlib import Path
 from typing import Any
 
+from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
 from dumo.evaluation.protocol import CLASS_MMD, headline
 from dumo.io.read import read_json
-from dumo.run.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.run.evaluation.card import apart, best_scores, checked, first_of, is_as_perfect, is_far, lacks_classes, seen
 from dumo.runtime import typed
 

@@ -8,14 +8,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from dumo.config.change import override
+from dumo.config.load import parse
+from dumo.config.spec import Run
+from dumo.config.tree import Sampling
 from dumo.evaluation.protocol import Evaluator, headline, rising, trained_on
 from dumo.flow.solver import check
 from dumo.io.file import check_writable
 from dumo.io.read import brief, write_json
-from dumo.run.config.change import override
-from dumo.run.config.load import parse
-from dumo.run.config.spec import Run
-from dumo.run.config.tree import Sampling
 from dumo.run.evaluation.card import Row, card
 from dumo.run.evaluation.evaluate import conditions, evaluator_of, name_of, row
 from dumo.run.weights import RunFolder, open_run

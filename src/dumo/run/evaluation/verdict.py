@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dumo.config.load import FILE
 from dumo.evaluation.protocol import Scores
 from dumo.io.file import check_writable
 from dumo.io.read import brief, read_text
-from dumo.run.config.load import FILE
 from dumo.run.evaluation.benchmark import EACH, LAYOUTS, note, read_note
 from dumo.run.evaluation.card import Part, first_fault
 from dumo.run.evaluation.evaluate import write

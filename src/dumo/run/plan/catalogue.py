@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dumo.config import recipes
+from dumo.config.error import require_known
+from dumo.config.source import SHIPPED_PREFIX, read
 from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
 from dumo.encoders.pipeline import PUBLISHED, Pipeline
@@ -16,9 +19,6 @@ from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import STANDARDS, TRAIN
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
-from dumo.run.config import recipes
-from dumo.run.config.error import require_known
-from dumo.run.config.source import SHIPPED_PREFIX, read
 from dumo.runtime import install
 from dumo.types import UserError
 

@@ -27,15 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dumo.config.change import override, shown
+from dumo.config.check import check_pieces
+from dumo.config.load import parse
+from dumo.config.spec import Run
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.objectives import Objective
-from dumo.run.config.change import override, shown
-from dumo.run.config.check import check_pieces
-from dumo.run.config.load import parse
-from dumo.run.config.spec import Run
 from dumo.run.net import outline
 from dumo.run.plan import cost, plan
 from dumo.run.plan.host import DEVICES, host

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow import dropout
 from dumo.flow.precision import using
@@ -28,7 +29,6 @@ from dumo.io.read import finite
 from dumo.nets import Net, Pretrained
 from dumo.nets.adapter import SUBJECT
 from dumo.nets.text import or_drawn
-from dumo.run.config.spec import Run
 from dumo.run.plan import findings, outside
 from dumo.run.plan.machine import Finding, look
 from dumo.run.weights import build

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dumo.autodiff.dual import pair, primal, tangent
+from dumo.config.conditions import Conditions
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.encoders.texttable import Table
@@ -28,7 +29,6 @@ from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.table import Embedded
 from dumo.nets.text import Drawn, or_drawn
-from dumo.run.conditions import Conditions
 from dumo.run.plan.machine import Finding, judged
 from dumo.runtime.random import random_batch, stream
 from dumo.types import UserError, lift

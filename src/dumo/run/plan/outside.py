@@ -15,12 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.draw import drawn, noised
 from dumo.flow.precision import Precision, using
 from dumo.nets import Module
 from dumo.nets.module import require_heads
-from dumo.run.config.spec import Run
 from dumo.runtime.random import random_batch
 from dumo.training.step import pieces
 from dumo.types import Frozen, Needs, Noised, Spec, Terms, UserError

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
@@ -18,7 +19,6 @@ from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
 from dumo.nets.table import Embedded, PipelineTexts
-from dumo.run.config.spec import Run
 from dumo.run.net import outline
 from dumo.run.plan import cost
 from dumo.run.plan.host import DEVICES, host

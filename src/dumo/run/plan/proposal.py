@@ -17,6 +17,11 @@ from typing import Any
 
 import torch
 
+from dumo.config.change import override, shown
+from dumo.config.load import FILE, load_recipe, parse
+from dumo.config.source import PROPOSED
+from dumo.config.spec import Run
+from dumo.config.word import method
 from dumo.data import Data, Images, Memory
 from dumo.data.caption import Files
 from dumo.data.pixel import Frame, Unreadable, short_side
@@ -24,15 +29,10 @@ from dumo.data.store import Store, some
 from dumo.data.written import AUTO, NoCaptionsError, captions_of, table_names
 from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
-from dumo.run.config.change import override, shown
-from dumo.run.config.load import FILE, load_recipe, parse
-from dumo.run.config.resolve import resolve
-from dumo.run.config.source import PROPOSED
-from dumo.run.config.spec import Run
-from dumo.run.config.word import method
 from dumo.run.net import outline, require_room
 from dumo.run.plan import doctor, machine, outside, plan, rehearsal
 from dumo.run.plan.findings import of_captions
+from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime import dist, install, installed, threads
 from dumo.runtime.progress import Bar, no_bar, quiet, span

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow import generate
 from dumo.flow.reading import reading
-from dumo.run.config.spec import Run
 from dumo.run.net import outline, require_room
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sampler import Sampler

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.run.config.load import load
+from dumo.config.load import load
 from dumo.run.evaluation.card import contrast, read_report
 from dumo.run.evaluation.compare import compare
 from dumo.run.evaluation.evaluate import evaluate, standing

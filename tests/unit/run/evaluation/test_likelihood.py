@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dumo.config.load import load
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.flow.generate import joined
 from dumo.flow.solver import Heun
-from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import demand, evaluate, likelihoods, standing
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run, sampler

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 
 from contract.case import members
+from dumo.config import recipes, word
+from dumo.config.load import load
 from dumo.data import Digits
 from dumo.evaluation import shipped
 from dumo.evaluation.protocol import Reference, headline
@@ -18,8 +20,6 @@ from dumo.io.picture import headed
 from dumo.objectives import Objective
 from dumo.report import page
 from dumo.report.figure import smoothed
-from dumo.run.config import recipes, word
-from dumo.run.config.load import load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import seen, settings
 from dumo.run.weights import sampler

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dumo.run.config import recipes
+from dumo.config import recipes
 from dumo.run.plan import catalogue
 from dumo.run.plan.catalogue import CATALOGUE, described, find, needing
 from e2e.shell import call, refused

@@ -3,8 +3,8 @@
 import pytest
 import torch.distributed
 
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.run.net import outline
 from dumo.run.plan import cluster, plan
 from dumo.training.optim import matrices

@@ -11,6 +11,7 @@ from torch import nn
 
 from contract.case import name as name_of
 from contract.case import nets, one_each
+from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
@@ -18,7 +19,6 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
-from dumo.run.config.load import load
 from dumo.run.plan import cost as few
 from dumo.run.plan.cost import (
     Bytes,

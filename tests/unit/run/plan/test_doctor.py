@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import kind, members
+from dumo.config.spec import Run
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
-from dumo.run.config.resolve import resolve
-from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
+from dumo.run.resolve import resolve
 from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.training import checkpoint

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from dumo.config.load import load
 from dumo.data import Data
-from dumo.run.config.load import load
-from dumo.run.config.resolve import resolve
 from dumo.run.plan.findings import measure, of_captions
+from dumo.run.resolve import resolve
 from dumo.runtime.random import keyed
 from unit.data.animals import SIDE, as_folder
 from unit.data.test_written import TOLD, as_lines, as_texts

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo.config.load import load
 from dumo.io.deferred import Deferred
-from dumo.run.config.load import load
 from dumo.run.net import outline
 from dumo.run.plan import plan
 from dumo.run.plan.cluster import Sent, pretended

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from dumo import runtime
-from dumo.run.config.load import load
+from dumo.config.load import load
 from dumo.run.plan import machine
 
 CPU = torch.device("cpu")

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from autoencoder import taef2
+from dumo.config import recipes
+from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.data import Images, Latents
 from dumo.encoders import Taef2
 from dumo.nets import Pretrained
 from dumo.run import encode
-from dumo.run.config import recipes
-from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.net import outline
 from dumo.run.plan import cost, doctor, machine, rehearsal
 from dumo.run.plan.plan import cache, lines, memory, missing_data, most_rows, plan, show

@@ -2,8 +2,8 @@
 
 from pydantic import model_validator
 
-from dumo.run.config.check import check
-from dumo.run.config.tree import Tree
+from dumo.config.check import check
+from dumo.config.tree import Tree
 
 
 class Run(Tree):

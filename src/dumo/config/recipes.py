@@ -1,6 +1,6 @@
 """Packaged recipes, a YAML file per run, and the results that came of some of them.
 
-A recipe may name a `base` and what it changes of it (ADR 0002; `dumo.run.config.source` reads it).
+A recipe may name a `base` and what it changes of it (ADR 0002; `dumo.config.source` reads it).
 Imports no torch.
 """
 

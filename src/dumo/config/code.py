@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from dumo.run.config.source import CODE
+from dumo.config.source import CODE
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code, kind_of
 

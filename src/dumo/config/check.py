@@ -1,4 +1,4 @@
-"""Whether the values of a run fit together, checked when it is read; `dumo.run.config.fit` checks what is opened.
+"""Whether the values of a run fit together, checked when it is read; `dumo.run.fit` checks what is opened.
 
 A function per kind of mismatch says in a line each what does not fit, with the way out; the first line is raised.
 """
@@ -6,6 +6,10 @@ A function per kind of mismatch says in a line each what does not fit, with the 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
+from dumo.config.conditions import Conditions, shown
+from dumo.config.subject import prior, subject
+from dumo.config.teacher import Start, Teacher
+from dumo.config.tree import Evaluation, Tree
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.flow import solver
@@ -16,10 +20,6 @@ from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net
 from dumo.nets.precondition import VELOCITIES
 from dumo.objectives import Objective
-from dumo.run.conditions import Conditions, shown
-from dumo.run.config.subject import prior, subject
-from dumo.run.config.teacher import Start, Teacher
-from dumo.run.config.tree import Evaluation, Tree
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.step import passes

@@ -1,6 +1,6 @@
 """Whether the net, the files that it is made of and the data fit together, checked when a run is opened.
 
-This makes the net on the meta device and reads the pipeline's configs, as `dumo.run.config.check` does not.
+This makes the net on the meta device and reads the pipeline's configs, as `dumo.config.check` does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,29 +8,29 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
+from dumo.config.check import require
+from dumo.config.conditions import Conditions, shown
+from dumo.config.tree import Tree
 from dumo.data import Data, Images, Latents
 from dumo.flow.path import Diffusion, Path
 from dumo.flow.slope import DualSlope
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.table import Embedded, PipelineTexts
-from dumo.objectives import Objective
-from dumo.run.conditions import Conditions, shown
-from dumo.run.config.check import require
-from dumo.run.config.tree import Tree
 from dumo.run.net import outline
 from dumo.training.spec import Train
+from dumo.types import Needs
 
 
 def check_opened(run: Tree) -> None:
     """Raise UserError for the first mismatch between the net of a run, its pipeline, its path and its data."""
-    data, net, objective, train = run.data, run.net, run.objective, run.train
+    data, net, needs, train = run.data, run.net, run.objective.needs, run.train
     require(edits(data, net))
     net_outline = outline(run, short=True)
     require(patches(data, net_outline), positions(data, net_outline), scheduled(run.path, net))
-    if objective.needs.slope:
-        objective.needs.slope.check(train.precision, net.time_scale)
-    require(compilation(train, objective, net, net_outline, data.classes))
+    if needs.slope:
+        needs.slope.check(train.precision, net.time_scale)
+    require(compilation(train, needs, net, net_outline, data.classes))
     if run.teacher and run.teacher.kind == "base":
         require(base(net_outline, net.kind, run.path))
 
@@ -96,9 +96,9 @@ def scheduled(path: Path, net: Net) -> Iterator[str]:
         yield "path.schedule is another than the pipeline's scheduler has: leave it out, or set it to null"
 
 
-def compilation(train: Train, objective: Objective, net: Net, built: nn.Module, classes: int) -> Iterator[str]:
+def compilation(train: Train, needs: Needs, net: Net, built: nn.Module, classes: int) -> Iterator[str]:
     """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
-    needs, texts = objective.needs, net.texts
+    texts = net.texts
     dual = isinstance(needs.slope, DualSlope)
     if train.compile != "none" and dual and isinstance(built, Dualized) and not built.row.compiles:
         yield (

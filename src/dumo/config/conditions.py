@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from dumo.config.error import nearest
 from dumo.data import Data, Digits, Images, Latents, Memory, Moons
 from dumo.data.caption import Captioning, Files, Templates
 from dumo.encoders.caption import parted
 from dumo.flow import generate
 from dumo.io.read import brief
-from dumo.run.config.error import nearest
 from dumo.types import UserError
 from dumo.types.outside import DataSpec
 

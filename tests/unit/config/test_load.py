@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from contract.case import members
+from dumo.config import recipes
+from dumo.config.load import FILE, default_folder, difference, differences, dump, load, summary
+from dumo.config.source import FORMAT, KEY, Noted, noted
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import FlowMatching, Objective
-from dumo.run.config import recipes
-from dumo.run.config.load import FILE, default_folder, difference, differences, dump, load, summary
-from dumo.run.config.source import FORMAT, KEY, Noted, noted
 from dumo.training.ema import Ema
 from dumo.types import UserError
 

@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 
 import dumo
-from dumo.run.config.check import check_pieces
-from dumo.run.config.load import difference, load
-from dumo.run.config.resolve import resolve
-from dumo.run.config.spec import Run
+from dumo.config.check import check_pieces
+from dumo.config.load import difference, load
+from dumo.config.spec import Run
+from dumo.run.resolve import resolve
 from dumo.types import UserError
 
 READS = {"dumo": {"velocity", "endpoint"}, "flow_matching": {"velocity"}, "meanflow": {"velocity", "flow_map"}}
@@ -148,8 +148,8 @@ READ_ALL = """
 import sys, torch
 opened, dumo = [], sys.argv[1]
 sys.addaudithook(lambda event, given: event == "open" and opened.append(str(given[0])))
-from dumo.run.config import recipes
-from dumo.run.config.load import load
+from dumo.config import recipes
+from dumo.config.load import load
 load("digits")  # imports what all of them need
 opened.clear()
 for name in recipes.names():

@@ -1,10 +1,12 @@
-"""The parts of a run, as one tree of specs; `dumo.run.config.check` sees whether they fit together."""
+"""The parts of a run, as one tree of specs; `dumo.config.check` sees whether they fit together."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, JsonValue
 
+from dumo.config.conditions import Conditions, shown
+from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Memory, Moons
 from dumo.encoders.pipeline import Pipeline, handed
 from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
@@ -15,8 +17,6 @@ from dumo.flow.reading import taught
 from dumo.flow.solver import Solver
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
-from dumo.run.conditions import Conditions, shown
-from dumo.run.config.teacher import Start, Teacher
 from dumo.runtime.bound import PASSES, SAMPLES, STEPS
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
@@ -91,7 +91,7 @@ class Tree(Spec):
     train: Train
     sample: Sampling = Field(json_schema_extra=FREE)
     evaluate: Evaluation = Field(json_schema_extra=FREE)
-    # Fields that `dumo.run.config.resolve` filled, by dotted path.
+    # Fields that `dumo.run.resolve` filled, by dotted path.
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
     def model_post_init(self, _: object) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dumo.config.foreign import ours
 from dumo.io.read import brief
-from dumo.run.config.foreign import ours
 from dumo.types import UserError
 from dumo.types.outside import TAG
 

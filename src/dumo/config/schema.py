@@ -2,8 +2,8 @@
 
 from typing import Any, cast
 
-from dumo.run.config.source import CHANGED, KEY
-from dumo.run.config.spec import Run
+from dumo.config.source import CHANGED, KEY
+from dumo.config.spec import Run
 
 
 def schema() -> dict[str, Any]:

@@ -4,8 +4,8 @@ import pytest
 from pydantic import BaseModel
 
 import dumo
-from dumo.run.config.foreign import FOREIGN, ours
-from dumo.run.config.load import load
+from dumo.config.foreign import FOREIGN, ours
+from dumo.config.load import load
 from e2e.shell import call
 
 ELSEWHERE = {"net.lora.rank": "flux-lora", "data.root": "my-images"}

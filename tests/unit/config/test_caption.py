@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.config.load import load, parse, summary
+from dumo.config.spec import Run
 from dumo.run import sheet
-from dumo.run.config.load import load, parse, summary
-from dumo.run.config.resolve import resolve
-from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import labels
 from dumo.run.evaluation.evaluate import conditions
+from dumo.run.resolve import resolve
 from dumo.types import UserError
 from unit.data.animals import SIDE
 from unit.data.test_written import TEXTS, TOLD, as_lines

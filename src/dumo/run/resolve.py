@@ -12,6 +12,14 @@ from typing import TypeVar, cast
 from pydantic import JsonValue
 from pydantic.config import JsonDict
 
+from dumo.config.change import override, shown
+from dumo.config.check import check, ways_to_captions
+from dumo.config.code import codes_of
+from dumo.config.conditions import Conditions
+from dumo.config.load import differences, load, parse
+from dumo.config.source import CODE, FILE, GIVEN
+from dumo.config.spec import Run
+from dumo.config.teacher import no_velocity
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_contents
 from dumo.data.caption import Files
@@ -22,15 +30,7 @@ from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.nets import Pretrained
 from dumo.nets.table import Tabled
-from dumo.run.conditions import Conditions
-from dumo.run.config.change import override, shown
-from dumo.run.config.check import check, ways_to_captions
-from dumo.run.config.code import codes_of
-from dumo.run.config.fit import check_opened
-from dumo.run.config.load import differences, load, parse
-from dumo.run.config.source import CODE, FILE, GIVEN
-from dumo.run.config.spec import Run
-from dumo.run.config.teacher import no_velocity
+from dumo.run.fit import check_opened
 from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
 

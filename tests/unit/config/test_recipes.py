@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dumo.config import recipes
+from dumo.config.advice import advice
+from dumo.config.load import dump, load, summary
+from dumo.config.source import KEY, read
 from dumo.encoders.pipeline import PUBLISHED
 from dumo.lab import plan
-from dumo.run.config import recipes
-from dumo.run.config.advice import advice
-from dumo.run.config.load import dump, load, summary
-from dumo.run.config.source import KEY, read
 from recipe import recipe
 
 NAMES = recipes.names()
@@ -152,7 +152,7 @@ def test_results_say_where_they_come_from() -> None:
 
 
 def test_a_list_of_recipes_needs_neither_torch_nor_pydantic() -> None:
-    program = "import sys; from dumo.run.config import recipes; "
+    program = "import sys; from dumo.config import recipes; "
     program += "[(recipes.about(n), recipes.base(n)) for n in recipes.names()]; "
     program += "recipes.results('zoo'); print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

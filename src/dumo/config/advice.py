@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from math import log
 
+from dumo.config.change import shown
+from dumo.config.tree import Tree
 from dumo.flow.path import Path
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
-from dumo.run.config.change import shown
-from dumo.run.config.tree import Tree
 from dumo.training.ema import Ema
 from dumo.training.spec import Train
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import dumo
-from dumo.run.config import trust
-from dumo.run.config.load import load
+from dumo.config import trust
+from dumo.config.load import load
 
 CODE = """
 open("ran", "a").close()

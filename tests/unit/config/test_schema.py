@@ -5,9 +5,9 @@ import json
 import pytest
 from jsonschema import Draft202012Validator
 
+from dumo.config import recipes
+from dumo.config.load import dump, load
 from dumo.io.yaml import parse
-from dumo.run.config import recipes
-from dumo.run.config.load import dump, load
 from e2e.shell import call
 
 SCHEMA = Draft202012Validator(json.loads(call("recipes", "--schema").out))

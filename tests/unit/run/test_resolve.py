@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dumo.config.load import FILE, dump, load
+from dumo.config.spec import Run
 from dumo.encoders.pipeline import PUBLISHED
-from dumo.run.config.load import FILE, dump, load
-from dumo.run.config.resolve import as_given, given, pinned, placed, places, whole
-from dumo.run.config.spec import Run
+from dumo.run.resolve import as_given, given, pinned, placed, places, whole
 
 LATENTS = {"data.root", "data.images.root", "data.codec.weights"}
 IMAGES = "evaluate.protocol={kind: photos, samples: 24}"

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from dumo.run.config.advice import advice
-from dumo.run.config.load import load
+from dumo.config.advice import advice
+from dumo.config.load import load
 
 HOP = "sample.solver.kind=hop"
 CM = ["objective.kind=consistency", "objective.weighted=false", "objective.soft=null"]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dumo.run.config.change import merge, override
-from dumo.run.config.load import load
+from dumo.config.change import merge, override
+from dumo.config.load import load
 from dumo.types import UserError
 
 BASE = yaml.safe_load("""

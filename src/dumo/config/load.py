@@ -9,11 +9,10 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
-from dumo.io import digest, yaml
-from dumo.run.config import trust
-from dumo.run.config.change import override, shown
-from dumo.run.config.error import explain
-from dumo.run.config.source import (
+from dumo.config import trust
+from dumo.config.change import override, shown
+from dumo.config.error import explain
+from dumo.config.source import (
     CHANGED,
     CODE,
     FORMAT,
@@ -26,8 +25,9 @@ from dumo.run.config.source import (
     read,
     recipe_of,
 )
-from dumo.run.config.source import FILE as FILE
-from dumo.run.config.spec import Run
+from dumo.config.source import FILE as FILE
+from dumo.config.spec import Run
+from dumo.io import digest, yaml
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -70,7 +70,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
 def parse(spec: type[S], tree: object, name: str = "") -> S:
     """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
 
-    So it does where the tree names code that nobody agrees to run (`dumo.run.config.trust`), before that is imported.
+    So it does where the tree names code that nobody agrees to run (`dumo.config.trust`), before that is imported.
     Values are strict as in JSON: neither true nor a text is a number, and 2.0 is no integer.
     """
     trust.require(trust.classes(tree), name)

@@ -1,11 +1,11 @@
-"""Whether a subject that is trained on top of a few-step run fits together, as `dumo.run.config.check` asks."""
+"""Whether a subject that is trained on top of a few-step run fits together, as `dumo.config.check` asks."""
 
 from collections.abc import Iterator
 
+from dumo.config.teacher import Teacher
+from dumo.config.tree import Tree
 from dumo.data import Data, Latents
 from dumo.objectives import Objective
-from dumo.run.config.teacher import Teacher
-from dumo.run.config.tree import Tree
 from dumo.training.spec import Train
 from dumo.types import FromTeacher
 

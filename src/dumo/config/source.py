@@ -15,19 +15,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from dumo.config import recipes
+from dumo.config.change import merge, shown
+from dumo.config.error import nearest_few
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.yaml import parse
-from dumo.run.config import recipes
-from dumo.run.config.change import merge, shown
-from dumo.run.config.error import nearest_few
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
 SHIPPED_PREFIX = "dumo:"  # before the name of a recipe or a trained run: that which dumo brings, whatever lies here
 TABLES = (".parquet", ".tar")  # files of images
-KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.config.load.dump` writes there
+KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
-RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.config.resolve`)
+RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.resolve`)
 CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
 PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.run.plan.proposal`
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
