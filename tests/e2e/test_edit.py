@@ -12,7 +12,7 @@ from dumo.nets.rows import Texts
 from dumo.run.prompt import prompted
 from dumo.run.weights import open_run
 from e2e.shell import call, refused, sets
-from stock.case import CAPTIONS, FULL, SHORT, Case
+from stock.case import CAPTIONS, EDITED, FULL, SHORT, Case
 
 ALONE = ("data.images.captions.source=source", "data.images.flip=false")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of diffusers about its own parts
@@ -83,7 +83,7 @@ def test_an_image_that_changed_is_another_caption(case: Case, tmp_path: Path, he
 def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     words = [*case.fields, *SHORT, *FULL, f"net.texts.root={here / 'texts'}"]
     for field, named in {
-        "objective.drop=0.1": ("always has an image", "objective.drop leaves"),
+        "objective.drop=0.1": ("a model that edits always has", "objective.drop leaves"),
         "sample.guide.scale=2": ("sample.guide.scale guides away",),
         "objective.guide.zeta=0.8": ("objective.guide guides away", "zeta=0"),
         "data.images.flip=true": ("set flip=false",),
@@ -91,7 +91,8 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.root"),
     }.items():
         refused("encode", "sd3-lora", *sets(*words, field), named=named)
-    refused("dry", "sd3-lora", *sets(*ALONE), named=("name one for a model that edits",))
+    refused("dry", "sd3-lora", *sets(*ALONE), named=("objective.drop leaves", "or captions.source=null"))
+    refused("dry", "sd3-lora", *sets(*EDITED), named=("name one for a model that edits",))
     refused("sample", case.run, "--prompt", PROMPT, named=("edits images", "--source FILE"))
     assert call("sample", case.run, "--source", case.image).code == 2
     (here / "text.png").write_text("no image")

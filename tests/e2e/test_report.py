@@ -8,7 +8,6 @@ import pytest
 import browser
 from dumo.report import page as report
 from e2e.shell import call
-from tiers import tiered
 
 pytestmark = pytest.mark.browser
 RUNS = ("digits", "digits-flow-matching", "moons")  # judged; with a velocity alone; points
@@ -30,9 +29,9 @@ def pages(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("width", [browser.DESK, browser.TELEPHONE])
-@pytest.mark.parametrize("name", tiered(RUNS, ci=["digits"]))
+@pytest.mark.parametrize("name", RUNS)
 def test_it_is_readable(name: str, width: int, pages: dict[str, Path]) -> None:
     """The folded part is open; light on a desk and dark on a telephone, for ink changes no size."""
     text = pages[name].read_text()
@@ -43,7 +42,7 @@ def test_it_is_readable(name: str, width: int, pages: dict[str, Path]) -> None:
     assert seen.smallest >= browser.READABLE
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("old", "new", "of"),
     [

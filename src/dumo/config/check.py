@@ -93,7 +93,8 @@ def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teach
         "sample.guide.scale guides away from none: set it to 1": sampled.active,
     }
     if getattr(Conditions(data).captions, "source", None):
-        yield from (f"a model that edits always has an image, and {why}" for why, found in wrong.items() if found)
+        what = "captions.source names images to edit, which a model that edits always has"
+        yield from (f"{what}, and {why}; or captions.source=null" for why, found in wrong.items() if found)
 
 
 def validation(evaluation: Evaluation) -> Iterator[str]:
