@@ -92,7 +92,12 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     }.items():
         refused("encode", "sd3-lora", *sets(*words, field), named=named)
     refused("dry", "sd3-lora", *sets(*ALONE), named=("objective.drop leaves", "or captions.source=null"))
-    refused("dry", "sd3-lora", *sets(*EDITED), named=("name one for a model that edits",))
+    refused(
+        "dry",
+        "sd3-lora",
+        *sets(*EDITED, "objective.guide={omega: 1, zeta: 0}"),
+        named=("name one for a model that edits",),
+    )
     refused("sample", case.run, "--prompt", PROMPT, named=("edits images", "--source FILE"))
     assert call("sample", case.run, "--source", case.image).code == 2
     (here / "text.png").write_text("no image")
