@@ -43,7 +43,7 @@ docs: $(BIN)/.developed ## build the documentation: open site/index.html; count 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python tests/docs/page.py
 
-mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each; with TESTED=1 where `make test SLOW=1` runs, too
+mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each; with TESTED=1 those that `make test SLOW=1` sees
 	$(BIN)/python tools/mutants.py $(if $(TESTED),--tested)
 
 audit: $(BIN)/.developed ## licences of what is installed, and known vulnerabilities, where pip-audit can ask

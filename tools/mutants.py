@@ -7,7 +7,10 @@ functions with the error get its code. Errors outside of functions come before: 
 Files stay as they are.
 
 An error that its test lets live is a law that nobody checks, and the exit code is 1. At last the tests that failed run
-once without any error, and must pass. With --tested only those do that continuous integration leaves to the night.
+once without any error, and must pass.
+
+--tested is for continuous integration, where `make test SLOW=1` runs, too: the tests are not run again, and errors that
+only a test of the night sees are left to the night, when all are planted.
 
 Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a smaller test
 should do. They are no failure, as a busy machine may need more.
@@ -25,7 +28,7 @@ import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -194,12 +197,13 @@ class Verdict:
     failed: str | None
     message: str
     seconds: float = 0.0
+    left: bool = False  # its test is one of the night
 
 
-def trial(mutant: Mutant) -> Verdict:
-    """Plant one error, and run its test."""
+def trial(mutant: Mutant, words: list[str]) -> Verdict:
+    """Plant one error, and run its test, if these words choose it."""
     try:
-        outcome = run([mutant.path()], planted(mutant))
+        outcome = run([*words, mutant.path()], planted(mutant))
     except (*UNPLANTABLE, TimeoutError) as error:
         return Verdict(None, str(error))
     failed = re.search(r"^FAILED (.*?)( - .*)?$", outcome.output, re.MULTILINE)
@@ -207,38 +211,44 @@ def trial(mutant: Mutant) -> Verdict:
         return Verdict(failed[1], failed[1].partition("::")[2], outcome.seconds)
     if outcome.code == 0:
         return Verdict(None, "SURVIVED", outcome.seconds)
+    if words and outcome.code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return Verdict(None, "left to the night", outcome.seconds, left=True)
     message = f"no test failed, yet pytest exits with {outcome.code}: {outcome.output[-300:]}"
     return Verdict(None, message, outcome.seconds)
 
 
-def verdicts(rows: list[Mutant], pool: ThreadPoolExecutor) -> Iterator[tuple[Mutant, Verdict]]:
-    """Of each row, those first that Python must not have imported yet."""
+def verdicts(rows: list[Mutant], words: list[str], pool: ThreadPoolExecutor) -> Iterator[tuple[Mutant, Verdict]]:
+    """Of each row, those first that Python must not have imported yet; `words` choose tests for pytest."""
+    tried = partial(trial, words=words)
     inside, outside = list[Mutant](), list[Mutant]()
     for row in rows:
         (inside if row.is_inside_functions() else outside).append(row)
-    yield from zip(outside, pool.map(trial, outside), strict=True)
+    yield from zip(outside, pool.map(tried, outside), strict=True)
     import_all()
-    yield from zip(inside, pool.map(trial, inside), strict=True)
+    yield from zip(inside, pool.map(tried, inside), strict=True)
 
 
-def sane(tests: set[str], *, tested: bool) -> str:
-    """What the tests that saw an error say without one, empty if they pass; if `tested`, those of the night alone."""
-    outcome = run([*(("-m", "nightly") if tested else ()), *sorted(tests)])
-    return outcome.output[-2000:] if outcome.code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED) else ""
+def sane(tests: set[str]) -> str:
+    """What the tests that saw an error say without one; empty if they pass."""
+    outcome = run(sorted(tests))
+    return outcome.output[-2000:] if outcome.code else ""
 
 
 def main(*given: str) -> int:
     """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
-    words = [word for word in given if word != TESTED]
+    words, tested = [word for word in given if word != TESTED], TESTED in given
     begun, rows = time.monotonic(), mutants(*words)
     if not rows:
         print(f"no row of {TABLE.name} has {' or '.join(map(repr, words))} in its file or text")
         return 2
     os.chdir(ROOT)
-    seen, alive, dear = list[str](), list[str](), list[str]()
+    seen, alive, dear, left = list[str](), list[str](), list[str](), 0
     warm()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for mutant, verdict in verdicts(rows, pool):
+        for mutant, verdict in verdicts(rows, ["-m", "not nightly"] if tested else [], pool):
+            if verdict.left:
+                left += 1
+                continue
             word = "killed" if verdict.failed else "ALIVE "
             line = f"{word} {verdict.seconds:5.1f} s  {mutant.file:28} {mutant.wrong:46} {verdict.message}"
             print(line, flush=True)
@@ -248,14 +258,18 @@ def main(*given: str) -> int:
                 alive.append(line)
             if verdict.seconds > MAX_SECONDS:
                 dear.append(line)
-        broken = sane(set(seen), tested=TESTED in given) if seen else ""
-    print(f"BROKEN  without a mutant: {broken}" if broken else "fine    without a mutant: the tests pass")
+        broken = sane(set(seen)) if seen and not tested else ""
+    if broken:
+        print(f"BROKEN  without a mutant: {broken}")
+    elif not tested:
+        print("fine    without a mutant: the tests pass")
     if dear:
         print(f"above {MAX_SECONDS:g} s of a processor, as no row should be:")
     for line in [*dear, *alive]:  # again, where one looks
         print(line)
     cpu = f"{cpu_seconds(resource.RUSAGE_CHILDREN):.0f} s of processors"
-    print(f"{len(seen)} of {len(rows)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}")
+    later = f", {left} are left to the night" if tested else ""
+    print(f"{len(seen)} of {len(rows)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}{later}")
     return 1 if broken or alive else 0
 
 

@@ -109,7 +109,7 @@ def altered(b: Noised) -> dict[str, Noised]:
     }
 
 
-@pytest.mark.parametrize("objective", tiered(ALL, now=ONCE, ci=ALL, id=name))
+@pytest.mark.parametrize("objective", tiered(ALL, now=ONCE, id=name))
 def test_passes_never_depend_on_the_record(objective: Objective) -> None:
     """Under sharding, a rank that skips a pass stops all others."""
     counts, module = set(), built(objective, FIRST)
@@ -201,7 +201,9 @@ EACH_NET = [(DuMo(guide=GUIDE, slope=DualSlope()), net) for net in (*nets(), Pla
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "net"), [*IN_BF16, *EACH_NET], ids=name)
-@pytest.mark.parametrize("bf16_data", [False, True], ids=["fp32 data", "bf16 data"])
+@pytest.mark.parametrize(
+    "bf16_data", [pytest.param(False, id="fp32 data"), pytest.param(True, id="bf16 data", marks=pytest.mark.nightly)]
+)
 def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bool) -> None:
     """Exact slopes work in the corners of time under autocast; differences are refused, for they would be noise."""
     model = built(objective, net).float()

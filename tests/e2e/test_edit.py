@@ -15,7 +15,7 @@ from e2e.shell import call, refused, sets
 from stock.case import CAPTIONS, EDITED, FULL, SHORT, Case
 
 ALONE = ("data.images.captions.source=source", "data.images.flip=false")
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of diffusers about its own parts
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.nightly]  # of diffusers about its own parts
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def of_two_ranks(what: str, folder: Path) -> Rows:
     return rows_of(*((rank, str(folder / "meeting"), what) for rank in "01"))
 
 
-@pytest.fixture(scope="module", params=tiered(["few", "wrappers"], ci=["few"]))
+@pytest.fixture(scope="module", params=tiered(["few", "wrappers"]))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """Every wrapper, with a case of each way of the slope or with all."""
     rows = of_two_ranks(request.param, tmp_path_factory.mktemp("ranks"))

@@ -123,7 +123,7 @@ def test_an_arrow_up_and_each_broken_law_are_named(tmp_path: Path) -> None:
         tmp_path / "dumo",
         {
             "types/up.py": "import dumo.run\n",
-            "nets/part.py": "import dumo.training.layout\n",
+            "nets/part.py": "import dumo.training\n",
             "report/union.py": "from dumo.objectives import Objective\n",
             "run/planned.py": "import dumo.run.plan.cost\n",
         },
@@ -132,7 +132,7 @@ def test_an_arrow_up_and_each_broken_law_are_named(tmp_path: Path) -> None:
     assert (broken.returncode, "0 kept, 4 broken" in broken.stdout) == (1, True), broken.stdout
     for planted in (
         "dumo.types.up -> dumo.run (l.1)",
-        "dumo.nets.part -> dumo.training.layout (l.1)",
+        "dumo.nets.part -> dumo.training (l.1)",
         "dumo.report.union -> dumo.objectives (l.1)",
         "dumo.run.planned -> dumo.run.plan.cost (l.1)",
     ):

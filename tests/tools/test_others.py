@@ -25,7 +25,7 @@ KNOWN = {  # each ended in a traceback, or never
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", [kind for kind in folders() if kind.name in KNOWN], ids=lambda kind: kind.name)
 def test_folders_of_others(kind: Folder) -> None:
     ends, found = tried(kind, 4, KNOWN[kind.name])

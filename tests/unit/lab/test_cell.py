@@ -165,7 +165,7 @@ def test_a_cell_may_begin_from_a_folder_of_its_seed(tmp_path: Path) -> None:
     assert begun.source == str(tmp_path / "net-0")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "scale", "jobs", "words"),
     [

@@ -134,7 +134,7 @@ def step(net: Dualized) -> None:
         optimizer.step()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SOME)
 def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved, name: str) -> None:
     net, (x, c, t) = built(folder(name)), batch()
@@ -145,7 +145,7 @@ def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved
     assert (dv - jvp).norm() / jvp.norm() < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SOME)
 def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     """A step moves adapters of attention and perceptrons, heads and embedder alone, and in `base` all is as it was."""
@@ -211,8 +211,9 @@ CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("lora", tiered([None, LORA], ci=[LORA], id=tuned))
+@pytest.mark.parametrize("lora", [None, LORA], ids=tuned)
 def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_path: Path) -> None:
     """Other numbers of layers in each block, no attention in the middle, or no middle: from a folder to a folder."""
     import diffusers
