@@ -254,7 +254,7 @@ def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path
     assert "height=144, width=144, " in card
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another; unloaded, it is the model's own."""
     whole, pipe = load_file(tuned.folder / "out" / lora.FILE), tuned.pipeline()
@@ -278,7 +278,7 @@ def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> None:
     file, whole = tuned.folder / "comfyui.safetensors", tuned.folder / "whole.safetensors"
     for to, out in (("comfyui", file), ("safetensors", whole)):
@@ -312,7 +312,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_card_says_what_was_tuned(tuned: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The licence of the folder, and its name where it is known."""
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)

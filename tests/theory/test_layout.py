@@ -10,7 +10,6 @@ from dumo.config import recipes
 from dumo.config.load import load
 from forked import main_of
 from meeting import outputs
-from tiers import tiered
 
 OTHERS = ("digits-words", "digits-drift")  # tested elsewhere; a variant of it has groups of 8, not of 256
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
@@ -45,7 +44,8 @@ MUON = "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.de
 CASE_NAMES = {AVERAGE: "average", MUON: "muon"}
 
 
-@pytest.mark.parametrize("case", tiered(CASE_NAMES, ci=[AVERAGE], id=CASE_NAMES.__getitem__))
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", CASE_NAMES, ids=CASE_NAMES.__getitem__)
 def test_two_ranks_are_two_pieces_to_the_bit(case: str, tmp_path: Path) -> None:
     check_bits(run(2, [case], tmp_path), [case])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import mutants
-from mutants import Mutant
+from mutants import Mutant, Outcome
 
 
 def fault(row: Mutant) -> str | None:
@@ -52,3 +52,14 @@ def test_a_row_has_the_seconds_of_its_process(tmp_path: Path, monkeypatch: pytes
     outcome = mutants.run([str(tmp_path / "test_busy.py")])
     assert outcome.code == 0
     assert 0.5 <= outcome.seconds <= 10
+
+
+def test_an_error_is_left_to_the_night_where_its_test_was_not_chosen_and_only_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A test that is not found at all is no reason to leave one."""
+    monkeypatch.setattr(mutants, "run", lambda words, plant: Outcome(pytest.ExitCode.NO_TESTS_COLLECTED, "", 0.1))
+    row = mutants.mutants()[0]
+    assert mutants.trial(row, ["-m", "not nightly"]).left
+    alive = mutants.trial(row, [])
+    assert (alive.left, alive.failed) == (False, None)

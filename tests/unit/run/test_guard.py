@@ -333,7 +333,7 @@ def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "says"), [("constant", False), ("wsd", True), ("cosine", True)])
 def test_more_steps_under_a_schedule_that_stretches_are_said(kind: str, says: bool, tmp_path: Path) -> None:
     train(tiny(f"train.schedule.kind={kind}"), tmp_path / "run")
@@ -517,7 +517,7 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
     assert train(run, folder).step == 8
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("removed", ["*", FILE], ids=["all", FILE])
 def test_a_run_file_that_is_removed_in_mid_run_is_written_again(removed: str, moons: Path, tmp_path: Path) -> None:
     """With the next checkpoint: steps are not lost, as where an editor saves it by a rename."""

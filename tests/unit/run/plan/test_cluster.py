@@ -154,7 +154,7 @@ def test_averages_of_weights_of_16_bits_are_in_32() -> None:
     assert memory["averages"] == pytest.approx(2 * memory["weights"], rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_first_layout_that_fits() -> None:
     spec, tried = small(), list[str]()
     peak = sum(counted(spec, 2).memory.values())
