@@ -42,7 +42,18 @@ def resolve(run: Run) -> Run:
 
     And with the schedule of its pipeline, and a hash of the code of every class from outside. A run that has them, as
     one read from its folder, stays as it is; so does what is not there yet. Raises UserError where what is found
-    contradicts the spec.
+    contradicts the spec, or the net does not fit.
+    """
+    resolved = resolve_again(run)
+    if resolved is run:
+        check_opened(run)
+    return resolved
+
+
+def resolve_again(run: Run) -> Run:
+    """A resolved run with what was made since; itself, and not checked again, where that is nothing.
+
+    Raises UserError as `resolve`.
     """
     require_few_step_velocity(run)
     texts, net = run.net.texts, run.net
@@ -67,11 +78,11 @@ def resolve(run: Run) -> Run:
         new["path.schedule"] = path.schedule.model_dump(mode="json")
     if CODE not in run.resolved and (codes := dict(codes_of(run))):
         new[CODE] = codes
-    if new:
-        check(found)
-        run = found.model_copy(update={"resolved": run.resolved | new})
-    check_opened(run)
-    return run
+    if not new:
+        return run
+    check(found)
+    check_opened(found)
+    return found.model_copy(update={"resolved": run.resolved | new})
 
 
 def require_few_step_velocity(run: Run) -> None:

@@ -33,7 +33,7 @@ from dumo.run.folder import held
 from dumo.run.journal import History, Journal, way_back
 from dumo.run.net import outline, require_room
 from dumo.run.plan import cost, doctor, machine
-from dumo.run.resolve import pinned, placed, resolve
+from dumo.run.resolve import pinned, placed, resolve, resolve_again
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter
 from dumo.run.validation import Validation
@@ -81,10 +81,10 @@ def train(
     check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         encode.make_tokens(run)
-    run = pinned(resolve(run), before)
+    run = pinned(resolve_again(run), before)
     with held(run, folder, step, accept=accept) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
-        run = resolve(run)  # with what the first rank has made
+        run = resolve_again(run)  # with what the first rank has made
         more: dict[str, Any] = {"accept": accept, "verify": verify, "hooks": hooks}
         return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, **more)
 

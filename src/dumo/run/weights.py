@@ -37,7 +37,8 @@ from dumo.types import Spec, UserError
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 # Fields of a net that leave it the same function.
 SAME = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
-SUBJECT = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")  # that are of a subject's run alone
+# Fields of a net in which a subject's run may differ from its few-step run.
+SUBJECT = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")
 
 
 @dataclass(frozen=True)
