@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dumo.flow.generate import labels
 from dumo.io import picture
-from dumo.run.evaluation.score import passes_text
-from dumo.run.sample import judged_data
+from dumo.report.score import passes_text
+from dumo.report.sample import judged_data
 from dumo.run.weights import RunFolder, open_run
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels

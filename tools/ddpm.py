@@ -26,7 +26,7 @@ from dumo.config.spec import Run
 from dumo.encoders.pipeline import published
 from dumo.evaluation import Context
 from dumo.nets.rows import codes
-from dumo.run.sample import judged_data, real_data
+from dumo.run.judge import judged_data, real_data
 
 STEPS, BATCH, RATE, WARM, DECAY = 8000, 64, 1e-3, 200, 0.999
 PASSES = (50,)  # of the bar in docs/log.md; the plan measures fewer, by Euler on the linear path

@@ -27,6 +27,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dumo.runtime.device import peak_bytes
+
 SRC = Path(__file__).resolve().parent.parent / "src"
 sys.path.insert(0, str(SRC))
 
@@ -100,7 +102,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) -> float:
     """The median of several runs of a piece of work, after two to warm up."""
-    from dumo.run.plan.machine import now
+    from dumo.runtime.device import now
 
     taken: list[float] = []
     for _ in range(2 + rounds):
@@ -351,7 +353,7 @@ def int8(setting: Setting) -> Iterator[Row]:
 
 def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a Run
     """Two steps to warm up and three that are timed, in bf16."""
-    from dumo.run.plan import rehearsal
+    from dumo.plan import rehearsal
     from dumo.runtime.random import random_batch
     from dumo.training.step import Task
 
@@ -368,7 +370,7 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
         "parameters": sum(p.numel() for p in net.parameters()),
         "images/s": rows / (passes + update),
         "ms": 1e3 * (passes + update),
-        "peak GB": rehearsal.peak(setting.device) / 1e9,
+        "peak GB": peak_bytes(setting.device) / 1e9,
         "loss": record.loss,
     }
 

@@ -13,7 +13,7 @@ import pytest
 from docs.page import PAGES, ROOT, blocks, lines
 from docs.test_tutorial import photos
 from docs.turn import tier
-from dumo.run.plan import machine
+from dumo.plan import machine
 from e2e.shell import call, sets
 from pipelines import SIDE, save
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.run.plan import machine
+from dumo.plan import machine
 from e2e.shell import TINY
 from tiny import TinyRuns
 

@@ -24,7 +24,7 @@ from dumo.export.model import INDEX
 from dumo.export.serve import KEY
 from dumo.flow.generate import carried
 from dumo.flow.solver import Euler
-from dumo.run.evaluation.evaluate import FILE
+from dumo.report.evaluate import FILE
 from dumo.run.prompt import prompted
 from dumo.run.weights import open_run
 from dumo.runtime.random import noise

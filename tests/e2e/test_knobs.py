@@ -11,7 +11,7 @@ from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.lab.step import Plain, slope_error
-from dumo.run.plan.doctor import examine
+from dumo.run.examination import examine
 from dumo.run.weights import build, sampler
 from dumo.types import frozen
 

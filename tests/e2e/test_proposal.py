@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow.parquet import read_table, write_table
 
 from dumo.config.load import load
-from dumo.run.plan import proposal
+from dumo.plan import proposal
 from dumo.types import UserError
 from e2e.shell import call, sets
 from tiers import tiered

@@ -14,7 +14,7 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT
 from dumo.objectives import DuMo
 from dumo.objectives.match import FIT, WEIGHT, Match, identity
-from dumo.run.plan.cost import forward_units
+from dumo.run.cost import forward_units
 from dumo.types import Frozen
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, growth, record
 from theory.formula import Polynomial, passes

@@ -18,9 +18,9 @@ from dumo.config.load import dump, load
 from dumo.data.cache import Contents, read_contents
 from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
+from dumo.report import score
+from dumo.report.compare import compare
 from dumo.run import deviation
-from dumo.run.evaluation import score
-from dumo.run.evaluation.compare import compare
 from dumo.training import checkpoint, log, manifest
 from fuzz.mutation import mutated, replaced
 

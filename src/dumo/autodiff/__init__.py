@@ -1,1 +1,4 @@
-"""Derivatives of nets by dual numbers, exact in any precision: the number, its rules, and attention's tangent."""
+"""Dual numbers: a tangent rides along with each tensor through a net. The number, its rules, attention's tangent.
+
+Touches tensors. Knows no net, no objective and no run.
+"""

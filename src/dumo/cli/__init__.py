@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C). Progress goes
 to stderr, answers to stdout.
+
+Touches the terminal. All that it does is done below.
 """
 
 import sys

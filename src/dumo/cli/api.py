@@ -24,11 +24,12 @@ from dumo.config.trust import trusting
 from dumo.encoders.codec import Opened
 from dumo.io import picture
 from dumo.io.read import brief
+from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live
-from dumo.run.evaluation import evaluate as evaluation
+from dumo.report.sample import COUNT, guide_of, size_of, solver_of, turned
+from dumo.report.sheet import Sheets
 from dumo.run.prompt import prompted
-from dumo.run.sample import COUNT, guide_of, size_of, solver_of, turned
 from dumo.run.train import train as train_run
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads
@@ -346,7 +347,7 @@ def train(
         hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
         tell = None if bar is no_bar else say
         with live(folder, track, say) as more:
-            train_run(run, folder, device=str(device), bar=bar, tell=tell, hooks=[*hooks, *more])
+            train_run(run, folder, device=str(device), bar=bar, tell=tell, sheets=Sheets, hooks=[*hooks, *more])
         return load(folder, device=device)
 
 

@@ -12,11 +12,11 @@ from dumo.config.load import FILE, load, load_recipe, parse
 from dumo.config.load import default_folder as folder_of_recipe
 from dumo.config.source import SHIPPED_PREFIX, kind_of, source_or_own_run
 from dumo.config.spec import Run
-from dumo.data import Data, Memory
+from dumo.config.tree import Parts
+from dumo.data import Memory
 from dumo.flow.reading import taught
 from dumo.nets import Module
-from dumo.objectives import Objective
-from dumo.run.plan import proposal
+from dumo.plan import proposal
 from dumo.runtime.progress import Bar
 from dumo.types import Spec, UserError
 
@@ -28,13 +28,6 @@ OF_A_MODULE: Fields = {
     "train.optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99]},
 }
 SOLVERS = {"flow_map": "hop", "endpoint": "restart", "velocity": "euler"}  # by reading, the best of few passes first
-
-
-class Parts(Spec):
-    """Some parts of a run."""
-
-    objective: Objective | None = None
-    data: Data | None = None
 
 
 def compose(

@@ -186,8 +186,8 @@ def evaluate(
     With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
-    from dumo.run.evaluation import evaluate, verdict
-    from dumo.run.evaluation import sweep as sweeps
+    from dumo.report import evaluate, verdict
+    from dumo.report import sweep as sweeps
     from dumo.run.weights import open_run
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
@@ -227,7 +227,7 @@ def judge(
     everything: bool,
 ) -> None:
     """Judge images that others made, and print what came out."""
-    from dumo.run.evaluation import images as others
+    from dumo.report import images as others
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 
@@ -245,8 +245,8 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     Of an evaluation the scores of the summary, or `everything`.
     """
     from dumo.evaluation.protocol import CLASS_MMD
-    from dumo.run.evaluation import score
-    from dumo.run.evaluation.card import seen
+    from dumo.report import score
+    from dumo.report.card import seen
 
     if as_json:
         print(json.dumps(report))
@@ -296,7 +296,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set the evaluations of several runs side by side, if they were measured alike."""
-    from dumo.run.evaluation import compare as comparison
+    from dumo.report import compare as comparison
 
     found = comparison.compare(run_folders, anyway=anyway)
     if as_json:

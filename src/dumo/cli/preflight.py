@@ -56,7 +56,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """List data sets and models that recipes need: what they are, how to get them, and whether they are here."""
-    from dumo.run.plan import catalogue
+    from dumo.plan import catalogue
 
     items = [catalogue.described(item) for item in (catalogue.CATALOGUE if name is None else [catalogue.find(name)])]
     if as_json:
@@ -105,8 +105,8 @@ def show(
     """
     from dumo.config.load import dump, summary
     from dumo.config.word import method
-    from dumo.run.plan.findings import of_captions
-    from dumo.run.plan.plan import show
+    from dumo.plan.findings import of_captions
+    from dumo.plan.plan import show
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
@@ -176,7 +176,7 @@ def dry(
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
-    from dumo.run.plan import host, plan, rehearsal
+    from dumo.plan import host, plan, rehearsal
 
     limit = size(fit) if fit else None
     spec = load_with_advice(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
@@ -197,10 +197,11 @@ def dry(
 
 def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
     """The plan for these ranks, in a layout that fits `limit` bytes, if any; `fields` are what to set for it."""
-    from dumo.run.plan import cluster, machine
+    from dumo.plan import cluster
     from dumo.runtime import dist
+    from dumo.runtime.device import known_peak_tflops
 
-    peak = None if tflops else machine.peak_tflops(dist.device(device))
+    peak = None if tflops else known_peak_tflops(dist.device(device))
     if peak:
         tflops = cluster.USUAL * peak
         say(f"hours: at {cluster.USUAL:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you know better")
@@ -210,7 +211,7 @@ def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None,
 
 def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type for a layout that was found."""
-    from dumo.run.plan.cluster import words
+    from dumo.plan.cluster import words
 
     return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
 
@@ -226,7 +227,7 @@ def gpu_lines(gpus: int | None, source: str, given: list[str]) -> list[tuple[str
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
     """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
-    from dumo.run.plan import doctor
+    from dumo.plan import doctor
 
     spec = load_with_advice(source, set_)
     found = doctor.diagnose(spec, device)

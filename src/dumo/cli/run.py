@@ -119,11 +119,10 @@ def train(
     """
     from dumo.config.load import default_folder, load
     from dumo.config.source import kind_of, source_or_own_run
-    from dumo.export.model import forms
-    from dumo.nets import Pretrained
+    from dumo.plan import proposal
     from dumo.report.feed import live
+    from dumo.report.sheet import Sheets
     from dumo.run import train
-    from dumo.run.plan import proposal
 
     source = source_or_own_run(source, folder)
     if kind_of(source) == "images":
@@ -134,29 +133,58 @@ def train(
     else:
         spec, folder = load(source, set_ or []), folder or default_folder(source)
     with sparing(sparing_words(spec.train, spec.net)), live(folder, track, say) as hooks:
-        more: dict[str, Any] = {"accept": accept, "verify": verify, "hooks": hooks}
-        state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, **more)
+        state = train.train(
+            spec,
+            folder,
+            device=device,
+            bar=bar,
+            tell=say,
+            step=step,
+            accept=accept,
+            verify=verify,
+            sheets=Sheets,
+            hooks=hooks,
+        )
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
         soft_wrap=True,
     )
-    missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
-    does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    path, own = os.environ.get("PYTHONPATH"), any(":" in part.kind for part in (spec.objective, spec.net, spec.data))
-    dumo = f"PYTHONPATH={typed(path)} dumo" if path and own else "dumo"  # where a class of the user's own lies
-    lines = [f"{dumo} {verb} {typed(folder)}" for verb in does]
-    if isinstance(spec.net, Pretrained):
-        lines += (f"{dumo} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}" for form in forms(spec.net))
-    err.print("next:  " + "    ".join(lines), soft_wrap=True)
+    err.print("next:  " + "    ".join(next_commands(spec, folder)), soft_wrap=True)
+    missing = missing_of_protocol(spec)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def missing_of_protocol(run: "Run") -> str | None:
+    """What the run's protocol lacks to judge it, in words; None: nothing."""
+    return getattr(run.evaluate.protocol, "missing", None)
+
+
+def next_commands(run: "Run", folder: Path) -> list[str]:
+    """What to type once a run is trained."""
+    from dumo.export.model import forms
+    from dumo.nets import Pretrained
+
+    program = "dumo"
+    python_path = os.environ.get("PYTHONPATH")
+    has_own_class = any(":" in part.kind for part in (run.objective, run.net, run.data))
+    if python_path and has_own_class:  # else Python would not find the class
+        program = f"PYTHONPATH={typed(python_path)} dumo"
+    commands = [f"{program} sample {typed(folder)}"]
+    if not missing_of_protocol(run):
+        commands.append(f"{program} evaluate {typed(folder)}")
+    commands.append(f"{program} report {typed(folder)}")
+    if isinstance(run.net, Pretrained):
+        for form in forms(run.net):
+            commands.append(f"{program} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}")
+    return commands
 
 
 def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
     """The run that a folder holds already, or one proposed for these images, if the user agrees."""
     from dumo.config.load import FILE, load
-    from dumo.run.plan import proposal
+    from dumo.plan import proposal
     from dumo.runtime import dist
 
     if (folder / FILE).is_file():
@@ -226,8 +254,8 @@ def sample(
     Under torchrun the ranks share the work.
     """
     from dumo.encoders.caption import read_prompts
-    from dumo.run.evaluation.benchmark import LAYOUTS, make
-    from dumo.run.sample import COUNT, export
+    from dumo.report.benchmark import LAYOUTS, make
+    from dumo.report.sample import COUNT, export
     from dumo.run.weights import open_run
     from dumo.runtime import dist
 
@@ -318,7 +346,7 @@ def grid(
 ) -> None:
     """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
     from dumo.io import file
-    from dumo.run import gallery
+    from dumo.report import gallery
     from dumo.run.weights import open_run
     from dumo.runtime import dist, threads
 

@@ -73,6 +73,13 @@ class Evaluation(Spec):
         return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
 
 
+class Parts(Spec):
+    """Some parts of a run, as Python gives them."""
+
+    objective: Objective | None = None
+    data: Data | None = None
+
+
 T = TypeVar("T", bound="Tree")
 
 

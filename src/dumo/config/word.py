@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dumo.io.yaml import parse
-from dumo.objectives import Objective
+from dumo.types import Objective
 
 FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")
 

@@ -1,4 +1,7 @@
-"""All data sets. A data set's spec knows the shape and the classes; `open()` gives its source."""
+"""All data sets. A data set's spec knows the shape and the classes; `open()` gives its source.
+
+Touches your images, read only, and the caches that it makes. Knows no net and no objective.
+"""
 
 from typing import Annotated
 

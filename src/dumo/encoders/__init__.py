@@ -1,4 +1,7 @@
-"""All codecs: images in, what a net learns out, and back."""
+"""Nets that others trained, as readers: autoencoders, text encoders, features of images. Here: all codecs.
+
+Touches files of weights, from disk or the Hub, and tables of texts. Knows no net that learns.
+"""
 
 from typing import Annotated
 

@@ -9,6 +9,8 @@ number of samples first, shows in its name. It is used in this order:
     evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.evaluation.protocol`
 
 `baselines` says what a perfect sampler would have, one that makes new real images: a distance of few to few is not 0.
+
+Touches reference statistics. Knows no net and no run.
 """
 
 from typing import Annotated

@@ -1,1 +1,4 @@
-"""A trained run as files that other programs read: a pipeline of diffusers, a LoRA, or one file of weights."""
+"""A trained run as files that other programs read: a pipeline of diffusers, a LoRA, or one file of weights.
+
+Touches the folder that it writes, and the Hub.
+"""

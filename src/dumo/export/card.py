@@ -22,7 +22,7 @@ from dumo.export.model import Exported, Stock
 from dumo.export.scheduler import EULER, LCM, OWN
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
-from dumo.run.evaluation.card import FILE, read_report
+from dumo.report.card import FILE, read_report
 from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder

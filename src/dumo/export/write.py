@@ -33,10 +33,9 @@ from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import apart
 from dumo.nets import DiT, Pretrained
-from dumo.objectives import Objective
 from dumo.run.weights import RunFolder, build
 from dumo.training.frozen import trained
-from dumo.types import UserError
+from dumo.types import Objective, UserError
 
 Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]

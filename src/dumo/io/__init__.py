@@ -1,1 +1,4 @@
-"""Files: written whole or not at all, safe to read; pictures and arrays in them."""
+"""Files: written whole or not at all, safe to read; hashes, weights, tables, and pictures and arrays in them.
+
+Touches the disk. Knows no run.
+"""

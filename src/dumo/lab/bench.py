@@ -25,8 +25,10 @@ from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
 from dumo.nets import Net
-from dumo.run.plan import doctor, machine
+from dumo.plan import machine
+from dumo.run import examination
 from dumo.runtime import dist
+from dumo.runtime.device import now
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.types import Needs, Reads, UserError
@@ -54,7 +56,7 @@ def interleave(title: str, works: Sequence[Callable[[], object]], rounds: int, d
 def clock(device: torch.device) -> Callable[[], float]:
     """Seconds, when all work so far is done."""
     alone = device.type != "cuda" and torch.get_num_threads() == 1
-    return time.process_time if alone else partial(machine.now, device)
+    return time.process_time if alone else partial(now, device)
 
 
 def quartiles(ratios: Float[Tensor, " rounds"]) -> tuple[float, float, float]:
@@ -123,7 +125,7 @@ def sample(
         for precision in precisions_of(precisions, here)
         for nfe in nfes
     ]
-    module = build(doctor.readable(run.net), run.objective.needs, shape, run.data.classes, here, batch)
+    module = build(examination.readable(run.net), run.objective.needs, shape, run.data.classes, here, batch)
     c = generate.labels(batch, run.data.classes)
     reads = reading(run.objective, module, run.sample.knobs)
 

@@ -23,16 +23,16 @@ from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
-from dumo.objectives import Objective
+from dumo.report import compare
+from dumo.report.evaluate import evaluate, standing
+from dumo.report.sheet import Sheets
 from dumo.run import encode
-from dumo.run.evaluation import compare
-from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.resolve import resolve
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar
-from dumo.types import UserError
+from dumo.types import Objective, UserError
 
 Row = dict[str, Any]  # of a table
 
@@ -99,7 +99,7 @@ def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
     """Train and measure a cell, or take what there is of it."""
     trains = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
     folder = cells / f"{cell.name}-{blake2b(trains.encode(), digest_size=4).hexdigest()}"
-    train(cell.spec, folder, device=device, bar=bar)
+    train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
     trained = open_run(folder, device=device)
     return Result(cell, trained, standing(trained) or evaluate(trained, bar=bar))
 

@@ -24,9 +24,9 @@ from dumo.lab import chart
 from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mean, main_score
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
-from dumo.run import gallery
-from dumo.run.evaluation.score import passes_text
-from dumo.run.sample import real_data
+from dumo.report import gallery
+from dumo.report.score import passes_text
+from dumo.run.judge import real_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.random import noise
 

@@ -22,11 +22,12 @@ from dumo.lab import chart
 from dumo.lab.bench import interleave, quartiles
 from dumo.lab.cell import Result, Row, averaged, main_score
 from dumo.lab.plan import Cell, Cost, Plan
-from dumo.run import gallery
-from dumo.run.evaluation.evaluate import evaluator_of, row
+from dumo.plan import machine
+from dumo.plan import plan as counts
+from dumo.report import gallery
+from dumo.report.evaluate import row
+from dumo.run.judge import evaluator_of
 from dumo.run.net import outline
-from dumo.run.plan import machine
-from dumo.run.plan import plan as counts
 from dumo.run.weights import RunFolder, build
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar

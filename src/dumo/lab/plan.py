@@ -29,8 +29,8 @@ from dumo.config.error import require_known
 from dumo.config.load import load_recipe
 from dumo.config.spec import Run
 from dumo.io.yaml import parse
+from dumo.run import cost
 from dumo.run.net import outline
-from dumo.run.plan import cost
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 

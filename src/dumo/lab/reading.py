@@ -20,9 +20,10 @@ from dumo.data.album import Album
 from dumo.io.read import user_path
 from dumo.io.source import Source
 from dumo.lab.plan import Cost
-from dumo.run.plan import machine
+from dumo.plan import machine
 from dumo.run.resolve import found_data, resolve
 from dumo.runtime import dist, signals
+from dumo.runtime.device import known_peak_tflops, now
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training.loop import BATCHES, Prefetch
 from dumo.types import Spec, UserError
@@ -120,14 +121,14 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
             for part in take(step):
                 to_device(part, device)
             if step == steps[WARM - 1]:
-                began = machine.now(device)
+                began = now(device)
             tick(step + 1, "")
-        return batch * (len(steps) - WARM) / (machine.now(device) - began)
+        return batch * (len(steps) - WARM) / (now(device) - began)
 
 
 def step_seconds_of(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
-    peak = machine.peak_tflops(device)
+    peak = known_peak_tflops(device)
     if (cost := reading.cost) is None or peak is None:
         return None, None
     seconds = reading.batch * cost.units * cost.flops / (SHARE_OF_PEAK * 1e12 * peak)

@@ -24,10 +24,11 @@ from dumo.flow.slope import CentralSlope, Slope
 from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
-from dumo.objectives import Objective as AnyObjective
-from dumo.run.plan import cost, doctor, machine
-from dumo.run.plan.cost import Bytes
+from dumo.plan import machine
+from dumo.run import cost, examination
+from dumo.run.cost import Bytes
 from dumo.runtime import dist
+from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
 from dumo.training.loop import compile_blocks
@@ -178,7 +179,7 @@ def measure(
     seconds = bench.interleave("training steps", [step for _, step in tried if step], rounds, here, bar)
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
-    peak = peak_tflops or machine.peak_tflops(here)
+    peak = peak_tflops or known_peak_tflops(here)
     rows = compare(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),
@@ -199,7 +200,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
     require_known("way to compile", compile, COMPILE)
     needs, classes = run.objective.needs, run.data.classes
-    net = bench.build(doctor.readable(run.net), needs, shape, classes, device, run.train.batch)
+    net = bench.build(examination.readable(run.net), needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
         torch.compiler.config.recompile_limit = 64  # one block serves every precision, way and number of rows
@@ -209,7 +210,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
 
 
 def variants(
-    objective: AnyObjective,
+    objective: Objective,
     time_scale: float,
     slopes: Sequence[str] | None,
     precisions: Sequence[Precision],
@@ -275,6 +276,11 @@ class Plain(Spec):
     of: Any  # an objective
 
     @property
+    def kind(self) -> str:
+        """The yardstick's name."""
+        return PLAIN
+
+    @property
     def needs(self) -> Needs:
         """The net of the other objective."""
         its: Needs = self.of.needs
@@ -321,5 +327,5 @@ def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) ->
     """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope."""
     if objective.needs.slope is None:
         return None
-    found = doctor.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **inputs_of(objective, b))
+    found = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **inputs_of(objective, b))
     return found["u" if "u" in found else objective.needs.heads[-1]].item()

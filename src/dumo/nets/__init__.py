@@ -1,4 +1,7 @@
-"""All nets. A net takes (x, c, t=t, r=r ...) and returns the heads and gauges that an objective needs."""
+"""All nets. A net takes (x, c, t=t, r=r ...) and returns the heads and gauges that an objective needs.
+
+Touches weights, read only. Knows no data and no objective by name.
+"""
 
 from typing import Annotated
 

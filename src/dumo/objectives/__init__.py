@@ -1,4 +1,7 @@
-"""All objectives. To add one: write its file, import it here, name it in the union. `module:Class` needs neither."""
+"""All objectives. To add one: write its file, import it here, name it in the union. `module:Class` needs neither.
+
+Touches nothing: a loss draws nothing and changes nothing. Knows no net, no data and no trainer.
+"""
 
 from typing import Annotated
 

@@ -1,1 +1,4 @@
-"""A run as pictures: sheets, trajectories, charts, and the page that joins them."""
+"""What a run says: samples, sheets, scores and their cards, trajectories, a page of all of it, a demo.
+
+Touches pictures and scores in the run's folder; a port and a tracker, if asked.
+"""

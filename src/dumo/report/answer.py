@@ -18,12 +18,12 @@ from dumo.flow.guide import CFG
 from dumo.flow.solver import Fresh
 from dumo.io import picture
 from dumo.io.read import brief
+from dumo.report.gallery import POINTS as SCATTERED
+from dumo.report.gallery import Reading, solver_title
 from dumo.report.live import WORDS, Live
-from dumo.run.evaluation.score import passes_text
-from dumo.run.gallery import POINTS as SCATTERED
-from dumo.run.gallery import Reading, solver_title
+from dumo.report.sample import titles
+from dumo.report.score import passes_text
 from dumo.run.prompt import names
-from dumo.run.sample import titles
 from dumo.types import Sample, UserError
 
 PASSES = (1, 2, 4, 50)  # side by side: what few-step models take, and what flow models do

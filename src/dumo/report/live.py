@@ -23,11 +23,12 @@ from dumo.flow.guide import CFG
 from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io.read import brief
 from dumo.io.yaml import parse
+from dumo.report.gallery import Reading, readings
 from dumo.report.page import NEAR, POINTS
+from dumo.report.sample import guide_of, turned
 from dumo.run import deviation, shipped
-from dumo.run.gallery import Reading, readings
+from dumo.run.judge import real_data
 from dumo.run.prompt import edits, prompted
-from dumo.run.sample import guide_of, real_data, turned
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.random import noise, stream

@@ -25,11 +25,11 @@ from dumo.flow.generate import labels
 from dumo.flow.solver import able
 from dumo.io import file, picture
 from dumo.io.picture import headed, labelled, letters
+from dumo.plan.plan import show
+from dumo.report import score
 from dumo.report.figure import charts, embed
-from dumo.run.evaluation import score
-from dumo.run.evaluation.score import judgement, large, number
-from dumo.run.gallery import PASSES, readings, within
-from dumo.run.plan.plan import show
+from dumo.report.gallery import PASSES, readings, within
+from dumo.report.score import judgement, large, number
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler

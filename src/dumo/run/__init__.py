@@ -1,1 +1,4 @@
-"""A run and its folder: train it, open it, sample it, encode its data, ask its teacher."""
+"""A value at work: resolved once, then trained in its folder, opened, sampled, its data encoded, its teacher asked.
+
+Touches the run's folder, and caches and tables that it makes. Knows neither `plan` nor `report`.
+"""

@@ -1,6 +1,7 @@
-"""Whether the net, the files that it is made of and the data fit together, checked when a run is opened.
+"""Whether a run's net, its pipeline's files and its data fit together, checked when the run is resolved for training.
 
-This makes the net on the meta device and reads the pipeline's configs, as `dumo.config.check` does not.
+This makes the net on the meta device and reads the pipeline's configs; `dumo.config.check`, which does neither, is
+before it.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from torch import nn
 
 from dumo.config.check import require
 from dumo.config.conditions import Conditions, shown
+from dumo.config.need import Need, buckets_field, captions_field, names_of
 from dumo.config.tree import Tree
 from dumo.data import Data, Images, Latents
 from dumo.flow.path import Diffusion, Path
@@ -23,7 +25,7 @@ from dumo.types import Needs
 
 
 def check_opened(run: Tree) -> None:
-    """Raise UserError for the first mismatch between the net of a run, its pipeline, its path and its data."""
+    """Raise UserError for the first mismatch of a net with its data, path, pipeline, slope, compiler or teacher."""
     data, net, needs, train = run.data, run.net, run.objective.needs, run.train
     require(edits(data, net))
     net_outline = outline(run, short=True)
@@ -37,23 +39,27 @@ def check_opened(run: Tree) -> None:
 
 def edits(data: Data, net: Net) -> Iterator[str]:
     """Images to edit without a model that edits, and such a model without images."""
-    texts, given = net.texts, Conditions(data).captions
-    where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
-    edits = isinstance(texts, PipelineTexts) and texts.row.edits
-    if edits != bool(source := getattr(given, "source", None)):
-        yield (
-            f"{where}.source is the column of images to edit, {source or 'null'}, and the pipeline is a "
-            f"{texts.row.pipeline if isinstance(texts, PipelineTexts) else net.kind}: name one for a model that edits, "
-            "and for no other"
+    texts = net.texts
+    source = getattr(Conditions(data).captions, "source", None)
+    model = texts.row.pipeline if isinstance(texts, PipelineTexts) else net.kind
+    given = names_of({"images to edit": bool(source)})
+    edited = names_of({"images to edit": isinstance(texts, PipelineTexts) and texts.row.edits})
+
+    def fault(_: str) -> str:
+        return (
+            f"{captions_field(data)}.source is the column of images to edit, {source or 'null'}, and the pipeline is a "
+            f"{model}: name one for a model that edits, and for no other"
         )
+
+    for need in (Need(given, edited, fault), Need(edited, given, fault)):
+        yield from need.faults()
 
 
 def patches(data: Data, net: nn.Module) -> Iterator[str]:
     """Buckets of sides that the net's patches do not divide."""
-    images = shown(data)
-    if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
+    images, field = shown(data), buckets_field(data)
+    if not (field and isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
         return
-    field = "data.images.buckets" if isinstance(data, Latents) else "data.buckets"
     patch: int = getattr(net, "patch", 1)
     if odd := [side for shape in data.shapes for side in shape[1:] if side % patch]:
         yield (
@@ -75,10 +81,10 @@ def positions(data: Data, net: nn.Module) -> Iterator[str]:
             f"{what}, and images of {pixels:,} x {pixels:,} pixels have {latents // patch}: set "
             f"{field}={most * patch * pixels // latents} or less"
         )
-    if isinstance(data, Images | Latents):
-        long, field = max(side // patch for shape in data.shapes for side in shape[1:]), "data.images.buckets"
+    field = buckets_field(data)
+    if field and isinstance(data, Images | Latents):
+        long = max(side // patch for shape in data.shapes for side in shape[1:])
         if long > most:
-            field = field if isinstance(data, Latents) else "data.buckets"
             yield f"{what}, and {field} has {long}: lower {field}.ratio"
 
 
@@ -86,7 +92,10 @@ def scheduled(path: Path, net: Net) -> Iterator[str]:
     """A model of a diffusion on another path than its own, or that path with another net."""
     frame = net.frame if isinstance(net, Pretrained) else None
     if isinstance(path, Diffusion) and frame is None:
-        yield "path 'diffusion' is that of a pipeline's model which learned noise, and this one did not: set path.kind"
+        yield (
+            "path 'diffusion' is that of a pipeline's model which learned noise, and this one did not: set "
+            "path.kind=linear"
+        )
     elif frame and not isinstance(path, Diffusion):
         yield (
             "pipeline has a model of a diffusion, whose path ends before the noise, at the last time of its schedule: "
@@ -122,5 +131,5 @@ def base(net: nn.Module, kind: str, path: Path) -> Iterator[str]:
             "folder of a run that can teach"
         )
         return
-    with off():  # a net that may have adapters refuses it if it has none
+    with off():  # raises UserError if the net has no adapters
         pass

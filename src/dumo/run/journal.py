@@ -18,11 +18,10 @@ from dumo.config.spec import Run
 from dumo.io.content import Hashes
 from dumo.io.source import Source
 from dumo.nets.embed import Scalars
-from dumo.run import average, content, deviation
+from dumo.run import average, content, deviation, examination
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, note, restore_run_file
 from dumo.run.net import outline
 from dumo.run.origin import before_step
-from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
 from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
@@ -187,7 +186,8 @@ class Journal:
             what = f"copies of them take {sized(size)} of memory, and {self.device} has {sized(most)}"
             self.tell(f"the slope is not examined on the weights in training: {what}")
             return
-        doctor.examine_weights(self.run, layout.gathered(state.net, partial(build, self.run)), self.device).require()
+        net = layout.gathered(state.net, partial(build, self.run))
+        examination.examine_weights(self.run, net, self.device).require()
 
 
 def row_text(row: dict[str, Any]) -> str:

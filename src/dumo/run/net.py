@@ -49,7 +49,7 @@ def require_room(run: Tree, device: torch.device | str, copies: float = 0, rows:
     """Raise UserError if a device has too little memory for the net, `copies` of its trained weights, and `rows`.
 
     Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
-    (`dumo.run.plan.plan`).
+    (`dumo.plan.plan`).
     """
     net, numbers = outline(run), 2 * rows * prod(run.data.shape)
     whole = sum(value.nbytes for value in net.state_dict().values())

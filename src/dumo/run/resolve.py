@@ -13,10 +13,11 @@ from pydantic import JsonValue
 from pydantic.config import JsonDict
 
 from dumo.config.change import override, shown
-from dumo.config.check import check, ways_to_captions
+from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions
 from dumo.config.load import differences, load, parse
+from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE, FILE, GIVEN
 from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
@@ -61,7 +62,7 @@ def resolve_again(run: Run) -> Run:
         data = found_data(run.data)
     except NoCaptionsError as error:
         if texts and texts.kind == "pipeline":
-            raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
+            raise UserError(f"{error}: {ways_to_captions(run.data)}") from error
         raise
     if isinstance(texts, Tabled):
         net = net.model_copy(update={"texts": texts.found()})

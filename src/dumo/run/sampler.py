@@ -20,10 +20,9 @@ from dumo.flow.precision import Precision
 from dumo.flow.reading import reading, taught
 from dumo.flow.solver import Solver
 from dumo.nets.rows import Texts
-from dumo.objectives import Objective
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
-from dumo.types import Reads, Sample, UserError
+from dumo.types import Objective, Reads, Sample, UserError
 
 Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dumo.run.plan import machine
-from dumo.run.plan.rehearsal import peak
 from dumo.runtime import dist
+from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.progress import number, sized
 from dumo.training import log
 from dumo.training.spec import Train
@@ -55,7 +54,7 @@ class Meter:
     ) -> None:
         """Nothing is measured before `begin`. `flops` counts the operations of a step, for an image."""
         self.train, self.path, self.here, self.clock = train, folder / FILE, here, clock
-        self.peak = machine.peak_tflops(here) if dist.is_main() else None
+        self.peak = known_peak_tflops(here) if dist.is_main() else None
         self.flops = flops() if self.peak else 0.0
         self.last: Speed | None = None
         self.began = 0, 0.0  # at which step, and when
@@ -84,7 +83,7 @@ class Meter:
         rate = (step - first) / max(now - then, 1e-9)
         images = rate * self.train.batch
         share = images * self.flops / (1e12 * self.peak * dist.world()) if self.peak else None
-        return Speed(step, time.time(), now - then, rate, images, peak(self.here), share)
+        return Speed(step, time.time(), now - then, rate, images, peak_bytes(self.here), share)
 
 
 def loss_text(record: Record) -> str:

@@ -73,7 +73,7 @@ class Validation:
         if not self.every or state.step // self.every == run.train.steps // self.every:
             self.every = 0
             return
-        from dumo.run.evaluation.evaluate import conditions, evaluator_of  # nobody else needs them in training
+        from dumo.run.judge import conditions, evaluator_of  # nobody else needs them in training
         from dumo.runtime.progress import no_bar
 
         self.sampler = sampler(run, state.shown)

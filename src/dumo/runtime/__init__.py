@@ -1,4 +1,7 @@
-"""What a process is among others and on its machine: ranks, signals, memory, progress, random numbers by key."""
+"""A process among others and on its machine: ranks, devices, signals, memory, progress, random numbers by key.
+
+Touches signals, threads and groups of ranks. Knows no file and no run.
+"""
 
 import logging
 import re

@@ -1,6 +1,8 @@
 """The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `rows`.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
+
+Touches modules that you name (`outside`), and nothing else. Knows no other subpackage.
 """
 
 from abc import ABC, abstractmethod
@@ -329,6 +331,11 @@ class Reads:
 @runtime_checkable
 class Objective(Protocol):
     """A way to train a net, and to read it afterwards: a frozen spec. What follows is all that is read of it."""
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        ...
 
     @property
     def needs(self) -> Needs:

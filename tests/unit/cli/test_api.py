@@ -15,7 +15,7 @@ import torch
 import dumo
 from dumo.cli.api import TrainedRun
 from dumo.config.load import load
-from dumo.run.sample import COUNT
+from dumo.report.sample import COUNT
 from dumo.types import Reads
 from e2e.shell import call
 from e2e.test_start import HEAVY

@@ -7,9 +7,9 @@ import torch
 
 from dumo.config.load import load, parse, summary
 from dumo.config.spec import Run
-from dumo.run import sheet
-from dumo.run.evaluation.card import labels
-from dumo.run.evaluation.evaluate import conditions
+from dumo.report import sheet
+from dumo.report.card import labels
+from dumo.run.judge import conditions
 from dumo.run.resolve import resolve
 from dumo.types import UserError
 from unit.data.animals import SIDE

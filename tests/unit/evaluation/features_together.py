@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dumo.evaluation.reference import VARIABLE
-from dumo.run.evaluation.images import judge
+from dumo.report.images import judge
 from meeting import meeting
 
 MODEL = ["evaluate.protocol.model=dinov2"]

@@ -19,7 +19,7 @@ from dumo.evaluation import Context, FeatureProtocol, reference
 from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.features import FeatureEvaluator
 from dumo.io.picture import from_uint8
-from dumo.run.evaluation.images import judge
+from dumo.report.images import judge
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from encoders import WIDTH, clip_of_both, dinov2

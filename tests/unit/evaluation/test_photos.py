@@ -19,8 +19,8 @@ from dumo.evaluation.protocol import Reference, parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
-from dumo.run.evaluation import score
-from dumo.run.evaluation.card import state
+from dumo.report import score
+from dumo.report.card import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
 

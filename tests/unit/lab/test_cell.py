@@ -14,7 +14,7 @@ from dumo.config.load import load
 from dumo.lab import cell, paper, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read
-from dumo.run.evaluation.evaluate import evaluate
+from dumo.report.evaluate import evaluate
 from dumo.runtime.progress import no_bar
 from dumo.training import loop
 from dumo.types import UserError

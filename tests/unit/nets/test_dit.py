@@ -14,8 +14,8 @@ from dumo.nets.block import Block, Sizes, gated
 from dumo.nets.dit import DiT, Head, Transformer
 from dumo.nets.embed import turn, turns
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
+from dumo.run.cost import forward_flops
 from dumo.run.net import outline as outline_of_run
-from dumo.run.plan.cost import forward_flops
 from dumo.types import Needs, UserError
 from unit.nets.given import drawn, points
 

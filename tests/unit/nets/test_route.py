@@ -17,8 +17,8 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.route import Route, Split
 from dumo.objectives import DuMo
+from dumo.run import cost
 from dumo.run.net import outline
-from dumo.run.plan import cost
 from dumo.types import Frozen, Heads, Needs, UserError, frozen
 from unit.nets.given import Given, drawn, points
 

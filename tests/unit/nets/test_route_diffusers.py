@@ -18,7 +18,7 @@ from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets.dualized import Dualized
 from dumo.nets.route import Route, Split
 from dumo.objectives import DuMo
-from dumo.run.plan import cost
+from dumo.run import cost
 from dumo.types import Frozen, UserError, frozen
 from transformers_saved import CLASSES, SHAPE, Saved, asked, batch, built, of
 

@@ -8,7 +8,7 @@ import torch
 
 from dumo.config.spec import Run
 from dumo.io.weights import load as load_weights
-from dumo.run.gallery import trajectories
+from dumo.report.gallery import trajectories
 from dumo.run.train import train
 from dumo.run.weights import build, open_run
 from dumo.training import checkpoint

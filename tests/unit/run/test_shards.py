@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from dumo.io import weights
-from dumo.run.evaluation.evaluate import evaluate
-from dumo.run.evaluation.sweep import sweep
+from dumo.report.evaluate import evaluate
+from dumo.report.sweep import sweep
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import checkpoint

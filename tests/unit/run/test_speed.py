@@ -9,7 +9,6 @@ import torch
 
 from dumo.config.load import load
 from dumo.run import speed
-from dumo.run.plan import machine
 from dumo.run.speed import Meter, logged
 from dumo.training import log
 from dumo.training.step import Record
@@ -25,8 +24,8 @@ def record(step: int, loss: float = 0.5) -> Record:
 
 def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now = load("moons", ["train.batch=8", "train.log_every=10", "net.width=8", "net.depth=1"]), [5.0]
-    monkeypatch.setattr(machine, "peak_tflops", lambda here: 1e-6)
-    monkeypatch.setattr(speed, "peak", lambda here: 3 * 10**9)
+    monkeypatch.setattr(speed, "known_peak_tflops", lambda here: 1e-6)
+    monkeypatch.setattr(speed, "peak_bytes", lambda here: 3 * 10**9)
     meter = Meter(run.train, tmp_path, CPU, lambda: 1e3, clock=lambda: now[0])
     meter.begin(7)
     said: list[str] = []

@@ -9,8 +9,8 @@ import torch
 from dumo.cli.api import TrainedRun
 from dumo.config.spec import Run
 from dumo.io import digest
-from dumo.run.evaluation.evaluate import evaluate
-from dumo.run.sample import export
+from dumo.report.evaluate import evaluate
+from dumo.report.sample import export
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads

@@ -19,11 +19,11 @@ from dumo.flow.solver import Heun, Restart
 from dumo.io.source import Table
 from dumo.io.weights import load as load_weights
 from dumo.nets.table import Tabled
-from dumo.run import encode
+from dumo.report.sample import solver_of
+from dumo.run import cost, encode
 from dumo.run.net import outline
-from dumo.run.plan import cost
-from dumo.run.sample import solver_of
-from dumo.run.train import open_data, outlook, train
+from dumo.run.outlook import outlook
+from dumo.run.train import open_data, train
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import agreement, checkpoint, log
 from dumo.types import UserError

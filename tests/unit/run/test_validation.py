@@ -11,8 +11,8 @@ import pytest
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.run import speed
-from dumo.run.evaluation import evaluate
+from dumo.report import evaluate
+from dumo.run import judge, speed
 from dumo.run.train import train
 from dumo.run.validation import Validation
 from dumo.run.weights import open_run
@@ -54,7 +54,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                     raise value
                 return {name: value, "kid": -value, f"{name}_sd": 0.5}
 
-        monkeypatch.setattr(evaluate, "evaluator_of", lambda *of: Given())
+        monkeypatch.setattr(judge, "evaluator_of", lambda *of: Given())
 
     return give
 
@@ -249,7 +249,7 @@ def test_what_is_judged_is_opened_before_the_first_step_and_only_if_it_is(
     def fails(*of: object) -> None:
         raise UserError("the weights are not there")
 
-    monkeypatch.setattr(evaluate, "evaluator_of", fails)
+    monkeypatch.setattr(judge, "evaluator_of", fails)
     with pytest.raises(UserError, match=r"^evaluate.every = 2: the weights are not there; .* evaluate.every=0$"):
         train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,8 +14,8 @@ from torch.func import jvp
 
 from dumo.config.load import load
 from dumo.nets.embed import TIMES, Scalars
+from dumo.plan.plan import held
 from dumo.run.net import outline
-from dumo.run.plan.plan import held
 from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.runtime.random import stream

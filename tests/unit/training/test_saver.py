@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dumo.io import shards
-from dumo.run.plan.cluster import pretended
+from dumo.plan.cluster import pretended
 from dumo.training import checkpoint
 from dumo.training.saver import Saver
 from dumo.training.spec import Train

@@ -54,6 +54,7 @@ class Still(TimeLaw):
 class Toy(Spec):
     """Flow matching, pulled to the reference without a label: so that ref, null, t and progress all matter."""
 
+    kind: str = "toy"
     needs: ClassVar[Needs] = Needs()
     drop: float = 0.3
 

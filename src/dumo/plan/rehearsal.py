@@ -1,0 +1,144 @@
+"""The step that training makes, by the same loop, on random numbers; and one sample.
+
+What would stop a run stops it here: a slope that is not the derivative on this device, memory, a compiler. Passes and
+gradients take so long per row, the update so long per step, however many rows there are: from the two comes the time
+of the whole run at its own batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dumo.config.spec import Run
+from dumo.data import Data
+from dumo.flow import generate
+from dumo.flow.reading import reading
+from dumo.plan import machine
+from dumo.run import cost, examination
+from dumo.run.net import outline, require_room
+from dumo.run.sampler import Sampler
+from dumo.run.weights import build, sampler
+from dumo.runtime import dist
+from dumo.runtime.device import now, peak_bytes
+from dumo.runtime.random import random_batch
+from dumo.training import loop
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Record, Task
+from dumo.types import Cond, Sample, UserError
+
+HOUR = 3600.0
+WARM = 2  # steps before the one that is timed: ours; they choose kernels, compile, allocate
+SLOW = 1e8  # parameters of a net whose first step on a CPU is the one that is timed, it takes so long: ours
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was measured, and what follows for the run at its own batch, on this device alone."""
+
+    machine: str
+    threads: int
+    rows: int
+    whole: int  # fewest rows of which every share that the objective treats apart is whole: of others the time is off
+    examination: str  # how exact the slope is here
+    loss: float
+    grad_norm: float
+    pass_seconds: float  # of these rows: passes, targets, gradients
+    update_seconds: float  # optimizer and averages
+    peak_bytes: int  # of a GPU's allocator, else resident in this process since it began
+    sample_nfe: int
+    sample_seconds: float  # of one sample, not decoded
+    step_seconds: float
+    images_per_second: float
+    hours: float
+
+
+def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
+    """Examine the slope, then make a step of `rows` rows, and a sample.
+
+    Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
+    """
+    here = dist.device(device)
+    spec = spec.model_copy(update={"net": examination.readable(spec.net)})
+    if here.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(here)
+    exam = examination.examine(spec, here)
+    exam.require()
+    slow = here.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
+    require_room(spec, here, spec.train.copies, rows)
+    task = Task(spec.objective, spec.path, spec.data.classes)
+    try:
+        batch = random_rows(spec.data, rows, here)
+        state, record, passes, update = make_step(build(spec, here), task, batch, spec.train, warm=0 if slow else WARM)
+    except torch.OutOfMemoryError as error:
+        way = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
+        raise UserError(f"{rows} rows at a time do not fit on {machine.hardware(here).text}: {way}") from error
+    nfe, taken = make_sample(sampler(spec, state.shown))
+    step = spec.train.batch / rows * passes + update
+    return Rehearsal(
+        machine=machine.hardware(here).text,
+        threads=torch.get_num_threads(),
+        rows=rows,
+        whole=cost.exact_rows(spec.objective),
+        examination=str(exam),
+        loss=record.loss,
+        grad_norm=record.grad_norm,
+        pass_seconds=passes,
+        update_seconds=update,
+        peak_bytes=peak_bytes(here),
+        sample_nfe=nfe,
+        sample_seconds=taken,
+        step_seconds=step,
+        images_per_second=spec.train.batch / step,
+        hours=spec.train.steps * step / HOUR,
+    )
+
+
+def random_rows(data: Data, rows: int, here: torch.device) -> tuple[Sample, Cond]:
+    """Rows of random numbers, like the data."""
+    x, c = random_batch("dry", rows, data.shape, data.classes)
+    return x.to(here), c.to(here)
+
+
+def make_step(
+    net: nn.Module, task: Task, batch: tuple[Sample, Cond], train: Train, *, warm: int = 0, timed: int = 1
+) -> tuple[State, Record, float, float]:
+    """Steps by the training loop, some to warm up first: the state, the last record, seconds of passes and update.
+
+    Seconds are the median of the `timed` steps.
+    """
+    rows, here = len(batch[0]), batch[0].device
+    train = train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + timed, "max_skips": 1})
+    state, records, times = begin(net, train), list[Record](), [0.0]
+
+    def batches(step: int) -> tuple[Sample, Cond]:
+        times.append(now(here))
+        return batch
+
+    def done(state: State, record: Record) -> None:
+        times.append(now(here))
+        records.append(record)
+
+    state.optimizer.register_step_pre_hook(lambda *_: times.append(now(here)))
+    loop.train(state, task, batches, train, [loop.Every(1, done)])
+    began, passed, ended = torch.tensor(times[1:], dtype=torch.float64).view(-1, 3)[warm:].unbind(1)
+    return state, records[-1], float((passed - began).median()), float((ended - passed).median())
+
+
+def make_sample(sampler: Sampler) -> tuple[int, float]:
+    """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
+    spec, net, began = sampler.spec, sampler.net, now(sampler.device)
+    made = generate.generate(
+        net,
+        reading(sampler.objective, net, spec.knobs),
+        sampler.path,
+        spec.solver,
+        torch.zeros(1, dtype=torch.long),
+        nfe=spec.solver.passes,
+        seed=spec.seed,
+        shape=sampler.data.shape,
+        device=sampler.device,
+        precision=sampler.precision,
+    )
+    return made.nfe, now(sampler.device) - began

@@ -1,0 +1,109 @@
+"""Sheets of samples as a run trains: what its shown weights make of the same noise, by the run's own sampler.
+
+    sheets/step-00001000-nfe1.png
+
+They change nothing of the training: samples have streams of their own (`dumo.runtime.random`), and the net its mode.
+Ranks make them together, each some of the images, so that no rank needs all weights. What a stop leaves out is drawn
+when the run goes on from that step.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dumo.config.conditions import Conditions, shown
+from dumo.config.spec import Run
+from dumo.data import Latents
+from dumo.flow import generate
+from dumo.io import file as files
+from dumo.report.sample import write
+from dumo.run.sampler import gather, turn
+from dumo.run.weights import sampler
+from dumo.runtime import dist, signals
+from dumo.training import agreement, layout
+from dumo.training.state import State
+from dumo.training.step import Record
+from dumo.types import Sample
+
+COUNT = 64  # images
+POINTS = 2000  # of a scatter
+
+
+class Sheets:
+    """Draws where `train.sheets` says so. Raises UserError on all ranks where the codec cannot be opened."""
+
+    def __init__(self, run: Run, folder: Path, tell: Callable[[str], object]) -> None:
+        """`tell` hears why a sheet is missing."""
+        self.run, self.folder, self.tell = run, folder / "sheets", tell
+        self.c, data = classes(run.conditions), run.data
+        if run.train.sheets and isinstance(data, Latents):
+            agreement.main(lambda: data.codec.open(torch.device("cpu")) and None)  # seen now, not after weeks
+
+    def draw(self, state: State, record: Record) -> None:
+        """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it.
+
+        None where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws them. A sheet
+        that is begun is finished, for the next checkpoint is of a later step.
+        """
+        if record.asked is None and self.run.train.draws(state.step):
+            with signals.finished():
+                for nfe in self.run.sample.nfe:
+                    self.draw_one(state, nfe)
+
+    def open(self, state: State) -> None:
+        """Before the next step: the sheets of this one that are due and not there. Every rank must call it."""
+        agreement.main(lambda: files.sweep(self.folder))
+        if state.step and self.run.train.draws(state.step):
+            for nfe in self.run.sample.nfe:
+                stem = self.stem(state, nfe)
+                if agreement.main(lambda stem=stem: not stem.with_suffix(".png").exists()):
+                    self.draw_one(state, nfe)
+
+    def draw_one(self, state: State, nfe: int) -> None:
+        """The sheet of one number of passes. Every rank must call it."""
+        made = partial(self.made, state, nfe)
+        if dist.world() > 1:  # what fails on one rank fails all: the others wait for it
+            made = partial(torch.as_tensor, made())
+        if dist.is_main():
+            self.attempt(made, state, nfe)
+
+    def stem(self, state: State, nfe: int) -> Path:
+        """A sheet's file, without its ending."""
+        return self.folder / f"step-{state.step:08d}-nfe{nfe}"
+
+    def made(self, state: State, nfe: int) -> Sample:
+        """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
+        run, net, mine = self.run, state.shown, turn(len(self.c))
+        with torch.compiler.set_stance("force_eager"):
+            parts = generate.batches(
+                net,
+                sampler(run, net).reads,
+                run.path,
+                run.sample.solver,
+                self.c[torch.tensor(mine) % len(self.c)],
+                nfe=nfe,
+                seed=run.sample.seed,
+                shape=run.data.shape,
+                indices=mine,
+                device=next(net.parameters()).device,
+            )
+            made = list(parts)
+        layout.release(net)
+        return gather(made, run.data.shape).x[: len(self.c)]
+
+    def attempt(self, made: Callable[[], Sample], state: State, nfe: int) -> None:
+        """Write a sheet, or say why there is none: that is no reason to end a run."""
+        run, path = self.run, self.stem(state, nfe)
+        try:
+            write(sampler(run, state.shown).decode(made()), self.c, path, "grid", run.data, run.sample.seed)
+        except Exception as error:  # memory, disk, weights that have diverged
+            self.tell(f"warning: no sheet {path.name}: {error}")
+
+
+def classes(conditions: Conditions) -> Tensor:
+    """The condition of each sample: all classes in turn, or, where there are more than images, some from end to end."""
+    n, k = COUNT if len(shown(conditions.data).shape) == 3 else POINTS, conditions.data.labels
+    return conditions.of(generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None))

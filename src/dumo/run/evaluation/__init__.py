@@ -1,1 +1,0 @@
-"""A run measured: scores, cards, sweeps, benchmarks of prompts."""

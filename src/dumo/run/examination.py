@@ -1,0 +1,199 @@
+"""What this machine has, and whether du/dt is du/dt on it: asked before any training rests on it.
+
+Few-step objectives regress on du/dt. Where that is wrong, training does not crash: the loss falls towards another
+target, and the samples are poor for no reason that a log shows. And it is wrong easily. A difference quotient divides
+the rounding of two passes by 2 h: under bf16 that is as large as the derivative. On a net that reads 1000 t, as image
+models do, h = 0.005 spans more than a turn of the embedding. And a tangent rule or a kernel may be wrong, perhaps on
+one device alone.
+
+So the configured slope, in its precision and on its device, is compared with forward-mode differentiation in float64.
+A fresh net will not do: its last layers are zero, u = du/dt = 0, and anything passes. The self-test draws every
+parameter of a copy of two blocks; a second one takes the true weights, at the first checkpoint.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dumo.config.spec import Run
+from dumo.data import Data
+from dumo.flow import dropout
+from dumo.flow.precision import using
+from dumo.nets import Net, Pretrained
+from dumo.nets.adapter import SUBJECT
+from dumo.nets.text import or_drawn
+from dumo.run import outside
+from dumo.run.weights import build
+from dumo.runtime import dist
+from dumo.runtime.random import stream
+from dumo.types import Cond, Frozen, Heads, Objective, Path, Sample, Time, UserError
+
+LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
+SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
+Point = tuple[Sample, Sample, Cond, dict[str, Time]]  # x_t, a direction, labels, and what else a net takes
+
+
+@dataclass(frozen=True)
+class Examination:
+    """How far a slope is from the derivative: the l2 error of d/dt over its l2 norm, by head."""
+
+    slope: str | None  # None: the objective takes no derivative
+    precision: str
+    time_scale: float
+    weights: str  # whose
+    errors: Mapping[str, float]  # of two uses, direction known before the pass or after it, the worse
+    limit: float = LIMIT
+
+    @property
+    def passed(self) -> bool:
+        """Whether every head is within the limit; NaN is not."""
+        return all(error <= self.limit for error in self.errors.values())
+
+    def __str__(self) -> str:
+        """What was measured, in a line."""
+        if self.slope is None:
+            return "nothing to examine: this objective takes no derivative"
+        found = ", ".join(f"{head} {100 * error:.2g} %" for head, error in self.errors.items())
+        return (
+            f"slope '{self.slope}' in precision {self.precision} at time_scale {self.time_scale:g}, with "
+            f"{self.weights}: d/dt is off float64 by {found} (limit {100 * self.limit:g} %)"
+        )
+
+    @property
+    def way(self) -> str:
+        """What to try where it failed."""
+        ways = [f"objective.slope.kind={'jvp' if self.slope == 'dual' else 'dual'}"]
+        ways += ["train.precision=fp32"] if self.precision != "fp32" else []
+        ways += ["another objective.slope.h", "a smaller net.time_scale"] if self.slope == "central" else []
+        ways += [] if all(map(math.isfinite, self.errors.values())) else ["a lower train.optimizer.lr"]
+        return "train with " + ", or ".join(ways)
+
+    def require(self) -> None:
+        """Raise UserError, with the way out, where it failed."""
+        if not self.passed:
+            raise UserError(f"{self}. Training on that is training on noise: {self.way}")
+
+
+def examine(run: Run, device: torch.device) -> Examination:
+    """The run's slope on its net, cut to two blocks, every parameter drawn.
+
+    A user's own net or loss is tried first (`outside.require_contract`). Raises UserError as that and the slope do.
+    """
+    net = drawn_net(run, device)
+    if outside.has_own_parts(run):
+        outside.require_contract(run, net, device)
+    at = point(run.objective, run.path, run.data, run.train.seed, 4)
+    return _compare(net, run, at, device, "drawn weights")
+
+
+def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
+    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
+    at, net = point(run.objective, run.path, run.data, run.train.seed, 2), copy.deepcopy(net)
+    return _compare(net, run, at, device, "the weights in training")
+
+
+def drawn_net(run: Run, device: torch.device) -> nn.Module:
+    """The run's net, cut to two blocks, with every parameter drawn."""
+    net = build(run.model_copy(update={"net": short(readable(run.net))}), device)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
+            noise = 0.1 * noise if f".{SUBJECT}." in name else noise  # three parts of a layer would add up to more
+            p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
+    return net
+
+
+def readable(net: Net) -> Net:
+    """The spec, with texts drawn if the net reads a table that is not there yet."""
+    texts = net.texts
+    return net if texts is or_drawn(texts) else net.model_copy(update={"texts": or_drawn(texts)})
+
+
+def short(net: Net) -> Net:
+    """The spec cut to two blocks of each kind; of a pretrained net none of the weights are read."""
+    if isinstance(net, Pretrained):
+        return net.short(2)
+    depth: int | None = getattr(net, "depth", None)
+    if depth is None:
+        return net
+    few = min(2, depth)
+    late: int | None = getattr(net, "late", None)
+    dense = {"route": None} if getattr(net, "route", None) else {}
+    return net.model_copy(update={"depth": few} | dense | ({} if late is None else {"late": min(late, few - 1)}))
+
+
+def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> Point:
+    """Where to look: t up to 1, r from t down to 0."""
+    needs, g = objective.needs, stream(seed, "doctor")
+    x, z = torch.randn(2, rows, *data.shape, generator=g).unbind()
+    c = torch.randint(data.classes + 1, (rows,), generator=g)  # the null class, too
+    t = torch.linspace(0, 1, rows + 1)[1:]
+    knobs = {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
+    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.names} | knobs
+    return *path.at(x, z, t), c, inputs
+
+
+def _compare(net: nn.Module, run: Run, at: Point, device: torch.device, weights: str) -> Examination:
+    """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none.
+
+    dumo's nets are the same function in training but for dropped numbers, so they drop nothing here. A user's own is
+    asked in the mode of training, with the masks of a step.
+    """
+    objective, train, time_scale = run.objective, run.train, run.net.time_scale
+    if (slope := objective.needs.slope) is None:
+        return Examination(None, train.precision, time_scale, weights, {})
+    x, w, c = (part.to(device) for part in at[:3])
+    keys = None
+    net.eval()
+    if outside.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
+        net.train()
+        keys = dropout.keys(train.seed, 0, len(x)).to(device)
+    ref = Frozen(net if train.ref == "self" else copy.deepcopy(net).eval())
+    with using(train.precision, device), dropout.using(keys):
+        errors = slope_errors(objective, net, ref, x, w, c, **{name: s.to(device) for name, s in at[3].items()})
+    by_head = dict(zip(errors, dist.mean(torch.stack([*errors.values()]).to(x)).tolist(), strict=True))
+    return Examination(slope.kind, train.precision, time_scale, weights, by_head)
+
+
+def slope_errors(
+    objective: Objective, net: nn.Module, ref: Frozen, x: Sample, w: Sample, c: Cond, /, **inputs: Time
+) -> dict[str, Tensor]:
+    """How far the objective's slope, in the precision around this, is from d/dt in float64, relative, by head.
+
+    Of its two uses, with the direction w known before the pass and after it, the worse counts.
+    """
+    slope, exact, errors = objective.needs.slope, _exact(ref.module, x, w, c, **inputs), list[Tensor]()
+    assert slope is not None
+    for toward in (w, None):
+        _, along = slope(net, ref, x, c, toward=toward, **inputs)
+        with torch.no_grad():
+            found = along(w)
+        errors.append(torch.stack([_off(a, b) for a, b in zip(found, exact, strict=True)]))
+    return dict(zip(objective.needs.heads, torch.stack(errors).amax(0), strict=False))  # without gauges
+
+
+def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
+    """d/dt of every output in float64, on the CPU where the device has none."""
+    where = torch.device("cpu") if x.device.type == "mps" else x.device
+    net, c = copy.deepcopy(net).to(where).double(), c.to(where)
+    rest = {name: s.to(where).double() for name, s in inputs.items()}
+    at = (x.to(where).double(), t := rest.pop("t"))
+
+    def f(x: Sample, t: Time) -> Heads:
+        return net(x, c, t=t, **rest)
+
+    # no fused kernel has a forward derivative
+    with torch.no_grad(), torch.autocast(where.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        return cast(Heads, torch.func.jvp(f, at, (w.to(at[0]), torch.ones_like(t)))[1])
+
+
+def _off(found: Tensor, exact: Tensor) -> Tensor:
+    """The relative l2 error."""
+    size = exact.norm()
+    return (found.to(exact) - exact).norm() / size.where(size > 0, SMALL / LIMIT)

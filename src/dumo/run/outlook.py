@@ -1,0 +1,118 @@
+"""What a training says before its first step: what is trained on what, and what does not fit this machine."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dumo.config.spec import Run
+from dumo.data.store import some
+from dumo.flow.path import Path as FlowPath
+from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.nets.lowbit import saved
+from dumo.run import cost
+from dumo.run.net import outline
+from dumo.runtime import dist
+from dumo.runtime.device import operations_per_second
+from dumo.training.layout import share_of
+from dumo.training.spec import Train
+from dumo.types import Objective, UserError
+
+SECONDS_PER_HOUR = 3600.0
+HOURS_PER_DAY = 24.0
+
+
+def outlook(run: Run, folder: Path, size: int | None, step: int, device: torch.device, units: float) -> str:
+    """What is trained on what, and the forward units of a step, in a line. `size`: of the data, None if endless."""
+    net = outline(run)
+    unit = "images" if len(run.pixels) == 3 else "points"
+    return (
+        f"training {folder} on {placed_on(run.train.share, device)}: "
+        f"data {run.data.kind} ({data_text(run, size, unit)}), "
+        f"net {run.net.kind} ({weights_text(net)}), "
+        f"{units:.2f} F a step (1 F: one forward pass{dual_hint(net, run)}), "
+        f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {unit}"
+    )
+
+
+def data_text(run: Run, size: int | None, unit: str) -> str:
+    """How many rows there are, and of which classes or captions."""
+    conditions = run.conditions
+    text = f"{size:,} {unit}" if size is not None else f"{unit} drawn anew"
+    if not run.data.classes:
+        return text
+    if conditions.captions:
+        return f"{text} with {run.data.classes:,} captions"
+    text = f"{text} in {run.data.classes} classes"
+    if conditions.names:
+        text = f"{text}: {some(conditions.words)}"
+    return text
+
+
+def weights_text(net: nn.Module) -> str:
+    """How many parameters there are, and how many learn, if not all."""
+    total = sum(p.numel() for p in net.parameters()) + saved(net)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    text = f"{total:,} parameters"
+    return text if trained == total else f"{text}, {trained:,} of them trained"
+
+
+def dual_hint(net: nn.Module, run: Run) -> str:
+    """Where a derivative is a difference of passes: what dual numbers would cost instead."""
+    units = by_dual(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    return f"; objective.slope.kind=dual takes {units:.2f} F, is exact and may run in bf16" if units else ""
+
+
+def by_dual(
+    net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int], *, ref: cost.Theta
+) -> float | None:
+    """What a step would cost with a dual slope, in F; None unless the slope is a central difference."""
+    if not isinstance(objective.needs.slope, CentralSlope):
+        return None
+    try:
+        return cost.forward_units(net, objective.model_copy(update={"slope": DualSlope()}), path, shape, ref=ref)
+    except UserError:  # a net of which an operation has no rule
+        return None
+
+
+def placed_on(share: int, device: torch.device) -> str:
+    """The device, and how the weights lie on several ranks."""
+    device_name = str(device)
+    if device.type == "cuda":
+        device_name += f" ({torch.cuda.get_device_name(device)})"
+    world_size = dist.world()
+    if world_size == 1:
+        return device_name
+    shards = share_of(share, world_size)
+    if shards == 1:
+        layout = "each with all weights"
+    elif shards == world_size:
+        layout = "the weights in parts over all"
+    else:
+        layout = f"the weights in parts over {shards}"
+    return f"{world_size} ranks of {device_name}, {layout}"
+
+
+def unfit(train: Train, operations: float, device: torch.device, step: int = 0) -> Iterator[str]:
+    """Why a run does not fit this machine, a line each with the --set that does.
+
+    `operations` are what is left after `step`.
+    """
+    for_gpu: dict[str, str] = {}  # fields that are for a GPU, and what a CPU takes instead
+    if train.precision == "bf16":
+        for_gpu["precision"] = "fp32"
+    if train.compile != "none":
+        for_gpu["compile"] = "none"
+    if device.type == "cpu" and for_gpu:
+        now = " and ".join(f"train.{name}={getattr(train, name)}" for name in for_gpu)
+        ways = " ".join(f"--set train.{name}={value}" for name, value in for_gpu.items())
+        yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {ways}"
+    hours = operations / operations_per_second(device) / SECONDS_PER_HOUR
+    if hours > HOURS_PER_DAY:
+        steps_left = train.steps - step
+        steps_a_day = max(1, int(steps_left * HOURS_PER_DAY / hours))
+        yield (
+            f"{steps_left:,} steps take {hours:,.0f} hours here, at the speed of a product of matrices: take a smaller "
+            f"net, other images or fewer steps; a day is  --set train.steps={step + steps_a_day}"
+        )

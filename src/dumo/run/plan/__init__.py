@@ -1,1 +1,0 @@
-"""What one asks before paying for hours: doctor, cost, plan, rehearsal, show."""

@@ -1,0 +1,66 @@
+"""What is to be fetched: every place that a recipe reads is told, and what stands there is looked at."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dumo.config import recipes
+from dumo.plan import catalogue
+from dumo.plan.catalogue import CATALOGUE, described, find, needing
+from e2e.shell import call, refused
+from recipe import recipe
+
+VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED", "FEW_STEPS")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (*VARIABLES, "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_variable_that_a_recipe_reads_is_told() -> None:
+    read = {name for recipe in recipes.names() for name in re.findall(r"\$([A-Z_]+)", recipes.text(recipe))}
+    assert read <= set(VARIABLES)
+    said = " ".join(" ".join((*item.places, *item.get, item.layout)) for item in CATALOGUE)
+    assert not [name for name in VARIABLES if f"${name}" not in said]
+
+
+@pytest.mark.slow
+def test_a_recipe_is_named_by_what_it_needs() -> None:
+    named = {name: {*needing(find(name))} for name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained")}
+    for name in ("imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae", "sana"):
+        spec = recipe(name)
+        inception = "inception" if hasattr(spec.evaluate.protocol, "frechet") else None
+        wanted = {"pretrained"} if name == "sana" else {spec.data.codec.kind, inception}  # type: ignore[union-attr]
+        assert {item for item in named if name in named[item]} == wanted - {None}, name
+
+
+def test_what_stands_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "needing", lambda item: iter(()))  # seconds
+    taef2 = find("taef2")
+    assert described(taef2)["looked"][0]["state"] == "the variable is not set"
+    monkeypatch.setenv("DUMO_DATA", str(tmp_path))
+    assert "not there" in described(taef2)["looked"][0]["state"]
+    (tmp_path / "taef2").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "taef2" / "taef2.safetensors")
+    assert "another file: the sha256" in described(taef2)["looked"][0]["state"]
+    (tmp_path / "imagenet-sample").mkdir()
+    assert [described(item)["there"] for item in CATALOGUE] == [
+        item.name == "imagenet-sample" if item.places else None for item in CATALOGUE
+    ]
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = call("data", "cifar10")
+    monkeypatch.setattr(catalogue, "needing", lambda item: iter(()))  # seconds
+    every = call("data", "--json")
+    assert (every.code, every.err, one.code) == (0, "", 0)
+    assert [item["name"] for item in every.json] == [item.name for item in CATALOGUE]
+    for word in ("curl", "train-00000-of-00001.parquet", "the variable is not set", "cifar10-latents"):
+        assert word in one.out
+    refused("data", "cifr10", named=("'cifr10'", "did you mean 'cifar10'?"))

@@ -1,0 +1,10 @@
+"""What a proposal says of texts next to images that are not read as captions."""
+
+from dumo.data.written import NoCaptionsError
+from dumo.plan import proposal
+
+
+def test_a_table_of_another_name_keeps_its_kind() -> None:
+    for table, name in {"labels.parquet": "metadata.parquet", "a/x.TSV": "metadata.csv"}.items():
+        line = proposal.other_texts(NoCaptionsError("", tables=[table]))
+        assert line == f"none read; a table of captions is called {name}, and there is {table}"

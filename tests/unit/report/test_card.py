@@ -1,0 +1,177 @@
+"""Only what was measured alike stands in one table; an evaluation that was edited is refused."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dumo.report.card import checked
+from dumo.report.compare import alike, compare, differing, shortened, with_best
+from dumo.types import UserError
+from fuzz.target import EVALUATION
+
+CARD: dict[str, Any] = {
+    "protocol": "folder",
+    "samples": 10_000,
+    "features": "Inception",
+    "features_sha256": "a" * 64,
+    "reference": "50,000 images of the data",
+    "reference_sha256": "b" * 64,
+    "resize": "TensorFlow 1",
+    "rounding": "0 to 255",
+    "data": {"kind": "images", "root": "/here"},
+    "codec": {"kind": "taef2", "sha256": "c" * 64},
+    "weights": "checkpoints/step-00000004/ema-0.999.safetensors",
+    "weights_sha256": "d" * 64,
+    "step": 4,
+    "ema": 0.999,
+    "solver": {"kind": "restart", "m": 0.5},
+    "seed": 0,
+}
+
+
+def written(folder: Path, fid: float = 2.0, **changes: object) -> str:
+    """A run's folder with an evaluation."""
+    folder.mkdir()
+    rows = {"results": [{"nfe": 1, "solver": "restart", "fid": fid}], "contrast": [{"nfe": 1, "solver": "euler"}]}
+    (folder / "evaluation.json").write_text(json.dumps({"step": 4, "card": CARD | changes, **rows}))
+    return str(folder)
+
+
+FIELDS = ("protocol", "samples", "features", "features_sha256", "reference", "reference_sha256")
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "resize", "rounding", "codec", "seed"])
+def test_every_measure_that_differs_is_refused_and_named(field: str) -> None:
+    value = {"kind": "taef2", "sha256": "e" * 64} if field == "codec" else "another"
+    other = CARD | {field: value}
+    assert list(differing([CARD, other, CARD])) == [field]
+    with pytest.raises(UserError, match=rf"not measured alike(.|\n)*  {field}: .* in a, c; .* in b\n.*--anyway"):
+        alike({"a": CARD, "b": other, "c": CARD})
+
+
+@pytest.mark.parametrize("field", ["weights", "weights_sha256", "step", "ema", "solver", "data"])
+def test_what_is_compared_may_differ(field: str) -> None:
+    alike({"a": CARD, "b": CARD | {field: "another"}})
+
+
+def test_a_codec_is_known_by_its_weights() -> None:
+    codec = CARD["codec"]
+    alike({"a": CARD, "b": CARD | {"codec": codec | {"scale": 1.2, "shift": 0.0}}})  # as cards had it
+    for other in (None, codec | {"kind": "sd-vae"}):
+        assert list(differing([CARD, CARD | {"codec": other}])) == ["codec"]
+
+
+def test_data_without_a_hash_is_compared_by_what_it_is() -> None:
+    draws = {key: value for key, value in CARD.items() if key != "reference_sha256"}
+    alike({"a": draws, "b": draws})
+    assert list(differing([draws, draws | {"data": {"kind": "moons"}}])) == ["data"]
+
+
+def test_a_table_of_runs(tmp_path: Path) -> None:
+    a, b = written(tmp_path / "a"), written(tmp_path / "b", 1.5, solver={"kind": "restart", "m": 0.3}, step=9)
+    found = compare([a, str(tmp_path / "b/evaluation.json")])
+    assert found["differs"] == {}
+    assert found["rows"] == [
+        {"run": a, "step": 4, "m": 0.5, "nfe": 1, "solver": "restart", "fid": 2.0},
+        {"run": a, "step": 4, "m": None, "nfe": 1, "solver": "euler", "fid": None},
+        {"run": f"{b}/evaluation.json", "step": 4, "m": 0.3, "nfe": 1, "solver": "restart", "fid": 1.5},
+        {"run": f"{b}/evaluation.json", "step": 4, "m": None, "nfe": 1, "solver": "euler", "fid": None},
+    ]
+
+
+def test_a_table_says_what_a_perfect_sampler_would_have(tmp_path: Path) -> None:
+    one, other = written(tmp_path / "a"), Path(written(tmp_path / "b")) / "evaluation.json"
+    found = {"perfect": {"mean": 1.5, "sd": 0.1, "kid": None}, "noise": {"mean": 90.0, "sd": 1.0}}
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"baselines": found}))
+    assert compare([one, str(other)])["perfect"] == {str(other): {"fid": 1.5, "fid_sd": 0.1}}
+
+
+def test_a_table_marks_the_best_by_classes_where_all_runs_have_them(tmp_path: Path) -> None:
+    """The first has the right images and wrong classes."""
+    places = [written(tmp_path / name) for name in "abc"]
+    rows = ({"mmd": 1.0, "class_mmd": 90.0}, {"mmd": 2.0, "class_mmd": 3.0}, {"mmd": 3.0})
+    for place, scores in zip(places, rows, strict=True):
+        file = Path(place) / "evaluation.json"
+        errors = {f"{name}_sd": 0.1 for name in scores}
+        results = [{"nfe": 1, "solver": "restart", **scores, **errors}]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"results": results, "contrast": []}))
+    assert [row["best"] for row in compare(places[:2])["rows"]] == [False, True]
+    assert [row["best"] for row in compare(places)["rows"]] == [True, False, False]
+
+
+def test_a_table_says_what_a_run_was_trained_on(tmp_path: Path) -> None:
+    one, two = written(tmp_path / "a"), written(tmp_path / "b", trained_on="Inception")
+    assert "trained_on" not in compare([one])["rows"][0]
+    assert [row["trained_on"] for row in compare([one, two])["rows"]] == [None, None, "fid", "fid"]
+
+
+def test_anyway_shows_what_differs(tmp_path: Path) -> None:
+    a, b = written(tmp_path / "a"), written(tmp_path / "b", reference_sha256="e" * 64, seed=1)
+    with pytest.raises(UserError, match=r"reference_sha256: b{64} in"):
+        compare([a, b])
+    found = compare([a, b], anyway=True)
+    assert found["differs"]["seed"] == {a: 0, b: 1}
+    assert [(row["seed"], row["reference_sha256"]) for row in found["rows"][::2]] == [("0", "b" * 8), ("1", "e" * 8)]
+    assert shortened(f"taef2 {'c' * 64}") == "taef2 cccccccc"
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"run/evaluation\.json is not there: run dumo evaluate .*run first"):
+        compare([str(tmp_path / "run")])
+    (tmp_path / "run/evaluation-seed1.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not judged as its own spec says: name .*/run/evaluation-seed1\.json, or run"):
+        compare([str(tmp_path / "run")])
+    with pytest.raises(UserError, match="there is no run's folder or evaluation nothing"):
+        compare(["nothing"])
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("step", True),
+    ("weights", None),
+    ("results", []),
+    ("results.0.nfe", "1"),
+    ("results.0.fd", "low"),
+    ("results.0.fd", float("nan")),
+    ("contrast", None),
+    ("baselines.halves.mean", None),
+    ("baselines.halves.sd", -0.5),
+    ("state", {}),
+    ("card", []),
+    ("card.solver", "restart"),
+    ("card.nfe", ["1"]),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), CHANGES)
+def test_what_is_wrong_is_named(place: str, value: object) -> None:
+    found: Any = deepcopy(EVALUATION)
+    holder, *parts = found, *place.split(".")
+    for part in parts[:-1]:
+        holder = holder[int(part) if isinstance(holder, list) else part]
+    holder[parts[-1]] = value
+    with pytest.raises(UserError, match=rf"^a\.json is damaged, {place}.*: evaluate again$"):
+        checked(found, Path("a.json"), "evaluate again")
+
+
+def test_a_whole_one_stays_as_it_is_and_a_score_that_was_none_stays_none() -> None:
+    found = checked(EVALUATION, Path("a.json"), "way out")
+    assert found == EVALUATION
+    assert found["contrast"][0] == {"nfe": 1, "solver": "euler", "fd_grey": 5.5, "fd": None, "fd_sd": 0.5}
+    old = {name: EVALUATION[name] for name in ("step", "card", "results", "contrast")}
+    assert checked(old, Path("a.json"), "way out") == old | {"weights": "", "protocol": "", "baselines": {}}
+
+
+def test_what_is_level_with_the_best_of_its_passes_is_marked() -> None:
+    rows = [
+        {"run": "a", "nfe": 1, "mmd": 1.0, "mmd_sd": 0.1},
+        {"run": "b", "nfe": 1, "mmd": 1.25, "mmd_sd": 0.1},
+        {"run": "c", "nfe": 1, "mmd": 1.5, "mmd_sd": 0.1},
+        {"run": "d", "nfe": 2, "mmd": 4.0, "mmd_sd": 0.1},
+        {"run": "e", "nfe": 2, "mmd": None, "mmd_sd": None},
+    ]
+    assert [row["best"] for row in with_best(rows, "mmd")] == [True, True, False, True, False]
+    assert with_best([{"nfe": 1, "fd": 1.0}], "fd") == [{"nfe": 1, "fd": 1.0}]

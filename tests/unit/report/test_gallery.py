@@ -1,0 +1,208 @@
+"""Laws of the galleries: a cell is an image of one noise, one net and one number of passes, and stands in its place."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dumo.config.load import load
+from dumo.flow.solver import Euler, Heun, Hop, Restart
+from dumo.io import picture
+from dumo.report import gallery
+from dumo.run.sampler import Sampler
+from dumo.run.train import train
+from dumo.run.weights import RunFolder, open_run, sampler
+from dumo.types import UserError
+from unit.run.known import Seen
+
+TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=12", "train.schedule.kind=constant"]
+TINY += ["train.optimizer.lr=0.02", "train.milestones=[0,6]"]
+SIDE, GAP = 64, 6  # of a cell, of what is between
+
+
+def trained(folder: Path, recipe: str, *more: str) -> RunFolder:
+    train(load(recipe, [*TINY, *more]), folder)
+    return open_run(str(folder))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return trained(tmp_path_factory.mktemp("run") / "digits", "digits")
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return trained(tmp_path_factory.mktemp("run") / "moons", "moons")
+
+
+def cell(panel: Image.Image, row: int, column: int, rows: int, columns: int) -> np.ndarray:
+    """The pixels of one cell, counted from the lower right corner: names stand left and above."""
+    right, low = panel.width - (columns - 1 - column) * (SIDE + GAP), panel.height - (rows - 1 - row) * (SIDE + GAP)
+    return np.asarray(panel.crop((right - SIDE, low - SIDE, right, low)))
+
+
+def shown(one: RunFolder, number: int, label: int, **asked: object) -> np.ndarray:
+    """The pixels of an image made alone."""
+    c = torch.full((number + 1,), label)
+    (part,) = one.sampler.batches(c, indices=[number], **asked)
+    return np.asarray(picture.sheet(picture.to_rows(part.x), 1))
+
+
+def stages(one: RunFolder, steps: list[int] | None = None) -> dict[int, Path | None]:
+    """Those of a run's folder."""
+    return gallery.stages(one.folder, one.step, steps)
+
+
+def made_of(recipe: str, *fields: str) -> Sampler:
+    """A recipe's sampler, of no net."""
+    return sampler(load(recipe, fields), torch.nn.Identity())
+
+
+@pytest.mark.nightly
+def test_every_cell_is_its_image(digits: RunFolder) -> None:
+    """Rows are images, columns are passes, and the noise of a row is the same by any reading, after any step."""
+    panels = gallery.trajectories(digits, nfe=(1, 2, 5), count=3, only=[7, 4], seed=5)
+    u, v = panels
+    assert (u.letter, u.solver, v.letter, v.solver) == ("u", Restart(), "v", Heun())
+    for reading, row in panels.items():
+        assert list(row) == [0, 6, 12]
+        for step, panel in row.items():
+            one = gallery.open_at(digits, step, stages(digits)[step])
+            for i, label in enumerate((7, 4, 7)):
+                for j, n in enumerate((1, 2, 5)):
+                    solver = Euler() if reading is v and n % 2 else reading.solver
+                    alone = shown(one, i, label, nfe=n, solver=solver, seed=5)
+                    assert np.abs(cell(panel, i, j, 3, 3).astype(int) - alone).max() <= 1  # rounding
+
+
+def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
+    assert [path and path.name for path in stages(digits).values()] == [
+        "step-00000000.safetensors", "step-00000006.safetensors", None,
+    ]  # fmt: skip
+    first, middle = (gallery.open_at(digits, step, stages(digits)[step]) for step in (0, 6))
+    assert (first.step, first.weights) == (0, "milestones/step-00000000.safetensors")
+    assert not np.array_equal(shown(first, 0, 3, nfe=1), shown(middle, 0, 3, nfe=1))
+    assert gallery.open_at(digits, 12, None) is digits
+    assert list(stages(digits, [6])) == [6]
+    with pytest.raises(UserError, match=r"nothing of step 7: there is 0, 6, 12\. .*train\.milestones=\[7\]"):
+        stages(digits, [6, 7])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "u", "v"),
+    [
+        ("digits", "u head, jumps (restart)", "v head, Euler steps"),
+        ("digits-flow-matching", None, "v head, Euler steps"),
+        ("digits-meanflow", "u head, jumps (hop)", "v = u at r = t, Euler steps"),
+        ("digits-imf", "u head, jumps (hop)", "v = u at r = t, Euler steps"),  # its v head serves in training alone
+        ("digits-facm", "u head, jumps (restart)", "v by the u head, Euler steps"),  # at -t; it has no r
+        ("digits-shortcut", "u head, jumps (hop)", "v by the u head, Euler steps"),  # at the last k
+        ("digits-sct", "f head, jumps (restart)", None),
+        ("digits-three-heads", "u head, jumps (restart)", "v head, Euler steps"),
+        ("digits-three-heads sample.solver.kind=hop", "mean-velocity head, jumps (hop)", "v head, Euler steps"),
+    ],
+)
+def test_readings_are_those_that_were_taught(recipe: str, u: str | None, v: str | None) -> None:
+    """Their titles name the head that is read."""
+    found = {letter: one.title for letter, one in gallery.readings(made_of(*recipe.split())).items()}
+    assert found == {letter: title for letter, title in (("u", u), ("v", v)) if title}
+
+
+def test_a_reading_that_was_not_taught_is_refused() -> None:
+    assert gallery.readings(made_of("digits-meanflow"))["u"].solver == Hop()
+    assert gallery.readings(made_of("digits", "sample.solver.m=0.3"))["u"].solver == Restart(m=0.3)
+    flow = made_of("digits-flow-matching")
+    assert [one.letter for one in gallery.choose(flow, None, [1, 3])] == ["v"]
+    for one, letter, said in (
+        (flow, "u", "reading u, for objective 'flow_matching' teaches no jumps: use --reading v"),
+        (made_of("digits-sct"), "v", "reading v, for objective 'sct' teaches no velocity: use --reading u"),
+        (flow, "w", "reading w: use --reading v"),
+    ):
+        with pytest.raises(UserError, match=said):
+            gallery.choose(one, [letter], [1])
+
+
+def test_passes_by_default_are_those_that_can_be_made() -> None:
+    """Shortcut knows jumps of powers of two, so 50 are out of its reach; where none is left, the run's own do."""
+    halves = made_of("digits-shortcut")
+    ways = gallery.choose(halves, None, None)
+    assert gallery.within(gallery.PASSES, halves, ways) == [1, 2, 4, 8, 16]
+    assert gallery.within((1,), halves, ways) == [1]
+    with pytest.raises(UserError, match="ask for nfe = 32 or 64"):
+        gallery.choose(halves, None, [50])
+    late = made_of("digits-shortcut", "sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]")
+    assert gallery.within(gallery.PASSES, late, gallery.choose(late, None, None)) == [3]
+    for recipe in ("digits", "digits-imm", "digits-cm", "digits-sct", "digits-flow-matching"):
+        there = made_of(recipe)
+        assert gallery.within(gallery.PASSES, there, gallery.choose(there, None, None)) == [*gallery.PASSES]
+    heun = made_of("digits", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
+    assert gallery.within(gallery.PASSES, heun, gallery.choose(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
+
+
+def test_heun_where_it_can_and_euler_elsewhere() -> None:
+    (v,) = gallery.choose(made_of("digits"), ["v"], [1, 2])
+    assert [v.at(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
+
+
+@pytest.mark.slow
+def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) -> None:
+    for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"letters": ["x"]}):
+        with pytest.raises(UserError):
+            gallery.trajectories(digits, **wrong)
+    for one, classes in ((digits, [3, 10]), (moons, None), (moons, [0])):
+        with pytest.raises(UserError, match=r"out of range|no classes"):
+            gallery.class_grids(one, classes)
+
+
+@pytest.mark.slow
+def test_points_are_scattered_in_one_row(moons: RunFolder) -> None:
+    panels = gallery.trajectories(moons, nfe=(1, 2), steps=[12], count=50)
+    for row in panels.values():
+        assert row[12].width == 2 * 450 + GAP
+        assert row[12].height < 600
+
+
+def test_a_block_is_the_same_whatever_else_is_drawn(digits: RunFolder) -> None:
+    """Image i of class k is number k * count + i."""
+    grids = gallery.class_grids(digits, [3, 9], nfe=(1, 2), count=4)
+    assert [(reading.letter, step, n) for reading, step, n in grids] == [("u", 12, 1), ("u", 12, 2)]
+    one, two = grids.values()
+    (alone,) = gallery.class_grids(digits, [9], count=4).values()
+    w = 2 * SIDE + 2
+    among, by_itself = (np.asarray(page)[-w - 28 :, -w:].astype(int) for page in (one, alone))  # its name above it
+    assert np.abs(among - by_itself).max() <= 1
+    assert one.width - alone.width == w + gallery.GAP
+    assert not np.array_equal(np.asarray(one), np.asarray(two))
+    corner = np.asarray(one)[-SIDE:, -SIDE:]
+    assert np.abs(corner.astype(int) - shown(digits, 9 * 4 + 3, 9, nfe=1)).max() <= 1
+
+
+def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
+    panels = gallery.trajectories(digits, nfe=(1, 2), count=2)
+    files = gallery.write_trajectories(tmp_path, panels)
+    steps = ("00000000", "00000006", "00000012")
+    assert [path.name for path in files] == [
+        *(f"{letter}-step-{step}.png" for letter in "uv" for step in steps), "trajectories.png",
+    ]  # fmt: skip
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    with Image.open(files[-1]) as joined:
+        u, v = (row[12] for row in panels.values())
+        assert v.height > u.height  # the solver's name stands above one pass
+        assert joined.width >= 3 * u.width
+        low = np.asarray(joined.convert("RGB").crop((joined.width - v.width, joined.height - SIDE, *joined.size)))
+        assert np.array_equal(low, np.asarray(v)[-SIDE:])  # nothing is cut off
+    (file,) = gallery.write_class_grids(tmp_path, gallery.class_grids(digits, [1], count=2))
+    assert file.name == "classes-u-nfe1-step-00000012.png"
+
+
+@pytest.mark.slow
+def test_work_is_watched(digits: RunFolder) -> None:
+    gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
+    assert seen.ticks == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
+    assert {total for _, total in seen.titles} == {18}
+
+
+def test_rectangles_are_full_and_wide() -> None:
+    assert [gallery.across(n) for n in (1, 2, 4, 7, 8, 10, 12, 1000)] == [1, 2, 2, 7, 4, 5, 4, 40]

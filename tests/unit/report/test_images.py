@@ -1,0 +1,357 @@
+"""Images that others made: read to the level, judged as a run's samples are, refused by name where they cannot be."""
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dumo.data import Digits
+from dumo.data.pixel import Unreadable
+from dumo.encoders import inception
+from dumo.evaluation import ShippedProtocol
+from dumo.evaluation import images as by_inception
+from dumo.evaluation.reference import PIECE, STANDARDS, hashed
+from dumo.evaluation.statistics import gather, statistics_of
+from dumo.io.picture import to_rows, to_uint8, write_adm
+from dumo.report.compare import alike, compare
+from dumo.report.images import fitting, judge
+from dumo.report.place import Found, Same, look
+from dumo.runtime import dist
+from dumo.types import UserError
+from forked import main_of
+from golden import inception as recipe
+from meeting import outputs
+from unit.data.animals import CLASSES, COUNT, SIDE, STORES, label, picture
+from unit.evaluation.extractor import Peephole
+from unit.report import judge_together
+
+DRAWS = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, nothing fetched or kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(inception.VARIABLE, raising=False)
+    return tmp_path
+
+
+def write(folder: str, n: int, *, classes: int = 0, side: int = 8, base: int = 0) -> Path:
+    """A folder of images, in classes or flat; an .npz is one file."""
+    for i in range(n):
+        k = i % max(classes, 1)
+        file = Path(folder, *[f"class {k}"] * bool(classes), f"{i:03}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        level = DRAWS.integers(base + 8 * k, base + 8 * k + 120, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(level).save(file)
+    return Path(folder)
+
+
+def pixels(found: Found) -> tuple[torch.Tensor, str]:
+    """All images of a place, and their hash."""
+    batches = [(index, to_uint8(x)) for index, x in found.judged(len(found.source), 3)]
+    return torch.cat([x for _, x in batches]), hashed(batches)[1]
+
+
+def test_a_folder_a_table_an_archive_and_an_npz_are_one(here: Path) -> None:
+    """As for `dumo sample --format npz`, whose file it is."""
+    wanted = np.stack([np.array(Image.open(io.BytesIO(picture(i)))) for i in range(COUNT)])
+    write_adm(here / "npz.npz", torch.from_numpy(wanted), torch.tensor([label(i) for i in range(COUNT)]))
+    places = [here / "npz.npz", *(here / name for name in STORES)]
+    for name, make in STORES.items():
+        make(here / name)
+    seen = [(found, *pixels(found)) for found in (look(place, "--images") for place in places)]
+    for found, x, sha256 in seen:
+        assert np.array_equal(to_rows(x / 127.5 - 1).numpy(), wanted)
+        assert sha256 == seen[0][2]
+        assert found.shape == (3, SIDE, SIDE)
+        assert found.labels is not None
+        assert found.labels.c.tolist() == [label(i) for i in range(COUNT)]
+    assert [found.labels.names for found, *_ in seen if found.labels] == [(), CLASSES, CLASSES, ()]
+
+
+def sixteen(levels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, (h, w, 3), which pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    head = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_images_are_read_as_the_fields_evaluators_do_and_grey_of_16_bits_is_rounded() -> None:
+    frame = Same(8, "none", 8, "first.png")
+    grey = Image.fromarray(DRAWS.integers(0, 256, (8, 8), dtype=np.uint8))
+    for image in (grey, grey.convert("P"), grey.convert("1"), grey.convert("CMYK").convert("RGB")):
+        data = encoded(image)
+        theirs = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(frame(data).permute(1, 2, 0).numpy(), theirs)
+    levels = DRAWS.integers(0, 65536, (8, 8, 3), dtype=np.uint16)
+    data = sixteen(levels)
+    assert np.array_equal(frame(data).permute(1, 2, 0).numpy(), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.array_equal(frame(data).permute(1, 2, 0).numpy(), levels >> 8)
+    found = frame(encoded(Image.fromarray(levels[..., 0])))
+    assert np.array_equal(found[0].numpy(), np.round(levels[..., 0] / 257).astype(np.uint8))
+    assert torch.equal(found[0], found[2])
+    with pytest.raises(Unreadable, match=r"is 4 x 8 pixels, and first\.png is 8 x 8: .* none is resized"):
+        frame(encoded(grey.crop((0, 0, 4, 8))))
+
+
+@pytest.mark.slow
+def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
+    write("made", 30, classes=2)
+    write("real", 24, classes=2)
+    report = judge("made", against="real")
+    assert report["file"] == "made.evaluation.json"
+    kept = json.loads(Path(report["file"]).read_text())
+    assert kept["results"] == report["results"]
+    assert kept["protocol"] == "photos (30 samples)"
+    assert kept["card"]["images"] == "30 of 30 images in made"
+    assert kept["card"]["labels"] == "2 classes of the images"
+    assert kept["card"]["reference"] == "24 of 24 images of the data"
+    assert not {"weights", "solver", "seed", "codec"} & kept["card"].keys()
+
+    fewer = judge("made", against="real", fields=["evaluate.protocol.samples=20"])
+    assert fewer["card"]["images"] == "20 of 30 images in made"
+    assert fewer["card"]["images_sha256"] != report["card"]["images_sha256"]
+    aside = [path for path in Path.cwd().glob("made.evaluation-*.json")]
+    assert [json.loads(path.read_text())["protocol"] for path in aside] == ["photos (30 samples)"]
+
+    Path("real/class 1").rename("real/dogs")  # other classes than the images': both are taken without
+    assert judge("made", against="real", out=Path("o.json"))["card"]["labels"] == "none"
+
+
+@pytest.mark.nightly
+def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
+    """Class by class as a run is judged; the classes of an .npz have no names."""
+    made, real = write("made", 30, classes=2, base=40), write("real", 30, classes=2)
+    found, labels = look(made, "--images"), look(real, "--against").labels
+    assert labels is not None
+    x, _ = pixels(found)
+    write_adm(Path("made.npz"), to_rows(x / 127.5 - 1), labels.c)
+    write_adm(Path("bare.npz"), to_rows(x / 127.5 - 1), labels.c)
+    with np.load("bare.npz") as kept:
+        np.savez("bare.npz", kept["arr_0"])
+    reports = [judge(place, against="real") for place in ("made", "made.npz", "bare.npz")]
+    assert len({report["card"]["images_sha256"] for report in reports}) == 1
+    assert reports[0]["results"] == reports[1]["results"] != reports[2]["results"]
+    assert [report["card"]["labels"] for report in reports] == ["2 classes of the images"] * 2 + ["none"]
+    # a reference of the same size as a file of pixels: what it is compared with is the same
+    x, _ = pixels(look(real, "--against"))
+    write_adm(Path("real.npz"), to_rows(x / 127.5 - 1), labels.c)
+    again = judge("made", against="real.npz", out=Path("again.json"))
+    assert again["results"] == reports[0]["results"]
+    assert again["card"]["reference_sha256"] == reports[0]["card"]["reference_sha256"]
+
+
+@pytest.mark.nightly
+def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
+    table = Digits().originals()
+    write_adm(Path("digits.npz"), to_rows(table.x[:600]), table.c[:600])
+    report = judge("digits.npz", "digits")
+    assert report["results"][0]["accuracy"] > 0.98
+    assert report["card"]["reference"] == "1,797 samples of the data"
+    write_adm(Path("two.npz"), to_rows(table.x[:600]), table.c[:600] % 2)
+    assert fitting(ShippedProtocol(kind="digits"), look(Path("two.npz"), "--images"), "two.npz") == (1, 0)
+    assert "accuracy" not in judge("two.npz", "digits")["results"][0]
+
+
+def test_colour_is_no_grey() -> None:
+    """Digits that `dumo sample` wrote have three equal channels."""
+    pixels = np.repeat(DRAWS.integers(0, 256, (520, 8, 8, 1), dtype=np.uint8), 3, 3)
+    pixels[77, 3, 4, 1] ^= 1
+    np.savez("colour.npz", pixels)
+    with pytest.raises(
+        UserError, match=r"^image 77 of colour\.npz is in colour, and this protocol judges grey images$"
+    ):
+        judge("colour.npz", "digits")
+
+
+def test_ranks_take_pieces_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pieces, so that no batch rounds otherwise; a rank without one gives an empty one, for others wait."""
+    np.savez("many.npz", DRAWS.integers(0, 256, (2 * PIECE + 5, 4, 4, 3), dtype=np.uint8))
+    found = look(Path("many.npz"), "--images")
+    alone = [index.tolist() for index, _ in found.judged(99, 3)]
+    assert [i for piece in alone for i in piece] == [*range(99)]
+    monkeypatch.setattr(dist, "world", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        [(index, x)] = found.judged(99, 3)
+        assert index.tolist() == (alone[rank] if rank < 3 else [])
+        assert x.shape == (len(index), 3, 4, 4)
+
+
+def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> None:
+    """Whatever these' codec and seed: of images nobody knows them. Two runs still have to agree."""
+    write("made", 20)
+    write("real", 20)
+    card = judge("made", against="real")["card"]
+    run = card | {"codec": {"kind": "taesd", "sha256": "c" * 64}, "seed": 3, "solver": {"kind": "euler"}, "step": 4}
+    del run["images"]
+    alike({"run": run, "made": card})
+    for field in ("protocol", "features_sha256", "reference_sha256", "rounding"):
+        with pytest.raises(UserError, match=rf"(?s)not measured alike.*  {field}: .* in run; .* in made"):
+            alike({"run": run | {field: "another"}, "made": card})
+    with pytest.raises(UserError, match="  seed: 3 in run; None in made; 4 in other"):
+        alike({"run": run, "made": card, "other": run | {"seed": 4}})
+
+    (here / "run").mkdir()
+    rows = {"results": [{"nfe": 1, "solver": "euler", "kid": 2.0}], "contrast": []}
+    Path("run/evaluation.json").write_text(json.dumps({"step": 4, "card": run, **rows}))
+    found = compare(["run", "made.evaluation.json"])["rows"]
+    assert [(row["run"], row["step"], row["nfe"]) for row in found] == [("run", 4, 1), ("made", None, None)]
+
+    kept = json.loads(Path("made.evaluation.json").read_text())
+    Path("made.evaluation.json").write_text(json.dumps(kept | {"results": [{"kid": "low"}]}))
+    with pytest.raises(
+        UserError, match=r"made\.evaluation\.json is damaged, results\.0\.kid: .* dumo evaluate --images"
+    ):
+        compare(["run", "made.evaluation.json"])
+
+
+@pytest.mark.nightly
+def test_two_ranks_are_one(here: Path) -> None:
+    """Images of one piece, so that the second rank has none, and of three."""
+    write("few", 24, classes=2)
+    write("many", 150, classes=2)
+    outputs([main_of("unit.report.judge_together", rank, here / "meeting", cwd=here) for rank in (0, 1)], 300)
+    for place in ("few", "many"):
+        together = json.loads(Path(f"{place}-together.json").read_text())
+        alone = json.loads(json.dumps(judge_together.judged(place)))
+        for part in ("results", "baselines", "state", "samples"):
+            assert together[part] == alone[part]
+        assert together["card"] == alone["card"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frechet", [False, True])
+def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of the evaluator, of the same pixels; weights have to be there."""
+    small = STANDARDS["folder"]._replace(samples=30, subset=10)
+    monkeypatch.setitem(STANDARDS, "folder", small)
+    monkeypatch.setattr(by_inception, "WIDTH", 6)
+    write("made", 30)
+    write("real", 40, side=9)
+    fields = [f"evaluate.protocol.frechet={str(frechet).lower()}"]
+    with pytest.raises(UserError, match="protocol folder needs the weights of Inception: dumo data inception"):
+        judge("made", "folder", against="real", fields=fields)
+    net = Peephole()
+    monkeypatch.setattr(inception, "load", lambda path, device: net)
+    Path("weights").touch()
+    monkeypatch.setenv(inception.VARIABLE, "weights")
+    report = judge("made", "folder", against="real", fields=fields)
+    assert ("fid" in report["results"][0]) == frechet
+    assert report["protocol"] == "folder" + " (no Fréchet distances)" * (not frechet)
+    x, _ = pixels(look(Path("made"), "--images"))
+    fake = gather(statistics_of(net, [(torch.arange(30), x)], 30), 30)
+    assert report["card"]["data"]["side"] == 8  # a reference is brought to the size of what is judged
+    assert report["results"][0]["is"] == pytest.approx(fake.score.value()[0], rel=1e-12)
+
+
+@pytest.mark.nightly
+def test_features_of_a_folder_are_torch_fidelitys() -> None:
+    """Of Inception with random weights, by way of files (tests/golden/inception.json)."""
+    for size in (64, 256):
+        for i, image in enumerate(recipe.images(size).permute(0, 2, 3, 1)):
+            Path(f"{size}").mkdir(exist_ok=True)
+            Image.fromarray(image.numpy()).save(f"{size}/{i}.png")
+        x, _ = pixels(look(Path(f"{size}"), "--images"))
+        found, golden = recipe.summary(recipe.net()(x).pool), recipe.golden()[str(size)]["2048"]
+        assert found["shape"] == golden["shape"]
+        assert found["norm"] == pytest.approx(golden["norm"], rel=1e-4)
+        torch.testing.assert_close(torch.tensor(found["slice"]), torch.tensor(golden["slice"]), rtol=1e-4, atol=1e-4)
+
+
+IMAGES = np.zeros((30, 8, 8, 3), np.uint8)
+WRONG: list[tuple[str, dict[str, object], str]] = [
+    ("none", {}, r"there is no folder or file none: say with --images where the images are"),
+    ("none.npz", {}, r"there is no folder or file none\.npz"),
+    ("empty", {}, r"no images in empty, where there are 1 files: looked for image files"),
+    ("run", {}, r"run is a run's folder: dumo evaluate run judges it"),
+    ("few", {}, r"few has 6 images: evaluate\.protocol\.samples: protocol photos judges 20 samples or more"),
+    ("mixed", {}, r"mixed/big\.png is 9 x 9 pixels, and mixed/000\.png is 8 x 8: images are judged at one size, none"),
+    ("broken", {}, r"broken/zz\.png .*: mend or remove it$"),
+    ("bad", {}, r"bad/000\.png is no image of a known format .*: mend or remove it$"),
+    ("made", {"kind": "cifar10"}, r"evaluate\.protocol\.kind: there is no 'cifar10'; did you mean 'cifar10-train50k'"),
+    ("made", {"kind": "toy"}, r"there is no protocol of images 'toy'; valid: adm-imagenet256-50k, "),
+    ("made", {"kind": "cifar10-features"}, r"made has 24 images: .* judges 1000 samples or more"),
+    ("made", {"kind": "folder"}, r"of 8 x 8 pixels, such as made/000\.png: protocol folder takes a Fréchet distance"),
+    (
+        "made",
+        {"kind": "adm-imagenet256-50k", "fields": ["evaluate.protocol.reference=x"]},
+        r"24 images of 8 x 8 pixels, such as made/000\.png: protocol adm-imagenet256-50k judges .* images of 256x256",
+    ),
+    ("made", {"against": None}, r"photos compares with real images: say where, --against FOLDER or FILE\.npz"),
+    ("made", {"against": "none"}, r"there is no folder or file none: say with --against where the images are"),
+    ("made", {"against": "sized.npz"}, r"sized\.npz has images of 9 x 9 pixels, and those that are judged 8 x 8"),
+    ("made", {"against": "few"}, r"protocol photos needs 20 images or more, here are 6: add some"),
+    ("wide", {}, r"wide/0\.png is 9 x 8 pixels, and a folder's images are brought to squares: give .* as an \.npz"),
+    ("made", {"kind": "digits"}, r"digits compares with the digits that ship: leave out --against"),
+    ("made", {"fields": ["train.steps=3"]}, r"--set train: of images set fields of evaluate\.protocol"),
+    ("made", {"fields": ["evaluate.seed=3"]}, r"evaluate\.seed: unknown key; valid: protocol"),
+    ("made", {"fields": ["data=3"]}, r"--set data: of images set fields of"),
+    ("made", {"fields": ["data.crop=odd"]}, r"data\.crop: "),
+    ("made", {"fields": ["evaluate.protocol.samples=25"]}, r"made has 24 images, .*evaluate\.protocol\.samples=25"),
+    ("splits", {}, r"splits holds the splits test, train: name one of them with --images"),
+    ("floats.npz", {}, r"floats\.npz: arr_0 is float64 of shape \(30, 8, 8, 3\), not images, uint8"),
+    ("objects.npz", {}, r"objects\.npz: arr_0 is object of shape \(1,\), not images"),
+    ("names.npz", {}, r"names\.npz has no arr_0, only x: it is not in ADM's layout"),
+    ("labels.npz", {}, r"labels\.npz: arr_1 is float64 of shape \(30,\), not class numbers of shape \(30,\)"),
+    ("below.npz", {}, r"below\.npz: arr_1 has the class -1: number classes from 0, or leave it out"),
+    ("text.npz", {}, r"text\.npz is no \.npz \(File is not a zip file\): fetch it again"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that is wrong; only read."""
+    root = tmp_path_factory.mktemp("odd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name, n in (("made", 24), ("real", 24), ("few", 6), ("mixed", 24), ("broken", 24), ("bad", 24)):
+            write(name, n)
+        write("splits/train", 3)
+        write("splits/test", 3)
+        for name in ("empty", "run", "wide"):
+            Path(name).mkdir()
+        Path("empty/notes.txt").touch()
+        Path("run/run.yaml").touch()
+        for i in range(24):
+            Image.new("RGB", (9, 8)).save(f"wide/{i}.png")
+        Image.new("RGB", (9, 9)).save("mixed/big.png")
+        Path("broken/zz.png").write_bytes(Path("broken/000.png").read_bytes()[:60])
+        Path("bad/000.png").write_bytes(b"no image")
+        np.savez("sized.npz", np.zeros((30, 9, 9, 3), np.uint8))
+        np.savez("floats.npz", IMAGES / 255)
+        np.savez("objects.npz", np.array([object()]))
+        np.savez("names.npz", x=IMAGES)
+        np.savez("labels.npz", IMAGES, np.zeros(30))
+        np.savez("below.npz", IMAGES, np.full(30, -1))
+        Path("text.npz").write_text("no zip")
+    return root
+
+
+@pytest.mark.parametrize(("place", "given", "said"), WRONG)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    place: str, given: dict[str, object], said: str, odd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(odd)
+    with pytest.raises(UserError, match=said) as caught:
+        judge(place, **{"against": "real", **given})  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(caught.value)
+    assert not list(odd.rglob("*.evaluation.json"))

@@ -1,0 +1,214 @@
+"""What was measured is set out so that the number which counts leads, and doubts are said."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from contract.case import members
+from dumo.config import recipes, word
+from dumo.config.load import load
+from dumo.data import Digits
+from dumo.evaluation import shipped
+from dumo.evaluation.protocol import Reference, headline
+from dumo.io.picture import headed
+from dumo.objectives import Objective
+from dumo.report import page, score
+from dumo.report.card import seen, settings
+from dumo.report.figure import smoothed
+from dumo.run.weights import sampler
+from dumo.types import Sample
+
+PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
+
+
+def judged(lead: float = 0.5, **more: Any) -> score.Table:  # noqa: ANN401, what a report holds
+    """An evaluation of digits, as it is read."""
+    row = {"nfe": 1, "solver": "restart", "fd_grey": lead, "fd": 0.1, "kid": 0.01, "kid_sd": 0.02, "auc": 0.7, **more}
+    columns = score.figures(row)
+    return {
+        "results": [row],
+        "contrast": [],
+        "columns": columns,
+        "fresh": True,
+        "protocol": "digits",
+        "baselines": PERFECT,
+        "baseline": {"title": "a perfect sampler", **PERFECT["perfect"]},
+        "words": word.merits(columns),
+    }
+
+
+def near(samples: float, real: float) -> score.Table:
+    return {"rows": [{"name": "samples", "mean": samples}, {"name": "data", "mean": real}]}
+
+
+def test_the_first_leads() -> None:
+    assert headline({"mmd": 1, "fd_grey": 2}) == "mmd"
+    row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "fd_grey": 2.0, "kid": None, "state": "untrained"}
+    assert score.figures(row) == ["mmd", "fd_grey", "kid"]
+
+
+def test_what_sees_classes_leads_and_a_summary_has_no_precision() -> None:
+    row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "class_mmd": 2.0, "class_mmd_sd": 0.5}
+    row |= {"precision": 0.9, "recall": 0.1, "pixel_fd": 1.0, "copies": 0.0}
+    columns = score.figures(row)
+    assert columns == ["class_mmd", "mmd", "precision", "recall", "pixel_fd", "copies"]
+    assert score.summary(columns) == ["class_mmd", "recall", "copies"]
+    short = score.shortened(row, score.summary(columns))
+    assert list(short) == ["nfe", "solver", "class_mmd", "class_mmd_sd", "recall", "copies"]
+    assert score.summary(score.figures({"geneval": 0.5, "two_object": 0.6})) == ["geneval", "two_object"]
+    baselines = {"perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.5}}
+    named = score.by_name({"results": [row], "baselines": baselines})
+    assert named == {"perfect": {"mmd": 0.0, "mmd_sd": 0.1, "class_mmd": 0.5}}
+
+
+def test_what_a_run_was_trained_on_does_not_lead() -> None:
+    """By pixels a distance of features judges on, by features one of pixels; where nothing else is, it leads marked."""
+    features = {"features": "32 of dumo's classifier of digits"}
+    row = {"nfe": 1, "fd_grey": 1.0, "fd": 1.0, "kid": 1.0, "kid_sd": 1.0, "auc": 0.7, "pixel_fd": 2.0}
+    by_numbers, by_features = features | {"trained_on": "numbers"}, features | {"trained_on": "classifier of digits"}
+    assert [score.figures(row, card)[0] for card in (features, by_numbers)] == ["fd_grey", "fd_grey"]
+    assert [seen(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd"]]
+    assert seen(row, by_features) == ["fd_grey", "fd", "kid"]
+    assert score.figures(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd"]
+    assert seen(row, features | {"trained_on": "Inception"}) == []
+    assert headline({"mmd2": 1.0}, by_numbers) == "mmd2"
+
+
+def test_a_card_says_what_a_run_was_trained_on() -> None:
+    cards = [settings(sampler(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))]
+    assert [card.get("trained_on") for card in cards] == ["numbers", None]
+
+
+def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
+    """The baseline beside the number that leads is of that number, and the run stands in no table by the others."""
+    row = {"nfe": 1, "solver": "restart", "mmd": 0.5, "auc": 0.7}
+    card = {
+        "solver": {},
+        "codec": None,
+        "features": "dumo's classifier of digits",
+        "trained_on": "classifier of digits",
+    }
+    told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
+    pages: list[score.Table] = []
+    for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
+        found = score.judgement(tmp_path, 1, "w")
+        assert found is not None
+        pages.append(found)
+    marked, plain = pages
+    assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "mmd"], 0.5)
+    assert (plain["columns"], plain["baseline"]["mean"]) == (["mmd", "auc"], 0.2)
+    assert score.cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
+    results = recipes.results("zoo")
+    assert results is not None
+    protocol = results["cells"][0]["protocol"]
+    assert score.others(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert not score.others(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
+
+
+@pytest.mark.slow
+def test_every_figure_of_ours_has_words() -> None:
+    x, c = Digits().originals().reference(0, 0)
+    of_digits = shipped.score_digits(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
+    points = torch.randn(20, 2)
+    of_points = shipped.score_toy(points, torch.zeros(20), Reference(points, torch.zeros(20)))
+    named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
+    assert named <= word.MERITS.keys()
+    assert all(of.better and of.meaning for of in word.MERITS.values())
+    for spec in members(Objective):
+        told = word.method(spec())
+        assert told.name != spec.model_fields["kind"].default, spec
+        assert told.what.endswith("."), spec
+        assert re.search(r"arXiv \d{4}\.\d{5}", told.source) or told.source.startswith("ours"), spec
+    assert word.word(word.MERITS, "some_other") == word.Word("some other")
+
+
+def test_a_baseline_stands_under_what_it_is_of() -> None:
+    assert score.cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
+    (told,) = score.baselines(judged(), judged()["columns"])
+    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect", judged()["columns"]))
+    assert [score.too_few(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
+    for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
+        assert score.shipped(load(recipe).evaluate.protocol, load(recipe).data) == name
+
+
+@pytest.mark.parametrize(
+    ("step", "lead", "distances", "said"),
+    [
+        (0, 0.3, (2.4, 2.0), ["Untrained", "Stopped at step 0 of 5,000"]),
+        (20, 17.0, (8.4, 2.0), ["Not yet like the data", "Stopped at step 20 of 5,000"]),
+        (5000, 0.5, (8.4, 2.0), ["Not yet like the data"]),
+        (5000, 0.5, (2.4, 2.0), []),
+    ],
+)
+def test_noise_is_not_passed_off(step: int, lead: float, distances: tuple[float, float], said: list[str]) -> None:
+    assert [what for what, _ in score.doubts(5000, step, judged(lead), near(*distances))] == said
+    assert score.doubts(5000, 5000, None, None) == []
+
+
+def test_a_state_that_the_evaluation_tells_is_said() -> None:
+    told = [judged() | {"state": state} for state in ("untrained", "far", "near", "like the data")]
+    said = [[what for what, _ in score.doubts(5000, 5000, one, near(2.4, 2.0))] for one in told]
+    assert said == [["As good as untrained"], ["Not yet like the data"], [], []]
+    assert score.doubts(5000, 5000, told[0] | {"fresh": False}, None) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (1797, "1,797"), (True, "True"), ("hop", "hop"), (None, "–"), (float("nan"), "–"), (0.0, "0"),
+        (2.3456, "2.35"), (94.04, "94.0"), (0.00835, "0.00835"), (1234.5, "1,234"), (-0.02, "−0.0200"),
+        (4.87e-5, "4.87 · 10⁻⁵"), (-1.5e-10, "−1.50 · 10⁻¹⁰"), (3.2e7, "3.20 · 10⁷"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: object, text: str) -> None:
+    assert score.number(value) == text
+
+
+def test_spreads_and_large_numbers() -> None:
+    assert score.spread(0.14208, 0.0206) == "0.142 ± 0.021"
+    assert score.spread(-12.3, 4.56) == "−12.3 ± 4.6"
+    assert (score.spread(0.5, 0.0), score.spread(None, None)) == ("0.500", "–")
+    assert [score.large(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
+        "743\u00a0k", "999", "7.58\u00a0M", "678\u00a0M", "2,000\u00a0T",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns"), [(1, [0] * 10), (2, [0] * 5 + [1] * 5), (3, [0, 0, 0, 1, 1, 1, 2, 2, 2])]
+)
+def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> None:
+    run = load("my-images", [f"data.classes={classes}", "data.root=x", "evaluate.protocol.kind=folder"])
+    bare = sampler(run, nn.Identity())
+    assert page.columns(bare) == columns
+    x, c = torch.arange(90.0).view(90, 1, 1, 1).expand(90, *run.data.shape), torch.arange(90) % classes
+    sheet = page.by_class(bare, x, c)
+    rows = sheet[:, 0, 0, 0].view(-1, len(columns)).long()
+    assert all((row % classes).tolist() == columns for row in rows)
+    assert len(rows) == min(8, 90 // classes // (len(columns) // classes))
+    assert page.by_class(bare, x[:1], c[:1])[0].equal(x[0])  # one image of all
+
+
+def test_names_stand_above_their_columns_and_fit() -> None:
+    sheet = Image.new("RGB", (200, 50))
+    page = headed(sheet, ["a", "a very long name of a class"])
+    assert (page.width, page.height > 50) == (200, True)
+    dark = [x for x in range(200) for y in range(page.height - 50) if page.getpixel((x, y)) < (128, 128, 128)]
+    assert [min(dark), max(dark)] == pytest.approx([48, 195], abs=6)
+    assert all(not 60 < x < 98 for x in dark)
+    assert headed(sheet, []) is sheet
+
+
+def test_smoothing_keeps_the_mean_and_lessens_noise() -> None:
+    x: Sample = torch.randn(300, generator=torch.Generator().manual_seed(0)) + 3
+    found = smoothed(x.tolist())
+    assert found.std() < x.std().item() / 4
+    assert found.mean() == pytest.approx(x.mean().item(), abs=0.05)
+    assert smoothed([1.0, 5.0]).tolist() == [1.0, 5.0]

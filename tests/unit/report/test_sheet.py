@@ -1,0 +1,112 @@
+"""Sheets show what the weights make of one noise, as `dumo sample` does, and change nothing of the training."""
+
+import signal
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.io import file as files
+from dumo.report import sheet
+from dumo.report.sample import export
+from dumo.report.sheet import Sheets
+from dumo.run.train import train as train_run
+from dumo.run.weights import open_run
+from dumo.runtime import signals
+from dumo.training import loop
+from dumo.training.state import State
+from dumo.types import UserError
+from e2e.shell import tree
+from unit.run import known
+
+train = partial(train_run, sheets=Sheets)
+
+
+def tiny(name: str, sheets: str, *more: str) -> Run:
+    """A recipe made small, of six steps."""
+    words = ("train.steps=6", "train.log_every=3", "sample.nfe=[1,2]", f"train.sheets={sheets}")
+    return known.tiny(name, *words, *more)
+
+
+def drawn(folder: Path) -> list[str]:
+    """The sheets of a run."""
+    return sorted(path.name for path in (folder / "sheets").iterdir())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("average", ["[{decay: 0.9}]", "[]"])  # what is shown: one that is evaluated, one that trains
+def test_sheets_are_samples_and_change_nothing(average: str, tmp_path: Path) -> None:
+    train(tiny("digits", "[]", f"train.ema={average}"), tmp_path / "without")
+    train(tiny("digits", "[2,6]", f"train.ema={average}"), tmp_path / "with")
+    assert drawn(tmp_path / "with") == [f"step-{step:08d}-nfe{nfe}.png" for step in (2, 6) for nfe in (1, 2)]
+    for file in (tmp_path / "without/checkpoints").rglob("*.safetensors"):
+        assert (tmp_path / "with" / file.relative_to(tmp_path / "without")).read_bytes() == file.read_bytes(), file
+    assert (tmp_path / "with/metrics.jsonl").read_bytes() == (tmp_path / "without/metrics.jsonl").read_bytes()
+    opened = open_run(str(tmp_path / "with"), device="cpu")
+    samples = export(opened, tmp_path / "samples", count=sheet.COUNT)
+    sheets = [tmp_path / f"with/sheets/step-00000006-nfe{nfe}.png" for nfe in (1, 2)]
+    assert [path.read_bytes() for path in sheets] == [path.read_bytes() for path in samples]
+
+
+@pytest.mark.slow
+def test_a_stop_leaves_the_same_sheets(tmp_path: Path) -> None:
+    train(tiny("moons", "2"), tmp_path / "whole")
+    train(tiny("moons", "2", "train.steps=3"), tmp_path / "parts")
+    train(tiny("moons", "2"), tmp_path / "parts")
+    names = drawn(tmp_path / "whole")
+    assert names == drawn(tmp_path / "parts") == [f"step-{n:08d}-nfe{nfe}.png" for n in (2, 4, 6) for nfe in (1, 2)]
+    for name in names:
+        assert (tmp_path / "parts/sheets" / name).read_bytes() == (tmp_path / "whole/sheets" / name).read_bytes()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", [4, 6])  # the last one ends by itself
+@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Sheets, "made")])
+def test_a_signal_in_a_step_with_a_sheet_loses_none(
+    where: object, what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that a stop leaves is of this step, or, where the sheet was begun, of the next one."""
+    work, raised = getattr(where, what), list[int]()
+
+    def stop(*given: object, **more: object) -> object:
+        state = next(one for one in given if isinstance(one, State))
+        if not raised and state.step == (step if where is Sheets else step - 1):
+            raised.append(step)
+            signal.raise_signal(signal.SIGTERM)
+        return work(*given, **more)
+
+    train(tiny("moons", "2"), tmp_path / "whole")
+    monkeypatch.setattr(where, what, stop)
+    with suppress(signals.Stopped), signals.listening():
+        train(tiny("moons", "2"), tmp_path / "parts")
+    (tmp_path / f"parts/sheets/.step-00000006-nfe1.png.{files.machine()}-{2**22 + 1}.tmp").write_bytes(b"of a kill")
+    train(tiny("moons", "2"), tmp_path / "parts")
+    assert raised
+    assert tree(tmp_path / "parts/sheets") == tree(tmp_path / "whole/sheets")
+
+
+def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*what: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sheet, "write", full)
+    told: list[str] = []
+    assert train(tiny("moons", "[4]", "sample.nfe=[1]"), tmp_path / "run", tell=told.append).step == 6
+    assert told[-1] == "warning: no sheet step-00000004-nfe1: [Errno 28] No space left on device"
+
+
+def test_a_codec_that_is_not_there_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    words = ["data.codec.weights=/not/there", "data.root=/nor/this"]
+    Sheets(load("cifar10-latents", words), tmp_path, print)
+    with pytest.raises(UserError, match="/not/there"):
+        Sheets(load("cifar10-latents", [*words, "train.sheets=100"]), tmp_path, print)
+
+
+def test_of_many_classes_some_from_end_to_end() -> None:
+    assert sheet.classes(load("digits").conditions).tolist() == [i % 10 for i in range(64)]
+    many = sheet.classes(load("imagenet256-xl2").conditions).tolist()
+    assert (many[0], many[-1], len(set(many))) == (0, 984, 64)
+    assert sheet.classes(load("moons").conditions).tolist() == [0] * 2000

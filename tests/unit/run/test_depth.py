@@ -1,0 +1,76 @@
+"""A few blocks of each kind tell of all, for every published transformer; its blocks are as wide as they are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dumo.encoders.pipeline import PUBLISHED, Pipeline
+from dumo.flow.path import Linear
+from dumo.flow.slope import DualSlope
+from dumo.nets import Pretrained
+from dumo.nets.adapter import Lora
+from dumo.nets.dualized import Dualized
+from dumo.nets.rows import Codes
+from dumo.objectives import DuMo, FlowMatching
+from dumo.run import cost
+from dumo.run.cost import activation_bytes, forward_flops, forward_units
+from dumo.types import Objective
+from tiers import tiered
+
+CHANNELS = {"sana-1600m": 32, "sd15": 4, "sdxl": 4, "pixart-sigma": 4}
+DUAL, PLAIN = DuMo(slope=DualSlope()), FlowMatching()
+DEPTH = 3
+ALONE = [source for source in PUBLISHED if source not in ("flux-dev", "sd15", "sdxl")]  # with one stretch that is long
+OTHERS = [(source, None if source == "sd3-medium" else Lora(rank=4)) for source in ALONE]
+
+
+def net(
+    source: str, *, objective: Objective = PLAIN, lora: Lora | None = None, checkpoint: bool = False, depth: int = DEPTH
+) -> Dualized:
+    """With at most `depth` blocks of each kind, without numbers."""
+    guidance = 3.5 if source == "flux-dev" else None
+    spec = Pretrained(texts=Codes(), lora=lora, checkpoint=checkpoint, guidance=guidance)
+    spec = spec.within(Pipeline(source=source)).short(depth)
+    with torch.device("meta"):
+        return spec.build(objective.needs, (CHANNELS.get(source, 16), 8, 8), 10)
+
+
+def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """By a few blocks, and by all."""
+    monkeypatch.setattr(cost, "FEW", 1)
+    few = count()
+    monkeypatch.setattr(cost, "FEW", 1000)
+    return few, count()
+
+
+@pytest.mark.parametrize(
+    ("source", "lora"),
+    tiered([("flux-dev", Lora(rank=4)), *OTHERS], ci=OTHERS[:1], id=lambda case: case[0]),
+)
+def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = DUAL if source == "flux-dev" else PLAIN
+    whole, shape = net(source, objective=objective, lora=lora), (CHANNELS.get(source, 16), 8, 8)
+    few, all_ = both(lambda: forward_flops(whole, objective, shape), monkeypatch)
+    assert few == all_
+    few, all_ = both(lambda: forward_units(whole, objective, Linear(), shape, rows=2), monkeypatch)
+    assert few == pytest.approx(all_, rel=1e-12)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("source", ALONE)
+def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that keeps inputs alone; Flux is counted whole."""
+    shape = (CHANNELS.get(source, 16), 8, 8)
+    whole = net(source, lora=Lora(rank=4), checkpoint=True, depth=5)
+    few, all_ = both(lambda: activation_bytes(whole, PLAIN, Linear(), shape, rows=4), monkeypatch)
+    assert few == all_
+
+
+def test_what_is_cut_is_a_net_of_its_own_and_leaves_the_other() -> None:
+    whole = net("flux-dev")
+    cut = cost.cut(whole, (1, 2))
+    assert [len(s.blocks) for s in cost.stretches(cut)] == [1, 2]
+    assert [len(s.blocks) for s in cost.stretches(whole)] == [DEPTH, DEPTH]
+    assert cut.blocks[0] is whole.blocks[0]
+    assert [len(s.blocks) for s in cost.stretches(net("sd3-medium"))] == [DEPTH - 1, 1]  # the last one tells no text
