@@ -10,7 +10,7 @@ from torch import Tensor
 from dumo.flow.generate import labels
 from dumo.io import picture
 from dumo.report.score import passes_text
-from dumo.report.sample import judged_data
+from dumo.run.judge import judged_data
 from dumo.run.weights import RunFolder, open_run
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels
