@@ -10,6 +10,7 @@
     run.evaluate(nfe=[1, 2])["results"]                 # distances to the data, and those of the data themselves
     run.report()                                        # one page with all of it
     spec = dumo.recipe("digits", {"net.depth": 2})      # the settings alone
+    u, du_dt = dumo.jvp(net, (x, t), (v, one))          # value and exact derivative, in any loop
 
 What is wrong raises `dumo.UserError`, with the way out. `run.net`, `run.reading` and `run.spec` are the network, what a
 solver calls, and the settings.
@@ -17,7 +18,7 @@ solver calls, and the settings.
 
 from importlib import import_module
 
-__all__ = ["UserError", "load", "recipe", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
+__all__ = ["UserError", "jvp", "load", "recipe", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
 
 
 def __getattr__(name: str) -> object:
@@ -26,7 +27,8 @@ def __getattr__(name: str) -> object:
         return import_module("dumo.runtime").version()
     if name not in __all__:
         raise AttributeError(f"module 'dumo' has no attribute '{name}'")
-    return getattr(import_module("dumo.cli.api"), name)
+    home = "dumo.autodiff.jvp" if name == "jvp" else "dumo.cli.api"
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -1,3 +1,4 @@
+from dumo.autodiff.jvp import jvp as jvp
 from dumo.cli.api import UserError as UserError
 from dumo.cli.api import load as load
 from dumo.cli.api import recipe as recipe

@@ -20,9 +20,9 @@ from dumo.nets import MLP, DiT
 from dumo.objectives.tvm import rated
 from dumo.types import Array, Heads, Needs
 from theory.test_dual import BATCH, CLASSES, NEEDS, SHAPE, SIZES, D, each_net, error, made, record
-from unit.autodiff.test_rule import FLAT, Shapes, directions, function, moving, operands, ride
+from unit.autodiff.test_rule import RULED, Shapes, directions, function, moving, operands, ride
 
-SMOOTH = [(shapes, call) for shapes, call in FLAT if not any(s in call for s in ("float", "half()", "double()"))]
+SMOOTH = [(shapes, call) for shapes, call in RULED if not any(s in call for s in ("float", "half()", "double()"))]
 
 
 def by_formula(

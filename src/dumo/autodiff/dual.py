@@ -4,8 +4,9 @@
 records. It is no subclass of Tensor but answers to `__torch_function__`, so a net written with `F.linear`,
 `F.layer_norm` and the like runs on it as it is: every operation does to `p` what it always does, and its rule
 (`dumo.autodiff.rule`) moves `t` along. So the derivative rides on a pass that is made anyway, for the price of one
-more, and the primal and its gradients keep their bits. An operation without a rule raises: never a silent zero. Where a
-loss holds the derivative itself, tangents are `recorded`, too.
+more, and the primal and its gradients keep their bits. An operation without a rule has torch's own derivative
+(`dumo.autodiff.general`), or raises: never a silent zero. Where a loss holds the derivative itself, tangents are
+`recorded`, too.
 
 A Dual whose tangent is None rests. `zeros_like` and its kin give one, for a net may assign to it what moves. Until then
 every operation takes its primal alone, so nothing downstream pays for a tangent of zeros.
@@ -21,14 +22,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map
+from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
 
+from dumo.autodiff import general
+from dumo.autodiff.error import NoRule as NoRule
 from dumo.autodiff.tape import Later, fit, keep
-from dumo.types import Array, UserError
+from dumo.types import Array
 
 Rule = Callable[..., Any]
 Name = Callable[..., Any] | str  # a function of torch; as a string where a compiler hands over another object for it
@@ -44,17 +48,6 @@ class _State(threading.local):
 
 
 _state = _State()
-
-
-class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
-    """A net uses an operation, named by the argument, for which there is no tangent rule."""
-
-    def __str__(self) -> str:
-        """The name and the way out. Not made by the constructor, which a compiler could not trace."""
-        return (
-            f"slope 'dual' has no tangent rule for '{self.args[0]}', which this net uses: "
-            "write one next to those in dumo.autodiff.rule, or use slope 'jvp'"
-        )
 
 
 @dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
@@ -101,13 +94,18 @@ class Dual:
         return iter(RULES[Tensor.unbind](self, 0))
 
     def __getattr__(self, name: str) -> object:
-        """At rest what the primal has. Raises NoRule for a method of Tensor that `dumo.autodiff.rule` lacks."""
+        """What the primal has; of a method without a rule, and of a view such as `.T`, as `differentiate`."""
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
-        if self.t is not None:
-            raise NoRule(f"Tensor.{name}")
+        if name in general.LOSES and self.t is not None:
+            raise NoRule(f"Tensor.{name}, which loses the tangent")
         method = getattr(Tensor, name)
-        return partial(_still, method, self) if callable(method) else getattr(self.p, name)
+        if callable(method):
+            return partial(differentiate if self.t is not None else _still, method, self)
+        held = getattr(self.p, name)
+        if self.t is None or not isinstance(held, Tensor):
+            return held
+        return differentiate(attrgetter(name), self)
 
     @classmethod
     def __torch_function__(
@@ -117,7 +115,7 @@ class Dual:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Hand the call to the function's rule. Raises NoRule where there is none, and an operand moves."""
+        """Hand the call to the function's rule, or to `differentiate` where there is none and an operand moves."""
         kwargs = dict(kwargs) if kwargs else {}
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
@@ -125,12 +123,14 @@ class Dual:
         key = name if name in RULES else function
         out = kwargs.pop("out", None) if kwargs else None
         if key not in RULES or out is not None:
-            if _move_somewhere((args, kwargs, out)):
-                raise NoRule(f"{name} with out" if key in RULES else name)
+            if out is not None and _move_somewhere((args, kwargs, out)):
+                raise NoRule(f"{name} with out")
+            if _move_somewhere((args, kwargs)):
+                return differentiate(function, *args, **kwargs)
             return _still(function, *args, **kwargs, **({} if out is None else {"out": out}))
         if key in ALONE and not (_no_dual(args[1:]) and _no_dual(kwargs.values())):
             if _move_somewhere((args[1:], kwargs)):
-                raise NoRule(f"{name} with a moving parameter")
+                return differentiate(function, *args, **kwargs)
             if not _move_somewhere(args[:1]):
                 return _still(function, *args, **kwargs)
             args = (args[0], *map(primal, args[1:]))
@@ -143,6 +143,35 @@ def _still(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # n
     args_, kwargs = tree_map(primal, args), tree_map(primal, kwargs)
     out = function(*args_, **kwargs)
     return args[0] if args and out is args_[0] else out
+
+
+def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, whatever torch gives
+    """A call of torch where some operands move and no rule says how: exact, or NoRule (`dumo.autodiff.general`)."""
+    reason = general.fault(function)
+    if reason:
+        raise NoRule(reason)
+    leaves, spec = tree_flatten((args, kwargs))
+    place = tuple(i for i, x in enumerate(leaves) if isinstance(x, Dual))
+    if any(leaves[i].recorded for i in place):  # torch's own gradient of such a tangent is wrong for some norms
+        raise NoRule(f"{general.name_of(function)}, in a loss that holds the derivative itself")
+    primals = [primal(x) for x in leaves]
+    args_, kwargs_ = tree_unflatten(primals, spec)
+    written = general.writes(primals)
+    results, results_spec = tree_flatten(function(*args_, **kwargs_))
+    if general.writes(primals) != written:  # to running statistics, and once more for the tangent
+        raise NoRule(f"{general.name_of(function)}, which changes an operand in place")
+    if not any(isinstance(result, Tensor) for result in results):  # strides and the like
+        return tree_unflatten(results, results_spec)
+    if not any(map(general.differentiable, results)):
+        raise NoRule(f"{general.name_of(function)}, whose result has no derivative")
+    moved = tuple(leaves[i] for i in place)
+    for k, p in enumerate(results):
+        if general.differentiable(p):
+            call = general.Call(function, spec, place, k)
+            results[k] = carry(p, general.tangent, moved, call, *primals)
+            if isinstance(results[k], Dual):
+                results[k].part = p._is_view()
+    return tree_unflatten(results, results_spec)
 
 
 def _refuse(name: str) -> Callable[..., Any]:
@@ -158,10 +187,21 @@ def _refuse(name: str) -> Callable[..., Any]:
 # Of what moves it is refused.
 REFUSED = (
     "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
-    "abs pos invert floordiv rfloordiv mod rmod rpow rmatmul and rand or ror xor rxor"
+    "invert floordiv rfloordiv and rand or ror xor rxor"
 )
 for _name in REFUSED.split():
     setattr(Dual, f"__{_name}__", _refuse(f"__{_name}__"))
+
+
+def _general(name: str) -> Callable[..., Any]:
+    def operator(self: Dual, *others: object) -> Any:  # noqa: ANN401, as Tensor's
+        return (differentiate if _move_somewhere((self, others)) else _still)(getattr(Tensor, name), self, *others)
+
+    return operator
+
+
+for _name in ["abs", "pos", "mod", "rmod", "rpow", "rmatmul"]:  # what Python asks the class for; rules replace some
+    setattr(Dual, f"__{_name}__", _general(f"__{_name}__"))
 
 
 def pair(p: Tensor, t: Tensor | Later | None, *, recorded: bool = False) -> Array:

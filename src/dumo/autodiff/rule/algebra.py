@@ -1,6 +1,7 @@
 """Sums, products, quotients, powers, and elementary functions: their derivative from what went in, or what came out."""
 
 from collections.abc import Callable
+from math import log, pi, sqrt
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def _einsum(*rest: Any) -> Tensor:
 
 @rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
 def div(a: Any, other: Any, *, rounding_mode: str | None = None) -> Array:
-    """d(a / b) = (da - (a / b) db) / b."""
+    """d(a / b) = (da - (a / b) db) / b. Rounded quotients stand still almost everywhere, which is refused."""
     if rounding_mode is not None:
         raise NoRule(f"div with rounding_mode={rounding_mode}")
     p = primal(a) / primal(other)
@@ -154,11 +155,33 @@ def _div(da: Tensor | None, db: Tensor | None, y: Tensor | None, b: Any) -> Tens
 
 
 @rule(torch.pow, Tensor.pow, Tensor.__pow__)
-def power(x: Dual, exponent: Any) -> Array:
-    """d(x^n) = n x^(n - 1) dx, n a number; a tensor raises NoRule."""
+def power(x: Any, exponent: Any) -> Array:
+    """d(x^n) = n x^(n - 1) dx, n a number; d(a^x) = a^x log a dx, a a number."""
+    if not isinstance(x, Tensor | Dual):
+        y = x ** primal(exponent)
+        return carry(y, _exponential, (exponent,), y, x)
     if not isinstance(exponent, int | float):
-        raise NoRule("pow with a tensor as exponent")
+        base, n = primal(x), primal(exponent)
+        y = base**n
+        return carry(y, _general_power, (x, exponent), base, n, y)
+    if not isinstance(x, Dual):
+        return x**exponent
     return carry(x.p**exponent, _power, (x,), x.p, exponent)
+
+
+@rule(Tensor.__rpow__)
+def rpower(exponent: Any, base: Any) -> Array:
+    """As power."""
+    return power(base, exponent)
+
+
+def _general_power(dx: Tensor | None, dn: Tensor | None, x: Tensor, n: Tensor, y: Tensor) -> Tensor:
+    """d(x^n) = n x^(n - 1) dx + x^n log x dn."""
+    return _sum(None if dx is None else n * x ** (n - 1) * dx, None if dn is None else y * x.log() * dn)
+
+
+def _exponential(dx: Tensor, y: Tensor, base: int | float) -> Tensor:
+    return dx * y * log(base)
 
 
 def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
@@ -178,6 +201,13 @@ SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it
     "sqrt": (lambda y: 0.5 / y, True),
     "rsqrt": (lambda y: -0.5 * y**3, True),
     "reciprocal": (lambda y: -y * y, True),
+    "erf": (lambda x: 2 / sqrt(pi) * (-x * x).exp(), False),
+    "log1p": (lambda x: 1 / (1 + x), False),
+    "expm1": (lambda y: y + 1, True),
+    "tan": (lambda y: 1 + y * y, True),
+    "atan": (lambda x: 1 / (1 + x * x), False),
+    "sinh": (torch.cosh, False),
+    "cosh": (torch.sinh, False),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.autodiff import attention
-from dumo.autodiff.dual import RULES, Dual, NoRule, Rule, carry, elsewhere, primal, rule, tangent
+from dumo.autodiff.dual import RULES, Dual, NoRule, Rule, carry, differentiate, elsewhere, primal, rule, tangent
 from dumo.autodiff.rule.algebra import leibniz
 from dumo.types import Array
 
@@ -72,6 +72,40 @@ def _silu(dx: Tensor, x: Tensor) -> Tensor:
         y = x.sigmoid()
         return dx * y * (1 + x * (1 - y))
     return aten.silu_backward(dx, x)
+
+
+@rule(F.mish)
+def mish(x: Dual, inplace: bool = False) -> Array:
+    """x tanh(s), s = softplus(x): its slope is tanh(s) + x (1 - tanh(s)^2) sigmoid(x). Raises NoRule in place."""
+    elsewhere("mish", inplace)
+    return carry(F.mish(x.p), _mish, (x,), x.p)
+
+
+def _mish(dx: Tensor, x: Tensor) -> Tensor:
+    y = F.softplus(x).tanh()
+    return dx * (y + x * (1 - y * y) * x.sigmoid())
+
+
+@rule(F.leaky_relu)
+def leaky_relu(x: Dual, negative_slope: float = 0.01, inplace: bool = False) -> Array:
+    """Raises NoRule in place."""
+    elsewhere("leaky_relu", inplace)
+    return carry(F.leaky_relu(x.p, negative_slope), _leaky_relu, (x,), x.p, negative_slope)
+
+
+def _leaky_relu(dx: Tensor, x: Tensor, negative_slope: float) -> Tensor:
+    return torch.where(x > 0, dx, negative_slope * dx)
+
+
+@rule(F.elu)
+def elu(x: Dual, alpha: float = 1.0, inplace: bool = False) -> Array:
+    """Raises NoRule in place."""
+    elsewhere("elu", inplace)
+    return carry(F.elu(x.p, alpha), _elu, (x,), x.p, alpha)
+
+
+def _elu(dx: Tensor, x: Tensor, alpha: float) -> Tensor:
+    return torch.where(x > 0, dx, alpha * x.clamp(max=0).exp() * dx)
 
 
 @rule(F.softplus)
@@ -140,6 +174,31 @@ def _layer_norm(dx: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight
     return dy if weight is None else dy * weight
 
 
+@rule(F.batch_norm)
+def batch_norm(
+    x: Dual,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Array:
+    """By running statistics it is linear. In training rows mix, and the statistics change: NoRule."""
+    if training or running_var is None:
+        raise NoRule("batch_norm in training")
+    out = F.batch_norm(x.p, running_mean, running_var, weight, bias, eps=eps)
+    return carry(out, _batch_norm, (x,), running_var, weight, eps)
+
+
+def _batch_norm(dx: Tensor, variance: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    return dx * scale.view(-1, *(1,) * (dx.ndim - 2)).to(dx.dtype)
+
+
 @rule(F.rms_norm)
 def rms_norm(x: Dual, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Array:
     """With y = x / rms(x):  dy = (dx - y mean(y dx)) / rms(x)."""
@@ -161,7 +220,7 @@ def _rms_norm(dx: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, a
 def normalize(x: Dual, p: int | float = 2.0, dim: int = 1, eps: int | float = 1e-12) -> Array:
     """With n = max(|x|, eps) and y = x / n:  dy = (dx - y sum(y dx)) / n; dx / eps below eps."""
     if p != 2:
-        raise NoRule(f"normalize with p={p}")
+        return differentiate(F.normalize, x, p, dim, eps)
     return carry(F.normalize(x.p, p, dim, eps), _normalize, (x,), x.p, dim, eps)
 
 
@@ -178,7 +237,7 @@ def _normalize(dx: Tensor, x: Tensor, dim: int, eps: int | float) -> Tensor:
 def vector_norm(x: Dual, ord: int | float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
     """d|x| = sum(x dx) / |x|, the Euclidean norm; zero at zero, as autograd has it."""
     if ord != 2:
-        raise NoRule(f"vector_norm with ord={ord}")
+        return differentiate(torch.linalg.vector_norm, x, ord, dim, keepdim, dtype=dtype)
     n = torch.linalg.vector_norm(x.p, ord, dim, keepdim, dtype=dtype)
     return carry(n, _vector_norm, (x,), x.p, n, dim, keepdim)
 
@@ -218,10 +277,15 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """See `dumo.autodiff.attention`. Raises NoRule for dropout, a mask that moves, and a mask where it is causal."""
-    if dropout_p or tangent(attn_mask) is not None or (is_causal and attn_mask is not None):
-        how = "dropout" if dropout_p else "a mask and is_causal" if is_causal else "a moving mask"
-        raise NoRule(f"scaled_dot_product_attention with {how}")
+    """See `dumo.autodiff.attention`; a mask that moves is differentiated by torch. Raises NoRule for dropout."""
+    if dropout_p:
+        raise NoRule("scaled_dot_product_attention with dropout")
+    if is_causal and attn_mask is not None:
+        raise NoRule("scaled_dot_product_attention with a mask and is_causal")
+    if tangent(attn_mask) is not None:
+        return differentiate(
+            F.scaled_dot_product_attention, query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa
+        )
     q, k, v, mask = (primal(x) for x in (query, key, value, attn_mask))
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale  # to the bit as torch does
     o, lse = attention.attend(q, k, v, scale, mask, is_causal, enable_gqa)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, rule, tangent
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, differentiate, pair, primal, rule, tangent
 from dumo.types import Array
 
 VIEWS = (  # what may show the numbers of another
@@ -168,6 +168,23 @@ def _where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
 def masked_fill(x: Dual, mask: Tensor, value: Any) -> Array:
     """What is filled in does not move."""
     return carry(x.p.masked_fill(mask, value), torch.masked_fill, (x,), mask, 0.0)
+
+
+@rule(torch.clamp, torch.clip, Tensor.clamp, Tensor.clip)
+def clamp(x: Any, min: Any = None, max: Any = None) -> Array:
+    """It moves where it is between the bounds, numbers or tensors at rest; bounds that move as `differentiate`."""
+    if isinstance(min, Dual) or isinstance(max, Dual) or not isinstance(x, Dual):
+        return differentiate(torch.clamp, x, min, max)
+    inside = torch.ones_like(x.p, dtype=torch.bool)
+    if min is not None:
+        inside = inside & (x.p >= min)
+    if max is not None:
+        inside = inside & (x.p <= max)
+    return carry(torch.clamp(x.p, min, max), _inside, (x,), inside)
+
+
+def _inside(dx: Tensor, inside: Tensor) -> Tensor:
+    return torch.where(inside, dx, 0.0)
 
 
 # Comparisons, and constants like another tensor: of primals. The outcome is constant almost everywhere: no tangent.

@@ -1,0 +1,174 @@
+"""dumo.jvp in the settings that people train in: exact, the value and its gradients those of the plain pass."""
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import dumo
+from dumo.types import UserError
+
+WIDTH, TOKENS, BATCH = 32, 8, 4
+
+
+class Block(nn.Module):
+    """A layer of a transformer, or of a perceptron."""
+
+    def __init__(self, kind: str, *, lean: bool) -> None:
+        super().__init__()
+        self.kind, self.lean, self.norm = kind, lean, nn.LayerNorm(WIDTH)
+        if kind == "mha":
+            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        else:
+            self.into, self.out = nn.Linear(WIDTH, WIDTH if kind == "mlp" else 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def body(self, h: Tensor) -> Tensor:
+        z = self.norm(h)
+        if self.kind == "mlp":
+            return h + self.out(F.mish(self.into(z)))
+        if self.kind == "mha":
+            return h + self.attention(z, z, z, need_weights=False)[0]
+        q, k, v = self.into(z).unflatten(-1, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal")
+        return h + self.out(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return checkpoint(self.body, h, use_reentrant=False) if self.lean else self.body(h)
+
+
+class Net(nn.Module):
+    """x (b, tokens, 4) and t (b,) in, u out."""
+
+    def __init__(self, kind: str = "sdpa", *, lean: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.x, self.t, self.u = nn.Linear(4, WIDTH), nn.Linear(1, WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(Block(kind, lean=lean) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.x(x) + self.t(t[:, None])[:, None]
+        for block in self.blocks:
+            h = block(h)
+        return self.u(h)
+
+
+def point() -> tuple[Tensor, Tensor, Tensor]:
+    """x, t and the velocity."""
+    g = torch.Generator().manual_seed(1)
+    shape = (BATCH, TOKENS, 4)
+    return torch.randn(shape, generator=g), torch.rand(BATCH, generator=g), torch.randn(shape, generator=g)
+
+
+@torch.no_grad()
+def difference(net: nn.Module, h: float = 1e-6) -> Tensor:
+    """du/dt in float64, by a central difference."""
+    exact = copy.deepcopy(net).double()
+    x, t, v = (part.double() for part in point())
+    return (exact(x + h * v, t + h) - exact(x - h * v, t - h)) / (2 * h)
+
+
+def gradients(net: nn.Module, u: Tensor, target: Tensor) -> list[Tensor]:
+    """Of a MeanFlow loss."""
+    net.zero_grad()
+    (u - target).square().mean().backward()
+    grads = [p.grad for p in net.parameters()]
+    assert all(grad is not None for grad in grads)
+    return [grad.clone() for grad in grads if grad is not None]
+
+
+SETTINGS = {
+    "perceptron": {"kind": "mlp"},
+    "attention": {},
+    "causal attention": {"kind": "causal"},
+    "nn.MultiheadAttention": {"kind": "mha"},
+    "checkpointing": {"kind": "mlp", "lean": True},
+    "attention, checkpointing": {"lean": True},
+}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_derivative_is_exact_and_the_value_and_its_gradients_are_those_of_the_plain_pass(
+    setting: str, half: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = Net(**SETTINGS[setting])  # pyright: ignore[reportArgumentType]
+    x, t, v = point()
+    true = difference(net)
+    with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+        plain = net(x, t)
+        before = gradients(net, plain, torch.zeros_like(plain))
+        u, du_dt = dumo.jvp(net, (x, t), (v, torch.ones_like(t)))
+        assert torch.equal(u, plain)
+        assert not du_dt.requires_grad
+        for mine, theirs in zip(gradients(net, u, torch.zeros_like(u)), before, strict=True):
+            assert torch.equal(mine, theirs)
+    assert (du_dt.double() - true).norm() <= (2e-2 if half else 2e-6) * true.norm()
+    assert caplog.text == ""  # in one pass
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", ["sdpa", "mlp"])
+def test_beside_a_compiler(kind: str) -> None:
+    net, (x, t, v) = Net(kind), point()
+    compiled = torch.compile(net, backend="aot_eager")
+    u, du_dt = dumo.jvp(compiled, (x, t), (v, torch.ones_like(t)))
+    assert (du_dt.double() - difference(net)).norm() <= 2e-6 * difference(net).norm()
+    gradients(net, u, torch.zeros_like(u))
+
+
+def test_what_rests_does_not_move() -> None:
+    net, (x, t, v) = Net("mlp"), point()
+    whole = dumo.jvp(net, (x, t), (v, torch.ones_like(t)))[1]
+    along_x = dumo.jvp(net, (x, t), (v, None))[1]
+    along_t = dumo.jvp(net, (x, t), (None, torch.ones_like(t)))[1]
+    torch.testing.assert_close(along_x + along_t, whole)
+    value, nothing = dumo.jvp(lambda x: {"a": x, "b": (torch.ones(2), 3)}, (x,), (v,))
+    assert torch.equal(nothing["a"], v)
+    assert torch.equal(nothing["b"][0], torch.zeros(2))
+    assert value["b"][1] == 3
+
+
+def in_place(x: Tensor) -> Tensor:
+    h = x * 2
+    h += x.sin()
+    return h
+
+
+def asks_for_a_tensor(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(type(x))
+    return x.sin()
+
+
+@pytest.mark.parametrize("fn", [in_place, asks_for_a_tensor])
+def test_where_one_pass_does_not_do_two_are_made_and_said(
+    fn: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    x, _, v = point()
+    x.requires_grad_()
+    with caplog.at_level(logging.WARNING, "dumo"):
+        y, dy = dumo.jvp(fn, (x,), (v,))
+    assert f"two passes of {fn.__name__}" in caplog.text
+    torch.testing.assert_close(dy, v * (2 * (fn is in_place) + x.detach().cos()))
+    assert y.requires_grad
+    assert not dy.requires_grad
+
+
+def test_mistakes_have_a_line() -> None:
+    x, t, v = point()
+    with pytest.raises(UserError, match="2 primals and 1 tangents"):
+        dumo.jvp(torch.add, (x, x), (v,))
+    with pytest.raises(UserError, match=r"primal 0 has shape \(4, 8, 4\), its tangent \(4,\)"):
+        dumo.jvp(torch.sin, (x,), (t,))
+    with pytest.raises(UserError, match=r"has no derivative.*cdist.*by torch.func.jvp"):
+        dumo.jvp(partial(torch.cdist, x), (x,), (v,))
+    with pytest.raises(RuntimeError, match="size"):  # what is wrong without tangents, too, stays as it is
+        dumo.jvp(lambda x: x + torch.ones(3), (x,), (v,))
