@@ -9,7 +9,8 @@ tangent that a target does not need. Here the tangent rides on the pass that is 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, NoRule, pair, primal
+from dumo.autodiff.dual import Dual, pair, primal
+from dumo.autodiff.einops import teach_einops
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -45,12 +47,25 @@ def jvp(
     for i, (p, d) in enumerate(zip(primals, tangents, strict=True)):
         if d is not None and d.shape != p.shape:
             raise UserError(f"primal {i} has shape {tuple(p.shape)}, its tangent {tuple(d.shape)}: they move together")
+    teach_einops()
     moving = [p if d is None else pair(p, d.detach().to(p)) for p, d in zip(primals, tangents, strict=True)]
     try:
-        out = fn(*moving, **kwargs)
-    except (NoRule, TypeError, AttributeError) as error:  # also of code that asks whether its input is a Tensor
+        with duals_are_tensors():
+            out = fn(*moving, **kwargs)
+    except Exception as error:  # NoRule, and whatever code raises that asks whether its input is a Tensor
         return _two_passes(fn, primals, tangents, kwargs, error)
     return tree_map(primal, out), tree_map(_derivative, out)
+
+
+@contextmanager
+def duals_are_tensors() -> Generator[None, None, None]:
+    """Inside, torch.is_tensor says yes to a Dual: models of diffusers ask it of times."""
+    before = torch.is_tensor
+    torch.is_tensor = lambda obj: isinstance(obj, Dual) or before(obj)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.is_tensor = before
 
 
 def _derivative(x: object) -> object:

@@ -36,6 +36,7 @@ from dumo.autodiff import dual, tape
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import pair, primal
+from dumo.autodiff.einops import teach_einops
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import rounded
@@ -156,6 +157,8 @@ class DualSlope(Linearization):
 
     def begin(self, net: Net, ref: Frozen, toward: Sample | None, moving: Moving | None) -> Begin:
         """The way that is taken."""
+        if not torch.compiler.is_compiling():
+            teach_einops()
         way = self.way(net, ref, known=toward is not None)
         if way.name == "tape" and moving is None:
             return partial(_tape, partial(self.slopes, ref), net, ref)

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
+import einops
 import pytest
 import torch
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dumo
+from dumo.autodiff.dual import Dual
 from dumo.types import UserError
 
 WIDTH, TOKENS, BATCH = 32, 8, 4
@@ -134,6 +137,42 @@ def test_what_rests_does_not_move() -> None:
     assert torch.equal(nothing["a"], v)
     assert torch.equal(nothing["b"][0], torch.zeros(2))
     assert value["b"][1] == 3
+
+
+def test_einops_takes_what_moves() -> None:
+    x, _, v = point()
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: einops.rearrange(x, "b (h w) c -> b c h w", h=2).sin(),
+        lambda x: einops.reduce(x, "b t c -> b c", "mean"),
+        lambda x: einops.repeat(x, "b t c -> b (r t) c", r=2),
+        lambda x: einops.einsum(x, x, "b t c, b s c -> b t s"),
+        Rearrange("b t c -> b (t c)"),
+    ]
+    for call in calls:
+        assert torch.equal(dumo.jvp(call, (x,), (v,))[1], torch.func.jvp(call, (x,), (v,))[1])
+
+
+@pytest.mark.slow
+def test_a_unet_of_diffusers_which_asks_whether_its_time_is_a_tensor() -> None:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64)}
+    net = UNet2DModel(**sizes, **blocks, layers_per_block=1, norm_num_groups=8).double()
+    x, v = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0.25, 0.75], dtype=torch.float64)
+
+    def u(x: Tensor, t: Tensor) -> Tensor:
+        return net(x, t).sample
+
+    h = 1e-4
+    with torch.no_grad():
+        true = (u(x + h * v, t + h) - u(x - h * v, t - h)) / (2 * h)
+    du_dt = dumo.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
+    assert (du_dt - true).norm() <= 1e-4 * true.norm()  # it embeds times in float32, which the difference divides by h
+    assert torch.is_tensor(x)
+    assert not torch.is_tensor(Dual(x, v))
 
 
 def in_place(x: Tensor) -> Tensor:
