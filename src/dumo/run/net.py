@@ -18,9 +18,11 @@ def outline(run: Tree, *, short: bool = False) -> nn.Module:
 
     `short`: only the first blocks of a pretrained net, which takes long.
     """
-    net = run.net.short(1) if short and isinstance(run.net, Pretrained) else run.net
+    spec = run.net
+    if short and isinstance(spec, Pretrained):
+        spec = spec.short(1)
     with torch.device("meta"):
-        return net.build(run.objective.needs, run.data.shape, run.data.classes)
+        return spec.build(run.objective.needs, run.data.shape, run.data.classes)
 
 
 def drawn(run: Tree) -> nn.Module:
@@ -28,21 +30,22 @@ def drawn(run: Tree) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
-    for part in net.modules():
-        if isinstance(part, Live):
-            part.captions = run.conditions.names
+    for module in net.modules():
+        if isinstance(module, Live):
+            module.captions = run.conditions.names
     return net
 
 
 def deferred(run: Tree) -> tuple[nn.Module, Deferred]:
     """The same net, and what makes its weights one by one; a net from outside has them."""
-    weights = Deferred()
+    deferred_weights = Deferred()
     if not isinstance(run.net, DiT | MLP | Pretrained | UNet):
-        return drawn(run), weights
-    with weights:
+        return drawn(run), deferred_weights
+    with deferred_weights:
         net = drawn(run)
-    assert not (lost := weights.strange(net)), f"{lost[0]} is not drawn"
-    return net, weights
+    undrawn = deferred_weights.strange(net)
+    assert not undrawn, f"{undrawn[0]} is not drawn"
+    return net, deferred_weights
 
 
 def require_room(run: Tree, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:
@@ -51,10 +54,17 @@ def require_room(run: Tree, device: torch.device | str, copies: float = 0, rows:
     Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
     (`dumo.plan.plan`).
     """
-    net, numbers = outline(run), 2 * rows * prod(run.data.shape)
-    whole = sum(value.nbytes for value in net.state_dict().values())
-    frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-    size = int((whole + copies * (whole - frozen)) / share) + numbers * torch.float32.itemsize
-    what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
-    way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
-    dist.require_memory(size, what, way, device)
+    net = outline(run)
+    weight_bytes = sum(value.nbytes for value in net.state_dict().values())
+    frozen_bytes = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
+    trained_bytes = weight_bytes - frozen_bytes
+    row_bytes = prod(run.data.shape) * torch.float32.itemsize
+    batch_bytes = 2 * rows * row_bytes  # samples and their noise
+    needed_bytes = int((weight_bytes + copies * trained_bytes) / share) + batch_bytes
+    if rows:
+        content = "weights, gradients, optimizer, averages and a batch take"
+        fix = "take a smaller net (net.width, net.depth) or batch (train.batch)"
+    else:
+        content = "the net takes"
+        fix = "take a smaller net (net.width, net.depth)"
+    dist.require_memory(needed_bytes, content, fix, device)
