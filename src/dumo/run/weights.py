@@ -33,12 +33,14 @@ from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
-# Parts of a net that an objective asks for: another may lack them.
-PRIVATE = ("heads.", "gauges.", "scalars.", "own.", "gap.")
+# Weights that an objective asks for: the net of another may lack them.
+OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
+# Weights of heads: a subject's run must have those of its few-step run.
+HEAD_PREFIXES = ("heads.", "gap.")
 # Fields of a net that leave it the same function.
-SAME = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
+SAME_FUNCTION_FIELDS = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
 # Fields of a net in which a subject's run may differ from its few-step run.
-SUBJECT = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")
+SUBJECT_FIELDS = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class RunFolder:
 
 def sampler(run: Run, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
-    rows = min(ROWS, run.train.micro_batch or run.train.batch)
-    return Sampler(net, run.objective, run.path, run.data, run.sample, run.precision, rows)
+    max_rows = min(ROWS, run.train.micro_batch or run.train.batch)
+    return Sampler(net, run.objective, run.path, run.data, run.sample, run.precision, max_rows)
 
 
 def open_run(
@@ -102,43 +104,66 @@ def open_run(
     if overrides:
         require_trained(load(folder), run, folder)
     while True:
-        there = [*checkpoint.standing(folder / "checkpoints")]
+        steps_before = list(checkpoint.standing(folder / "checkpoints"))
         try:
             return open_weights(run, folder, weights, dist.device(device), fill=fill)
         except (UserError, OSError):
-            if there == [*checkpoint.standing(folder / "checkpoints")]:
+            steps_now = list(checkpoint.standing(folder / "checkpoints"))
+            if steps_now == steps_before:  # else a training has removed what was read
                 raise
 
 
-def require_trained(there: Run, run: Run, folder: Path) -> None:
+def require_trained(trained_run: Run, run: Run, folder: Path) -> None:
     """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
-    if differs := list(difference(there, run)):
-        raise UserError(f"these fields of {folder} are as they were trained:\n  " + "\n  ".join(differs))
-    if isinstance(run.data, Images) and run.data != there.data:
+    differing_fields = list(difference(trained_run, run))
+    if differing_fields:
+        raise UserError(f"these fields of {folder} are as they were trained:\n  " + "\n  ".join(differing_fields))
+    if isinstance(run.data, Images) and run.data != trained_run.data:
         undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
-        then, now = deviation.fingerprint(folder), undecoded.open().fingerprint()
-        if then not in (None, now):
+        trained_fingerprint = deviation.fingerprint(folder)
+        fingerprint = undecoded.open().fingerprint()
+        if trained_fingerprint not in (None, fingerprint):
             raise UserError(
-                f"data.root: {run.data.root} has other images than {folder} was trained on (fingerprint {now}, and "
-                f"{then} in {deviation.FILE}): say where those are"
+                f"data.root: {run.data.root} has other images than {folder} was trained on (fingerprint {fingerprint}, "
+                f"and {trained_fingerprint} in {deviation.FILE}): say where those are"
             )
 
 
 def open_weights(run: Run, folder: Path, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
-    last = checkpoint.latest(folder / "checkpoints", {shown(run.train)} if weights is None else ())
+    # find the file
+    hashed_parts = {shown(run.train)} if weights is None else ()
+    last = checkpoint.latest(folder / "checkpoints", hashed_parts)
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {typed(folder)}")
-    file = checkpoint.part(last, shown(run.train)) if weights is None else Path(weights)
-    if weights is not None and (wrong := manifest.fault_of(file)):
-        raise UserError(f"{wrong}: take other weights")
-    require_own(run, folder, last if weights is None else file)
-    net, made = load_net(run, file, device if fill else None)
-    name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
-    frozen.require(frozen.digest(net, made.made), about.frozen, folder)
+    if weights is None:
+        file = checkpoint.part(last, shown(run.train))
+        file_name = str(file.relative_to(folder))
+        require_own(run, folder, last)
+    else:
+        file = Path(weights)
+        file_name = weights
+        fault = manifest.fault_of(file)
+        if fault:
+            raise UserError(f"{fault}: take other weights")
+        require_own(run, folder, file)
+
+    # load it, and compare with what the checkpoint lists
+    net, deferred_weights = load_net(run, file, device if fill else None)
+    about = manifest.read(last)
+    frozen.require(frozen.digest(net, deferred_weights.made), about.frozen, folder)
     listed = about.files.get(file.name) if weights is None else None
-    step = checkpoint.step_of(file, about.step)
-    return RunFolder(run, folder, net, step, name, file, last, listed and listed.sha256, made)
+    return RunFolder(
+        run=run,
+        folder=folder,
+        net=net,
+        step=checkpoint.step_of(file, about.step),
+        weights=file_name,
+        file=file,
+        checkpoint=last,
+        listed=listed.sha256 if listed else None,
+        made=deferred_weights,
+    )
 
 
 def shown(train: Train) -> str:
@@ -153,25 +178,36 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     """
     if device is not None:
         require_room(run, device)
-    net, made = sketch(run)
-    there = {name: single(x) for name, x in outline(file).items()}  # what is trained in 16 bits is shown in float32
-    compare(file, there, own := frozen.trained(net), "the run", checkpoint.FIT)
-    found = {name: read for name, read in checkpoint.lazily(file).items() if name in own}
-    lay_in(net, made, {name: lambda read=read: single(read()) for name, read in found.items()})
+    net, deferred_weights = sketch(run)
+    trained_weights = frozen.trained(net)
+    # what is trained in 16 bits is shown in float32
+    file_weights = {name: single(x) for name, x in outline(file).items()}
+    compare(file, file_weights, trained_weights, "the run", checkpoint.FIT)
+    loaders: dict[str, Callable[[], Tensor]] = {}
+    for name, read in checkpoint.lazily(file).items():
+        if name in trained_weights:
+            loaders[name] = partial(read_single, read)
+    load_state(net, deferred_weights, loaders)
     if device is not None:
-        made.fill(net, device)
-    return net.eval(), made
+        deferred_weights.fill(net, device)
+    return net.eval(), deferred_weights
+
+
+def read_single(read: Callable[[], Tensor]) -> Tensor:
+    """What `read` returns, in float32 where it has 16 bits."""
+    return single(read())
 
 
 @torch.no_grad()
-def lay_in(net: nn.Module, made: Deferred, found: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Let a net have other numbers, by name; what is not made yet is, when it is wanted."""
-    own = net.state_dict()
-    for name, read in found.items():
-        if own[name] in made:
-            made.put(own[name], read)
+def load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Load tensors into a net by name. A deferred weight keeps its loader until it is made."""
+    weights = net.state_dict()
+    for name, load_tensor in loaders.items():
+        weight = weights[name]
+        if weight in deferred_weights:
+            deferred_weights.put(weight, load_tensor)
         else:
-            own[name].copy_(read())
+            weight.copy_(load_tensor())
 
 
 def build(run: Tree, device: torch.device | str = "cpu") -> nn.Module:
@@ -182,16 +218,16 @@ def build(run: Tree, device: torch.device | str = "cpu") -> nn.Module:
     require_room(run, device)
     if torch.device(device).type == "cpu" and not run.has_subject:
         return drawn(run)
-    net, weights = sketch(run)
-    return weights.fill(net, device)
+    net, deferred_weights = sketch(run)
+    return deferred_weights.fill(net, device)
 
 
 def sketch(run: Tree) -> tuple[nn.Module, Deferred]:
     """The same net on the CPU, and what makes its weights one by one; one from outside has them."""
-    net, weights = deferred(run)
+    net, deferred_weights = deferred(run)
     if run.has_subject:
-        load_few_step_run(run, net, weights)
-    return net, weights
+        load_few_step_run(run, net, deferred_weights)
+    return net, deferred_weights
 
 
 def few_step_run(run: Tree) -> RunFolder:
@@ -202,7 +238,7 @@ def few_step_run(run: Tree) -> RunFolder:
     start = run.start
     assert start, "a run without one has no subject"
     source = open_run(start.source, device="cpu", fill=False)
-    require_net(source.run, start, run.net, run.path, (*SAME, *SUBJECT))
+    require_net(source.run, start, run.net, run.path, (*SAME_FUNCTION_FIELDS, *SUBJECT_FIELDS))
     if start.sha256 not in (None, source.sha256):
         raise UserError(
             f"start.source: {start.source} has other weights ({source.weights}) than when this run began: put back "
@@ -211,26 +247,29 @@ def few_step_run(run: Tree) -> RunFolder:
     return source
 
 
-def load_few_step_run(run: Tree, net: nn.Module, made: Deferred) -> None:
-    """Let a net have what the few-step run trained, frozen; it is read when the net is made (`net.lora.subject`).
+def load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> None:
+    """Load what the few-step run trained into a net (`net.lora.subject`); it is read when the net is made.
 
     Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.
     """
     source = few_step_run(run)
-    found, own = frozen.trained(source.net), net.state_dict()
-    heads = {name for name in own if name.startswith(("heads.", "gap."))}
-    if alien := sorted(heads ^ {name for name in found if name.startswith(("heads.", "gap."))}):
+    source_weights = frozen.trained(source.net)
+    heads = {name for name in net.state_dict() if name.startswith(HEAD_PREFIXES)}
+    source_heads = {name for name in source_weights if name.startswith(HEAD_PREFIXES)}
+    differing_heads = sorted(heads ^ source_heads)
+    if differing_heads:
         raise UserError(
-            f"start: {source.folder} and this run differ in {alien[0]}: take the objective of that run, "
+            f"start: {source.folder} and this run differ in {differing_heads[0]}: take the objective of that run, "
             f"objective.kind={source.run.objective.kind}"
         )
-    lay_in(net, made, {name: partial(source.made.made, x) for name, x in found.items()})
-    there, here = source.run.net, run.net
-    assert isinstance(there, Pretrained)
-    assert isinstance(here, Pretrained)
-    if there.lora and here.lora and there.lora.frozen == here.lora.frozen:
-        now = frozen.digest(net, made.made, without=found)
-        frozen.require(now, manifest.read(source.checkpoint).frozen, source.folder)
+    load_state(net, deferred_weights, {name: partial(source.made.made, x) for name, x in source_weights.items()})
+    source_spec = source.run.net
+    spec = run.net
+    assert isinstance(source_spec, Pretrained)
+    assert isinstance(spec, Pretrained)
+    if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
+        frozen_digest = frozen.digest(net, deferred_weights.made, without=source_weights)
+        frozen.require(frozen_digest, manifest.read(source.checkpoint).frozen, source.folder)
 
 
 @lean()
@@ -239,17 +278,18 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
 
     Where there is none, the state is of another run (`start`), or as drawn. Raises UserError.
     """
-    places = folder / "checkpoints"
-    last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
+    checkpoints = folder / "checkpoints"
+    last = checkpoint.latest(checkpoints, together=True) if step is None else checkpoint.of_step(checkpoints, step)
+    deferred_weights: Deferred | None = None
     if run.start and not last and not run.has_subject:
-        net, made = begin_from(run, run.start)
+        net, deferred_weights = begin_from(run, run.start)
     elif dist.world() > 1:
-        net, made = sketch(run)
+        net, deferred_weights = sketch(run)
     else:
-        net, made = build(run, device), None
+        net = build(run, device)
     if isinstance(net, Dualized) and not (run.start or last):
-        net.refit(made)
-    state = begin_training(net, run.train, device, made, restored=last is not None)
+        net.refit(deferred_weights)
+    state = begin_training(net, run.train, device, deferred_weights, restored=last is not None)
     if last:
         last = checkpoint.go_on(last, state, or_before=step is None)
     return state, last
@@ -261,63 +301,83 @@ def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
     the rest, or not in these shapes, and where the same weights make another function there: another net or path.
     """
-    net, made = sketch(run)
+    net, deferred_weights = sketch(run)
     if start.kind == "run":
-        found, theirs = of_run(start, run.net, run.path)
+        source_weights, source_deferred = read_run(start, run.net, run.path)
     else:
-        found, theirs = published.read(start, run.net, run.path, net), Deferred()
-    wanted = net.state_dict()
-    there = {f"heads.{new}.": f"heads.{old}." for new, old in start.heads.items()}
+        source_weights = published.read(start, run.net, run.path, net)
+        source_deferred = Deferred()
+    require_source_heads(start, source_weights)
 
-    def their_name(name: str) -> str:
-        new = next((new for new in there if name.startswith(new)), None)
-        return name if new is None else there[new] + name.removeprefix(new)
-
-    if lacking := [new for new, old in there.items() if not any(name.startswith(old) for name in found)]:
-        have = dict.fromkeys(name.split(".")[1] for name in found if name.startswith("heads."))
-        old, said = there[lacking[0]].split(".")[1], f"its heads are {', '.join(have)}" if have else "it has none"
-        raise UserError(f"start.heads: {start.source} has no head '{old}', {said}")
-    fits = {
-        name for name, w in wanted.items() if their_name(name) in found and found[their_name(name)].shape == w.shape
-    }
-    alien = [
-        f"{start.source} has no {name} of shape {tuple(w.shape)}"
-        for name, w in wanted.items()
-        if name not in fits and not name.startswith(PRIVATE)
-    ]
-    alien += [f"this one has no {name}" for name in found if name not in wanted and not name.startswith(PRIVATE)]
-    if alien:
+    # take what fits
+    weights = net.state_dict()
+    loaders: dict[str, Callable[[], Tensor]] = {}
+    mismatches: list[str] = []
+    for name, weight in weights.items():
+        source_weight = source_weights.get(source_name(name, start.heads))
+        if source_weight is not None and source_weight.shape == weight.shape:
+            loaders[name] = partial(source_deferred.made, source_weight)
+        elif not name.startswith(OPTIONAL_PREFIXES):
+            mismatches.append(f"{start.source} has no {name} of shape {tuple(weight.shape)}")
+    for name in source_weights:
+        if name not in weights and not name.startswith(OPTIONAL_PREFIXES):
+            mismatches.append(f"this one has no {name}")
+    if mismatches:
         raise UserError(
-            f"start: the nets differ, {alien[0]}: take a run of this net.route on data of this shape and number of "
-            "classes, or set start=null"
+            f"start: the nets differ, {mismatches[0]}: take a run of this net.route on data of this shape and number "
+            "of classes, or set start=null"
         )
-    lay_in(net, made, {name: partial(theirs.made, found[their_name(name)]) for name in fits})
-    return net, made
+    load_state(net, deferred_weights, loaders)
+    return net, deferred_weights
 
 
-def of_run(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
+def require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a head is to begin as one that the source does not have (`start.heads`)."""
+    source_heads = dict.fromkeys(name.split(".")[1] for name in source_weights if name.startswith("heads."))
+    for source_head in start.heads.values():
+        if any(name.startswith(f"heads.{source_head}.") for name in source_weights):
+            continue
+        if not source_heads:
+            raise UserError(f"start.heads: {start.source} has no head '{source_head}', it has none")
+        raise UserError(
+            f"start.heads: {start.source} has no head '{source_head}', its heads are {', '.join(source_heads)}"
+        )
+
+
+def source_name(name: str, heads: Mapping[str, str]) -> str:
+    """The name that a weight has in the source, where heads begin as others: `heads` is `start.heads`."""
+    for head, source_head in heads.items():
+        prefix = f"heads.{head}."
+        if name.startswith(prefix):
+            return f"heads.{source_head}." + name.removeprefix(prefix)
+    return name
+
+
+def read_run(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
     """The weights of another run, and what reads them.
 
     Raises UserError where they make another function of this net, or on this path.
     """
     source = open_run(start.source, device="cpu", fill=False)
-    require_net(source.run, start, net, path, SAME)
+    require_net(source.run, start, net, path, SAME_FUNCTION_FIELDS)
     return source.net.state_dict(), source.made
 
 
-def require_net(source: Run, start: Start, net: Net, path: FlowPath, same: tuple[str, ...]) -> None:
-    """Raise UserError where a run has another net or path, but for fields that begin as one of `same`."""
-    differs = [*differing("net", source.net, net), *differing("path", source.path, path)]
-    same = same if "r" in source.objective.needs.names else (*same, "net.late:")  # of r no block knew
-    if differs := [line for line in differs if not line.startswith(same)]:
+def require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
+    """Raise UserError where a run has another net or path, but for fields that begin as one of `free_fields`."""
+    if "r" not in source.objective.needs.names:  # of r no block knew
+        free_fields = (*free_fields, "net.late:")
+    lines = [*difference_lines("net", source.net, net), *difference_lines("path", source.path, path)]
+    mismatches = [line for line in lines if not line.startswith(free_fields)]
+    if mismatches:
         raise UserError(
-            f"start: the nets differ, {start.source} has another {'; '.join(differs)}: set these fields as they are "
+            f"start: the nets differ, {start.source} has another {'; '.join(mismatches)}: set these fields as they are "
             "there, or start=null"
         )
 
 
-def differing(name: str, was: Spec, now: Spec) -> list[str]:
-    """A line per field in which two parts of a run of this name differ."""
+def difference_lines(part_name: str, was: Spec, now: Spec) -> list[str]:
+    """A line for each field in which two parts of a run of this name differ."""
     if type(was) is type(now):
-        return [str(one) for one in differences(was, now, f"{name}.")]
-    return [str(Difference(name, was.model_dump(mode="json"), now.model_dump(mode="json"), may=False))]
+        return [str(field_difference) for field_difference in differences(was, now, f"{part_name}.")]
+    return [str(Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"), may=False))]
