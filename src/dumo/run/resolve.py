@@ -26,10 +26,11 @@ from dumo.data.cache import read_contents
 from dumo.data.caption import Files
 from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
+from dumo.flow.path import Path as FlowPath
 from dumo.flow.reading import taught
 from dumo.io import digest
 from dumo.io.read import user_path
-from dumo.nets import Pretrained
+from dumo.nets import Net, Pretrained
 from dumo.nets.table import Tabled
 from dumo.run.fit import check_opened
 from dumo.run.weights import few_step_run
@@ -39,16 +40,17 @@ S = TypeVar("S", bound=Spec)
 
 
 def resolve(run: Run) -> Run:
-    """The run with the classes and names of its data, its captions' digest, and the identity of its table of texts.
+    """Fill in what only files can tell, and record it under `resolved`.
 
-    And with the schedule of its pipeline, and a hash of the code of every class from outside. A run that has them, as
-    one read from its folder, stays as it is; so does what is not there yet. Raises UserError where what is found
-    contradicts the spec, or the net does not fit.
+    That is: classes, names and captions' digest of the data, the identity of the table of texts, the pipeline's
+    schedule, and a hash of the code of every class from outside. What is not there yet is skipped, and a resolved run,
+    as one read from its folder, is returned as it is. Raises UserError where what is found contradicts the spec, or the
+    net does not fit.
     """
-    resolved = resolve_again(run)
-    if resolved is run:
+    resolved_run = resolve_again(run)
+    if resolved_run is run:
         check_opened(run)
-    return resolved
+    return resolved_run
 
 
 def resolve_again(run: Run) -> Run:
@@ -57,33 +59,70 @@ def resolve_again(run: Run) -> Run:
     Raises UserError as `resolve`.
     """
     require_few_step_velocity(run)
-    texts, net = run.net.texts, run.net
+    data = resolve_data(run)
+    net = resolve_text_table(run.net, data)
+    path = resolve_schedule(run.path, net)
+    resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
+    facts = new_facts(run, resolved_run)
+    if not facts:
+        return run
+    check(resolved_run)
+    check_opened(resolved_run)
+    return resolved_run.model_copy(update={"resolved": run.resolved | facts})
+
+
+def resolve_data(run: Run) -> Data:
+    """The run's data with what their files say. Raises UserError, with the fix where a pipeline's texts lack captions.
+
+    Else as `found_data`.
+    """
     try:
-        data = found_data(run.data)
+        return found_data(run.data)
     except NoCaptionsError as error:
+        texts = run.net.texts
         if texts and texts.kind == "pipeline":
             raise UserError(f"{error}: {ways_to_captions(run.data)}") from error
         raise
-    if isinstance(texts, Tabled):
-        net = net.model_copy(update={"texts": texts.found()})
-        if texts.identity is None:
-            require_captions(data, texts)
-    path = run.path
-    if isinstance(path, Diffusion) and path.schedule is None and isinstance(net, Pretrained) and (frame := net.frame):
-        path = path.model_copy(update={"schedule": frame.schedule})
-    found = run.model_copy(update={"data": data, "net": net, "path": path})
-    new = {one.field: one.now for one in differences(run, found)}
-    if isinstance(texts, Tabled) and isinstance(net.texts, Tabled) and net.texts.identity != texts.identity:
-        new["net.texts.identity"] = net.texts.identity
+
+
+def resolve_text_table(net: Net, data: Data) -> Net:
+    """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
+    texts = net.texts
+    if not isinstance(texts, Tabled):
+        return net
+    resolved_net = net.model_copy(update={"texts": texts.found()})
+    if texts.identity is None:
+        require_captions(data, texts)
+    return resolved_net
+
+
+def resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
+    """A diffusion's path with the schedule of the net's pipeline; another as it is."""
+    if not isinstance(path, Diffusion) or path.schedule is not None or not isinstance(net, Pretrained):
+        return path
+    frame = net.frame
+    if not frame:
+        return path
+    return path.model_copy(update={"schedule": frame.schedule})
+
+
+def new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
+    """What resolving a run has changed, by field, and the hashes of its code where it has none yet."""
+    facts: dict[str, object] = {}
+    for field_difference in differences(run, resolved_run):
+        facts[field_difference.field] = field_difference.now
+    texts = run.net.texts
+    resolved_texts = resolved_run.net.texts
+    if isinstance(texts, Tabled) and isinstance(resolved_texts, Tabled) and resolved_texts.identity != texts.identity:
+        facts["net.texts.identity"] = resolved_texts.identity
+    path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
-        new["path.schedule"] = path.schedule.model_dump(mode="json")
-    if CODE not in run.resolved and (codes := dict(codes_of(run))):
-        new[CODE] = codes
-    if not new:
-        return run
-    check(found)
-    check_opened(found)
-    return found.model_copy(update={"resolved": run.resolved | new})
+        facts["path.schedule"] = path.schedule.model_dump(mode="json")
+    if CODE not in run.resolved:
+        codes = dict(codes_of(run))
+        if codes:
+            facts[CODE] = codes
+    return facts
 
 
 def require_few_step_velocity(run: Run) -> None:
@@ -99,27 +138,37 @@ def require_few_step_velocity(run: Run) -> None:
         return
     objective = load(folder).objective
     if taught(objective).velocity is None:
-        why = no_velocity("teacher.kind=base", folder, objective)
-        raise UserError(f"{why}; or learn from the photographs alone, data.prior=null teacher=null")
+        problem = no_velocity("teacher.kind=base", folder, objective)
+        raise UserError(f"{problem}; or learn from the photographs alone, data.prior=null teacher=null")
 
 
 def found_data(data: Data) -> Data:
     """The data with what their files say of them. Raises UserError as `resolve`, after the field of the images."""
+    if not isinstance(data, Images | Latents):
+        return data
     try:
-        return data.found() if isinstance(data, Images | Latents) else data
+        return data.found()
     except UserError as error:
-        raise type(error)(f"data{'.images' * isinstance(data, Latents)}: {error}") from error
+        images_field = "data.images" if isinstance(data, Latents) else "data"
+        raise type(error)(f"{images_field}: {error}") from error
 
 
 def require_captions(data: Data, texts: Tabled) -> None:
     """Raise UserError where there is a table of texts that is not of these data's captions."""
-    captions, names = Conditions(data).captions, Conditions(data).names
-    now = captions.digest if isinstance(captions, Files) else digest.short(*names) if names else None
-    there = texts.digest() if captions and now else None  # else the data are not here
-    if there not in (None, now):
+    captions = Conditions(data).captions
+    names = Conditions(data).names
+    data_digest: str | None = None
+    if isinstance(captions, Files):
+        data_digest = captions.digest
+    elif names:
+        data_digest = digest.short(*names)
+    if not captions or not data_digest:  # the data are not here
+        return
+    table_digest = texts.digest()
+    if table_digest not in (None, data_digest):
         raise UserError(
-            f"net.texts.root: {texts.folder} is of other captions (digest {there}) than the data's ({now}): encode "
-            "these into another folder, dumo encode RECIPE --set net.texts.root=DIR"
+            f"net.texts.root: {texts.folder} is of other captions (digest {table_digest}) than the data's "
+            f"({data_digest}): encode these into another folder, dumo encode RECIPE --set net.texts.root=DIR"
         )
 
 
@@ -129,32 +178,53 @@ def placed(run: Run, before: Run | None = None) -> Run:
     `before` is the run of the folder it goes on in: what is given in the same words is where it was when that began,
     whatever variables and the working directory say now. What is not there, and may be a name, stays as it is.
     """
-    old, words = (dict(places(before)), given(before.resolved)) if before else ({}, {})
-    said = dict[str, str]()
+    places_before: dict[str, str] = {}
+    words_before: dict[str, str] = {}
+    if before:
+        places_before = dict(places(before))
+        words_before = given(before.resolved)
+    words: dict[str, str] = {}
 
     def place(field: str, text: str, extra: JsonDict) -> str:
-        again = field in old and text in (old[field], words.get(field))
-        said[field] = words.get(field, text) if again else text
-        text = old[field] if again else text
-        return text if text in cast(list[str], extra.get("names", ())) else whole(text, maybe=extra["where"] == "maybe")
+        is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
+        if is_unchanged:
+            words[field] = words_before.get(field, text)
+            text = places_before[field]
+        else:
+            words[field] = text
+        if text in cast(list[str], extra.get("names", ())):
+            return text
+        return whole(text, maybe=extra["where"] == "maybe")
 
-    there = in_places(run, place)
-    kept: dict[str, JsonValue] = {field: said[field] for field, text in places(there) if said[field] != text}
-    rest = {name: value for name, value in run.resolved.items() if name != GIVEN}
-    return there.model_copy(update={"resolved": rest | ({GIVEN: kept} if kept else {})})
+    placed_run = in_places(run, place)
+    given_words: dict[str, JsonValue] = {}
+    for field, text in places(placed_run):
+        if words[field] != text:
+            given_words[field] = words[field]
+    resolved = without_given(run.resolved)
+    if given_words:
+        resolved[GIVEN] = given_words
+    return placed_run.model_copy(update={"resolved": resolved})
 
 
 def given(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     """The words that places were given in, by field, where these are not the whole paths."""
-    found = resolved.get(GIVEN)
-    return {field: str(text) for field, text in found.items()} if isinstance(found, dict) else {}
+    words = resolved.get(GIVEN)
+    if not isinstance(words, dict):
+        return {}
+    return {field: str(text) for field, text in words.items()}
+
+
+def without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """What was resolved, without the words that places were given in."""
+    return {name: value for name, value in resolved.items() if name != GIVEN}
 
 
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in, of a whole path the last part."""
     words = given(run.resolved)
-    there = in_places(run, lambda field, text, _: without_path(words.get(field, text)))
-    return there.model_copy(update={"resolved": {name: value for name, value in run.resolved.items() if name != GIVEN}})
+    run_as_given = in_places(run, lambda field, text, _: without_path(words.get(field, text)))
+    return run_as_given.model_copy(update={"resolved": without_given(run.resolved)})
 
 
 def without_path(place: str) -> str:
@@ -164,30 +234,31 @@ def without_path(place: str) -> str:
 
 def places(spec: Spec) -> list[tuple[str, str]]:
     """The fields that say where something lies, and what they say."""
-    found = list[tuple[str, str]]()
+    texts_by_field: list[tuple[str, str]] = []
 
     def note(field: str, text: str, _: JsonDict) -> str:
-        found.append((field, text))
+        texts_by_field.append((field, text))
         return text
 
     in_places(spec, note)
-    return found
+    return texts_by_field
 
 
 def in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
     """A spec with its places, at any depth, as `change` makes them of field, text, and what the field is marked by."""
-    new = dict[str, object]()
+    changes: dict[str, object] = {}
     for name, field in type(part).model_fields.items():
-        value, extra = getattr(part, name), field.json_schema_extra
+        value = getattr(part, name)
+        extra = field.json_schema_extra
         if isinstance(value, Spec):
-            changed: object = in_places(value, change, f"{prefix}{name}.")
+            new_value: object = in_places(value, change, f"{prefix}{name}.")
         elif isinstance(value, str) and isinstance(extra, dict) and "where" in extra:
-            changed = change(f"{prefix}{name}", value, extra)
+            new_value = change(f"{prefix}{name}", value, extra)
         else:
             continue
-        if changed != value:
-            new[name] = changed
-    return part.model_copy(update=new) if new else part
+        if new_value != value:
+            changes[name] = new_value
+    return part.model_copy(update=changes) if changes else part
 
 
 def whole(text: str, *, maybe: bool = False) -> str:
@@ -204,15 +275,23 @@ def whole(text: str, *, maybe: bool = False) -> str:
 
 def pinned(run: Run, before: Run | None = None) -> Run:
     """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
-    old = pins(before) if before else {}
-    lacking = {field: find for field, (known, find) in pins(run).items() if known is None}
-    found = {field: old[field][0] if field in old else None for field in lacking}
-    new = {field: value for field, find in lacking.items() if (value := found[field] or find())}
-    if not new:
+    pins_before = pins(before) if before else {}
+    new_pins: dict[str, Pin] = {}
+    for field, (known_pin, find_pin) in pins(run).items():
+        if known_pin is not None:
+            continue
+        pin: Pin = None
+        if field in pins_before:
+            pin, _ = pins_before[field]
+        if not pin:
+            pin = find_pin()
+        if pin:
+            new_pins[field] = pin
+    if not new_pins:
         return run
     tree = run.model_dump(mode="json")
-    override(tree, [f"{field}={shown(value)}" for field, value in new.items()])
-    return parse(Run, tree | {"resolved": run.resolved | new})
+    override(tree, [f"{field}={shown(pin)}" for field, pin in new_pins.items()])
+    return parse(Run, tree | {"resolved": run.resolved | new_pins})
 
 
 Pin = str | dict[str, str] | None  # a hash, or the facts of a pipeline
@@ -220,16 +299,21 @@ Pin = str | dict[str, str] | None  # a hash, or the facts of a pipeline
 
 def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
     """The hashes that a run has a field for, and what finds each: of a codec that is not here, that of the cache."""
-    found, data, pipeline = dict[str, tuple[Pin, Callable[[], Pin]]](), run.data, run.pipeline
+    pins_by_field: dict[str, tuple[Pin, Callable[[], Pin]]] = {}
+    data = run.data
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
 
-        def of_codec() -> str | None:
-            there = read_contents(data.folder)
-            return data.codec.digest() or (there and there.weights)
+        def find_codec_hash() -> str | None:
+            cache = read_contents(data.folder)
+            codec_hash = data.codec.digest()
+            if codec_hash or cache is None:
+                return codec_hash
+            return cache.weights
 
-        found["data.codec.sha256"] = data.codec.sha256, of_codec
+        pins_by_field["data.codec.sha256"] = (data.codec.sha256, find_codec_hash)
+    pipeline = run.pipeline
     if pipeline:
-        found["pipeline.facts"] = pipeline.facts, lambda: pipeline.found().facts
+        pins_by_field["pipeline.facts"] = (pipeline.facts, lambda: pipeline.found().facts)
     if run.start and run.has_subject:
-        found["start.sha256"] = run.start.sha256, lambda: few_step_run(run).sha256
-    return found
+        pins_by_field["start.sha256"] = (run.start.sha256, lambda: few_step_run(run).sha256)
+    return pins_by_field
