@@ -19,7 +19,7 @@ from dumo.types import UserError
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 NO_CHECKPOINT_YET = ".unsaved"  # empty file: from before the first step until the first checkpoint is written
 CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run without a checkpoint has lost it
-WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
+WRITTEN_FILES = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
 
 
 def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> None:
@@ -28,26 +28,33 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     `step` is that of the checkpoint to go on from; None: of the last one. `accept`: fields may differ. Raises
     UserError, with the difference if not, and where it has no checkpoint of that step.
     """
+    # the folder's name
     if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
-    standing = checkpoint.standing(folder / "checkpoints")
-    steps = [*standing]
-    if step is not None and step not in steps:
-        there = f"it has those of step {', '.join(f'{n}' for n in steps)}" if steps else "it has none"
-        raise UserError(f"--from {step}: {folder} has no checkpoint of that step: {there}")
-    if (done := max(steps, default=0) if step is None else step) > run.train.steps:
-        raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
+
+    # its steps
+    checkpoints = checkpoint.standing(folder / "checkpoints")
+    if step is not None and step not in checkpoints:
+        problem = f"--from {step}: {folder} has no checkpoint of that step"
+        if not checkpoints:
+            raise UserError(f"{problem}: it has none")
+        raise UserError(f"{problem}: it has those of step {', '.join(map(str, checkpoints))}")
+    steps_done = max(checkpoints, default=0) if step is None else step
+    if steps_done > run.train.steps:
+        raise UserError(f"{folder} has {steps_done} steps behind it, so train.steps={run.train.steps} is no more to do")
+
+    # its run
     if (folder / FILE).exists():
-        there = Written(load(folder), noted(folder))
-        if not steps:
-            require_no_lost_checkpoint(folder, there.run.train)
-        require_same(there, run, folder, newest(standing, step), accept=accept)
-    elif steps:
+        written = Written(load(folder), noted(folder))
+        if not checkpoints:
+            require_no_lost_checkpoint(folder, written.run.train)
+        require_same(written, run, folder, newest(checkpoints, step), accept=accept)
+    elif checkpoints:
         raise UserError(
             f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
             f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
         )
-    elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LOCK and not is_half_written(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
 
 
@@ -57,8 +64,8 @@ def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     The folder's mark says whether one was written; where the log is gone, too, somebody has cleared the run. Of a run
     from before there were marks, the log says so where it goes on after the first step that is saved by its number.
     """
-    file = folder / "metrics.jsonl"
-    if not file.exists():
+    log_file = folder / "metrics.jsonl"
+    if not log_file.exists():
         return
     if (folder / CHECKPOINT_WRITTEN).exists():
         raise UserError(
@@ -67,24 +74,27 @@ def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
         )
     if (folder / NO_CHECKPOINT_YET).exists():
         return
-    last = max((row["step"] for row in read_log(file)), default=0)
-    if last > min(train.save_every, train.steps):  # that one is saved once the slope has been examined on it
+    last_step = max((row["step"] for row in read_log(log_file)), default=0)
+    first_saved_step = min(train.save_every, train.steps)
+    if last_step > first_saved_step:  # that one is saved once the slope has been examined on it
         raise UserError(
-            f"{file} reaches step {last}, and {folder / 'checkpoints'} has no checkpoint: bring back what it was on. "
-            f"To train from the start give another folder with --out, or move {file} away"
+            f"{log_file} reaches step {last_step}, and {folder / 'checkpoints'} has no checkpoint: bring back what it "
+            f"was on. To train from the start give another folder with --out, or move {log_file} away"
         )
 
 
-def ours(path: Path) -> bool:
+def is_half_written(path: Path) -> bool:
     """Whether a file of a run's folder is what a training that was killed left half-written."""
-    return path.name.startswith(tuple(f".{name}." for name in WRITTEN)) and not path.is_dir()
+    prefixes = tuple(f".{name}." for name in WRITTEN_FILES)
+    return path.name.startswith(prefixes) and not path.is_dir()
 
 
-def sweep(folder: Path) -> None:
+def remove_half_written(folder: Path) -> None:
     """Remove what a training that was killed left half-written. The folder must be held."""
-    left = [path for path in folder.iterdir() if ours(path)]
-    left += [path for place in manifest.places(folder) for path in place.glob(".step-*.tmp")]
-    for path in left:
+    half_written = [path for path in folder.iterdir() if is_half_written(path)]
+    for place in manifest.places(folder):
+        half_written += place.glob(".step-*.tmp")
+    for path in half_written:
         files.remove(path)
 
 
@@ -95,18 +105,18 @@ def held(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fals
     Raises UserError as `claim`, and where another process is training there.
     """
     claim(run, folder, step, accept=accept)
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
             claim(run, folder, step, accept=accept)  # who held it before may have left another run
-            sweep(folder)
+            remove_half_written(folder)
             with guard_run_folder(folder):
                 yield
     finally:
         with suppress(OSError):  # it is not empty: something was written
-            for path in new:
-                path.rmdir()
+            for new_folder in new_folders:
+                new_folder.rmdir()
 
 
 @contextmanager
@@ -155,11 +165,11 @@ def mark_no_checkpoint_yet(folder: Path) -> None:
 
 def mark_checkpoint_written(folder: Path) -> None:
     """Write down that the run has a checkpoint: from now on one that is not there was lost."""
-    before = folder / NO_CHECKPOINT_YET
+    mark_before = folder / NO_CHECKPOINT_YET
     mark = folder / CHECKPOINT_WRITTEN
     files.require_in_place(mark)
-    if before.exists():
-        before.replace(mark)
+    if mark_before.exists():
+        mark_before.replace(mark)
     elif mark.exists():
         return
     else:  # of a run from before there were marks
