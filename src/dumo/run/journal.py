@@ -31,10 +31,10 @@ from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
 from dumo.training.optim import Muon, embedders, halved
+from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
-from dumo.training.step import Record
 
 MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
@@ -81,8 +81,9 @@ class Journal:
 
         Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
-        if number := next(filter(None, agreement.agreed(signals.poll)), None):
-            raise signals.Stopped(number)
+        for signal_number in agreement.agreed(signals.poll):
+            if signal_number:
+                raise signals.Stopped(signal_number)
         if 0 < state.step <= self.first:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
@@ -102,7 +103,8 @@ class Journal:
         if not dist.is_main():
             return
         if record.burst:
-            embeds = embedders(state.net).issuperset(state.modules[next(iter(record.burst))])
+            module_name = next(iter(record.burst))
+            embeds = embedders(state.net).issuperset(state.modules[module_name])
             self.tell(burst_text(self.run.train, self.folder, record, embeds=embeds))
         if scheduled or record.skipped or record.burst or record.probe or scores:
             row = record.row()
@@ -111,20 +113,26 @@ class Journal:
             if scores:
                 row["val"] = scores
             if record.skipped:
-                row["skipped"]["rows"] = self.numbered(record)
-                rows = "; ".join(row_text(row) for row in row["skipped"]["rows"][:3])
-                self.tell(f"step {record.step:,} is skipped: {record.skipped}{rows and f': {rows}'}")
+                blamed_rows = self.blamed_rows(record.step, record.skipped)
+                row["skipped"]["rows"] = blamed_rows
+                message = f"step {record.step:,} is skipped: {record.skipped}"
+                if blamed_rows:
+                    message += ": " + "; ".join(map(row_text, blamed_rows[:3]))
+                self.tell(message)
             log.append(self.folder / "metrics.jsonl", row)
 
-    def numbered(self, record: Record) -> list[dict[str, Any]]:
+    def blamed_rows(self, step: int, skipped: Skipped) -> list[dict[str, Any]]:
         """The rows to blame for a skipped step, each with its number in the data set in place of that in the batch."""
-        train, rows = self.run.train, record.skipped.rows if record.skipped else []
-        numbers = self.source.numbers(record.step - 1, train.batch, train.seed) if rows else None
-        return [
-            {key: value for key, value in row.items() if key != "place"}
-            | {"image": None if numbers is None else int(numbers[int(row["place"] or 0)])}
-            for row in rows
-        ]
+        if not skipped.rows:
+            return []
+        train = self.run.train
+        numbers = self.source.numbers(step - 1, train.batch, train.seed)
+        rows: list[dict[str, Any]] = []
+        for batch_row in skipped.rows:
+            row: dict[str, Any] = {key: value for key, value in batch_row.items() if key != "place"}
+            row["image"] = None if numbers is None else int(numbers[int(batch_row["place"] or 0)])
+            rows.append(row)
+        return rows
 
     def mark(self, state: State, record: Record | None = None) -> None:
         """The weights that are shown, at a milestone; averages by a power, where a snapshot is due."""
@@ -138,30 +146,33 @@ class Journal:
 
         Up to the first one its weights are examined before; not where somebody waits for it to stop.
         """
-        asked, last = record.asked is not None, state.step == self.run.train.steps
-        if asked or record.due or state.step % self.first == 0 or last:
+        is_asked_to_stop = record.asked is not None
+        is_last = state.step == self.run.train.steps
+        if is_asked_to_stop or record.due or state.step % self.first == 0 or is_last:
             self.saver.wait()
-            if state.step <= self.first and not asked:
+            if state.step <= self.first and not is_asked_to_stop:
                 self.examine(state)
             self.save(state)
-            if asked or last:
+            if is_asked_to_stop or is_last:
                 self.saver.wait()
 
     def save(self, state: State) -> None:
         """A checkpoint of this step, written while the next ones are made; the log up to it is on the disk before."""
         self.saver.wait()  # its memory is filled anew
-        file, step, keep = self.folder / "metrics.jsonl", state.step, self.run.train.keep
-        logged = agreement.own(lambda: log.listed(file) if dist.is_main() else None)
+        log_file = self.folder / "metrics.jsonl"
+        step = state.step
+        logged = agreement.own(lambda: log.listed(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
         notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
             agreement.main(self.restore_run_file)
-            agreement.main(lambda: log.flush(file))
-            checkpoint.put(self.folder / "checkpoints", copy, keep)
+            agreement.main(lambda: log.flush(log_file))
+            checkpoint.put(self.folder / "checkpoints", copy, self.run.train.keep)
             agreement.main(lambda: mark_checkpoint_written(self.folder))
-            if validation := self.validation:
+            validation = self.validation
+            if validation:
                 agreement.main(lambda: validation.tidy(step))
 
         self.saver.start(write)
@@ -180,11 +191,13 @@ class Journal:
 
         A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
         """
-        size = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
-        most = agreement.main(lambda: dist.memory(self.device))
-        if self.run.objective.needs.slope and size > most:
-            what = f"copies of them take {sized(size)} of memory, and {self.device} has {sized(most)}"
-            self.tell(f"the slope is not examined on the weights in training: {what}")
+        copies_bytes = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
+        device_bytes = agreement.main(lambda: dist.memory(self.device))
+        if self.run.objective.needs.slope and copies_bytes > device_bytes:
+            self.tell(
+                f"the slope is not examined on the weights in training: copies of them take {sized(copies_bytes)} of "
+                f"memory, and {self.device} has {sized(device_bytes)}"
+            )
             return
         net = layout.gathered(state.net, partial(build, self.run))
         examination.examine_weights(self.run, net, self.device).require()
@@ -192,9 +205,13 @@ class Journal:
 
 def row_text(row: dict[str, Any]) -> str:
     """A row of a batch in words."""
-    image = [] if row["image"] is None else [f"image {row['image']}"]
-    rank = [f"rank {row['rank']}"] if dist.world() > 1 else []
-    return ", ".join([*image, *rank, f"t {row['t']:.3f}"])
+    parts: list[str] = []
+    if row["image"] is not None:
+        parts.append(f"image {row['image']}")
+    if dist.world() > 1:
+        parts.append(f"rank {row['rank']}")
+    parts.append(f"t {row['t']:.3f}")
+    return ", ".join(parts)
 
 
 def slope_in_time(state: State) -> float | None:
@@ -210,54 +227,70 @@ def burst_text(train: Train, folder: Path, record: Record, *, embeds: bool = Fal
 
     `embeds`: whether that module is an embedder of times.
     """
-    name, times = next(iter(record.burst.items()))
-    now = f"{record.grad_norms[name]:.3g}, {times:.2g} times its median of the last {WINDOW} steps"
-    line = f"warning: step {record.step:,}: the gradient norm of {name} is {now}: the training may break here. "
-    rate, rates = "half the rate", halved(train.optimizer)
-    if embeds and isinstance(train.optimizer, Muon):
-        rate, rates = "an eighth of its rate", {"time_lr": train.optimizer.embedders_lr / CALM}
+    name, factor = next(iter(record.burst.items()))
+    warning = (
+        f"warning: step {record.step:,}: the gradient norm of {name} is {record.grad_norms[name]:.3g}, {factor:.2g} "
+        f"times its median of the last {WINDOW} steps: the training may break here."
+    )
     step = last_good(folder, record.step - LASTS)
     if step is None:
-        return line + "No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
+        return f"{warning} No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
+    if embeds and isinstance(train.optimizer, Muon):
+        lower_rate = "an eighth of its rate"
+        rates = {"time_lr": train.optimizer.embedders_lr / CALM}
+    else:
+        lower_rate = "half the rate"
+        rates = halved(train.optimizer)
     return (
-        f"{line}If the loss's parts grow, stop it, and go on from step {step:,} at {rate}:  "
-        f"{lower_rate(folder, step, rates)}"
+        f"{warning} If the loss's parts grow, stop it, and go on from step {step:,} at {lower_rate}:  "
+        f"{command_at_rates(folder, step, rates)}"
     )
 
 
 def way_back(train: Train, folder: Path, step: int) -> str:
     """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
-    good = last_good(folder, step)
-    words = "from the start" if good is None else "from its last good checkpoint"
-    return f"To go on {words} at half the rate:  {lower_rate(folder, good, halved(train.optimizer))}"
+    good_step = last_good(folder, step)
+    place = "from the start" if good_step is None else "from its last good checkpoint"
+    command = command_at_rates(folder, good_step, halved(train.optimizer))
+    return f"To go on {place} at half the rate:  {command}"
 
 
 def last_good(folder: Path, step: int) -> int | None:
     """The step of the last good checkpoint up to a step; None if there is none."""
-    for n, path in reversed([*manifest.standing(folder / "checkpoints").items()]):
-        if n <= step and manifest.sound(path) and manifest.read(path).trend.good:
-            return n
+    checkpoints = manifest.standing(folder / "checkpoints")
+    for checkpoint_step, path in reversed(checkpoints.items()):
+        if checkpoint_step <= step and manifest.sound(path) and manifest.read(path).trend.good:
+            return checkpoint_step
     return None
 
 
-def lower_rate(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
+def command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
     """The command that goes on at these rates, from the checkpoint of a step, or as the folder stands."""
-    start = [] if step is None else ["--from", str(step)]
-    sets = [word for name, rate in rates.items() for word in ("--set", f"train.optimizer.{name}={rate:g}")]
-    return " ".join([join([*started(), "train"]), typed(folder), join([*start, *sets])])
+    options: list[str] = []
+    if step is not None:
+        options += ["--from", str(step)]
+    for name, rate in rates.items():
+        options += ["--set", f"train.optimizer.{name}={rate:g}"]
+    program = join([*program_words(), "train"])
+    return f"{program} {typed(folder)} {join(options)}"
 
 
-def started() -> list[str]:
+def program_words() -> list[str]:
     """How this program was started, in words for a shell."""
-    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ["dumo"] if dist.world() == 1 else ["torchrun", "--nproc-per-node", each, "-m", "dumo"]
+    if dist.world() == 1:
+        return ["dumo"]
+    ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ["torchrun", "--nproc-per-node", ranks_per_node, "-m", "dumo"]
 
 
-def stretched(was: Train, now: int, done: int) -> Iterator[str]:
+def schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
     """That the steps already done had the rates of a schedule of another length, where those of this one differ."""
-    if was.stretched(now, done):
-        other = f"the {'shorter' if was.steps < now else 'longer'} {was.schedule.kind} schedule"
-        yield f"train.steps is {now:,}, and was {was.steps:,}: the {done:,} steps already done had the rates of {other}"
+    if train_before.stretched(steps, steps_done):
+        length = "shorter" if train_before.steps < steps else "longer"
+        yield (
+            f"train.steps is {steps:,}, and was {train_before.steps:,}: the {steps_done:,} steps already done had the "
+            f"rates of the {length} {train_before.schedule.kind} schedule"
+        )
 
 
 @dataclass(frozen=True)
@@ -271,7 +304,7 @@ class History:
     fingerprint: str | None  # of the data now
     changed: Sequence[Noted]
     versions: dict[str, str]  # that wrote the checkpoint
-    was: Train | None  # how it was trained up to it; None: it begins
+    train_before: Train | None  # how it was trained up to it; None: it begins
     logged: manifest.Listed | None = None  # the log up to it
     data_changed: bool = False
 
@@ -291,67 +324,95 @@ class History:
 
         `change`: how their content has.
         """
-        was, now = deviation.fingerprint(folder), source.fingerprint()
-        before = before_step(folder, last)
-        changed = before.changes(run, step) if before else []
-        if last and was is not None and was != now:
+        # compare the data
+        noted_fingerprint = deviation.fingerprint(folder)
+        fingerprint = source.fingerprint()
+        written = before_step(folder, last)
+        changed = written.changes(run, step) if written else []
+        if last and noted_fingerprint is not None and noted_fingerprint != fingerprint:
             if not accept:
-                raise content.refusal(folder, f"fingerprint {was} in {deviation.FILE}, {now} now")
-            change = content.Change(was, str(now))
+                raise content.refusal(folder, f"fingerprint {noted_fingerprint} in {deviation.FILE}, {fingerprint} now")
+            change = content.Change(noted_fingerprint, str(fingerprint))
         if change:
             changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
-        train, about = before.run.train if before and last else None, manifest.read(last) if last else None
-        versions, logged = (about.versions, about.log) if about else ({}, None)
-        return cls(run, folder, source, step, now, changed, versions, train, logged, change is not None)
+
+        # look into the checkpoint
+        about = manifest.read(last) if last else None
+        return cls(
+            run=run,
+            folder=folder,
+            source=source,
+            step=step,
+            fingerprint=fingerprint,
+            changed=changed,
+            versions=about.versions if about else {},
+            train_before=written.run.train if written and last else None,
+            logged=about.log if about else None,
+            data_changed=change is not None,
+        )
 
     def write(self, *, rewound: bool = False) -> Iterator[str]:
         """Bring the folder to this state, and yield what there is to say of it, in lines.
 
         `rewound`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
         """
-        file = self.folder / "metrics.jsonl"
+        log_file = self.folder / "metrics.jsonl"
+
+        # take back what came after the step
         undone_rows = 0
         if rewound or self.step == 0:
-            undone_rows = sum(row["step"] > self.step for row in log.read_log(file))
+            undone_rows = sum(row["step"] > self.step for row in log.read_log(log_file))
         if self.step == 0 and undone_rows:
             yield (
                 f"{self.folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
-                f"kept in {log.cut(file)}"
+                f"kept in {log.cut(log_file)}"
             )
         if rewound:
-            removed = [manifest.rewind(place, self.step) for place in manifest.places(self.folder)]
-            steps = sorted({step for steps in removed for step in steps})
-            if steps:
-                listed = ", ".join(f"{step:,}" for step in steps)
+            removed_steps: set[int] = set()
+            for place in manifest.places(self.folder):
+                removed_steps.update(manifest.rewind(place, self.step))
+            if removed_steps:
+                steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
                 yield (
                     f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones "
-                    f"of steps {listed}"
+                    f"of steps {steps_text}"
                 )
             if undone_rows:
-                yield f"{undone_rows:,} rows of the log after it are kept in {log.cut(file)}"
-        log.rewind(file, self.step)
+                yield f"{undone_rows:,} rows of the log after it are kept in {log.cut(log_file)}"
+        log.rewind(log_file, self.step)
         if self.step > 0:
             manifest.rewind(self.folder / BEST, self.step)
         else:
-            aside = set_best_aside(self.folder)
-            if aside:
-                yield f"the best weights of before it starts again are kept in {aside}"
-        if self.logged not in (None, log.listed(file)):
-            yield f"{file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
-        for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
-            yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
+            best_aside = set_best_aside(self.folder)
+            if best_aside:
+                yield f"the best weights of before it starts again are kept in {best_aside}"
+
+        # compare the log with what the checkpoint lists
+        if self.logged not in (None, log.listed(log_file)):
+            yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
+        for first, last in log.gaps(log.read_log(log_file), self.run.train.log_every):
+            yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
+
+        # note the run and its data
         note(self.run, self.folder, self.changed)
         if self.step == 0:
             mark_no_checkpoint_yet(self.folder)
         else:
             mark_checkpoint_written(self.folder)
         deviation.note(self.folder, self.source, self.fingerprint, anew=self.data_changed)
-        for one in self.changed:
-            if one.step == self.step:
-                yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"
-        if self.was and self.was.schedule == self.run.train.schedule:
-            yield from stretched(self.was, self.run.train.steps, self.step)
-        here = dist.versions()
+
+        # say what has changed
+        for change in self.changed:
+            if change.step == self.step:
+                yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
+        if self.train_before and self.train_before.schedule == self.run.train.schedule:
+            yield from schedule_lines(self.train_before, self.run.train.steps, self.step)
+        versions = dist.versions()
         for name in PROGRAMS:
-            if (then := self.versions.get(name, here[name])) != here[name]:
-                yield f"{name} is {here[name]}, and was {then} up to step {self.step:,}: numbers may round otherwise"
+            version = versions[name]
+            version_before = self.versions.get(name, version)
+            if version_before != version:
+                yield (
+                    f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
+                    "otherwise"
+                )
