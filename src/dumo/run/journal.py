@@ -337,7 +337,7 @@ class History:
             changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
 
         # look into the checkpoint
-        about = manifest.read(last) if last else None
+        last_manifest = manifest.read(last) if last else None
         return cls(
             run=run,
             folder=folder,
@@ -345,9 +345,9 @@ class History:
             step=step,
             fingerprint=fingerprint,
             changed=changed,
-            versions=about.versions if about else {},
+            versions=last_manifest.versions if last_manifest else {},
             train_before=written.run.train if written and last else None,
-            logged=about.log if about else None,
+            logged=last_manifest.log if last_manifest else None,
             data_changed=change is not None,
         )
 

@@ -150,14 +150,14 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
 
     # load it, and compare with what the checkpoint lists
     net, deferred_weights = load_net(run, file, device if fill else None)
-    about = manifest.read(last)
-    frozen.require(frozen.digest(net, deferred_weights.made), about.frozen, folder)
-    listed = about.files.get(file.name) if weights is None else None
+    last_manifest = manifest.read(last)
+    frozen.require(frozen.digest(net, deferred_weights.made), last_manifest.frozen, folder)
+    listed = last_manifest.files.get(file.name) if weights is None else None
     return RunFolder(
         run=run,
         folder=folder,
         net=net,
-        step=checkpoint.step_of(file, about.step),
+        step=checkpoint.step_of(file, last_manifest.step),
         weights=file_name,
         file=file,
         checkpoint=last,
