@@ -1,4 +1,4 @@
-"""Sheets of samples as a run trains: what its shown weights make of the same noise, by the run's own sampler.
+"""Sheets of samples as a run trains: what its sampled weights make of the same noise, by the run's own sampler.
 
     sheets/step-00001000-nfe1.png
 
@@ -8,7 +8,6 @@ when the run goes on from that step.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,11 +35,18 @@ class Sheets:
     """Draws where `train.sheets` says so. Raises UserError on all ranks where the codec cannot be opened."""
 
     def __init__(self, run: Run, folder: Path, tell: Callable[[str], object]) -> None:
-        """`tell` hears why a sheet is missing."""
-        self.run, self.folder, self.tell = run, folder / "sheets", tell
-        self.c, data = classes(run.conditions), run.data
+        """`tell` is called with the reason why a sheet is missing."""
+        self.run = run
+        self.folder = folder / "sheets"
+        self.tell = tell
+        self.c = classes(run.conditions)
+        data = run.data
         if run.train.sheets and isinstance(data, Latents):
-            agreement.main(lambda: data.codec.open(torch.device("cpu")) and None)  # seen now, not after weeks
+
+            def open_codec() -> None:
+                data.codec.open(torch.device("cpu"))
+
+            agreement.main(open_codec)  # a codec that is missing is seen now, not after weeks
 
     def draw(self, state: State, record: Record) -> None:
         """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it.
@@ -64,11 +70,12 @@ class Sheets:
 
     def draw_one(self, state: State, nfe: int) -> None:
         """The sheet of one number of passes. Every rank must call it."""
-        made = partial(self.made, state, nfe)
-        if dist.world() > 1:  # what fails on one rank fails all: the others wait for it
-            made = partial(torch.as_tensor, made())
+        if dist.world() == 1:
+            self.attempt(lambda: self.made(state, nfe), state, nfe)
+            return
+        samples = self.made(state, nfe)  # outside the attempt: what fails on one rank fails all, which wait for it
         if dist.is_main():
-            self.attempt(made, state, nfe)
+            self.attempt(lambda: samples, state, nfe)
 
     def stem(self, state: State, nfe: int) -> Path:
         """A sheet's file, without its ending."""
@@ -76,34 +83,43 @@ class Sheets:
 
     def made(self, state: State, nfe: int) -> Sample:
         """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
-        run, net, mine = self.run, state.shown, turn(len(self.c))
+        run = self.run
+        net = state.shown
+        indices = turn(len(self.c))  # of this rank's images
         with torch.compiler.set_stance("force_eager"):
             parts = generate.batches(
                 net,
                 sampler(run, net).reads,
                 run.path,
                 run.sample.solver,
-                self.c[torch.tensor(mine) % len(self.c)],
+                self.c[torch.tensor(indices) % len(self.c)],
                 nfe=nfe,
                 seed=run.sample.seed,
                 shape=run.data.shape,
-                indices=mine,
+                indices=indices,
                 device=next(net.parameters()).device,
             )
-            made = list(parts)
+            batches = list(parts)
         layout.release(net)
-        return gather(made, run.data.shape).x[: len(self.c)]
+        return gather(batches, run.data.shape).x[: len(self.c)]
 
-    def attempt(self, made: Callable[[], Sample], state: State, nfe: int) -> None:
+    def attempt(self, make_samples: Callable[[], Sample], state: State, nfe: int) -> None:
         """Write a sheet, or say why there is none: that is no reason to end a run."""
-        run, path = self.run, self.stem(state, nfe)
+        run = self.run
+        stem = self.stem(state, nfe)
         try:
-            write(sampler(run, state.shown).decode(made()), self.c, path, "grid", run.data, run.sample.seed)
+            pixels = sampler(run, state.shown).decode(make_samples())
+            write(pixels, self.c, stem, "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
-            self.tell(f"warning: no sheet {path.name}: {error}")
+            self.tell(f"warning: no sheet {stem.name}: {error}")
 
 
 def classes(conditions: Conditions) -> Tensor:
     """The condition of each sample: all classes in turn, or, where there are more than images, some from end to end."""
-    n, k = COUNT if len(shown(conditions.data).shape) == 3 else POINTS, conditions.data.labels
-    return conditions.of(generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None))
+    is_image = len(shown(conditions.data).shape) == 3
+    num_samples = COUNT if is_image else POINTS
+    num_classes = conditions.data.labels
+    spread = None
+    if num_classes > num_samples:
+        spread = [i * num_classes // num_samples for i in range(num_samples)]
+    return conditions.of(generate.labels(num_samples, num_classes, spread))
