@@ -50,9 +50,12 @@ def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
 
     Raises UserError where it is none, or the net cannot be guided.
     """
-    tree = sampler.spec.guide.model_dump() | {"scale": scale}
+    guide_fields = sampler.spec.guide.model_dump()
+    guide_fields["scale"] = scale
+    sampling_fields = sampler.spec.model_dump(mode="json")
+    sampling_fields["guide"] = guide_fields
     try:
-        guide = parse(Sampling, {**sampler.spec.model_dump(mode="json"), "guide": tree}).guide
+        guide = parse(Sampling, sampling_fields).guide
         check_guided(guide, sampler.data, sampler.objective, trained, name="guide")
     except UserError as error:
         raise UserError(str(error).replace("guide.scale", "guidance")) from error
@@ -68,10 +71,13 @@ def with_options(
     size: str | None = None,
 ) -> Sampler:
     """The sampler with other defaults. Raises UserError for passes, a solver or a size out of reach."""
-    chosen, passes = solver_of(sampler.spec, solver), tuple(nfe or sampler.spec.nfe)
-    check(chosen, sampler.taught, *passes)
-    update = {"solver": chosen, "nfe": passes, "seed": sampler.spec.seed if seed is None else seed}
-    return replace(sampler, spec=sampler.spec.model_copy(update=update), size=size_of(sampler.data, size))
+    solver_spec = solver_of(sampler.spec, solver)
+    passes = tuple(nfe or sampler.spec.nfe)
+    check(solver_spec, sampler.taught, *passes)
+    if seed is None:
+        seed = sampler.spec.seed
+    spec = sampler.spec.model_copy(update={"solver": solver_spec, "nfe": passes, "seed": seed})
+    return replace(sampler, spec=spec, size=size_of(sampler.data, size))
 
 
 def size_of(data: Data, text: str | None) -> Size | None:
@@ -79,13 +85,20 @@ def size_of(data: Data, text: str | None) -> Size | None:
 
     Raises UserError for another size than the net was trained on.
     """
+    if text is None:
+        return None
     images = shown(data)
-    sizes = images.sizes or (images.shape[1:],) if isinstance(images, Images) else ()
-    there = {f"{width}x{height}": (height, width) for height, width in sizes}
-    if text is not None and text not in there:
-        what = f"it is {', '.join(there)}" if there else f"data '{data.kind}' have no sizes"
-        raise UserError(f"size {brief(text, 40)}, width x height, is none that the net was trained on: {what}")
-    return None if text is None else there[text]
+    trained_sizes = ()
+    if isinstance(images, Images):
+        trained_sizes = images.sizes or (images.shape[1:],)
+    size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
+    if text in size_by_text:
+        return size_by_text[text]
+    if size_by_text:
+        choice = f"it is {', '.join(size_by_text)}"
+    else:
+        choice = f"data '{data.kind}' have no sizes"
+    raise UserError(f"size {brief(text, 40)}, width x height, is none that the net was trained on: {choice}")
 
 
 COUNT = 100  # samples, if no other number is asked for
@@ -120,42 +133,63 @@ def export(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    way = "ask for fewer, and for others with another --seed"
-    dist.require_memory(count * prod(sampler.pixels) * torch.float32.itemsize, f"{count:,} samples take", way)
-    c = turned(prompted(sampler, prompts, source), count) if prompts else sampler.conditions.in_turn(count, only)
-    said = said_of(opened, sampler.spec)
-    said += [word("labels", only)] if only else []
-    said += [word("prompts", list(prompts))] if prompts else []
-    said += [word("source", source.name)] if source else []
-    said += [word("size", size)] if size else []
-    said += [word("count", count)] if count != (len(prompts) or COUNT) else []
+    sample_bytes = count * prod(sampler.pixels) * torch.float32.itemsize
+    fix = "ask for fewer, and for others with another --seed"
+    dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
+    if prompts:
+        c = turned(prompted(sampler, prompts, source), count)
+    else:
+        c = sampler.conditions.in_turn(count, only)
+
+    # what of the samples is not as the run has it, for the names of the files
+    name_parts = said_of(opened, sampler.spec)
+    if only:
+        name_parts.append(word("labels", only))
+    if prompts:
+        name_parts.append(word("prompts", list(prompts)))
+    if source:
+        name_parts.append(word("source", source.name))
+    if size:
+        name_parts.append(word("size", size))
+    default_count = len(prompts) or COUNT
+    if count != default_count:
+        name_parts.append(word("count", count))
+
     written: list[Path] = []
     with threads.fewer_when_busy(sampler.device, teller(bar)):
-        for n in sampler.spec.nfe:
-            made = sampler.sample(c, nfe=n, bar=bar)
+        for passes in sampler.spec.nfe:
+            samples = sampler.sample(c, nfe=passes, bar=bar)
             if not dist.is_main():
                 continue
-            stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{n}", *said])
-            written.append(write(made.x, c, stem, form, sampler.data, sampler.spec.seed, names(sampler, c)))
+            stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
+            condition_names = names(sampler, c)
+            written.append(write(samples.x, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
     return written
 
 
 def said_of(opened: RunFolder, spec: Sampling) -> list[str]:
     """What of a sampling is not the run's own, but for the solver's kind, as parts of a name."""
-    before = {**sampling(own(opened.folder).sample), "solver.kind": spec.solver.kind}  # every name begins with it
-    return changes(opened, before, sampling(spec))
+    run_fields = sampling(own(opened.folder).sample)
+    run_fields["solver.kind"] = spec.solver.kind  # no change: every name begins with it
+    return changes(opened, run_fields, sampling(spec))
 
 
 def titles(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> dict[str, Any]:
     """How many columns a sheet of these classes has, and what is written above them, or above each image.
 
-    A column holds one class where classes come in turn and are few, and every image says its own elsewhere.
+    A column holds one class where classes come in turn and are few; elsewhere every image has its own title.
     """
     if not conditions.count:
         return {"columns": 8}
     names = names or [conditions.name(k) for k in c.tolist()]
-    turn, most = len(set(names)), 20 if shown(conditions.data).shape[-1] <= picture.READABLE else 10
-    columns = min(turn * max(1, 8 // turn) if turn <= most else 10, len(names))
+    num_classes = len(set(names))
+    is_small = shown(conditions.data).shape[-1] <= picture.READABLE
+    max_columns = 20 if is_small else 10
+    if num_classes <= max_columns:
+        columns = num_classes * max(1, 8 // num_classes)
+    else:
+        columns = 10
+    columns = min(columns, len(names))
     in_turn = all(name == names[i % columns] for i, name in enumerate(names))
     return {"columns": columns, "titles": names[:columns] if in_turn else names}
 
@@ -163,13 +197,12 @@ def titles(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None
 def write(
     x: Sample, c: Tensor, stem: Path, form: str, data: Data, seed: int, names: Sequence[str] | None = None
 ) -> Path:
-    """One set of samples as one file, or one folder of files; `names` of the conditions, where the data have others.
+    """Write one set of samples as one file, or one folder of files, and return its path.
 
-    Single images of captions have a table of them, which `data.images.captions` reads.
-
-    Points are drawn before some of the data, chosen by `seed`.
+    `names` are those of the conditions, where the data have others. Single images of captions have a table of them,
+    which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
     """
-    points = len(shown(data).shape) == 1
+    are_points = len(shown(data).shape) == 1
     match form:
         case "images":
             picture.write_singles(stem, picture.to_rows(x))
@@ -178,23 +211,28 @@ def write(
             return stem
         case "npz":
             path = stem.with_name(f"{stem.name}.npz")
-            picture.write_points(path, x, c) if points else picture.write_adm(path, picture.to_rows(x), c)
+            if are_points:
+                picture.write_points(path, x, c)
+            else:
+                picture.write_adm(path, picture.to_rows(x), c)
             return path
         case _:
             path = stem.with_name(f"{stem.name}.png")
-            sheet = (
-                picture.scatter(data.open().reference(SCATTERED, seed)[0], {stem.name: x})
-                if points
-                else picture.sheet(picture.to_rows(x), **titles(c, Conditions(data), names))
-            )
-            picture.write_picture(path, sheet)
+            if are_points:
+                data_points, _ = data.open().reference(SCATTERED, seed)
+                image = picture.scatter(data_points, {stem.name: x})
+            else:
+                headings = titles(c, Conditions(data), names)
+                rows = picture.to_rows(x)
+                image = picture.sheet(rows, columns=headings["columns"], titles=headings.get("titles", ()))
+            picture.write_picture(path, image)
             return path
 
 
 def write_captions(folder: Path, texts: Sequence[str]) -> None:
     """Write metadata.csv of the images in a folder, as `picture.write_singles` numbers them."""
-    rows = StringIO()
-    table = csv.writer(rows)
+    csv_text = StringIO()
+    table = csv.writer(csv_text)
     table.writerow(("file_name", NAMES[0]))
     table.writerows((f"{i:06d}.png", text) for i, text in enumerate(texts))
-    files.write(folder / TABLES[0], rows.getvalue().encode())
+    files.write(folder / TABLES[0], csv_text.getvalue().encode())
