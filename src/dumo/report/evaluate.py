@@ -67,11 +67,16 @@ def evaluate(
 
 def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     """The report of a run as it is to be judged, and where it belongs. Raises as `evaluate`."""
-    run, sampler, protocol = opened.run, opened.sampler, opened.run.evaluate.protocol
-    passes, seed = settings(sampler, run.evaluate), run.evaluate.seed
-    evaluator, c = evaluator_of(sampler, run.evaluate, bar), conditions(run.data, run.evaluate)
+    run = opened.run
+    sampler = opened.sampler
+    protocol = run.evaluate.protocol
+    seed = run.evaluate.seed
+    passes = settings(sampler, run.evaluate)
+    evaluator = evaluator_of(sampler, run.evaluate, bar)
+    c = conditions(run.data, run.evaluate)
     path = opened.folder / name_of(opened, but=[f"evaluate.{field}" for field in ROWS.values()])
-    chosen, other = run.sample.solver, contrast_solver(protocol)
+    solver = run.sample.solver
+    other_solver = contrast_solver(protocol)
     report: dict[str, Any] = {
         "run": str(opened.folder),
         "file": str(path),
@@ -80,9 +85,9 @@ def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
         "protocol": protocol.name,
         "samples": len(c),
         "seed": seed,
-        "solver": run.sample.solver.model_dump(),
-        "results": [row(sampler, evaluator, chosen, n, c, seed, bar) for n in passes["nfe"]],
-        "contrast": [row(sampler, evaluator, other, n, c, seed, bar) for n in passes["contrast"]],
+        "solver": solver.model_dump(),
+        "results": [row(sampler, evaluator, solver, n, c, seed, bar) for n in passes["nfe"]],
+        "contrast": [row(sampler, evaluator, other_solver, n, c, seed, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
         "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
@@ -95,11 +100,14 @@ def with_options(
     opened: RunFolder, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
 ) -> RunFolder:
     """The run as it is to be judged. Raises UserError for passes or a solver out of reach."""
-    run, chosen = opened.run, solver_of(opened.run.sample, solver)
-    nfe, seed = tuple(nfe or run.evaluate.nfe), run.evaluate.seed if seed is None else seed
-    check(chosen, run.reads, *nfe)
-    sampling = run.sample.model_copy(update={"solver": chosen})
-    evaluation = run.evaluate.model_copy(update={"nfe": nfe, "seed": seed})
+    run = opened.run
+    solver_spec = solver_of(run.sample, solver)
+    passes = tuple(nfe or run.evaluate.nfe)
+    if seed is None:
+        seed = run.evaluate.seed
+    check(solver_spec, run.reads, *passes)
+    sampling = run.sample.model_copy(update={"solver": solver_spec})
+    evaluation = run.evaluate.model_copy(update={"nfe": passes, "seed": seed})
     return replace(opened, run=run.model_copy(update={"sample": sampling, "evaluate": evaluation}))
 
 
@@ -107,107 +115,133 @@ def row(
     sampler: Sampler, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, seed: int, bar: Bar = no_bar
 ) -> Row:
     """The scores of samples, or likelihoods, by a solver at one number of passes, as the net counted them."""
-    passes = set[int]()
+    counted_passes = set[int]()
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def counted_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(evaluator, LikelihoodEvaluator):
+            batches = likelihoods(sampler, evaluator, solver, nfe)
+        else:
+            batches = sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
         done = 0
-        parts = (
-            likelihoods(sampler, evaluator, solver, nfe)
-            if isinstance(evaluator, LikelihoodEvaluator)
-            else sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
-        )
-        for part in parts:
-            done += len(part.index) * dist.world()
+        for batch in batches:
+            done += len(batch.index) * dist.world()
             tick(min(done, len(c)), "")
-            passes.add(part.nfe)
-            yield part.index, part.x
+            counted_passes.add(batch.nfe)
+            yield batch.index, batch.x
 
-    doing = "likelihoods" if isinstance(evaluator, LikelihoodEvaluator) else "sampling"
-    with bar(f"{doing}, {solver.kind} at {nfe}", len(c)) as tick:
-        scores = evaluator.score(batches())
-    return {"nfe": passes.pop(), "solver": solver.kind, **scores}
+    work = "likelihoods" if isinstance(evaluator, LikelihoodEvaluator) else "sampling"
+    with bar(f"{work}, {solver.kind} at {nfe}", len(c)) as tick:
+        scores = evaluator.score(counted_batches())
+    return {"nfe": counted_passes.pop(), "solver": solver.kind, **scores}
 
 
 def standing(opened: RunFolder) -> dict[str, Any] | None:
     """What evaluating the run again would only repeat; None where it has not been evaluated so."""
     try:
-        found = read_report(opened.folder / FILE)
+        report = read_report(opened.folder / FILE)
     except UserError:
         return None
-    wanted: dict[str, Any] = {
+    wanted_card: dict[str, Any] = {
         "step": opened.step,
         "weights": opened.weights,
         "protocol": opened.run.evaluate.protocol.name,
         **settings(opened.sampler, opened.run.evaluate),
     }
-    passes = {field: wanted.pop(field) for field in ROWS.values()}
-    rows = {part: by_passes(found, part) for part in ROWS}
-    if any(found["card"].get(field) != value for field, value in wanted.items()):
-        return None
-    if any(n not in rows[part] for part, field in ROWS.items() for n in passes[field]):
-        return None
-    return with_rows(found, rows, passes)
+    wanted_passes = {field: wanted_card.pop(field) for field in ROWS.values()}
+    rows = {part: by_passes(report, part) for part in ROWS}
+    for field, value in wanted_card.items():
+        if report["card"].get(field) != value:
+            return None
+    for part, field in ROWS.items():
+        if any(n not in rows[part] for n in wanted_passes[field]):
+            return None
+    return with_rows(report, rows, wanted_passes)
 
 
 def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
-    """The name of a report: that of the run's own spec has the stem's, other things are said in it, `but` these."""
-    before, after = (fields(run.sample, run.evaluate, but) for run in (own(opened.folder), opened.run))
-    return "-".join([stem, *changes(opened, before, after)]) + ".json"
+    """The name of a report: the stem alone where the run is as its own spec has it, else what differs, `but` these."""
+    run_as_saved = own(opened.folder)
+    saved_fields = fields(run_as_saved.sample, run_as_saved.evaluate, but)
+    opened_fields = fields(opened.run.sample, opened.run.evaluate, but)
+    return "-".join([stem, *changes(opened, saved_fields, opened_fields)]) + ".json"
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write a report with the rows of other passes that stand there, if all else on their cards is the same.
+    """Write a report with the rows of other passes that the file has, if all else on their cards is the same.
 
-    If not, what stands there is put aside, under its step and, of this step, a part of its card's hash. Images that
+    If not, the earlier report is put aside, under its step and, of this step, a part of its card's hash. Images that
     others made have neither steps nor passes.
     """
     with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
         try:
-            before = read_report(path, images=True)
+            earlier = read_report(path, images=True)
         except UserError:  # there is nothing to keep
             write_json(path, report)
             return
-        if _measure(before) == _measure(report):
-            write_json(path, report if "images" in report else merged(before, report))
+        if _measure(earlier) == _measure(report):
+            if "images" not in report:
+                report = merged(earlier, report)
+            write_json(path, report)
             return
-        step, mark = before.get("step"), digest.of_bytes(_measure(before).encode())[:6]
-        marks = [f"-step{step}"] * (step is not None) + [f"-{mark}"] * (step == report.get("step"))
-        path.replace(path.with_name(f"{path.stem}{''.join(marks)}.json"))
+        aside = path.stem
+        earlier_step = earlier.get("step")
+        if earlier_step is not None:
+            aside += f"-step{earlier_step}"
+        if earlier_step == report.get("step"):
+            aside += f"-{digest.of_bytes(_measure(earlier).encode())[:6]}"
+        path.replace(path.with_name(f"{aside}.json"))
         write_json(path, report)
 
 
 def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """The report with what rows the earlier one has of other passes, in order of passes."""
-    both = {part: {**by_passes(before, part), **by_passes(report, part)} for part in ROWS}
-    return with_rows(report, both, {field: sorted(both[part]) for part, field in ROWS.items()})
+    rows: dict[str, dict[int, Row]] = {}
+    passes: dict[str, list[int]] = {}
+    for part, field in ROWS.items():
+        rows[part] = {**by_passes(before, part), **by_passes(report, part)}
+        passes[field] = sorted(rows[part])
+    return with_rows(report, rows, passes)
 
 
 def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
     """The report with the rows of these passes in place of its own."""
-    parts = {part: [rows[part][n] for n in passes[field]] for part, field in ROWS.items()}
-    word = state(parts["results"], report["baselines"])
-    return {**report, **parts, "state": word, "card": {**report["card"], **passes}}
+    parts: dict[str, list[Row]] = {}
+    for part, field in ROWS.items():
+        parts[part] = [rows[part][n] for n in passes[field]]
+    verdict = state(parts["results"], report["baselines"])
+    return {**report, **parts, "state": verdict, "card": {**report["card"], **passes}}
 
 
 def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
     """The rows of a part by their passes, as the card has them; guidance makes the net count more."""
     passes = report["card"].get(ROWS[part], [])
-    return dict(zip(passes, report[part], strict=True)) if len(passes) == len(report[part]) else {}
+    if len(passes) != len(report[part]):
+        return {}
+    return dict(zip(passes, report[part], strict=True))
 
 
 def _measure(report: dict[str, Any]) -> str:
-    """All that is on a card but which rows there are and where the weights lie: their hash is there."""
-    card = {field: value for field, value in report["card"].items() if field not in (*ROWS.values(), "weights")}
-    return json.dumps(finite(card), sort_keys=True)
+    """All that is on a card but which rows there are and where the weights lie: their hash is on it."""
+    left_out = (*ROWS.values(), "weights")
+    measure = {field: value for field, value in report["card"].items() if field not in left_out}
+    return json.dumps(finite(measure), sort_keys=True)
 
 
 def fields(sampling: Sampling, evaluation: Evaluation, but: Collection[str] = ()) -> Fields:
     """What of a spec decides an evaluation."""
-    sample, evaluate = sampling.model_dump(mode="json"), evaluation.model_dump(mode="json")
-    parts = {"protocol": evaluate.pop("protocol"), "solver": sample["solver"]}
-    parts |= {name: sample[name] for name in ("guide", "knobs")} | {"evaluate": evaluate}
-    parts |= {"sample": {"precision": sample["precision"]}}
-    return {field: value for field, value in flat(parts).items() if field not in (*PLACES, *but)}
+    sample = sampling.model_dump(mode="json")
+    evaluate = evaluation.model_dump(mode="json")
+    protocol = evaluate.pop("protocol")
+    parts = {
+        "protocol": protocol,
+        "solver": sample["solver"],
+        "guide": sample["guide"],
+        "knobs": sample["knobs"],
+        "evaluate": evaluate,
+        "sample": {"precision": sample["precision"]},
+    }
+    left_out = (*PLACES, *but)
+    return {field: value for field, value in flat(parts).items() if field not in left_out}
 
 
 def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:
@@ -215,11 +249,14 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
 
     Raises UserError as the solver does.
     """
-    net, device = sampler.net, sampler.device
+    net = sampler.net
+    device = sampler.device
     reads = reading(sampler.objective, net, sampler.spec.knobs)
-    for numbers in torch.arange(dist.rank(), len(evaluator.x), dist.world()).split(sampler.rows):
-        x, c = (one[numbers].to(device) for one in (evaluator.x, evaluator.c))
-        along = [e.to(x) for e in evaluator.directions(numbers.tolist())] or axes(x)
-        with evaluating(net), counting(net) as passed, passing(net, "fp32", device):
-            found = log_likelihood(reads, sampler.path, solver, x, c, nfe, along)
-        yield Batch(numbers, found.cpu(), sum(passed) // len(numbers))
+    rows_of_rank = torch.arange(dist.rank(), len(evaluator.x), dist.world())
+    for rows in rows_of_rank.split(sampler.rows):
+        x = evaluator.x[rows].to(device)
+        c = evaluator.c[rows].to(device)
+        directions = [e.to(x) for e in evaluator.directions(rows.tolist())] or axes(x)
+        with evaluating(net), counting(net) as rows_per_pass, passing(net, "fp32", device):
+            log_p = log_likelihood(reads, sampler.path, solver, x, c, nfe, directions)
+        yield Batch(rows, log_p.cpu(), sum(rows_per_pass) // len(rows))
