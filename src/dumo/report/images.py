@@ -27,7 +27,7 @@ from dumo.io.source import Data
 from dumo.report.card import Card, state
 from dumo.report.evaluate import write
 from dumo.report.place import Batch, Found, agree, look, require_there
-from dumo.run.judge import looking
+from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, Tick, no_bar, teller
 from dumo.types import Spec, UserError
@@ -87,7 +87,7 @@ def judge(
 
     here = dist.device(device)
     with threads.fewer_when_busy(here, teller(bar)):
-        with looking(bar) as seen:
+        with bar_while_reading(bar) as seen:
             c = labels.c[found.chosen(total)] if labels else None
             evaluator = protocol.evaluator(Context(real, classes, device=here, tick=seen, c=c))
         with bar("judging", total) as tick:

@@ -23,39 +23,50 @@ from dumo.types import UserError
 def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluator:
     """The evaluator of a protocol. Raises UserError as the protocol does, and for what has no likelihood."""
     data = sampler.data
-    with looking(bar) as tick:
+
+    def open_judged_data() -> Source:
+        return judged_data(data, evaluation.split)
+
+    def open_trained_data() -> Source:
+        return real_data(data)
+
+    def open_captions() -> tuple[Source, Tensor, list[str]]:
+        images = squares(shown(data)).open()
+        return images, conditions(data, evaluation), caption_texts(data)
+
+    with bar_while_reading(bar) as tick:
         if isinstance(evaluation.protocol, LikelihoodProtocol):
-            demand(sampler)
-        return evaluation.protocol.evaluator(
-            Context(
-                data=lambda: judged_data(data, evaluation.split),
-                trained=(lambda: real_data(data)) if evaluation.split else None,
-                classes=data.labels,
-                seed=evaluation.seed,
-                device=sampler.device,
-                tick=tick,
-                captions=lambda: (squares(shown(data)).open(), conditions(data, evaluation), words(data)),
-            )
+            require_likelihood(sampler)
+        context = Context(
+            data=open_judged_data,
+            trained=open_trained_data if evaluation.split else None,
+            classes=data.labels,
+            seed=evaluation.seed,
+            device=sampler.device,
+            tick=tick,
+            captions=open_captions,
         )
+        return evaluation.protocol.evaluator(context)
 
 
 @contextmanager
-def looking(bar: Bar, what: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
-    """A bar that is there from the first look at the images of the data: how many have been seen, of how many."""
-    ticks = list[Tick]()
+def bar_while_reading(bar: Bar, title: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
+    """Yield what to call with the images read so far and their total. The bar begins with the first call."""
+    bar_tick: Tick | None = None
     with ExitStack() as stack:
 
         def tick(done: int, total: int) -> None:
+            nonlocal bar_tick
             signals.check()
             threads.check()
-            if not ticks:
-                ticks.append(stack.enter_context(bar(what, total)))
-            ticks[0](done, "")
+            if bar_tick is None:
+                bar_tick = stack.enter_context(bar(title, total))
+            bar_tick(done, "")
 
         yield tick
 
 
-def words(data: Data) -> list[str]:
+def caption_texts(data: Data) -> list[str]:
     """The texts of the captions of the data. Raises as `captions`."""
     return [parted(caption)[0] for caption in captions(data)]
 
@@ -66,21 +77,22 @@ def conditions(data: Data, evaluation: Evaluation) -> Tensor:
     return Conditions(data).of(labels, held=evaluation.captions == "held")
 
 
-def demand(sampler: Sampler) -> None:
+def require_likelihood(sampler: Sampler) -> None:
     """Refuse, with a UserError, what has no likelihood of the data that are shown, and a solver that does not climb."""
-    lacks = {
-        "is of the data themselves, not of latents: choose another protocol": isinstance(sampler.data, Latents),
-        "knows classes, not captions: choose another protocol": sampler.conditions.captions,
-        "is of the flow without guidance: set sample.guide.scale=1": sampler.spec.guide.active,
-    }
-    if wrong := next((text for text, lacking in lacks.items() if lacking), None):
-        raise UserError(f"protocol likelihood {wrong}")
+    if isinstance(sampler.data, Latents):
+        raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
+    if sampler.conditions.captions:
+        raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
+    if sampler.spec.guide.active:
+        raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
     climbing(sampler.spec.solver, sampler.taught)
 
 
 def real_data(data: Data) -> Source:
     """The data as images or points with their classes: of latents, the images that were encoded. Raises as opening."""
-    return data.open() if isinstance(data, Moons) else data.originals()
+    if isinstance(data, Moons):
+        return data.open()
+    return data.originals()
 
 
 def judged_data(data: Data, split: str | None) -> Source:
@@ -90,7 +102,8 @@ def judged_data(data: Data, split: str | None) -> Source:
     images = shown(data)
     if not isinstance(images, Images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
+    split_images = images.model_copy(update={"split": split})
     try:
-        return images.model_copy(update={"split": split}).found().originals()
+        return split_images.found().originals()
     except UserError as error:
         raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error

@@ -11,7 +11,7 @@ from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.flow.generate import joined
 from dumo.flow.solver import Heun
 from dumo.report.evaluate import evaluate, likelihoods, standing
-from dumo.run.judge import demand
+from dumo.run.judge import require_likelihood
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run, sampler
 from dumo.types import UserError
@@ -83,4 +83,4 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
 )
 def test_other_data_are_refused(recipe: str, words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        demand(sampler(load(recipe, words), nn.Identity()))
+        require_likelihood(sampler(load(recipe, words), nn.Identity()))
