@@ -59,20 +59,24 @@ class Examination:
         """What was measured, in a line."""
         if self.slope is None:
             return "nothing to examine: this objective takes no derivative"
-        found = ", ".join(f"{head} {100 * error:.2g} %" for head, error in self.errors.items())
+        head_errors = ", ".join(f"{head} {100 * error:.2g} %" for head, error in self.errors.items())
         return (
             f"slope '{self.slope}' in precision {self.precision} at time_scale {self.time_scale:g}, with "
-            f"{self.weights}: d/dt is off float64 by {found} (limit {100 * self.limit:g} %)"
+            f"{self.weights}: d/dt is off float64 by {head_errors} (limit {100 * self.limit:g} %)"
         )
 
     @property
     def way(self) -> str:
         """What to try where it failed."""
-        ways = [f"objective.slope.kind={'jvp' if self.slope == 'dual' else 'dual'}"]
-        ways += ["train.precision=fp32"] if self.precision != "fp32" else []
-        ways += ["another objective.slope.h", "a smaller net.time_scale"] if self.slope == "central" else []
-        ways += [] if all(map(math.isfinite, self.errors.values())) else ["a lower train.optimizer.lr"]
-        return "train with " + ", or ".join(ways)
+        other_slope = "jvp" if self.slope == "dual" else "dual"
+        fixes = [f"objective.slope.kind={other_slope}"]
+        if self.precision != "fp32":
+            fixes.append("train.precision=fp32")
+        if self.slope == "central":
+            fixes += ["another objective.slope.h", "a smaller net.time_scale"]
+        if not all(math.isfinite(error) for error in self.errors.values()):
+            fixes.append("a lower train.optimizer.lr")
+        return "train with " + ", or ".join(fixes)
 
     def require(self) -> None:
         """Raise UserError, with the way out, where it failed."""
@@ -88,14 +92,14 @@ def examine(run: Run, device: torch.device) -> Examination:
     net = drawn_net(run, device)
     if outside.has_own_parts(run):
         outside.require_contract(run, net, device)
-    at = point(run.objective, run.path, run.data, run.train.seed, 4)
-    return _compare(net, run, at, device, "drawn weights")
+    example = point(run.objective, run.path, run.data, run.train.seed, 4)
+    return _compare(net, run, example, device, "drawn weights")
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
     """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
-    at, net = point(run.objective, run.path, run.data, run.train.seed, 2), copy.deepcopy(net)
-    return _compare(net, run, at, device, "the weights in training")
+    example = point(run.objective, run.path, run.data, run.train.seed, 2)
+    return _compare(copy.deepcopy(net), run, example, device, "the weights in training")
 
 
 def drawn_net(run: Run, device: torch.device) -> nn.Module:
@@ -104,15 +108,21 @@ def drawn_net(run: Run, device: torch.device) -> nn.Module:
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
-            noise = 0.1 * noise if f".{SUBJECT}." in name else noise  # three parts of a layer would add up to more
-            p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
+            if f".{SUBJECT}." in name:
+                noise = 0.1 * noise  # three parts of a layer would add up to more
+            if p.ndim > 1:
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_(p + 0.1 * noise)  # gains stay near 1
     return net
 
 
 def readable(net: Net) -> Net:
     """The spec, with texts drawn if the net reads a table that is not there yet."""
-    texts = net.texts
-    return net if texts is or_drawn(texts) else net.model_copy(update={"texts": or_drawn(texts)})
+    texts = or_drawn(net.texts)
+    if texts is net.texts:
+        return net
+    return net.model_copy(update={"texts": texts})
 
 
 def short(net: Net) -> Net:
@@ -122,33 +132,48 @@ def short(net: Net) -> Net:
     depth: int | None = getattr(net, "depth", None)
     if depth is None:
         return net
-    few = min(2, depth)
+    short_depth = min(2, depth)
+    update: dict[str, int | None] = {"depth": short_depth}
+    if getattr(net, "route", None):
+        update["route"] = None
     late: int | None = getattr(net, "late", None)
-    dense = {"route": None} if getattr(net, "route", None) else {}
-    return net.model_copy(update={"depth": few} | dense | ({} if late is None else {"late": min(late, few - 1)}))
+    if late is not None:
+        update["late"] = min(late, short_depth - 1)
+    return net.model_copy(update=update)
 
 
 def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> Point:
     """Where to look: t up to 1, r from t down to 0."""
-    needs, g = objective.needs, stream(seed, "doctor")
-    x, z = torch.randn(2, rows, *data.shape, generator=g).unbind()
-    c = torch.randint(data.classes + 1, (rows,), generator=g)  # the null class, too
+    needs = objective.needs
+    generator = stream(seed, "doctor")
+    x, z = torch.randn(2, rows, *data.shape, generator=generator).unbind()
+    c = torch.randint(data.classes + 1, (rows,), generator=generator)  # the null class, too
     t = torch.linspace(0, 1, rows + 1)[1:]
-    knobs = {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
-    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.names} | knobs
+    inputs: dict[str, Time] = {}
+    for name in needs.names:
+        inputs[name] = t if name == "t" else t * torch.linspace(1, 0, rows)
+    for name, value in needs.knobs.items():
+        inputs[name] = torch.full_like(t, value)
     return *path.at(x, z, t), c, inputs
 
 
-def _compare(net: nn.Module, run: Run, at: Point, device: torch.device, weights: str) -> Examination:
+def _compare(net: nn.Module, run: Run, example: Point, device: torch.device, weights: str) -> Examination:
     """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none.
 
     dumo's nets are the same function in training but for dropped numbers, so they drop nothing here. A user's own is
     asked in the mode of training, with the masks of a step.
     """
-    objective, train, time_scale = run.objective, run.train, run.net.time_scale
-    if (slope := objective.needs.slope) is None:
+    objective = run.objective
+    train = run.train
+    time_scale = run.net.time_scale
+    slope = objective.needs.slope
+    if slope is None:
         return Examination(None, train.precision, time_scale, weights, {})
-    x, w, c = (part.to(device) for part in at[:3])
+    x, w, c, inputs = example
+    x = x.to(device)
+    w = w.to(device)
+    c = c.to(device)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     keys = None
     net.eval()
     if outside.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
@@ -156,9 +181,10 @@ def _compare(net: nn.Module, run: Run, at: Point, device: torch.device, weights:
         keys = dropout.keys(train.seed, 0, len(x)).to(device)
     ref = Frozen(net if train.ref == "self" else copy.deepcopy(net).eval())
     with using(train.precision, device), dropout.using(keys):
-        errors = slope_errors(objective, net, ref, x, w, c, **{name: s.to(device) for name, s in at[3].items()})
-    by_head = dict(zip(errors, dist.mean(torch.stack([*errors.values()]).to(x)).tolist(), strict=True))
-    return Examination(slope.kind, train.precision, time_scale, weights, by_head)
+        errors = slope_errors(objective, net, ref, x, w, c, **inputs)
+    mean_errors = dist.mean(torch.stack([*errors.values()]).to(x))
+    error_by_head = dict(zip(errors, mean_errors.tolist(), strict=True))
+    return Examination(slope.kind, train.precision, time_scale, weights, error_by_head)
 
 
 def slope_errors(
@@ -168,32 +194,40 @@ def slope_errors(
 
     Of its two uses, with the direction w known before the pass and after it, the worse counts.
     """
-    slope, exact, errors = objective.needs.slope, _exact(ref.module, x, w, c, **inputs), list[Tensor]()
+    slope = objective.needs.slope
     assert slope is not None
+    exact = _exact(ref.module, x, w, c, **inputs)
+    errors_by_use: list[Tensor] = []
     for toward in (w, None):
         _, along = slope(net, ref, x, c, toward=toward, **inputs)
         with torch.no_grad():
-            found = along(w)
-        errors.append(torch.stack([_off(a, b) for a, b in zip(found, exact, strict=True)]))
-    return dict(zip(objective.needs.heads, torch.stack(errors).amax(0), strict=False))  # without gauges
+            derivatives = along(w)
+        errors = [_relative_error(of_head, exactly) for of_head, exactly in zip(derivatives, exact, strict=True)]
+        errors_by_use.append(torch.stack(errors))
+    worse = torch.stack(errors_by_use).amax(0)
+    return dict(zip(objective.needs.heads, worse, strict=False))  # without gauges
 
 
 def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
     """d/dt of every output in float64, on the CPU where the device has none."""
-    where = torch.device("cpu") if x.device.type == "mps" else x.device
-    net, c = copy.deepcopy(net).to(where).double(), c.to(where)
-    rest = {name: s.to(where).double() for name, s in inputs.items()}
-    at = (x.to(where).double(), t := rest.pop("t"))
+    device = torch.device("cpu") if x.device.type == "mps" else x.device
+    net = copy.deepcopy(net).to(device).double()
+    x = x.to(device).double()
+    w = w.to(x)
+    c = c.to(device)
+    other_inputs = {name: value.to(device).double() for name, value in inputs.items()}
+    t = other_inputs.pop("t")
 
     def f(x: Sample, t: Time) -> Heads:
-        return net(x, c, t=t, **rest)
+        return net(x, c, t=t, **other_inputs)
 
     # no fused kernel has a forward derivative
-    with torch.no_grad(), torch.autocast(where.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        return cast(Heads, torch.func.jvp(f, at, (w.to(at[0]), torch.ones_like(t)))[1])
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        derivatives = torch.func.jvp(f, (x, t), (w, torch.ones_like(t)))[1]
+    return cast(Heads, derivatives)
 
 
-def _off(found: Tensor, exact: Tensor) -> Tensor:
-    """The relative l2 error."""
-    size = exact.norm()
-    return (found.to(exact) - exact).norm() / size.where(size > 0, SMALL / LIMIT)
+def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
+    """The l2 error over the l2 norm; where that is zero, LIMIT stands for an l2 error of SMALL."""
+    norm = exact.norm()
+    return (derivative.to(exact) - exact).norm() / norm.where(norm > 0, SMALL / LIMIT)
