@@ -20,7 +20,8 @@ from dumo.training.spec import Train
 from dumo.training.step import Record
 from dumo.types import UserError
 
-FILE, LOG = "speed.jsonl", "metrics.jsonl"
+FILE = "speed.jsonl"
+LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Speed:
 
     def __str__(self) -> str:
         """As the bar says it."""
-        share = f", {self.share_of_peak:.0%} of peak" if self.share_of_peak is not None else ""
-        return f"{number(self.images_per_second)} images/s, {sized(self.bytes)}{share}"
+        text = f"{number(self.images_per_second)} images/s, {sized(self.bytes)}"
+        if self.share_of_peak is not None:
+            text += f", {self.share_of_peak:.0%} of peak"
+        return text
 
 
 class Meter:
@@ -48,25 +51,29 @@ class Meter:
         self,
         train: Train,
         folder: Path,
-        here: torch.device,
+        device: torch.device,
         flops: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing is measured before `begin`. `flops` counts the operations of a step, for an image."""
-        self.train, self.path, self.here, self.clock = train, folder / FILE, here, clock
-        self.peak = known_peak_tflops(here) if dist.is_main() else None
-        self.flops = flops() if self.peak else 0.0
+        self.train = train
+        self.path = folder / FILE
+        self.device = device
+        self.clock = clock
+        self.peak_tflops = known_peak_tflops(device) if dist.is_main() else None
+        self.flops = flops() if self.peak_tflops else 0.0
         self.last: Speed | None = None
-        self.began = 0, 0.0  # at which step, and when
+        self.first_step = 0  # of what the next row measures
+        self.began = 0.0  # by the clock, when that step was done
 
     def begin(self, step: int) -> None:
         """The training goes on from here."""
-        self.began = step, self.clock()
+        self.first_step = step
+        self.began = self.clock()
 
     def leave_out(self, seconds: float) -> None:
         """These seconds, since the last row, were no training."""
-        step, then = self.began
-        self.began = step, then + seconds
+        self.began += seconds
 
     def note(self, record: Record) -> str:
         """What the bar says after a step; on rank 0 a row is added where one is due."""
@@ -78,22 +85,35 @@ class Meter:
 
     def measured(self, step: int) -> Speed:
         """The speed since the last call."""
-        (first, then), now = self.began, self.clock()
-        self.began = step, now
-        rate = (step - first) / max(now - then, 1e-9)
-        images = rate * self.train.batch
-        share = images * self.flops / (1e12 * self.peak * dist.world()) if self.peak else None
-        return Speed(step, time.time(), now - then, rate, images, peak_bytes(self.here), share)
+        now = self.clock()
+        steps = step - self.first_step
+        seconds = now - self.began
+        self.first_step = step
+        self.began = now
+        steps_per_second = steps / max(seconds, 1e-9)
+        images_per_second = steps_per_second * self.train.batch
+        share_of_peak = None
+        if self.peak_tflops:
+            share_of_peak = images_per_second * self.flops / (1e12 * self.peak_tflops * dist.world())
+        return Speed(
+            step=step,
+            at=time.time(),
+            seconds=seconds,
+            steps_per_second=steps_per_second,
+            images_per_second=images_per_second,
+            bytes=peak_bytes(self.device),
+            share_of_peak=share_of_peak,
+        )
 
 
 def loss_text(record: Record) -> str:
     """The loss, and its parts where it is not the only one: a loss that is weighted by its own size says nothing."""
     if not math.isfinite(record.loss):
         return "step skipped"
-    numbers = [f"loss {record.loss:.4f}"]
+    losses = [f"loss {record.loss:.4f}"]
     if log.weighted(record.loss, record.parts):
-        numbers += [f"{name} {value:.4g}" for name, value in record.parts.items()]
-    return ", ".join(numbers)
+        losses += [f"{name} {value:.4g}" for name, value in record.parts.items()]
+    return ", ".join(losses)
 
 
 def logged(folder: Path) -> list[log.Row]:
@@ -101,8 +121,12 @@ def logged(folder: Path) -> list[log.Row]:
 
     Raises UserError where there is no log, and as `log.read_log`.
     """
-    file = folder / LOG
-    if not file.is_file():
+    log_file = folder / LOG
+    if not log_file.is_file():
         raise UserError(f"{folder} has no {LOG}: give a run's folder, such as runs/digits, once it has trained a while")
-    speeds = {row.pop("step"): row for row in log.read_log(folder / FILE)}
-    return [row | ({"speed": speeds[row["step"]]} if row["step"] in speeds else {}) for row in log.read_log(file)]
+    speed_by_step = {row.pop("step"): row for row in log.read_log(folder / FILE)}
+    rows = log.read_log(log_file)
+    for row in rows:
+        if row["step"] in speed_by_step:
+            row["speed"] = speed_by_step[row["step"]]
+    return rows
