@@ -94,11 +94,10 @@ def size_of(data: Data, text: str | None) -> Size | None:
     size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
     if text in size_by_text:
         return size_by_text[text]
-    if size_by_text:
-        choice = f"it is {', '.join(size_by_text)}"
-    else:
-        choice = f"data '{data.kind}' have no sizes"
-    raise UserError(f"size {brief(text, 40)}, width x height, is none that the net was trained on: {choice}")
+    problem = f"size {brief(text, 40)}, width x height, is none that the net was trained on"
+    if not size_by_text:
+        raise UserError(f"{problem}: data '{data.kind}' have no sizes")
+    raise UserError(f"{problem}: it is {', '.join(size_by_text)}")
 
 
 COUNT = 100  # samples, if no other number is asked for
@@ -136,10 +135,7 @@ def export(
     sample_bytes = count * prod(sampler.pixels) * torch.float32.itemsize
     fix = "ask for fewer, and for others with another --seed"
     dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
-    if prompts:
-        c = turned(prompted(sampler, prompts, source), count)
-    else:
-        c = sampler.conditions.in_turn(count, only)
+    c = turned(prompted(sampler, prompts, source), count) if prompts else sampler.conditions.in_turn(count, only)
 
     # what of the samples is not as the run has it, for the names of the files
     name_parts = said_of(opened, sampler.spec)
@@ -185,10 +181,9 @@ def titles(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None
     num_classes = len(set(names))
     is_small = shown(conditions.data).shape[-1] <= picture.READABLE
     max_columns = 20 if is_small else 10
+    columns = 10
     if num_classes <= max_columns:
         columns = num_classes * max(1, 8 // num_classes)
-    else:
-        columns = 10
     columns = min(columns, len(names))
     in_turn = all(name == names[i % columns] for i, name in enumerate(names))
     return {"columns": columns, "titles": names[:columns] if in_turn else names}
