@@ -3,8 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from dumo.config.spec import Run
 from dumo.io.read import finite
+from dumo.nets import Net
 from dumo.plan import findings
 from dumo.plan.machine import Finding, look
 from dumo.run.examination import examine
@@ -18,15 +21,33 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
 
     `findings` are lines to read; `examination` is None where the slope refused to begin.
     """
-    here, exam = dist.device(device), None
+    torch_device = dist.device(device)
+
+    def build_net(net: Net) -> nn.Module:
+        return build(run.model_copy(update={"net": net}), torch_device)
+
+    exam = None
     try:
-        exam = examine(run, here)
-        text, way = str(exam), "" if exam.passed else exam.way
+        exam = examine(run, torch_device)
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
-        text, way = "refused", str(error)
-    test = Finding("self-test", "failing" if way else "ok", text, way)
-    weights = findings.of_weights(run.net, run.data, lambda net: build(run.model_copy(update={"net": net}), here))
-    texts = findings.of_texts(run.net, run.data, run.train.seed)
-    found = [*look(here), *weights, *findings.of_captions(run.data), *findings.of_buckets(run.data), *texts, test]
-    ok = all(finding.state != "failing" for finding in found)
-    return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}
+        self_test = Finding("self-test", "failing", "refused", str(error))
+    else:
+        if exam.passed:
+            self_test = Finding("self-test", "ok", str(exam))
+        else:
+            self_test = Finding("self-test", "failing", str(exam), exam.way)
+    of_weights = findings.of_weights(run.net, run.data, build_net)
+    of_texts = findings.of_texts(run.net, run.data, run.train.seed)
+    all_findings = [
+        *look(torch_device),
+        *of_weights,
+        *findings.of_captions(run.data),
+        *findings.of_buckets(run.data),
+        *of_texts,
+        self_test,
+    ]
+    return {
+        "ok": all(finding.state != "failing" for finding in all_findings),
+        "findings": [asdict(finding) for finding in all_findings],
+        "examination": None if exam is None else finite(asdict(exam)),
+    }

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,23 +38,18 @@ class Finding:
     way: str = ""
 
 
-def look(here: torch.device) -> list[Finding]:
+def look(device: torch.device) -> list[Finding]:
     """All there is to know of this machine and one device of it. Compiles a function: seconds, the first time."""
     versions = ", ".join(f"{name} {number}" for name, number in dist.versions().items())
-    free = shutil.disk_usage(".").free / GIB
-    full = "free some: a run keeps two checkpoints" if free < LITTLE else ""
-    return [
+    findings = [
         Finding("versions", "ok", versions),
-        hardware(here),
+        hardware(device),
         Finding("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
-        *([Finding("ranks", "ok", f"rank {dist.rank()} of {dist.world()}")] if dist.started() else []),
-        kernels(here),
-        dtypes(here),
-        triton(here),
-        compiler(here),
-        judged("disk", f"{free:.1f} GiB free here, where runs/ goes", full),
-        *extras(),
     ]
+    if dist.started():
+        findings.append(Finding("ranks", "ok", f"rank {dist.rank()} of {dist.world()}"))
+    findings += [kernels(device), dtypes(device), triton(device), compiler(device), disk(), *extras()]
+    return findings
 
 
 def judged(name: str, text: str, way: str) -> Finding:
@@ -61,71 +57,94 @@ def judged(name: str, text: str, way: str) -> Finding:
     return Finding(name, "warning" if way else "ok", text, way)
 
 
-def hardware(here: torch.device) -> Finding:
+def hardware(device: torch.device) -> Finding:
     """The device's name and memory."""
-    name = torch.cuda.get_device_name(here) if here.type == "cuda" else platform.processor() or platform.machine()
-    blind = torch.version.cuda is not None and not torch.cuda.is_available()
-    way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if blind else ""
-    return judged("device", f"{here}: {name}, {dist.memory(here) / GIB:.1f} GiB", way)
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    sees_no_gpu = torch.version.cuda is not None and not torch.cuda.is_available()
+    way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if sees_no_gpu else ""
+    return judged("device", f"{device}: {name}, {dist.memory(device) / GIB:.1f} GiB", way)
 
 
-def kernels(here: torch.device) -> Finding:
+def kernels(device: torch.device) -> Finding:
     """The kernels of attention that run, in bf16."""
 
     def attend(backend: SDPBackend) -> None:
-        q = torch.ones(1, 1, 64, 64, device=here, dtype=torch.bfloat16)
+        q = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bfloat16)
         with sdpa_kernel(backend):
             scaled_dot_product_attention(q, q, q)
 
-    have = [name for name, backend in KERNELS.items() if not fault(lambda backend=backend: attend(backend))]
-    way = "" if len(have) > 1 else "attention takes memory by the square of the tokens: a newer torch or GPU has others"
-    return judged("attention", ", ".join(have) or "none", way)
+    names = [name for name, backend in KERNELS.items() if not fault(partial(attend, backend))]
+    way = ""
+    if len(names) <= 1:
+        way = "attention takes memory by the square of the tokens: a newer torch or GPU has others"
+    return judged("attention", ", ".join(names) or "none", way)
 
 
-def dtypes(here: torch.device) -> Finding:
-    """The precisions that a product of matrices runs in, other than fp32."""
+def dtypes(device: torch.device) -> Finding:
+    """The precisions that a product of matrices runs in."""
 
     def autocast() -> None:
-        with torch.autocast(here.type, torch.bfloat16):
-            x = torch.ones(8, 8, device=here)
+        with torch.autocast(device.type, torch.bfloat16):
+            x = torch.ones(8, 8, device=device)
             if linear(x, x).dtype != torch.bfloat16:
                 raise TypeError("autocast is ignored")
 
     def multiply(dtype: torch.dtype) -> None:
-        x = torch.ones(8, 8, device=here, dtype=dtype)
+        x = torch.ones(8, 8, device=device, dtype=dtype)
         linear(x, x)
 
-    lacks_bf16 = fault(autocast)
-    have = [] if lacks_bf16 else ["bf16 autocast"]
-    have += [name for name, dtype in DTYPES.items() if not fault(lambda dtype=dtype: multiply(dtype))]
-    return judged("dtypes", ", ".join(["fp32", *have]), "keep train.precision=fp32" if lacks_bf16 else "")
+    names = ["fp32"]
+    way = ""
+    if fault(autocast):
+        way = "keep train.precision=fp32"
+    else:
+        names.append("bf16 autocast")
+    for name, dtype in DTYPES.items():
+        if not fault(partial(multiply, dtype)):
+            names.append(name)
+    return judged("dtypes", ", ".join(names), way)
 
 
-def triton(here: torch.device) -> Finding:
+def triton(device: torch.device) -> Finding:
     """Triton, which compiles kernels for GPUs."""
     version = installed("triton")
-    way = install("triton") if here.type == "cuda" and not version else ""
-    return judged("triton", version or "none", way)
+    is_missed = device.type == "cuda" and not version
+    return judged("triton", version or "none", install("triton") if is_missed else "")
 
 
-def compiler(here: torch.device) -> Finding:
+def compiler(device: torch.device) -> Finding:
     """Whether torch.compile does: by compiling a line."""
-    why = fault(lambda: torch.compile(lambda x: x.sin() * 2, fullgraph=True)(torch.ones(8, device=here)))
-    if not why:
+
+    def compile_line() -> None:
+        line = torch.compile(lambda x: x.sin() * 2, fullgraph=True)
+        line(torch.ones(8, device=device))
+
+    problem = fault(compile_line)
+    if not problem:
         return Finding("torch.compile", "ok", "works")
-    has = any(shutil.which(name) for name in ("g++", "clang++"))
-    way = "none is needed to train; mend what it says" if has else "install a C++ compiler, g++ or clang++"
-    return Finding("torch.compile", "warning", why, way)
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++"))
+    way = "none is needed to train; mend what it says" if has_compiler else "install a C++ compiler, g++ or clang++"
+    return Finding("torch.compile", "warning", problem, way)
+
+
+def disk() -> Finding:
+    """The free space of the disk that runs/ is on."""
+    free = shutil.disk_usage(".").free / GIB
+    way = "free some: a run keeps two checkpoints" if free < LITTLE else ""
+    return judged("disk", f"{free:.1f} GiB free here, where runs/ goes", way)
 
 
 def extras() -> list[Finding]:
     """The optional packages, by the extra that brings them."""
-    found: list[Finding] = []
-    for extra, packages in runtime.extras().items():
-        names = [re.split(r"[^\w.-]", package)[0] for package in packages]
-        lacks = ", ".join(name for name in names if not installed(name))
-        found.append(Finding(f"extra {extra}", "ok", f"lacks {lacks}: {install(extra)}" if lacks else "installed"))
-    return found
+    findings: list[Finding] = []
+    for extra, requirements in runtime.extras().items():
+        packages = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
+        missing = ", ".join(package for package in packages if not installed(package))
+        text = f"lacks {missing}: {install(extra)}" if missing else "installed"
+        findings.append(Finding(f"extra {extra}", "ok", text))
+    return findings
 
 
 def fault(work: Callable[[], object]) -> str:

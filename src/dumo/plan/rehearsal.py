@@ -59,46 +59,49 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
-    here = dist.device(device)
+    torch_device = dist.device(device)
     spec = spec.model_copy(update={"net": examination.readable(spec.net)})
-    if here.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(here)
-    exam = examination.examine(spec, here)
+    if torch_device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(torch_device)
+    exam = examination.examine(spec, torch_device)
     exam.require()
-    slow = here.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
-    require_room(spec, here, spec.train.copies, rows)
+    is_slow = torch_device.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
+    require_room(spec, torch_device, spec.train.copies, rows)
     task = Task(spec.objective, spec.path, spec.data.classes)
+    warm = 0 if is_slow else WARM
     try:
-        batch = random_rows(spec.data, rows, here)
-        state, record, passes, update = make_step(build(spec, here), task, batch, spec.train, warm=0 if slow else WARM)
+        batch = random_rows(spec.data, rows, torch_device)
+        net = build(spec, torch_device)
+        state, record, pass_seconds, update_seconds = make_step(net, task, batch, spec.train, warm=warm)
     except torch.OutOfMemoryError as error:
-        way = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
-        raise UserError(f"{rows} rows at a time do not fit on {machine.hardware(here).text}: {way}") from error
-    nfe, taken = make_sample(sampler(spec, state.shown))
-    step = spec.train.batch / rows * passes + update
+        place = machine.hardware(torch_device).text
+        fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
+        raise UserError(f"{rows} rows at a time do not fit on {place}: {fix}") from error
+    sample_nfe, sample_seconds = make_sample(sampler(spec, state.shown))
+    step_seconds = spec.train.batch / rows * pass_seconds + update_seconds
     return Rehearsal(
-        machine=machine.hardware(here).text,
+        machine=machine.hardware(torch_device).text,
         threads=torch.get_num_threads(),
         rows=rows,
         whole=cost.exact_rows(spec.objective),
         examination=str(exam),
         loss=record.loss,
         grad_norm=record.grad_norm,
-        pass_seconds=passes,
-        update_seconds=update,
-        peak_bytes=peak_bytes(here),
-        sample_nfe=nfe,
-        sample_seconds=taken,
-        step_seconds=step,
-        images_per_second=spec.train.batch / step,
-        hours=spec.train.steps * step / HOUR,
+        pass_seconds=pass_seconds,
+        update_seconds=update_seconds,
+        peak_bytes=peak_bytes(torch_device),
+        sample_nfe=sample_nfe,
+        sample_seconds=sample_seconds,
+        step_seconds=step_seconds,
+        images_per_second=spec.train.batch / step_seconds,
+        hours=spec.train.steps * step_seconds / HOUR,
     )
 
 
-def random_rows(data: Data, rows: int, here: torch.device) -> tuple[Sample, Cond]:
+def random_rows(data: Data, rows: int, device: torch.device) -> tuple[Sample, Cond]:
     """Rows of random numbers, like the data."""
     x, c = random_batch("dry", rows, data.shape, data.classes)
-    return x.to(here), c.to(here)
+    return x.to(device), c.to(device)
 
 
 def make_step(
@@ -108,28 +111,36 @@ def make_step(
 
     Seconds are the median of the `timed` steps.
     """
-    rows, here = len(batch[0]), batch[0].device
-    train = train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + timed, "max_skips": 1})
-    state, records, times = begin(net, train), list[Record](), [0.0]
+    x, _ = batch
+    device = x.device
+    train = train.model_copy(update={"batch": len(x), "micro_batch": None, "steps": warm + timed, "max_skips": 1})
+    state = begin(net, train)
+    records: list[Record] = []
+    times: list[float] = []  # three a step: as it begins, before the update, at the end
 
     def batches(step: int) -> tuple[Sample, Cond]:
-        times.append(now(here))
+        times.append(now(device))
         return batch
 
     def done(state: State, record: Record) -> None:
-        times.append(now(here))
+        times.append(now(device))
         records.append(record)
 
-    state.optimizer.register_step_pre_hook(lambda *_: times.append(now(here)))
+    state.optimizer.register_step_pre_hook(lambda *_: times.append(now(device)))
     loop.train(state, task, batches, train, [loop.Every(1, done)])
-    began, passed, ended = torch.tensor(times[1:], dtype=torch.float64).view(-1, 3)[warm:].unbind(1)
-    return state, records[-1], float((passed - began).median()), float((ended - passed).median())
+    timed_steps = torch.tensor(times, dtype=torch.float64).view(-1, 3)[warm:]
+    began, passed, ended = timed_steps.unbind(1)
+    pass_seconds = (passed - began).median().item()
+    update_seconds = (ended - passed).median().item()
+    return state, records[-1], pass_seconds, update_seconds
 
 
 def make_sample(sampler: Sampler) -> tuple[int, float]:
     """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
-    spec, net, began = sampler.spec, sampler.net, now(sampler.device)
-    made = generate.generate(
+    spec = sampler.spec
+    net = sampler.net
+    began = now(sampler.device)
+    sample = generate.generate(
         net,
         reading(sampler.objective, net, spec.knobs),
         sampler.path,
@@ -141,4 +152,4 @@ def make_sample(sampler: Sampler) -> tuple[int, float]:
         device=sampler.device,
         precision=sampler.precision,
     )
-    return made.nfe, now(sampler.device) - began
+    return sample.nfe, now(sampler.device) - began
