@@ -1,4 +1,4 @@
-"""What a run is and takes, counted on nets without numbers: sizes, work, memory, images; as facts and as lines.
+"""What a run is and takes, counted on meta models: sizes, work, memory, images; as facts and as lines.
 
 Of memory the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top comes the most that one
 piece of a batch needs at one time.
@@ -52,7 +52,7 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
         "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
-        "slope": way and {**way._asdict(), "text": way.text},
+        "slope": None if way is None else {**way._asdict(), "text": way.text},
         "far": far(run.objective) if jumps else None,
         "guidance_scale": run.guided.scale,
     }
@@ -70,30 +70,48 @@ def plan(spec: Run) -> dict[str, Any]:
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
     whole run's; `side` is that of the pipeline's default image; `gpus` is as the function of that name says.
     """
-    net, shape, needs, train = outline(spec), spec.data.shape, spec.objective.needs, spec.train
-    shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
-    heads = cost.heads(net, spec.objective, shape, rows=1)
-    holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
-    if encoders := of_encoders(spec.net, spec.data.classes):
-        holds |= {"encoders": encoders, "total": holds["total"] + encoders}
-    checkpoint = copied(net, holds)
-    cached = None if missing or not isinstance(spec.data, Latents) else read_contents(spec.data.folder)
-    standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)  # a set of images by its name
-    epoch = cached.rows if cached else standard and (TRAIN if standard.url else standard.real)
+    net = outline(spec)
+    shape = spec.data.shape
+    needs = spec.objective.needs
+    train = spec.train
+    shown = show(spec, net)
+    images = train.steps * train.batch
+    missing = missing_data(spec.data)
+
+    inputs: dict[str, list[int]] = {"x": list(shape), "c": []}
+    for name in needs.names:
+        inputs[name] = []
+    head_names = (*needs.heads, *needs.gauges)
+    head_rows = cost.heads(net, spec.objective, shape, rows=1)
+    heads = {name: list(head.shape[1:]) for name, head in zip(head_names, head_rows, strict=False)}
+
+    bytes_held = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
+    encoders = of_encoders(spec.net, spec.data.classes)
+    if encoders:
+        bytes_held["encoders"] = encoders
+        bytes_held["total"] += encoders
+    checkpoint = copied(net, bytes_held)
+    copy_bytes = checkpoint["copy"]
+    host_bytes = {name: host(net, train, 1, bytes_held, copy_bytes, bytes_held["total"], name) for name in DEVICES}
+
+    epoch = images_per_epoch(spec, missing=missing is not None)
+    side = None
+    if isinstance(spec.net, Pretrained):
+        side = spec.net.side or None
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()) + saved(net),
         "pixels": list(spec.pixels),
-        "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
-        "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
+        "inputs": inputs,
+        "heads": heads,
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": holds,
-        "host": {name: host(net, train, 1, holds, checkpoint["copy"], holds["total"], name) for name in DEVICES},
-        "side": spec.net.side or None if isinstance(spec.net, Pretrained) else None,
-        "gpus": gpus(holds),
+        "memory": bytes_held,
+        "host": host_bytes,
+        "side": side,
+        "gpus": gpus(bytes_held),
         "checkpoint": checkpoint,
         "images": images,
-        "epochs": epoch and images / epoch,
+        "epochs": images / epoch if epoch else None,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
         "validation": validation(spec, shown["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
@@ -103,25 +121,42 @@ def plan(spec: Run) -> dict[str, Any]:
     }
 
 
+def images_per_epoch(run: Run, *, missing: bool) -> int | None:
+    """The images of the training data, as their cache or else the protocol's standard tells; None: not known."""
+    if isinstance(run.data, Latents) and not missing:
+        contents = read_contents(run.data.folder)
+        if contents is not None:
+            return contents.rows
+    standard: Standard | None = getattr(run.evaluate.protocol, "standard", None)  # a set of images by its name
+    if standard is None:
+        return None
+    return TRAIN if standard.url else standard.real
+
+
 def validation(run: Run, units: float | None = None) -> dict[str, Any] | None:
     """How a run in training is judged, and the operations of its samples over those of its steps; None: it is not.
 
     Features and decoders are not counted. `units`: a step's forward units, if they are known already.
     """
-    every, one = run.evaluate.every, run.evaluate.validation
+    every = run.evaluate.every
     if not every:
         return None
     if units is None:
         units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
-    passes = one.protocol.total * one.nfe[0] * (2 if run.sample.guide.active else 1)
+    evaluation = run.evaluate.validation
+    samples = evaluation.protocol.total
+    nfe = evaluation.nfe[0]
+    passes = samples * nfe
+    if run.sample.guide.active:
+        passes *= 2
     share = passes / (every * run.train.batch * units)
-    return {"every": every, "samples": one.protocol.total, "nfe": one.nfe[0], "share": share}
+    return {"every": every, "samples": samples, "nfe": nfe, "share": share}
 
 
 def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> int:
     """The rows of the largest pass on any rank, of those here or of `ranks`. Raises UserError as `passes`."""
-    cuts = passes(train, objective, ranks or dist.world())
-    return max(rows.stop - rows.start for rank in cuts for rows in rank)
+    passes_by_rank = passes(train, objective, ranks or dist.world())
+    return max(rows.stop - rows.start for rank_passes in passes_by_rank for rows in rank_passes)
 
 
 def memory(
@@ -131,11 +166,10 @@ def memory(
 
     `net` is an outline, which is left with gradients.
     """
-    found = held(net, train)  # of averages as they begin, before weights are rounded to 16 bits
-    activations = cost.activation_bytes(
+    parts = held(net, train)  # of averages as they begin, before weights are rounded to 16 bits
+    parts["activations"] = cost.activation_bytes(
         net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision
     )
-    parts = {**found, "activations": activations}
     return {"rows": rows, **parts, "total": sum(parts.values())}
 
 
@@ -146,21 +180,22 @@ def gpus(memory: Mapping[str, int]) -> int | None:
     """
     if memory["total"] <= GPU:
         return None
-    return 2 ** max(0, ceil(log2((memory["total"] - memory["activations"]) / (GPU / 2))))
+    between_passes = memory["total"] - memory["activations"]
+    return 2 ** max(0, ceil(log2(between_passes / (GPU / 2))))
 
 
 def held(net: nn.Module, train: Train) -> dict[str, int]:
     """Bytes that training holds between passes, by what they are, where each rank holds all; `net` as in `memory`."""
     state = begin(net, train)
-    learns = [p for p in net.parameters() if p.requires_grad]
-    for p in learns:
+    trained_weights = [p for p in net.parameters() if p.requires_grad]
+    for p in trained_weights:
         p.grad = torch.empty_like(p)
     state.optimizer.step()  # its own tensors come with its first step
-    own = (value for entry in state.optimizer.state.values() for value in entry.values())
+    optimizer_values = (value for entry in state.optimizer.state.values() for value in entry.values())
     return {
         "weights": size(tensors(net)),
-        "gradients": size(learns),
-        "optimizer": size(value for value in own if isinstance(value, Tensor)),
+        "gradients": size(trained_weights),
+        "optimizer": size(value for value in optimizer_values if isinstance(value, Tensor)),
         "averages": size(averaged(state)),
     }
 
@@ -170,17 +205,22 @@ def copied(net: nn.Module, held: Mapping[str, int], ranks: int = 1) -> dict[str,
 
     `net` is an outline, `held` of it.
     """
-    whole = held["weights"] + held["optimizer"] + held["averages"] - size(frozen_weights(net).values())
-    return {"bytes": whole, "copy": ceil(whole / ranks)}
+    checkpoint_bytes = held["weights"] + held["optimizer"] + held["averages"] - size(frozen_weights(net).values())
+    return {"bytes": checkpoint_bytes, "copy": ceil(checkpoint_bytes / ranks)}
 
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     """Bytes that `dumo encode` writes for an image, as it is without options, and for all, if their number is known."""
     fields = Plan.model_fields
-    moments = data.codec.gaussian and fields["store"].default == "moments"
-    numbers = prod(data.shape) * (2 if moments else 1) * (2 if data.images.flip else 1)
-    each: int = numbers * getattr(torch, fields["dtype"].default).itemsize
-    return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
+    dtype: torch.dtype = getattr(torch, fields["dtype"].default)
+    values = prod(data.shape)
+    if data.codec.gaussian and fields["store"].default == "moments":
+        values *= 2  # two moments of each
+    if data.images.flip:
+        values *= 2  # the mirror image, too
+    bytes_per_image = values * dtype.itemsize
+    total = None if images is None else images * bytes_per_image
+    return {"images": images, "bytes_per_image": bytes_per_image, "bytes": total}
 
 
 def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
@@ -188,24 +228,30 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
 
     `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
     """
-    count, own = data.classes or None, texts if isinstance(texts, PipelineTexts) else None
-    edits = own is not None and own.row.edits
-    source = data.shape if edits else ()
-    each = texts.bytes(0, source)
+    captions = data.classes or None
+    pipeline_texts = texts if isinstance(texts, PipelineTexts) else None
+    edits_images = pipeline_texts is not None and pipeline_texts.row.edits
+    source = data.shape if edits_images else ()
+    bytes_per_caption = texts.bytes(0, source)
+    most = None
+    if pipeline_texts is not None and not edits_images:
+        most = max(0, int(pipeline_texts.budget * GB / bytes_per_caption) - 1)
     return {
-        "captions": count,
-        "bytes_per_caption": each,
-        "bytes": count and texts.bytes(count, source),
+        "captions": captions,
+        "bytes_per_caption": bytes_per_caption,
+        "bytes": None if captions is None else texts.bytes(captions, source),
         "live": texts.live(data.classes),
-        "most": None if own is None or edits else max(0, int(own.budget * GB / each) - 1),
-        "encoders": own and own.encoders,
+        "most": most,
+        "encoders": None if pipeline_texts is None else pipeline_texts.encoders,
     }
 
 
 def of_encoders(net: Net, captions: int) -> int:
     """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
     texts = net.texts
-    return texts.encoders or 0 if isinstance(texts, PipelineTexts) and texts.live(captions) else 0
+    if not (isinstance(texts, PipelineTexts) and texts.live(captions)):
+        return 0
+    return texts.encoders or 0
 
 
 def missing_data(data: Data) -> str | None:
@@ -219,13 +265,18 @@ def missing_data(data: Data) -> str | None:
             data.cache()  # whose rows are read when they are taken
     except UserError as error:
         return "; ".join(line.strip() for line in str(error).splitlines())
-    return None if path.exists() else f"there is no {path}: set data.root"
+    if not path.exists():
+        return f"there is no {path}: set data.root"
+    return None
 
 
 def averaged(state: State) -> list[Tensor]:
     """The averages' tensors, but for those that they share with the net."""
-    shared = {id(x) for x in tensors(state.net)}
-    return [x for average in state.averages.values() for x in tensors(average.module) if id(x) not in shared]
+    net_tensors = {id(x) for x in tensors(state.net)}
+    own_tensors: list[Tensor] = []
+    for average in state.averages.values():
+        own_tensors += [x for x in tensors(average.module) if id(x) not in net_tensors]
+    return own_tensors
 
 
 def tensors(net: nn.Module) -> Iterable[Tensor]:
@@ -240,83 +291,138 @@ def size(values: Iterable[Tensor]) -> int:
 
 def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     """What a plan says; of work and memory where one process trains `alone`, else `ranked` does."""
-    train, memory = facts["spec"]["train"], facts["memory"]
-    fixed = facts["parameters_total"] - facts["parameters"]
-    part = facts["parameters_trained"]
-    trained = f", {part / 1e6:,.3f} M trained" if part < facts["parameters"] else ""
-    tables = f", {fixed / 1e6:,.3f} M fixed" if fixed else ""
-    yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M{trained}{tables}"
+    yield "parameters", parameter_counts(facts)
     yield "inputs", shapes(facts["inputs"])
-    if (side := facts["side"]) and side != (here := facts["pixels"][1]):
-        yield "size", f"{here} x {here} pixels; the pipeline's default is {side} x {side}"
-    yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
+    default_side = facts["side"]
+    if default_side:
+        side = facts["pixels"][1]
+        if side != default_side:
+            yield "size", f"{side} x {side} pixels; the pipeline's default is {default_side} x {default_side}"
+    outputs = shapes(facts["heads"])
+    if facts["tokens"]:
+        outputs += f"; {facts['tokens']} tokens"
+    yield "outputs", outputs
     yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
-    way = facts["slope"]
-    yield "one step", f"{facts['forward_units_per_step']:.2f} F" + (f"; slope dual, {way['text']}" if way else "")
-    if sizes := facts["buckets"]:
-        each = ", ".join(f"{width} x {height}" for height, width in sizes)
-        yield "buckets", f"{each}; all else is counted for the square; dumo doctor says what they cut off"
-    epochs = f", {number(facts['epochs'])} epochs" if facts["epochs"] else ""
-    yield "in all", f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images{epochs}"
-    parts = ", ".join(f"{name} {memory[name] / GB:.2f}" for name in memory if name not in ("rows", "total"))
+    step = f"{facts['forward_units_per_step']:.2f} F"
+    if facts["slope"]:
+        step += f"; slope dual, {facts['slope']['text']}"
+    yield "one step", step
+    if facts["buckets"]:
+        sizes = ", ".join(f"{width} x {height}" for height, width in facts["buckets"])
+        yield "buckets", f"{sizes}; all else is counted for the square; dumo doctor says what they cut off"
+    train = facts["spec"]["train"]
+    images = f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images"
+    if facts["epochs"]:
+        images += f", {number(facts['epochs'])} epochs"
+    yield "in all", images
     if alone:
+        held_bytes = facts["memory"]
+        parts = ", ".join(f"{name} {held_bytes[name] / GB:.2f}" for name in held_bytes if name not in ("rows", "total"))
         yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
-        yield "memory", f"{memory['total'] / GB:.2f} GB at most, {memory['rows']} rows at a time: {parts}"
+        yield "memory", f"{held_bytes['total'] / GB:.2f} GB at most, {held_bytes['rows']} rows at a time: {parts}"
         yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
-    if judged := facts["validation"]:
-        passes = "1 pass" if judged["nfe"] == 1 else f"{judged['nfe']} passes"
-        what = f"{judged['samples']:,} samples in {passes} every {judged['every']:,} steps"
-        yield "validation", f"{what}: {judged['share']:.2%} more work, decoding and features not counted"
-    if cache := facts["cache"]:
-        whole = f", {cache['bytes'] / GB:,.1f} GB of {cache['images']:,} images" if cache["bytes"] else ""
-        yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
-    if texts := facts["texts"]:
-        whole = f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions" if texts["bytes"] else ""
-        size = f" of {texts['encoders'] / GB:,.1f} GB" if texts["encoders"] else ""
-        live = f"encoders{size} run in training"
-        how = f"more than net.texts.budget, so {live}" if texts["live"] else "in a table"
-        if texts["most"] is not None and not texts["live"]:
-            how += f"; above {texts['most']:,} captions (net.texts.budget) {live}"
-        yield "texts", f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most{whole}: {how}"
+    judged = facts["validation"]
+    if judged:
+        samples = f"{judged['samples']:,} samples in {pass_count(judged['nfe'])} every {judged['every']:,} steps"
+        yield "validation", f"{samples}: {judged['share']:.2%} more work, decoding and features not counted"
+    cached = facts["cache"]
+    if cached:
+        storage = f"{cached['bytes_per_image'] / 1e3:,.1f} kB an image"
+        if cached["bytes"]:
+            storage += f", {cached['bytes'] / GB:,.1f} GB of {cached['images']:,} images"
+        yield "cache", storage
+    if facts["texts"]:
+        yield "texts", caption_storage(facts["texts"])
     yield "data", facts["missing_data"] or "there"
 
 
-def ranked(plan: Mapping[str, Any], keep: int) -> Iterator[Line]:
+def parameter_counts(facts: Mapping[str, Any]) -> str:
+    """The parameters of a net, and, where they are not all, those that are trained, and fixed tables, in millions."""
+    parameters = facts["parameters"]
+    trained = facts["parameters_trained"]
+    fixed = facts["parameters_total"] - parameters
+    text = f"{parameters / 1e6:,.3f} M"
+    if trained < parameters:
+        text += f", {trained / 1e6:,.3f} M trained"
+    if fixed:
+        text += f", {fixed / 1e6:,.3f} M fixed"
+    return text
+
+
+def caption_storage(texts: Mapping[str, Any]) -> str:
+    """What the rows of captions take, and whether a table holds them or encoders make them in training."""
+    text = f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most"
+    if texts["bytes"]:
+        text += f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions"
+    encoders = "encoders"
+    if texts["encoders"]:
+        encoders += f" of {texts['encoders'] / GB:,.1f} GB"
+    if texts["live"]:
+        return f"{text}: more than net.texts.budget, so {encoders} run in training"
+    text += ": in a table"
+    if texts["most"] is not None:
+        text += f"; above {texts['most']:,} captions (net.texts.budget) {encoders} run in training"
+    return text
+
+
+def ranked(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
     """What a plan for ranks says."""
-    ranks, share, rows = plan["ranks"], plan["share"], f"{plan['rows']} rows at a time"
-    lie = "each with all weights" if share == 1 else f"{share} with a copy of the weights between them"
-    back = ", given back after each pass" if plan["reshard"] and share > 1 else ""
-    passes = "" if plan["passes"] == 1 else f", in {plan['passes']} passes a step"
-    yield "ranks", "1" if ranks == 1 else f"{ranks}, {lie}{back}"
-    memory = plan["memory"]
-    parts = ", ".join(f"{name} {sized(size, 1024)}" for name, size in memory.items() if size and name != "peak")
-    yield "each holds", f"{sized(memory['peak'], 1024)} at most, {rows}{passes}: {parts}"
-    sent = (f"{name} {sized(one['bytes'])} in {one['calls']} calls" for name, one in plan["sent"].items())
+    ranks = facts["ranks"]
+    share = facts["share"]
+    if ranks == 1:
+        layout = "1"
+    elif share == 1:
+        layout = f"{ranks}, each with all weights"
+    else:
+        layout = f"{ranks}, {share} with a copy of the weights between them"
+        if facts["reshard"]:
+            layout += ", given back after each pass"
+    yield "ranks", layout
+    memory = facts["memory"]
+    parts = ", ".join(f"{name} {sized(held, 1024)}" for name, held in memory.items() if held and name != "peak")
+    rows = f"{facts['rows']} rows at a time"
+    if facts["passes"] != 1:
+        rows += f", in {facts['passes']} passes a step"
+    yield "each holds", f"{sized(memory['peak'], 1024)} at most, {rows}: {parts}"
+    sent = [f"{name} {sized(traffic['bytes'])} in {traffic['calls']} calls" for name, traffic in facts["sent"].items()]
     yield "each step sends", ", ".join(sent) or "nothing"
-    size = plan["checkpoint"]
-    disk = f"{sized(size['bytes'])} each; {sized(size['most'])} for {keep} and one being written"
-    yield "checkpoints", f"{disk}; {sized(size['copy'], 1024)} of host memory each, the copy that is written"
-    each = f"{number(plan['flops'] / 1e15)} PFLOP, two to a multiply-add, at {plan['units']:.2f} F a step"
-    yield "work", each + ("" if plan["hours"] else "; hours need --tflops, what a GPU makes of its peak")
-    if plan["hours"]:
-        gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs, each"
-        yield "hours", f"{number(plan['hours'])} on {gpus} of {number(plan['tflops'])} TFLOP/s"
+    checkpoint = facts["checkpoint"]
+    disk = f"{sized(checkpoint['bytes'])} each; {sized(checkpoint['most'])} for {keep} and one being written"
+    copy = f"{sized(checkpoint['copy'], 1024)} of host memory each, the copy that is written"
+    yield "checkpoints", f"{disk}; {copy}"
+    work = f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add, at {facts['units']:.2f} F a step"
+    if not facts["hours"]:
+        yield "work", f"{work}; hours need --tflops, what a GPU makes of its peak"
+        return
+    yield "work", work
+    gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs, each"
+    yield "hours", f"{number(facts['hours'])} on {gpus} of {number(facts['tflops'])} TFLOP/s"
 
 
 def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     """What a rehearsal found."""
     yield "rehearsed", f"one step of {step['rows']} rows of random numbers, on {step['machine']}"
     yield "slope here", step["examination"]
-    took = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
-    yield "took", f"{took}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
-    passes = "1 pass" if step["sample_nfe"] == 1 else f"{step['sample_nfe']} passes"
-    yield "a sample", f"{step['sample_seconds']:.3g} s in {passes}, not decoded"
+    seconds = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
+    yield "took", f"{seconds}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
+    yield "a sample", f"{step['sample_seconds']:.3g} s in {pass_count(step['sample_nfe'])}, not decoded"
     yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
     yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
-    off = f"; for a better guess take a multiple of {step['whole']} rows" if step["rows"] % step["whole"] else ""
-    yield "the run", f"{number(step['hours'])} hours on this device alone{off}"
+    hours = f"{number(step['hours'])} hours on this device alone"
+    if step["rows"] % step["whole"]:
+        hours += f"; for a better guess take a multiple of {step['whole']} rows"
+    yield "the run", hours
+
+
+def pass_count(nfe: int) -> str:
+    """'1 pass', '2 passes'."""
+    return "1 pass" if nfe == 1 else f"{nfe} passes"
 
 
 def shapes(named: Mapping[str, list[int]]) -> str:
     """'x 4x32x32, t': shapes of a row; a single number has none."""
-    return ", ".join(" ".join([name, "x".join(map(str, shape))]).strip() for name, shape in named.items())
+    texts: list[str] = []
+    for name, shape in named.items():
+        sides = "x".join(map(str, shape))
+        texts.append(f"{name} {sides}" if shape else name)
+    return ", ".join(texts)
