@@ -147,7 +147,7 @@ def _still(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # n
 
 def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, whatever torch gives
     """A call of torch where some operands move and no rule says how: exact, or NoRule (`dumo.autodiff.general`)."""
-    reason = general.fault(function)
+    reason = general.fault(function, args, kwargs)
     if reason:
         raise NoRule(reason)
     leaves, spec = tree_flatten((args, kwargs))
@@ -156,21 +156,24 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         raise NoRule(f"{general.name_of(function)}, in a loss that holds the derivative itself")
     primals = [primal(x) for x in leaves]
     args_, kwargs_ = tree_unflatten(primals, spec)
-    written = general.writes(primals)
+    before = general.state_of(primals)
     results, results_spec = tree_flatten(function(*args_, **kwargs_))
-    if general.writes(primals) != written:  # to running statistics, and once more for the tangent
-        raise NoRule(f"{general.name_of(function)}, which changes an operand in place")
+    if general.state_of(primals) != before:  # the tangent's own call would write, or draw, once more
+        raise NoRule(f"{general.name_of(function)}, which draws random numbers or changes an operand")
     if not any(isinstance(result, Tensor) for result in results):  # strides and the like
         return tree_unflatten(results, results_spec)
     if not any(map(general.differentiable, results)):
         raise NoRule(f"{general.name_of(function)}, whose result has no derivative")
     moved = tuple(leaves[i] for i in place)
     for k, p in enumerate(results):
-        if general.differentiable(p):
+        same = [i for i in place if primals[i] is p]
+        if same:  # not another: what is assigned to the one must be seen in the other
+            results[k] = leaves[same[0]]
+        elif general.differentiable(p):
             call = general.Call(function, spec, place, k)
             results[k] = carry(p, general.tangent, moved, call, *primals)
             if isinstance(results[k], Dual):
-                results[k].part = p._is_view()
+                results[k].part = general.shares(p, primals)
     return tree_unflatten(results, results_spec)
 
 

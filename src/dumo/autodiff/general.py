@@ -5,8 +5,10 @@ So what nets use often has a rule (`dumo.autodiff.rule`), as has what is to be c
 Refused is what would lose the tangent or draw other numbers the second time.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ DRAWS = frozenset(
         "randint_like",
     ]
 )  # and all dropouts
+
+
+IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,18 @@ def tangent(*rest: Any) -> Tensor:  # noqa: ANN401, operands of any kind
         raise NoRule(f"{name_of(call.function)}, of which torch has no forward derivative") from error
 
 
-def fault(function: Callable[..., Any]) -> str | None:
-    """Why an operation has no tangent here; None: it has one."""
+def fault(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why an operation has no tangent here; None: it has one. Asked before it is called, for it may write."""
     name = name_of(function)
     if torch.compiler.is_compiling():
         return f"{name} under torch.compile"
     if name in LOSES:
         return f"{name}, which loses the tangent"
-    if name.endswith("_") and not name.startswith("__"):
+    if name in IN_PLACE or (name.endswith("_") and not name.startswith("__")):
         return f"{name}, in place"
+    names = parameters(function)
+    if "inplace" in names and dict(zip(names, args, strict=False)).get("inplace", kwargs.get("inplace", False)):
+        return f"{name} with inplace=True"
     if name in DRAWS or "dropout" in name:
         return f"{name}, which draws random numbers"
     return None
@@ -86,9 +94,25 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", str(function))
 
 
-def writes(operands: Iterable[object]) -> int:
-    """How often operands have been written to."""
-    return sum(x._version for x in operands if isinstance(x, Tensor) and not x.is_inference())
+@cache
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of an operation's parameters, in order; () where Python does not know them."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def state_of(operands: Iterable[object]) -> tuple[int, bytes]:
+    """How often operands have been written to, and where torch's generator on the CPU stands."""
+    writes = sum(x._version for x in operands if isinstance(x, Tensor) and not x.is_inference())
+    return writes, torch.get_rng_state().numpy().tobytes()
+
+
+def shares(result: Tensor, operands: Iterable[object]) -> bool:
+    """Whether a result lies in the memory of an operand."""
+    place = result.untyped_storage().data_ptr()
+    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == place for x in operands)
 
 
 def differentiable(result: object) -> bool:

@@ -9,21 +9,23 @@ tangent that a target does not need. Here the tangent rides on the pass that is 
 """
 
 import logging
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, pair, primal
+from dumo.autodiff.dual import Dual, NoRule, pair, primal
 from dumo.autodiff.einops import teach_einops
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
+PLAIN = Tensor | Dual | int | float | complex | str | None  # what an output may hold
 
 
 def jvp(
@@ -38,34 +40,66 @@ def jvp(
     pass and has no gradient; where the output does not move it is zero. Both have the structure of fn's output.
 
     Where an operation has no tangent, two passes are made, and a line of the log says so: fn as it is, and
-    `torch.func.jvp` without gradients. Raises UserError where shapes differ, and where that fails, too.
+    `torch.func.jvp` without gradients. Both draw the same random numbers, of torch's generator on the CPU, as the plain
+    call; buffers of a module change once. Raises UserError where arguments do not fit, and where that fails, too.
     """
+    require_arguments(primals, tangents)
+    teach_einops()
+    call_duals_tensors()
+    random_state = torch.get_rng_state()
+    buffers = buffers_of(fn)
+    points = [p if d is None else p.detach().clone() for p, d in zip(primals, tangents, strict=True)]
+    directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
+    try:
+        moving = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
+        out = fn(*moving, **kwargs)
+    except (NoRule, TypeError, AttributeError, RuntimeError) as error:  # also of code that asks for a Tensor
+        torch.set_rng_state(random_state)
+        set_buffers(fn, buffers)
+        return _two_passes(fn, primals, points, directions, kwargs, error)
+    for leaf in tree_flatten(out)[0]:
+        if not isinstance(leaf, PLAIN):
+            raise UserError(f"dumo.jvp: the function returned a {type(leaf).__name__}: return tensors, tuples or dicts")
+    return tree_map(primal, out), tree_map(_derivative, out)
+
+
+def require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> None:
+    """Raise UserError where these are no tensors of floats in pairs of a shape."""
+    if isinstance(primals, Tensor) or isinstance(tangents, Tensor):
+        raise UserError("dumo.jvp takes primals and tangents as tuples: dumo.jvp(fn, (x,), (v,))")
     if len(primals) != len(tangents):
         raise UserError(
             f"{len(primals)} primals and {len(tangents)} tangents: give a tangent each, None for what rests"
         )
     for i, (p, d) in enumerate(zip(primals, tangents, strict=True)):
-        if d is not None and d.shape != p.shape:
+        if isinstance(p, Dual):
+            raise UserError(f"primal {i} moves already: dumo.jvp does not nest, take torch.func.jvp")
+        if d is None:
+            continue
+        if not torch.is_tensor(p) or not p.is_floating_point():
+            raise UserError(f"primal {i} is no tensor of floats, so it cannot move: give None as its tangent")
+        if d.shape != p.shape:
             raise UserError(f"primal {i} has shape {tuple(p.shape)}, its tangent {tuple(d.shape)}: they move together")
-    teach_einops()
-    moving = [p if d is None else pair(p, d.detach().to(p)) for p, d in zip(primals, tangents, strict=True)]
-    try:
-        with duals_are_tensors():
-            out = fn(*moving, **kwargs)
-    except Exception as error:  # NoRule, and whatever code raises that asks whether its input is a Tensor
-        return _two_passes(fn, primals, tangents, kwargs, error)
-    return tree_map(primal, out), tree_map(_derivative, out)
 
 
-@contextmanager
-def duals_are_tensors() -> Generator[None, None, None]:
-    """Inside, torch.is_tensor says yes to a Dual: models of diffusers ask it of times."""
+@cache
+def call_duals_tensors() -> None:
+    """From now on torch.is_tensor says yes to a Dual: models of diffusers ask it of times, also in recomputation."""
     before = torch.is_tensor
     torch.is_tensor = lambda obj: isinstance(obj, Dual) or before(obj)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.is_tensor = before
+
+
+def buffers_of(fn: object) -> list[Tensor]:
+    """Copies of a module's buffers."""
+    return [buffer.clone() for buffer in fn.buffers()] if isinstance(fn, nn.Module) else []
+
+
+@torch.no_grad()
+def set_buffers(fn: object, values: list[Tensor]) -> None:
+    """Put a module's buffers to these values."""
+    if isinstance(fn, nn.Module):
+        for buffer, value in zip(fn.buffers(), values, strict=True):
+            buffer.copy_(value)
 
 
 def _derivative(x: object) -> object:
@@ -78,35 +112,49 @@ def _derivative(x: object) -> object:
 def _two_passes(
     fn: Callable[..., Any],
     primals: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
+    points: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
     kwargs: dict[str, Any],
     error: Exception,
 ) -> tuple[Any, Any]:
-    """The value by the plain call, the derivative by torch; `error` says why not in one pass."""
+    """The value by the plain call, the derivative by torch at `points`; `error` says why not in one pass."""
+    random_state = torch.get_rng_state()
+    buffers = buffers_of(fn)
     value = fn(*primals, **kwargs)  # raises what is no matter of tangents
-    place = [i for i, d in enumerate(tangents) if d is not None]
-    inner = fn
-    while isinstance(inner, nn.Module) and isinstance(wrapped := getattr(inner, "module", None), nn.Module):
-        inner = wrapped  # torch.func.jvp does not pass DistributedDataParallel
+    random_state_after = torch.get_rng_state()
+    buffers_after = buffers_of(fn)
+    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # which torch.func.jvp does not pass
+    leaves, spec = tree_flatten(value)
+    places = [i for i, d in enumerate(directions) if d is not None]
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    def along(*some: Tensor) -> Any:  # noqa: ANN401, as fn
-        operands = list(primals)
-        for i, x in zip(place, some, strict=True):
-            operands[i] = x
-        return inner(*operands, **kwargs)
+    def tensors_along(*some: Tensor) -> tuple[Tensor, ...]:
+        operands = list(points)
+        for i, x in zip(places, some, strict=True):
+            operands[i] = x.clone()  # it may be written to
+        found = tree_flatten(inner(*operands, **kwargs))[0]
+        return tuple(found[i] for i in tensors)
 
-    at = tuple(primals[i].detach() for i in place)
-    directions = tuple(d.detach().to(p) for p, d in zip(primals, tangents, strict=True) if d is not None)
+    at = tuple(points[i] for i in places)
+    along = tuple(d for d in directions if d is not None)
     name = getattr(fn, "__name__", type(fn).__name__)
+    torch.set_rng_state(random_state)
+    set_buffers(fn, buffers)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            derivative = torch.func.jvp(along, at, directions)[1]
-    except (RuntimeError, NotImplementedError) as failed:
+            slopes = torch.func.jvp(tensors_along, at, along)[1]
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as failed:
         raise UserError(
             f"{name} has no derivative: {_first_line(error)}; and by torch.func.jvp: {_first_line(failed)}"
         ) from failed
+    finally:
+        torch.set_rng_state(random_state_after)
+        set_buffers(fn, buffers_after)
     log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(error))
-    return value, derivative
+    derivative = list(leaves)
+    for i, slope in zip(tensors, slopes, strict=True):
+        derivative[i] = slope
+    return value, tree_unflatten(derivative, spec)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dumo
-from dumo.autodiff.dual import Dual
 from dumo.types import UserError
 
 WIDTH, TOKENS, BATCH = 32, 8, 4
@@ -171,8 +170,6 @@ def test_a_unet_of_diffusers_which_asks_whether_its_time_is_a_tensor() -> None:
         true = (u(x + h * v, t + h) - u(x - h * v, t - h)) / (2 * h)
     du_dt = dumo.jvp(u, (x, t), (v, torch.ones_like(t)))[1]
     assert (du_dt - true).norm() <= 1e-4 * true.norm()  # it embeds times in float32, which the difference divides by h
-    assert torch.is_tensor(x)
-    assert not torch.is_tensor(Dual(x, v))
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -201,6 +198,106 @@ def test_where_one_pass_does_not_do_two_are_made_and_said(
     assert not dy.requires_grad
 
 
+class Kept:
+    """A container that nobody knows."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Shifting(nn.Module):
+    """Draws, counts its calls in a buffer, and writes in place."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        h = F.dropout(self.module(x), 0.5)
+        h += 3 * x
+        return h * self.calls
+
+
+def test_two_passes_are_of_one_draw_and_change_buffers_once() -> None:
+    """And are of the module itself, also where it has a part that is called as a wrapper's."""
+    net, (x, _, v) = Shifting(), point()
+    torch.manual_seed(3)
+    plain = net(x)
+    after = torch.get_rng_state()
+    net.calls.zero_()
+    torch.manual_seed(3)
+    u, du = dumo.jvp(net, (x,), (v,))
+    assert torch.equal(u, plain)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert net.calls == 1
+    net.calls.zero_()
+    torch.manual_seed(3)
+    torch.testing.assert_close(net(x + v), u + du, rtol=1e-4, atol=1e-5)  # linear but for its mask
+
+
+def writes_to_its_input(x: Tensor) -> Tensor:
+    x += 1
+    return x * x
+
+
+def writes_inside_a_layer(x: Tensor) -> Tensor:
+    return F.hardswish(x, inplace=True)
+
+
+@pytest.mark.parametrize("fn", [writes_to_its_input, writes_inside_a_layer])
+def test_what_is_written_to_is_written_to_once(fn: Callable[[Tensor], Tensor]) -> None:
+    x, _, v = point()
+    once = x.clone()
+    plain = fn(once)
+    truth = torch.func.jvp(lambda a: fn(a.clone()), (x.clone(),), (v,))[1]
+    given = x.clone()
+    u, du = dumo.jvp(fn, (given,), (v,))
+    assert torch.equal(u, plain)
+    assert torch.equal(given, once)
+    torch.testing.assert_close(du, truth)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_layer_that_draws_by_itself_has_one_mask(kind: type[nn.LSTM]) -> None:
+    torch.manual_seed(0)
+    layer, (x, _, v) = kind(4, 3, num_layers=2, dropout=0.5, batch_first=True).double(), point()
+    x, v = x.double(), v.double()
+
+    def ends(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return layer(x)[0]
+
+    du = dumo.jvp(ends, (x,), (v,))[1]
+    with torch.no_grad():
+        true = (ends(x + 1e-6 * v) - ends(x - 1e-6 * v)) / 2e-6
+    assert (du - true).norm() <= 1e-6 * true.norm()
+
+
+def test_one_tensor_under_two_names_is_written_to_under_both() -> None:
+    def write(x: Tensor) -> Tensor:
+        h = x * 1
+        same = h.cpu()
+        same[0] = 5.0
+        return h * 2
+
+    x, _, v = point()
+    u, du = dumo.jvp(write, (x,), (v,))
+    assert torch.equal(u, write(x))
+    assert not du[0].any()
+    assert torch.equal(du[1:], 2 * v[1:])
+
+
+def test_a_derivative_is_a_tensor_of_its_own() -> None:
+    x, _, v = point()
+    before = v.clone()
+    dumo.jvp(lambda x: x, (x,), (v,))[1].mul_(0)
+    assert torch.equal(v, before)
+
+
 def test_mistakes_have_a_line() -> None:
     x, t, v = point()
     with pytest.raises(UserError, match="2 primals and 1 tangents"):
@@ -209,5 +306,15 @@ def test_mistakes_have_a_line() -> None:
         dumo.jvp(torch.sin, (x,), (t,))
     with pytest.raises(UserError, match=r"has no derivative.*cdist.*by torch.func.jvp"):
         dumo.jvp(partial(torch.cdist, x), (x,), (v,))
+    odd: list[tuple[Callable[..., object], object, object, str]] = [
+        (torch.sin, x, v, "as tuples"),
+        (torch.sin, (torch.arange(3),), (torch.arange(3),), "no tensor of floats"),
+        (torch.sin, (2.0,), (1.0,), "no tensor of floats"),
+        (Kept, (x,), (v,), "returned a Kept"),
+        (lambda x: dumo.jvp(torch.sin, (x,), (v,))[1], (x,), (v,), "does not nest"),
+    ]
+    for fn, primals, tangents, line in odd:
+        with pytest.raises(UserError, match=line):
+            dumo.jvp(fn, primals, tangents)  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeError, match="size"):  # what is wrong without tangents, too, stays as it is
         dumo.jvp(lambda x: x + torch.ones(3), (x,), (v,))

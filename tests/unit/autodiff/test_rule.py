@@ -167,6 +167,7 @@ x: 2 3 4, y: 3 1
 
 GENERAL = """
 x: 3 4, y: 3 4
+    torch.linalg.vector_norm(torch.fft.fft(x), dim=-1) | torch.view_as_real(F.normalize(torch.fft.fft(x)))
     torch.clamp(x, y, y + 1) | torch.maximum(x, y) | torch.max(x) | x.amax(1) | x.min(0)[0] | x % 2
     F.hardswish(x) | F.relu6(2 * x) | F.logsigmoid(x) | F.celu(x)
     F.glu(x) | x.logsumexp(1) | x.var(1) | x.std((0, 1)) | torch.var_mean(x, 1) | x.prod(1) | x.cumprod(1) | x.norm()
@@ -425,6 +426,9 @@ REFUSALS = """
     isnan: torch.isnan(x)
     dropout1d: F.dropout1d(x, 0.5)
     _cdist_forward|cdist: torch.cdist(x, x)
+    hardswish with inplace: F.hardswish(x, inplace=True)
+    add_, in place: w.__iadd__(x)
+    draws random numbers: torch.svd_lowrank(x)[1]
     batch_norm in training: F.batch_norm(x, w[0].clone(), w[1].clone(), training=True)
     detach: x.detach() | torch.detach(x)
     item: x.item()

@@ -177,11 +177,16 @@ def rpower(exponent: Any, base: Any) -> Array:
 
 def _general_power(dx: Tensor | None, dn: Tensor | None, x: Tensor, n: Tensor, y: Tensor) -> Tensor:
     """d(x^n) = n x^(n - 1) dx + x^n log x dn."""
-    return _sum(None if dx is None else n * x ** (n - 1) * dx, None if dn is None else y * x.log() * dn)
+    along_x = along_n = None
+    if dx is not None:
+        along_x = torch.where(n == 0, 0.0, n * x ** (n - 1)) * dx
+    if dn is not None:
+        along_n = torch.where(x == 0, 0.0, y * torch.where(x == 0, 1.0, x).log()) * dn
+    return _sum(along_x, along_n)
 
 
 def _exponential(dx: Tensor, y: Tensor, base: int | float) -> Tensor:
-    return dx * y * log(base)
+    return dx * y * log(base) if base else torch.zeros_like(dx)
 
 
 def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:

@@ -219,7 +219,7 @@ def _rms_norm(dx: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, a
 @rule(F.normalize)
 def normalize(x: Dual, p: int | float = 2.0, dim: int = 1, eps: int | float = 1e-12) -> Array:
     """With n = max(|x|, eps) and y = x / n:  dy = (dx - y sum(y dx)) / n; dx / eps below eps."""
-    if p != 2:
+    if p != 2 or x.p.is_complex():
         return differentiate(F.normalize, x, p, dim, eps)
     return carry(F.normalize(x.p, p, dim, eps), _normalize, (x,), x.p, dim, eps)
 
@@ -236,7 +236,7 @@ def _normalize(dx: Tensor, x: Tensor, dim: int, eps: int | float) -> Tensor:
 @rule(torch.linalg.vector_norm)
 def vector_norm(x: Dual, ord: int | float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
     """d|x| = sum(x dx) / |x|, the Euclidean norm; zero at zero, as autograd has it."""
-    if ord != 2:
+    if ord != 2 or x.p.is_complex():
         return differentiate(torch.linalg.vector_norm, x, ord, dim, keepdim, dtype=dtype)
     n = torch.linalg.vector_norm(x.p, ord, dim, keepdim, dtype=dtype)
     return carry(n, _vector_norm, (x,), x.p, n, dim, keepdim)
