@@ -102,9 +102,9 @@ class Dual:
         method = getattr(Tensor, name)
         if callable(method):
             return partial(differentiate if self.t is not None else _still, method, self)
-        held = getattr(self.p, name)
-        if self.t is None or not isinstance(held, Tensor):
-            return held
+        value = getattr(self.p, name)
+        if self.t is None or not isinstance(value, Tensor):
+            return value
         return differentiate(attrgetter(name), self)
 
     @classmethod
@@ -166,9 +166,9 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         raise NoRule(f"{general.name_of(function)}, whose result has no derivative")
     moved = tuple(leaves[i] for i in place)
     for k, p in enumerate(results):
-        same = [i for i in place if primals[i] is p]
-        if same:  # not another: what is assigned to the one must be seen in the other
-            results[k] = leaves[same[0]]
+        operand = next((leaves[i] for i in place if primals[i] is p), None)
+        if operand is not None:  # not another: what is assigned to the one must be seen in the other
+            results[k] = operand
         elif general.differentiable(p):
             call = general.Call(function, spec, place, k)
             results[k] = carry(p, general.tangent, moved, call, *primals)
@@ -203,7 +203,7 @@ def _general(name: str) -> Callable[..., Any]:
     return operator
 
 
-for _name in ["abs", "pos", "mod", "rmod", "rpow", "rmatmul"]:  # what Python asks the class for; rules replace some
+for _name in ["pos", "mod", "rmod", "rmatmul"]:  # what Python asks the class for
     setattr(Dual, f"__{_name}__", _general(f"__{_name}__"))
 
 

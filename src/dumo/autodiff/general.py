@@ -34,9 +34,6 @@ DRAWS = frozenset(
 )  # and all dropouts
 
 
-IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
-
-
 @dataclass(frozen=True)
 class Call:
     """A call of an operation, without its operands: which of them moved, and which result is meant."""
@@ -55,7 +52,9 @@ class Call:
 def tangent(*rest: Any) -> Tensor:  # noqa: ANN401, operands of any kind
     """The tangent of one result: `rest` are the tangents of what moves, the call, and its operands."""
     n = next(i for i, x in enumerate(rest) if isinstance(x, Call))
-    moved, call, operands = rest[:n], rest[n], rest[n + 1 :]
+    moved = rest[:n]
+    call = rest[n]
+    operands = rest[n + 1 :]
     place = [i for i, d in zip(call.place, moved, strict=True) if d is not None]
     tangents = tuple(d for d in moved if d is not None)
 
@@ -79,7 +78,7 @@ def fault(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return f"{name} under torch.compile"
     if name in LOSES:
         return f"{name}, which loses the tangent"
-    if name in IN_PLACE or (name.endswith("_") and not name.startswith("__")):
+    if name.endswith("_") and not name.startswith("__"):  # `w += x`, too: add_
         return f"{name}, in place"
     names = parameters(function)
     if "inplace" in names and dict(zip(names, args, strict=False)).get("inplace", kwargs.get("inplace", False)):

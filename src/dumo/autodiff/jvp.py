@@ -10,6 +10,7 @@ tangent that a target does not need. Here the tangent rides on the pass that is 
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -46,17 +47,14 @@ def jvp(
     require_arguments(primals, tangents)
     teach_einops()
     call_duals_tensors()
-    random_state = torch.get_rng_state()
-    buffers = buffers_of(fn)
-    points = [p if d is None else p.detach().clone() for p, d in zip(primals, tangents, strict=True)]
+    before = Moment.of(fn)
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     try:
         moving = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
         out = fn(*moving, **kwargs)
     except (NoRule, TypeError, AttributeError, RuntimeError) as error:  # also of code that asks for a Tensor
-        torch.set_rng_state(random_state)
-        set_buffers(fn, buffers)
-        return _two_passes(fn, primals, points, directions, kwargs, error)
+        before.restore()
+        return _two_passes(fn, primals, directions, kwargs, before, error)
     for leaf in tree_flatten(out)[0]:
         if not isinstance(leaf, PLAIN):
             raise UserError(f"dumo.jvp: the function returned a {type(leaf).__name__}: return tensors, tuples or dicts")
@@ -89,17 +87,27 @@ def call_duals_tensors() -> None:
     torch.is_tensor = lambda obj: isinstance(obj, Dual) or before(obj)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def buffers_of(fn: object) -> list[Tensor]:
-    """Copies of a module's buffers."""
-    return [buffer.clone() for buffer in fn.buffers()] if isinstance(fn, nn.Module) else []
+@dataclass(frozen=True)
+class Moment:
+    """What a call of fn changes: torch's generator on the CPU, and the buffers of a module."""
 
+    fn: object
+    random_state: Tensor
+    buffers: list[Tensor]
 
-@torch.no_grad()
-def set_buffers(fn: object, values: list[Tensor]) -> None:
-    """Put a module's buffers to these values."""
-    if isinstance(fn, nn.Module):
-        for buffer, value in zip(fn.buffers(), values, strict=True):
-            buffer.copy_(value)
+    @classmethod
+    def of(cls, fn: object) -> "Moment":
+        """As it is now."""
+        buffers = [buffer.clone() for buffer in fn.buffers()] if isinstance(fn, nn.Module) else []
+        return cls(fn, torch.get_rng_state(), buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """As it was then."""
+        torch.set_rng_state(self.random_state)
+        if isinstance(self.fn, nn.Module):
+            for buffer, value in zip(self.fn.buffers(), self.buffers, strict=True):
+                buffer.copy_(value)
 
 
 def _derivative(x: object) -> object:
@@ -112,17 +120,15 @@ def _derivative(x: object) -> object:
 def _two_passes(
     fn: Callable[..., Any],
     primals: Sequence[Tensor],
-    points: Sequence[Tensor],
     directions: Sequence[Tensor | None],
     kwargs: dict[str, Any],
+    before: Moment,
     error: Exception,
 ) -> tuple[Any, Any]:
-    """The value by the plain call, the derivative by torch at `points`; `error` says why not in one pass."""
-    random_state = torch.get_rng_state()
-    buffers = buffers_of(fn)
-    value = fn(*primals, **kwargs)  # raises what is no matter of tangents
-    random_state_after = torch.get_rng_state()
-    buffers_after = buffers_of(fn)
+    """The value by the plain call, the derivative by torch; `error` says why not in one pass."""
+    points = [p if d is None else p.detach().clone() for p, d in zip(primals, directions, strict=True)]
+    value = fn(*primals, **kwargs)  # raises what is no matter of tangents, and may write to primals
+    after = Moment.of(fn)
     inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # which torch.func.jvp does not pass
     leaves, spec = tree_flatten(value)
     places = [i for i, d in enumerate(directions) if d is not None]
@@ -132,14 +138,13 @@ def _two_passes(
         operands = list(points)
         for i, x in zip(places, some, strict=True):
             operands[i] = x.clone()  # it may be written to
-        found = tree_flatten(inner(*operands, **kwargs))[0]
-        return tuple(found[i] for i in tensors)
+        results = tree_flatten(inner(*operands, **kwargs))[0]
+        return tuple(results[i] for i in tensors)
 
     at = tuple(points[i] for i in places)
     along = tuple(d for d in directions if d is not None)
     name = getattr(fn, "__name__", type(fn).__name__)
-    torch.set_rng_state(random_state)
-    set_buffers(fn, buffers)
+    before.restore()
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             slopes = torch.func.jvp(tensors_along, at, along)[1]
@@ -148,8 +153,7 @@ def _two_passes(
             f"{name} has no derivative: {_first_line(error)}; and by torch.func.jvp: {_first_line(failed)}"
         ) from failed
     finally:
-        torch.set_rng_state(random_state_after)
-        set_buffers(fn, buffers_after)
+        after.restore()
     log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(error))
     derivative = list(leaves)
     for i, slope in zip(tensors, slopes, strict=True):

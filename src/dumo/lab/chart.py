@@ -14,7 +14,8 @@ from PIL import Image
 from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row, by_arm, main_score
-from dumo.report.score import figures, passes_text
+from dumo.report.score import figures
+from dumo.runtime.progress import passes_text
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f")
 MARKS = "*osDv^P"  # DuMo, which comes first, as green stars, as the paper has it

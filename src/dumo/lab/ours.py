@@ -25,9 +25,9 @@ from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mea
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
 from dumo.report import gallery
-from dumo.report.score import passes_text
 from dumo.run.judge import real_data
 from dumo.run.sampler import Sampler
+from dumo.runtime.progress import passes_text
 from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}

@@ -23,7 +23,7 @@ from dumo.plan.host import DEVICES, host
 from dumo.run import cost
 from dumo.run.net import outline
 from dumo.runtime import dist
-from dumo.runtime.progress import number, sized
+from dumo.runtime.progress import number, passes_text, sized
 from dumo.runtime.random import stream
 from dumo.training.frozen import frozen_weights
 from dumo.training.spec import Train
@@ -323,7 +323,7 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
         yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
     judged = facts["validation"]
     if judged:
-        samples = f"{judged['samples']:,} samples in {pass_count(judged['nfe'])} every {judged['every']:,} steps"
+        samples = f"{judged['samples']:,} samples in {passes_text(judged['nfe'])} every {judged['every']:,} steps"
         yield "validation", f"{samples}: {judged['share']:.2%} more work, decoding and features not counted"
     cached = facts["cache"]
     if cached:
@@ -405,18 +405,13 @@ def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     yield "slope here", step["examination"]
     seconds = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
     yield "took", f"{seconds}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
-    yield "a sample", f"{step['sample_seconds']:.3g} s in {pass_count(step['sample_nfe'])}, not decoded"
+    yield "a sample", f"{step['sample_seconds']:.3g} s in {passes_text(step['sample_nfe'])}, not decoded"
     yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
     yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
     hours = f"{number(step['hours'])} hours on this device alone"
     if step["rows"] % step["whole"]:
         hours += f"; for a better guess take a multiple of {step['whole']} rows"
     yield "the run", hours
-
-
-def pass_count(nfe: int) -> str:
-    """'1 pass', '2 passes'."""
-    return "1 pass" if nfe == 1 else f"{nfe} passes"
 
 
 def shapes(named: Mapping[str, list[int]]) -> str:

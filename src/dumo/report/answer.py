@@ -22,8 +22,8 @@ from dumo.report.gallery import POINTS as SCATTERED
 from dumo.report.gallery import Reading, solver_title
 from dumo.report.live import WORDS, Live
 from dumo.report.sample import titles
-from dumo.report.score import passes_text
 from dumo.run.prompt import names
+from dumo.runtime.progress import passes_text
 from dumo.types import Sample, UserError
 
 PASSES = (1, 2, 4, 50)  # side by side: what few-step models take, and what flow models do

@@ -279,11 +279,6 @@ def large(value: float | int) -> str:
     return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}" if power else number(value)
 
 
-def passes_text(n: int) -> str:
-    """'1 pass', '2 passes'."""
-    return f"{n} pass{'es' * (n != 1)}"
-
-
 def spread(value: float | None, sd: float | None) -> str:
     """A number with its spread, to two digits of the spread."""
     if value is None or not sd or sd < 0:

@@ -81,7 +81,7 @@ def resolve_data(run: Run) -> Data:
     except NoCaptionsError as error:
         texts = run.net.texts
         if texts and texts.kind == "pipeline":
-            raise UserError(f"{error}: {ways_to_captions(run.data)}") from error
+            raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
         raise
 
 

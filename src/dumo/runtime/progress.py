@@ -122,6 +122,11 @@ def sized(size: float, base: int = 1000) -> str:
     return f"{number(size / base ** (power + 1))} {units[power]}"
 
 
+def passes_text(n: int) -> str:
+    """'1 pass', '2 passes'."""
+    return "1 pass" if n == 1 else f"{n} passes"
+
+
 def say(line: str) -> None:
     """Print a line on stderr at once, above a live bar."""
     print(plain(line), file=sys.stderr, flush=True)
