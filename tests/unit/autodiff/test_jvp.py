@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import einops
 import pytest
@@ -252,6 +253,24 @@ def test_one_tensor_under_two_names_is_written_to_under_both() -> None:
     assert torch.equal(u, write(x))
     assert not du[0].any()
     assert torch.equal(du[1:], 2 * v[1:])
+
+
+def test_a_dual_is_a_tensor_to_all_but_torch() -> None:
+    """A sharded module of torch would put a hook on it."""
+    asked: list[bool] = []
+    in_torch: dict[str, Any] = {"__name__": "torch.distributed.fsdp", "torch": torch}
+    exec("def ask(x): return torch.is_tensor(x)", in_torch)
+
+    def ask(x: Tensor) -> Tensor:
+        asked.extend([torch.is_tensor(x), in_torch["ask"](x)])
+        return x
+
+    x, _, v = point()
+    dumo.jvp(ask, (x,), (v,))
+    assert asked == [True, False]
+    assert torch.is_tensor(x)
+    assert in_torch["ask"](x)
+    assert not torch.is_tensor(3)
 
 
 def test_a_derivative_is_a_tensor_of_its_own() -> None:
