@@ -65,6 +65,7 @@ class Dual:
     ndim = property(lambda self: self.p.ndim)
     is_cuda = property(lambda self: self.p.is_cuda)
     requires_grad = property(lambda self: self.p.requires_grad)
+    _base = property(lambda self: self.p._base)  # sharded modules warn of views
 
     __hash__ = object.__hash__  # == compares values, as Tensor's does
     __array_priority__ = 1000  # as Tensor's: a number of numpy leaves the operation to what stands on its right
@@ -84,6 +85,10 @@ class Dual:
     def is_floating_point(self) -> bool:
         """As the primal's."""
         return self.p.is_floating_point()
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> object:
+        """On the primal, whose gradient it is: sharded modules ask for their weights by it."""
+        return self.p.register_hook(hook)
 
     def __len__(self) -> int:
         """As the primal's."""

@@ -9,7 +9,6 @@ tangent that a target does not need. Here the tangent rides on the pass that is 
 """
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -83,19 +82,9 @@ def require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | Non
 
 @cache
 def call_duals_tensors() -> None:
-    """From now on torch.is_tensor says yes to a Dual: models of diffusers ask it of times, also when recomputed.
-
-    Not to torch itself: sharded modules would put hooks on it, and they look for the tensors in it.
-    """
+    """From now on torch.is_tensor says yes to a Dual: models of diffusers ask it of times, also when recomputed."""
     is_tensor = torch.is_tensor
-
-    def is_tensor_or_dual(obj: object) -> bool:
-        if is_tensor(obj) or not isinstance(obj, Dual):
-            return is_tensor(obj)
-        asking: str = sys._getframe(1).f_globals.get("__name__", "")
-        return asking.partition(".")[0] != "torch"
-
-    torch.is_tensor = is_tensor_or_dual  # pyright: ignore[reportAttributeAccessIssue]
+    torch.is_tensor = lambda obj: isinstance(obj, Dual) or is_tensor(obj)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import einops
 import pytest
@@ -255,21 +254,19 @@ def test_one_tensor_under_two_names_is_written_to_under_both() -> None:
     assert torch.equal(du[1:], 2 * v[1:])
 
 
-def test_a_dual_is_a_tensor_to_all_but_torch() -> None:
-    """A sharded module of torch would put a hook on it."""
-    asked: list[bool] = []
-    in_torch: dict[str, Any] = {"__name__": "torch.distributed.fsdp", "torch": torch}
-    exec("def ask(x): return torch.is_tensor(x)", in_torch)
+def test_a_hook_of_what_moves_gets_the_gradient_of_its_value() -> None:
+    """Sharded modules of torch put one on their outputs, if these are tensors."""
+    gradients: list[Tensor] = []
 
-    def ask(x: Tensor) -> Tensor:
-        asked.extend([torch.is_tensor(x), in_torch["ask"](x)])
-        return x
+    def hooked(x: Tensor) -> Tensor:
+        assert torch.is_tensor(x)
+        h = x.sin()
+        h.register_hook(gradients.append)
+        return h * 3
 
     x, _, v = point()
-    dumo.jvp(ask, (x,), (v,))
-    assert asked == [True, False]
-    assert torch.is_tensor(x)
-    assert in_torch["ask"](x)
+    dumo.jvp(hooked, (x.requires_grad_(),), (v,))[0].sum().backward()
+    assert torch.equal(gradients[0], torch.full_like(x, 3.0))
     assert not torch.is_tensor(3)
 
 
