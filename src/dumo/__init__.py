@@ -10,6 +10,9 @@
     run.evaluate(nfe=[1, 2])["results"]                 # distances to the data, and those of the data themselves
     run.report()                                        # one page with all of it
     spec = dumo.recipe("digits", {"net.depth": 2})      # the settings alone
+
+    flow = dumo.Flow(net, "meanflow", classes=10)       # in a training loop of your own: loss = flow(x, c)
+    images = flow.sample(16, nfe=1)
     u, du_dt = dumo.jvp(net, (x, t), (v, one))          # value and exact derivative, in any loop
 
 What is wrong raises `dumo.UserError`, with the way out. `run.net`, `run.reading` and `run.spec` are the network, what a
@@ -18,7 +21,9 @@ solver calls, and the settings.
 
 from importlib import import_module
 
-__all__ = ["UserError", "jvp", "load", "recipe", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
+__all__ = ["Flow", "UserError", "jvp", "load", "recipe", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
+
+HOMES = {"Flow": "dumo.cli.flow", "jvp": "dumo.autodiff.jvp"}
 
 
 def __getattr__(name: str) -> object:
@@ -27,8 +32,7 @@ def __getattr__(name: str) -> object:
         return import_module("dumo.runtime").version()
     if name not in __all__:
         raise AttributeError(f"module 'dumo' has no attribute '{name}'")
-    home = "dumo.autodiff.jvp" if name == "jvp" else "dumo.cli.api"
-    return getattr(import_module(home), name)
+    return getattr(import_module(HOMES.get(name, "dumo.cli.api")), name)
 
 
 def __dir__() -> list[str]:

@@ -3,5 +3,6 @@ from dumo.cli.api import UserError as UserError
 from dumo.cli.api import load as load
 from dumo.cli.api import recipe as recipe
 from dumo.cli.api import train as train
+from dumo.cli.flow import Flow as Flow
 
 __version__: str

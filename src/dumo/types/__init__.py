@@ -314,6 +314,11 @@ class Terms:
     parts: Mapping[str, PerSample] = field(default_factory=dict)  # not dict[str, Tensor], which does not compile
     notes: Mapping[str, PerSample] = field(default_factory=dict)  # no part of the loss, without gradients
 
+    def detach(self) -> "Terms":
+        """The same, detached from the graph."""
+        parts, notes = ({name: row.detach() for name, row in rows.items()} for rows in (self.parts, self.notes))
+        return Terms(self.loss.detach(), parts, notes)
+
 
 @dataclass(frozen=True)
 class Reads:

@@ -1,0 +1,22 @@
+"""The front door from a training loop of one's own: `dumo.Flow`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dumo.config.objective import objective_of
+from dumo.flow import flow
+from dumo.types import Objective
+
+
+class Flow(flow.Flow):
+    """As `dumo.flow.flow.Flow`, whose objective may also be a name, "dumo", or a dict, {"kind": "meanflow", ...}."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: str | Mapping[str, Any] | Objective = "dumo",
+        **settings: Any,  # noqa: ANN401, of `dumo.flow.flow.Flow`
+    ) -> None:
+        super().__init__(net, objective_of(objective), **settings)
