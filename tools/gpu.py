@@ -355,7 +355,6 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
     """Two steps to warm up and three that are timed, in bf16."""
     from dumo.plan import rehearsal
     from dumo.runtime.random import random_batch
-    from dumo.training.step import Task
 
     classes = 10
     shape = run.data.shape
@@ -364,8 +363,7 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
     batch = (x.to(setting.device), c.to(setting.device))
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
-    task = Task(run.objective, run.path, classes)
-    _, record, passes, update = rehearsal.make_step(net, task, batch, run.train, warm=2, timed=3)
+    _, record, passes, update = rehearsal.make_step(run, net, batch, warm=2, timed=3)
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "images/s": rows / (passes + update),

@@ -3,7 +3,6 @@
 The device is `meta`, which has no numbers: whoever asks it for one fails.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Pieces, Task
+from dumo.training.step import Pieces, flow_of
 from dumo.types import Objective
 
 GUIDE = Guide(zeta=0.4, interval=Interval(high=0.9))
@@ -69,8 +68,8 @@ def test_a_step_waits_for_no_number_and_makes_the_same_passes(objective: Objecti
         net = Passes(randomise(nets()[0].build(objective.needs, SHAPE, 3)).to(device))
         x, c = torch.zeros(N, *SHAPE, device=device), torch.zeros(N, dtype=torch.long, device=device)
         with Crossing() as crossing:
-            pieces = Pieces(begin(net, spec), Task(objective, Linear(), 3), (x, c), spec, objective.loss)
-            pieces.autocast = nullcontext  # there is none of `meta`  # pyright: ignore[reportAttributeAccessIssue]
+            state = begin(net, spec)
+            pieces = Pieces(state, flow_of(state, spec, objective, Linear(), 3), (x, c), spec)
             for rows in pieces.cuts:
                 b, known = pieces.draw(rows), pieces.draws[rows]
                 b = b if device == "cpu" else replace(b, host=(known.t, known.kept))  # as on a GPU

@@ -49,7 +49,22 @@ from dumo.flow.slope import Slope, precision_of
 from dumo.flow.solver import Euler, Hop, Restart, Solver
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, Reads, Sample, Taught, Terms, Time, Trail, UserError
+from dumo.types import (
+    Cond,
+    Frozen,
+    Net,
+    Noised,
+    Objective,
+    Path,
+    Reads,
+    Sample,
+    Taught,
+    Terms,
+    Time,
+    Trail,
+    UserError,
+    frozen,
+)
 from dumo.types.rows import to_device
 
 log = logging.getLogger("dumo")
@@ -162,9 +177,13 @@ class Flow(nn.Module):
 
         `keep`: casts of weights are kept to the end of the pass.
         """
-        ref = self.ref or Frozen(inner(self.net))
         with autocast(self.precision or "fp32", b.x_t.device, keep=keep), dropout.using(keys):
-            return (loss or self.objective.loss)(cast(Net, self.net), ref, b)
+            return (loss or self.objective.loss)(cast(Net, self.net), self.reference, b)
+
+    @property
+    def reference(self) -> Frozen:
+        """theta^-: an average that was given, else the weights in training."""
+        return self.ref or frozen(cast(Net, self.net))
 
     # ------------------------------------------------------------------------------------- a training step, in a line
 
@@ -276,9 +295,9 @@ class Flow(nn.Module):
 
     def of(self, net: nn.Module) -> "Flow":
         """The same flow over other weights, such as an average's."""
-        other = copy.copy(self)
         found = inner(net)
-        other._modules = {**self._modules, "net": found.net if isinstance(found, Flow) else net}
+        other = copy.copy(self)
+        other.__dict__["_modules"] = {"net": found.net if isinstance(found, Flow) else net}  # not this one's, too
         return other
 
     # ------------------------------------------------------------------------------------------------------ the check
