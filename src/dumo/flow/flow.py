@@ -16,7 +16,7 @@ resumed run goes on to the bit.
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
 from typing import Any, cast
@@ -44,7 +44,7 @@ from dumo.flow.guide import CFG, GuidanceScale, Guide
 from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, inner
 from dumo.flow.path import Linear
 from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import reading
+from dumo.flow.reading import reading, teaching
 from dumo.flow.slope import Slope, precision_of
 from dumo.flow.solver import Euler, Hop, Restart, Solver
 from dumo.runtime import dist
@@ -124,7 +124,7 @@ class Flow(nn.Module):
         self.shard = shard
         self.path: Path = path or Linear()
         self.coupling = coupling
-        self.teacher = teacher.taught if isinstance(teacher, Flow) else teacher
+        self.teacher = teaching(Reads(teacher.velocity)) if isinstance(teacher, Flow) else teacher
         self.prior = prior
         self.ref = None if ref is None else Frozen(ref)
         self.precision: Precision | None = precision
@@ -229,7 +229,17 @@ class Flow(nn.Module):
     @property
     def reads(self) -> Reads:
         """What the network tells a solver, c being class numbers; None for what the objective never taught."""
-        return self._reads(self._passes(None, None), self.guide, self.classes)
+        return self.readings(self.guide)
+
+    def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
+        """The same with this guidance (None: none), and these knobs."""
+        net = cast(Net, self.net) if self.call is None else self._passes(None, None)
+        return (guide or CFG())(reading(self.objective, net, knobs or self.knobs), self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(inner(self.net).parameters()).device
 
     @torch.no_grad()
     def velocity(self, x: Sample, t: Time | float, c: Condition = None) -> Sample:
@@ -247,10 +257,6 @@ class Flow(nn.Module):
                 "'dumo_any' or 'meanflow'"
             )
         return self._read("endpoint", x, c, t)
-
-    def taught(self, x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-        """The velocity that a pupil learns where the data's own is v. Raises UserError where it was never taught."""
-        return v + (self.velocity(x, t, c).to(v) - v)  # rounded so, runs go on to the bit as they began
 
     @torch.no_grad()
     def sample(
@@ -276,22 +282,47 @@ class Flow(nn.Module):
         passes = self._passes(given, None)
         guide = self.guide if guidance is None else self._guide(guidance)
         reads = self._reads(passes, guide, NONE if passes.table else self.classes)
-        made = generate.generate(
-            passes,
-            reads,
-            self.path,
-            solver or best_solver(reads),
-            index,
-            nfe=nfe,
-            seed=seed,
-            shape=shape,
-            device=next(inner(self.net).parameters()).device,
-            precision=self.precision or "fp32",
+        made = generate.joined(
+            self.batches(reads, solver or best_solver(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
         )
         for part in self.net.modules():
             if isinstance(part, FSDPModule):  # whose root stays whole after a pass that has no backward pass
                 part.reshard()
         return made.x
+
+    def batches(
+        self,
+        reads: Reads,
+        solver: Solver,
+        c: Cond,
+        *,
+        net: nn.Module | None = None,
+        nfe: int,
+        seed: int,
+        shape: Sequence[int],
+        indices: Sequence[int] | None = None,
+        batch: int = generate.ROWS,
+        z: Sample | None = None,
+    ) -> Iterator[generate.Batch]:
+        """Samples of this shape by a reading of the network, batch by batch: as `generate.batches`, and raises so.
+
+        `net` is what the reading calls, where that is not the network itself.
+        """
+        return generate.batches(
+            net or self.net,
+            reads,
+            self.path,
+            solver,
+            c,
+            nfe=nfe,
+            seed=seed,
+            shape=shape,
+            indices=indices,
+            batch=batch,
+            device=self.device,
+            precision=self.precision or "fp32",
+            z=z,
+        )
 
     def of(self, net: nn.Module) -> "Flow":
         """The same flow over other weights, such as an average's."""
@@ -462,13 +493,12 @@ class Flow(nn.Module):
 
     def _samples(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
         """The conditions of samples, and what an objective is given for them."""
-        device = next(inner(self.net).parameters()).device
         if isinstance(c, int):
             return None, generate.labels(c, self.classes)
         if isinstance(c, Mapping):
-            c = {name: v.to(device) for name, v in c.items()}
+            c = {name: v.to(self.device) for name, v in c.items()}
         elif isinstance(c, Tensor):
-            c = c.to(device)
+            c = c.to(self.device)
         if c is not None and is_table(cast(Condition, c)):
             n = len(next(iter(c.values()))) if isinstance(c, Mapping) else len(c)
             return cast(Condition, c), self._index(n, cast(Condition, c), torch.device("cpu"))[0]

@@ -12,8 +12,7 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.flow import generate
-from dumo.flow.reading import reading
+from dumo.flow.guide import CFG
 from dumo.plan import machine
 from dumo.run import cost, examination
 from dumo.run.net import flow_in_training, outline, require_room
@@ -137,18 +136,13 @@ def make_step(
 def make_sample(sampler: Sampler) -> tuple[int, float]:
     """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
     spec = sampler.spec
-    net = sampler.net
     began = now(sampler.device)
-    sample = generate.generate(
-        net,
-        reading(sampler.objective, net, spec.knobs),
-        sampler.path,
+    (sample,) = sampler.flow.batches(
+        sampler.guided(CFG()),
         spec.solver,
         torch.zeros(1, dtype=torch.long),
         nfe=spec.solver.passes,
         seed=spec.seed,
         shape=sampler.data.shape,
-        device=sampler.device,
-        precision=sampler.precision,
     )
     return sample.nfe, now(sampler.device) - began
