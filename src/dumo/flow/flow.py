@@ -18,6 +18,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from math import lcm
 from typing import Any, cast
 
@@ -119,7 +120,7 @@ class Flow(nn.Module):
         self.classes = classes
         self.null = null
         self.time_scale = time_scale
-        self.call = call or Signature.of(inner(net))
+        self.own_call = call
         self.seed = seed
         self.shard = shard
         self.path: Path = path or Linear()
@@ -235,6 +236,11 @@ class Flow(nn.Module):
         """The same with this guidance (None: none), and these knobs."""
         net = cast(Net, self.net) if self.call is None else self._passes(None, None)
         return (guide or CFG())(reading(self.objective, net, knobs or self.knobs), self.classes)
+
+    @cached_property
+    def call(self) -> OwnCall | Signature | None:
+        """How the network is called; None: as dumo's own. Raises UserError where no argument of it is a time."""
+        return self.own_call or Signature.of(inner(self.net))
 
     @property
     def device(self) -> torch.device:
