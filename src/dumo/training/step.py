@@ -49,6 +49,7 @@ def flow_of(
     return Flow(
         state.net,
         objective,
+        call="dumo",
         path=path,
         classes=classes,
         seed=spec.seed,
