@@ -93,18 +93,21 @@ ROWS = 4  # of the check
 class Flow(nn.Module):
     """A network and the objective that teaches it: `flow(x, c)` is the loss, `flow.sample(n)` samples.
 
-    `net` is any module: its forward takes x (b, ...) first, and the time, a second time and a class by usual names
-    (`dumo.flow.passes`), or `call(net, x, t, c)` calls it ("dumo": net(x, c, t=t), as dumo's own are called); it returns the objective's
-    heads. `classes`: labels are 0 to
-    classes - 1, and `classes` itself means none. `null` is what stands for a dropped condition: a row, or a dict of
-    rows. Without classes and null nothing is dropped or guided. `time_scale` multiplies each time on its way to the
-    network. `shard`: (rank, ranks) of the data; None: those of torch.distributed.
+    - `net`: any module. Its forward takes x (b, ...) first, and the time, a second time and a class by usual names
+      (`dumo.flow.passes`); it returns the objective's heads. Or `call(net, x, t, c)` calls it; "dumo" stands for
+      net(x, c, t=t), as dumo's own are called.
+    - `classes`: labels are 0 to classes - 1, and `classes` itself means none.
+    - `null`: what stands for a dropped condition, a row, or a dict of rows. Without classes and null nothing is dropped
+      or guided.
+    - `time_scale` multiplies each time on its way to the network.
+    - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
+    - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
+    - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
+      `prior` of the rows (None: on all).
+    - `precision`: of passes; None: as it is around.
+    - `knobs`, `guide`: how it is read.
 
     An objective that names no slope gets the first of dual, jvp and central that runs on this network and is exact.
-
-    `ref`: theta^-, an average of the weights that you keep; None: the weights in training. `teacher`: its velocity
-    (x_t, t, c, v_t) takes the place of the data's, on a share `prior` of the rows (None: on all). `precision`: of
-    passes; None: as it is around. `knobs` and `guide` are how it is read.
     """
 
     def __init__(
