@@ -17,7 +17,6 @@ from dumo.flow.draw import PRIOR, drawn, noised
 from dumo.flow.guide import Guide
 from dumo.flow.reading import reading
 from dumo.run.folder import note
-from dumo.run.teacher import velocity
 from dumo.run.weights import open_run
 from dumo.runtime.random import share_of_rows
 from dumo.training import checkpoint
