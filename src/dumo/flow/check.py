@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.flow.passes import Passes, inner
@@ -35,6 +37,7 @@ KEYED = (
 )
 LENGTHS = (1e-2, 2e-3, 4e-4, 1e-4, 1e-5, 1e-6)  # of differences in time: two neighbours that agree are the derivative
 SHORTEST = (1e-7, 1e-8)  # in float64, too
+COPIED = 400_000_000  # parameters up to which the check works on a copy: ours
 MIXED = 1e-4  # ours: a change of one row may move another by this share, as kernels round
 SMALL = 1e-6  # the norm below which a derivative counts as zero
 SHORTER = (0.005, 0.002, 0.001, 5e-4, 2e-4)  # half-steps of the central slope that are tried, UCGM's first
@@ -204,6 +207,20 @@ def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- what du/dt is
+
+
+def is_copied(net: nn.Module) -> bool:
+    """Whether the check works on a copy of a network: not where it is large, sharded, or of parts that refuse it."""
+    if any(isinstance(part, FSDPModule) for part in net.modules()):
+        return False
+    parameters = list(net.parameters())
+    if any(isinstance(p, DTensor) for p in parameters) or sum(p.numel() for p in parameters) > COPIED:
+        return False
+    try:
+        copy.deepcopy(net)
+    except Exception:  # whatever the parts of somebody else's network raise
+        return False
+    return True
 
 
 def drawn_copy(net: Passes) -> Passes:

@@ -24,13 +24,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dumo.flow import dropout, generate
 from dumo.flow.check import (
     choose_slope,
     drawn_copy,
     inputs_of,
+    is_copied,
     largest_of_ranks,
     on_every_rank,
     require_pure_net,
@@ -85,7 +85,6 @@ Loss = Callable[[Net, Frozen, Noised], Terms]
 
 STEEP = 1.0  # ours, of t du/dt over v: fresh networks of .4 trained well, of 1.4 half as well, of 13 not at all
 GENTLE = 0.1  # of the same, that we propose
-COPIED = 400_000_000  # parameters up to which the check works on a copy: ours
 AGAIN = 100  # the step at which a network that was not copied is checked once more, its layers of zeros then trained
 ROWS = 4  # of the check
 
@@ -159,6 +158,7 @@ class Flow(nn.Module):
         self.choice: Slope | None = None  # where the objective names none
         self.why = ""  # so
         self.checked = False
+        self.copied = False  # whether the check worked on a copy of the network
         self.draws_itself = False  # whether the network draws random numbers
         self.names: tuple[str, ...] = ()  # of its conditions, beside labels
 
@@ -232,7 +232,7 @@ class Flow(nn.Module):
         share of the training that is done, for objectives that change with it; `z` noise that goes with x. Raises
         UserError as `check`, which the first call makes, on all ranks.
         """
-        if not self.checked or (self.step == AGAIN and not self._copied):
+        if not self.checked or (self.step == AGAIN and not self.copied):
             self.check(x, c)
         else:
             require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
@@ -443,7 +443,8 @@ class Flow(nn.Module):
         needs = self.objective.needs
         self.draws_itself = on_every_rank(lambda: self._draws(x, c, b))
         passes = self._passes(c, self._key(self.step))
-        probe = drawn_copy(passes) if self._copied else passes
+        self.copied = is_copied(inner(self.net))
+        probe = drawn_copy(passes) if self.copied else passes
         on_every_rank(lambda: require_pure_net(probe, b, needs, tolerance(x)))
         on_every_rank(lambda: require_rows_apart(probe, b, needs))
         if needs.slope is not None:
@@ -484,7 +485,7 @@ class Flow(nn.Module):
             passes,
             b,
             self.objective.needs,
-            copied=self._copied,
+            copied=self.copied,
             agreed=largest_of_ranks,
             before=self.choice,
         )
@@ -503,13 +504,6 @@ class Flow(nn.Module):
                 found.steepness,
                 self.time_scale * GENTLE / found.steepness,
             )
-
-    @property
-    def _copied(self) -> bool:
-        """Whether the check may copy the network: not where it is large, or one rank's share."""
-        parameters = list(inner(self.net).parameters())
-        whole = not any(isinstance(p, DTensor) for p in parameters)
-        return whole and sum(p.numel() for p in parameters) <= COPIED
 
     # -------------------------------------------------------------------------------------------- what a batch becomes
 
