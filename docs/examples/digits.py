@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-EPOCHS = int(sys.argv[1]) if sys.argv[1:] else 20  # of 28 batches
+EPOCHS = int(sys.argv[1]) if sys.argv[1:] else 15  # of 28 batches
 
 pixels, labels = load_digits(return_X_y=True)
 data = TensorDataset(torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels))
@@ -17,7 +17,7 @@ loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
 class Net(nn.Module):
     """Takes images, a time and a class for each; returns v and u, stacked as two channels."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
         self.places = nn.Parameter(torch.randn(16, width) / 8)

@@ -26,6 +26,6 @@ for epoch in range(EPOCHS):
         losses.append(accelerator.gather(loss.detach()).mean().item())
     accelerator.print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}")
 
-images = flow.sample(range(10), nfe=1)
-accelerator.print(f"samples {tuple(images.shape)}")
+samples = flow.sample(range(10), nfe=1)
+accelerator.print(f"samples {tuple(samples.shape)}")
 accelerator.end_training()

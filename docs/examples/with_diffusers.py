@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 import dumo
 
-STEPS = int(sys.argv[1]) if sys.argv[1:] else 40  # an argument is their number
+STEPS = int(sys.argv[1]) if sys.argv[1:] else 40
 
 torch.manual_seed(0)
 net = UNet2DConditionModel(
@@ -19,9 +19,8 @@ net = UNet2DConditionModel(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     block_out_channels=(8, 16),
-    layers_per_block=1,
     norm_num_groups=8,
-    attention_head_dim=2,
+    layers_per_block=1,
     cross_attention_dim=24,
 )
 texts = torch.randn(8, 5, 24)  # of an encoder, 5 tokens each
@@ -37,5 +36,5 @@ for step in range(STEPS):
     if step % 10 == 9:
         print(f"step {step + 1}: loss {loss:.4f}")
 
-made = flow.sample({"encoder_hidden_states": texts[:4]}, nfe=2)
-print(f"samples {tuple(made.shape)}")
+samples = flow.sample({"encoder_hidden_states": texts[:4]}, nfe=2)
+print(f"samples {tuple(samples.shape)}")

@@ -32,9 +32,9 @@ for epoch in range(EPOCHS):
     if dist.get_rank() == 0:
         print(f"epoch {epoch}: loss {losses.mean() / dist.get_world_size():.4f}")
 
-images = flow.sample(range(10), nfe=1)  # on all ranks
+samples = flow.sample(range(10), nfe=1)  # on all ranks
 weights, moments = get_state_dict(flow, optimizer)
 checkpoint.save({"flow": weights, "optimizer": moments}, checkpoint_id="checkpoint")
 if dist.get_rank() == 0:
-    print(f"samples {tuple(images.shape)}")
+    print(f"samples {tuple(samples.shape)}")
 dist.destroy_process_group()
