@@ -26,6 +26,7 @@ from dumo.autodiff.einops import teach_einops
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
+FINE, ROUGH = 1e-3, 3e-2  # ours: how far two passes may lie apart by rounding alone, in float32 and in bfloat16
 PLAIN = Tensor | Dual | int | float | complex | str | None  # what an output may hold
 
 
@@ -42,7 +43,8 @@ def jvp(
 
     Where an operation has no tangent, two passes are made, and a line of the log says so: fn as it is, and
     `torch.func.jvp` without gradients. Both draw the same random numbers, of torch's generator on the CPU, as the plain
-    call; buffers of a module change once. Raises UserError where arguments do not fit, and where that fails, too.
+    call; buffers of a module change once. Raises UserError where arguments do not fit, where that fails, too, and where
+    torch lays the second pass's numbers out otherwise, as in dropout after attention with dropout.
     """
     require_arguments(primals, tangents)
     teach_einops()
@@ -147,18 +149,31 @@ def _two_passes(
     before.restore()
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            slopes = torch.func.jvp(tensors_along, at, along)[1]
+            values, slopes = torch.func.jvp(tensors_along, at, along)[:2]
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as failed:
         raise UserError(
             f"{name} has no derivative: {_first_line(error)}; and by torch.func.jvp: {_first_line(failed)}"
         ) from failed
     finally:
         after.restore()
+    drew = not torch.equal(before.random_state, after.random_state)
+    if drew and not all(_close(leaves[i], x) for i, x in zip(tensors, values, strict=True)):
+        raise UserError(
+            f"{name} has no derivative: {_first_line(error)}; and torch.func.jvp draws other random numbers than the "
+            "plain call: set the dropout of attention to 0, or draw outside"
+        )
     log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(error))
     derivative = list(leaves)
     for i, slope in zip(tensors, slopes, strict=True):
         derivative[i] = slope
     return value, tree_unflatten(derivative, spec)
+
+
+def _close(value: Tensor, again: Tensor) -> bool:
+    """Whether two passes that drew the same numbers gave this: they may round otherwise, by another kernel."""
+    exact = value.detach().double()
+    rough = torch.is_autocast_enabled(value.device.type) or value.dtype in (torch.bfloat16, torch.float16)
+    return bool((again.double() - exact).norm() <= (ROUGH if rough else FINE) * exact.norm())
 
 
 def _first_line(error: Exception) -> str:

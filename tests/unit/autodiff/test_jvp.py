@@ -240,6 +240,27 @@ def test_a_layer_that_draws_by_itself_has_one_mask(kind: type[nn.LSTM]) -> None:
     assert (du - true).norm() <= 1e-6 * true.norm()
 
 
+def test_masks_that_torch_lays_out_otherwise_in_a_second_pass_are_refused() -> None:
+    """As behind attention, whose result is no tensor of one piece; with attention's own dropout off, one pass does."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True).double()
+    x, _, v = (a.double() for a in point())
+    with pytest.raises(UserError, match=r"draws other random numbers .* dropout of attention to 0"):
+        dumo.jvp(layer, (x,), (v,))
+    layer.self_attn.dropout = 0.0
+
+    def at(h: float) -> Tensor:
+        torch.manual_seed(5)
+        return layer(x + h * v)
+
+    torch.manual_seed(5)
+    value, du = dumo.jvp(layer, (x,), (v,))
+    assert torch.equal(value, at(0))
+    with torch.no_grad():
+        true = (at(1e-6) - at(-1e-6)) / 2e-6
+    assert (du - true).norm() <= 1e-6 * true.norm()
+
+
 def test_one_tensor_under_two_names_is_written_to_under_both() -> None:
     def write(x: Tensor) -> Tensor:
         h = x * 1
