@@ -1,4 +1,4 @@
-"""What the site adds to the pages: formulas as MathML, links into the tree, notebooks, and the pages at the root.
+"""What the site adds to the pages: formulas as MathML, links into the tree, notebooks, examples, pages at the root.
 
 MathML is rendered by the browser itself: no script, no fonts of its own, nothing to fetch.
 """
@@ -28,7 +28,7 @@ ROOT = {"../README.md": "index.md", "../CONTRIBUTING.md": "contributing.md", "..
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Take in the pages of the root, and the notebooks."""
+    """Take in the pages of the root, the notebooks and the examples."""
     docs = Path(config.docs_dir)
     for name, page in ROOT.items():
         text = (docs / name).read_text(encoding="utf-8")
@@ -37,6 +37,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for book in docs.glob("notebooks/*.ipynb"):
         page = str(book.relative_to(docs).with_suffix(".md"))
         files.append(File.generated(config, page, content=cells(book)))
+    for example in docs.glob("examples/*.py"):
+        page = str(example.relative_to(docs).with_suffix(".md"))
+        code = example.read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=f"# {example.name}\n\n```python\n{code}```\n"))
     return files
 
 
@@ -58,8 +62,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if ":" in target or target.startswith("#"):
             return found[0]
         path = posixpath.normpath(posixpath.join(folder, target))
-        if path.endswith(".ipynb"):
-            return found[0].replace(".ipynb", ".md")
+        stem, ending = posixpath.splitext(path)
+        if ending in (".ipynb", ".py") and files.get_file_from_path(f"{stem}.md"):
+            return found[0].replace(ending, ".md")
         if files.get_file_from_path(f"{path}/index.md"):
             return f"[{words}]({target}/index.md)"
         if not path.startswith("../"):

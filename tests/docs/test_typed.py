@@ -1,7 +1,7 @@
 """What pages type for a GPU or for published weights runs: on tiny pipelines of the same class, trained for two steps.
 
-Every page with a block `sh` is run by a test: here, in test_tutorial.py, e2e/test_page.py or e2e/test_readme.py. Here
-continuous integration types those that are due (turn.py), and each night all.
+Every page with a block `sh` is run by a test: here, in test_tutorial.py, test_examples.py, e2e/test_page.py or
+e2e/test_readme.py. Here continuous integration types those that are due (turn.py), and each night all.
 """
 
 import os
@@ -17,7 +17,7 @@ from dumo.plan import machine
 from e2e.shell import call, sets
 from pipelines import SIDE, save
 
-ELSEWHERE = {"README", "photos", "compare", "paper", "own-objective", "library"}
+ELSEWHERE = {"README", "photos", "compare", "paper", "own-objective", "library", "loop"}
 TWO = sets("train.steps=2", "train.schedule.warmup=0", "evaluate.protocol.samples=20")
 TUNED = [
     *sets(f"data.images.side={SIDE}", "train.batch=4", "train.micro_batch=4", "train.share=1", "train.precision=fp32"),

@@ -26,7 +26,7 @@ def execute(page: Path) -> int:
     return len(blocks)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in ("library", "gpus")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in ("library", "loop", "gpus")])
 def test_python_on_a_page_runs_as_written(name: str, here: Path) -> None:
     """README's runs in test_readme.py, that of own-objective.md in docs/test_tutorial.py."""
     assert execute(ROOT / f"docs/{name}.md")
