@@ -81,6 +81,7 @@ from dumo.types import (
 from dumo.types.rows import to_device
 
 log = logging.getLogger("dumo")
+Moment = Tensor | float | int  # a time for all rows, or one for each
 Loss = Callable[[Net, Frozen, Noised], Terms]
 
 STEEP = 1.0  # ours, of t du/dt over v: fresh networks of .4 trained well, of 1.4 half as well, of 13 not at all
@@ -212,18 +213,18 @@ class Flow(nn.Module):
 
     # ------------------------------------------------------------------------------------- a training step, in a line
 
-    def forward(self, x: Sample, c: Condition = None, **how: Any) -> Tensor:  # noqa: ANN401, of `loss`
+    def forward(self, x: Tensor, c: Condition = None, **how: Any) -> Tensor:  # noqa: ANN401, of `loss`
         """`loss`: what DistributedDataParallel, accelerate and Lightning wrap."""
         return self.loss(x, c, **how)
 
     def loss(
         self,
-        x: Sample,
+        x: Tensor,
         c: Condition = None,
         *,
         step: int | None = None,
         progress: float = 0.0,
-        z: Sample | None = None,
+        z: Tensor | None = None,
     ) -> Tensor:
         """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
 
@@ -254,6 +255,12 @@ class Flow(nn.Module):
         self.last = terms.detach()
         return terms.loss.mean()
 
+    def passes(self, x: Sample, c: Condition = None, *, step: int | None = None) -> tuple[Passes, Noised]:
+        """The network as an objective calls it at a step, this one's, and the record of this rank's rows then."""
+        at = self.step if step is None else step
+        b, _ = self._record(x, c, at)
+        return self._passes(c, self._key(at) if self.training else None), b
+
     # ----------------------------------------------------------------------------------------------- the other way
 
     @property
@@ -280,12 +287,12 @@ class Flow(nn.Module):
         return torch.device("cpu") if parameter is None else parameter.device
 
     @torch.no_grad()
-    def velocity(self, x: Sample, t: Time | float, c: Condition = None) -> Sample:
+    def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
         """dx_t/dt at x_t = x and t, one pass. Raises UserError where the objective never taught it."""
         return self._read("velocity", x, c, t)
 
     @torch.no_grad()
-    def jump(self, x: Sample, t: Time | float, s: Time | float = 0.0, c: Condition = None) -> Sample:
+    def jump(self, x: Tensor, t: Moment, s: Moment = 0.0, c: Condition = None) -> Sample:
         """x_s of the trajectory through x at t, one pass; s = 0 is data. Raises UserError where it was never taught."""
         reads = taught(self.objective)
         to_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
@@ -394,7 +401,7 @@ class Flow(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ the check
 
-    def check(self, x: Sample, c: Condition = None) -> str:
+    def check(self, x: Tensor, c: Condition = None) -> str:
         """Try the network and the loss on a few rows, once, and say how du/dt is taken, and why.
 
         Weights, buffers and generators stay as they are. Under torch.distributed every rank must call it. Raises
@@ -415,7 +422,7 @@ class Flow(nn.Module):
         self.checked = True
         return self.why
 
-    def _require(self, x: Sample, c: Condition) -> None:
+    def _require(self, x: Tensor, c: Condition) -> None:
         """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
         require_batch(x, c, self.classes, self.shape, self.call, null=self.null, deeply=True)
         needs = self.objective.needs
@@ -557,7 +564,7 @@ class Flow(nn.Module):
     def _reads(self, net: Net, guide: CFG, null: int) -> Reads:
         return guide(reading(self.objective, net, self.knobs), null)
 
-    def _read(self, name: str, x: Sample, c: Condition, *times: Time | float) -> Sample:
+    def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """One reading, in evaluation mode."""
         require_data(x, self.shape)
         require_conditions(c, len(x), self.classes, self.call, self.null)
@@ -658,7 +665,7 @@ def best_solver(reads: Reads) -> Solver:
     return Euler() if reads.endpoint is None else Restart()
 
 
-def _row_times(time: Time | float, x: Sample) -> Time:
+def _row_times(time: Moment, x: Sample) -> Time:
     """A time for each row of x."""
     if not isinstance(time, Tensor):
         return torch.full((len(x),), float(time), device=x.device)
