@@ -26,7 +26,7 @@ from dumo.autodiff.einops import teach_einops
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
-FINE, ROUGH = 1e-3, 3e-2  # ours: how far two passes may lie apart by rounding alone, in float32 and in bfloat16
+ROUNDED = 0.03  # ours: passes in bf16 differ by less, of another mask of dropout by more
 PLAIN = Tensor | Dual | int | float | complex | str | None  # what an output may hold
 
 
@@ -43,8 +43,7 @@ def jvp(
 
     Where an operation has no tangent, two passes are made, and a line of the log says so: fn as it is, and
     `torch.func.jvp` without gradients. Both draw the same random numbers, of torch's generator on the CPU, as the plain
-    call; buffers of a module change once. Raises UserError where arguments do not fit, where that fails, too, and where
-    torch lays the second pass's numbers out otherwise, as in dropout after attention with dropout.
+    call; buffers of a module change once. Raises UserError where arguments do not fit, and where that fails, too.
     """
     require_arguments(primals, tangents)
     teach_einops()
@@ -149,19 +148,19 @@ def _two_passes(
     before.restore()
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            values, slopes = torch.func.jvp(tensors_along, at, along)[:2]
+            again, slopes = torch.func.jvp(tensors_along, at, along)[:2]
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as failed:
         raise UserError(
             f"{name} has no derivative: {_first_line(error)}; and by torch.func.jvp: {_first_line(failed)}"
         ) from failed
     finally:
         after.restore()
-    drew = not torch.equal(before.random_state, after.random_state)
-    if drew and not all(_close(leaves[i], x) for i, x in zip(tensors, values, strict=True)):
-        raise UserError(
-            f"{name} has no derivative: {_first_line(error)}; and torch.func.jvp draws other random numbers than the "
-            "plain call: set the dropout of attention to 0, or draw outside"
-        )
+    for i, repeated in zip(tensors, again, strict=True):
+        if _differs(leaves[i].detach(), repeated):
+            raise UserError(
+                f"{name} has no derivative: {_first_line(error)}; and torch.func.jvp draws other random numbers, as "
+                "it lays tensors out in another way: leave out the dropout, or let it follow contiguous()"
+            )
     log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(error))
     derivative = list(leaves)
     for i, slope in zip(tensors, slopes, strict=True):
@@ -169,11 +168,11 @@ def _two_passes(
     return value, tree_unflatten(derivative, spec)
 
 
-def _close(value: Tensor, again: Tensor) -> bool:
-    """Whether two passes that drew the same numbers gave this: they may round otherwise, by another kernel."""
-    exact = value.detach().double()
-    rough = torch.is_autocast_enabled(value.device.type) or value.dtype in (torch.bfloat16, torch.float16)
-    return bool((again.double() - exact).norm() <= (ROUGH if rough else FINE) * exact.norm())
+def _differs(value: Tensor, repeated: Tensor) -> bool:
+    """Whether two passes on the same differ by more than rounding."""
+    if not value.is_floating_point():
+        return False
+    return bool((repeated - value).norm() > ROUNDED * value.norm())
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,8 @@ from torch import nn
 
 from dumo.config.objective import objective_of
 from dumo.flow import flow
+from dumo.flow.condition import Null
+from dumo.flow.null import without_drop
 from dumo.types import Objective
 
 
@@ -17,6 +19,12 @@ class Flow(flow.Flow):
         self,
         net: nn.Module,
         objective: str | Mapping[str, Any] | Objective = "dumo",
+        *,
+        classes: int = 0,
+        null: Null = None,
         **settings: Any,  # noqa: ANN401, of `dumo.flow.flow.Flow`
     ) -> None:
-        super().__init__(net, objective_of(objective), **settings)
+        spec = objective_of(objective)
+        if not classes and null is None:
+            spec = without_drop(spec)
+        super().__init__(net, spec, classes=classes, null=null, **settings)

@@ -13,6 +13,8 @@ from dumo.types import UserError
 
 def objective_of(given: str | Mapping[str, Any] | AnyObjective) -> AnyObjective:
     """The objective of this kind, or with these fields; one that is built stays. Raises UserError for no such kind."""
+    if isinstance(given, type) or not isinstance(given, str | Mapping | AnyObjective):
+        raise UserError(f"objective {given!r} is none: give its name, a dict of its fields, or dumo.objectives.DuMo()")
     if not isinstance(given, str | Mapping):
         return given
     fields = {"kind": given} if isinstance(given, str) else dict(given)

@@ -9,18 +9,24 @@ difference: where it is wrong, the loss falls towards another target.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf, isfinite
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.flow.passes import Passes, inner
 from dumo.flow.precision import Precision
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope, precision_of
+from dumo.runtime import dist
 from dumo.types import Frozen, Heads, Needs, Noised, Sample, Terms, Time, UserError, lift, mean_square
 from dumo.types.outside import name_of
+
+Stage = TypeVar("Stage")
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Ours: by how much two passes may differ on a GPU, whose kernels may add in another order; of the outputs' norm
@@ -30,10 +36,40 @@ KEYED = (
     "(docs/library.md, Dropout in a network of your own)"
 )
 LENGTHS = (1e-2, 2e-3, 4e-4, 1e-4, 1e-5, 1e-6)  # of differences in time: two neighbours that agree are the derivative
+SHORTEST = (1e-7, 1e-8)  # in float64, too
+COPIED = 400_000_000  # parameters up to which the check works on a copy: ours
 MIXED = 1e-4  # ours: a change of one row may move another by this share, as kernels round
 SMALL = 1e-6  # the norm below which a derivative counts as zero
 SHORTER = (0.005, 0.002, 0.001, 5e-4, 2e-4)  # half-steps of the central slope that are tried, UCGM's first
 LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
+
+
+# ------------------------------------------------------------------------------------------------------ on every rank
+
+
+def largest_of_ranks(value: float) -> float:
+    """The largest of a number over the ranks that train together. Every rank must call it."""
+    if dist.world() == 1:
+        return value
+    values: list[Any] = [None] * dist.world()
+    torch.distributed.all_gather_object(values, value)
+    return max(values)
+
+
+def on_every_rank(stage: Callable[[], Stage]) -> Stage:
+    """What this stage gives here. Raises UserError on all ranks where it does on any. Every rank must call it."""
+    result: list[Stage] = []
+    refusal: UserError | None = None
+    try:
+        result.append(stage())
+    except UserError as error:
+        refusal = error
+    refused = largest_of_ranks(float(refusal is not None))
+    if refusal is not None:
+        raise refusal
+    if refused:
+        raise UserError("another rank's data or network was refused: its line says why")
+    return result[0]
 
 
 # ------------------------------------------------------------------------------------------------------- what a loss is
@@ -92,7 +128,10 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
     inputs = inputs_of(b, needs)
     module = inner(net.net) if isinstance(net, Passes) else net
     subject = f"net {name_of(type(module))}"
-    first = net(b.x_t, b.c, **inputs)
+    x = b.x_t.clone()
+    first = net(x, b.c, **inputs)
+    if not torch.allclose(x, b.x_t, rtol=0.0, atol=0.0, equal_nan=True):
+        raise UserError(f"{subject}: a pass changes its input x in place, which later passes get: write x = x + ...")
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     again = net(b.x_t, b.c, **inputs)
     for name, buffer in module.named_buffers():
@@ -111,10 +150,28 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
                 f"{subject}: {type(part).__name__}(p={part.p:g}) at '{name}' draws another mask in every pass, so a "
                 f"difference of two passes is no derivative, and a resumed run is another one: {KEYED}, or set p=0"
             )
+    way = f"Draw nothing, or {KEYED}"
+    if isinstance(net, Passes):  # in which torch's default generator is keyed
+        way = (
+            "Keep no state, and draw with torch's default generator alone, not with numpy's, Python's or one of its own"
+        )
     raise UserError(
         f"{subject}: two passes in training on the same rows differ, so it draws random numbers or keeps a state: then "
-        f"a difference of two passes is no derivative, and a resumed run is another one. Draw nothing, or {KEYED}"
+        f"a difference of two passes is no derivative, and a resumed run is another one. {way}"
     )
+
+
+def tolerance(x: Sample) -> float:
+    """By how much two passes on x may differ (`outputs_match`): on a CPU not at all."""
+    if x.device.type == "cpu":
+        return 0.0
+    match precision_of(x):
+        case "fp32":
+            return MAX_DIFFERENCE["fp32"]
+        case "tf32":
+            return MAX_DIFFERENCE["tf32"]
+        case _:
+            return MAX_DIFFERENCE["bf16"]
 
 
 def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
@@ -152,6 +209,20 @@ def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
 # -------------------------------------------------------------------------------------------------------- what du/dt is
 
 
+def is_copied(net: nn.Module) -> bool:
+    """Whether the check works on a copy of a network: not where it is large, sharded, or of parts that refuse it."""
+    if any(isinstance(part, FSDPModule) for part in net.modules()):
+        return False
+    parameters = list(net.parameters())
+    if any(isinstance(p, DTensor) for p in parameters) or sum(p.numel() for p in parameters) > COPIED:
+        return False
+    try:
+        copy.deepcopy(net)
+    except Exception:  # whatever the parts of somebody else's network raise
+        return False
+    return True
+
+
 def drawn_copy(net: Passes) -> Passes:
     """The same passes of a copy whose layers of zeros are drawn, for else du/dt is 0."""
     module = copy.deepcopy(inner(net.net))
@@ -182,13 +253,14 @@ def differences(net: Passes, b: Noised, inputs: Mapping[str, Time], w: Sample) -
     """d/dt of each head along w by central differences, of the length that agrees best with the next longer one."""
     found: list[Heads] = []
     w = w.to(b.x_t)
+    lengths = (*LENGTHS, *SHORTEST) if b.x_t.dtype == torch.float64 else LENGTHS
     with torch.autocast(b.x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        for h in LENGTHS:
+        for h in lengths:
             ends = [net(b.x_t + s * h * w, b.c, **{**inputs, "t": inputs["t"] + s * h}) for s in (-1, 1)]
             found.append(tuple((ahead - behind) / (2 * h) for behind, ahead in zip(*ends, strict=True)))
     best: list[Tensor] = []
     for of_head in zip(*found, strict=True):
-        gaps = [float(relative_error(a, e)) for a, e in zip(of_head, of_head[1:], strict=False)]
+        gaps = [float(relative_error(a, e)) for a, e in pairwise(of_head)]
         best.append(of_head[1 + min(range(len(gaps)), key=gaps.__getitem__)])
     return tuple(best)
 
@@ -219,6 +291,7 @@ class Choice:
     slope: Slope
     why: str
     steepness: float
+    skipped: bool  # whether another way came first, and did not serve
 
 
 def choose_slope(
@@ -229,16 +302,22 @@ def choose_slope(
     *,
     copied: bool,
     agreed: Callable[[float], float],
+    before: Slope | None = None,
 ) -> Choice:
     """The slope that is given, or the first of dual, jvp and central that runs here and is the derivative.
 
     `copied`: whether the network may be copied, to draw its layers of zeros and to compare in float64. `agreed` makes
-    of an error of this rank that of all ranks. Raises UserError where none is within LIMIT.
+    of an error of this rank that of all ranks. `before`: what was chosen earlier, which is tried first. Raises
+    UserError where none is within LIMIT.
     """
     inputs = inputs_of(b, needs)
     probe = drawn_copy(net) if copied else net
     exact = derivative_of(probe, b, inputs, copied=copied)
-    tries = [given] if given else [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in SHORTER)]
+    tries = [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in SHORTER)]
+    if before is not None:
+        tries = [before, *(slope for slope in tries if slope != before)]
+    if given is not None:
+        tries = [given]
     reasons: list[str] = []
     for slope in tries:
         name = f"central, h = {slope.h:g}" if isinstance(slope, CentralSlope) else slope.kind
@@ -251,7 +330,7 @@ def choose_slope(
         error = agreed(error)
         if error <= LIMIT:
             why = "; ".join([f"{name}, {100 * error:.2g} % off differences", *dict.fromkeys(reasons)])
-            return Choice(slope, why, steepness(exact, b))
+            return Choice(slope, why, steepness(exact, b), skipped=bool(reasons))
         reasons.append(reason)
     way = " Leave out the slope, and one that serves is taken" if given else ""
     raise UserError(f"no du/dt of {type(inner(net.net)).__name__}: {'; '.join(dict.fromkeys(reasons))}.{way}")

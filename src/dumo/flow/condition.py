@@ -1,14 +1,16 @@
 """The data and conditions of a training loop of one's own: what is a batch, and what an objective is given of it."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import cast
 
 from torch import Tensor
 
-from dumo.flow.passes import OwnCall, Signature, Table
+from dumo.flow.passes import CONDITIONS, OwnCall, Signature, Table
 from dumo.types import Sample, UserError
 
 Condition = Tensor | Mapping[str, Tensor] | None  # class numbers (b,), numbers (b, ...), or tensors by name
+Null = Tensor | Mapping[str, Tensor] | None  # what stands for a dropped condition: a row, or rows by name
 
 LARGE = 100.0  # ours: data lie near [-1, 1], or have deviation 1
 
@@ -18,7 +20,7 @@ def is_table(c: Condition) -> bool:
     return isinstance(c, Mapping) or (isinstance(c, Tensor) and (c.is_floating_point() or c.ndim != 1))
 
 
-def table_of(c: Condition, null: Tensor | Mapping[str, Tensor] | None, call: OwnCall | Signature | None) -> Table:
+def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> Table:
     """Conditions by the argument's name, and what stands for none of them."""
     if isinstance(c, Mapping):
         rows = dict(c)
@@ -27,7 +29,23 @@ def table_of(c: Condition, null: Tensor | Mapping[str, Tensor] | None, call: Own
         rows = {name or "c": cast(Tensor, c)}
     if isinstance(null, Tensor):
         null = dict.fromkeys(rows, null)
-    return Table(rows, dict(null or {}))
+    return Table(rows, dict(null or {}), alone=isinstance(c, Tensor))
+
+
+def first_rows(c: Condition, n: int) -> Condition:
+    """The conditions of the first n rows."""
+    if c is None:
+        return None
+    if isinstance(c, Tensor):
+        return c[:n]
+    return {name: rows[:n] for name, rows in c.items()}
+
+
+def rows_of(c: Condition) -> int:
+    """How many rows have a condition."""
+    if isinstance(c, Mapping):
+        return len(next(iter(c.values())))
+    return len(cast(Tensor, c))
 
 
 def require_batch(
@@ -37,34 +55,117 @@ def require_batch(
     shape: tuple[int, ...] | None,
     call: OwnCall | Signature | None,
     *,
+    null: Null = None,
     deeply: bool = False,
 ) -> None:
     """Raise UserError for what is no batch of data and conditions; `deeply`: look at the numbers on a GPU, too."""
+    require_data(x, shape)
+    if deeply:
+        largest = float(x.abs().max())
+        if not isfinite(largest):
+            raise UserError("x is not finite everywhere: look at the data")
+        if largest > LARGE:
+            raise UserError(f"x reaches {largest:.3g}: data lie near [-1, 1], or have deviation 1: scale them")
+    require_conditions(c, len(x), classes, call, null, deeply=deeply)
+
+
+def require_data(x: object, shape: tuple[int, ...] | None = None) -> None:
+    """Raise UserError for what are no rows of data."""
+    if not isinstance(x, Tensor):
+        raise UserError(f"x is a {type(x).__name__}: give a tensor of floats near [-1, 1], of shape (b, ...)")
     if not x.is_floating_point():
         raise UserError(f"x is {x.dtype}: give floats near [-1, 1], of bytes x / 127.5 - 1")
-    if x.ndim < 2 or (shape and x.ndim != len(shape) + 1):
-        raise UserError(f"x has shape {tuple(x.shape)}: give rows{f' of shape {shape}' if shape else ''}, (b, ...)")
-    if deeply and (most := float(x.abs().max())) > LARGE:
-        raise UserError(f"x reaches {most:.3g}: data lie near [-1, 1], or have deviation 1: scale them")
+    if shape is not None and x.ndim != len(shape) + 1:
+        raise UserError(f"x has shape {tuple(x.shape)}: give rows of shape {shape}, (b, ...), as before")
+    if x.ndim < 2:
+        raise UserError(f"x has shape {tuple(x.shape)}: give rows, (b, ...)")
+    if not x.numel():
+        raise UserError(f"x has shape {tuple(x.shape)}, and so no data: give at least one row")
+
+
+def require_conditions(
+    c: Condition,
+    rows: int,
+    classes: int,
+    call: OwnCall | Signature | None,
+    null: Null,
+    *,
+    deeply: bool = False,
+) -> None:
+    """Raise UserError for what are no conditions of so many rows."""
     if c is None:
         if classes:
-            raise UserError(f"classes = {classes}, and no labels: give flow(x, c), or leave out classes=")
+            raise UserError(f"classes = {classes}, and no labels: give c, or leave out classes=")
+        if null is not None:
+            raise UserError("null= stands for a condition, and there is none: give c, or leave out null=")
         return
-    rows = c if isinstance(c, Mapping) else {"c": c}
-    for name, given in rows.items():
-        if len(given) != len(x):
-            raise UserError(f"condition '{name}' has {len(given)} rows, x has {len(x)}: give a row each")
-        if isinstance(c, Mapping) and isinstance(call, Signature) and not call.takes(name):
-            raise UserError(
-                f"condition '{name}' is no argument of {call.net}.forward: rename it, or give dumo.Flow(call=...)"
-            )
-    if not is_table(c):
-        labels = cast(Tensor, c)
-        if not classes:
-            raise UserError("labels without a number of classes: give dumo.Flow(net, classes=k) for labels 0 to k - 1")
-        if deeply or labels.device.type == "cpu":
-            wrong = labels[(labels < 0) | (labels > classes)]
-            if len(wrong):
-                raise UserError(f"label {int(wrong[0])} with classes = {classes}: labels are 0 to {classes - 1}")
-    elif call is None:
+    for name, given in (c if isinstance(c, Mapping) else {"c": c}).items():
+        if not isinstance(given, Tensor):
+            raise UserError(f"condition '{name}' is a {type(given).__name__}: give a tensor with a row for each of x")
+        if not given.ndim or len(given) != rows:
+            raise UserError(f"condition '{name}' has shape {tuple(given.shape)}: give one row for each of {rows}")
+    if is_table(c):
+        _require_table(c, classes, call, null)
+    else:
+        _require_labels(cast(Tensor, c), classes, null, deeply=deeply)
+
+
+def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool) -> None:
+    if not classes:
+        raise UserError("labels without a number of classes: give dumo.Flow(net, classes=k) for labels 0 to k - 1")
+    if null is not None:
+        raise UserError(f"null= is for conditions that are no labels, of which {classes} means none: leave it out")
+    if deeply or labels.device.type == "cpu":
+        strange = labels[(labels < 0) | (labels > classes)]
+        if len(strange):
+            raise UserError(f"label {int(strange[0])} with classes = {classes}: labels are 0 to {classes - 1}")
+
+
+def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None, null: Null) -> None:
+    if call is None:
         raise UserError("networks of dumo take class numbers as c: hand such conditions to a network of your own")
+    if classes:
+        given = f"of shape {tuple(c.shape)}" if isinstance(c, Tensor) else "a dict"
+        raise UserError(
+            f"classes = {classes} is for labels (b,), and c is {given}: leave out classes=, and give null= for what "
+            "stands for no condition"
+        )
+    if isinstance(call, Signature):
+        _require_arguments(c, call)
+    table = table_of(c, null if isinstance(null, Tensor | Mapping) else None, call)
+    _require_null(table, null)
+
+
+def _require_arguments(c: Condition, call: Signature) -> None:
+    """Raise UserError where the network's forward does not take a condition."""
+    if isinstance(c, Mapping):
+        for name in c:
+            if not call.takes(name):
+                raise UserError(
+                    f"condition '{name}' is no argument of {call.net}.forward: rename it, or give dumo.Flow(call=...)"
+                )
+    elif call.condition is None:
+        raise UserError(
+            f"{call.net}.forward has no argument for a condition ({', '.join(CONDITIONS)}): give c as a dict by the "
+            "argument's name, or dumo.Flow(call=lambda net, x, t, c: net(...))"
+        )
+
+
+def _require_null(table: Table, null: Null) -> None:
+    """Raise UserError where a null is no row of its condition."""
+    if null is None:
+        return
+    if not isinstance(null, Tensor | Mapping):
+        raise UserError(f"null is a {type(null).__name__}: give a tensor, a row of the condition, or a dict of rows")
+    for name, row in table.null.items():
+        if name not in table.rows:
+            raise UserError(f"null has a '{name}', and c has {', '.join(table.rows)}: give null by those names")
+        shape = table.rows[name].shape[1:]
+        if not isinstance(row, Tensor) or not _fits(row, shape):
+            found = tuple(row.shape) if isinstance(row, Tensor) else type(row).__name__
+            raise UserError(f"null of condition '{name}' is {found}: give a tensor of a row's shape, {tuple(shape)}")
+
+
+def _fits(row: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a row, maybe with a first axis of length 1, has this shape."""
+    return row.shape == shape or row.shape == (1, *shape)

@@ -14,39 +14,52 @@ resumed run goes on to the bit.
 """
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import lcm
+from functools import partial
+from math import isfinite, lcm
 from typing import Any, cast
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dumo.flow import dropout, generate
 from dumo.flow.check import (
-    MAX_DIFFERENCE,
     choose_slope,
     drawn_copy,
     inputs_of,
+    is_copied,
+    largest_of_ranks,
+    on_every_rank,
     require_pure_net,
     require_rows_apart,
     require_terms,
     short,
+    tolerance,
 )
-from dumo.flow.condition import Condition, is_table, require_batch, table_of
+from dumo.flow.condition import (
+    Condition,
+    Null,
+    first_rows,
+    is_table,
+    require_batch,
+    require_conditions,
+    require_data,
+    rows_of,
+    table_of,
+)
 from dumo.flow.draw import Coupling, Draws, drawn, noised
-from dumo.flow.guide import CFG, GuidanceScale, Guide
-from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, inner
+from dumo.flow.guide import CFG
+from dumo.flow.null import guidance_of, without_drop
+from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, generators, inner
 from dumo.flow.path import Linear
 from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import reading
-from dumo.flow.slope import Slope, precision_of
+from dumo.flow.reading import reading, taught
+from dumo.flow.slope import Slope
 from dumo.flow.solver import Euler, Hop, Restart, Solver
+from dumo.flow.state import FlowState
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, Reads, Sample, Taught, Terms, Time, Trail, UserError
@@ -56,10 +69,9 @@ log = logging.getLogger("dumo")
 Loss = Callable[[Net, Frozen, Noised], Terms]
 
 STEEP = 1.0  # ours, of t du/dt over v: fresh networks of .4 trained well, of 1.4 half as well, of 13 not at all
-COPIED = 400_000_000  # parameters up to which the check works on a copy: ours
+GENTLE = 0.1  # of the same, that we propose
 AGAIN = 100  # the step at which a network that was not copied is checked once more, its layers of zeros then trained
 ROWS = 4  # of the check
-STATE = 512  # bytes of the extra state, always as many
 
 
 class Flow(nn.Module):
@@ -84,7 +96,7 @@ class Flow(nn.Module):
         objective: Objective,
         *,
         classes: int = 0,
-        null: Tensor | Mapping[str, Tensor] | None = None,
+        null: Null = None,
         time_scale: float = 1.0,
         call: OwnCall | None = None,
         seed: int = 0,
@@ -99,6 +111,7 @@ class Flow(nn.Module):
         guide: CFG | None = None,
     ) -> None:
         super().__init__()
+        require_settings(net, classes=classes, time_scale=time_scale, shard=shard)
         self.net = net
         self.objective = objective
         self.classes = classes
@@ -109,9 +122,11 @@ class Flow(nn.Module):
         self.shard = shard
         self.path: Path = path or Linear()
         self.coupling = coupling
-        self.teacher = teacher.taught if isinstance(teacher, Flow) else teacher
+        flow_of_teacher = self._require_teacher(teacher)
+        self.teacher: Taught | None = flow_of_teacher.taught if flow_of_teacher else cast("Taught | None", teacher)
+        self.teacher_given = flow_of_teacher.taught_given if flow_of_teacher else None
         self.prior = prior
-        self.ref = None if ref is None else Frozen(ref)
+        self.ref = Frozen(ref) if ref is not None else None
         self.precision: Precision | None = precision
         self.knobs = knobs
         self.guide = guide or CFG()
@@ -124,7 +139,9 @@ class Flow(nn.Module):
         self.choice: Slope | None = None  # where the objective names none
         self.why = ""  # so
         self.checked = False
+        self.copied = False  # whether the check worked on a copy of the network
         self.draws_itself = False  # whether the network draws random numbers
+        self.names: tuple[str, ...] = ()  # of its conditions, beside labels
 
     # ------------------------------------------------------------------------------------ a training step, in pieces
 
@@ -142,8 +159,12 @@ class Flow(nn.Module):
         z: Sample | None = None,
         between: Trail | None = None,
         progress: float = 0.0,
+        teacher: Taught | None = None,
     ) -> Noised:
-        """The record of data x of conditions c: noise, times and dropped conditions put to it."""
+        """The record of data x of conditions c: noise, times and dropped conditions put to it.
+
+        `teacher`: in the place of the flow's own.
+        """
         return noised(
             draws,
             self.path,
@@ -152,7 +173,7 @@ class Flow(nn.Module):
             self.classes if null is None else null,
             progress=progress,
             z=z,
-            teacher=self.teacher,
+            teacher=teacher or self.teacher,
             coupling=self.coupling,
             between=between,
         )
@@ -188,16 +209,21 @@ class Flow(nn.Module):
         share of the training that is done, for objectives that change with it; `z` noise that goes with x. Raises
         UserError as `check`, which the first call makes, on all ranks.
         """
-        require_batch(x, c, self.classes, self.shape, self.call)
-        if not self.checked or (self.step == AGAIN and not self._copied):
+        if not self.checked or (self.step == AGAIN and not self.copied):
             self.check(x, c)
+        else:
+            require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
+        if not 0 <= progress <= 1:
+            raise UserError(f"progress = {progress:g}: give the share of the training that is done, from 0 to 1")
+        if z is not None and z.shape != x.shape:
+            raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: give noise of the shape of x")
         self.shape = self.shape or tuple(x.shape[1:])
         self.rows = max(self.rows, len(x))  # a smaller last batch keeps its rank's rows
         at = self.step if step is None else step
         b, keys = self._record(x, c, at, progress=progress, z=z)
         key = self._key(at) if self.training else None
         passes = self._passes(c, key)
-        ref = Frozen(passes) if self.ref is None else Frozen(passes.of(self.ref.module))
+        ref = Frozen(passes if self.ref is None else passes.of(self.ref.module))
         with dropout.using(keys if self.training else None), drawing(key, x.device):  # a loss of yours may draw
             terms = require_terms(self.objective.loss(passes, ref, b), len(x), self.objective.kind)
         if step is None and self.training:
@@ -220,18 +246,37 @@ class Flow(nn.Module):
     @torch.no_grad()
     def jump(self, x: Sample, t: Time | float, s: Time | float = 0.0, c: Condition = None) -> Sample:
         """x_s of the trajectory through x at t, one pass; s = 0 is data. Raises UserError where it was never taught."""
-        if self.reads.flow_map is not None:
-            return self._read("flow_map", x, c, t, s)
-        if not (isinstance(s, float | int) and s == 0):
+        reads = taught(self.objective)
+        to_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
+        if reads.flow_map is None and to_data:
+            return self._read("endpoint", x, c, t)
+        if reads.flow_map is None:
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump that ends at s = {s}: give s=0, or train with "
                 "'dumo_any' or 'meanflow'"
             )
-        return self._read("endpoint", x, c, t)
+        if reads.hops and not (isinstance(t, Tensor) or isinstance(s, Tensor) or reads.hops(t, s)):
+            raise UserError(
+                f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: ask "
+                "flow.sample, which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
+            )
+        return self._read("flow_map", x, c, t, s)
 
-    def taught(self, x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-        """The velocity that a pupil learns where the data's own is v. Raises UserError where it was never taught."""
-        return v + (self.velocity(x, t, c).to(v) - v)  # rounded so, runs go on to the bit as they began
+    def taught_given(self, c: Condition) -> Taught:
+        """`taught` of conditions that are no labels, which an objective knows by their rows."""
+        return partial(self.taught, given=c)
+
+    @torch.no_grad()
+    def taught(self, x: Sample, t: Time, c: Cond, v: Sample, *, given: Condition = None) -> Sample:
+        """The velocity that a pupil learns where the data's own is v. Raises UserError where it was never taught.
+
+        c: what the pupil's objective is given as the condition; `given`: its conditions, where c are their rows.
+        """
+        passes = self._passes(given, None)
+        velocity = self._one_of_reads("velocity", passes, NONE if passes.table else self.classes)
+        with generate.evaluating(self.net):
+            found = velocity(x, t, c)
+        return v + (found.to(v) - v)  # rounded so, runs go on to the bit as they began
 
     @torch.no_grad()
     def sample(
@@ -255,7 +300,7 @@ class Flow(nn.Module):
             raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
         given, index = self._samples(c)
         passes = self._passes(given, None)
-        guide = self.guide if guidance is None else self._guide(guidance)
+        guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
         reads = self._reads(passes, guide, NONE if passes.table else self.classes)
         made = generate.generate(
             passes,
@@ -266,7 +311,7 @@ class Flow(nn.Module):
             nfe=nfe,
             seed=seed,
             shape=shape,
-            device=next(inner(self.net).parameters()).device,
+            device=self._device,
             precision=self.precision or "fp32",
         )
         for part in self.net.modules():
@@ -276,9 +321,10 @@ class Flow(nn.Module):
 
     def of(self, net: nn.Module) -> "Flow":
         """The same flow over other weights, such as an average's."""
+        averaged = inner(net)
         other = copy.copy(self)
-        found = inner(net)
-        other._modules = {**self._modules, "net": found.net if isinstance(found, Flow) else net}
+        other.__dict__["_modules"] = {}  # a copy shares them, and would give its network to this flow
+        other.net = averaged.net if isinstance(averaged, Flow) else net
         return other
 
     # ------------------------------------------------------------------------------------------------------ the check
@@ -290,49 +336,70 @@ class Flow(nn.Module):
         UserError, with the way out, for outputs that the objective does not need, rows that mix, buffers that a pass
         changes, random numbers of unknown source, a loss that is not a number for each row, a wrong derivative.
         """
-        fault: UserError | None = None
-        try:
-            self._check(x, c)
-        except UserError as error:
-            fault = error
-        if self._largest(float(fault is not None)):
-            raise fault or UserError("another rank's data, network or loss was refused: its line says why")
+        on_every_rank(lambda: self._require(x, c))
+        if not self._drops(c):
+            self.objective = without_drop(self.objective)
+        self.rows = max(self.rows, int(largest_of_ranks(len(x))))
+        rows = self._rows_of_check
+        x = x[:rows]
+        c = first_rows(c, rows)
+        b, keys = on_every_rank(lambda: self._record(x, c, self.step))
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), dropout.using(keys if self.training else None):
+            self._try_passes(x, c, b)
+        self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
         self.checked = True
         return self.why
 
-    def _check(self, x: Sample, c: Condition) -> None:
-        """As `check`, of this rank."""
-        require_batch(x, c, self.classes, self.shape, self.call, deeply=True)
+    def _require(self, x: Sample, c: Condition) -> None:
+        """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
+        require_batch(x, c, self.classes, self.shape, self.call, null=self.null, deeply=True)
         needs = self.objective.needs
         if isinstance(self.call, Signature):
-            self.call.require(needs, classes=bool(self.classes) and not is_table(c))
+            self.call.require(needs, classes=bool(self.classes))
         if needs.teacher.velocity == "must" and self.teacher is None:
             raise UserError(
                 f"objective '{self.objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a "
                 "flow that was trained, or a function of (x_t, t, c, v_t)"
             )
-        if not self._drops(c):
-            self.objective = without_drop(self.objective)
-        group = lcm(self.objective.times.group, needs.group)
-        if len(x) % group:
-            raise UserError(f"{len(x)} rows, and {group} belong together in objective '{self.objective.kind}'")
-        some = slice(0, max(ROWS // group, 2 if group > 1 else 1) * group)
-        x = x[some]
-        c = {name: v[some] for name, v in c.items()} if isinstance(c, Mapping) else c if c is None else c[some]
-        b, keys = self._record(x, c, self.step)
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), dropout.using(keys if self.training else None):
-            self.draws_itself = self._draws(x, c, b)
-            passes = self._passes(c, self._key(self.step))
-            probe = drawn_copy(passes) if self._copied else passes
-            require_pure_net(probe, b, needs, tolerance(x))
-            require_rows_apart(probe, b, needs)
-            if needs.slope is not None:
-                self._take_slope(passes, replace(b, moving=None))
+        if len(x) % self._group:
+            raise UserError(
+                f"{len(x)} rows, and {self._group} belong together in objective '{self.objective.kind}': give a "
+                f"multiple of {self._group}"
+            )
+        parameters = list(self.net.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            raise UserError(
+                f"no parameter of {type(inner(self.net)).__name__} is trained: call net.requires_grad_(), or make the "
+                "flow of a network that learns"
+            )
+
+    def _try_passes(self, x: Sample, c: Condition, b: Noised) -> None:
+        """Raise UserError, on all ranks, where passes are not what a loss takes them for."""
+        needs = self.objective.needs
+        self.draws_itself = on_every_rank(lambda: self._draws(x, c, b))
+        passes = self._passes(c, self._key(self.step))
+        self.copied = is_copied(inner(self.net))
+        probe = drawn_copy(passes) if self.copied else passes
+        on_every_rank(lambda: require_pure_net(probe, b, needs, tolerance(x)))
+        on_every_rank(lambda: require_rows_apart(probe, b, needs))
+        if needs.slope is not None:
+            self._take_slope(passes, replace(b, moving=None))
+
+    @property
+    def _group(self) -> int:
+        """How many neighbouring rows belong together."""
+        return lcm(self.objective.times.group, self.objective.needs.group)
+
+    @property
+    def _rows_of_check(self) -> int:
+        """A few rows, in whole groups."""
+        least = 2 if self._group > 1 else 1
+        return max(ROWS // self._group, least) * self._group
 
     def _draws(self, x: Sample, c: Condition, b: Noised) -> bool:
         """Whether a pass draws of torch's generators. Raises UserError where it fails."""
         passes = self._passes(c, None)
-        before = _generators(x)
+        before = generators(x.device)
         try:
             with torch.no_grad():
                 passes(b.x_t, b.c, **inputs_of(b, self.objective.needs))
@@ -344,40 +411,40 @@ class Flow(nn.Module):
                 f"{short(error)}. It is called with {passes.described}; give dumo.Flow(call=lambda net, x, t, c: "
                 "net(...)) to call it otherwise"
             ) from error
-        return before != _generators(x)
+        return before != generators(x.device)
 
     def _take_slope(self, passes: Passes, b: Noised) -> None:
         """Choose how du/dt is taken, or try the given one. Raises UserError as `choose_slope`."""
-        given = cast(Slope, self.objective.needs.slope) if self.names_slope else self.choice
-        found = choose_slope(given, passes, b, self.objective.needs, copied=self._copied, agreed=self._largest)
+        found = choose_slope(
+            cast(Slope, self.objective.needs.slope) if self.names_slope else None,
+            passes,
+            b,
+            self.objective.needs,
+            copied=self.copied,
+            agreed=largest_of_ranks,
+            before=self.choice,
+        )
         self.why = found.why
         if not self.names_slope:
             self.choice = found.slope
             self.objective = self.objective.model_copy(update={"slope": found.slope})
-        if ";" in self.why and not self.checked:
+        if not dist.is_main():
+            return
+        if found.skipped and not self.checked:
             log.warning("dumo: du/dt by %s", self.why)
         if found.steepness > STEEP:
             log.warning(
                 "dumo: t du/dt is %.3g times v: this network is steep in t, and training on du/dt will not settle. "
                 "Give dumo.Flow(time_scale=%.2g), which multiplies t, or embed t by waves of at most 10 radians",
                 found.steepness,
-                self.time_scale * STEEP / found.steepness / 10,
+                self.time_scale * GENTLE / found.steepness,
             )
 
     @property
-    def _copied(self) -> bool:
-        """Whether the check may copy the network: not where it is large, or one rank's share."""
-        parameters = list(inner(self.net).parameters())
-        whole = not any(isinstance(p, DTensor) for p in parameters)
-        return whole and sum(p.numel() for p in parameters) <= COPIED
-
-    def _largest(self, error: float) -> float:
-        """The largest of a number over the ranks that train together. Every rank must call it."""
-        if dist.world() == 1:
-            return error
-        errors: list[Any] = [None] * dist.world()
-        torch.distributed.all_gather_object(errors, error)
-        return max(errors)
+    def _device(self) -> torch.device:
+        """Where the network is."""
+        parameter = next(inner(self.net).parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     # -------------------------------------------------------------------------------------------- what a batch becomes
 
@@ -390,8 +457,9 @@ class Flow(nn.Module):
         most = max(self.rows, len(x))
         rows = slice(first, first + len(x))
         draws = self.drawn(at, x.shape[1:], batch=max(ranks * most, rows.stop), rows=rows, z=z is None)
-        index, null = self._index(len(x), c, x.device)
-        b = self.noised(draws, x, index, null=null, z=z, progress=progress)
+        index, none = self._index(len(x), c, x.device)
+        teacher = self.teacher_given(c) if self.teacher_given and is_table(c) else None
+        b = self.noised(draws, x, index, null=none, z=z, progress=progress, teacher=teacher)
         if self.draws_itself:  # a pass of some rows would draw for them what it did not draw for all
             b = replace(b, moving=None)
         return b, to_device(draws.keys, x.device)
@@ -432,80 +500,96 @@ class Flow(nn.Module):
 
     def _read(self, name: str, x: Sample, c: Condition, *times: Time | float) -> Sample:
         """One reading, in evaluation mode."""
-        index, null = self._index(len(x), c, x.device)
-        passes = self._passes(c, None)
-        read = getattr(self._reads(passes, self.guide, null), name)
-        if read is None:
-            raise UserError(f"objective '{self.objective.kind}' never teaches a {name.replace('_', ' ')}")
-        rows = [s if isinstance(s, Tensor) else torch.full((len(x),), float(s), device=x.device) for s in times]
+        require_data(x, self.shape)
+        require_conditions(c, len(x), self.classes, self.call, self.null)
+        index, none = self._index(len(x), c, x.device)
+        read = self._one_of_reads(name, self._passes(c, None), none)
+        rows = [_row_times(time, x) for time in times]
         with generate.evaluating(self.net):
             return read(x, *rows, index)
 
+    def _one_of_reads(self, name: str, passes: Passes, none: int) -> Callable[..., Any]:
+        """A reading by its name. Raises UserError where it was never taught."""
+        read = getattr(self._reads(passes, self.guide, none), name)
+        if read is None:
+            way = "flow.jump" if name == "velocity" else "flow.velocity"
+            raise UserError(f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: ask {way}")
+        return read
+
     def _samples(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
         """The conditions of samples, and what an objective is given for them."""
-        device = next(inner(self.net).parameters()).device
+        if c is None or isinstance(c, str | float):
+            raise UserError(f"flow.sample({c!r}): give how many samples, or a condition for each")
+        if isinstance(c, Tensor) and not is_table(c):
+            c = c.tolist()
+        if isinstance(c, Tensor | Mapping):
+            require_conditions(c, rows_of(c), self.classes, self.call, self.null)
+            c = _on_device(c, self._device)
+            return c, torch.arange(rows_of(c))
+        if self.names:
+            raise UserError(
+                f"this flow learned of conditions {', '.join(self.names)}: give flow.sample(c) a row of them for each "
+                "sample"
+            )
         if isinstance(c, int):
             return None, generate.labels(c, self.classes)
-        if isinstance(c, Mapping):
-            c = {name: v.to(device) for name, v in c.items()}
-        elif isinstance(c, Tensor):
-            c = c.to(device)
-        if c is not None and is_table(cast(Condition, c)):
-            n = len(next(iter(c.values()))) if isinstance(c, Mapping) else len(c)
-            return cast(Condition, c), self._index(n, cast(Condition, c), torch.device("cpu"))[0]
-        only = [int(k) for k in c or ()]
-        return None, generate.labels(len(only), self.classes, only)
+        labels = [int(k) for k in c]
+        return None, generate.labels(len(labels), self.classes, labels)
 
-    def _guide(self, scale: float) -> CFG:
-        """Guidance of this scale. Raises UserError where there is none to guide away from, or it is in the weights."""
-        guided = GuidanceScale.of(self.objective.needs)
-        if scale != 1 and guided.active:
+    def _require_teacher(self, teacher: "Taught | Flow | None") -> "Flow | None":
+        """The flow that teaches, if it is one. Raises UserError for a teacher that cannot."""
+        if teacher is None:
+            return None
+        flow = inner(teacher) if isinstance(teacher, nn.Module) else teacher
+        if not isinstance(flow, Flow):
+            if isinstance(flow, nn.Module) or not callable(flow):
+                raise UserError(
+                    f"teacher is a {type(flow).__name__}: give a dumo.Flow that was trained, or a function of "
+                    "(x_t, t, c, v_t)"
+                )
+            return None
+        if taught(flow.objective).velocity is None:
             raise UserError(
-                f"guidance = {scale:g}: objective '{self.objective.kind}' was guided in training, by "
-                f"{guided.scale:.3g}: leave it out, or train with {guided.off}"
+                f"teacher of objective '{flow.objective.kind}' never learned a velocity: give a flow of another "
+                "objective, such as 'flow_matching'"
             )
-        if scale != 1 and not self.objective.drop:
+        if flow.classes and flow.classes != self.classes:
             raise UserError(
-                f"guidance = {scale:g} needs what the network makes of no condition, and none was dropped in training: "
-                "leave it out, or train with classes= or null="
+                f"teacher has classes = {flow.classes}, and this flow {self.classes}: give both the same labels"
             )
-        return CFG(scale=scale)
+        return flow
 
     # ------------------------------------------------------------------------------------------------- what is kept
 
     def get_extra_state(self) -> Tensor:
-        """Step, seed, rows of a rank, shape of a row and the chosen slope, as the bytes of a text."""
-        slope = self.choice and self.choice.model_dump()
-        text = json.dumps(
-            {"step": self.step, "seed": self.seed, "rows": self.rows, "shape": self.shape, "slope": slope}
-        )
-        return torch.tensor(list(text.encode().ljust(STATE)), dtype=torch.uint8)
+        """Step, seed, rows of a rank, shape of a row and the chosen slope, as bytes."""
+        kept = FlowState(step=self.step, seed=self.seed, rows=self.rows, shape=self.shape, slope=self.choice)
+        return kept.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
         """As `get_extra_state` gave it."""
-        kept = json.loads(bytes(state.tolist()))
-        self.step = kept["step"]
-        self.seed = kept["seed"]
-        self.rows = kept["rows"]
-        self.shape = kept["shape"] and tuple(kept["shape"])
-        self.choice = kept["slope"] and TypeAdapter(Slope).validate_python(kept["slope"])
+        kept = FlowState.from_tensor(state)
+        self.step = kept.step
+        self.seed = kept.seed
+        self.rows = kept.rows
+        self.shape = kept.shape
+        self.choice = kept.slope
 
     def extra_repr(self) -> str:
         """What was found."""
         return f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.why or 'not chosen yet'}"
 
 
-def without_drop(objective: Objective) -> Objective:
-    """The same where nothing stands for no condition: none is dropped, and nothing guides away from it."""
-    fields = dict(objective)
-    off: dict[str, Any] = {}
-    if fields.get("drop"):
-        off["drop"] = 0.0
-    if isinstance(guide := fields.get("guide"), Guide) and guide.active:
-        off["guide"] = Guide()
-    if isinstance(objective.needs.guide, int | float) and "scale" in fields:
-        off["scale"] = 1.0
-    return objective.model_copy(update=off)
+def require_settings(net: object, *, classes: int, time_scale: float, shard: tuple[int, int] | None) -> None:
+    """Raise UserError for what no flow can be made of."""
+    if not isinstance(net, nn.Module):
+        raise UserError(f"net is a {type(net).__name__}: give an nn.Module")
+    if classes < 0:
+        raise UserError(f"classes = {classes}: give how many labels there are, 0 for none")
+    if not time_scale or not isfinite(time_scale):
+        raise UserError(f"time_scale = {time_scale:g}: give what times are multiplied by, such as 1 or 1000")
+    if shard is not None and not (isinstance(shard, tuple) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
+        raise UserError(f"shard = {shard}: give (rank, ranks) of the data, with 0 <= rank < ranks")
 
 
 def best_solver(reads: Reads) -> Solver:
@@ -515,15 +599,17 @@ def best_solver(reads: Reads) -> Solver:
     return Euler() if reads.endpoint is None else Restart()
 
 
-def tolerance(x: Sample) -> float:
-    """By how much two passes on x may differ (`check.outputs_match`): on a CPU not at all."""
-    if x.device.type == "cpu":
-        return 0.0
-    precision = precision_of(x)
-    return MAX_DIFFERENCE["fp32" if precision == "fp32" else "tf32" if precision == "tf32" else "bf16"]
+def _row_times(time: Time | float, x: Sample) -> Time:
+    """A time for each row of x."""
+    if not isinstance(time, Tensor):
+        return torch.full((len(x),), float(time), device=x.device)
+    if time.shape not in ((), (1,), (len(x),)):
+        raise UserError(f"a time of shape {tuple(time.shape)} for {len(x)} rows: give a number, or one for each row")
+    return time.to(x.device).expand(len(x))
 
 
-def _generators(x: Sample) -> bytes:
-    """Where torch's generators stand."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]
-    return b"".join(state.numpy().tobytes() for state in states)
+def _on_device(c: Tensor | Mapping[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    """The same conditions there."""
+    if isinstance(c, Tensor):
+        return c.to(device)
+    return {name: rows.to(device) for name, rows in c.items()}

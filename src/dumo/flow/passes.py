@@ -10,7 +10,7 @@ What runs through an objective as c are class numbers, or the rows of a `Table` 
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -45,15 +45,16 @@ class Signature:
     @classmethod
     def of(cls, net: nn.Module) -> "Signature | None":
         """Read a network's forward; None: it is called as dumo's own. Raises UserError where no argument is a time."""
-        parameters = list(inspect.signature(net.forward).parameters.values())
+        signature = inspect.signature(net.forward)
+        parameters = list(signature.parameters.values())
         if len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_ONLY:
             return None
         names = [p.name for p in parameters[1:]]
         time = _first(TIMES, names)
         if time is None:
             raise UserError(
-                f"{type(net).__name__}.forward({', '.join(['x', *names])}) has no argument with a name of a time "
-                f"({', '.join(TIMES)}): rename one, or give dumo.Flow(call=lambda net, x, t, c: net(...))"
+                f"{type(net).__name__}.forward({', '.join(signature.parameters)}) has no argument with a name of a "
+                f"time ({', '.join(TIMES)}): rename one, or give dumo.Flow(call=lambda net, x, t, c: net(...))"
             )
         return cls(
             net=type(net).__name__,
@@ -97,6 +98,7 @@ class Table:
 
     rows: Mapping[str, Tensor]
     null: Mapping[str, Tensor]
+    alone: bool = False  # whether it was given as a tensor, without a name
 
     def take(self, place: Int64[Tensor, " b"]) -> dict[str, Tensor]:
         """The conditions of these rows, of which NONE is the null; an argument without a null keeps its row."""
@@ -116,7 +118,7 @@ class Table:
         def of(some: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: v.double() if v.is_floating_point() else v for name, v in some.items()}
 
-        return Table(of(self.rows), of(self.null))
+        return replace(self, rows=of(self.rows), null=of(self.null))
 
 
 class Passes(nn.Module):
@@ -181,19 +183,24 @@ class Passes(nn.Module):
     def _called(self, net: nn.Module, x: Array, c: Cond, times: dict[str, Any]) -> Any:  # noqa: ANN401
         if self.call is None:
             return net(x, c, **times)
-        conditions = self.table.take(c) if self.table else None
-        if not isinstance(self.call, Signature):
-            return self.call(net, x, *times.values(), conditions if self.table else c if self.labelled else None)
-        if conditions is None:
-            conditions = {self.call.condition: c} if self.labelled and self.call.condition else {}
-        return net(x, **self.call.times(times), **conditions)
+        conditions: dict[str, Any] = {}
+        if self.table is not None:
+            conditions = self.table.take(c)
+        elif self.labelled and isinstance(self.call, Signature) and self.call.condition:
+            conditions = {self.call.condition: c}
+        if isinstance(self.call, Signature):
+            return net(x, **self.call.times(times), **conditions)
+        given: Any = c if self.labelled else None
+        if self.table is not None:
+            given = next(iter(conditions.values())) if self.table.alone else conditions
+        return self.call(net, x, *times.values(), given)
 
 
 def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa: ANN401
     """What a network returned as a tuple of heads and gauges. Raises UserError where it is none."""
     wanted = (*needs.heads, *needs.gauges)
     if not isinstance(returned, Tensor | Dual | tuple | list):
-        returned = getattr(returned, "sample", returned)  # of diffusers
+        returned = getattr(returned, "sample", returned)  # an output of diffusers
     if isinstance(returned, tuple | list) and len(returned) == 1:
         returned = returned[0]
     if isinstance(returned, Tensor | Dual):
@@ -233,6 +240,14 @@ def drawing(key: int | None, device: torch.device) -> Generator[None, None, None
         if device.type == "cuda":
             torch.cuda.manual_seed(key or 0)
         yield
+
+
+def generators(device: torch.device) -> bytes:
+    """Where torch's generators stand, on the CPU and on a device."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return b"".join(state.numpy().tobytes() for state in states)
 
 
 def _first(known: tuple[str, ...], names: list[str]) -> str | None:

@@ -37,6 +37,7 @@ from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import pair, primal
 from dumo.autodiff.einops import teach_einops
+from dumo.autodiff.jvp import call_duals_tensors
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import rounded
@@ -159,6 +160,7 @@ class DualSlope(Linearization):
         """The way that is taken."""
         if not torch.compiler.is_compiling():
             teach_einops()
+            call_duals_tensors()
         way = self.way(net, ref, known=toward is not None)
         if way.name == "tape" and moving is None:
             return partial(_tape, partial(self.slopes, ref), net, ref)

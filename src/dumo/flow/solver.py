@@ -247,6 +247,8 @@ def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
     """Refuse jumps that were never taught, with a UserError."""
     if not able(solver, reads, nfe):
         others = [str(n) for n in range(1, min(2 * nfe, FAR) + 1) if able(solver, reads, n)]
+        more = (str(n) for n in range(2 * nfe, FAR) if able(solver, reads, n))
+        others = others or [n for n in [next(more, None)] if n is not None]
         way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
         raise UserError(
             f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "

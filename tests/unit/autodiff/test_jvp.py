@@ -240,25 +240,54 @@ def test_a_layer_that_draws_by_itself_has_one_mask(kind: type[nn.LSTM]) -> None:
     assert (du - true).norm() <= 1e-6 * true.norm()
 
 
-def test_masks_that_torch_lays_out_otherwise_in_a_second_pass_are_refused() -> None:
-    """As behind attention, whose result is no tensor of one piece; with attention's own dropout off, one pass does."""
+class Summed(nn.Module):
+    """Attention with dropout, of a causal mask or none."""
+
+    def __init__(self, *, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, 2 * x, dropout_p=0.3, is_causal=self.causal)
+
+
+ATTENTION = {
+    "an encoder's layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True),
+    "weights": lambda: nn.TransformerDecoderLayer(4, 2, 8, dropout=0.3, batch_first=True),
+    "causal": lambda: Summed(causal=True),
+    "plain": lambda: Summed(causal=False),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_with_dropout_keeps_its_value_and_its_draw(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """torch.func.jvp lays its tensors out otherwise, and so drops others."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True).double()
-    x, _, v = (a.double() for a in point())
-    with pytest.raises(UserError, match=r"draws other random numbers .* dropout of attention to 0"):
-        dumo.jvp(layer, (x,), (v,))
-    layer.self_attn.dropout = 0.0
+    layer, (x, _, v) = ATTENTION[kind]().double(), point()
+    x, v = x.double(), v.double()
 
-    def at(h: float) -> Tensor:
+    def ends(x: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return layer(x + h * v)
+        return layer(x, 2 * x) if isinstance(layer, nn.TransformerDecoderLayer) else layer(x)
 
-    torch.manual_seed(5)
-    value, du = dumo.jvp(layer, (x,), (v,))
-    assert torch.equal(value, at(0))
+    u, du = dumo.jvp(ends, (x,), (v,))
     with torch.no_grad():
-        true = (at(1e-6) - at(-1e-6)) / 2e-6
-    assert (du - true).norm() <= 1e-6 * true.norm()
+        true = (ends(x + 1e-6 * v) - ends(x - 1e-6 * v)) / 2e-6
+    assert torch.equal(u, ends(x))
+    assert (du - true).norm() <= 1e-7 * true.norm()
+    assert caplog.text == ""
+
+
+def test_two_passes_of_two_draws_are_refused() -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def ends(x: Tensor) -> Tensor:
+        h = x.clone().add_(1.0)  # which has no rule
+        return h * torch.rand(4, generator=g)
+
+    x, _, v = point()
+    with pytest.raises(UserError, match="draws other random numbers"):
+        dumo.jvp(ends, (x,), (v,))
 
 
 def test_one_tensor_under_two_names_is_written_to_under_both() -> None:

@@ -455,7 +455,7 @@ REFUSALS = """
     __setitem__ of what moves to what does not: put(w.clone(), 0, x[0]) | put(x.new_zeros(3, 4)[1], 0, x[0, 0])
     __setitem__ of a view: put(x[0], 0, 1.0)
     a mask and is_causal: F.scaled_dot_product_attention(x, x, x, w[:, :3], is_causal=True)
-    dropout: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
+    dropout and enable_gqa: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, enable_gqa=True)
 """
 
 

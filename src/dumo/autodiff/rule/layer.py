@@ -1,7 +1,9 @@
 """Layers: linear ones, activations, norms, dropout, attention."""
 
 from collections.abc import Callable, Sequence
-from math import sqrt
+from functools import cache
+from math import inf, sqrt
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -277,11 +279,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """See `dumo.autodiff.attention`; a mask that moves is differentiated by torch. Raises NoRule for dropout."""
-    if dropout_p:
-        raise NoRule("scaled_dot_product_attention with dropout")
+    """See `dumo.autodiff.attention`; a mask that moves is differentiated by torch, dropout by its formula."""
     if is_causal and attn_mask is not None:
         raise NoRule("scaled_dot_product_attention with a mask and is_causal")
+    if dropout_p:
+        if enable_gqa:
+            raise NoRule("scaled_dot_product_attention with dropout and enable_gqa")
+        return _dropped_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     if tangent(attn_mask) is not None:
         return differentiate(
             F.scaled_dot_product_attention, query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa
@@ -290,6 +294,37 @@ def scaled_dot_product_attention(
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale  # to the bit as torch does
     o, lse = attention.attend(q, k, v, scale, mask, is_causal, enable_gqa)
     return carry(o, _attend, (query, key, value), q, k, v, o, lse, scale, mask, is_causal)
+
+
+def _dropped_attention(
+    query: Any, key: Any, value: Any, mask: Any, p: float, causal: bool, scale: float | None
+) -> Array:  # fmt: skip
+    """softmax(q k / sqrt(d)) v, of whose weights some are dropped: as torch draws them on a CPU."""
+    factor = sqrt(1 / sqrt(query.shape[-1]) if scale is None else scale)  # of each, as torch has it to the bit
+    scores = (query * factor) @ (key.transpose(-2, -1) * factor)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill(~mask, -inf)
+    if mask is not None:
+        scores = scores + mask
+    return F.dropout(scores.softmax(-1), p) @ value
+
+
+@cache
+def _body(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch that is written in Python, without the question whether another shall do its work."""
+    assert isinstance(function, FunctionType), function
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    body = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+@rule(F.multi_head_attention_forward)
+def multi_head_attention_forward(*args: Any, **named: Any) -> tuple[Array, Array | None]:
+    """By its parts, which torch's own Python calls one after the other."""
+    return _body(F.multi_head_attention_forward)(*args, **named)
 
 
 def _attend(

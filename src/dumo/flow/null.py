@@ -1,0 +1,44 @@
+"""What stands for no condition, from an objective's side: where nothing does, none is dropped and nothing guides."""
+
+from typing import Any
+
+from dumo.flow.guide import CFG, GuidanceScale, Guide
+from dumo.runtime.bound import FACTOR
+from dumo.types import Objective, UserError
+
+
+def without_drop(objective: Objective) -> Objective:
+    """The same objective, which drops no condition, and guides by none."""
+    fields = dict(objective)
+    changed: dict[str, Any] = {}
+    if fields.get("drop"):
+        changed["drop"] = 0.0
+    guide = fields.get("guide")
+    if isinstance(guide, Guide) and guide.active:
+        changed["guide"] = Guide()
+    if isinstance(objective.needs.guide, int | float) and "scale" in fields:
+        changed["scale"] = 1.0
+    return objective.model_copy(update=changed)
+
+
+def guidance_of(objective: Objective, scale: float) -> CFG:
+    """Guidance of this scale while sampling.
+
+    Raises UserError where no condition was dropped in training, or the objective has guided its target itself.
+    """
+    if not 0 < scale <= FACTOR:
+        raise UserError(f"guidance = {scale:g}: give a scale above 0, of which 1 is no guidance")
+    if scale == 1:
+        return CFG()
+    in_training = GuidanceScale.of(objective.needs)
+    if in_training.active:
+        raise UserError(
+            f"guidance = {scale:g}: objective '{objective.kind}' was guided in training, by {in_training.scale:.3g}: "
+            f"leave it out, or train with {in_training.off}"
+        )
+    if not objective.drop:
+        raise UserError(
+            f"guidance = {scale:g} needs what the network makes of no condition, and none was dropped in training: "
+            "leave it out, or train with classes= or null="
+        )
+    return CFG(scale=scale)
