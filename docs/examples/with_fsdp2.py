@@ -14,8 +14,8 @@ dist.init_process_group("gloo")  # on GPUs "nccl", and the net and each batch go
 torch.manual_seed(0)
 net = Net()
 for block in net.blocks:
-    fully_shard(block)
-flow = dumo.Flow(fully_shard(net), "dumo", classes=10)
+    fully_shard(block, reshard_after_forward=False)  # so du/dt is taken in the pass that learns
+flow = dumo.Flow(fully_shard(net, reshard_after_forward=False), "dumo", classes=10)
 optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-3)
 loader = DataLoader(data, batch_size=32, sampler=DistributedSampler(data), drop_last=True)
 
