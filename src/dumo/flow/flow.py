@@ -16,6 +16,7 @@ resumed run goes on to the bit.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from math import isfinite, lcm
@@ -55,7 +56,7 @@ from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
 from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, generators, inner
 from dumo.flow.path import Linear
-from dumo.flow.precision import Precision, autocast
+from dumo.flow.precision import Precision, autocast, using
 from dumo.flow.reading import reading, taught, teaching
 from dumo.flow.slope import Slope
 from dumo.flow.solver import Euler, Hop, Restart, Solver
@@ -248,7 +249,8 @@ class Flow(nn.Module):
         key = self._key(at) if self.training else None
         passes = self._passes(c, key)
         ref = Frozen(passes if self.ref is None else passes.of(self.ref.module))
-        with dropout.using(keys if self.training else None), drawing(key, x.device):  # a loss of yours may draw
+        masks = dropout.using(keys if self.training else None)
+        with masks, drawing(key, x.device), self._precise(x):  # a loss of yours may draw
             terms = require_terms(self.objective.loss(passes, ref, b), len(x), self.objective.kind)
         if step is None and self.training:
             self.step += 1
@@ -319,7 +321,7 @@ class Flow(nn.Module):
         read = self._one_of_reads("velocity", passes, NONE if passes.table else self.classes)
 
         def velocity(x: Sample, t: Time, c: Cond) -> Sample:
-            with generate.evaluating(self.net):
+            with generate.evaluating(self.net), self._precise(x):
                 return read(x, t, c)
 
         return teaching(Reads(velocity=velocity))
@@ -416,7 +418,8 @@ class Flow(nn.Module):
         x = x[:rows]
         c = first_rows(c, rows)
         b, keys = on_every_rank(lambda: self._record(x, c, self.step))
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), dropout.using(keys if self.training else None):
+        generators_stay = torch.random.fork_rng([x.device] if x.is_cuda else [])
+        with generators_stay, dropout.using(keys if self.training else None), self._precise(x):
             self._try_passes(x, c, b)
         self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
         self.checked = True
@@ -530,6 +533,10 @@ class Flow(nn.Module):
             b = replace(b, moving=None)
         return b, to_device(draws.keys, x.device)
 
+    def _precise(self, x: Sample) -> AbstractContextManager[None]:
+        """Passes on x in the precision of this flow, if it has one."""
+        return using(self.precision, x.device) if self.precision else nullcontext()
+
     def _index(self, n: int, c: Condition, device: torch.device) -> tuple[Cond, int]:
         """What an objective is given as the condition, and as none."""
         if is_table(c):
@@ -571,7 +578,7 @@ class Flow(nn.Module):
         index, none = self._index(len(x), c, x.device)
         read = self._one_of_reads(name, self._passes(c, None), none)
         rows = [_row_times(time, x) for time in times]
-        with generate.evaluating(self.net):
+        with generate.evaluating(self.net), self._precise(x):
             return read(x, *rows, index)
 
     def _one_of_reads(self, name: str, passes: Passes, none: int) -> Callable[..., Any]:
