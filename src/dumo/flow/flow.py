@@ -594,7 +594,7 @@ class Flow(nn.Module):
         return f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.why or 'not chosen yet'}"
 
 
-def require_settings(net: object, *, classes: int, time_scale: float, shard: tuple[int, int] | None) -> None:
+def require_settings(net: object, *, classes: int, time_scale: float, shard: object) -> None:
     """Raise UserError for what no flow can be made of."""
     if not isinstance(net, nn.Module):
         raise UserError(f"net is a {type(net).__name__}: give an nn.Module")
