@@ -313,6 +313,10 @@ MISTAKES = {
     ),
     "a shard": Mistake(lambda: dumo.Flow(points(), shard=(2, 2)), "shard = (2, 2): give (rank, ranks) of the data"),
     "a scale": Mistake(lambda: dumo.Flow(points(), time_scale=0.0), "time_scale = 0: give what times"),
+    "a path": Mistake(
+        lambda: dumo.Flow(points(), path="trig"),
+        "path is 'trig': give one of dumo.flow.path, such as Trig(), or leave it out",
+    ),
     "classes": Mistake(lambda: dumo.Flow(points(), classes=-1), "classes = -1: give how many labels there are"),
     # what is read
     "a jump": Mistake(

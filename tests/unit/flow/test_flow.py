@@ -238,6 +238,29 @@ def test_the_gradient_is_that_of_the_bare_step(kind: str) -> None:
         assert torch.equal(p.grad, other.grad), name
 
 
+@pytest.mark.slow
+def test_a_network_of_diffusers_needs_nothing_around_it() -> None:
+    from diffusers import UNet2DModel  # slow to import
+
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=CLASSES + 1,
+        attention_head_dim=4,
+    )
+    flow = dumo.Flow(net, classes=CLASSES)
+    flow(images(), LABELS).backward()
+    assert flow.why.startswith("dual, ")
+    assert flow.sample(2).isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------------- random numbers
 
 
