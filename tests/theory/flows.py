@@ -44,11 +44,13 @@ def compiled(net: nn.Module) -> nn.Module:
 
 
 def sharded(net: nn.Module) -> nn.Module:
-    return fully_shard(net, reshard_after_forward=False)
+    fully_shard(net, reshard_after_forward=False)
+    return net
 
 
 def resharded(net: nn.Module) -> nn.Module:
-    return fully_shard(net, reshard_after_forward=True)
+    fully_shard(net, reshard_after_forward=True)
+    return net
 
 
 def replicated_and_compiled(net: nn.Module) -> nn.Module:

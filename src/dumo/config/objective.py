@@ -13,8 +13,7 @@ from dumo.types import UserError
 
 def objective_of(given: str | Mapping[str, Any] | AnyObjective) -> AnyObjective:
     """The objective of this kind, or with these fields; one that is built stays. Raises UserError for no such kind."""
-    if isinstance(given, type) or not isinstance(given, str | Mapping | AnyObjective):
-        raise UserError(f"objective {given!r} is none: give its name, a dict of its fields, or dumo.objectives.DuMo()")
+    require_objective(given)
     if not isinstance(given, str | Mapping):
         return given
     fields = {"kind": given} if isinstance(given, str) else dict(given)
@@ -29,3 +28,9 @@ def objective_of(given: str | Mapping[str, Any] | AnyObjective) -> AnyObjective:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         raise UserError(f"objective '{kind}', {where}: {first['msg']}") from error
+
+
+def require_objective(given: object) -> None:
+    """Raise UserError for what is no name, no fields and no objective, such as a class of these."""
+    if isinstance(given, type) or not isinstance(given, str | Mapping | AnyObjective):
+        raise UserError(f"objective {given!r} is none: give its name, a dict of its fields, or dumo.objectives.DuMo()")

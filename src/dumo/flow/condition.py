@@ -100,14 +100,19 @@ def require_conditions(
             raise UserError("null= stands for a condition, and there is none: give c, or leave out null=")
         return
     for name, given in (c if isinstance(c, Mapping) else {"c": c}).items():
-        if not isinstance(given, Tensor):
-            raise UserError(f"condition '{name}' is a {type(given).__name__}: give a tensor with a row for each of x")
-        if not given.ndim or len(given) != rows:
-            raise UserError(f"condition '{name}' has shape {tuple(given.shape)}: give one row for each of {rows}")
+        _require_rows(name, given, rows)
     if is_table(c):
         _require_table(c, classes, call, null)
     else:
         _require_labels(cast(Tensor, c), classes, null, deeply=deeply)
+
+
+def _require_rows(name: str, given: object, rows: int) -> None:
+    """Raise UserError for what is no tensor of so many rows."""
+    if not isinstance(given, Tensor):
+        raise UserError(f"condition '{name}' is a {type(given).__name__}: give a tensor with a row for each of x")
+    if not given.ndim or len(given) != rows:
+        raise UserError(f"condition '{name}' has shape {tuple(given.shape)}: give one row for each of {rows}")
 
 
 def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool) -> None:
@@ -132,8 +137,7 @@ def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None,
         )
     if isinstance(call, Signature):
         _require_arguments(c, call)
-    table = table_of(c, null if isinstance(null, Tensor | Mapping) else None, call)
-    _require_null(table, null)
+    _require_null(c, null, call)
 
 
 def _require_arguments(c: Condition, call: Signature) -> None:
@@ -151,21 +155,24 @@ def _require_arguments(c: Condition, call: Signature) -> None:
         )
 
 
-def _require_null(table: Table, null: Null) -> None:
+def _require_null(c: Condition, null: object, call: OwnCall | Signature | None) -> None:
     """Raise UserError where a null is no row of its condition."""
     if null is None:
         return
     if not isinstance(null, Tensor | Mapping):
         raise UserError(f"null is a {type(null).__name__}: give a tensor, a row of the condition, or a dict of rows")
+    table = table_of(c, cast(Null, null), call)
     for name, row in table.null.items():
         if name not in table.rows:
             raise UserError(f"null has a '{name}', and c has {', '.join(table.rows)}: give null by those names")
-        shape = table.rows[name].shape[1:]
-        if not isinstance(row, Tensor) or not _fits(row, shape):
-            found = tuple(row.shape) if isinstance(row, Tensor) else type(row).__name__
-            raise UserError(f"null of condition '{name}' is {found}: give a tensor of a row's shape, {tuple(shape)}")
+        _require_row(name, row, table.rows[name].shape[1:])
 
 
-def _fits(row: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a row, maybe with a first axis of length 1, has this shape."""
-    return row.shape == shape or row.shape == (1, *shape)
+def _require_row(name: str, row: object, shape: tuple[int, ...]) -> None:
+    """Raise UserError for what is no row of this shape."""
+    if not isinstance(row, Tensor):
+        raise UserError(f"null of condition '{name}' is a {type(row).__name__}: give a tensor, a row of it")
+    if row.shape not in (shape, (1, *shape)):
+        raise UserError(
+            f"null of condition '{name}' has shape {tuple(row.shape)}: give a row of it, of shape {tuple(shape)}"
+        )

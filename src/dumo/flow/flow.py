@@ -132,7 +132,7 @@ class Flow(nn.Module):
         guide: CFG | None = None,
     ) -> None:
         super().__init__()
-        require_settings(net, classes=classes, time_scale=time_scale, shard=shard)
+        require_settings(net, classes=classes, time_scale=time_scale, shard=shard, path=path)
         self.net = net
         self.objective = objective
         self.classes = classes
@@ -653,10 +653,12 @@ class Flow(nn.Module):
         return f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.why or 'not chosen yet'}"
 
 
-def require_settings(net: object, *, classes: int, time_scale: float, shard: tuple[int, int] | None) -> None:
+def require_settings(net: object, *, classes: int, time_scale: float, shard: object, path: object) -> None:
     """Raise UserError for what no flow can be made of."""
     if not isinstance(net, nn.Module):
         raise UserError(f"net is a {type(net).__name__}: give an nn.Module")
+    if path is not None and not isinstance(path, Path):
+        raise UserError(f"path is {path!r}: give one of dumo.flow.path, such as Trig(), or leave it out")
     if classes < 0:
         raise UserError(f"classes = {classes}: give how many labels there are, 0 for none")
     if not time_scale or not isfinite(time_scale):

@@ -204,8 +204,7 @@ def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa:
     if isinstance(returned, tuple | list) and len(returned) == 1:
         returned = returned[0]
     if isinstance(returned, Tensor | Dual):
-        stacked = x.ndim > 1 and returned.ndim == x.ndim and returned.shape[1] == len(wanted) * x.shape[1]
-        returned = returned.chunk(len(wanted), 1) if stacked and len(wanted) > 1 else (returned,)
+        returned = _unstacked(cast(Tensor, returned), x, len(wanted))
     shapes = [tuple(x.shape)] * len(needs.heads) + [(len(x),)] * len(needs.gauges)
     if not isinstance(returned, tuple | list):
         raise UserError(
@@ -219,6 +218,13 @@ def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa:
             f"{', '.join(wanted)}: a tuple of {_listed(shapes)}{stacked}"
         )
     return cast(Heads, tuple(returned))
+
+
+def _unstacked(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]:
+    """The heads of one tensor: it is one, or has them along its channels."""
+    if heads > 1 and x.ndim > 1 and returned.ndim == x.ndim and returned.shape[1] == heads * x.shape[1]:
+        return tuple(returned.chunk(heads, 1))
+    return (returned,)
 
 
 def inner(net: nn.Module) -> nn.Module:

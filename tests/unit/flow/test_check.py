@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -154,24 +154,25 @@ def learns(
     build: Callable[[], nn.Module],
     x: Tensor = X,
     c: Any = None,  # noqa: ANN401
-    objective: object = "dumo",
+    objective: Any = "dumo",  # noqa: ANN401
     **settings: Any,  # noqa: ANN401
 ) -> Callable[[], object]:
     """The first loss of a flow of this network."""
     return lambda: dumo.Flow(build(), objective, **settings)(x, c)
 
 
-def after(do: Callable[[Flow], object], classes: int = 0, objective: object = "dumo") -> Callable[[], object]:
+def after(do: Callable[[Any], object], classes: int = 0) -> Callable[[], object]:
     """Something with a flow that has had a first loss."""
 
     def first_loss_then() -> object:
-        flow = dumo.Flow(points(classes), objective, classes=classes)
+        flow = dumo.Flow(points(classes), classes=classes)
         flow(X, LABELS if classes else None)
         return do(flow)
 
     return first_loss_then
 
 
+NO_MODULE: Any = None
 CENTRAL = {"kind": "dumo", "slope": {"kind": "central"}}
 ONE_HEAD = Needs(inputs=("t", "r"), heads=("u",))
 MISTAKES = {
@@ -222,7 +223,7 @@ MISTAKES = {
         "Fails failed on x (4, 2) at times (4,): ",
         "give dumo.Flow(call=lambda net, x, t, c: net(...)) to call it otherwise",
     ),
-    "no module": Mistake(lambda: dumo.Flow(None), "net is a NoneType: give an nn.Module"),
+    "no module": Mistake(lambda: dumo.Flow(NO_MODULE), "net is a NoneType: give an nn.Module"),
     "frozen": Mistake(
         learns(lambda: points().requires_grad_(False)), "no parameter of Perceptron is trained", "that learns"
     ),
@@ -290,7 +291,7 @@ MISTAKES = {
         learns(Numbers, c=NUMBERS, null={"text": torch.zeros(3)}), "null has a 'text', and c has cond"
     ),
     "a null of another shape": Mistake(
-        learns(Numbers, c=NUMBERS, null=torch.zeros(4)), "null of condition 'cond' is (4,): give a tensor of a row's"
+        learns(Numbers, c=NUMBERS, null=torch.zeros(4)), "null of condition 'cond' has shape (4,): give a row of it"
     ),
     "a null alone": Mistake(learns(points, null=torch.zeros(3)), "null= stands for a condition, and there is none"),
     "null beside labels": Mistake(
@@ -312,6 +313,10 @@ MISTAKES = {
     ),
     "a shard": Mistake(lambda: dumo.Flow(points(), shard=(2, 2)), "shard = (2, 2): give (rank, ranks) of the data"),
     "a scale": Mistake(lambda: dumo.Flow(points(), time_scale=0.0), "time_scale = 0: give what times"),
+    "a path": Mistake(
+        lambda: dumo.Flow(points(), path="trig"),
+        "path is 'trig': give one of dumo.flow.path, such as Trig(), or leave it out",
+    ),
     "classes": Mistake(lambda: dumo.Flow(points(), classes=-1), "classes = -1: give how many labels there are"),
     # what is read
     "a jump": Mistake(
@@ -416,14 +421,16 @@ def test_a_network_that_is_steep_in_time_is_said_and_a_scale_helps(caplog: pytes
 
 
 def test_layers_of_zeros_are_drawn_in_the_copy_alone() -> None:
-    net = points()
+    net = Perceptron(TWO)
     nn.init.zeros_(net.out.weight)
     nn.init.zeros_(net.out.bias)
     flow = dumo.Flow(net)
     flow.check(X)
     assert not net.out.weight.any()
     passes = Passes(net, TWO, Signature.of(net), labelled=False)
-    assert check.drawn_copy(passes).net.out.weight.any()
+    drawn = check.drawn_copy(passes).net
+    assert isinstance(drawn, Perceptron)
+    assert drawn.out.weight.any()
     assert float(flow.why.partition(", ")[2].partition(" %")[0]) > 0  # of what is not 0
 
 
@@ -443,6 +450,22 @@ def test_a_network_that_cannot_be_copied_is_checked_as_it_is_and_once_more() -> 
     assert checks == [0, 100]
 
 
+class NearlyRight(Around):
+    """Its outputs hardly depend on the time that it cuts off."""
+
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        size = 1 + (0.05 * t.detach()).sin()[:, None]
+        return [size * head for head in self.net(x, t)]
+
+
+def test_a_slope_that_is_nearly_right_is_not_exact() -> None:
+    why = dumo.Flow(NearlyRight()).check(X)
+    assert why.startswith("central")
+    off = re.search(r"not jvp: du/dt is ([\d.]+) % off", why)
+    assert off
+    assert 1 < float(off[1]) < 5
+
+
 def test_a_slope_that_was_chosen_is_tried_first() -> None:
     first = dumo.Flow(AsksForTensors())
     first.check(X)
@@ -454,5 +477,5 @@ def test_a_slope_that_was_chosen_is_tried_first() -> None:
 
 def test_first_rows_and_rows_of_conditions() -> None:
     assert condition.first_rows(None, 2) is None
-    assert len(condition.first_rows(LABELS, 2)) == 2
+    assert torch.equal(cast(Tensor, condition.first_rows(LABELS, 2)), LABELS[:2])
     assert condition.rows_of({"a": NUMBERS[:5]}) == 5

@@ -53,7 +53,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     exact: tuple[str, ...] = ("dual", "jvp")  # slopes that are exact on it; the first is taken
 
-    def flow(self, objective: object = "dumo", **more: object) -> Flow:
+    def flow(self, objective: Any = "dumo", **more: Any) -> Flow:  # noqa: ANN401
         """Of a new network."""
         torch.manual_seed(0)
         return dumo.Flow(self.build(), objective, **{**self.settings, **more})
@@ -160,7 +160,9 @@ def test_the_derivative_is_that_of_float64(name: str, kind: str) -> None:
         return
     flow.check(case.x, case.c)
     passes, b = flow.passes(case.x, case.c)
-    _, along = flow.objective.needs.slope(passes, Frozen(passes), b.x_t, b.c, t=b.t)
+    slope = flow.objective.needs.slope
+    assert slope is not None
+    _, along = slope(passes, Frozen(passes), b.x_t, b.c, t=b.t)
     with torch.no_grad():
         found = along(b.v_t)
 
@@ -174,11 +176,11 @@ def test_the_derivative_is_that_of_float64(name: str, kind: str) -> None:
         assert (du_dt - true).norm() <= (0.05 if kind == "central" else 1e-5) * true.norm()
 
 
-def objective_of(kind: str) -> dict[str, object]:
+def objective_of(kind: str) -> dict[str, Any]:
     return {"kind": kind, "size": 4} if kind == "drift" else {"kind": kind}
 
 
-def flow_of(kind: str, classes: int, **settings: object) -> Flow:
+def flow_of(kind: str, classes: int, **settings: Any) -> Flow:  # noqa: ANN401
     """Of a perceptron that has what this objective needs."""
     trial = dumo.Flow(Perceptron(TWO), objective_of(kind), classes=classes)
     needs = trial.objective.needs
@@ -231,7 +233,32 @@ def test_the_gradient_is_that_of_the_bare_step(kind: str) -> None:
     mine.backward()
     assert torch.equal(mine, loss)
     for (name, p), other in zip(flow.net.named_parameters(), net.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert other.grad is not None, name
         assert torch.equal(p.grad, other.grad), name
+
+
+@pytest.mark.slow
+def test_a_network_of_diffusers_needs_nothing_around_it() -> None:
+    from diffusers import UNet2DModel  # slow to import
+
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=CLASSES + 1,
+        attention_head_dim=4,
+    )
+    flow = dumo.Flow(net, classes=CLASSES)
+    flow(images(), LABELS).backward()
+    assert flow.why.startswith("dual, ")
+    assert flow.sample(2).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------- random numbers
@@ -264,6 +291,7 @@ def test_all_passes_of_a_step_meet_the_same_dropout_and_two_steps_do_not() -> No
             masks.append(out.detach() == 0)
 
     flow.check(x, c)
+    assert isinstance(flow.net, UNet)
     flow.net.dropout.register_forward_hook(note)
     passes, b = flow.passes(x, c)
     for _ in range(2):
@@ -359,8 +387,17 @@ def test_velocity_and_jump_are_those_of_the_heads_in_evaluation() -> None:
     assert not flow.velocity(x, t, c).requires_grad
 
 
+def test_what_is_read_drops_nothing() -> None:
+    case = CASES["dropout"]
+    flow = case.flow()
+    velocity = flow.velocity(case.x, 0.5, LABELS)
+    assert flow.net.training
+    assert torch.equal(flow.eval().velocity(case.x, 0.5, LABELS), velocity)
+
+
 def test_times_reach_the_network_on_its_scale() -> None:
     flow = CASES["steps of 1000"].flow()
+    assert isinstance(flow.net, Thousand)
     plain = dumo.Flow(flow.net.net)
     torch.testing.assert_close(flow.velocity(points(), 0.7), plain.velocity(points(), 0.7))
 
@@ -396,7 +433,7 @@ def test_a_compiled_network_is_the_same() -> None:
     case = CASES["points"]
     plain = case.flow()
     flow = case.flow()
-    flow.net = torch.compile(flow.net, backend="aot_eager")
+    flow.net = torch.compile(flow.net, backend="aot_eager")  # pyright: ignore[reportAttributeAccessIssue]
     for _ in range(2):
         torch.testing.assert_close(flow(case.x, case.c), plain(case.x, case.c))
     torch.testing.assert_close(flow.sample(4), plain.sample(4))
