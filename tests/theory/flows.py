@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dumo
 from contract.own import Encoder, Perceptron, UNet
-from dumo.flow.flow import Flow
+from dumo.flow.loop import LoopFlow as Flow
 from dumo.types import Needs, UserError
 from meeting import meeting
 

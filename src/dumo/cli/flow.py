@@ -6,14 +6,14 @@ from typing import Any
 from torch import nn
 
 from dumo.config.objective import objective_of
-from dumo.flow import flow
 from dumo.flow.condition import Null
+from dumo.flow.loop import LoopFlow
 from dumo.flow.null import without_drop
 from dumo.types import Objective
 
 
-class Flow(flow.Flow):
-    """As `dumo.flow.flow.Flow`, whose objective may also be a name, "dumo", or a dict, {"kind": "meanflow", ...}."""
+class Flow(LoopFlow):
+    """As `dumo.flow.loop.LoopFlow`; the objective may be a name, "dumo", or a dict, {"kind": "meanflow", ...}."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class Flow(flow.Flow):
         *,
         classes: int = 0,
         null: Null = None,
-        **settings: Any,  # noqa: ANN401, of `dumo.flow.flow.Flow`
+        **settings: Any,  # noqa: ANN401, of `dumo.flow.loop.LoopFlow`
     ) -> None:
         spec = objective_of(objective)
         if not classes and null is None:

@@ -2,31 +2,20 @@
 
 A step makes several passes of one network on the same rows: to learn, to be differentiated, for theta^-. And a resumed
 run makes the passes that it would have made. So a pass draws nothing that is not keyed and changes nothing, its rows do
-not mix, and a loss has a number for each row. And du/dt, on which few-step objectives regress, is compared with a
-difference: where it is wrong, the loss falls towards another target.
+not mix, and a loss has a number for each row. du/dt is `dumo.flow.derivative`'s.
 """
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from math import inf, isfinite
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from math import lcm
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.flow.passes import Passes, inner
+from dumo.flow.passes import Passes, generators, inner
 from dumo.flow.precision import Precision
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope, precision_of
-from dumo.runtime import dist
-from dumo.types import Frozen, Heads, Needs, Noised, Sample, Terms, Time, UserError, lift, mean_square
+from dumo.flow.slope import precision_of
+from dumo.types import Needs, Noised, Objective, Sample, Terms, Time, UserError
 from dumo.types.outside import name_of
-
-Stage = TypeVar("Stage")
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Ours: by how much two passes may differ on a GPU, whose kernels may add in another order; of the outputs' norm
@@ -35,42 +24,8 @@ KEYED = (
     "drop by dumo.flow.dropout, whose masks are functions of row, step and layer "
     "(docs/library.md, Dropout in a network of your own)"
 )
-LENGTHS = (1e-2, 2e-3, 4e-4, 1e-4, 1e-5, 1e-6)  # of differences in time: two neighbours that agree are the derivative
-SHORTEST = (1e-7, 1e-8)  # in float64, too
-COPIED = 400_000_000  # parameters up to which the check works on a copy: ours
+ROWS = 4  # that are tried
 MIXED = 1e-4  # ours: a change of one row may move another by this share, as kernels round
-SMALL = 1e-6  # the norm below which a derivative counts as zero
-SHORTER = (0.005, 0.002, 0.001, 5e-4, 2e-4)  # half-steps of the central slope that are tried, UCGM's first
-LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
-EXACT = 0.01  # ours: the same in fp32, where it is 1e-6 off, and of waves of 1000 radians 2e-4
-
-
-# ------------------------------------------------------------------------------------------------------ on every rank
-
-
-def largest_of_ranks(value: float) -> float:
-    """The largest of a number over the ranks that train together. Every rank must call it."""
-    if dist.world() == 1:
-        return value
-    values: list[Any] = [None] * dist.world()
-    torch.distributed.all_gather_object(values, value)
-    return max(values)
-
-
-def on_every_rank(stage: Callable[[], Stage]) -> Stage:
-    """What this stage gives here. Raises UserError on all ranks where it does on any. Every rank must call it."""
-    result: list[Stage] = []
-    refusal: UserError | None = None
-    try:
-        result.append(stage())
-    except UserError as error:
-        refusal = error
-    refused = largest_of_ranks(float(refusal is not None))
-    if refusal is not None:
-        raise refusal
-    if refused:
-        raise UserError("another rank's data or network was refused: its line says why")
-    return result[0]
 
 
 # ------------------------------------------------------------------------------------------------------- what a loss is
@@ -207,156 +162,60 @@ def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
             )
 
 
-# -------------------------------------------------------------------------------------------------------- what du/dt is
+def rows_to_try(objective: Objective) -> int:
+    """A few rows, in whole groups of those that belong together."""
+    group = group_of(objective)
+    least = 2 if group > 1 else 1
+    return max(ROWS // group, least) * group
 
 
-def is_copied(net: nn.Module) -> bool:
-    """Whether the check works on a copy of a network: not where it is large, sharded, or of parts that refuse it."""
-    if any(isinstance(part, FSDPModule) for part in net.modules()):
-        return False
-    parameters = list(net.parameters())
-    if any(isinstance(p, DTensor) for p in parameters) or sum(p.numel() for p in parameters) > COPIED:
-        return False
+def group_of(objective: Objective) -> int:
+    """How many neighbouring rows belong together."""
+    return lcm(objective.times.group, objective.needs.group)
+
+
+def draws_itself(passes: Passes, b: Noised, needs: Needs) -> bool:
+    """Whether a pass, whose draws are not keyed, draws of torch's generators. Raises UserError where it fails."""
+    before = generators(b.x_t.device)
     try:
-        copy.deepcopy(net)
-    except Exception:  # whatever the parts of somebody else's network raise
-        return False
-    return True
-
-
-def drawn_copy(net: Passes) -> Passes:
-    """The same passes of a copy whose layers of zeros are drawn, for else du/dt is 0."""
-    module = copy.deepcopy(inner(net.net))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            noise = torch.randn(p.shape, generator=generator).to(p)
-            if not p.any():
-                p.add_(noise * (0.1 if p.ndim < 2 else p[0].numel() ** -0.5))
-    return net.of(module)
-
-
-def in_double(net: Passes) -> Passes:
-    """The same passes of a copy in float64."""
-    found = net.of(copy.deepcopy(net.net).double())
-    found.table = net.table and net.table.double()
-    return found
-
-
-def doubled(b: Noised) -> Noised:
-    """A record in float64."""
-    changed: dict[str, Any] = {name: getattr(b, name).double() for name in ("x", "z", "t", "r", "x_t", "v_t")}
-    return replace(b, **changed)
-
-
-@torch.no_grad()
-def differences(net: Passes, b: Noised, inputs: Mapping[str, Time], w: Sample) -> Heads:
-    """d/dt of each head along w by central differences, of the length that agrees best with the next longer one."""
-    found: list[Heads] = []
-    w = w.to(b.x_t)
-    lengths = (*LENGTHS, *SHORTEST) if b.x_t.dtype == torch.float64 else LENGTHS
-    with torch.autocast(b.x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        for h in lengths:
-            ends = [net(b.x_t + s * h * w, b.c, **{**inputs, "t": inputs["t"] + s * h}) for s in (-1, 1)]
-            found.append(tuple((ahead - behind) / (2 * h) for behind, ahead in zip(*ends, strict=True)))
-    best: list[Tensor] = []
-    for of_head in zip(*found, strict=True):
-        gaps = [float(relative_error(a, e)) for a, e in pairwise(of_head)]
-        best.append(of_head[1 + min(range(len(gaps)), key=gaps.__getitem__)])
-    return tuple(best)
-
-
-def relative_error(found: Tensor, exact: Tensor) -> Tensor:
-    """The l2 error over the l2 norm; of a derivative of zero, the error itself."""
-    norm = exact.norm()
-    return (found.to(exact) - exact).norm() / norm.where(norm > SMALL, torch.ones_like(norm))
-
-
-def slope_error(slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads) -> float:
-    """How far a slope is from these derivatives, the worst head; of its two uses the worse."""
-    worst = 0.0
-    for toward in (b.v_t, None):
-        _, along = slope(net, Frozen(net), b.x_t, b.c, toward=toward, **cast(dict[str, Any], inputs))
         with torch.no_grad():
-            found = along(b.v_t)
-        for head, exactly in zip(found, exact, strict=True):
-            error = float(relative_error(head, exactly))
-            worst = max(worst, error if isfinite(error) else inf)
-    return worst
+            passes(b.x_t, b.c, **inputs_of(b, needs))
+    except UserError:
+        raise
+    except Exception as error:  # a module of somebody else may raise anything
+        raise UserError(
+            f"{type(inner(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
+            f"{short(error)}. It is called with {passes.described}; give dumo.Flow(call=lambda net, x, t, c: net(...)) "
+            "to call it otherwise"
+        ) from error
+    return before != generators(b.x_t.device)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How du/dt is taken, why so, and the root mean square of t du/dt over that of v."""
-
-    slope: Slope
-    why: str
-    steepness: float
-    skipped: bool  # whether another way came first, and did not serve
+# ------------------------------------------------------------------------------------------- what can be trained at all
 
 
-def choose_slope(
-    given: Slope | None,
-    net: Passes,
-    b: Noised,
-    needs: Needs,
-    *,
-    copied: bool,
-    agreed: Callable[[float], float],
-    before: Slope | None = None,
-) -> Choice:
-    """The slope that is given, or the first of dual, jvp and central that runs here and is the derivative.
-
-    `copied`: whether the network may be copied, to draw its layers of zeros and to compare in float64. `agreed` makes
-    of an error of this rank that of all ranks. `before`: what was chosen earlier, which is tried first. Raises
-    UserError where none is within LIMIT.
-    """
-    inputs = inputs_of(b, needs)
-    probe = drawn_copy(net) if copied else net
-    exact = derivative_of(probe, b, inputs, copied=copied)
-    tries = [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in SHORTER)]
-    if before is not None:
-        tries = [before, *(slope for slope in tries if slope != before)]
-    if given is not None:
-        tries = [given]
-    reasons: list[str] = []
-    for slope in tries:
-        name = f"central, h = {slope.h:g}" if isinstance(slope, CentralSlope) else slope.kind
-        try:
-            error = slope_error(slope, probe, b, inputs, exact)
-            reason = f"not {name}: du/dt is {100 * error:.2g} % off"
-        except Exception as raised:  # whatever a network raises: the next way is tried
-            error = inf
-            reason = f"not {name}: {short(raised)}"
-        error = agreed(error)
-        if error <= limit_of(slope, b):
-            why = "; ".join([f"{name}, {100 * error:.2g} % off differences", *dict.fromkeys(reasons)])
-            return Choice(slope, why, steepness(exact, b), skipped=bool(reasons))
-        reasons.append(reason)
-    way = " Leave out the slope, and one that serves is taken" if given else ""
-    raise UserError(f"no du/dt of {type(inner(net.net)).__name__}: {'; '.join(dict.fromkeys(reasons))}.{way}")
+def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> None:
+    """Raise UserError where an objective lacks its teacher, or so many rows part those that belong together."""
+    if objective.needs.teacher.velocity == "must" and not has_teacher:
+        raise UserError(
+            f"objective '{objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a flow that "
+            "was trained, or a function of (x_t, t, c, v_t)"
+        )
+    group = group_of(objective)
+    if rows % group:
+        raise UserError(
+            f"{rows} rows, and {group} belong together in objective '{objective.kind}': give a multiple of {group}"
+        )
 
 
-def limit_of(slope: Slope, b: Noised) -> float:
-    """By how much a slope may be off in the precision that holds now."""
-    differs = isinstance(slope, CentralSlope)
-    return LIMIT if differs or precision_of(b.x_t) != "fp32" else EXACT
-
-
-def derivative_of(probe: Passes, b: Noised, inputs: Mapping[str, Time], *, copied: bool) -> Heads:
-    """d/dt of each head by differences: in float64 where the network can, else as it is."""
-    if copied:
-        try:
-            return differences(in_double(probe), doubled(b), {name: s.double() for name, s in inputs.items()}, b.v_t)
-        except RuntimeError:  # a network that names float32 itself
-            pass
-    return differences(probe, b, inputs, b.v_t)
-
-
-def steepness(derivative: Heads, b: Noised) -> float:
-    """The root mean square of t du/dt, of the steepest head, over that of v."""
-    sizes = [float(mean_square(lift(b.t, du_dt) * du_dt).mean().sqrt()) for du_dt in derivative if du_dt.ndim > 1]
-    return max(sizes, default=0.0) / float(mean_square(b.v_t).mean().sqrt())
+def require_parameters(net: nn.Module) -> None:
+    """Raise UserError where no parameter is trained."""
+    parameters = list(net.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise UserError(
+            f"no parameter of {type(inner(net)).__name__} is trained: call net.requires_grad_(), or make the flow of a "
+            "network that learns"
+        )
 
 
 def short(error: BaseException) -> str:

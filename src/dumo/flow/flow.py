@@ -1,114 +1,40 @@
 """`Flow`: a network, the objective that teaches it, and how it is read.
 
-    flow = Flow(net, DuMo(), classes=10)
-    loss = flow(x, c)                    # draws noise, times and dropped labels; takes du/dt
-    images = flow.sample(16, nfe=1)
+`dumo train` asks it piece by piece: `drawn` are the random numbers of a step, `noised` the record of a batch, `terms`
+its loss. Whatever samples, judges, teaches or exports asks `readings`, and `batches` makes samples of them.
 
-It owns no optimizer and no file. In a training loop of anybody's, `flow(x, c)` is the loss, and the network may be
-wrapped (DistributedDataParallel, FSDP2, torch.compile, accelerate) before or after. dumo's own step asks the same
-object piece by piece: `drawn`, `noised`, `terms`.
-
-Random numbers are functions of (seed, step, row of the global batch): other ones on every rank. Those that a network
-draws itself, such as nn.Dropout's, are functions of (seed, step, rank), and the same in all passes of a step. So a
-resumed run goes on to the bit.
+`dumo.flow.loop` is the same for networks and loops of anybody's. It owns no optimizer and no file.
 """
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import cached_property
-from math import isfinite, lcm
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 
 from dumo.flow import dropout, generate
-from dumo.flow.check import (
-    choose_slope,
-    drawn_copy,
-    inputs_of,
-    is_copied,
-    largest_of_ranks,
-    on_every_rank,
-    require_pure_net,
-    require_rows_apart,
-    require_terms,
-    short,
-    tolerance,
-)
-from dumo.flow.condition import (
-    Condition,
-    Null,
-    first_rows,
-    is_table,
-    require_batch,
-    require_conditions,
-    require_data,
-    rows_of,
-    table_of,
-)
 from dumo.flow.draw import Coupling, Draws, drawn, noised
 from dumo.flow.guide import CFG
-from dumo.flow.null import guidance_of, without_drop
-from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, generators, inner
+from dumo.flow.passes import inner
 from dumo.flow.path import Linear
-from dumo.flow.precision import Precision, autocast, using
-from dumo.flow.reading import reading, taught, teaching
-from dumo.flow.slope import Slope
-from dumo.flow.solver import Euler, Hop, Restart, Solver
-from dumo.flow.state import FlowState
-from dumo.runtime import dist
-from dumo.runtime.random import stream
-from dumo.types import (
-    Cond,
-    Frozen,
-    Net,
-    Noised,
-    Objective,
-    Path,
-    Reads,
-    Sample,
-    Taught,
-    Terms,
-    Time,
-    Trail,
-    UserError,
-    frozen,
-)
-from dumo.types.rows import to_device
+from dumo.flow.precision import Precision, autocast
+from dumo.flow.reading import reading
+from dumo.flow.solver import Solver
+from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, Reads, Sample, Taught, Terms, Trail, frozen
 
-log = logging.getLogger("dumo")
-Moment = Tensor | float | int  # a time for all rows, or one for each
 Loss = Callable[[Net, Frozen, Noised], Terms]
-
-STEEP = 1.0  # ours, of t du/dt over v: fresh networks of .4 trained well, of 1.4 half as well, of 13 not at all
-GENTLE = 0.1  # of the same, that we propose
-AGAIN = 100  # the step at which a network that was not copied is checked once more, its layers of zeros then trained
-ROWS = 4  # of the check
 
 
 class Flow(nn.Module):
-    """A network and the objective that teaches it: `flow(x, c)` is the loss, `flow.sample(n)` samples.
+    """A network, called as dumo's own are, net(x, c, t=t), and the objective that teaches it.
 
-    - `net`: any module. Its forward takes x (b, ...) first, and the time, a second time and a class by usual names
-      (`dumo.flow.passes`); it returns the objective's heads. Or `call(net, x, t, c)` calls it; "dumo" stands for
-      net(x, c, t=t), as dumo's own are called.
     - `classes`: labels are 0 to classes - 1, and `classes` itself means none.
-    - `null`: what stands for a dropped condition, a row, or a dict of rows. Without classes and null nothing is dropped
-      or guided.
-    - `time_scale` multiplies each time on its way to the network.
-    - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
-    - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
-    - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
-      `prior` of the rows (None: on all).
-    - `precision`: of passes; None: as it is around.
+    - `teacher`: a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share `prior` of the
+      rows (None: on all).
+    - `ref`: theta^-, an average of the weights; None: the weights in training.
+    - `precision`: of passes; None: float32 in pieces and samples.
     - `knobs`, `guide`: how it is read.
-
-    An objective that names no slope gets the first of dual, jvp and central that runs on this network and is exact.
     """
 
     def __init__(
@@ -117,14 +43,10 @@ class Flow(nn.Module):
         objective: Objective,
         *,
         classes: int = 0,
-        null: Null = None,
-        time_scale: float = 1.0,
-        call: OwnCall | Literal["dumo"] | None = None,
         seed: int = 0,
-        shard: tuple[int, int] | None = None,
         path: Path | None = None,
         coupling: Coupling | None = None,
-        teacher: "Taught | Flow | None" = None,
+        teacher: Taught | None = None,
         prior: float | None = None,
         ref: nn.Module | None = None,
         precision: Precision | None = None,
@@ -132,37 +54,18 @@ class Flow(nn.Module):
         guide: CFG | None = None,
     ) -> None:
         super().__init__()
-        require_settings(net, classes=classes, time_scale=time_scale, shard=shard, path=path)
         self.net = net
         self.objective = objective
         self.classes = classes
-        self.null = null
-        self.time_scale = time_scale
-        self.own_call = call
         self.seed = seed
-        self.shard = shard
         self.path: Path = path or Linear()
         self.coupling = coupling
-        flow_of_teacher = self._require_teacher(teacher)
-        self.teacher = flow_of_teacher.teaching() if flow_of_teacher else cast("Taught | None", teacher)
-        self.teacher_of = flow_of_teacher.teaching if flow_of_teacher else None  # by conditions that are no labels
+        self.teacher = teacher
         self.prior = prior
         self.ref = Frozen(ref) if ref is not None else None
         self.precision: Precision | None = precision
         self.knobs = knobs
         self.guide = guide or CFG()
-
-        self.step = 0  # losses so far
-        self.rows = 0  # of a rank's batch
-        self.shape: tuple[int, ...] | None = None  # of a row
-        self.last: Terms | None = None  # of the last loss, detached: its parts say more than the loss
-        self.names_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
-        self.choice: Slope | None = None  # where the objective names none
-        self.why = ""  # so
-        self.checked = False
-        self.copied = False  # whether the check worked on a copy of the network
-        self.draws_itself = False  # whether the network draws random numbers
-        self.names: tuple[str, ...] = ()  # of its conditions, beside labels
 
     # ------------------------------------------------------------------------------------ a training step, in pieces
 
@@ -212,58 +115,7 @@ class Flow(nn.Module):
         """theta^-: an average that was given, else the weights in training."""
         return self.ref or frozen(cast(Net, self.net))
 
-    # ------------------------------------------------------------------------------------- a training step, in a line
-
-    def forward(self, x: Tensor, c: Condition = None, **how: Any) -> Tensor:  # noqa: ANN401, of `loss`
-        """`loss`: what DistributedDataParallel, accelerate and Lightning wrap."""
-        return self.loss(x, c, **how)
-
-    def loss(
-        self,
-        x: Tensor,
-        c: Condition = None,
-        *,
-        step: int | None = None,
-        progress: float = 0.0,
-        z: Tensor | None = None,
-    ) -> Tensor:
-        """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
-
-        c: None, class numbers (b,), numbers (b, ...), or a dict of tensors by the names of the network's forward. In
-        training mode calls are counted: the count, or `step`, is which random numbers are drawn. `progress` is the
-        share of the training that is done, for objectives that change with it; `z` noise that goes with x. Raises
-        UserError as `check`, which the first call makes, on all ranks.
-        """
-        if not self.checked or (self.step == AGAIN and not self.copied):
-            self.check(x, c)
-        else:
-            require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
-        if not 0 <= progress <= 1:
-            raise UserError(f"progress = {progress:g}: give the share of the training that is done, from 0 to 1")
-        if z is not None and z.shape != x.shape:
-            raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: give noise of the shape of x")
-        self.shape = self.shape or tuple(x.shape[1:])
-        self.rows = max(self.rows, len(x))  # a smaller last batch keeps its rank's rows
-        at = self.step if step is None else step
-        b, keys = self._record(x, c, at, progress=progress, z=z)
-        key = self._key(at) if self.training else None
-        passes = self._passes(c, key)
-        ref = Frozen(passes if self.ref is None else passes.of(self.ref.module))
-        masks = dropout.using(keys if self.training else None)
-        with masks, drawing(key, x.device), self._precise(x):  # a loss of yours may draw
-            terms = require_terms(self.objective.loss(passes, ref, b), len(x), self.objective.kind)
-        if step is None and self.training:
-            self.step += 1
-        self.last = terms.detach()
-        return terms.loss.mean()
-
-    def passes(self, x: Sample, c: Condition = None, *, step: int | None = None) -> tuple[Passes, Noised]:
-        """The network as an objective calls it at a step, this one's, and the record of this rank's rows then."""
-        at = self.step if step is None else step
-        b, _ = self._record(x, c, at)
-        return self._passes(c, self._key(at) if self.training else None), b
-
-    # ----------------------------------------------------------------------------------------------- the other way
+    # --------------------------------------------------------------------------------------------------- how it is read
 
     @property
     def reads(self) -> Reads:
@@ -272,91 +124,13 @@ class Flow(nn.Module):
 
     def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
         """The same with this guidance (None: none), and these knobs."""
-        net = cast(Net, self.net) if self.call is None else self._passes(None, None)
-        return (guide or CFG())(reading(self.objective, net, knobs or self.knobs), self.classes)
-
-    @cached_property
-    def call(self) -> OwnCall | Signature | None:
-        """How the network is called; None: as dumo's own. Raises UserError where no argument of it is a time."""
-        if self.own_call == "dumo":
-            return None
-        return self.own_call or Signature.of(inner(self.net))
+        return (guide or CFG())(reading(self.objective, cast(Net, self.net), knobs or self.knobs), self.classes)
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         parameter = next(inner(self.net).parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
-
-    @torch.no_grad()
-    def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
-        """dx_t/dt at x_t = x and t, one pass. Raises UserError where the objective never taught it."""
-        return self._read("velocity", x, c, t)
-
-    @torch.no_grad()
-    def jump(self, x: Tensor, t: Moment, s: Moment = 0.0, c: Condition = None) -> Sample:
-        """x_s of the trajectory through x at t, one pass; s = 0 is data. Raises UserError where it was never taught."""
-        reads = taught(self.objective)
-        to_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
-        if reads.flow_map is None and to_data:
-            return self._read("endpoint", x, c, t)
-        if reads.flow_map is None:
-            raise UserError(
-                f"objective '{self.objective.kind}' teaches no jump that ends at s = {s}: give s=0, or train with "
-                "'dumo_any' or 'meanflow'"
-            )
-        if reads.hops and not (isinstance(t, Tensor) or isinstance(s, Tensor) or reads.hops(t, s)):
-            raise UserError(
-                f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: ask "
-                "flow.sample, which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
-            )
-        return self._read("flow_map", x, c, t, s)
-
-    def teaching(self, given: Condition = None) -> Taught:
-        """The velocity that a pupil learns, at what its objective is given as c: labels, or rows of these conditions.
-
-        Raises UserError where it was never taught.
-        """
-        passes = self._passes(given, None)
-        read = self._one_of_reads("velocity", passes, NONE if passes.table else self.classes)
-
-        def velocity(x: Sample, t: Time, c: Cond) -> Sample:
-            with generate.evaluating(self.net), self._precise(x):
-                return read(x, t, c)
-
-        return teaching(Reads(velocity=velocity))
-
-    @torch.no_grad()
-    def sample(
-        self,
-        c: int | Sequence[int] | Condition = 1,
-        *,
-        nfe: int = 1,
-        seed: int = 0,
-        solver: Solver | None = None,
-        guidance: float | None = None,
-        shape: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Samples in float32 on the CPU: c of them, of the classes in turn; or one for each condition in c.
-
-        Sample i is a function of (seed, i, its condition), whatever batch it is made in. `solver`: None takes the best
-        for few passes. `guidance` is the scale w of classifier-free guidance, for plain targets; `shape` that of a row,
-        known after the first loss. Raises UserError as solvers do.
-        """
-        shape = shape or self.shape
-        if shape is None:
-            raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
-        given, index = self._samples(c)
-        passes = self._passes(given, None)
-        guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
-        reads = self._reads(passes, guide, NONE if passes.table else self.classes)
-        made = generate.joined(
-            self.batches(reads, solver or best_solver(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
-        )
-        for part in self.net.modules():
-            if isinstance(part, FSDPModule):  # whose root stays whole after a pass that has no backward pass
-                part.reshard()
-        return made.x
 
     def batches(
         self,
@@ -394,297 +168,7 @@ class Flow(nn.Module):
 
     def of(self, net: nn.Module) -> "Flow":
         """The same flow over other weights, such as an average's."""
-        averaged = inner(net)
         other = copy.copy(self)
         other.__dict__["_modules"] = {}  # a copy shares them, and would give its network to this flow
-        other.__dict__.pop("call", None)
-        other.net = averaged.net if isinstance(averaged, Flow) else net
+        other.net = net
         return other
-
-    # ------------------------------------------------------------------------------------------------------ the check
-
-    def check(self, x: Tensor, c: Condition = None) -> str:
-        """Try the network and the loss on a few rows, once, and say how du/dt is taken, and why.
-
-        Weights, buffers and generators stay as they are. Under torch.distributed every rank must call it. Raises
-        UserError, with the way out, for outputs that the objective does not need, rows that mix, buffers that a pass
-        changes, random numbers of unknown source, a loss that is not a number for each row, a wrong derivative.
-        """
-        on_every_rank(lambda: self._require(x, c))
-        if not self._drops(c):
-            self.objective = without_drop(self.objective)
-        self.rows = max(self.rows, int(largest_of_ranks(len(x))))
-        rows = self._rows_of_check
-        x = x[:rows]
-        c = first_rows(c, rows)
-        b, keys = on_every_rank(lambda: self._record(x, c, self.step))
-        generators_stay = torch.random.fork_rng([x.device] if x.is_cuda else [])
-        with generators_stay, dropout.using(keys if self.training else None), self._precise(x):
-            self._try_passes(x, c, b)
-        self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
-        self.checked = True
-        return self.why
-
-    def _require(self, x: Tensor, c: Condition) -> None:
-        """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
-        require_batch(x, c, self.classes, self.shape, self.call, null=self.null, deeply=True)
-        needs = self.objective.needs
-        if isinstance(self.call, Signature):
-            self.call.require(needs, classes=bool(self.classes))
-        if needs.teacher.velocity == "must" and self.teacher is None:
-            raise UserError(
-                f"objective '{self.objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a "
-                "flow that was trained, or a function of (x_t, t, c, v_t)"
-            )
-        if len(x) % self._group:
-            raise UserError(
-                f"{len(x)} rows, and {self._group} belong together in objective '{self.objective.kind}': give a "
-                f"multiple of {self._group}"
-            )
-        parameters = list(self.net.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            raise UserError(
-                f"no parameter of {type(inner(self.net)).__name__} is trained: call net.requires_grad_(), or make the "
-                "flow of a network that learns"
-            )
-
-    def _try_passes(self, x: Sample, c: Condition, b: Noised) -> None:
-        """Raise UserError, on all ranks, where passes are not what a loss takes them for."""
-        needs = self.objective.needs
-        self.draws_itself = on_every_rank(lambda: self._draws(x, c, b))
-        passes = self._passes(c, self._key(self.step))
-        self.copied = is_copied(inner(self.net))
-        probe = drawn_copy(passes) if self.copied else passes
-        on_every_rank(lambda: require_pure_net(probe, b, needs, tolerance(x)))
-        on_every_rank(lambda: require_rows_apart(probe, b, needs))
-        if needs.slope is not None:
-            self._take_slope(passes, replace(b, moving=None))
-
-    @property
-    def _group(self) -> int:
-        """How many neighbouring rows belong together."""
-        return lcm(self.objective.times.group, self.objective.needs.group)
-
-    @property
-    def _rows_of_check(self) -> int:
-        """A few rows, in whole groups."""
-        least = 2 if self._group > 1 else 1
-        return max(ROWS // self._group, least) * self._group
-
-    def _draws(self, x: Sample, c: Condition, b: Noised) -> bool:
-        """Whether a pass draws of torch's generators. Raises UserError where it fails."""
-        passes = self._passes(c, None)
-        before = generators(x.device)
-        try:
-            with torch.no_grad():
-                passes(b.x_t, b.c, **inputs_of(b, self.objective.needs))
-        except UserError:
-            raise
-        except Exception as error:  # a module of somebody else may raise anything
-            raise UserError(
-                f"{type(inner(self.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
-                f"{short(error)}. It is called with {passes.described}; give dumo.Flow(call=lambda net, x, t, c: "
-                "net(...)) to call it otherwise"
-            ) from error
-        return before != generators(x.device)
-
-    def _take_slope(self, passes: Passes, b: Noised) -> None:
-        """Choose how du/dt is taken, or try the given one. Raises UserError as `choose_slope`."""
-        found = choose_slope(
-            cast(Slope, self.objective.needs.slope) if self.names_slope else None,
-            passes,
-            b,
-            self.objective.needs,
-            copied=self.copied,
-            agreed=largest_of_ranks,
-            before=self.choice,
-        )
-        self.why = found.why
-        if not self.names_slope:
-            self.choice = found.slope
-            self.objective = self.objective.model_copy(update={"slope": found.slope})
-        if not dist.is_main():
-            return
-        if found.skipped and not self.checked:
-            log.warning("dumo: du/dt by %s", self.why)
-        if found.steepness > STEEP:
-            log.warning(
-                "dumo: t du/dt is %.3g times v: this network is steep in t, and training on du/dt will not settle. "
-                "Give dumo.Flow(time_scale=%.2g), which multiplies t, or embed t by waves of at most 10 radians",
-                found.steepness,
-                self.time_scale * GENTLE / found.steepness,
-            )
-
-    # -------------------------------------------------------------------------------------------- what a batch becomes
-
-    def _record(
-        self, x: Sample, c: Condition, at: int, *, progress: float = 0.0, z: Sample | None = None
-    ) -> tuple[Noised, dropout.Keys]:
-        """The record of this rank's rows, and their keys of dropout."""
-        rank, ranks = self.shard or (dist.rank(), dist.world())
-        first = rank * self.rows
-        most = max(self.rows, len(x))
-        rows = slice(first, first + len(x))
-        draws = self.drawn(at, x.shape[1:], batch=max(ranks * most, rows.stop), rows=rows, z=z is None)
-        index, none = self._index(len(x), c, x.device)
-        teacher = self.teacher_of(c) if self.teacher_of and is_table(c) else None
-        b = self.noised(draws, x, index, null=none, z=z, progress=progress, teacher=teacher)
-        if self.draws_itself:  # a pass of some rows would draw for them what it did not draw for all
-            b = replace(b, moving=None)
-        return b, to_device(draws.keys, x.device)
-
-    def _precise(self, x: Sample) -> AbstractContextManager[None]:
-        """Passes on x in the precision of this flow, if it has one."""
-        return using(self.precision, x.device) if self.precision else nullcontext()
-
-    def _index(self, n: int, c: Condition, device: torch.device) -> tuple[Cond, int]:
-        """What an objective is given as the condition, and as none."""
-        if is_table(c):
-            return torch.arange(n, device=device), NONE
-        if c is None:
-            return torch.zeros(n, dtype=torch.long, device=device), 0
-        return cast(Tensor, c).long(), self.classes
-
-    def _drops(self, c: Condition) -> bool:
-        """Whether there is something that stands for no condition."""
-        return self.null is not None if is_table(c) else c is not None and self.classes > 0
-
-    def _passes(self, c: Condition, key: int | None) -> Passes:
-        """The network as objectives call it, under these conditions."""
-        return Passes(
-            self.net,
-            self.objective.needs,
-            self.call,
-            labelled=self.classes > 0 and not is_table(c),
-            time_scale=self.time_scale,
-            table=table_of(c, self.null, self.call) if is_table(c) else None,
-            key=key,
-        )
-
-    def _key(self, at: int) -> int:
-        """Of what the network draws itself at a step."""
-        rank = self.shard[0] if self.shard else dist.rank()
-        return stream(self.seed, at, "net", rank).initial_seed()
-
-    # ------------------------------------------------------------------------------------------------ what is read
-
-    def _reads(self, net: Net, guide: CFG, null: int) -> Reads:
-        return guide(reading(self.objective, net, self.knobs), null)
-
-    def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
-        """One reading, in evaluation mode."""
-        require_data(x, self.shape)
-        require_conditions(c, len(x), self.classes, self.call, self.null)
-        index, none = self._index(len(x), c, x.device)
-        read = self._one_of_reads(name, self._passes(c, None), none)
-        rows = [_row_times(time, x) for time in times]
-        with generate.evaluating(self.net), self._precise(x):
-            return read(x, *rows, index)
-
-    def _one_of_reads(self, name: str, passes: Passes, none: int) -> Callable[..., Any]:
-        """A reading by its name. Raises UserError where it was never taught."""
-        read = getattr(self._reads(passes, self.guide, none), name)
-        if read is None:
-            way = "flow.jump" if name == "velocity" else "flow.velocity"
-            raise UserError(f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: ask {way}")
-        return read
-
-    def _samples(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
-        """The conditions of samples, and what an objective is given for them."""
-        if c is None or isinstance(c, str | float):
-            raise UserError(f"flow.sample({c!r}): give how many samples, or a condition for each")
-        if isinstance(c, Tensor) and not is_table(c):
-            c = c.tolist()
-        if isinstance(c, Tensor | Mapping):
-            require_conditions(c, rows_of(c), self.classes, self.call, self.null)
-            c = _on_device(c, self.device)
-            return c, torch.arange(rows_of(c))
-        if self.names:
-            raise UserError(
-                f"this flow learned of conditions {', '.join(self.names)}: give flow.sample(c) a row of them for each "
-                "sample"
-            )
-        if isinstance(c, int):
-            return None, generate.labels(c, self.classes)
-        labels = [int(k) for k in c]
-        return None, generate.labels(len(labels), self.classes, labels)
-
-    def _require_teacher(self, teacher: "Taught | Flow | None") -> "Flow | None":
-        """The flow that teaches, if it is one. Raises UserError for a teacher that cannot."""
-        if teacher is None:
-            return None
-        flow = inner(teacher) if isinstance(teacher, nn.Module) else teacher
-        if not isinstance(flow, Flow):
-            if isinstance(flow, nn.Module) or not callable(flow):
-                raise UserError(
-                    f"teacher is a {type(flow).__name__}: give a dumo.Flow that was trained, or a function of "
-                    "(x_t, t, c, v_t)"
-                )
-            return None
-        if taught(flow.objective).velocity is None:
-            raise UserError(
-                f"teacher of objective '{flow.objective.kind}' never learned a velocity: give a flow of another "
-                "objective, such as 'flow_matching'"
-            )
-        if flow.classes and flow.classes != self.classes:
-            raise UserError(
-                f"teacher has classes = {flow.classes}, and this flow {self.classes}: give both the same labels"
-            )
-        return flow
-
-    # ------------------------------------------------------------------------------------------------- what is kept
-
-    def get_extra_state(self) -> Tensor:
-        """Step, seed, rows of a rank, shape of a row and the chosen slope, as bytes."""
-        kept = FlowState(step=self.step, seed=self.seed, rows=self.rows, shape=self.shape, slope=self.choice)
-        return kept.to_tensor()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """As `get_extra_state` gave it."""
-        kept = FlowState.from_tensor(state)
-        self.step = kept.step
-        self.seed = kept.seed
-        self.rows = kept.rows
-        self.shape = kept.shape
-        self.choice = kept.slope
-
-    def extra_repr(self) -> str:
-        """What was found."""
-        return f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.why or 'not chosen yet'}"
-
-
-def require_settings(net: object, *, classes: int, time_scale: float, shard: object, path: object) -> None:
-    """Raise UserError for what no flow can be made of."""
-    if not isinstance(net, nn.Module):
-        raise UserError(f"net is a {type(net).__name__}: give an nn.Module")
-    if path is not None and not isinstance(path, Path):
-        raise UserError(f"path is {path!r}: give one of dumo.flow.path, such as Trig(), or leave it out")
-    if classes < 0:
-        raise UserError(f"classes = {classes}: give how many labels there are, 0 for none")
-    if not time_scale or not isfinite(time_scale):
-        raise UserError(f"time_scale = {time_scale:g}: give what times are multiplied by, such as 1 or 1000")
-    if shard is not None and not (isinstance(shard, tuple) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
-        raise UserError(f"shard = {shard}: give (rank, ranks) of the data, with 0 <= rank < ranks")
-
-
-def best_solver(reads: Reads) -> Solver:
-    """The solver that makes most of few passes, of what was taught."""
-    if reads.flow_map is not None:
-        return Hop()
-    return Euler() if reads.endpoint is None else Restart()
-
-
-def _row_times(time: Moment, x: Sample) -> Time:
-    """A time for each row of x."""
-    if not isinstance(time, Tensor):
-        return torch.full((len(x),), float(time), device=x.device)
-    if time.shape not in ((), (1,), (len(x),)):
-        raise UserError(f"a time of shape {tuple(time.shape)} for {len(x)} rows: give a number, or one for each row")
-    return time.to(x.device).expand(len(x))
-
-
-def _on_device(c: Tensor | Mapping[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    """The same conditions there."""
-    if isinstance(c, Tensor):
-        return c.to(device)
-    return {name: rows.to(device) for name, rows in c.items()}

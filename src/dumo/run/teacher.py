@@ -176,7 +176,7 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
             "data, or set these fields as they are there"
         )
     check_guided(teacher.guide, other.data, other.objective, other.guided, "teacher.guide", teacher.source)
-    flow = Flow(known.net, other.objective, call="dumo", classes=data.classes, knobs=other.sample.knobs)
+    flow = Flow(known.net, other.objective, classes=data.classes, knobs=other.sample.knobs)
     return flow, {"sha256": weights.sha256(known.file)}
 
 

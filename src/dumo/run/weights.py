@@ -77,7 +77,7 @@ class RunFolder:
 def sampler(run: Run, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
     max_rows = min(ROWS, run.train.micro_batch or run.train.batch)
-    flow = Flow(net, run.objective, call="dumo", path=run.path, classes=run.data.classes, precision=run.precision)
+    flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
     return Sampler(flow, run.data, run.sample, max_rows)
 
 

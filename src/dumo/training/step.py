@@ -49,7 +49,6 @@ def flow_of(
     return Flow(
         state.net,
         objective,
-        call="dumo",
         path=path,
         classes=classes,
         seed=spec.seed,

@@ -15,7 +15,7 @@ import dumo
 from contract.own import Numbers, Perceptron, Text, UNet, waves
 from dumo.flow import check, condition
 from dumo.flow.condition import require_data
-from dumo.flow.flow import Flow
+from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.passes import Passes, Signature
 from dumo.objectives import DuMo, FlowMatching
 from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square

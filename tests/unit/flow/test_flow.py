@@ -17,7 +17,7 @@ from contract.case import members
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.flow.condition import Condition
 from dumo.flow.draw import draw
-from dumo.flow.flow import Flow
+from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.path import Linear, Trig
 from dumo.nets import DiT
 from dumo.objectives import Objective
