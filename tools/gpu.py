@@ -43,6 +43,13 @@ BATCH = 64  # rows of a pass of XL/2, as the recipes have them
 TINY_NET = ["net.width=32", "net.depth=2", "net.attention=2"]
 TINY_LATENTS = (4, 8, 8)
 TINY_BATCH = 4
+KERNELS = {
+    "torch's choice": None,
+    "math": SDPBackend.MATH,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 LOGIT_STD = (1.0, 10.0)  # standard deviations of attention's scores: fresh nets, and late in training
 MIB = 2**20
 BUDGET = 600.0  # seconds of all parts together
@@ -160,15 +167,8 @@ def attention_row(shape: tuple[int, ...], dtype: torch.dtype, logit_std: float, 
 
 def dual_slope(setting: Setting) -> Iterator[Row]:
     """The error of du/dt on a DiT of width 768 through each of attention's kernels, and checkpointed."""
-    kernels = {
-        "torch's choice": None,
-        "math": SDPBackend.MATH,
-        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-    }
     plain = slope_run(setting, "net.checkpoint=false")
-    for name, backend in kernels.items():
+    for name, backend in KERNELS.items():
         yield from slope_rows(plain, {"kernel": name, "checkpoint": False}, backend, "none", setting)
     checkpointed = slope_run(setting, "net.checkpoint=true")
     yield from slope_rows(checkpointed, {"kernel": "torch's choice", "checkpoint": True}, None, "none", setting)
@@ -208,7 +208,88 @@ def slope_rows(
             yield row | {"compiled": compiled, "precision": precision, "refused": first_line(error)}
 
 
-# 3. A guided step of XL/2, and of DiTs with other numbers of tokens
+# 3. dumo.jvp and dumo.Flow in a loop of one's own
+
+
+class Attending(torch.nn.Module):
+    """A network of anybody's: fused attention and dropout, x (b, tokens, width) and t (b,) in, v and u out."""
+
+    def __init__(self, width: int = 64, *, dropout: float = 0.0, heads: int = 2) -> None:
+        super().__init__()
+        self.time = torch.nn.Linear(1, width)
+        self.into = torch.nn.Linear(width, 3 * width)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.out = torch.nn.Linear(width, heads * width)
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        h = x + self.time(t[:, None])[:, None]
+        q, k, v = self.into(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(self.dropout(h)).chunk(2, -1)
+
+
+def own_loop(setting: Setting) -> Iterator[Row]:
+    """du/dt by torch.func.jvp and dumo.jvp through each kernel; then a Flow's loop, and what keyed draws cost it."""
+    import dumo
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, backend in KERNELS.items():
+            for call, jvp in (("torch.func.jvp", torch.func.jvp), ("dumo.jvp", dumo.jvp)):
+                row = {"call": call, "kernel": name, "dtype": str(dtype).removeprefix("torch.")}
+                try:
+                    with sdpa_kernel(backend) if backend is not None else nullcontext():
+                        yield row | {"du/dt off": jvp_error(jvp, dtype, setting)}
+                except Exception as error:  # whatever torch raises is what the row shows
+                    yield row | {"refused": first_line(error)}
+    for dropout in (0.0, 0.1):
+        yield flow_row(dropout, setting)
+
+
+def jvp_error(jvp: Callable[..., Any], dtype: torch.dtype, setting: Setting) -> float:
+    """Of u's derivative along (v, 1), against float64 on the CPU."""
+    torch.manual_seed(0)
+    net = Attending()
+    x, v = torch.randn(2, setting.batch, 32, 64)
+    t = torch.rand(setting.batch)
+    exact_net = Attending().double()
+    exact_net.load_state_dict(net.state_dict())
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = torch.func.jvp(exact_net, (x.double(), t.double()), (v.double(), torch.ones_like(t).double()))[1][1]
+    here = net.to(setting.device, dtype)
+    moved = [value.to(setting.device, dtype) for value in (x, t, v, torch.ones_like(t))]
+    _, (_, du_dt) = jvp(here, tuple(moved[:2]), tuple(moved[2:]))
+    return relative_error(du_dt.cpu(), exact)
+
+
+def flow_row(dropout: float, setting: Setting) -> Row:
+    """Steps of a loop of one's own: how du/dt is taken, the loss at its ends, and a step's time."""
+    import dumo
+
+    torch.manual_seed(0)
+    flow = dumo.Flow(Attending(dropout=dropout).to(setting.device), "dumo")
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-3)
+    x = torch.randn(setting.batch, 32, 64, device=setting.device)
+    losses: list[float] = []
+
+    def step() -> None:
+        loss = flow(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    seconds = seconds_of(step, setting.device, setting.rounds)
+    return {
+        "flow with dropout": dropout,
+        "du/dt": flow.why,
+        "ms": 1e3 * seconds,
+        "first loss": losses[0],
+        "last loss": losses[-1],
+        "samples": list(flow.sample(4, nfe=2).shape),
+    }
+
+
+# 4. A guided step of XL/2, and of DiTs with other numbers of tokens
 
 
 def step_rows(recipe: str, fields: list[str], slopes: list[str], setting: Setting, **how: Any) -> Iterator[Row]:  # noqa: ANN401
@@ -267,7 +348,7 @@ def b1(setting: Setting) -> Iterator[Row]:
     )
 
 
-# 4. Memory as planned and as measured
+# 5. Memory as planned and as measured
 
 
 def memory(setting: Setting) -> Iterator[Row]:
@@ -302,7 +383,7 @@ def dry_row(recipe: str, rows: int, fields: list[str], device: torch.device) -> 
     }
 
 
-# 5. Sampling
+# 6. Sampling
 
 
 def sampling(setting: Setting) -> Iterator[Row]:
@@ -331,7 +412,7 @@ def sampling(setting: Setting) -> Iterator[Row]:
             }
 
 
-# 6. Pretrained models in int8
+# 7. Pretrained models in int8
 
 
 def int8(setting: Setting) -> Iterator[Row]:
@@ -355,7 +436,6 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
     """Two steps to warm up and three that are timed, in bf16."""
     from dumo.plan import rehearsal
     from dumo.runtime.random import random_batch
-    from dumo.training.step import Task
 
     classes = 10
     shape = run.data.shape
@@ -364,8 +444,7 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
     batch = (x.to(setting.device), c.to(setting.device))
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
-    task = Task(run.objective, run.path, classes)
-    _, record, passes, update = rehearsal.make_step(net, task, batch, run.train, warm=2, timed=3)
+    _, record, passes, update = rehearsal.make_step(run, net, batch, warm=2, timed=3)
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "images/s": rows / (passes + update),
@@ -375,7 +454,7 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
     }
 
 
-# 7. The command line, from data to a report
+# 8. The command line, from data to a report
 
 
 def command_line(setting: Setting) -> Iterator[Row]:
@@ -429,7 +508,7 @@ def difference(run: str, setting: Setting) -> float:
     return float((samples[0].cpu() - samples[1].cpu()).abs().max())
 
 
-# 8. A real run
+# 9. A real run
 
 
 def overnight(setting: Setting) -> Iterator[Row]:
@@ -460,6 +539,7 @@ def overnight(setting: Setting) -> Iterator[Row]:
 PARTS = {
     "kernel": Part(60, "attention's tangent against float64, and its time", attention_kernel),
     "slope": Part(60, "du/dt through attention's kernels, and checkpointed", dual_slope),
+    "loop": Part(60, "dumo.jvp beside torch.func.jvp through each kernel, and a loop of one's own", own_loop),
     "xl2": Part(120, "a guided step of XL/2 in bf16, beside flow matching and jvp", xl2_eager),
     "memory": Part(150, "memory as planned and as measured", memory),
     "sample": Part(60, "latency at 1, 2 and 4 passes", sampling),

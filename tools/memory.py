@@ -70,11 +70,12 @@ def work(args: argparse.Namespace) -> None:
     from dumo.config.load import load
     from dumo.nets import lowpass
     from dumo.run.folder import note
+    from dumo.run.net import flow_in_training
     from dumo.run.weights import begin
     from dumo.runtime import dist
     from dumo.training import checkpoint
     from dumo.training.saver import Saver
-    from dumo.training.step import Task, pieces, span, train_step
+    from dumo.training.step import pieces, span, train_step
 
     torch.set_num_threads(1)
     lowpass.STEPS = 1  # of the time embedder's fit: most of a start's seconds, and none of its memory
@@ -86,10 +87,11 @@ def work(args: argparse.Namespace) -> None:
         assert (args.work == "resume") == (last is not None)
         time.sleep(0.1)
         if args.work == "start":
-            mine, task = span(pieces(run.train, run.objective)), Task(run.objective, run.path, run.data.classes)
+            mine = span(pieces(run.train, run.objective))
+            flow = flow_in_training(run, state)
             batch = run.data.open().batch(0, run.train.batch, run.train.seed, mine)
             phase.write_text("first step")
-            train_step(state, task, [*batch], run.train)
+            train_step(state, flow, [*batch], run.train)
             time.sleep(0.1)
             phase.write_text("save")
             if dist.is_main():
@@ -101,7 +103,7 @@ def work(args: argparse.Namespace) -> None:
                 saver.start(lambda: checkpoint.put(out / "checkpoints", copy, 1))
                 time.sleep(0.1)
                 phase.write_text("step")
-                train_step(state, task, [*batch], run.train)  # while it is written
+                train_step(state, flow, [*batch], run.train)  # while it is written
             time.sleep(0.1)
         dist.barrier()
     os._exit(0)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contract.case import name, nets, one_each, randomise
+from dumo.flow import flow
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
@@ -21,7 +22,7 @@ from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Pieces, Task
+from dumo.training.step import Pieces, flow_of
 from dumo.types import Objective
 
 GUIDE = Guide(zeta=0.4, interval=Interval(high=0.9))
@@ -63,14 +64,17 @@ class Crossing(TorchDispatchMode):
 
 @pytest.mark.slow
 @each
-def test_a_step_waits_for_no_number_and_makes_the_same_passes(objective: Objective) -> None:
+def test_a_step_waits_for_no_number_and_makes_the_same_passes(
+    objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "autocast", lambda *_, **__: nullcontext())  # there is none of `meta`
     spec, made = Train(steps=4, batch=N, micro_batch=N // 2, ema=()), dict[str, list[int]]()
     for device in ("cpu", "meta"):
         net = Passes(randomise(nets()[0].build(objective.needs, SHAPE, 3)).to(device))
         x, c = torch.zeros(N, *SHAPE, device=device), torch.zeros(N, dtype=torch.long, device=device)
         with Crossing() as crossing:
-            pieces = Pieces(begin(net, spec), Task(objective, Linear(), 3), (x, c), spec, objective.loss)
-            pieces.autocast = nullcontext  # there is none of `meta`  # pyright: ignore[reportAttributeAccessIssue]
+            state = begin(net, spec)
+            pieces = Pieces(state, flow_of(state, spec, objective, Linear(), 3), (x, c), spec)
             for rows in pieces.cuts:
                 b, known = pieces.draw(rows), pieces.draws[rows]
                 b = b if device == "cpu" else replace(b, host=(known.t, known.kept))  # as on a GPU

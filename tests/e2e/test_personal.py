@@ -15,9 +15,8 @@ from dumo.config.load import load
 from dumo.export import lora
 from dumo.flow.draw import PRIOR, drawn, noised
 from dumo.flow.guide import Guide
-from dumo.flow.reading import reading
+from dumo.flow.reading import reading, teaching
 from dumo.run.folder import note
-from dumo.run.teacher import velocity
 from dumo.run.weights import open_run
 from dumo.runtime.random import share_of_rows
 from dumo.training import checkpoint
@@ -112,7 +111,7 @@ def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
     """Before the first step they have no loss of velocity, at any time, however guided; photographs have."""
     opened = open_run(str(sd3.few), device="cpu")
     net, run = opened.net, opened.run
-    teacher = velocity(reading(run.objective, net))
+    teacher = teaching(reading(run.objective, net))
     x, c, _ = torch.randn(4, *run.data.shape), torch.tensor([0, 1, 2, 0]), None
     objective = run.objective.model_copy(update={"guide": Guide(zeta=0.8)})
     draws = drawn(objective, x.shape[1:], seed=0, step=0, batch=4, prior=0.5)

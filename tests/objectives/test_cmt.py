@@ -13,6 +13,7 @@ from dumo.config.load import load
 from dumo.flow.draw import draw, drawn, noised
 from dumo.flow.generate import trailed
 from dumo.flow.path import Linear
+from dumo.flow.reading import teaching
 from dumo.flow.solver import Euler, Heun
 from dumo.flow.times import Grid
 from dumo.objectives import CMT
@@ -114,7 +115,7 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
         v = reads.velocity(trail[:, high], torch.full((12,), high / 4), c)
         assert torch.allclose(trail[:, low], trail[:, high] - v / 4, rtol=0, atol=1e-5)
     draws = drawn(run.objective, (2,), seed=0, step=0, batch=12, z=False)
-    taught = teacher.velocity(reads)
+    taught = teaching(reads)
     b = noised(draws, run.path, x, c, 2, z=z, between=between, teacher=taught)
     assert torch.equal(b.x_t, torch.stack([trail[i, k] for i, k in enumerate((4 * b.t).int().tolist())]))
     assert torch.allclose(b.v_t, reads.velocity(b.x_t, b.t, c))

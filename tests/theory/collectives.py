@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.config.load import load
+from dumo.run.net import flow_in_training
 from dumo.run.weights import build
 from dumo.training.state import begin
-from dumo.training.step import Task, pieces, span, train_step
+from dumo.training.step import pieces, span, train_step
 
 BATCH = 64
 SLOPES = ("dual", "jvp", "central")
@@ -52,7 +53,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     mine = pieces(spec.train, spec.objective)
     batch = spec.data.open().batch(0, spec.train.batch, 0, span(mine))
     with Sent() as sent:
-        train_step(state, Task(spec.objective, spec.path, spec.data.classes), batch, spec.train)
+        train_step(state, flow_in_training(spec, state), batch, spec.train)
     return {
         "slope": slope,
         "share": share,

@@ -17,12 +17,13 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import Source
 from dumo.run.journal import slope_in_time
+from dumo.run.net import flow_in_training
 from dumo.run.weights import build, sketch
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
 from dumo.training import agreement
 from dumo.training.state import begin
-from dumo.training.step import Task, pieces, span, train_step
+from dumo.training.step import pieces, span, train_step
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
 from unit.training.toy import tensors
@@ -69,13 +70,13 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
         state = begin(net, run.train, torch.device("cpu"), made)
     rows = span(pieces(run.train, run.objective))
-    task = Task(run.objective, run.path, run.data.classes, taught if "+teacher" in case else None)
+    flow = flow_in_training(run, state, teacher=taught if "+teacher" in case else None)
     losses: list[float] = []
     norms: list[float] = []
     for step in range(steps):
         batch = [*opened(run.data).batch(step, run.train.batch, run.train.seed, rows)]
         batch += [keyed("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape)] * ("+pairs" in case)
-        record = train_step(state, task, batch, run.train)
+        record = train_step(state, flow, batch, run.train)
         losses.append(record.loss)
         norms += record.grad_norms.values()
     assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered

@@ -20,7 +20,7 @@ from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Task, train_step
+from dumo.training.step import flow_of, train_step
 from dumo.types import Frozen, Net, Noised, Objective, Reads, lift
 from objectives.test_consistency import AUTHORS
 from theory.exact import D, column
@@ -56,8 +56,8 @@ def test_training_is_that_of_data_of_deviation_1(objective: Objective, path: Cal
     one, other = (begin(randomise(net.build(objective.needs, POINT, 3)).double(), train) for _ in range(2))
     x = data().view(-1, *POINT)
     for _ in range(3):
-        first = train_step(one, Task(objective, path(), 3), (x, C), train)
-        second = train_step(other, Task(objective, path(sd=sd), 3), (sd * x, C), train)
+        first = train_step(one, flow_of(one, train, objective, path(), 3), (x, C), train)
+        second = train_step(other, flow_of(other, train, objective, path(sd=sd), 3), (sd * x, C), train)
         assert first.loss == pytest.approx(second.loss, rel=1e-9)
     for a, b in zip(one.net.parameters(), other.net.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-8)

@@ -187,7 +187,7 @@ class Case:
         guide = sampler.spec.guide.model_copy(update={"scale": scale})
         reads, c = sampler.guided(guide), prompted(sampler, [PROMPT], self.image) if c is None else c
         drawn = [self.latent(noise) for noise in noises]
-        x = carried(reads, sampler.path, sampler.spec.solver, c, passes or len(drawn), lambda k: drawn[k])[1]
+        x = carried(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(drawn), lambda k: drawn[k])[1]
         return sampler.decode(x)
 
     def latent(self, noise: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class Case:
         if passes:
             sampler = self.opened.sampler
             times = sampler.spec.solver.times(passes)
-            times = sampler.path.indices(times) if isinstance(sampler.path, Diffusion) else times
+            times = sampler.flow.path.indices(times) if isinstance(sampler.flow.path, Diffusion) else times
             found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
         return found
 

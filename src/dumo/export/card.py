@@ -192,7 +192,7 @@ def render(template: str, sampler: Sampler, made: Provenance, name: str, **parts
     rows = made.report["results"] if made.report else [{}]
     scores = [key for key in rows[0] if key not in ("nfe", "solver")]
     found = environment().get_template(f"{template}.md.j2")
-    parts |= {"scores": scores, "codes_file": CODED, "method": method(sampler.objective)}
+    parts |= {"scores": scores, "codes_file": CODED, "method": method(sampler.flow.objective)}
     return found.render(sampler=sampler, made=made, name=name, **parts)
 
 

@@ -161,7 +161,7 @@ class Exported:
         """From where to where each goes, (t, r), falling. Raises UserError where one time has two r."""
         found = dict[float, float]()
         for n in sorted(self.nfe):
-            times = self.sampler.path.near(self.points(n))
+            times = self.sampler.flow.path.near(self.points(n))
             for t, r in zip(times, [*times[1:], 0.0] if self.hops else [0.0] * n, strict=True):
                 if found.setdefault(t, r) != r:
                     raise UserError(
@@ -176,7 +176,7 @@ class Exported:
         """The embedding of both times in that of one; None where it makes any passes. Raises UserError as `passes`."""
         if not self.nfe:
             return None
-        path, (t, r) = self.sampler.path, zip(*self.passes, strict=True)
+        path, (t, r) = self.sampler.flow.path, zip(*self.passes, strict=True)
         if isinstance(path, Diffusion):
             stock = torch.tensor([float(k) for k in path.indices(t)])
         else:
@@ -234,7 +234,7 @@ class Exported:
 
     def times(self, passes: int) -> Sequence[float]:
         """Those of its jumps as its pipeline counts them: as sigmas, or as indices of a diffusion's table."""
-        times, path = self.points(passes), self.sampler.path
+        times, path = self.points(passes), self.sampler.flow.path
         return path.indices(times) if isinstance(path, Diffusion) else times
 
     @property

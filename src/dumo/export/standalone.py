@@ -68,7 +68,7 @@ def write(
 
 def check(sampler: Sampler, spec: DiT) -> None:
     """Raise UserError for a run that the shipped code does not know."""
-    needs, guide = sampler.objective.needs, sampler.spec.guide
+    needs, guide = sampler.flow.objective.needs, sampler.spec.guide
     wrong = [f"net.{field} is {value}" for field in PUBLISHED if (value := getattr(spec, field)) != PUBLISHED[field]]
     wrong += ["net.texts is set"] if spec.texts else []
     wrong += ["net.route.kind is sprint"] if spec.route and spec.route.kind == "sprint" else []
@@ -92,7 +92,7 @@ def transformer(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of
     }
     fields = spec.model_dump(include={"patch", "width", "depth", "attention", "time_scale"})
     times = [time for time in TIMES if f"times.{time}.0.weight" in state]
-    heads = [*sampler.objective.needs.heads]
+    heads = [*sampler.flow.objective.needs.heads]
     shipped = DumoDiT(channels, side, data.classes, **fields, time_names=times, head_names=heads)
     shipped.load_state_dict(state)
     return shipped.eval()
@@ -111,7 +111,7 @@ def agree(sampler: Sampler, net: Any, head: Head) -> None:  # noqa: ANN401
             ours = reads.velocity and reads.velocity(x, t, c)
         if ours is None or not torch.equal(ours, theirs):
             raise UserError(
-                f"objective '{sampler.objective.kind}' reads its head {head} in another way than "
+                f"objective '{sampler.flow.objective.kind}' reads its head {head} in another way than "
                 "the exported code, x_t - t u or the velocity v: sample it by dumo sample"
             )
 

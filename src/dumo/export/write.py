@@ -78,8 +78,8 @@ def export(
     vacant(out)
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
     if to in ("diffusers", "safetensors"):
-        sampler = replace(sampler, net=uncoded(opened))
-    found, path = choose_head(sampler.objective, head), sampler.path
+        sampler = replace(sampler, flow=sampler.flow.of(uncoded(opened)))
+    found, path = choose_head(sampler.flow.objective, head), sampler.flow.path
     if isinstance(spec, DiT) and to == "diffusers":
         net = spec
     else:  # a LoRA is rounded alone, without what it is added to

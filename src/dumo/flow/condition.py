@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from dumo.flow.passes import CONDITIONS, OwnCall, Signature, Table
-from dumo.types import Sample, UserError
+from dumo.types import UserError
 
 Condition = Tensor | Mapping[str, Tensor] | None  # class numbers (b,), numbers (b, ...), or tensors by name
 Null = Tensor | Mapping[str, Tensor] | None  # what stands for a dropped condition: a row, or rows by name
@@ -49,7 +49,7 @@ def rows_of(c: Condition) -> int:
 
 
 def require_batch(
-    x: Sample,
+    x: Tensor,
     c: Condition,
     classes: int,
     shape: tuple[int, ...] | None,

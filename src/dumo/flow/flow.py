@@ -15,11 +15,12 @@ resumed run goes on to the bit.
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from math import isfinite, lcm
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +56,33 @@ from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
 from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, generators, inner
 from dumo.flow.path import Linear
-from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import reading, taught
+from dumo.flow.precision import Precision, autocast, using
+from dumo.flow.reading import reading, taught, teaching
 from dumo.flow.slope import Slope
 from dumo.flow.solver import Euler, Hop, Restart, Solver
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, Reads, Sample, Taught, Terms, Time, Trail, UserError
+from dumo.types import (
+    Cond,
+    Frozen,
+    Net,
+    Noised,
+    Objective,
+    Path,
+    Reads,
+    Sample,
+    Taught,
+    Terms,
+    Time,
+    Trail,
+    UserError,
+    frozen,
+)
 from dumo.types.rows import to_device
 
 log = logging.getLogger("dumo")
+Moment = Tensor | float | int  # a time for all rows, or one for each
 Loss = Callable[[Net, Frozen, Noised], Terms]
 
 STEEP = 1.0  # ours, of t du/dt over v: fresh networks of .4 trained well, of 1.4 half as well, of 13 not at all
@@ -77,17 +94,21 @@ ROWS = 4  # of the check
 class Flow(nn.Module):
     """A network and the objective that teaches it: `flow(x, c)` is the loss, `flow.sample(n)` samples.
 
-    `net` is any module: its forward takes x (b, ...) first, and the time, a second time and a class by usual names
-    (`dumo.flow.passes`), or `call(net, x, t, c)` calls it; it returns the objective's heads. `classes`: labels are 0 to
-    classes - 1, and `classes` itself means none. `null` is what stands for a dropped condition: a row, or a dict of
-    rows. Without classes and null nothing is dropped or guided. `time_scale` multiplies each time on its way to the
-    network. `shard`: (rank, ranks) of the data; None: those of torch.distributed.
+    - `net`: any module. Its forward takes x (b, ...) first, and the time, a second time and a class by usual names
+      (`dumo.flow.passes`); it returns the objective's heads. Or `call(net, x, t, c)` calls it; "dumo" stands for
+      net(x, c, t=t), as dumo's own are called.
+    - `classes`: labels are 0 to classes - 1, and `classes` itself means none.
+    - `null`: what stands for a dropped condition, a row, or a dict of rows. Without classes and null nothing is dropped
+      or guided.
+    - `time_scale` multiplies each time on its way to the network.
+    - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
+    - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
+    - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
+      `prior` of the rows (None: on all).
+    - `precision`: of passes; None: as it is around.
+    - `knobs`, `guide`: how it is read.
 
     An objective that names no slope gets the first of dual, jvp and central that runs on this network and is exact.
-
-    `ref`: theta^-, an average of the weights that you keep; None: the weights in training. `teacher`: its velocity
-    (x_t, t, c, v_t) takes the place of the data's, on a share `prior` of the rows (None: on all). `precision`: of
-    passes; None: as it is around. `knobs` and `guide` are how it is read.
     """
 
     def __init__(
@@ -98,7 +119,7 @@ class Flow(nn.Module):
         classes: int = 0,
         null: Null = None,
         time_scale: float = 1.0,
-        call: OwnCall | None = None,
+        call: OwnCall | Literal["dumo"] | None = None,
         seed: int = 0,
         shard: tuple[int, int] | None = None,
         path: Path | None = None,
@@ -117,14 +138,14 @@ class Flow(nn.Module):
         self.classes = classes
         self.null = null
         self.time_scale = time_scale
-        self.call = call or Signature.of(inner(net))
+        self.own_call = call
         self.seed = seed
         self.shard = shard
         self.path: Path = path or Linear()
         self.coupling = coupling
         flow_of_teacher = self._require_teacher(teacher)
-        self.teacher: Taught | None = flow_of_teacher.taught if flow_of_teacher else cast("Taught | None", teacher)
-        self.teacher_given = flow_of_teacher.taught_given if flow_of_teacher else None
+        self.teacher = flow_of_teacher.teaching() if flow_of_teacher else cast("Taught | None", teacher)
+        self.teacher_of = flow_of_teacher.teaching if flow_of_teacher else None  # by conditions that are no labels
         self.prior = prior
         self.ref = Frozen(ref) if ref is not None else None
         self.precision: Precision | None = precision
@@ -183,24 +204,28 @@ class Flow(nn.Module):
 
         `keep`: casts of weights are kept to the end of the pass.
         """
-        ref = self.ref or Frozen(inner(self.net))
         with autocast(self.precision or "fp32", b.x_t.device, keep=keep), dropout.using(keys):
-            return (loss or self.objective.loss)(cast(Net, self.net), ref, b)
+            return (loss or self.objective.loss)(cast(Net, self.net), self.reference, b)
+
+    @property
+    def reference(self) -> Frozen:
+        """theta^-: an average that was given, else the weights in training."""
+        return self.ref or frozen(cast(Net, self.net))
 
     # ------------------------------------------------------------------------------------- a training step, in a line
 
-    def forward(self, x: Sample, c: Condition = None, **how: Any) -> Tensor:  # noqa: ANN401, of `loss`
+    def forward(self, x: Tensor, c: Condition = None, **how: Any) -> Tensor:  # noqa: ANN401, of `loss`
         """`loss`: what DistributedDataParallel, accelerate and Lightning wrap."""
         return self.loss(x, c, **how)
 
     def loss(
         self,
-        x: Sample,
+        x: Tensor,
         c: Condition = None,
         *,
         step: int | None = None,
         progress: float = 0.0,
-        z: Sample | None = None,
+        z: Tensor | None = None,
     ) -> Tensor:
         """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
 
@@ -224,27 +249,52 @@ class Flow(nn.Module):
         key = self._key(at) if self.training else None
         passes = self._passes(c, key)
         ref = Frozen(passes if self.ref is None else passes.of(self.ref.module))
-        with dropout.using(keys if self.training else None), drawing(key, x.device):  # a loss of yours may draw
+        masks = dropout.using(keys if self.training else None)
+        with masks, drawing(key, x.device), self._precise(x):  # a loss of yours may draw
             terms = require_terms(self.objective.loss(passes, ref, b), len(x), self.objective.kind)
         if step is None and self.training:
             self.step += 1
         self.last = terms.detach()
         return terms.loss.mean()
 
+    def passes(self, x: Sample, c: Condition = None, *, step: int | None = None) -> tuple[Passes, Noised]:
+        """The network as an objective calls it at a step, this one's, and the record of this rank's rows then."""
+        at = self.step if step is None else step
+        b, _ = self._record(x, c, at)
+        return self._passes(c, self._key(at) if self.training else None), b
+
     # ----------------------------------------------------------------------------------------------- the other way
 
     @property
     def reads(self) -> Reads:
         """What the network tells a solver, c being class numbers; None for what the objective never taught."""
-        return self._reads(self._passes(None, None), self.guide, self.classes)
+        return self.readings(self.guide)
+
+    def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
+        """The same with this guidance (None: none), and these knobs."""
+        net = cast(Net, self.net) if self.call is None else self._passes(None, None)
+        return (guide or CFG())(reading(self.objective, net, knobs or self.knobs), self.classes)
+
+    @cached_property
+    def call(self) -> OwnCall | Signature | None:
+        """How the network is called; None: as dumo's own. Raises UserError where no argument of it is a time."""
+        if self.own_call == "dumo":
+            return None
+        return self.own_call or Signature.of(inner(self.net))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        parameter = next(inner(self.net).parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     @torch.no_grad()
-    def velocity(self, x: Sample, t: Time | float, c: Condition = None) -> Sample:
+    def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
         """dx_t/dt at x_t = x and t, one pass. Raises UserError where the objective never taught it."""
         return self._read("velocity", x, c, t)
 
     @torch.no_grad()
-    def jump(self, x: Sample, t: Time | float, s: Time | float = 0.0, c: Condition = None) -> Sample:
+    def jump(self, x: Tensor, t: Moment, s: Moment = 0.0, c: Condition = None) -> Sample:
         """x_s of the trajectory through x at t, one pass; s = 0 is data. Raises UserError where it was never taught."""
         reads = taught(self.objective)
         to_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
@@ -262,21 +312,19 @@ class Flow(nn.Module):
             )
         return self._read("flow_map", x, c, t, s)
 
-    def taught_given(self, c: Condition) -> Taught:
-        """`taught` of conditions that are no labels, which an objective knows by their rows."""
-        return partial(self.taught, given=c)
+    def teaching(self, given: Condition = None) -> Taught:
+        """The velocity that a pupil learns, at what its objective is given as c: labels, or rows of these conditions.
 
-    @torch.no_grad()
-    def taught(self, x: Sample, t: Time, c: Cond, v: Sample, *, given: Condition = None) -> Sample:
-        """The velocity that a pupil learns where the data's own is v. Raises UserError where it was never taught.
-
-        c: what the pupil's objective is given as the condition; `given`: its conditions, where c are their rows.
+        Raises UserError where it was never taught.
         """
         passes = self._passes(given, None)
-        velocity = self._one_of_reads("velocity", passes, NONE if passes.table else self.classes)
-        with generate.evaluating(self.net):
-            found = velocity(x, t, c)
-        return v + (found.to(v) - v)  # rounded so, runs go on to the bit as they began
+        read = self._one_of_reads("velocity", passes, NONE if passes.table else self.classes)
+
+        def velocity(x: Sample, t: Time, c: Cond) -> Sample:
+            with generate.evaluating(self.net), self._precise(x):
+                return read(x, t, c)
+
+        return teaching(Reads(velocity=velocity))
 
     @torch.no_grad()
     def sample(
@@ -302,34 +350,60 @@ class Flow(nn.Module):
         passes = self._passes(given, None)
         guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
         reads = self._reads(passes, guide, NONE if passes.table else self.classes)
-        made = generate.generate(
-            passes,
-            reads,
-            self.path,
-            solver or best_solver(reads),
-            index,
-            nfe=nfe,
-            seed=seed,
-            shape=shape,
-            device=self._device,
-            precision=self.precision or "fp32",
+        made = generate.joined(
+            self.batches(reads, solver or best_solver(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
         )
         for part in self.net.modules():
             if isinstance(part, FSDPModule):  # whose root stays whole after a pass that has no backward pass
                 part.reshard()
         return made.x
 
+    def batches(
+        self,
+        reads: Reads,
+        solver: Solver,
+        c: Cond,
+        *,
+        net: nn.Module | None = None,
+        nfe: int,
+        seed: int,
+        shape: Sequence[int],
+        indices: Sequence[int] | None = None,
+        batch: int = generate.ROWS,
+        z: Sample | None = None,
+    ) -> Iterator[generate.Batch]:
+        """Samples of this shape by a reading of the network, batch by batch: as `generate.batches`, and raises so.
+
+        `net` is what the reading calls, where that is not the network itself.
+        """
+        return generate.batches(
+            net or self.net,
+            reads,
+            self.path,
+            solver,
+            c,
+            nfe=nfe,
+            seed=seed,
+            shape=shape,
+            indices=indices,
+            batch=batch,
+            device=self.device,
+            precision=self.precision or "fp32",
+            z=z,
+        )
+
     def of(self, net: nn.Module) -> "Flow":
         """The same flow over other weights, such as an average's."""
         averaged = inner(net)
         other = copy.copy(self)
         other.__dict__["_modules"] = {}  # a copy shares them, and would give its network to this flow
+        other.__dict__.pop("call", None)
         other.net = averaged.net if isinstance(averaged, Flow) else net
         return other
 
     # ------------------------------------------------------------------------------------------------------ the check
 
-    def check(self, x: Sample, c: Condition = None) -> str:
+    def check(self, x: Tensor, c: Condition = None) -> str:
         """Try the network and the loss on a few rows, once, and say how du/dt is taken, and why.
 
         Weights, buffers and generators stay as they are. Under torch.distributed every rank must call it. Raises
@@ -344,13 +418,14 @@ class Flow(nn.Module):
         x = x[:rows]
         c = first_rows(c, rows)
         b, keys = on_every_rank(lambda: self._record(x, c, self.step))
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), dropout.using(keys if self.training else None):
+        generators_stay = torch.random.fork_rng([x.device] if x.is_cuda else [])
+        with generators_stay, dropout.using(keys if self.training else None), self._precise(x):
             self._try_passes(x, c, b)
         self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
         self.checked = True
         return self.why
 
-    def _require(self, x: Sample, c: Condition) -> None:
+    def _require(self, x: Tensor, c: Condition) -> None:
         """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
         require_batch(x, c, self.classes, self.shape, self.call, null=self.null, deeply=True)
         needs = self.objective.needs
@@ -440,12 +515,6 @@ class Flow(nn.Module):
                 self.time_scale * GENTLE / found.steepness,
             )
 
-    @property
-    def _device(self) -> torch.device:
-        """Where the network is."""
-        parameter = next(inner(self.net).parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
-
     # -------------------------------------------------------------------------------------------- what a batch becomes
 
     def _record(
@@ -458,11 +527,15 @@ class Flow(nn.Module):
         rows = slice(first, first + len(x))
         draws = self.drawn(at, x.shape[1:], batch=max(ranks * most, rows.stop), rows=rows, z=z is None)
         index, none = self._index(len(x), c, x.device)
-        teacher = self.teacher_given(c) if self.teacher_given and is_table(c) else None
+        teacher = self.teacher_of(c) if self.teacher_of and is_table(c) else None
         b = self.noised(draws, x, index, null=none, z=z, progress=progress, teacher=teacher)
         if self.draws_itself:  # a pass of some rows would draw for them what it did not draw for all
             b = replace(b, moving=None)
         return b, to_device(draws.keys, x.device)
+
+    def _precise(self, x: Sample) -> AbstractContextManager[None]:
+        """Passes on x in the precision of this flow, if it has one."""
+        return using(self.precision, x.device) if self.precision else nullcontext()
 
     def _index(self, n: int, c: Condition, device: torch.device) -> tuple[Cond, int]:
         """What an objective is given as the condition, and as none."""
@@ -498,14 +571,14 @@ class Flow(nn.Module):
     def _reads(self, net: Net, guide: CFG, null: int) -> Reads:
         return guide(reading(self.objective, net, self.knobs), null)
 
-    def _read(self, name: str, x: Sample, c: Condition, *times: Time | float) -> Sample:
+    def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """One reading, in evaluation mode."""
         require_data(x, self.shape)
         require_conditions(c, len(x), self.classes, self.call, self.null)
         index, none = self._index(len(x), c, x.device)
         read = self._one_of_reads(name, self._passes(c, None), none)
         rows = [_row_times(time, x) for time in times]
-        with generate.evaluating(self.net):
+        with generate.evaluating(self.net), self._precise(x):
             return read(x, *rows, index)
 
     def _one_of_reads(self, name: str, passes: Passes, none: int) -> Callable[..., Any]:
@@ -524,7 +597,7 @@ class Flow(nn.Module):
             c = c.tolist()
         if isinstance(c, Tensor | Mapping):
             require_conditions(c, rows_of(c), self.classes, self.call, self.null)
-            c = _on_device(c, self._device)
+            c = _on_device(c, self.device)
             return c, torch.arange(rows_of(c))
         if self.names:
             raise UserError(
@@ -599,7 +672,7 @@ def best_solver(reads: Reads) -> Solver:
     return Euler() if reads.endpoint is None else Restart()
 
 
-def _row_times(time: Time | float, x: Sample) -> Time:
+def _row_times(time: Moment, x: Sample) -> Time:
     """A time for each row of x."""
     if not isinstance(time, Tensor):
         return torch.full((len(x),), float(time), device=x.device)

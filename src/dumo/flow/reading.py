@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dumo.autodiff.dual import primal
-from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Time, lift
+from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time, UserError, lift
 
 
 def bind(net: Net, **knobs: float) -> Net:
@@ -60,6 +60,19 @@ def mean_velocity(net: Net, head: int = 0) -> Reads:
         endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
         flow_map=flow_map,
     )
+
+
+def teaching(reads: Reads) -> Taught:
+    """The velocity that a pupil learns at (x_t, t, c), where the data's own is v. Raises UserError without one."""
+    read = reads.velocity
+    if read is None:
+        raise UserError("this teacher has no velocity to learn from: its objective learns jumps alone")
+
+    def velocity(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
+        with torch.no_grad():
+            return v + (read(x, t, c).to(v) - v)  # rounded so, runs go on to the bit as they began
+
+    return velocity
 
 
 def taught(objective: Objective) -> Reads:

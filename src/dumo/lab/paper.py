@@ -34,7 +34,7 @@ from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.training.optim import Constant
 from dumo.training.state import begin
-from dumo.training.step import Task, train_step
+from dumo.training.step import flow_of, train_step
 from dumo.types import UserError
 
 JUDGED = (1, 2, 50)  # passes of Fig. 5: few, and as many as the velocity needs
@@ -194,13 +194,14 @@ def step(spec: Run, here: torch.device) -> Callable[[], object]:
     """A training step on random numbers, in the middle of the training; the rate is zero, so it cannot diverge."""
     rest = {"steps": 2 * MIDDLE, "schedule": Rest(), "micro_batch": None, "clip": None, "probe_every": 0}
     train, classes, rows = spec.train.model_copy(update=rest), spec.data.classes, spec.train.batch
-    state, task = begin(build(spec, here), train), Task(spec.objective, spec.path, classes)
+    state = begin(build(spec, here), train)
+    flow = flow_of(state, train, spec.objective, spec.path, classes)
     state.step = MIDDLE
     x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(here)
     c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(here)
 
     def once() -> None:
-        train_step(state, task, (x, c), train)
+        train_step(state, flow, (x, c), train)
 
     return once
 

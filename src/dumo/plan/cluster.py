@@ -45,7 +45,7 @@ from dumo.training import layout
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import pieces, reference
+from dumo.training.step import flow_of, pieces
 from dumo.types import Frozen, Net, Noised, Objective, Path, Terms, UserError
 
 HOUR = 3600.0
@@ -162,7 +162,8 @@ def tracked(state: State, objective: Objective, batch: Noised, train: Train) -> 
         p.grad = torch.empty_like(p) if p.requires_grad else None
     update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
     state.optimizer.zero_grad()
-    loss = Loss(state.net, reference(state, train.ref), objective, batch, train)
+    reference = flow_of(state, train, objective, batch.path, 0).reference
+    loss = Loss(state.net, reference, objective, batch, train)
     tracker, sent, moved = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)], Sent()
     tracker.track_inputs(tuple(plan.averaged(state)))
     with tracker:

@@ -37,7 +37,6 @@ from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime import dist, install, installed, threads
 from dumo.runtime.progress import Bar, no_bar, quiet, span
-from dumo.training.step import Task
 from dumo.types import Spec, UserError
 
 RECIPE = "my-images"
@@ -245,10 +244,8 @@ def step_seconds(run: Run, here: torch.device) -> float:
         outside.require_contract(run, examination.drawn_net(run, here), here)
     run, rows = run.model_copy(update={"net": examination.readable(run.net)}), run.train.micro_batch or run.train.batch
     require_room(run, here, run.train.copies, rows)
-    task, batch = Task(run.objective, run.path, run.data.classes), rehearsal.random_rows(run.data, rows, here)
-    _, _, passes, update = rehearsal.make_step(
-        build(run, here), task, batch, run.train, warm=rehearsal.WARM, timed=TIMED
-    )
+    batch = rehearsal.random_rows(run.data, rows, here)
+    _, _, passes, update = rehearsal.make_step(run, build(run, here), batch, warm=rehearsal.WARM, timed=TIMED)
     return run.train.batch / rows * passes + update
 
 

@@ -12,20 +12,18 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.flow import generate
-from dumo.flow.reading import reading
+from dumo.flow.guide import CFG
 from dumo.plan import machine
 from dumo.run import cost, examination
-from dumo.run.net import outline, require_room
+from dumo.run.net import flow_in_training, outline, require_room
 from dumo.run.sampler import Sampler
 from dumo.run.weights import build, sampler
 from dumo.runtime import dist
 from dumo.runtime.device import now, peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.training import loop
-from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Record, Task
+from dumo.training.step import Record
 from dumo.types import Cond, Sample, UserError
 
 HOUR = 3600.0
@@ -67,12 +65,11 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     exam.require()
     is_slow = torch_device.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
     require_room(spec, torch_device, spec.train.copies, rows)
-    task = Task(spec.objective, spec.path, spec.data.classes)
     warm = 0 if is_slow else WARM
     try:
         batch = random_rows(spec.data, rows, torch_device)
         net = build(spec, torch_device)
-        state, record, pass_seconds, update_seconds = make_step(net, task, batch, spec.train, warm=warm)
+        state, record, pass_seconds, update_seconds = make_step(spec, net, batch, warm=warm)
     except torch.OutOfMemoryError as error:
         place = machine.hardware(torch_device).text
         fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
@@ -105,7 +102,7 @@ def random_rows(data: Data, rows: int, device: torch.device) -> tuple[Sample, Co
 
 
 def make_step(
-    net: nn.Module, task: Task, batch: tuple[Sample, Cond], train: Train, *, warm: int = 0, timed: int = 1
+    run: Run, net: nn.Module, batch: tuple[Sample, Cond], *, warm: int = 0, timed: int = 1
 ) -> tuple[State, Record, float, float]:
     """Steps by the training loop, some to warm up first: the state, the last record, seconds of passes and update.
 
@@ -113,7 +110,8 @@ def make_step(
     """
     x, _ = batch
     device = x.device
-    train = train.model_copy(update={"batch": len(x), "micro_batch": None, "steps": warm + timed, "max_skips": 1})
+    train = run.train.model_copy(update={"batch": len(x), "micro_batch": None, "steps": warm + timed, "max_skips": 1})
+    run = run.model_copy(update={"train": train})
     state = begin(net, train)
     records: list[Record] = []
     times: list[float] = []  # three a step: as it begins, before the update, at the end
@@ -127,7 +125,7 @@ def make_step(
         records.append(record)
 
     state.optimizer.register_step_pre_hook(lambda *_: times.append(now(device)))
-    loop.train(state, task, batches, train, [loop.Every(1, done)])
+    loop.train(state, flow_in_training(run, state), batches, train, [loop.Every(1, done)])
     timed_steps = torch.tensor(times, dtype=torch.float64).view(-1, 3)[warm:]
     began, passed, ended = timed_steps.unbind(1)
     pass_seconds = (passed - began).median().item()
@@ -138,18 +136,13 @@ def make_step(
 def make_sample(sampler: Sampler) -> tuple[int, float]:
     """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
     spec = sampler.spec
-    net = sampler.net
     began = now(sampler.device)
-    sample = generate.generate(
-        net,
-        reading(sampler.objective, net, spec.knobs),
-        sampler.path,
+    (sample,) = sampler.flow.batches(
+        sampler.guided(CFG()),
         spec.solver,
         torch.zeros(1, dtype=torch.long),
         nfe=spec.solver.passes,
         seed=spec.seed,
         shape=sampler.data.shape,
-        device=sampler.device,
-        precision=sampler.precision,
     )
     return sample.nfe, now(sampler.device) - began

@@ -143,7 +143,7 @@ def passes(live: Live, what: str, seed: str, guidance: float) -> Iterator[Answer
     c, fresh, guide = live.conditions(what, images), live.fresh(seed_of(seed), images), live.guide(guidance)
     cells = {letter: [Cell(None)] * len(PASSES) for letter in live.readings}
     lacks = [what for letter, what in WORDS.items() if letter not in cells]
-    line = f"Objective {live.sampler.objective.kind} teaches no {' and no '.join(lacks)}." if lacks else ""
+    line = f"Objective {live.sampler.flow.objective.kind} teaches no {' and no '.join(lacks)}." if lacks else ""
     for letter, reading in live.readings.items():
         for i, nfe in enumerate(PASSES):
             cells[letter][i] = attempt(live, reading, nfe, c, fresh, guide, late)

@@ -138,7 +138,7 @@ def labels(data: Data, evaluation: Evaluation) -> str:
 
 def settings(sampler: Sampler, evaluation: Evaluation) -> Card:
     """What a spec says of how samples are made and judged."""
-    objective, spec = sampler.objective, sampler.spec
+    objective, spec = sampler.flow.objective, sampler.spec
     return {
         **({"trained_on": "numbers"} if objective.kind == "drift" else {}),
         "labels": labels(sampler.data, evaluation),  # of sample i; others draw at random

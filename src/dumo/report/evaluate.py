@@ -18,8 +18,8 @@ from dumo.config.tree import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
 from dumo.flow.generate import Batch, counting, evaluating, passing
+from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
-from dumo.flow.reading import reading
 from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
@@ -251,12 +251,12 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
     """
     net = sampler.net
     device = sampler.device
-    reads = reading(sampler.objective, net, sampler.spec.knobs)
+    reads = sampler.guided(CFG())
     rows_of_rank = torch.arange(dist.rank(), len(evaluator.x), dist.world())
     for rows in rows_of_rank.split(sampler.rows):
         x = evaluator.x[rows].to(device)
         c = evaluator.c[rows].to(device)
         directions = [e.to(x) for e in evaluator.directions(rows.tolist())] or axes(x)
         with evaluating(net), counting(net) as rows_per_pass, passing(net, "fp32", device):
-            log_p = log_likelihood(reads, sampler.path, solver, x, c, nfe, directions)
+            log_p = log_likelihood(reads, sampler.flow.path, solver, x, c, nfe, directions)
         yield Batch(rows, log_p.cpu(), sum(rows_per_pass) // len(rows))

@@ -60,7 +60,7 @@ Panels = Mapping[Reading, Mapping[int, Image.Image]]  # a picture by reading and
 
 def readings(sampler: Sampler, along: Euler | Heun | None = None) -> dict[str, Reading]:
     """The readings that the objective taught, by letter; v takes steps by `along`, Euler's if None."""
-    objective, reads, along, found = sampler.objective, sampler.taught, along or Euler(), dict[str, Reading]()
+    objective, reads, along, found = sampler.flow.objective, sampler.taught, along or Euler(), dict[str, Reading]()
     jumps = [s for s in (sampler.spec.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
     if jumps:
         head = head_name(head_of(objective, jumps[0].uses))
@@ -260,7 +260,7 @@ def choose(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] |
     for letter in letters or ():
         if letter not in there:
             what = {"u": "jumps", "v": "velocity"}.get(letter)
-            why = f", for objective '{sampler.objective.kind}' teaches no {what}" if what else ""
+            why = f", for objective '{sampler.flow.objective.kind}' teaches no {what}" if what else ""
             raise UserError(f"there is no reading {letter}{why}: use --reading {','.join(there)}")
     ways = [there[letter] for letter in dict.fromkeys(letters or there)]
     for n, reading in ((n, reading) for n in nfe or () for reading in ways):

@@ -108,7 +108,7 @@ class Live:
         """The way to sample of this letter. Raises UserError where it was not taught."""
         if letter not in self.readings:
             what = WORDS.get(letter, f"reading '{brief(letter)}'")
-            raise UserError(f"objective {self.sampler.objective.kind} teaches no {what}")
+            raise UserError(f"objective {self.sampler.flow.objective.kind} teaches no {what}")
         return self.readings[letter]
 
     def guide(self, scale: float) -> CFG:
@@ -147,7 +147,7 @@ class Live:
         check(reading.solver, sampler.taught, nfe)
         reads, late = sampler.guided(guide or sampler.spec.guide), began + self.limit if until is None else until
         with evaluating(net), counting(net) as passed, passing(net, sampler.precision, sampler.device), due(net, late):
-            _, x = carried(reads, sampler.path, reading.solver, c.to(sampler.device), nfe, fresh)
+            _, x = carried(reads, sampler.flow.path, reading.solver, c.to(sampler.device), nfe, fresh)
         x = sampler.decode(x.cpu())
         return Made(x, sum(passed) // len(c), time.monotonic() - began)
 

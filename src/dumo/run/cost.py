@@ -27,13 +27,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.flow import dropout
+from dumo.flow.check import require_terms
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide as Affine
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import twin
 from dumo.nets.dualized import Dualized
-from dumo.run.outside import require_terms
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied, share
 from dumo.types import Cond, Frozen, Guide, Heads, Net, Noised, Objective, Path, Sample, frozen

@@ -6,11 +6,20 @@ import torch
 from torch import nn
 
 from dumo.config.tree import Tree
+from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import MLP, DiT, Pretrained, UNet
 from dumo.nets.live import Live
 from dumo.runtime import dist
 from dumo.runtime.random import stream
+from dumo.training.state import State
+from dumo.training.step import flow_of
+from dumo.types import Taught
+
+
+def flow_in_training(run: Tree, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
+    """The net of a state with the run's objective, as it is trained; `teacher` and `prior` as `flow_of`."""
+    return flow_of(state, run.train, run.objective, run.path, run.data.classes, teacher=teacher, prior=prior)
 
 
 def outline(run: Tree, *, short: bool = False) -> nn.Module:

@@ -10,29 +10,21 @@ this by their tests, and are not tried.
 """
 
 import copy
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.config.spec import Run
 from dumo.flow import dropout
+from dumo.flow.check import MAX_DIFFERENCE, outputs_match, require_pure_net, require_terms
 from dumo.flow.draw import drawn, noised
 from dumo.flow.precision import Precision, using
 from dumo.nets import Module
 from dumo.nets.module import require_heads
 from dumo.runtime.random import random_batch
 from dumo.training.step import pieces
-from dumo.types import Frozen, Needs, Noised, Spec, Terms, UserError
-from dumo.types.outside import TAG, kind_of, name_of
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-# Ours: by how much two passes may differ on a GPU, whose kernels may add in another order; of the outputs' norm
-MAX_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}
-KEYED = (
-    "drop by dumo.flow.dropout, whose masks are functions of row, step and layer "
-    "(docs/library.md, Dropout in a network of your own)"
-)
+from dumo.types import Frozen, Noised, Spec, UserError
+from dumo.types.outside import TAG, kind_of
 
 
 def is_own_net(run: Run) -> bool:
@@ -101,90 +93,6 @@ def first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
     return b, draws.keys.to(device)
 
 
-def require_terms(returned: object, rows: int, objective: str) -> Terms:
-    """What a loss returned. Raises UserError where it is no `Terms` of one number per row, or has no gradient."""
-    subject = f"objective '{objective}': its loss"
-    expected = f"one number per row, shape ({rows},)"
-    if isinstance(returned, Tensor):
-        raise UserError(
-            f"{subject} returned a tensor of shape {tuple(returned.shape)}: return dumo.types.Terms(loss, parts), "
-            f"where loss has {expected}; the trainer takes the mean"
-        )
-    if not isinstance(returned, Terms):
-        raise UserError(
-            f"{subject} returned a {type(returned).__name__}: return dumo.types.Terms(loss, parts), where loss has "
-            f"{expected}"
-        )
-    for field in ("parts", "notes"):
-        value: object = getattr(returned, field)
-        if not isinstance(value, Mapping):
-            raise UserError(
-                f"{subject} returned Terms whose {field} are a {type(value).__name__}: give a dict of names and "
-                f"tensors of {expected}"
-            )
-    values: dict[str, object] = {"loss": returned.loss, **returned.parts, **returned.notes}
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{subject} returned Terms where '{name}' is a {type(value).__name__}: give {expected}")
-        if value.shape != (rows,):
-            raise UserError(
-                f"{subject} returned Terms where '{name}' has shape {tuple(value.shape)}: give {expected}, for squares "
-                "dumo.types.mean_square(e); the trainer takes the mean over rows"
-            )
-    if not returned.loss.requires_grad:
-        raise UserError(
-            f"{subject} has no gradient: the pass that learns is net(...), without torch.no_grad() and detach()"
-        )
-    return returned
-
-
-@torch.no_grad()
-def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: float) -> None:
-    """Raise UserError where a pass in training changes a buffer, or two on the same rows differ (`outputs_match`)."""
-    known = {"t": b.t, "r": b.r}
-    known |= {name: torch.full_like(b.t, value) for name, value in needs.knobs.items()}
-    inputs = {name: known.get(name, b.t) for name in needs.names}
-    subject = f"net {name_of(type(net))}"
-    first = net(b.x_t, b.c, **inputs)
-    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    again = net(b.x_t, b.c, **inputs)
-    for name, buffer in net.named_buffers():
-        if name in before and not torch.equal(buffer, before[name]):
-            owner = type(net.get_submodule(name.rpartition(".")[0])).__name__
-            raise UserError(
-                f"{subject}: a pass in training changes its buffer '{name}' (of {owner}). A step makes several passes "
-                "at different times t, so such a statistic mixes them: use a norm within one row, such as nn.GroupNorm "
-                "or nn.LayerNorm"
-            )
-    if all(outputs_match(head, repeated, max_difference) for head, repeated in zip(first, again, strict=True)):
-        return
-    for name, part in net.named_modules():
-        if isinstance(part, DROPOUTS) and part.p > 0:
-            raise UserError(
-                f"{subject}: {type(part).__name__}(p={part.p:g}) at '{name}' draws another mask in every pass, so a "
-                f"difference of two passes is no derivative, and a resumed run is another one: {KEYED}, or set p=0"
-            )
-    raise UserError(
-        f"{subject}: two passes in training on the same rows differ, so it draws random numbers or keeps a state: then "
-        f"a difference of two passes is no derivative, and a resumed run is another one. Draw nothing, or {KEYED}"
-    )
-
-
 def max_pass_difference(device: torch.device, precision: Precision) -> float:
     """By how much two passes may differ, as `outputs_match` has it; 0 on a CPU."""
     return 0.0 if device.type == "cpu" else MAX_DIFFERENCE[precision]
-
-
-def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
-    """Whether two passes gave the same, what is not finite included.
-
-    `max_difference`: the norm of their difference over the norm of the first; 0: they are equal to the bit.
-    """
-    if max_difference == 0:
-        return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
-    finite = first.isfinite() & second.isfinite()
-    if not torch.allclose(first[~finite], second[~finite], rtol=0.0, atol=0.0, equal_nan=True):
-        return False
-    values = first[finite].double()
-    difference = torch.linalg.vector_norm(second[finite].double() - values)
-    return bool(difference <= max_difference * torch.linalg.vector_norm(values))

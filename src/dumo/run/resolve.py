@@ -58,7 +58,7 @@ def resolve_again(run: Run) -> Run:
 
     Raises UserError as `resolve`.
     """
-    require_few_step_velocity(run)
+    require_velocity_to_teach(run)
     data = resolve_data(run)
     net = resolve_text_table(run.net, data)
     path = resolve_schedule(run.path, net)
@@ -125,21 +125,27 @@ def new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     return facts
 
 
-def require_few_step_velocity(run: Run) -> None:
-    """Raise UserError where a subject's few-step run is the teacher, and its objective has no velocity to learn from.
+def require_velocity_to_teach(run: Run) -> None:
+    """Raise UserError where the teacher is a run whose objective has no velocity to learn from.
 
-    Its objective is read from its folder, because the subject's run may have another one. A folder that is
-    missing is skipped here, and refused where the run is opened.
+    It is the run of `teacher.source`, or the few-step run under a subject's adapters. A folder that is missing is
+    skipped here, and refused where the run is opened.
     """
-    if not run.start or not run.has_subject or run.teacher is None or run.teacher.kind != "base":
+    if run.teacher is None:
         return
-    folder = whole(run.start.source, maybe=True)
+    if run.teacher.kind == "run":
+        field, source, way = "teacher.source", run.teacher.source, ""
+    elif run.teacher.kind == "base" and run.start and run.has_subject:
+        field, source = "teacher.kind=base", run.start.source
+        way = "; or learn from the photographs alone, data.prior=null teacher=null"
+    else:
+        return
+    folder = whole(source, maybe=True)
     if not Path(folder, FILE).is_file():
         return
     objective = load(folder).objective
     if taught(objective).velocity is None:
-        problem = no_velocity("teacher.kind=base", folder, objective)
-        raise UserError(f"{problem}; or learn from the photographs alone, data.prior=null teacher=null")
+        raise UserError(no_velocity(field, folder, objective) + way)
 
 
 def found_data(data: Data) -> Data:

@@ -14,36 +14,43 @@ from dumo.data import Data, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.codec import Opened
 from dumo.flow import generate
+from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
-from dumo.flow.path import Path
 from dumo.flow.precision import Precision
-from dumo.flow.reading import reading, taught
+from dumo.flow.reading import taught
 from dumo.flow.solver import Solver
 from dumo.nets.rows import Texts
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
-from dumo.types import Objective, Reads, Sample, UserError
+from dumo.types import Reads, Sample, UserError
 
 Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A net, how its objective reads it, and how samples are made of it by default."""
+    """A net and its objective, and how samples are made of them by default."""
 
-    net: nn.Module
-    objective: Objective
-    path: Path
+    flow: Flow
     data: Data
     spec: Sampling
-    precision: Precision  # of the net's passes; decoders stay in float32
     rows: int = generate.ROWS  # of a pass
     size: Size | None = None  # one of the data's buckets; None: the square
 
     @property
+    def net(self) -> nn.Module:
+        """The net."""
+        return self.flow.net
+
+    @property
+    def precision(self) -> Precision:
+        """Of the net's passes; decoders stay in float32."""
+        return self.flow.precision or "fp32"
+
+    @property
     def device(self) -> torch.device:
         """Where the net is."""
-        return next(self.net.parameters()).device
+        return self.flow.device
 
     @property
     def conditions(self) -> Conditions:
@@ -70,7 +77,7 @@ class Sampler:
     @property
     def taught(self) -> Reads:
         """What the objective taught, of no net: for checks."""
-        return taught(self.objective)
+        return taught(self.flow.objective)
 
     @property
     def reads(self) -> Reads:
@@ -79,7 +86,7 @@ class Sampler:
 
     def guided(self, guide: CFG) -> Reads:
         """The net as it is sampled, but with this guidance."""
-        return guide(reading(self.objective, self.net, self.spec.knobs), self.data.classes)
+        return self.flow.readings(guide, self.spec.knobs)
 
     @cached_property
     def codec(self) -> Opened | None:
@@ -121,10 +128,8 @@ class Sampler:
         """
         self._check(c)
         some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
-        parts = generate.batches(
-            self.net,
+        parts = self.flow.batches(
             self.guided(guide or self.spec.guide),
-            self.path,
             solver or self.spec.solver,
             c[rows := torch.tensor(some, dtype=torch.long)],
             nfe=nfe,
@@ -132,8 +137,6 @@ class Sampler:
             shape=self.shape,
             indices=some,
             batch=self.rows,
-            device=self.device,
-            precision=self.precision,
             z=None if z is None else z[rows],
         )
         return (replace(part, x=self.decode(part.x)) for part in parts)

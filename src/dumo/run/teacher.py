@@ -17,17 +17,19 @@ from dumo.config.check import check_guided
 from dumo.config.load import load
 from dumo.config.source import FILE as RUN
 from dumo.config.spec import Run
-from dumo.config.teacher import Pairs, Teacher, no_velocity
+from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, Latents
 from dumo.flow import generate
+from dumo.flow.flow import Flow
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import bind, reading
+from dumo.flow.reading import teaching
 from dumo.flow.solver import Heun
 from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
 from dumo.io.table import Column, Index
+from dumo.objectives.flow_matching import FlowMatching
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, say
@@ -88,76 +90,75 @@ class Known:
         return couple(plan, self.reads, folder / "pairs", device, bar)
 
 
-@dataclass(frozen=True)
-class Base:
+class Base(nn.Module):
     """The passes of a net with its adapters off, the model that it began as, in a precision. The net offers `base()`.
 
     It answers between the passes of a step, even within its loss. So it only switches, and switches back: no weight is
     changed, no gradient recorded, and every part of the net is in its own mode again.
     """
 
-    net: nn.Module
-    precision: Precision
+    def __init__(self, net: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.net = net
+        self.precision: Precision = precision
 
     @torch.no_grad()
-    def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+    def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """As `Net`, without gradients and dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
         with generate.evaluating(self.net), off(), autocast(self.precision, x.device):
             return self.net(x, c, **inputs)
 
 
+class Untuned(nn.Module):
+    """The model of a pipeline, at the base of a net: each of the heads is the velocity, where r = t."""
+
+    def __init__(self, base: Base, needs: Needs) -> None:
+        super().__init__()
+        self.base = base
+        self.needs = needs
+
+    def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
+        """The velocity."""
+        knobs = {name: t.new_full((len(x),), value) for name, value in self.needs.knobs.items()}
+        return self.base(x, c, **{**dict.fromkeys(self.needs.names, t), **knobs})[:1]
+
+
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
     match teacher.kind:
         case "run":
-            raw, about = of_run(teacher, run.data, run.path, device)
+            flow, about = of_run(teacher, run.data, run.path, device)
+            reads = flow.readings(teacher.guide)
         case "python":
             raw, about = of_user(teacher, run, device)
+            reads = teacher.guide(raw, run.data.classes)
         case "base":
             about = {"sha256": str(state.frozen)}
-            if run.start and run.has_subject:
-                raw = of_few_step_run(teacher, run.start.source, state.net, run.train.precision)
-            else:
-                raw = of_base(state.net, run.train.precision, run.objective.needs)
-    reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
-    learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else velocity(reads)
+            reads = of_base(teacher, run, state.net).readings(teacher.guide)
+    wants = run.objective.needs.teacher
+    learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else teaching(reads)
     return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
 
 
-def velocity(reads: Reads) -> Taught:
-    """The velocity to learn at (x_t, t, c), where the data's own is v."""
-    read = reads.velocity
-    assert read, "a teacher without one is refused"
+def of_base(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
+    """The flow of the model under a net's adapters: an untuned pipeline's, or a few-step run's under a subject.
 
-    def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-        with torch.no_grad():
-            return v + (read(x, t, c).to(v) - v)  # rounded so, runs go on to the bit as they began
-
-    return taught
-
-
-def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
-    """The velocity of an untuned pipeline's model, which is every head of the net's base, at r = t where it takes r."""
-    base, names = bind(Base(net, precision), **needs.knobs), [n for n in needs.names if n not in needs.knobs]
-    return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
-
-
-def of_few_step_run(teacher: Teacher, source: str, net: nn.Module, precision: Precision) -> Reads:
-    """What the few-step run under a subject's adapters was taught: `net.base()`, read by the objective in its run.yaml.
-
-    One without a velocity is refused when the run is resolved. Raises UserError where it cannot be guided as
-    `teacher.guide` says.
+    That one is read by the objective in its own run.yaml. Raises UserError where it cannot be guided as `teacher.guide`
+    says.
     """
-    few_step = load(source)
-    check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", source)
-    return reading(few_step.objective, Base(net, precision), few_step.sample.knobs)
+    base = Base(net, run.train.precision)
+    if not (run.start and run.has_subject):
+        return Flow(Untuned(base, run.objective.needs), FlowMatching(), classes=run.data.classes)
+    few_step = load(run.start.source)
+    check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", run.start.source)
+    return Flow(base, few_step.objective, classes=run.data.classes, knobs=few_step.sample.knobs)
 
 
-def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Reads, dict[str, str]]:
-    """What the net of another run was taught, and its digest.
+def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, dict[str, str]]:
+    """The flow of another run, and its digest.
 
-    Raises UserError where it has no velocity, knows other data, or cannot be guided as `teacher.guide` says.
+    Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
     if not Path(teacher.source, RUN).is_file():
         raise UserError(
@@ -165,7 +166,9 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
             "it is with --set teacher.source=..."
         )
     known = open_run(teacher.source, device=str(device))
-    other, there, here = known.run, facts(known.run.data, known.run.path), facts(data, path)
+    other = known.run
+    there = facts(other.data, other.path)
+    here = facts(data, path)
     known_to_both = [name for name in here if name != CODEC or None not in (there[name], here[name])]
     if differs := [f"{n} is {there[n]} there, {here[n]} here" for n in known_to_both if there[n] != here[n]]:
         raise UserError(
@@ -173,10 +176,8 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
             "data, or set these fields as they are there"
         )
     check_guided(teacher.guide, other.data, other.objective, other.guided, "teacher.guide", teacher.source)
-    reads = reading(other.objective, known.net, other.sample.knobs)
-    if reads.velocity is None:
-        raise UserError(no_velocity("teacher.source", teacher.source, other.objective))
-    return reads, {"sha256": weights.sha256(known.file)}
+    flow = Flow(known.net, other.objective, call="dumo", classes=data.classes, knobs=other.sample.knobs)
+    return flow, {"sha256": weights.sha256(known.file)}
 
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:

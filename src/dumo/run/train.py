@@ -19,13 +19,14 @@ from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Latents
 from dumo.flow.draw import Draws
+from dumo.flow.flow import Flow
 from dumo.io.content import hashes_of
 from dumo.io.source import Bucketed, Source
 from dumo.nets.dualized import Dualized
 from dumo.run import content, cost, deviation, encode, examination, teacher
 from dumo.run.folder import held
 from dumo.run.journal import History, Journal, way_back
-from dumo.run.net import outline, require_room
+from dumo.run.net import flow_in_training, outline, require_room
 from dumo.run.outlook import outlook, unfit
 from dumo.run.resolve import pinned, placed, resolve, resolve_again
 from dumo.run.speed import Meter
@@ -39,7 +40,7 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.state import begin as begin_state
-from dumo.training.step import Batch, Record, Task, draws_of, pieces, span, train_step
+from dumo.training.step import Batch, Record, draws_of, pieces, span, train_step
 from dumo.types import UserError
 from dumo.types.rows import pin, to_device
 
@@ -193,12 +194,16 @@ def train_in_locked_folder(
         drawer.open(state)
     prior = run.data.prior if isinstance(run.data, Latents) else None
     teacher_velocity = opened_teacher.velocity if opened_teacher else None
-    task = Task(run.objective, run.path, run.data.classes, teacher_velocity, prior)
+
+    def flow_for(state: State) -> Flow:
+        return flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
+
+    flow = flow_for(state)
     try:
         with (
             step_threads,
             journal.saver,
-            fed(run.train, shapes(source, run.train, run.data.shape), source, task, device) as (batches, draws),
+            fed(run.train, shapes(source, run.train, run.data.shape), source, flow, device) as (batches, draws),
             bar(f"training {folder.name}", run.train.steps) as tick,
         ):
             tick(state.step, "the first step" + (", compiled first" if run.train.compile != "none" else ""))
@@ -212,9 +217,9 @@ def train_in_locked_folder(
                 loop.Every(1, lambda state, record: step_threads.begin()),
             ]
             if state.step < run.train.steps:
-                step_threads.choose(trial_step(run.train, state, task, source))
+                step_threads.choose(trial_step(run.train, state, flow_for, source))
             step_threads.begin()
-            loop.train(state, task, batches, run.train, every, journal.due, draws)
+            loop.train(state, flow, batches, run.train, every, journal.due, draws)
     except Diverged as error:
         last_good = state.step - state.skips
         way = agreement.main(lambda: way_back(run.train, folder, last_good))
@@ -251,18 +256,21 @@ def step_threads_of(run: Run, last: Path | None, device: torch.device, tell: Cal
     )
 
 
-def trial_step(train: Train, state: State, task: Task, source: Source | teacher.Coupled) -> Callable[[], object]:
+def trial_step(
+    train: Train, state: State, flow_for: Callable[[State], Flow], source: Source | teacher.Coupled
+) -> Callable[[], object]:
     """What makes a step like the training's next one, on a copy of its state, which the first call makes."""
 
     @cache
-    def copied_state() -> State:
+    def copied() -> tuple[State, Flow]:
         trial = begin_state(frozen.copied(state.net), train)
         trial.step = state.step
-        return trial
+        return trial, flow_for(trial)
 
     def try_step() -> None:
-        batch = source.batch(state.step, train.batch, train.seed, span(pieces(train, task.objective)))
-        train_step(copied_state(), task, batch, train)
+        trial, flow = copied()
+        batch = source.batch(state.step, train.batch, train.seed, span(pieces(train, flow.objective)))
+        train_step(trial, flow, batch, train)
 
     return try_step
 
@@ -272,14 +280,14 @@ def fed(
     train: Train,
     shape: Callable[[int], tuple[int, ...]],
     source: Source | teacher.Coupled,
-    task: Task,
+    flow: Flow,
     here: torch.device,
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
     """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory.
 
     `shape` is that of a step's samples.
     """
-    rows, gpu = span(pieces(train, task.objective)), here.type == "cuda"
+    rows, gpu = span(pieces(train, flow.objective)), here.type == "cuda"
     own = not isinstance(source, teacher.Coupled)  # a teacher's pairs bring their noise
 
     def read(step: int) -> Batch:
@@ -287,7 +295,7 @@ def fed(
         return [pin(part) for part in parts] if gpu else parts
 
     def draw(step: int) -> Draws:
-        draws = draws_of(task, train, step, shape(step), z=own)
+        draws = draws_of(flow, train, step, shape(step), z=own)
         return draws.pin() if gpu else draws
 
     last = train.steps

@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from dumo.flow.draw import Draws
+from dumo.flow.flow import Flow, Loss
 from dumo.flow.precision import products
 from dumo.runtime import dist
 from dumo.runtime.signals import Stopped
 from dumo.training.record import Record, Skipped
 from dumo.training.spec import Compile, Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Loss, Task, train_step
+from dumo.training.step import Batch, train_step
 from dumo.types import Objective, UserError
 
 T = TypeVar("T")
@@ -44,25 +45,25 @@ class Every:
 
 def train(
     state: State,
-    task: Task,
+    flow: Flow,
     batches: Callable[[int], Batch],
     spec: Train,
     hooks: Sequence[Every] = (),
     due: Callable[[], bool] = lambda: False,
     draws: Callable[[int], Draws] | None = None,
 ) -> None:
-    """Train `state` in place until `spec.steps` steps are done.
+    """Train `state` in place until `spec.steps` steps are done, by a flow of its net.
 
     `batches(step)` is this rank's rows of a batch, on the net's device; `draws(step)` its random numbers, as `draws_of`
     (None: each step draws them); `due()` says whether a checkpoint is due. Raises Diverged after `spec.max_skips`
     skipped steps in a row, and Stopped if a rank got a signal and steps are left, each after the step's hooks; else as
     `train_step`.
     """
-    loss = compiled(state.net, task.objective, spec.compile)
+    loss = compiled(state.net, flow.objective, spec.compile)
     with products(spec.precision, next(state.net.parameters()).device):
         while state.step < spec.steps:
             now = state.step
-            record = train_step(state, task, batches(now), spec, loss, draws and draws(now), due=due())
+            record = train_step(state, flow, batches(now), spec, loss, draws and draws(now), due=due())
             dist.settled()
             for hook in hooks:
                 if state.step % hook.n == 0:

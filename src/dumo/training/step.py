@@ -8,21 +8,17 @@ equal one rank with two passes, to the bit.
 A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil, lcm
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dumo.flow import dropout
-from dumo.flow.draw import Draws, drawn, noised
-from dumo.flow.precision import autocast
-from dumo.flow.reading import reading
+from dumo.flow.draw import Draws
+from dumo.flow.flow import Flow, Loss
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.burst import begins
@@ -30,22 +26,39 @@ from dumo.training.record import Probe, Record, ask, blame, measure
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
-from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
+from dumo.types import Noised, Objective, Path, Taught, Terms, Time, UserError
 from dumo.types.rows import to_device
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
-Loss = Callable[[Net, Frozen, Noised], Terms]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is learned: an objective on a path; `classes` is the label of no class."""
+def flow_of(
+    state: State,
+    spec: Train,
+    objective: Objective,
+    path: Path,
+    classes: int,
+    *,
+    teacher: Taught | None = None,
+    prior: float | None = None,
+) -> Flow:
+    """The net of a state, and the objective that teaches it; `teacher` replaces the data's velocity.
 
-    objective: Objective
-    path: Path
-    classes: int
-    teacher: Taught | None = None  # replaces the data's velocity
-    prior: float | None = None  # on this share of a batch's rows; None: on all
+    `classes` is the label of no class, `prior` the share of a batch's rows that the teacher answers (None: all).
+    """
+    return Flow(
+        state.net,
+        objective,
+        call="dumo",
+        path=path,
+        classes=classes,
+        seed=spec.seed,
+        coupling=spec.coupling,
+        teacher=teacher,
+        prior=prior,
+        ref=None if spec.ref == "self" else state.averages[spec.ref].module,
+        precision=spec.precision,
+    )
 
 
 def together(spec: Train, objective: Objective) -> int:
@@ -90,7 +103,7 @@ def span(rows: list[slice]) -> slice:
 
 def train_step(
     state: State,
-    task: Task,
+    flow: Flow,
     batch: Batch,
     spec: Train,
     loss: Loss | None = None,
@@ -100,12 +113,13 @@ def train_step(
 ) -> Record:
     """Make one step: update net, optimizer, averages and counters of `state`, and return what was measured.
 
-    `batch` is this rank's rows of the global one; `loss` the objective's, or a compiled one; `draws` the step's random
-    numbers from `draws_of`, or None to draw them here. If the spec says so, the last piece is probed after the update.
+    `flow` is of this net (`flow_of`); `batch` is this rank's rows of the global one; `loss` the objective's, or a
+    compiled one; `draws` the step's random numbers from `draws_of`, or None to draw them here. If the spec says so, the
+    last piece is probed after the update.
     Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, which the record passes on to all.
     A step whose loss or gradient norm is not finite is counted and not applied, and the record says why.
     """
-    mine = Pieces(state, task, batch, spec, loss or task.objective.loss, draws)
+    mine = Pieces(state, flow, batch, spec, loss, draws)
     times: list[Time] = []
     seen: list[Terms] = []
     state.net.train()
@@ -116,7 +130,7 @@ def train_step(
         terms = mine.loss_of(b, rows)
         (terms.loss.sum() / (spec.batch / dist.world())).backward()  # torch takes the mean over ranks
         times.append(b.t)
-        seen.append(detached(terms))
+        seen.append(terms.detach())
 
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -135,28 +149,28 @@ class Pieces:
     """A rank's rows of a batch, in pieces; draws are keyed by the step at which it was made."""
 
     def __init__(
-        self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss, draws: Draws | None = None
+        self,
+        state: State,
+        flow: Flow,
+        batch: Batch,
+        spec: Train,
+        loss: Loss | None = None,
+        draws: Draws | None = None,
     ) -> None:
         """Take the step's random numbers, or draw them. Raises ValueError for other rows than this rank's."""
-        self.cuts = pieces(spec, task.objective)
+        self.cuts = pieces(spec, flow.objective)
         all_rows = span(self.cuts)
         self.first = all_rows.start
         self.x, self.c, *paired = batch
         self.z, self.between = (*paired, None, None)[:2]
         if len(self.x) != (mine := all_rows.stop - self.first):
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
-        self.net, self.loss, self.task = state.net, loss, task
-        self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
+        self.flow = flow
+        self.loss = loss
+        self.draws = draws or draws_of(flow, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = to_device(self.draws.keys, self.x.device)
-        self.noised = partial(
-            noised,
-            path=task.path,
-            progress=state.step / spec.steps,
-            teacher=task.teacher,
-            coupling=spec.coupling,
-        )
-        self.autocast = partial(autocast, spec.precision, self.x.device, keep=not layout.gives_back(spec.reshard))
-        self.ref = reference(state, spec.ref)
+        self.progress = state.step / spec.steps
+        self.keep_casts = not layout.gives_back(spec.reshard)
 
     def here(self, rows: slice) -> slice:
         """Rows of the global batch, counted from this rank's first."""
@@ -166,44 +180,31 @@ class Pieces:
         """Draw these rows of the global batch."""
         here = self.here(rows)
         z, between = (None if paired is None else paired[here] for paired in (self.z, self.between))
-        return self.noised(
-            self.draws[here], x=self.x[here], c=self.c[here], null=self.task.classes, z=z, between=between
+        return self.flow.noised(
+            self.draws[here], self.x[here], self.c[here], z=z, between=between, progress=self.progress
         )
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision, with their dropout masks."""
-        with self.autocast(), dropout.using(self.keys[self.here(rows)]):
-            return self.loss(self.net, self.ref, b)
+        return self.flow.terms(b, self.keys[self.here(rows)], self.loss, keep=self.keep_casts)
 
     def probe(self, parts: Iterable[str]) -> Probe | None:
         """Probe the net as it is now on the last piece."""
         b, rows = self.draw(self.cuts[-1]), self.cuts[-1]
-        reads = reading(self.task.objective, self.net)
-        found = ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
-        layout.release(self.net)
+        found = ask(self.flow.net, self.flow.reads, parts, b, lambda: self.loss_of(b, rows))
+        layout.release(self.flow.net)
         return found
 
 
-def draws_of(task: Task, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
+def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
     """This rank's random numbers for the step after `step` done ones, for samples of this shape."""
-    rows = span(pieces(spec, task.objective))
-    return drawn(task.objective, shape, seed=spec.seed, step=step, batch=spec.batch, rows=rows, z=z, prior=task.prior)
-
-
-def reference(state: State, choice: Literal["self"] | float) -> Frozen:
-    """theta^-: the weights in training, or the average of a decay."""
-    return frozen(state.net) if choice == "self" else Frozen(state.averages[choice].module)
+    rows = span(pieces(spec, flow.objective))
+    return flow.drawn(step, shape, batch=spec.batch, rows=rows, z=z)
 
 
 def pieces(spec: Train, objective: Objective) -> list[slice]:
     """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `cuts`."""
     return passes(spec, objective, dist.world())[dist.rank()]
-
-
-def detached(terms: Terms) -> Terms:
-    """The same terms, detached from the graph."""
-    parts, notes = ({name: row.detach() for name, row in rows.items()} for rows in (terms.parts, terms.notes))
-    return Terms(terms.loss.detach(), parts, notes)
 
 
 def joined(terms: Sequence[Terms]) -> Terms:

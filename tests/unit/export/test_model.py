@@ -58,7 +58,7 @@ def test_the_scheduler_of_hops_makes_eulers_steps(tmp_path: Path) -> None:
 
 def test_a_hop_ends_where_the_next_begins() -> None:
     """A stock model is given t alone, so two ends of one t are refused."""
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), path=Linear())
+    sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), flow=SimpleNamespace(path=Linear()))
     none: Any = None
     two = Exported(sampler, spec=none, net=none, head="u", nfe=(2,))
     assert two.passes == [(1.0, 0.5), (0.5, 0.0)]

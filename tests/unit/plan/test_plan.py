@@ -24,7 +24,7 @@ from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.training.frozen import trained
 from dumo.training.state import State
-from dumo.training.step import Record, Task
+from dumo.training.step import Record
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from recipe import recipe
@@ -227,8 +227,7 @@ def small(*fields: str) -> Run:
 
 def step(spec: Run, rows: int) -> tuple[State, Record, float, float]:
     """A rehearsed step of random rows."""
-    task = Task(spec.objective, spec.path, spec.data.classes)
-    return rehearsal.make_step(build(spec), task, rehearsal.random_rows(spec.data, rows, CPU), spec.train)
+    return rehearsal.make_step(spec, build(spec), rehearsal.random_rows(spec.data, rows, CPU))
 
 
 def test_a_rehearsal_is_the_first_step_of_training() -> None:

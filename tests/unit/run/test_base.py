@@ -103,7 +103,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     net.train().get_submodule("net").eval()
     modes = [part.training for part in net.modules()]
     x, w, c, t = *torch.randn(2, 4, 2, generator=g).unbind(), torch.zeros(4).long(), torch.rand(4, generator=g)
-    velocity = of_base(net, run.train.precision, run.objective.needs).velocity
+    velocity = of_base(Teacher(kind="base"), run, net).reads.velocity
     assert velocity
 
     def slopes(ask: bool) -> list[Tensor]:

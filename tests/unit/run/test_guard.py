@@ -17,6 +17,7 @@ import torch
 from dumo.config.load import FILE
 from dumo.config.source import Noted, noted
 from dumo.config.spec import Run
+from dumo.flow.flow import Flow
 from dumo.io import digest
 from dumo.run import deviation, journal
 from dumo.run import folder as folders
@@ -31,7 +32,7 @@ from dumo.training.burst import LASTS
 from dumo.training.optim import WSD, Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Record, Task, train_step
+from dumo.training.step import Batch, Record, train_step
 from dumo.types import UserError
 from e2e.shell import call
 from unit.run import known
@@ -59,14 +60,14 @@ class Fate:
         self.spoilt, self.last = set(spoilt), last
         self.patch.setattr(signals, "heard", None)
 
-    def step(self, state: State, task: Task, batch: Batch, *rest: object, **more: object) -> Record:
+    def step(self, state: State, flow: Flow, batch: Batch, *rest: object, **more: object) -> Record:
         """As `train_step`."""
         if state.step + 1 in self.spoilt:
             batch = [batch[0].clone(), *batch[1:]]
             batch[0][BAD] = torch.nan
         if state.step + 1 == self.last:
             self.patch.setattr(signals, "heard", signal.SIGTERM)
-        return train_step(state, task, batch, *rest, **more)  # pyright: ignore
+        return train_step(state, flow, batch, *rest, **more)  # pyright: ignore
 
 
 @pytest.fixture

@@ -121,7 +121,8 @@ def marked(run: Run, field: str, mark: str) -> bool:
 def samples(folder: Path, base: Run) -> Tensor:
     """Of its weights as they are read now, drawn in one way."""
     found = open_run(str(folder), device="cpu").sampler
-    return replace(found, spec=base.sample, precision=base.precision).sample(torch.tensor([3, 7]), nfe=1).x
+    found.flow.precision = base.precision
+    return replace(found, spec=base.sample).sample(torch.tensor([3, 7]), nfe=1).x
 
 
 def other(folder: Path, field: str, value: object) -> Run:

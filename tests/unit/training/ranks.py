@@ -29,7 +29,7 @@ from dumo.training.optim import AdamW
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Task, pieces, span, train_step
+from dumo.training.step import flow_of, pieces, span, train_step
 from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
@@ -138,7 +138,7 @@ def guarded(share: int) -> None:
 
     def step(objective: Toy, **more: bool) -> Record:
         batch = [part[rows] for part in batches()(state.step)]
-        return train_step(state, Task(objective, Linear(), CLASSES), batch, spec, **more)
+        return train_step(state, flow_of(state, spec, objective, Linear(), CLASSES), batch, spec, **more)
 
     assert step(Toy()).skipped is None
     before = tensors(state)

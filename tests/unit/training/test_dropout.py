@@ -17,7 +17,7 @@ from dumo.nets.text import Learned
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Record, Task, train_step
+from dumo.training.step import Record, flow_of, train_step
 
 SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
 SHAPE, CAPTIONS = (3, 8, 8), ("one", "two", "a three")
@@ -46,7 +46,7 @@ def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[Recor
     train = Train(steps=1, batch=8, seed=1, micro_batch=rows)
     state = begin(net, train)
     x, c = torch.randn(8, *SHAPE), torch.arange(8) % 3
-    done = train_step(state, Task(objective, Linear(), 3), (x, c), train)
+    done = train_step(state, flow_of(state, train, objective, Linear(), 3), (x, c), train)
     return done, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 

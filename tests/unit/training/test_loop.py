@@ -20,9 +20,22 @@ from dumo.training.optim import AdamW, Cosine
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
-from dumo.training.step import Task, draws_of
+from dumo.training.step import draws_of, flow_of
 from dumo.types import Cond, Noised, Sample, Terms, UserError
-from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, toy, trained
+from unit.training.toy import (
+    AVERAGES,
+    CLASSES,
+    OPTIMIZERS,
+    Small,
+    Toy,
+    batches,
+    flow_of_toy,
+    run,
+    same,
+    tensors,
+    toy,
+    trained,
+)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind)
@@ -82,7 +95,8 @@ def test_what_an_objective_sees() -> None:
         return terms
 
     spec = Train(steps=4, batch=32)
-    train(begin(Small(), spec), Task(toy(note), Linear(), CLASSES), batches(32), spec)
+    state = begin(Small(), spec)
+    train(state, flow_of(state, spec, toy(note), Linear(), CLASSES), batches(32), spec)
     assert seen == [(0.0, True), (0.25, True), (0.5, True), (0.75, True)]
 
 
@@ -102,7 +116,7 @@ def test_so_many_skipped_in_a_row_stop_it_after_the_hooks(skips: int, last: int)
     state = begin(Small(), spec)
     count = Every(1, lambda _, record: seen.append(record.skipped is not None))
     with pytest.raises(Diverged, match=f"step {last} diverged: loss, v, pull is not finite, in 12 of 12 rows"):
-        train(state, TASK, spoilt(1, 3, 4, 6, 7, 8), spec, [count])
+        train(state, flow_of_toy(state, spec), spoilt(1, 3, 4, 6, 7, 8), spec, [count])
     assert (state.step, state.skips) == (last, skips)
     assert [i for i, skipped in enumerate(seen) if skipped] == [i for i in (1, 3, 4, 6, 7, 8) if i < last]
 
@@ -117,7 +131,7 @@ def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(signals, "heard", signal.SIGUSR1 if state.step == 2 else None)
 
     with pytest.raises(signals.Stopped) as stopped:
-        train(state, TASK, batches(12), spec, [Every(1, hear)], lambda: next(due))
+        train(state, flow_of_toy(state, spec), batches(12), spec, [Every(1, hear)], lambda: next(due))
     assert (state.step, stopped.value.number) == (3, signal.SIGUSR1)
     assert seen == [(0, False), (0, True), (signal.SIGUSR1, False)]
 
@@ -129,9 +143,10 @@ def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -
     with counting() as drawn:
         run(own, spec)
     assert drawn.rows == 3 * list(range(12))
-    made, data = ([f(step) for step in range(3)] for f in (lambda k: draws_of(TASK, spec, k, (2,)), batches(12)))
+    flow = flow_of_toy(given, spec)
+    made, data = ([f(step) for step in range(3)] for f in (lambda k: draws_of(flow, spec, k, (2,)), batches(12)))
     with counting() as drawn:
-        train(given, TASK, data.__getitem__, spec, draws=made.__getitem__)
+        train(given, flow, data.__getitem__, spec, draws=made.__getitem__)
     assert (drawn.rows, drawn.scalars) == ([], 0)
     assert same(tensors(own), tensors(given))
 

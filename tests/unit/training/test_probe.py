@@ -16,7 +16,7 @@ from dumo.training.loop import Every, train
 from dumo.training.record import Probe, ask, compare, drift
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Record, Task
+from dumo.training.step import Record, flow_of
 from dumo.types import Noised, Objective, Reads, Terms, frozen
 from theory.exact import APART, Exact, record
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, run, same, tensors, toy
@@ -162,6 +162,7 @@ def test_one_part_has_nothing_to_agree_with() -> None:
 
     spec, found = Train(steps=3, batch=12, probe_every=1), list[Record]()
     hook = Every(1, lambda _, record: found.append(record))
-    train(begin(Small(), spec), Task(toy(alone), Linear(), CLASSES), batches(), spec, [hook])
+    state = begin(Small(), spec)
+    train(state, flow_of(state, spec, toy(alone), Linear(), CLASSES), batches(), spec, [hook])
     assert [record.probe for record in found] == [None] * 3
     assert calls == [12] * 3  # no pass for nothing

@@ -14,7 +14,7 @@ from dumo.training.optim import AdamW
 from dumo.training.record import LISTED, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Pieces, Task, pieces, reference, train_step
+from dumo.training.step import Pieces, flow_of, pieces, train_step
 from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, toy, trained
 
@@ -23,9 +23,10 @@ STEPS = 9
 
 def step(state: State, objective: Toy | None = None, batch: int = 12, lr: float = 1e-2, **more: object) -> Record:
     fields = {"steps": STEPS, "batch": batch, "optimizer": AdamW(lr=lr), "ema": AVERAGES} | more
-    task = Task(objective or Toy(), Linear(), CLASSES)
+    spec = Train.model_validate(fields)
+    flow = flow_of(state, spec, objective or Toy(), Linear(), CLASSES)
     some = batches(batch, next(state.net.parameters()).dtype)(state.step)
-    return train_step(state, task, some, Train.model_validate(fields))
+    return train_step(state, flow, some, spec)
 
 
 def fresh(dtype: torch.dtype = torch.float64, seed: int = 0) -> State:
@@ -257,8 +258,11 @@ def test_bf16_keeps_the_gradient_where_the_reference_passes_first() -> None:
 
 def test_reference_is_the_net_or_a_moving_average() -> None:
     state = trained()
-    assert reference(state, "self").module is state.net
-    assert reference(state, 0.9).module is state.averages[0.9].module
+    assert (
+        flow_of(state, Train(steps=9, batch=12, ema=AVERAGES), Toy(), Linear(), CLASSES).reference.module is state.net
+    )
+    averaged = flow_of(state, Train(steps=9, batch=12, ema=AVERAGES, ref=0.9), Toy(), Linear(), CLASSES)
+    assert averaged.reference.module is state.averages[0.9].module
     before = tensors(state)
     step(state, ref=0.9)
-    assert not torch.equal(reference(state, 0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
+    assert not torch.equal(averaged.reference.module.get_parameter("last.bias"), before["0.9.last.bias"])

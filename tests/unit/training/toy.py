@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from dumo.flow.flow import Flow
 from dumo.flow.path import Linear
 from dumo.runtime.random import stream
 from dumo.training.ema import Ema
@@ -14,7 +15,7 @@ from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Task, pieces, span
+from dumo.training.step import flow_of, pieces, span
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
@@ -71,7 +72,9 @@ class Toy(Spec):
         return Reads()
 
 
-TASK = Task(Toy(), Linear(), CLASSES)
+def flow_of_toy(state: State, spec: Train) -> Flow:
+    """The net of a state, taught by the toy."""
+    return flow_of(state, spec, Toy(), Linear(), CLASSES)
 
 
 def toy(change: Callable[[Terms, Noised], Terms]) -> Toy:
@@ -98,8 +101,8 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
 
 def run(state: State, spec: Train, **more: object) -> State:
     """Train the toy on this rank's rows and return the state."""
-    make, rows = batches(spec.batch, next(state.net.parameters()).dtype), span(pieces(spec, TASK.objective))
-    train(state, TASK, lambda step: [part[rows] for part in make(step)], spec, **more)  # pyright: ignore
+    make, rows = batches(spec.batch, next(state.net.parameters()).dtype), span(pieces(spec, Toy()))
+    train(state, flow_of_toy(state, spec), lambda step: [part[rows] for part in make(step)], spec, **more)  # pyright: ignore
     return state
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from dumo.training.loop import train
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Batch, Task, pieces, span
+from dumo.training.step import Batch, flow_of, pieces, span
 from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting
 from transformers_saved import CLASSES, SHAPE, saved
@@ -65,7 +65,7 @@ class Case:
     """A net and its training."""
 
     build: Callable[[Path], Built]  # it may write files into this folder
-    task: Task
+    taught: tuple[Objective, int]  # by which objective, on how many classes
     batch: Callable[[int], Batch]
     spec: Train = SPEC
     based: bool = False  # half of what it is taught is its own base
@@ -113,7 +113,7 @@ def tuned(
 CASES = {
     "frozen": Case(
         lambda _: Adapted(),
-        toy.TASK,
+        (toy.Toy(), toy.CLASSES),
         toy.batches(),
         Train(steps=4, batch=12, ema=toy.AVERAGES, ref=0.99, clip=0.5, optimizer=AdamW(lr=1e-2)),
         based=True,
@@ -121,7 +121,7 @@ CASES = {
     )
 }
 for one in ("learned", "given"):
-    asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
+    asked = (OBJECTIVE, len(CAPTIONS))
     CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
 
 
@@ -134,7 +134,7 @@ def passing(kind: Literal["tread", "sprint"]) -> nn.Module:
 for one in ("tread", "sprint"):
     CASES[one] = Case(
         lambda _, one=one: passing(one),
-        Task(OBJECTIVE, Linear(), 3),
+        (OBJECTIVE, 3),
         partial(randoms, GREY, 3),
         layouts=((1, False), (2, False), (2, True)),
     )
@@ -146,18 +146,18 @@ MODELS = {
 }  # blocks of one kind, of two, and of a UNet
 for name, ways in MODELS.items():
     for one in ways:
-        asked = Task(OBJECTIVE, Linear(), CLASSES)
+        asked = (OBJECTIVE, CLASSES)
         data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if one in CODED or name in EXACT else torch.float32)
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
 for name, way in (("sd3", "full"), ("flux", "lora")):  # the last of their two blocks is routed
     build = partial(tuned, name, way, route=Route(share=0.5, first=1, last=0))
-    asked = Task(OBJECTIVE, Linear(), CLASSES)
+    asked = (OBJECTIVE, CLASSES)
     data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if name in EXACT else torch.float32)
     CASES[f"{name}-routed"] = Case(build, asked, data, based=way != "full")
 two = MeanFlow(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5), times=Pair(velocity_ratio=0.5), power=0)
 for one in ("full", "lora"):
     build = partial(tuned, "sd3", one, objective=two)
-    asked = Task(two, Linear(), CLASSES)
+    asked = (two, CLASSES)
     data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64)
     CASES[f"sd3-two-{one}"] = Case(build, asked, data, based=one == "lora")
 
@@ -169,7 +169,7 @@ for name, spec in {"eight": EIGHT, "half": HALF}.items():
     wide = DiT(patch=2, width=64, depth=2, attention=2)  # of some matrices rows are whole blocks
     make = partial(lambda wide, _: wide.build(OBJECTIVE.needs, GREY, len(CAPTIONS)), wide)
     CASES[name] = Case(
-        make, Task(OBJECTIVE, Linear(), 3), partial(randoms, GREY, 3), spec, layouts=((1, False), (2, False), (2, True))
+        make, (OBJECTIVE, 3), partial(randoms, GREY, 3), spec, layouts=((1, False), (2, False), (2, True))
     )
 for one, spec in {
     "full": SPEC,
@@ -178,7 +178,7 @@ for one, spec in {
     "full-half": HALF,
 }.items():  # as models are mostly published
     build = partial(tuned, "sd3", one.removesuffix("-half") if spec is HALF else one, stored=torch.bfloat16)
-    asked = Task(OBJECTIVE, Linear(), CLASSES)
+    asked = (OBJECTIVE, CLASSES)
     CASES[f"sd3-mapped-{one}"] = Case(build, asked, partial(randoms, SHAPE, CLASSES), spec)
 
 
@@ -188,16 +188,19 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
     spec = case.spec.model_copy(update={"share": share, "reshard": reshard, "micro_batch": rows})
     torch.manual_seed(0)  # as `Run.build` does
     net, weights = built if isinstance(built := case.build(place), tuple) else (built, None)
-    state, task = begin(net, spec, torch.device("cpu"), weights), case.task
+    state = begin(net, spec, torch.device("cpu"), weights)
+    objective, classes = case.taught
+    teacher = None
     if case.based:
         base = Base(state.net, spec.precision)
 
         def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-            return v + 0.5 * (base(x, c, **dict.fromkeys(case.task.objective.needs.names, t))[0] - v)
+            return v + 0.5 * (base(x, c, **dict.fromkeys(objective.needs.names, t))[0] - v)
 
-        task = replace(task, teacher=taught)
-    mine = span(pieces(spec, task.objective))
-    train(state, task, lambda step: [part[mine] for part in case.batch(step)], spec)
+        teacher = taught
+    flow = flow_of(state, spec, objective, Linear(), classes, teacher=teacher)
+    mine = span(pieces(spec, objective))
+    train(state, flow, lambda step: [part[mine] for part in case.batch(step)], spec)
     return state
 
 

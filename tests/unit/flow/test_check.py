@@ -1,0 +1,458 @@
+"""What is wrong with a network, a loss, data or settings is a line that names it and the way out, before training."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dumo
+from contract.own import Numbers, Perceptron, Text, UNet, waves
+from dumo.flow import check, condition
+from dumo.flow.condition import require_data
+from dumo.flow.flow import Flow
+from dumo.flow.passes import Passes, Signature
+from dumo.objectives import DuMo, FlowMatching
+from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square
+
+TWO = Needs(heads=("v", "u"))
+X = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(8) % 3
+NUMBERS = torch.randn(8, 3, generator=torch.Generator().manual_seed(2))
+
+
+def points(classes: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    return Perceptron(TWO, classes)
+
+
+class Around(nn.Module):
+    """What people put around a network that is right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = points()
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401, not always heads
+        return self.changed(x, t)
+
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        return self.net(x, t)
+
+
+class MixesRows(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        return self.net(x - x.mean(0), t)
+
+
+class DrawsOfNumpy(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        return self.net(x + float(np.random.default_rng().random()), t)
+
+
+class Counts(Around):
+    calls = 0
+
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        self.calls += 1
+        return self.net(x + 0.1 * self.calls, t)
+
+
+class InPlace(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        x += 1
+        return self.net(x, t)
+
+
+class DetachesTime(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        size = (3 * t.detach()).sin()[:, None]
+        return [size * head for head in self.net(x, t)]
+
+
+class FloatsTime(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        sizes = torch.tensor([[3 * float(s)] for s in t])
+        return [sizes * head for head in self.net(x, t)]
+
+
+class NotFinite(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        v, u = self.net(x, t)
+        return v, u / 0
+
+
+class Dict(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        v, u = self.net(x, t)
+        return {"v": v, "u": u}
+
+
+class Fails(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        return self.net(x, t[:, None])
+
+
+class NeedsMore(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return x + tokens
+
+
+class Steep(nn.Module):
+    """Waves of up to 1000 radians."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(18, 32), nn.SiLU(), nn.Linear(32, 4))
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return self.net(torch.cat([x, waves(100 * t)], 1)).chunk(2, 1)
+
+
+class Own(FlowMatching):
+    """A loss of somebody's."""
+
+    how: ClassVar[Callable[[Terms, Frozen, Noised], Any]]
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Any:  # noqa: ANN401, not always terms
+        return type(self).how(super().loss(net, ref, b), ref, b)
+
+
+def loses(how: Callable[[Terms, Frozen, Noised], Any]) -> Flow:
+    """A flow of such a loss."""
+    own = type("Mine", (Own,), {"how": staticmethod(how), "__annotations__": {}})
+    return Flow(Perceptron(Needs()), own())
+
+
+def in_a_column(terms: Terms, *_: object) -> Terms:
+    object.__setattr__(terms, "loss", terms.loss[:, None])  # shapes are checked in tests alone
+    return terms
+
+
+def by_ref(_: Terms, ref: Frozen, b: Noised) -> Terms:
+    (v,) = ref(b.x_t, b.c, t=b.t)
+    return Terms(mean_square(v - b.v_t))
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is done, and how its line begins and ends."""
+
+    do: Callable[[], object]
+    line: str
+    way: str = ""
+
+
+def learns(
+    build: Callable[[], nn.Module],
+    x: Tensor = X,
+    c: Any = None,  # noqa: ANN401
+    objective: object = "dumo",
+    **settings: Any,  # noqa: ANN401
+) -> Callable[[], object]:
+    """The first loss of a flow of this network."""
+    return lambda: dumo.Flow(build(), objective, **settings)(x, c)
+
+
+def after(do: Callable[[Flow], object], classes: int = 0, objective: object = "dumo") -> Callable[[], object]:
+    """Something with a flow that has had a first loss."""
+
+    def first_loss_then() -> object:
+        flow = dumo.Flow(points(classes), objective, classes=classes)
+        flow(X, LABELS if classes else None)
+        return do(flow)
+
+    return first_loss_then
+
+
+CENTRAL = {"kind": "dumo", "slope": {"kind": "central"}}
+ONE_HEAD = Needs(inputs=("t", "r"), heads=("u",))
+MISTAKES = {
+    # a loss
+    "a mean": Mistake(
+        lambda: loses(lambda terms, *_: terms.loss.mean())(X),
+        "objective 'flow_matching': its loss returned a tensor of shape ()",
+        "shape (8,); the trainer takes the mean",
+    ),
+    "(b, 1)": Mistake(
+        lambda: loses(in_a_column)(X),
+        "objective 'flow_matching': its loss returned Terms where 'loss' has shape (8, 1)",
+        "the trainer takes the mean over rows",
+    ),
+    "a dict": Mistake(
+        lambda: loses(lambda terms, *_: {"loss": terms.loss})(X),
+        "objective 'flow_matching': its loss returned a dict: return dumo.types.Terms",
+    ),
+    "by ref": Mistake(
+        lambda: loses(by_ref)(X),
+        "objective 'flow_matching': its loss has no gradient: the pass that learns is net(...)",
+    ),
+    # a network
+    "batch norm": Mistake(
+        learns(lambda: UNet(norm="batch"), IMAGES),
+        "UNet: a pass in training changes its buffer 'norm.running_mean' (of BatchNorm2d)",
+        "nn.GroupNorm or nn.LayerNorm",
+    ),
+    "rows mix": Mistake(learns(MixesRows), "head 'v' of one row changes with another row", "keep them apart"),
+    "numpy": Mistake(
+        learns(DrawsOfNumpy),
+        "DrawsOfNumpy: two passes in training on the same rows differ",
+        "not with numpy's, Python's or one of its own",
+    ),
+    "a state": Mistake(learns(Counts), "Counts: two passes in training on the same rows differ"),
+    "x in place": Mistake(
+        learns(InPlace), "InPlace: a pass changes its input x in place", "write x = x + ..."
+    ),
+    "not finite": Mistake(learns(NotFinite), "NotFinite: head 'u' is not finite on the first rows"),
+    "one head": Mistake(
+        learns(lambda: Perceptron(Needs())),
+        "Perceptron returned (4, 2); this objective needs 2 outputs, v, u",
+        "or one tensor with 4 channels",
+    ),
+    "heads in a dict": Mistake(learns(Dict), "Dict returned a dict: return its heads, v, u, as a tuple"),
+    "it fails": Mistake(
+        learns(Fails),
+        "Fails failed on x (4, 2) at times (4,): ",
+        "give dumo.Flow(call=lambda net, x, t, c: net(...)) to call it otherwise",
+    ),
+    "no module": Mistake(lambda: dumo.Flow(None), "net is a NoneType: give an nn.Module"),
+    "frozen": Mistake(
+        learns(lambda: points().requires_grad_(False)), "no parameter of Perceptron is trained", "that learns"
+    ),
+    "no second time": Mistake(
+        learns(Around, objective="meanflow"), "Around.forward has no second time", "with r after t"
+    ),
+    # its derivative
+    "t.detach() and dual": Mistake(
+        learns(DetachesTime, objective={"kind": "dumo", "slope": {"kind": "dual"}}),
+        "no du/dt of DetachesTime: not dual: slope 'dual' has no tangent for 'Tensor.detach",
+        "Leave out the slope, and one that serves is taken",
+    ),
+    "t.detach() and jvp": Mistake(
+        learns(DetachesTime, objective={"kind": "dumo", "slope": {"kind": "jvp"}}),
+        "no du/dt of DetachesTime: not jvp: du/dt is ",
+        "% off. Leave out the slope, and one that serves is taken",
+    ),
+    "central where t is steep": Mistake(
+        learns(Steep, objective=CENTRAL),
+        "no du/dt of Steep: not central, h = 0.005: du/dt is ",
+        "Leave out the slope, and one that serves is taken",
+    ),
+    "central under bf16": Mistake(
+        learns(points, objective=CENTRAL, precision="bf16"),
+        "no du/dt of Perceptron: not central, h = 0.005: slope 'central' needs precision fp32",
+        "Leave out the slope, and one that serves is taken",
+    ),
+    # data
+    "bytes": Mistake(learns(points, X.byte()), "x is torch.uint8: give floats near [-1, 1], of bytes x / 127.5 - 1"),
+    "0 to 255": Mistake(learns(points, 127.5 * (X + 1)), "x reaches ", "scale them"),
+    "not a number": Mistake(learns(points, X * float("nan")), "x is not finite everywhere: look at the data"),
+    "no rows": Mistake(learns(points, X[:0]), "x has shape (0, 2), and so no data"),
+    "no axis": Mistake(learns(points, X[:, 0]), "x has shape (8,): give rows, (b, ...)"),
+    "other data": Mistake(after(lambda flow: flow(IMAGES)), "x has shape (8, 1, 8, 8): give rows of shape (2,)"),
+    "a group": Mistake(
+        learns(lambda: Perceptron(ONE_HEAD), X[:6], objective="imm"),
+        "6 rows, and 4 belong together in objective 'imm': give a multiple of 4",
+    ),
+    "noise": Mistake(
+        after(lambda flow: flow(X, z=torch.zeros(8, 3))), "z has shape (8, 3), x (8, 2): give noise of the shape of x"
+    ),
+    "progress": Mistake(after(lambda flow: flow(X, progress=2.0)), "progress = 2: give the share of the training"),
+    # conditions
+    "a label too large": Mistake(
+        learns(lambda: points(3), c=LABELS + 10, classes=3), "label 10 with classes = 3: labels are 0 to 2"
+    ),
+    "labels alone": Mistake(learns(points, c=LABELS), "labels without a number of classes: give dumo.Flow("),
+    "classes alone": Mistake(
+        learns(lambda: points(3), classes=3), "classes = 3, and no labels: give c, or leave out classes="
+    ),
+    "labels (b, 1)": Mistake(
+        learns(lambda: points(3), c=LABELS[:, None], classes=3), "classes = 3 is for labels (b,), and c is of"
+    ),
+    "too few": Mistake(
+        learns(lambda: points(3), c=LABELS[:4], classes=3), "condition 'c' has shape (4,): give one row for each of 8"
+    ),
+    "no argument": Mistake(
+        learns(Around, c={"tokens": NUMBERS}), "condition 'tokens' is no argument of Around.forward: rename it"
+    ),
+    "no argument for numbers": Mistake(learns(Around, c=NUMBERS), "Around.forward has no argument for a condition"),
+    "no argument for labels": Mistake(
+        learns(Around, c=LABELS, classes=3), "Around.forward has no argument for a class", "leave out classes="
+    ),
+    "a null of another name": Mistake(
+        learns(Numbers, c=NUMBERS, null={"text": torch.zeros(3)}), "null has a 'text', and c has cond"
+    ),
+    "a null of another shape": Mistake(
+        learns(Numbers, c=NUMBERS, null=torch.zeros(4)), "null of condition 'cond' is (4,): give a tensor of a row's"
+    ),
+    "a null alone": Mistake(learns(points, null=torch.zeros(3)), "null= stands for a condition, and there is none"),
+    "null beside labels": Mistake(
+        learns(lambda: points(3), c=LABELS, classes=3, null=torch.zeros(3)), "null= is for conditions that are no"
+    ),
+    "text left out": Mistake(learns(Text, IMAGES), "Text failed on x (4, 1, 8, 8)", "to call it otherwise"),
+    # settings
+    "a kind that is none": Mistake(learns(points, objective="dumoo"), "objective 'dumoo': choose dumo"),
+    "a class": Mistake(learns(points, objective=DuMo), "objective <class 'dumo.objectives.dumo.DuMo'> is none: give"),
+    "a teacher that is none": Mistake(
+        lambda: dumo.Flow(points(), teacher=points()), "teacher is a Perceptron: give a dumo.Flow that was trained"
+    ),
+    "a teacher of labels": Mistake(
+        lambda: dumo.Flow(points(), teacher=dumo.Flow(points(3), classes=3)),
+        "teacher has classes = 3, and this flow 0: give both the same labels",
+    ),
+    "no teacher": Mistake(
+        learns(points, objective="pi_flow"), "objective 'pi_flow' learns from a teacher's velocity: give"
+    ),
+    "a shard": Mistake(lambda: dumo.Flow(points(), shard=(2, 2)), "shard = (2, 2): give (rank, ranks) of the data"),
+    "a scale": Mistake(lambda: dumo.Flow(points(), time_scale=0.0), "time_scale = 0: give what times"),
+    "classes": Mistake(lambda: dumo.Flow(points(), classes=-1), "classes = -1: give how many labels there are"),
+    # what is read
+    "a jump": Mistake(
+        after(lambda flow: flow.jump(X, 1.0, 0.5)),
+        "objective 'dumo' teaches no jump that ends at s = 0.5: give s=0, or train with 'dumo_any' or 'meanflow'",
+    ),
+    "times": Mistake(after(lambda flow: flow.velocity(X, torch.ones(3))), "a time of shape (3,) for 8 rows: give"),
+    "no label": Mistake(after(lambda flow: flow.velocity(X, 0.5), 3), "classes = 3, and no labels: give c"),
+    "a label": Mistake(after(lambda flow: flow.velocity(X, 0.5, LABELS + 7), 3), "label 7 with classes = 3"),
+    "before a loss": Mistake(lambda: dumo.Flow(points()).sample(4), "the shape of the data is not known before"),
+    "guided twice": Mistake(
+        after(lambda flow: flow.sample(4, guidance=2.0), 3), "guidance = 2: objective 'dumo' was guided in training"
+    ),
+    "nothing to guide by": Mistake(
+        after(lambda flow: flow.sample(4, guidance=2.0)),
+        "guidance = 2 needs what the network makes of no condition",
+        "train with classes= or null=",
+    ),
+    "labels of none": Mistake(after(lambda flow: flow.sample([0, 1])), "label 0 is out of range: this model has"),
+    "none": Mistake(after(lambda flow: flow.sample(None)), "flow.sample(None): give how many samples"),
+    "no passes": Mistake(after(lambda flow: flow.sample(4, nfe=0)), "nfe = 0 is no number of passes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_says_the_way_out(name: str) -> None:
+    mistake = MISTAKES[name]
+    with pytest.raises(UserError) as refused:
+        mistake.do()
+    line = str(refused.value)
+    assert mistake.line in line
+    assert line.endswith(mistake.way)
+    assert "\n" not in line
+
+
+def test_generators_stay_where_a_check_refuses() -> None:
+    flow = dumo.Flow(MixesRows())
+    before = torch.get_rng_state()
+    with pytest.raises(UserError):
+        flow(X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_no_tensor_is_said() -> None:
+    with pytest.raises(UserError, match="x is a ndarray: give a tensor"):
+        require_data(X.numpy())
+
+
+# ------------------------------------------------------------------------------------------------------------- harmless
+
+
+class DrawsOfTorch(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        return self.net(x + 0.1 * torch.randn(len(x), 2), t)
+
+
+class AsksForTensors(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        assert isinstance(x, Tensor)
+        return self.net(x, t)
+
+
+def test_draws_of_torch_are_keyed_in_a_network_and_in_a_loss() -> None:
+    losses = [dumo.Flow(DrawsOfTorch())(X).item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    torch.manual_seed(0)
+    flow = loses(lambda terms, *_: Terms(terms.loss * torch.rand(8)))
+    assert flow(X, step=1).item() == flow(X, step=1).item()
+    assert flow(X, step=1).item() != flow(X, step=2).item()
+
+
+def test_another_way_is_found_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    flow = dumo.Flow(AsksForTensors())
+    flow(X)
+    assert flow.why.startswith("jvp, ")
+    assert "not dual" in flow.why
+    assert f"dumo: du/dt by {flow.why}" in caplog.messages
+    assert flow.why in repr(flow)
+
+
+@pytest.mark.parametrize("build", [DetachesTime, FloatsTime])
+def test_where_time_is_cut_off_differences_serve(build: type[Around], caplog: pytest.LogCaptureFixture) -> None:
+    dumo.Flow(build())(X)
+    (message,) = caplog.messages
+    assert re.fullmatch(r"dumo: du/dt by central, h = .*; not dual: .*; not jvp: .*", message)
+
+
+def test_a_network_that_is_steep_in_time_is_said_and_a_scale_helps(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    dumo.Flow(Steep()).check(X)
+    (message,) = caplog.messages
+    found = re.search(r"t du/dt is ([\d.]+) times v.*time_scale=([\d.e-]+)\)", message)
+    assert found
+    assert float(found[1]) > 1
+    caplog.clear()
+    dumo.Flow(Steep(), time_scale=float(found[2])).check(X)
+    dumo.Flow(points()).check(X)
+    assert caplog.messages == []
+
+
+# ------------------------------------------------------------------------------------------------------------ its parts
+
+
+def test_layers_of_zeros_are_drawn_in_the_copy_alone() -> None:
+    net = points()
+    nn.init.zeros_(net.out.weight)
+    nn.init.zeros_(net.out.bias)
+    flow = dumo.Flow(net)
+    flow.check(X)
+    assert not net.out.weight.any()
+    passes = Passes(net, TWO, Signature.of(net), labelled=False)
+    assert check.drawn_copy(passes).net.out.weight.any()
+    assert float(flow.why.partition(", ")[2].partition(" %")[0]) > 0  # of what is not 0
+
+
+def test_a_network_that_cannot_be_copied_is_checked_as_it_is_and_once_more() -> None:
+    class Uncopied(Around):
+        def __deepcopy__(self, memo: object) -> "Uncopied":
+            raise RuntimeError("not me")
+
+    flow = dumo.Flow(Uncopied())
+    checks: list[int] = []
+    own_check = flow.check
+    flow.__dict__["check"] = lambda *given: checks.append(flow.step) or own_check(*given)
+    flow(X)
+    flow.step = 99
+    for _ in range(3):
+        flow(X)
+    assert checks == [0, 100]
+
+
+def test_a_slope_that_was_chosen_is_tried_first() -> None:
+    first = dumo.Flow(AsksForTensors())
+    first.check(X)
+    assert first.choice
+    other = dumo.Flow(points())
+    other.choice = first.choice
+    assert other.check(X).startswith("jvp")
+
+
+def test_first_rows_and_rows_of_conditions() -> None:
+    assert condition.first_rows(None, 2) is None
+    assert len(condition.first_rows(LABELS, 2)) == 2
+    assert condition.rows_of({"a": NUMBERS[:5]}) == 5

@@ -1,0 +1,477 @@
+"""`dumo.Flow` in a training loop of one's own: losses, gradients, samples and random numbers of anybody's networks."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import dumo
+from contract.case import members
+from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
+from dumo.flow.condition import Condition
+from dumo.flow.draw import draw
+from dumo.flow.flow import Flow
+from dumo.flow.path import Linear, Trig
+from dumo.nets import DiT
+from dumo.objectives import Objective
+from dumo.types import Frozen, Needs, UserError
+from tiers import tiered
+
+ROWS, CLASSES = 8, 3
+KINDS = [member.model_fields["kind"].default for member in members(Objective)]
+QUICK = ("dumo", "pi_flow", "f2d2", "imm", "critic", "tvm", "twinflow")  # knobs, groups, gauges, signed times, teachers
+TWO = Needs(heads=("v", "u"))
+LABELS = torch.arange(ROWS) % CLASSES
+
+
+def points() -> Tensor:
+    return torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(1))
+
+
+def images() -> Tensor:
+    return torch.randn(ROWS, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(2))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of somebody's, its data, and the settings of its flow."""
+
+    build: Callable[[], nn.Module]
+    x: Tensor
+    c: Condition = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    exact: tuple[str, ...] = ("dual", "jvp")  # slopes that are exact on it; the first is taken
+
+    def flow(self, objective: object = "dumo", **more: object) -> Flow:
+        """Of a new network."""
+        torch.manual_seed(0)
+        return dumo.Flow(self.build(), objective, **{**self.settings, **more})
+
+
+TOKENS = {"tokens": numbers(4, 5), "pooled": numbers(3)}
+NO_TOKENS = {"tokens": torch.zeros(4, 5), "pooled": torch.zeros(3)}
+OWN_CALL = {"call": lambda net, x, t, c: net(x, t, cond=c), "null": torch.zeros(3)}
+CASES = {
+    "points": Case(lambda: Perceptron(TWO, CLASSES), points(), LABELS, {"classes": CLASSES}),
+    "unet": Case(lambda: UNet(CLASSES), images(), LABELS, {"classes": CLASSES}),
+    "dropout": Case(lambda: UNet(CLASSES, dropout=0.3), images(), LABELS, {"classes": CLASSES}),
+    "einops": Case(Patches, images()),
+    "encoder": Case(Encoder, images(), exact=("dual",)),  # torch.func.jvp drops others
+    "numbers": Case(Numbers, points(), numbers(3), {"null": torch.zeros(3)}),
+    "own call": Case(Numbers, points(), numbers(3), OWN_CALL),
+    "text": Case(Text, images(), TOKENS, {"null": NO_TOKENS}),
+    "no null": Case(Text, images(), TOKENS),
+    "steps of 1000": Case(lambda: Thousand(), points(), None, {"time_scale": 1000.0}),
+    "in place": Case(lambda: UNet(activation="leaky"), images(), exact=("jvp",)),
+    "dumo's own": Case(
+        lambda: DiT(patch=4, width=16, depth=1, attention=1).build(TWO, (1, 8, 8), CLASSES),
+        images(),
+        LABELS,
+        {"classes": CLASSES},
+    ),
+}
+
+
+class Thousand(nn.Module):
+    """Of times from 0 to 1000."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Perceptron(TWO)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
+        return self.net(x, timesteps / 1000)
+
+
+def trained(flow: Flow, x: Tensor, c: Condition, steps: int) -> list[float]:
+    """The losses of some steps with Adam."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    losses: list[float] = []
+    for _ in range(steps):
+        loss = flow(x, c)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def conditions_of_samples(c: Condition) -> int | Condition:
+    return ROWS if c is None or c is LABELS else c
+
+
+# ------------------------------------------------------------------------------------------------- networks, objectives
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_learns_and_samples_and_nothing_else_changes(name: str) -> None:
+    case = CASES[name]
+    flow = case.flow()
+    before = torch.get_rng_state()
+    modes = [part.training for part in flow.modules()]
+    kept = copy.deepcopy(flow.net.state_dict())
+    why = flow.check(case.x, case.c)
+    assert why.startswith(case.exact[0])
+    assert all(torch.equal(value, kept[key]) for key, value in flow.net.state_dict().items())
+
+    flow(case.x, case.c).backward()
+    grads = [p.grad for p in flow.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+    for nfe in (1, 2):
+        samples = flow.sample(conditions_of_samples(case.c), nfe=nfe)
+        assert samples.shape == case.x.shape
+        assert samples.dtype == torch.float32
+        assert samples.isfinite().all()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [part.training for part in flow.modules()] == modes
+
+
+PAIRS = [(name, slope) for name in CASES for slope in ("dual", "jvp", "central")]
+NOW = [pair for pair in PAIRS if pair[0] in ("points", "text") or pair == ("encoder", "dual")]
+
+
+def in_double(c: Condition) -> Condition:
+    """The same conditions, but for class numbers."""
+    if isinstance(c, Tensor):
+        return c.double() if c.is_floating_point() else c
+    return None if c is None else {name: rows.double() for name, rows in c.items()}
+
+
+@pytest.mark.parametrize(("name", "kind"), tiered(PAIRS, now=NOW, id="-".join))
+def test_the_derivative_is_that_of_float64(name: str, kind: str) -> None:
+    case = CASES[name]
+    flow = case.flow({"kind": "dumo", "slope": {"kind": kind}})
+    if kind not in (*case.exact, "central"):
+        with pytest.raises(UserError, match=f"not {kind}.* Leave out the slope"):
+            flow.check(case.x, case.c)
+        return
+    if name == "in place" and kind == "central":  # its kinks are nearer than h
+        return
+    flow.check(case.x, case.c)
+    passes, b = flow.passes(case.x, case.c)
+    _, along = flow.objective.needs.slope(passes, Frozen(passes), b.x_t, b.c, t=b.t)
+    with torch.no_grad():
+        found = along(b.v_t)
+
+    exact_passes, b = case.flow().double().passes(case.x.double(), in_double(case.c))
+    h = 1e-5
+    with torch.no_grad():
+        ahead = exact_passes(b.x_t + h * b.v_t, b.c, t=b.t + h)
+        behind = exact_passes(b.x_t - h * b.v_t, b.c, t=b.t - h)
+    for du_dt, after, before in zip(found, ahead, behind, strict=True):
+        true = (after - before) / (2 * h)
+        assert (du_dt - true).norm() <= (0.05 if kind == "central" else 1e-5) * true.norm()
+
+
+def objective_of(kind: str) -> dict[str, object]:
+    return {"kind": kind, "size": 4} if kind == "drift" else {"kind": kind}
+
+
+def flow_of(kind: str, classes: int, **settings: object) -> Flow:
+    """Of a perceptron that has what this objective needs."""
+    trial = dumo.Flow(Perceptron(TWO), objective_of(kind), classes=classes)
+    needs = trial.objective.needs
+    path = Trig() if needs.formulas.paths == ("trig",) else Linear()
+    torch.manual_seed(0)
+    return dumo.Flow(Perceptron(needs, classes), objective_of(kind), classes=classes, path=path, **settings)
+
+
+@pytest.mark.parametrize("kind", tiered(KINDS, now=QUICK))
+def test_every_objective_learns_and_samples(kind: str) -> None:
+    teacher = flow_of("flow_matching", CLASSES)
+    teacher(points(), LABELS)
+    for classes, labels in ((0, None), (CLASSES, LABELS)):
+        flow = flow_of(kind, classes)
+        must = flow.objective.needs.teacher.velocity == "must"
+        if must:
+            with pytest.raises(UserError, match="learns from a teacher's velocity"):
+                flow(points(), labels)
+        if must or classes:
+            flow = flow_of(kind, classes, teacher=teacher if classes else flow_of("flow_matching", 0))
+        for _ in range(2):
+            loss = flow(points(), labels)
+            loss.backward()
+            assert loss.isfinite()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+        for nfe in (4,) if must else (1, 2):
+            assert flow.sample(4, nfe=nfe).isfinite().all()
+
+
+def test_every_objective_is_tried() -> None:
+    assert len(KINDS) == 24
+    assert {*QUICK} <= {*KINDS}
+
+
+@pytest.mark.parametrize("kind", ["dumo", "meanflow", "flow_matching"])
+def test_the_gradient_is_that_of_the_bare_step(kind: str) -> None:
+    flow = flow_of(kind, CLASSES)
+    flow.check(points(), LABELS)
+    net = copy.deepcopy(flow.net)
+
+    def called(x: Tensor, c: Tensor, /, **times: Tensor) -> tuple[Tensor, ...]:
+        return net(x, y=c, **times)
+
+    bare = nn.Module()
+    bare.forward = called  # pyright: ignore[reportAttributeAccessIssue]
+    b = draw(flow.objective, Linear(), points(), LABELS, CLASSES, seed=0, step=0)
+    loss = flow.objective.loss(bare, Frozen(bare), b).loss.mean()
+    loss.backward()
+    mine = flow(points(), LABELS)
+    mine.backward()
+    assert torch.equal(mine, loss)
+    for (name, p), other in zip(flow.net.named_parameters(), net.parameters(), strict=True):
+        assert torch.equal(p.grad, other.grad), name
+
+
+# ------------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_ranks_and_steps_draw_other_rows_and_two_shards_are_the_batch() -> None:
+    case = CASES["points"]
+    whole = case.flow(shard=(0, 1))
+    losses = [whole(case.x, case.c).item() for _ in range(2)]
+    assert losses[0] != losses[1]
+
+    parts = []
+    for rank in range(2):
+        rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+        flow = case.flow(shard=(rank, 2))
+        parts.append(flow(case.x[rows], LABELS[rows]).item())
+    assert sum(parts) / 2 == pytest.approx(losses[0], rel=1e-6)
+
+    same = [case.flow(shard=(rank, 2))(case.x, case.c).item() for rank in range(2)]
+    assert same[0] != same[1]
+
+
+def test_all_passes_of_a_step_meet_the_same_dropout_and_two_steps_do_not() -> None:
+    flow = CASES["dropout"].flow()
+    x, c = CASES["dropout"].x, CASES["dropout"].c
+    masks: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, out: object) -> None:
+        if isinstance(out, Tensor):
+            masks.append(out.detach() == 0)
+
+    flow.check(x, c)
+    flow.net.dropout.register_forward_hook(note)
+    passes, b = flow.passes(x, c)
+    for _ in range(2):
+        passes(b.x_t, b.c, t=b.t)
+    assert masks[0].any()
+    assert torch.equal(masks[0], masks[1])
+    flow(x, c)
+    flow.step = 5
+    passes, b = flow.passes(x, c)
+    passes(b.x_t, b.c, t=b.t)
+    assert not torch.equal(masks[0], masks[-1])
+
+
+def test_a_step_that_is_given_is_not_counted_and_evaluation_counts_none() -> None:
+    case = CASES["points"]
+    flow = case.flow()
+    third = flow(case.x, case.c, step=3).item()
+    assert flow.step == 0
+    flow.eval()
+    flow(case.x, case.c)
+    assert flow.step == 0
+    flow.train()
+    losses = [flow(case.x, case.c).item() for _ in range(4)]
+    assert flow.step == 4
+    assert losses[3] == third
+
+
+def test_a_smaller_last_batch_keeps_the_rows_of_its_rank() -> None:
+    case = CASES["points"]
+    flow = case.flow(shard=(1, 2))
+    flow(case.x, case.c)
+    z = flow.drawn(1, (2,), batch=2 * ROWS).z
+    assert z is not None
+    seen: list[Tensor] = []
+    flow.net.register_forward_pre_hook(lambda _, given: seen.append(given[0]) if isinstance(given[0], Tensor) else None)
+    flow.eval()
+    x = torch.zeros(3, 2)
+    flow(x, LABELS[:3], step=1)
+    ratio = (seen[0] if len(seen[0]) == 3 else seen[-1]) / z[ROWS : ROWS + 3]
+    assert torch.allclose(ratio[:, 0], ratio[:, 1])  # both are t
+
+
+def test_a_condition_is_dropped_to_its_null() -> None:
+    seen: list[Tensor] = []
+    null = torch.full((3,), 7.0)
+
+    def call(net: nn.Module, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        seen.append(c)
+        return net(x, t, c)[:1]
+
+    flow = CASES["numbers"].flow({"kind": "flow_matching", "drop": 0.5}, null=null, call=call)
+    given = numbers(3)
+    flow(points(), given)
+    dropped = (seen[-1] == null).all(1)
+    assert dropped.any()
+    assert not dropped.all()
+    assert torch.equal(seen[-1][~dropped], given[~dropped])
+
+
+# --------------------------------------------------------------------------------------------------------- what is read
+
+
+def test_a_sample_is_a_function_of_seed_number_and_condition() -> None:
+    case = CASES["dropout"]
+    flow = case.flow()
+    trained(flow, case.x, case.c, 2)
+    eight = flow.sample(8)
+    torch.testing.assert_close(flow.sample(4), eight[:4])
+    flow.eval()
+    assert torch.equal(flow.sample(8), eight)
+    torch.testing.assert_close(flow.sample([0, 1, 1])[:2], eight[:2])
+    assert not torch.allclose(flow.sample([0, 0])[1], eight[1])
+    assert not torch.allclose(flow.sample(8, seed=1), eight)
+    torch.testing.assert_close(flow.sample(torch.tensor([0, 1, 2])), eight[:3])
+
+
+def test_samples_of_a_table_are_of_their_rows() -> None:
+    case = CASES["text"]
+    flow = case.flow()
+    trained(flow, case.x, case.c, 2)
+    all_rows = flow.sample(TOKENS)
+    torch.testing.assert_close(flow.sample({name: rows[:2] for name, rows in TOKENS.items()}), all_rows[:2])
+
+
+def test_velocity_and_jump_are_those_of_the_heads_in_evaluation() -> None:
+    flow = CASES["points"].flow()
+    x, c, t = points(), LABELS, torch.linspace(0.1, 1, ROWS)
+    v, u = flow.net(x, t, y=c)
+    assert torch.equal(flow.velocity(x, t, c), v)
+    torch.testing.assert_close(flow.jump(x, t, c=c), x - t[:, None] * u)
+    assert torch.equal(flow.jump(x, t, torch.zeros(ROWS), c), flow.jump(x, t, 0, c))
+    assert torch.equal(flow.velocity(x, 0.5, c), flow.velocity(x, torch.tensor(0.5), c))
+    assert not flow.velocity(x, t, c).requires_grad
+
+
+def test_times_reach_the_network_on_its_scale() -> None:
+    flow = CASES["steps of 1000"].flow()
+    plain = dumo.Flow(flow.net.net)
+    torch.testing.assert_close(flow.velocity(points(), 0.7), plain.velocity(points(), 0.7))
+
+
+def test_guidance_leads_away_from_the_null() -> None:
+    flow = flow_of("flow_matching", CLASSES)
+    flow(points(), LABELS)
+    plain = flow.sample([1, 1], nfe=1)
+    guided = flow.sample([1, 1], nfe=1, guidance=3.0)
+    none = flow.sample([1, 1], nfe=1, guidance=1e-6)
+    torch.testing.assert_close(guided, none + 3 * (plain - none), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    with pytest.raises(UserError, match="guidance = -1: give a scale above 0"):
+        flow.sample(2, guidance=-1.0)
+
+
+def test_an_average_is_read_and_the_flow_stays() -> None:
+    case = CASES["points"]
+    flow = case.flow()
+    average = AveragedModel(flow.net)
+    whole = AveragedModel(flow)
+    trained(flow, case.x, case.c, 2)
+    before = flow.sample(4)
+    old = flow.of(average).sample(4)
+    assert not torch.allclose(old, before)
+    torch.testing.assert_close(flow.of(whole).sample(4), old)
+    assert torch.equal(flow.sample(4), before)
+    assert flow.net is not average
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_the_same() -> None:
+    case = CASES["points"]
+    plain = case.flow()
+    flow = case.flow()
+    flow.net = torch.compile(flow.net, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(flow(case.x, case.c), plain(case.x, case.c))
+    torch.testing.assert_close(flow.sample(4), plain.sample(4))
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+def test_a_pupil_learns_its_teachers_velocity() -> None:
+    case = CASES["points"]
+    teacher = case.flow()
+    trained(teacher, case.x, case.c, 2)
+    pupil = flow_of("flow_matching", CLASSES, teacher=teacher)
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in pupil.parameters()}
+    passes, b = pupil.passes(points(), LABELS)
+    assert passes.net is pupil.net
+    torch.testing.assert_close(b.v_t, teacher.velocity(b.x_t, b.t, b.c))
+
+
+def test_a_teacher_gets_the_pupils_rows_of_a_table() -> None:
+    case = CASES["numbers"]
+    teacher = case.flow()
+    pupil = case.flow(teacher=teacher)
+    _, b = pupil.passes(case.x, case.c)
+    given = torch.where((b.c == -1)[:, None], torch.zeros(3), numbers(3))
+    torch.testing.assert_close(b.v_t, teacher.velocity(b.x_t, b.t, given))
+
+
+# ------------------------------------------------------------------------------------------------------ what is resumed
+
+
+@pytest.mark.parametrize("name", ["dropout", "encoder"])
+@pytest.mark.parametrize("file", ["flow.pt", "flow.safetensors"])
+def test_a_resumed_run_goes_on_to_the_bit(name: str, file: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    flow = case.flow(seed=5)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+
+    def step(flow: Flow, optimizer: torch.optim.Optimizer) -> float:
+        loss = flow(case.x, case.c)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    step(flow, optimizer)
+    if file.endswith("pt"):
+        torch.save(flow.state_dict(), tmp_path / file)
+    else:
+        save_file(flow.state_dict(), tmp_path / file)
+    kept = copy.deepcopy(optimizer.state_dict())
+    through = [step(flow, optimizer) for _ in range(2)]
+
+    again = case.flow()
+    for p in again.parameters():
+        nn.init.zeros_(p)
+    fresh = torch.optim.Adam(again.parameters(), lr=1e-2)
+    again.load_state_dict(torch.load(tmp_path / file) if file.endswith("pt") else load_file(tmp_path / file))
+    fresh.load_state_dict(kept)
+    assert again.seed == 5
+    assert again.step == 1
+    assert again.shape == case.x.shape[1:]
+    assert [step(again, fresh) for _ in range(2)] == through
+    assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), again.parameters(), strict=True))
+    assert torch.equal(flow.sample(2), again.sample(2))
+
+
+def test_a_state_has_one_size_and_keeps_the_chosen_slope() -> None:
+    case = CASES["in place"]
+    flow = case.flow()
+    fresh = flow.state_dict()["_extra_state"]
+    flow(case.x, case.c)
+    kept = flow.state_dict()["_extra_state"]
+    assert fresh.shape == kept.shape
+    other = case.flow()
+    other.set_extra_state(kept)
+    assert other.choice == flow.choice
+    assert other.get_extra_state().tolist() == kept.tolist()
