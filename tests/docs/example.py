@@ -1,4 +1,4 @@
-"""Run an example of docs/examples as it is, and say whether its samples are finite.
+"""Run an example of docs/examples as it is; an error where its samples are not finite.
 
 python tests/docs/example.py docs/examples/plain.py 2
 """
@@ -13,7 +13,8 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)  # where Python looks when it runs the example
     names = runpy.run_path(sys.argv[0], run_name="__main__")
-    print("finite" if names["samples"].isfinite().all() else "not finite")
+    if not names["samples"].isfinite().all():
+        raise SystemExit("the samples are not finite")
 
 
 if __name__ == "__main__":
