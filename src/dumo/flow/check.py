@@ -195,7 +195,7 @@ def draws_itself(passes: Passes, b: Noised, needs: Needs) -> bool:
 
 
 def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> None:
-    """Raise UserError where an objective lacks its teacher, or so many rows part those that belong together."""
+    """Raise UserError where an objective lacks its teacher, or the number of rows parts some that belong together."""
     if objective.needs.teacher.velocity == "must" and not has_teacher:
         raise UserError(
             f"objective '{objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a flow that "

@@ -92,7 +92,7 @@ def require_conditions(
     *,
     deeply: bool = False,
 ) -> None:
-    """Raise UserError for what are no conditions of so many rows."""
+    """Raise UserError for what are no conditions, one for each row."""
     if c is None:
         if classes:
             raise UserError(f"classes = {classes}, and no labels: give c, or leave out classes=")
@@ -108,7 +108,7 @@ def require_conditions(
 
 
 def _require_rows(name: str, given: object, rows: int) -> None:
-    """Raise UserError for what is no tensor of so many rows."""
+    """Raise UserError for what is no tensor with a row for each."""
     if not isinstance(given, Tensor):
         raise UserError(f"condition '{name}' is a {type(given).__name__}: give a tensor with a row for each of x")
     if not given.ndim or len(given) != rows:

@@ -127,8 +127,8 @@ class Choice:
             gentle = time_scale * GENTLE / self.steepness
             yield (
                 f"t du/dt is {self.steepness:.3g} times v: this network is steep in t, and training on du/dt will not "
-                f"settle. Give dumo.Flow(time_scale={gentle:.2g}), which multiplies t, or embed t by slower waves, of a "
-                "few radians"
+                f"settle. Give dumo.Flow(time_scale={gentle:.2g}), which multiplies t, or embed t by waves of a few "
+                "radians"
             )
 
 

@@ -87,7 +87,7 @@ class Flow(nn.Module):
     ) -> Noised:
         """The record of data x of conditions c: noise, times and dropped conditions put to it.
 
-        `teacher`: in the place of the flow's own.
+        `teacher`: instead of the flow's own.
         """
         return noised(
             draws,

@@ -153,7 +153,7 @@ class LoopFlow(Flow):
         self.checked = False
         self.copied = False  # whether the check worked on a copy of the network
         self.draws_itself = False  # whether the network draws random numbers
-        self.names: tuple[str, ...] = ()  # of its conditions, beside labels
+        self.names: tuple[str, ...] = ()  # of its conditions that are no labels
 
     # ------------------------------------------------------------------------------------- a training step, in a line
 

@@ -1,4 +1,4 @@
-"""What a flow keeps beside its network's weights, as the bytes of a text: any file of tensors can hold it."""
+"""What a flow keeps in addition to its network's weights, as the bytes of a text: any file of tensors can hold it."""
 
 import json
 from dataclasses import dataclass

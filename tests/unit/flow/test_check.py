@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Numbers, Perceptron, Text, UNet, waves
-from dumo.flow import check, condition
+from dumo.flow import condition, derivative
 from dumo.flow.condition import require_data
 from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.passes import Passes, Signature
@@ -428,7 +428,7 @@ def test_layers_of_zeros_are_drawn_in_the_copy_alone() -> None:
     flow.check(X)
     assert not net.out.weight.any()
     passes = Passes(net, TWO, Signature.of(net), labelled=False)
-    drawn = check.drawn_copy(passes).net
+    drawn = derivative.drawn_copy(passes).net
     assert isinstance(drawn, Perceptron)
     assert drawn.out.weight.any()
     assert float(flow.why.partition(", ")[2].partition(" %")[0]) > 0  # of what is not 0
