@@ -11,7 +11,7 @@ from math import lcm
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.passes import Passes, generators, inner
+from dumo.flow.passes import Passes, call_of, generators, inner
 from dumo.flow.precision import Precision
 from dumo.flow.slope import precision_of
 from dumo.types import Needs, Noised, Objective, Sample, Terms, Time, UserError
@@ -185,10 +185,19 @@ def draws_itself(passes: Passes, b: Noised, needs: Needs) -> bool:
     except Exception as error:  # a module of somebody else may raise anything
         raise UserError(
             f"{type(inner(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
-            f"{short(error)}. It is called with {passes.described}; give dumo.Flow(call=lambda net, x, t, c: net(...)) "
-            "to call it otherwise"
+            f"{short(error)}. {why_it_failed(error, passes, b)}"
         ) from error
     return before != generators(b.x_t.device)
+
+
+def why_it_failed(error: Exception, passes: Passes, b: Noised) -> str:
+    """What is to be done about a pass that failed, by what is most often wrong."""
+    weight = next(iter(inner(passes.net).parameters()), b.x_t)
+    if weight.dtype != b.x_t.dtype and not torch.is_autocast_enabled(b.x_t.device.type):
+        return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
+    if isinstance(error, IndexError) and passes.labelled:
+        return "A label more than there are classes stands for none: an embedding needs classes + 1 rows"
+    return f"It is called by {passes.described}: look at shapes, or give dumo.Flow({call_of(passes.needs)})"
 
 
 # ------------------------------------------------------------------------------------------- what can be trained at all

@@ -13,6 +13,7 @@ Condition = Tensor | Mapping[str, Tensor] | None  # class numbers (b,), numbers 
 Null = Tensor | Mapping[str, Tensor] | None  # what stands for a dropped condition: a row, or rows by name
 
 LARGE = 100.0  # ours: data lie near [-1, 1], or have deviation 1
+WIDE = 4.0  # ours: their root mean square
 
 
 def is_table(c: Condition) -> bool:
@@ -64,9 +65,18 @@ def require_batch(
         largest = float(x.abs().max())
         if not isfinite(largest):
             raise UserError("x is not finite everywhere: look at the data")
-        if largest > LARGE:
-            raise UserError(f"x reaches {largest:.3g}: data lie near [-1, 1], or have deviation 1: scale them")
+        size = float(x.float().square().mean().sqrt())
+        if largest > LARGE or size > WIDE:
+            raise UserError(
+                f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: data lie near [-1, 1], or have "
+                "deviation 1: scale them"
+            )
     require_conditions(c, len(x), classes, call, null, deeply=deeply)
+    if isinstance(c, Tensor) and not is_table(c) and (deeply or c.device.type == "cpu") and bool((c == classes).any()):
+        raise UserError(
+            f"label {classes} with classes = {classes} stands for none, which flow drops by itself: labels are 0 to "
+            f"{classes - 1}"
+        )
 
 
 def require_data(x: object, shape: tuple[int, ...] | None = None) -> None:
@@ -130,14 +140,23 @@ def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None,
     if call is None:
         raise UserError("networks of dumo take class numbers as c: hand such conditions to a network of your own")
     if classes:
-        given = f"of shape {tuple(c.shape)}" if isinstance(c, Tensor) else "a dict"
+        given = f"{c.dtype} of shape {tuple(c.shape)}" if isinstance(c, Tensor) else "a dict"
         raise UserError(
-            f"classes = {classes} is for labels (b,), and c is {given}: leave out classes=, and give null= for what "
-            "stands for no condition"
+            f"classes = {classes} is for labels, whole numbers of shape (b,), and c is {given}: give {_as_labels(c)}, "
+            "or leave out classes=, with null= for what stands for no condition"
         )
     if isinstance(call, Signature):
         _require_arguments(c, call)
     _require_null(c, null, call)
+
+
+def _as_labels(c: Condition) -> str:
+    """How conditions that may be meant for labels become some."""
+    if not isinstance(c, Tensor):
+        return "a tensor of them"
+    if c.ndim == 1:
+        return "c.long()"
+    return "c.squeeze(1)" if c.shape[1:].numel() == 1 else "c.argmax(1)"
 
 
 def _require_arguments(c: Condition, call: Signature) -> None:

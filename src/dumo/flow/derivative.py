@@ -131,9 +131,9 @@ class Choice:
         if self.steepness > STEEP:
             gentle = time_scale * GENTLE / self.steepness
             yield (
-                f"t du/dt is {self.steepness:.3g} times v: this network is steep in t, and training on du/dt will not "
-                f"settle. Give dumo.Flow(time_scale={gentle:.2g}), which multiplies t, or embed t by waves of a few "
-                "radians"
+                f"t du/dt is {self.steepness:.3g} times v: above 1 this network is steep in t, and training on du/dt "
+                f"may not settle. Give dumo.Flow(time_scale={gentle:.2g}), which multiplies t, or embed t by waves of "
+                "a few radians"
             )
 
 

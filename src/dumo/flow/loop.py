@@ -325,7 +325,7 @@ class LoopFlow(Flow):
                 self._take_slope(passes, replace(b, moving=None))
         self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
         self.checked = True
-        return self.why
+        return self.why or "this objective takes no du/dt"
 
     def _require(self, x: Tensor, c: Condition) -> None:
         """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
@@ -431,7 +431,7 @@ class LoopFlow(Flow):
         """The conditions of samples, and what an objective is given for them."""
         if c is None or isinstance(c, str | float):
             raise UserError(f"flow.sample({c!r}): give how many samples, or a condition for each")
-        if isinstance(c, Tensor) and not is_table(c):
+        if isinstance(c, Tensor) and (not c.ndim or not is_table(c)):
             c = c.tolist()
         if isinstance(c, Tensor | Mapping):
             require_conditions(c, rows_of(c), self.classes, self.call, self.null)
@@ -468,14 +468,14 @@ class LoopFlow(Flow):
         return f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.why or 'not chosen yet'}"
 
 
-def require_settings(net: object, *, classes: int, time_scale: float, shard: object, path: object) -> None:
+def require_settings(net: object, *, classes: object, time_scale: float, shard: object, path: object) -> None:
     """Raise UserError for what no flow can be made of."""
     if not isinstance(net, nn.Module):
-        raise UserError(f"net is a {type(net).__name__}: give an nn.Module")
+        raise UserError(f"net is a {type(net).__name__}: give an nn.Module, and then the objective")
     if path is not None and not isinstance(path, Path):
         raise UserError(f"path is {path!r}: give one of dumo.flow.path, such as Trig(), or leave it out")
-    if classes < 0:
-        raise UserError(f"classes = {classes}: give how many labels there are, 0 for none")
+    if not isinstance(classes, int) or classes < 0:
+        raise UserError(f"classes = {classes}: give how many labels there are, a whole number, 0 for none")
     if not time_scale or not isfinite(time_scale):
         raise UserError(f"time_scale = {time_scale:g}: give what times are multiplied by, such as 1 or 1000")
     if shard is not None and not (isinstance(shard, tuple) and len(shard) == 2 and 0 <= shard[0] < shard[1]):

@@ -34,7 +34,7 @@ def guidance_of(objective: Objective, scale: float) -> CFG:
     if in_training.active:
         raise UserError(
             f"guidance = {scale:g}: objective '{objective.kind}' was guided in training, by {in_training.scale:.3g}: "
-            f"leave it out, or train with {in_training.off}"
+            "leave it out, or train with its guide off"
         )
     if not objective.drop:
         raise UserError(

@@ -71,11 +71,11 @@ class Signature:
 
     def require(self, needs: Needs, *, classes: bool) -> None:
         """Raise UserError where an objective has more to say than forward takes."""
-        way = "add it, or give dumo.Flow(call=lambda net, x, t, c: net(...))"
+        way = f"add or rename it, or give dumo.Flow({call_of(needs)})"
         if "r" in needs.names and self.end is None:
             raise UserError(
                 f"{self.net}.forward has no second time, which this objective needs (an argument {', '.join(ENDS)}, "
-                f"the time where a jump ends): {way}, with r after t"
+                f"the time where a jump ends): {way}"
             )
         for name in needs.names:
             if name not in ("t", "r") and not self.takes(name):
@@ -174,7 +174,7 @@ class Passes(nn.Module):
     def described(self) -> str:
         """How the network is called, in words."""
         if not isinstance(self.call, Signature):
-            return "net(x, c, t=t ...)" if self.call is None else "the function that was given"
+            return "net(x, c, t=t ...)" if self.call is None else call_of(self.needs)
         times = self.call.times(dict.fromkeys(self.needs.names))
         condition = [self.call.condition] if self.labelled and self.call.condition else []
         conditions = [*self.table.rows] if self.table else condition
@@ -196,6 +196,11 @@ class Passes(nn.Module):
         return self.call(net, x, *times.values(), given)
 
 
+def call_of(needs: Needs) -> str:
+    """The function by which any network can be called for an objective."""
+    return f"call=lambda net, x, {', '.join(needs.names)}, c: net(...)"
+
+
 def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa: ANN401
     """What a network returned as a tuple of heads and gauges. Raises UserError where it is none."""
     wanted = (*needs.heads, *needs.gauges)
@@ -213,9 +218,10 @@ def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa:
     found = [tuple(head.shape) if isinstance(head, Tensor | Dual) else type(head).__name__ for head in returned]
     if found != shapes:
         stacked = f", or one tensor with {len(wanted) * x.shape[1]} channels" if len(wanted) > 1 and x.ndim > 1 else ""
+        kind = "a tuple of " if len(wanted) > 1 else "a tensor of shape "
         raise UserError(
             f"{net} returned {_listed(found)}; this objective needs {_count(len(wanted), 'output')}, "
-            f"{', '.join(wanted)}: a tuple of {_listed(shapes)}{stacked}"
+            f"{', '.join(wanted)}: {kind}{_listed(shapes)}{stacked}"
         )
     return cast(Heads, tuple(returned))
 

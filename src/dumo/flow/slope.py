@@ -200,8 +200,8 @@ def _tape(
         dx.value, dt.value = w.detach(), torch.ones_like(t)
         if not (torch.compiler.is_compiling() or tape.holds(ends)):
             warnings.warn(
-                "du/dt takes a pass of its own, so a step is a fifth longer: the sharded weights are given back after the "
-                "pass. Keep them by fully_shard(..., reshard_after_forward=False), in dumo train by train.reshard=false",
+                "du/dt takes a pass of its own, so a step is a fifth longer: sharded weights are given back after it. "
+                "Keep them: fully_shard(..., reshard_after_forward=False), in dumo train train.reshard=false",
                 stacklevel=3,
             )
             return f(x, c, w, t=t, **rest)

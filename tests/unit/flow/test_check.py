@@ -221,14 +221,14 @@ MISTAKES = {
     "it fails": Mistake(
         learns(Fails),
         "Fails failed on x (4, 2) at times (4,): ",
-        "give dumo.Flow(call=lambda net, x, t, c: net(...)) to call it otherwise",
+        "or give dumo.Flow(call=lambda net, x, t, c: net(...))",
     ),
     "no module": Mistake(lambda: dumo.Flow(NO_MODULE), "net is a NoneType: give an nn.Module"),
     "frozen": Mistake(
         learns(lambda: points().requires_grad_(False)), "no parameter of Perceptron is trained", "that learns"
     ),
     "no second time": Mistake(
-        learns(Around, objective="meanflow"), "Around.forward has no second time", "with r after t"
+        learns(Around, objective="meanflow"), "Around.forward has no second time", "x, t, r, c: net(...))"
     ),
     # its derivative
     "t.detach() and dual": Mistake(
@@ -253,7 +253,7 @@ MISTAKES = {
     ),
     # data
     "bytes": Mistake(learns(points, X.byte()), "x is torch.uint8: give floats near [-1, 1], of bytes x / 127.5 - 1"),
-    "0 to 255": Mistake(learns(points, 127.5 * (X + 1)), "x reaches ", "scale them"),
+    "0 to 255": Mistake(learns(points, 127.5 * (X + 1)), "x lies between ", "scale them"),
     "not a number": Mistake(learns(points, X * float("nan")), "x is not finite everywhere: look at the data"),
     "no rows": Mistake(learns(points, X[:0]), "x has shape (0, 2), and so no data"),
     "no axis": Mistake(learns(points, X[:, 0]), "x has shape (8,): give rows, (b, ...)"),
@@ -275,7 +275,18 @@ MISTAKES = {
         learns(lambda: points(3), classes=3), "classes = 3, and no labels: give c, or leave out classes="
     ),
     "labels (b, 1)": Mistake(
-        learns(lambda: points(3), c=LABELS[:, None], classes=3), "classes = 3 is for labels (b,), and c is of"
+        learns(lambda: points(3), c=LABELS[:, None], classes=3), "classes = 3 is for labels, whole numbers"
+    ),
+    "labels that are floats": Mistake(
+        learns(lambda: points(3), c=LABELS.float(), classes=3), "c is torch.float32 of shape (8,): give c.long()"
+    ),
+    "labels from 1": Mistake(
+        learns(lambda: points(3), c=LABELS + 1, classes=3), "label 3 with classes = 3 stands for none", "0 to 2"
+    ),
+    "0 to 16": Mistake(learns(points, 8 * (X.clamp(-1, 1) + 1)), "x lies between ", "scale them"),
+    "float64": Mistake(learns(points, X.double()), "Perceptron failed on x (4, 2)", "give x.to(torch.float32)"),
+    "an embedding without none": Mistake(
+        learns(lambda: points(2), c=LABELS, classes=3), "Perceptron failed on x (4, 2)", "needs classes + 1 rows"
     ),
     "too few": Mistake(
         learns(lambda: points(3), c=LABELS[:4], classes=3), "condition 'c' has shape (4,): give one row for each of 8"
@@ -297,10 +308,10 @@ MISTAKES = {
     "null beside labels": Mistake(
         learns(lambda: points(3), c=LABELS, classes=3, null=torch.zeros(3)), "null= is for conditions that are no"
     ),
-    "text left out": Mistake(learns(Text, IMAGES), "Text failed on x (4, 1, 8, 8)", "to call it otherwise"),
+    "text left out": Mistake(learns(Text, IMAGES), "Text failed on x (4, 1, 8, 8)", "c: net(...))"),
     # settings
-    "a kind that is none": Mistake(learns(points, objective="dumoo"), "objective 'dumoo': choose dumo"),
-    "a class": Mistake(learns(points, objective=DuMo), "objective <class 'dumo.objectives.dumo.DuMo'> is none: give"),
+    "a kind that is none": Mistake(learns(points, objective="dumoo"), "objective.kind: there is no 'dumoo'"),
+    "a class": Mistake(learns(points, objective=DuMo), "DuMo is a class: give an objective, DuMo()"),
     "a teacher that is none": Mistake(
         lambda: dumo.Flow(points(), teacher=points()), "teacher is a Perceptron: give a dumo.Flow that was trained"
     ),

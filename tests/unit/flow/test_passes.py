@@ -167,7 +167,7 @@ def test_what_forward_does_not_take_is_refused_by_name() -> None:
     signature = Signature.of(NoEnd())
     assert signature is not None
     signature.require(Needs(), classes=False)
-    with pytest.raises(UserError, match=r"NoEnd.forward has no second time.* with r after t"):
+    with pytest.raises(UserError, match=r"NoEnd.forward has no second time.* x, t, r, c: net"):
         signature.require(TWO, classes=False)
     with pytest.raises(UserError, match=r"NoEnd.forward has no argument w, which"):
         signature.require(Needs(knobs={"w": 1.0}), classes=False)
