@@ -205,6 +205,11 @@ def why_it_failed(error: Exception, passes: Passes, b: Noised) -> str:
 
 def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> None:
     """Raise UserError where an objective lacks its teacher, or the number of rows parts some that belong together."""
+    if objective.needs.teacher.points:
+        raise UserError(
+            f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes and keeps: "
+            "take that, or another objective"
+        )
     if objective.needs.teacher.velocity == "must" and not has_teacher:
         raise UserError(
             f"objective '{objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a flow that "

@@ -196,6 +196,10 @@ def test_every_objective_learns_and_samples(kind: str) -> None:
     for classes, labels in ((0, None), (CLASSES, LABELS)):
         flow = flow_of(kind, classes)
         must = flow.objective.needs.teacher.velocity == "must"
+        if flow.objective.needs.teacher.points:
+            with pytest.raises(UserError, match="whole trajectories of a teacher, which dumo train makes"):
+                flow(points(), labels)
+            continue
         if must:
             with pytest.raises(UserError, match="learns from a teacher's velocity"):
                 flow(points(), labels)
