@@ -207,8 +207,8 @@ def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> 
     """Raise UserError where an objective lacks its teacher, or the number of rows parts some that belong together."""
     if objective.needs.teacher.points:
         raise UserError(
-            f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes and keeps: "
-            "take that, or another objective"
+            f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes: take "
+            "that, or another objective"
         )
     if objective.needs.teacher.velocity == "must" and not has_teacher:
         raise UserError(
