@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import dumo
-from contract.case import members
+from contract.case import members, randomise
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.flow.condition import Condition
 from dumo.flow.draw import draw
@@ -75,7 +75,7 @@ CASES = {
     "steps of 1000": Case(lambda: Thousand(), points(), None, {"time_scale": 1000.0}),
     "in place": Case(lambda: UNet(activation="leaky"), images(), exact=("jvp",)),
     "dumo's own": Case(
-        lambda: DiT(patch=4, width=16, depth=1, attention=1).build(TWO, (1, 8, 8), CLASSES),
+        lambda: randomise(DiT(patch=4, width=16, depth=1, attention=1).build(TWO, (1, 8, 8), CLASSES)),
         images(),
         LABELS,
         {"classes": CLASSES},
@@ -138,7 +138,6 @@ def test_a_network_learns_and_samples_and_nothing_else_changes(name: str) -> Non
 
 
 PAIRS = [(name, slope) for name in CASES for slope in ("dual", "jvp", "central")]
-NOW = [pair for pair in PAIRS if pair[0] in ("points", "text") or pair == ("encoder", "dual")]
 
 
 def in_double(c: Condition) -> Condition:
@@ -148,7 +147,7 @@ def in_double(c: Condition) -> Condition:
     return None if c is None else {name: rows.double() for name, rows in c.items()}
 
 
-@pytest.mark.parametrize(("name", "kind"), tiered(PAIRS, now=NOW, id="-".join))
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_the_derivative_is_that_of_float64(name: str, kind: str) -> None:
     case = CASES[name]
     flow = case.flow({"kind": "dumo", "slope": {"kind": kind}})
@@ -173,7 +172,8 @@ def test_the_derivative_is_that_of_float64(name: str, kind: str) -> None:
         behind = exact_passes(b.x_t - h * b.v_t, b.c, t=b.t - h)
     for du_dt, after, before in zip(found, ahead, behind, strict=True):
         true = (after - before) / (2 * h)
-        assert (du_dt - true).norm() <= (0.05 if kind == "central" else 1e-5) * true.norm()
+        assert true.norm() > 1e-3
+        assert (du_dt - true).norm() <= (0.05 if kind == "central" else 1e-6) * true.norm()
 
 
 def objective_of(kind: str) -> dict[str, Any]:
