@@ -92,7 +92,9 @@ def label(case: tuple[Objective, str]) -> str:
     return f"{name(case[0])}-{case[1]}"
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.nightly) for case in OTHERS)], ids=label)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.nightly) for case in OTHERS)], ids=label
+)
 def test_rows_that_a_teacher_answers_move_no_head(
     case: tuple[Objective, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
