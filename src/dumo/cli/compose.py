@@ -15,6 +15,7 @@ from dumo.config.spec import Run
 from dumo.config.tree import Parts
 from dumo.data import Memory
 from dumo.flow.reading import taught
+from dumo.flow.solver import best
 from dumo.nets import Module
 from dumo.plan import proposal
 from dumo.runtime.progress import Bar
@@ -27,7 +28,6 @@ OF_A_MODULE: Fields = {
     "train.compile": "none",
     "train.optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99]},
 }
-SOLVERS = {"flow_map": "hop", "endpoint": "restart", "velocity": "euler"}  # by reading, the best of few passes first
 
 
 def compose(
@@ -154,7 +154,5 @@ def fitting(parts: Fields, run: Run) -> Fields:
             fields["objective"] = load_recipe(twin).objective.model_dump(mode="json")
         objective = parse(Parts, {"objective": fields["objective"]}).objective
         assert objective is not None
-        reads = taught(objective)
-        kind = next(kind for reading, kind in SOLVERS.items() if getattr(reads, reading) is not None)
-        fields["sample.solver"] = {"kind": kind}
+        fields["sample.solver"] = {"kind": best(taught(objective)).kind}
     return fields

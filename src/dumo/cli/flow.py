@@ -6,9 +6,7 @@ from typing import Any
 from torch import nn
 
 from dumo.config.objective import objective_of
-from dumo.flow.condition import Null
 from dumo.flow.loop import LoopFlow
-from dumo.flow.null import without_drop
 from dumo.types import Objective
 
 
@@ -19,12 +17,6 @@ class Flow(LoopFlow):
         self,
         net: nn.Module,
         objective: str | Mapping[str, Any] | Objective = "dumo",
-        *,
-        classes: int = 0,
-        null: Null = None,
         **settings: Any,  # noqa: ANN401, of `dumo.flow.loop.LoopFlow`
     ) -> None:
-        spec = objective_of(objective)
-        if not classes and null is None:
-            spec = without_drop(spec)
-        super().__init__(net, spec, classes=classes, null=null, **settings)
+        super().__init__(net, objective_of(objective), **settings)

@@ -1,6 +1,6 @@
 """The data and conditions of a training loop of one's own: what is a batch, and what an objective is given of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import cast
 
@@ -33,13 +33,13 @@ def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> Tabl
     return Table(rows, dict(null or {}), alone=isinstance(c, Tensor))
 
 
-def first_rows(c: Condition, n: int) -> Condition:
-    """The conditions of the first n rows."""
+def each(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
+    """The same conditions, each tensor changed."""
     if c is None:
         return None
     if isinstance(c, Tensor):
-        return c[:n]
-    return {name: rows[:n] for name, rows in c.items()}
+        return change(c)
+    return {name: change(rows) for name, rows in c.items()}
 
 
 def rows_of(c: Condition) -> int:
@@ -71,12 +71,7 @@ def require_batch(
                 f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: data lie near [-1, 1], or have "
                 "deviation 1: scale them"
             )
-    require_conditions(c, len(x), classes, call, null, deeply=deeply)
-    if isinstance(c, Tensor) and not is_table(c) and (deeply or c.device.type == "cpu") and bool((c == classes).any()):
-        raise UserError(
-            f"label {classes} with classes = {classes} stands for none, which flow drops by itself: labels are 0 to "
-            f"{classes - 1}"
-        )
+    require_conditions(c, len(x), classes, call, null, deeply=deeply, learned=True)
 
 
 def require_data(x: object, shape: tuple[int, ...] | None = None) -> None:
@@ -101,8 +96,9 @@ def require_conditions(
     null: Null,
     *,
     deeply: bool = False,
+    learned: bool = False,
 ) -> None:
-    """Raise UserError for what are no conditions, one for each row."""
+    """Raise UserError for what are no conditions, one for each row; of those that are `learned` no label means none."""
     if c is None:
         if classes:
             raise UserError(f"classes = {classes}, and no labels: give c, or leave out classes=")
@@ -114,7 +110,7 @@ def require_conditions(
     if is_table(c):
         _require_table(c, classes, call, null)
     else:
-        _require_labels(cast(Tensor, c), classes, null, deeply=deeply)
+        _require_labels(cast(Tensor, c), classes, null, deeply=deeply, learned=learned)
 
 
 def _require_rows(name: str, given: object, rows: int) -> None:
@@ -125,7 +121,7 @@ def _require_rows(name: str, given: object, rows: int) -> None:
         raise UserError(f"condition '{name}' has shape {tuple(given.shape)}: give one row for each of {rows}")
 
 
-def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool) -> None:
+def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool, learned: bool) -> None:
     if not classes:
         raise UserError("labels without a number of classes: give dumo.Flow(net, classes=k) for labels 0 to k - 1")
     if null is not None:
@@ -134,6 +130,11 @@ def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool) -
         strange = labels[(labels < 0) | (labels > classes)]
         if len(strange):
             raise UserError(f"label {int(strange[0])} with classes = {classes}: labels are 0 to {classes - 1}")
+        if learned and (labels == classes).any():
+            raise UserError(
+                f"label {classes} with classes = {classes} stands for none, which flow drops by itself: labels are 0 "
+                f"to {classes - 1}"
+            )
 
 
 def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None, null: Null) -> None:

@@ -35,23 +35,24 @@ STEEP = 1.0  # ours, of t du/dt over v: fresh networks of .4 trained well, of 1.
 GENTLE = 0.1  # of the same, that we propose
 
 
-def is_copied(net: nn.Module) -> bool:
-    """Whether the check works on a copy of a network: not where it is large, sharded, or of parts that refuse it."""
+def copy_of(net: nn.Module) -> nn.Module | None:
+    """A copy of a network, for the check; None where it is large, sharded, or of parts that refuse it."""
     if any(isinstance(part, FSDPModule) for part in net.modules()):
-        return False
+        return None
     parameters = list(net.parameters())
     if any(isinstance(p, DTensor) for p in parameters) or sum(p.numel() for p in parameters) > COPIED:
-        return False
+        return None
     try:
-        copy.deepcopy(net)
+        return copy.deepcopy(net)
     except Exception:  # whatever the parts of somebody else's network raise
-        return False
-    return True
+        return None
 
 
-def drawn_copy(net: Passes) -> Passes:
-    """The same passes of a copy whose layers of zeros are drawn, for else du/dt is 0."""
-    module = copy.deepcopy(inner(net.net))
+def drawn_copy(net: Passes) -> Passes | None:
+    """The same passes of a copy whose layers of zeros are drawn, for else du/dt is 0; None as `copy_of`."""
+    module = copy_of(inner(net.net))
+    if module is None:
+        return None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -139,7 +140,7 @@ class Choice:
 
 def choose_slope(
     given: Slope | None,
-    net: Passes,
+    probe: Passes,
     b: Noised,
     needs: Needs,
     *,
@@ -148,12 +149,11 @@ def choose_slope(
 ) -> Choice:
     """The slope that is given, or the first of dual, jvp and central that runs here and is the derivative.
 
-    `copied`: whether the network may be copied, to draw its layers of zeros and to compare in float64. `before`: what
-    was chosen earlier, which is tried first. Every rank must call it, and all choose alike. Raises UserError where none
-    is within the limit.
+    `copied`: whether `probe` is of a copy (`drawn_copy`), which is compared in float64. `before`: what was chosen
+    earlier, which is tried first. Every rank must call it, and all choose alike. Raises UserError where none is within
+    the limit.
     """
     inputs = inputs_of(b, needs)
-    probe = drawn_copy(net) if copied else net
     exact, gap = derivative_of(probe, b, inputs, copied=copied)
     unknown = largest_of_ranks(gap) > LIMIT
     tries = [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in SHORTER)]
@@ -181,7 +181,7 @@ def choose_slope(
             return Choice(slope, why, steepness(exact, b), skipped=bool(reasons))
         reasons.append(reason)
     way = " Leave out the slope, and one that serves is taken" if given else ""
-    raise UserError(f"no du/dt of {type(inner(net.net)).__name__}: {'; '.join(dict.fromkeys(reasons))}.{way}")
+    raise UserError(f"no du/dt of {type(inner(probe.net)).__name__}: {'; '.join(dict.fromkeys(reasons))}.{way}")
 
 
 def limit_of(slope: Slope, b: Noised) -> float:

@@ -38,7 +38,7 @@ from dumo.flow.check import (
 from dumo.flow.condition import (
     Condition,
     Null,
-    first_rows,
+    each,
     is_table,
     require_batch,
     require_conditions,
@@ -46,7 +46,7 @@ from dumo.flow.condition import (
     rows_of,
     table_of,
 )
-from dumo.flow.derivative import choose_slope, drawn_copy, is_copied
+from dumo.flow.derivative import choose_slope, drawn_copy
 from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
@@ -56,14 +56,13 @@ from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
 from dumo.flow.reading import reading, taught, teaching
 from dumo.flow.slope import Slope
-from dumo.flow.solver import Euler, Hop, Restart, Solver
+from dumo.flow.solver import Solver, best
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import (
     Cond,
     Frozen,
-    Net,
     Noised,
     Objective,
     Path,
@@ -125,7 +124,7 @@ class LoopFlow(Flow):
         flow_of_teacher = require_teacher(teacher, classes)
         super().__init__(
             net,
-            objective,
+            objective if classes or null is not None else without_drop(objective),
             classes=classes,
             seed=seed,
             path=path,
@@ -210,8 +209,7 @@ class LoopFlow(Flow):
 
     def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
         """What the network tells a solver, c being class numbers, with this guidance (None: none) and these knobs."""
-        net = self._passes(None, None)
-        return (guide or CFG())(reading(self.objective, net, knobs or self.knobs), self.classes)
+        return self._reads(self._passes(None, None), guide or CFG(), knobs)
 
     @cached_property
     def call(self) -> OwnCall | Signature | None:
@@ -247,8 +245,7 @@ class LoopFlow(Flow):
 
         Raises UserError where it was never taught.
         """
-        passes = self._passes(given, None)
-        read = self._one_of_reads("velocity", passes, NONE if passes.table else self.classes)
+        read = self._one_of_reads("velocity", self._passes(given, None))
 
         def velocity(x: Sample, t: Time, c: Cond) -> Sample:
             with generate.evaluating(self.net), self._precise(x):
@@ -279,9 +276,9 @@ class LoopFlow(Flow):
         given, index = self._samples(c)
         passes = self._passes(given, None)
         guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
-        reads = self._reads(passes, guide, NONE if passes.table else self.classes)
+        reads = self._reads(passes, guide)
         made = generate.joined(
-            self.batches(reads, solver or best_solver(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
+            self.batches(reads, solver or best(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
         )
         for part in self.net.modules():
             if isinstance(part, FSDPModule):  # whose root stays whole after a pass that has no backward pass
@@ -305,24 +302,23 @@ class LoopFlow(Flow):
         changes, random numbers of unknown source, a loss that is not a number for each row, a wrong derivative.
         """
         on_every_rank(lambda: self._require(x, c))
-        if not self._drops(c):
-            self.objective = without_drop(self.objective)
         self.rows = max(self.rows, int(largest_of_ranks(len(x))))
         few = rows_to_try(self.objective)
         x = x[:few]
-        c = first_rows(c, few)
+        c = each(c, lambda rows: rows[:few])
         b, keys = on_every_rank(lambda: self._record(x, c, self.step))
         needs = self.objective.needs
         passes = self._passes(c, self._key(self.step))
         generators_stay = torch.random.fork_rng([x.device] if x.is_cuda else [])
         with generators_stay, dropout.using(keys if self.training else None), self._precise(x):
             self.draws_itself = on_every_rank(lambda: draws_itself(self._passes(c, None), b, needs))
-            self.copied = is_copied(inner(self.net))
-            probe = drawn_copy(passes) if self.copied else passes
+            copied = drawn_copy(passes)
+            self.copied = copied is not None
+            probe = passes if copied is None else copied
             on_every_rank(lambda: require_pure_net(probe, b, needs, tolerance(x)))
             on_every_rank(lambda: require_rows_apart(probe, b, needs))
             if needs.slope is not None:
-                self._take_slope(passes, replace(b, moving=None))
+                self._take_slope(probe, replace(b, moving=None))
         self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
         self.checked = True
         return self.why or "this objective takes no du/dt"
@@ -335,11 +331,11 @@ class LoopFlow(Flow):
         require_teachable(self.objective, len(x), has_teacher=self.teacher is not None)
         require_parameters(self.net)
 
-    def _take_slope(self, passes: Passes, b: Noised) -> None:
+    def _take_slope(self, probe: Passes, b: Noised) -> None:
         """Choose how du/dt is taken, or try the given one. Raises UserError as `choose_slope`."""
         found = choose_slope(
             cast(Slope, self.objective.needs.slope) if self.names_slope else None,
-            passes,
+            probe,
             b,
             self.objective.needs,
             copied=self.copied,
@@ -383,10 +379,6 @@ class LoopFlow(Flow):
             return torch.zeros(n, dtype=torch.long, device=device), 0
         return cast(Tensor, c).long(), self.classes
 
-    def _drops(self, c: Condition) -> bool:
-        """Whether there is something that stands for no condition."""
-        return self.null is not None if is_table(c) else c is not None and self.classes > 0
-
     def _passes(self, c: Condition, key: int | None) -> Passes:
         """The network as objectives call it, under these conditions."""
         return Passes(
@@ -406,22 +398,24 @@ class LoopFlow(Flow):
 
     # ------------------------------------------------------------------------------------------------ what is read
 
-    def _reads(self, net: Net, guide: CFG, null: int) -> Reads:
-        return guide(reading(self.objective, net, self.knobs), null)
+    def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
+        """What these passes tell a solver."""
+        none = NONE if passes.table else self.classes
+        return guide(reading(self.objective, passes, knobs or self.knobs), none)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """One reading, in evaluation mode."""
         require_data(x, self.shape)
         require_conditions(c, len(x), self.classes, self.call, self.null)
-        index, none = self._index(len(x), c, x.device)
-        read = self._one_of_reads(name, self._passes(c, None), none)
+        index, _ = self._index(len(x), c, x.device)
+        read = self._one_of_reads(name, self._passes(c, None))
         rows = [_row_times(time, x) for time in times]
         with generate.evaluating(self.net), self._precise(x):
             return read(x, *rows, index)
 
-    def _one_of_reads(self, name: str, passes: Passes, none: int) -> Callable[..., Any]:
+    def _one_of_reads(self, name: str, passes: Passes) -> Callable[..., Any]:
         """A reading by its name. Raises UserError where it was never taught."""
-        read = getattr(self._reads(passes, self.guide, none), name)
+        read = getattr(self._reads(passes, self.guide), name)
         if read is None:
             way = "flow.jump" if name == "velocity" else "flow.velocity"
             raise UserError(f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: ask {way}")
@@ -435,7 +429,7 @@ class LoopFlow(Flow):
             c = c.tolist()
         if isinstance(c, Tensor | Mapping):
             require_conditions(c, rows_of(c), self.classes, self.call, self.null)
-            c = _on_device(c, self.device)
+            c = each(c, lambda rows: rows.to(self.device))
             return c, torch.arange(rows_of(c))
         if self.names:
             raise UserError(
@@ -504,13 +498,6 @@ def require_teacher(teacher: object, classes: int) -> LoopFlow | None:
     return flow
 
 
-def best_solver(reads: Reads) -> Solver:
-    """The solver that makes most of few passes, of what was taught."""
-    if reads.flow_map is not None:
-        return Hop()
-    return Euler() if reads.endpoint is None else Restart()
-
-
 def _row_times(time: Moment, x: Sample) -> Time:
     """A time for each row of x."""
     if not isinstance(time, Tensor):
@@ -518,10 +505,3 @@ def _row_times(time: Moment, x: Sample) -> Time:
     if time.shape not in ((), (1,), (len(x),)):
         raise UserError(f"a time of shape {tuple(time.shape)} for {len(x)} rows: give a number, or one for each row")
     return time.to(x.device).expand(len(x))
-
-
-def _on_device(c: Tensor | Mapping[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    """The same conditions there."""
-    if isinstance(c, Tensor):
-        return c.to(device)
-    return {name: rows.to(device) for name, rows in c.items()}

@@ -174,6 +174,18 @@ class Hermite(Spec):
         return both(x, times[-1], c)[1]
 
 
+BEST: dict[Reading, type[Hop | Restart | Euler]] = {  # by reading, the best of few passes first
+    "flow_map": Hop,
+    "endpoint": Restart,
+    "velocity": Euler,
+}
+
+
+def best(reads: Reads) -> Hop | Restart | Euler:
+    """The solver that makes most of few passes, of what was taught."""
+    return next(solver() for reading, solver in BEST.items() if getattr(reads, reading) is not None)
+
+
 Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, OpenTo(SolverSpec)]
 
 

@@ -23,7 +23,7 @@ from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import teaching
+from dumo.flow.reading import bind, teaching
 from dumo.flow.solver import Heun
 from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
@@ -120,8 +120,8 @@ class Untuned(nn.Module):
 
     def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
         """The velocity."""
-        knobs = {name: t.new_full((len(x),), value) for name, value in self.needs.knobs.items()}
-        return self.base(x, c, **{**dict.fromkeys(self.needs.names, t), **knobs})[:1]
+        times = [name for name in self.needs.names if name not in self.needs.knobs]
+        return bind(self.base, **self.needs.knobs)(x, c, **dict.fromkeys(times, t))[:1]
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:

@@ -486,7 +486,7 @@ def test_a_slope_that_was_chosen_is_tried_first() -> None:
     assert other.check(X).startswith("jvp")
 
 
-def test_first_rows_and_rows_of_conditions() -> None:
-    assert condition.first_rows(None, 2) is None
-    assert torch.equal(cast(Tensor, condition.first_rows(LABELS, 2)), LABELS[:2])
+def test_each_and_rows_of_conditions() -> None:
+    assert condition.each(None, lambda rows: rows[:2]) is None
+    assert torch.equal(cast(Tensor, condition.each(LABELS, lambda rows: rows[:2])), LABELS[:2])
     assert condition.rows_of({"a": NUMBERS[:5]}) == 5
