@@ -74,6 +74,7 @@ def work(args: argparse.Namespace) -> None:
     from dumo.run.weights import begin
     from dumo.runtime import dist
     from dumo.training import checkpoint
+    from dumo.training.manifest import Checkpoints
     from dumo.training.saver import Saver
     from dumo.training.step import pieces, span, train_step
 
@@ -83,7 +84,8 @@ def work(args: argparse.Namespace) -> None:
     with dist.join():
         time.sleep(0.1)
         phase.write_text(args.work)
-        state, last = begin(run, out, here)
+        checkpoints = Checkpoints(out / "checkpoints")
+        state, last = begin(run, checkpoints, here)
         assert (args.work == "resume") == (last is not None)
         time.sleep(0.1)
         if args.work == "start":
@@ -100,7 +102,7 @@ def work(args: argparse.Namespace) -> None:
             state.step = 1
             with Saver() as saver:
                 copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
-                saver.start(lambda: checkpoint.put(out / "checkpoints", copy, 1))
+                saver.start(lambda: checkpoint.put(checkpoints, copy, 1))
                 time.sleep(0.1)
                 phase.write_text("step")
                 train_step(state, flow, [*batch], run.train)  # while it is written

@@ -52,7 +52,7 @@ def ship(run: Path, name: str) -> None:
         weights = load_file(opened.file)
         rounded = {key: x.half() for key, x in weights.items()}
         save_file(rounded, file := place / opened.file.name)
-        about = manifest.read(opened.checkpoint)
+        about = opened.checkpoint.manifest
         kept = manifest.listed(place, [place / manifest.RUN, file])
         manifest.write(place, about.model_copy(update={"files": kept, "log": None}))
         (half / "README.md").write_text(card(opened, name, kept[file.name].sha256), encoding="utf-8")
@@ -81,7 +81,7 @@ def card(opened: RunFolder, name: str, sha256: str) -> str:
     return CARD.format(
         name=name,
         about=opened.run.about,
-        version=manifest.read(opened.checkpoint).versions["dumo"],
+        version=opened.checkpoint.manifest.versions["dumo"],
         recipe=opened.folder.name,
         step=opened.step,
         data=opened.run.data.kind,

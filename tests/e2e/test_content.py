@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from autoencoder import taef2
 from dumo.config import recipes
-from dumo.config.source import noted
 from dumo.io import content
 from e2e.shell import call, refused, sets, together
 from tiers import tiered
 from unit.data.animals import archive
 from unit.data.spy import spied
+from unit.run.known import noted
 
 COUNT, SIDE = 40, 16
 NET = {"kind": "dit", "patch": 8, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}

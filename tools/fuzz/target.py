@@ -70,7 +70,7 @@ def targets() -> list[Target]:
             in_json,
         ),
         Target("evaluation.json", json.dumps(EVALUATION).encode(), judge, in_json),
-        Target("data.json", b'{"sd": 0.5, "rows": 256}', lambda file: deviation.noted(file.parent), in_json),
+        Target("data.json", b'{"sd": 0.5, "rows": 256}', lambda file: deviation.read(file.parent), in_json),
         Target("metrics.jsonl", b"".join(map(json_line, range(5))), log.read_log, in_lines, of_lines),
         Target("state.json", MANIFEST.model_dump_json().encode(), state, in_json),
         Target("w.safetensors", tensors, weigh),
@@ -163,8 +163,9 @@ def of_lines(data: bytes) -> list[Any]:
 def state(file: Path) -> None:
     """A checkpoint's list, and what it says of the checkpoint."""
     (file.parent / "net.safetensors").write_bytes(b"abc")
-    manifest.fault(file.parent)
-    manifest.read(file.parent)
+    checkpoint = manifest.Checkpoint(file.parent)
+    checkpoint.fault()
+    _ = checkpoint.manifest
 
 
 def in_header(header: object) -> bytes:

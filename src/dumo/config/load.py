@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +23,7 @@ from dumo.config.source import (
     RESOLVED,
     SHIPPED_PREFIX,
     Noted,
+    RunText,
     read,
     recipe_of,
 )
@@ -55,11 +57,16 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     Raises UserError, one line per mistake, each with its dotted path and the nearest valid name.
     """
-    tree, name = read(source)
+    trust.accept(overrides)
+    return run_of(read(source), overrides)
+
+
+def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
+    """The run that a text says, with these fields changed. Raises as `load`."""
+    tree = deepcopy(text.tree)
     override(tree, overrides)
     fill(tree, tree.get(RESOLVED))
-    trust.accept(overrides)
-    return parse(Run, tree, name)
+    return parse(Run, tree, text.name)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
@@ -169,6 +176,11 @@ class Written:
 
     run: Run
     past: Sequence[Noted]
+
+    @classmethod
+    def of(cls, text: RunText) -> "Written":
+        """As a text says. Raises as `load`."""
+        return cls(run_of(text), text.changed)
 
     def changes(self, now: Run, step: int) -> list[Noted]:
         """The changes to note in a run.yaml, if it goes on after `step` as `now`.

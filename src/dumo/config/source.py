@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Collection
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,15 @@ class Noted(BaseModel):
     def of_data(self) -> bool:
         """Whether it is the fingerprint of the data, and no field."""
         return self.field == "data" and not isinstance(self.was, dict)
+
+
+@dataclass(frozen=True)
+class RunText:
+    """What a source says of a run: plain values over those of its bases."""
+
+    tree: dict[str, Any]
+    name: str  # for errors
+    changed: tuple[Noted, ...] = ()  # while it trained, in order
 
 
 def kind_of(source: str | Path) -> Literal["recipe", "run", "images"]:
@@ -104,23 +114,33 @@ def source_or_own_run(source: str, out: Path | None) -> str:
     return source
 
 
-def read(source: str | Path) -> tuple[dict[str, Any], str]:
-    """The tree of plain values of a source, over its bases, and its name for errors. Raises UserError."""
+def read(source: str | Path) -> RunText:
+    """What a source says, over its bases. Raises UserError."""
     recipe = recipe_of(source)
     if recipe is not None:
-        return _whole(_packaged(recipe), f"recipe {recipe}", None), f"recipe {recipe}"
+        name = f"recipe {recipe}"
+        return RunText(_whole(_packaged(recipe), name, None), name)
     file = _file(Path(source))
     if file is not None:
-        return _whole(_tree(file), str(file), file), str(file)
+        return read_file(file)
     if os.path.isdir(source):  # False for a name that is too long
         raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
     raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
 
 
-def noted(place: Path) -> list[Noted]:
-    """The changes of a run while it trained, in order, of its folder or file. Raises UserError as `read`."""
-    file = _file(place) or place
-    return _take_changed(_plain(file), str(file))
+def read_file(file: Path) -> RunText:
+    """What a YAML file says, over its bases. Raises UserError."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
+    return parse_text(read_text(file, "give a run's folder, a recipe or a YAML file", MOST), file)
+
+
+def parse_text(text: str, file: Path) -> RunText:
+    """What the text of a YAML file says, over its bases. Raises UserError."""
+    tree = _mapping(text, str(file))
+    changed = _take_changed(tree, str(file))
+    _take_format(tree, file)
+    return RunText(_whole(tree, str(file), file), str(file), tuple(changed))
 
 
 def _whole(tree: dict[str, Any], name: str, file: Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -149,8 +169,11 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
     recipe = text.removeprefix(SHIPPED_PREFIX)
     if isinstance(base, str) and recipe in recipes.names():  # whatever lies next to the file
         return _packaged(recipe), f"recipe {recipe}", None
-    if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):
-        tree = _tree(found)
+    found = _file(file.parent / user_path(base, "base")) if file and isinstance(base, str) else None
+    if found:
+        tree = _mapping(read_text(found, "give a run's folder, a recipe or a YAML file", MOST), str(found))
+        _take_changed(tree, str(found))
+        _take_format(tree, found)
         tree.pop(RESOLVED, None)  # of that run's files
         return tree, str(found), found
     raise UserError(
@@ -185,17 +208,15 @@ def _file(path: Path) -> Path | None:
         return None
 
 
-def _tree(file: Path) -> dict[str, Any]:
-    """The tree of a file, without its format and its changes."""
-    tree = _plain(file)
-    _take_changed(tree, str(file))
-    said = tree.pop(KEY, 1 if file.name == FILE and "base" not in tree else FORMAT)
-    if said != FORMAT:
+def _take_format(tree: dict[str, Any], file: Path) -> None:
+    """Remove the format from the tree of a file. Raises UserError for another than ours."""
+    default = 1 if file.name == FILE and "base" not in tree else FORMAT
+    file_format = tree.pop(KEY, default)
+    if file_format != FORMAT:
         raise UserError(
-            f"{file} is of format {brief(shown(said))}, and this dumo reads {FORMAT}: take the dumo that wrote it, for "
-            f"format 1 0.1.0 of 2026-11-22 (commit 9ebbef4). A {FILE} of your own begins with {KEY}: {FORMAT}"
+            f"{file} is of format {brief(shown(file_format))}, and this dumo reads {FORMAT}: take the dumo that wrote "
+            f"it, for format 1 0.1.0 of 2026-11-22 (commit 9ebbef4). A {FILE} of your own begins with {KEY}: {FORMAT}"
         )
-    return tree
 
 
 def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
@@ -208,13 +229,6 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
         raise UserError(
             f"{name}: {where}: {first['msg']}: it lists step, field, was and now of each change; mend or remove it"
         ) from error
-
-
-def _plain(file: Path) -> dict[str, Any]:
-    """The tree of a file, unchanged."""
-    if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
-    return _mapping(read_text(file, "give a run's folder, a recipe or a YAML file", MOST), str(file))
 
 
 def _packaged(name: str) -> dict[str, Any]:

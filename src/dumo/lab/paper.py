@@ -26,6 +26,7 @@ from dumo.plan import machine
 from dumo.plan import plan as counts
 from dumo.report import gallery
 from dumo.report.evaluate import row
+from dumo.run.index import Index
 from dumo.run.judge import evaluator_of
 from dumo.run.net import outline
 from dumo.run.weights import RunFolder, build
@@ -172,7 +173,7 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
         seconds = interleave(f"steps of size {size}", steps, same[0].labels["rounds"], here, bar)
         for cell, taken in zip(same, seconds, strict=True):
             facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
-            trained = RunFolder(cell.spec, folder, outline(cell.spec), 0, "none")
+            trained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")
             results.append(Result(cell, trained, {"card": timing(cell, here), **facts}))
     return results
 

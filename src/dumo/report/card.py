@@ -20,7 +20,6 @@ from dumo.evaluation.protocol import Scores as Found
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.read import brief, read_json
 from dumo.io.weights import title
-from dumo.run import deviation
 from dumo.run.resolve import as_given
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -112,7 +111,7 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
         "samples": samples,
         **facts,
         "data": as_given(run).images.model_dump(mode="json"),
-        "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
+        "data_sd": opened.data_sd,  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),
         "codec": codec and codec.codec.facts() | {"sha256": codec.sha256},
         "weights": opened.weights,

@@ -51,7 +51,7 @@ class Feed:
     def __init__(self, folder: Path, kind: str) -> None:
         """Go on where the last feed ended. Raises UserError where there is no run, or no log yet."""
         rows = logged(folder)
-        self.folder, self.kind, (self.config, _) = folder, kind, read(folder)
+        self.folder, self.kind, self.config = folder, kind, read(folder).tree
         self.tracker: Tracker | None = None
         self.looked: tuple[int, int, int] | None = None  # at which file, when
         past = self.past().get(kind)

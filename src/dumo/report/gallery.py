@@ -15,8 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import word
-from dumo.config.load import Written
-from dumo.config.source import noted
 from dumo.flow.generate import joined, labels
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
@@ -249,7 +247,7 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
     """The run as it was at a milestone. Raises UserError where its weights do not fit, or are not that milestone."""
     if file is None:
         return opened
-    require_place(file, Written(opened.run, noted(opened.folder)), "milestone", step)
+    require_place(file, opened.identities, "milestone", step)
     net, _ = load_net(opened.run, file, opened.device)
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 

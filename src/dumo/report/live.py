@@ -26,7 +26,7 @@ from dumo.io.yaml import parse
 from dumo.report.gallery import Reading, readings
 from dumo.report.page import NEAR, POINTS
 from dumo.report.sample import guide_of, turned
-from dumo.run import deviation, shipped
+from dumo.run import shipped
 from dumo.run.judge import real_data
 from dumo.run.prompt import edits, prompted
 from dumo.run.sampler import Sampler
@@ -166,7 +166,7 @@ class Live:
             "shape": " x ".join(map(str, data.shape)),
             "classes": "captions" if conditions.captions else f"{conditions.count}",
             "names of classes": None if conditions.captions else ", ".join(conditions.names),
-            "fingerprint of the images": deviation.fingerprint(self.opened.folder) if plain else None,
+            "fingerprint of the images": self.opened.data_fingerprint if plain else None,
         }
 
 

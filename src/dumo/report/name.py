@@ -34,7 +34,7 @@ def flat(tree: dict[str, Fields]) -> Fields:
 def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The fields that differ, and weights other than those the run shows, as parts of a name."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != part(opened.checkpoint, shown(opened.run.train)).resolve():
+    if opened.file.resolve() != part(opened.checkpoint.path, shown(opened.run.train)).resolve():
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
 

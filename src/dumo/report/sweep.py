@@ -41,7 +41,7 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
     check_writable(opened.folder)
     if text == EMA:
         names = [*(f"ema-{ema.key}" for ema in opened.run.train.ema), "net"]
-        points = {name: with_weights(opened, part(opened.checkpoint, name)) for name in names}
+        points = {name: with_weights(opened, part(opened.checkpoint.path, name)) for name in names}
     else:
         tree = opened.run.model_dump(mode="json")
         points = {value: replace(opened, run=parse(Run, changed)) for value, changed in settings(tree, text)}

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dumo.config.load import Written, identity, load
-from dumo.config.source import FILE, noted
+from dumo.config.load import Written, identity
+from dumo.config.source import FILE
 from dumo.io import file as files
 from dumo.io.weights import apart, compare, sha256
+from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.origin import require_place
 from dumo.training import checkpoint, frozen
@@ -86,7 +87,10 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     folder = Path(source)
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first")
-    run = load(folder)
+    index = Index.read(folder)
+    written = index.written
+    assert written, "it has a run.yaml"
+    run = written.run
     snapshots = kept(folder, run.train)
     if not snapshots:
         raise UserError(
@@ -102,7 +106,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
             f"{FAR:.0%} is the most: take a width nearer to theirs ({widths}), or train with more of them "
             "(train.snapshots)"
         )
-    sources = of_run(folder, Written(run, noted(folder)), snapshots)
+    sources = of_run(folder, written, snapshots)
     found = [checkpoint.load(path) for path in snapshots.values()]
     for path, one in zip(snapshots.values(), found, strict=True):
         compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
@@ -114,15 +118,16 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     return Averaged(file, last, len(snapshots), error)
 
 
-def of_run(folder: Path, there: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
+def of_run(folder: Path, written: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
     """The SHA-256 of each snapshot, by its place in the folder.
 
     Raises UserError for one of another run, step or width. Those from before they said these are taken as their place
     says, with a warning.
     """
     unnamed: list[Path] = []
+    identities = written.identities()
     for (step, std), path in snapshots.items():
-        require_place(path, there, KIND, step, std=std)
+        require_place(path, identities, KIND, step, std=std)
         if "std" not in checkpoint.facts_of(path):
             unnamed.append(path)
     if unnamed:

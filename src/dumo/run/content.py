@@ -19,6 +19,7 @@ from dumo.io.weights import load
 from dumo.runtime import dist
 from dumo.training import agreement
 from dumo.training.checkpoint import DATA
+from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
 
 WAY_OUT = "give another folder with --out, or go on with the data as they are by --accept"
@@ -32,7 +33,7 @@ class Change:
     now: str
 
 
-def prove(source: object, folder: Path, last: Path | None, *, accept: bool, verify: bool) -> Change | None:
+def prove(source: object, folder: Path, last: Checkpoint | None, *, accept: bool, verify: bool) -> Change | None:
     """Hash what changed since it was read, all if `verify`, and from now on expect what the checkpoint was trained on.
 
     Every rank must call it; they share the reading. Returns what is other with `accept`, which raises UserError
@@ -46,9 +47,9 @@ def prove(source: object, folder: Path, last: Path | None, *, accept: bool, veri
     if verify:
         hashes.forget()
         agreement.agreed(lambda: hashes.hash(range(rank, len(hashes), ranks)))
-    if last is None or not (last / DATA).is_file():
+    if last is None or not (last.path / DATA).is_file():
         return None
-    then = agreement.own(lambda: load(last / DATA))
+    then = agreement.own(lambda: load(last.path / DATA))
     names, labels, expected = content.unpacked(then["names"].numpy().tobytes()), then["labels"], then["hashes"].numpy()
     if names != hashes.names:
         wrong = f"images are {content.moved(names, hashes.names)}"

@@ -1,7 +1,7 @@
 """A folder's data.json: the standard deviation and the fingerprint of the data, measured when training begins."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source
@@ -9,6 +9,16 @@ from dumo.types import UserError
 
 FILE = "data.json"
 ROWS = 256  # of the first epoch in the order of seed 0; ours
+WAY_OUT = "delete it, and it is measured again"
+
+
+@dataclass(frozen=True)
+class DataNote:
+    """What data.json says."""
+
+    sd: float | None  # the standard deviation over all numbers of the first `rows`, as EDM's sigma_data
+    fingerprint: str | None = None  # of the source, if it has one
+    rows: int = ROWS
 
 
 def measure(source: Source) -> float:
@@ -17,42 +27,47 @@ def measure(source: Source) -> float:
     return x.double().std().item()
 
 
-def note(folder: Path, source: Source, fingerprint: str | None = None, *, anew: bool = False) -> float:
-    """The deviation in the folder; measured and written if there is none, `anew`, or for data of another fingerprint.
+def update(
+    folder: Path, before: DataNote | None, source: Source, fingerprint: str | None = None, *, anew: bool = False
+) -> DataNote:
+    """The note of these data; `before` as it is, if it is of data of this fingerprint, else measured and written.
 
-    `fingerprint` is the source's, if it has one. Only one process may call it.
+    `fingerprint` is the source's, if it has one. `anew`: measured in any case. Only one process may call it.
     """
-    there = _read(folder)
     if (
-        there is None
+        before is None
+        or before.sd is None
         or anew
-        or there["sd"] is None
-        or (fingerprint is not None and there.get("fingerprint", fingerprint) != fingerprint)
+        or (fingerprint is not None and before.fingerprint not in (None, fingerprint))
     ):
-        there = {"sd": measure(source), "rows": ROWS}
-    if (new := there | ({"fingerprint": fingerprint} if fingerprint else {})) != _read(folder):
-        write_json(folder / FILE, new)
-    return float(new["sd"])
+        note = DataNote(measure(source), fingerprint)
+    elif fingerprint is not None:
+        note = DataNote(before.sd, fingerprint, before.rows)
+    else:
+        note = before
+    if note != before:
+        write(folder, note)
+    return note
 
 
-def noted(folder: Path) -> float | None:
-    """The deviation in the folder, if there is one. Raises UserError for a damaged file."""
-    return None if (there := _read(folder)) is None else there["sd"]
+def write(folder: Path, note: DataNote) -> None:
+    """Write data.json."""
+    content: dict[str, object] = {"sd": note.sd, "rows": note.rows}
+    if note.fingerprint is not None:
+        content["fingerprint"] = note.fingerprint
+    write_json(folder / FILE, content)
 
 
-def fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the data that the folder's run was trained on, if known. Raises as `noted`."""
-    return (_read(folder) or {}).get("fingerprint")
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    file, way_out = folder / FILE, "delete it, and it is measured again"
+def read(folder: Path) -> DataNote | None:
+    """What data.json says; None: there is none. Raises UserError for a damaged file."""
+    file = folder / FILE
     if not file.exists():
         return None
-    there = read_json(file, way_out)
+    content = read_json(file, WAY_OUT)
     try:
-        if there["sd"] is not None and (type(there["sd"]) not in (int, float) or not there["sd"] >= 0):
+        sd = content["sd"]
+        if sd is not None and (type(sd) not in (int, float) or not sd >= 0):
             raise TypeError("sd is no number from 0 on")
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}): {way_out}") from error
-    return there
+        return DataNote(sd, content.get("fingerprint"), content.get("rows", ROWS))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): {WAY_OUT}") from error

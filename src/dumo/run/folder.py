@@ -1,4 +1,4 @@
-"""A run's folder while it is trained: claimed, locked, guarded, and marked as its checkpoints come."""
+"""A run's folder while it is trained: locked, refused where it holds another run, guarded, and marked."""
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -6,12 +6,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dumo.config.load import FILE, Written, dump, load
-from dumo.config.source import Noted, noted
+from dumo.config.load import FILE, dump
+from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io import file as files
-from dumo.run.origin import newest, require_same
-from dumo.training import checkpoint, manifest
+from dumo.run.index import Index
+from dumo.run.origin import require_same_run
+from dumo.training import manifest
 from dumo.training.log import read_log
 from dumo.training.spec import Train
 from dumo.types import UserError
@@ -22,18 +23,33 @@ CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run with
 WRITTEN_FILES = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
 
 
-def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> None:
-    """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
-
-    `step` is that of the checkpoint to go on from; None: of the last one. `accept`: fields may differ. Raises
-    UserError, with the difference if not, and where it has no checkpoint of that step.
-    """
-    # the folder's name
+def require_name(folder: Path) -> None:
+    """Raise UserError where a folder's name is no text in UTF-8: no file of weights opens there."""
     if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
 
-    # its steps
-    checkpoints = checkpoint.standing(folder / "checkpoints")
+
+def require_free(index: Index) -> None:
+    """Raise UserError where a folder without a run.yaml is not empty."""
+    folder = index.folder
+    if index.text is not None:
+        return
+    if index.checkpoints.by_step():
+        raise UserError(
+            f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
+            f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
+        )
+    if any(path.name != LOCK and not is_half_written(path) for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+
+
+def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
+    """Raise UserError unless the folder is free, or holds this run with no more steps behind it than it is to make.
+
+    `step` is that of the checkpoint to resume from; None: of the last one. `accept`: fields may differ.
+    """
+    folder = index.folder
+    checkpoints = index.checkpoints.by_step()
     if step is not None and step not in checkpoints:
         problem = f"--from {step}: {folder} has no checkpoint of that step"
         if not checkpoints:
@@ -41,21 +57,13 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
         raise UserError(f"{problem}: it has those of step {', '.join(map(str, checkpoints))}")
     steps_done = max(checkpoints, default=0) if step is None else step
     if steps_done > run.train.steps:
-        raise UserError(f"{folder} has {steps_done} steps behind it, so train.steps={run.train.steps} is no more to do")
-
-    # its run
-    if (folder / FILE).exists():
-        written = Written(load(folder), noted(folder))
-        if not checkpoints:
-            require_no_lost_checkpoint(folder, written.run.train)
-        require_same(written, run, folder, newest(checkpoints, step), accept=accept)
-    elif checkpoints:
         raise UserError(
-            f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
-            f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
+            f"train.steps={run.train.steps}, but {folder} has already trained {steps_done} steps: set train.steps to "
+            f"{steps_done} or more"
         )
-    elif folder.is_dir() and any(path.name != LOCK and not is_half_written(path) for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+    if index.written and not checkpoints:
+        require_no_lost_checkpoint(folder, index.written.run.train)
+    require_same_run(index, run, step, accept=accept)
 
 
 def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
@@ -99,20 +107,17 @@ def remove_half_written(folder: Path) -> None:
 
 
 @contextmanager
-def held(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> Generator[None, None, None]:
-    """Claim the folder and keep every other training out of it; folders made for nothing are removed.
+def locked_run_folder(folder: Path) -> Generator[None, None, None]:
+    """Keep every other training out of a run's folder; folders made for nothing are removed at the end.
 
-    Raises UserError as `claim`, and where another process is training there.
+    Raises UserError where another process is training there.
     """
-    claim(run, folder, step, accept=accept)
+    require_name(folder)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
-            claim(run, folder, step, accept=accept)  # who held it before may have left another run
-            remove_half_written(folder)
-            with guard_run_folder(folder):
-                yield
+            yield
     finally:
         with suppress(OSError):  # it is not empty: something was written
             for new_folder in new_folders:

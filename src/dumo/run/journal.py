@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dumo.config.advice import advice
 from dumo.config.change import shown
 from dumo.config.load import FILE, identity
 from dumo.config.source import Noted
@@ -20,8 +21,9 @@ from dumo.io.source import Source
 from dumo.nets.embed import Scalars
 from dumo.run import average, content, deviation, examination
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, note, restore_run_file
+from dumo.run.index import Index
 from dumo.run.net import outline
-from dumo.run.origin import before_step
+from dumo.run.origin import run_before_step
 from dumo.run.teacher import Coupled
 from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
@@ -30,6 +32,7 @@ from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
+from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.optim import Muon, embedders, halved
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
@@ -49,6 +52,7 @@ class Journal:
     run: Run
     folder: Path
     device: torch.device
+    checkpoints: Checkpoints
     source: Source | Coupled
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
@@ -105,7 +109,7 @@ class Journal:
         if record.burst:
             module_name = next(iter(record.burst))
             embeds = embedders(state.net).issuperset(state.modules[module_name])
-            self.tell(burst_text(self.run.train, self.folder, record, embeds=embeds))
+            self.tell(burst_text(self.run.train, self.folder, self.checkpoints, record, embeds=embeds))
         if scheduled or record.skipped or record.burst or record.probe or scores:
             row = record.row()
             if time_slope is not None:
@@ -169,7 +173,7 @@ class Journal:
         def write() -> None:
             agreement.main(self.restore_run_file)
             agreement.main(lambda: log.flush(log_file))
-            checkpoint.put(self.folder / "checkpoints", copy, self.run.train.keep)
+            checkpoint.put(self.checkpoints, copy, self.run.train.keep)
             agreement.main(lambda: mark_checkpoint_written(self.folder))
             validation = self.validation
             if validation:
@@ -222,7 +226,7 @@ def slope_in_time(state: State) -> float | None:
     return None
 
 
-def burst_text(train: Train, folder: Path, record: Record, *, embeds: bool = False) -> str:
+def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Record, *, embeds: bool = False) -> str:
     """That a burst begins, in which module, and what to type before it breaks the training.
 
     `embeds`: whether that module is an embedder of times.
@@ -232,7 +236,7 @@ def burst_text(train: Train, folder: Path, record: Record, *, embeds: bool = Fal
         f"warning: step {record.step:,}: the gradient norm of {name} is {record.grad_norms[name]:.3g}, {factor:.2g} "
         f"times its median of the last {WINDOW} steps: the training may break here."
     )
-    step = last_good(folder, record.step - LASTS)
+    step = checkpoints.last_good(record.step - LASTS)
     if step is None:
         return f"{warning} No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
     if embeds and isinstance(train.optimizer, Muon):
@@ -247,21 +251,12 @@ def burst_text(train: Train, folder: Path, record: Record, *, embeds: bool = Fal
     )
 
 
-def way_back(train: Train, folder: Path, step: int) -> str:
-    """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
-    good_step = last_good(folder, step)
+def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int) -> str:
+    """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
+    good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
     command = command_at_rates(folder, good_step, halved(train.optimizer))
     return f"To go on {place} at half the rate:  {command}"
-
-
-def last_good(folder: Path, step: int) -> int | None:
-    """The step of the last good checkpoint up to a step; None if there is none."""
-    checkpoints = manifest.standing(folder / "checkpoints")
-    for checkpoint_step, path in reversed(checkpoints.items()):
-        if checkpoint_step <= step and manifest.sound(path) and manifest.read(path).trend.good:
-            return checkpoint_step
-    return None
 
 
 def command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
@@ -298,7 +293,7 @@ class History:
     """What of a folder's run has changed when it goes on after `step`; made and written by one process alone."""
 
     run: Run
-    folder: Path
+    index: Index
     source: Source
     step: int
     fingerprint: str | None  # of the data now
@@ -312,10 +307,10 @@ class History:
     def of(
         cls,
         run: Run,
-        folder: Path,
+        index: Index,
         source: Source,
         step: int,
-        last: Path | None,
+        last: Checkpoint | None,
         *,
         accept: bool = False,
         change: content.Change | None = None,
@@ -325,29 +320,30 @@ class History:
         `change`: how their content has.
         """
         # compare the data
-        noted_fingerprint = deviation.fingerprint(folder)
+        noted_fingerprint = index.data_note.fingerprint if index.data_note else None
         fingerprint = source.fingerprint()
-        written = before_step(folder, last)
+        written = run_before_step(index, last)
         changed = written.changes(run, step) if written else []
         if last and noted_fingerprint is not None and noted_fingerprint != fingerprint:
             if not accept:
-                raise content.refusal(folder, f"fingerprint {noted_fingerprint} in {deviation.FILE}, {fingerprint} now")
+                raise content.refusal(
+                    index.folder, f"fingerprint {noted_fingerprint} in {deviation.FILE}, {fingerprint} now"
+                )
             change = content.Change(noted_fingerprint, str(fingerprint))
         if change:
             changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
 
         # look into the checkpoint
-        last_manifest = manifest.read(last) if last else None
         return cls(
             run=run,
-            folder=folder,
+            index=index,
             source=source,
             step=step,
             fingerprint=fingerprint,
             changed=changed,
-            versions=last_manifest.versions if last_manifest else {},
+            versions=last.manifest.versions if last else {},
             train_before=written.run.train if written and last else None,
-            logged=last_manifest.log if last_manifest else None,
+            logged=last.manifest.log if last else None,
             data_changed=change is not None,
         )
 
@@ -356,7 +352,8 @@ class History:
 
         `rewound`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
         """
-        log_file = self.folder / "metrics.jsonl"
+        folder = self.index.folder
+        log_file = folder / "metrics.jsonl"
 
         # take back what came after the step
         undone_rows = 0
@@ -364,12 +361,12 @@ class History:
             undone_rows = sum(row["step"] > self.step for row in log.read_log(log_file))
         if self.step == 0 and undone_rows:
             yield (
-                f"{self.folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
+                f"{folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
                 f"kept in {log.cut(log_file)}"
             )
         if rewound:
             removed_steps: set[int] = set()
-            for place in manifest.places(self.folder):
+            for place in manifest.places(folder):
                 removed_steps.update(manifest.rewind(place, self.step))
             if removed_steps:
                 steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
@@ -381,9 +378,9 @@ class History:
                 yield f"{undone_rows:,} rows of the log after it are kept in {log.cut(log_file)}"
         log.rewind(log_file, self.step)
         if self.step > 0:
-            manifest.rewind(self.folder / BEST, self.step)
+            manifest.rewind(folder / BEST, self.step)
         else:
-            best_aside = set_best_aside(self.folder)
+            best_aside = set_best_aside(folder)
             if best_aside:
                 yield f"the best weights of before it starts again are kept in {best_aside}"
 
@@ -394,12 +391,14 @@ class History:
             yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
 
         # note the run and its data
-        note(self.run, self.folder, self.changed)
+        note(self.run, folder, self.changed)
         if self.step == 0:
-            mark_no_checkpoint_yet(self.folder)
+            mark_no_checkpoint_yet(folder)
         else:
-            mark_checkpoint_written(self.folder)
-        deviation.note(self.folder, self.source, self.fingerprint, anew=self.data_changed)
+            mark_checkpoint_written(folder)
+        data_note = deviation.update(
+            folder, self.index.data_note, self.source, self.fingerprint, anew=self.data_changed
+        )
 
         # say what has changed
         for change in self.changed:
@@ -416,3 +415,4 @@ class History:
                     f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
                     "otherwise"
                 )
+        yield from advice(self.run, data_note.sd)

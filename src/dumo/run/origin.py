@@ -1,135 +1,150 @@
-"""The run that a checkpoint holds, and whether a folder's run.yaml still says the same.
+"""Whether a folder's run.yaml, its weights and the run that is asked for are one run.
 
 A checkpoint has the run as it was up to its step, with what had changed by then; run.yaml may have been edited since. A
 field that makes another function, training or sample must be the same in both, or be noted as changed at that step or
 later. Files of weights alone have a hash of their run (`dumo.config.load.identity`).
 """
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from dumo.config.code import require_same_code
-from dumo.config.load import Difference, Written, differences, identity, load
-from dumo.config.source import FILE, Noted, noted
+from dumo.config.load import Written, differences, identity
+from dumo.config.source import FILE
 from dumo.config.spec import Run
-from dumo.runtime import dist, typed
-from dumo.training import checkpoint, manifest
+from dumo.run.index import CheckpointRun, Index, later_changes_of_function
+from dumo.runtime import typed
+from dumo.training import checkpoint as checkpoints
+from dumo.training import manifest
+from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
 
-FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what its weights mean
 
+def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place: Path) -> None:
+    """Raise UserError where the run of a checkpoint is not the one that run.yaml says.
 
-@dataclass(frozen=True)
-class Kept(Written):
-    """The run that a checkpoint holds, with what was changed before its step."""
-
-    name: str
-    step: int
-
-    @classmethod
-    def of(cls, place: Path) -> "Kept | None":
-        """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
-        if file := manifest.run_of(place):
-            return cls(load(file), noted(file), place.name, manifest.read(place).step)
-        if dist.is_main():
-            words = f"{place} was written before checkpoints held their run: {FILE} is not compared with it"
-            warnings.warn(words, stacklevel=2)
-        return None
-
-    def differs(self, there: Written) -> list[Difference]:
-        """Where a run.yaml is not this run with the changes that it notes since."""
-        now = self.replayed([one for one in there.past if one.step >= self.step])
-        return [*meant(there.past, self.step), *differences(now, there.run)]
-
-    def lines(self, found: Sequence[Difference], there: Written) -> list[str]:
-        """Differences from a run.yaml in words."""
-        since = {one.field for one in there.past if one.step >= self.step}
-        here = f"in checkpoint {self.name}"
-        return [one.between("as noted" if one.field in since else here, f"in {FILE}") for one in found]
-
-
-def meant(past: Sequence[Noted], step: int) -> list[Difference]:
-    """What was accepted later, and makes another function of weights of this step."""
-    later = [one for one in past if one.accepted and one.step > step and one.field.split(".")[0] in FUNCTION]
-    return [Difference(one.field, one.was, one.now, may=False) for one in later if not one.of_data]
-
-
-def require_own(run: Run, folder: Path, place: Path) -> None:
-    """Raise UserError where a checkpoint, a part of one, or a milestone is not of the run that run.yaml says."""
-    there = Written(run, noted(folder))
-    holder = next((one for one in (place, place.parent) if (one / manifest.NAME).is_file()), None)
-    kept = Kept.of(holder) if holder else None
-    if holder and holder.resolve().parent == (folder / "checkpoints").resolve():
-        lines = kept.lines(kept.differs(there), there) if kept else []
-    else:
-        whose = identity(kept.run) if kept else checkpoint.facts_of(place).get("run")
-        if whose not in (None, *there.identities()):
-            raise UserError(f"{place} has weights of another run than {folder}: take others, or that run's folder")
-        lines = [str(one) for one in meant(there.past, checkpoint.step_of(place, run.train.steps))]
-    if lines:
-        lines = [f"{folder / FILE} is not the run that {place} was trained by:", *lines]
-        way = f"Put these fields back. To train on with them as they are:  dumo train {typed(folder)} --accept"
-        raise UserError("\n  ".join(lines) + f"\n{way}")
-    if kept:
-        require_same_code(run, kept.run.resolved, folder)
-
-
-def require_place(file: Path, there: Written, kind: str, step: int, **facts: object) -> None:
-    """Raise UserError where a file of weights alone is of another run, or is not what its place in the folder says.
-
-    What a file does not say is taken: it is from before it was written down.
+    `run` is the run that is opened, `place` the part of the checkpoint that is shown.
     """
-    said = checkpoint.facts_of(file)
-    if said.get("run") not in (None, *there.identities()):
-        raise UserError(
-            f"{file} has weights of another run than {FILE} says: put back those that this run kept, or remove them"
-        )
-    expected = {"kind": kind, "step": step, **facts}
-    said["step"] = checkpoint.step_of(file, step)
-    for name, value in expected.items():
-        if said.get(name, value) != value:
+    trained_run = index.run_of(checkpoint)
+    if trained_run is None:
+        return
+    written = Written(run, index.written.past if index.written else ())
+    lines = trained_run.lines(trained_run.differences_from(written), written)
+    require_no_differences(index.folder, place, lines)
+    require_same_code(run, trained_run.run.resolved, index.folder)
+
+
+def require_own_weights(run: Run, index: Index, place: Path) -> None:
+    """Raise UserError where weights, as a milestone or a part of another folder's checkpoint, are of another run."""
+    written = Written(run, index.written.past if index.written else ())
+    holder = checkpoint_of(place)
+    trained_run = CheckpointRun.read(holder) if holder else None
+    if holder and holder.path.resolve().parent == index.checkpoints.folder.resolve():
+        lines: list[str] = []
+        if trained_run:
+            lines = trained_run.lines(trained_run.differences_from(written), written)
+    else:
+        owner = identity(trained_run.run) if trained_run else checkpoints.facts_of(place).get("run")
+        if owner is not None and owner not in written.identities():
             raise UserError(
-                f"{file} says that its {name} is {said[name]}, not {value}: put each file back in its place"
+                f"{place} has weights of another run than {index.folder}: take others, or that run's folder"
             )
+        step = checkpoints.step_of(place, run.train.steps)
+        lines = [str(difference) for difference in later_changes_of_function(written.past, step)]
+    require_no_differences(index.folder, place, lines)
+    if trained_run:
+        require_same_code(run, trained_run.run.resolved, index.folder)
 
 
-def newest(standing: Mapping[int, Path], step: int | None) -> Kept | None:
-    """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
-    for place in reversed([path for n, path in standing.items() if step in (None, n)]):
-        with suppress(UserError):  # who begins there looks at the whole of it
-            return Kept.of(place)
+def checkpoint_of(place: Path) -> Checkpoint | None:
+    """The checkpoint that a file or a folder is, or is a part of; None: it lies in none."""
+    for folder in (place, place.parent):
+        if (folder / manifest.NAME).is_file():
+            return Checkpoint(folder)
     return None
 
 
-def require_same(there: Written, run: Run, folder: Path, kept: Kept | None, *, accept: bool) -> None:
+def require_no_differences(folder: Path, place: Path, lines: list[str]) -> None:
+    """Raise UserError with these lines, if there are any, of how run.yaml is not the run that weights are of."""
+    if not lines:
+        return
+    differences_text = "\n  ".join([f"{folder / FILE} is not the run that {place} was trained by:", *lines])
+    raise UserError(
+        f"{differences_text}\nPut these fields back. To train on with them as they are:  "
+        f"dumo train {typed(folder)} --accept"
+    )
+
+
+def require_place(file: Path, identities: Set[str], kind: str, step: int, **facts: object) -> None:
+    """Raise UserError where a file of weights alone is of another run, or is not what its place in the folder says.
+
+    `identities` are those of the run (`Written.identities`). What a file does not say is taken: it is from before it
+    was written down.
+    """
+    facts_in_file = checkpoints.facts_of(file)
+    owner = facts_in_file.get("run")
+    if owner is not None and owner not in identities:
+        raise UserError(
+            f"{file} has weights of another run than {FILE} says: put back those that this run kept, or remove them"
+        )
+    facts_in_file["step"] = checkpoints.step_of(file, step)
+    expected = {"kind": kind, "step": step, **facts}
+    for name, value in expected.items():
+        if facts_in_file.get(name, value) != value:
+            raise UserError(
+                f"{file} says that its {name} is {facts_in_file[name]}, not {value}: put each file back in its place"
+            )
+
+
+def last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
+    """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
+    for checkpoint_step, checkpoint in reversed(index.checkpoints.by_step().items()):
+        if step not in (None, checkpoint_step):
+            continue
+        with suppress(UserError):  # who begins there looks at the whole of it
+            return index.run_of(checkpoint)
+    return None
+
+
+def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) -> None:
     """Raise UserError where a folder's run.yaml is not what its checkpoint holds, or another run is asked for.
 
-    What may change is noted, as is all with `accept`.
+    The checkpoint is that of `step`, or the last one. What may change is noted, as is all with `accept`.
     """
-    require_same_code(there.run, there.run.resolved | (kept.run.resolved if kept else {}), folder)
-    edited = [one for one in kept.differs(there) if not one.may] if kept else []
-    asked = [one for one in differences(there.run, run) if not one.may]
-    if accept or not (edited or asked):
+    written = index.written
+    if written is None:
         return
-    way = f"or take them as they are by --accept, which notes them in {FILE}"
-    if kept and edited:
-        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited, there)])
-        raise UserError(f"{lines}\nPut these fields back, {way}")
-    lines = "\n  ".join([f"{folder} holds another run:", *map(str, asked)])
-    raise UserError(f"{lines}\nGive another folder with --out, or remove this one, {way}")
+    trained_run = last_readable_run(index, step)
+    resolved = dict(written.run.resolved)
+    if trained_run:
+        resolved.update(trained_run.run.resolved)
+    require_same_code(written.run, resolved, index.folder)
+    if accept:
+        return
+
+    way_out = f"or take them as they are by --accept, which notes them in {FILE}"
+    if trained_run:
+        edited = [one for one in trained_run.differences_from(written) if not one.may]
+        if edited:
+            lines = [f"{index.folder / FILE} is not as it was trained:", *trained_run.lines(edited, written)]
+            raise UserError("\n  ".join(lines) + f"\nPut these fields back, {way_out}")
+    asked = [one for one in differences(written.run, run) if not one.may]
+    if asked:
+        lines = [f"{index.folder} holds another run:", *map(str, asked)]
+        raise UserError("\n  ".join(lines) + f"\nGive another folder with --out, or remove this one, {way_out}")
 
 
-def before_step(folder: Path, last: Path | None) -> Written | None:
+def run_before_step(index: Index, checkpoint: Checkpoint | None) -> Written | None:
     """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
 
     The checkpoint says so; one from before they did leaves it to run.yaml.
     """
-    if not (folder / FILE).is_file():
+    written = index.written
+    if written is None:
         return None
-    past, kept = noted(folder), Kept.of(last) if last else None
-    if kept is None:
-        return Written(load(folder), past)
-    return Written(kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)])
+    trained_run = index.run_of(checkpoint) if checkpoint else None
+    if trained_run is None:
+        return written
+    later_changes_of_data = [change for change in written.past if change.of_data and change.step >= trained_run.step]
+    return Written(trained_run.run, [*trained_run.past, *later_changes_of_data])

@@ -52,16 +52,16 @@ class Meter:
         train: Train,
         folder: Path,
         device: torch.device,
-        flops: Callable[[], float],
+        flops: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is measured before `begin`. `flops` counts the operations of a step, for an image."""
+        """Nothing is measured before `begin`. `flops` are the operations of a step, for an image."""
         self.train = train
         self.path = folder / FILE
         self.device = device
         self.clock = clock
         self.peak_tflops = known_peak_tflops(device) if dist.is_main() else None
-        self.flops = flops() if self.peak_tflops else 0.0
+        self.flops = flops
         self.last: Speed | None = None
         self.first_step = 0  # of what the next row measures
         self.began = 0.0  # by the clock, when that step was done

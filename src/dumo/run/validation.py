@@ -7,7 +7,7 @@ the same.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.config.load import Written, identity, load
-from dumo.config.source import noted
+from dumo.config.load import identity
 from dumo.config.spec import Run
 from dumo.evaluation.protocol import Scores, rising
 from dumo.flow.precision import products
@@ -62,13 +61,17 @@ class Validation:
         state: State,
         tell: Callable[[str], object],
         spent: Callable[[float], object] = lambda seconds: None,
+        identities: Set[str] = frozenset(),
     ) -> None:
         """Writes nothing. `tell` hears the scores, `spent` the seconds that each took. Every rank must call it.
+
+        `identities` are those of the run in its folder (`Written.identities`), whose best weights may be there.
 
         Raises UserError as the protocol does, with how to train without it.
         """
         self.run, self.folder, self.spec = run, folder / BEST, run.evaluate.validation
         self.tell, self.spent = tell, spent
+        self.identities = {*identities, identity(run)}
         self.every = run.evaluate.every
         if not self.every or state.step // self.every == run.train.steps // self.every:
             self.every = 0
@@ -138,8 +141,7 @@ class Validation:
         if not steps:
             return None, {}
         file = files[steps[-1]]
-        folder = self.folder.parent
-        require_place(file, Written(load(folder), noted(folder)), KIND, steps[-1])
+        require_place(file, self.identities, KIND, steps[-1])
         facts = checkpoint.facts_of(file)
         score = facts.get(SCORE, {})
         if score and checkpoint.FACTS_SUM not in facts:

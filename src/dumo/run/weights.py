@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dumo.config import trust
 from dumo.config.code import require_same_code
-from dumo.config.load import FILE, Difference, difference, differences, load
+from dumo.config.load import FILE, Difference, Written, difference, differences
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.config.tree import Tree
@@ -23,12 +24,14 @@ from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, published, shipped
+from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
-from dumo.run.origin import require_own
+from dumo.run.origin import require_own_checkpoint, require_own_weights
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist, typed
 from dumo.runtime.heap import lean
 from dumo.training import checkpoint, frozen, manifest
+from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
@@ -49,14 +52,37 @@ class RunFolder:
     """A run's folder, opened to read: the net that is shown (the first average), and where it stands."""
 
     run: Run
-    folder: Path
+    index: Index
     net: nn.Module
     step: int
     weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
     file: Path = Path()  # that file or folder
-    checkpoint: Path = Path()  # the last one that is whole
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(Path()))  # the last one that is whole
     listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
     made: Deferred = field(default_factory=Deferred)  # makes the weights of a net that was not filled
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.index.folder
+
+    @property
+    def data_sd(self) -> float | None:
+        """The standard deviation of the data; None: of a run from before it was measured."""
+        note = self.index.data_note
+        return note.sd if note else None
+
+    @property
+    def data_fingerprint(self) -> str | None:
+        """The fingerprint of the data that the run was trained on, if known."""
+        note = self.index.data_note
+        return note.fingerprint if note else None
+
+    @property
+    def identities(self) -> set[str]:
+        """The identities of the run (`Written.identities`)."""
+        written = self.index.written
+        return Written(self.run, written.past if written else ()).identities()
 
     @cached_property
     def sha256(self) -> str:
@@ -101,65 +127,73 @@ def open_run(
             f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits, or take "
             f"{' or '.join(shipped.names())}, which dumo brings"
         )
-    run = load(folder, overrides)
+    trust.accept(overrides)
+    index = Index.read(folder)
+    run = index.run(overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
-        require_trained(load(folder), run, folder)
+        require_trained(index, run)
     while True:
-        steps_before = list(checkpoint.standing(folder / "checkpoints"))
+        steps_before = list(index.checkpoints.by_step())
         try:
-            return open_weights(run, folder, weights, dist.device(device), fill=fill)
+            return open_weights(run, index, weights, dist.device(device), fill=fill)
         except (UserError, OSError):
-            steps_now = list(checkpoint.standing(folder / "checkpoints"))
+            steps_now = list(index.checkpoints.by_step())
             if steps_now == steps_before:  # else a training has removed what was read
                 raise
 
 
-def require_trained(trained_run: Run, run: Run, folder: Path) -> None:
+def require_trained(index: Index, run: Run) -> None:
     """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
+    assert index.written, "a run's folder has a run.yaml"
+    trained_run = index.written.run
     differing_fields = list(difference(trained_run, run))
     if differing_fields:
-        raise UserError(f"these fields of {folder} are as they were trained:\n  " + "\n  ".join(differing_fields))
+        raise UserError(
+            f"{index.folder} is already trained, so these fields cannot be changed here:\n  "
+            + "\n  ".join(differing_fields)
+        )
     if isinstance(run.data, Images) and run.data != trained_run.data:
         undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
-        trained_fingerprint = deviation.fingerprint(folder)
+        trained_fingerprint = index.data_note.fingerprint if index.data_note else None
         fingerprint = undecoded.open().fingerprint()
         if trained_fingerprint not in (None, fingerprint):
             raise UserError(
-                f"data.root: {run.data.root} has other images than {folder} was trained on (fingerprint {fingerprint}, "
-                f"and {trained_fingerprint} in {deviation.FILE}): say where those are"
+                f"data.root: {run.data.root} has other images than {index.folder} was trained on (fingerprint "
+                f"{fingerprint}, and {trained_fingerprint} in {deviation.FILE}): say where those are"
             )
 
 
-def open_weights(run: Run, folder: Path, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
+def open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     # find the file
+    folder = index.folder
     hashed_parts = {shown(run.train)} if weights is None else ()
-    last = checkpoint.latest(folder / "checkpoints", hashed_parts)
+    last = index.checkpoints.latest(hashed_parts)
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {typed(folder)}")
     if weights is None:
-        file = checkpoint.part(last, shown(run.train))
+        file = checkpoint.part(last.path, shown(run.train))
         file_name = str(file.relative_to(folder))
-        require_own(run, folder, last)
+        require_own_checkpoint(run, index, last, last.path)
     else:
         file = Path(weights)
         file_name = weights
-        fault = manifest.fault_of(file)
+        fault = manifest.fault_of_part(file)
         if fault:
             raise UserError(f"{fault}: take other weights")
-        require_own(run, folder, file)
+        require_own_weights(run, index, file)
 
     # load it, and compare with what the checkpoint lists
     net, deferred_weights = load_net(run, file, device if fill else None)
-    last_manifest = manifest.read(last)
-    frozen.require(frozen.digest(net, deferred_weights.made), last_manifest.frozen, folder)
-    listed = last_manifest.files.get(file.name) if weights is None else None
+    frozen.require(frozen.digest(net, deferred_weights.made), last.manifest.frozen, folder)
+    listed = last.manifest.files.get(file.name) if weights is None else None
+    step = last.manifest.step if weights is None else checkpoint.step_of(file, last.manifest.step)
     return RunFolder(
         run=run,
-        folder=folder,
+        index=index,
         net=net,
-        step=checkpoint.step_of(file, last_manifest.step),
+        step=step,
         weights=file_name,
         file=file,
         checkpoint=last,
@@ -271,17 +305,18 @@ def load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> 
     assert isinstance(spec, Pretrained)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
         frozen_digest = frozen.digest(net, deferred_weights.made, without=source_weights)
-        frozen.require(frozen_digest, manifest.read(source.checkpoint).frozen, source.folder)
+        frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
 
 
 @lean()
-def begin(run: Run, folder: Path, device: torch.device, step: int | None = None) -> tuple[State, Path | None]:
-    """The state that a run goes on from, and its checkpoint: that of `step`, or the last one that is whole and finite.
+def begin(
+    run: Run, checkpoints: Checkpoints, device: torch.device, step: int | None = None
+) -> tuple[State, Checkpoint | None]:
+    """The state that a run resumes from, and its checkpoint: that of `step`, or the last one that is whole and finite.
 
-    Where there is none, the state is of another run (`start`), or as drawn. Raises UserError.
+    Where there is none, the state is of another run (`start`), or as drawn. Every rank must call it. Raises UserError.
     """
-    checkpoints = folder / "checkpoints"
-    last = checkpoint.latest(checkpoints, together=True) if step is None else checkpoint.of_step(checkpoints, step)
+    last = checkpoints.latest(together=True) if step is None else checkpoints.of_step(step)
     deferred_weights: Deferred | None = None
     if run.start and not last and not run.has_subject:
         net, deferred_weights = begin_from(run, run.start)
@@ -293,7 +328,7 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
         net.refit(deferred_weights)
     state = begin_training(net, run.train, device, deferred_weights, restored=last is not None)
     if last:
-        last = checkpoint.go_on(last, state, or_before=step is None)
+        last = checkpoint.go_on(checkpoints, last, state, or_before=step is None)
     return state, last
 
 

@@ -14,8 +14,7 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 """
 
 import json
-import warnings
-from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +29,7 @@ from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.runtime import dist, threads
 from dumo.training import agreement, frozen, layout, manifest
-from dumo.training.manifest import drop, standing
+from dumo.training.manifest import Checkpoint, Checkpoints, standing
 from dumo.training.state import Diverged, State, blank, by_place, flatten
 from dumo.types import UserError
 
@@ -68,7 +67,7 @@ class Copy:
 
 def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
     """Write the checkpoint of this step into `folder`, as `copy` and `put`; return its path."""
-    return put(folder, copy(state, notes, {}), keep)
+    return put(Checkpoints(folder), copy(state, notes, {}), keep)
 
 
 def copy(state: State, notes: Notes, memory: Memory) -> Copy:
@@ -116,18 +115,19 @@ def take(x: Tensor, memory: Memory, key: tuple[str, str]) -> Tensor:
     return there.copy_(here)
 
 
-def put(folder: Path, copy: Copy, keep: int) -> Path:
-    """Write a checkpoint into `folder`, then drop old ones (`manifest.drop`); return its path.
+def put(checkpoints: Checkpoints, copy: Copy, keep: int) -> Path:
+    """Write a checkpoint, then drop old ones (`Checkpoints.drop`); return its path.
 
     A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises UserError, on
     all ranks, if the disk is full; older checkpoints then stay.
     """
-    target = folder / manifest.folder_of(step := copy.about.step)
-    if not agreement.main(target.exists) or manifest.fault(target, together=True):
+    step = copy.about.step
+    target = checkpoints.folder / manifest.folder_of(step)
+    if not agreement.main(target.exists) or checkpoints.at(target).fault(together=True):
         with made(target, "checkpoint", step, copy.size) as temp:
             write(temp, copy)
-        agreement.main(lambda: manifest.remember(target))
-    agreement.main(lambda: drop(folder, step, keep))
+        checkpoints.wrote(target)
+    agreement.main(lambda: checkpoints.drop(step, keep))
     return target
 
 
@@ -155,83 +155,55 @@ def milestones(folder: Path) -> dict[int, Path]:
     return standing(folder, ".safetensors")
 
 
-def latest(folder: Path, read: Collection[str] | None = None, *, together: bool = False) -> Path | None:
-    """The last whole checkpoint in `folder`, or None if there is no checkpoint; warns of damaged ones.
-
-    `read` is as `parts` of `manifest.fault`, `together` as there. Raises UserError if all are damaged.
-    """
-    damaged: list[str] = []
-    for path in reversed(standing(folder).values()):
-        if (wrong := manifest.fault(path, read, together=together)) is None:
-            if read is None:
-                manifest.remember(path)
-            if damaged and dist.is_main():
-                warnings.warn(f"{'; '.join(damaged)}: {path.name}, before it, is taken", stacklevel=2)
-            return path
-        damaged.append(wrong)
-    if damaged:
-        raise UserError(
-            f"{'; '.join(damaged)}: {folder} has no whole checkpoint. Put back the files as they were, or give another "
-            "folder with --out to train from the start"
-        )
-    return None
-
-
 def part(checkpoint: Path, name: str) -> Path:
     """The path of a part of a checkpoint (net, ema-0.999, optimizer): a folder of shards, or a file."""
     folder = checkpoint / name
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
 
 
-def of_step(folder: Path, step: int) -> Path:
-    """The checkpoint of a step that has one. Every rank must call it. Raises UserError if it is damaged."""
-    found = standing(folder)[step]
-    if wrong := manifest.fault(found, together=True):
-        raise UserError(f"{wrong}: go on from another step")
-    return found
-
-
-def go_on(checkpoint: Path, state: State, *, or_before: bool = True) -> Path:
+def go_on(checkpoints: Checkpoints, checkpoint: Checkpoint, state: State, *, or_before: bool = True) -> Checkpoint:
     """Restore a checkpoint, or, if a number of it is not finite, the last good one before it; return it.
 
-    Every rank must call it. Raises UserError as `restore`, as `latest` if none is left, and, without `or_before`, if a
-    number is not finite.
+    Every rank must call it. Raises UserError as `restore`, as `Checkpoints.latest` if none is left, and, without
+    `or_before`, if a number is not finite.
     """
     while True:
         restore(checkpoint, state)
-        if (wrong := not_finite(parts(state))) is None:
+        problem = not_finite(parts(state))
+        if problem is None:
             return checkpoint
         if not or_before:
-            raise UserError(f"{checkpoint}: {wrong} is not finite: go on from another step")
-        manifest.condemn(checkpoint, f"{checkpoint}: {wrong} is not finite")
-        checkpoint = latest(checkpoint.parent, together=True) or checkpoint  # it raises if there is none
+            raise UserError(f"{checkpoint.path}: {problem} is not finite: go on from another step")
+        checkpoint.not_finite = f"{checkpoint.path}: {problem} is not finite"
+        checkpoint = checkpoints.latest(together=True) or checkpoint  # it raises if there is none
 
 
-def restore(checkpoint: Path, state: State) -> None:
-    """Load a checkpoint from `latest` into a state built from the same spec, on any number of ranks.
+def restore(checkpoint: Checkpoint, state: State) -> None:
+    """Load a checkpoint into a state built from the same spec, on any number of ranks.
 
     Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
     tensor that is missing, unknown, or of another shape or dtype; or if the frozen weights differ.
     """
-    wanted = weights_of(state)
-    memory: dict[str, Tensor] = {}
+    tensors = weights_of(state)
+    optimizer: dict[str, Tensor] = {}
 
-    def fits() -> manifest.Manifest:
-        for name, named in wanted.items():
-            place = part(checkpoint, name)
-            weights.compare(place, weights.outline(place), named, "the run", FIT)
-        memory.update(blank(part(checkpoint, "optimizer"), state, FIT))
-        frozen.require(state.frozen, (about := manifest.read(checkpoint)).frozen, checkpoint)
-        return about
+    def require_fit() -> manifest.Manifest:
+        for name, wanted in tensors.items():
+            place = part(checkpoint.path, name)
+            weights.compare(place, weights.outline(place), wanted, "the run", FIT)
+        optimizer.update(blank(part(checkpoint.path, "optimizer"), state, FIT))
+        frozen.require(state.frozen, checkpoint.manifest.frozen, checkpoint.path)
+        return checkpoint.manifest
 
     def fill() -> None:
-        for name, named in {**wanted, "optimizer": memory}.items():
-            weights.fill(part(checkpoint, name), named)
+        for name, into in {**tensors, "optimizer": optimizer}.items():
+            weights.fill(part(checkpoint.path, name), into)
 
-    about, *_ = agreement.agreed(fits)
+    about, *_ = agreement.agreed(require_fit)
     agreement.agreed(fill)
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": by_place(memory, state)})
-    state.step, state.images = about.step, about.images
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": by_place(optimizer, state)})
+    state.step = about.step
+    state.images = about.images
     state.skips = about.skips
     state.trend = about.trend
     state.gradients = about.gradients

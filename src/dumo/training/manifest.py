@@ -1,15 +1,19 @@
-"""A checkpoint's `state.json`, whether its files are as listed there, and which checkpoints of a run are kept.
+"""A run's checkpoints on disk: their lists `state.json`, whether their files are as listed, and which are kept.
 
 `state.json` is written last and lists every other file with its size and SHA-256. Nothing else would tell that a shard
 is missing: a reader of shards takes those that are there. A run keeps its newest checkpoints, and the last one from
 before the loss diverged.
+
+`Checkpoints` are those of one folder, `Checkpoint` is one of them. Each reads its list once, and remembers what it has
+hashed; who may have seen another process write there makes new ones.
 """
 
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -25,8 +29,6 @@ from dumo.types import UserError
 
 NAME = "state.json"
 RUN = "spec.yaml"  # the run, in a checkpoint; no folder of a checkpoint is a run's
-_whole: set[tuple[Path, str]] = set()  # checkpoints that this process wrote, or read to the end, by their lists
-_broken: dict[tuple[Path, str], str] = {}  # those with numbers that are not finite, and which
 
 
 class Unseen(UserError):  # noqa: N818, it says what cannot be seen
@@ -88,7 +90,8 @@ def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:
 
 def write(checkpoint: Path, about: Manifest) -> None:
     """Write `state.json`. Raises UserError if this rank does not see a file that it lists."""
-    if lacking := [name for name in about.files if not (checkpoint / name).is_file()]:
+    lacking = [name for name in about.files if not (checkpoint / name).is_file()]
+    if lacking:
         raise UserError(
             f"{checkpoint.parent}: the first rank does not see what another wrote ({lacking[0]}): train in a folder on "
             "a file system that all ranks share"
@@ -112,88 +115,140 @@ def read(checkpoint: Path) -> Manifest:
         raise Unseen.of(file, error) from error
 
 
-def fault(checkpoint: Path, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if the listed files are there, unchanged, and no others.
+class Checkpoint:
+    """A checkpoint on disk. Its list is read once, and its run; what was hashed is remembered."""
 
-    `parts` (net, ema-0.999; None: all) are hashed; of others only sizes are compared. `together`: all ranks call it,
-    share the hashing and get one answer; else each rank hashes for itself. Raises Unseen for what cannot be read.
-    """
-    if not together:
-        return _fault(checkpoint, parts)
-    answers = agreed(lambda: _fault(checkpoint, parts, slice(dist.rank(), None, dist.world())))
-    return next((answer for answer in answers if answer), None)
+    def __init__(self, path: Path) -> None:
+        """Reads nothing yet."""
+        self.path = path
+        self.is_whole = False  # this process wrote it, or has hashed all its files
+        self.not_finite: str | None = None  # what is wrong with its numbers, though the files are as listed
+
+    def __repr__(self) -> str:
+        """For messages of tests."""
+        return f"Checkpoint({self.path})"
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Its `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
+        return read(self.path)
+
+    @cached_property
+    def run_text(self) -> str | None:
+        """The run that it is of, as YAML; None: it is from before checkpoints held one. Raises UserError if damaged."""
+        entry = self.manifest.files.get(RUN)
+        if entry is None:
+            return None
+        file = self.path / RUN
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is missing") from error
+        except OSError as error:
+            raise Unseen.of(file, error) from error
+        if len(content) != entry.bytes:
+            raise UserError(f"{file} has {len(content):,} bytes, not {entry.bytes:,}")
+        if digest.of_bytes(content) != entry.sha256:
+            raise UserError(f"{file} is damaged: its SHA-256 is not the one in {NAME}")
+        return content.decode()
+
+    def fault(self, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
+        """What is wrong, naming the file; None if the listed files are there, unchanged, and no others.
+
+        `parts` (net, ema-0.999; None: all) are hashed; of others only sizes are compared. `together`: all ranks call
+        it, share the hashing and get one answer; else each rank hashes for itself. Raises Unseen for what cannot be
+        read.
+        """
+        if not together:
+            return self._fault(parts)
+        answers = agreed(lambda: self._fault(parts, slice(dist.rank(), None, dist.world())))
+        return next((answer for answer in answers if answer), None)
+
+    def is_sound(self) -> bool:
+        """Whether it is whole; it is hashed once, after that only sizes are compared."""
+        if self._fault(()):
+            return False
+        if not self.is_whole:
+            self.is_whole = self.fault() is None
+        return self.is_whole
+
+    def is_good(self) -> bool:
+        """Whether it is whole, and from before the loss diverged."""
+        return self.is_sound() and self.manifest.trend.good
+
+    def _fault(self, parts: Collection[str] | None, hashed: slice = slice(None)) -> str | None:
+        """As `fault`, hashing only some of the files of `parts`."""
+        try:
+            about = self.manifest
+        except Unseen:
+            raise
+        except UserError as error:
+            return str(error)
+        if self.not_finite:
+            return self.not_finite
+        if self.path.name != folder_of(about.step):
+            return f"{self.path / NAME} is of step {about.step}, not of {self.path.name}"
+        problem = _fault_of_sizes(self.path, about.files, _sizes(self.path))
+        if problem:
+            return problem
+        names = sorted(about.files)
+        if parts is not None:
+            names = [name for name in names if _part(name) in parts or name == RUN]
+        return _fault_of_contents(self, names[hashed])
 
 
-def run_of(checkpoint: Path) -> Path | None:
-    """The file of a checkpoint that says which run it is of; None: it is from before there was one.
+def _fault_of_sizes(checkpoint: Path, entries: Mapping[str, Listed], sizes: Mapping[str, int]) -> str | None:
+    """The first file that is not listed, missing, or of another size than its entry says; None if there is none."""
+    for name in sorted(entries.keys() | sizes.keys()):
+        file = checkpoint / name
+        if name not in entries:
+            return f"{file} is not listed in {NAME}"
+        if name not in sizes:
+            return f"{file} is missing"
+        if sizes[name] != entries[name].bytes:
+            return f"{file} has {sizes[name]:,} bytes, not {entries[name].bytes:,}"
+    return None
 
-    Raises UserError if it is damaged, or `state.json` is.
-    """
-    listed = read(checkpoint).files.get(RUN)
-    if listed and (wrong := _fault(checkpoint, {RUN}, only=True)):
-        raise UserError(wrong)
-    return checkpoint / RUN if listed else None
+
+def _fault_of_contents(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
+    """The first of these files whose SHA-256 is not the listed one; None if there is none."""
+    for name in names:
+        if name == RUN:
+            try:
+                _ = checkpoint.run_text
+            except Unseen:
+                raise
+            except UserError as error:
+                return str(error)
+            continue
+        file = checkpoint.path / name
+        try:
+            found = digest.of_file(file)
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            raise Unseen.of(file, error) from error
+        if found != checkpoint.manifest.files[name].sha256:
+            return f"{file} is damaged: its SHA-256 is not the one in {NAME}"
+    return None
 
 
-def fault_of(place: Path) -> str | None:
+def fault_of_part(place: Path) -> str | None:
     """What is wrong with one part of a checkpoint, a file or a folder; None if nothing, or if there is no list."""
-    listed = (place.parent / NAME).is_file()
-    return _fault(place.parent, {title(place)}, only=True) if listed else None
-
-
-def remember(checkpoint: Path) -> None:
-    """Remember that this checkpoint is whole, as long as its list is the same."""
-    _whole.add(_key(checkpoint))
-
-
-def condemn(checkpoint: Path, why: str) -> None:
-    """Remember that something is wrong with this checkpoint, though its files are as listed."""
-    _broken[_key(checkpoint)] = why
-
-
-def sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint is whole; it is hashed once, after that only sizes are compared."""
-    if _fault(checkpoint, ()):
-        return False
-    if _key(checkpoint) not in _whole and not fault(checkpoint):
-        remember(checkpoint)
-    return _key(checkpoint) in _whole
-
-
-def _fault(
-    checkpoint: Path, parts: Collection[str] | None, hashed: slice = slice(None), *, only: bool = False
-) -> str | None:
-    """As `fault`, hashing only some of the files of `parts`; `only`: as if the checkpoint had no other parts."""
+    folder = place.parent
+    if not (folder / NAME).is_file():
+        return None
+    checkpoint = Checkpoint(folder)
     try:
-        about = read(checkpoint)
+        entries = checkpoint.manifest.files
     except Unseen:
         raise
     except UserError as error:
         return str(error)
-    if found := _broken.get(_key(checkpoint)):
-        return found
-    wanted, sizes = about.files, _sizes(checkpoint)
-    if not only and checkpoint.name != folder_of(about.step):
-        return f"{checkpoint / NAME} is of step {about.step}, not of {checkpoint.name}"
-    full = [name for name in sorted(wanted) if parts is None or _part(name) in parts or (name == RUN and not only)]
-    for name in sorted(wanted.keys() | sizes.keys()):
-        if only and parts is not None and _part(name) not in parts:
-            continue
-        if name not in wanted:
-            return f"{checkpoint / name} is not listed in {NAME}"
-        if name not in sizes:
-            return f"{checkpoint / name} is missing"
-        if sizes[name] != wanted[name].bytes:
-            return f"{checkpoint / name} has {sizes[name]:,} bytes, not {wanted[name].bytes:,}"
-    for name in full[hashed]:
-        try:
-            if digest.of_file(checkpoint / name) != wanted[name].sha256:
-                return f"{checkpoint / name} is damaged: its SHA-256 is not the one in {NAME}"
-        except FileNotFoundError:
-            return f"{checkpoint / name} is missing"
-        except OSError as error:
-            raise Unseen.of(checkpoint / name, error) from error
-    return None
+    part = title(place)
+    entries = {name: entry for name, entry in entries.items() if _part(name) == part}
+    sizes = {name: size for name, size in _sizes(folder).items() if _part(name) == part}
+    return _fault_of_sizes(folder, entries, sizes) or _fault_of_contents(checkpoint, sorted(entries))
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
@@ -202,22 +257,19 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
     def unseen(error: OSError) -> None:
         raise Unseen.of(checkpoint, error) from error
 
-    found: dict[str, int] = {}
-    for path in [Path(above, name) for above, _, names in os.walk(checkpoint, onerror=unseen) for name in names]:
-        if path.name.startswith(".") and path.suffix != ".safetensors":
-            continue
-        try:
-            found[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-        except OSError as error:
-            if os.path.lexists(path):  # else it was removed meanwhile
-                raise Unseen.of(path, error) from error
-    found.pop(NAME, None)
-    return found
-
-
-def _key(checkpoint: Path) -> tuple[Path, str]:
-    """A checkpoint's path and its list."""
-    return checkpoint.absolute(), (checkpoint / NAME).read_text(encoding="utf-8")
+    sizes: dict[str, int] = {}
+    for above, _, names in os.walk(checkpoint, onerror=unseen):
+        for name in names:
+            path = Path(above, name)
+            if path.name.startswith(".") and path.suffix != ".safetensors":
+                continue
+            try:
+                sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+            except OSError as error:
+                if os.path.lexists(path):  # else it was removed meanwhile
+                    raise Unseen.of(path, error) from error
+    sizes.pop(NAME, None)
+    return sizes
 
 
 def _part(name: str) -> str:
@@ -225,12 +277,101 @@ def _part(name: str) -> str:
     return title(Path(Path(name).parts[0]))
 
 
+class Checkpoints:
+    """The checkpoints in a folder. The folder is listed at every question, a checkpoint's own list read once."""
+
+    def __init__(self, folder: Path) -> None:
+        """Looks at nothing yet."""
+        self.folder = folder
+        self._known: dict[Path, Checkpoint] = {}
+
+    def by_step(self) -> dict[int, Checkpoint]:
+        """Those that are there now, damaged ones included, by step, in order. Raises as `standing`."""
+        return {step: self.at(path) for step, path in standing(self.folder).items()}
+
+    def at(self, path: Path) -> Checkpoint:
+        """The checkpoint of this path."""
+        if path not in self._known:
+            self._known[path] = Checkpoint(path)
+        return self._known[path]
+
+    def wrote(self, path: Path) -> None:
+        """Note that this process has written a checkpoint here, all of it."""
+        self._known[path] = Checkpoint(path)
+        self._known[path].is_whole = True
+
+    def latest(self, parts: Collection[str] | None = None, *, together: bool = False) -> Checkpoint | None:
+        """The last whole one, or None if there is no checkpoint; warns of damaged ones.
+
+        `parts` and `together` are as in `Checkpoint.fault`. Raises UserError if all are damaged.
+        """
+        damaged: list[str] = []
+        for checkpoint in reversed(self.by_step().values()):
+            problem = checkpoint.fault(parts, together=together)
+            if problem:
+                damaged.append(problem)
+                continue
+            if parts is None:
+                checkpoint.is_whole = True
+            if damaged and dist.is_main():
+                warnings.warn(
+                    f"{'; '.join(damaged)}: {checkpoint.path.name}, before it, is taken",
+                    stacklevel=2,
+                )
+            return checkpoint
+        if damaged:
+            raise UserError(
+                f"{'; '.join(damaged)}: {self.folder} has no whole checkpoint. Put back the files as they were, or "
+                "give another folder with --out to train from the start"
+            )
+        return None
+
+    def of_step(self, step: int) -> Checkpoint:
+        """That of a step that has one. Every rank must call it. Raises UserError if it is damaged."""
+        checkpoint = self.by_step()[step]
+        problem = checkpoint.fault(together=True)
+        if problem:
+            raise UserError(f"{problem}: go on from another step")
+        return checkpoint
+
+    def last_good(self, step: int) -> int | None:
+        """The step of the last good one up to a step; None if there is none."""
+        for checkpoint_step, checkpoint in reversed(self.by_step().items()):
+            if checkpoint_step <= step and checkpoint.is_good():
+                return checkpoint_step
+        return None
+
+    def drop(self, step: int, keep: int) -> None:
+        """Remove those up to a step that come before the last `keep` whole ones.
+
+        If none of these is good (`Trend.good`), the last good one before them stays, with a warning.
+        """
+        has_good = False
+        for checkpoint_step, checkpoint in reversed(self.by_step().items()):
+            if checkpoint_step > step:
+                continue
+            if keep:
+                if checkpoint.is_sound():
+                    keep -= 1
+                    has_good = has_good or checkpoint.manifest.trend.good
+            elif not has_good and checkpoint.is_good():
+                has_good = True
+                warnings.warn(
+                    f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so "
+                    f"{checkpoint.path.name}, from before, is kept, too. To go on from it:  "
+                    f"dumo train {typed(self.folder.parent)} --from {checkpoint_step}",
+                    stacklevel=2,
+                )
+            else:
+                remove(checkpoint.path)
+
+
 def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The checkpoints in `folder`, damaged ones included, or its files of this suffix, by step, in order.
+    """The paths in `folder` that are named as checkpoints, or as files of this suffix, by step, in order.
 
     Raises Unseen for a folder that cannot be listed, and for a link to none: what cannot be seen may be there.
     """
-    name = re.compile(rf"step-(\d+){re.escape(suffix)}")
+    pattern = re.compile(rf"step-(\d+){re.escape(suffix)}")
     try:
         names = os.listdir(folder)
     except FileNotFoundError as error:
@@ -239,8 +380,12 @@ def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
         return {}
     except OSError as error:
         raise Unseen.of(folder, error) from error
-    found = {int(match[1]): folder / match[0] for match in map(name.fullmatch, names) if match}
-    return dict(sorted(found.items()))
+    paths: dict[int, Path] = {}
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match:
+            paths[int(match[1])] = folder / name
+    return dict(sorted(paths.items()))
 
 
 def folder_of(step: int) -> str:
@@ -251,27 +396,6 @@ def folder_of(step: int) -> str:
 def places(run: Path) -> list[Path]:
     """The folders of a run that hold weights by step: checkpoints, milestones, the best, snapshots of each average."""
     return [*(run / name for name in ("checkpoints", "milestones", "best")), *sorted((run / "snapshots").glob("*"))]
-
-
-def drop(folder: Path, step: int, keep: int) -> None:
-    """Remove the checkpoints up to a step that come before the last `keep` whole ones.
-
-    If none of those is good (`Trend.good`), the last good one before them stays, with a warning.
-    """
-    good = False
-    for n, path in [found for found in reversed(standing(folder).items()) if found[0] <= step]:
-        if keep:
-            if sound(path):
-                keep, good = keep - 1, good or read(path).trend.good
-        elif not good and sound(path) and read(path).trend.good:
-            good = True
-            warnings.warn(
-                f"{folder}: the loss has risen to more than {FAR:g} times its lowest, so {path.name}, from before, "
-                f"is kept, too. To go on from it:  dumo train {typed(folder.parent)} --from {n}",
-                stacklevel=2,
-            )
-        else:
-            remove(path)
 
 
 def remove(checkpoint: Path) -> None:
@@ -287,8 +411,14 @@ def remove(checkpoint: Path) -> None:
 
 def rewind(folder: Path, step: int) -> list[int]:
     """Remove the checkpoints, or milestones, after a step; return their steps."""
-    found = [one for suffix in ("", ".safetensors") for one in standing(folder, suffix).items()]
-    later = {path: n for n, path in found if n > step}
-    for path in later:
-        remove(path) if path.is_dir() else path.unlink()
-    return [*later.values()]
+    removed: list[int] = []
+    for suffix in ("", ".safetensors"):
+        for path_step, path in standing(folder, suffix).items():
+            if path_step <= step:
+                continue
+            if path.is_dir():
+                remove(path)
+            else:
+                path.unlink()
+            removed.append(path_step)
+    return removed

@@ -10,7 +10,7 @@ import pytest
 from contract.case import members
 from dumo.config import recipes
 from dumo.config.load import FILE, default_folder, difference, differences, dump, load, summary
-from dumo.config.source import FORMAT, KEY, Noted, noted
+from dumo.config.source import FORMAT, KEY, Noted, read
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import FlowMatching, Objective
 from dumo.training.ema import Ema
@@ -205,12 +205,12 @@ def test_what_was_changed_stands_in_run_yaml_and_is_no_field(tmp_path: Path) -> 
     past = [Noted(step=5, field="train.clip", was=None, now=1.0), Noted(step=9, field="data", was="a", now="b")]
     (file := tmp_path / FILE).write_text(text := dump(run, past))
     assert load(str(tmp_path)) == run
-    assert noted(tmp_path) == past
+    assert [*read(tmp_path).changed] == past
     (other := tmp_path / "other.yaml").write_text(text)
     assert load(str(other)) == run
     file.write_text(dump(run))
     assert "changed" not in file.read_text()
-    assert noted(tmp_path) == []
+    assert read(tmp_path).changed == ()
     for wrong in ("3", "[{step: 1}]", "[{step: a, field: b, was: 1, now: 2}]"):
         file.write_text(f"changed: {wrong}\n" + dump(run))
         with pytest.raises(UserError, match=r"run\.yaml: changed.*mend or remove it"):

@@ -17,6 +17,7 @@ from dumo.data.image import Images
 from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
+from dumo.run.index import Index
 from dumo.run.weights import RunFolder, build
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
@@ -47,7 +48,7 @@ def drawn(run: Run, folder: Path) -> RunFolder:
     net, g = build(run, "cpu"), stream("standalone")
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.1
-    return RunFolder(run, folder, net.eval(), step=1, weights="net.safetensors", listed="0" * 64)
+    return RunFolder(run, Index.read(folder), net.eval(), step=1, weights="net.safetensors", listed="0" * 64)
 
 
 def off(run: RunFolder, pipe: Any, n: int, **more: Any) -> float:  # noqa: ANN401

@@ -15,6 +15,7 @@ from dumo.lab import cell, chart, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import VIEWS, View, write_charts
+from dumo.run.index import Index
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.types import Cond
@@ -29,7 +30,7 @@ def result(
     spec = load(source, [f"train.seed={seed}"])
     name = "-".join(map(str, labels.values()))
     found = {"step": 1, "results": rows, "contrast": [], **report}
-    return Result(Cell(f"{name}-{seed}", spec, labels), RunFolder(spec, Path("x"), NET, 1, "w"), found)
+    return Result(Cell(f"{name}-{seed}", spec, labels), RunFolder(spec, Index.read(Path("x")), NET, 1, "w"), found)
 
 
 def row(nfe: int, distance: float, **more: float | None) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
 def test_a_class_that_is_confused_is_far() -> None:
     """The class FD is near for a class's own images, and far where two classes are swapped."""
     run = load("digits", ["data.held=360"])
-    trained = RunFolder(run, Path("x"), NET, 1, "w")
+    trained = RunFolder(run, Index.read(Path("x")), NET, 1, "w")
     real = ours.class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
     assert len(real) == 10
     x, c = run.data.open().reference(1797, 0)

@@ -16,9 +16,9 @@ from dumo.report.compare import compare
 from dumo.report.evaluate import evaluate, standing
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run, sampler
-from dumo.training import checkpoint
 from dumo.types import UserError
 from unit.run.known import Seen, tiny
+from unit.training.by_path import latest
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
         assert report["results"] != own["results"]
     assert asked[f"evaluation-net-{sha}.json"]["card"]["ema"] is None
     assert read_report(folder / "evaluation.json") == own
-    same = checkpoint.latest(folder / "checkpoints") or Path()
+    same = latest(folder / "checkpoints") or Path()
     evaluate(open_folder(folder, weights=str(same / "ema-0.999.safetensors")), nfe=[1, 2], seed=0, solver="restart")
     assert len(files(folder)) == 6  # all of that is the run's own
 

@@ -24,6 +24,7 @@ from dumo.objectives import Critic
 from dumo.report import figure
 from dumo.report import page as report
 from dumo.run.folder import CHECKPOINT_WRITTEN
+from dumo.run.index import Index
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.progress import Tick, no_bar
@@ -120,7 +121,7 @@ def make(folder: Path, recipe: str, overrides: list[str], evaluation: object = N
 def untrained(recipe: str, *overrides: str) -> RunFolder:
     """A run at step 1, as its net begins."""
     run = load(recipe, ["net.depth=1", "net.width=8", "net.attention=2", *overrides])
-    return RunFolder(run, Path("runs/untrained"), build(run).eval(), 1, "net.safetensors")
+    return RunFolder(run, Index.read(Path("runs/untrained")), build(run).eval(), 1, "net.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -223,7 +224,7 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
 @pytest.mark.nightly
 def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
-    moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
+    moved = RunFolder(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights)
     for perfect, said in (
         ({"mean": 0.0, "sd": 0.027, "fd": 0.0475, "fd_sd": 0.008}, "a perfect sampler 0.000 ± 0.027"),
         (None, "A perfect sampler: too few images to tell."),
@@ -387,7 +388,7 @@ def test_what_is_put_in_is_escaped(digits: Path) -> None:
 @pytest.mark.parametrize("change", [{"step": 10}, {"weights": "other.safetensors"}])
 def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, change: dict[str, object]) -> None:
     opened = open_run(str(digits))
-    moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
+    moved = RunFolder(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights)
     (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
     words = rendered(moved).words
     assert "2.35" not in words
@@ -399,7 +400,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json is not JSON.*dumo evaluate"):
-        report.write(RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights))
+        report.write(RunFolder(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights))
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 

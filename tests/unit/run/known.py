@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.config.load import load
+from dumo.config.source import Noted, read
 from dumo.config.spec import Run
+from dumo.run.folder import require_free, require_resumable
+from dumo.run.index import Index
 from dumo.runtime.progress import Tick
 from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Time, lift
+from unit.training.by_path import latest
 
 TINY = (
     "net.width=8",
@@ -33,6 +37,19 @@ def tiny(name: str = "moons", *more: str) -> Run:
     return load(name, [*TINY, f"evaluate.protocol.samples={40 if name.startswith('moons') else 500}", *more])
 
 
+def noted(place: Path) -> list[Noted]:
+    """The changes that a run.yaml notes, of a run's folder or file."""
+    return [*read(place).changed]
+
+
+def claim(run: Run, folder: Path) -> None:
+    """Raise UserError where training would refuse this run in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = Index.read(folder)
+    require_free(index)
+    require_resumable(run, index)
+
+
 def same(one: nn.Module, two: nn.Module) -> bool:
     """Whether all numbers of both are."""
     a, b = one.state_dict(), two.state_dict()
@@ -41,7 +58,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 
 def bits(folder: Path) -> dict[str, bytes]:
     """The files of the last checkpoint, and the log."""
-    last = checkpoint.latest(folder / "checkpoints")
+    last = latest(folder / "checkpoints")
     assert last is not None
     return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
 

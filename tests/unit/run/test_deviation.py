@@ -7,7 +7,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.io.source import Table
-from dumo.run.deviation import FILE, measure, note, noted
+from dumo.run.deviation import FILE, measure, read, update
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.types import UserError
@@ -23,22 +23,23 @@ def test_that_of_all_numbers_together() -> None:
 
 def test_it_is_measured_once(tmp_path: Path) -> None:
     x = torch.tensor([[-2.0], [2.0]])
-    first = note(tmp_path, Table(x, torch.zeros(2, dtype=torch.long)))
-    assert note(tmp_path, Table(9 * x, torch.zeros(2, dtype=torch.long))) == first == noted(tmp_path)
+    first = update(tmp_path, None, Table(x, torch.zeros(2, dtype=torch.long)))
+    assert read(tmp_path) == first
+    assert update(tmp_path, first, Table(9 * x, torch.zeros(2, dtype=torch.long))) == first == read(tmp_path)
     (tmp_path / FILE).write_text("{")
     with pytest.raises(UserError, match="delete it"):
-        noted(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.nightly
 def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)
-    assert noted(tmp_path / "digits") == measure(load("digits").data.open())
+    assert read(tmp_path / "digits").sd == measure(load("digits").data.open())
     assert len(told) == 2  # what is trained on what, and by which objective
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
     *_, line = told
-    assert f"--set path.sd={noted(tmp_path / 'narrow'):.2g}" in line
+    assert f"--set path.sd={read(tmp_path / 'narrow').sd:.2g}" in line
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
 
 

@@ -7,10 +7,10 @@ import torch
 
 from dumo.config.load import dump, load
 from dumo.config.spec import Run
-from dumo.run.folder import FILE, LOCK, claim, held, note
+from dumo.run.folder import FILE, LOCK, locked_run_folder, note
 from dumo.run.weights import build, sampler
 from dumo.types import UserError
-from unit.run.known import tiny
+from unit.run.known import claim, tiny
 
 
 def settle(spec: Run, folder: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     folder = tmp_path / "a/b"
-    with held(tiny(), folder):
+    with locked_run_folder(folder):
         with pytest.raises(UserError, match=r"a/b is being trained by another process.*--out.*\.training\.lock"):
             settle_held(tiny(), folder)
         note(tiny(), folder)
@@ -48,12 +48,13 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
 
 
 def settle_held(spec: Run, folder: Path) -> None:
-    with held(spec, folder):
+    with locked_run_folder(folder):
+        claim(spec, folder)
         note(spec, folder)
 
 
 def test_a_folder_held_for_nothing_is_not_left(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), held(tiny(), tmp_path / "a/b"):
+    with pytest.raises(ZeroDivisionError), locked_run_folder(tmp_path / "a/b"):
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
 

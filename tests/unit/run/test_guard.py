@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 
 from dumo.config.load import FILE
-from dumo.config.source import Noted, noted
+from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io import digest
-from dumo.run import deviation, journal
+from dumo.run import deviation
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET
 from dumo.run.journal import Journal, burst_text
@@ -29,6 +29,7 @@ from dumo.runtime import signals
 from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
 from dumo.training.burst import LASTS
+from dumo.training.manifest import Checkpoints
 from dumo.training.optim import WSD, Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -36,6 +37,7 @@ from dumo.training.step import Batch, Record, train_step
 from dumo.types import UserError
 from e2e.shell import call
 from unit.run import known
+from unit.run.known import noted
 from unit.training.sharded import sign
 
 TINY = ("train.batch=8", "train.steps=8", "train.log_every=2", "train.keep=9", "train.schedule.warmup=0")
@@ -238,7 +240,7 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
 
 def test_a_burst_before_the_first_checkpoint_has_no_way_back(tmp_path: Path) -> None:
     record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"blocks": 2.0}, burst={"blocks": 4.0})
-    text = burst_text(tiny().train, tmp_path, record)
+    text = burst_text(tiny().train, tmp_path, Checkpoints(tmp_path), record)
     assert "the gradient norm of blocks is 2, 4 times its median" in text
     assert text.endswith("begin another run at a lower rate")
 
@@ -256,9 +258,9 @@ MUON = ["train.optimizer={kind: muon, adamw_lr: 0.008}"]
 def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
     embeds: bool, words: str, rates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "last_good", lambda folder, step: 20)
+    monkeypatch.setattr(Checkpoints, "last_good", lambda self, step: 20)
     record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"scalars": 2.0}, burst={"scalars": 4.0})
-    text = burst_text(tiny(*MUON).train, tmp_path, record, embeds=embeds)
+    text = burst_text(tiny(*MUON).train, tmp_path, Checkpoints(tmp_path), record, embeds=embeds)
     assert f"go on from step 20 {words}:  " in text
     assert text.endswith(f"--from 20 {rates}")
 
@@ -311,11 +313,11 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     train(run, folder, accept=True, tell=told.append)
     assert f"from step 2 on data is {now}, and was '0123'" in told
     assert noted(folder) == [Noted(step=2, field="data", was="0123", now=now, accepted=True)]
-    assert deviation.noted(folder) == pytest.approx(0.752, abs=0.01)
+    assert deviation.read(folder).sd == pytest.approx(0.752, abs=0.01)
     train(run, folder, tell=told.append)
     file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any
     train(run, folder)
-    assert deviation.fingerprint(folder) == now
+    assert deviation.read(folder).fingerprint == now
 
 
 @pytest.mark.slow
@@ -377,7 +379,8 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("minutes", "passed", "due"), [("1", 61, True), ("1", 50, False), ("null", 10**9, False)])
 def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> None:
     run = tiny(f"train.save_minutes={minutes}")
-    journal = Journal(run, tmp_path, torch.device("cpu"), run.data.open(), print, saved=time.monotonic() - passed)
+    device, saved = torch.device("cpu"), time.monotonic() - passed
+    journal = Journal(run, tmp_path, device, Checkpoints(tmp_path), run.data.open(), print, saved=saved)
     assert journal.due() == due
 
 
@@ -386,9 +389,9 @@ def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Pat
     """A stop waits for it, and what goes on from it is the undisturbed run."""
     behind, put, append, every = Event(), checkpoint.put, log.append, "train.log_every=1"
 
-    def slow(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+    def slow(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
         assert behind.wait(30)
-        return put(folder, copy, keep)
+        return put(checkpoints, copy, keep)
 
     def logged(file: Path, row: log.Row) -> None:
         append(file, row)
@@ -413,7 +416,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
     """Though no checkpoint is due at it."""
     failed, done = Event(), list[int]()
 
-    def put(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+    def put(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
         failed.set()
         raise UserError("the disk is full")
 
@@ -433,7 +436,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
     """The log of both goes on after the step of the first checkpoint."""
     folder, told, stopped = tmp_path / "run", list[str](), Event()
 
-    def put(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
+    def put(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
         assert stopped.wait(30)
         raise UserError("the disk is full")
 
@@ -556,8 +559,8 @@ def test_another_disk_of_a_run_that_goes_away_ends_it(
     (run / "checkpoints").symlink_to(disk)
     monkeypatch.setattr(folders, "is_on_other_disk", lambda place, folder: place.name == "checkpoints")
 
-    def go_away(folder: Path, copy: checkpoint.Copy, keep: int) -> Path:
-        made = put(folder, copy, keep)
+    def go_away(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
+        made = put(checkpoints, copy, keep)
         disk.rename(tmp_path / "kept")
         (run / "checkpoints" / made.name / "late").write_bytes(b"")
         return made

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from dumo.config.change import shown
 from dumo.config.load import FILE, dump, identity, load
-from dumo.config.source import RESOLVED, Noted, noted
+from dumo.config.source import RESOLVED, Noted
 from dumo.config.spec import Run
-from dumo.run.folder import claim
-from dumo.run.origin import Kept
+from dumo.run.index import CheckpointRun
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.training import checkpoint, manifest
+from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
 from unit.run import known
+from unit.run.known import claim, noted
 
 EMA = "[{decay: 0.9}, {kind: power, std: 0.1}]"
 LAST = "checkpoints/step-00000004"
@@ -140,8 +141,8 @@ def other(folder: Path, field: str, value: object) -> Run:
 
 @pytest.mark.slow
 def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept.of(run / LAST)
-    monkeypatch.setattr(Kept, "of", lambda place: kept)  # read once, for speed
+    trained_run = CheckpointRun.read(Checkpoint(run / LAST))
+    monkeypatch.setattr(CheckpointRun, "read", lambda checkpoint: trained_run)  # read once, for speed
     base, text = load(str(run)), (run / FILE).read_text()
     wanted, seen = samples(run, base), dict[str, list[str]]()
     tree = yaml.safe_load(text)
@@ -236,7 +237,7 @@ def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> 
     with pytest.warns(UserWarning, match=r"spec\.yaml is damaged: .*step-00000002, before it, is taken"):
         assert open_run(str(run)).step == 2
     with pytest.raises(UserError, match=r"spec\.yaml is damaged"):
-        manifest.run_of(run / LAST)
+        _ = Checkpoint(run / LAST).run_text
 
 
 @pytest.mark.slow

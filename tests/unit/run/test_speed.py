@@ -26,7 +26,7 @@ def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     run, now = load("moons", ["train.batch=8", "train.log_every=10", "net.width=8", "net.depth=1"]), [5.0]
     monkeypatch.setattr(speed, "known_peak_tflops", lambda here: 1e-6)
     monkeypatch.setattr(speed, "peak_bytes", lambda here: 3 * 10**9)
-    meter = Meter(run.train, tmp_path, CPU, lambda: 1e3, clock=lambda: now[0])
+    meter = Meter(run.train, tmp_path, CPU, 1e3, clock=lambda: now[0])
     meter.begin(7)
     said: list[str] = []
     for step in range(8, 31):
@@ -45,7 +45,7 @@ def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_bar_shows_mean_squares_where_the_loss_says_nothing(tmp_path: Path) -> None:
     """Under MeanFlow's metric of power 1 the loss is 1 throughout."""
-    meter = Meter(load("moons", ["train.log_every=9"]).train, tmp_path, CPU, lambda: 0.0)
+    meter = Meter(load("moons", ["train.log_every=9"]).train, tmp_path, CPU, 0.0)
     for parts, said in (
         ({"v": 1.25, "u": 2.5}, "loss 1.0000, v 1.25, u 2.5"),
         ({"u": 2.5}, "loss 1.0000, u 2.5"),
@@ -56,7 +56,7 @@ def test_the_bar_shows_mean_squares_where_the_loss_says_nothing(tmp_path: Path) 
 
 def test_what_is_left_out_is_no_time_of_the_steps(tmp_path: Path) -> None:
     now = [5.0]
-    meter = Meter(load("moons", ["train.log_every=2"]).train, tmp_path, CPU, lambda: 0.0, clock=lambda: now[0])
+    meter = Meter(load("moons", ["train.log_every=2"]).train, tmp_path, CPU, 0.0, clock=lambda: now[0])
     meter.begin(0)
     for step in range(1, 5):
         now[0] += 0.5
@@ -69,7 +69,7 @@ def test_what_is_left_out_is_no_time_of_the_steps(tmp_path: Path) -> None:
 
 def test_a_device_whose_peak_is_not_known_has_no_share(tmp_path: Path) -> None:
     run = load("moons", ["train.log_every=1"])
-    assert "of peak" not in Meter(run.train, tmp_path, CPU, lambda: 0.0).note(record(1))
+    assert "of peak" not in Meter(run.train, tmp_path, CPU, 0.0).note(record(1))
     assert log.read_log(tmp_path / "speed.jsonl")[0]["share_of_peak"] is None
 
 

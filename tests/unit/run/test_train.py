@@ -21,14 +21,16 @@ from dumo.io.weights import load as load_weights
 from dumo.nets.table import Tabled
 from dumo.report.sample import solver_of
 from dumo.run import cost, encode
+from dumo.run.job import open_data
 from dumo.run.net import outline
 from dumo.run.outlook import outlook
-from dumo.run.train import open_data, train
+from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
-from dumo.training import agreement, checkpoint, log
+from dumo.training import agreement, log
 from dumo.types import UserError
 from tiers import tiered
 from unit.run import known
+from unit.training.by_path import latest
 
 
 def tiny(name: str = "moons", *more: str) -> Run:
@@ -99,7 +101,7 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_what_is_opened_is_the_first_average(moons: RunFolder) -> None:
-    last = checkpoint.latest(moons.folder / "checkpoints")
+    last = latest(moons.folder / "checkpoints")
     assert last is not None
     assert (moons.step, moons.weights) == (6, "checkpoints/step-00000006/ema-0.999.safetensors")
     average = load_weights(last / "ema-0.999.safetensors")

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 
 from dumo.flow.path import Linear
 from dumo.runtime import dist, signals
-from dumo.training import agreement, manifest
-from dumo.training.checkpoint import Notes, copy, go_on, latest, mark, restore, save
+from dumo.training import agreement
+from dumo.training.checkpoint import Notes, copy, mark, save
 from dumo.training.ema import MovingAverage
 from dumo.training.layout import local
 from dumo.training.optim import AdamW
@@ -32,6 +32,7 @@ from dumo.training.state import Diverged, State
 from dumo.training.step import flow_of, pieces, span, train_step
 from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
+from unit.training.by_path import fault, go_on, latest, restore
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
 
 SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
@@ -237,7 +238,7 @@ def damaged(folder: Path, state: State) -> None:
     if dist.is_main():
         broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     dist.barrier()
-    assert str(manifest.fault(target, together=True)).startswith(f"{broken} is damaged")
+    assert str(fault(target, together=True)).startswith(f"{broken} is damaged")
     assert str(broken) in refusal(lambda: latest(there, together=True))
     assert save(there, state, 1) == latest(there, together=True) == target
     same(state, folder / "share-2.safetensors")

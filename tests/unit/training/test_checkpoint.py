@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dumo.training import manifest
-from dumo.training.checkpoint import go_on, latest, mark, restore, save
+from dumo.training.checkpoint import mark, save
 from dumo.training.manifest import rewind, standing
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
 from forked import python
+from unit.training.by_path import fault, go_on, latest, restore
 from unit.training.sharded import sign
 from unit.training.toy import AVERAGES, OPTIMIZERS, Small, same, tensors, trained
 
@@ -150,6 +150,7 @@ from dumo.training.checkpoint import save
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import UserError
+from unit.training.by_path import fault, go_on, latest, restore
 
 folder, spec = Path(sys.argv[1]), Train(steps=3, batch=12)
 state = run(begin(Small(width=64), spec), spec)
@@ -212,7 +213,7 @@ def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
     weights["exp_avg.last.bias"][0] = torch.inf
     save_file(weights, last / "optimizer.safetensors")
     sign(last)
-    assert manifest.fault(last) is None
+    assert fault(last) is None
     with pytest.raises(UserError, match=r"step-00000004: optimizer: exp_avg.last.bias is not finite: go on from"):
         go_on(last, begin(Small(1), SPEC), or_before=False)
     new = begin(Small(1), SPEC)
@@ -221,7 +222,7 @@ def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
     assert same(tensors(new), wanted)
     assert new.step == 3
     state.step = 4
-    assert manifest.fault(save(tmp_path, state, 3)) is None
+    assert fault(save(tmp_path, state, 3)) is None
 
 
 def test_the_last_good_one_stays_besides_those_that_are_kept(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dumo.training.checkpoint import go_on, mark, restore, save
+from dumo.training.checkpoint import mark, save
 from dumo.training.ema import MovingAverage
 from dumo.training.frozen import digest, frozen_weights, trained
 from dumo.training.optim import AdamW
@@ -16,6 +16,7 @@ from dumo.training.spec import Train
 from dumo.training.state import State, begin, flatten
 from dumo.types import UserError
 from unit.training.adapted import Adapted
+from unit.training.by_path import go_on, restore
 from unit.training.toy import AVERAGES, Small, run, same, tensors
 
 SPEC = Train(steps=4, batch=12, ema=AVERAGES, ref=0.99, clip=1.0)

@@ -14,7 +14,7 @@ from contract.drawn import counting
 from dumo.flow.path import Linear
 from dumo.runtime import signals
 from dumo.training import loop
-from dumo.training.checkpoint import latest, restore, save
+from dumo.training.checkpoint import save
 from dumo.training.loop import Every, compiled, train
 from dumo.training.optim import AdamW, Cosine
 from dumo.training.record import Record
@@ -22,6 +22,7 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
 from dumo.training.step import draws_of, flow_of
 from dumo.types import Cond, Noised, Sample, Terms, UserError
+from unit.training.by_path import latest, restore
 from unit.training.toy import (
     AVERAGES,
     CLASSES,

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from dumo.io import digest, weights
-from dumo.training import manifest
-from dumo.training.checkpoint import latest, part, restore, save
+from dumo.training import checkpoint, manifest
+from dumo.training.checkpoint import part, save
+from dumo.training.manifest import Checkpoints
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import UserError
+from unit.training.by_path import fault, latest, restore
 from unit.training.sharded import split
 from unit.training.toy import AVERAGES, Small, same, tensors, trained
 
@@ -82,7 +84,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
     file = members(last, name)[which]
     do, said = HARMS[harm]
     do(file)
-    wrong = manifest.fault(last)
+    wrong = fault(last)
     assert wrong.startswith(str(file))
     assert said in wrong
     with pytest.warns(UserWarning, match="step-00000002, before it, is taken") as caught:
@@ -101,7 +103,7 @@ def test_a_stray_file_is_named(folder: Path, name: str) -> None:
     last = folder / "step-00000003"
     some = members(last, "net")[0]
     stray = shutil.copy(some, some.with_name(name))
-    assert manifest.fault(last) == f"{stray} is not listed in state.json"
+    assert fault(last) == f"{stray} is not listed in state.json"
     with pytest.warns(UserWarning, match="step-00000002, before it"):
         assert latest(folder) == folder / "step-00000002"
     stray.rename(stray.with_name(".nfs0001"))  # what a file system leaves of a file that is open elsewhere
@@ -112,11 +114,11 @@ def test_what_will_not_be_read_need_only_have_its_size(folder: Path) -> None:
     last = folder / "step-00000003"
     file = members(last, "optimizer")[-1]
     flip(file)
-    assert manifest.fault(last, {"ema-0.99"}) is None
+    assert fault(last, {"ema-0.99"}) is None
     assert latest(folder, {"ema-0.99"}) == last
-    assert str(manifest.fault(last, {"net", "optimizer"})).startswith(str(file))
+    assert str(fault(last, {"net", "optimizer"})).startswith(str(file))
     cut(file)
-    assert str(manifest.fault(last, {"ema-0.99"})).startswith(str(file))
+    assert str(fault(last, {"ema-0.99"})).startswith(str(file))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_a_damaged_step_is_replaced(folder: Path) -> None:
     flip(members(last, "net")[0])
     state = trained(SPEC)  # of one process, whoever wrote what stands
     assert save(folder, state, 2) == last
-    assert manifest.fault(last) is None
+    assert fault(last) is None
     assert {path.name for path in last.iterdir()} == {"state.json", *(f"{name}.safetensors" for name in NAMES)}
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
 
@@ -164,9 +166,9 @@ def test_a_checkpoint_is_read_to_the_end_once(folder: Path, monkeypatch: pytest.
     read: list[Path] = []
     real = digest.of_file
     monkeypatch.setattr("dumo.io.digest.of_file", lambda file: read.append(file) or real(file))
-    state = trained(SPEC)
+    state, checkpoints = trained(SPEC), Checkpoints(folder)
     for state.step in (4, 5):
-        save(folder, state, 3)
+        checkpoint.put(checkpoints, checkpoint.copy(state, checkpoint.Notes(), {}), 3)
     assert len(read) == len(set(read))
     assert {file.relative_to(folder).parts[0] for file in read} == {
         "step-00000002",

@@ -9,9 +9,10 @@ import torch
 
 from dumo.io import digest, weights
 from dumo.training import manifest
-from dumo.training.checkpoint import latest, restore, save
+from dumo.training.checkpoint import save
 from forked import main_of
 from meeting import outputs
+from unit.training.by_path import fault, latest, restore
 from unit.training.ranks import SHARES, built, moved, same
 from unit.training.toy import tensors
 
@@ -68,7 +69,7 @@ def test_layout(saved: Path, share: int) -> None:
         ".json",
         ".yaml",
     }  # no pickles
-    assert manifest.fault(last) is None
+    assert fault(last) is None
 
 
 def test_a_milestone_is_one_file(saved: Path) -> None:

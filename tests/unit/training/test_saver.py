@@ -12,9 +12,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from dumo.io import shards
 from dumo.plan.cluster import pretended
 from dumo.training import checkpoint
+from dumo.training.manifest import Checkpoints
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import begin
+from unit.training.by_path import restore
 from unit.training.toy import AVERAGES, Small, run, same, tensors, trained
 
 SPEC = Train(steps=3, batch=12, ema=AVERAGES)
@@ -30,7 +32,7 @@ def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
 
         def write() -> None:
             assert free.wait(SECONDS)
-            checkpoint.put(tmp_path, copy, 9)
+            checkpoint.put(Checkpoints(tmp_path), copy, 9)
 
         saver.start(write)
         return tensors(state)
@@ -45,7 +47,7 @@ def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
         then = begun()
     assert {key: x.data_ptr() for key, x in saver.memory.items()} == places
     for step, wanted in ((3, was), (5, then)):
-        checkpoint.restore(tmp_path / f"step-{step:08d}", new := begin(Small(1), SPEC))
+        restore(tmp_path / f"step-{step:08d}", new := begin(Small(1), SPEC))
         assert (new.step, new.images) == (step, 12 * step)
         assert same(tensors(new), wanted)
 

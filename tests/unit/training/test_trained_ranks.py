@@ -9,12 +9,13 @@ import safetensors.torch
 import torch
 
 from dumo.io import weights
-from dumo.training.checkpoint import latest, part, restore
+from dumo.training.checkpoint import part
 from dumo.training.state import begin
 from forked import main_of
 from meeting import outputs
 from tiers import tiered
 from unit.training.adapted import Adapted
+from unit.training.by_path import latest, restore
 from unit.training.toy import tensors
 from unit.training.trained_ranks import CASES, trained
 

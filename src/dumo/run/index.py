@@ -1,0 +1,114 @@
+"""What a run's folder holds, read once when the run is opened.
+
+`Index.read` looks at run.yaml and at the names of checkpoints. What else it says is read when it is first asked for,
+and then kept: each checkpoint's list and run, and data.json. Whoever opens a run hands its index on, so that all who
+ask see the same, and no file is read twice. An index is of one moment: who may have waited while another process wrote
+there reads a new one.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from dumo.config.load import Difference, Written, differences, run_of
+from dumo.config.source import FILE, Noted, RunText, parse_text, read_file
+from dumo.config.spec import Run
+from dumo.run import deviation
+from dumo.run.deviation import DataNote
+from dumo.runtime import dist
+from dumo.training import manifest
+from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.types import UserError
+
+FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what its weights mean
+
+
+@dataclass(frozen=True)
+class CheckpointRun(Written):
+    """The run that a checkpoint holds, with what was changed before its step."""
+
+    name: str
+    step: int
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> "CheckpointRun | None":
+        """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
+        text = checkpoint.run_text
+        if text is None:
+            if dist.is_main():
+                warnings.warn(
+                    f"{checkpoint.path} was written before checkpoints held their run: {FILE} is not compared with it",
+                    stacklevel=2,
+                )
+            return None
+        run_text = parse_text(text, checkpoint.path / manifest.RUN)
+        return cls(run_of(run_text), run_text.changed, checkpoint.path.name, checkpoint.manifest.step)
+
+    def differences_from(self, written: Written) -> list[Difference]:
+        """Where a run.yaml is not this run with the changes that it notes since."""
+        changes_since = [change for change in written.past if change.step >= self.step]
+        return [
+            *later_changes_of_function(written.past, self.step),
+            *differences(self.replayed(changes_since), written.run),
+        ]
+
+    def lines(self, found: Sequence[Difference], written: Written) -> list[str]:
+        """Differences from a run.yaml in words."""
+        changed_since = {change.field for change in written.past if change.step >= self.step}
+        lines: list[str] = []
+        for difference in found:
+            here = "as noted" if difference.field in changed_since else f"in checkpoint {self.name}"
+            lines.append(difference.between(here, f"in {FILE}"))
+        return lines
+
+
+def later_changes_of_function(past: Sequence[Noted], step: int) -> list[Difference]:
+    """What was accepted later, and makes another function of weights of this step."""
+    return [
+        Difference(change.field, change.was, change.now, may=False)
+        for change in past
+        if change.accepted and change.step > step and change.field.split(".")[0] in FUNCTION and not change.of_data
+    ]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a run's folder held when it was opened."""
+
+    folder: Path
+    text: RunText | None  # of run.yaml; None: there is none
+    checkpoints: Checkpoints
+    _runs: dict[Path, CheckpointRun | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """Read run.yaml, if there is one. Raises UserError where it cannot be read."""
+        file = folder / FILE
+        text = read_file(file) if file.is_file() else None
+        return cls(folder, text, Checkpoints(folder / "checkpoints"))
+
+    @cached_property
+    def written(self) -> Written | None:
+        """The run of run.yaml, and what had changed in it. Raises UserError where it is no run."""
+        return Written.of(self.text) if self.text else None
+
+    def run(self, overrides: Sequence[str]) -> Run:
+        """The run of run.yaml with these fields changed. Raises UserError where there is none, or it is no run."""
+        if self.text is None:
+            raise UserError(f"{self.folder} has no {FILE}")
+        if not overrides and self.written:
+            return self.written.run
+        return run_of(self.text, overrides)
+
+    def run_of(self, checkpoint: Checkpoint) -> CheckpointRun | None:
+        """The run that a checkpoint holds, as `CheckpointRun.read`."""
+        if checkpoint.path not in self._runs:
+            self._runs[checkpoint.path] = CheckpointRun.read(checkpoint)
+        return self._runs[checkpoint.path]
+
+    @cached_property
+    def data_note(self) -> DataNote | None:
+        """What data.json says. Raises UserError for a damaged file."""
+        return deviation.read(self.folder)

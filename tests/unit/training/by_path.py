@@ -1,0 +1,30 @@
+"""Checkpoints by their paths: each call reads the disk anew."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from dumo.training import checkpoint
+from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training.state import State
+
+
+def latest(folder: Path, parts: Collection[str] | None = None, *, together: bool = False) -> Path | None:
+    """The last whole checkpoint in a folder."""
+    found = Checkpoints(folder).latest(parts, together=together)
+    return found.path if found else None
+
+
+def fault(place: Path, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
+    """What is wrong with a checkpoint."""
+    return Checkpoint(place).fault(parts, together=together)
+
+
+def restore(place: Path, state: State) -> None:
+    """Load a checkpoint into a state."""
+    checkpoint.restore(Checkpoint(place), state)
+
+
+def go_on(place: Path, state: State, *, or_before: bool = True) -> Path:
+    """Restore a checkpoint, or the last good one before it."""
+    checkpoints = Checkpoints(place.parent)
+    return checkpoint.go_on(checkpoints, checkpoints.at(place), state, or_before=or_before).path
