@@ -86,7 +86,7 @@ def test_recipes_are_listed_by_purpose_with_what_they_are() -> None:
 
 def kinds() -> list[str]:
     """A recipe of every net: what `show` counts depends on little else. Of large nets the quickest to count."""
-    first = {read(name)[0]["net"]["kind"]: name for name in reversed(recipes.names())}
+    first = {read(name).tree["net"]["kind"]: name for name in reversed(recipes.names())}
     return list((first | {"diffusers": "sana", "unet": "cifar10-small"}).values())
 
 

@@ -117,41 +117,54 @@ def train(
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
-    from dumo.config.load import default_folder, load
-    from dumo.config.source import kind_of, source_or_own_run
+    from dumo.config.load import FILE, default_folder, load
+    from dumo.config.source import is_run_in, kind_of, source_or_own_run
     from dumo.plan import proposal
     from dumo.report.feed import live
     from dumo.report.sheet import Sheets
-    from dumo.run import train
+    from dumo.run.job import open_job
+    from dumo.run.train import train_job
 
+    # what to train, and where
+    changes = set_ or []
     source = source_or_own_run(source, folder)
-    if kind_of(source) == "images":
-        folder = folder or proposal.default_folder(source)
-        spec = proposed(source, folder, set_ or [], minutes, device, ask=not yes)
-    elif minutes or yes:
+    kind = kind_of(source)
+    if (minutes or yes) and kind != "images":
         raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
-    else:
-        spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with sparing(sparing_words(spec.train, spec.net)), live(folder, track, say) as hooks:
-        state = train.train(
-            spec,
-            folder,
-            device=device,
-            bar=bar,
-            tell=say,
-            step=step,
-            accept=accept,
-            verify=verify,
-            sheets=Sheets,
-            hooks=hooks,
-        )
+    if folder is None:
+        folder = proposal.default_folder(source) if kind == "images" else default_folder(source)
+    run: Run | None = None  # the folder's own
+    if kind == "images" and (folder / FILE).is_file():
+        if minutes:
+            say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
+        changes = [f"data.root={source}", *changes]
+    elif kind == "images":
+        run = proposed(source, changes, minutes, device, ask=not yes)
+    elif not is_run_in(source, folder):
+        run = load(source, changes)
+
+    opened = open_job(
+        folder,
+        run,
+        changes=changes,
+        device=device,
+        tell=say,
+        step=step,
+        accept=accept,
+        verify=verify,
+        sheets=Sheets,
+    )
+    with live(folder, track, say) as hooks, opened as job:
+        run = job.run
+        with sparing(sparing_words(run.train, run.net)):
+            state = train_job(job, bar, hooks)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
         soft_wrap=True,
     )
-    err.print("next:  " + "    ".join(next_commands(spec, folder)), soft_wrap=True)
-    missing = missing_of_protocol(spec)
+    err.print("next:  " + "    ".join(next_commands(run, folder)), soft_wrap=True)
+    missing = missing_of_protocol(run)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
@@ -181,16 +194,11 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
     return commands
 
 
-def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
-    """The run that a folder holds already, or one proposed for these images, if the user agrees."""
-    from dumo.config.load import FILE, load
+def proposed(place: str, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+    """The run proposed for these images, if the user agrees."""
     from dumo.plan import proposal
     from dumo.runtime import dist
 
-    if (folder / FILE).is_file():
-        if minutes:
-            say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
-        return load(folder, [f"data.root={place}", *sets])
     dist.alone(f"planning a run on {place}")
     found = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
     show_lines(found.lines())

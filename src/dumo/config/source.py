@@ -114,6 +114,12 @@ def source_or_own_run(source: str, out: Path | None) -> str:
     return source
 
 
+def is_run_in(source: str | Path, folder: Path) -> bool:
+    """Whether a source is this run's folder, or its run.yaml."""
+    path = Path(source)
+    return recipe_of(source) is None and path in (folder, folder / FILE) and (folder / FILE).is_file()
+
+
 def read(source: str | Path) -> RunText:
     """What a source says, over its bases. Raises UserError."""
     recipe = recipe_of(source)

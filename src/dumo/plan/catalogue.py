@@ -207,7 +207,7 @@ def needing(item: Item) -> Iterator[str]:
 @cache
 def whole_text(recipe: str) -> str:
     """A recipe over its bases, as text."""
-    return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}")[0])
+    return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}").tree)
 
 
 def _on_this_machine(file: str) -> str:

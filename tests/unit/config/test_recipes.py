@@ -40,7 +40,7 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for variable in re.findall(r"\$(\w+)", whole(name)):
         monkeypatch.delenv(variable, raising=False)
-    (tree, _), run, base, about = read(name), load(name), recipes.base(name), recipes.about(name)
+    tree, run, base, about = read(name).tree, load(name), recipes.base(name), recipes.about(name)
     assert keys(summary(run)) <= keys(tree) <= keys(run.model_dump(mode="json"))
     assert (base, base == name) == (recipes.parse_yaml(recipes.text(name)).get("base"), False)
     if base:
