@@ -9,8 +9,7 @@ from torch import nn
 from dumo.config import recipes
 from dumo.config.change import shown
 from dumo.config.load import FILE, load, load_recipe, parse
-from dumo.config.load import default_folder as folder_of_recipe
-from dumo.config.source import SHIPPED_PREFIX, kind_of, source_or_own_run
+from dumo.config.source import SHIPPED_PREFIX, choose, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.tree import Parts
 from dumo.data import Memory
@@ -47,11 +46,12 @@ def compose(
     Without a source the data say what it is based on: for images a run is proposed, as by `dumo train FOLDER`; points
     are trained on as moons are; an objective's name finds its recipe. Raises UserError.
     """
-    if isinstance(source, str):
-        source = source_or_own_run(source, folder)
-    if source is not None and data is None and kind_of(source) == "images":
-        data = str(source)
-        source = None
+    if source is not None:
+        chosen = choose(source, folder)
+        source = chosen.word
+        if data is None and chosen.kind == "images":
+            data = str(source)
+            source = None
     place = str(data) if source is None and is_path(data) else None
     parts: Fields = {"objective": plain("objective", objective), "net": plain_net(net)}
     parts |= {} if place else {"data": plain_data(data)}
@@ -130,11 +130,13 @@ def twin_of(data: str, objective: Fields) -> str:
 def default_folder(source: str | Path | None, parts: Fields, place: str | None) -> Path:
     """runs/NAME. Raises UserError where nothing gives a name."""
     if place is not None:
-        return proposal.default_folder(place)
+        return folder_of_images(place)
     if source is not None and not parts:
-        return folder_of_recipe(source)
-    if source is None and parts.keys() == {"objective"} and (name := base(parts)) not in TOYS:
-        return folder_of_recipe(f"{SHIPPED_PREFIX}{name}")
+        return choose(source).folder
+    if source is None and parts.keys() == {"objective"}:
+        name = base(parts)
+        if name not in TOYS:
+            return choose(f"{SHIPPED_PREFIX}{name}").folder
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 

@@ -62,7 +62,7 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
-    from dumo.config.source import kind_of
+    from dumo.config.source import choose
     from dumo.data import Latents
     from dumo.run import encode
     from dumo.runtime import dist
@@ -81,7 +81,7 @@ def encode(
             made.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows or encode.SHARD_ROWS))
     for line in (line for one in made for line in one.lines()):
         out.print(line, soft_wrap=True)
-    if all(one.contents for one in made) and kind_of(source) == "recipe":
+    if all(one.contents for one in made) and choose(source).kind == "recipe":
         fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
@@ -117,9 +117,8 @@ def train(
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
-    from dumo.config.load import FILE, default_folder, load
-    from dumo.config.source import is_run_in, kind_of, source_or_own_run
-    from dumo.plan import proposal
+    from dumo.config.load import FILE, load
+    from dumo.config.source import choose
     from dumo.report.feed import live
     from dumo.report.sheet import Sheets
     from dumo.run.job import open_job
@@ -127,21 +126,20 @@ def train(
 
     # what to train, and where
     changes = set_ or []
-    source = source_or_own_run(source, folder)
-    kind = kind_of(source)
-    if (minutes or yes) and kind != "images":
+    chosen = choose(source, folder)
+    are_images = chosen.kind == "images"
+    if (minutes or yes) and not are_images:
         raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
-    if folder is None:
-        folder = proposal.default_folder(source) if kind == "images" else default_folder(source)
+    folder = folder or chosen.folder
     run: Run | None = None  # the folder's own
-    if kind == "images" and (folder / FILE).is_file():
+    if are_images and (folder / FILE).is_file():
         if minutes:
             say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
         changes = [f"data.root={source}", *changes]
-    elif kind == "images":
+    elif are_images:
         run = proposed(source, changes, minutes, device, ask=not yes)
-    elif not is_run_in(source, folder):
-        run = load(source, changes)
+    elif chosen.kind != "run" or chosen.folder != folder:
+        run = load(chosen.word, changes)
 
     opened = open_job(
         folder,
@@ -176,7 +174,6 @@ def missing_of_protocol(run: "Run") -> str | None:
 
 def next_commands(run: "Run", folder: Path) -> list[str]:
     """What to type once a run is trained."""
-    from dumo.export.model import forms
     from dumo.nets import Pretrained
 
     program = "dumo"
@@ -189,6 +186,8 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
         commands.append(f"{program} evaluate {typed(folder)}")
     commands.append(f"{program} report {typed(folder)}")
     if isinstance(run.net, Pretrained):
+        from dumo.export.model import forms
+
         for form in forms(run.net):
             commands.append(f"{program} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}")
     return commands

@@ -25,7 +25,6 @@ from dumo.config.source import (
     Noted,
     RunText,
     read,
-    recipe_of,
 )
 from dumo.config.source import FILE as FILE
 from dumo.config.spec import Run
@@ -109,17 +108,6 @@ def clear(tree: dict[str, Any], path: Sequence[str]) -> None:
         clear(tree.get(path[0]) or {}, path[1:])
     else:
         tree.pop(path[0], None)
-
-
-def default_folder(source: str | Path) -> Path:
-    """A run's default folder: runs/NAME, or that of the run.yaml that `source` is or holds."""
-    recipe = recipe_of(source)
-    if recipe is not None:
-        return Path("runs") / recipe
-    path = Path(source)
-    if path.name == FILE:
-        return path.parent
-    return path if (path / FILE).is_file() else Path("runs") / path.stem
 
 
 def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:

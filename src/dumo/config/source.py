@@ -62,19 +62,48 @@ class RunText:
     changed: tuple[Noted, ...] = ()  # while it trained, in order
 
 
-def kind_of(source: str | Path) -> Literal["recipe", "run", "images"]:
-    """What a source is: a recipe; a folder or file of images; or else the folder or the YAML file of a run.
+@dataclass(frozen=True)
+class Source:
+    """What the word that names a run was taken for. A path that does not exist is a file, which `read` refuses."""
 
-    A path that does not exist counts as a run, and `read` refuses it. Raises UserError as `recipe_of`.
+    kind: Literal["recipe", "file", "run", "images"]
+    word: str | Path  # as `read` takes it; of images where they lie
+    folder: Path  # where it is trained, unless another is given
+
+    def __str__(self) -> str:
+        """In words."""
+        kind = {"recipe": "recipe", "file": "run file", "run": "run", "images": "images"}[self.kind]
+        return f"{kind} {self.word}"
+
+
+def choose(source: str | Path, out: Path | None = None) -> Source:
+    """Decide what a word is: a recipe, a YAML file, the folder of a run (or its run.yaml), or images.
+
+    `out` is the folder that was given to train in: a recipe's name means the run there, where that folder has the same
+    name, as when `train digits --out digits` is typed again. Raises UserError where ./NAME holds a run or images and
+    NAME is a recipe, too, and for a variable in a path that is not set.
     """
-    if recipe_of(source) is not None:
-        return "recipe"
-    path = Path(source)
+    if out is not None and source in recipes.names() and out == Path(source) and (out / FILE).is_file():
+        return Source("run", f"./{source}", out)
+    recipe = recipe_of(source)
+    if recipe is not None:
+        return Source("recipe", source, Path("runs") / recipe)
+    path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
-        return "images" if path.suffix in TABLES else "run"
-    if source and os.path.isdir(path) and not (path / FILE).is_file():
-        return "images"
-    return "run"
+        if path.suffix in TABLES:
+            return Source("images", source, folder_of_images(source))
+        if path.name == FILE:
+            return Source("run", source, path.parent)
+    elif os.path.isdir(path) and str(source):
+        if (path / FILE).is_file():
+            return Source("run", source, path)
+        return Source("images", source, folder_of_images(source))
+    return Source("file", source, Path("runs") / path.stem)
+
+
+def folder_of_images(place: str | Path) -> Path:
+    """runs/NAME, by the name of the folder or file of images."""
+    return Path("runs") / user_path(str(place), "the images").resolve().stem
 
 
 def recipe_of(source: str | Path) -> str | None:
@@ -103,21 +132,6 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
                 f"{SHIPPED_PREFIX}{source} for dumo's, or ./{source} for the folder"
             )
     return name
-
-
-def source_or_own_run(source: str, out: Path | None) -> str:
-    """The source, or the run that a recipe left in a folder of its name: `train digits --out digits`, typed again."""
-    if out is None or source not in recipes.names():
-        return source
-    if out == Path(source) and (out / FILE).is_file():
-        return f"./{source}"
-    return source
-
-
-def is_run_in(source: str | Path, folder: Path) -> bool:
-    """Whether a source is this run's folder, or its run.yaml."""
-    path = Path(source)
-    return recipe_of(source) is None and path in (folder, folder / FILE) and (folder / FILE).is_file()
 
 
 def read(source: str | Path) -> RunText:

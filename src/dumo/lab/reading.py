@@ -14,10 +14,9 @@ import torch
 
 from dumo.config.change import override
 from dumo.config.load import load, parse
-from dumo.config.source import kind_of
+from dumo.config.source import choose
 from dumo.data import Data, Latents
 from dumo.data.album import Album
-from dumo.io.read import user_path
 from dumo.io.source import Source
 from dumo.lab.plan import Cost
 from dumo.plan import machine
@@ -55,8 +54,7 @@ def reading_of(
 
     Raises UserError as loading does, and for a side with a recipe.
     """
-    path = user_path(source, "the source")
-    if kind_of(source) == "recipe" or kind_of(path) == "run":
+    if choose(source).kind != "images":
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
         run = resolve(load(source, overrides))

@@ -19,7 +19,7 @@ import torch
 
 from dumo.config.change import override, shown
 from dumo.config.load import FILE, load_recipe, parse
-from dumo.config.source import PROPOSED
+from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Memory
@@ -229,7 +229,7 @@ def unread(images: Images, sets: Sequence[str]) -> str:
 def reading(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
     """Fields of a net that reads these captions."""
     length = min(LONGEST, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
-    root = Path("runs/texts") / f"{default_folder(place).name}-{captions.digest()}"
+    root = Path("runs/texts") / f"{folder_of_images(place).name}-{captions.digest()}"
     texts = {**TEXTS, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
     net = {"net": {**READING, "texts": texts}} if on_a_cpu else {"net.texts": texts}
     return {"data.captions": {"kind": "files"}, **net}
@@ -280,8 +280,3 @@ def look(store: Store, frame: Frame, bar: Bar = no_bar) -> Look:
 def side(short: float, most: int) -> int:
     """The pixels to train at: as many as there are, up to `most`."""
     return max(LEAST_SIDE, min(most, int(short) // GRID * GRID))
-
-
-def default_folder(place: str) -> Path:
-    """runs/NAME, by the name of the folder or file of images."""
-    return Path("runs") / user_path(place, "the images").resolve().stem

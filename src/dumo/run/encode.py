@@ -11,7 +11,7 @@ from typing import Any
 
 from dumo.config.change import override
 from dumo.config.load import load, parse
-from dumo.config.source import kind_of
+from dumo.config.source import choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache
 from dumo.data.caption import Files
@@ -19,7 +19,7 @@ from dumo.data.image import below
 from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
-from dumo.io.read import brief, user_path
+from dumo.io.read import brief
 from dumo.io.table import Done, Index
 from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, Tabled
@@ -81,8 +81,7 @@ def work_of(
     Raises UserError where the recipe trains on neither latents nor a table of texts, or an option is missing.
     """
     sets = [*settings(out, codec, side), *overrides]
-    path = user_path(source, "the source")
-    if kind_of(source) == "recipe" or kind_of(path) == "run":
+    if choose(source).kind != "images":
         run = resolve(load(source, sets))
         texts = table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:

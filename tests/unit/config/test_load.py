@@ -9,8 +9,8 @@ import pytest
 
 from contract.case import members
 from dumo.config import recipes
-from dumo.config.load import FILE, default_folder, difference, differences, dump, load, summary
-from dumo.config.source import FORMAT, KEY, Noted, read
+from dumo.config.load import FILE, difference, differences, dump, load, summary
+from dumo.config.source import FORMAT, KEY, Noted, choose, read
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import FlowMatching, Objective
 from dumo.training.ema import Ema
@@ -122,10 +122,10 @@ def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run/run.yaml").touch()
-    assert default_folder("digits") == default_folder("dumo:digits") == Path("runs/digits")
-    assert default_folder("my/recipes/digits.small.yaml") == Path("runs/digits.small")
-    assert default_folder("a run") == default_folder("a run/run.yaml") == Path("a run")
-    assert default_folder(str(tmp_path / "a run")) == tmp_path / "a run"
+    assert choose("digits").folder == choose("dumo:digits").folder == Path("runs/digits")
+    assert choose("my/recipes/digits.small.yaml").folder == Path("runs/digits.small")
+    assert choose("a run").folder == choose("a run/run.yaml").folder == Path("a run")
+    assert choose(str(tmp_path / "a run")).folder == tmp_path / "a run"
 
 
 PINNED = ["train.batch=128", "train.seed=0", "train.clip=null", "train.ema=[{decay: 0.999}]", "net.depth=4"]
