@@ -17,8 +17,8 @@ from dumo.lab.plan import read
 from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
 
 DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "src/dumo/recipes/results"
-TOOLS = DOCS.parent / "tools"
+SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
+MEASURED = (SHIPPED, DOCS / "results", DOCS.parent / "tools")
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -305,7 +305,7 @@ def written(page: str) -> str:
 
     def write(place: re.Match[str]) -> str:
         file, table = TABLES[place["name"]]
-        found = sorted(place for folder in (RESULTS, TOOLS) for place in folder.glob(f"**/{file}.json"))
+        found = sorted(place for folder in MEASURED for place in folder.glob(f"**/{file}.json"))
         results = json.loads(found[0].read_text(encoding="utf-8"))
         return "\n\n".join([place["begin"], "\n".join(table(results)), place["end"]])
 
