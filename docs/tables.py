@@ -219,20 +219,6 @@ def by_budget(results: Row) -> Iterator[str]:
     yield from with_failures([head, *rows], [failed[arm] for arm in found])
 
 
-def power(results: Row) -> Iterator[str]:
-    """By how many deviations each fault stands out, by distance, of 3,000 images; the most of a column bold."""
-    same = [row for row in results["rows"] if (row["data"], row["samples"]) == ("CIFAR-10", 3000)]
-    faults = list(same[0]["power"])
-    yield line(["", *faults, "nothing wrong"])
-    yield "|" + "---|" * (len(faults) + 2)
-    most = {fault: max(row["power"][fault] for row in same) for fault in faults}
-    for row in same:
-        cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
-        cells = [f"**{c}**" if row["power"][f] == most[f] else c for f, c in zip(faults, cells, strict=True)]
-        null = f"{row['mean']:.2g}&nbsp;±&nbsp;{row['sd']:.1g}".replace("-", "−")
-        yield line([row["distance"], *cells, null])
-
-
 def words(results: Row) -> Iterator[str]:
     """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
     every = grouped(results, "data", "condition")
@@ -290,7 +276,6 @@ TABLES = {
     "routed": ("routed", arms),
     "scaling": ("scaling", scaling),
     "flow-first": ("flow-first", by_budget),
-    "power": ("power", power),
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
