@@ -17,8 +17,8 @@ from dumo.lab.plan import read
 from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
 
 DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "src/dumo/recipes/results"
-TOOLS = DOCS.parent / "tools"
+SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
+MEASURED = (SHIPPED, DOCS / "results", DOCS.parent / "tools")
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -219,20 +219,6 @@ def by_budget(results: Row) -> Iterator[str]:
     yield from with_failures([head, *rows], [failed[arm] for arm in found])
 
 
-def power(results: Row) -> Iterator[str]:
-    """By how many deviations each fault stands out, by distance, of 3,000 images; the most of a column bold."""
-    same = [row for row in results["rows"] if (row["data"], row["samples"]) == ("CIFAR-10", 3000)]
-    faults = list(same[0]["power"])
-    yield line(["", *faults, "nothing wrong"])
-    yield "|" + "---|" * (len(faults) + 2)
-    most = {fault: max(row["power"][fault] for row in same) for fault in faults}
-    for row in same:
-        cells = [f"{row['power'][f]:.1f}".replace("-", "−") for f in faults]
-        cells = [f"**{c}**" if row["power"][f] == most[f] else c for f, c in zip(faults, cells, strict=True)]
-        null = f"{row['mean']:.2g}&nbsp;±&nbsp;{row['sd']:.1g}".replace("-", "−")
-        yield line([row["distance"], *cells, null])
-
-
 def words(results: Row) -> Iterator[str]:
     """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
     every = grouped(results, "data", "condition")
@@ -290,7 +276,6 @@ TABLES = {
     "routed": ("routed", arms),
     "scaling": ("scaling", scaling),
     "flow-first": ("flow-first", by_budget),
-    "power": ("power", power),
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
@@ -305,7 +290,7 @@ def written(page: str) -> str:
 
     def write(place: re.Match[str]) -> str:
         file, table = TABLES[place["name"]]
-        found = sorted(place for folder in (RESULTS, TOOLS) for place in folder.glob(f"**/{file}.json"))
+        found = sorted(place for folder in MEASURED for place in folder.glob(f"**/{file}.json"))
         results = json.loads(found[0].read_text(encoding="utf-8"))
         return "\n\n".join([place["begin"], "\n".join(table(results)), place["end"]])
 

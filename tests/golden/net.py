@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.types import Cond, Frozen, Heads, Needs, Noised, Path, Sample, Time
+from dumo.flow.path import Path
+from dumo.types import Cond, Frozen, Heads, Needs, Noised, Sample, Time
 
 PARITY: dict[str, Any] = json.loads(File(__file__).with_name("parity.json").read_text())
 KNOBS = ("w", "low", "high", "k", "beta")

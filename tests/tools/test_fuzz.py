@@ -10,9 +10,9 @@ import pytest
 from dumo.types import UserError
 from fuzz import command
 from fuzz.command import OPTIONS
-from fuzz.judge import limited, wrong
+from fuzz.judge import GOOD, limited, wrong
 from fuzz.mutation import KINDS, mutated, replaced
-from fuzz.run import GOOD, tried
+from fuzz.run import tried
 from fuzz.target import Target, targets
 
 FEW = 25

@@ -33,14 +33,13 @@ from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.text import Encoder
 from dumo.export import write
 from dumo.objectives import DuMo
-from fuzz.judge import wrong
+from fuzz.judge import GOOD, wrong
 from fuzz.mutation import paths
 from pipelines import save
 from transformers_saved import of
 from transformers_tiny import TINY
 
 MANY = 60  # values in a list or an object, of which some are tried
-GOOD = ("taken", "refused")
 STRANGE = (None, [], "x", -1, 10**9, 10**30, {})
 VAES: dict[str, tuple[type[Model], dict[str, Any]]] = {
     "AutoencoderKL": (

@@ -12,6 +12,7 @@ from dumo.types import UserError
 SECONDS = 20  # of the clock, on a busy machine
 BYTES = 2**31  # more than there was
 WORDS = 4000  # characters of a refusal
+GOOD = ("taken", "refused")  # ends that should be
 
 
 class Late(BaseException):

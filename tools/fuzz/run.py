@@ -15,10 +15,8 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
-from fuzz.judge import wrong
+from fuzz.judge import GOOD, wrong
 from fuzz.target import Target, targets
-
-GOOD = ("taken", "refused")
 
 
 def tried(target: Target, numbers: range, seed: int = 0) -> tuple[Counter[str], list[str]]:

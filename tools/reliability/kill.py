@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -23,9 +22,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
-from e2e.shell import TINY
 from reliability import process
-from reliability.place import End, Place, fresh, given, left, places
+from reliability.place import End, Place, fresh, furnished, left, places
 
 AT_ONCE = 5  # kills of one work, at most: then it may end
 Finish = Callable[[Sequence[str], Path], int]
@@ -144,16 +142,10 @@ def main(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2",
     seed: int = 0,
     to: Annotated[Path | None, typer.Option("--json", help="Write what came out here, too.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Work in this new folder, and leave it.")] = None,
 ) -> None:
     """Kill, start again, compare; print a table."""
     rows: list[Row] = []
-    with TemporaryDirectory() as scratch:
-        folder = keep or Path(scratch)
-        folder.mkdir(exist_ok=True, parents=True)
-        if process.finish(("train", "digits", "--out", "digits", *TINY), folder):
-            raise SystemExit(process.said(folder))
-        given(folder / "given", folder / "digits")
+    with furnished() as folder:
         for count in map(int, ranks.split(",")):
             for name in where.split(","):
                 rows.append(trial(places()[name], count, times, seed, folder))

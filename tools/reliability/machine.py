@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -23,9 +22,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
-from e2e.shell import TINY
-from reliability import process
-from reliability.place import given
+from reliability.place import furnished
 from reliability.trouble import CASES, Found, Left
 
 
@@ -62,17 +59,10 @@ def table(rows: Sequence[Found]) -> str:
 def main(
     only: Annotated[str | None, typer.Option(help="Names of cases, by commas. Default: all.")] = None,
     to: Annotated[Path | None, typer.Option("--json", help="Write what came out here, too.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Work in this new folder, and leave it.")] = None,
 ) -> None:
     """Go through the cases; print a table."""
     rows: list[Found] = []
-    with TemporaryDirectory() as scratch:
-        folder = keep or Path(scratch)
-        folder.mkdir(exist_ok=True, parents=True)
-        folder.chmod(0o755)  # another user will work below
-        if process.finish(("train", "digits", "--out", "digits", *TINY), folder):
-            raise SystemExit(process.said(folder))
-        given(folder / "given", folder / "digits")
+    with furnished() as folder:
         for name in only.split(",") if only else CASES:
             rows.append(examined(name, folder))
             print(table(rows).splitlines()[-1], flush=True)

@@ -6,9 +6,11 @@ Every command works in a folder of its own, in which `given` holds what stands b
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from autoencoder import taef2
 from dumo.io import digest, weights
 from dumo.run.folder import CHECKPOINT_WRITTEN
 from e2e.shell import TINY, sets
-from reliability.process import said
+from reliability.process import finish, said
 
 SIDE, SHARD, SHARDS = 32, 8, 12  # pixels, images to a shard, shards
 REPORTED = 3  # rows of a report
@@ -49,6 +51,18 @@ def given(folder: Path, run: Path) -> None:
         Image.fromarray(one).save(folder / f"images/{i:03}.png")
     shutil.copytree(run, folder / "digits")
     taef2(folder / "taef2.safetensors")
+
+
+@contextmanager
+def furnished() -> Generator[Path, None, None]:
+    """A scratch folder, readable to all, in whose folder `given` lies what the places start from."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        folder.chmod(0o755)
+        if finish(("train", "digits", "--out", "digits", *TINY), folder):
+            raise SystemExit(said(folder))
+        given(folder / "given", folder / "digits")
+        yield folder
 
 
 def fresh(folder: Path, start: Path) -> Path:

@@ -23,9 +23,8 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
-            "best-pixels, best-tuning, fair, flow-first, latents, lowpass, pretrained, routed, scaling, stages, "
-            "two-times, unet, words."
+            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-pixels, fair, "
+            "flow-first, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, words."
         ),
     ],
     scale: Annotated[

@@ -10,9 +10,8 @@ from dumo.config.conditions import Conditions, shown
 from dumo.config.tree import Tree
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
-from dumo.flow.guide import GuidanceScale
+from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import VELOCITIES
-from dumo.types import Guide
 
 ANY_SIZE = ("dit", "diffusers")  # the nets that take samples of any size
 

@@ -71,7 +71,6 @@ def check(sampler: Sampler, spec: DiT) -> None:
     needs, guide = sampler.flow.objective.needs, sampler.spec.guide
     wrong = [f"net.{field} is {value}" for field in PUBLISHED if (value := getattr(spec, field)) != PUBLISHED[field]]
     wrong += ["net.texts is set"] if spec.texts else []
-    wrong += ["net.route.kind is sprint"] if spec.route and spec.route.kind == "sprint" else []
     wrong += [f"its net takes {name}" for name in needs.names if name not in TIMES]
     wrong += [f"its head {name} takes more than the others" for name in needs.own]
     wrong += [f"sample.guide.scale is {guide.scale:g}"] if guide.active else []

@@ -23,10 +23,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.flow import dropout
+from dumo.flow.path import Path
 from dumo.runtime import random
 from dumo.runtime.bound import ROWS
 from dumo.runtime.random import keyed, share_of_rows, stream
-from dumo.types import Cond, Law, Noised, Objective, Path, Rows, Sample, Spec, Taught, Time, Trail
+from dumo.types import Cond, Law, Noised, Objective, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pin, to_device
 
 PRIOR = "prior"  # the name by which rows of a batch are picked that a teacher answers

@@ -17,11 +17,11 @@ from dumo.flow import dropout, generate
 from dumo.flow.draw import Coupling, Draws, drawn, noised
 from dumo.flow.guide import CFG
 from dumo.flow.passes import inner
-from dumo.flow.path import Linear
+from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, Reads, Sample, Taught, Terms, Trail, frozen
+from dumo.types import Cond, Frozen, Net, Noised, Objective, Reads, Sample, Taught, Terms, Trail, frozen
 
 Loss = Callable[[Net, Frozen, Noised], Terms]
 

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
+from dumo.flow.path import Path
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
 from dumo.runtime import threads
 from dumo.runtime.bound import SAMPLES
 from dumo.runtime.random import noise
-from dumo.types import Array, Cond, Heads, Path, Reads, Sample, Trail, UserError
+from dumo.types import Array, Cond, Heads, Reads, Sample, Trail, UserError
 
 ROWS = 256  # images made at a time, at most: ours
 

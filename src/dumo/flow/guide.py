@@ -121,10 +121,11 @@ class GuidanceScale(NamedTuple):
     @classmethod
     def of(cls, needs: Needs) -> "GuidanceScale":
         """What an objective guides its target by."""
-        guide = 1.0 if needs.guide is None else needs.guide
-        if isinstance(guide, int | float):
-            return cls(guide, "objective.scale", "objective.scale=1")
-        return cls(guide.scale)
+        if isinstance(needs.guide, Guide):
+            return cls(needs.guide.scale)
+        scale = 1.0 if needs.guide is None else needs.guide
+        assert not isinstance(scale, Spec), "Needs.guide is a Guide, or a scale"
+        return cls(scale, "objective.scale", "objective.scale=1")
 
     @property
     def active(self) -> bool:

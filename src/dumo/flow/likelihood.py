@@ -24,10 +24,11 @@ import torch
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import pair, primal
+from dumo.flow.path import Path
 from dumo.flow.slope import rate_of
 from dumo.flow.solver import Euler, Heun, Hop, Solver, rows, steps, taught, uniform
 from dumo.runtime import random, signals
-from dumo.types import Climb, Cond, Path, PerSample, Reads, Sample, Time, UserError, lift
+from dumo.types import Climb, Cond, PerSample, Reads, Sample, Time, UserError, lift
 
 Velocity = Callable[[Sample, Time, Cond], Sample]
 

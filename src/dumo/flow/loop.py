@@ -52,10 +52,11 @@ from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
 from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, inner
+from dumo.flow.path import Diffusion, Linear, Path, Trig
 from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
 from dumo.flow.reading import reading, taught, teaching
-from dumo.flow.slope import Slope
+from dumo.flow.slope import Slope, slope_of
 from dumo.flow.solver import Solver, best
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
@@ -65,7 +66,6 @@ from dumo.types import (
     Frozen,
     Noised,
     Objective,
-    Path,
     Reads,
     Sample,
     Taught,
@@ -334,7 +334,7 @@ class LoopFlow(Flow):
     def _take_slope(self, probe: Passes, b: Noised) -> None:
         """Choose how du/dt is taken, or try the given one. Raises UserError as `choose_slope`."""
         found = choose_slope(
-            cast(Slope, self.objective.needs.slope) if self.names_slope else None,
+            slope_of(self.objective) if self.names_slope else None,
             probe,
             b,
             self.objective.needs,
@@ -466,7 +466,7 @@ def require_settings(net: object, *, classes: object, time_scale: float, shard: 
     """Raise UserError for what no flow can be made of."""
     if not isinstance(net, nn.Module):
         raise UserError(f"net is a {type(net).__name__}: give an nn.Module, and then the objective")
-    if path is not None and not isinstance(path, Path):
+    if path is not None and not isinstance(path, Linear | Trig | Diffusion):
         raise UserError(f"path is {path!r}: give one of dumo.flow.path, such as Trig(), or leave it out")
     if not isinstance(classes, int) or classes < 0:
         raise UserError(f"classes = {classes}: give how many labels there are, a whole number, 0 for none")

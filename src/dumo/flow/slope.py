@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import floor, isinf
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -41,7 +41,22 @@ from dumo.autodiff.jvp import call_duals_tensors
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import rounded
-from dumo.types import CHANGES, Array, Cond, Frozen, Heads, Net, Noised, Sample, Spec, Time, UserError, lift, unwrap
+from dumo.types import (
+    CHANGES,
+    Array,
+    Cond,
+    Frozen,
+    Heads,
+    Net,
+    Noised,
+    Objective,
+    Sample,
+    Spec,
+    Time,
+    UserError,
+    lift,
+    unwrap,
+)
 from dumo.types.rows import index, split_by_step
 
 Along = Callable[[Sample], Heads]
@@ -184,6 +199,11 @@ class DualSlope(Linearization):
 
 
 Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind", json_schema_extra=CHANGES)]
+
+
+def slope_of(objective: Objective) -> Slope | None:
+    """The slope that an objective's loss takes; None: it takes none."""
+    return cast("Slope | None", objective.needs.slope)
 
 
 def _tape(

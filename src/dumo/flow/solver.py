@@ -21,9 +21,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from dumo.flow.path import Path
 from dumo.runtime import signals
 from dumo.runtime.bound import PASSES
-from dumo.types import QUIET, Cond, Path, Reads, Sample, Spec, Time, UserError, lift
+from dumo.types import QUIET, Cond, Reads, Sample, Spec, Time, UserError, lift
 from dumo.types.outside import OpenTo, SolverSpec
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from

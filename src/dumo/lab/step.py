@@ -20,7 +20,7 @@ from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast, products, using
-from dumo.flow.slope import CentralSlope, Slope
+from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
@@ -217,7 +217,7 @@ def variants(
     compile: str,
 ) -> Iterator[tuple[Row, Objective]]:
     """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
-    own = objective.needs.slope
+    own = slope_of(objective)
     chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
     for name in chosen:
         require_known("slope", name, [*SLOPES, PLAIN])

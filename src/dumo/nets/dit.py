@@ -31,7 +31,7 @@ from dumo.nets.block import (
 )
 from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
-from dumo.nets.route import Fusion, Route, through
+from dumo.nets.route import Route, through
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
@@ -164,8 +164,6 @@ class Transformer(nn.Module):
         self.route = spec.route
         if self.route:
             self.route.note(self.blocks)
-        fused = self.route and self.route.kind == "sprint"
-        self.fusion = Fusion(width, preserved=self.preserved) if fused else None
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -191,7 +189,7 @@ class Transformer(nn.Module):
             return run_lean(block, h, e[0] if self.late is None or i < self.late else e[-1], *text, *places)
 
         split = self.route.split(*h.shape[:2]) if self.route and self.training else None
-        h = through(self.blocks, h, places, step, split, self.fusion)
+        h = through(self.blocks, h, places, step, split)
         own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
         heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())
@@ -236,8 +234,7 @@ class Transformer(nn.Module):
 
     def _initialize(self) -> None:
         """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero."""
-        fused = (self.fusion.mix,) if self.fusion else ()
-        for layer in (self.embed, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear)), *fused):
+        for layer in (self.embed, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))):
             nn.init.xavier_uniform_(layer.weight)
             if not isinstance(layer, Unit):
                 nn.init.zeros_(layer.bias)

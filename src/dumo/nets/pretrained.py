@@ -159,11 +159,8 @@ class Pretrained(Reading):
             raise UserError(
                 f"{what}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
             )
-        if self.route and not (row.routes and self.route.kind == "tread"):
-            raise UserError(
-                f"{what}, and net.route of kind {self.route.kind}: of the models of diffusers SD3 and Flux route, by "
-                "kind tread: set net.route=null"
-            )
+        if self.route and not row.routes:
+            raise UserError(f"{what}, and of the models of diffusers SD3 and Flux alone route: set net.route=null")
         if "r" in needs.names and not row.embedder:
             raise UserError(
                 f"{what}, which has no embedder of time that a second time could be added to: take an objective of one "

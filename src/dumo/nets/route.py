@@ -1,31 +1,21 @@
-"""Token routing: in training some tokens skip the middle blocks, in one of two ways.
+"""Token routing: in training some tokens skip the middle blocks (TREAD, Krause et al. 2025, arXiv 2501.04765).
 
 Blocks `first` and on, all but the `last` ones, see a random part of each row's tokens. A block's cost is that of its
 tokens: a guided exact step of XL/2 counts 4.95 F dense, 2.88 with half of them, 1.87 with a quarter (`dumo dry
-imagenet256-xl2-routed`, and with `--set net.route.share=0.75`). Sampling is dense.
-
-- tread (TREAD, Krause et al. 2025, arXiv 2501.04765): the other tokens wait, and come back as they left. There are no
-  new weights.
-- sprint (SPRINT, Park et al. 2025, arXiv 2510.21986): a learned mask token stands for them, and a linear layer fuses
-  all of the middle's tokens with those before it (`Fusion`), so three quarters may skip. The net ends with a tuning on
-  all tokens: another run, that starts from this one, with share 0.
+imagenet256-xl2-routed`, and with `--set net.route.share=0.75`). The other tokens wait, and come back as they left.
+There are no new weights. Sampling is dense.
 
 What this assumes:
 
 - Which tokens skip is a function of row and step alone, by the keys of `dumo.flow.dropout`. So every pass of a step has
   the same: the one with gradients, V(c), V(null), and du/dt, which is then the derivative of the function that is
   trained. Under guidance `dropout.off` leaves routing on. TREAD, which has one pass a step, needs no such key.
-- The tangent moves with its token: part and join are selections, of which the tangents' are the same selections. The
-  mask token does not move with t, and fusion is linear.
+- The tangent moves with its token: part and join are selections, of which the tangents' are the same selections.
 - A target is one of the routed net, for that is the one whose passes make it. An average as theta^- is dense, as it is
-  in the mode of sampling: its derivative is the dense function's. Dense, a fused net has no mask token: its middle sees
-  all tokens.
+  in the mode of sampling: its derivative is the dense function's.
 - Tokens know their places before they are parted: waves are in them, and rotary tables are parted alike.
 - As many tokens skip in every row, so shapes are static.
-- A transformer of diffusers has tread alone, over all of its lists of blocks. Its text is never routed.
-- Any tokens may skip, where SPRINT's code keeps one of each 2 x 2. Its path-drop guidance, a guidance of sampling with
-  no middle in the null pass, is left out, and with it the rows without a middle in training that prepare it: nets of
-  few steps have their guidance in them.
+- A transformer of diffusers routes over all of its lists of blocks. Its text is never routed.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +26,6 @@ from pydantic import Field
 from torch import Tensor, cat, nn
 
 from dumo.flow.dropout import Keys, current, hashes, layer_keys
-from dumo.nets.block import Unit, normalize
 from dumo.runtime.bound import BLOCKS
 from dumo.types import Array, Spec, UserError
 
@@ -46,10 +35,10 @@ LAYER = 1  # whose keys these are: 0 are those of dropped words (`dumo.nets.text
 class Route(Spec):
     """Which blocks are routed, and the share of the tokens that skip them. Defaults are TREAD's, for B/2 (its code)."""
 
-    kind: Literal["tread", "sprint"] = "tread"
-    share: float = Field(ge=0, lt=1)  # TREAD: 0.5; SPRINT: 0.75, and 0 in the tuning that ends it
+    kind: Literal["tread"] = "tread"
+    share: float = Field(ge=0, lt=1)  # TREAD: 0.5; 0: none skip
     first: int = Field(default=2, ge=0, le=BLOCKS)  # blocks at the start that see all tokens
-    last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do; SPRINT: 2
+    last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
 
     def check(self, depth: int) -> None:
         """Raise UserError where a net of this depth has no block between."""
@@ -92,53 +81,34 @@ class Split:
         return tuple(table[self.there].unsqueeze(1) for table in tables)
 
 
-class Fusion(nn.Module):
-    """What SPRINT's last blocks get: of each token that of the middle, and that of the blocks before it.
-
-    The mask token starts as N(0, 0.02^2), the layer as all others of the net (SPRINT's code, which never trains the
-    token). Where magnitudes are preserved both have them: EDM2 concatenates so.
-    """
-
-    def __init__(self, width: int, *, preserved: bool) -> None:
-        """For tokens of this width."""
-        super().__init__()
-        self.preserved, self.mask = preserved, nn.Parameter(0.02 * torch.randn(width))
-        self.mix = (Unit if preserved else nn.Linear)(2 * width, width)
-
-    def forward(self, h: Array, before: Array, split: Split | None) -> Array:
-        """(b, n, width), of h (b, through, width) and before (b, n, width)."""
-        if split:
-            mask = normalize(self.mask, rms=True) if self.preserved else self.mask
-            h = split.join(h, mask.to(h.dtype).expand(before.shape))
-        return self.mix(cat([h, before], -1))
-
-
 def through(
     blocks: nn.ModuleList,
     h: Array,
     places: tuple[Tensor, ...],
     step: Callable[..., Array],
     split: Split | None,
-    fusion: Fusion | None,
 ) -> Array:
     """The tokens h (b, n, width) after all blocks, by `step(number of the block, block, h, *places)`.
 
-    Dense where `split` is None; fused where there is a `fusion`, dense or not.
+    Dense where `split` is None.
     """
-    before, near, inside = h, places, False
-
-    def after(h: Array) -> Array:
-        if fusion:
-            return fusion(h, before, split)
-        return split.join(h, before) if split else h
-
+    before = h  # the tokens as they were before the routed blocks
+    block_places = places
+    inside = False
     for i, block in enumerate(blocks):
-        if (split or fusion) and block.routed != inside:
-            inside = not inside
-            before, h = (h, split.part(h) if split else h) if inside else (before, after(h))
-            near = split.places(places) if split and inside else places
-        h = step(i, block, h, *near)
-    return after(h) if inside else h
+        if split and block.routed and not inside:
+            inside = True
+            before = h
+            h = split.part(h)
+            block_places = split.places(places)
+        elif split and inside and not block.routed:
+            inside = False
+            h = split.join(h, before)
+            block_places = places
+        h = step(i, block, h, *block_places)
+    if split and inside:
+        h = split.join(h, before)
+    return h
 
 
 class Routed(nn.Module):

@@ -31,6 +31,7 @@ from dumo.config.change import override, shown
 from dumo.config.check import check_pieces
 from dumo.config.load import parse
 from dumo.config.spec import Run
+from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
@@ -46,7 +47,7 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import flow_of, pieces
-from dumo.types import Frozen, Net, Noised, Objective, Path, Terms, UserError
+from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
 HOUR = 3600.0
 USUAL = 0.4  # of a GPU's peak, if it is not given: ours
@@ -132,7 +133,7 @@ def counted(net: nn.Module, objective: Objective, path: Path, shape: tuple[int, 
         state = begin(net, train)
         with fake:
             batch = cost.blank(objective, path, plan.most_rows(train, objective), shape)
-            return tracked(state, objective, batch, train)
+            return tracked(state, objective, path, batch, train)
 
 
 @contextmanager
@@ -149,7 +150,7 @@ def pretended(ranks: int) -> Generator[None, None, None]:
         torch.distributed.destroy_process_group()
 
 
-def tracked(state: State, objective: Objective, batch: Noised, train: Train) -> Step:
+def tracked(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> Step:
     """A step of the first rank, after another: passes of this batch, and the update.
 
     Two passes stand for all: one between the first and the last gathers what the last does, and sends no gradients.
@@ -162,7 +163,7 @@ def tracked(state: State, objective: Objective, batch: Noised, train: Train) -> 
         p.grad = torch.empty_like(p) if p.requires_grad else None
     update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
     state.optimizer.zero_grad()
-    reference = flow_of(state, train, objective, batch.path, 0).reference
+    reference = flow_of(state, train, objective, path, 0).reference
     loss = Loss(state.net, reference, objective, batch, train)
     tracker, sent, moved = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)], Sent()
     tracker.track_inputs(tuple(plan.averaged(state)))

@@ -15,6 +15,7 @@ from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
+from dumo.flow.path import Path
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
@@ -29,7 +30,7 @@ from dumo.training.frozen import frozen_weights
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import passes
-from dumo.types import Objective, Path, UserError
+from dumo.types import Objective, UserError
 
 GPU = 80 * 2**30  # bytes of an A100 or H100
 GB = 1e9

@@ -29,17 +29,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from dumo.flow import dropout
 from dumo.flow.check import require_terms
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide as Affine
+from dumo.flow.guide import Guide
+from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import twin
 from dumo.nets.dualized import Dualized
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied, share
-from dumo.types import Cond, Frozen, Guide, Heads, Net, Noised, Objective, Path, Sample, frozen
+from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
 from dumo.types.outside import name_of
 
-PLAIN = Affine()  # no guidance
+PLAIN = Guide()  # no guidance
 LAW = 1_000_000  # rows that a law is judged by
 FEW = 6  # blocks up to which all are run: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`

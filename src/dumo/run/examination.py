@@ -25,7 +25,9 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow import dropout
 from dumo.flow.derivative import LIMIT
+from dumo.flow.path import Path
 from dumo.flow.precision import using
+from dumo.flow.slope import slope_of
 from dumo.nets import Net, Pretrained
 from dumo.nets.adapter import SUBJECT
 from dumo.nets.text import or_drawn
@@ -33,7 +35,7 @@ from dumo.run import outside
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.types import Cond, Frozen, Heads, Objective, Path, Sample, Time, UserError
+from dumo.types import Cond, Frozen, Heads, Objective, Sample, Time, UserError
 
 SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
 Point = tuple[Sample, Sample, Cond, dict[str, Time]]  # x_t, a direction, labels, and what else a net takes
@@ -166,7 +168,7 @@ def _compare(net: nn.Module, run: Run, example: Point, device: torch.device, wei
     objective = run.objective
     train = run.train
     time_scale = run.net.time_scale
-    slope = objective.needs.slope
+    slope = slope_of(objective)
     if slope is None:
         return Examination(None, train.precision, time_scale, weights, {})
     x, w, c, inputs = example
@@ -194,12 +196,12 @@ def slope_errors(
 
     Of its two uses, with the direction w known before the pass and after it, the worse counts.
     """
-    slope = objective.needs.slope
+    slope = slope_of(objective)
     assert slope is not None
     exact = _exact(ref.module, x, w, c, **inputs)
     errors_by_use: list[Tensor] = []
     for toward in (w, None):
-        _, along = slope(net, ref, x, c, toward=toward, **inputs)
+        _, along = slope(net, ref, x, c, toward=toward, moving=None, **inputs)
         with torch.no_grad():
             derivatives = along(w)
         errors = [_relative_error(of_head, exactly) for of_head, exactly in zip(derivatives, exact, strict=True)]

@@ -15,7 +15,7 @@ from dumo.config.need import Need, buckets_field, captions_field, names_of
 from dumo.config.tree import Tree
 from dumo.data import Data, Images, Latents
 from dumo.flow.path import Diffusion, Path
-from dumo.flow.slope import DualSlope
+from dumo.flow.slope import DualSlope, slope_of
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.table import Embedded, PipelineTexts
@@ -30,8 +30,9 @@ def check_opened(run: Tree) -> None:
     require(edits(data, net))
     net_outline = outline(run, short=True)
     require(patches(data, net_outline), positions(data, net_outline), scheduled(run.path, net))
-    if needs.slope:
-        needs.slope.check(train.precision, net.time_scale)
+    slope = slope_of(run.objective)
+    if slope:
+        slope.check(train.precision, net.time_scale)
     require(compilation(train, needs, net, net_outline, data.classes))
     if run.teacher and run.teacher.kind == "base":
         require(base(net_outline, net.kind, run.path))

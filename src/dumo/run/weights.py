@@ -361,8 +361,8 @@ def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
             mismatches.append(f"this one has no {name}")
     if mismatches:
         raise UserError(
-            f"start: the nets differ, {mismatches[0]}: take a run of this net.route on data of this shape and number "
-            "of classes, or set start=null"
+            f"start: the nets differ, {mismatches[0]}: take one on data of this shape and number of classes, or set "
+            "start=null"
         )
     load_state(net, deferred_weights, loaders)
     return net, deferred_weights

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow, Loss
+from dumo.flow.path import Path
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.burst import begins
@@ -26,7 +27,7 @@ from dumo.training.record import Probe, Record, ask, blame, measure
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
-from dumo.types import Noised, Objective, Path, Taught, Terms, Time, UserError
+from dumo.types import Noised, Objective, Taught, Terms, Time, UserError
 from dumo.types.rows import to_device
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)

@@ -124,41 +124,6 @@ class Law(Spec, ABC):
         """Draw by a key of `dumo.runtime.random` for these rows of a batch: the same whatever other rows are drawn."""
 
 
-@runtime_checkable
-class Derivative(Protocol):
-    """How a loss differentiates a net along the flow (`dumo.flow.slope`)."""
-
-    @property
-    def kind(self) -> str:
-        """Its name."""
-        ...
-
-    def __call__(self, *at: Any, **inputs: Any) -> tuple[Heads, Any]: ...  # noqa: ANN401, a slope's
-
-    def check(self, precision: str, time_scale: float = 1.0) -> None:
-        """Raise UserError where it would be none: of passes in this precision, of a net of this time scale."""
-        ...
-
-
-@runtime_checkable
-class Guide(Protocol):
-    """How a loss makes of v_t the velocity v* to learn (`dumo.flow.guide`)."""
-
-    @property
-    def scale(self) -> float:
-        """The effective guidance scale w; 1 means none."""
-        ...
-
-    @property
-    def active(self) -> bool:
-        """Whether v* differs from v_t at all."""
-        ...
-
-    def inside(self, t: Time) -> Rows:
-        """Where guidance acts, by the time."""
-        ...
-
-
 class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
     """Where the formulas of an objective hold."""
 
@@ -189,8 +154,8 @@ class Needs:
     signed: bool = False  # the net gets negative times, too
     formulas: Formulas = Formulas()  # noqa: RUF009, a tuple
     laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
-    slope: Derivative | None = None  # along the flow, if the loss takes it: the field `slope`
-    guide: Guide | float | None = None  # what makes v*: the field `guide`, or the scale of guidance, the field `scale`
+    slope: Spec | None = None  # along the flow, if the loss takes it: the field `slope`, of `dumo.flow.slope`
+    guide: Spec | float | None = None  # what makes v*: the field `guide`, of `dumo.flow.guide`, or the field `scale`
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # this many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
@@ -210,26 +175,7 @@ class Needs:
 
 @runtime_checkable
 class Path(Protocol):
-    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1)."""
-
-    @property
-    def kind(self) -> str:
-        """The name that `Formulas.paths` lists."""
-        ...
-
-    @property
-    def sd(self) -> float:
-        """The standard deviation of the data, in units of which x is."""
-        ...
-
-    @property
-    def spread(self) -> float:
-        """That of x_t at t = 1 for such data, and so what the noise is multiplied by where sampling begins."""
-        ...
-
-    def near(self, times: Sequence[float]) -> list[float]:
-        """The times nearest to falling ones at which stock programs can call a net of this path; they fall, too."""
-        ...
+    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1): what a record asks of one of `dumo.flow.path`."""
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""

@@ -133,7 +133,6 @@ def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> Non
     [
         ("digits", "net.modern=true", "net.modern is True"),
         ("digits-ect", "net.depth=1", "net.precondition is edm"),
-        ("digits", "net.route={kind: sprint, share: 0.5, first: 1, last: 1}", "net.route.kind is sprint"),
         ("digits-shortcut", "net.depth=1", "its net takes k"),
         ("digits-flow-matching", "sample.guide.scale=2", "sample.guide.scale is 2"),
         ("digits-sct", "net.depth=1", "has no head that can be exported"),

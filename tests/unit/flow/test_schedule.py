@@ -9,7 +9,7 @@ import torch
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.schedule import Clock, Schedule
 from dumo.flow.solver import Restart
-from dumo.types import Path, UserError
+from dumo.types import UserError
 
 SD = Schedule(kind="scaled_linear", start=0.00085, end=0.012)
 SCHEDULES = {
@@ -74,7 +74,6 @@ def test_a_path_of_a_diffusion_is_a_part_of_the_linear_one(name: str) -> None:
     assert torch.allclose(x_t, path.alpha(t)[:, None] * z + path.gamma(t)[:, None] * x)
     signal = (1 - last) / path.spread
     assert path.spread == pytest.approx(1 / (signal + (1 - signal**2) ** 0.5))  # stock begins at x_vp = z
-    assert isinstance(path, Path)
 
 
 def test_times_fall_on_entries() -> None:

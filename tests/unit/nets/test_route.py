@@ -23,8 +23,7 @@ from dumo.types import Frozen, Heads, Needs, UserError, frozen
 from unit.nets.given import Given, drawn, points
 
 SHAPE, TOKENS = (3, 8, 8), 16
-HALF = Route(share=0.5, first=1, last=2)
-ROUTES = {kind: HALF.model_copy(update={"kind": kind}) for kind in ("tread", "sprint")}
+HALF = Route(share=0.5, first=1, last=2)  # half of the tokens past the second and the third of five blocks
 TINY = DiT(patch=2, width=16, depth=5, attention=2, route=HALF)
 VU, MF = Needs(heads=("v", "u")), Needs(inputs=("t", "r"), heads=("u",))
 KEYS = keys(0, 0, 6)
@@ -36,12 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "lean": {"checkpoint": True},
 }
 GUIDED = DuMo(guide=Guide(zeta=0.5), drop=0.0)
-
-
-@pytest.fixture(params=ROUTES)
-def route(request: pytest.FixtureRequest) -> Route:
-    """Half of the tokens past the second and the third of five blocks."""
-    return ROUTES[request.param]
 
 
 def tiny(needs: Needs = VU, **fields: Any) -> Transformer:  # noqa: ANN401
@@ -78,9 +71,9 @@ def test_what_is_parted_is_joined() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_what_its_tokens_make_alone(kind: str, route: Route) -> None:
+def test_a_row_is_what_its_tokens_make_alone(kind: str) -> None:
     """Row by row, by hand: the routed blocks on the row's own tokens, and nothing of the others."""
-    net, (x, c, t) = tiny(route=route, **KINDS[kind]), points(6, SHAPE)
+    net, (x, c, t) = tiny(**KINDS[kind]), points(6, SHAPE)
     split, seen = Split(KEYS, TOKENS, 8), dict[int, Tensor]()
     for i, block in enumerate(net.blocks):
         block.register_forward_hook(lambda _, args, out, i=i: seen.update({i: torch.stack([args[0], out])}))
@@ -92,14 +85,8 @@ def test_a_row_is_what_its_tokens_make_alone(kind: str, route: Route) -> None:
         there, skipping = split.there[row], split.skipping[row]
         assert torch.equal(seen[1][0, row], seen[0][1, row, there])
         before, now = seen[0][1, row], seen[3][0, row]
-        if net.fusion is None:
-            assert torch.equal(now[there], seen[2][1, row])
-            assert torch.equal(now[skipping], before[skipping])
-        else:
-            token = net.fusion.mask
-            token = token / (token.square().mean() + 1e-6).sqrt() if kind == "preserved" else token
-            deep = token.expand(16, 16).index_copy(0, there, seen[2][1, row])
-            assert torch.allclose(now, net.fusion.mix(torch.cat([deep, before], 1)), rtol=1e-9, atol=1e-9)
+        assert torch.equal(now[there], seen[2][1, row])
+        assert torch.equal(now[skipping], before[skipping])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,13 +121,11 @@ def test_rotary_places_go_with_their_tokens() -> None:
         assert torch.allclose(some[row], alone[0], rtol=1e-10, atol=1e-12)
 
 
-def test_all_passes_of_a_step_route_alike_and_sampling_is_dense(route: Route) -> None:
-    net, (x, c, t) = tiny(route=route), points(6, SHAPE)
-    some, dense = [4, 1], tiny(route=route.model_copy(update={"share": 0.0}))
+def test_all_passes_of_a_step_route_alike_and_sampling_is_dense() -> None:
+    net, (x, c, t) = tiny(), points(6, SHAPE)
+    some, dense = [4, 1], tiny(route=HALF.model_copy(update={"share": 0.0}))
     dense.load_state_dict(net.state_dict())
-    if net.fusion:  # dense, there is no mask token
-        dense.fusion.mask.data.fill_(torch.nan)
-    with using(KEYS):  # a tuning on all tokens
+    with using(KEYS):
         plain = dense(x, c, t=t)[0]
     with using(KEYS):
         routed, again = net(x, c, t=t)[0], net(x, c, t=t)[0]
@@ -170,9 +155,9 @@ def test_all_passes_of_a_step_route_alike_and_sampling_is_dense(route: Route) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("needs", [VU, MF], ids=["t", "t and r"])
-def test_the_derivative_is_that_of_the_routed_net(kind: str, needs: Needs, route: Route) -> None:
+def test_the_derivative_is_that_of_the_routed_net(kind: str, needs: Needs) -> None:
     """Riding, from the tape or by a pass of its own; torch's, and a difference's. Of the dense net it is another."""
-    net, (x, c, t) = tiny(needs, route=route, **KINDS[kind]), points(6, SHAPE)
+    net, (x, c, t) = tiny(needs, **KINDS[kind]), points(6, SHAPE)
     rest = {"r": t / 3} if needs is MF else {}
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
@@ -188,13 +173,13 @@ def test_the_derivative_is_that_of_the_routed_net(kind: str, needs: Needs, route
         assert apart(slope(DualSlope()), exact) > 1e-2
 
 
-def test_a_guided_step_has_one_function(route: Route) -> None:
+def test_a_guided_step_has_one_function() -> None:
     """Every pass of it, V(null) and the derivative too, has the same tokens; and its loss is that of torch's slope."""
     found, seen = list[tuple[float, Tensor]](), list[int]()
     x, c, _ = points(6, SHAPE)
     for slope in (DualSlope(), JvpSlope()):
         objective = GUIDED.model_copy(update={"slope": slope})
-        net = tiny(objective.needs, route=route)
+        net = tiny(objective.needs)
         net.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
         b = draw(objective, Linear(), x, c, 5, seed=0, step=0)
         with using(KEYS):
@@ -209,31 +194,23 @@ def test_a_guided_step_has_one_function(route: Route) -> None:
 
 @pytest.mark.nightly
 def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
-    """Counted: with half of the tokens past 23 of 28 blocks at most 0.62 of the dense step. A pass is as it was.
-
-    With three quarters past 24, as SPRINT has it, at most 0.36; and a pass that fuses costs a layer more.
-    """
-    sprint = ["net.route={kind: sprint, share: 0.75, first: 2, last: 2}"]
-    routed, fused, dense = (
-        load(f"imagenet256-xl2-{name}", more) for name, more in (("routed", []), ("routed", sprint), ("dual", []))
-    )
+    """Counted: with half of the tokens past 23 of 28 blocks at most 0.62 of the dense step. A pass is as it was."""
+    routed, dense = (load(f"imagenet256-xl2-{name}") for name in ("routed", "dual"))
     assert routed.net.model_dump()["route"]["share"] == 0.5
     units, passes = [], []
-    for run in (routed, fused, dense):
+    for run in (routed, dense):
         given = outline(run), run.objective
         units.append(cost.forward_units(*given, run.path, (4, 32, 32)))
         passes.append(cost.forward_flops(*given, (4, 32, 32)))
-    assert passes[0] == passes[2]
-    assert passes[1] - passes[2] == 2 * 256 * 2 * 1152**2
-    assert units[0] / units[2] == pytest.approx(0.581, abs=0.001)
-    assert units[1] / units[2] == pytest.approx(0.355, abs=0.001)
+    assert passes[0] == passes[1]
+    assert units[0] / units[1] == pytest.approx(0.581, abs=0.001)
 
 
 @pytest.mark.nightly
-def test_what_is_counted_is_what_a_step_does(route: Route) -> None:
+def test_what_is_counted_is_what_a_step_does() -> None:
     """By a few blocks, by all, and on numbers."""
     objective = GUIDED.model_copy(update={"slope": DualSlope()})
-    spec = TINY.model_copy(update={"depth": 9, "route": route})
+    spec = TINY.model_copy(update={"depth": 9})
     net = randomise(spec.build(objective.needs, SHAPE, 5))
     x, c, _ = points(4, SHAPE)
     b = draw(objective, Linear(), x.float(), c, 5, seed=0, step=0)
@@ -254,20 +231,13 @@ def test_a_route_past_no_block_is_refused(first: int, last: int) -> None:
         tiny(route=Route(share=0.5, first=first, last=last))
 
 
-def test_it_has_no_weights_but_those_that_fuse(route: Route) -> None:
-    """These begin as the net's other layers do, and the mask token as an embedding."""
-    routed, dense = (TINY.model_copy(update={"route": r}).build(VU, SHAPE, 5).state_dict() for r in (route, None))
-    assert dense.keys() <= routed.keys()
-    more = {name: routed[name].std().item() for name in routed.keys() - dense.keys()}
-    begun = {"fusion.mask": 0.02, "fusion.mix.weight": (2 / 48) ** 0.5, "fusion.mix.bias": 0.0}
-    assert more == pytest.approx(begun if route.kind == "sprint" else {}, rel=0.5)
+def test_it_has_no_weights() -> None:
+    routed = TINY.build(VU, SHAPE, 5).state_dict()
+    dense = TINY.model_copy(update={"route": None}).build(VU, SHAPE, 5).state_dict()
+    assert routed.keys() == dense.keys()
 
 
-def test_preserved_magnitudes_stay_where_paths_are_fused() -> None:
-    net = tiny(route=ROUTES["sprint"], width=64, magnitude="preserved")
-    net.after_step()
-    seen = list[Tensor]()
-    net.blocks[3].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with using(KEYS):
-        net(*points(6, SHAPE)[:2], t=points(6, SHAPE)[2])
-    assert (seen[0] ** 2).mean().item() == pytest.approx(1, abs=0.2)
+def test_a_fused_route_of_an_older_run_is_refused() -> None:
+    """SPRINT's fusion layer has left."""
+    with pytest.raises(UserError, match=r"net\.route\.kind: input should be 'tread'; got 'sprint'"):
+        load("cifar10-routed", ["net.route.kind=sprint"])

@@ -144,8 +144,8 @@ def test_what_is_counted_is_what_a_step_does(name: str, made: Made) -> None:
 
 
 def test_what_cannot_route_is_refused(folder: Saved, made: Made) -> None:
-    for name, route in (("chroma", ROUTE), ("sana", ROUTE), ("sd3", ROUTE.model_copy(update={"kind": "sprint"}))):
-        with pytest.raises(UserError, match=r"SD3 and Flux route, by kind tread: set net\.route=null"):
-            built(folder(name), route=route)
+    for name in ("chroma", "sana"):
+        with pytest.raises(UserError, match=r"SD3 and Flux alone route: set net\.route=null"):
+            built(folder(name), route=ROUTE)
     with pytest.raises(UserError, match=r"net\.route leaves no block.*of 4"):
         made("flux", Route(share=0.5, first=2, last=2))

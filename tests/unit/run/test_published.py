@@ -267,26 +267,6 @@ def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_pat
         train(load("digits-meanflow", [*small, f"start.source={tmp_path / 'late'}"]), tmp_path / "all")
 
 
-@pytest.mark.nightly
-def test_a_fused_net_is_tuned_on_all_tokens_and_is_no_other(tmp_path: Path) -> None:
-    small = ["data.held=360", "net.width=16", "net.attention=2", "net.depth=3", "train.batch=4", "train.steps=1"]
-    route = "net.route={kind: sprint, share: 0.75, first: 1, last: 1}"
-    train(load("digits", [*small, route, "train.probe_every=0"]), tmp_path / "some")
-    asked = [*small, f"start.source={tmp_path / 'some'}"]
-    now, there = begun(load("digits", [*asked, route, "net.route.share=0"])), open_run(str(tmp_path / "some"))
-    assert all(torch.equal(x, there.net.state_dict()[name]) for name, x in now.state_dict().items())
-    for other, said in [
-        ("null", "this one has no fusion.mask: take a run of this net.route"),
-        ("{kind: tread, share: 0.75, first: 1, last: 1}", "net.route.kind: sprint there, tread asked"),
-        ("{kind: sprint, share: 0.75, first: 0, last: 1}", "net.route.first: 1 there, 0 asked"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            train(load("digits", [*asked, f"net.route={other}"]), tmp_path / "other")
-    train(load("digits", [*small, "train.probe_every=0"]), tmp_path / "plain")
-    with pytest.raises(UserError, match=r"plain has no fusion\.mask of shape \(16,\)"):
-        train(load("digits", [*small, route, f"start.source={tmp_path / 'plain'}"]), tmp_path / "other")
-
-
 @pytest.mark.slow
 def test_a_start_is_made_once(known: Path, tmp_path: Path) -> None:
     """A resumed run goes on from its own weights."""

@@ -150,7 +150,7 @@ def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Pat
     assert "dual takes" not in said(tiny("moons-flow-matching"))
 
 
-@pytest.mark.parametrize("route", tiered(["", "tread", "sprint"], ci=["tread"]))
+@pytest.mark.parametrize("route", tiered(["", "tread"], ci=["tread"]))
 def test_stopped_and_resumed_it_hides_the_same_tokens(route: str, tmp_path: Path) -> None:
     """Words that are dropped, and tokens that skip blocks."""
     recipe = "digits-guided" if route else "digits-words"

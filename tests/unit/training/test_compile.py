@@ -16,7 +16,7 @@ def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> 
     assert all(wholes.values()), wholes
     assert {"Plain", "DuMo", "TwinFlow", "Outside"} <= {case.split()[0] for case in wholes}
     names = {case.split()[0] for case in found}
-    assert {"imagenet256-xl2-dual", "my-images", "inductor", "learned", "given", "tread", "sprint"} <= names
+    assert {"imagenet256-xl2-dual", "my-images", "inductor", "learned", "given", "tread"} <= names
     for name in names:
         for choice, most in (("blocks", 5), ("loss", 1)):
             if (case := f"{name} {choice}") in found:

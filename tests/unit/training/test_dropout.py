@@ -23,11 +23,11 @@ SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
 SHAPE, CAPTIONS = (3, 8, 8), ("one", "two", "a three")
 
 
-@pytest.fixture(params=["unet", "words", "tread", "sprint"])
+@pytest.fixture(params=["unet", "words", "tread"])
 def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net]:
     """Nets that drop so much: numbers of a layer, or tokens of captions; or route that share of the tokens."""
-    if request.param in ("tread", "sprint"):
-        deep, route = DiT(width=8, depth=4, attention=2), Route(kind=request.param, share=0, first=1, last=1)
+    if request.param == "tread":
+        deep, route = DiT(width=8, depth=4, attention=2), Route(share=0, first=1, last=1)
         return lambda p: deep.model_copy(update={"route": route.model_copy(update={"share": p})})
     if request.param == "unet":
         return lambda p: UNet(**SMALL, dropout=p)

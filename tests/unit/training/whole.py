@@ -110,10 +110,10 @@ def main() -> None:
     found |= {"inductor none": trained(few, "none"), "inductor loss": trained(few, "loss", "inductor")}
     guided = ["objective.guide.zeta=0.4", "train.batch=16", "train.micro_batch=8", "train.ema=[]"]
     digits = load("digits", [*guided, f"train.steps={STEPS}"])
-    for route in (Route(share=0.5, first=1, last=1), Route(kind="sprint", share=0.5, first=1, last=1)):
-        routed = DiT(patch=2, width=8, depth=3, attention=2, modern=True, route=route)
-        choices = ("none", "blocks", "loss")
-        found |= {f"{route.kind} {choice}": trained(digits, choice, net=routed) for choice in choices}
+    route = Route(share=0.5, first=1, last=1)
+    routed = DiT(patch=2, width=8, depth=3, attention=2, modern=True, route=route)
+    for choice in ("none", "blocks", "loss"):
+        found[f"tread {choice}"] = trained(digits, choice, net=routed)
     for name, net in texts().items():
         found |= {f"{name} {choice}": trained(digits, choice, net=net) for choice in TEXTS[name]}
     print(json.dumps([found, wholes()]))
