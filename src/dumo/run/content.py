@@ -33,47 +33,58 @@ class Change:
     now: str
 
 
-def prove(source: object, folder: Path, last: Checkpoint | None, *, accept: bool, verify: bool) -> Change | None:
-    """Hash what changed since it was read, all if `verify`, and from now on expect what the checkpoint was trained on.
+def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept: bool, verify: bool) -> Change | None:
+    """Hash what changed since it was read, and from now on expect what the checkpoint was trained on.
 
-    Every rank must call it; they share the reading. Returns what is other with `accept`, which raises UserError
-    without, on every rank, with the names.
+    With `verify` all is hashed. Every rank must call it; they share the reading. Returns what is other with `accept`,
+    which raises UserError without, on every rank, with the names.
     """
-    if isinstance(origin := getattr(source, "origin", None), Origin):
+    origin = getattr(source, "origin", None)
+    if isinstance(origin, Origin):
         agreement.agreed(origin.verify if verify else lambda: origin.require(WAIT))
-    if (hashes := hashes_of(source)) is None:
+    hashes = hashes_of(source)
+    if hashes is None:
         return None
-    rank, ranks = (int(os.environ.get(name, one)) for name, one in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))  # each machine reads its own files
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if verify:
         hashes.forget()
         agreement.agreed(lambda: hashes.hash(range(rank, len(hashes), ranks)))
     if last is None or not (last.path / DATA).is_file():
         return None
-    then = agreement.own(lambda: load(last.path / DATA))
-    names, labels, expected = content.unpacked(then["names"].numpy().tobytes()), then["labels"], then["hashes"].numpy()
+
+    # compare with what the checkpoint was trained on
+    trained_on = agreement.own(lambda: load(last.path / DATA))
+    names = content.unpacked(trained_on["names"].numpy().tobytes())
+    expected = trained_on["hashes"].numpy()
+    problem = ""
     if names != hashes.names:
-        wrong = f"images are {content.moved(names, hashes.names)}"
-    elif labels.numpy().tobytes().hex() != hashes.labels():
-        wrong = "the classes of the images are others"
+        problem = f"images are {content.moved(names, hashes.names)}"
+    elif trained_on["labels"].numpy().tobytes().hex() != hashes.labels():
+        problem = "the classes of the images are others"
     else:
         hashes.expect(expected, f"is not what it was when {folder} was trained on it: put it back as it was, {WAY_OUT}")
         agreement.agreed(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
-        others = np.unique(np.concatenate(agreement.agreed(hashes.others)))
-        wrong = f"{content.few(others.tolist(), hashes.path)} changed" if len(others) else ""
-    if wrong and not accept:
-        raise refusal(folder, wrong)
+        changed = np.unique(np.concatenate(agreement.agreed(hashes.others)))
+        if len(changed):
+            problem = f"{content.few(changed.tolist(), hashes.path)} changed"
+    if problem and not accept:
+        raise refusal(folder, problem)
     if not accept:
         return None
     hashes.expected = None
-    pieces = (names, expected.tobytes()), (hashes.names, hashes.seen().tobytes())
-    was, now = (digest.of_bytes(*piece)[:16] for piece in pieces)
-    return Change(was, now) if wrong else None
+    if not problem:
+        return None
+    was = digest.of_bytes(names, expected.tobytes())[:16]
+    now = digest.of_bytes(hashes.names, hashes.seen().tobytes())[:16]
+    return Change(was, now)
 
 
-def refusal(folder: Path, wrong: str) -> UserError:
+def refusal(folder: Path, problem: str) -> UserError:
     """That the data of a run have changed, with the way out."""
-    what = f"{folder}: the data are not those that it was trained on ({wrong})"
-    return UserError(f"{what}: put them back as they were, {WAY_OUT}")
+    return UserError(
+        f"{folder}: the data are not those that it was trained on ({problem}): put them back as they were, {WAY_OUT}"
+    )
 
 
 def seen(hashes: Hashes | None) -> dict[str, Tensor]:
@@ -83,17 +94,19 @@ def seen(hashes: Hashes | None) -> dict[str, Tensor]:
     """
     if hashes is None:
         return {}
-    mine = torch.from_numpy(hashes.seen())
-    whole = dist.largest(mine)
+    read_here = torch.from_numpy(hashes.seen())
+    read_anywhere = dist.largest(read_here)
     if dist.world() > 1:
-        agreement.agreed(lambda: require_same(hashes, mine, whole))
-        hashes.expect(whole.numpy(), "is another on another rank: give all ranks the same files")
+        agreement.agreed(lambda: require_same(hashes, read_here, read_anywhere))
+        hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")
     hashes.rest()
     labels = torch.tensor(list(bytes.fromhex(hashes.labels())), dtype=torch.uint8)
-    return {"hashes": whole, "names": hashes.packed, "labels": labels}
+    return {"hashes": read_anywhere, "names": hashes.packed, "labels": labels}
 
 
-def require_same(hashes: Hashes, mine: Tensor, whole: Tensor) -> None:
+def require_same(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
     """Raise UserError where another rank has other contents."""
-    if (wrong := ((mine != whole).any(1) & mine.any(1)).nonzero().flatten()).numel():
-        raise UserError(f"{hashes.path(int(wrong[0]))} is another on another rank: give all ranks the same files")
+    differs = (read_here != read_anywhere).any(1) & read_here.any(1)
+    rows = differs.nonzero().flatten()
+    if rows.numel():
+        raise UserError(f"{hashes.path(int(rows[0]))} is another on another rank: give all ranks the same files")

@@ -189,7 +189,7 @@ def assemble(
     )
 
     # compare with what the folder holds
-    change = content.prove(data, index.folder, last, accept=accept, verify=verify)
+    change = content.verify_data(data, index.folder, last, accept=accept, verify=verify)
 
     def history_of() -> History | None:
         if not dist.is_main():

@@ -69,12 +69,15 @@ class Validation:
 
         Raises UserError as the protocol does, with how to train without it.
         """
-        self.run, self.folder, self.spec = run, folder / BEST, run.evaluate.validation
-        self.tell, self.spent = tell, spent
+        self.run = run
+        self.folder = folder / BEST
+        self.spec = run.evaluate.validation
+        self.tell = tell
+        self.spent = spent
         self.identities = {*identities, identity(run)}
         self.every = run.evaluate.every
         if not self.every or state.step // self.every == run.train.steps // self.every:
-            self.every = 0
+            self.every = 0  # no such step is left
             return
         from dumo.run.judge import conditions, evaluator_of  # nobody else needs them in training
         from dumo.runtime.progress import no_bar
@@ -96,40 +99,46 @@ class Validation:
         """
         if not self.every or state.step % self.every:
             return {}
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             with signals.finished(), torch.compiler.set_stance("force_eager"), products("fp32", self.sampler.device):
-                found = self.evaluator.score(self.made())
+                all_scores = self.evaluator.score(self.samples())
         except UserError as error:
             self.tell(f"warning: step {state.step:,} is not judged: {error}")
             return {}
         finally:
             layout.release(self.sampler.net)
-            self.spent(time.monotonic() - began)
-        lead = next(iter(found))
-        scores = {name: found[name] for name in (lead, f"{lead}_sd") if name in found}
-        self.tell(f"step {state.step:,}: {lead} {' ± '.join(f'{value:.3g}' for value in scores.values())}")
+            self.spent(time.monotonic() - started)
+        first = next(iter(all_scores))
+        scores = {name: all_scores[name] for name in (first, f"{first}_sd") if name in all_scores}
+        score_text = " ± ".join(f"{value:.3g}" for value in scores.values())
+        self.tell(f"step {state.step:,}: {first} {score_text}")
         if self.run.evaluate.best:
-            self.keep(state, lead, scores)
+            self.keep_if_best(state, first, scores[first])
         return scores
 
-    def made(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's samples with their numbers, decoded."""
-        mine = turn(count := len(self.c))
-        c = self.c[torch.arange(mine.stop) % count]
-        for part in self.sampler.batches(c, nfe=self.spec.nfe[0], seed=self.spec.seed, indices=mine):
-            inside = part.index < count
-            yield part.index[inside], part.x[inside]
+        count = len(self.c)
+        indices = turn(count)
+        c = self.c[torch.arange(indices.stop) % count]
+        for part in self.sampler.batches(c, nfe=self.spec.nfe[0], seed=self.spec.seed, indices=indices):
+            is_asked_for = part.index < count
+            yield part.index[is_asked_for], part.x[is_asked_for]
 
-    def keep(self, state: State, lead: str, scores: Scores) -> None:
+    def keep_if_best(self, state: State, name: str, score: float) -> None:
         """Write the weights that are shown, if their score is the best of those judged alike. As `checkpoint.lone`."""
-        sign, score = -1.0 if rising(lead) else 1.0, scores[lead]
-        said = {"protocol": self.spec.protocol.name, "nfe": self.spec.nfe[0], "name": lead}
-        before = agreement.main(lambda: self.best()[1])
-        worse = said.items() <= before.items() and sign * before["value"] <= sign * score
-        if isfinite(score) and not worse:
-            facts = {SCORE: said | {"value": score}}
-            checkpoint.lone(self.folder, state, state.shown, KIND, identity(self.run), **facts)
+        about = {"protocol": self.spec.protocol.name, "nfe": self.spec.nfe[0], "name": name}
+        best_before = agreement.main(lambda: self.best()[1])
+        if not isfinite(score):
+            return
+        was_judged_alike = about.items() <= best_before.items()
+        if was_judged_alike:
+            is_better = score > best_before["value"] if rising(name) else score < best_before["value"]
+            if not is_better:
+                return
+        facts = {SCORE: {**about, "value": score}}
+        checkpoint.lone(self.folder, state, state.shown, KIND, identity(self.run), **facts)
 
     def best(self, last: int | None = None) -> tuple[Path | None, dict[str, Any]]:
         """The newest file of best weights, up to step `last`, and its score with what it is of; none and {} without.
@@ -164,8 +173,9 @@ class Validation:
 
         What has become the best since stays, too: a resumed run forgets it.
         """
-        files = manifest.standing(self.folder, ".safetensors").items()
-        for path in [path for n, path in files if n <= step][:-1]:
+        files = manifest.standing(self.folder, ".safetensors")
+        up_to_step = [path for file_step, path in files.items() if file_step <= step]
+        for path in up_to_step[:-1]:
             path.unlink()
 
     def outcome(self) -> Iterator[str]:
