@@ -136,10 +136,6 @@ def evaluate(
     solver: SolverName = None,
     set_: Set = None,
     weights: Weights = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(help="Judge at several values: sample.m=0.2:0.8:0.1, sample.m=0.3,0.5, or ema, every average."),
-    ] = None,
     geneval: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read back results.jsonl, GenEval's word on the run's images.")
     ] = None,
@@ -187,20 +183,19 @@ def evaluate(
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
     from dumo.report import evaluate, verdict
-    from dumo.report import sweep as sweeps
     from dumo.run.weights import open_run
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 
     if images is not None:
-        if any(one is not None for one in (run_folder, nfe, seed, solver, weights, sweep, geneval, dpg)):
+        if any(one is not None for one in (run_folder, nfe, seed, solver, weights, geneval, dpg)):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
         judge(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
     if found := {name: path for name, path in (("geneval", geneval), ("dpg", dpg)) if path}:
-        if len(found) > 1 or any((nfe, seed, solver, set_, weights, sweep)):
+        if len(found) > 1 or any((nfe, seed, solver, set_, weights)):
             raise typer.BadParameter("results are of images that are made already: give --geneval or --dpg alone")
         [(name, path)] = found.items()
         show(verdict.report(verdict.folder(run_folder), name, path), as_json, everything=everything)
@@ -209,7 +204,7 @@ def evaluate(
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         judged = evaluate.with_options(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
-        report = evaluate.evaluate(judged, bar=shown) if sweep is None else sweeps.sweep(judged, sweep, bar=shown)
+        report = evaluate.evaluate(judged, bar=shown)
     if not main:
         return
     show(report, as_json, everything=everything)
@@ -240,9 +235,9 @@ def judge(
 
 
 def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> None:
-    """Print an evaluation or a sweep: a table, the baselines, the verdict, and the file.
+    """Print an evaluation: a table, the baselines, the verdict, and the file.
 
-    Of an evaluation the scores of the summary, or `everything`.
+    The scores of the summary, or `everything`.
     """
     from dumo.evaluation.protocol import CLASS_MMD
     from dumo.report import score
@@ -251,31 +246,26 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     if as_json:
         print(json.dumps(report))
         return
-    if "sweep" in report:
-        rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
-        rows = [{key: row[key] for key in row if key != "card"} for row in rows]
-        show_table(f"{report['run']}, {report['sweep']}; * is the best of its number of passes", rows)
-    else:
-        rows = [*report["results"], *report["contrast"]]
-        card = report.get("card") or {}
-        columns = score.figures(rows[0], card)
-        if not everything:
-            columns = score.summary(columns)
-        what = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
-        title = f"{what}, protocol {report['protocol']}"
-        show_table(title, rows if everything else [score.shortened(row, columns) for row in rows])
-        for name, value in score.by_name(report).items():
-            known = value if everything else score.shortened(value, columns)
-            if known:
-                out.print(f"{WHAT.get(name, name)}: {spelt(known)}", soft_wrap=True)
-        if score.too_few(report):
-            out.print(f"{WHAT['perfect']}: too few images to tell")
-        if biased := seen(rows[0], card):
-            out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
-        if CLASS_MMD in card:
-            out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)
-        if sentence := score.verdict(report):
-            out.print(sentence, soft_wrap=True)
+    rows = [*report["results"], *report["contrast"]]
+    card = report.get("card") or {}
+    columns = score.figures(rows[0], card)
+    if not everything:
+        columns = score.summary(columns)
+    what = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
+    title = f"{what}, protocol {report['protocol']}"
+    show_table(title, rows if everything else [score.shortened(row, columns) for row in rows])
+    for name, value in score.by_name(report).items():
+        known = value if everything else score.shortened(value, columns)
+        if known:
+            out.print(f"{WHAT.get(name, name)}: {spelt(known)}", soft_wrap=True)
+    if score.too_few(report):
+        out.print(f"{WHAT['perfect']}: too few images to tell")
+    if biased := seen(rows[0], card):
+        out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
+    if CLASS_MMD in card:
+        out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)
+    if sentence := score.verdict(report):
+        out.print(sentence, soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
 
 
