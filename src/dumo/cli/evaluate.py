@@ -136,12 +136,6 @@ def evaluate(
     solver: SolverName = None,
     set_: Set = None,
     weights: Weights = None,
-    geneval: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read back results.jsonl, GenEval's word on the run's images.")
-    ] = None,
-    dpg: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read back the results that DPG-Bench wrote of them.")
-    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -179,27 +173,20 @@ def evaluate(
 
     With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
-    With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
-    from dumo.report import evaluate, verdict
+    from dumo.report import evaluate
     from dumo.run.weights import open_run
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 
     if images is not None:
-        if any(one is not None for one in (run_folder, nfe, seed, solver, weights, geneval, dpg)):
+        if any(one is not None for one in (run_folder, nfe, seed, solver, weights)):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
         judge(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
-    if found := {name: path for name, path in (("geneval", geneval), ("dpg", dpg)) if path}:
-        if len(found) > 1 or any((nfe, seed, solver, set_, weights)):
-            raise typer.BadParameter("results are of images that are made already: give --geneval or --dpg alone")
-        [(name, path)] = found.items()
-        show(verdict.report(verdict.folder(run_folder), name, path), as_json, everything=everything)
-        return
     with dist.join():
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
