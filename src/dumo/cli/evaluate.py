@@ -31,7 +31,7 @@ def log(
         Path | None, typer.Option("--out", help="The picture. Default: log.png in the run's folder; of several, here.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(metavar="TRACKER", help="Send all rows to tensorboard, wandb or trackio, each once.")
+        str | None, typer.Option(metavar="TRACKER", help="Send new rows to tensorboard, wandb or trackio.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="With --to: go on as the runs do, until Ctrl-C.")] = False,
     as_json: AsJson = False,
