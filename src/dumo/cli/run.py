@@ -178,6 +178,8 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
     if isinstance(run.net, Pretrained):
         for form in forms(run.net):
             commands.append(f"{program} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}")
+    if has_own_class:
+        commands = [f"{command} --trust-code" for command in commands]
     return commands
 
 

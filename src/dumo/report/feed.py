@@ -162,7 +162,7 @@ def follow() -> None:
 class TrackerProcess:
     """A process that sends the log of a run to a tracker as it trains. It starts at the first step.
 
-    Each step looks whether it still runs. Where it failed, or does not end, `log_line` is told once, and the training
+    Each step looks whether it still runs. Where it failed, or does not end, `log_line` gets one line, and the training
     continues.
     """
 
