@@ -6,12 +6,14 @@ python tests/docs/page.py    # how much of each there is
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 ALL = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in ALL if page.name != "log.md" and "adr" not in page.parts]  # which have people type
+LOOP = re.compile(r"for (?P<name>\w+) in (?P<values>[^;]+); do")
 INLINE = re.compile(r"`((?:dumo|torchrun) [^`]*)`")
 
 
@@ -24,6 +26,21 @@ def lines(page: Path, language: str) -> list[str]:
     """The lines of these blocks, continued ones joined, without comments."""
     text = "".join(blocks(page, language)).replace("\\\n", "")
     return [line for line in text.splitlines() if line.strip() and line[0] != "#"]
+
+
+def unrolled(typed: list[str]) -> list[str]:
+    """The lines as a shell runs them: what is between `for NAME in VALUES; do` and `done`, once for each value."""
+    found: list[str] = []
+    rest = iter(typed)
+    for line in rest:
+        loop = LOOP.fullmatch(line)
+        if loop is None:
+            found.append(line)
+            continue
+        body = list(takewhile(lambda inside: inside != "done", rest))
+        for value in loop["values"].split():
+            found += [inside.replace(f"${loop['name']}", value) for inside in body]
+    return found
 
 
 def dumos(typed: list[str]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.page import PAGES, ROOT, blocks, lines
+from docs.page import PAGES, ROOT, blocks, lines, unrolled
 from docs.test_tutorial import photos
 from docs.turn import tier
 from dumo.plan import machine
@@ -38,7 +38,7 @@ PLANNED = {  # what `dumo dry` is given: published models take it minutes
 
 def typed(page: str, small: list[str], **instead: str) -> None:
     """Type the lines of a page's blocks `sh`, each of which must end well. `small` goes to what trains or encodes."""
-    for line in lines(ROOT / f"docs/{page}.md", "sh"):
+    for line in unrolled(lines(ROOT / f"docs/{page}.md", "sh")):
         program, *words = shlex.split(os.path.expandvars(line), comments=True)
         if program == "export":
             os.environ |= {name: value for name, _, value in (word.partition("=") for word in words)}

@@ -1,4 +1,4 @@
-"""Runs evaluated as a user types it: reports with cards, sweeps, comparisons, several ranks, and what is refused."""
+"""Runs evaluated as a user types it: reports with cards, comparisons, several ranks, and what is refused."""
 
 import json
 import shutil
@@ -90,17 +90,6 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
     anyway = call("compare", "a", "b/evaluation-seed7.json", "--anyway")
     assert anyway.code == 0
     assert "measured otherwise, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
-
-
-@pytest.mark.nightly
-def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
-    done = call("evaluate", "a", "--sweep", "sample.m=0.3:0.5:0.2", "--nfe", "1,2")
-    assert done.code == 0, done
-    rows = [line.split() for line in done.out.splitlines() if " restart " in line]
-    assert [row[:2] for row in rows] == [["0.3", "1"], ["0.3", "2"], ["0.5", "1"], ["0.5", "2"]]
-    assert sum(row[-1] == "*" for row in rows) == 1
-    assert done.out.splitlines()[-1] == "a/sweep-sample.m-0.3-0.5-0.2-nfe1-2.json"
-    assert peephole.seen == 5 * COUNT  # the data once
 
 
 @pytest.mark.slow

@@ -243,7 +243,6 @@ REFUSED = [  # of the recipes' runs, where a word names one
     ("evaluate digits --nfe 0", ("nfe = 0",)),
     ("evaluate digits --solver hop", ("'hop'", "flow_map", "restart")),
     ("evaluate digits --seed -1", ("--seed", "0")),
-    ("evaluate digits --sweep emma", ("--sweep emma", "sample.m=0.2:0.8:0.1")),
     ("sample digits --nfe 0", ("nfe = 0",)),
     ("sample digits --nfe -1", ("nfe = -1",)),
     ("sample digits --nfe ''", ("--nfe", "whole numbers")),

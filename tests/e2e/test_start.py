@@ -134,11 +134,8 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
 
 
-def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(
-    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(here: Path) -> None:
     """It may be in a file of somebody else's: to look at that is safe."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # where consent is remembered
     text = "open('ran', 'w').close()\nfrom dumo.types import Reads\n"
     text += "make = lambda run, device: Reads(velocity=lambda x, t, c: x)"
     (here / "loud_teacher.py").write_text(text)

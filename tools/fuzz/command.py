@@ -59,11 +59,6 @@ OPTIONS: tuple[Sequence[object], ...] = (
     *(["grid", "run", "--reading", text] for text in ("", "x", ",")),
     *(["grid", "run", "--classes", text] for text in ("", "x", "10", ",")),
     *(["evaluate", "run", "--nfe", text] for text in ("", "0", "1000001", "9" * 5000)),
-    *(
-        ["evaluate", "run", "--sweep", text]
-        for text in ("", "x", "m=", "m=1:2", "sample.m=0:1:1e-9", "sample.m=nan", LONG)
-    ),
-    *(["evaluate", "run", "--sweep", f"sample.m={text}"] for text in ("1:1e999999:1", "0:1e400:1e390", "[" * 500)),
     *(["show", text] for text in ("", ".", "/dev/zero", "/dev/null", "/etc/hostname", LONG, "a\0b", "a\nb", "\udcff")),
     *(
         ["train", "digits", "--out", text, *TINY]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dumo.training.log import Row
 
 LAST = 10  # rows of the table of a log
-WHAT = {  # baselines
+BASELINES = {  # in words
     "perfect": "a perfect sampler",
     "null": "a perfect sampler",
     "noise": "noise",
@@ -31,7 +31,7 @@ def log(
         Path | None, typer.Option("--out", help="The picture. Default: log.png in the run's folder; of several, here.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(metavar="TRACKER", help="Send all rows to tensorboard, wandb or trackio, each once.")
+        str | None, typer.Option(metavar="TRACKER", help="Send new rows to tensorboard, wandb or trackio.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="With --to: go on as the runs do, until Ctrl-C.")] = False,
     as_json: AsJson = False,
@@ -59,11 +59,11 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
     """The latest rows of each run, on stdout."""
     from dumo.run.speed import logged
 
-    found = {str(run): logged(run)[-last:] for run in runs}
+    rows_by_run = {str(run): logged(run)[-last:] for run in runs}
     if as_json:
-        print(json.dumps({"runs": found}))
+        print(json.dumps({"runs": rows_by_run}))
         return
-    for name, rows in found.items():
+    for name, rows in rows_by_run.items():
         if rows:
             show_table(name, cells(rows))
         else:
@@ -74,33 +74,42 @@ def cells(rows: "list[Row]") -> list[dict[str, Any]]:
     """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
     from dumo.training.log import weighted
 
-    shown = [row.get("parts", {}) for row in rows if weighted(row.get("loss"), row.get("parts", {}))]
-    parts = list(dict.fromkeys(part for row in shown for part in row))
-    scores = list(dict.fromkeys(name for row in rows for name in row.get("val", {}) if not name.endswith("_sd")))
-    skips, timed = any(row.get("skipped") for row in rows), any("speed" in row for row in rows)
+    parts: dict[str, None] = {}  # a set in order
+    scores: dict[str, None] = {}
+    for row in rows:
+        row_parts = row.get("parts", {})
+        if weighted(row.get("loss"), row_parts):
+            parts |= dict.fromkeys(row_parts)
+        scores |= dict.fromkeys(name for name in row.get("val", {}) if not name.endswith("_sd"))
+    any_skipped = any(row.get("skipped") for row in rows)
+    any_timed = any("speed" in row for row in rows)
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
 
-    return [
-        {
-            "step": f"{row['step']:,}",
-            "loss": number(row.get("loss")),
-            **{part: number(row.get("parts", {}).get(part)) for part in parts},
-            "gradient norm": number(row.get("grad_norm")),
-            "learning rate": number(row.get("lr")),
-            **{f"val/{name}": number(row.get("val", {}).get(name)) for name in scores},
-            **({"images/s": number(row.get("speed", {}).get("images_per_second"))} if timed else {}),
-            **({"skipped for": skipped(row)} if skips else {}),
-        }
-        for row in rows
-    ]
+    table_rows: list[dict[str, Any]] = []
+    for row in rows:
+        cell_by_column = {"step": f"{row['step']:,}", "loss": number(row.get("loss"))}
+        for part in parts:
+            cell_by_column[part] = number(row.get("parts", {}).get(part))
+        cell_by_column["gradient norm"] = number(row.get("grad_norm"))
+        cell_by_column["learning rate"] = number(row.get("lr"))
+        for name in scores:
+            cell_by_column[f"val/{name}"] = number(row.get("val", {}).get(name))
+        if any_timed:
+            cell_by_column["images/s"] = number(row.get("speed", {}).get("images_per_second"))
+        if any_skipped:
+            cell_by_column["skipped for"] = skipped(row)
+        table_rows.append(cell_by_column)
+    return table_rows
 
 
 def skipped(row: "Row") -> str:
-    """How many of a skipped step's rows were not finite."""
-    why = row.get("skipped")
-    return f"{why['count']:,} rows" if isinstance(why, dict) and "count" in why else "yes" if why else ""
+    """How many of a skipped step's rows were not finite; empty for a step that was not skipped."""
+    reason = row.get("skipped")
+    if isinstance(reason, dict) and "count" in reason:
+        return f"{reason['count']:,} rows"
+    return "yes" if reason else ""
 
 
 def draw(runs: list[Path], file: Path | None) -> None:
@@ -110,11 +119,13 @@ def draw(runs: list[Path], file: Path | None) -> None:
     from dumo.run.speed import logged
     from dumo.types import UserError
 
-    found = {str(run): logged(run) for run in runs}
-    if empty := [name for name, rows in found.items() if not rows]:
-        raise UserError(f"{empty[0]}: nothing is logged yet, so there is no curve")
-    file = file or (runs[0] / "log.png" if len(runs) == 1 else Path("log.png"))
-    write_picture(file, curves(found))
+    rows_by_run = {str(run): logged(run) for run in runs}
+    for name, rows in rows_by_run.items():
+        if not rows:
+            raise UserError(f"{name}: nothing is logged yet, so there is no curve")
+    if file is None:
+        file = runs[0] / "log.png" if len(runs) == 1 else Path("log.png")
+    write_picture(file, curves(rows_by_run))
     out.print(str(file), soft_wrap=True)
 
 
@@ -136,16 +147,6 @@ def evaluate(
     solver: SolverName = None,
     set_: Set = None,
     weights: Weights = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(help="Judge at several values: sample.m=0.2:0.8:0.1, sample.m=0.3,0.5, or ema, every average."),
-    ] = None,
-    geneval: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read back results.jsonl, GenEval's word on the run's images.")
-    ] = None,
-    dpg: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read back the results that DPG-Bench wrote of them.")
-    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -183,36 +184,33 @@ def evaluate(
 
     With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
-    With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
-    from dumo.report import evaluate, verdict
-    from dumo.report import sweep as sweeps
+    from dumo.report import evaluate
     from dumo.run.weights import open_run
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 
     if images is not None:
-        if any(one is not None for one in (run_folder, nfe, seed, solver, weights, sweep, geneval, dpg)):
+        of_runs = (run_folder, nfe, seed, solver, weights)
+        if any(option is not None for option in of_runs):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
         judge(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
-    if found := {name: path for name, path in (("geneval", geneval), ("dpg", dpg)) if path}:
-        if len(found) > 1 or any((nfe, seed, solver, set_, weights, sweep)):
-            raise typer.BadParameter("results are of images that are made already: give --geneval or --dpg alone")
-        [(name, path)] = found.items()
-        show(verdict.report(verdict.folder(run_folder), name, path), as_json, everything=everything)
-        return
     with dist.join():
-        main, shown = dist.is_main(), bar if dist.is_main() else no_bar
+        is_main = dist.is_main()
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        judged = evaluate.with_options(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
-        report = evaluate.evaluate(judged, bar=shown) if sweep is None else sweeps.sweep(judged, sweep, bar=shown)
-    if not main:
-        return
-    show(report, as_json, everything=everything)
+        report = evaluate.evaluate(
+            opened,
+            nfe=numbers("--nfe", nfe),
+            seed=seed,
+            solver=solver,
+            bar=bar if is_main else no_bar,
+        )
+    if is_main:
+        show(report, as_json, everything=everything)
 
 
 def judge(
@@ -232,17 +230,24 @@ def judge(
     from dumo.runtime.progress import no_bar
 
     with dist.join():
-        main, shown = dist.is_main(), bar if dist.is_main() else no_bar
-        kind = protocol or others.DEFAULT
-        found = others.judge(images, kind, against=against, fields=fields, out=file, device=device, bar=shown)
-    if main:
-        show(found, as_json, everything=everything)
+        is_main = dist.is_main()
+        report = others.judge(
+            images,
+            protocol or others.DEFAULT,
+            against=against,
+            fields=fields,
+            out=file,
+            device=device,
+            bar=bar if is_main else no_bar,
+        )
+    if is_main:
+        show(report, as_json, everything=everything)
 
 
 def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> None:
-    """Print an evaluation or a sweep: a table, the baselines, the verdict, and the file.
+    """Print an evaluation: a table, the baselines, the verdict, and the file.
 
-    Of an evaluation the scores of the summary, or `everything`.
+    Without `everything` the scores of the summary alone.
     """
     from dumo.evaluation.protocol import CLASS_MMD
     from dumo.report import score
@@ -251,39 +256,43 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     if as_json:
         print(json.dumps(report))
         return
-    if "sweep" in report:
-        rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
-        rows = [{key: row[key] for key in row if key != "card"} for row in rows]
-        show_table(f"{report['run']}, {report['sweep']}; * is the best of its number of passes", rows)
-    else:
-        rows = [*report["results"], *report["contrast"]]
-        card = report.get("card") or {}
-        columns = score.figures(rows[0], card)
-        if not everything:
-            columns = score.summary(columns)
-        what = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
-        title = f"{what}, protocol {report['protocol']}"
-        show_table(title, rows if everything else [score.shortened(row, columns) for row in rows])
-        for name, value in score.by_name(report).items():
-            known = value if everything else score.shortened(value, columns)
-            if known:
-                out.print(f"{WHAT.get(name, name)}: {spelt(known)}", soft_wrap=True)
-        if score.too_few(report):
-            out.print(f"{WHAT['perfect']}: too few images to tell")
-        if biased := seen(rows[0], card):
-            out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
-        if CLASS_MMD in card:
-            out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)
-        if sentence := score.verdict(report):
-            out.print(sentence, soft_wrap=True)
+    rows = [*report["results"], *report["contrast"]]
+    card = report.get("card") or {}
+    columns = score.figures(rows[0], card)
+    if not everything:
+        columns = score.summary(columns)
+    table_rows = rows if everything else [score.shortened(row, columns) for row in rows]
+    judged = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
+    show_table(f"{judged}, protocol {report['protocol']}", table_rows)
+    for name, scores in score.by_name(report).items():
+        shown_scores = scores if everything else score.shortened(scores, columns)
+        if shown_scores:
+            out.print(f"{BASELINES.get(name, name)}: {spelt(shown_scores)}", soft_wrap=True)
+    if score.too_few(report):
+        out.print(f"{BASELINES['perfect']}: too few images to tell")
+    trained_on = seen(rows[0], card)
+    if trained_on:
+        out.print(f"no judges of this run, which was trained on what they are by: {', '.join(trained_on)}")
+    if CLASS_MMD in card:
+        out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)
+    verdict = score.verdict(report)
+    if verdict:
+        out.print(verdict, soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
 
 
 def spelt(baseline: dict[str, float]) -> str:
     """A baseline in words: each score, ± its spread."""
-    means = {key: value for key, value in baseline.items() if key != "splits" and not key.endswith("_sd")}
-    spread = {key: f" ± {baseline[f'{key}_sd']:.2g}" for key in means if f"{key}_sd" in baseline}
-    return ", ".join(f"{key} {value:.3g}{spread.get(key, '')}" for key, value in means.items())
+    texts: list[str] = []
+    for key, value in baseline.items():
+        if key == "splits" or key.endswith("_sd"):
+            continue
+        text = f"{key} {value:.3g}"
+        spread = baseline.get(f"{key}_sd")
+        if spread is not None:
+            text += f" ± {spread:.2g}"
+        texts.append(text)
+    return ", ".join(texts)
 
 
 def compare(
@@ -298,15 +307,20 @@ def compare(
     """Set the evaluations of several runs side by side, if they were measured alike."""
     from dumo.report import compare as comparison
 
-    found = comparison.compare(run_folders, anyway=anyway)
+    report = comparison.compare(run_folders, anyway=anyway)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
-    rows = [{key: "" if value is None else value for key, value in row.items()} for row in found["rows"]]
-    rows = [row | ({"best": "*" if row["best"] else ""} if "best" in row else {}) for row in rows]
+    rows: list[dict[str, Any]] = []
+    for row in report["rows"]:
+        cell_by_column = {key: "" if value is None else value for key, value in row.items()}
+        if "best" in row:
+            cell_by_column["best"] = "*" if row["best"] else ""
+        rows.append(cell_by_column)
     show_table("* the best of its passes, and what is level with it" if "best" in rows[0] else "", rows)
-    for line in {spelt(perfect): None for perfect in found["perfect"].values()}:
-        out.print(f"{WHAT['perfect']}: {line}", soft_wrap=True)
-    for field, values in found["differs"].items():
-        found_in = "; ".join(f"{value} in {name}" for name, value in values.items())
-        out.print(f"measured otherwise, {field}: {found_in}", soft_wrap=True)
+    perfect_scores = dict.fromkeys(spelt(perfect) for perfect in report["perfect"].values())
+    for text in perfect_scores:
+        out.print(f"{BASELINES['perfect']}: {text}", soft_wrap=True)
+    for field, value_by_run in report["differs"].items():
+        values = "; ".join(f"{value} in {name}" for name, value in value_by_run.items())
+        out.print(f"measured otherwise, {field}: {values}", soft_wrap=True)

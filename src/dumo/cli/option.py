@@ -61,8 +61,8 @@ TrustCode = Annotated[
 
 def trusted(command: Callable[..., None]) -> Callable[..., None]:
     """The command, with --trust-code where it reads a run (`dumo.config.trust`)."""
-    before = signature(command)
-    if not before.parameters.keys() & {"source", "run_folder"}:
+    command_signature = signature(command)
+    if not command_signature.parameters.keys() & {"source", "run_folder"}:
         return command
 
     @wraps(command)
@@ -72,10 +72,10 @@ def trusted(command: Callable[..., None]) -> Callable[..., None]:
         with trusting(trust_code):
             command(*words, **options)
 
-    one = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
-    whole = before.replace(parameters=[*before.parameters.values(), one])
-    run.__signature__ = whole  # pyright: ignore[reportAttributeAccessIssue], typer reads it
-    run.__annotations__ = {**command.__annotations__, one.name: TrustCode}
+    trust_code_option = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
+    parameters = [*command_signature.parameters.values(), trust_code_option]
+    run.__signature__ = command_signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue], typer reads it
+    run.__annotations__ = {**command.__annotations__, trust_code_option.name: TrustCode}
     return run
 
 
@@ -103,8 +103,10 @@ def numbers(option: str, text: str | None) -> list[int] | None:
 
 def size(text: str) -> int:
     """'24GiB' as bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
         raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint="--fit")
-    number, letter, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter.upper()) + 1))
+    number, letter, binary = match.groups()
+    base = 1024 if binary else 1000
+    power = "KMGT".index(letter.upper()) + 1
+    return int(float(number) * base**power)

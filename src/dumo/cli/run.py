@@ -190,6 +190,8 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
 
         for form in forms(run.net):
             commands.append(f"{program} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}")
+    if has_own_class:
+        commands = [f"{command} --trust-code" for command in commands]
     return commands
 
 

@@ -41,7 +41,7 @@ Scores = dict[str, float]  # the first is the one that counts, lower being bette
 
 OWN = ("auc", "copies", "mmd2", "nearest", "pixel_fd")  # by the numbers of samples themselves, no features
 NUMBERS = "numbers"  # what a loss is trained on that compares by these
-RISING = ("clip_score", "geneval", "dpg")
+RISING = ("clip_score",)
 CLASS_MMD = "class_mmd"  # leads where both sides have classes
 MOST = 5000  # rows of a part between which distances are measured, where `least` allows: ours
 PAIRS = 60  # of parts: the spread is known to a tenth. Ours

@@ -1,8 +1,8 @@
 """Images of a benchmark's prompts, in the files that its evaluator reads, with their card.
 
-Image j of prompt i is sample 4 i + j of the seed, whatever makes it and when. So what is there is kept, and work that
-was stopped goes on. The card lies next to the folder, FOLDER.json: the evaluator needs images alone, but what
-it finds (`dumo.report.verdict`) is worth no more than what is known of them.
+Image j of prompt i is sample 4 i + j of the seed, whatever makes it and when. So images that exist are kept, and work
+that was stopped resumes. The card lies next to the folder, FOLDER.json: the evaluator reads images alone, and its
+scores stay with it, but they are worth no more than what is known of the images.
 
 GenEval (Ghosh et al. 2023, evaluation/evaluate_images.py) reads every folder whose name is a number:
 
@@ -38,7 +38,7 @@ from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
-EACH = 4  # images of a prompt, in both
+IMAGES_PER_PROMPT = 4  # in both
 
 
 class Layout(ABC):
@@ -48,16 +48,12 @@ class Layout(ABC):
     prompts: ClassVar[int]  # that it has as published
 
     @abstractmethod
-    def unfit(self, prompts: Sequence[Prompt], source: Path) -> str:
-        """Why prompts are not of this benchmark, and the way out; "": they are."""
+    def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
+        """Raise UserError for prompts that are not of this benchmark."""
 
     @abstractmethod
-    def judged(self, name: str) -> list[str]:
-        """The pictures of the prompt of this name that the evaluator looks at."""
-
     def files(self, name: str) -> list[str]:
-        """All files of that prompt, those first."""
-        return self.judged(name)
+        """The files of the prompt of this name, in the folder of all."""
 
     @abstractmethod
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
@@ -70,28 +66,26 @@ class GenEval(Layout):
     name: ClassVar[str] = "geneval"
     prompts: ClassVar[int] = 553
 
-    def unfit(self, prompts: Sequence[Prompt], source: Path) -> str:
+    def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
         """Each line must be JSON with a tag."""
-        wrong = "is no .jsonl" if source.suffix != ".jsonl" else ""
-        for number, prompt in enumerate(() if wrong else prompts, 1):
+        fix = "give GenEval's prompts/evaluation_metadata.jsonl"
+        if source.suffix != ".jsonl":
+            raise UserError(f"{source}: is no .jsonl: {fix}")
+        for number, prompt in enumerate(prompts, 1):
             if not isinstance(json.loads(prompt.line).get("tag"), str):
-                wrong = wrong or f"prompt {number} has no tag"
-        return wrong and f"{wrong}: give GenEval's prompts/evaluation_metadata.jsonl"
-
-    def judged(self, name: str) -> list[str]:
-        """Four samples."""
-        return [f"{name}/samples/{j:04d}.png" for j in range(EACH)]
+                raise UserError(f"{source}: prompt {number} has no tag: {fix}")
 
     def files(self, name: str) -> list[str]:
-        """The samples, then what else its evaluator reads, and the grid."""
-        return [*self.judged(name), f"{name}/metadata.jsonl", f"{name}/grid.png"]
+        """Four samples, what else its evaluator reads, and the grid."""
+        samples = [f"{name}/samples/{j:04d}.png" for j in range(IMAGES_PER_PROMPT)]
+        return [*samples, f"{name}/metadata.jsonl", f"{name}/grid.png"]
 
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
         """The metadata come first: its evaluator stops where a folder has none."""
         *samples, metadata, grid = self.files(prompt.name)
         file.write(folder / metadata, prompt.line.encode())
-        for name, one in zip(samples, pixels, strict=True):
-            picture.write_picture(folder / name, Image.fromarray(one.numpy()))
+        for name, image in zip(samples, pixels, strict=True):
+            picture.write_picture(folder / name, Image.fromarray(image.numpy()))
         picture.write_picture(folder / grid, picture.sheet(pixels, 2, scale=1))
 
 
@@ -101,24 +95,27 @@ class DpgBench(Layout):
     name: ClassVar[str] = "dpg"
     prompts: ClassVar[int] = 1065
 
-    def unfit(self, prompts: Sequence[Prompt], source: Path) -> str:
+    def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
         """They must be files in a folder, with no dot in their names, where its evaluator cuts."""
-        dotted = next((prompt.name for prompt in prompts if "." in prompt.name), None)
         if not source.is_dir():
-            return "is no folder: give DPG-Bench's dpg_bench/prompts, a .txt for each prompt"
-        return f"{dotted}.txt: DPG-Bench reads names to their first dot: call it otherwise" if dotted else ""
+            raise UserError(f"{source}: is no folder: give DPG-Bench's dpg_bench/prompts, a .txt for each prompt")
+        for prompt in prompts:
+            if "." in prompt.name:
+                raise UserError(
+                    f"{source}: {prompt.name}.txt: DPG-Bench reads names to their first dot: call it otherwise"
+                )
 
-    def judged(self, name: str) -> list[str]:
-        """One."""
+    def files(self, name: str) -> list[str]:
+        """One picture."""
         return [f"{name}.png"]
 
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
         """Two rows of two images."""
-        picture.write_picture(folder / self.judged(prompt.name)[0], picture.sheet(pixels, 2, scale=1, gap=0))
+        [name] = self.files(prompt.name)
+        picture.write_picture(folder / name, picture.sheet(pixels, 2, scale=1, gap=0))
 
 
-LAYOUTS: Mapping[str, Layout] = {one.name: one for one in (GenEval(), DpgBench())}
-
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (GenEval(), DpgBench())}
 
 ELSEWHERE = ("device", "versions", "weights")  # of a card: where it was made, and where the weights lie
 
@@ -140,54 +137,65 @@ def make(
     that makes no images or reads no texts, a solver or nfe out of reach, and a folder whose images were made otherwise.
     """
     file.check_writable(folder)
-    prompts, sampler = read_prompts(source), opened.sampler
-    if wrong := layout.unfit(prompts, source):
-        raise UserError(f"{source}: {wrong}")
-    sampler = with_options(sampler, nfe=nfe, seed=seed, solver=solver)
-    c = prompted(sampler, [prompt.text for prompt in prompts]).repeat_interleave(EACH)
-    kind, stem = sampler.spec.solver.kind, [source.stem, *said_of(opened, sampler.spec)]
+    prompts = read_prompts(source)
+    layout.require_fit(prompts, source)
+    sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
+    c = prompted(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
+    solver_kind = sampler.spec.solver.kind
+    name_parts = [source.stem, *said_of(opened, sampler.spec)]
     opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
-    notes: dict[Path, tuple[int, dict[str, Any]]] = {}
+
+    cards: dict[int, Card] = {}
+    places: dict[int, Path] = {}
     for n in sampler.spec.nfe:
-        place = folder / "-".join([layout.name, kind, f"nfe{n}", *stem])
-        known = {"report": "-".join(["evaluation", layout.name, kind, *stem]) + ".json", "step": opened.step}
         judged = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
-        known |= {"card": card(judged, facts_of(layout, source, prompts), len(c)) | own_fields(layout, len(c))}
-        notes[place] = n, known | {"prompts": {prompt.name: prompt.text for prompt in prompts}}
-        require(place, known)
-    for place, (n, known) in notes.items():
-        missing = absent(layout, place, prompts)
+        cards[n] = card(judged, facts_of(layout, source, prompts), len(c)) | own_fields(layout, len(c))
+        places[n] = folder / "-".join([layout.name, solver_kind, f"nfe{n}", *name_parts])
+        require_same_card(places[n], cards[n])
+
+    for n, place in places.items():
+        missing = missing_prompts(layout, place, prompts)
         if dist.is_main():
-            write_json(note(place), known)
-        with bar(f"sampling, {kind} at {n}", EACH * len(missing)) as tick:
-            for done, (i, pixels) in enumerate(made(sampler, c, n, missing[dist.rank() :: dist.world()]), 1):
+            write_json(card_file(place), {"card": cards[n]})
+        with bar(f"sampling, {solver_kind} at {n}", IMAGES_PER_PROMPT * len(missing)) as tick:
+            numbers_of_rank = missing[dist.rank() :: dist.world()]
+            for done, (i, pixels) in enumerate(images_of(sampler, c, n, numbers_of_rank), 1):
                 signals.check()
                 layout.write(place, prompts[i], pixels)
-                tick(min(done * dist.world(), len(missing)) * EACH, "")
+                tick(min(done * dist.world(), len(missing)) * IMAGES_PER_PROMPT, "")
     dist.barrier()
-    return list(notes)
+    return list(places.values())
 
 
-def made(sampler: Sampler, c: torch.Tensor, nfe: int, which: Sequence[int]) -> Iterator[tuple[int, picture.PixelRows]]:
-    """The images of these prompts, prompt by prompt."""
-    indices = [EACH * i + j for i in which for j in range(EACH)]
-    if not indices:
+def images_of(
+    sampler: Sampler, c: torch.Tensor, nfe: int, numbers: Sequence[int]
+) -> Iterator[tuple[int, picture.PixelRows]]:
+    """The images of the prompts of these numbers, prompt by prompt."""
+    if not numbers:
         return
-    turn, waiting = iter(which), list[torch.Tensor]()
-    for part in sampler.batches(c, nfe=nfe, indices=indices):
-        waiting += picture.to_rows(part.x)
-        while len(waiting) >= EACH:
-            yield next(turn), torch.stack(waiting[:EACH])
-            del waiting[:EACH]
+    indices: list[int] = []
+    for i in numbers:
+        first = IMAGES_PER_PROMPT * i
+        indices += range(first, first + IMAGES_PER_PROMPT)
+    next_numbers = iter(numbers)
+    waiting: list[torch.Tensor] = []  # a batch may end within a prompt
+    for batch in sampler.batches(c, nfe=nfe, indices=indices):
+        waiting += picture.to_rows(batch.x)
+        while len(waiting) >= IMAGES_PER_PROMPT:
+            yield next(next_numbers), torch.stack(waiting[:IMAGES_PER_PROMPT])
+            del waiting[:IMAGES_PER_PROMPT]
 
 
-def absent(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
-    """The prompts some of whose files are missing, as rank 0 sees it, before any rank goes on."""
+def missing_prompts(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
+    """The numbers of the prompts some of whose files are missing, as rank 0 sees it, before any rank writes."""
+    files_by_prompt = [[place / name for name in layout.files(prompt.name)] for prompt in prompts]
     if dist.is_main():
-        for inside in {(place / name).parent for prompt in prompts for name in layout.files(prompt.name)}:
-            file.sweep(inside)
-    there = [all((place / name).is_file() for name in layout.files(prompt.name)) for prompt in prompts]
-    return (~dist.gathered(torch.tensor(there))[0]).nonzero()[:, 0].tolist()
+        subfolders = {path.parent for paths in files_by_prompt for path in paths}
+        for subfolder in subfolders:
+            file.sweep(subfolder)
+    complete = torch.tensor([all(path.is_file() for path in paths) for paths in files_by_prompt])
+    complete = dist.gathered(complete)[0]
+    return (~complete).nonzero()[:, 0].tolist()
 
 
 def facts_of(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
@@ -202,35 +210,37 @@ def facts_of(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[st
 
 def own_fields(layout: Layout, total: int) -> Card:
     """The fields of a card in which a benchmark differs from the run's protocol."""
+    n = IMAGES_PER_PROMPT
+    protocol = layout.name
+    if total != n * layout.prompts:
+        protocol = name_of(layout.name, f"{total} samples")
     return {
-        "protocol": name_of(layout.name, *([f"{total} samples"] if total != EACH * layout.prompts else [])),
-        "labels": f"{EACH} samples of each prompt, sample {EACH} i + j of the seed is image j of prompt i",
+        "protocol": protocol,
+        "labels": f"{n} samples of each prompt, sample {n} i + j of the seed is image j of prompt i",
         "contrast": [],
     }
 
 
-def note(place: Path) -> Path:
+def card_file(place: Path) -> Path:
     """Where the card of a folder of images lies."""
     return place.parent / f"{place.name}.json"
 
 
-def require(place: Path, known: Mapping[str, Any]) -> None:
+def require_same_card(place: Path, images_card: Card) -> None:
     """Raise UserError where a folder holds images that were made otherwise, or nobody knows how."""
     if not place.exists():
         return
-    way = "give another --out, or remove it"
-    before = read_note(place, f"nothing says what made its images; {way}")["card"]
-    now: Any = finite(known["card"])
-    for field in (field for field in now if field not in ELSEWHERE and now[field] != before.get(field)):
-        was, new = brief(before.get(field), 60), brief(now[field], 60)
-        raise UserError(f"{place} holds images that were made otherwise ({field}: {was}, now {new}): {way}")
-
-
-def read_note(place: Path, way_out: str) -> dict[str, Any]:
-    """The card of a folder of images. Raises UserError for no such file, or a damaged one."""
-    path = note(place)
-    found = read_json(path, way_out)
-    parts = {"report": str, "step": int, "card": dict, "prompts": dict}
-    if not isinstance(found, dict) or not all(isinstance(found.get(part), kind) for part, kind in parts.items()):
-        raise UserError(f"{path} is no card of images: {way_out}")
-    return found
+    fix = "give another --out, or remove it"
+    path = card_file(place)
+    written = read_json(path, f"nothing says what made its images; {fix}")
+    if not isinstance(written, dict) or not isinstance(written.get("card"), dict):
+        raise UserError(f"{path} is no card of images: nothing says what made them; {fix}")
+    written_card: dict[str, Any] = written["card"]
+    for field in images_card:
+        value = finite(images_card[field])
+        written_value = written_card.get(field)
+        if field not in ELSEWHERE and value != written_value:
+            raise UserError(
+                f"{place} holds images that were made otherwise "
+                f"({field}: {brief(written_value, 60)}, now {brief(value, 60)}): {fix}"
+            )

@@ -6,7 +6,7 @@ differs; of an earlier step it is kept under that step.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     passes = settings(sampler, run.evaluate)
     evaluator = evaluator_of(sampler, run.evaluate, bar)
     c = conditions(run.data, run.evaluate)
-    path = opened.folder / name_of(opened, but=[f"evaluate.{field}" for field in ROWS.values()])
+    path = opened.folder / name_of(opened)
     solver = run.sample.solver
     other_solver = contrast_solver(protocol)
     report: dict[str, Any] = {
@@ -158,12 +158,12 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
     return with_rows(report, rows, wanted_passes)
 
 
-def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
-    """The name of a report: the stem alone where the run is as its own spec has it, else what differs, `but` these."""
+def name_of(opened: RunFolder) -> str:
+    """The name of a report: evaluation.json where the run is as its own spec has it, else with what differs."""
     run_as_saved = own(opened.folder)
-    saved_fields = fields(run_as_saved.sample, run_as_saved.evaluate, but)
-    opened_fields = fields(opened.run.sample, opened.run.evaluate, but)
-    return "-".join([stem, *changes(opened, saved_fields, opened_fields)]) + ".json"
+    saved_fields = fields(run_as_saved.sample, run_as_saved.evaluate)
+    opened_fields = fields(opened.run.sample, opened.run.evaluate)
+    return "-".join(["evaluation", *changes(opened, saved_fields, opened_fields)]) + ".json"
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
@@ -227,8 +227,8 @@ def _measure(report: dict[str, Any]) -> str:
     return json.dumps(finite(measure), sort_keys=True)
 
 
-def fields(sampling: Sampling, evaluation: Evaluation, but: Collection[str] = ()) -> Fields:
-    """What of a spec decides an evaluation."""
+def fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
+    """What of a spec decides an evaluation, but for its passes: a report collects the rows of all."""
     sample = sampling.model_dump(mode="json")
     evaluate = evaluation.model_dump(mode="json")
     protocol = evaluate.pop("protocol")
@@ -240,7 +240,7 @@ def fields(sampling: Sampling, evaluation: Evaluation, but: Collection[str] = ()
         "evaluate": evaluate,
         "sample": {"precision": sample["precision"]},
     }
-    left_out = (*PLACES, *but)
+    left_out = [*PLACES, *(f"evaluate.{field}" for field in ROWS.values())]
     return {field: value for field, value in flat(parts).items() if field not in left_out}
 
 

@@ -22,7 +22,7 @@ FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond whic
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
 SUMMARY = (CLASS_MMD, "recall", "copies", "nearest")  # next to the score that leads. Precision praises noise, too
 DISTANCES = ("fd", "fd_grey", "fid", "kid", "mmd")  # from data of which there may be too few
-BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations other than the run's own that a page shows
+BENCHMARKS = ("clip",)  # evaluations other than the run's own that a page shows
 
 Table = dict[str, Any]
 
@@ -61,7 +61,7 @@ def judgement(folder: Path, step: int, weights: str) -> Table | None:
 
 
 def benchmarks(folder: Path, step: int, weights: str) -> list[Table]:
-    """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
+    """What CLIP said of these weights, each with its `words` and `rows`.
 
     Raises UserError where a file is damaged.
     """
@@ -90,7 +90,7 @@ def figures(row: Mapping[str, Any], card: Mapping[str, Any] | None = None) -> li
 def summary(columns: Sequence[str]) -> list[str]:
     """Of the scores of a row, the one that leads being the first, those that a summary shows.
 
-    What has no words here stays: the tasks of a benchmark.
+    What has no words here stays.
     """
     return [key for i, key in enumerate(columns) if i == 0 or key in SUMMARY or key not in MERITS]
 

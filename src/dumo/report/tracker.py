@@ -10,7 +10,7 @@ Numbers go by the names that people filter by: `train/loss`, `train/grad_norm`, 
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,6 @@ from dumo.training.log import Row
 from dumo.types import UserError
 
 PROJECT = "dumo"
-NAMES = 2  # how numbers are called: a run that was sent them by other names is sent anew
 Config = dict[str, Any]  # a run as plain values
 
 
@@ -128,17 +127,23 @@ def package(name: str) -> ModuleType:
 
 
 def values(row: Row) -> dict[str, float]:
-    """All finite numbers of a row, as train/a/b/0 those of tables and lists; not its step, nor the time of day."""
+    """All finite numbers of a row by name, those of tables and lists as train/a/b/0; not its step, nor its time."""
+    numbers: dict[str, float] = {}
 
-    def found(name: str, value: Any) -> Iterator[tuple[str, float]]:  # noqa: ANN401, what JSON holds
+    def collect(name: str, value: Any) -> None:  # noqa: ANN401, what JSON holds
         if isinstance(value, dict):
             for key, part in value.items():
-                yield from found(f"{name}/{key}", part)
+                collect(f"{name}/{key}", part)
         elif isinstance(value, list):
             for i, part in enumerate(value):
-                yield from found(f"{name}/{i}", part)
+                collect(f"{name}/{i}", part)
         elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            yield name, float(value)
+            numbers[name] = float(value)
 
-    parts = {key if key in ("speed", "val") else f"train/{key}": part for key, part in row.items() if key != "step"}
-    return {name: number for key, part in parts.items() for name, number in found(key, part) if name != "speed/at"}
+    for key, part in row.items():
+        if key in ("speed", "val"):
+            collect(key, part)
+        elif key != "step":
+            collect(f"train/{key}", part)
+    numbers.pop("speed/at", None)
+    return numbers

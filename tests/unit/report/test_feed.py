@@ -1,4 +1,4 @@
-"""Every row of a log reaches a tracker once: as the log grows, is rewound, and is sent from again."""
+"""The rows of a log reach a tracker: as the log grows, is rewound, and is sent from again."""
 
 import json
 import math
@@ -76,60 +76,25 @@ def test_each_row_once(run: Path, sent: Sent, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == ""  # answers alone are on stdout
 
 
-def test_a_rewound_log_is_waited_for_and_a_changed_one_sent_anew(run: Path, sent: Sent) -> None:
-    one = Feed(run, "kept")
-    assert one.send() == 2
-    log.rewind(run / "metrics.jsonl", 10)
-    assert one.send() == 0
-    add(run, 20, size=8)  # the same step again, at another speed
-    add(run, 30)
-    assert one.send() == 1
-    log.rewind(run / "metrics.jsonl", 10)
-    assert one.send() == 0
-    add(run, 20, loss=3.0)  # another rate
-    assert one.send() == 2
-    first, second = sent.values()
-    assert [step for step, _ in first] == [10, 20, 30]
-    assert [(step, values["train/loss"]) for step, values in second] == [(10, 0.1), (20, 0.15)]
-    assert feed([run], "kept") == {run: 0}
-    (run / "metrics.jsonl").unlink()
-    add(run, 10)
-    assert feed([run], "kept") == {run: 1}
-    assert len(sent) == 3
-
-
-def test_who_comes_later_knows_what_was_sent_before_a_stop(run: Path, sent: Sent) -> None:
-    """The log is shorter then, by rows that were sent: those that come again are not sent again, others are."""
+def test_a_run_that_was_stopped_goes_to_the_same_run_of_the_tracker(run: Path, sent: Sent) -> None:
+    """The steps that it repeats were sent already, and stay as they were."""
     for step in (30, 40):
         add(run, step)
-    assert feed([run], "kept") == {run: 4}
+    following = Feed(run, "kept")
+    assert following.send() == 4
     log.rewind(run / "metrics.jsonl", 10)
-    add(run, 20)  # the training is faster than the feed
-    assert feed([run], "kept") == {run: 0}
-    log.rewind(run / "metrics.jsonl", 10)  # killed again, before a checkpoint
+    assert following.send() == 0
     assert feed([run], "kept") == {run: 0}
     for step in (20, 30, 40, 50):
-        add(run, step)
-    assert feed([run], "kept") == {run: 1}
-    log.rewind(run / "metrics.jsonl", 40)  # further on
-    assert feed([run], "kept") == {run: 0}
-    add(run, 50)
+        add(run, step, loss=3.0)
+    assert following.send() == 1
     add(run, 60)
     assert feed([run], "kept") == {run: 1}
     (rows,) = sent.values()
     assert [step for step, _ in rows] == [10, 20, 30, 40, 50, 60]
-    log.rewind(run / "metrics.jsonl", 30)
-    add(run, 40, loss=3.0)  # at another rate
-    assert feed([run], "kept") == {run: 4}
-    assert [step for step, _ in [*sent.values()][1]] == [10, 20, 30, 40]
-
-
-def test_rows_under_other_names_go_to_another_run(run: Path, sent: Sent) -> None:
-    assert feed([run], "kept") == {run: 2}
-    tracked = json.loads((run / "tracked.json").read_text())
-    del tracked["kept"]["names"]  # as dumo 0.2 left it
-    (run / "tracked.json").write_text(json.dumps(tracked))
-    assert feed([run], "kept") == {run: 2}
+    assert [values["train/loss"] * step for step, values in rows] == pytest.approx([1, 1, 1, 1, 3, 1])
+    (run / "tracked.json").unlink()
+    assert feed([run], "kept") == {run: 6}
     assert len(sent) == 2
 
 
@@ -163,7 +128,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(feeds, "PROGRAM", f"import {', '.join(trap.NAMES)}, sys; sys.stdin.read()")
     said: list[str] = []
-    follower = feeds.Live(tmp_path / "run", "tensorboard", said.append)
+    follower = feeds.TrackerProcess(tmp_path / "run", "tensorboard", said.append)
     follower.look(cast(Any, None), cast(Any, None))  # at the first step
     follower.close(patience=60)
     assert said == []
@@ -175,7 +140,7 @@ def test_what_is_no_tracker_is_refused_before_the_training(tmp_path: Path, monke
         pass
     monkeypatch.setattr(feeds, "installed", lambda name: None)
     with pytest.raises(UserError, match=r"tracker wandb needs the package wandb: .*install"):
-        feeds.Live(tmp_path, "wandb", print)
+        feeds.TrackerProcess(tmp_path, "wandb", print)
 
 
 def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +223,7 @@ def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> 
     for folder in (run, other):
         assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
         tracked = json.loads((folder / "tracked.json").read_text())
-        assert {name: row["rows"] for name, row in tracked.items()} == {"wandb": 3, "trackio": 3}
+        assert {name: row["step"] for name, row in tracked.items()} == {"wandb": 30, "trackio": 30}
     with sqlite3.connect(tmp_path / "trackio/dumo.db") as base:
         rows = base.execute("select run_name, step from metrics order by run_name, step").fetchall()
     assert [step for _, step in rows] == [10, 20, 30] * 2

@@ -61,7 +61,7 @@ def test_what_sees_classes_leads_and_a_summary_has_no_precision() -> None:
     assert score.summary(columns) == ["class_mmd", "recall", "copies"]
     short = score.shortened(row, score.summary(columns))
     assert list(short) == ["nfe", "solver", "class_mmd", "class_mmd_sd", "recall", "copies"]
-    assert score.summary(score.figures({"geneval": 0.5, "two_object": 0.6})) == ["geneval", "two_object"]
+    assert score.summary(score.figures({"fid": 0.5, "their_score": 0.6})) == ["fid", "their_score"]
     baselines = {"perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.5}}
     named = score.by_name({"results": [row], "baselines": baselines})
     assert named == {"perfect": {"mmd": 0.0, "mmd_sd": 0.1, "class_mmd": 0.5}}
