@@ -43,7 +43,7 @@ from dumo.evaluation.distance import gaussian_mmd
 from dumo.evaluation.photos import WIDTH
 from dumo.evaluation.shipped import learned
 from dumo.flow.solver import jumps
-from dumo.io.picture import labelled, sheet, to_rows, to_uint8
+from dumo.io.picture import labelled_grid, sheet, to_rows, to_uint8
 from dumo.lab.plan import Cost
 from dumo.nets.rows import codes
 from dumo.run.resolve import resolve
@@ -200,7 +200,7 @@ def draw(rates: dict[str, float], folder: Path) -> Image.Image:
     for name, net in nets.items():
         shown[name] = [made(net, config, c, nfe, 0) for c in sides.values() for nfe in PASSES[:2]]
     columns = [f"{side}, {nfe} NFE" for side in sides for nfe in PASSES[:2]]
-    return labelled({name: [sheet(to_rows(x), 4) for x in row] for name, row in shown.items()}, columns)
+    return labelled_grid({name: [sheet(to_rows(x), 4) for x in row] for name, row in shown.items()}, columns)
 
 
 def real(side: str, c: Tensor, k: int) -> Tensor:

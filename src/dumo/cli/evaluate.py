@@ -246,7 +246,6 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     """
     from dumo.evaluation.protocol import CLASS_MMD
     from dumo.report import score
-    from dumo.report.card import seen
 
     if as_json:
         print(json.dumps(report))
@@ -270,7 +269,7 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
                 out.print(f"{WHAT.get(name, name)}: {spelt(known)}", soft_wrap=True)
         if score.too_few(report):
             out.print(f"{WHAT['perfect']}: too few images to tell")
-        if biased := seen(rows[0], card):
+        if biased := score.biased(rows[0], card):
             out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
         if CLASS_MMD in card:
             out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)

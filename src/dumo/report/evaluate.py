@@ -24,7 +24,8 @@ from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
-from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings, state
+from dumo.report import score
+from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings
 from dumo.report.name import Fields, changes, flat, own
 from dumo.report.sample import solver_of
 from dumo.run.judge import conditions, evaluator_of
@@ -92,7 +93,7 @@ def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
         "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
     }
-    report["state"] = state(report["results"], report["baselines"])
+    report["state"] = score.state(report["results"], report["baselines"])
     return path, report
 
 
@@ -208,7 +209,7 @@ def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: d
     parts: dict[str, list[Row]] = {}
     for part, field in ROWS.items():
         parts[part] = [rows[part][n] for n in passes[field]]
-    verdict = state(parts["results"], report["baselines"])
+    verdict = score.state(parts["results"], report["baselines"])
     return {**report, **parts, "state": verdict, "card": {**report["card"], **passes}}
 
 

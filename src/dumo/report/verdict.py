@@ -22,7 +22,7 @@ from dumo.evaluation.protocol import Scores
 from dumo.io.file import check_writable
 from dumo.io.read import brief, read_text
 from dumo.report.benchmark import EACH, LAYOUTS, note, read_note
-from dumo.report.card import Part, first_fault
+from dumo.report.card import ReportPart, first_fault
 from dumo.report.evaluate import write
 from dumo.runtime import typed
 from dumo.types import UserError
@@ -39,7 +39,7 @@ class Verdict:
     scores: Scores
 
 
-class Judged(Part):
+class GenEvalLine(ReportPart):
     """A line of GenEval's results."""
 
     filename: str
@@ -50,10 +50,10 @@ class Judged(Part):
 def read_geneval(path: Path) -> Verdict:
     """`geneval`, the mean over tasks, and each task's share of correct images. Raises UserError for another file."""
     way = "give the results.jsonl that GenEval's evaluate_images.py writes"
-    found: list[Judged] = []
+    found: list[GenEvalLine] = []
     for number, line in enumerate(read_text(path, way).splitlines(), 1):
         try:
-            found += [Judged.model_validate(json.loads(line))] if line.strip() else []
+            found += [GenEvalLine.model_validate(json.loads(line))] if line.strip() else []
         except (ValueError, RecursionError) as error:
             what = first_fault(error) if isinstance(error, ValidationError) else error
             raise UserError(f"{path} line {number} is no result of GenEval ({brief(what)}): {way}") from error

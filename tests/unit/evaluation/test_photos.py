@@ -20,7 +20,7 @@ from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
 from dumo.report import score
-from dumo.report.card import state
+from dumo.report.score import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
