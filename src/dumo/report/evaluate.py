@@ -1,5 +1,8 @@
 """A run judged by its protocol: samples for every number of passes, scored against the data, with their report card.
 
+`with_options` takes the run as it is to be judged. `evaluate` opens its evaluator, has a `row` measured for each number
+of passes, and writes the report (`write`), merged with the rows that are there. `standing` is that report, read back.
+
 What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
 of passes: it collects their rows. Judged in another way, or of other weights, it is another file, named after what
 differs; of an earlier step it is kept under that step.

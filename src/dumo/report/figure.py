@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dumo.io import picture
+from dumo.report import score
 from dumo.report.chart import SIZE, STYLE, Chart, chart, log_ticks, log_unless_narrow
 from dumo.training import log
 
@@ -92,10 +93,10 @@ def validation_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
     """What validation found, a chart for each score: by step, with its error where it has one."""
     by_score: dict[str, dict[int, tuple[float, float]]] = {}
     for row in rows:
-        scores = {name: value for name, value in row.get("val", {}).items() if value is not None}
-        errors = {f"{name}_sd" for name in scores}
-        for name in scores.keys() - errors:
-            by_score.setdefault(name, {})[row["step"]] = scores[name], scores.get(f"{name}_sd", 0.0)
+        scores = row.get("val", {})
+        for name, value in scores.items():
+            if value is not None and not score.is_error(name):
+                by_score.setdefault(name, {})[row["step"]] = value, score.error(scores, name) or 0.0
     for name, points in by_score.items():
         first = min(points)
         last = max(points)
@@ -254,9 +255,9 @@ def _measured(row: log.Row) -> dict[str, object]:
         numbers[f"gradient norm, {module}"] = norm
     numbers[TIME_SLOPE] = row.get("time_slope")
     numbers["learning rate"] = row.get("lr")
-    for score, value in row.get("val", {}).items():
-        if not score.endswith("_sd"):
-            numbers[f"validation, {score}"] = value
+    for name, value in row.get("val", {}).items():
+        if not score.is_error(name):
+            numbers[f"validation, {name}"] = value
     numbers.update(row.get("notes", {}))
     numbers["drift"] = (row.get("probe") or {}).get("drift")
     numbers["images a second"] = row.get("speed", {}).get("images_per_second")

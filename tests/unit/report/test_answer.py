@@ -357,7 +357,7 @@ def test_a_run_of_captions_takes_prompts(words: InteractiveRun) -> None:
 
 def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page is open for weeks, and a prompt of a large encoder takes megabytes."""
-    monkeypatch.setattr(live, "PROMPTS", 3)
+    monkeypatch.setattr(live, "KEPT_PROMPTS", 3)
     texts = words.sampler.texts
 
     def made(text: str) -> Tensor:
