@@ -179,7 +179,7 @@ def folder() -> PhotosEvaluator:
     return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
 
 
-def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Table]:
+def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Judgement]:
     """The scores of samples, and their evaluation."""
     found = scores(evaluator, x)
     results = [{"nfe": 1, "solver": "restart", **found}]
