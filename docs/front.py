@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dumo.flow.generate import labels
 from dumo.io import picture
-from dumo.report.score import passes_text
 from dumo.run.judge import judged_data
 from dumo.run.weights import RunFolder, open_run
+from dumo.runtime.progress import passes_text
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels
 DIGITS = tuple("0123456789")

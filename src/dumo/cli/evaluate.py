@@ -251,7 +251,6 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     """
     from dumo.evaluation.protocol import CLASS_MMD
     from dumo.report import score
-    from dumo.report.card import seen
 
     if as_json:
         print(json.dumps(report))
@@ -270,7 +269,7 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
             out.print(f"{BASELINES.get(name, name)}: {spelt(shown_scores)}", soft_wrap=True)
     if score.too_few(report):
         out.print(f"{BASELINES['perfect']}: too few images to tell")
-    trained_on = seen(rows[0], card)
+    trained_on = score.biased(rows[0], card)
     if trained_on:
         out.print(f"no judges of this run, which was trained on what they are by: {', '.join(trained_on)}")
     if CLASS_MMD in card:

@@ -104,14 +104,14 @@ def demo(
     """
     from dumo.report.address import listening, tunnel
     from dumo.report.demo import gradio_alone, page, serve
-    from dumo.report.live import open_lives
+    from dumo.report.live import open_runs
     from dumo.runtime import dist
 
     dist.alone("dumo demo")
     folders = [run_folder] if other is None else [run_folder, other]
 
     with listening(port) as listener, gradio_alone():
-        lives = open_lives(folders, set_ or [], weights=weights, device=device, limit=limit)
+        lives = open_runs(folders, set_ or [], weights=weights, device=device, limit=limit)
 
         def tell(url: str) -> None:
             out.print(url, soft_wrap=True)

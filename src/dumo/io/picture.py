@@ -1,6 +1,14 @@
-"""Samples to look at: eight-bit colours, sheets of images, scatters of points, pictures with names; files of them."""
+"""Samples as pictures: the one place where numbers become colours, pictures, PNG and files.
 
+Images in [-1, 1] become eight-bit colours (`to_uint8`), then a sheet (`sheet`) or a picture each (`singles`); points
+become a scatter before the data (`scatter`), and a figure of matplotlib becomes a picture by `from_figure`. Pictures
+are joined with names in grids. At the end stands PNG: bytes (`png`), an address in a page (`embed`), or a file.
+"""
+
+import textwrap
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +17,25 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import pad
 
-from dumo.io.file import whole
+from dumo.io import file as files
 from dumo.types import Sample, UserError
 
 Pixels = UInt8[Tensor, "n 3 h w"]
 PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
 Points = Float[Tensor, "_ 2"]
-READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ours
-TITLE = 12  # pixels of its letters
-LINES = 3  # of a title: ours
-LETTERS = (16, 14, 12, 10)  # pixels of the names above a sheet: the first that fits
+
+# All in pixels, but for counts of lines
+READABLE = 64  # a smaller image is enlarged to at least this height. Ours
+TITLE = 12  # of the letters of a title above an image
+MAX_TITLE_LINES = 3  # ours
+NAME_SIZES = (16, 14, 12, 10)  # of the letters of names above a sheet: the first that fits
+GAP = 6  # between the pictures of a grid
+BLOCK_GAP = 28  # between blocks that have their names above them
+CAPTION = 14  # of the letters of a caption below a picture
+CAPTION_MARGIN = 18  # between captions
+MIN_CAPTION_WIDTH = 240  # room for its words
+MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -28,13 +43,13 @@ def to_uint8(x: Sample) -> Pixels:
 
     Raises UserError for other shapes, and where x is not finite, which has no colour.
     """
-    if not (image := x.ndim == 4 and x.shape[1] in (1, 3)) or not x.isfinite().all():
-        shape = f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first"
-        diverged = (
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first")
+    if not x.isfinite().all():
+        raise UserError(
             "the samples are not finite numbers and have no colour: these weights have diverged, use others, or train "
             "again with a lower rate or a clipped gradient"
         )
-        raise UserError(diverged if image else shape)
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
 
@@ -48,61 +63,84 @@ def to_rows(x: Sample) -> PixelRows:
     return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()
 
 
+def singles(x: Sample) -> list[Image.Image]:
+    """A picture of each image, in its own size. Raises as `to_uint8`."""
+    return [Image.fromarray(pixels.numpy()) for pixels in to_rows(x)]
+
+
 def sheet(
-    pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 2, titles: Sequence[str] = ()
+    pixels: PixelRows,
+    columns: int,
+    scale: int | None = None,
+    gap: int = 2,
+    titles: Sequence[str] = (),
+    *,
+    clear: bool = False,
 ) -> Image.Image:
     """All images, row after row, `columns` to a row, with white gaps between them.
 
     Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable. `titles` are
-    written above the columns, or, where there are as many as images, above each image.
+    written above the columns, or, where there are as many as images, above each image. With `clear`, and no titles,
+    gaps and empty cells are transparent: a page may be dark.
     """
     scale = scale or -(-READABLE // pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    heads = _titles(titles, cells.shape[2]) if titles else None
-    if heads is not None and len(heads) == len(cells):
-        cells, heads = torch.cat([heads, cells], 1), None
-    whole = _tiled(cells, columns, gap)
-    if heads is not None:
-        whole = torch.cat([_tiled(heads, columns, gap), whole])
-    return Image.fromarray(whole[: len(whole) - gap, : whole.shape[1] - gap].numpy())
+    if clear:
+        opaque = torch.full_like(cells[..., :1], 255)
+        return Image.fromarray(_tiled(torch.cat([cells, opaque], -1), columns, gap, blank=(255, 255, 255, 0)).numpy())
+    if not titles:
+        return Image.fromarray(_tiled(cells, columns, gap).numpy())
+    title_strips = _title_strips(titles, cells.shape[2])
+    if len(title_strips) == len(cells):
+        return Image.fromarray(_tiled(torch.cat([title_strips, cells], 1), columns, gap).numpy())
+    head = _tiled(title_strips, columns, gap)
+    space = head.new_full((gap, *head.shape[1:]), 255)
+    return Image.fromarray(torch.cat([head, space, _tiled(cells, columns, gap)]).numpy())
 
 
-def _tiled(cells: PixelRows, columns: int, gap: int) -> UInt8[Tensor, "height width 3"]:
-    """Pictures of one size as one, a gap below and to the right of each; white where the last row is not full."""
-    cells = pad(cells, (0, 0, 0, gap, 0, gap), value=255)
-    missing = -len(cells) % columns
-    cells = torch.cat([cells, cells.new_full((missing, *cells.shape[1:]), 255)])
-    n, h, w, _ = cells.shape
-    return cells.view(n // columns, columns, h, w, 3).transpose(1, 2).reshape(n // columns * h, columns * w, 3)
+def _tiled(
+    cells: UInt8[Tensor, "n h w d"], columns: int, gap: int, blank: Sequence[int] = (255, 255, 255)
+) -> UInt8[Tensor, "height width d"]:
+    """Pictures of one size as one, with gaps between them; `blank` there, and where the last row is not full."""
+    n, height, width, _ = cells.shape
+    rows = -(-n // columns)
+    page = torch.tensor(blank, dtype=torch.uint8).repeat(rows * columns, height + gap, width + gap, 1)
+    page[:n, :height, :width] = cells
+    grid = page.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return grid[: len(grid) - gap, : grid.shape[1] - gap].contiguous()
 
 
-def _titles(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
-    """Texts in black on white, each on as many lines as the longest needs, `LINES` at most, and cut to fit."""
-    font = letters(TITLE)
-    wrapped = [_lines(text, width, font) for text in texts]
-    many, strips = max(map(len, wrapped)), list[Tensor]()
-    for lines in wrapped:
-        strip = Image.new("RGB", (width, TITLE * many + 6), "white")
-        for i, line in enumerate(lines, many - len(lines)):
-            ImageDraw.Draw(strip).text((width / 2, TITLE * i + TITLE / 2 + 3), line, "black", font, anchor="mm")
+def _title_strips(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
+    """Texts in black on white, each on as many lines as the longest needs, and cut to fit."""
+    letters = font(TITLE)
+    lines_of_each = [_wrapped(text, width, letters) for text in texts]
+    most_lines = max(map(len, lines_of_each))
+    strips: list[Tensor] = []
+    for lines in lines_of_each:
+        strip = Image.new("RGB", (width, TITLE * most_lines + 6), "white")
+        pen = ImageDraw.Draw(strip)
+        first = most_lines - len(lines)  # short titles stand low, next to their image
+        for i, line in enumerate(lines, first):
+            pen.text((width / 2, TITLE * i + TITLE / 2 + 3), line, "black", letters, anchor="mm")
         strips.append(torch.from_numpy(np.array(strip)))
     return torch.stack(strips)
 
 
-def _lines(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(text: str, width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
     """A text word by word on lines of `width` pixels, the last of them cut where there are too many."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and len(lines) < LINES and font.getlength(longer) > width:
+        if lines[-1] and len(lines) < MAX_TITLE_LINES and letters.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return [_cut(line, width, font) for line in lines]
+    return [_cut(line, width, letters) for line in lines]
 
 
-def _cut(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    while len(line) > 1 and font.getlength(line) > width:
+def _cut(line: str, width: float, letters: ImageFont.FreeTypeFont) -> str:
+    """The line, or its beginning with "…", so that it fits."""
+    while len(line) > 1 and letters.getlength(line) > width:
         line = line.rstrip("…")[:-1] + "…"
     return line
 
@@ -112,98 +150,159 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
 
     The frame is the truth's with a tenth around it; samples that fly farther fall outside of it.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
-    lines = 1 + max(title.count("\n") for title in samples)
-    figure = Figure(figsize=(side * len(samples), side + 0.3 * lines), dpi=150, layout="constrained")
-    low, high = real.amin(0), real.amax(0)
-    (left, right), (bottom, top) = torch.stack([low - (high - low) / 10, high + (high - low) / 10], 1).tolist()
-    for axes, (title, x) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples.items(), strict=True):
+    title_lines = 1 + max(title.count("\n") for title in samples)
+    size = (side * len(samples), side + 0.3 * title_lines)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    low = real.amin(0)
+    high = real.amax(0)
+    margin = (high - low) / 10
+    left, bottom = (low - margin).tolist()
+    right, top = (high + margin).tolist()
+    panels = figure.subplots(1, len(samples), squeeze=False)[0]
+    for axes, (title, x) in zip(panels, samples.items(), strict=True):
         axes.scatter(*real.T.numpy(), s=6, color="0.8", linewidths=0)
         axes.scatter(*x.T.numpy(), s=2, color="red", linewidths=0)
         axes.set(title=title, xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
-    return drawn(figure)
+    return from_figure(figure)
 
 
-def drawn(figure: Any) -> Image.Image:  # noqa: ANN401, its Figure is slow to import
-    """A figure of matplotlib as a picture."""
+def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, its Figure is slow to import
+    """A figure of matplotlib as a picture, which is transparent where the figure has no ground (facecolor "none")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture = Image.fromarray(np.array(canvas.buffer_rgba()))
+    *_, opacity = figure.get_facecolor()
+    return picture if opacity == 0 else picture.convert("RGB")
 
 
-def letters(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     """A font of this many pixels: matplotlib's own file, which has Greek and the letters of many scripts."""
     from matplotlib.font_manager import findfont
 
     return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
-def labelled(
+def labelled_grid(
     rows: Mapping[str, Sequence[Image.Image]] | Sequence[tuple[str, Sequence[Image.Image]]],
     columns: Sequence[str] = (),
-    gap: int = 6,
+    gap: int = GAP,
 ) -> Image.Image:
     """Pictures in a grid on white, in cells of the largest's size, the rows' names on the left, the columns' above."""
-    rows = list(rows.items() if isinstance(rows, Mapping) else rows)
-    w, h = (max(sides) for sides in zip(*(one.size for _, pictures in rows for one in pictures), strict=True))
-    size = max(14, h // 16 if columns else h // 4)
-    font = letters(size)
-    names = max(font.getlength(line) for name, _ in rows for line in name.split("\n"))
-    left = int(names) + 12 if names else 0
-    top = (1 + max(name.count("\n") + 1 for name in columns)) * size if columns else 0
-    across = max(len(pictures) for _, pictures in rows)
-    page = Image.new("RGB", (left + across * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
+    named_rows = list(rows.items() if isinstance(rows, Mapping) else rows)
+    sizes = [picture.size for _, pictures in named_rows for picture in pictures]
+    width = max(w for w, _ in sizes)
+    height = max(h for _, h in sizes)
+    across = max(len(pictures) for _, pictures in named_rows)
+
+    # room for the names
+    letter = max(14, height // 16 if columns else height // 4)
+    letters = font(letter)
+    longest_line = max(letters.getlength(line) for name, _ in named_rows for line in name.split("\n"))
+    left = int(longest_line) + 12 if longest_line else 0
+    top = 0
+    if columns:
+        top = (1 + max(name.count("\n") + 1 for name in columns)) * letter
+
+    page_width = left + across * (width + gap) - gap
+    page_height = top + len(named_rows) * (height + gap) - gap
+    page = Image.new("RGB", (page_width, page_height), "white")
     pen = ImageDraw.Draw(page)
     for i, name in enumerate(columns):
-        pen.text((left + i * (w + gap) + w / 2, top / 2), name, "black", font, anchor="mm", align="center")
-    for j, (name, pictures) in enumerate(rows):
-        y = top + j * (h + gap)
-        pen.text((left - 8, y + h / 2), name, "black", font, anchor="rm", align="right")
+        middle = left + i * (width + gap) + width / 2
+        pen.text((middle, top / 2), name, "black", letters, anchor="mm", align="center")
+    for j, (name, pictures) in enumerate(named_rows):
+        y = top + j * (height + gap)
+        pen.text((left - 8, y + height / 2), name, "black", letters, anchor="rm", align="right")
         for i, picture in enumerate(pictures):
-            page.paste(picture, (left + i * (w + gap), y))
+            page.paste(picture, (left + i * (width + gap), y))
     return page
 
 
-def headed(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
+def with_column_names(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
     """The sheet on white, names above columns of equal width: one that is too long is written smaller, or cut."""
     if not names:
         return sheet
     width = sheet.width / len(names)
-    longest = max(names, key=letters(LETTERS[0]).getlength)
-    size = next((n for n in LETTERS if letters(n).getlength(longest) < width - 4), LETTERS[-1])
-    font, top = letters(size), 2 * LETTERS[0]
+    longest = max(names, key=font(NAME_SIZES[0]).getlength)
+    fitting = (size for size in NAME_SIZES if font(size).getlength(longest) < width - 4)
+    letters = font(next(fitting, NAME_SIZES[-1]))
+    top = 2 * NAME_SIZES[0]
     page = Image.new("RGB", (sheet.width, sheet.height + top), "white")
     page.paste(sheet, (0, top), sheet if sheet.mode == "RGBA" else None)
+    pen = ImageDraw.Draw(page)
     for i, name in enumerate(names):
-        cut = next((name[:n] + "…" for n in range(len(name), 0, -1) if font.getlength(name[:n] + "…") < width), "…")
-        shown = name if font.getlength(name) < width else cut
-        ImageDraw.Draw(page).text(((i + 0.5) * width, top / 2), shown, "black", font, anchor="mm")
+        pen.text(((i + 0.5) * width, top / 2), _cut(name, width, letters), "black", letters, anchor="mm")
     return page
 
 
-def gathered(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "") -> Image.Image:
+def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "") -> Image.Image:
     """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
-    (w, h), gap = next(iter(blocks.values())).size, 28
-    font = letters(size := max(22, w // 30))
-    top = size * (2 + max(name.count("\n") for name in blocks))
-    high, across = h + top + gap, min(across, len(blocks))
-    whole = -(-len(blocks) // across) * high - gap
-    page = Image.new("RGB", (across * (w + gap) - gap, whole + (2 * size if note else 0)), "white")
-    ImageDraw.Draw(page).text((0, whole + size), note, "black", font, anchor="lm")
+    width, height = next(iter(blocks.values())).size
+    letter = max(22, width // 30)
+    letters = font(letter)
+    top = letter * (2 + max(name.count("\n") for name in blocks))
+    block_height = top + height + BLOCK_GAP
+    across = min(across, len(blocks))
+    rows = -(-len(blocks) // across)
+    note_top = rows * block_height - BLOCK_GAP
+    page_height = note_top + 2 * letter if note else note_top
+    page = Image.new("RGB", (across * (width + BLOCK_GAP) - BLOCK_GAP, page_height), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((0, note_top + letter), note, "black", letters, anchor="lm")
     for i, (name, picture) in enumerate(blocks.items()):
-        x, y = i % across * (w + gap), i // across * high
-        ImageDraw.Draw(page).text((x, y + top / 2), name, "black", font, anchor="lm")
+        row, column = divmod(i, across)
+        x = column * (width + BLOCK_GAP)
+        y = row * block_height
+        pen.text((x, y + top / 2), name, "black", letters, anchor="lm")
         page.paste(picture, (x, y + top))
     return page
 
 
+def captioned_pictures(captioned: Sequence[tuple[str, Image.Image]], head: str, across: int = 3) -> Image.Image:
+    """Pictures of one size on white, `across` to a row, the caption of each below it, and a line above them all."""
+    _, first = captioned[0]
+    width = max(MIN_CAPTION_WIDTH, first.width)
+    letters = font(CAPTION)
+    letters_to_a_line = max(1, int(width / letters.getlength("n")))
+    texts = [textwrap.fill(caption, letters_to_a_line) for caption, _ in captioned]
+    most_lines = max(text.count("\n") + 1 for text in texts)
+    block_height = first.height + (1 + most_lines) * (CAPTION + 4) + CAPTION_MARGIN
+    rows = -(-len(texts) // across)
+    across = min(across, len(texts))
+    top = CAPTION + CAPTION_MARGIN
+    page = Image.new("RGB", (across * (width + CAPTION_MARGIN) - CAPTION_MARGIN, rows * block_height + top), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((0, 0), head, "black", letters)
+    for i, ((_, picture), text) in enumerate(zip(captioned, texts, strict=True)):
+        row, column = divmod(i, across)
+        x = column * (width + CAPTION_MARGIN)
+        y = row * block_height + top
+        page.paste(picture, (x, y))
+        pen.multiline_text((x, y + picture.height + 4), text, "black", letters)
+    return page
+
+
+def png(picture: Image.Image, *, optimize: bool = False) -> bytes:
+    """The bytes of a PNG; `optimize`: as few as can be had, for longer work."""
+    buffer = BytesIO()
+    picture.save(buffer, format="png", optimize=optimize)
+    return buffer.getvalue()
+
+
+def embed(picture: Image.Image) -> str:
+    """The picture as an address that is the picture itself, a PNG of at most `MAX_EMBEDDED_WIDTH`."""
+    shown = picture.copy()
+    shown.thumbnail((MAX_EMBEDDED_WIDTH, 8 * MAX_EMBEDDED_WIDTH))
+    return "data:image/png;base64," + b64encode(png(shown, optimize=True)).decode()
+
+
 def write_picture(path: Path, picture: Image.Image) -> None:
     """One picture as PNG, whole or not at all; raises as `dumo.io.file.whole`, as the others do."""
-    with whole(path) as half:
-        picture.save(half, format="png")
+    files.write(path, png(picture))
 
 
 def write_singles(folder: Path, pixels: PixelRows, first: int = 0) -> None:
@@ -223,5 +322,5 @@ def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"])
 
 
 def _write_arrays(path: Path, x: np.ndarray, c: np.ndarray) -> None:
-    with whole(path) as half, half.open("wb") as file:  # savez would add an ending to a path
+    with files.whole(path) as half, half.open("wb") as file:  # savez would add an ending to a path
         np.savez(file, x, c.astype(np.int64))

@@ -20,11 +20,11 @@ from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels
 from dumo.io import picture, weights
-from dumo.lab import chart
+from dumo.lab import arm
 from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mean, main_score
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
-from dumo.report import gallery
+from dumo.report import chart, gallery
 from dumo.run.judge import real_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.progress import passes_text
@@ -52,7 +52,7 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
             points.setdefault(line, {})[name] = row[score], row.get(f"{score}_sd")
         title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
-        drawn[f"fair-nfe{nfe}"] = chart.dots(title, chart.axis(score), points, names)
+        drawn[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
     return drawn
 
 
@@ -100,7 +100,7 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     files: list[Path] = []
     for data in dict.fromkeys(one.cell.labels["data"] for one in results):
         files.append(folder / f"words-{data}-samples.png")
-        picture.write_picture(files[-1], chart.samples([one for one in results if one.cell.labels["data"] == data]))
+        picture.write_picture(files[-1], arm.samples([one for one in results if one.cell.labels["data"] == data]))
     return files
 
 
@@ -210,7 +210,7 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
         f"{plan.name}-nfe{nfe}": chart.curves(
             f"What a budget buys, {passes_text(nfe)}",
             f"counted operations, over those of {steps:,} steps of {paper}",
-            chart.axis(main_score(table[0])),
+            chart.score_label(main_score(table[0])),
             {name: curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
             level=(level(table, nfe), f"{paper} at 1"),
         )

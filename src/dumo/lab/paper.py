@@ -18,13 +18,12 @@ from dumo.config.spec import Run
 from dumo.config.word import MERITS, word
 from dumo.flow import generate
 from dumo.io import picture
-from dumo.lab import chart
 from dumo.lab.bench import interleave, quartiles
 from dumo.lab.cell import Result, Row, averaged, main_score
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.plan import machine
 from dumo.plan import plan as counts
-from dumo.report import gallery
+from dumo.report import chart, gallery
 from dumo.report.evaluate import row
 from dumo.run.index import Index
 from dumo.run.judge import evaluator_of
@@ -76,7 +75,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
     panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
-    picture.write_picture(path, picture.gathered(panels, 4))
+    picture.write_picture(path, picture.named_blocks(panels, 4))
     return [path]
 
 
@@ -88,9 +87,8 @@ def fig4a_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
         what = "β of its loss" if of["objective"] == "DuMo" else "velocity ratio of its rows"
         point = of["share_on_velocity"], of[score], of.get(f"{score}_sd")
         points.setdefault(f"{of['objective']}, {what}", []).append(point)
-    return {
-        "fig4a": chart.curves("Share on the velocity, one pass", "share on the velocity", chart.axis(score), points)
-    }
+    label = chart.score_label(score)
+    return {"fig4a": chart.curves("Share on the velocity, one pass", "share on the velocity", label, points)}
 
 
 def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -121,7 +119,7 @@ def measured(one: Result) -> Iterator[Row]:
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.stages(trained.folder, trained.step).items():
         then = gallery.open_at(trained, step, file)
-        for reading in gallery.choose(then.sampler, None, JUDGED):
+        for reading in gallery.choose_modes(then.sampler, None, JUDGED):
             for n in JUDGED:
                 scores = row(then.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
                 passes_solver_distance = islice(scores.items(), 3)

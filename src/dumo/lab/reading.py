@@ -32,14 +32,14 @@ WARM = BATCHES + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
 
 
-class Part(Spec):
+class DataOnly(Spec):
     """The part of a run that names the data."""
 
     data: Data
 
 
 @dataclass(frozen=True)
-class Reading:
+class DataBenchmark:
     """What is read, in batches of which size, and what a run costs that reads it, if there is one."""
 
     data: Data
@@ -49,7 +49,7 @@ class Reading:
 
 def reading_of(
     source: str, overrides: Sequence[str] = (), *, batch: int | None = None, side: int | None = None
-) -> Reading:
+) -> DataBenchmark:
     """A recipe's data at its batch; or images of a folder or file, of `side` pixels (256), in batches of 256.
 
     Raises UserError as loading does, and for a side with a recipe.
@@ -58,14 +58,14 @@ def reading_of(
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
         run = resolve(load(source, overrides))
-        return Reading(run.data, batch or run.train.batch, Cost(run))
+        return DataBenchmark(run.data, batch or run.train.batch, Cost(run))
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
-    return Reading(found_data(parse(Part, tree).data), batch or 256, None)
+    return DataBenchmark(found_data(parse(DataOnly, tree).data), batch or 256, None)
 
 
 def measure(
-    reading: Reading,
+    reading: DataBenchmark,
     *,
     threads: Sequence[int] | None = None,
     batches: int = 20,
@@ -124,7 +124,7 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
         return batch * (len(steps) - WARM) / (now(device) - began)
 
 
-def step_seconds_of(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
+def step_seconds_of(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
     peak = known_peak_tflops(device)
     if (cost := reading.cost) is None or peak is None:

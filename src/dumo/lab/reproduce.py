@@ -15,7 +15,7 @@ from PIL import Image
 from dumo.config.error import require_known
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import cell, chart, ours, paper
+from dumo.lab import arm, cell, ours, paper
 from dumo.lab.cell import Result, Row, averaged, markdown
 from dumo.lab.plan import SCALES, Plan, read
 from dumo.runtime import dist
@@ -24,7 +24,7 @@ from dumo.runtime.progress import Bar, no_bar
 
 def ranking(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """The arms, the best on top."""
-    return {plan.name: chart.ranking(plan.title, table)}
+    return {plan.name: arm.ranking(plan.title, table)}
 
 
 def samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
@@ -32,7 +32,7 @@ def samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     if not plan.samples:
         return []
     path = folder / f"{plan.name}-samples.png"
-    picture.write_picture(path, chart.samples(results))
+    picture.write_picture(path, arm.samples(results))
     return [path]
 
 

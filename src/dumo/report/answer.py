@@ -1,5 +1,6 @@
 """What the demo answers: rows of pictures with their words, of one run or of several.
 
+`make`, `passes`, `interpolation` and `neighbours` answer for one run; `together` asks several, one after the other.
 What takes long is answered in parts: each answer holds what there was before, and more. Nothing here knows a browser
 or a server.
 """
@@ -18,10 +19,9 @@ from dumo.flow.guide import CFG
 from dumo.flow.solver import Fresh
 from dumo.io import picture
 from dumo.io.read import brief
-from dumo.report.gallery import POINTS as SCATTERED
-from dumo.report.gallery import Reading, solver_title
-from dumo.report.live import WORDS, Live
-from dumo.report.sample import titles
+from dumo.report.gallery import POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_title
+from dumo.report.live import InteractiveRun
+from dumo.report.sample import sheet
 from dumo.run.prompt import names
 from dumo.runtime.progress import passes_text
 from dumo.types import Sample, UserError
@@ -29,7 +29,7 @@ from dumo.types import Sample, UserError
 PASSES = (1, 2, 4, 50)  # side by side: what few-step models take, and what flow models do
 STEPS = 9  # from one noise to another, both ends among them
 SAMPLES = 8  # with their nearest images
-DIGITS = 18  # of a seed, at most: ours
+MAX_SEED_DIGITS = 18  # ours
 
 
 def between(a: Fresh, b: Fresh, steps: int) -> Fresh:
@@ -48,7 +48,7 @@ def between(a: Fresh, b: Fresh, steps: int) -> Fresh:
 
 
 @dataclass(frozen=True)
-class Cell:
+class AnswerCell:
     """A picture and the words below it; None: there is none, and the words say why."""
 
     picture: Image.Image | None
@@ -56,11 +56,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class AnswerRow:
     """Pictures side by side, and what they have in common; `across`: how many to a line, all if 0."""
 
     title: str
-    cells: Sequence[Cell]
+    cells: Sequence[AnswerCell]
     across: int = 0
 
     @property
@@ -73,7 +73,7 @@ class Row:
 class Answer:
     """Rows of pictures, and a line about them all; of samples to keep, their sheet, and the Python that makes them."""
 
-    rows: Sequence[Row]
+    rows: Sequence[AnswerRow]
     line: str = ""
     sheet: Image.Image | None = None
     script: str = ""
@@ -82,123 +82,159 @@ class Answer:
 Answers = Callable[..., Iterator[Answer]]  # of a run, and what a person chose
 
 
-def together(lives: Sequence[Live], answers: Answers, *chosen: object) -> Iterator[dict[str, Answer]]:
+def together(lives: Sequence[InteractiveRun], answers: Answers, *chosen: object) -> Iterator[dict[str, Answer]]:
     """The answer of each run by its name, one run after the other, each as far as it is.
 
     Where a run cannot answer and another can, its line says why. Raises UserError where none can.
     """
-    done, wrong = dict[str, Answer](), list[UserError]()
+    done: dict[str, Answer] = {}
+    refusals: list[UserError] = []
     for live in lives:
-        part = Answer([])
+        answer = Answer([])
         try:
-            for part in answers(live, *chosen):
-                yield {**done, live.name: part}
+            for answer in answers(live, *chosen):
+                yield {**done, live.name: answer}
         except UserError as error:
-            part = replace(part, line=str(error))
-            wrong.append(error)
-        done[live.name] = part
-    if len(wrong) == len(lives):
-        raise wrong[0]
-    if wrong:
+            answer = replace(answer, line=str(error))
+            refusals.append(error)
+        done[live.name] = answer
+    if len(refusals) == len(lives):
+        raise refusals[0]
+    if refusals:
         yield done
 
 
-def make(live: Live, what: str, seed: str, guidance: float, n: int, nfe: int, letter: str) -> Iterator[Answer]:
+def make(
+    live: InteractiveRun, what: str, seed: str, guidance: float, n: int, nfe: int, letter: str
+) -> Iterator[Answer]:
     """Samples 0 to n - 1 of a seed, as `dumo sample` and `run.sample` make them. Raises UserError as `passes`."""
-    c, first, reading = live.conditions(what, n), seed_of(seed), live.reading(letter)
-    made = live.make(reading, nfe, c, live.fresh(first, n), live.guide(guidance))
-    conditions, called = live.sampler.conditions, names(live.sampler, c)
-    several = len(set(called)) > 1 and conditions.count
-    cells = [Cell(one, called[i] if several else f"{i}") for i, one in enumerate(pictures(live, made.x))]
+    c = live.conditions(what, n)
+    seed_number = seed_of(seed)
+    mode = live.mode(letter)
+    made = live.make(mode, nfe, c, live.fresh(seed_number, n), live.guide(guidance))
+    conditions = live.sampler.conditions
+    condition_names = names(live.sampler, c)
+    notes = [str(i) for i in range(n)]
+    if conditions.count and len(set(condition_names)) > 1:
+        notes = condition_names
+    cells = [AnswerCell(image, note) for image, note in zip(pictures(live, made.x), notes, strict=True)]
+    images = "1 image" if n == 1 else f"{n} images"
     yield Answer(
-        [Row("", cells, 1 + isqrt(n - 1))],
-        f"{n} image{'s' * (n > 1)}, {passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all.",
-        picture.sheet(picture.to_rows(made.x), **titles(c, conditions, called)),
-        script(live, what, first, guidance, n, nfe, reading),
+        [AnswerRow("", cells, across=1 + isqrt(n - 1))],
+        f"{images}, {passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all.",
+        sheet(made.x, c, conditions, condition_names),
+        script(live, what, seed_number, guidance, n, nfe, mode),
     )
 
 
-def script(live: Live, what: str, seed: int, guidance: float, n: int, nfe: int, reading: Reading) -> str:
+def script(live: InteractiveRun, what: str, seed: int, guidance: float, n: int, nfe: int, mode: SamplingMode) -> str:
     """The Python that makes the same images, and writes them to files."""
-    conditions, options = live.sampler.conditions, dict[str, object]()
+    conditions = live.sampler.conditions
+    options: dict[str, object] = {}
     if conditions.count and what.strip():
         options["prompts" if conditions.captions else "classes"] = what.strip()
-    options |= {"n": n, "nfe": nfe, "seed": seed}
-    if reading.solver.kind != live.sampler.spec.solver.kind:
-        options["solver"] = reading.solver.kind
+    options["n"] = n
+    options["nfe"] = nfe
+    options["seed"] = seed
+    if mode.solver.kind != live.sampler.spec.solver.kind:
+        options["solver"] = mode.solver.kind
     if not live.unguided:
         options["guidance"] = guidance
-    given = ", ".join(f"{name}={value!r}" for name, value in (options | {"output": "pil"}).items())
+    options["output"] = "pil"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     file = live.name.replace("{", "{{").replace("}", "}}") + "-{i:06d}.png"
-    lines = f"run = {live.load}", f"images = run.sample({given})", "for i, image in enumerate(images):"
-    return "\n".join([*lines, f"    image.save(f{file!r})\n"])
+    lines = [
+        f"run = {live.load}",
+        f"images = run.sample({arguments})",
+        "for i, image in enumerate(images):",
+        f"    image.save(f{file!r})",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def passes(live: Live, what: str, seed: str, guidance: float) -> Iterator[Answer]:
-    """The same noise by 1, 2, 4 and 50 passes, a row for each reading; of points, many in a scatter.
+def passes(live: InteractiveRun, what: str, seed: str, guidance: float) -> Iterator[Answer]:
+    """The same noise by 1, 2, 4 and 50 passes, a row for each mode; of points, many in a scatter.
 
-    What a reading cannot make says why. Raises UserError for a class, seed or guidance that is none.
+    What a mode cannot make says why. Raises UserError for a class, seed or guidance that is none.
     """
-    late, images = time.monotonic() + live.limit, 1 if live.sampler.is_image else SCATTERED
-    c, fresh, guide = live.conditions(what, images), live.fresh(seed_of(seed), images), live.guide(guidance)
-    cells = {letter: [Cell(None)] * len(PASSES) for letter in live.readings}
-    lacks = [what for letter, what in WORDS.items() if letter not in cells]
-    line = f"Objective {live.sampler.flow.objective.kind} teaches no {' and no '.join(lacks)}." if lacks else ""
-    for letter, reading in live.readings.items():
+    until = time.monotonic() + live.limit
+    n = 1 if live.sampler.is_image else POINTS
+    c = live.conditions(what, n)
+    fresh = live.fresh(seed_of(seed), n)
+    guide = live.guide(guidance)
+    line = ""
+    untaught = [taught for letter, taught in TAUGHT_BY_LETTER.items() if letter not in live.modes]
+    if untaught:
+        line = f"Objective {live.sampler.flow.objective.kind} teaches no {' and no '.join(untaught)}."
+    cells = {letter: [AnswerCell(None)] * len(PASSES) for letter in live.modes}
+    for letter, mode in live.modes.items():
         for i, nfe in enumerate(PASSES):
-            cells[letter][i] = attempt(live, reading, nfe, c, fresh, guide, late)
-            yield Answer([Row(title(live.readings[name]), [*row]) for name, row in cells.items()], line)
+            cells[letter][i] = attempt(live, mode, nfe, c, fresh, guide, until)
+            rows = [AnswerRow(title(live.modes[letter]), list(row)) for letter, row in cells.items()]
+            yield Answer(rows, line)
 
 
-def title(reading: Reading) -> str:
+def title(mode: SamplingMode) -> str:
     """What it follows, and how: 'jumps: u (Restart)'."""
-    return f"{WORDS[reading.letter]}: {reading.letter} ({solver_title(reading.solver)})"
+    return f"{TAUGHT_BY_LETTER[mode.letter]}: {mode.letter} ({solver_title(mode.solver)})"
 
 
-def attempt(live: Live, reading: Reading, nfe: int, c: Tensor, fresh: Fresh, guide: CFG, late: float) -> Cell:
+def attempt(
+    live: InteractiveRun, mode: SamplingMode, nfe: int, c: Tensor, fresh: Fresh, guide: CFG, until: float
+) -> AnswerCell:
     """A sample as a cell, with its passes and time, or why there is none."""
     try:
-        made = live.make(reading, nfe, c, fresh, guide, late)
-        return Cell(pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {seconds_text(made.seconds)}")
+        made = live.make(mode, nfe, c, fresh, guide, until)
+        return AnswerCell(pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {seconds_text(made.seconds)}")
     except UserError as error:
-        return Cell(None, f"{passes_text(nfe)}: {error}")
+        return AnswerCell(None, f"{passes_text(nfe)}: {error}")
 
 
 def interpolation(
-    live: Live, what: str, seed: str, guidance: float, other: str, letter: str, nfe: int
+    live: InteractiveRun, what: str, seed: str, guidance: float, other: str, letter: str, nfe: int
 ) -> Iterator[Answer]:
     """Samples along the way from the noise of a seed to that of another. Raises UserError as `passes`, and for one."""
-    c, a, b = live.conditions(what).expand(STEPS), seed_of(seed), seed_of(other)
+    c = live.conditions(what).expand(STEPS)
+    a = seed_of(seed)
+    b = seed_of(other)
     if a == b:
         raise UserError(f"both seeds are {a}: there is no way between them, give another one")
     noises = between(live.fresh(a), live.fresh(b), STEPS)
-    made = live.make(live.reading(letter), nfe, c, noises, live.guide(guidance))
+    made = live.make(live.mode(letter), nfe, c, noises, live.guide(guidance))
     notes = [f"seed {a}", *(f"{k}/{STEPS - 1}" for k in range(1, STEPS - 1)), f"seed {b}"]
-    cells = [Cell(one, note) for one, note in zip(pictures(live, made.x), notes, strict=True)]
+    cells = [AnswerCell(image, note) for image, note in zip(pictures(live, made.x), notes, strict=True)]
     cost = f"{passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all."
-    where = f"Noises at equal angles on the quarter circle from that of seed {a} to that of seed {b}."
-    yield Answer([Row("", cells)], f"{cost} {where}")
+    meaning = f"Noises at equal angles on the quarter circle from that of seed {a} to that of seed {b}."
+    yield Answer([AnswerRow("", cells)], f"{cost} {meaning}")
 
 
-def neighbours(live: Live, what: str, seed: str, guidance: float, letter: str, nfe: int) -> Iterator[Answer]:
+def neighbours(live: InteractiveRun, what: str, seed: str, guidance: float, letter: str, nfe: int) -> Iterator[Answer]:
     """The first samples of a seed, and below each the nearest image of the data. Raises UserError as `passes`."""
-    c, noises = live.conditions(what, SAMPLES), live.fresh(seed_of(seed), SAMPLES)
-    made = live.make(live.reading(letter), nfe, c, noises, live.guide(guidance))
-    samples = Row("samples", [Cell(one, f"{i}") for i, one in enumerate(pictures(live, made.x))])
+    c = live.conditions(what, SAMPLES)
+    noises = live.fresh(seed_of(seed), SAMPLES)
+    made = live.make(live.mode(letter), nfe, c, noises, live.guide(guidance))
+    samples = AnswerRow("samples", [AnswerCell(image, str(i)) for i, image in enumerate(pictures(live, made.x))])
     try:
-        (real, size), spacing = live.data, live.spacing
+        real, size = live.data
+        spacing = live.spacing
     except (UserError, OSError) as error:
         yield Answer([samples], f"The data are not here, so no image is compared: {error}")
         return
-    far, places = nearest(real, made.x)
-    found = zip(pictures(live, real[places]), far.tolist(), strict=True)
-    nearests = Row("nearest", [Cell(one, f"distance {d:.2f}") for one, d in found])
-    yield Answer([samples, nearests], distance_text(len(real), size, spacing))
+    distances, places = nearest(real, made.x)
+    cells: list[AnswerCell] = []
+    for image, distance in zip(pictures(live, real[places]), distances.tolist(), strict=True):
+        cells.append(AnswerCell(image, f"distance {distance:.2f}"))
+    yield Answer([samples, AnswerRow("nearest", cells)], distance_text(len(real), size, spacing))
 
 
 def distance_text(rows: int, size: int | None, spacing: float) -> str:
     """What a distance is, among how many images, and how far these lie from one another."""
-    among = f"all {rows:,}" if rows == size else f"{rows:,} of {size:,}" if size else f"{rows:,}"
+    if rows == size:
+        among = f"all {rows:,}"
+    elif size:
+        among = f"{rows:,} of {size:,}"
+    else:
+        among = f"{rows:,}"
     return (
         f"Looked for among {among} images of the data, which lie {spacing:.2f} from the nearest other one in the mean. "
         "Distances are Euclidean, between the pixels of images in [-1, 1], not between what they show: an image moved "
@@ -206,19 +242,22 @@ def distance_text(rows: int, size: int | None, spacing: float) -> str:
     )
 
 
-def pictures(live: Live, x: Sample) -> list[Image.Image]:
+def pictures(live: InteractiveRun, x: Sample) -> list[Image.Image]:
     """Samples as pictures: one each, of points one for all. Raises UserError where they are no finite numbers."""
-    if not live.sampler.is_image:
-        return [picture.scatter(live.data[0], {"": x})]
-    return [Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(x)]
+    if live.sampler.is_image:
+        return picture.singles(x)
+    points, _ = live.data
+    return [picture.scatter(points, {"": x})]
 
 
 def seed_of(text: str) -> int:
     """A seed as it was typed. Raises UserError for what is none."""
-    word = text.strip()
-    if not (word.isascii() and word.isdecimal() and len(word) <= DIGITS):
-        raise UserError(f"seed '{brief(word, 40)}' is none: give a whole number from 0 on, of at most {DIGITS} digits")
-    return int(word)
+    seed = text.strip()
+    if not (seed.isascii() and seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
+        raise UserError(
+            f"seed '{brief(seed, 40)}' is none: give a whole number from 0 on, of at most {MAX_SEED_DIGITS} digits"
+        )
+    return int(seed)
 
 
 def seconds_text(seconds: float) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dumo.evaluation.distance import Estimate, level
-from dumo.evaluation.protocol import CLASS_MMD, rising
-from dumo.report.card import FILE, Card, Row, first_of, read_report, seen
+from dumo.evaluation.protocol import CLASS_MMD
+from dumo.report import score
+from dumo.report.card import FILE, Card, Row, read_report
 from dumo.runtime import typed
 from dumo.types import UserError
 
@@ -32,17 +32,22 @@ OF_RUNS = ("codec", "seed")  # of how samples are made and decoded; of images th
 
 def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:
     """What measured otherwise: the fields that are not the same on all cards, each with its value on every card."""
-    measured = [_measured(one) for one in cards]
-    fields = dict.fromkeys(field for one in measured for field in one)
-    found = {field: [one.get(field) for one in measured] for field in fields}
-    runs = [i for i, one in enumerate(cards) if "images" not in one]
-    some = {field: [found[field][i] for i in runs] if field in OF_RUNS else values for field, values in found.items()}
-    return {field: found[field] for field, values in some.items() if any(value != values[0] for value in values)}
+    measures = [_measure(card) for card in cards]
+    runs = [i for i, card in enumerate(cards) if "images" not in card]
+    fields = dict.fromkeys(field for measure in measures for field in measure)
+    differs: dict[str, list[Any]] = {}
+    for field in fields:
+        values = [measure.get(field) for measure in measures]
+        compared = [values[i] for i in runs] if field in OF_RUNS else values
+        if any(value != compared[0] for value in compared):
+            differs[field] = values
+    return differs
 
 
 def alike(cards: Mapping[str, Card]) -> None:
     """Refuse cards, by name, that were measured otherwise. Raises UserError with the fields side by side."""
-    if differs := differing(list(cards.values())):
+    differs = differing(list(cards.values()))
+    if differs:
         lines = [f"{field}: {_side_by_side(cards, values)}" for field, values in differs.items()]
         raise UserError(
             "\n  ".join(["these were not measured alike, so no table holds them both:", *lines])
@@ -65,47 +70,49 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     if not anyway:
         alike(cards)
     differs = differing(list(cards.values()))
-    solvers = [one["solver"] for one in cards.values() if "solver" in one]
-    settings = {name for solver in solvers for name in solver if name != "kind"}
-    varied = [name for name in sorted(settings) if len({str(solver.get(name)) for solver in solvers}) > 1]
-    rows, trained = list[Row](), any("trained_on" in one for one in cards.values())
+    varied_settings = _varied_settings(list(cards.values()))
+    any_trained_on = any("trained_on" in card for card in cards.values())
+
+    rows: list[Row] = []
     for i, (source, report) in enumerate(reports.items()):
-        head = {
-            "run": report.get("images", source),
-            "step": report.get("step"),
-            **{field: shortened(found[i]) for field, found in differs.items()},
-        }
-        own = {name: report["card"].get("solver", {}).get(name) for name in varied}
-        on = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
-        rows += [head | own | scores | on for scores in report["results"]]
-        rows += [head | dict.fromkeys(varied) | scores | on for scores in report.get("contrast", [])]
-    by_class = all(CLASS_MMD in report["results"][0] for report in reports.values())
-    rows = with_best(rows, CLASS_MMD if by_class else first_of(reports[sources[0]]["results"][0]))
-    columns = dict.fromkeys(key for row in rows for key in row)
+        first_row = report["results"][0]
+        card = report["card"]
+        head: Row = {"run": report.get("images", source), "step": report.get("step")}
+        for field, values in differs.items():
+            head[field] = shortened(values[i])
+        tail: Row = {}
+        if any_trained_on:
+            tail["trained_on"] = ", ".join(score.biased(first_row, card)) or None
+        solver = card.get("solver", {})
+        own_settings = {name: solver.get(name) for name in varied_settings}
+        other_settings = dict.fromkeys(varied_settings)
+        rows += [head | own_settings | row | tail for row in report["results"]]
+        rows += [head | other_settings | row | tail for row in report.get("contrast", [])]
+
+    lead = score.first_of(reports[sources[0]]["results"][0])
+    if all(CLASS_MMD in report["results"][0] for report in reports.values()):
+        lead = CLASS_MMD
+    rows = score.mark_best(rows, lead)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    known_perfect = {source: perfect(report) for source, report in reports.items()}
     return {
-        "rows": [{key: row.get(key) for key in columns} for row in rows],
-        "differs": {field: dict(zip(cards, found, strict=True)) for field, found in differs.items()},
-        "perfect": {source: found for source, report in reports.items() if (found := perfect(report))},
+        "rows": [{name: row.get(name) for name in columns} for row in rows],
+        "differs": {field: dict(zip(cards, values, strict=True)) for field, values in differs.items()},
+        "perfect": {source: scores for source, scores in known_perfect.items() if scores},
     }
 
 
-def with_best(rows: Sequence[Row], lead: str) -> list[Row]:
-    """The rows, with `best`: the least of its number of passes, or level with it (`level`), where errors are known."""
-    known = [row for row in rows if row.get(lead) is not None and row.get(f"{lead}_sd") is not None]
-    best: set[int] = set()
-    for nfe in {row.get("nfe") for row in known}:
-        same = [row for row in known if row.get("nfe") == nfe]
-        ties = level([Estimate(row[lead], row[f"{lead}_sd"]) for row in same])
-        best |= {id(row) for row, tie in zip(same, ties, strict=True) if tie}
-    return [row | ({"best": id(row) in best} if known and not rising(lead) else {}) for row in rows]
+def _varied_settings(cards: Sequence[Card]) -> list[str]:
+    """The settings of the solver that are not the same on all cards that have one."""
+    solvers = [card["solver"] for card in cards if "solver" in card]
+    names = {name for solver in solvers for name in solver if name != "kind"}
+    return [name for name in sorted(names) if len({str(solver.get(name)) for solver in solvers}) > 1]
 
 
 def perfect(report: Row) -> Row:
-    """What a perfect sampler would have of a report's scores, by name, with spreads; {} where that is not known."""
-    found: Row = report["baselines"].get("perfect", {})
-    lead = first_of(report["results"][0])
-    names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
-    return {names.get(key, key): value for key, value in found.items() if value is not None}
+    """What a perfect sampler would have of a report's scores, by name, with errors; {} where that is not known."""
+    scores: Row = dict(score.by_name(report).get("perfect", {}))
+    return {name: value for name, value in scores.items() if value is not None}
 
 
 def shortened(value: object) -> str:
@@ -121,22 +128,27 @@ def _side_by_side(cards: Mapping[str, Card], values: Sequence[Any]) -> str:
     return "; ".join(f"{value} in {', '.join(which)}" for value, which in names.items())
 
 
-def _measured(one: Card) -> Card:
+def _measure(card: Card) -> Card:
     """What of a card is measure. Where the reference has no hash, the data are in its place."""
-    found = {field: one[field] for field in MEASURED if field in one}
-    if codec := found.get("codec"):
-        found["codec"] = f"{codec['kind']} {codec['sha256']}"
-    return found if "reference_sha256" in found else found | {"data": one.get("data")}
+    measure = {field: card[field] for field in MEASURED if field in card}
+    codec = measure.get("codec")
+    if codec:
+        measure["codec"] = f"{codec['kind']} {codec['sha256']}"
+    if "reference_sha256" not in measure:
+        measure["data"] = card.get("data")
+    return measure
 
 
 def _file(source: str) -> Path:
     """The evaluation that a run's folder holds, or the file itself. Raises UserError for neither."""
-    path, wrong = Path(source), ""
+    path = Path(source)
     if not path.exists():
-        wrong = f"there is no run's folder or evaluation {source}: give folders such as runs/digits"
-    elif path.is_dir() and not (path / FILE).exists() and (others := sorted(map(str, path.glob("evaluation-*.json")))):
-        way = f"name {' or '.join(others)}, or run dumo evaluate {typed(source)}"
-        wrong = f"{source} was not judged as its own spec says: {way}"
-    if wrong:
-        raise UserError(wrong)
-    return path / FILE if path.is_dir() else path
+        raise UserError(f"there is no run's folder or evaluation {source}: give folders such as runs/digits")
+    if not path.is_dir():
+        return path
+    file = path / FILE
+    others = sorted(map(str, path.glob("evaluation-*.json")))
+    if others and not file.exists():
+        fix = f"name {' or '.join(others)}, or run dumo evaluate {typed(source)}"
+        raise UserError(f"{source} was not judged as its own spec says: {fix}")
+    return file

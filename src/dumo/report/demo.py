@@ -24,12 +24,14 @@ from zipfile import ZipFile
 import jinja2
 import torch
 
-from dumo.io.picture import READABLE, labelled, write_picture
+from dumo.io import picture
 from dumo.report import answer
 from dumo.report.address import guard, url
 from dumo.report.answer import Answer, Answers, together
-from dumo.report.figure import Chart, embed, judged
-from dumo.report.live import WORDS, Live
+from dumo.report.chart import Chart
+from dumo.report.figure import validation_charts
+from dumo.report.gallery import TAUGHT_BY_LETTER
+from dumo.report.live import InteractiveRun
 from dumo.runtime import install, signals
 from dumo.runtime.signals import Stopped
 from dumo.training.log import read_log
@@ -54,20 +56,22 @@ GRACE = 1  # seconds that open connections have then: ours
 Explain = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
 
 
-def page(lives: Sequence[Live], explain: Explain) -> "gr.Blocks":
+def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     """The page of one run, or of several that fit; `explain` says what a person reads of an error."""
     import gradio as gr
 
-    first, called = lives[0], " and ".join(live.name for live in lives)
-    ways = [
-        (f"{WORDS[letter]}: {letter}", letter) for letter in WORDS if any(letter in live.readings for live in lives)
-    ]
+    first = lives[0]
+    names = " and ".join(live.name for live in lives)
+    ways: list[tuple[str, str]] = []
+    for letter, taught in TAUGHT_BY_LETTER.items():
+        if any(letter in live.modes for live in lives):
+            ways.append((f"{taught}: {letter}", letter))
     nfe = max(1, min(first.sampler.spec.nfe[0], MOST))
     seed = partial(gr.Textbox, max_lines=1)  # text: what is no number is answered in words
     reading = partial(gr.Radio, ways, value=ways[0][1], label="by", visible=len(ways) > 1)
     passes = partial(gr.Slider, 1, MOST, nfe, step=1, precision=0, label="passes")
     tab = partial(button, lives, explain)
-    with gr.Blocks(title=f"{called} · dumo", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
+    with gr.Blocks(title=f"{names} · dumo", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         with gr.Row():
             for live in lives:
                 gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(about(live))}</p>{validation(live)}")
@@ -93,27 +97,29 @@ def page(lives: Sequence[Live], explain: Explain) -> "gr.Blocks":
     return blocks.queue(max_size=WAITING)
 
 
-def about(live: Live) -> str:
+def about(live: InteractiveRun) -> str:
     """A run in a line."""
     numbers, here = sum(p.numel() for p in live.opened.net.parameters()), live.opened.device
     device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
     return f"{live.opened.run.about}. Step {live.opened.step:,}, {numbers:,} parameters, on {device}."
 
 
-def validation(live: Live) -> str:
+def validation(live: InteractiveRun) -> str:
     """How far a run was from its data as it trained, folded away; empty where it was not judged then."""
-    charts = list[Chart]()
+    charts: list[Chart] = []
     with suppress(UserError):  # a damaged log is no reason not to play
-        charts += judged(read_log(live.opened.folder / "metrics.jsonl"))
-    found = "".join(
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{one.dark}"><img src="{one.light}" '
-        f'alt="{html.escape(one.alt)}" width="370"></picture>'
-        for one in charts
+        charts += validation_charts(read_log(live.opened.folder / "metrics.jsonl"))
+    if not charts:
+        return ""
+    pictures = "".join(
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{picture.embed(chart.dark)}">'
+        f'<img src="{picture.embed(chart.light)}" alt="{html.escape(chart.alt)}" width="370"></picture>'
+        for chart in charts
     )
-    return f"<details><summary>as it trained</summary>{found}</details>" if found else ""
+    return f"<details><summary>as it trained</summary>{pictures}</details>"
 
 
-def condition(live: Live) -> "gr.Dropdown | gr.Textbox":
+def condition(live: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
     """What an image shows: a prompt where the run reads captions, else a class from a list, or all of them in turn.
 
     Where classes are too many for a list it is typed, by name or number; where there are none the field is hidden.
@@ -130,7 +136,7 @@ def condition(live: Live) -> "gr.Dropdown | gr.Textbox":
     return gr.Textbox("", label=label, max_lines=1, visible=conditions.count > 0)
 
 
-def guidance(lives: Sequence[Live]) -> "gr.Slider":
+def guidance(lives: Sequence[InteractiveRun]) -> "gr.Slider":
     """The scale of guidance; grey, with the reason, where no run can be guided."""
     import gradio as gr
 
@@ -142,7 +148,7 @@ def guidance(lives: Sequence[Live]) -> "gr.Slider":
 
 
 def button(
-    lives: Sequence[Live], explain: Explain, answers: Answers, *inputs: "Component", keeps: bool = False
+    lives: Sequence[InteractiveRun], explain: Explain, answers: Answers, *inputs: "Component", keeps: bool = False
 ) -> None:
     """A button, and below it the answers, each instead of the one before; `keeps`: with downloads.
 
@@ -188,16 +194,17 @@ def downloads() -> "tuple[Sequence[Component], Callable[[Mapping[str, Answer], P
 
 def write(shown: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
     """The pictures of answers, by the runs' names, as an archive of files, and their sheets as one picture."""
-    archive, grid = folder / "images.zip", folder / "grid.png"
+    archive = folder / "images.zip"
     with ZipFile(archive, "w") as files:
         for name, one in shown.items():
-            cells = (cell for row in one.rows for cell in row.cells)
+            cells = [cell for row in one.rows for cell in row.cells]
             for i, cell in enumerate(cells):
                 if cell.picture:
-                    with files.open(f"{name}-{i:06d}.png", "w") as file:
-                        cell.picture.save(file, "png")
+                    files.writestr(f"{name}-{i:06d}.png", picture.png(cell.picture))
     sheets = {name: one.sheet for name, one in shown.items() if one.sheet}
-    write_picture(grid, labelled([("", [*sheets.values()])], [*sheets] if len(shown) > 1 else ()))
+    names = list(sheets) if len(shown) > 1 else ()
+    grid = folder / "grid.png"
+    picture.write_picture(grid, picture.labelled_grid([("", list(sheets.values()))], names))
     return archive, grid
 
 
@@ -205,8 +212,8 @@ def render(shown: Mapping[str, Answer]) -> str:
     """Answers by the runs' names as HTML: pictures row by row, small ones with their pixels as squares, and words."""
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    cast(dict[str, Any], environment.filters)["embed"] = embed
-    return environment.get_template("answer.html.j2").render(shown=shown, small=READABLE)
+    cast(dict[str, Any], environment.filters)["embed"] = picture.embed
+    return environment.get_template("answer.html.j2").render(shown=shown, small=picture.READABLE)
 
 
 def error_text(error: Exception, explain: Explain) -> str:

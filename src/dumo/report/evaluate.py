@@ -1,5 +1,8 @@
 """A run judged by its protocol: samples for every number of passes, scored against the data, with their report card.
 
+`with_options` takes the run as it is to be judged. `evaluate` opens its evaluator, has a `row` measured for each number
+of passes, and writes the report (`write`), merged with the rows that are there. `standing` is that report, read back.
+
 What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
 of passes: it collects their rows. Judged in another way, or of other weights, it is another file, named after what
 differs; of an earlier step it is kept under that step.
@@ -24,7 +27,8 @@ from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
-from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings, state
+from dumo.report import score
+from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings
 from dumo.report.name import Fields, changes, flat, own
 from dumo.report.sample import solver_of
 from dumo.run.judge import conditions, evaluator_of
@@ -92,7 +96,7 @@ def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
         "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
     }
-    report["state"] = state(report["results"], report["baselines"])
+    report["state"] = score.state(report["results"], report["baselines"])
     return path, report
 
 
@@ -208,7 +212,7 @@ def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: d
     parts: dict[str, list[Row]] = {}
     for part, field in ROWS.items():
         parts[part] = [rows[part][n] for n in passes[field]]
-    verdict = state(parts["results"], report["baselines"])
+    verdict = score.state(parts["results"], report["baselines"])
     return {**report, **parts, "state": verdict, "card": {**report["card"], **passes}}
 
 

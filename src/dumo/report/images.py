@@ -24,9 +24,10 @@ from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Data
-from dumo.report.card import Card, state
+from dumo.report import score
+from dumo.report.card import Card
 from dumo.report.evaluate import write
-from dumo.report.place import Batch, Found, agree, look, require_there
+from dumo.report.place import Batch, PlacedImages, agree, look, require_there
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, Tick, no_bar, teller
@@ -38,16 +39,16 @@ KINDS = sorted(
 )  # protocols of images without captions
 
 
-class Part(Spec):
+class ProtocolOnly(Spec):
     """What of an evaluation has a meaning for images that are there."""
 
     protocol: MetricProtocol
 
 
-class Settings(Spec):
+class ImagesSettings(Spec):
     """The fields that --set may give: of the protocol, and of the data that are the reference."""
 
-    evaluate: Part
+    evaluate: ProtocolOnly
     data: Images | None = None
 
 
@@ -113,7 +114,7 @@ def judge(
         },
         "versions": dist.versions(),
     }
-    report["state"] = state(report["results"], report["baselines"])
+    report["state"] = score.state(report["results"], report["baselines"])
     if dist.is_main():
         write(path, report)
     return report
@@ -130,13 +131,13 @@ def counted(batches: Iterator[Batch], total: int, tick: Tick) -> Iterator[Batch]
 
 
 def settings(kind: str, against: str | None, fields: Sequence[str]) -> dict[str, Any]:
-    """The tree of `Settings`, with the protocol and a reference of ADM's; what is not known yet is not there."""
+    """The tree of `ImagesSettings`, with the protocol and a reference of ADM's; what is not known yet is not there."""
     tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
     override(tree, fields)
     if (odd := tree.keys() - {"evaluate", "data"}) or not isinstance(tree["data"], dict):
         field = min(odd or ["data"])
         raise UserError(f"--set {field}: of images set fields of evaluate.protocol, or fields of data, the reference")
-    protocol = parse(Settings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    protocol = parse(ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
     require_known("protocol of images", protocol.kind, KINDS)
     own = "the digits that ship" if protocol.kind == "digits" else None
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
@@ -148,11 +149,11 @@ def settings(kind: str, against: str | None, fields: Sequence[str]) -> dict[str,
     return tree
 
 
-def protocol_of(tree: dict[str, Any], found: Found, place: str) -> Any:  # noqa: ANN401, a union of protocols
+def protocol_of(tree: dict[str, Any], found: PlacedImages, place: str) -> Any:  # noqa: ANN401, a union of protocols
     """The protocol, of as many samples as there are images unless it is set. Raises UserError for too few."""
     there, wanted = len(found.source), tree["evaluate"]["protocol"].setdefault("samples", len(found.source))
     try:
-        protocol = parse(Settings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+        protocol = parse(ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
     except UserError as error:
         raise UserError(f"{place} has {there:,} images: {error}") from error
     if protocol.total > there:
@@ -162,7 +163,7 @@ def protocol_of(tree: dict[str, Any], found: Found, place: str) -> Any:  # noqa:
     return protocol
 
 
-def fitting(protocol: MetricProtocol, found: Found, place: str) -> tuple[int, int]:
+def fitting(protocol: MetricProtocol, found: PlacedImages, place: str) -> tuple[int, int]:
     """How many channels of the images the protocol judges, and in how many classes. Raises UserError for none."""
     count = found.labels.count if found.labels else 0
     for channels in (3, 1):
@@ -177,7 +178,7 @@ def fitting(protocol: MetricProtocol, found: Found, place: str) -> tuple[int, in
 
 
 def reference(
-    protocol: MetricProtocol, tree: dict[str, Any], against: str | None, found: Found, classes: int
+    protocol: MetricProtocol, tree: dict[str, Any], against: str | None, found: PlacedImages, classes: int
 ) -> tuple[Data | None, Card | None, Labels | None]:
     """What images are compared with, what a card says of it, and the images' classes, None where they do not count.
 
@@ -211,7 +212,7 @@ def reference(
 
 def data_of(tree: dict[str, Any], data: dict[str, Any]) -> Images:
     """The images of a reference. Raises UserError where they are not there, or the fields do not fit."""
-    spec = parse(Settings, {"evaluate": tree["evaluate"], "data": data}).data
+    spec = parse(ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert spec is not None, "it is given"
     require_there(user_path(spec.root, "--against"), "--against")
     return spec.found()

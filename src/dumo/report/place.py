@@ -49,7 +49,7 @@ class Same(Oblong):
 
 
 @dataclass(frozen=True)
-class Found:
+class PlacedImages:
     """The images of a place: a source of them, their shape, classes where they have some, and what each is called."""
 
     source: Album | NpzImages
@@ -87,7 +87,7 @@ def agree(one: Labels | None, other: Labels | None) -> bool:
     return one.count == other.count and (one.names == other.names or () in (one.names, other.names))
 
 
-def look(place: Path, option: str) -> Found:
+def look(place: Path, option: str) -> PlacedImages:
     """The images of an .npz, a folder or a table. Raises UserError where there are none, or the first is unreadable."""
     require_there(place, option)
     if (place / FILE).is_file():
@@ -95,7 +95,7 @@ def look(place: Path, option: str) -> Found:
     if place.suffix == ".npz":
         source = NpzImages(place)
         labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
-        return Found(source, (3, *source.shape[1:3]), labels, lambda i: f"image {i} of {place}")
+        return PlacedImages(source, (3, *source.shape[1:3]), labels, lambda i: f"image {i} of {place}")
     with plainly(option):
         store = stored(place)
         try:
@@ -104,7 +104,7 @@ def look(place: Path, option: str) -> Found:
             raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
         frame = Same(height, "none", width, store.path(0))
         source = Album(store, frame, flip=False, skip=False, memory=MEMORY)
-    return Found(source, frame.shape, store.labels, store.path)
+    return PlacedImages(source, frame.shape, store.labels, store.path)
 
 
 def require_there(place: Path, option: str) -> None:

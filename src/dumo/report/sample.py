@@ -1,14 +1,19 @@
-"""Samples of a run, made, decoded and written."""
+"""Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
+
+`with_options` takes the run's sampler with what a user asked for; `export` makes the samples and names their files;
+`write` writes one set of them. How a sheet is laid out, `sheet_layout`, and the data behind a scatter, `data_points`,
+are the same wherever samples are drawn.
+"""
 
 import csv
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dumo.config.check import check_guided
@@ -25,6 +30,7 @@ from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.name import changes, own, sampling, word
+from dumo.run.judge import real_data
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -102,7 +108,7 @@ def size_of(data: Data, text: str | None) -> Size | None:
 
 COUNT = 100  # samples, if no other number is asked for
 FORMS = ("grid", "images", "npz")
-SCATTERED = 4000  # points of the data behind a scatter of samples
+DATA_POINTS = 4000  # of the data, behind a scatter of samples
 
 
 def export(
@@ -170,13 +176,21 @@ def said_of(opened: RunFolder, spec: Sampling) -> list[str]:
     return changes(opened, run_fields, sampling(spec))
 
 
-def titles(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """How many columns a sheet of these classes has, and what is written above them, or above each image.
+@dataclass(frozen=True)
+class SheetLayout:
+    """How many columns a sheet has, and what is written above them, or above each image."""
+
+    columns: int
+    titles: Sequence[str] = ()
+
+
+def sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> SheetLayout:
+    """The layout of a sheet of these conditions; `names` are theirs, where the data have others.
 
     A column holds one class where classes come in turn and are few; elsewhere every image has its own title.
     """
     if not conditions.count:
-        return {"columns": 8}
+        return SheetLayout(columns=8)
     names = names or [conditions.name(k) for k in c.tolist()]
     num_classes = len(set(names))
     is_small = shown(conditions.data).shape[-1] <= picture.READABLE
@@ -186,7 +200,19 @@ def titles(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None
         columns = num_classes * max(1, 8 // num_classes)
     columns = min(columns, len(names))
     in_turn = all(name == names[i % columns] for i, name in enumerate(names))
-    return {"columns": columns, "titles": names[:columns] if in_turn else names}
+    return SheetLayout(columns, names[:columns] if in_turn else names)
+
+
+def sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
+    """Images of these conditions as a sheet with titles. Raises UserError as `picture.to_uint8`."""
+    layout = sheet_layout(c, conditions, names)
+    return picture.sheet(picture.to_rows(x), layout.columns, titles=layout.titles)
+
+
+def data_points(data: Data, seed: int) -> picture.Points:
+    """Points of the data, to stand behind a scatter of samples, chosen by `seed`."""
+    points, _ = real_data(data).reference(DATA_POINTS, seed)
+    return points
 
 
 def write(
@@ -198,10 +224,11 @@ def write(
     which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
     """
     are_points = len(shown(data).shape) == 1
+    conditions = Conditions(data)
     match form:
         case "images":
             picture.write_singles(stem, picture.to_rows(x))
-            if names and Conditions(data).captions:
+            if names and conditions.captions:
                 write_captions(stem, names)
             return stem
         case "npz":
@@ -214,12 +241,9 @@ def write(
         case _:
             path = stem.with_name(f"{stem.name}.png")
             if are_points:
-                data_points, _ = data.open().reference(SCATTERED, seed)
-                image = picture.scatter(data_points, {stem.name: x})
+                image = picture.scatter(data_points(data, seed), {stem.name: x})
             else:
-                headings = titles(c, Conditions(data), names)
-                rows = picture.to_rows(x)
-                image = picture.sheet(rows, columns=headings["columns"], titles=headings.get("titles", ()))
+                image = sheet(x, c, conditions, names)
             picture.write_picture(path, image)
             return path
 

@@ -1,90 +1,79 @@
-"""What was measured of a run, set out: its scores, the baselines, other objectives, and what a reader must know.
+"""The scores of a run: which one leads, how a value and its error are written, and what is better or worse.
 
-One number leads: of digits the one that a PNG holds (`dumo.evaluation.protocol.headline`).
+An evaluation is read and checked by `dumo.report.card`. Here its rows are read: `figures` has the scores of a row, the
+one that leads first (`dumo.evaluation.protocol.headline`), `text` a score with its error. `state` and `verdict` compare
+them with baselines, `mark_best` rows with one another. `judgement`, `benchmarks`, `others` and `doubts` set them out
+for a page, with what its reader must know.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import floor, log10
+from math import floor, inf, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
-from dumo.evaluation.protocol import CLASS_MMD, headline
+from dumo.evaluation.distance import Estimate, level
+from dumo.evaluation.protocol import CLASS_MMD, Scores, headline, rising, trained_on
 from dumo.io.read import read_json
-from dumo.report.card import apart, best_scores, checked, first_of, is_as_perfect, is_far, lacks_classes, seen
+from dumo.report.card import FILE, Card, Row, checked
 from dumo.runtime import typed
 
-FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
-# on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
+ERROR = "_sd"  # of a score's name: the deviation of that score
+NO_SCORES = ("nfe", "solver")  # of a row
+UNTRAINED_SHARE = 1 / 2  # of the distance of noise. Ours
+FAR_SHARE = 1 / 20  # of the distance of noise. Ours
+FAR_TIMES = 20  # times a perfect sampler's distance, where noise was not measured. Ours
+MAX_UNTRAINED_PRECISION = 0.02  # where noise was not measured. Ours
+FAR_FROM_NEAREST = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them;
+# ours: on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
+AREAS = ("auc", "auc_features")  # under the curve of a two-sample test
+WORSE = {CLASS_MMD: 1, "accuracy": -1, "nearest": -1, "copies": 1}  # which way
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
 SUMMARY = (CLASS_MMD, "recall", "copies", "nearest")  # next to the score that leads. Precision praises noise, too
 DISTANCES = ("fd", "fd_grey", "fid", "kid", "mmd")  # from data of which there may be too few
 BENCHMARKS = ("clip",)  # evaluations other than the run's own that a page shows
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Table = dict[str, Any]
-
-
-def judgement(folder: Path, step: int, weights: str) -> Table | None:
-    """What `dumo evaluate` wrote in a run's folder, or None.
-
-    `fresh`: of these weights; `columns`: its figures, the one that leads first, and `summary`, some of them; `verdict`:
-    a sentence; `left_out`: which classes do not count, if any. Raises UserError if it is damaged.
-    """
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return None
-    way_out = f"run dumo evaluate {typed(folder)} again"
-    found = checked(read_json(path, way_out), path, way_out)
-    about = found.get("card") or {}
-    columns = figures(found["results"][0], about)
-    fresh = (found["step"], found["weights"]) == (step, weights)
-    biased = seen(found["results"][0], about)
-    words = {
-        key: replace(of, better=f"{of.better}; trained on") if key in biased else of
-        for key, of in merits(columns).items()
-    }
-    baseline = first(found, columns[0])
-    return {
-        **found,
-        "columns": columns,
-        "summary": summary(columns),
-        "verdict": verdict(found),
-        "left_out": about.get(CLASS_MMD),
-        "fresh": fresh,
-        "words": words,
-        "biased": biased,
-        "baseline": baseline,
-    }
+Judgement = dict[str, Any]  # an evaluation, with what a page says of it
+State = Literal["untrained", "far", "near", "like the data"]
 
 
-def benchmarks(folder: Path, step: int, weights: str) -> list[Table]:
-    """What CLIP said of these weights, each with its `words` and `rows`.
-
-    Raises UserError where a file is damaged.
-    """
-    found: list[Table] = []
-    for path in sorted(folder.glob("evaluation-*.json")):
-        if path.name.split("-")[1] in BENCHMARKS:
-            way_out = f"remove it, or run dumo evaluate {typed(folder)} again"
-            one = checked(read_json(path, way_out), path, way_out)
-            if (one["step"], one["weights"]) == (step, weights):
-                one["columns"] = figures(one["results"][0])
-                found.append({**one, "words": merits(one["columns"]), "rows": rows(one, one["columns"])})
-    return found
+# The scores of a row
 
 
-def figures(row: Mapping[str, Any], card: Mapping[str, Any] | None = None) -> list[str]:
-    """The scores in a row: its numbers, spreads left out; first the one that leads, for a run of this card."""
-    found = [
-        key
-        for key, value in row.items()
-        if key != "nfe" and not key.endswith("_sd") and (value is None or isinstance(value, int | float))
-    ]
-    lead = headline(found, card)
-    return [lead, *(key for key in found if key != lead)]
+def is_error(name: str) -> bool:
+    """Whether this is the error of a score, rather than a score."""
+    return name.endswith(ERROR)
+
+
+def error(row: Mapping[str, Any], name: str) -> float | None:
+    """The error of a score in a row; None where it is not known."""
+    return row.get(name + ERROR)
+
+
+def first_of(row: Mapping[str, Any]) -> str:
+    """The first score of a row, which a baseline's `mean` is of."""
+    return next(name for name in row if name not in NO_SCORES)
+
+
+def figures(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
+    """The scores in a row: its numbers, errors left out; first the one that leads, for a run of this card."""
+    names: list[str] = []
+    for name, value in row.items():
+        is_number = value is None or isinstance(value, int | float)
+        if is_number and name != "nfe" and not is_error(name):
+            names.append(name)
+    lead = headline(names, card)
+    return [lead, *(name for name in names if name != lead)]
+
+
+def biased(row: Mapping[str, Any], card: Card) -> list[str]:
+    """The scores of a row that are by what the run of this card was trained on."""
+    names = [name for name, value in row.items() if isinstance(value, float) and not is_error(name)]
+    return [name for name in names if trained_on(name, card)]
 
 
 def summary(columns: Sequence[str]) -> list[str]:
@@ -92,60 +81,147 @@ def summary(columns: Sequence[str]) -> list[str]:
 
     What has no words here stays.
     """
-    return [key for i, key in enumerate(columns) if i == 0 or key in SUMMARY or key not in MERITS]
+    return [name for i, name in enumerate(columns) if i == 0 or name in SUMMARY or name not in MERITS]
 
 
-def shortened(found: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """A row, or a baseline, with these scores alone and their spreads, in their order."""
-    scores = [end for key in columns for end in (key, f"{key}_sd") if end in found]
-    heads = [key for key in ("nfe", "solver") if key in found]
-    return {key: found[key] for key in (*heads, *scores)}
+def shortened(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
+    """A row, or a baseline, with these scores alone and their errors, in their order."""
+    short = {name: row[name] for name in NO_SCORES if name in row}
+    for column in columns:
+        for name in (column, column + ERROR):
+            if name in row:
+                short[name] = row[name]
+    return short
+
+
+# Better and worse
+
+
+def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) -> State | None:
+    """Where a run stands by its best row; rows and baselines as an evaluation has them.
+
+    `like the data`: the first score, lower being better, is at most two deviations above a perfect sampler's, and so is
+    what else tells, `class_mmd` among it (`apart`).
+    `untrained`: by the first score at least half as far off as noise; where `noise` is not among the baselines,
+    `FAR_TIMES` as far as a perfect sampler, and with a precision of at most `MAX_UNTRAINED_PRECISION`. `far`: by the
+    first score or by `class_mmd` over a twentieth of noise, or `FAR_TIMES` as far as a perfect sampler. None: no
+    baseline tells, or more is better.
+    """
+    real = baselines.get("perfect") or baselines.get("null")
+    noise = baselines.get("noise")
+    scores = best_scores(rows)
+    if not real or not scores or rising(next(iter(scores))):
+        return None
+    score = _first(scores)
+    if is_as_perfect(score, real) and not apart(scores, real):
+        return "like the data"
+    if noise:
+        if score >= UNTRAINED_SHARE * noise["mean"]:
+            return "untrained"
+        return "far" if is_far(score, noise) or lacks_classes(scores, noise) else "near"
+    if score <= FAR_TIMES * (abs(real["mean"]) + 2 * real["sd"]):
+        return "near"
+    return "untrained" if scores.get("precision", 1.0) <= MAX_UNTRAINED_PRECISION else "far"
+
+
+def best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
+    """The scores of the row with the least `class_mmd`, or, where a row has none, the least first score; {} of none."""
+    known = [{name: value for name, value in row.items() if isinstance(value, float)} for row in rows]
+    known = [scores for scores in known if scores]
+    if not known:
+        return {}
+    if all(CLASS_MMD in scores for scores in known):
+        return min(known, key=lambda scores: scores[CLASS_MMD])
+    return min(known, key=_first)
+
+
+def _first(scores: Scores) -> float:
+    return next(iter(scores.values()))
+
+
+def is_as_perfect(score: float, real: Scores) -> bool:
+    """Whether the first score is at most two deviations above a perfect sampler's."""
+    return score <= real["mean"] + 2 * real["sd"]
+
+
+def is_far(score: float, noise: Scores) -> bool:
+    """Whether by the first score samples are over a twentieth as far off as noise."""
+    return score > FAR_SHARE * noise["mean"]
+
+
+def lacks_classes(scores: Scores, noise: Scores) -> bool:
+    """Whether by `class_mmd` samples are over a twentieth as far off as noise in place of each class."""
+    return CLASS_MMD in scores and CLASS_MMD in noise and scores[CLASS_MMD] > FAR_SHARE * noise[CLASS_MMD]
+
+
+def apart(scores: Scores, real: Scores) -> list[str]:
+    """The scores that are over two deviations worse than those of a perfect sampler, where these are known.
+
+    An area under the curve of a two-sample test that is off either way: below 0.5 are copies, too.
+    """
+    worse: list[str] = []
+    for name in (*AREAS, *WORSE):
+        deviation = error(real, name)
+        if name not in scores or deviation is None:
+            continue
+        off = scores[name] - real[name]
+        off = abs(off) if name in AREAS else WORSE[name] * off
+        if off > 2 * deviation:
+            worse.append(name)
+    return worse
+
+
+def verdict(judged: Mapping[str, Any]) -> str | None:
+    """One sentence on where a run, or images, stand, by the `state` of an evaluation; None where it has none."""
+    judged_state = judged.get("state")
+    scores = best_scores(judged["results"])
+    baselines = judged["baselines"]
+    real = baselines.get("perfect") or baselines.get("null")
+    noise = baselines.get("noise")
+    if judged_state is None or not scores or not real:
+        return None
+    lead = first_of(scores)
+    if judged_state == "like the data":
+        return "Like the data: no score is over two deviations worse than a perfect sampler's."
+    if judged_state == "untrained" and noise:
+        return f"{STATES[judged_state]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
+    if judged_state == "far" and noise and not is_far(scores[lead], noise) and lacks_classes(scores, noise):
+        return (
+            f"{STATES[judged_state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
+            f"{number(scores[CLASS_MMD])}, of a perfect sampler {text(real, CLASS_MMD)}."
+        )
+    worse = apart(scores, real)
+    if not is_as_perfect(scores[lead], real):
+        worse = [lead, *worse]
+    begin = STATES.get(str(judged_state), "Near the data, but not like them")
+    return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
+
+
+def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
+    """The rows, with `best`: the least of its number of passes, or level with it (`level`), where errors are known."""
+    known = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
+    if not known or rising(lead):
+        return list(rows)
+    best: set[int] = set()
+    for nfe in {row.get("nfe") for row in known}:
+        same = [row for row in known if row.get("nfe") == nfe]
+        ties = level([Estimate(row[lead], row[lead + ERROR]) for row in same])
+        best |= {id(row) for row, tie in zip(same, ties, strict=True) if tie}
+    return [row | {"best": id(row) in best} for row in rows]
+
+
+# Baselines
 
 
 def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The baselines, with the first score by its name in place of `mean` and `sd`."""
     lead = first_of(judged["results"][0])
-    names: dict[str, str] = {"mean": lead, "sd": f"{lead}_sd"}
+    names: dict[str, str] = {"mean": lead, "sd": lead + ERROR}
     baselines: Mapping[str, Mapping[str, float]] = judged["baselines"]
     named: dict[str, dict[str, float]] = {}
     for baseline, scores in baselines.items():
-        named[baseline] = {names.get(key, key): value for key, value in scores.items()}
+        named[baseline] = {names.get(name, name): value for name, value in scores.items()}
     return named
-
-
-def verdict(judged: Mapping[str, Any]) -> str | None:
-    """One sentence on where a run, or images, stand, by the `state` of an evaluation; None where it has none."""
-    state = judged.get("state")
-    scores = best_scores(judged["results"])
-    baselines = judged["baselines"]
-    real = baselines.get("perfect") or baselines.get("null")
-    noise = baselines.get("noise")
-    if state is None or not scores or not real:
-        return None
-    lead = first_of(scores)
-    if state == "like the data":
-        return "Like the data: no score is over two deviations worse than a perfect sampler's."
-    if state == "untrained" and noise:
-        return f"{STATES[state]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
-    if state == "far" and noise and not is_far(scores[lead], noise) and lacks_classes(scores, noise):
-        perfect = spread(real.get(CLASS_MMD), real.get(f"{CLASS_MMD}_sd"))
-        return (
-            f"{STATES[state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
-            f"{number(scores[CLASS_MMD])}, of a perfect sampler {perfect}."
-        )
-    worse = apart(scores, real)
-    if not is_as_perfect(scores[lead], real):
-        worse = [lead, *worse]
-    begin = STATES.get(str(state), "Near the data, but not like them")
-    return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
-
-
-def first(judged: Table, lead: str) -> Table | None:
-    """The first baseline: its name, and `mean` and `sd` of the score that leads; None where there is none."""
-    for name, value in judged["baselines"].items():
-        of = {"mean": value[lead], "sd": value[f"{lead}_sd"]} if lead in value else {}
-        return {"title": word(BASELINES, name).title, **value, **of}
-    return None
 
 
 def too_few(judged: Mapping[str, Any]) -> bool:
@@ -154,108 +230,7 @@ def too_few(judged: Mapping[str, Any]) -> bool:
     return not judged["baselines"] and first_of(row) in DISTANCES
 
 
-def cells(judged: Table, name: str, columns: Sequence[str]) -> list[str]:
-    """A baseline as a row of a table of these scores, blank where it does not say."""
-    found = judged["baselines"][name]
-    known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in columns}
-    known[first_of(judged["results"][0])] = found["mean"], found["sd"]
-    return [spread(*known[key]) if key in known else "" for key in columns]
-
-
-def shipped(protocol: MetricProtocol, data: Data) -> str | None:
-    """The name of the packaged results that are of such data, if there are any."""
-    return SHIPPED.get(protocol.kind) if protocol.kind != "toy" or data.kind == "moons" else None
-
-
-def others(results: Table, judged: Table | None, step: int, cost: float) -> Table:
-    """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
-
-    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `error` by number of passes. `times`: how often the
-    cost of another's training, all of them equal, went into the run's. `unseen`: against how many images that they were
-    not trained on the others are judged, if this run is not.
-    """
-    table, cell = results["table"], (results.get("cells") or [{}])[0]
-    score = next(key for key in MERITS if key in table[0])
-    rows: dict[str, Table] = {}
-    for row in table:
-        ratio, name = row.get("velocity_ratio"), str(next(iter(row.values())))
-        name += f", velocity ratio {ratio:g}" if ratio is not None else ""
-        one = rows.setdefault(name, _row(name, row["steps"], row.get("F_per_step")))
-        one["lead"][row.get("nfe", 1)] = row[score]
-        one["error"][row.get("nfe", 1)] = row.get("error")
-    alike = bool(
-        judged
-        and judged["fresh"]
-        and judged["protocol"] == cell.get("protocol")
-        and score in judged["results"][0]
-        and score not in judged["biased"]
-    )
-    passes = sorted({n for row in rows.values() for n in row["lead"]})
-    if judged and alike:
-        own = _row("this run", step, cost, own=True)
-        for row in (row for row in judged["results"] if row["nfe"] in passes):
-            own["lead"] |= {row["nfe"]: row[score]} if row.get(score) is not None else {}
-            own["error"][row["nfe"]] = row.get(f"{score}_sd")
-        rows["this run"] = own
-    found = sorted(rows.values(), key=lambda row: [row["lead"].get(n, float("inf")) for n in passes])
-    return {
-        "title": results["title"],
-        "origin": results.get("origin", {}),
-        "word": word(MERITS, score),
-        "passes": passes,
-        "rows": found,
-        "alike": alike,
-        "times": step * cost / (table[0]["steps"] * each) if (each := table[0].get("F_per_step")) else None,
-        "unseen": held if (held := _held(cell)) != _held(judged or {}) else 0,
-    }
-
-
-def _held(judged: Mapping[str, Any]) -> int:
-    return (judged.get("card") or {}).get("data", {}).get("held", 0)
-
-
-def _row(name: str, steps: int, cost: float | None, *, own: bool = False) -> Table:
-    return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "error": {}}
-
-
-def doubts(steps: int, step: int, judged: Table | None, near: Table | None) -> list[tuple[str, str]]:
-    """What a reader must know first: a few words, and why. Nothing of a run that has made `steps` and is like its data.
-
-    What an evaluation of these weights says of itself (`state`) goes before what the nearest images say.
-    """
-    found: list[tuple[str, str]] = []
-    state = judged.get("state") if judged and judged["fresh"] else None
-    distances = [row["mean"] for row in near["rows"]] if near else []
-    if step == 0:
-        found.append(("Untrained", "these are the weights that training starts from."))
-    elif state in STATES:
-        found.append((STATES[state], "so its evaluation says."))
-    elif len(distances) == 2 and distances[0] > FAR_OFF * distances[1]:
-        said = f"samples are {number(distances[0] / distances[1])} times as far from the nearest training image"
-        found.append((STATES["far"], f"{said} as real images are."))
-    if step < steps:
-        found.append((f"Stopped at step {step:,} of {steps:,}", "its training is not done."))
-    return found
-
-
-def baselines(judged: Table, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """A row per baseline: its name, what it is, its cells."""
-    words = {name: word(BASELINES, name) for name in judged["baselines"]}
-    return [(words[name].title, words[name].meaning, cells(judged, name, columns)) for name in words]
-
-
-def words_of(judged: Table, columns: Iterable[str]) -> list[Word]:
-    """The words for these scores."""
-    return [judged["words"][key] for key in columns]
-
-
-def rows(judged: Table, columns: Sequence[str]) -> Sequence[Sequence[tuple[str, int, list[str]]]]:
-    """The results and the contrast, each with its solver, passes and cells."""
-    return [
-        [(row["solver"], row["nfe"], [spread(row.get(k), row.get(f"{k}_sd")) for k in columns]) for row in of]
-        for of in (judged["results"], judged["contrast"])
-        if of
-    ]
+# As text
 
 
 def number(value: object) -> str:
@@ -269,19 +244,224 @@ def number(value: object) -> str:
     power = floor(log10(abs(value)))
     if -4 < power < 6:
         return f"{value:.{max(0, 2 - power)}f}".replace("-", "−")
-    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{raised}"
+    return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{str(power).translate(SUPERSCRIPTS)}"
 
 
 def large(value: float | int) -> str:
     """Three significant digits and k, M, G or T for a power of a thousand."""
-    power = min(4, floor(log10(value) / 3)) if value >= 1000 else 0
-    return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}" if power else number(value)
-
-
-def spread(value: float | None, sd: float | None) -> str:
-    """A number with its spread, to two digits of the spread."""
-    if value is None or not sd or sd < 0:
+    if value < 1000:
         return number(value)
-    digits = max(0, 1 - floor(log10(sd)))
-    return f"{value:.{digits}f} ± {sd:.{digits}f}".replace("-", "−")
+    power = min(4, floor(log10(value) / 3))
+    return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}"
+
+
+def spread(value: float | None, deviation: float | None) -> str:
+    """A number with its deviation, to two digits of the deviation."""
+    if value is None or not deviation or deviation < 0:
+        return number(value)
+    digits = max(0, 1 - floor(log10(deviation)))
+    return f"{value:.{digits}f} ± {deviation:.{digits}f}".replace("-", "−")
+
+
+def text(row: Mapping[str, Any], name: str) -> str:
+    """A score of a row, or of a baseline, with its error."""
+    return spread(row.get(name), error(row, name))
+
+
+# For a page
+
+
+def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
+    """What `dumo evaluate` wrote in a run's folder, or None.
+
+    `fresh`: of these weights; `columns`: its figures, the one that leads first, and `summary`, some of them; `verdict`:
+    a sentence; `left_out`: which classes do not count, if any. Raises UserError if it is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    fix = f"run dumo evaluate {typed(folder)} again"
+    evaluation = checked(read_json(path, fix), path, fix)
+    card = evaluation.get("card") or {}
+    first_row = evaluation["results"][0]
+    columns = figures(first_row, card)
+    biased_columns = biased(first_row, card)
+    words = merits(columns)
+    for name in biased_columns:
+        words[name] = replace(words[name], better=f"{words[name].better}; trained on")
+    return {
+        **evaluation,
+        "columns": columns,
+        "summary": summary(columns),
+        "verdict": verdict(evaluation),
+        "left_out": card.get(CLASS_MMD),
+        "fresh": _is_of(evaluation, step, weights),
+        "words": words,
+        "biased": biased_columns,
+        "baseline": first_baseline(evaluation, columns[0]),
+    }
+
+
+def _is_of(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
+    return (evaluation["step"], evaluation["weights"]) == (step, weights)
+
+
+def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
+    """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
+
+    Raises UserError where a file is damaged.
+    """
+    judgements: list[Judgement] = []
+    for path in sorted(folder.glob("evaluation-*.json")):
+        if path.name.split("-")[1] not in BENCHMARKS:
+            continue
+        fix = f"remove it, or run dumo evaluate {typed(folder)} again"
+        evaluation = checked(read_json(path, fix), path, fix)
+        if _is_of(evaluation, step, weights):
+            columns = figures(evaluation["results"][0])
+            texts = rows(evaluation, columns)
+            judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": texts})
+    return judgements
+
+
+def rows(judged: Judgement, columns: Sequence[str]) -> list[list[tuple[str, int, list[str]]]]:
+    """The results and the contrast, each with its solver, passes and cells."""
+    groups: list[list[tuple[str, int, list[str]]]] = []
+    for part in (judged["results"], judged["contrast"]):
+        if part:
+            groups.append([(row["solver"], row["nfe"], [text(row, name) for name in columns]) for row in part])
+    return groups
+
+
+def first_baseline(judged: Judgement, lead: str) -> Judgement | None:
+    """The first baseline: its title, and `mean` and `sd` of the score that leads; None where there is none."""
+    for name, scores in judged["baselines"].items():
+        baseline = {"title": word(BASELINES, name).title, **scores}
+        if lead in scores:
+            baseline["mean"] = scores[lead]
+            baseline["sd"] = scores[lead + ERROR]
+        return baseline
+    return None
+
+
+def baselines(judged: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """A row per baseline: its name, what it is, its cells."""
+    words = {name: word(BASELINES, name) for name in judged["baselines"]}
+    return [(words[name].title, words[name].meaning, cells(judged, name, columns)) for name in words]
+
+
+def cells(judged: Judgement, name: str, columns: Sequence[str]) -> list[str]:
+    """A baseline as a row of a table of these scores, blank where it does not say."""
+    scores = judged["baselines"][name]
+    lead = first_of(judged["results"][0])
+    texts: list[str] = []
+    for column in columns:
+        if column == lead:
+            texts.append(spread(scores["mean"], scores["sd"]))
+        elif column in scores:
+            texts.append(text(scores, column))
+        else:
+            texts.append("")
+    return texts
+
+
+def words_of(judged: Judgement, columns: Iterable[str]) -> list[Word]:
+    """The words for these scores."""
+    return [judged["words"][name] for name in columns]
+
+
+def shipped(protocol: MetricProtocol, data: Data) -> str | None:
+    """The name of the packaged results that are of such data, if there are any."""
+    if protocol.kind == "toy" and data.kind != "moons":
+        return None
+    return SHIPPED.get(protocol.kind)
+
+
+def others(results: Row, judged: Judgement | None, step: int, cost: float) -> Row:
+    """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
+
+    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `error` by number of passes. `times`: how often the
+    cost of another's training, all of them equal, went into the run's. `unseen`: against how many images that they were
+    not trained on the others are judged, if this run is not.
+    """
+    table = results["table"]
+    first_cell = (results.get("cells") or [{}])[0]
+    lead = next(name for name in MERITS if name in table[0])
+    by_objective: dict[str, Row] = {}
+    for row in table:
+        name = str(next(iter(row.values())))
+        ratio = row.get("velocity_ratio")
+        if ratio is not None:
+            name += f", velocity ratio {ratio:g}"
+        shown = by_objective.setdefault(name, _row_of_others(name, row["steps"], row.get("F_per_step")))
+        nfe = row.get("nfe", 1)
+        shown["lead"][nfe] = row[lead]
+        shown["error"][nfe] = row.get("error")
+    passes = sorted({nfe for row in by_objective.values() for nfe in row["lead"]})
+
+    is_alike = judged is not None and _is_judged_as(judged, first_cell, lead)
+    if judged and is_alike:
+        own = _row_of_others("this run", step, cost, own=True)
+        for row in judged["results"]:
+            nfe = row["nfe"]
+            if nfe in passes:
+                own["error"][nfe] = error(row, lead)
+                if row.get(lead) is not None:
+                    own["lead"][nfe] = row[lead]
+        by_objective["this run"] = own
+
+    cost_of_a_step = table[0].get("F_per_step")
+    times = step * cost / (table[0]["steps"] * cost_of_a_step) if cost_of_a_step else None
+    unseen = _held_out(first_cell)
+    if unseen == _held_out(judged or {}):
+        unseen = 0
+    return {
+        "title": results["title"],
+        "origin": results.get("origin", {}),
+        "word": word(MERITS, lead),
+        "passes": passes,
+        "rows": sorted(by_objective.values(), key=lambda row: [row["lead"].get(nfe, inf) for nfe in passes]),
+        "alike": is_alike,
+        "times": times,
+        "unseen": unseen,
+    }
+
+
+def _is_judged_as(judged: Judgement, cell: Row, lead: str) -> bool:
+    """Whether these weights were judged as the cell of packaged results was, by a score that may judge them."""
+    return (
+        judged["fresh"]
+        and judged["protocol"] == cell.get("protocol")
+        and lead in judged["results"][0]
+        and lead not in judged["biased"]
+    )
+
+
+def _held_out(judged: Mapping[str, Any]) -> int:
+    """How many images of the data were held out."""
+    return (judged.get("card") or {}).get("data", {}).get("held", 0)
+
+
+def _row_of_others(name: str, steps: int, cost: float | None, *, own: bool = False) -> Row:
+    return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "error": {}}
+
+
+def doubts(steps: int, step: int, judged: Judgement | None, near: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a reader must know first: a few words, and why. Nothing of a run that has made `steps` and is like its data.
+
+    What an evaluation of these weights says of itself (`state`) goes before what the nearest images say.
+    """
+    warnings: list[tuple[str, str]] = []
+    judged_state = judged.get("state") if judged and judged["fresh"] else None
+    distances = [row["mean"] for row in near["rows"]] if near else []  # of samples, and of real images, to the nearest
+    if step == 0:
+        warnings.append(("Untrained", "these are the weights that training starts from."))
+    elif judged_state in STATES:
+        warnings.append((STATES[judged_state], "so its evaluation says."))
+    elif len(distances) == 2 and distances[0] > FAR_FROM_NEAREST * distances[1]:
+        times = number(distances[0] / distances[1])
+        why = f"samples are {times} times as far from the nearest training image as real images are."
+        warnings.append((STATES["far"], why))
+    if step < steps:
+        warnings.append((f"Stopped at step {step:,} of {steps:,}", "its training is not done."))
+    return warnings

@@ -15,7 +15,7 @@ from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
 from dumo.evaluation.clip import ClipEvaluator
 from dumo.io.picture import from_uint8, to_uint8
-from dumo.report.card import state
+from dumo.report.score import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from encoders import clip_as_published, clip_of_both

@@ -20,7 +20,7 @@ from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
 from dumo.report import score
-from dumo.report.card import state
+from dumo.report.score import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -179,7 +179,7 @@ def folder() -> PhotosEvaluator:
     return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
 
 
-def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Table]:
+def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Judgement]:
     """The scores of samples, and their evaluation."""
     found = scores(evaluator, x)
     results = [{"nfe": 1, "solver": "restart", **found}]

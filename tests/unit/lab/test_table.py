@@ -11,7 +11,7 @@ import torch
 import measured
 from dumo.config.load import load
 from dumo.flow.generate import Samples
-from dumo.lab import cell, chart, ours, paper
+from dumo.lab import arm, cell, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import VIEWS, View, write_charts
@@ -139,9 +139,9 @@ def test_the_error_of_a_slope_is_its_scatter_over_points_redrawn() -> None:
 
 def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(chart, "dots", lambda *given: seen.append(given))
+    monkeypatch.setattr(arm.chart, "dots", lambda *given: seen.append(given))
     rows = [("a", 1, 3.0), ("a", 2, 0.1), ("b", 2, 0.05), ("c", 1, 2.0), ("c", 2, 9.0)]  # b has no single pass
-    chart.ranking("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
+    arm.ranking("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
     ((_, x, points, names),) = seen
     assert list(points) == ["c", "a", "b"]
     assert names == ["1 pass", "2 passes"]
@@ -150,11 +150,11 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(chart.picture, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(arm.picture, "named_blocks", lambda blocks, note: seen.append((list(blocks), note)))
     monkeypatch.setattr(Sampler, "sample", lambda sampler, c, nfe: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
-    chart.samples([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
+    arm.samples([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
     ((names, note),) = seen
-    assert names == ["y, 2", "x, 3"]
+    assert names == ["y, 2.00", "x, 3.00"]
     assert "lower is better; not FID" in note
 
 
@@ -170,7 +170,7 @@ def test_results_are_drawn_again(name: str, tmp_path: Path) -> None:
     files = write_charts(read(name), VIEWS.get(name, View()), cell.from_cells(found), tmp_path)
     assert {file.stem.partition("-nfe")[0] for file in files} == {name}
     for file in files:
-        with chart.Image.open(file) as picture:
+        with arm.Image.open(file) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50  # not blank
 

@@ -16,9 +16,9 @@ from dumo.cli.terminal import explain
 from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import answer, live
-from dumo.report.answer import PASSES, Answer, Cell, Row, between, together
+from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, between, together
 from dumo.report.demo import error_text, render, validation, write
-from dumo.report.live import Live, open_lives, require_fit, short
+from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
@@ -31,54 +31,54 @@ TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=5", "train
 STRONG = 300.5  # of guidance: after five steps a net hardly heeds its labels
 
 
-def trained(folder: Path, recipe: str, *more: str) -> Live:
+def trained(folder: Path, recipe: str, *more: str) -> InteractiveRun:
     """A run of a recipe, made small."""
     train(load(recipe, [*TINY, *more]), folder)
-    (live,) = open_lives([str(folder)], device="cpu", limit=60)
+    (live,) = open_runs([str(folder)], device="cpu", limit=60)
     return live
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Live:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> InteractiveRun:
     """DuMo, which jumps and has a velocity."""
     return trained(tmp_path_factory.mktemp("demo") / "digits", "digits")
 
 
 @pytest.fixture(scope="session")
-def free(tmp_path_factory: pytest.TempPathFactory) -> Live:
+def free(tmp_path_factory: pytest.TempPathFactory) -> InteractiveRun:
     """The same, which can be guided."""
     return trained(tmp_path_factory.mktemp("demo") / "{free}", "digits", "objective.drop=0.1")
 
 
 @pytest.fixture(scope="session")
-def flow(tmp_path_factory: pytest.TempPathFactory) -> Live:
+def flow(tmp_path_factory: pytest.TempPathFactory) -> InteractiveRun:
     """Flow matching by Heun's steps, two passes each: no jumps, and no single pass."""
     folder = tmp_path_factory.mktemp("demo") / "flow"
     return trained(folder, "digits-flow-matching", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
 
 
 @pytest.fixture(scope="session")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> Live:
+def moons(tmp_path_factory: pytest.TempPathFactory) -> InteractiveRun:
     """Points."""
     return trained(tmp_path_factory.mktemp("demo") / "moons", "moons")
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Live:
+def words(tmp_path_factory: pytest.TempPathFactory) -> InteractiveRun:
     """Digits by captions, with a small encoder."""
     folder = tmp_path_factory.mktemp("demo")
     return trained(folder / "words", "digits-words", f"net.texts.root={folder}/ids")
 
 
-def pixels(cell: Cell) -> np.ndarray:
+def pixels(cell: AnswerCell) -> np.ndarray:
     """Of a cell that has a picture."""
     assert cell.picture, cell.note
     return np.asarray(cell.picture)
 
 
-def one(live: Live, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
+def one(live: InteractiveRun, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
     """A sample's pixels, made alone."""
-    x = live.make(live.reading(letter), nfe, torch.tensor([c]), live.fresh(seed)).x
+    x = live.make(live.mode(letter), nfe, torch.tensor([c]), live.fresh(seed)).x
     return picture.to_rows(x)[0].numpy()
 
 
@@ -94,7 +94,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @pytest.mark.nightly
-def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
+def test_passes_stand_side_by_side_from_one_noise(digits: InteractiveRun) -> None:
     """In the order of their numbers, a row for each reading, and each as soon as it is made."""
     parts = [*answer.passes(digits, "3", "8", 1)]
     assert len(parts) == 2 * len(PASSES)
@@ -108,7 +108,7 @@ def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_run_cannot_do_says_why(flow: Live) -> None:
+def test_what_a_run_cannot_do_says_why(flow: InteractiveRun) -> None:
     *_, last = answer.passes(flow, "3", "0", 1)
     (row,) = last.rows
     assert [cell.picture is None for cell in row.cells] == [True, False, False, False]
@@ -116,7 +116,7 @@ def test_what_a_run_cannot_do_says_why(flow: Live) -> None:
     assert last.line == "Objective flow_matching teaches no jumps."
 
 
-def test_the_way_between_seeds_begins_and_ends_at_them(digits: Live) -> None:
+def test_the_way_between_seeds_begins_and_ends_at_them(digits: InteractiveRun) -> None:
     (found,) = answer.interpolation(digits, "5", "3", 1, "9", "u", 2)
     (row,) = found.rows
     assert near(pixels(row.cells[0]), one(digits, "u", 2, 5, 3))
@@ -128,9 +128,9 @@ def test_the_way_between_seeds_begins_and_ends_at_them(digits: Live) -> None:
         next(answer.interpolation(digits, "5", "3", 1, "03", "u", 2))
 
 
-def test_a_copy_of_the_data_is_found(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_the_data_is_found(digits: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight samples one stands among the data: it is below itself, at distance 0, and the others are farther."""
-    some = digits.make(digits.reading("u"), 1, digits.conditions("2", 8), digits.fresh(0, 8)).x
+    some = digits.make(digits.mode("u"), 1, digits.conditions("2", 8), digits.fresh(0, 8)).x
     real = torch.cat([digits.data[0][:50], some[[6]], digits.data[0][50:99]])
     known = replace(digits)
     monkeypatch.setitem(known.__dict__, "data", (real, 5000))
@@ -142,7 +142,7 @@ def test_a_copy_of_the_data_is_found(digits: Live, monkeypatch: pytest.MonkeyPat
     assert "the pixels" in found.line
 
 
-def test_without_the_data_there_are_samples_and_a_line(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_data_there_are_samples_and_a_line(digits: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(run: object) -> None:
         raise UserError("there is no folder photos")
 
@@ -153,7 +153,7 @@ def test_without_the_data_there_are_samples_and_a_line(digits: Live, monkeypatch
     assert found.line.endswith("there is no folder photos")
 
 
-def test_points_are_a_scatter(moons: Live) -> None:
+def test_points_are_a_scatter(moons: InteractiveRun) -> None:
     first = next(answer.passes(moons, "", "0", 1))
     drawn = pixels(first.rows[0].cells[0])
     for colour in ([255, 0, 0], [204, 204, 204]):  # the samples, the data behind them
@@ -168,13 +168,13 @@ def test_a_seed_that_is_none_is_refused_in_a_line() -> None:
         assert len(str(found.value)) < 160
 
 
-def test_a_class_or_reading_that_is_none_is_refused(digits: Live) -> None:
+def test_a_class_or_reading_that_is_none_is_refused(digits: InteractiveRun) -> None:
     for what in ("10", "-1", "seven", "<img src=x onerror=alert(1)>"):
         with pytest.raises(UserError, match="labels run from 0 to 9"):
             next(answer.passes(digits, what, "0", 1))
     for letter in ("w", "", "<script>"):
         with pytest.raises(UserError, match="teaches no reading"):
-            digits.reading(letter)
+            digits.mode(letter)
 
 
 def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +192,12 @@ def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
 def test_words_are_escaped_and_pictures_are_inside() -> None:
     wrong = "<script>alert('x')</script>"
     tiny = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    text = render({wrong: Answer([Row(wrong, [Cell(tiny, wrong), Cell(None, wrong)])], wrong), "other": Answer([])})
+    text = render(
+        {
+            wrong: Answer([AnswerRow(wrong, [AnswerCell(tiny, wrong), AnswerCell(None, wrong)])], wrong),
+            "other": Answer([]),
+        }
+    )
     assert "<script" not in text
     assert (
         text.count("&lt;script&gt;") == 8
@@ -223,7 +228,7 @@ def test_the_script_makes_what_is_shown(
 ) -> None:
     """To the pixel, in files of the same names as in the archive; a class as it was typed, all in turn if none was."""
     monkeypatch.chdir(tmp_path)
-    (live,) = open_lives([str(request.getfixturevalue(name).opened.folder)], sets, device="cpu", limit=60)
+    (live,) = open_runs([str(request.getfixturevalue(name).opened.folder)], sets, device="cpu", limit=60)
     (found,) = answer.make(live, what, "5", guidance, 7, 4, letter)
     archive, grid = write({live.name: found}, tmp_path)
     assert (read(grid) == np.asarray(found.sheet)).all()
@@ -237,7 +242,7 @@ def test_the_script_makes_what_is_shown(
     assert len({pixels(cell).tobytes() for cell in found.rows[0].cells}) == 7
 
 
-def test_what_cannot_be_guided_says_why(digits: Live, free: Live) -> None:
+def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: InteractiveRun) -> None:
     """On the page in advance; and where it is tried, as `run.sample` does."""
     assert free.unguided == ""
     assert digits.unguided.startswith("guidance needs what the net makes without a label, which objective.drop = 0")
@@ -248,7 +253,7 @@ def test_what_cannot_be_guided_says_why(digits: Live, free: Live) -> None:
 
 
 @pytest.mark.slow
-def test_two_runs_answer_one_after_the_other(digits: Live, flow: Live) -> None:
+def test_two_runs_answer_one_after_the_other(digits: InteractiveRun, flow: InteractiveRun) -> None:
     """From the same noise; what one cannot make is its line, and no error while another can."""
     parts = [*together([digits, flow], answer.passes, "3", "0", 1)]
     assert [[*part] for part in parts] == [["digits"]] * 8 + [["digits", "flow"]] * 4
@@ -262,7 +267,7 @@ def test_two_runs_answer_one_after_the_other(digits: Live, flow: Live) -> None:
         next(together([digits], answer.make, "3", "0", 1, 4, 1, "w"))
 
 
-def test_two_grids_stand_next_to_each_other(digits: Live, free: Live, tmp_path: Path) -> None:
+def test_two_grids_stand_next_to_each_other(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
     *_, shown = together([digits, free], answer.make, "3", "0", 1, 4, 1, "u")
     archive, grid = write(shown, tmp_path)
     assert read(grid).shape[1] > 2 * np.asarray(shown["digits"].sheet).shape[1]
@@ -270,7 +275,9 @@ def test_two_grids_stand_next_to_each_other(digits: Live, free: Live, tmp_path: 
         assert files.namelist() == [f"{name}-{i:06d}.png" for name in ("digits", "{free}") for i in range(4)]
 
 
-def test_runs_that_do_not_fit_are_refused(digits: Live, free: Live, flow: Live, moons: Live, words: Live) -> None:
+def test_runs_that_do_not_fit_are_refused(
+    digits: InteractiveRun, free: InteractiveRun, flow: InteractiveRun, moons: InteractiveRun, words: InteractiveRun
+) -> None:
     for other in (free, flow):
         require_fit(digits, other)
     with pytest.raises(UserError, match="moons does not fit next to digits, its data: moons, not digits: give two"):
@@ -279,26 +286,28 @@ def test_runs_that_do_not_fit_are_refused(digits: Live, free: Live, flow: Live, 
         require_fit(digits, words)
 
 
-def test_each_fact_that_is_known_of_both_must_be_the_same(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fact_that_is_known_of_both_must_be_the_same(
+    digits: InteractiveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free, flow = replace(digits, name="free"), replace(digits, name="flow")
     for name, value in {"shape": "1 x 9 x 9", "fingerprint of the images": "a", "names of classes": "cat, dog"}.items():
         facts = {"digits": {name: "b"}, "free": {name: value}, "flow": {name: None}}
         with monkeypatch.context() as patched:
-            patched.setattr(Live, "facts", lambda self, facts=facts: facts[self.name])
+            patched.setattr(InteractiveRun, "facts", lambda self, facts=facts: facts[self.name])
             with pytest.raises(UserError, match=f"its {name}: {value}, not b"):
                 require_fit(digits, free)
             require_fit(digits, flow)
 
 
-def test_runs_are_called_by_what_tells_them_apart(digits: Live) -> None:
-    assert short([Path("/runs/a")]) == ["a"]
-    assert short([Path("/runs/a"), Path("/b")]) == ["a", "b"]
-    assert short([Path("/x/one/a"), Path("/x/two/a"), Path("/a")]) == ["one-a", "two-a", "/-a"]
+def test_runs_are_called_by_what_tells_them_apart(digits: InteractiveRun) -> None:
+    assert short_names([Path("/runs/a")]) == ["a"]
+    assert short_names([Path("/runs/a"), Path("/b")]) == ["a", "b"]
+    assert short_names([Path("/x/one/a"), Path("/x/two/a"), Path("/a")]) == ["one-a", "two-a", "/-a"]
     folder = digits.opened.folder
     with pytest.raises(UserError, match="both runs are"):
-        open_lives([str(folder), f"{folder}/../{folder.name}"], limit=60)
+        open_runs([str(folder), f"{folder}/../{folder.name}"], limit=60)
     with pytest.raises(UserError, match="--weights are of one run"):
-        open_lives([str(folder), "other"], weights="w.safetensors", limit=60)
+        open_runs([str(folder), "other"], weights="w.safetensors", limit=60)
 
 
 def test_between_two_noises_lies_noise() -> None:
@@ -312,47 +321,47 @@ def test_between_two_noises_lies_noise() -> None:
         torch.testing.assert_close(gaps / gaps.mean(), torch.ones(4), atol=0.01, rtol=0)
 
 
-def test_what_takes_too_long_is_stopped_between_passes_and_says_so(digits: Live) -> None:
+def test_what_takes_too_long_is_stopped_between_passes_and_says_so(digits: InteractiveRun) -> None:
     """And the net is as it was: without hooks, in its own mode."""
-    late, reading = replace(digits, limit=0), digits.readings["u"]
+    late, mode = replace(digits, limit=0), digits.modes["u"]
     with pytest.raises(UserError, match="took too long"):
-        late.make(reading, 1, torch.tensor([0]), late.fresh(0))
+        late.make(mode, 1, torch.tensor([0]), late.fresh(0))
     *_, last = answer.passes(late, "0", "0", 1)
     assert all("took too long" in cell.note for row in last.rows for cell in row.cells)
     net = digits.sampler.net
     assert [*net._forward_pre_hooks, *net._forward_hooks] == []
-    assert digits.make(reading, 1, torch.tensor([0]), digits.fresh(0)).nfe == 1
+    assert digits.make(mode, 1, torch.tensor([0]), digits.fresh(0)).nfe == 1
 
 
 def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
-    digits: Live, monkeypatch: pytest.MonkeyPatch
+    digits: InteractiveRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = replace(digits)
     monkeypatch.setitem(other.__dict__, "data", (torch.eye(12).view(12, 1, 3, 4), 12))
     assert other.spacing == pytest.approx(2**0.5)
 
 
-def test_a_run_of_captions_takes_prompts(words: Live) -> None:
+def test_a_run_of_captions_takes_prompts(words: InteractiveRun) -> None:
     """A caption of the data is its own number; another text has one behind all, the same every time."""
     conditions = words.sampler.conditions
     assert words.conditions(conditions.name(3), 2).tolist() == [3, 3]
     new = words.conditions("a red bicycle")
     assert new > conditions.count
     assert words.conditions(" a red bicycle ") == new
-    made = [words.make(words.reading("u"), 1, c, words.fresh(1)).x for c in (new, torch.tensor([3]))]
+    made = [words.make(words.mode("u"), 1, c, words.fresh(1)).x for c in (new, torch.tensor([3]))]
     assert not torch.equal(*made)
     for wrong in ("", "  ", "7" * 10_001):
         with pytest.raises(UserError, match="a prompt"):
             words.conditions(wrong)
 
 
-def test_of_prompts_the_last_ones_are_kept(words: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page is open for weeks, and a prompt of a large encoder takes megabytes."""
-    monkeypatch.setattr(live, "PROMPTS", 3)
+    monkeypatch.setattr(live, "KEPT_PROMPTS", 3)
     texts = words.sampler.texts
 
     def made(text: str) -> Tensor:
-        return words.make(words.reading("u"), 1, words.conditions(text), words.fresh(1)).x
+        return words.make(words.mode("u"), 1, words.conditions(text), words.fresh(1)).x
 
     before = {text: made(text) for text in "abacad"}
     assert [*texts.prompts] == ["c", "a", "d"]
@@ -360,7 +369,7 @@ def test_of_prompts_the_last_ones_are_kept(words: Live, monkeypatch: pytest.Monk
     assert all(torch.equal(made(text), before[text]) for text in "abcd")
 
 
-def test_how_a_run_was_judged_as_it_trained_is_folded_away(digits: Live, tmp_path: Path) -> None:
+def test_how_a_run_was_judged_as_it_trained_is_folded_away(digits: InteractiveRun, tmp_path: Path) -> None:
     one = replace(digits, opened=replace(digits.opened, folder=tmp_path))
     assert validation(one) == ""
     for step in (5, 10):

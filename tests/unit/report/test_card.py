@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dumo.report.card import checked
-from dumo.report.compare import alike, compare, differing, shortened, with_best
+from dumo.report.compare import alike, compare, differing, shortened
+from dumo.report.score import mark_best
 from dumo.types import UserError
 from fuzz.target import EVALUATION
 
@@ -173,5 +174,5 @@ def test_what_is_level_with_the_best_of_its_passes_is_marked() -> None:
         {"run": "d", "nfe": 2, "mmd": 4.0, "mmd_sd": 0.1},
         {"run": "e", "nfe": 2, "mmd": None, "mmd_sd": None},
     ]
-    assert [row["best"] for row in with_best(rows, "mmd")] == [True, True, False, True, False]
-    assert with_best([{"nfe": 1, "fd": 1.0}], "fd") == [{"nfe": 1, "fd": 1.0}]
+    assert [row["best"] for row in mark_best(rows, "mmd")] == [True, True, False, True, False]
+    assert mark_best([{"nfe": 1, "fd": 1.0}], "fd") == [{"nfe": 1, "fd": 1.0}]

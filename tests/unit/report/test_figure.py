@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dumo.report import figure as figures
-from dumo.report.figure import curves, judged, panels, series
+from dumo.report.figure import curves, panels, series, validation_charts
 
 ROWS = [
     {"step": 10, "loss": 2.0, "parts": {"v": 1.0, "u": 3.0}, "notes": {"gap": 0.5}, "grad_norm": 9.0, "lr": 0.1},
@@ -65,12 +65,11 @@ def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
 
 def test_what_validation_found_is_a_chart_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "_address", lambda save: "")
     paint = Figure.subplots
     monkeypatch.setattr(Figure, "subplots", lambda self: drawn.append(self) or paint(self))
     scores = ({"mmd": 0.5, "mmd_sd": 0.125}, {"mmd": None}, {"mmd": 0.25, "mmd_sd": 0.0625})
     rows = [{"step": 10 * n, "loss": 1.0, "val": one} for n, one in enumerate(scores, start=1)]
-    (chart,) = judged([*rows, {"step": 31, "loss": 1.0}])
+    (chart,) = validation_charts([*rows, {"step": 31, "loss": 1.0}])
     assert chart.title == "Validation, mmd"
     assert chart.alt == "Points: mmd is 0.5 at step 10 and 0.25 at step 30."
     (container,) = drawn[0].axes[0].containers
@@ -78,4 +77,4 @@ def test_what_validation_found_is_a_chart_with_its_error(monkeypatch: pytest.Mon
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([10, 30], [0.5, 0.25])
     assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[0.375, 0.625], [0.1875, 0.3125]]
     assert series(rows)["validation, mmd"] == ([10, 30], [0.5, 0.25])
-    assert not [*judged([{"step": 1, "loss": 1.0}])]
+    assert not [*validation_charts([{"step": 1, "loss": 1.0}])]

@@ -106,43 +106,47 @@ def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
 )
 def test_readings_are_those_that_were_taught(recipe: str, u: str | None, v: str | None) -> None:
     """Their titles name the head that is read."""
-    found = {letter: one.title for letter, one in gallery.readings(made_of(*recipe.split())).items()}
+    found = {letter: one.title for letter, one in gallery.sampling_modes(made_of(*recipe.split())).items()}
     assert found == {letter: title for letter, title in (("u", u), ("v", v)) if title}
 
 
 def test_a_reading_that_was_not_taught_is_refused() -> None:
-    assert gallery.readings(made_of("digits-meanflow"))["u"].solver == Hop()
-    assert gallery.readings(made_of("digits", "sample.solver.m=0.3"))["u"].solver == Restart(m=0.3)
+    assert gallery.sampling_modes(made_of("digits-meanflow"))["u"].solver == Hop()
+    assert gallery.sampling_modes(made_of("digits", "sample.solver.m=0.3"))["u"].solver == Restart(m=0.3)
     flow = made_of("digits-flow-matching")
-    assert [one.letter for one in gallery.choose(flow, None, [1, 3])] == ["v"]
+    assert [one.letter for one in gallery.choose_modes(flow, None, [1, 3])] == ["v"]
     for one, letter, said in (
         (flow, "u", "reading u, for objective 'flow_matching' teaches no jumps: use --reading v"),
         (made_of("digits-sct"), "v", "reading v, for objective 'sct' teaches no velocity: use --reading u"),
         (flow, "w", "reading w: use --reading v"),
     ):
         with pytest.raises(UserError, match=said):
-            gallery.choose(one, [letter], [1])
+            gallery.choose_modes(one, [letter], [1])
 
 
 def test_passes_by_default_are_those_that_can_be_made() -> None:
     """Shortcut knows jumps of powers of two, so 50 are out of its reach; where none is left, the run's own do."""
     halves = made_of("digits-shortcut")
-    ways = gallery.choose(halves, None, None)
-    assert gallery.within(gallery.PASSES, halves, ways) == [1, 2, 4, 8, 16]
-    assert gallery.within((1,), halves, ways) == [1]
+    ways = gallery.choose_modes(halves, None, None)
+    assert gallery.reachable_passes(gallery.PASSES, halves, ways) == [1, 2, 4, 8, 16]
+    assert gallery.reachable_passes((1,), halves, ways) == [1]
     with pytest.raises(UserError, match="ask for nfe = 32 or 64"):
-        gallery.choose(halves, None, [50])
+        gallery.choose_modes(halves, None, [50])
     late = made_of("digits-shortcut", "sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]")
-    assert gallery.within(gallery.PASSES, late, gallery.choose(late, None, None)) == [3]
+    assert gallery.reachable_passes(gallery.PASSES, late, gallery.choose_modes(late, None, None)) == [3]
     for recipe in ("digits", "digits-imm", "digits-cm", "digits-sct", "digits-flow-matching"):
         there = made_of(recipe)
-        assert gallery.within(gallery.PASSES, there, gallery.choose(there, None, None)) == [*gallery.PASSES]
+        assert gallery.reachable_passes(gallery.PASSES, there, gallery.choose_modes(there, None, None)) == [
+            *gallery.PASSES
+        ]
     heun = made_of("digits", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
-    assert gallery.within(gallery.PASSES, heun, gallery.choose(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
+    assert gallery.reachable_passes(gallery.PASSES, heun, gallery.choose_modes(heun, None, None)) == [
+        *gallery.PASSES
+    ]  # odd by Euler
 
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:
-    (v,) = gallery.choose(made_of("digits"), ["v"], [1, 2])
+    (v,) = gallery.choose_modes(made_of("digits"), ["v"], [1, 2])
     assert [v.at(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
@@ -173,7 +177,7 @@ def test_a_block_is_the_same_whatever_else_is_drawn(digits: RunFolder) -> None:
     w = 2 * SIDE + 2
     among, by_itself = (np.asarray(page)[-w - 28 :, -w:].astype(int) for page in (one, alone))  # its name above it
     assert np.abs(among - by_itself).max() <= 1
-    assert one.width - alone.width == w + gallery.GAP
+    assert one.width - alone.width == w + gallery.PANEL_GAP
     assert not np.array_equal(np.asarray(one), np.asarray(two))
     corner = np.asarray(one)[-SIDE:, -SIDE:]
     assert np.abs(corner.astype(int) - shown(digits, 9 * 4 + 3, 9, nfe=1)).max() <= 1
@@ -205,4 +209,4 @@ def test_work_is_watched(digits: RunFolder) -> None:
 
 
 def test_rectangles_are_full_and_wide() -> None:
-    assert [gallery.across(n) for n in (1, 2, 4, 7, 8, 10, 12, 1000)] == [1, 2, 2, 7, 4, 5, 4, 40]
+    assert [gallery.full_columns(n) for n in (1, 2, 4, 7, 8, 10, 12, 1000)] == [1, 2, 2, 7, 4, 5, 4, 40]

@@ -21,7 +21,7 @@ from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.report.compare import alike, compare
 from dumo.report.images import fitting, judge
-from dumo.report.place import Found, Same, look
+from dumo.report.place import PlacedImages, Same, look
 from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of
@@ -54,7 +54,7 @@ def write(folder: str, n: int, *, classes: int = 0, side: int = 8, base: int = 0
     return Path(folder)
 
 
-def pixels(found: Found) -> tuple[torch.Tensor, str]:
+def pixels(found: PlacedImages) -> tuple[torch.Tensor, str]:
     """All images of a place, and their hash."""
     batches = [(index, to_uint8(x)) for index, x in found.judged(len(found.source), 3)]
     return torch.cat([x for _, x in batches]), hashed(batches)[1]

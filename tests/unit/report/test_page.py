@@ -20,8 +20,9 @@ from dumo.config import word
 from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
+from dumo.io import picture
 from dumo.objectives import Critic
-from dumo.report import figure
+from dumo.report import chart, figure, score
 from dumo.report import page as report
 from dumo.run.folder import CHECKPOINT_WRITTEN
 from dumo.run.index import Index
@@ -130,7 +131,7 @@ def _quick() -> Generator[None, None, None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "PASSES", (1, 2, 7))
         patch.setattr(report, "POINTS", 100)
-        patch.setattr(figure, "DPI", 40)
+        patch.setattr(chart, "DPI", 40)
         yield
 
 
@@ -155,7 +156,7 @@ def page_of(folder: Path) -> Page:
 
 def rendered(opened: RunFolder) -> Page:
     """The words of a page, without its pictures."""
-    judged = report.judgement(opened.folder, opened.step, opened.weights)
+    judged = score.judgement(opened.folder, opened.step, opened.weights)
     return Page(report.render(opened, size=1797, judged=judged, **NONE))
 
 
@@ -252,15 +253,15 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     for n in ("1 pass", "2 passes"):
         sheet = page.picture(f"Generated images after {n} through the net.")
         strip = page.picture(f"u head, jumps (restart): the same seeds after {n}.")
-        assert strip.shape == (64, 10 * 64 + 9 * report.GAP, 4)
-        assert sheet.shape == (8 * 64 + 7 * report.GAP, *strip.shape[1:])
+        assert strip.shape == (64, 10 * 64 + 9 * picture.GAP, 4)
+        assert sheet.shape == (8 * 64 + 7 * picture.GAP, *strip.shape[1:])
         assert (np.abs(sheet[:64].astype(int) - strip) <= 1).all()
     one, many = (page.picture(f"v head, Euler steps: the same seeds after {n}.") for n in ("1 pass", "7 passes"))
     assert np.abs(one.astype(int) - many).max() > 20
     alpha = page.picture("Images of the training data, in the same layout.")[..., 3]
     assert (alpha[:64, :64] == 255).all()
-    assert (alpha[64 : 64 + report.GAP] == 0).all()  # gaps are clear, and images are not
-    assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
+    assert (alpha[64 : 64 + picture.GAP] == 0).all()  # gaps are clear, and images are not
+    assert (alpha[:, 64 : 64 + picture.GAP] == 0).all()
 
 
 @pytest.mark.nightly
@@ -302,8 +303,8 @@ def test_each_reading_has_a_row_of_the_passes_that_its_solver_can_make(
     del made[report.SHEET]
     assert {name: [*row] for name, row in made.items()} == rows
     real = opened.run.data.open().reference(10, 0)[0]
-    drawn = {name: {n: report.look(opened.sampler, x, real) for n, x in row.items()} for name, row in made.items()}
-    assert report.joined(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
+    drawn = {name: {n: report.draw(opened.sampler, x, real) for n, x in row.items()} for name, row in made.items()}
+    assert report.all_trajectories(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
 
 
 @pytest.mark.nightly
@@ -359,7 +360,7 @@ def test_notes_of_pulls_have_words_of_their_own() -> None:
 
 def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without notes and probes, and where it was resumed by a version that has them."""
-    monkeypatch.setattr(figure, "_paint", lambda ink, draw: "")  # titles alone are looked at
+    monkeypatch.setattr(chart, "_inked", lambda ink, draw: Image.new("RGB", (1, 1)))  # titles alone are looked at
     new = log.read_log(digits / "metrics.jsonl")
     old = [
         {k: v for k, v in row.items() if k not in ("notes", "probe", "grad_norms", "grad_peaks", "time_slope")}
@@ -369,12 +370,12 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypa
     assert len(report.charts(new)) == 10
     assert len(report.charts(old)) == 4
     once = report.charts([*old[:3], *new[3:]])  # probed
-    assert [chart.title for chart in once][5:] == ["clipped_share", "head_gap", figure.SLOPE]
-    found = report.late([*old[:4], new[4] | {"step": 17}])
+    assert [chart.title for chart in once][5:] == ["clipped_share", "head_gap", figure.TIME_SLOPE]
+    found = report.late_losses([*old[:4], new[4] | {"step": 17}])
     assert found is not None
     assert [*found["bins"]] == ["loss", "v", "u"]
     never = {"notes": {"clipped_share": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}
-    assert [chart.title for chart in report.charts([row | never for row in new])][5:] == ["drift", figure.SLOPE]
+    assert [chart.title for chart in report.charts([row | never for row in new])][5:] == ["drift", figure.TIME_SLOPE]
 
 
 @pytest.mark.slow
@@ -438,13 +439,13 @@ def test_late_loss_counts_rows_of_the_last_quarter() -> None:
         {"step": 80, "counts": [3, 0, 0], "bins": {"loss": [2.0, None, None], "v": [1.0, None, None]}},
         {"step": 100, "counts": [1, 5, 0], "bins": {"loss": [4.0, 6.0, None], "v": [5.0, 2.0, None]}},
     ]
-    found = report.late(rows)
+    found = report.late_losses(rows)
     assert found is not None
     assert (found["first"], found["logged"], found["counts"]) == (80, 2, [4.0, 5.0, 0.0])
     assert found["bins"]["loss"][:2] == [2.5, 6.0]
     assert found["bins"]["v"][:2] == [2.0, 2.0]
     assert math.isnan(found["bins"]["loss"][2])
-    assert report.late([]) is None
+    assert report.late_losses([]) is None
 
 
 def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> None:
@@ -472,7 +473,7 @@ def test_data_are_laid_out_by_class(digits: Path) -> None:
     assert sheet.shape[:2] == (report.ROWS, 10)
     assert (sheet[:, 3] == 0).all()
     assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
-    assert report.look(sampler, sheet.flatten(0, 1), truth).height > 0
+    assert report.draw(sampler, sheet.flatten(0, 1), truth).height > 0
     assert torch.equal(report.by_class(sampler, truth, c + 10), truth[:80])  # none of the first ten classes
 
 

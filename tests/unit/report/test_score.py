@@ -16,10 +16,10 @@ from dumo.config.load import load
 from dumo.data import Digits
 from dumo.evaluation import shipped
 from dumo.evaluation.protocol import Reference, headline
-from dumo.io.picture import headed
+from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import page, score
-from dumo.report.card import seen, settings
+from dumo.report.card import settings
 from dumo.report.figure import smoothed
 from dumo.run.weights import sampler
 from dumo.types import Sample
@@ -27,7 +27,7 @@ from dumo.types import Sample
 PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
 
 
-def judged(lead: float = 0.5, **more: Any) -> score.Table:  # noqa: ANN401, what a report holds
+def judged(lead: float = 0.5, **more: Any) -> score.Judgement:  # noqa: ANN401, what a report holds
     """An evaluation of digits, as it is read."""
     row = {"nfe": 1, "solver": "restart", "fd_grey": lead, "fd": 0.1, "kid": 0.01, "kid_sd": 0.02, "auc": 0.7, **more}
     columns = score.figures(row)
@@ -43,7 +43,7 @@ def judged(lead: float = 0.5, **more: Any) -> score.Table:  # noqa: ANN401, what
     }
 
 
-def near(samples: float, real: float) -> score.Table:
+def near(samples: float, real: float) -> score.Judgement:
     return {"rows": [{"name": "samples", "mean": samples}, {"name": "data", "mean": real}]}
 
 
@@ -73,10 +73,10 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
     row = {"nfe": 1, "fd_grey": 1.0, "fd": 1.0, "kid": 1.0, "kid_sd": 1.0, "auc": 0.7, "pixel_fd": 2.0}
     by_numbers, by_features = features | {"trained_on": "numbers"}, features | {"trained_on": "classifier of digits"}
     assert [score.figures(row, card)[0] for card in (features, by_numbers)] == ["fd_grey", "fd_grey"]
-    assert [seen(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd"]]
-    assert seen(row, by_features) == ["fd_grey", "fd", "kid"]
+    assert [score.biased(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd"]]
+    assert score.biased(row, by_features) == ["fd_grey", "fd", "kid"]
     assert score.figures(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd"]
-    assert seen(row, features | {"trained_on": "Inception"}) == []
+    assert score.biased(row, features | {"trained_on": "Inception"}) == []
     assert headline({"mmd2": 1.0}, by_numbers) == "mmd2"
 
 
@@ -95,7 +95,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
         "trained_on": "classifier of digits",
     }
     told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
-    pages: list[score.Table] = []
+    pages: list[score.Judgement] = []
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
         found = score.judgement(tmp_path, 1, "w")
@@ -198,12 +198,12 @@ def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> N
 
 def test_names_stand_above_their_columns_and_fit() -> None:
     sheet = Image.new("RGB", (200, 50))
-    page = headed(sheet, ["a", "a very long name of a class"])
+    page = with_column_names(sheet, ["a", "a very long name of a class"])
     assert (page.width, page.height > 50) == (200, True)
     dark = [x for x in range(200) for y in range(page.height - 50) if page.getpixel((x, y)) < (128, 128, 128)]
     assert [min(dark), max(dark)] == pytest.approx([48, 195], abs=6)
     assert all(not 60 < x < 98 for x in dark)
-    assert headed(sheet, []) is sheet
+    assert with_column_names(sheet, []) is sheet
 
 
 def test_smoothing_keeps_the_mean_and_lessens_noise() -> None:

@@ -1,0 +1,46 @@
+"""The arms of a plan as pictures: how they rank, and what each of them makes."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from dumo.config.word import MERITS, word
+from dumo.io import picture
+from dumo.lab.cell import Result, Row, by_arm, main_score
+from dumo.report import chart, score
+from dumo.runtime.progress import passes_text
+
+
+def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
+    """The main score, a line per arm, the best in the fewest passes on top, a mark per number of passes."""
+    main = main_score(rows[0])
+    lines: dict[str, dict[str, chart.Dot]] = {}
+    for row in sorted(rows, key=lambda row: (row["nfe"], row[main])):
+        arm = str(next(iter(row.values())))
+        lines.setdefault(arm, {})[passes_text(row["nfe"])] = (row[main], score.error(row, main))
+    passes = sorted({row["nfe"] for row in rows})
+    return chart.dots(title, chart.score_label(main), lines, [passes_text(nfe) for nfe in passes])
+
+
+def samples(results: Sequence[Result]) -> Image.Image:
+    """What the first seed of every arm makes in its fewest passes, two of a class, below its score: the best first."""
+    lead = score.figures(results[0].report["results"][0])[0]
+    sheets: list[tuple[float, str, Image.Image]] = []
+    for first, *_ in by_arm(results):
+        fewest = first.report["results"][0]
+        arm = next(iter(first.cell.labels.values()))
+        sheets.append((fewest[lead], f"{arm}, {score.number(fewest[lead])}", _sheet(first, fewest["nfe"])))
+    sheets.sort(key=lambda entry: entry[0])
+    merit = word(MERITS, lead)
+    note = f"One pass of each (its fewest), seed 0. The number: {merit.title}; {merit.better}."
+    return picture.named_blocks({name: sheet for _, name, sheet in sheets}, note=note)
+
+
+def _sheet(result: Result, nfe: int) -> Image.Image:
+    """Two rows of images, a class or several to a column, with the names of the classes."""
+    run = result.trained.run
+    columns = max(run.data.labels, 10)
+    c = run.conditions.in_turn(columns)
+    made = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
+    names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
+    return picture.with_column_names(picture.sheet(picture.to_rows(made.x), columns), names)
