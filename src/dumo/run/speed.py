@@ -15,6 +15,7 @@ import torch
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.progress import number, sized
+from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.training import log
 from dumo.training.spec import Train
 from dumo.training.step import Record
@@ -53,7 +54,7 @@ class Meter:
         folder: Path,
         device: torch.device,
         flops: Callable[[], float],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = wall_clock,
     ) -> None:
         """Nothing is measured before `begin`. `flops` counts the operations of a step, for an image."""
         self.train = train

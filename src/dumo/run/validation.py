@@ -6,7 +6,6 @@ Of the scores so far the best may be kept, in best/; what a stop undid is forgot
 the same.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from math import isfinite
 from pathlib import Path
@@ -25,6 +24,7 @@ from dumo.run.sampler import turn
 from dumo.run.speed import LOG
 from dumo.run.weights import sampler
 from dumo.runtime import signals
+from dumo.runtime.stopwatch import wall_clock
 from dumo.training import agreement, checkpoint, layout, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError
@@ -93,7 +93,7 @@ class Validation:
         """
         if not self.every or state.step % self.every:
             return {}
-        began = time.monotonic()
+        began = wall_clock()  # that of `speed.Meter`, which leaves these seconds out
         try:
             with signals.finished(), torch.compiler.set_stance("force_eager"), products("fp32", self.sampler.device):
                 found = self.evaluator.score(self.made())
@@ -102,7 +102,7 @@ class Validation:
             return {}
         finally:
             layout.release(self.sampler.net)
-            self.spent(time.monotonic() - began)
+            self.spent(wall_clock() - began)
         lead = next(iter(found))
         scores = {name: found[name] for name in (lead, f"{lead}_sd") if name in found}
         self.tell(f"step {state.step:,}: {lead} {' ± '.join(f'{value:.3g}' for value in scores.values())}")
