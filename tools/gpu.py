@@ -108,15 +108,10 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """The median of several runs of a piece of work, after two to warm up."""
-    from dumo.runtime.device import now
+    """The median of several runs of a piece of work, after some to warm up."""
+    from dumo.runtime.stopwatch import Stopwatch
 
-    taken: list[float] = []
-    for _ in range(2 + rounds):
-        began = now(device)
-        work()
-        taken.append(now(device) - began)
-    return sorted(taken[2:])[rounds // 2]
+    return Stopwatch(device).rounds([work], rounds).median().item()
 
 
 # 1. The kernel of attention's tangent
@@ -444,13 +439,13 @@ def lora_row(run: Any, rows: int, setting: Setting) -> Row:  # noqa: ANN401, a R
     batch = (x.to(setting.device), c.to(setting.device))
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
-    _, record, passes, update = rehearsal.make_step(run, net, batch, warm=2, timed=3)
+    step = rehearsal.make_step(run, net, batch, warm_up=2, rounds=3)
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "images/s": rows / (passes + update),
-        "ms": 1e3 * (passes + update),
+        "images/s": rows / (step.pass_seconds + step.update_seconds),
+        "ms": 1e3 * (step.pass_seconds + step.update_seconds),
         "peak GB": peak_bytes(setting.device) / 1e9,
-        "loss": record.loss,
+        "loss": step.record.loss,
     }
 
 

@@ -31,8 +31,9 @@ from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.encoders.codec import Opened
 from dumo.io import table
-from dumo.io.content import BYTES, Hashes, hashes_of, moved, unpacked
+from dumo.io.content import Hashes, hashes_of, moved, unpacked
 from dumo.io.picture import from_uint8
+from dumo.io.seen import BYTES
 from dumo.io.source import Finite
 from dumo.io.table import ELSEWHERE, Done, Index, Table, Tick
 from dumo.io.weights import load

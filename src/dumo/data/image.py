@@ -24,8 +24,9 @@ from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import TABLES, captions_of, edited, hash_of
 from dumo.encoders.caption import Captions
-from dumo.io.content import Hashes, State
+from dumo.io.content import Hashes
 from dumo.io.read import user_path
+from dumo.io.seen import State
 from dumo.io.source import Bucketed
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError

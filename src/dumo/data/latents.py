@@ -26,8 +26,8 @@ from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.flow.draw import PRIOR
 from dumo.io.audit import SOON, Audit
-from dumo.io.content import split
 from dumo.io.read import user_path
+from dumo.io.seen import split
 from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import Table
 from dumo.runtime import signals

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dumo.data.pixel import Unreadable
-from dumo.data.store import Labels, counted, states_of
+from dumo.data.store import Labels, counted
 from dumo.io import digest
-from dumo.io.content import Files
+from dumo.io.seen import Files, states_of
 from dumo.types import UserError
 
 if TYPE_CHECKING:

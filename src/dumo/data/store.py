@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dumo.data.pixel import Unreadable
 from dumo.io import digest
-from dumo.io.content import Files, State
+from dumo.io.seen import Files, State, state_of
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
@@ -114,16 +114,6 @@ def walk(root: Path) -> dict[str, State]:
     if not root.exists():
         raise UserError(f"there is no folder or file {root}: set data.root to where the images are")
     return {str(root): state_of(root.stat())}
-
-
-def state_of(about: os.stat_result) -> State:
-    """By what a file is known again."""
-    return about.st_size, about.st_mtime_ns, about.st_ino
-
-
-def states_of(files: Sequence[str]) -> list[State]:
-    """The same of some files. Raises OSError where one is not there."""
-    return [state_of(os.stat(file)) for file in files]
 
 
 def read_regular(file: str) -> bytes:

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from dumo.data.pairing import normal_form
 from dumo.data.pixel import SUFFIXES, Unreadable
-from dumo.data.store import Labels, counted, require_small, states_of
+from dumo.data.store import Labels, counted, require_small
 from dumo.io import digest, note
 from dumo.io import file as files
-from dumo.io.content import Files
+from dumo.io.seen import Files, states_of
 from dumo.runtime import signals
 from dumo.runtime.progress import late
 from dumo.types import UserError

@@ -1,20 +1,14 @@
-"""Times of pieces of work on one machine, and the net that they run; `dumo bench sample`: samples per second.
-
-All pieces are run in turn, round by round, so that a slow minute slows them alike, and a ratio is taken within a round.
-With one thread on a CPU, CPU time is taken, which leaves out what other programs take.
+"""`dumo bench sample`: samples per second; and the net that benches run (`dumo.runtime.stopwatch` times it).
 
 Samples are timed from noise that the CPU draws to numbers in its memory. Latents must be decoded too, which at one pass
 may take longer than the net: that is measured by itself.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from math import prod
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dumo.config.error import require_known
@@ -26,43 +20,14 @@ from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
 from dumo.nets import Net
 from dumo.plan import machine
-from dumo.run import examination
+from dumo.run import examination, memory
 from dumo.runtime import dist
-from dumo.runtime.device import now
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
+from dumo.runtime.stopwatch import Stopwatch, Work, quartiles
 from dumo.types import Needs, Reads, UserError
 
-Times = Float[Tensor, "works rounds"]  # seconds
-
 JUMPS = 4  # passes up to which a restart makes sense: later ones add error (docs/reproduce.md)
-WARM = 2  # rounds before the first that counts: ours; they compile, choose kernels and fill caches
-
-
-def interleave(title: str, works: Sequence[Callable[[], object]], rounds: int, device: torch.device, bar: Bar) -> Times:
-    """Seconds of each piece of work in each round."""
-    now, taken = clock(device), torch.zeros(len(works), rounds, dtype=torch.float64)
-    with bar(title, WARM + rounds) as tick:
-        for i in range(-WARM, rounds):
-            for j, work in enumerate(works):
-                start = now()
-                work()
-                if i >= 0:
-                    taken[j, i] = now() - start
-            tick(WARM + i + 1, "")
-    return taken
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, when all work so far is done."""
-    alone = device.type != "cuda" and torch.get_num_threads() == 1
-    return time.process_time if alone else partial(now, device)
-
-
-def quartiles(ratios: Float[Tensor, " rounds"]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
-    return low, middle, high
 
 
 def precisions_of(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
@@ -89,8 +54,7 @@ def build(
 
     Raises UserError where it does not fit the shape, or the device lacks the memory for it and this number of rows.
     """
-    size = sum(value.nbytes for value in outline(net, needs, shape, classes).state_dict().values())
-    size += rows * prod(shape) * torch.float32.itemsize
+    size = memory.at_least(outline(net, needs, shape, classes)) + memory.of_rows(rows, shape)
     dist.require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream("bench", "weights").initial_seed())
@@ -107,6 +71,14 @@ def fill(net: nn.Module) -> nn.Module:
     return net
 
 
+class SampleCase(NamedTuple):
+    """One way to sample that is timed."""
+
+    precision: Precision
+    nfe: int
+    solver: Solver
+
+
 def sample(
     run: Run,
     *,
@@ -119,49 +91,61 @@ def sample(
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Times of batches of samples by the run's net, its weights random. Raises UserError for passes out of reach."""
-    here, shape = dist.device(device), tuple(shape or run.data.shape)
-    todo: list[tuple[Precision, int, Solver]] = [
-        (precision, nfe, solver(run.sample.solver, run.reads, nfe))
-        for precision in precisions_of(precisions, here)
-        for nfe in nfes
-    ]
-    module = build(examination.readable(run.net), run.objective.needs, shape, run.data.classes, here, batch)
-    c = generate.labels(batch, run.data.classes)
-    reads = reading(run.objective, module, run.sample.knobs)
-
-    make = partial(generate.generate, module, reads, run.path, c=c, seed=0, shape=shape, batch=batch, device=here)
-    works: list[Callable[[], object]] = [
-        partial(make, solver=solver, nfe=nfe, precision=precision) for precision, nfe, solver in todo
-    ]
-    decoder, missing = decoding(run.data, shape, batch, here)
-    seconds = interleave("sampling", works + ([decoder] if decoder else []), rounds, here, bar)
-    extra = seconds[-1] if decoder else None
+    torch_device = dist.device(device)
+    shape = tuple(shape or run.data.shape)
+    cases: list[SampleCase] = []
+    for precision in precisions_of(precisions, torch_device):
+        for nfe in nfes:
+            cases.append(SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
+    module = build(examination.readable(run.net), run.objective.needs, shape, run.data.classes, torch_device, batch)
+    make_samples = partial(
+        generate.generate,
+        module,
+        reading(run.objective, module, run.sample.knobs),
+        run.path,
+        c=generate.labels(batch, run.data.classes),
+        seed=0,
+        shape=shape,
+        batch=batch,
+        device=torch_device,
+    )
+    works: list[Work] = []
+    for case in cases:
+        works.append(partial(make_samples, solver=case.solver, nfe=case.nfe, precision=case.precision))
+    decode, missing = decoding(run.data, shape, batch, torch_device)
+    if decode:
+        works.append(decode)
+    seconds = Stopwatch.for_bench(torch_device).rounds(works, rounds, bar=bar, title="sampling")
+    decode_seconds = seconds[-1] if decode else None
+    rows: list[dict[str, Any]] = []
+    for case, net_seconds in zip(cases, seconds, strict=False):
+        decoded_per_second = None
+        if decode_seconds is not None:
+            decoded_per_second = rate(batch / (net_seconds + decode_seconds))["images_per_second"]
+        rows.append(
+            {
+                "nfe": case.nfe,
+                "solver": case.solver.kind,
+                "precision": case.precision,
+                **rate(batch / net_seconds),
+                "decoded_per_second": decoded_per_second,
+            }
+        )
     return {
         "net": run.net.model_dump(),
         "shape": shape,
         "batch": batch,
         "parameters": sum(p.numel() for p in module.parameters()),
         "rounds": rounds,
-        "machine": machine.hardware(here).text,
+        "machine": machine.hardware(torch_device).text,
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
-        "rows": [
-            {
-                "nfe": nfe,
-                "solver": solver.kind,
-                "precision": precision,
-                **rate(batch / taken),
-                "decoded_per_second": None if extra is None else rate(batch / (taken + extra))["images_per_second"],
-            }
-            for (precision, nfe, solver), taken in zip(todo, seconds, strict=False)
-        ],
+        "rows": rows,
         "decoder": missing,
     }
 
 
-def decoding(
-    data: Data, shape: tuple[int, ...], batch: int, device: torch.device
-) -> tuple[Callable[[], object] | None, str | None]:
+def decoding(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Work | None, str | None]:
     """A decoder of a batch of noise, in float32; None without a codec, or why its weights are missing."""
     if not isinstance(data, Latents):
         return None, None
@@ -180,7 +164,7 @@ def solver(own: Solver, reads: Reads, nfe: int) -> Solver:
     return chosen
 
 
-def rate(images_per_second: torch.Tensor) -> dict[str, float]:
+def rate(images_per_second: Tensor) -> dict[str, float]:
     """Median and quartiles."""
-    low, mid, high = quartiles(images_per_second)
-    return {"images_per_second": mid, "low": low, "high": high}
+    low, median, high = quartiles(images_per_second)
+    return {"images_per_second": median, "low": low, "high": high}

@@ -18,7 +18,6 @@ from dumo.config.spec import Run
 from dumo.config.word import MERITS, word
 from dumo.flow import generate
 from dumo.io import picture
-from dumo.lab.bench import interleave, quartiles
 from dumo.lab.cell import Result, Row, averaged, main_score
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.plan import machine
@@ -32,6 +31,7 @@ from dumo.run.weights import RunFolder, build
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
+from dumo.runtime.stopwatch import Stopwatch, quartiles
 from dumo.training.optim import Constant
 from dumo.training.state import begin
 from dumo.training.step import flow_of, train_step
@@ -168,7 +168,8 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
     for size in dict.fromkeys(cell.labels["size"] for cell in cells):
         same = [cell for cell in cells if cell.labels["size"] == size]
         steps = [step(cell.spec, here) for cell in same]
-        seconds = interleave(f"steps of size {size}", steps, same[0].labels["rounds"], here, bar)
+        watch = Stopwatch.for_bench(here)
+        seconds = watch.rounds(steps, same[0].labels["rounds"], bar=bar, title=f"steps of size {size}")
         for cell, taken in zip(same, seconds, strict=True):
             facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
             trained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")

@@ -22,8 +22,9 @@ from dumo.lab.plan import Cost
 from dumo.plan import machine
 from dumo.run.resolve import found_data, resolve
 from dumo.runtime import dist, signals
-from dumo.runtime.device import known_peak_tflops, now
+from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime.stopwatch import Stopwatch
 from dumo.training.loop import BATCHES, Prefetch
 from dumo.types import Spec, UserError
 from dumo.types.rows import to_device
@@ -112,6 +113,7 @@ def measure(
 
 def speed(source: Source, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
     """Images per second over these steps, the first `WARM` of them not counted."""
+    watch = Stopwatch(device)
     began = 0.0
     with Prefetch(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
         for step in steps:
@@ -119,9 +121,9 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
             for part in take(step):
                 to_device(part, device)
             if step == steps[WARM - 1]:
-                began = now(device)
+                began = watch.now()
             tick(step + 1, "")
-        return batch * (len(steps) - WARM) / (now(device) - began)
+        return batch * (len(steps) - WARM) / (watch.now() - began)
 
 
 def step_seconds_of(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:

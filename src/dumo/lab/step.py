@@ -23,14 +23,13 @@ from dumo.flow.precision import Precision, autocast, products, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import finite
 from dumo.lab import bench
-from dumo.lab.bench import Times
 from dumo.plan import machine
-from dumo.run import cost, examination
-from dumo.run.cost import Bytes
+from dumo.run import cost, examination, memory
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
+from dumo.runtime.stopwatch import Stopwatch, Times, quartiles
 from dumo.training.loop import compile_blocks
 from dumo.training.spec import Train
 from dumo.types import (
@@ -140,19 +139,20 @@ class Setting:
 
     def count(self, row: Row, objective: Objective, step: Work) -> Row:
         """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
-        given = self.outline, objective, self.path, self.shape
-        rows, ref = self.train.batch, self.train.ref
-        units, way = cost.forward_units(*given, rows=rows, ref=ref), cost.way(*given, ref=ref)
+        parts = self.outline, objective, self.path, self.shape
+        rows = self.train.batch
+        ref = self.train.ref
+        units = cost.forward_units(*parts, rows=rows, ref=ref)
+        way = cost.way(*parts, ref=ref)
         if self.device.type == "cuda":
             step()  # once before, for what kernels keep
             self.net.zero_grad()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            step()
-            size = Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
+            size = memory.allocated(step, self.device)
         else:
-            size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=row.precision)
-        return replace(row, way=way and way.name, units_counted=units, bytes_before=size.before, bytes=size.peak)
+            size = memory.step(*parts, rows=rows, ref=ref, precision=row.precision)
+        return replace(
+            row, way=way.name if way else None, units_counted=units, bytes_before=size.before, bytes=size.peak
+        )
 
 
 def measure(
@@ -172,24 +172,29 @@ def measure(
     A slope that training refuses is measured all the same where it can be, and its row says why. Raises UserError for
     a slope, precision or way to compile that this run or device does not have.
     """
-    here, shape = dist.device(device), tuple(shape or run.data.shape)
-    todo = list(variants(run.objective, run.net.time_scale, slopes, bench.precisions_of(precisions, here), compile))
-    setting = prepare(run, shape, here, compile)
+    torch_device = dist.device(device)
+    shape = tuple(shape or run.data.shape)
+    batch = run.train.batch
+    known_precisions = bench.precisions_of(precisions, torch_device)
+    todo = list(variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
+    setting = prepare(run, shape, torch_device, compile)
     tried = [setting.attempt(row, objective) for row, objective in todo]
-    seconds = bench.interleave("training steps", [step for _, step in tried if step], rounds, here, bar)
+    steps = [step for _, step in tried if step]
+    seconds = Stopwatch.for_bench(torch_device).rounds(steps, rounds, bar=bar, title="training steps")
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
-    peak = peak_tflops or known_peak_tflops(here)
-    rows = compare(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
+    peak = peak_tflops or known_peak_tflops(torch_device)
+    seconds_at_peak = batch * flops / (1e12 * peak) if peak else None
+    rows = compare(tried, seconds, batch, seconds_at_peak)
     return {
         "net": run.net.model_dump(),
         "objective": run.objective.model_dump(mode="json"),
         "shape": shape,
-        "batch": run.train.batch,
+        "batch": batch,
         "parameters": sum(p.numel() for p in setting.net.parameters()),
         "forward_flops_per_image": flops,
         "rounds": rounds,
-        "machine": machine.hardware(here).text,
+        "machine": machine.hardware(torch_device).text,
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
         "rows": [finite(asdict(row)) for row in rows],
@@ -199,7 +204,8 @@ def measure(
 def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> Setting:
     """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
     require_known("way to compile", compile, COMPILE)
-    needs, classes = run.objective.needs, run.data.classes
+    needs = run.objective.needs
+    classes = run.data.classes
     net = bench.build(examination.readable(run.net), needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
@@ -218,7 +224,12 @@ def variants(
 ) -> Iterator[tuple[Row, Objective]]:
     """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
     own = slope_of(objective)
-    chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
+    if slopes is not None:
+        chosen = [name for name in slopes if name != PLAIN]
+    elif own is not None:
+        chosen = list(SLOPES)
+    else:
+        chosen = []
     for name in chosen:
         require_known("slope", name, [*SLOPES, PLAIN])
         if own is None:
@@ -243,29 +254,37 @@ def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None: 
     return None
 
 
-def compare(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, rate: float | None) -> Iterator[Row]:
+def compare(
+    tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, seconds_at_peak: float | None
+) -> Iterator[Row]:
     """The rows with their times over their yardstick's, and their bytes over central's.
 
-    `rate`: seconds that a forward pass of the batch would take at the GPU's peak.
+    `seconds_at_peak`: what a forward pass of the batch would take at the GPU's peak.
     """
-    central = {row.precision: row.bytes for row, _ in tried if row.slope == "central"}
-    unit, each = seconds[0], iter(seconds)
+    central_bytes = {row.precision: row.bytes for row, _ in tried if row.slope == "central"}
+    unit_seconds = seconds[0]
+    seconds_of_steps = iter(seconds)
     for row, step in tried:
-        if row.bytes and (theirs := central.get(row.precision)):
-            row = replace(row, bytes_over_central=row.bytes / theirs)
+        central = central_bytes.get(row.precision)
+        if row.bytes and central:
+            row = replace(row, bytes_over_central=row.bytes / central)
         if step:
-            mine = next(each)
-            unit = mine / round(row.units_counted or 3) if row.slope == PLAIN else unit  # 4 with checkpointing
-            low, middle, high = bench.quartiles(mine / unit)
-            once = mine.median().item()
+            step_seconds = next(seconds_of_steps)
+            if row.slope == PLAIN:
+                unit_seconds = step_seconds / round(row.units_counted or 3)  # 4 with checkpointing
+            low, median, high = quartiles(step_seconds / unit_seconds)
+            median_seconds = step_seconds.median().item()
+            share_of_peak = None
+            if seconds_at_peak and row.units_counted:
+                share_of_peak = row.units_counted * seconds_at_peak / median_seconds
             row = replace(
                 row,
-                units_timed=middle,
+                units_timed=median,
                 units_low=low,
                 units_high=high,
-                milliseconds=1e3 * once,
-                images_per_second=batch / once,
-                share_of_peak=row.units_counted * rate / once if rate and row.units_counted else None,
+                milliseconds=1e3 * median_seconds,
+                images_per_second=batch / median_seconds,
+                share_of_peak=share_of_peak,
             )
         yield row
 
@@ -327,5 +346,6 @@ def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) ->
     """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope."""
     if objective.needs.slope is None:
         return None
-    found = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **inputs_of(objective, b))
-    return found["u" if "u" in found else objective.needs.heads[-1]].item()
+    errors = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **inputs_of(objective, b))
+    head = "u" if "u" in errors else objective.needs.heads[-1]
+    return errors[head].item()

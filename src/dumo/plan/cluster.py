@@ -13,7 +13,7 @@ all are tried again on a base under LoRA that is kept in fewer bits (`net.lora.f
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,8 @@ from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.plan import plan
 from dumo.plan.host import DEVICES, host
-from dumo.run import cost
+from dumo.run import cost, memory
+from dumo.run.memory import HeldBytes
 from dumo.run.net import outline
 from dumo.runtime import dist
 from dumo.runtime.progress import sized
@@ -95,9 +96,11 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     share = share_of(train.share, ranks)
     units = units_of(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
-    held, step = plan.held(net, train), counted(outline(spec), objective, path, shape, train, ranks)
-    memory = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
-    checkpoint, peak = plan.copied(net, held, ranks), sum(memory.values())
+    held = memory.held(net, train)
+    step = counted(outline(spec), objective, path, shape, train, ranks)
+    parts = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
+    peak = sum(parts.values())
+    checkpoint = memory.checkpoint(net, held, ranks)
     return {
         "ranks": ranks,
         "share": share,
@@ -105,10 +108,10 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "checkpointing": spec.net.checkpoint,
         "rows": step.rows,
         "passes": step.passes,
-        "memory": {**memory, "peak": peak},
+        "memory": {**parts, "peak": peak},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
-        "checkpoint": {**checkpoint, "most": (train.keep + 1) * checkpoint["bytes"]},
-        "host": {name: host(net, train, ranks, held, checkpoint["copy"], peak, name) for name in DEVICES},
+        "checkpoint": {**checkpoint._asdict(), "most": (train.keep + 1) * checkpoint.bytes},
+        "host": {name: host(net, train, ranks, held, checkpoint.copy, peak, name) for name in DEVICES},
         "units": units,
         "flops": flops,
         "tflops": tflops,
@@ -117,14 +120,14 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
 
 
 def counted(net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int) -> Step:
-    """One rank's step, where its passes have as many rows as any; of one rank alone, at most (`plan.memory`).
+    """One rank's step, where its passes have as many rows as any; of one rank alone, at most (`memory.training`).
 
     `net` is an outline, which is used up.
     """
     if ranks == 1:
         rows = plan.most_rows(train, objective, 1)
-        memory = {"gathered": 0, **plan.memory(net, objective, path, shape, train, rows)}
-        return Step(rows, len(pieces(train, objective)), {name: memory[name] for name in PARTS}, {}, {})
+        parts = {"gathered": 0, **memory.training(net, objective, path, shape, train, rows).parts}
+        return Step(rows, len(pieces(train, objective)), {name: parts[name] for name in PARTS}, {}, {})
     with pretended(ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'dual' says what `units_of` counts
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -166,7 +169,7 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
     reference = flow_of(state, train, objective, path, 0).reference
     loss = Loss(state.net, reference, objective, batch, train)
     tracker, sent, moved = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)], Sent()
-    tracker.track_inputs(tuple(plan.averaged(state)))
+    tracker.track_inputs(tuple(memory.averages(state)))
     with tracker:
         for one in sent:
             layout.finish(state.net, one is sent[-1], reshard=train.reshard)
@@ -176,12 +179,12 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
             update(state)
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     found = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
-    memory = {part: sum(found[kind] for kind in kinds) for part, kinds in PARTS.items()}
+    parts = {part: sum(found[kind] for kind in kinds) for part, kinds in PARTS.items()}
     every = [*sent, moved]
     calls, size = (sum(counts, Counter[str]()) for counts in ([x.calls for x in every], [x.bytes for x in every]))
     calls["all-gather"] += (len(cuts) - passes) * sent[-1].calls["all-gather"]
     size["all-gather"] += (len(cuts) - passes) * sent[-1].bytes["all-gather"]
-    return Step(len(batch.t), len(cuts), memory, +calls, +size)
+    return Step(len(batch.t), len(cuts), parts, +calls, +size)
 
 
 def update(state: State) -> None:
@@ -256,14 +259,17 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
 
     `tell` hears of each layout that is tried. Raises UserError if none fits, or the run does not fit this many ranks.
     """
-    held, tried, exact = dict[str, dict[str, int]](), dict[str, int](), set[str]()
+    held = dict[str, HeldBytes]()  # by the coding of the base
+    tried = dict[str, int]()
+    exact = set[str]()
     encoders = plan.of_encoders(spec.net, spec.data.classes)
 
     def fits(fields: Fields) -> bool:
         name, run = " ".join(words(fields)) or "as it is", changed(spec, fields)
         if name not in tried:
             base = str(run.net.lora)
-            held[base] = held.get(base) or plan.held(outline(run), run.train)
+            if base not in held:
+                held[base] = memory.held(outline(run), run.train)
             tried[name] = at_least(run.train, ranks, held[base]) + encoders
             if tried[name] <= limit:
                 exact.add(name)
@@ -299,10 +305,11 @@ def bases(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
     yield from ({"net.lora.frozen": one} for one in after if one != "bfloat16" or precision == "bf16")
 
 
-def at_least(train: Train, ranks: int, held: Mapping[str, int]) -> int:
+def at_least(train: Train, ranks: int, held: HeldBytes) -> int:
     """Bytes that a rank holds at the end of a forward pass, activations left out: known without one."""
-    stays = held["weights"] + held["optimizer"] + held["averages"]
-    return stays // share_of(train.share, ranks) + (held["weights"] if ranks > 1 and not train.reshard else 0)
+    stays = held.weights + held.optimizer + held.averages
+    gathered = held.weights if ranks > 1 and not train.reshard else 0
+    return stays // share_of(train.share, ranks) + gathered
 
 
 def layouts(train: Train, ranks: int, *, optional: bool) -> Iterator[Fields]:

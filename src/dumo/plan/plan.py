@@ -1,34 +1,31 @@
 """What a run is and takes, counted on meta models: sizes, work, memory, images; as facts and as lines.
 
-Of memory the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top comes the most that one
-piece of a batch needs at one time.
+Of memory (`dumo.run.memory`) the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top
+comes the most that one piece of a batch needs at one time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import ceil, log2, prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
-from dumo.flow.path import Path
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
 from dumo.nets.table import Embedded, PipelineTexts
 from dumo.plan.host import DEVICES, host
-from dumo.run import cost
+from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
 from dumo.runtime.progress import number, passes_text, sized
 from dumo.runtime.random import stream
-from dumo.training.frozen import frozen_weights
 from dumo.training.spec import Train
-from dumo.training.state import State, begin
 from dumo.training.step import passes
 from dumo.types import Objective, UserError
 
@@ -86,14 +83,16 @@ def plan(spec: Run) -> dict[str, Any]:
     head_rows = cost.heads(net, spec.objective, shape, rows=1)
     heads = {name: list(head.shape[1:]) for name, head in zip(head_names, head_rows, strict=False)}
 
-    bytes_held = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
+    rows = most_rows(train, spec.objective)
+    training = memory.training(net, spec.objective, spec.path, shape, train, rows)
+    total = training.total
+    parts = training.parts
     encoders = of_encoders(spec.net, spec.data.classes)
     if encoders:
-        bytes_held["encoders"] = encoders
-        bytes_held["total"] += encoders
-    checkpoint = copied(net, bytes_held)
-    copy_bytes = checkpoint["copy"]
-    host_bytes = {name: host(net, train, 1, bytes_held, copy_bytes, bytes_held["total"], name) for name in DEVICES}
+        parts["encoders"] = encoders
+        total += encoders
+    checkpoint = memory.checkpoint(net, training.held)
+    host_bytes = {name: host(net, train, 1, training.held, checkpoint.copy, total, name) for name in DEVICES}
 
     epoch = images_per_epoch(spec, missing=missing is not None)
     side = None
@@ -106,11 +105,11 @@ def plan(spec: Run) -> dict[str, Any]:
         "inputs": inputs,
         "heads": heads,
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": bytes_held,
+        "memory": {"rows": rows, **parts, "total": total},
         "host": host_bytes,
         "side": side,
-        "gpus": gpus(bytes_held),
-        "checkpoint": checkpoint,
+        "gpus": gpus(total, training.activations),
+        "checkpoint": checkpoint._asdict(),
         "images": images,
         "epochs": images / epoch if epoch else None,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
@@ -160,54 +159,15 @@ def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> i
     return max(rows.stop - rows.start for rank_passes in passes_by_rank for rows in rank_passes)
 
 
-def memory(
-    net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, rows: int
-) -> dict[str, int]:
-    """Bytes that training holds on each rank, by what they are, `rows` rows at a time; `total`: the most at once.
-
-    `net` is an outline, which is left with gradients.
-    """
-    parts = held(net, train)  # of averages as they begin, before weights are rounded to 16 bits
-    parts["activations"] = cost.activation_bytes(
-        net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision
-    )
-    return {"rows": rows, **parts, "total": sum(parts.values())}
-
-
-def gpus(memory: Mapping[str, int]) -> int | None:
+def gpus(total: int, activations: int) -> int | None:
     """On how many GPUs of 80 GiB to look for a layout (`dumo.plan.cluster`), a power of two; None: one holds all.
 
     What stays between passes then fills at most half of each, and the rest is for the passes: ours.
     """
-    if memory["total"] <= GPU:
+    if total <= GPU:
         return None
-    between_passes = memory["total"] - memory["activations"]
+    between_passes = total - activations
     return 2 ** max(0, ceil(log2(between_passes / (GPU / 2))))
-
-
-def held(net: nn.Module, train: Train) -> dict[str, int]:
-    """Bytes that training holds between passes, by what they are, where each rank holds all; `net` as in `memory`."""
-    state = begin(net, train)
-    trained_weights = [p for p in net.parameters() if p.requires_grad]
-    for p in trained_weights:
-        p.grad = torch.empty_like(p)
-    state.optimizer.step()  # its own tensors come with its first step
-    optimizer_values = (value for entry in state.optimizer.state.values() for value in entry.values())
-    return {
-        "weights": size(tensors(net)),
-        "gradients": size(trained_weights),
-        "optimizer": size(value for value in optimizer_values if isinstance(value, Tensor)),
-        "averages": size(averaged(state)),
-    }
-
-
-def copied(net: nn.Module, held: Mapping[str, int], ranks: int = 1) -> dict[str, int]:
-    """Bytes of a checkpoint, and of the copy of it that each rank keeps in host memory (`dumo.training.saver`).
-
-    `net` is an outline, `held` of it.
-    """
-    checkpoint_bytes = held["weights"] + held["optimizer"] + held["averages"] - size(frozen_weights(net).values())
-    return {"bytes": checkpoint_bytes, "copy": ceil(checkpoint_bytes / ranks)}
 
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:
@@ -269,25 +229,6 @@ def missing_data(data: Data) -> str | None:
     if not path.exists():
         return f"there is no {path}: set data.root"
     return None
-
-
-def averaged(state: State) -> list[Tensor]:
-    """The averages' tensors, but for those that they share with the net."""
-    net_tensors = {id(x) for x in tensors(state.net)}
-    own_tensors: list[Tensor] = []
-    for average in state.averages.values():
-        own_tensors += [x for x in tensors(average.module) if id(x) not in net_tensors]
-    return own_tensors
-
-
-def tensors(net: nn.Module) -> Iterable[Tensor]:
-    """Parameters and buffers."""
-    return (*net.parameters(), *net.buffers())
-
-
-def size(values: Iterable[Tensor]) -> int:
-    """Bytes."""
-    return sum(value.nbytes for value in values)
 
 
 def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
@@ -379,12 +320,12 @@ def ranked(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
         if facts["reshard"]:
             layout += ", given back after each pass"
     yield "ranks", layout
-    memory = facts["memory"]
-    parts = ", ".join(f"{name} {sized(held, 1024)}" for name, held in memory.items() if held and name != "peak")
+    sizes = facts["memory"]
+    parts = ", ".join(f"{name} {sized(size, 1024)}" for name, size in sizes.items() if size and name != "peak")
     rows = f"{facts['rows']} rows at a time"
     if facts["passes"] != 1:
         rows += f", in {facts['passes']} passes a step"
-    yield "each holds", f"{sized(memory['peak'], 1024)} at most, {rows}: {parts}"
+    yield "each holds", f"{sized(sizes['peak'], 1024)} at most, {rows}: {parts}"
     sent = [f"{name} {sized(traffic['bytes'])} in {traffic['calls']} calls" for name, traffic in facts["sent"].items()]
     yield "each step sends", ", ".join(sent) or "nothing"
     checkpoint = facts["checkpoint"]

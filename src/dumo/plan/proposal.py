@@ -8,9 +8,9 @@ Images with captions train a net that reads them: a DiT, with a T5 over their by
 file. Other encoders are those of the recipes of text to image.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime import dist, install, installed, threads
 from dumo.runtime.progress import Bar, no_bar, quiet, span
+from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
 from dumo.types import Spec, UserError
 
 RECIPE = "my-images"
@@ -127,7 +128,8 @@ def propose(
     `sets`, as --set takes them, go before what is proposed; without a place they say which images in memory it is.
     Raises UserError where there are no images, or a field is wrong.
     """
-    here, began = dist.device(device), time.monotonic()
+    began = wall_clock()
+    here = dist.device(device)
     fields: dict[str, Any] = {"data.root": place} if place else {}
     tree = {"data": set_fields(fields, ()).data.model_dump(mode="json")}
     override(tree, [text for text in sets if text.startswith("data")])
@@ -144,7 +146,7 @@ def propose(
         judged = plan.validation(run)
         step = step_seconds(run, here) * (1 + (judged["share"] if judged else 0))
         tick(1, "")
-    prepare = time.monotonic() - began + found.count * found.decode_seconds / torch.get_num_threads()
+    prepare = wall_clock() - began + found.count * found.decode_seconds / torch.get_num_threads()
     wanted = minutes or (MINUTES if here.type == "cpu" else None)
     if wanted is not None:
         steps = max(FEWEST, int((60 * wanted - prepare) / (SLACK * step)))
@@ -245,8 +247,8 @@ def step_seconds(run: Run, here: torch.device) -> float:
     run, rows = run.model_copy(update={"net": examination.readable(run.net)}), run.train.micro_batch or run.train.batch
     require_room(run, here, run.train.copies, rows)
     batch = rehearsal.random_rows(run.data, rows, here)
-    _, _, passes, update = rehearsal.make_step(run, build(run, here), batch, warm=rehearsal.WARM, timed=TIMED)
-    return run.train.batch / rows * passes + update
+    step = rehearsal.make_step(run, build(run, here), batch, warm_up=WARM_UP, rounds=TIMED)
+    return step.of_batch(run.train.batch)
 
 
 def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
@@ -259,22 +261,23 @@ def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
 def look(store: Store, frame: Frame, bar: Bar = no_bar) -> Look:
     """Some of the images, evenly. Raises UserError where none of them can be read."""
     places = sorted({round(i * (len(store) - 1) / (LOOKED - 1)) for i in range(LOOKED)})
-    sides, bad, taken = list[int](), 0, list[float]()
+    watch = Stopwatch(torch.device("cpu"))
+    sides: list[int] = []
+    decode_seconds: list[float] = []
+    bad = 0
     with bar("looking at images", len(places)) as tick:
         for done, i in enumerate(places, start=1):
             try:
                 data = store.read(i)
                 sides.append(short_side(data))
-                if len(taken) < DECODED:
-                    began = time.monotonic()
-                    frame(data)
-                    taken.append(time.monotonic() - began)
+                if len(decode_seconds) < DECODED:
+                    decode_seconds.append(watch.seconds(partial(frame, data)))
             except (OSError, ValueError, Unreadable):
                 bad += 1
             tick(done, "")
     if not sides:
         raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
-    return Look(len(store), len(places), bad, median(sides), median(taken) if taken else 0.0)
+    return Look(len(store), len(places), bad, median(sides), median(decode_seconds) if decode_seconds else 0.0)
 
 
 def side(short: float, most: int) -> int:

@@ -19,15 +19,15 @@ from dumo.run.net import flow_in_training, outline, require_room
 from dumo.run.sampler import Sampler
 from dumo.run.weights import build, sampler
 from dumo.runtime import dist
-from dumo.runtime.device import now, peak_bytes
+from dumo.runtime.device import peak_bytes
 from dumo.runtime.random import random_batch
+from dumo.runtime.stopwatch import WARM_UP, Clock, Stopwatch, wall_clock
 from dumo.training import loop
 from dumo.training.state import State, begin
 from dumo.training.step import Record
 from dumo.types import Cond, Sample, UserError
 
 HOUR = 3600.0
-WARM = 2  # steps before the one that is timed: ours; they choose kernels, compile, allocate
 SLOW = 1e8  # parameters of a net whose first step on a CPU is the one that is timed, it takes so long: ours
 
 
@@ -52,7 +52,22 @@ class Rehearsal:
     hours: float
 
 
-def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
+@dataclass(frozen=True)
+class TimedStep:
+    """Steps that were made, and what one takes."""
+
+    state: State  # after the last
+    record: Record  # of the last
+    rows: int
+    pass_seconds: float  # of these rows: the median of the steps that count
+    update_seconds: float  # of a step, however many rows it has: their median
+
+    def of_batch(self, batch: int) -> float:
+        """Seconds of a step of another number of rows, as many at a time as these."""
+        return batch / self.rows * self.pass_seconds + self.update_seconds
+
+
+def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_clock) -> Rehearsal:
     """Examine the slope, then make a step of `rows` rows, and a sample.
 
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
@@ -65,27 +80,27 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     exam.require()
     is_slow = torch_device.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
     require_room(spec, torch_device, spec.train.copies, rows)
-    warm = 0 if is_slow else WARM
+    warm_up = 0 if is_slow else WARM_UP
     try:
         batch = random_rows(spec.data, rows, torch_device)
         net = build(spec, torch_device)
-        state, record, pass_seconds, update_seconds = make_step(spec, net, batch, warm=warm)
+        step = make_step(spec, net, batch, warm_up=warm_up, clock=clock)
     except torch.OutOfMemoryError as error:
         place = machine.hardware(torch_device).text
         fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {place}: {fix}") from error
-    sample_nfe, sample_seconds = make_sample(sampler(spec, state.shown))
-    step_seconds = spec.train.batch / rows * pass_seconds + update_seconds
+    sample_nfe, sample_seconds = make_sample(sampler(spec, step.state.shown), clock)
+    step_seconds = step.of_batch(spec.train.batch)
     return Rehearsal(
         machine=machine.hardware(torch_device).text,
         threads=torch.get_num_threads(),
         rows=rows,
         whole=cost.exact_rows(spec.objective),
         examination=str(exam),
-        loss=record.loss,
-        grad_norm=record.grad_norm,
-        pass_seconds=pass_seconds,
-        update_seconds=update_seconds,
+        loss=step.record.loss,
+        grad_norm=step.record.grad_norm,
+        pass_seconds=step.pass_seconds,
+        update_seconds=step.update_seconds,
         peak_bytes=peak_bytes(torch_device),
         sample_nfe=sample_nfe,
         sample_seconds=sample_seconds,
@@ -102,41 +117,51 @@ def random_rows(data: Data, rows: int, device: torch.device) -> tuple[Sample, Co
 
 
 def make_step(
-    run: Run, net: nn.Module, batch: tuple[Sample, Cond], *, warm: int = 0, timed: int = 1
-) -> tuple[State, Record, float, float]:
-    """Steps by the training loop, some to warm up first: the state, the last record, seconds of passes and update.
-
-    Seconds are the median of the `timed` steps.
-    """
+    run: Run,
+    net: nn.Module,
+    batch: tuple[Sample, Cond],
+    *,
+    warm_up: int = 0,
+    rounds: int = 1,
+    clock: Clock = wall_clock,
+) -> TimedStep:
+    """Make steps of this batch by the training loop: some to warm up, then `rounds` that are timed."""
     x, _ = batch
-    device = x.device
-    train = run.train.model_copy(update={"batch": len(x), "micro_batch": None, "steps": warm + timed, "max_skips": 1})
+    rows = len(x)
+    watch = Stopwatch(x.device, clock)
+    steps = warm_up + rounds
+    train = run.train.model_copy(update={"batch": rows, "micro_batch": None, "steps": steps, "max_skips": 1})
     run = run.model_copy(update={"train": train})
     state = begin(net, train)
     records: list[Record] = []
-    times: list[float] = []  # three a step: as it begins, before the update, at the end
+    # three times a step: as it begins, before the update, at the end
+    began: list[float] = []
+    passed: list[float] = []
+    ended: list[float] = []
 
     def batches(step: int) -> tuple[Sample, Cond]:
-        times.append(now(device))
+        began.append(watch.now())
         return batch
 
-    def done(state: State, record: Record) -> None:
-        times.append(now(device))
+    def before_update(*_: object) -> None:
+        passed.append(watch.now())
+
+    def after_step(state: State, record: Record) -> None:
+        ended.append(watch.now())
         records.append(record)
 
-    state.optimizer.register_step_pre_hook(lambda *_: times.append(now(device)))
-    loop.train(state, flow_in_training(run, state), batches, train, [loop.Every(1, done)])
-    timed_steps = torch.tensor(times, dtype=torch.float64).view(-1, 3)[warm:]
-    began, passed, ended = timed_steps.unbind(1)
-    pass_seconds = (passed - began).median().item()
-    update_seconds = (ended - passed).median().item()
-    return state, records[-1], pass_seconds, update_seconds
+    state.optimizer.register_step_pre_hook(before_update)
+    loop.train(state, flow_in_training(run, state), batches, train, [loop.Every(1, after_step)])
+    times = torch.tensor([began, passed, ended], dtype=torch.float64)[:, warm_up:]
+    pass_seconds, update_seconds = times.diff(dim=0).median(1).values.tolist()
+    return TimedStep(state, records[-1], rows, pass_seconds, update_seconds)
 
 
-def make_sample(sampler: Sampler) -> tuple[int, float]:
+def make_sample(sampler: Sampler, clock: Clock = wall_clock) -> tuple[int, float]:
     """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
     spec = sampler.spec
-    began = now(sampler.device)
+    watch = Stopwatch(sampler.device, clock)
+    began = watch.now()
     (sample,) = sampler.flow.batches(
         sampler.guided(CFG()),
         spec.solver,
@@ -145,4 +170,4 @@ def make_sample(sampler: Sampler) -> tuple[int, float]:
         seed=spec.seed,
         shape=sampler.data.shape,
     )
-    return sample.nfe, now(sampler.device) - began
+    return sample.nfe, watch.now() - began

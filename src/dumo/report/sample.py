@@ -9,7 +9,6 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
-from math import prod
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.name import changes, own, sampling, word
+from dumo.run import memory
 from dumo.run.judge import real_data
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
@@ -138,7 +138,7 @@ def export(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    sample_bytes = count * prod(sampler.pixels) * torch.float32.itemsize
+    sample_bytes = memory.of_rows(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
     dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
     c = turned(prompted(sampler, prompts, source), count) if prompts else sampler.conditions.in_turn(count, only)

@@ -1,42 +1,32 @@
-"""What a step costs, counted, not timed: floating-point operations and bytes of tensors that hold no numbers.
+"""What a step costs, counted, not timed: floating-point operations. Its bytes: `dumo.run.memory`.
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
 are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
 a count is affine in the length of each stretch of such blocks: the first few give that of all.
-
-Memory is counted by following every tensor's storage from the operation that made it until it is freed. That needs the
-operations that a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
-counted on fake tensors, which hold no numbers either, but say that they are on the CPU.
 """
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import groupby
 from math import lcm, prod
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.flow import dropout
 from dumo.flow.check import require_terms
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Path
-from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import twin
 from dumo.nets.dualized import Dualized
 from dumo.runtime.random import stream
-from dumo.training.frozen import copied, share
+from dumo.training.frozen import copied
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
 from dumo.types.outside import name_of
 
@@ -47,17 +37,14 @@ Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it,
 M = TypeVar("M", bound=nn.Module)
 
 
-class Bytes(NamedTuple):
-    """Bytes of tensors that a piece of work met: those there before it, and most of its own alive at one time."""
-
-    before: int
-    peak: int
-
-
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
     """Floating-point operations of one pass, per row (two per multiply-add)."""
     rows = 2
-    return by_depth(net, lambda net: flops(lambda: _pass(net, objective, shape, rows))) / rows
+
+    def count(net: nn.Module) -> int:
+        return flops(lambda: _pass(net, objective, shape, rows))
+
+    return by_depth(net, count) / rows
 
 
 def heads(net: nn.Module, objective: Objective, shape: Sequence[int], *, rows: int) -> Heads:
@@ -80,20 +67,25 @@ def forward_units(
     count by the expected share of the rows that need them. Where steps cost more in one part of the training than in
     another (`phases` of the objective), their mean.
     """
-    rows, one = rows or exact_rows(objective), forward_flops(net, objective, shape)
+    rows = rows or exact_rows(objective)
+    pass_flops = forward_flops(net, objective, shape)
 
-    def at(objective: Objective, b: Noised) -> float:
-        return by_depth(net, lambda net: flops(_step(*_outlines(net, ref), objective, b))) / (rows * one)
+    def units_at(objective: Objective, b: Noised) -> float:
+        def count(net: nn.Module) -> int:
+            return flops(step_of(*outlines(net, ref), objective, b))
 
-    def units(objective: Objective) -> float:
-        return sum(share * at(objective, b) for b, share in _phases(objective, path, rows, shape))
+        return by_depth(net, count) / (rows * pass_flops)
+
+    def mean_units(objective: Objective) -> float:
+        return sum(share * units_at(objective, b) for b, share in phases(objective, path, rows, shape))
 
     guide = objective.needs.guide
     if not (isinstance(guide, Guide) and guide.active):
-        return units(objective)
-    without, (t, _) = units(objective.model_copy(update={"guide": PLAIN})), objective.times(LAW, stream("cost"))
-    guided = (1 - objective.drop) * guide.inside(t).double().mean().item()  # a label kept, a time inside the interval
-    return without + guided * (units(objective) - without)
+        return mean_units(objective)
+    unguided = mean_units(objective.model_copy(update={"guide": PLAIN}))
+    t, _ = objective.times(LAW, stream("cost"))
+    guided_share = (1 - objective.drop) * guide.inside(t).double().mean().item()  # label kept, time in the interval
+    return unguided + guided_share * (mean_units(objective) - unguided)
 
 
 class StepCost(NamedTuple):
@@ -115,12 +107,14 @@ def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], 
     """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
     if not isinstance(objective.needs.slope, DualSlope):
         return None
-    noted, b = _Noted(), _draw(objective, path, exact_rows(objective), shape)
-    _step(*_outlines(short(net), ref), objective.model_copy(update={"slope": noted}), b)()
-    return noted.ways[-1] if noted.ways else None  # none where no step at this progress takes it
+    slope = _NotedSlope()
+    b = _draw(objective, path, exact_rows(objective), shape)
+    make_step = step_of(*outlines(short(net), ref), objective.model_copy(update={"slope": slope}), b)
+    make_step()
+    return slope.ways[-1] if slope.ways else None  # none where no step at this progress takes it
 
 
-class _Noted(DualSlope):
+class _NotedSlope(DualSlope):
     """A dual slope that notes its ways."""
 
     ways: list[Way] = Field(default_factory=list[Way])
@@ -129,43 +123,6 @@ class _Noted(DualSlope):
         """As every dual slope."""
         self.ways.append(super().way(net, ref, known=known))
         return self.ways[-1]
-
-
-def peak_bytes(
-    net: nn.Module,
-    objective: Objective,
-    path: Path,
-    shape: Sequence[int],
-    *,
-    rows: int,
-    ref: Theta = "self",
-    precision: Precision = "fp32",
-) -> Bytes:
-    """Bytes of a training step of `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
-
-    In the part of the training that takes the most. What a kernel takes for itself while it runs is not seen.
-    """
-    phases = _phases(objective, path, rows, shape)
-    peaks = (_peak(net, objective, b, ref, precision, graded=False) for b, _ in phases)
-    return max(peaks, key=lambda found: found.peak)
-
-
-def activation_bytes(
-    net: nn.Module,
-    objective: Objective,
-    path: Path,
-    shape: Sequence[int],
-    *,
-    rows: int,
-    ref: Theta = "self",
-    precision: Precision = "fp32",
-) -> int:
-    """Bytes that a step of `rows` rows takes on top of weights, gradients and batch, seen as `peak_bytes` sees them."""
-
-    def at(b: Noised) -> int:
-        return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
-
-    return max(at(b) for b, _ in _phases(objective, path, rows, shape))
 
 
 def exact_rows(objective: Objective) -> int:
@@ -184,40 +141,29 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
         return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
-def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
-    """Bytes before a step and in it, on fake tensors; `graded`: the gradients are there before."""
-    net, theta = _outlines(net, ref)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in {net, theta.module}:
-            module.to_empty(device="cpu")
-        share(theta.module, net)
-        for p in net.parameters():
-            p.grad = torch.empty_like(p) if graded and p.requires_grad else None
-        with autocast(precision, "cpu"):
-            return live_bytes(_step(net, theta, objective, _empty(b)))
-
-
 def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
     """A record of this many rows with memory of its own on the CPU, and no numbers but what is fixed by place."""
-    return _empty(_draw(objective, path, rows, shape))
+    return on_cpu(_draw(objective, path, rows, shape))
 
 
-def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
+def step_of(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training: without dropout, whose masks cost little, and with routing.
 
     It raises UserError where the loss is none of one number per row.
     """
-    routed = any(getattr(part, "routed", False) for part in net.modules())
-    keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if routed else None
+    rows = len(b.t)
+    is_routed = any(getattr(part, "routed", False) for part in net.modules())
+    keys = dropout.keys(0, 0, rows).to(b.t.device) if is_routed else None
 
     def step() -> None:
         with dropout.using(keys, drops=False):
-            require_terms(objective.loss(net, ref, b), len(b.t), name_of(type(objective))).loss.sum().backward()
+            terms = require_terms(objective.loss(net, ref, b), rows, name_of(type(objective)))
+            terms.loss.sum().backward()
 
     return step
 
 
-def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
+def outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     """The net and theta^- without numbers."""
     net = copy.deepcopy(net).to("meta")
     return net, frozen(net) if ref == "self" else Frozen(copied(net))
@@ -229,8 +175,8 @@ def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
     return draw(objective, path, x, c, c, seed=0, step=0)
 
 
-def _phases(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
-    """The same for every part of the training where steps cost alike, with its share of all steps."""
+def phases(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
+    """A record without numbers for every part of the training where steps cost alike, with its share of all steps."""
     b = _draw(objective, path, rows, shape)
     return [(replace(b, progress=progress), share) for progress, share in objective.needs.phases]
 
@@ -239,10 +185,15 @@ def _nothing(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
     return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
 
 
-def _empty(b: Noised) -> Noised:
-    """The record with memory of its own on the CPU."""
-    own = {f.name: torch.empty_like(v, device="cpu") for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)}
-    return replace(b, **own, drawn={name: torch.empty_like(v, device="cpu") for name, v in b.drawn.items()})
+def on_cpu(b: Noised) -> Noised:
+    """The record with memory of its own on the CPU, and no numbers."""
+    own: dict[str, Tensor] = {}
+    for field in fields(b):
+        value = getattr(b, field.name)
+        if isinstance(value, Tensor):
+            own[field.name] = torch.empty_like(value, device="cpu")
+    drawn = {name: torch.empty_like(value, device="cpu") for name, value in b.drawn.items()}
+    return replace(b, **own, drawn=drawn)
 
 
 class Stretch(NamedTuple):
@@ -258,21 +209,26 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks of each
     stretch, and all are counted unless two more of every stretch add twice what one more of each adds.
     """
-    lengths, few = [len(stretch.blocks) for stretch in stretches(net)], 2 if check else 1
-    deep = [i for i, n in enumerate(lengths) if n > few]
-    if sum(lengths) <= FEW or not deep:
+    lengths = [len(stretch.blocks) for stretch in stretches(net)]
+    few = 2 if check else 1
+    if sum(lengths) <= FEW or max(lengths) <= few:
         return count(net)
 
-    def at(*more: int) -> int:
+    def count_with(more: Sequence[int]) -> int:
+        """Of the net with `more` blocks of each stretch than a few."""
         return count(cut(net, [min(n, few + k) for n, k in zip(lengths, more, strict=True)]))
 
-    first = at(*[0] * len(lengths))
-    steps = [at(*(i == j for j in range(len(lengths)))) - first if n > few else 0 for i, n in enumerate(lengths)]
+    first = count_with([0] * len(lengths))
+    of_a_block = [0] * len(lengths)  # what one block more of each stretch adds
+    for i, n in enumerate(lengths):
+        if n > few:
+            of_a_block[i] = count_with([int(i == j) for j in range(len(lengths))]) - first
     if check:
-        two = sum(min(n - few, 2) * step for n, step in zip(lengths, steps, strict=True))
-        if not all(steps[i] for i in deep) or at(*[2] * len(lengths)) != first + two:
+        of_two = sum(min(n - few, 2) * added for n, added in zip(lengths, of_a_block, strict=True))
+        all_add = all(added for n, added in zip(lengths, of_a_block, strict=True) if n > few)
+        if not all_add or count_with([2] * len(lengths)) != first + of_two:
             return count(net)
-    return first + sum((n - few) * step for n, step in zip(lengths, steps, strict=True))
+    return first + sum((n - few) * added for n, added in zip(lengths, of_a_block, strict=True))
 
 
 def short(net: M) -> M:
@@ -296,14 +252,23 @@ def stretches(net: nn.Module) -> list[Stretch]:
     """
     if isinstance(net, Dualized) and net.row.last == "conv_out":
         return []
+    lists: dict[str, nn.ModuleList] = {}
     if isinstance(net, Dualized):
-        lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}
+        for name, part in net.model.named_children():
+            if isinstance(part, nn.ModuleList):
+                lists[f"model.{name}"] = part
     else:
         blocks = getattr(net, "blocks", None)
-        lists = {"blocks": blocks} if isinstance(blocks, nn.ModuleList) else {}
-        if len({kind(block)[1:] for part in lists.values() for block in [*part][:-1]}) > 1:
-            return []
-    return [Stretch(path, [*alike]) for path, blocks in lists.items() for _, alike in groupby(blocks, kind)]
+        if isinstance(blocks, nn.ModuleList):
+            lists["blocks"] = blocks
+            kinds_but_routed = {kind(block)[1:] for block in [*blocks][:-1]}
+            if len(kinds_but_routed) > 1:
+                return []
+    found: list[Stretch] = []
+    for path, part in lists.items():
+        for _, alike in groupby(part, kind):
+            found.append(Stretch(path, [*alike]))
+    return found
 
 
 def kind(block: nn.Module) -> tuple[object, ...]:
@@ -314,6 +279,8 @@ def kind(block: nn.Module) -> tuple[object, ...]:
 
 def flops(work: Callable[[], object]) -> int:
     """Floating-point operations of all matrix products and convolutions, on whatever device they are."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes Triton along: 0.2 s
+
     aten = torch.ops.aten
     missing = {  # from torch's own table; that a fused backward computes the scores again is not counted
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, v),
@@ -325,52 +292,6 @@ def flops(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         work()
     return counter.get_total_flops()
-
-
-def live_bytes(work: Callable[[], object]) -> Bytes:
-    """Follow the bytes of all tensors that a piece of work meets, on whatever device they are, fake ones too."""
-    with _Live() as live:
-        work()
-    return Bytes(live.before, live.peak)
-
-
-class _Live(TorchDispatchMode):
-    """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = self.now = self.peak = 0
-        self._known: dict[int, int] = {}  # storages alive: bytes that count in `now`
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
-        """Run one operation. A storage first seen going in was there before; one first seen coming out is new."""
-        for storage in _storages((args, kwargs)):
-            if self._meet(storage, 0):
-                self.before += storage.nbytes()
-        out = func(*args, **kwargs or {})
-        for storage in _storages(out):
-            self._meet(storage, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
-        """Whether a storage is seen for the first time; it counts `size` bytes until the last tensor on it is gone."""
-        key = id(storage)  # torch shows a storage as one object while it lives
-        if key in self._known:
-            return False
-        self._known[key] = size
-        self.now += size
-        weakref.finalize(storage, self._leave, key).atexit = False
-        return True
-
-    def _leave(self, key: int) -> None:
-        self.now -= self._known.pop(key)
-
-
-def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
 def _convolved_back(

@@ -1,7 +1,5 @@
 """The net that a run's spec describes: on the meta device, or at step 0."""
 
-from math import prod
-
 import torch
 from torch import nn
 
@@ -10,6 +8,7 @@ from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import MLP, DiT, Pretrained, UNet
 from dumo.nets.live import Live
+from dumo.run import memory
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.training.state import State
@@ -61,15 +60,10 @@ def require_room(run: Tree, device: torch.device | str, copies: float = 0, rows:
     """Raise UserError if a device has too little memory for the net, `copies` of its trained weights, and `rows`.
 
     Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
-    (`dumo.plan.plan`).
+    (`dumo.run.memory`).
     """
-    net = outline(run)
-    weight_bytes = sum(value.nbytes for value in net.state_dict().values())
-    frozen_bytes = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
-    trained_bytes = weight_bytes - frozen_bytes
-    row_bytes = prod(run.data.shape) * torch.float32.itemsize
-    batch_bytes = 2 * rows * row_bytes  # samples and their noise
-    needed_bytes = int((weight_bytes + copies * trained_bytes) / share) + batch_bytes
+    batch_bytes = 2 * memory.of_rows(rows, run.data.shape)  # samples and their noise
+    needed_bytes = memory.at_least(outline(run), copies) // share + batch_bytes
     if rows:
         content = "weights, gradients, optimizer, averages and a batch take"
         fix = "take a smaller net (net.width, net.depth) or batch (train.batch)"

@@ -6,7 +6,6 @@ however often the run was stopped. It is only ever added to; of a step that was 
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.progress import number, sized
+from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.training import log
 from dumo.training.spec import Train
 from dumo.training.step import Record
@@ -53,7 +53,7 @@ class Meter:
         folder: Path,
         device: torch.device,
         flops: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = wall_clock,
     ) -> None:
         """Nothing is measured before `begin`. `flops` are the operations of a step, for an image."""
         self.train = train

@@ -6,7 +6,6 @@ Of the scores so far the best may be kept, in best/; what a stop undid is forgot
 the same.
 """
 
-import time
 from collections.abc import Callable, Iterator, Set
 from math import isfinite
 from pathlib import Path
@@ -24,6 +23,7 @@ from dumo.run.sampler import turn
 from dumo.run.speed import LOG
 from dumo.run.weights import sampler
 from dumo.runtime import signals
+from dumo.runtime.stopwatch import wall_clock
 from dumo.training import agreement, checkpoint, layout, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError
@@ -99,7 +99,7 @@ class Validation:
         """
         if not self.every or state.step % self.every:
             return {}
-        started = time.monotonic()
+        started = wall_clock()  # that of `speed.Meter`, which leaves these seconds out
         try:
             with signals.finished(), torch.compiler.set_stance("force_eager"), products("fp32", self.sampler.device):
                 all_scores = self.evaluator.score(self.samples())
@@ -108,7 +108,7 @@ class Validation:
             return {}
         finally:
             layout.release(self.sampler.net)
-            self.spent(time.monotonic() - started)
+            self.spent(wall_clock() - started)
         first = next(iter(all_scores))
         scores = {name: all_scores[name] for name in (first, f"{first}_sd") if name in all_scores}
         score_text = " ± ".join(f"{value:.3g}" for value in scores.values())

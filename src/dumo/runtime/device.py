@@ -1,14 +1,15 @@
-"""What a device does: a clock that waits for its work, the most bytes that it took, how many operations a second.
+"""What a device does: the most bytes that it took, how many operations a second.
 
 Which device is chosen, and how much memory it has: `dumo.runtime.dist`.
 """
 
 import resource
 import sys
-import time
-from functools import cache
+from functools import cache, partial
 
 import torch
+
+from dumo.runtime.stopwatch import Stopwatch
 
 TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 SIDE, SIDE_ON_GPU = 1024, 8192  # of a matrix that is timed, long enough for the device's own speed to show: ours
@@ -26,19 +27,8 @@ def operations_per_second(here: torch.device) -> float:
     on_gpu = here.type == "cuda"
     side = SIDE_ON_GPU if on_gpu else SIDE
     x = torch.ones(side, side, device=here, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    taken: list[float] = []
-    for _ in range(4):
-        began = now(here)
-        torch.mm(x, x)
-        taken.append(now(here) - began)
-    return 2 * side**3 / max(min(taken), 1e-9)
-
-
-def now(here: torch.device) -> float:
-    """Seconds, when all work so far is done."""
-    if here.type == "cuda":
-        torch.cuda.synchronize(here)
-    return time.perf_counter()
+    times = Stopwatch(here).rounds([partial(torch.mm, x, x)], 4, warm_up=0)
+    return 2 * side**3 / max(times.min().item(), 1e-9)
 
 
 def peak_bytes(here: torch.device) -> int:

@@ -14,18 +14,20 @@ OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads.
 
 import ctypes
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dumo.runtime import dist
+from dumo.runtime.stopwatch import Clock, Stopwatch, wall_clock
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 HOW_TO_SET = f"{VARIABLES[0]}=N sets another"
@@ -98,7 +100,7 @@ class StepThreads:
         fixed: bool = False,
         recorded: int | None = None,
         step: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock = wall_clock,
     ) -> None:
         """Change nothing yet, and nothing later where the number is `fixed`.
 
@@ -245,30 +247,39 @@ class StepThreads:
 class BusyMachine:
     """The number of threads of the work inside `fewer_when_busy`."""
 
-    def __init__(self, all_threads: int, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self.all_threads, self.tell, self.clock = all_threads, tell, clock
+    def __init__(self, all_threads: int, tell: Callable[[str], None], clock: Clock) -> None:
+        self.all_threads = all_threads
+        self.tell = tell
+        self.clock = clock
         self.has_spoken = False
 
     def set_threads(self) -> None:
         """Ask the machine, unless it was asked a moment ago, and go on with as many threads as need not wait."""
         global _answer
         now = self.clock()
-        if _answer is None or now - _answer[0] >= RECHECK_SECONDS or _answer[1] > self.all_threads:
-            _answer = now, max_threads_without_waiting(self.all_threads)
-        threads = _answer[1]
+        if _answer is None or now - _answer.at >= RECHECK_SECONDS or _answer.threads > self.all_threads:
+            _answer = BusyAnswer(now, max_threads_without_waiting(self.all_threads))
+        threads = _answer.threads
         torch.set_num_threads(threads)
         if threads < self.all_threads and not self.has_spoken:
             self.has_spoken = True
             self.tell(f"{threads_text(threads)}, for {self.all_threads} would wait: the machine is busy; {HOW_TO_SET}")
 
 
-_answer: tuple[float, int] | None = None  # of the machine: when, and how many threads
+class BusyAnswer(NamedTuple):
+    """What the machine said: when, and how many threads need not wait."""
+
+    at: float
+    threads: int
+
+
+_answer: BusyAnswer | None = None
 _machine: ContextVar[BusyMachine | None] = ContextVar("machine", default=None)
 
 
 @contextmanager
 def fewer_when_busy(
-    device: torch.device, tell: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    device: torch.device, tell: Callable[[str], None], *, clock: Clock = wall_clock
 ) -> Generator[None, None, None]:
     """Do what is inside with fewer threads while other processes have cores of this machine; `tell` hears of it once.
 
@@ -313,15 +324,7 @@ def operation_times(x: Tensor, threads: int, duration: float) -> list[float]:
     """What small operations take with this number of threads, which stays, in seconds, for this long."""
     torch.set_num_threads(threads)
     x.add_(1)  # the threads are there now
-    times: list[float] = []
-    began = time.perf_counter()
-    deadline = began + duration
-    while began < deadline:
-        x.add_(1)
-        ended = time.perf_counter()
-        times.append(ended - began)
-        began = ended
-    return times
+    return Stopwatch(x.device).repeat(partial(x.add_, 1), duration)
 
 
 def threads_text(threads: int) -> str:

@@ -1,6 +1,7 @@
 """A number that has changed in a cache stops whoever trains on it; what was found whole is not read again."""
 
 import os
+import shutil
 from pathlib import Path
 from threading import Event
 
@@ -10,7 +11,8 @@ import torch
 from dumo.data.cache import encode, open_cache
 from dumo.data.latents import Encoded
 from dumo.io import audit
-from dumo.io.audit import NAME, Audit
+from dumo.io.audit import Audit
+from dumo.io.seen import NAME
 from dumo.types import UserError
 from unit.data.spy import spied
 from unit.encoders.toy import PLAN, POINT, Pictures
@@ -54,6 +56,16 @@ def test_each_shard_is_read_through_once(folder: Path, read: list[str]) -> None:
     os.utime(folder / SHARDS[1])
     opened(folder)
     assert read == [*SHARDS, SHARDS[1]]
+
+
+def test_a_copied_cache_is_not_read_again(
+    folder: Path, read: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its files have the same sizes and times, and their note came along."""
+    opened(folder)
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "cache")
+    opened(copy)
+    assert read == SHARDS
 
 
 def test_a_changed_number_is_refused_with_the_way_out(folder: Path) -> None:

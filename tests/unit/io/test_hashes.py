@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dumo.data.image import find
-from dumo.io import content
+from dumo.io import content, seen
 from dumo.io import file as files
-from dumo.io.content import NAME, Hashes
+from dumo.io.content import Hashes
+from dumo.io.seen import NAME
 from dumo.run import content as run_content
 from dumo.runtime import dist
 from dumo.types import UserError
@@ -49,14 +50,14 @@ def test_hashes_are_of_the_bytes_and_come_again_with_the_next_start(form: str, t
 def test_threads_hash_an_item_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_folder(tmp_path)
     found, items = opened(tmp_path), list(range(COUNT)) * 20
-    seen = spied(monkeypatch, Hashes, "_hash", lambda hashes, i, data: i)
+    hashed = spied(monkeypatch, Hashes, "_hash", lambda hashes, i, data: i)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: found.see(i, picture(i)), items))
-    assert set(seen) == set(range(COUNT))
+    assert set(hashed) == set(range(COUNT))
     assert (found.known == whole(tmp_path).known).all()
-    before = len(seen)
+    before = len(hashed)
     found.see(3, b"not looked at again")
-    assert len(seen) == before
+    assert len(hashed) == before
 
 
 def share(root: Path, rank: int) -> None:
@@ -119,7 +120,7 @@ def test_what_changed_is_told_apart(tmp_path: Path) -> None:
     assert (found.seen() == before).all()
     found.see(1, pngs[1].read_bytes())
     again = opened(tmp_path)
-    assert again.states[:4].tolist() == [content.SAME, content.COPIED, content.SAME, content.SAME]
+    assert again.status[:4].tolist() == [seen.SAME, seen.COPIED, seen.SAME, seen.SAME]
     again.expect(before, "is another")
     assert again.others().tolist() == [2]  # it was noted as it is
 
@@ -165,9 +166,9 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_names_of_any_bytes() -> None:
     names = ["/a\nb", "/c d", os.fsdecode(b"/\xff")]
-    assert content.split(content.joined(names)) == names
-    assert content.moved(content.joined(names), content.joined([*names[:2], "/e"])) == f"{names[2][1:]} gone, e new"
-    assert content.moved(content.joined(names), content.joined(names[::-1])) == "they are in another order"
+    assert seen.split(seen.joined(names)) == names
+    assert content.moved(seen.joined(names), seen.joined([*names[:2], "/e"])) == f"{names[2][1:]} gone, e new"
+    assert content.moved(seen.joined(names), seen.joined(names[::-1])) == "they are in another order"
     with pytest.raises(UserError, match="damaged"):
         content.unpacked(b"no names")
 

@@ -1,7 +1,6 @@
 """The benches of a step, of sampling and of data: every slope has a row, errors are right, a refusal is a row."""
 
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,7 +148,7 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
         (Row(name, "fp32", "none", bytes=size, units_counted=2.9), print)
         for name, size in (("none", 10), ("central", 20), ("dual", 25))
     ]
-    plain, central, dual = step.compare(tried, seconds, batch=6, rate=0.5)
+    plain, central, dual = step.compare(tried, seconds, batch=6, seconds_at_peak=0.5)
     assert (plain.units_low, plain.units_timed, plain.units_high) == (3, 3, 3)
     assert (central.units_low, central.units_timed, central.units_high) == pytest.approx((5, 5, 5))
     assert (dual.units_low, dual.units_timed, dual.units_high) == (2, 4, 4)
@@ -163,24 +162,6 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
     ]
     seconds = torch.tensor([[4.0], [5.0], [1.5], [5.0]])  # in fp32 blocks are computed twice: four passes
     assert [row.units_timed for row in step.compare(tried, seconds, 1, None)] == [4, 5, 3, 10]
-
-
-def test_works_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, order = [0.0], list[str]()
-    monkeypatch.setattr(bench, "clock", lambda device: lambda: now[0])
-
-    def work(name: str, takes: Callable[[int], float]) -> Callable[[], None]:
-        def run() -> None:
-            now[0] += takes(order.count(name))
-            order.append(name)
-
-        return run
-
-    works = [work("a", lambda i: 100 if i < bench.WARM else i), work("b", lambda i: 2 * i)]
-    seconds = bench.interleave("test", works, 3, CPU, no_bar)
-    assert order == ["a", "b"] * (bench.WARM + 3)
-    assert seconds.tolist() == [[2, 3, 4], [4, 6, 8]]
-    assert bench.quartiles(seconds[0]) == (2.5, 3, 3.5)
 
 
 def test_zeros_are_filled_and_nothing_else() -> None:

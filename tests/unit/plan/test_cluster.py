@@ -1,11 +1,14 @@
 """A plan for ranks says what those ranks would hold and send, and is made by one process."""
 
+from dataclasses import asdict
+
 import pytest
 import torch.distributed
 
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.plan import cluster, plan
+from dumo.run import memory
 from dumo.run.net import outline
 from dumo.training.optim import matrices
 from dumo.types import UserError
@@ -27,7 +30,7 @@ def counted(spec: Run, ranks: int = RANKS) -> cluster.Step:
 
 def held(spec: Run) -> dict[str, int]:
     """Bytes between passes, where each rank holds all."""
-    return plan.held(outline(spec), spec.train)
+    return asdict(memory.held(outline(spec), spec.train))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_hours_and_disk() -> None:
     assert facts["flops"] == pytest.approx(plan.plan(spec)["flops"])
     assert facts["hours"] * 3600 * 2e12 == pytest.approx(facts["flops"])
     alone, given = held(spec), (spec.objective, spec.path, spec.data.shape)
-    assert facts["memory"]["peak"] == plan.memory(outline(spec), *given, spec.train, 64)["total"]
+    assert facts["memory"]["peak"] == memory.training(outline(spec), *given, spec.train, 64).total
     assert facts["checkpoint"]["bytes"] == alone["weights"] + alone["optimizer"] + alone["averages"]
     assert facts["checkpoint"]["most"] == 4 * facts["checkpoint"]["bytes"]
     more = cluster.units_of(outline(spec), *given, "self", given_back=True) - facts["units"]

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.config.load import load
 from dumo.io.deferred import Deferred
-from dumo.plan import plan
 from dumo.plan.cluster import Sent, pretended
 from dumo.plan.host import PROCESS, host
+from dumo.run import memory
 from dumo.run.net import outline
 from dumo.training import layout
 from dumo.training.frozen import copied
@@ -23,8 +23,8 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
     """Bytes without those of a process itself, where the weights of a rank's step take none."""
     run = load("digits", fields)
     net = outline(run)
-    held = plan.held(net, run.train)
-    found = host(net, run.train, ranks, held, plan.copied(net, held, ranks)["copy"], 0, device)
+    held = memory.held(net, run.train)
+    found = host(net, run.train, ranks, held, memory.checkpoint(net, held, ranks).copy, 0, device)
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
@@ -32,14 +32,14 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
 @pytest.mark.slow
 def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     net = outline(load("digits"))
-    held, largest = plan.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
+    held, largest = memory.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
     one, four = planned(1, "CPU"), planned(4, "CPU", "train.share=4")
-    assert one["start"] == held["weights"] + held["averages"]
-    assert four["start"] == (held["weights"] + held["averages"]) // 4 + largest
-    assert one["resume"] == one["start"] + held["optimizer"]
+    assert one["start"] == held.weights + held.averages
+    assert four["start"] == (held.weights + held.averages) // 4 + largest
+    assert one["resume"] == one["start"] + held.optimizer
     assert planned(4, "GPU")["start"] == planned(4, "GPU")["resume"] == largest
     assert planned(4, "CPU")["start"] == one["start"] + largest
-    assert one["export"] == held["weights"] == four["export"] - largest
+    assert one["export"] == held.weights == four["export"] - largest
 
 
 @pytest.mark.nightly
@@ -49,28 +49,28 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     pytest.importorskip("peft")
     run = load("sd3-lora", [f"net.lora.frozen={coding}"])
     net = outline(run)
-    held = plan.held(net, run.train)
+    held = memory.held(net, run.train)
     found = host(net, run.train, 1, held, 0, 0, "GPU")["process"]["export"] - PROCESS
-    assert found == held["weights"] + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
+    assert found == held.weights + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
 
 
 @pytest.mark.slow
 def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
     net = outline(load("digits"))
-    held, written = plan.held(net, load("digits").train), planned(4, "GPU")["save"]
-    assert 4 * written == held["weights"] + held["averages"] + held["optimizer"]
+    held, written = memory.held(net, load("digits").train), planned(4, "GPU")["save"]
+    assert 4 * written == held.weights + held.averages + held.optimizer
     assert planned(1, "GPU")["save"] == 4 * written
     assert planned(4, "GPU")["step"] == written
-    assert planned(4, "CPU", "train.share=4")["save"] == sum(held.values()) // 4 + written
+    assert planned(4, "CPU", "train.share=4")["save"] == held.total // 4 + written
 
 
 @pytest.mark.parametrize(("step", "first"), [(0, "update"), (10**9, "passes")])
 def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int, first: str) -> None:
     """Of `step` bytes, as later steps take them."""
     run = load("digits", ["train.share=2"])
-    held = plan.held(net := outline(run), run.train)
+    held = memory.held(net := outline(run), run.train)
     found = host(net, run.train, 2, held, copy := 7, step, "CPU")["process"]
-    update, passes = sum(size // 2 for size in held.values()), step - held["optimizer"] // 2
+    update, passes = held.part(2).total, step - held.optimizer // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
     assert found["step"] == step + copy + PROCESS
 

@@ -17,14 +17,14 @@ from dumo.data import Images, Latents
 from dumo.encoders import Taef2
 from dumo.nets import Pretrained
 from dumo.plan import rehearsal
-from dumo.plan.plan import cache, lines, memory, missing_data, most_rows, plan, show
-from dumo.run import cost, encode, examination
+from dumo.plan.plan import cache, lines, missing_data, most_rows, plan, show
+from dumo.plan.rehearsal import TimedStep
+from dumo.run import cost, encode, examination, memory
 from dumo.run.net import outline
 from dumo.run.weights import build
 from dumo.runtime import dist
+from dumo.runtime.stopwatch import WARM_UP
 from dumo.training.frozen import trained
-from dumo.training.state import State
-from dumo.training.step import Record
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from recipe import recipe
@@ -73,7 +73,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
-        monkeypatch.setattr(cost, "activation_bytes", lambda *_, **__: 0)
+        monkeypatch.setattr(memory, "activations", lambda *_, **__: 0)
         monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
         monkeypatch.setattr(cost, "way", lambda *_, **__: None)
         monkeypatch.setattr("dumo.plan.plan.far", lambda _: 0.1)  # of a million draws
@@ -166,16 +166,16 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     if part:
         freeze(monkeypatch)
     spec = load("digits", [*TINY, "train.ema=[{decay: 0.9}, {decay: 0.99}]", "train.ref=0.9"])
-    counted = memory(outline(spec), spec.objective, spec.path, spec.data.shape, spec.train, 2)
-    state, *_ = step(spec, 2)
+    counted = memory.held(outline(spec), spec.train)
+    state = step(spec, 2).state
     modules = [state.net, *(average.module for average in state.averages.values())]
     weights = sum(t.nbytes for t in (*state.net.parameters(), *state.net.buffers()))
     own = (value for entry in state.optimizer.state.values() for value in entry.values())
     held = {x.data_ptr(): x.nbytes for net in modules for x in (*net.parameters(), *net.buffers())}
-    assert (counted["weights"], counted["averages"]) == (weights, sum(held.values()) - weights)
-    assert counted["averages"] == 2 * sum(x.nbytes for x in trained(state.net).values())
-    assert counted["gradients"] == sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None)
-    assert counted["optimizer"] == sum(value.nbytes for value in own)
+    assert (counted.weights, counted.averages) == (weights, sum(held.values()) - weights)
+    assert counted.averages == 2 * sum(x.nbytes for x in trained(state.net).values())
+    assert counted.gradients == sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None)
+    assert counted.optimizer == sum(value.nbytes for value in own)
 
 
 @pytest.mark.nightly
@@ -225,7 +225,7 @@ def small(*fields: str) -> Run:
     return load("digits", [*TINY, *fields])
 
 
-def step(spec: Run, rows: int) -> tuple[State, Record, float, float]:
+def step(spec: Run, rows: int) -> TimedStep:
     """A rehearsed step of random rows."""
     return rehearsal.make_step(spec, build(spec), rehearsal.random_rows(spec.data, rows, CPU))
 
@@ -233,10 +233,13 @@ def step(spec: Run, rows: int) -> tuple[State, Record, float, float]:
 def test_a_rehearsal_is_the_first_step_of_training() -> None:
     """One update of every weight that has a gradient, at the rate of step 0, and the average follows."""
     spec = small("train.schedule.warmup=10", "train.ema=[{decay: 0.75, ramp: false}]", "train.micro_batch=8")
-    before, (state, record, passes, update) = build(spec), step(spec, 2)
+    before = build(spec)
+    made = step(spec, 2)
+    state = made.state
+    record = made.record
     assert (state.step, state.images, record.images) == (1, 2, 2)
     assert record.lr == spec.train.optimizer.lr / 10
-    assert min(passes, update) > 0
+    assert min(made.pass_seconds, made.update_seconds) > 0
     moved = 0
     for old, new, mean in zip(before.parameters(), state.net.parameters(), state.shown.parameters(), strict=True):
         assert torch.allclose(mean, 0.75 * old + 0.25 * new, atol=1e-7)
@@ -249,11 +252,10 @@ def test_a_rehearsal_is_the_first_step_of_training() -> None:
     assert moved == 0
 
 
-def test_hours_are_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_are_of_the_whole_run() -> None:
     """Passes take time by the row, the update by the step: here 3 s for 2 rows, and 1 s."""
-    clock = iter([*[100.0] * 3 * rehearsal.WARM, 0.0, 3.0, 4.0, 10.0, 12.0])
-    monkeypatch.setattr(rehearsal, "now", lambda here: next(clock))
-    found = rehearsal.rehearse(small("train.batch=32", "train.steps=900"), 2, "cpu")
+    times = iter([*[100.0] * 3 * WARM_UP, 0.0, 3.0, 4.0, 10.0, 12.0])
+    found = rehearsal.rehearse(small("train.batch=32", "train.steps=900"), 2, "cpu", clock=lambda: next(times))
     assert (found.pass_seconds, found.update_seconds, found.sample_seconds) == (3, 1, 2)
     assert found.step_seconds == 16 * 3 + 1
     assert found.hours == 900 * 49 / 3600
@@ -265,8 +267,8 @@ def test_hours_are_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     warmed: list[int] = []
 
-    def made(*given: object, warm: int) -> None:
-        warmed.append(warm)
+    def made(*given: object, warm_up: int, clock: object) -> None:
+        warmed.append(warm_up)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rehearsal, "make_step", made)
@@ -274,7 +276,7 @@ def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.Mo
         monkeypatch.setattr(rehearsal, "SLOW", most)
         with pytest.raises(KeyboardInterrupt):
             rehearsal.rehearse(small(), 1, "cpu")
-    assert warmed == [rehearsal.WARM, 0]
+    assert warmed == [WARM_UP, 0]
 
 
 def test_what_does_not_fit_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

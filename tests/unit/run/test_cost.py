@@ -20,16 +20,13 @@ from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
 from dumo.run import cost as few
+from dumo.run import memory
 from dumo.run.cost import (
-    Bytes,
-    activation_bytes,
     by_depth,
     exact_rows,
     flops,
     forward_flops,
     forward_units,
-    live_bytes,
-    peak_bytes,
     way,
 )
 from dumo.types import Needs, Noised, Objective, frozen
@@ -185,7 +182,7 @@ def test_a_step_of_a_transformer_by_every_slope(
 def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference_and_grow_as_the_tokens() -> None:
     def peak(slope: Slope, guide: Guide, net: nn.Module, side: int = 32, rows: int = 4) -> int:
         shape = (SHAPE[0], side, side)
-        return peak_bytes(net, DuMo(guide=guide, slope=slope), Linear(), shape, rows=rows).peak
+        return memory.step(net, DuMo(guide=guide, slope=slope), Linear(), shape, rows=rows).peak
 
     assert peak(DualSlope(), GUIDED, outline()) < 1.10 * peak(CentralSlope(), GUIDED, outline())  # a tape
     assert peak(DualSlope(), PLAIN, outline()) < 1.00 * peak(CentralSlope(), PLAIN, outline())  # a ride
@@ -239,8 +236,8 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     step(net, b)  # tables that torch fills once
     net.zero_grad()
     every = [replace(b, progress=progress) for progress, _ in objective.needs.phases]
-    real = max((live_bytes(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
-    counted = peak_bytes(net, objective, Linear(), shape, rows=rows)
+    real = max((memory.followed(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
+    counted = memory.step(net, objective, Linear(), shape, rows=rows)
     assert real.before == counted.before
     assert real.peak == pytest.approx(counted.peak, rel=1e-4)  # a mask lives a little longer on one of them
     once, units = rows * forward_flops(one, objective, shape), 0.0  # of bytes a single block would be too small a part
@@ -260,7 +257,7 @@ def test_the_first_blocks_tell_of_all(objective: Objective, checkpoint: bool, mo
 
     def counts() -> tuple[float, ...]:
         given = net, objective, Linear(), shape
-        return forward_flops(net, objective, shape), forward_units(*given), activation_bytes(*given, rows=4)
+        return forward_flops(net, objective, shape), forward_units(*given), memory.activations(*given, rows=4)
 
     whole = counts()
     monkeypatch.setattr(few, "FEW", 3)
@@ -306,46 +303,3 @@ def test_products_in_place_and_fused_ones_are_counted() -> None:
     once = 2 * 2 * 3 * 5 * 7 * (4 + 4)
     assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v)) == once
     assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()) == 3 * once
-
-
-N = 1000  # numbers of a tensor, four bytes each
-
-
-def test_bytes_of_a_chain_are_counted_as_by_hand() -> None:
-    x = torch.ones(N)
-
-    def chain() -> None:
-        a = x.exp()
-        b = a.exp()  # x is given; a and b live
-        del a
-        c = b.exp()  # b and c
-        c.exp_()
-
-    assert live_bytes(chain) == Bytes(before=4 * N, peak=8 * N)
-
-
-def test_views_do_not_count_twice_and_keep_their_storage() -> None:
-    x = torch.ones(N)
-
-    def views() -> None:
-        first = x.exp().view(10, -1)[0].unsqueeze(0).t()  # a tenth of it is used, all of it lives
-        x.exp()
-        assert first.numel() == N / 10
-
-    assert live_bytes(views) == Bytes(before=4 * N, peak=8 * N)
-    assert live_bytes(lambda: (x.view(10, -1), x[3:5])) == Bytes(before=4 * N, peak=0)
-
-
-def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None:
-    x = torch.ones(N, requires_grad=True)
-
-    def depth(n: int) -> None:
-        y = x
-        for _ in range(n):
-            y = y.exp()  # saves its result
-        y.sum().backward()
-
-    peaks = {n: live_bytes(lambda n=n: depth(n)).peak for n in (1, 2, 3, 7)}
-    assert peaks[1] == 4 * (2 * N + 2)  # the result, its gradient; the sum, and its own
-    assert peaks[3] - peaks[2] == 4 * N
-    assert peaks[7] - peaks[2] == 5 * 4 * N

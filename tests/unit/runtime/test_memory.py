@@ -30,7 +30,9 @@ def test_as_much_as_there_is_and_no_more(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = load("moons", ["net.width=32"])
-    size = sum(value.nbytes for value in build(run).state_dict().values())
+    net = build(run)
+    trained = sum(p.nbytes for p in net.parameters())
+    size = trained + sum(x.nbytes for x in net.buffers())
     rows = 2 * run.train.batch * 2 * 4
     monkeypatch.setattr(dist, "memory", lambda device: size)
     build(run)
@@ -38,7 +40,7 @@ def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("it was made"))
     with pytest.raises(UserError, match="the net takes"):
         build(run)
-    monkeypatch.setattr(dist, "memory", lambda device: (4 + len(run.train.ema)) * size + rows - 1)
+    monkeypatch.setattr(dist, "memory", lambda device: size + (3 + len(run.train.ema)) * trained + rows - 1)
     with pytest.raises(UserError, match=r"averages and a batch take .*net.width.*train.batch"):
         train(run, tmp_path / "run")
     assert not any(tmp_path.iterdir())

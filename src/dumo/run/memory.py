@@ -1,0 +1,270 @@
+"""Bytes of a net, of its training and of one step, counted before anything is made.
+
+    weights        parameters and buffers
+    gradients      of the weights that are trained
+    optimizer      its tensors, which come with its first update
+    averages       of the weights, but for what they share with the net
+    activations    the most that one piece of a batch takes at one time: what is kept for the backward pass, targets
+
+The first four stay between passes: `held` makes them on the meta device. That takes minutes of 20 B weights, so before
+a net is made `at_least` bounds them from below.
+
+Activations are counted by following every tensor's storage from the operation that made it until it is freed. That
+needs the operations that a device would run: on meta, attention keeps all its scores, which no fused kernel does. So
+they are followed on fake tensors, which hold no numbers either, but say that they are on the CPU.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dumo.flow.path import Path
+from dumo.flow.precision import Precision, autocast
+from dumo.run import cost
+from dumo.training.frozen import frozen_weights, share
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.types import Noised, Objective, Path
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What training holds between passes, where each rank holds all."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.averages
+
+    def part(self, share: int) -> "HeldBytes":
+        """What a rank holds where `share` of them hold it between them."""
+        return HeldBytes(
+            weights=self.weights // share,
+            gradients=self.gradients // share,
+            optimizer=self.optimizer // share,
+            averages=self.averages // share,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """What training takes on each rank, where each holds all, `rows` rows at a time."""
+
+    rows: int
+    held: HeldBytes
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The most at once."""
+        return self.held.total + self.activations
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By what it is."""
+        return {**asdict(self.held), "activations": self.activations}
+
+
+class CheckpointBytes(NamedTuple):
+    """What a checkpoint takes on disk, and the copy of it that each rank keeps in host memory."""
+
+    bytes: int
+    copy: int
+
+
+class StepBytes(NamedTuple):
+    """Bytes of tensors that a piece of work met: those there before it, and most of its own alive at one time."""
+
+    before: int
+    peak: int
+
+
+def of_tensors(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(x.nbytes for x in tensors)
+
+
+def of_weights(net: nn.Module) -> int:
+    """Bytes of a net's parameters and buffers."""
+    return of_tensors(_weights(net))
+
+
+def of_rows(rows: int, shape: Sequence[int]) -> int:
+    """Bytes of samples of a shape, in float32."""
+    return rows * prod(shape) * torch.float32.itemsize
+
+
+def at_least(net: nn.Module, copies: float = 0) -> int:
+    """The least that a net takes with `copies` of its trained weights (`Train.copies`): known at once."""
+    trained = of_tensors(p for p in net.parameters() if p.requires_grad)
+    return of_weights(net) + int(copies * trained)
+
+
+def held(net: nn.Module, train: Train) -> HeldBytes:
+    """What training holds between passes. `net` is an outline, which is left with gradients."""
+    state = begin(net, train)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.empty_like(p)
+    state.optimizer.step()  # its own tensors come with its first step
+    optimizer_values = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    return HeldBytes(
+        weights=of_weights(net),
+        gradients=of_tensors(trained),
+        optimizer=of_tensors(value for value in optimizer_values if isinstance(value, Tensor)),
+        averages=of_tensors(averages(state)),  # as they begin, before weights are rounded to 16 bits
+    )
+
+
+def averages(state: State) -> list[Tensor]:
+    """The averages' tensors, but for those that they share with the net."""
+    of_net = {id(x) for x in _weights(state.net)}
+    own: list[Tensor] = []
+    for average in state.averages.values():
+        own += [x for x in _weights(average.module) if id(x) not in of_net]
+    return own
+
+
+def training(
+    net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], train: Train, rows: int
+) -> TrainingBytes:
+    """What training takes, `rows` rows at a time. `net` is an outline, which is left with gradients."""
+    held_bytes = held(net, train)
+    activation_bytes = activations(net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision)
+    return TrainingBytes(rows, held_bytes, activation_bytes)
+
+
+def checkpoint(net: nn.Module, size: HeldBytes, ranks: int = 1) -> CheckpointBytes:
+    """What `dumo.training.saver` copies and writes. `net` is an outline, `size` what its training holds."""
+    whole = size.weights + size.optimizer + size.averages - of_tensors(frozen_weights(net).values())
+    return CheckpointBytes(bytes=whole, copy=ceil(whole / ranks))
+
+
+def activations(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int,
+    ref: cost.Theta = "self",
+    precision: Precision = "fp32",
+) -> int:
+    """Bytes that a step of `rows` rows takes on top of weights, gradients and batch, seen as `step` sees them."""
+
+    def peak_at(b: Noised) -> int:
+        def count(net: nn.Module) -> int:
+            return _step_bytes(net, objective, b, ref, precision, has_gradients=True).peak
+
+        return cost.by_depth(net, count, check=True)
+
+    return max(peak_at(b) for b, _ in cost.phases(objective, path, rows, shape))
+
+
+def step(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int,
+    ref: cost.Theta = "self",
+    precision: Precision = "fp32",
+) -> StepBytes:
+    """Bytes of a training step of `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
+
+    In the part of the training that takes the most. What a kernel takes for itself while it runs is not seen.
+    """
+    of_phases: list[StepBytes] = []
+    for b, _ in cost.phases(objective, path, rows, shape):
+        of_phases.append(_step_bytes(net, objective, b, ref, precision, has_gradients=False))
+    return max(of_phases, key=lambda size: size.peak)
+
+
+def allocated(work: Callable[[], object], device: torch.device) -> StepBytes:
+    """What a GPU's allocator hands out for a piece of work."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return StepBytes(before, torch.cuda.max_memory_allocated(device) - before)
+
+
+def followed(work: Callable[[], object]) -> StepBytes:
+    """Follow the bytes of all tensors that a piece of work meets, on whatever device they are, fake ones too."""
+    with _LiveStorages() as live:
+        work()
+    return StepBytes(live.before, live.peak)
+
+
+def _weights(net: nn.Module) -> tuple[Tensor, ...]:
+    """Parameters and buffers."""
+    return (*net.parameters(), *net.buffers())
+
+
+def _step_bytes(
+    net: nn.Module, objective: Objective, b: Noised, ref: cost.Theta, precision: Precision, *, has_gradients: bool
+) -> StepBytes:
+    """Bytes before a step and in it, on fake tensors. `has_gradients`: the gradients are there before."""
+    net, theta = cost.outlines(net, ref)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in {net, theta.module}:
+            module.to_empty(device="cpu")
+        share(theta.module, net)
+        for p in net.parameters():
+            p.grad = torch.empty_like(p) if has_gradients and p.requires_grad else None
+        with autocast(precision, "cpu"):
+            return followed(cost.step_of(net, theta, objective, cost.on_cpu(b)))
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = 0
+        self.now = 0
+        self.peak = 0
+        self._counted: dict[int, int] = {}  # storages alive: bytes that count in `now`
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        """Run one operation. A storage first seen going in was there before; one first seen coming out is new."""
+        for storage in _storages((args, kwargs)):
+            if self._meet(storage, 0):
+                self.before += storage.nbytes()
+        out = func(*args, **kwargs or {})
+        for storage in _storages(out):
+            self._meet(storage, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
+        """Whether a storage is seen for the first time; it counts `size` bytes until the last tensor on it is gone."""
+        key = id(storage)  # torch shows a storage as one object while it lives
+        if key in self._counted:
+            return False
+        self._counted[key] = size
+        self.now += size
+        weakref.finalize(storage, self._leave, key).atexit = False
+        return True
+
+    def _leave(self, key: int) -> None:
+        self.now -= self._counted.pop(key)
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))

@@ -1,0 +1,64 @@
+"""Bytes are counted as by hand, before anything is made."""
+
+import torch
+from torch import nn
+
+from dumo.run import memory
+from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, followed
+
+N = 1000  # numbers of a tensor, four bytes each
+
+
+def test_bytes_of_a_chain_are_counted_as_by_hand() -> None:
+    x = torch.ones(N)
+
+    def chain() -> None:
+        a = x.exp()
+        b = a.exp()  # x is given; a and b live
+        del a
+        c = b.exp()  # b and c
+        c.exp_()
+
+    assert followed(chain) == StepBytes(before=4 * N, peak=8 * N)
+
+
+def test_views_do_not_count_twice_and_keep_their_storage() -> None:
+    x = torch.ones(N)
+
+    def views() -> None:
+        first = x.exp().view(10, -1)[0].unsqueeze(0).t()  # a tenth of it is used, all of it lives
+        x.exp()
+        assert first.numel() == N / 10
+
+    assert followed(views) == StepBytes(before=4 * N, peak=8 * N)
+    assert followed(lambda: (x.view(10, -1), x[3:5])) == StepBytes(before=4 * N, peak=0)
+
+
+def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None:
+    x = torch.ones(N, requires_grad=True)
+
+    def depth(n: int) -> None:
+        y = x
+        for _ in range(n):
+            y = y.exp()  # saves its result
+        y.sum().backward()
+
+    peaks = {n: followed(lambda n=n: depth(n)).peak for n in (1, 2, 3, 7)}
+    assert peaks[1] == 4 * (2 * N + 2)  # the result, its gradient; the sum, and its own
+    assert peaks[3] - peaks[2] == 4 * N
+    assert peaks[7] - peaks[2] == 5 * 4 * N
+
+
+def test_the_least_is_of_all_that_is_kept_and_copies_of_what_is_trained() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
+    net[0].bias.requires_grad_(False)
+    kept = 4 * (3 * 4 + 4 + 4 + 4) + 8  # the mean, the variance, and how many batches there were
+    assert memory.of_weights(net) == memory.at_least(net) == kept
+    assert memory.at_least(net, 2.5) == kept + 2.5 * 4 * 3 * 4
+    assert memory.of_rows(5, (3, 2)) == 4 * 5 * 6
+
+
+def test_a_part_of_what_is_held() -> None:
+    held = HeldBytes(weights=8, gradients=6, optimizer=12, averages=4)
+    assert held.part(2) == HeldBytes(4, 3, 6, 2)
+    assert TrainingBytes(1, held, 10).total == sum(TrainingBytes(1, held, 10).parts.values()) == 40
