@@ -32,7 +32,7 @@ from dumo.run import cost
 from dumo.training.frozen import frozen_weights, share
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.types import Noised, Objective, Path
+from dumo.types import Noised, Objective
 
 
 @dataclass(frozen=True)
