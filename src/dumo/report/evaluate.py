@@ -29,7 +29,7 @@ from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.report import score
 from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings
-from dumo.report.name import Fields, changes, flat, own
+from dumo.report.name import Fields, changes, flat
 from dumo.report.sample import solver_of
 from dumo.run.judge import conditions, evaluator_of
 from dumo.run.sampler import Sampler
@@ -164,7 +164,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
 
 def name_of(opened: RunFolder) -> str:
     """The name of a report: evaluation.json where the run is as its own spec has it, else with what differs."""
-    run_as_saved = own(opened.folder)
+    run_as_saved = opened.run_as_saved
     saved_fields = fields(run_as_saved.sample, run_as_saved.evaluate)
     opened_fields = fields(opened.run.sample, opened.run.evaluate)
     return "-".join(["evaluation", *changes(opened, saved_fields, opened_fields)]) + ".json"

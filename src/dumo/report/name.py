@@ -4,11 +4,8 @@ So what is asked in one way does not write over what was asked in another.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.config.tree import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
@@ -37,11 +34,6 @@ def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     if opened.file.resolve() != part(opened.checkpoint.path, shown(opened.run.train)).resolve():
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
-
-
-def own(folder: Path) -> Run:
-    """The run as its folder has it, without what was set to look at it."""
-    return load(folder)
 
 
 def word(field: str, value: object) -> str:

@@ -28,7 +28,7 @@ from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.read import brief
-from dumo.report.name import changes, own, sampling, word
+from dumo.report.name import changes, sampling, word
 from dumo.run import memory
 from dumo.run.judge import real_data
 from dumo.run.prompt import names, prompted
@@ -171,7 +171,7 @@ def export(
 
 def said_of(opened: RunFolder, spec: Sampling) -> list[str]:
     """What of a sampling is not the run's own, but for the solver's kind, as parts of a name."""
-    run_fields = sampling(own(opened.folder).sample)
+    run_fields = sampling(opened.run_as_saved.sample)
     run_fields["solver.kind"] = spec.solver.kind  # no change: every name begins with it
     return changes(opened, run_fields, sampling(spec))
 

@@ -67,6 +67,11 @@ class RunFolder:
         return self.index.folder
 
     @property
+    def run_as_saved(self) -> Run:
+        """The run as its folder has it, without what was set to look at it."""
+        return self.index.written.run if self.index.written else self.run
+
+    @property
     def data_sd(self) -> float | None:
         """The standard deviation of the data; None: of a run from before it was measured."""
         note = self.index.data_note
