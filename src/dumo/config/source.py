@@ -88,13 +88,15 @@ def choose(source: str | Path, out: Path | None = None) -> Source:
     recipe = recipe_of(source)
     if recipe is not None:
         return Source("recipe", source, Path("runs") / recipe)
+    if not str(source):
+        return Source("file", source, Path("runs"))
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
         if path.suffix in TABLES:
             return Source("images", source, folder_of_images(source))
         if path.name == FILE:
             return Source("run", source, path.parent)
-    elif os.path.isdir(path) and str(source):
+    elif os.path.isdir(path):
         if (path / FILE).is_file():
             return Source("run", source, path)
         return Source("images", source, folder_of_images(source))

@@ -29,17 +29,16 @@ def require_name(folder: Path) -> None:
         raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
 
 
-def require_free(index: Index) -> None:
-    """Raise UserError where a folder without a run.yaml is not empty."""
-    folder = index.folder
-    if index.text is not None:
+def require_free(folder: Path) -> None:
+    """Raise UserError where a folder without a run.yaml is not empty, or is no folder."""
+    if (folder / FILE).exists():
         return
-    if index.checkpoints.by_step():
+    if manifest.standing(folder / "checkpoints"):
         raise UserError(
             f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
             f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
         )
-    if any(path.name != LOCK and not is_half_written(path) for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK and not is_half_written(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
 
 
@@ -110,9 +109,10 @@ def remove_half_written(folder: Path) -> None:
 def locked_run_folder(folder: Path) -> Generator[None, None, None]:
     """Keep every other training out of a run's folder; folders made for nothing are removed at the end.
 
-    Raises UserError where another process is training there.
+    Raises UserError where another process is training there, and, with nothing written, where it holds something else.
     """
     require_name(folder)
+    require_free(folder)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -32,7 +32,6 @@ from dumo.run.folder import (
     guard_run_folder,
     locked_run_folder,
     remove_half_written,
-    require_free,
     require_resumable,
 )
 from dumo.run.index import Index
@@ -124,8 +123,6 @@ def open_job(
     with lock:
         # the run, as the folder and the machine have it
         index = Index.read(folder)
-        if rank == 0:
-            require_free(index)
         if run is None:
             trust.accept(changes)
             run = index.run(changes)

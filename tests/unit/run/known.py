@@ -44,10 +44,8 @@ def noted(place: Path) -> list[Noted]:
 
 def claim(run: Run, folder: Path) -> None:
     """Raise UserError where training would refuse this run in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index = Index.read(folder)
-    require_free(index)
-    require_resumable(run, index)
+    require_free(folder)
+    require_resumable(run, Index.read(folder))
 
 
 def same(one: nn.Module, two: nn.Module) -> bool:

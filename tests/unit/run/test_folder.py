@@ -16,6 +16,7 @@ from unit.run.known import claim, tiny
 def settle(spec: Run, folder: Path) -> None:
     """As training does: claim the folder, then write into it."""
     claim(spec, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     note(spec, folder)
 
 

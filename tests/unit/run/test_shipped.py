@@ -77,7 +77,7 @@ def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
 @pytest.mark.slow
 def test_another_run_at_the_place_of_the_copy_is_refused(here: Path) -> None:
     """Of an older dumo, or one's own: it opens by its path."""
-    listed = open_run(NAME, device="cpu").checkpoint / manifest.NAME
+    listed = open_run(NAME, device="cpu").checkpoint.path / manifest.NAME
     text = listed.read_text()
     listed.write_text(text.replace("5300", "5299"))
     with pytest.raises(UserError, match="is not the digits-trained that dumo brings"):
