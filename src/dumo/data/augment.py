@@ -55,7 +55,7 @@ NUMBERS: dict[Name, int] = {"xflip": 1, "yflip": 1, "scale": 1, "rotate": 2, "an
 
 
 @dataclass(frozen=True)
-class Change:
+class Augmentation:
     """The changes of images, a row each: drawn for a whole batch, of which a caller takes its rows."""
 
     flipped: Bool[Tensor, "b 2"]  # left and right, top and bottom
@@ -64,9 +64,9 @@ class Change:
     shift: Float[Tensor, "b 2"]  # right and down, in sides
     numbers: Float[Tensor, "b n"]  # the net's condition
 
-    def __getitem__(self, rows: slice) -> "Change":
+    def __getitem__(self, rows: slice) -> "Augmentation":
         """Some of the rows."""
-        return Change(self.flipped[rows], self.moved[rows], self.a[rows], self.shift[rows], self.numbers[rows])
+        return Augmentation(self.flipped[rows], self.moved[rows], self.a[rows], self.shift[rows], self.numbers[rows])
 
 
 class Edm(Spec):
@@ -94,11 +94,11 @@ class Edm(Spec):
         """The length of an image's condition."""
         return sum(NUMBERS[name] for name in self.shares)
 
-    def drawn(self, n: int, g: Generator) -> Change:
+    def drawn(self, n: int, g: Generator) -> Augmentation:
         """The changes of n images."""
         return changes(self.shares, n, g)
 
-    def __call__(self, x: Sample, change: Change) -> Sample:
+    def __call__(self, x: Sample, change: Augmentation) -> Sample:
         """Images (b, channels, side, side), changed. The result of one does not depend on the others."""
         left, top = change.flipped.T
         x = torch.where(lift(left, x), x.flip(-1), x)
@@ -107,7 +107,7 @@ class Edm(Spec):
         return x.index_copy(0, rows, warp(x[rows], change.a[rows], change.shift[rows])) if len(rows) else x
 
 
-def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Change:
+def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Augmentation:
     """The changes of n images, by the shares of the transformations. The draws are the same whatever is left out."""
     made = torch.rand(len(NUMBERS), n, generator=g) < torch.tensor([shares.get(name, 0.0) for name in NUMBERS])[:, None]
     xflip, yflip, scale, rotate, aniso, translate = made.float()
@@ -127,7 +127,7 @@ def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Change:
     a = matrix((SIZE * size).exp2(), angle, (STRETCH * stretch).exp2(), axis)
     numbers = [number for name, some in done.items() if name in shares for number in some]
     shift = SHIFT * torch.stack([right, down], 1)
-    return Change(made[:2].T, made[2:].any(0), a, shift, torch.stack(numbers, 1))
+    return Augmentation(made[:2].T, made[2:].any(0), a, shift, torch.stack(numbers, 1))
 
 
 def matrix(size: PerSample, angle: PerSample, k: PerSample, axis: PerSample) -> Float[Tensor, "b 2 2"]:

@@ -44,7 +44,7 @@ LATENTS = ("x", "flipped")  # columns
 NAMES = "names.zlib"  # of a cache: what its images are called
 
 
-class Plan(Spec):
+class CachePlan(Spec):
     """How a data set is to be encoded, by whatever codec."""
 
     source: str = ""  # what it is, in words
@@ -66,7 +66,7 @@ class Plan(Spec):
         return f" {size[0]}x{size[1]}" if self.sizes else ""
 
 
-class Contents(Plan, Index):
+class CacheIndex(CachePlan, Index):
     """What index.json says of a cache."""
 
     word: ClassVar[str] = "cache"
@@ -87,9 +87,9 @@ class Contents(Plan, Index):
         return tree | codec
 
 
-def read_contents(folder: Path) -> Contents | None:
+def read_contents(folder: Path) -> CacheIndex | None:
     """What index.json says, or None where there is none. Raises UserError if it is damaged."""
-    return table.read(folder, Contents)
+    return table.read(folder, CacheIndex)
 
 
 def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object) -> Table:
@@ -98,7 +98,7 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
     A cache of both flips serves those who want one. One of at most `memory` bytes is read, not mapped. Raises UserError
     where there is no cache, it is unfinished, a shard is missing or of another size, or it is of something else.
     """
-    contents = table.read_whole(folder, Contents, f"is no cache (it has no {table.FILE}): make it with dumo encode")
+    contents = table.read_whole(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with dumo encode")
     wanted["flips"] = wanted.get("flips") or None
     lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
              for name, value in wanted.items() if value not in (None, getattr(contents, name))]  # fmt: skip
@@ -111,7 +111,7 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
 def crops(table: Table) -> Crops:
     """What the buckets left of the images of a cache."""
     contents = table.index
-    assert isinstance(contents, Contents)
+    assert isinstance(contents, CacheIndex)
     place, cropped = list[Tensor](), list[Tensor]()
     for number in range(len(contents.shards)):
         columns = table.tensors(number)
@@ -120,7 +120,7 @@ def crops(table: Table) -> Crops:
     return Crops.of(contents.sizes, torch.cat(place), torch.cat(cropped))
 
 
-def differences(contents: Contents, codec: Codec) -> Iterator[str]:
+def differences(contents: CacheIndex, codec: Codec) -> Iterator[str]:
     """A line per way in which a codec would have given another latent.
 
     Weights are the same if they have the same SHA-256, of a run that has begun or of a file that is here; else the same
@@ -140,7 +140,7 @@ def differences(contents: Contents, codec: Codec) -> Iterator[str]:
 def encode(
     source: Finite | Assorted,
     codec: Opened,
-    plan: Plan,
+    plan: CachePlan,
     out: Path,
     *,
     captions: Captions | None = None,
@@ -176,9 +176,9 @@ def encode(
     return done
 
 
-def standing(out: Path, contents: Contents, rank: int, world: int) -> list[int]:
+def standing(out: Path, contents: CacheIndex, rank: int, world: int) -> list[int]:
     """Which of a rank's shards stand in a folder that holds this cache."""
-    there = table.read(out, Contents)
+    there = table.read(out, CacheIndex)
     if there is None or there.binding() != contents.binding():
         return []
     return [number for number in table.noted(out, there) if number % world == rank]
@@ -191,7 +191,7 @@ def read_names(folder: Path) -> bytes:
 
 
 def require_origin(
-    folder: Path, hashes: Hashes, like: Contents | None = None, *, copies: int, later: bool = False
+    folder: Path, hashes: Hashes, like: CacheIndex | None = None, *, copies: int, later: bool = False
 ) -> None:
     """Raise UserError, with a name, where a cache is of other images than those that are here.
 
@@ -199,7 +199,7 @@ def require_origin(
     bytes. `later`: the others are compared when they are read. `like`: nothing is said of a folder that holds another
     cache anyhow.
     """
-    there = table.read(folder, Contents)
+    there = table.read(folder, CacheIndex)
     if there is None:
         return
     same = {"fingerprint": like.fingerprint, "rows": like.rows} if like else {}
@@ -235,7 +235,7 @@ def require_origin(
         )
 
 
-def contents_of(source: Finite | Assorted, codec: Opened, plan: Plan) -> Contents:
+def contents_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> CacheIndex:
     """What index.json says before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
@@ -251,13 +251,13 @@ def contents_of(source: Finite | Assorted, codec: Opened, plan: Plan) -> Content
         columns |= {"image": {"dtype": "int64"}, HASH: {"dtype": "uint8", "shape": (BYTES,)}}
     said = codec.codec.facts() | {"weights": codec.codec.weights}
     of = {"codec": said, "weights": codec.sha256, "rows": len(source), "columns": columns}
-    return Contents.model_validate(plan.model_dump() | of)
+    return CacheIndex.model_validate(plan.model_dump() | of)
 
 
 def encoded(
     source: Finite | Assorted,
     codec: Opened,
-    contents: Contents,
+    contents: CacheIndex,
     number: int,
     batch: int,
     behind: Callable[[int], None],
@@ -283,7 +283,7 @@ def encoded(
     return parts
 
 
-def stretches(source: Finite | Assorted, rows: range, contents: Contents) -> Iterator[tuple[Size, Finite, range]]:
+def stretches(source: Finite | Assorted, rows: range, contents: CacheIndex) -> Iterator[tuple[Size, Finite, range]]:
     """What has a stretch of the images, by size: a source, and which of its rows."""
     if not isinstance(source, Assorted):
         yield (contents.resolution, contents.resolution), source, rows
@@ -293,7 +293,7 @@ def stretches(source: Finite | Assorted, rows: range, contents: Contents) -> Ite
         yield source.sizes[k], album, range(len(album))
 
 
-def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
+def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: CacheIndex, number: int) -> dict[str, Tensor]:
     """A shard's tensors, as they are stored. Raises UserError if there are none, or not in the stored dtype."""
     places = contents.span(number)
     where = f"images {places.start} to {places.stop - 1}"
@@ -310,7 +310,7 @@ def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, numb
     return kept | whole
 
 
-def joined(parts: list[dict[str, Tensor]], contents: Contents) -> dict[str, Tensor]:
+def joined(parts: list[dict[str, Tensor]], contents: CacheIndex) -> dict[str, Tensor]:
     """The parts of a shard by column, images in buckets in their order in the source whatever bucket they are in."""
     if not contents.sizes:
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -326,7 +326,7 @@ def joined(parts: list[dict[str, Tensor]], contents: Contents) -> dict[str, Tens
     return whole
 
 
-def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int, size: Size) -> Tensor:
+def check_images(images: Tensor, labels: Tensor, contents: CacheIndex, first: int, size: Size) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
     whole = images.dtype == torch.uint8
     most = contents.rows if contents.captioned else max(contents.classes, 1)

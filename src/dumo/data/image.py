@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.bucket import Assorted, Buckets, Crops
-from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
+from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame, Size
 from dumo.data.store import Folder, Store, choose, some, walk
@@ -92,7 +92,7 @@ class Images(Spec):
     def _agrees(self) -> "Images":
         given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
         match self.captions:
-            case Files(digest=digest):
+            case CaptionFiles(digest=digest):
                 known = given and digest is not None
             case Templates(names=names):
                 known = given and bool(names or self.names)
@@ -144,7 +144,7 @@ class Images(Spec):
         """
         if self.names is not None or (root := self._root()) is None:
             return self
-        values = self._written(root, self.captions) if isinstance(self.captions, Files) else self._labelled(root)
+        values = self._written(root, self.captions) if isinstance(self.captions, CaptionFiles) else self._labelled(root)
         same = self.model_copy(update=values)
         same.require_agreement()
         return same
@@ -166,7 +166,7 @@ class Images(Spec):
         count = each * labels.count if labels else 0
         return {"classes": self.classes or count, "names": labels.names if labels else ()}
 
-    def _written(self, root: Path, files: Files) -> dict[str, Any]:
+    def _written(self, root: Path, files: CaptionFiles) -> dict[str, Any]:
         """The captions there are, and their digest."""
         found = self._read_captions(root, files)
         if self.classes not in (0, len(found)):
@@ -174,7 +174,7 @@ class Images(Spec):
         counted = files.model_copy(update={"digest": found.digest()})
         return {"classes": len(found), "names": (), "captions": counted}
 
-    def _read_captions(self, root: Path, files: Files) -> Captions:
+    def _read_captions(self, root: Path, files: CaptionFiles) -> Captions:
         """The captions of the images. Before a run has a digest of them, images and captions must find each other."""
         store = self._store(root, None)
         counted = files.digest is not None
@@ -204,7 +204,7 @@ class Images(Spec):
 
     def rows(self) -> Album | Assorted:
         """The images, each with its row of captions (`all_captions`) in place of its class. Raises as `open`."""
-        numbered = isinstance(self.captions, Files)
+        numbered = isinstance(self.captions, CaptionFiles)
         if not self.buckets:
             return self._album(numbered=numbered)
         store, skip = self._checked(), self.on_bad == "skip"
@@ -219,7 +219,7 @@ class Images(Spec):
         """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
         if isinstance(self.captions, Templates):
             return self.captions.of(self.names or ())
-        if not isinstance(self.captions, Files):
+        if not isinstance(self.captions, CaptionFiles):
             return Captions.of([])
         root = user_path(self.root, "data.root")
         found = self._read_captions(root, self.captions)
@@ -229,7 +229,7 @@ class Images(Spec):
     @property
     def source(self) -> str | None:
         """The column of the image that each caption edits; None: captions are texts alone."""
-        return self.captions.source if isinstance(self.captions, Files) else None
+        return self.captions.source if isinstance(self.captions, CaptionFiles) else None
 
     def edited(self) -> dict[str, Path]:
         """The images that are edited, by their hashes. Raises UserError as `open`."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
-from dumo.data.cache import Contents, crops, open_cache, read_contents, read_names, require_origin
-from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
+from dumo.data.cache import CacheIndex, crops, open_cache, read_contents, read_names, require_origin
+from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
@@ -103,14 +103,14 @@ class Latents(Spec):
         images = self._counted(there) if there else images
         return self.model_copy(update={"images": images})
 
-    def _counted(self, there: Contents) -> Images:
+    def _counted(self, there: CacheIndex) -> Images:
         """The images with the classes of the cache, or with its captions, counted."""
         match captions := self.images.captions:
             case None:
                 counted = {"classes": there.classes, "names": there.names}
             case Templates():
                 counted = {"classes": captions.count(there.classes), "names": there.names}
-            case Files():
+            case CaptionFiles():
                 found = read_lines(self.folder / LINES)
                 digest = {"digest": found.digest()}
                 counted = {"classes": len(found), "names": (), "captions": captions.model_copy(update=digest)}
@@ -137,7 +137,7 @@ class Latents(Spec):
 
     def all_captions(self) -> Captions:
         """The captions, by class, or by image as the cache has them. Raises UserError where they are others."""
-        if not isinstance(self.captions, Files):
+        if not isinstance(self.captions, CaptionFiles):
             return self.images.all_captions()
         file = self.folder / LINES
         if not file.is_file():
@@ -150,9 +150,9 @@ class Latents(Spec):
         """All captions by number; () where there are none. Raises UserError as `all_captions`."""
         return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
-    def open(self) -> "Encoded | Bucketed | Captioned":
+    def open(self) -> "LatentSource | Bucketed | Captioned":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
-        source = Encoded(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+        source = LatentSource(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.part_prior(self.prior)
         source = source.bucketed() if self.images.buckets else source
@@ -169,7 +169,7 @@ class Latents(Spec):
 
     def cache(self) -> Table:
         """The rows as `dumo encode` left them. Raises UserError as `open`."""
-        images, numbered = self.images, isinstance(self.captions, Files)
+        images, numbered = self.images, isinstance(self.captions, CaptionFiles)
         try:
             return open_cache(
                 self.folder,
@@ -226,7 +226,7 @@ class Origin:
             self.wrong.append(error)
 
 
-class Encoded:
+class LatentSource:
     """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step.
 
     Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.io.audit`).
@@ -238,7 +238,7 @@ class Encoded:
         self.end, self.only = "", torch.arange(len(cache))  # of the columns' names; which rows of the cache are meant
         self.prior: tuple[float, Tensor, Tensor] | None = None  # a share, its rows, and the others
 
-    def part(self, end: str) -> "Encoded":
+    def part(self, end: str) -> "LatentSource":
         """The rows of a bucket, by the end of their columns' names."""
         part, tables = copy(self), map(self.cache.tensors, range(len(self.cache.index.shards)))
         part.end, part.only = end, torch.cat([columns[f"in{end}"] for columns in tables]).nonzero().flatten()
@@ -264,7 +264,7 @@ class Encoded:
     def bucketed(self) -> Bucketed:
         """The same in its buckets."""
         contents = self.cache.index
-        assert isinstance(contents, Contents)
+        assert isinstance(contents, CacheIndex)
         parts = {size: part for size in contents.sizes if (part := self.part(contents.ending(size))).size}
         shapes = [self.codec.shape(*size) for size in parts]
         return Bucketed([*parts.values()], shapes, str(crops(self.cache)))

@@ -17,7 +17,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
-from dumo.encoders.pipeline import VAE, Pipeline, Reading
+from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
 from dumo.runtime import import_bitsandbytes, install
@@ -36,7 +36,7 @@ class Model(Scaled):
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
         net, found = _loaded(self.name, self)
-        return Opened(self, Pair(net.to(device), self), found, torch.device(device))
+        return Opened(self, DiffusersCoder(net.to(device), self), found, torch.device(device))
 
 
 class SdVae(Model):
@@ -71,7 +71,7 @@ class DcAe(Model):
 V = TypeVar("V", bound="PipelineVae")
 
 
-class PipelineVae(Reading, Model):
+class PipelineVae(PipelineSpec, Model):
     """The autoencoder of the run's pipeline, with the shift and scale that its config says."""
 
     kind: Literal["pipeline"] = "pipeline"
@@ -80,7 +80,7 @@ class PipelineVae(Reading, Model):
     variants: ClassVar[Mapping[str, Published]] = {}
 
     def within(self: V, pipeline: Pipeline | None) -> V:
-        """As `Reading.within`, with the place and the hash of the weights."""
+        """As `PipelineSpec.within`, with the place and the hash of the weights."""
         found = super().within(pipeline)
         facts = (pipeline.facts or {}) if pipeline else {}
         place = f"{pipeline.source}/{VAE}" if pipeline else ""
@@ -151,7 +151,7 @@ KINDS = {  # classes of autoencoders of pipelines, and what is particular about 
 }
 
 
-class Pair:
+class DiffusersCoder:
     """Encoder and decoder of diffusers."""
 
     def __init__(self, net: nn.Module, spec: Model) -> None:

@@ -149,7 +149,7 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
 SPATIAL = "Mixed_6d"  # its first branch comes first; TensorFlow calls that branch's output mixed_6/conv
 
 
-class Norm(nn.Module):
+class InceptionNorm(nn.Module):
     """Batch normalisation by the moments of a training that is over: torch's, without its counter of batches."""
 
     running_mean: Tensor
@@ -166,7 +166,7 @@ class Norm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
 
 
-class Unit(nn.Module):
+class InceptionUnit(nn.Module):
     """A `Conv` with its weights."""
 
     def __init__(self, spec: Conv, width: int) -> None:
@@ -174,14 +174,14 @@ class Unit(nn.Module):
         kernel = (spec.kernel, spec.kernel) if isinstance(spec.kernel, int) else spec.kernel
         padding = (0, 0) if spec.valid else (kernel[0] // 2, kernel[1] // 2)
         self.conv = nn.Conv2d(width, spec.out, kernel, spec.stride, padding, bias=False)
-        self.bn = Norm(spec.out)
+        self.bn = InceptionNorm(spec.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """ReLU of the normalised convolution."""
         return F.relu(self.bn(self.conv(x)))
 
 
-class Block(nn.Module):
+class InceptionBlock(nn.Module):
     """Branches side by side, their outputs one after another along the channels."""
 
     def __init__(self, branches: Sequence[Branch], width: int) -> None:
@@ -204,7 +204,7 @@ class Inception(nn.Module):
         for branch in STEM:
             width = _build(self, branch, width)
         for name, branches in BLOCKS.items():
-            block = Block(branches, width)
+            block = InceptionBlock(branches, width)
             self.add_module(name, block)
             width = block.width
         self.fc = nn.Linear(width, CLASSES)
@@ -232,7 +232,7 @@ def _build(module: nn.Module, branch: Branch, width: int) -> int:
     for step in branch:
         convs = step if isinstance(step, list) else [step] if isinstance(step, Conv) else []
         for conv in convs:
-            module.add_module(conv.name, Unit(conv, width))
+            module.add_module(conv.name, InceptionUnit(conv, width))
         width = sum(conv.out for conv in convs) or width
     return width
 

@@ -23,7 +23,7 @@ from dumo.io.yaml import parse
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
 S = TypeVar("S", bound=Spec)
-R = TypeVar("R", bound="Reading")
+R = TypeVar("R", bound="PipelineSpec")
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -226,7 +226,7 @@ class Pipeline(Spec):
         return digest.short(*found)
 
 
-class Reading(Spec):
+class PipelineSpec(Spec):
     """A part of a run that reads its pipeline, which the run hands over (`handed`)."""
 
     _pipeline: Pipeline | None = PrivateAttr(default=None)
@@ -257,7 +257,7 @@ def handed(part: S, pipeline: Pipeline | None) -> S:
     now = {name: value for name in type(part).model_fields if isinstance(value := getattr(part, name), Spec)}
     new = {name: made for name, value in now.items() if (made := handed(value, pipeline)) is not value}
     part = part.model_copy(update=new) if new else part
-    return part.within(pipeline) if isinstance(part, Reading) else part
+    return part.within(pipeline) if isinstance(part, PipelineSpec) else part
 
 
 def unpacking(file: Path) -> str:

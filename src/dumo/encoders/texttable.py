@@ -41,7 +41,7 @@ Reader = Annotated[Encoder | Prompts | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
-class Contents(Index):
+class TextTableIndex(Index):
     """What index.json says of a table of texts."""
 
     encoder: Reader
@@ -58,7 +58,7 @@ class Contents(Index):
         read: EncoderModel | PromptReader | Cutter,
         shard_rows: int,
         sources: "Sources | None" = None,
-    ) -> "Contents":
+    ) -> "TextTableIndex":
         """The contents before any shard is made."""
         one = embeddings(read, [""])
         dtype = "int32" if isinstance(encoder, Tokenizer) else encoder.dtype
@@ -147,17 +147,17 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Table:
+class EncodedTexts:
     """Encoded texts."""
 
     folder: Path
-    contents: Contents
+    contents: TextTableIndex
 
     def __len__(self) -> int:
         """The number of rows; the last is for no caption."""
         return self.contents.rows
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Table":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedTexts":
         """Itself: it never changes."""
         return self
 
@@ -235,13 +235,13 @@ class Table:
         return shard_of
 
 
-def open_table(folder: Path) -> Table:
+def open_table(folder: Path) -> EncodedTexts:
     """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
     missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
-    return Table(folder, table.read_whole(folder, Contents, missing))
+    return EncodedTexts(folder, table.read_whole(folder, TextTableIndex, missing))
 
 
-def require(table: Table, encoder: Reader, captions: int, identity: str | None = None) -> None:
+def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str | None = None) -> None:
     """Raise UserError where a table has another number of captions, encoder, or identity (None: any)."""
     has = table.contents
     there, now = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
@@ -264,9 +264,9 @@ def require(table: Table, encoder: Reader, captions: int, identity: str | None =
     raise UserError(f"net.texts.root: {table.folder} {wrong}")
 
 
-def read_contents(folder: Path) -> Contents | None:
+def read_contents(folder: Path) -> TextTableIndex | None:
     """The contents of index.json, or None where there is none. Raises UserError if it is damaged."""
-    return table.read(folder, Contents)
+    return table.read(folder, TextTableIndex)
 
 
 def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
@@ -304,7 +304,7 @@ def encode(
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
     read = encoder.open() if isinstance(encoder, Tokenizer) else encoder.open(device)
-    contents = Contents.of(captions, encoder, read, shard_rows, sources)
+    contents = TextTableIndex.of(captions, encoder, read, shard_rows, sources)
     texts = [*captions, ""]
 
     def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:

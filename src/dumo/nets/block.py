@@ -21,7 +21,7 @@ from dumo.types import Array
 EPS = 1e-6  # DiT's
 
 
-class Sizes(NamedTuple):
+class BlockSizes(NamedTuple):
     """The sizes and the kind of a block."""
 
     width: int
@@ -47,7 +47,7 @@ class Modulation(NamedTuple):
 class Stream(nn.Module):
     """The layers of a block for one stream of tokens. Their gates start at zero (adaLN-zero)."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """The perceptron is four times as wide as the block."""
         super().__init__()
         width = sizes.width
@@ -213,7 +213,7 @@ class Preserving(Block):
     Attention still averages values, as in EDM2. Embeddings, modulations and heads are unchanged.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """`Block` with units for its linear layers, except those that start at zero."""
         super().__init__(sizes)
         for name, layer in [*self.named_children()]:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from dumo.nets.block import (
     Block,
+    BlockSizes,
     Lean,
     Magnitude,
     Preserving,
-    Sizes,
     Stream,
     Unit,
     make_lean,
@@ -109,7 +109,7 @@ class DiT(Spec):
         return tree if self.texts else {name: value for name, value in tree.items() if name != "texts"}
 
 
-class Head(nn.Module):
+class DiTHead(nn.Module):
     """An output layer: modulated norm, then linear, zero at the start."""
 
     def __init__(self, width: int, out: int, *, rms: bool = False) -> None:
@@ -154,10 +154,10 @@ class Transformer(nn.Module):
         self.text = TextEmbedder(spec.texts.build(classes), width) if spec.texts else None
         self.label = label_table(classes, width) if classes and not self.text else None
         block = Cross if self.text else Preserving if self.preserved else Block
-        sizes = Sizes(width, spec.attention, spec.modern, spec.qk_norm)
+        sizes = BlockSizes(width, spec.attention, spec.modern, spec.qk_norm)
         self.blocks = nn.ModuleList(block(sizes) for _ in range(spec.depth))
         out = channels * spec.patch**2
-        self.heads = nn.ModuleDict({name: Head(width, out, rms=spec.modern) for name in needs.heads})
+        self.heads = nn.ModuleDict({name: DiTHead(width, out, rms=spec.modern) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = bool(spec.checkpoint)
         make_lean(self.blocks, spec.checkpoint)
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
             if not isinstance(layer, Unit):
                 nn.init.zeros_(layer.bias)
         modules = (*self.blocks.modules(), *self.heads.modules())
-        for layer in (layer for m in modules if isinstance(m, Stream | Head) for layer in m.silent):
+        for layer in (layer for m in modules if isinstance(m, Stream | DiTHead) for layer in m.silent):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.after_step()

@@ -19,12 +19,12 @@ from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
 from dumo.nets.family import TURN, UNET, Config, Family, Inputs, packed, unpacked
-from dumo.nets.gap import Fixed, Gap, fixed
+from dumo.nets.gap import Fixed, GapEmbedder, fixed
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.route import Route, standing
 from dumo.nets.rows import Texts
-from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
-from dumo.nets.vp import Frame
+from dumo.nets.twin import HeadLayer, Outs, exchanged, heads_of, put, set_channels
+from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
@@ -49,7 +49,7 @@ class Dualized(nn.Module):
         guidance: float | None = None,
         lora: Lora | None = None,
         limit: float | None = None,
-        frame: Frame | None = None,
+        frame: DiffusionToVelocity | None = None,
         gap: bool = False,
         route: Route | None = None,
     ) -> None:
@@ -80,7 +80,7 @@ class Dualized(nn.Module):
             if name.startswith(tuple(idle)):
                 p.requires_grad_(False)
         last: Any = model.get_submodule(row.last)
-        self.heads = nn.ModuleDict({name: Head(last) for name in heads})
+        self.heads = nn.ModuleDict({name: HeadLayer(last) for name in heads})
         set_channels(model, row.out_channels, len(heads) * self.channels)
         self.fits: tuple[Fit, ...] = ()
         if limit is not None:
@@ -88,7 +88,7 @@ class Dualized(nn.Module):
             self.fits = tuple(lowpass.cut(embedder, row.turn(self.config), limit) for embedder in cut)
         self.names = ("t", "r") if gap else ("t",)
         self.timed = embedders[0] if gap else ""  # the path of the embedder that the gap is added to
-        self.gap = Gap(self._embedder, row.turn(self.config)) if gap else None
+        self.gap = GapEmbedder(self._embedder, row.turn(self.config)) if gap else None
         if row.reads:
             model.get_submodule(row.reads).register_forward_pre_hook(readable)
         put(model, row.last, self._outs([head.out for head in self._heads]))
@@ -212,7 +212,7 @@ class Dualized(nn.Module):
         has the gap's. Raises KeyError for an unknown head.
         """
         own = self.heads[head]
-        assert isinstance(own, Head)
+        assert isinstance(own, HeadLayer)
         parts: dict[str, nn.Module] = {self.row.last: own.out}
         parts |= {path: twin.saved(self.model.get_submodule(path), tables) for path, tables in self.tables.items()}
         slow = ((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, Slow))
@@ -306,8 +306,8 @@ class Dualized(nn.Module):
         return self.model.get_submodule(self.timed)
 
     @property
-    def _heads(self) -> list[Head]:
-        return [head for head in self.heads.values() if isinstance(head, Head)]
+    def _heads(self) -> list[HeadLayer]:
+        return [head for head in self.heads.values() if isinstance(head, HeadLayer)]
 
     def _outs(self, layers: Sequence[nn.Module]) -> Outs:
         return Outs(layers, self.channels if self.row.channels_last else None)

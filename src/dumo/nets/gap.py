@@ -30,7 +30,7 @@ from dumo.types import Array, Time, UserError
 EXACT = 1e-5  # of an embedding, relative, beyond which it is not the one that was trained: ours
 
 
-class Gap(nn.Module):
+class GapEmbedder(nn.Module):
     """The embedding G; all of it is trained."""
 
     frequencies: Tensor

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.texttable import in_stored_types, unpadded
 from dumo.flow.precision import products
-from dumo.nets.rows import Sizes, Source, TextRows, Texts
+from dumo.nets.rows import Source, TextRows, Texts, TextSizes
 from dumo.types import Cond, UserError
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
@@ -70,12 +70,12 @@ class Encoders:
 OPEN = WeakValueDictionary[str, Encoders]()  # by what they are: nets of one process share them
 
 
-class Live(Texts):
+class OnlineTexts(Texts):
     """Rows of captions, then of no caption, then of prompts, from encoders; padded to the longest of a pass."""
 
     like: Tensor  # its device and type are those of the rows
 
-    def __init__(self, by: Prompts, sha256: str, sizes: Sizes, count: int, *, most: int) -> None:
+    def __init__(self, by: Prompts, sha256: str, sizes: TextSizes, count: int, *, most: int) -> None:
         """`captions` are set by who knows the data. Raises UserError as `Prompts.open`."""
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)

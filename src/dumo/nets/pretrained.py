@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, Reading
+from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
 from dumo.io import weights
 from dumo.io.deferred import leaf, unnoted
 from dumo.io.read import foreign
@@ -20,7 +20,7 @@ from dumo.nets.precondition import Precondition
 from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
-from dumo.nets.vp import Frame, framed
+from dumo.nets.vp import DiffusionToVelocity, framed
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
 from dumo.types import QUIET, Needs, UserError
@@ -43,7 +43,7 @@ DEPTHS = (  # keys of a config: numbers of blocks
 )
 
 
-class Pretrained(Reading):
+class Pretrained(PipelineSpec):
     """The transformer of the run's pipeline, tuned in full or by adapters; a head for each velocity and flow map."""
 
     kind: Literal["diffusers"] = "diffusers"
@@ -66,7 +66,7 @@ class Pretrained(Reading):
         return (self.lowpass or TURN) * (frame.steepest if (frame := self.frame) else 1.0)
 
     @property
-    def frame(self) -> Frame | None:
+    def frame(self) -> DiffusionToVelocity | None:
         """How a model of a diffusion is a velocity; None: it learned one. Raises UserError as `family` and `framed`."""
         row = family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
         return framed(self.pipeline.config("scheduler")) if row.noise else None

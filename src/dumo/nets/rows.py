@@ -23,7 +23,7 @@ Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
 
 
-class Sizes(NamedTuple):
+class TextSizes(NamedTuple):
     """Those of rows."""
 
     length: int  # tokens at most

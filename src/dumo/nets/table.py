@@ -12,15 +12,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.encoders.caption import parted
-from dumo.encoders.pipeline import TRANSFORMER, Reading
+from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.text import Encoder
-from dumo.encoders.texttable import Table, open_table, read_contents, require
+from dumo.encoders.texttable import EncodedTexts, open_table, read_contents, require
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.family import Family, family
-from dumo.nets.live import Live
-from dumo.nets.rows import Reader, Rows, Sizes, Source, TextRows, Texts, widened
+from dumo.nets.live import OnlineTexts
+from dumo.nets.rows import Reader, Rows, Source, TextRows, Texts, TextSizes, widened
 from dumo.runtime.bound import CHANNELS, GIGABYTES
 from dumo.runtime.progress import sized
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Cond, Spec, UserError
@@ -62,7 +62,7 @@ class Tabled(Spec):
                 return there.digest
         return None
 
-    def table(self, captions: int) -> Table:
+    def table(self, captions: int) -> EncodedTexts:
         """The table in the folder. Raises UserError where there is none, or it is of other captions or encoders."""
         found = open_table(self.folder)
         require(found, self.by, captions, self.identity)
@@ -82,7 +82,7 @@ class Embedded(Tabled):
 
     @property
     @abstractmethod
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TextSizes:
         """Those of a row, at most."""
 
     def bytes(self, classes: int, source: tuple[int, ...] = ()) -> int:
@@ -139,11 +139,11 @@ class Embedded(Tabled):
         edited = torch.empty(n, *source, dtype=dtype) if source else None
         return Rows(torch.empty(n, length, width, dtype=dtype), mask, kept, source=edited)
 
-    def open(self, classes: int) -> Table:
+    def open(self, classes: int) -> EncodedTexts:
         """The table. Raises UserError as `build`."""
         return self.table(classes)
 
-    def reader(self, found: Table, device: torch.device) -> Reader:
+    def reader(self, found: EncodedTexts, device: torch.device) -> Reader:
         """The reader of prompts, on a device. Raises UserError for an encoder of other weights."""
         read, dtype = self.by.open(device), found.contents.dtype
         if read.sha256 != found.contents.sha256:
@@ -181,12 +181,12 @@ class TextTable(Embedded):
         return self.encoder
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TextSizes:
         """As its fields say."""
         dtype = getattr(torch, self.encoder.dtype)
-        return Sizes(self.encoder.length, self.width, self.pooled, not self.encoder.pad, dtype)
+        return TextSizes(self.encoder.length, self.width, self.pooled, not self.encoder.pad, dtype)
 
-    def open(self, classes: int) -> Table:
+    def open(self, classes: int) -> EncodedTexts:
         """The table. Raises UserError as `build`."""
         found = self.table(classes)
         has = found.contents
@@ -198,7 +198,7 @@ class TextTable(Embedded):
         return found
 
 
-class PipelineTexts(Reading, Embedded):
+class PipelineTexts(PipelineSpec, Embedded):
     """Texts as the run's pipeline reads them (`dumo.encoders.prompt`)."""
 
     kind: Literal["pipeline"] = "pipeline"
@@ -217,7 +217,7 @@ class PipelineTexts(Reading, Embedded):
             return super().build(classes, source)
         self.pipeline.require("texts", sha256 := self.pipeline.texts(), "text encoders or tokenizers")
         most = max(1, int(self.memory * GIGABYTE / self.bytes(0)))
-        return Live(self.by, sha256, self.sizes, classes, most=most)
+        return OnlineTexts(self.by, sha256, self.sizes, classes, most=most)
 
     def too_large(self, captions: int) -> str:
         """Why no table of these captions is written; empty: it is."""
@@ -244,11 +244,11 @@ class PipelineTexts(Reading, Embedded):
         )
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TextSizes:
         """As the config of the model says."""
         row, config = self.row, self.pipeline.config(TRANSFORMER)
         pooled = row.pooled_width(config)
-        return Sizes(row.length, config[row.text], pooled, row.masked or row.alone, getattr(torch, self.dtype))
+        return TextSizes(row.length, config[row.text], pooled, row.masked or row.alone, getattr(torch, self.dtype))
 
 
 class Mapped(Texts):
@@ -259,7 +259,7 @@ class Mapped(Texts):
 
     like: Tensor  # its device and type are those of the rows
 
-    def __init__(self, found: Table, spec: Embedded) -> None:
+    def __init__(self, found: EncodedTexts, spec: Embedded) -> None:
         """Holds no rows."""
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)

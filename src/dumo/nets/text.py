@@ -43,7 +43,7 @@ class Learned(Tabled):
         """The tokenizer."""
         return self.tokenizer
 
-    def build(self, classes: int) -> "Encoded":
+    def build(self, classes: int) -> "TokenTexts":
         """The encoder, and the ids of `classes` captions and of none; on the meta device no file is read.
 
         Raises UserError where there is no table, it is of other captions or another tokenizer, or transformers is
@@ -51,12 +51,12 @@ class Learned(Tabled):
         """
         shape = (classes + 1, self.tokenizer.length)
         if torch.get_default_device().type == "meta":
-            return Encoded(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
+            return TokenTexts(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
         ids, mask, _ = self.table(classes).padded()
-        return Encoded(self, ids.int(), mask)
+        return TokenTexts(self, ids.int(), mask)
 
 
-class Encoded(Texts):
+class TokenTexts(Texts):
     """Rows of token ids, and the encoder that reads them. No checkpoint holds the ids."""
 
     ids: Tensor  # (n, l), int32
@@ -125,7 +125,7 @@ class Drawn(Spec):
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
         if isinstance(of, Learned):
             ids = torch.randint(VOCABULARY, mask.shape, generator=g)
-            return Few(Encoded(of, ids.int(), mask))
+            return Few(TokenTexts(of, ids.int(), mask))
         sizes = of.sizes
         tokens = torch.randn(*mask.shape, sizes.width, generator=g)
         pooled = torch.randn(ROWS, sizes.pooled, generator=g) if sizes.pooled else None

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.block import EPS, Sizes, Stream, mix, parted, unit
+from dumo.nets.block import EPS, BlockSizes, Stream, mix, parted, unit
 from dumo.nets.rows import Texts
 from dumo.types import Array, Cond
 
@@ -47,7 +47,7 @@ class Keys(nn.Module):
 
     fused: ClassVar[dict[str, int]] = {"kv": 2}  # as `Stream.fused`
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """For a block of these sizes."""
         super().__init__()
         self.attention, self.kv, self.k_norm = sizes.attention, nn.Linear(sizes.width, 2 * sizes.width), sizes.gains()
@@ -61,7 +61,7 @@ class Keys(nn.Module):
 class Cross(Stream):
     """A block in which the image attends to a text as well, between self-attention and perceptron."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """For a net of these sizes."""
         super().__init__(sizes)
         self.query, self.read = (nn.Linear(sizes.width, sizes.width) for _ in range(2))

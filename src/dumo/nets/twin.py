@@ -16,7 +16,7 @@ from dumo.types import Array
 M = TypeVar("M", bound=nn.Module)
 
 
-class Head(nn.Module):
+class HeadLayer(nn.Module):
     """A head's own last layer."""
 
     out: nn.Linear | nn.Conv2d

@@ -25,7 +25,7 @@ LAWS = get_args(Law)
 LEAST = 1e-3  # of the data, at the end of a net of noise, whose errors are divided by it: DiT's has 6e-3; ours
 
 
-class Frame(nn.Module):
+class DiffusionToVelocity(nn.Module):
     """What goes into a net of a diffusion and what comes out, as a path `Diffusion` has it: its t is T times ours."""
 
     def __init__(self, schedule: Schedule, prediction: Prediction) -> None:
@@ -52,7 +52,7 @@ class Frame(nn.Module):
         return self.clock.fastest * self.schedule.last / self.schedule.steps
 
 
-def framed(config: Mapping[str, Any]) -> Frame:
+def framed(config: Mapping[str, Any]) -> DiffusionToVelocity:
     """The frame of a scheduler_config.json. Raises UserError for what has no table, or one that does not fit."""
     kind, law = config.get("_class_name"), config.get("beta_schedule", "linear")
     said = f"pipeline: its scheduler, a {kind},"
@@ -76,10 +76,10 @@ def framed(config: Mapping[str, Any]) -> Frame:
             "a net that predicts noise nothing but its errors: take a model of prediction_type v_prediction, or the "
             "scheduler that this one was trained by"
         )
-    return Frame(schedule, cast(Prediction, prediction))
+    return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 
 
-def settings(frame: Frame) -> dict[str, Any]:
+def settings(frame: DiffusionToVelocity) -> dict[str, Any]:
     """The settings by which a scheduler of diffusers has this table and prediction: `framed`, inverted."""
     schedule = frame.schedule
     return {

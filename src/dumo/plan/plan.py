@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
-from dumo.data.cache import Plan, read_contents
+from dumo.data.cache import CachePlan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
@@ -211,7 +211,7 @@ def copied(net: nn.Module, held: Mapping[str, int], ranks: int = 1) -> dict[str,
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     """Bytes that `dumo encode` writes for an image, as it is without options, and for all, if their number is known."""
-    fields = Plan.model_fields
+    fields = CachePlan.model_fields
     dtype: torch.dtype = getattr(torch, fields["dtype"].default)
     values = prod(data.shape)
     if data.codec.gaussian and fields["store"].default == "moments":

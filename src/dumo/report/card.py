@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from dumo.config.conditions import Conditions
 from dumo.config.tree import Evaluation
 from dumo.data import Data
-from dumo.data.caption import Files
+from dumo.data.caption import CaptionFiles
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
 from dumo.evaluation.protocol import CLASS_MMD, rising, trained_on
 from dumo.evaluation.protocol import Scores as Found
@@ -130,7 +130,7 @@ def labels(data: Data, evaluation: Evaluation) -> str:
     captions = Conditions(data).captions
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return "those of the data"
-    if isinstance(captions, Files):
+    if isinstance(captions, CaptionFiles):
         return "captions of images, from end to end"
     turn = f"i mod {data.labels}" if data.labels else "none"
     return f"{turn}, by {evaluation.captions} templates in turn" if captions else turn

@@ -23,7 +23,7 @@ from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_contents
-from dumo.data.caption import Files
+from dumo.data.caption import CaptionFiles
 from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
@@ -164,7 +164,7 @@ def require_captions(data: Data, texts: Tabled) -> None:
     captions = Conditions(data).captions
     names = Conditions(data).names
     data_digest: str | None = None
-    if isinstance(captions, Files):
+    if isinstance(captions, CaptionFiles):
         data_digest = captions.digest
     elif names:
         data_digest = digest.short(*names)

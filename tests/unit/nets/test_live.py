@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.texttable import encode
-from dumo.nets.live import Live
+from dumo.nets.live import OnlineTexts
 from dumo.nets.rows import Rows, Texts
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', 
 CAPTIONS = ("a red fox in the snow", "a dog", "")
 
 
-def both(name: str, place: Path) -> tuple[Live, Texts]:
+def both(name: str, place: Path) -> tuple[OnlineTexts, Texts]:
     """The texts of a pipeline from its encoders, and from a table."""
     pipeline = Pipeline(source=str(save(name, place / name))).found()
     spec = PipelineTexts(root=str(place / "texts"), dtype="float32", budget=0).within(pipeline)
     live = spec.build(len(CAPTIONS))
-    assert isinstance(live, Live)
+    assert isinstance(live, OnlineTexts)
     live.captions = CAPTIONS
     encode(CAPTIONS, spec.by, spec.folder, shard_rows=2)
     tabled = spec.found().build(len(CAPTIONS))
