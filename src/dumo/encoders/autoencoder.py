@@ -130,7 +130,7 @@ class PipelineVae(PipelineSpec, Model):
 
     def digest(self) -> str | None:
         """As `Scaled.digest`."""
-        return None if self.pipeline.known else super().digest()
+        return None if self.pipeline.is_published else super().digest()
 
     def require(self, found: str) -> None:
         """As `Scaled.require`."""
@@ -138,7 +138,7 @@ class PipelineVae(PipelineSpec, Model):
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """As `Model.open`. Raises UserError, with the command that brings it, where it is missing."""
-        self.pipeline.place(VAE)
+        self.pipeline.part_folder(VAE)
         return super().open(device)
 
 

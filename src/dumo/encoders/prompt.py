@@ -46,9 +46,9 @@ class Prompts(Spec):
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
         """The encoders with their weights. Raises UserError where a part is missing or cannot be loaded."""
         of = Pipeline(source=self.source)
-        sha256 = of.texts()
+        sha256 = of.texts_hash()
         kind, pipe = self._loaded(of)
-        parts = [part for name in of.readers if isinstance(part := getattr(pipe, name), nn.Module)]
+        parts = [part for name in of.text_parts if isinstance(part := getattr(pipe, name), nn.Module)]
         read = PromptReader(self, pipe, defaults(kind), sha256, parts, torch.device("cpu"))
         read.to(torch.device(device))
         return read
@@ -70,7 +70,7 @@ class Prompts(Spec):
             kind = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
-            unused = dict.fromkeys(component_names(kind) - {*of.readers, "scheduler"})
+            unused = dict.fromkeys(component_names(kind) - {*of.text_parts, "scheduler"})
             pipe = kind.from_pretrained(
                 of.folder, **unused | {of.model: model}, torch_dtype=getattr(torch, self.dtype),
                 use_safetensors=True, local_files_only=True, trust_remote_code=False,

@@ -209,13 +209,13 @@ class PipelineTexts(PipelineSpec, Embedded):
 
     def live(self, classes: int) -> bool:
         """As `Embedded.live`; a table that is there is read, and images to edit always have one."""
-        return self.identity is None and not self.row.edits and self.bytes(classes) > self.budget * GIGABYTE
+        return self.identity is None and not self.family.edits and self.bytes(classes) > self.budget * GIGABYTE
 
     def build(self, classes: int, source: tuple[int, ...] = ()) -> Texts:
         """Raises as `Embedded.build`, and where the encoders are others than when the run began."""
         if not self.live(classes) or torch.get_default_device().type == "meta":
             return super().build(classes, source)
-        self.pipeline.require("texts", sha256 := self.pipeline.texts(), "text encoders or tokenizers")
+        self.pipeline.require("texts", sha256 := self.pipeline.texts_hash(), "text encoders or tokenizers")
         most = max(1, int(self.memory * GIGABYTE / self.bytes(0)))
         return OnlineTexts(self.by, sha256, self.sizes, classes, most=most)
 
@@ -228,27 +228,37 @@ class PipelineTexts(PipelineSpec, Embedded):
     @property
     def encoders(self) -> int | None:
         """Bytes of the encoders; None: not known, for they are not here."""
-        return self.pipeline.reading(self.sizes.dtype.itemsize)
+        return self.pipeline.text_encoder_bytes(self.sizes.dtype.itemsize)
 
     @property
-    def row(self) -> Family:
+    def family(self) -> Family:
         """The family of the pipeline. Raises UserError as `family`."""
         return family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
     def by(self) -> Prompts:
         """The pipeline."""
-        row = self.row
+        family = self.family
         return Prompts(
-            source=self.pipeline.source, pipeline=row.pipeline, encodes=row.encodes, dtype=self.dtype, padded=row.adds
+            source=self.pipeline.source,
+            pipeline=family.pipeline,
+            encodes=family.encodes,
+            dtype=self.dtype,
+            padded=family.adds_mask,
         )
 
     @property
     def sizes(self) -> TextSizes:
         """As the config of the model says."""
-        row, config = self.row, self.pipeline.config(TRANSFORMER)
-        pooled = row.pooled_width(config)
-        return TextSizes(row.length, config[row.text], pooled, row.masked or row.alone, getattr(torch, self.dtype))
+        family = self.family
+        config = self.pipeline.config(TRANSFORMER)
+        return TextSizes(
+            length=family.length,
+            width=config[family.text_width],
+            pooled=family.pooled_width(config),
+            masked=family.takes_mask or family.one_by_one,
+            dtype=getattr(torch, self.dtype),
+        )
 
 
 class Mapped(Texts):

@@ -230,7 +230,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
     """
     captions = data.classes or None
     pipeline_texts = texts if isinstance(texts, PipelineTexts) else None
-    edits_images = pipeline_texts is not None and pipeline_texts.row.edits
+    edits_images = pipeline_texts is not None and pipeline_texts.family.edits
     source = data.shape if edits_images else ()
     bytes_per_caption = texts.bytes(0, source)
     most = None

@@ -293,7 +293,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
     Of a UNet none may be, for each hands on to one on the other side.
     """
-    if isinstance(net, Dualized) and net.row.last == "conv_out":
+    if isinstance(net, Dualized) and net.family.last == "conv_out":
         return []
     if isinstance(net, Dualized):
         lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}

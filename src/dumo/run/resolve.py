@@ -319,7 +319,7 @@ def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
         pins_by_field["data.codec.sha256"] = (data.codec.sha256, find_codec_hash)
     pipeline = run.pipeline
     if pipeline:
-        pins_by_field["pipeline.facts"] = (pipeline.facts, lambda: pipeline.found().facts)
+        pins_by_field["pipeline.facts"] = (pipeline.facts, lambda: pipeline.with_facts().facts)
     if run.start and run.has_subject:
         pins_by_field["start.sha256"] = (run.start.sha256, lambda: few_step_run(run).sha256)
     return pins_by_field

@@ -20,7 +20,7 @@ CAPTIONS = ("a red fox in the snow", "a dog", "")
 
 def both(name: str, place: Path) -> tuple[OnlineTexts, Texts]:
     """The texts of a pipeline from its encoders, and from a table."""
-    pipeline = Pipeline(source=str(save(name, place / name))).found()
+    pipeline = Pipeline(source=str(save(name, place / name))).with_facts()
     spec = PipelineTexts(root=str(place / "texts"), dtype="float32", budget=0).within(pipeline)
     live = spec.build(len(CAPTIONS))
     assert isinstance(live, OnlineTexts)
@@ -71,7 +71,7 @@ def test_what_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="captions are not on this machine"):
         live(torch.tensor([0]))
     assert torch.equal(live(torch.tensor([3]))[0], tabled(torch.tensor([3]))[0]), "that of no caption is known"
-    pipeline = Pipeline(source=str(tmp_path / "SD3")).found()
+    pipeline = Pipeline(source=str(tmp_path / "SD3")).with_facts()
     (tmp_path / "SD3" / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="another texts"):
         PipelineTexts(root="none", budget=0).within(pipeline).build(3)
