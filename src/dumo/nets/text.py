@@ -39,7 +39,7 @@ class Learned(Tabled):
     drop: float = Field(default=0.0, ge=0, lt=1)
 
     @property
-    def by(self) -> Tokenizer:
+    def reader_spec(self) -> Tokenizer:
         """The tokenizer."""
         return self.tokenizer
 

@@ -85,7 +85,7 @@ def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     texts = net.texts
     if not isinstance(texts, Embedded):
         return []
-    if texts.live(data.classes):
+    if texts.is_online(data.classes):
         return [Finding("texts", "ok", "encoded in training, without a table")]
     if isinstance(or_drawn(texts), Drawn):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]

@@ -240,7 +240,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
         "captions": captions,
         "bytes_per_caption": bytes_per_caption,
         "bytes": None if captions is None else texts.bytes(captions, source),
-        "live": texts.live(data.classes),
+        "live": texts.is_online(data.classes),
         "most": most,
         "encoders": None if pipeline_texts is None else pipeline_texts.encoders,
     }
@@ -249,7 +249,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
 def of_encoders(net: Net, captions: int) -> int:
     """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
     texts = net.texts
-    if not (isinstance(texts, PipelineTexts) and texts.live(captions)):
+    if not (isinstance(texts, PipelineTexts) and texts.is_online(captions)):
         return 0
     return texts.encoders or 0
 

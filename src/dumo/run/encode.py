@@ -206,7 +206,7 @@ def encode_texts(
     ):
         done = texttable.encode(
             texts,
-            spec.by,
+            spec.reader_spec,
             spec.folder,
             shard_rows=shard_rows,
             batch=batch,

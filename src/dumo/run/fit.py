@@ -114,7 +114,7 @@ def compilation(train: Train, needs: Needs, net: Net, built: nn.Module, classes:
             f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model where slope "
             "'dual' rides along: set train.compile=none"
         )
-    if train.compile == "loss" and isinstance(texts, Embedded) and texts.mapped(classes):
+    if train.compile == "loss" and isinstance(texts, Embedded) and texts.is_mapped(classes):
         yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"

@@ -131,7 +131,7 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
     net = Tiny(32)
     assert sum(p.numel() for p in net.parameters()) == 2_677_027
     assert {key.split(".")[0] for key in net.state_dict()} == {"encoder", "decoder"}
-    assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "Block"]
+    assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "TaesdBlock"]
     codec = Taef2(weights=str(tiny)).open()
     x = codec.encode(images(16).requires_grad_())
     assert x.shape == (2, 32, 2, 2)

@@ -25,7 +25,7 @@ def both(name: str, place: Path) -> tuple[OnlineTexts, Texts]:
     live = spec.build(len(CAPTIONS))
     assert isinstance(live, OnlineTexts)
     live.captions = CAPTIONS
-    encode(CAPTIONS, spec.by, spec.folder, shard_rows=2)
+    encode(CAPTIONS, spec.reader_spec, spec.folder, shard_rows=2)
     tabled = spec.found().build(len(CAPTIONS))
     assert isinstance(tabled, Rows), "a table that is there is read"
     return live, tabled

@@ -296,7 +296,7 @@ def test_what_the_objective_asks_beyond_is_refused(folder: Saved) -> None:
     for needs in (Shortcut().needs, Needs(heads=("v", "f")), Needs(gauges=("g",)), Needs(knobs={"w": 1.0})):
         with pytest.raises(UserError, match=r"objective\.kind dumo"):
             built(folder("sd3"), needs)
-    with pytest.raises(UserError, match="needs net.lora"), built(folder("sd3")).base():
+    with pytest.raises(UserError, match=r"needs net\.lora"), built(folder("sd3")).base():
         pass
 
 
