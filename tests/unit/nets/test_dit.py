@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contract.case import randomise
 from dumo.config.load import load
-from dumo.nets.block import Block, BlockSizes, gated
+from dumo.nets.block import Block, BlockSizes, swiglu_width
 from dumo.nets.dit import DiT, DiTHead, Transformer
 from dumo.nets.embed import turn, turns
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
@@ -157,7 +157,7 @@ def test_qk_norm_by_hand() -> None:
 def test_swiglu_by_hand() -> None:
     block = Block(BlockSizes(8, 2, modern=True))
     randomise(block)
-    a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), gated(8)
+    a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), swiglu_width(8)
     gate, up = block.up(a)[..., :hidden], block.up(a)[..., hidden:]
     assert torch.allclose(block.perceive(a), block.down(gate * gate.sigmoid() * up), rtol=1e-5, atol=1e-6)
 

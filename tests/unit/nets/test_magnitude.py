@@ -63,7 +63,7 @@ def test_a_layer_keeps_the_mean_square(modern: bool) -> None:
     block = Preserving(BlockSizes(96, 2, modern))
     randomise(block).double()
     m = Modulation(*(5 * drawn(40, 1, 96, seed=i) for i in range(3)))
-    shown = block.shown(drawn(40, 16, 96), m)
+    shown = block.layer_input(drawn(40, 16, 96), m)
     assert torch.allclose(shown.square().mean(-1), torch.ones(40, 16, dtype=D), atol=1e-5)
     assert size(block.perceive(shown)) == pytest.approx(1, abs=0.05)
 

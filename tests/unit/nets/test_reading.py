@@ -107,10 +107,10 @@ def test_a_block_that_looks_across_by_hand() -> None:
     h, e, y = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g), torch.randn(3, 4, 8, generator=g)
     mask = torch.arange(4) < torch.tensor([[1], [3], [4]])
     first, second = block.modulations(e)
-    h_1 = block.look(h, first)
+    h_1 = block.add_attention(h, first)
     k, v = block.keys.kv(y).chunk(2, -1)
     h_2 = h_1 + block.read(attended(block.query(h_1), k, v, mask))
-    assert torch.allclose(block(h, e, y, mask), block.think(h_2, second), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(block(h, e, y, mask), block.add_perceptron(h_2, second), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooled", [0, 7])
