@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dumo.data.album import THREADS, WAY_OUT, Album, fault
+from dumo.data.album import HOW_TO_MEND, THREADS, Album, fault
 from dumo.data.pixel import LONG, Crop, Oblong, Size, covering, size_of
 from dumo.data.store import Store
 from dumo.io.content import Hashes, few
@@ -182,6 +182,6 @@ class Assorted:
         except (OSError, ValueError) as error:
             if self.skip:
                 return None
-            raise UserError(f"{self.store.path(i)} {fault(error)}: {WAY_OUT}") from error
+            raise UserError(f"{self.store.path(i)} {fault(error)}: {HOW_TO_MEND}") from error
         self.hashes.see(i, data)
         return size

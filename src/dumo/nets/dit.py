@@ -106,7 +106,7 @@ class DiT(Spec):
         """Without `texts` where there are none."""
         fields = serialize(self)
         if not self.texts:
-            del fields["texts"]
+            fields.pop("texts", None)
         return fields
 
 
