@@ -332,8 +332,8 @@ class Images(Spec):
             if added:
                 changes.append(f"with {some(added)}")
             raise UserError(
-                f"{root} has other classes than the run was made with, {'; '.join(changes) or 'in another order'}: name "
-                "the folders as they were, or begin a new run"
+                f"{root} has other classes than the run was made with, {'; '.join(changes) or 'in another order'}: "
+                "name the folders as they were, or begin a new run"
             )
         count = store.labels.count
         if count > self.labels or (store.labels.names and count < self.labels):
