@@ -46,7 +46,9 @@ MIDDLE = 5  # of the filter: the index, from 0, of the pixel itself
 EDGE = len(SYM6) // 2  # fine places beyond the image on each side that the filter reaches on its way back
 
 P = 0.12  # the share of images that each transformation is made on (EDM)
-SIZE, STRETCH = 0.2, 0.2  # sd of log2 of scales
+# Standard deviations of log2 of scales.
+SIZE = 0.2
+STRETCH = 0.2
 OBLIQUE = 0.5  # share of the stretches along another axis than the image's own
 SHIFT = 0.125  # sd, in sides of the image
 
@@ -113,7 +115,9 @@ def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Augmentation:
     xflip, yflip, scale, rotate, aniso, translate = made.float()
     size, stretch, *shift = torch.randn(4, n, generator=g)
     angle, axis = pi * (2 * torch.rand(2, n, generator=g) - 1)
-    size, angle, stretch = scale * size, rotate * angle, aniso * stretch
+    size = scale * size
+    angle = rotate * angle
+    stretch = aniso * stretch
     axis = axis * (torch.rand(n, generator=g) < OBLIQUE)
     right, down = (translate * s for s in shift)
     done: dict[Name, tuple[PerSample, ...]] = {
@@ -140,8 +144,10 @@ def warp(x: Sample, a: Float[Tensor, "b 2 2"], shift: Float[Tensor, "b 2"]) -> S
     """Look each pixel o, (right, down) from the middle, up at A (o - shift); the shift counts in sides."""
     b, ch, side, _ = x.shape
     fine, coarse = (m.to(x) for m in _filters(side))
-    half, long = len(fine) / 2, coarse.shape[1]  # of the fine grids of the image and its reflections, of the result
-    a, shift = a.to(x), side * shift.to(x)
+    half = len(fine) / 2  # of the fine grid of the image and its reflections
+    long = coarse.shape[1]  # that of the result
+    a = a.to(x)
+    shift = side * shift.to(x)
     # On a fine grid a pixel stands half a place before the middle of its two: at 2 o - 1/2 from the middle of all.
     start = (a * (0.5 - 2 * shift)[:, None]).sum(2, keepdim=True) - 0.5
     theta = torch.cat([a * long / 2, start], 2) / half  # in halves of a grid, as torch counts
@@ -161,7 +167,8 @@ def _turn(angle: PerSample) -> Float[Tensor, "b 2 2"]:
 @cache
 def _filters(side: int) -> tuple[Float[Tensor, "fine side"], Float[Tensor, "side coarse"]]:
     """The matrix that refines a line of pixels with its two reflections, and the one that brings the middle back."""
-    h, taps = torch.tensor(SYM6, dtype=torch.float64), torch.arange(len(SYM6))
+    h = torch.tensor(SYM6, dtype=torch.float64)
+    taps = torch.arange(len(SYM6))
     pixels = torch.arange(1 - side, 2 * side - 1)[:, None]  # the image is 0 ... side - 1
     source = side - 1 - (side - 1 - pixels % max(2 * side - 2, 1)).abs()  # the pixel that a reflection repeats
     place = 2 * (pixels + side - 1) + taps - MIDDLE

@@ -112,9 +112,13 @@ class Assorted:
         self, store: Store, side: int, crop: Crop, buckets: Buckets, *, flip: bool, skip: bool, numbered: bool
     ) -> None:
         """Reads nothing yet. `skip`: an image that cannot be read is in no bucket."""
-        self.store, self.flip, self.skip, self.numbered = store, flip, skip, numbered
+        self.store = store
+        self.flip = flip
+        self.skip = skip
+        self.numbered = numbered
         self.crop: Crop = crop
-        self.groups, self.sizes = buckets.groups(side), buckets.sizes(side)
+        self.groups = buckets.groups(side)
+        self.sizes = buckets.sizes(side)
         self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
         self.names = store.labels.names if store.labels else ()
         self.place = torch.full((len(store),), UNREAD)  # the bucket of each image

@@ -100,12 +100,14 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file or folder, in order; blank lines are left out. Raises UserError where there are none."""
-    found, wrong = list[Prompt](), f"{path} has no prompts: {WAY}"
+    found = list[Prompt]()
+    wrong = f"{path} has no prompts: {WAY}"
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         found = [Prompt(file.stem, " ".join((text := read_text(file, WAY)).split()), text) for file in files]
         if empty := next((file for file, one in zip(files, found, strict=True) if not one.text), None):
-            found, wrong = [], f"{empty} is empty: write a prompt into it, or remove it"
+            found = []
+            wrong = f"{empty} is empty: write a prompt into it, or remove it"
     elif path.exists():
         texts = _json(path) if path.suffix == ".jsonl" else ((line.strip(), line) for line in _lines(path))
         found = [Prompt(f"{i:05d}", text, line) for i, (text, line) in enumerate(texts)]

@@ -67,7 +67,8 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.one, self.two = _conv(width, width), _conv(width, width)
+        self.one = _conv(width, width)
+        self.two = _conv(width, width)
 
     def forward(self, x: Float[Tensor, "n w h h"]) -> Float[Tensor, "n w h h"]:
         """The same shape, not negative."""

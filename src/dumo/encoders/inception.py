@@ -31,7 +31,8 @@ from dumo.io.picture import Pixels
 from dumo.io.weights import compare, read
 from dumo.types import UserError
 
-SIZE, CLASSES = 299, 1008
+SIZE = 299
+CLASSES = 1008
 WIDTH = 2048  # features of the FID
 PLANES = 7  # channels of the sFID's map (Nash et al. 2021), so that it has about as many numbers as the FID
 SPATIAL_WIDTH = 17 * 17 * PLANES
@@ -95,7 +96,8 @@ def _fine(pooled: int) -> tuple[Branch, ...]:
 
 def _middle(inner: int) -> tuple[Branch, ...]:
     """A block on the 17 x 17 map, its 7 x 7 kernels each split into a row and a column."""
-    row, column = (1, 7), (7, 1)
+    row = (1, 7)
+    column = (7, 1)
     return (
         (Conv("branch1x1", 192),),
         _chain("branch7x7", (inner, 1), (inner, row), (192, column)),
@@ -157,7 +159,8 @@ class InceptionNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
 
@@ -186,7 +189,8 @@ class InceptionBlock(nn.Module):
 
     def __init__(self, branches: Sequence[Branch], width: int) -> None:
         super().__init__()
-        self.branches, self.width = branches, 0
+        self.branches = branches
+        self.width = 0
         for branch in branches:
             self.width += _build(self, branch, width)
 
@@ -303,7 +307,8 @@ def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], p
         del weights[name]
     other = f"these are not Inception's weights.\n{_way()}"
     compare(path, weights, net.state_dict(), "Inception", other)
-    odd, source = [name for name, w in weights.items() if not w.isfinite().all()], origin.get("sha256", "nothing")
+    odd = [name for name, w in weights.items() if not w.isfinite().all()]
+    source = origin.get("sha256", "nothing")
     if odd or source != SHA256:
         made = f"{path} says it was made of a file of sha256 {source}, not {SHA256}.\n{_way()}"
         raise UserError(f"{path}: {odd[0]} is not finite: {other}" if odd else made)

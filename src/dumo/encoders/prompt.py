@@ -61,10 +61,8 @@ class Prompts(Spec):
         except ImportError as error:
             raise UserError(f"net.texts needs diffusers: {install('pretrained')}") from error
         transformers("net.texts")
-        config, what = (
-            of.config(TRANSFORMER),
-            f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load",
-        )
+        config = of.config(TRANSFORMER)
+        what = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"
         with foreign(what, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
             kind = getattr(diffusers, self.pipeline)

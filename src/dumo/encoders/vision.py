@@ -98,7 +98,8 @@ class Eye:
     def __call__(self, pixels: Pixels) -> ImageFeatures:
         """The features of images of any size, in float32."""
         some = pixels if len(pixels) else pixels.new_zeros(1, 3, 1, 1)  # these models take no batch of none
-        seen, hint = self.seen(some).to(self.model.device), KNOWN[self.kind].hint
+        seen = self.seen(some).to(self.model.device)
+        hint = KNOWN[self.kind].hint
         with using("fp32", self.model.device), foreign(f"the model of {self.folder} fails", hint):
             out = self.model(pixel_values=seen)
         x = (normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output)[: len(pixels)]
@@ -115,7 +116,8 @@ def fitted(image: Image.Image, side: int, kind: Kind) -> Image.Image:
     """The image as a square of `side` pixels: of CMMD its middle, else all of it."""
     if kind == "cmmd":
         (w, h), short = image.size, min(image.size)
-        left, top = (w - short) // 2, (h - short) // 2
+        left = (w - short) // 2
+        top = (h - short) // 2
         image = image.crop((left, top, left + short, top + short))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 

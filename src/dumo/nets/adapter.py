@@ -28,7 +28,9 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import QUIET, Spec, UserError
 
-FEW_STEP, SUBJECT = "default", "subject"  # adapters by their names in peft: the first, and the one on top of it
+# Adapters by their names in peft.
+FEW_STEP = "default"
+SUBJECT = "subject"  # the one on top of it
 MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 

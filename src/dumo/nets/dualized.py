@@ -140,7 +140,9 @@ class Dualized(nn.Module):
         if self.frame:
             x_in, time, to_velocity = self.frame(x, t)
         else:
-            x_in, time, to_velocity = x, self._model_time(t), self._to_velocity
+            x_in = x
+            time = self._model_time(t)
+            to_velocity = self._to_velocity
         inputs = self._inputs(x_in, c, time)
         with self._unrounded(inputs), self._with_gap(t, r):
             out = self._routed_model(inputs)(**self.family.arguments(inputs), return_dict=False)[0]

@@ -83,7 +83,8 @@ def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) ->
     that is not what it makes of them.
     """
     one = rounded(embedder, dtype)
-    h, last = hidden(one, x.double()), copy.deepcopy(layers(embedder)[2])
+    h = hidden(one, x.double())
+    last = copy.deepcopy(layers(embedder)[2])
     bias = bias_or_none(last)
     if bias is not None:  # as one number more, as large as the others are together
         h = torch.cat([h, h.square().sum(1).mean().sqrt().expand(len(h), 1)], 1)

@@ -32,7 +32,8 @@ class Encoders:
 
     def __init__(self, by: Prompts, most: int) -> None:
         """Opens the encoders. Raises UserError as `Prompts.open`."""
-        self.read, self.most = by.open(), most
+        self.read = by.open()
+        self.most = most
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
         self.rows = OrderedDict[str, Row]()
 
@@ -81,7 +82,9 @@ class OnlineTexts(Texts):
         self.register_buffer("like", torch.empty(0), persistent=False)
         key = f"{by.model_dump_json()} {sha256} {most}"
         self.encoders = OPEN.get(key) or OPEN.setdefault(key, Encoders(by, most))
-        self.count, self.captions, self.added = count, tuple[str, ...](), list[str]()
+        self.count = count
+        self.captions = tuple[str, ...]()
+        self.added = list[str]()
         self.length, self.width, self.pooled_width, self.masked, _ = sizes
         self.several = self.masked
 

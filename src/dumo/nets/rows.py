@@ -69,7 +69,8 @@ class Texts(nn.Module, ABC):
     def forget(self, most: int) -> None:
         """Keep that many prompts, the last of `prompts`: the rows of others go, and what is left has new numbers."""
         if len(self.prompts) > most:
-            first, kept = min(self.prompts.values()), [*self.prompts][len(self.prompts) - most :]
+            first = min(self.prompts.values())
+            kept = [*self.prompts][len(self.prompts) - most :]
             self.keep(first, [self.prompts[text] for text in kept])
             self.prompts = {text: first + i for i, text in enumerate(kept)}
 
@@ -99,14 +100,17 @@ class Rows(Texts):
         super().__init__()
         for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled), ("source", source)):
             self.register_buffer(name, rows, persistent=False)
-        self.width, self.length, self.masked = tokens.shape[2], tokens.shape[1], mask is not None
+        self.width = tokens.shape[2]
+        self.length = tokens.shape[1]
+        self.masked = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
         self.reader = reader
         self._count()
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,), in float32 where they are stored in half precision."""
-        mask, pooled = self.mask, self.pooled
+        mask = self.mask
+        pooled = self.pooled
         there = None if mask is None else mask[c]
         return full(self.tokens[c]), there, None if pooled is None else full(pooled[c])
 
@@ -122,7 +126,8 @@ class Rows(Texts):
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
             return super().append(texts)
-        first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
+        first = len(self.tokens)
+        new = self.reader(self.tokens.device)(texts)
         if self.source is not None and source is not None:
             self.source = torch.cat([self.source, source.to(self.source)])
         self.length = max(self.length, new[0].shape[1])  # a prompt may be longer than all captions

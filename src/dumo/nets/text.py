@@ -65,10 +65,14 @@ class TokenTexts(Texts):
     def __init__(self, spec: Learned, ids: Tensor, mask: Tensor) -> None:
         """Raises UserError where transformers is missing."""
         super().__init__()
-        self.tokenizer, self.width, self.pooled_width, self.length = spec.tokenizer, spec.width, 0, ids.shape[1]
+        self.tokenizer = spec.tokenizer
+        self.width = spec.width
+        self.pooled_width = 0
+        self.length = ids.shape[1]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
-        self.encoder, self.drop = encoder(spec), spec.drop
+        self.encoder = encoder(spec)
+        self.drop = spec.drop
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,): tokens, and which of them are there."""
@@ -140,7 +144,10 @@ class Few(Texts):
         """Has the width and length of these rows."""
         super().__init__()
         self.of = of
-        self.width, self.pooled_width, self.length, self.masked = of.width, of.pooled_width, of.length, of.masked
+        self.width = of.width
+        self.pooled_width = of.pooled_width
+        self.length = of.length
+        self.masked = of.masked
 
     def forward(self, c: Cond) -> TextRows:
         """Row c modulo the number of rows."""

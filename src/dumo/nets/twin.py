@@ -40,7 +40,8 @@ class Outs(nn.Module):
     def __init__(self, layers: Sequence[nn.Module], channels: int | None) -> None:
         """`channels` of a head, where they are a patch's last axis."""
         super().__init__()
-        self.layers, self.channels = tuple(layers), channels
+        self.layers = tuple(layers)
+        self.channels = channels
 
     def forward(self, h: Array) -> Array:
         """h (..., width), or (b, width, h, w) of a UNet; returns as many numbers of a place, heads times."""

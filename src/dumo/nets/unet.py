@@ -80,7 +80,8 @@ def plan(spec: UNet, side: int) -> Iterator[BlockPlace]:
     """The blocks in their order, for images of this side."""
     widths = [spec.width * m for m in spec.multipliers]
     attends = [side >> level in spec.attend for level in range(len(widths))]
-    now, bottom = spec.width, len(widths) - 1
+    now = spec.width
+    bottom = len(widths) - 1
     kept = [now]
     for level, out in enumerate(widths):
         if level:
@@ -122,14 +123,21 @@ class ResidualBlock(nn.Module):
     def __init__(self, place: BlockPlace, embed: int, dropout: float = 0.0) -> None:
         """`embed` numbers of condition; `dropout` before the last layer."""
         super().__init__()
-        into, out = place.into, place.out
-        self.attends, self.resample = place.attends, place.resample
-        self.norm_1, self.conv_1 = UNetNorm(into), nn.Conv2d(into, out, 3, padding=1)
+        into = place.into
+        out = place.out
+        self.attends = place.attends
+        self.resample = place.resample
+        self.norm_1 = UNetNorm(into)
+        self.conv_1 = nn.Conv2d(into, out, 3, padding=1)
         self.shift = nn.Linear(embed, out)
-        self.norm_2, self.conv_2, self.dropout = UNetNorm(out), nn.Conv2d(out, out, 3, padding=1), dropout
+        self.norm_2 = UNetNorm(out)
+        self.conv_2 = nn.Conv2d(out, out, 3, padding=1)
+        self.dropout = dropout
         self.skip = nn.Identity() if into == out and place.resample == "same" else nn.Conv2d(into, out, 1)
         if self.attends:
-            self.norm_3, self.qkv, self.out = UNetNorm(out), nn.Conv2d(out, 3 * out, 1), nn.Conv2d(out, out, 1)
+            self.norm_3 = UNetNorm(out)
+            self.qkv = nn.Conv2d(out, 3 * out, 1)
+            self.out = nn.Conv2d(out, out, 1)
 
     def forward(self, h: Array, e: Array, rows: Keys | None = None) -> Array:
         """h (b, into, side, side), e (b, embed), already through its SiLU; rows: the keys of dropout, if any."""
@@ -175,7 +183,8 @@ class Convolutional(nn.Module):
     def __init__(self, spec: UNet, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `UNet.build`."""
         super().__init__()
-        width, channels = spec.width, shape[0]
+        width = spec.width
+        channels = shape[0]
         self.scalars = Scalars(needs.shared, EMBED * width, spec.time_scale, count=width // 2)
         self.label = label_table(classes, width) if classes else None
         self.augment = nn.Linear(spec.augment, width, bias=False) if spec.augment else None
