@@ -493,7 +493,7 @@ def in_archives(store: Tar, name: str) -> Pairing:
         captions=[],
         name_of=store.path,
         blank="an empty .txt",
-        columns=tuple(dict.fromkeys(key for row in rows for key, value in row.values.items() if holds_text(value))),
+        columns=text_keys(rows),
     )
     for i, (by_ending, row) in enumerate(zip(members.by_image, rows, strict=True)):
         captions: ImageCaptions | None = None
@@ -518,6 +518,16 @@ def in_archives(store: Tar, name: str) -> Pairing:
     return pairing
 
 
+def text_keys(rows: Iterable[TableRow]) -> tuple[str, ...]:
+    """The keys that hold a text in some row, in the order in which they come."""
+    keys: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.values.items():
+            if holds_text(value):
+                keys[key] = None
+    return tuple(keys)
+
+
 def is_json(file: str) -> bool:
     """Whether a file is of JSON, by its name."""
     return ending_of(file).lower() == ".json"
@@ -538,7 +548,7 @@ class CaptionColumns:
         stating = [row for row in rows if any(name in row.values for name in self.names)]
         if not stating:
             return None
-        return tuple(text for row in stating for text in self.of_row(row))
+        return tuple(chain.from_iterable(self.of_row(row) for row in stating))
 
     def of_row(self, row: TableRow) -> ImageCaptions:
         """The captions in a row, blank ones where there are no others. Raises UserError for what is no text."""

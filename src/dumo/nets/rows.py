@@ -105,14 +105,17 @@ class Rows(Texts):
         self.masked = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
         self.reader = reader
-        self._count()
+        self._update_lengths()
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,), in float32 where they are stored in half precision."""
         mask = self.mask
         pooled = self.pooled
-        there = None if mask is None else mask[c]
-        return full(self.tokens[c]), there, None if pooled is None else full(pooled[c])
+        return (
+            full(self.tokens[c]),
+            None if mask is None else mask[c],
+            None if pooled is None else full(pooled[c]),
+        )
 
     def sources(self, c: Cond) -> Source | None:
         """As `Texts.sources`, in float32."""
@@ -120,35 +123,44 @@ class Rows(Texts):
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """As `Texts.lengths`."""
-        return self._lengths and tuple(self._lengths[i] for i in c.tolist())
+        if self._lengths is None:
+            return None
+        return tuple(self._lengths[i] for i in c.tolist())
 
     def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
             return super().append(texts)
         first = len(self.tokens)
-        new = self.reader(self.tokens.device)(texts)
+        read = self.reader(self.tokens.device)
+        new_tokens, new_mask, new_pooled = read(texts)
         if self.source is not None and source is not None:
             self.source = torch.cat([self.source, source.to(self.source)])
-        self.length = max(self.length, new[0].shape[1])  # a prompt may be longer than all captions
-        for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):
-            old: Tensor | None = getattr(self, name)
-            if old is not None and rows is not None:
-                both = (old, rows.to(old))
-                both = both if name == "pooled" else (widened(part, self.length) for part in both)
-                setattr(self, name, torch.cat([*both]))
-        self._count()
+        self.length = max(self.length, new_tokens.shape[1])  # a prompt may be longer than all captions
+        self.tokens = self._longer(self.tokens, new_tokens)
+        if self.mask is not None and new_mask is not None:
+            self.mask = self._longer(self.mask, new_mask)
+        if self.pooled is not None and new_pooled is not None:
+            self.pooled = torch.cat([self.pooled, new_pooled.to(self.pooled)])
+        self._update_lengths()
         return first
+
+    def _longer(self, old: Tensor, new: Tensor) -> Tensor:
+        """Tokens or masks with new rows behind the old ones, padded to the length of all."""
+        return torch.cat([widened(old, self.length), widened(new.to(old), self.length)])
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
         """As `Texts.keep`."""
         super().keep(first, rows)
-        self._count()
+        self._update_lengths()
 
-    def _count(self) -> None:
+    def _update_lengths(self) -> None:
+        """After rows came or went."""
         mask = self.mask
-        self._lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
-        self.several = len({*(self._lengths or ())}) > 1
+        self._lengths: tuple[int, ...] | None = None
+        if mask is not None and not mask.is_meta:
+            self._lengths = tuple(mask.sum(1).tolist())
+        self.several = len(set(self._lengths or ())) > 1
 
 
 class Codes(Spec):

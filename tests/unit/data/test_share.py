@@ -60,7 +60,7 @@ def latents(root: Path) -> LatentSource:
 def with_prior(root: Path) -> LatentSource:
     """The same, of which the first seven make up three tenths of a batch."""
     found = latents(root)
-    found.prior = 0.3, found.only[:7], found.only[7:]
+    found.prior = 0.3, found.cache_rows[:7], found.cache_rows[7:]
     return found
 
 
