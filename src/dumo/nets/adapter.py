@@ -124,8 +124,8 @@ def off(model: nn.Module) -> Generator[None, None, None]:
 def merge(model: nn.Module) -> None:
     """Add the adapters to their layers, in place and in float32, and drop them."""
     nn.Module.float(model)  # diffusers' own warns that no layer may stay in half precision
-    there = {id(layer): layer for layer in adapters(model)}
-    for name, place in [*model.named_modules()]:
-        if layer := there.get(id(place)):
-            layer.merge()
-            put(model, name, layer.get_base_layer())
+    for name, layer in [*model.named_modules()]:
+        if hasattr(layer, "lora_A"):  # as `adapters`
+            adapted: Any = layer
+            adapted.merge()
+            put(model, name, adapted.get_base_layer())
