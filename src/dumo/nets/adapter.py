@@ -23,7 +23,6 @@ from pydantic import Field
 from torch import nn
 
 from dumo.nets.lowbit import Coding, halve, quantise
-from dumo.nets.twin import put
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import QUIET, Spec, UserError
@@ -128,4 +127,4 @@ def merge(model: nn.Module) -> None:
         if hasattr(layer, "lora_A"):  # as `adapters`
             adapted: Any = layer
             adapted.merge()
-            put(model, name, adapted.get_base_layer())
+            model.set_submodule(name, adapted.get_base_layer())

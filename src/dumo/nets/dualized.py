@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
-from dumo.nets.embed import check
+from dumo.nets.embed import require_inputs
 from dumo.nets.family import UNET, Config, Family, Inputs, pack_latents, unpack_latents
 from dumo.nets.gap import Fixed, GapEmbedder, fixed
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.route import Route, standing
 from dumo.nets.rows import Texts
-from dumo.nets.twin import HeadLayer, Outs, exchanged, heads_of, put, set_channels
+from dumo.nets.twin import HeadLayer, Outs, heads_of, set_channels, with_submodules
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
@@ -115,7 +115,7 @@ class Dualized(nn.Module):
 
         if family.mask_reader:
             model.get_submodule(family.mask_reader).register_forward_pre_hook(readable_mask)
-        put(model, family.last, self._outs([head.out for head in self._heads]))
+        model.set_submodule(family.last, self._outs([head.out for head in self._heads]))
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.fits = ()
@@ -124,7 +124,7 @@ class Dualized(nn.Module):
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, c, h, w), at t (b,), and r, for rows c (b,) of the texts."""
-        check(self.names, inputs)
+        require_inputs(self.names, inputs)
         times = [inputs[name] for name in self.names]
         if not (self.family.one_by_one and self.texts.several):
             return self._heads_of(x, c, *times)
@@ -165,7 +165,7 @@ class Dualized(nn.Module):
         split = self.route.split(len(inputs.tokens), image_tokens)
         if split is None:
             return self.model
-        return exchanged(self.model, standing(self.model, split))
+        return with_submodules(self.model, standing(self.model, split))
 
     def _model_time(self, t: Time) -> Array:
         """t in the model's own unit, of a model of a flow. A few families count time from the noise."""
@@ -258,14 +258,14 @@ class Dualized(nn.Module):
         gap = self.gap
         with adapter.off(self.model):
             for path, part in originals.items():
-                put(self.model, path, part)
+                self.model.set_submodule(path, part)
             self.gap = None
             try:
                 yield self
             finally:
                 self.gap = gap
                 for path, part in trained.items():
-                    put(self.model, path, part)
+                    self.model.set_submodule(path, part)
 
     def stock(self, head: str, *, merged: bool = False, last: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The model with one head as its last layer, of its own class and shapes; weights are shared.
@@ -283,7 +283,7 @@ class Dualized(nn.Module):
                 parts[path] = layer.plain()
         if last is not None:
             parts[self.last_of_time] = last
-        model = exchanged(self.model, parts)
+        model = with_submodules(self.model, parts)
         set_channels(model, self.family.out_channels, self.channels)
         if merged:
             copies = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True), False) for p in model.parameters()}

@@ -40,7 +40,7 @@ class Scalars(nn.Module):
 
         Raises TypeError for other inputs than the net was built for.
         """
-        check(self.names, inputs)
+        require_inputs(self.names, inputs)
         if "r" in inputs:
             inputs["r"] = inputs["t"] - inputs["r"]
         embeddings: list[Array] = []
@@ -94,7 +94,7 @@ class Own(nn.Module):
 
         Raises TypeError for other inputs than the net was built for.
         """
-        check(self.names, inputs)
+        require_inputs(self.names, inputs)
         shared = {name: inputs[name] for name in self.shared}
         own: dict[str, Array] = {}
         for head, scalars in self.heads.items():
@@ -104,7 +104,7 @@ class Own(nn.Module):
         return shared, own
 
 
-def check(names: Collection[str], inputs: Collection[str]) -> None:
+def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
     """Raise TypeError where the inputs have other names than these."""
     if set(inputs) != set(names):
         raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")

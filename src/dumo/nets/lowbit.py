@@ -21,7 +21,7 @@ from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
 from dumo.io import digest
 from dumo.io.deferred import derived
-from dumo.nets.twin import bias_or_none, put
+from dumo.nets.twin import bias_or_none
 from dumo.runtime import import_bitsandbytes, install
 from dumo.types import Array, UserError
 
@@ -181,7 +181,7 @@ def _exchange(model: nn.Module, without: Sequence[str], make: Callable[[nn.Linea
     left = tuple(f"{path}." for path in without)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left) and (new := make(layer)) is not None:
-            put(model, name, new)
+            model.set_submodule(name, new)
     for layer in model.modules():
         for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if type(layer) is not Half else ():
             x.data = single(x.data)

@@ -18,7 +18,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from dumo.nets.twin import bias_or_none, put
+from dumo.nets.twin import bias_or_none
 from dumo.types import Array
 
 PERIOD = 10_000.0  # the quickest wave over the slowest, of every one of these models
@@ -92,7 +92,8 @@ def cut(embedder: nn.Module, turn: float, limit: float) -> Fit:
     """Mask the waves above `limit` rad of an embedder, in place. Its quickest wave has `turn` rad."""
     name, one, _ = layers(embedder)
     w = frequencies(one.in_features, turn)
-    put(embedder, name, Slow(one, (keep := w <= limit).to(one.weight.device)))
+    keep = w <= limit
+    embedder.set_submodule(name, Slow(one, keep.to(one.weight.device)))
     return Fit(limit, int(keep.sum()), len(w), None)
 
 
@@ -101,12 +102,13 @@ def refit(embedder: nn.Module, turn: float, fit: Fit) -> Fit:
     if fit.kept == fit.waves:
         return fit
     old = copy.deepcopy(embedder)
-    (name, slow, _), (_, first, _) = layers(embedder), layers(old)
+    name, slow, _ = layers(embedder)
+    _, first, _ = layers(old)
     assert isinstance(slow, Slow)
     whole = nn.Linear(slow.in_features, slow.out_features, bias_or_none(slow) is not None, device="meta")
     whole.weight = first.weight
     whole.bias = first.bias
-    put(old, name, whole)
+    old.set_submodule(name, whole)
     with torch.no_grad():
         slow.weight.mul_(slow.keep)
     return replace(fit, error=regress(embedder, old, frequencies(slow.in_features, turn)))

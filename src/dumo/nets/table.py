@@ -179,7 +179,7 @@ class Embedded(Tabled):
 
 
 def source_words(shape: tuple[int, ...]) -> str:
-    """What a table has beside texts, in words, by the shape of its latents of images to edit."""
+    """What a table holds, in words, by the shape of its latents of images to edit."""
     return f"latents {shape} of images to edit" if shape else "texts alone"
 
 

@@ -284,7 +284,7 @@ def cut(net: M, lengths: Sequence[int]) -> M:
     kept: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
         kept.setdefault(stretch.path, []).extend(stretch.blocks[:n])
-    return twin.exchanged(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
+    return twin.with_submodules(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
