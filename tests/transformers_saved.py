@@ -81,7 +81,7 @@ def texts(name: str) -> dict[str, Tensor]:
     rows = {"tokens": torch.randn(CLASSES + 1, tiny.L, 16, generator=g)}
     if name in MASKED:
         rows["mask"] = torch.cat([tiny.mask(), tiny.mask()[1:]])
-    if FAMILIES[tiny.TINY[name].kind].pooled or name == "sdxl":
+    if FAMILIES[tiny.TINY[name].kind].pooled_text_width or name == "sdxl":
         rows["pooled"] = torch.randn(CLASSES + 1, 12, generator=g)
     return rows
 

@@ -95,7 +95,7 @@ def split_digits(n: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " h"]]:
 def train_digits(x: Images, c: Labels) -> nn.Module:
     """Train on all these rows: AdamW with one cycle of the rate, images shifted by up to a pixel each way."""
     draws = stream(KEYS["digits"], "train")
-    net = fresh(classifier.Digits, draws)
+    net = fresh(classifier.DigitsClassifier, draws)
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     for _ in range(STEPS):

@@ -42,7 +42,7 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "Images": ("memory",),  # GB of this machine
     "Latents": ("memory",),
     # counted when the run is made, and kept in run.yaml; of a pipeline that edits, of which no config is packaged
-    "Files": ("digest", "source"),
+    "CaptionFiles": ("digest", "source"),
     "Adam": ("weight_decay", "eps"),
     "AdamW": ("weight_decay", "eps"),
     "AdamW8bit": ("weight_decay", "eps"),

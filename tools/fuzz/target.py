@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from dumo.config.load import dump, load
-from dumo.data.cache import Contents, read_contents
+from dumo.data.cache import CacheIndex, read_contents
 from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
 from dumo.report import score
@@ -56,7 +56,7 @@ def targets() -> list[Target]:
     def shards(file: Path) -> None:
         weights.load(file.parent)
 
-    cache = json.dumps(CACHE | {"inputs": Contents.model_validate(CACHE).inputs_digest()}).encode()
+    cache = json.dumps(CACHE | {"inputs": CacheIndex.model_validate(CACHE).inputs_digest()}).encode()
     tensors = safetensors.torch.save(wanted, {"step": "20", "format": "pt"})
     return [
         Target("mine.yaml", dump(load("moons")).encode(), lambda file: load(str(file)), in_yaml, of_yaml),

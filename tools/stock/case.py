@@ -28,7 +28,7 @@ from dumo.export.model import OTHERS, STOCKS, Stock
 from dumo.flow.generate import carried
 from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import FAMILIES, unpacked
+from dumo.nets.family import FAMILIES, unpack_latents
 from dumo.run.prompt import prompted
 from dumo.run.weights import RunFolder, open_run
 from e2e.shell import Done, call, sets
@@ -152,7 +152,7 @@ class Case:
         ]  # fmt: skip
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
         found += EDITED * self.stock.edits
-        found += ["path.kind=diffusion"] * FAMILIES[TINY[PIPELINES[self.name].tiny].kind].noise
+        found += ["path.kind=diffusion"] * FAMILIES[TINY[PIPELINES[self.name].tiny].kind].diffusion
         return found + ["net.lowpass=null"] * (self.name in QUICK)
 
     @property
@@ -196,7 +196,7 @@ class Case:
         net = self.opened.net
         assert isinstance(net, Dualized)
         if noise.ndim == 3:
-            return unpacked(noise, (high // net.patch, wide // net.patch), net.patch)
+            return unpack_latents(noise, (high // net.patch, wide // net.patch), net.patch)
         return noise.reshape(1, channels, high, wide)
 
     def block(self, out: Path) -> list[tuple[Tensor, list[Tensor]]]:

@@ -77,7 +77,7 @@ def export(
     if done.is_dir() and push is None:
         where, pipeline = done.resolve().parent, opened.run.pipeline
         near = ""
-        if to == "lora" and not alone and pipeline and not pipeline.known and not pipeline.repository:
+        if to == "lora" and not alone and pipeline and not pipeline.is_published and not pipeline.repository:
             base = pipeline.folder.resolve()  # the card opens it by its name
             near = "" if (where / base.name).exists() else f" && ln -s {quote(str(base))}"
         card = quote(f"{done.resolve().name}/README.md")

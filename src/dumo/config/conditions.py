@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dumo.config.error import nearest
 from dumo.data import Data, Digits, Images, Latents, Memory, Moons
-from dumo.data.caption import Captioning, Files, Templates
+from dumo.data.caption import CaptionFiles, Captioning, Templates
 from dumo.encoders.caption import parted
 from dumo.flow import generate
 from dumo.io.read import brief
@@ -95,7 +95,7 @@ class Conditions:
         match self.captions:
             case Templates() as captions:
                 return captions.numbers(labels, self.data.labels, held=held)
-            case Files() if isinstance(self.data, Images | Latents):
+            case CaptionFiles() if isinstance(self.data, Images | Latents):
                 written, n = self.data.all_captions(), len(labels)
                 images = torch.arange(n) * max(len(written.ends), n) // n % len(written.ends)
                 return written.drawn(images, "conditions", batch=n)

@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from dumo.config.conditions import Conditions, shown
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Memory, Moons
-from dumo.encoders.pipeline import Pipeline, handed
+from dumo.encoders.pipeline import Pipeline, with_pipeline
 from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
@@ -104,7 +104,7 @@ class Tree(Spec):
     def model_post_init(self, _: object) -> None:
         """Hand the pipeline to the parts that read it."""
         for name in ("data", "net"):
-            object.__setattr__(self, name, handed(getattr(self, name), self.pipeline))
+            object.__setattr__(self, name, with_pipeline(getattr(self, name), self.pipeline))
 
     def model_copy(self: T, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> T:
         """As pydantic's; the parts that read the pipeline read that of the copy."""

@@ -46,7 +46,9 @@ MIDDLE = 5  # of the filter: the index, from 0, of the pixel itself
 EDGE = len(SYM6) // 2  # fine places beyond the image on each side that the filter reaches on its way back
 
 P = 0.12  # the share of images that each transformation is made on (EDM)
-SIZE, STRETCH = 0.2, 0.2  # sd of log2 of scales
+# Standard deviations of log2 of scales.
+SIZE = 0.2
+STRETCH = 0.2
 OBLIQUE = 0.5  # share of the stretches along another axis than the image's own
 SHIFT = 0.125  # sd, in sides of the image
 
@@ -55,7 +57,7 @@ NUMBERS: dict[Name, int] = {"xflip": 1, "yflip": 1, "scale": 1, "rotate": 2, "an
 
 
 @dataclass(frozen=True)
-class Change:
+class Augmentation:
     """The changes of images, a row each: drawn for a whole batch, of which a caller takes its rows."""
 
     flipped: Bool[Tensor, "b 2"]  # left and right, top and bottom
@@ -64,9 +66,9 @@ class Change:
     shift: Float[Tensor, "b 2"]  # right and down, in sides
     numbers: Float[Tensor, "b n"]  # the net's condition
 
-    def __getitem__(self, rows: slice) -> "Change":
+    def __getitem__(self, rows: slice) -> "Augmentation":
         """Some of the rows."""
-        return Change(self.flipped[rows], self.moved[rows], self.a[rows], self.shift[rows], self.numbers[rows])
+        return Augmentation(self.flipped[rows], self.moved[rows], self.a[rows], self.shift[rows], self.numbers[rows])
 
 
 class Edm(Spec):
@@ -94,11 +96,11 @@ class Edm(Spec):
         """The length of an image's condition."""
         return sum(NUMBERS[name] for name in self.shares)
 
-    def drawn(self, n: int, g: Generator) -> Change:
+    def drawn(self, n: int, g: Generator) -> Augmentation:
         """The changes of n images."""
         return changes(self.shares, n, g)
 
-    def __call__(self, x: Sample, change: Change) -> Sample:
+    def __call__(self, x: Sample, change: Augmentation) -> Sample:
         """Images (b, channels, side, side), changed. The result of one does not depend on the others."""
         left, top = change.flipped.T
         x = torch.where(lift(left, x), x.flip(-1), x)
@@ -107,13 +109,15 @@ class Edm(Spec):
         return x.index_copy(0, rows, warp(x[rows], change.a[rows], change.shift[rows])) if len(rows) else x
 
 
-def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Change:
+def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Augmentation:
     """The changes of n images, by the shares of the transformations. The draws are the same whatever is left out."""
     made = torch.rand(len(NUMBERS), n, generator=g) < torch.tensor([shares.get(name, 0.0) for name in NUMBERS])[:, None]
     xflip, yflip, scale, rotate, aniso, translate = made.float()
     size, stretch, *shift = torch.randn(4, n, generator=g)
     angle, axis = pi * (2 * torch.rand(2, n, generator=g) - 1)
-    size, angle, stretch = scale * size, rotate * angle, aniso * stretch
+    size = scale * size
+    angle = rotate * angle
+    stretch = aniso * stretch
     axis = axis * (torch.rand(n, generator=g) < OBLIQUE)
     right, down = (translate * s for s in shift)
     done: dict[Name, tuple[PerSample, ...]] = {
@@ -127,7 +131,7 @@ def changes(shares: Mapping[Name, float], n: int, g: Generator) -> Change:
     a = matrix((SIZE * size).exp2(), angle, (STRETCH * stretch).exp2(), axis)
     numbers = [number for name, some in done.items() if name in shares for number in some]
     shift = SHIFT * torch.stack([right, down], 1)
-    return Change(made[:2].T, made[2:].any(0), a, shift, torch.stack(numbers, 1))
+    return Augmentation(made[:2].T, made[2:].any(0), a, shift, torch.stack(numbers, 1))
 
 
 def matrix(size: PerSample, angle: PerSample, k: PerSample, axis: PerSample) -> Float[Tensor, "b 2 2"]:
@@ -140,8 +144,10 @@ def warp(x: Sample, a: Float[Tensor, "b 2 2"], shift: Float[Tensor, "b 2"]) -> S
     """Look each pixel o, (right, down) from the middle, up at A (o - shift); the shift counts in sides."""
     b, ch, side, _ = x.shape
     fine, coarse = (m.to(x) for m in _filters(side))
-    half, long = len(fine) / 2, coarse.shape[1]  # of the fine grids of the image and its reflections, of the result
-    a, shift = a.to(x), side * shift.to(x)
+    half = len(fine) / 2  # of the fine grid of the image and its reflections
+    long = coarse.shape[1]  # that of the result
+    a = a.to(x)
+    shift = side * shift.to(x)
     # On a fine grid a pixel stands half a place before the middle of its two: at 2 o - 1/2 from the middle of all.
     start = (a * (0.5 - 2 * shift)[:, None]).sum(2, keepdim=True) - 0.5
     theta = torch.cat([a * long / 2, start], 2) / half  # in halves of a grid, as torch counts
@@ -161,7 +167,8 @@ def _turn(angle: PerSample) -> Float[Tensor, "b 2 2"]:
 @cache
 def _filters(side: int) -> tuple[Float[Tensor, "fine side"], Float[Tensor, "side coarse"]]:
     """The matrix that refines a line of pixels with its two reflections, and the one that brings the middle back."""
-    h, taps = torch.tensor(SYM6, dtype=torch.float64), torch.arange(len(SYM6))
+    h = torch.tensor(SYM6, dtype=torch.float64)
+    taps = torch.arange(len(SYM6))
     pixels = torch.arange(1 - side, 2 * side - 1)[:, None]  # the image is 0 ... side - 1
     source = side - 1 - (side - 1 - pixels % max(2 * side - 2, 1)).abs()  # the pixel that a reflection repeats
     place = 2 * (pixels + side - 1) + taps - MIDDLE

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dumo.data.album import THREADS, WAY_OUT, Album, fault
+from dumo.data.album import HOW_TO_MEND, THREADS, Album, fault
 from dumo.data.pixel import LONG, Crop, Oblong, Size, covering, size_of
 from dumo.data.store import Store
 from dumo.io.content import Hashes, few
@@ -27,7 +27,7 @@ from dumo.runtime.progress import late
 from dumo.types import Spec, UserError
 
 UNREAD = -1  # the bucket of an image that was not looked at, or cannot be read
-PIECE = 256  # images whose sizes are read between two looks at signals: ours
+CHUNK = 256  # images whose sizes are read between two looks at signals: ours
 Pixels = Annotated[int, Field(ge=1, le=PIXELS)]
 
 
@@ -112,9 +112,13 @@ class Assorted:
         self, store: Store, side: int, crop: Crop, buckets: Buckets, *, flip: bool, skip: bool, numbered: bool
     ) -> None:
         """Reads nothing yet. `skip`: an image that cannot be read is in no bucket."""
-        self.store, self.flip, self.skip, self.numbered = store, flip, skip, numbered
+        self.store = store
+        self.flip = flip
+        self.skip = skip
+        self.numbered = numbered
         self.crop: Crop = crop
-        self.groups, self.sizes = buckets.groups(side), buckets.sizes(side)
+        self.groups = buckets.groups(side)
+        self.sizes = buckets.sizes(side)
         self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
         self.names = store.labels.names if store.labels else ()
         self.place = torch.full((len(store),), UNREAD)  # the bucket of each image
@@ -128,44 +132,50 @@ class Assorted:
 
         Raises UserError for one that cannot be read, if none is skipped.
         """
-        number = {size: k for k, size in enumerate(self.sizes)}
+        bucket_of_size = {size: k for k, size in enumerate(self.sizes)}
         with ThreadPoolExecutor(THREADS, "sizes") as pool, late("reading the sizes of images", len(rows)) as tick:
-            for first in range(rows.start, rows.stop, PIECE):
+            for first in range(rows.start, rows.stop, CHUNK):
                 signals.check()
-                some = range(first, min(first + PIECE, rows.stop))
-                for i, size in zip(some, pool.map(self._size, some), strict=True):
+                chunk = range(first, min(first + CHUNK, rows.stop))
+                for i, size in zip(chunk, pool.map(self._size, chunk), strict=True):
                     if size:
-                        self.place[i] = number[to := nearest(size, self.groups)]
-                        self.cropped[i] = lost(size, to, self.crop)
-                tick(some.stop - rows.start, "")
-        if bad := [i for i in rows if self.place[i] == UNREAD]:
-            what = f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket"
-            warnings.warn(f"{what}: {few(bad, self.store.path)}", stacklevel=2)
+                        bucket_size = nearest(size, self.groups)
+                        self.place[i] = bucket_of_size[bucket_size]
+                        self.cropped[i] = lost(size, bucket_size, self.crop)
+                tick(chunk.stop - rows.start, "")
+        bad = [i for i in rows if self.place[i] == UNREAD]
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket: {few(bad, self.store.path)}",
+                stacklevel=2,
+            )
 
     def albums(self, rows: range, memory: float = 0.0) -> dict[int, Album]:
         """The images of a stretch that was looked at, by bucket; kept decoded if all take at most `memory` bytes."""
-        places = self.place[rows.start : rows.stop]
-        whole = sum(3 * prod(self.sizes[k]) for k in places.tolist() if k != UNREAD)
-        return {
-            k: Album(
+        buckets = self.place[rows.start : rows.stop]
+        decoded_bytes = sum(3 * prod(self.sizes[k]) for k in buckets.tolist() if k != UNREAD)
+        albums: dict[int, Album] = {}
+        for k in buckets.unique().tolist():
+            if k == UNREAD:
+                continue
+            height, width = self.sizes[k]
+            albums[k] = Album(
                 self.store,
-                Oblong(self.sizes[k][0], self.crop, self.sizes[k][1]),
+                Oblong(height, self.crop, width),
                 flip=self.flip,
                 skip=self.skip,
-                memory=memory if whole <= memory else 0.0,
+                memory=memory if decoded_bytes <= memory else 0.0,
                 numbered=self.numbered,
-                only=(places == k).nonzero().flatten() + rows.start,
+                only=(buckets == k).nonzero().flatten() + rows.start,
                 hashes=self.hashes,
             )
-            for k in places.unique().tolist()
-            if k != UNREAD
-        }
+        return albums
 
     def crops(self) -> Crops:
         """What the buckets leave of all images. Raises as `look`."""
         self.look(range(len(self)))
-        there = self.place != UNREAD
-        return Crops.of(self.sizes, self.place[there], self.cropped[there])
+        is_read = self.place != UNREAD
+        return Crops.of(self.sizes, self.place[is_read], self.cropped[is_read])
 
     def open(self, memory: float) -> Bucketed:
         """All images, to train on. Raises UserError as `look`, or where there are none."""
@@ -182,6 +192,6 @@ class Assorted:
         except (OSError, ValueError) as error:
             if self.skip:
                 return None
-            raise UserError(f"{self.store.path(i)} {fault(error)}: {WAY_OUT}") from error
+            raise UserError(f"{self.store.path(i)} {fault(error)}: {HOW_TO_MEND}") from error
         self.hashes.see(i, data)
         return size

@@ -10,10 +10,14 @@ Of images in buckets there are, for each bucket, "x 192x320" and "flipped 192x32
 alone, and "in 192x320", which says what rows these are; "cropped" is the share of each image that was cut off.
 
 A shard is encoded in the same batches from its own first row, and its draws have a stream of their own.
+
+`encode` makes a cache, `open_cache` opens one for a codec and what a run asks for, and `require_origin` compares it
+with the images that are here.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,7 +39,7 @@ from dumo.io.content import Hashes, hashes_of, moved, unpacked
 from dumo.io.picture import from_uint8
 from dumo.io.seen import BYTES
 from dumo.io.source import Finite
-from dumo.io.table import ELSEWHERE, Done, Index, Table, Tick
+from dumo.io.table import ELSEWHERE, Column, Done, Index, Table, Tick
 from dumo.io.weights import load
 from dumo.runtime import signals
 from dumo.runtime.bound import CLASSES, PIXELS, ROWS
@@ -43,9 +47,10 @@ from dumo.types import Spec, UserError
 
 LATENTS = ("x", "flipped")  # columns
 NAMES = "names.zlib"  # of a cache: what its images are called
+WHERE_WEIGHTS_LIE = ("weights", "sha256")  # fields of a codec that say nothing of what it does
 
 
-class Plan(Spec):
+class CachePlan(Spec):
     """How a data set is to be encoded, by whatever codec."""
 
     source: str = ""  # what it is, in words
@@ -67,7 +72,7 @@ class Plan(Spec):
         return f" {size[0]}x{size[1]}" if self.sizes else ""
 
 
-class Contents(Plan, Index):
+class CacheIndex(CachePlan, Index):
     """What index.json says of a cache."""
 
     word: ClassVar[str] = "cache"
@@ -77,20 +82,25 @@ class Contents(Plan, Index):
     def summary(self) -> str:
         """What a whole cache holds, in words."""
         rows = sum(shard.rows for shard in self.shards)
-        lost = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
+        unread = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
         shape = f"latents of {len(self.sizes)} buckets" if self.sizes else self.columns["x"].shape
-        return f"{rows:,} images{lost} as {shape} in {self.dtype}"
+        return f"{rows:,} images{unread} as {shape} in {self.dtype}"
 
     def binding(self) -> dict[str, Any]:
         """All but where the codec's weights lie, for their hash is there."""
-        tree = super().binding()
-        codec = {f"codec.{key}": value for key, value in tree.pop("codec").items() if key not in ("weights", "sha256")}
-        return tree | codec
+        fields = super().binding()
+        codec = without_places(fields.pop("codec"))
+        return fields | {f"codec.{name}": value for name, value in codec.items()}
 
 
-def read_contents(folder: Path) -> Contents | None:
+def without_places(codec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a codec does, wherever its weights lie."""
+    return {name: value for name, value in codec.items() if name not in WHERE_WEIGHTS_LIE}
+
+
+def read_contents(folder: Path) -> CacheIndex | None:
     """What index.json says, or None where there is none. Raises UserError if it is damaged."""
-    return table.read(folder, Contents)
+    return table.read(folder, CacheIndex)
 
 
 def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object) -> Table:
@@ -99,11 +109,15 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
     A cache of both flips serves those who want one. One of at most `memory` bytes is read, not mapped. Raises UserError
     where there is no cache, it is unfinished, a shard is missing or of another size, or it is of something else.
     """
-    contents = table.read_whole(folder, Contents, f"is no cache (it has no {table.FILE}): make it with dumo encode")
+    contents = table.read_whole(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with dumo encode")
     wanted["flips"] = wanted.get("flips") or None
-    lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
-             for name, value in wanted.items() if value not in (None, getattr(contents, name))]  # fmt: skip
-    if lines := [*lines, *differences(contents, codec)]:
+    lines: list[str] = []
+    for name, value in wanted.items():
+        cached = getattr(contents, name)
+        if value is not None and value != cached:
+            lines.append(f"{name}: {cached} in the cache, {value} asked")
+    lines += differences(contents, codec)
+    if lines:
         listed = "\n  ".join(lines)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
     return Table(folder, contents, memory)
@@ -112,36 +126,40 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
 def crops(table: Table) -> Crops:
     """What the buckets left of the images of a cache."""
     contents = table.index
-    assert isinstance(contents, Contents)
-    place, cropped = list[Tensor](), list[Tensor]()
+    assert isinstance(contents, CacheIndex)
+    bucket_parts: list[Tensor] = []
+    cropped_parts: list[Tensor] = []
     for number in range(len(contents.shards)):
         columns = table.tensors(number)
-        place.append(torch.stack([columns[f"in{contents.ending(size)}"] for size in contents.sizes]).long().argmax(0))
-        cropped.append(columns["cropped"])
-    return Crops.of(contents.sizes, torch.cat(place), torch.cat(cropped))
+        memberships = [columns[f"in{contents.ending(size)}"] for size in contents.sizes]  # 1 where a row is in a bucket
+        bucket_parts.append(torch.stack(memberships).long().argmax(0))
+        cropped_parts.append(columns["cropped"])
+    return Crops.of(contents.sizes, torch.cat(bucket_parts), torch.cat(cropped_parts))
 
 
-def differences(contents: Contents, codec: Codec) -> Iterator[str]:
+def differences(contents: CacheIndex, codec: Codec) -> Iterator[str]:
     """A line per way in which a codec would have given another latent.
 
     Weights are the same if they have the same SHA-256, of a run that has begun or of a file that is here; else the same
     name.
     """
-    here, there = (
-        {k: v for k, v in one.items() if k not in ("weights", "sha256")} for one in (contents.codec, codec.facts())
-    )
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"
-    named = contents.weights if codec.weights == contents.codec["weights"] else None
-    if here == there and (codec.sha256 or codec.digest() or named) != contents.weights:
+    cached = without_places(contents.codec)
+    requested = without_places(codec.facts())
+    for name in sorted(cached.keys() | requested.keys()):
+        if cached.get(name) != requested.get(name):
+            yield f"codec.{name}: {cached.get(name)} in the cache, {requested.get(name)} asked"
+    if cached != requested:
+        return
+    sha256 = codec.sha256 or codec.digest()
+    same_name = codec.weights == contents.codec["weights"]
+    if sha256 != contents.weights and not (sha256 is None and same_name):
         yield f"codec.weights: {contents.codec['weights']} in the cache, {codec.weights} asked, which are not the same"
 
 
 def encode(
     source: Finite | Assorted,
     codec: Opened,
-    plan: Plan,
+    plan: CachePlan,
     out: Path,
     *,
     captions: Captions | None = None,
@@ -157,32 +175,41 @@ def encode(
     the dtype, or the disk is full, OSError where nothing can be written, Stopped after a signal; finished shards are
     kept.
     """
-    contents, hashes = contents_of(source, codec, plan), hashes_of(source)
+    contents = contents_of(source, codec, plan)
+    hashes = hashes_of(source)
     if hashes:
-        hashes.hash(i for number in standing(out, contents, rank, world) for i in contents.span(number))
+        finished = finished_shards(out, contents, rank, world)
+        hashes.hash(chain.from_iterable(map(contents.span, finished)))
         require_origin(out, hashes, contents, copies=sys.maxsize)
     if captions:
         require_lines(out / LINES, captions)
 
-    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
-        return pack(encoded(source, codec, contents, number, batch, behind), codec, contents, number)
+    def encode_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
+        return pack(encode_images(source, codec, contents, number, batch, report), codec, contents, number)
 
-    others = {LINES: dump_lines(captions)} if captions else {}
-    of = (lambda number: hashes.digest(contents.span(number))) if hashes else (lambda number: "")
-    others |= {NAMES: hashes.packed.numpy().tobytes()} if hashes else {}
-    done = table.make(out, contents, shard, rank=rank, world=world, of=of, others=others, tick=tick)
+    def images_hash(number: int) -> str:
+        return hashes.digest(contents.span(number)) if hashes else ""
+
+    other_files: dict[str, bytes] = {}
+    if captions:
+        other_files[LINES] = dump_lines(captions)
+    if hashes:
+        other_files[NAMES] = hashes.packed.numpy().tobytes()
+    done = table.make(
+        out, contents, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick
+    )
     if hashes:
         hashes.save()
         require_origin(out, hashes, contents, copies=0)  # another rank may have seen other images meanwhile
     return done
 
 
-def standing(out: Path, contents: Contents, rank: int, world: int) -> list[int]:
-    """Which of a rank's shards stand in a folder that holds this cache."""
-    there = table.read(out, Contents)
-    if there is None or there.binding() != contents.binding():
+def finished_shards(out: Path, contents: CacheIndex, rank: int, world: int) -> list[int]:
+    """Which of a rank's shards exist in a folder that holds this cache."""
+    cached = table.read(out, CacheIndex)
+    if cached is None or cached.binding() != contents.binding():
         return []
-    return [number for number in table.noted(out, there) if number % world == rank]
+    return [number for number in table.noted(out, cached) if number % world == rank]
 
 
 def read_names(folder: Path) -> bytes:
@@ -192,7 +219,7 @@ def read_names(folder: Path) -> bytes:
 
 
 def require_origin(
-    folder: Path, hashes: Hashes, like: Contents | None = None, *, copies: int, later: bool = False
+    folder: Path, hashes: Hashes, like: CacheIndex | None = None, *, copies: int, later: bool = False
 ) -> None:
     """Raise UserError, with a name, where a cache is of other images than those that are here.
 
@@ -200,92 +227,113 @@ def require_origin(
     bytes. `later`: the others are compared when they are read. `like`: nothing is said of a folder that holds another
     cache anyhow.
     """
-    there = table.read(folder, Contents)
-    if there is None:
+    cached = table.read(folder, CacheIndex)
+    if cached is None:
         return
-    same = {"fingerprint": like.fingerprint, "rows": like.rows} if like else {}
-    if like and there.model_copy(update=same).binding() != like.binding():
-        return
-    way_out = f"put the images back as they were, or {ELSEWHERE}"
-    if HASH not in there.columns:
+    if like:  # names and number of images aside
+        same_images = cached.model_copy(update={"fingerprint": like.fingerprint, "rows": like.rows})
+        if same_images.binding() != like.binding():
+            return
+    fix = f"put the images back as they were, or {ELSEWHERE}"
+    if HASH not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
-    shards = table.noted(folder, there)
-    if there.fingerprint != hashes.title():
-        names = read_names(folder)
-        wrong = moved(names, hashes.names) if names not in (b"", hashes.names) else "of other names or classes"
+    shards = table.noted(folder, cached)
+    if cached.fingerprint != hashes.title():
         if shards:
-            raise UserError(f"{folder} is of other images than are here, {wrong}: {way_out}")
+            names = read_names(folder)
+            change = "of other names or classes" if names in (b"", hashes.names) else moved(names, hashes.names)
+            raise UserError(f"{folder} is of other images than are here, {change}: {fix}")
         return
+
+    # compare with the hashes of images in shards that were made of others, or may have been
     expected = np.zeros_like(hashes.known)
     for number, shard in shards.items():
-        span = there.span(number)
-        doubt = hashes.doubtful(span)
-        other = shard.of != hashes.digest(span) and (doubt or later)
-        if other and shard.fault(folder, deep=doubt) is None:  # what is damaged is another's to say
-            rows = load(folder / shard.file)
-            expected[rows["image"].numpy()] = rows[HASH].numpy()
-    hashes.expect(expected, f"is not the image that {folder} was made of: {way_out}")
+        span = cached.span(number)
+        doubtful = hashes.doubtful(span)
+        differs = shard.of != hashes.digest(span) and (doubtful or later)
+        if differs and shard.fault(folder, deep=doubtful) is None:  # what is damaged is refused elsewhere
+            columns = load(folder / shard.file)
+            expected[columns["image"].numpy()] = columns[HASH].numpy()
+    hashes.expect(expected, f"is not the image that {folder} was made of: {fix}")
     hashes.hash(hashes.suspect())
-    if len(odd := hashes.suspect(copies=True)) and hashes.size(odd) <= copies:
-        hashes.hash(odd)
-    if len(others := hashes.others()):
-        shard, more = shards[int(others[0]) // there.shard_rows], len(others) - 1
+    suspect_copies = hashes.suspect(copies=True)
+    if len(suspect_copies) and hashes.size(suspect_copies) <= copies:
+        hashes.hash(suspect_copies)
+    others = hashes.others()
+    if len(others):
+        first = int(others[0])
+        more = f", and {len(others) - 1:,} more are others" if len(others) > 1 else ""
         raise UserError(
-            f"{folder}: {shard.file} was made of another {hashes.path(int(others[0]))} than is here"
-            f"{(more and f', and {more:,} more are others') or ''}: {way_out}"
+            f"{folder}: {shards[first // cached.shard_rows].file} was made of another {hashes.path(first)} than is "
+            f"here{more}: {fix}"
         )
 
 
-def contents_of(source: Finite | Assorted, codec: Opened, plan: Plan) -> Contents:
+def contents_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> CacheIndex:
     """What index.json says before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
-        raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
-    both = codec.codec.gaussian and plan.store == "moments"
-    columns: dict[str, dict[str, Any]] = {}
+        where = f" in {plan.source}" if plan.source else ""
+        raise UserError(f"there are no images to encode{where}")
+    has_deviations = codec.codec.gaussian and plan.store == "moments"
+    columns: dict[str, Column] = {}
     for size in plan.sizes or [(plan.resolution, plan.resolution)]:
         channels, *sides = codec.codec.shape(*size)
-        x, end = {"dtype": plan.dtype, "shape": (channels * (1 + both), *sides)}, plan.ending(size)
-        columns |= {f"{name}{end}": x | ({"lengths": f"in{end}"} if end else {}) for name in LATENTS[: 1 + plan.flips]}
-        columns |= {f"in{end}": {"dtype": "uint8"}} if end else {}
-    columns |= {"labels": {"dtype": "int64"}, **({"cropped": {"dtype": "float32"}} if plan.sizes else {})}
+        shape = (2 * channels if has_deviations else channels, *sides)
+        ending = plan.ending(size)  # "" without buckets
+        membership = f"in{ending}" if ending else ""
+        for name in LATENTS if plan.flips else LATENTS[:1]:
+            columns[f"{name}{ending}"] = Column(dtype=plan.dtype, shape=shape, lengths=membership)
+        if membership:
+            columns[membership] = Column(dtype="uint8")
+    columns["labels"] = Column(dtype="int64")
+    if plan.sizes:
+        columns["cropped"] = Column(dtype="float32")
     if hashes_of(source):
-        columns |= {"image": {"dtype": "int64"}, HASH: {"dtype": "uint8", "shape": (BYTES,)}}
-    said = codec.codec.facts() | {"weights": codec.codec.weights}
-    of = {"codec": said, "weights": codec.sha256, "rows": len(source), "columns": columns}
-    return Contents.model_validate(plan.model_dump() | of)
+        columns["image"] = Column(dtype="int64")
+        columns[HASH] = Column(dtype="uint8", shape=(BYTES,))
+    return CacheIndex(
+        **dict(plan),
+        codec=codec.codec.facts() | {"weights": codec.codec.weights},
+        weights=codec.sha256,
+        rows=len(source),
+        columns=columns,
+    )
 
 
-def encoded(
+def encode_images(
     source: Finite | Assorted,
     codec: Opened,
-    contents: Contents,
+    contents: CacheIndex,
     number: int,
     batch: int,
-    behind: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> list[dict[str, Tensor]]:
-    """A shard's images encoded, batch by batch; `behind` hears how many are done. Raises as `encode` does."""
-    places, parts = contents.span(number), list[dict[str, Tensor]]()
-    for i in places[::batch]:
+    """A shard's columns, batch by batch; `report` is called with how many images are done. Raises as `encode`."""
+    span = contents.span(number)
+    parts: list[dict[str, Tensor]] = []
+    for first in span[::batch]:
         signals.check()
-        rows = range(i, min(i + batch, places.stop))
-        for size, part, mine in stretches(source, rows, contents):
-            images, labels = part.rows(slice(mine.start, mine.stop))
+        batch_rows = range(first, min(first + batch, span.stop))
+        for size, images_of_size, rows in by_size(source, batch_rows, contents):
+            images, labels = images_of_size.rows(slice(rows.start, rows.stop))
             if not len(images):
                 continue
-            images, end = check_images(images, labels, contents, i, size), contents.ending(size)
-            parts.append({"labels": labels.long(), f"x{end}": codec.encode(images).cpu()})
-            if isinstance(part, Album):
-                parts[-1] |= part.origins(mine)
+            images = check_images(images, labels, contents, first, size)
+            ending = contents.ending(size)
+            columns = {"labels": labels.long(), f"x{ending}": codec.encode(images).cpu()}
+            if isinstance(images_of_size, Album):
+                columns |= images_of_size.origins(rows)
             if contents.flips:
-                parts[-1][f"flipped{end}"] = codec.encode(images.flip(3)).cpu()
+                columns[f"flipped{ending}"] = codec.encode(images.flip(3)).cpu()
             if isinstance(source, Assorted):
-                parts[-1]["cropped"] = source.cropped[parts[-1]["image"]]
-        behind(rows.stop - places.start)
+                columns["cropped"] = source.cropped[columns["image"]]
+            parts.append(columns)
+        report(batch_rows.stop - span.start)
     return parts
 
 
-def stretches(source: Finite | Assorted, rows: range, contents: Contents) -> Iterator[tuple[Size, Finite, range]]:
-    """What has a stretch of the images, by size: a source, and which of its rows."""
+def by_size(source: Finite | Assorted, rows: range, contents: CacheIndex) -> Iterator[tuple[Size, Finite, range]]:
+    """Some rows of the source, by size: the images of that size, and which of their rows are meant."""
     if not isinstance(source, Assorted):
         yield (contents.resolution, contents.resolution), source, rows
         return
@@ -294,49 +342,61 @@ def stretches(source: Finite | Assorted, rows: range, contents: Contents) -> Ite
         yield source.sizes[k], album, range(len(album))
 
 
-def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
+def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: CacheIndex, number: int) -> dict[str, Tensor]:
     """A shard's tensors, as they are stored. Raises UserError if there are none, or not in the stored dtype."""
-    places = contents.span(number)
-    where = f"images {places.start} to {places.stop - 1}"
+    span = contents.span(number)
+    where = f"images {span.start} to {span.stop - 1}"
     if not parts:
         raise UserError(f"{where}: not one could be read")
-    whole = joined(parts, contents)
-    kept = {name: whole.pop(name) for name in [*whole] if name.partition(" ")[0] not in LATENTS}
-    if contents.store == "samples":
-        keyed = (contents.seed, "posterior", number)
-        whole = {key: codec.codec.sample(x, *keyed, key, rows=range(len(x))) for key, x in whole.items()}
-    whole = {key: x.to(getattr(torch, contents.dtype)) for key, x in whole.items()}
-    if not all(bool(x.isfinite().all()) for x in whole.values()):
-        raise UserError(f"{where}: the codec gives no numbers, or too large ones for {contents.dtype}: try float32")
-    return kept | whole
+    dtype: torch.dtype = getattr(torch, contents.dtype)
+    others: dict[str, Tensor] = {}
+    latents: dict[str, Tensor] = {}
+    for name, column in joined(parts, contents).items():
+        if name.partition(" ")[0] not in LATENTS:
+            others[name] = column
+            continue
+        latent = column
+        if contents.store == "samples":
+            latent = codec.codec.sample(column, contents.seed, "posterior", number, name, rows=range(len(column)))
+        latents[name] = latent.to(dtype)
+        if not latents[name].isfinite().all():
+            raise UserError(f"{where}: the codec gives no numbers, or too large ones for {contents.dtype}: try float32")
+    return others | latents
 
 
-def joined(parts: list[dict[str, Tensor]], contents: Contents) -> dict[str, Tensor]:
+def joined(parts: list[dict[str, Tensor]], contents: CacheIndex) -> dict[str, Tensor]:
     """The parts of a shard by column, images in buckets in their order in the source whatever bucket they are in."""
     if not contents.sizes:
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    order, whole = torch.cat([part["image"] for part in parts]).argsort(), dict[str, Tensor]()
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = torch.cat([part["image"] for part in parts]).argsort()
+    columns: dict[str, Tensor] = {}
     for name, column in contents.columns.items():
-        stem, _, end = name.partition(" ")
+        stem, _, bucket = name.partition(" ")
         if stem in LATENTS:  # those of one bucket are in order
-            there = [part[name] for part in parts if name in part]
-            whole[name] = torch.cat(there or [torch.zeros(0, *column.shape)])
+            in_bucket = [part[name] for part in parts if name in part]
+            columns[name] = torch.cat(in_bucket or [torch.zeros(0, *column.shape)])
+        elif bucket:  # whether each row is in it
+            memberships = [torch.full((len(part["image"]),), f"x {bucket}" in part) for part in parts]
+            columns[name] = torch.cat(memberships)[order].to(column.torch_dtype)
         else:
-            found = (torch.full((len(part["image"]),), f"x {end}" in part) if end else part[name] for part in parts)
-            whole[name] = torch.cat([*found])[order].to(column.torch_dtype)
-    return whole
+            columns[name] = torch.cat([part[name] for part in parts])[order].to(column.torch_dtype)
+    return columns
 
 
-def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int, size: Size) -> Tensor:
+def check_images(images: Tensor, labels: Tensor, contents: CacheIndex, first: int, size: Size) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
-    whole = images.dtype == torch.uint8
-    most = contents.rows if contents.captioned else max(contents.classes, 1)
+    where = f"images {first} to {first + len(images) - 1}"
     if images.shape[1:] != (3, *size):
-        wrong = f" are {tuple(images.shape[1:])}, planned is {(3, *size)}"
-    elif len(odd := labels[(labels < 0) | (labels >= most)]):
-        wrong = f": there is a label {int(odd[0])}, and {contents.classes} classes are planned"
-    elif not whole and (far := float(images.abs().max())) > 1 + 1e-4:
-        wrong = f" reach {far:.4g}: give uint8, or floats in [-1, 1]"
-    else:
-        return from_uint8(images) if whole else images.float()
-    raise UserError(f"images {first} to {first + len(images) - 1}{wrong}")
+        raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is {(3, *size)}")
+    num_labels = contents.rows if contents.captioned else max(contents.classes, 1)
+    strange_labels = labels[(labels < 0) | (labels >= num_labels)]
+    if len(strange_labels):
+        raise UserError(
+            f"{where}: there is a label {int(strange_labels[0])}, and {contents.classes} classes are planned"
+        )
+    if images.dtype == torch.uint8:
+        return from_uint8(images)
+    largest = float(images.abs().max())
+    if largest > 1 + 1e-4:
+        raise UserError(f"{where} reach {largest:.4g}: give uint8, or floats in [-1, 1]")
+    return images.float()

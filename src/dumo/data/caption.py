@@ -96,7 +96,7 @@ class Templates(Spec):
         return classes * len(self.templates) * held + labels * many + turn % many
 
 
-class Files(Spec):
+class CaptionFiles(Spec):
     """What was written of each image, next to it or in its table; of several captions one is drawn, evenly."""
 
     kind: Literal["files"] = "files"
@@ -115,7 +115,7 @@ class Files(Spec):
             )
 
 
-Captioning = Annotated[Templates | Files, Field(discriminator="kind")]
+Captioning = Annotated[Templates | CaptionFiles, Field(discriminator="kind")]
 
 
 def _filled(template: str, name: str, number: int) -> str:

@@ -3,6 +3,8 @@
 A spec reads no disk. How many classes there are it says, or `found` counts them once, when a run is opened, and its
 run.yaml records the number with the names. Until then there are none, and `names` is None. Captions, which may replace
 classes (`dumo.data.caption`), are counted in the same way.
+
+`find` looks what lies under a root and gives a store; `Images.open` makes a source of it, decoded and with captions.
 """
 
 import os
@@ -17,7 +19,7 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.bucket import Assorted, Buckets, Crops
-from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
+from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame, Size
 from dumo.data.store import Folder, Store, choose, some, walk
@@ -31,9 +33,9 @@ from dumo.io.source import Bucketed
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError
 
-FORMS = {".parquet": "parquet", ".tar": "tar"}
-GIGABYTE = 1e9
-LEFT = {"flip": "false", "buckets": "null", "augment": "null"}  # what leaves an image as it is
+FORMATS = {".parquet": "parquet", ".tar": "tar"}
+GIGABYTE = 1e9  # bytes
+OFF = {"flip": "false", "buckets": "null", "augment": "null"}  # values of fields that leave an image as it is
 
 
 class Images(Spec):
@@ -91,14 +93,14 @@ class Images(Spec):
 
     @model_validator(mode="after")
     def _agrees(self) -> "Images":
-        given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
+        counted = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
         match self.captions:
-            case Files(digest=digest):
-                known = given and digest is not None
+            case CaptionFiles(digest=digest):
+                known = counted and digest is not None
             case Templates(names=names):
-                known = given and bool(names or self.names)
+                known = counted and bool(names or self.names)
             case None:
-                known = given or self.labelled is False
+                known = counted or self.labelled is False
         # No copy: it would be lost where `Images(...)` is called.
         object.__setattr__(self, "names", (self.names or ()) if known else None)
         object.__setattr__(self, "classes", self.classes or 0)
@@ -106,49 +108,57 @@ class Images(Spec):
         return self
 
     def require_agreement(self) -> None:
-        """Refuse fields that contradict each other."""
-        if wrong := self._contradiction():
-            raise UserError(wrong)
-
-    def _contradiction(self) -> str | None:
-        """What is wrong between two fields, if anything is."""
+        """Raise UserError where fields contradict each other."""
         _ = self.sizes  # refuses a step that does not divide the side
-        if self.buckets and (self.augment or self.crop == "none"):
-            field, way = ("augment", "null") if self.augment else ("crop", "adm")
-            return f"buckets bring images to their sizes, and {field} is of one size: set {field}={way}"
-        if self.source and (self.flip or self.buckets or self.augment):
-            field = next(name for name in ("flip", "buckets", "augment") if getattr(self, name))
-            return f"captions.source edits images as they are, and {field} changes them: set {field}={LEFT[field]}"
+        if self.buckets and self.augment:
+            raise UserError("buckets bring images to their sizes, and augment is of one size: set augment=null")
+        if self.buckets and self.crop == "none":
+            raise UserError("buckets bring images to their sizes, and crop is of one size: set crop=adm")
+        if self.source:
+            for field, off in OFF.items():
+                if getattr(self, field):
+                    raise UserError(
+                        f"captions.source edits images as they are, and {field} changes them: set {field}={off}"
+                    )
         if self.names and len(self.names) != self.labels:
-            return f"names has {len(self.names)} names for classes={self.labels}: remove names"
+            raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
         if self.labelled is False and self.labels:
-            return f"classes={self.classes} needs labels: remove labelled=false, or set classes=0"
+            raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
         if self.augment and self.classes:
-            ways = ("classes: set labelled=false and classes=0", "captions: set captions=null")
-            way = ways[self.captions is not None]
-            return (
-                f"augment gives the net numbers as its condition c, but so do the {self.classes} {way}, or augment=null"
+            if self.captions is None:
+                conditions = "classes: set labelled=false and classes=0"
+            else:
+                conditions = "captions: set captions=null"
+            raise UserError(
+                f"augment gives the net numbers as its condition c, but so do the {self.classes} {conditions}, or "
+                "augment=null"
             )
         if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
-            each, found = self.captions.count(1), len(self.captions.of(self.names or ()))
-            if found != self.classes:
-                return (
-                    f"captions.templates make {each} captions of each of {found // each} classes, data.classes says "
-                    f"{self.classes}: set data.classes={found}, or leave it out"
+            per_class = self.captions.count(1)
+            count = len(self.captions.of(self.names or ()))
+            if count != self.classes:
+                raise UserError(
+                    f"captions.templates make {per_class} captions of each of {count // per_class} classes, "
+                    f"data.classes says {self.classes}: set data.classes={count}, or leave it out"
                 )
-        return None
 
     def found(self) -> "Images":
         """The same with the classes and names, or the captions, that the files have; as it is where they are not there.
 
         Raises UserError where they contradict what is given.
         """
-        if self.names is not None or (root := self._root()) is None:
+        if self.names is not None:
             return self
-        values = self._written(root, self.captions) if isinstance(self.captions, Files) else self._labelled(root)
-        same = self.model_copy(update=values)
-        same.require_agreement()
-        return same
+        root = self._root()
+        if root is None:
+            return self
+        if isinstance(self.captions, CaptionFiles):
+            counted = self._count_captions(root, self.captions)
+        else:
+            counted = self._count_classes(root)
+        images = self.model_copy(update=counted)
+        images.require_agreement()
+        return images
 
     def _root(self) -> Path | None:
         """Where the images are; None where they are not there yet."""
@@ -158,36 +168,42 @@ class Images(Spec):
             return None
         return root if root.exists() else None
 
-    def _labelled(self, root: Path) -> dict[str, Any]:
-        """The classes there are, each as often as it has captions."""
+    def _count_classes(self, root: Path) -> dict[str, Any]:
+        """The fields that say the classes there are, each as often as it has captions."""
         labels = self._store(root, self.label).labels
-        if isinstance(self.captions, Templates) and labels is None:
-            raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
-        each = self.captions.count(1) if isinstance(self.captions, Templates) else 1
-        count = each * labels.count if labels else 0
-        return {"classes": self.classes or count, "names": labels.names if labels else ()}
+        per_class = 1
+        if isinstance(self.captions, Templates):
+            if labels is None:
+                raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
+            per_class = self.captions.count(1)
+        if labels is None:
+            return {"classes": self.classes, "names": ()}
+        return {"classes": self.classes or per_class * labels.count, "names": labels.names}
 
-    def _written(self, root: Path, files: Files) -> dict[str, Any]:
-        """The captions there are, and their digest."""
-        found = self._read_captions(root, files)
-        if self.classes not in (0, len(found)):
-            raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
-        counted = files.model_copy(update={"digest": found.digest()})
-        return {"classes": len(found), "names": (), "captions": counted}
+    def _count_captions(self, root: Path, files: CaptionFiles) -> dict[str, Any]:
+        """The fields that say the captions there are, and their digest."""
+        captions = self._read_captions(root, files)
+        count = len(captions)
+        if self.classes not in (0, count):
+            raise UserError(f"{root} has {count} captions, data.classes says {self.classes}: leave it out")
+        counted = files.model_copy(update={"digest": captions.digest()})
+        return {"classes": count, "names": (), "captions": counted}
 
-    def _read_captions(self, root: Path, files: Files) -> Captions:
+    def _read_captions(self, root: Path, files: CaptionFiles) -> Captions:
         """The captions of the images. Before a run has a digest of them, images and captions must find each other."""
         store = self._store(root, None)
-        counted = files.digest is not None
-        return Captions.of(captions_of(root, store, files.name, files.source, require_pairs=not counted))
+        captions = captions_of(root, store, files.name, files.source, require_pairs=files.digest is None)
+        return Captions.of(captions)
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
         """Names where there are some; classes that are not known stay to be counted."""
-        tree = dump(self)
+        fields = dump(self)
         if not self.names:
-            tree.pop("names", None)
-        return tree if self.names is not None else tree | {"classes": self.classes or None}
+            fields.pop("names", None)
+        if self.names is None:
+            fields["classes"] = self.classes or None
+        return fields
 
     def open(self) -> Album | Bucketed | Captioned:
         """The images as a source, all decoded if they fit in `memory`, each with its class, or a caption of it.
@@ -205,11 +221,18 @@ class Images(Spec):
 
     def rows(self) -> Album | Assorted:
         """The images, each with its row of captions (`all_captions`) in place of its class. Raises as `open`."""
-        numbered = isinstance(self.captions, Files)
+        numbered = isinstance(self.captions, CaptionFiles)
         if not self.buckets:
             return self._album(numbered=numbered)
-        store, skip = self._checked(), self.on_bad == "skip"
-        return Assorted(store, self.side, self.crop, self.buckets, flip=self.flip, skip=skip, numbered=numbered)
+        return Assorted(
+            self._checked_store(),
+            self.side,
+            self.crop,
+            self.buckets,
+            flip=self.flip,
+            skip=self.on_bad == "skip",
+            numbered=numbered,
+        )
 
     def crops(self) -> Crops | None:
         """What the buckets leave of the images, by their headers; None without buckets. Raises as `open`."""
@@ -220,24 +243,28 @@ class Images(Spec):
         """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
         if isinstance(self.captions, Templates):
             return self.captions.of(self.names or ())
-        if not isinstance(self.captions, Files):
+        if not isinstance(self.captions, CaptionFiles):
             return Captions.of([])
         root = user_path(self.root, "data.root")
-        found = self._read_captions(root, self.captions)
-        self.captions.require(found, str(root))
-        return found
+        captions = self._read_captions(root, self.captions)
+        self.captions.require(captions, str(root))
+        return captions
 
     @property
     def source(self) -> str | None:
         """The column of the image that each caption edits; None: captions are texts alone."""
-        return self.captions.source if isinstance(self.captions, Files) else None
+        return self.captions.source if isinstance(self.captions, CaptionFiles) else None
 
     def edited(self) -> dict[str, Path]:
         """The images that are edited, by their hashes. Raises UserError as `open`."""
-        root, source = user_path(self.root, "data.root"), self.source or ""
-        found = edited(root, self._store(root, None), source)
-        files = (Path(row.values[source]) for _, rows in found for row in rows)
-        return {hash_of(file): file for file in files}
+        root = user_path(self.root, "data.root")
+        source = self.source or ""
+        files_by_hash: dict[str, Path] = {}
+        for _, rows in edited(root, self._store(root, None), source):
+            for row in rows:
+                file = Path(row.values[source])
+                files_by_hash[hash_of(file)] = file
+        return files_by_hash
 
     def caption_texts(self) -> tuple[str, ...]:
         """All captions by number; () where there are none. Raises UserError as `open`."""
@@ -249,29 +276,29 @@ class Images(Spec):
 
     def hashes(self) -> Hashes | None:
         """What is known of the images' content; None where they are not on this machine."""
-        if (root := self._root()) is None:
+        root = self._root()
+        if root is None:
             return None
         try:
-            store = self._counted(root)
+            store = self._store_with_classes(root)
         except (UserError, OSError):  # an empty folder where a disk is not mounted
             return None
         return Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
 
-    def _counted(self, root: Path) -> Store:
+    def _store_with_classes(self, root: Path) -> Store:
         """The images, with their classes where the run has some."""
         return self._store(root, self.label if self.labelled and self.labels else None)
 
-    def _checked(self) -> Store:
-        """The images, with the classes that are expected."""
+    def _checked_store(self) -> Store:
+        """The images, with the classes that are expected. Raises UserError where they have others."""
         root = user_path(self.root, "data.root")
-        store = self._counted(root)
-        if wrong := self._fault(store):
-            raise UserError(f"{root} {wrong}")
+        store = self._store_with_classes(root)
+        self._require_classes(root, store)
         return store
 
     def _album(self, *, numbered: bool) -> Album:
         return Album(
-            self._checked(),
+            self._checked_store(),
             Frame(self.side, self.crop),
             flip=self.flip,
             augment=self.augment,
@@ -284,27 +311,39 @@ class Images(Spec):
         """The images, their labels by the column `label`, undecoded."""
         return find(root, split=self.split, label=label)
 
-    def _fault(self, store: Store) -> str | None:
-        """What is wrong with the classes, if anything is. Where they have no names, the last ones may lack images."""
+    def _require_classes(self, root: Path, store: Store) -> None:
+        """Raise UserError for other classes than expected. Where they have no names, the last ones may lack images."""
         if self.names is None:
-            return "was not there when the run was opened, so nobody counted its classes: open it again"
-        if not self.labels:
-            return None
-        if store.labels is None:
-            why = f" (no column '{self.label}' among {', '.join(columns(store))})" if isinstance(store, Parquet) else ""
-            return f"has no labels{why}, data.classes says {self.classes}: set data.classes=0"
-        if self.names and (there := store.labels.names) != self.names:
-            new, gone = (some(set(one) - set(other)) for one, other in ((there, self.names), (self.names, there)))
-            what = "; ".join(f"{word} {names}" for word, names in (("without", gone), ("with", new)) if names)
-            return (
-                f"has other classes than the run was made with, {what or 'in another order'}: name the folders as they "
-                "were, or begin a new run"
+            raise UserError(
+                f"{root} was not there when the run was opened, so nobody counted its classes: open it again"
             )
-        found, each = store.labels.count, self.classes // self.labels
-        if found > self.labels or (store.labels.names and found < self.labels):
-            of = f" with {each} captions each" if self.captions else ""
-            return f"has {found} classes{of}, data.classes says {self.classes}: set data.classes={found * each}"
-        return None
+        if not self.labels:
+            return
+        if store.labels is None:
+            why = ""
+            if isinstance(store, Parquet):
+                why = f" (no column '{self.label}' among {', '.join(columns(store))})"
+            raise UserError(f"{root} has no labels{why}, data.classes says {self.classes}: set data.classes=0")
+        if self.names and store.labels.names != self.names:
+            changes: list[str] = []
+            missing = set(self.names) - set(store.labels.names)
+            added = set(store.labels.names) - set(self.names)
+            if missing:
+                changes.append(f"without {some(missing)}")
+            if added:
+                changes.append(f"with {some(added)}")
+            raise UserError(
+                f"{root} has other classes than the run was made with, {'; '.join(changes) or 'in another order'}: "
+                "name the folders as they were, or begin a new run"
+            )
+        count = store.labels.count
+        if count > self.labels or (store.labels.names and count < self.labels):
+            per_class = self.classes // self.labels
+            captions = f" with {per_class} captions each" if self.captions else ""
+            raise UserError(
+                f"{root} has {count} classes{captions}, data.classes says {self.classes}: set "
+                f"data.classes={count * per_class}"
+            )
 
 
 def find(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
@@ -313,32 +352,38 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    found: dict[str, dict[str, State]] = {"folder": {}, "parquet": {}, "tar": {}}
+    by_format: dict[str, dict[str, State]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, state in files.items():
         ending = os.path.splitext(file)[1]
-        if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
-            found[form][file] = state
-    if found["folder"]:  # what a table says of them is no table of images
-        found["parquet"] = {file: state for file, state in found["parquet"].items() if Path(file).name not in TABLES}
-    there = [name for name, listed in found.items() if listed]
-    if len(there) == 1:
-        store = _store_of(root, there[0], found[there[0]], split, label)
-        if len(store):
-            return store
-        wrong = f"no images in the {there[0]} files of {root}"
-    elif there:
-        wrong = f"{root} holds {' and '.join(there)} side by side: set data.root to a folder of one of them"
-    else:
-        looked = "image files (.jpg, .png, .webp ...), *.parquet, *.tar"
-        wrong = f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth"
-    raise UserError(wrong)
+        if ending.lower() in SUFFIXES:
+            by_format["folder"][file] = state
+        elif ending in FORMATS:
+            by_format[FORMATS[ending]][file] = state
+    if by_format["folder"]:  # what a table says of them is no table of images
+        tables = by_format["parquet"]
+        by_format["parquet"] = {file: state for file, state in tables.items() if Path(file).name not in TABLES}
+    formats = [format for format, listed in by_format.items() if listed]
+    if not formats:
+        raise UserError(
+            f"no images in {root}, where there are {len(files)} files: looked for image files (.jpg, .png, .webp ...), "
+            "*.parquet, *.tar, at any depth"
+        )
+    if len(formats) > 1:
+        raise UserError(f"{root} holds {' and '.join(formats)} side by side: set data.root to a folder of one of them")
+    (format,) = formats
+    store = _open_store(root, format, by_format[format], split, label)
+    if not len(store):
+        raise UserError(f"no images in the {format} files of {root}")
+    return store
 
 
-def _store_of(root: Path, format: str, files: dict[str, State], split: str | None, label: str | None) -> Store:
+def _open_store(root: Path, format: str, files: dict[str, State], split: str | None, label: str | None) -> Store:
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)
-    return Parquet(chosen, label=label) if format == "parquet" else Tar(chosen, labelled=label is not None)
+    if format == "parquet":
+        return Parquet(chosen, label=label)
+    return Tar(chosen, labelled=label is not None)
 
 
 FIELDS = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")

@@ -2,6 +2,9 @@
 
 A run has the images, the codec and the cache, so that one file says how to make the cache, whether the cache that is
 there is the one meant, how samples are decoded, and what they are compared with.
+
+`Latents.open` opens the cache as a `LatentSource`, which training draws batches from. Meanwhile `Origin` looks whether
+the images that are here are those of the cache.
 """
 
 import os
@@ -18,8 +21,8 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
-from dumo.data.cache import Contents, crops, open_cache, read_contents, read_names, require_origin
-from dumo.data.caption import Captioned, Captioning, Files, Templates, captioned, kept
+from dumo.data.cache import CacheIndex, crops, open_cache, read_contents, read_names, require_origin
+from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
@@ -35,7 +38,7 @@ from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
-FOLDER = PRIOR  # of images that a teacher made, below those of the subject
+PRIOR_FOLDER = PRIOR  # of images that a teacher made, below those of the subject
 WAIT = 10.0  # seconds that training waits until the images were looked at: ours
 
 
@@ -48,8 +51,9 @@ class Latents(Spec):
     codec: Codec
     # GB of cache read at once, not mapped; ours.
     memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
-    # The share of every batch that is images of a folder FOLDER, made by the teacher of other prompts, and answered by
-    # it: what else it knows stays, as by DreamBooth's prior preservation (Ruiz et al. 2022). None: all are alike.
+    # The share of every batch that is images of a folder PRIOR_FOLDER, made by the teacher of other prompts, and
+    # answered by it: what else it knows stays, as by DreamBooth's prior preservation (Ruiz et al. 2022). None: all are
+    # alike.
     prior: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda prior: prior is None)
 
     @property
@@ -91,29 +95,37 @@ class Latents(Spec):
                 "data.prior picks rows of every batch, of one size: set data.prior=null, or data.images.buckets=null"
             )
         if self.codec.kind != "pipeline":  # which the run knows, and looks at its shape
-            _ = self.shape, self.shapes  # refuses a side that the codec does not divide
+            # Each refuses a side that the codec does not divide.
+            _ = self.shape
+            _ = self.shapes
         return self
 
     def found(self) -> "Latents":
         """The same with the classes or captions that its images have, or, where they are not here, the cache."""
-        images, there = self.images.found(), None
+        images = self.images.found()
         if images.names is None:
-            with suppress(UserError):  # a damaged cache is refused where it is opened
-                there = read_contents(self.folder)
-        images = self._counted(there) if there else images
+            contents = self._cache_contents()
+            if contents is not None:
+                images = self._counted_from(contents)
         return self.model_copy(update={"images": images})
 
-    def _counted(self, there: Contents) -> Images:
+    def _cache_contents(self) -> CacheIndex | None:
+        """What the cache says of itself; None where there is none, or it is damaged."""
+        with suppress(UserError):  # a damaged cache is refused where it is opened
+            return read_contents(self.folder)
+        return None
+
+    def _counted_from(self, contents: CacheIndex) -> Images:
         """The images with the classes of the cache, or with its captions, counted."""
         match captions := self.images.captions:
             case None:
-                counted = {"classes": there.classes, "names": there.names}
+                counted = {"classes": contents.classes, "names": contents.names}
             case Templates():
-                counted = {"classes": captions.count(there.classes), "names": there.names}
-            case Files():
-                found = read_lines(self.folder / LINES)
-                digest = {"digest": found.digest()}
-                counted = {"classes": len(found), "names": (), "captions": captions.model_copy(update=digest)}
+                counted = {"classes": captions.count(contents.classes), "names": contents.names}
+            case CaptionFiles():
+                cached = read_lines(self.folder / LINES)
+                with_digest = captions.model_copy(update={"digest": cached.digest()})
+                counted = {"classes": len(cached), "names": (), "captions": with_digest}
         return self.images.model_copy(update=counted)
 
     def originals(self) -> Album:
@@ -123,10 +135,7 @@ class Latents(Spec):
         """
         with below("data.images"):
             album = self.images.originals()
-        there = None
-        with suppress(UserError):  # a damaged cache is refused where it is opened
-            there = read_contents(self.folder)
-        if there:
+        if self._cache_contents():
             require_origin(self.folder, album.hashes, copies=SOON, later=True)
         return album
 
@@ -137,26 +146,29 @@ class Latents(Spec):
 
     def all_captions(self) -> Captions:
         """The captions, by class, or by image as the cache has them. Raises UserError where they are others."""
-        if not isinstance(self.captions, Files):
+        if not isinstance(self.captions, CaptionFiles):
             return self.images.all_captions()
         file = self.folder / LINES
         if not file.is_file():
             return self.images.all_captions()
-        found = read_lines(file)
-        self.captions.require(found, str(file))
-        return found
+        cached = read_lines(file)
+        self.captions.require(cached, str(file))
+        return cached
 
     def caption_texts(self) -> tuple[str, ...]:
         """All captions by number; () where there are none. Raises UserError as `all_captions`."""
         return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
-    def open(self) -> "Encoded | Bucketed | Captioned":
+    def open(self) -> "LatentSource | Bucketed | Captioned":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
-        source = Encoded(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+        source = LatentSource(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.part_prior(self.prior)
-        source = source.bucketed() if self.images.buckets else source
-        return captioned(source, self.all_captions()) if self.captions else source
+        if self.images.buckets:
+            source = source.bucketed()
+        if self.captions:
+            return captioned(source, self.all_captions())
+        return source
 
     def crops(self) -> Crops | None:
         """What the buckets left of the images, or will; None without buckets. Raises as `open`."""
@@ -169,7 +181,8 @@ class Latents(Spec):
 
     def cache(self) -> Table:
         """The rows as `dumo encode` left them. Raises UserError as `open`."""
-        images, numbered = self.images, isinstance(self.captions, Files)
+        images = self.images
+        numbered = isinstance(self.captions, CaptionFiles)
         try:
             return open_cache(
                 self.folder,
@@ -194,7 +207,9 @@ class Origin:
     """
 
     def __init__(self, folder: Path, images: Images) -> None:
-        self.folder, self.images, self.wrong = folder, images, list[Exception]()
+        self.folder = folder
+        self.images = images
+        self.errors: list[Exception] = []  # of the thread
         self.thread = Thread(target=self._look, name="origin", daemon=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             self.thread.start()
@@ -203,8 +218,8 @@ class Origin:
         """Raise UserError where they are others, as soon as that is known; wait for it at most `wait` seconds."""
         if wait and self.thread.is_alive():
             self.thread.join(wait)
-        if self.wrong:
-            raise self.wrong[0]
+        if self.errors:
+            raise self.errors[0]
 
     def verify(self) -> None:
         """Read and hash all of the images now. Raises UserError where they are others."""
@@ -215,85 +230,108 @@ class Origin:
 
     def _look(self, *, verify: bool = False) -> None:
         try:
-            if hashes := self.images.hashes():
-                if verify:
-                    hashes.forget()
-                    hashes.hash(range(len(hashes)))
-                require_origin(self.folder, hashes, copies=SOON)
+            hashes = self.images.hashes()
+            if hashes is None:
+                return
+            if verify:
+                hashes.forget()
+                hashes.hash(range(len(hashes)))
+            require_origin(self.folder, hashes, copies=SOON)
         except signals.Stopped:  # who trains stops by itself
             pass
         except Exception as error:  # who trains raises it
-            self.wrong.append(error)
+            self.errors.append(error)
 
 
-class Encoded:
+class LatentSource:
     """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step.
 
     Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.io.audit`).
     """
 
     def __init__(self, cache: Table, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
-        self.cache, self.codec, self.flip, self.origin = cache, codec, flip, origin
+        self.cache = cache
+        self.codec = codec
+        self.origin = origin
+        self.flip = flip
         self.audit = Audit(cache.folder, cache.index.shards)
-        self.end, self.only = "", torch.arange(len(cache))  # of the columns' names; which rows of the cache are meant
-        self.prior: tuple[float, Tensor, Tensor] | None = None  # a share, its rows, and the others
+        self.ending = ""  # of the columns' names: which bucket
+        self.cache_rows = torch.arange(len(cache))  # those that are meant
+        # Of images that a teacher made: the share of a batch, their rows, and those of the others.
+        self.prior: tuple[float, Tensor, Tensor] | None = None
 
-    def part(self, end: str) -> "Encoded":
+    def part(self, ending: str) -> "LatentSource":
         """The rows of a bucket, by the end of their columns' names."""
-        part, tables = copy(self), map(self.cache.tensors, range(len(self.cache.index.shards)))
-        part.end, part.only = end, torch.cat([columns[f"in{end}"] for columns in tables]).nonzero().flatten()
+        part = copy(self)
+        part.ending = ending
+        part.cache_rows = self._read_column(f"in{ending}").nonzero().flatten()
         return part
 
+    def _read_column(self, name: str) -> Tensor:
+        """A column of all shards."""
+        return torch.cat([self.cache.tensors(number)[name] for number in range(len(self.cache.index.shards))])
+
     def part_prior(self, share: float) -> None:
-        """Take a share of every batch from the images of a folder FOLDER, the rest from the others.
+        """Take a share of every batch from the images of a folder PRIOR_FOLDER, the rest from the others.
 
         Raises UserError where the cache has none, or none but these.
         """
-        packed, tables = read_names(self.cache.folder), map(self.cache.tensors, range(len(self.cache.index.shards)))
-        names = split(packed) if packed else []
-        image = torch.cat([columns["image"] for columns in tables]) if names else torch.empty(0, dtype=torch.long)
-        there = torch.tensor([f"/{FOLDER}/" in names[i] for i in image.tolist()], dtype=torch.bool)
-        if there.all() or not there.any():
+        packed_names = read_names(self.cache.folder)
+        is_prior = torch.empty(0, dtype=torch.bool)
+        if packed_names:
+            names = split(packed_names)
+            images = self._read_column("image").tolist()
+            is_prior = torch.tensor([f"/{PRIOR_FOLDER}/" in names[image] for image in images], dtype=torch.bool)
+        if is_prior.all() or not is_prior.any():
+            how_many = "all" if len(is_prior) and is_prior.all() else "none"
             raise UserError(
-                f"data.prior: of the images in {self.cache.folder}, {'all' if len(there) and there.all() else 'none'} "
-                f"lie in a folder {FOLDER}: put there what the teacher made of prior prompts, the others next to "
-                "it, and encode them; or set data.prior=null teacher=null"
+                f"data.prior: of the images in {self.cache.folder}, {how_many} lie in a folder {PRIOR_FOLDER}: put "
+                "there what the teacher made of prior prompts, the others next to it, and encode them; or set "
+                "data.prior=null teacher=null"
             )
-        self.prior = share, self.only[there], self.only[~there]
+        self.prior = share, self.cache_rows[is_prior], self.cache_rows[~is_prior]
 
     def bucketed(self) -> Bucketed:
         """The same in its buckets."""
         contents = self.cache.index
-        assert isinstance(contents, Contents)
-        parts = {size: part for size in contents.sizes if (part := self.part(contents.ending(size))).size}
-        shapes = [self.codec.shape(*size) for size in parts]
-        return Bucketed([*parts.values()], shapes, str(crops(self.cache)))
+        assert isinstance(contents, CacheIndex)
+        parts: list[LatentSource] = []
+        shapes: list[tuple[int, ...]] = []
+        for size in contents.sizes:
+            part = self.part(contents.ending(size))
+            if part.size:
+                parts.append(part)
+                shapes.append(self.codec.shape(*size))
+        return Bucketed(parts, shapes, str(crops(self.cache)))
 
     @property
     def size(self) -> int:
         """The number of rows."""
-        return len(self.only)
+        return len(self.cache_rows)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
         self.audit.require()
         if self.origin:
             self.origin.require()
-        places, end = self.numbers(step, batch, seed, rows), self.end
-        turned = mirrored(step, batch, seed, rows) if self.flip else None
-        x = self.cache.take(places, f"x{end}", f"flipped{end}", turned)
-        return self._drawn(x, seed, step, "posterior", rows=range(batch)[rows]), self.cache.take(places, "labels")
+        numbers = self.numbers(step, batch, seed, rows)
+        flipped = mirrored(step, batch, seed, rows) if self.flip else None
+        moments = self.cache.take(numbers, f"x{self.ending}", f"flipped{self.ending}", flipped)
+        x = self._draw(moments, seed, step, "posterior", rows=range(batch)[rows])
+        return x, self.cache.take(numbers, "labels")
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """Their numbers in the cache."""
-        if self.prior:
-            share, *parts = self.prior
-            mine, places = share_of_rows(seed, step, PRIOR, batch, share), torch.empty(batch, dtype=torch.long)
-            for k, (part, there) in enumerate(zip(parts, (mine, ~mine), strict=True)):
-                own = stream(seed, "prior", k).initial_seed()
-                places[there] = part[rows_of(step, int(there.sum()), size=len(part), seed=own)]
-            return places[rows]
-        return self.only[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
+        if self.prior is None:
+            return self.cache_rows[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
+        share, prior_rows, other_rows = self.prior
+        is_prior = share_of_rows(seed, step, PRIOR, batch, share)
+        places = torch.empty(batch, dtype=torch.long)
+        for k, (part_rows, in_batch) in enumerate(((prior_rows, is_prior), (other_rows, ~is_prior))):
+            part_seed = stream(seed, "prior", k).initial_seed()
+            drawn = rows_of(step, int(in_batch.sum()), size=len(part_rows), seed=part_seed)
+            places[in_batch] = part_rows[drawn]
+        return places[rows]
 
     def fingerprint(self) -> str:
         """Of the cache."""
@@ -301,10 +339,12 @@ class Encoded:
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
-        places = self.only[torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]]
-        x, c = (self.cache.take(places, column) for column in (f"x{self.end}", "labels"))
-        return self._drawn(x, seed, "reference posterior", i, rows=range(len(x))), c
+        chosen = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
+        numbers = self.cache_rows[chosen]
+        moments = self.cache.take(numbers, f"x{self.ending}")
+        x = self._draw(moments, seed, "reference posterior", i, rows=range(len(moments)))
+        return x, self.cache.take(numbers, "labels")
 
-    def _drawn(self, x: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:
+    def _draw(self, x: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:
         """One draw per row, in float32."""
         return self.codec.sample(x.float(), *key, rows=rows)

@@ -14,7 +14,9 @@ from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
 CHANNELS = (1, 3)  # of images
-IMAGE, LABEL = ("image", "img", "pixel_values"), ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
+# Keys of a row of Hugging Face datasets.
+IMAGE = ("image", "img", "pixel_values")
+LABEL = ("label", "labels", "fine_label")
 TABLES: dict[str, Table] = {}  # by digest, as they were given
 
 
@@ -75,7 +77,8 @@ def read(data: Any) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
             f"data is a {name_of(type(data))}: give a folder, an array, a pair (array, labels), or a data set with a "
             "length and rows"
         )
-    rows, found = list[Tensor](), list[Any]()
+    rows = list[Tensor]()
+    found = list[Any]()
     for x, c in map(pair, elements(data)):
         rows.append(tensor(x, f"row {len(rows)} of the data"))
         found.append(c)
@@ -144,7 +147,8 @@ def samples(x: Tensor | np.ndarray) -> Tensor:
         return from_uint8(x).contiguous()
     if not x.is_floating_point() or not x.isfinite().all():
         raise UserError(f"data holds {x.dtype} or what is no number: give uint8 colours, or finite floats in [-1, 1]")
-    low, high = x.min().item(), x.max().item()
+    low = x.min().item()
+    high = x.max().item()
     if x.ndim == 4 and not (-1 <= low < 0 and high <= 1):
         raise UserError(
             f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "

@@ -3,6 +3,8 @@
 A row group is the least that can be read at once, so rows are quick in their order and slow at random: a set too large
 for the memory is better encoded once (or `data.memory` raised) than trained on from here. Groups that were read are
 kept up to a number of bytes; of a larger one, the rows up to the wanted one are gone through, and none are kept.
+
+`Parquet` is the store; below it are functions that read a table, its columns, groups and rows.
 """
 
 import json
@@ -28,7 +30,7 @@ from dumo.types import UserError
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-KEPT = 2**30  # bytes of row groups: ours. The hub writes groups of 100 images
+KEPT_BYTES = 2**30  # of row groups: ours. The hub writes groups of 100 images
 STREAMED = 64  # rows held at a time of a group that is too large: ours
 
 
@@ -38,22 +40,28 @@ class Parquet:
     `label` names the column of classes. Raises UserError for a file that is no whole table, or has no images.
     """
 
-    def __init__(self, files: Sequence[str], *, label: str | None, kept: int = KEPT) -> None:
-        self.files, self.most = files, kept
+    def __init__(self, files: Sequence[str], *, label: str | None, kept_bytes: int = KEPT_BYTES) -> None:
+        self.files = files
+        self.kept_bytes = kept_bytes
         self.tables = [open_table(file) for file in files]
         self.columns = [image_column(file, table) for file, table in zip(files, self.tables, strict=True)]
-        self.places = [(k, group) for k, table in enumerate(self.tables) for group in range(table.num_row_groups)]
-        rows = (self.tables[k].metadata.row_group(group).num_rows for k, group in self.places)
-        self.starts = [*accumulate(rows, initial=0)]  # the first row of each group, and behind the last
-        self.firsts = [*accumulate((table.metadata.num_rows for table in self.tables), initial=0)]  # of each file
-        self.within = Files.of(files, states_of(files), [table.metadata.num_rows for table in self.tables])
+        self.groups: list[tuple[int, int]] = []  # the file of each row group, and its number there
+        group_rows: list[int] = []
+        for k, table in enumerate(self.tables):
+            for number in range(table.num_row_groups):
+                self.groups.append((k, number))
+                group_rows.append(table.metadata.row_group(number).num_rows)
+        file_rows = [table.metadata.num_rows for table in self.tables]
+        self.first_of_group = list(accumulate(group_rows, initial=0))  # row; at the end, that behind the last group
+        self.first_of_file = list(accumulate(file_rows, initial=0))
+        self.within = Files.of(files, states_of(files), file_rows)
         self.labels = None if label is None else self._labels(label)
         self.locks = [Lock() for _ in files]  # a table is read by one thread at a time
         self.kept: OrderedDict[int, Any] = OrderedDict()  # groups, the last used at the end
         self.keeping = Lock()
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return self.first_of_group[-1]
 
     def fingerprint(self) -> str:
         """Of the files' names, sizes and footers."""
@@ -62,33 +70,37 @@ class Parquet:
 
     def path(self, i: int) -> str:
         """The file and the row in it, from 0."""
-        file, _ = self.places[self._place(i)]
-        return f"{self.files[file]} row {i - self.firsts[file]}"
+        file, _ = self.groups[self._group_of(i)]
+        return f"{self.files[file]} row {i - self.first_of_file[file]}"
 
     def read(self, i: int) -> bytes:
         """The bytes in row i. Raises OSError or ValueError where there are none."""
         from pyarrow import ArrowException  # slow to import
 
-        k = self._place(i)
+        k = self._group_of(i)
         try:
-            data = self._row(k, i - self.starts[k]).as_py()
+            data = self._read_row(k, i - self.first_of_group[k]).as_py()
         except ArrowException as error:  # not all of them are OSError or ValueError
-            raise OSError(f"row group {self.places[k][1]} is damaged: {error}") from error
+            _, number = self.groups[k]
+            raise OSError(f"row group {number} is damaged: {error}") from error
         if data is None:
             raise Unreadable("holds no bytes of an image")
         return data
 
-    def _place(self, i: int) -> int:
-        return bisect_right(self.starts, i) - 1
+    def _group_of(self, i: int) -> int:
+        """The row group that image i is in."""
+        return bisect_right(self.first_of_group, i) - 1
 
-    def _row(self, k: int, row: int) -> Any:  # noqa: ANN401, as `read_row`
-        file, number = self.places[k]
-        table, column = self.tables[file], self.columns[file]
+    def _read_row(self, k: int, row: int) -> Any:  # noqa: ANN401, as `read_row`
+        """The bytes in a row of group k, which is kept if it is not too large. Raises as `read_row`."""
+        file, number = self.groups[k]
+        table = self.tables[file]
+        column = self.columns[file]
         with self.locks[file]:
             with self.keeping:
                 group = self.kept.pop(k, None)
             if group is None:
-                if table.metadata.row_group(number).total_byte_size > self.most:
+                if table.metadata.row_group(number).total_byte_size > self.kept_bytes:
                     return read_row(table, number, column, row)
                 group = read_group(table, number, column)
             self._keep(k, group)
@@ -100,7 +112,7 @@ class Parquet:
         """This group as the one last used, and of the others as many as there is room for."""
         with self.keeping:
             self.kept[k] = group
-            while sum(kept.nbytes for kept in self.kept.values()) > self.most and len(self.kept) > 1:
+            while len(self.kept) > 1 and sum(kept.nbytes for kept in self.kept.values()) > self.kept_bytes:
                 self.kept.popitem(last=False)
 
     def _labels(self, label: str) -> Labels | None:
@@ -110,10 +122,16 @@ class Parquet:
             return None
         parts: list[Tensor] = []
         for file, column in zip(self.files, self.read_column(label), strict=True):
-            if not types.is_integer(column.type) or column.null_count:
-                has = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
-                wrong = f"has {has}, not a class number in each row: set data.label"
-                raise UserError(f"column '{label}' of {file} {wrong}")
+            if column.null_count:
+                raise UserError(
+                    f"column '{label}' of {file} has {column.null_count} empty rows, not a class number in each row: "
+                    "set data.label"
+                )
+            if not types.is_integer(column.type):
+                raise UserError(
+                    f"column '{label}' of {file} has the type {column.type}, not a class number in each row: set "
+                    "data.label"
+                )
             parts.append(torch.tensor(column.to_numpy(), dtype=torch.long))
         return counted(torch.cat(parts), self.files[0], class_names(self.tables[0], label))
 
@@ -185,38 +203,44 @@ def open_table(file: str | Path) -> "ParquetFile":
 
 
 @contextmanager
-def whole(file: str | Path, wrong: str = "is damaged") -> Generator[None]:
+def whole(file: str | Path, problem: str = "is damaged") -> Generator[None]:
     """Say of a file that it is not whole, where pyarrow cannot read it: UserError."""
     from pyarrow import ArrowException  # slow to import
 
     try:
         yield
     except (ArrowException, OSError) as error:
-        raise UserError(f"{file} {wrong}: {error}; fetch it again, or remove it") from error
+        raise UserError(f"{file} {problem}: {error}; fetch it again, or remove it") from error
 
 
 def image_column(file: str | Path, table: "ParquetFile") -> str:
     """The dotted name of the bytes. Of several columns of images, `image` is taken. Raises UserError without any."""
     from pyarrow import types
 
-    found: dict[str, str] = {}
+    bytes_of_column: dict[str, str] = {}  # dotted names
     for field in table.schema_arrow:
         if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            found[field.name] = f"{field.name}.bytes"
+            bytes_of_column[field.name] = f"{field.name}.bytes"
         elif types.is_binary(field.type) or types.is_large_binary(field.type):
-            found[field.name] = field.name
-    name = "image" if "image" in found else next(iter(found), None)
-    if name is None or (len(found) > 1 and name != "image"):
-        has = ", ".join(table.schema_arrow.names)
-        wrong = "several columns of bytes, none called 'image'" if found else "no column of images {bytes, path}"
-        raise UserError(f"{file} has {wrong} (it has {has}): rename the column to 'image'")
-    return found[name]
+            bytes_of_column[field.name] = field.name
+    if "image" in bytes_of_column:
+        return bytes_of_column["image"]
+    columns = ", ".join(table.schema_arrow.names)
+    if not bytes_of_column:
+        raise UserError(
+            f"{file} has no column of images {{bytes, path}} (it has {columns}): rename the column to 'image'"
+        )
+    if len(bytes_of_column) > 1:
+        raise UserError(
+            f"{file} has several columns of bytes, none called 'image' (it has {columns}): rename the column to 'image'"
+        )
+    return next(iter(bytes_of_column.values()))
 
 
 def read_group(table: "ParquetFile", group: int, column: str) -> Any:  # noqa: ANN401, an untyped array
     """The bytes in the rows of a group, with what `image_column` names. Raises ArrowException where it is damaged."""
-    found = table.read_row_group(group, columns=[column], use_threads=False).column(0)
-    return _bytes(found.combine_chunks(), column)
+    rows = table.read_row_group(group, columns=[column], use_threads=False).column(0)
+    return _bytes(rows.combine_chunks(), column)
 
 
 def read_row(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
@@ -240,8 +264,8 @@ def footer(file: str | Path) -> bytes:
         return opened.read()
 
 
-def _bytes(found: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
-    return found.field("bytes") if column.endswith(".bytes") else found
+def _bytes(rows: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
+    return rows.field("bytes") if column.endswith(".bytes") else rows
 
 
 def class_names(table: "ParquetFile", label: str) -> list[str]:

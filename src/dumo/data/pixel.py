@@ -143,7 +143,8 @@ def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     rows, columns = covering((image.height, image.width), size)
     image = image.resize((columns, rows), Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 

@@ -1,6 +1,7 @@
 """Where encoded images lie: files of a folder, rows of a table (`dumo.data.parquet`), members of an archive (`tar`).
 
-A store is opened without decoding any image.
+A store is opened without decoding any image. `Store` is what all of them offer, `Folder` the one of files; `walk` lists
+files with their states, and `counted` checks labels for all stores.
 """
 
 import os
@@ -21,8 +22,8 @@ from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
-LARGEST = 2**30  # bytes of an image: ours. A sparse file, or one that never ends, would fill the memory
-CLASSES = 10**6  # where they are counted by the largest number: ours. Nets, tables and counts have a row for each
+MAX_IMAGE_BYTES = 2**30  # ours. A sparse file, or one that never ends, would fill the memory
+MAX_CLASSES = 10**6  # where they are counted by the largest number: ours. Nets, tables and counts have a row for each
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,15 @@ class Folder:
         files = list(states)
         if split is not None:
             files = in_split(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
-        self.files, self.within = files, Files.of(files, [states[file] for file in files])
-        above, folders = self.within.above, [file.rpartition(os.sep)[0] for file in files]
-        top = {folder: _top(folder, above) for folder in set(folders)}
-        tops = [top[folder] for folder in folders]
-        if split is None and len(found := set(tops)) > 1 and found <= SPLITS:
-            raise UserError(f"{above} holds the splits {some(found)}: choose one with data.split")
+        self.files = files
+        self.within = Files.of(files, [states[file] for file in files])
+        above = self.within.above
+        folders = [file.rpartition(os.sep)[0] for file in files]
+        top_of_folder = {folder: _top(folder, above) for folder in set(folders)}
+        tops = [top_of_folder[folder] for folder in folders]
+        top_names = set(tops)
+        if split is None and len(top_names) > 1 and top_names <= SPLITS:
+            raise UserError(f"{above} holds the splits {some(top_names)}: choose one with data.split")
         self.labels = _labels(above, tops) if labelled else None
 
     def __len__(self) -> int:
@@ -90,7 +94,8 @@ class Folder:
 
     def fingerprint(self) -> str:
         """Of the files' names below the folder that holds them all, and of their sizes when that was opened."""
-        above, sizes = len(self.within.above), self.within.states[:, 0].tolist()
+        above = len(self.within.above)
+        sizes = self.within.states[:, 0].tolist()
         return digest.short(*(f"{file[above:]} {size}" for file, size in zip(self.files, sizes, strict=True)))
 
     def path(self, i: int) -> str:
@@ -108,9 +113,9 @@ def walk(root: Path) -> dict[str, State]:
     A link to nowhere has size -1. Raises UserError where there is nothing, or a link leads to a folder above it.
     """
     if root.is_dir():
-        found: dict[str, State] = {}
-        _enter(str(root), frozenset(), found)
-        return found
+        states: dict[str, State] = {}
+        _walk_folder(str(root), frozenset(), states)
+        return states
     if not root.exists():
         raise UserError(f"there is no folder or file {root}: set data.root to where the images are")
     return {str(root): state_of(root.stat())}
@@ -131,7 +136,7 @@ def read_regular(file: str) -> bytes:
 
 def require_small(size: int) -> None:
     """Raise Unreadable for more bytes than an image has."""
-    if size > LARGEST:
+    if size > MAX_IMAGE_BYTES:
         raise Unreadable(f"has {size} bytes, more than an image has")
 
 
@@ -143,9 +148,10 @@ def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
     """
     if split is not None:
         files = in_split(root, split, [file for file in files if split in _tokens(root, file)])
-    elif len(found := {next((name for name in _tokens(root, file) if name in SPLITS), None) for file in files}) > 1:
-        names = ", ".join(sorted(name or "(no split)" for name in found))
-        raise UserError(f"{root} holds {names}: choose one with data.split")
+    else:
+        splits = {_split_of(root, file) for file in files}
+        if len(splits) > 1:
+            raise UserError(f"{root} holds {', '.join(sorted(splits))}: choose one with data.split")
     for file in files:
         if os.path.exists(file) and not os.path.isfile(file):
             raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
@@ -161,29 +167,35 @@ def in_split(root: Path, split: str, files: list[str]) -> list[str]:
 
 def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
     """Labels as they stand in the data, with the classes' names if known. Raises UserError for one that is none."""
-    low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
-    wrong = None
-    if low < 0 or (names and high >= len(names)):
-        wrong = f"{low if low < 0 else high}, which is no class: set data.labelled=false, or choose a split"
-    elif high >= CLASSES:
-        wrong = (
-            f"{high}, so {high + 1:,} classes, and {CLASSES:,} are the most: name the column of classes with "
-            "data.label, number them from 0, or set data.labelled=false"
+    low = int(c.min()) if len(c) else 0
+    high = int(c.max()) if len(c) else -1
+    no_class = "which is no class: set data.labelled=false, or choose a split"
+    if low < 0:
+        raise UserError(f"{root} has the label {low}, {no_class}")
+    if names and high >= len(names):
+        raise UserError(f"{root} has the label {high}, {no_class}")
+    if high >= MAX_CLASSES:
+        raise UserError(
+            f"{root} has the label {high}, so {high + 1:,} classes, and {MAX_CLASSES:,} are the most: name the column "
+            "of classes with data.label, number them from 0, or set data.labelled=false"
         )
-    if wrong:
-        raise UserError(f"{root} has the label {wrong}")
     return Labels(c, len(names) or high + 1, tuple(names))
 
 
 def some(items: Iterable[str]) -> str:
     """The first few of many, in words."""
     listed = sorted(items)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+    words = ", ".join(listed[:8])
+    if len(listed) > 8:
+        words += f" and {len(listed) - 8} more"
+    return words
 
 
-def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, State]) -> None:
-    own = os.stat(folder)
-    if (here := (own.st_dev, own.st_ino)) in above:
+def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, State]) -> None:
+    """Add the states of the files in a folder, depth first; `above` are the folders on the way, by device and inode."""
+    about_folder = os.stat(folder)
+    identity = (about_folder.st_dev, about_folder.st_ino)
+    if identity in above:
         raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
     with os.scandir(folder) as entries:
         listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -191,12 +203,20 @@ def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, Stat
         try:
             about = os.stat(entry.path)
         except OSError:  # a link to nowhere, or to itself: reading it says so
-            found[entry.path] = (-1, 0, 0)
+            states[entry.path] = (-1, 0, 0)
             continue
         if stat.S_ISDIR(about.st_mode):
-            _enter(entry.path, above | {here}, found)
+            _walk_folder(entry.path, above | {identity}, states)
         else:
-            found[entry.path] = state_of(about)
+            states[entry.path] = state_of(about)
+
+
+def _split_of(root: Path, file: str) -> str:
+    """The first split that the file's folders or name say."""
+    for name in _tokens(root, file):
+        if name in SPLITS:
+            return name
+    return "(no split)"
 
 
 def _tokens(root: Path, file: str) -> list[str]:

@@ -8,6 +8,8 @@ Finding the members takes a read for each, hours for a hundred million. So it is
 `.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An archive of another size
 or time than noted there is looked through again. Where its folder may not be written to, notes lie in the user's cache
 folder (`dumo.io.file.places`); where that may not either, what was found is kept in memory.
+
+`Tar` is the store. `look` gives the `Scan` of an archive, as noted or by `scan`, which goes through its members.
 """
 
 import json
@@ -38,11 +40,11 @@ from dumo.types import UserError
 
 # Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
 RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
-CLASS = 100  # bytes, at most, of what says a class
-TEXT = 2**20  # bytes, at most, of a text that goes with an image: ours
-AGAIN = "fetch it again, or remove it"
+MAX_CLASS_BYTES = 100  # of what says a class
+MAX_TEXT_BYTES = 2**20  # of a text that goes with an image: ours
+FETCH_AGAIN = "fetch it again, or remove it"
 NAME = ".dumo-index"
-MAPPED = 2**14  # notes mapped at a time, of more the rest is read; Linux allows 65,530 maps. Ours
+MAX_MAPPED = 2**14  # notes mapped at a time, of more the rest is read; Linux allows 65,530 maps. Ours
 UNLABELLED = -(2**63)  # in place of a class
 
 
@@ -52,19 +54,20 @@ class Scan:
 
     members: Int64[Tensor, "4 n"]  # of each its beginning, its size, its class, the end of its name
     names: UInt8[Tensor, " m"]  # one after the other
-    wrong: str = ""  # what is wrong with the labels, if anything is
+    problem: str = ""  # of the labels, if there is one
 
     def __len__(self) -> int:
         return self.members.shape[1]
 
     def name(self, i: int) -> str:
         """The name of an image in the archive."""
-        begin, end = int(self.members[3, i - 1]) if i else 0, int(self.members[3, i])
+        begin = int(self.members[3, i - 1]) if i else 0
+        end = int(self.members[3, i])
         return self.names[begin:end].numpy().tobytes().decode(errors="replace")
 
     def copy(self) -> "Scan":
         """The same, not mapped."""
-        return Scan(self.members.clone(), self.names.clone(), self.wrong)
+        return Scan(self.members.clone(), self.names.clone(), self.problem)
 
 
 class Tar:
@@ -74,14 +77,17 @@ class Tar:
     """
 
     def __init__(self, archives: Sequence[str], *, labelled: bool) -> None:
-        self.files, self.scans = archives, list[Scan]()
+        self.files = archives
+        self.scans: list[Scan] = []
         with late("looking through tar archives", len(archives)) as tick:
             for k, file in enumerate(archives):
                 signals.check()
-                self.scans.append(look(file) if k < MAPPED else look(file).copy())
+                mapped = look(file)
+                self.scans.append(mapped if k < MAX_MAPPED else mapped.copy())
                 tick(k + 1, "")
-        self.ends = list(accumulate(map(len, self.scans)))
-        self.within = Files.of(archives, states_of(archives), [*map(len, self.scans)])
+        num_images = [len(scan) for scan in self.scans]
+        self.ends = list(accumulate(num_images))  # behind the last image of each archive
+        self.within = Files.of(archives, states_of(archives), num_images)
         self.labels = self._labels() if labelled else None
 
     def __len__(self) -> int:
@@ -91,8 +97,8 @@ class Tar:
         """Of the archives' names and sizes, and of the names, places and classes in them."""
         above = os.path.commonpath([os.path.dirname(file) for file in self.files])
         sizes = (f"{os.path.relpath(file, above)} {os.path.getsize(file)}" for file in self.files)
-        found = (digest.of_bytes(scan.members.numpy().tobytes(), scan.names.numpy().data) for scan in self.scans)
-        return digest.short(*sizes, *found)
+        scans = (digest.of_bytes(scan.members.numpy().tobytes(), scan.names.numpy().data) for scan in self.scans)
+        return digest.short(*sizes, *scans)
 
     def path(self, i: int) -> str:
         """The archive and the member."""
@@ -114,18 +120,18 @@ class Tar:
     def texts(self, suffixes: Sequence[str]) -> "MemberTexts":
         """What the members of these endings say of each image. All archives are gone through anew.
 
-        Raises UserError for a text of more than TEXT bytes.
+        Raises UserError for a text of more than MAX_TEXT_BYTES bytes.
         """
-        found = MemberTexts()
+        member_texts = MemberTexts()
         endings = (*suffixes, *(suffix.upper() for suffix in suffixes))
         with late("looking for captions in tar archives", len(self.files)) as tick:
             for k, (file, scan) in enumerate(zip(self.files, self.scans, strict=True), 1):
                 signals.check()
                 images = [scan.name(i) for i in range(len(scan))]
                 texts = {info.name: content for info, content in _texts_of(file, endings)}
-                found.add(file, images, texts, suffixes)
+                member_texts.add(file, images, texts, suffixes)
                 tick(k, "")
-        return found
+        return member_texts
 
     def _place(self, i: int) -> tuple[int, int]:
         """The archive of image i, and its column there."""
@@ -134,17 +140,18 @@ class Tar:
 
     def _labels(self) -> Labels | None:
         """The classes; None where no image has one."""
+        for scan in self.scans:
+            if scan.problem:
+                raise UserError(scan.problem)
         c = torch.cat([scan.members[2] for scan in self.scans])
-        lacking = c == UNLABELLED
-        wrong = next((scan.wrong for scan in self.scans if scan.wrong), None)
-        if not wrong and bool(lacking.all()):
+        unlabelled = c == UNLABELLED
+        if unlabelled.all():
             return None
-        if not wrong and bool(lacking.any()):
-            k, column = self._place(first := int(lacking.nonzero()[0]))
-            key = _key(self.scans[k].name(column))
-            wrong = f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false"
-        if wrong:
-            raise UserError(wrong)
+        if unlabelled.any():
+            first = int(unlabelled.nonzero()[0])
+            archive, column = self._place(first)
+            key = _key(self.scans[archive].name(column))
+            raise UserError(f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false")
         return counted(c, self.files[0])
 
 
@@ -181,60 +188,71 @@ def look(file: str) -> Scan:
     folder, name = os.path.split(os.path.abspath(file))
     places = [place / f"{name}.safetensors" for place in files.places(Path(folder), NAME)]
     for place in places:
-        if found := read(place, state):
-            return found
-    if (place := note.best(places)) is None:
+        noted = read(place, state)
+        if noted is not None:
+            return noted
+    place = note.best(places)
+    if place is None:
         return scan(file)
     with note.held(place):
-        if found := read(place, state):  # another process was quicker
-            return found
-        found = scan(file)
+        noted = read(place, state)
+        if noted is not None:  # another process was quicker
+            return noted
+        scanned = scan(file)
         try:
-            write(place, found, state)
+            write(place, scanned, state)
         except OSError as error:
-            what = f"{place.parent} cannot be written ({error.strerror})"
-            warnings.warn(f"{what}: the next start looks again", stacklevel=2)
-        return read(place, state) or found  # what was read is mapped
+            warnings.warn(
+                f"{place.parent} cannot be written ({error.strerror}): the next start looks again", stacklevel=2
+            )
+        noted = read(place, state)
+        return scanned if noted is None else noted  # what was read is mapped
 
 
 def read(place: Path, state: str) -> Scan | None:
     """What was noted of an archive in this state; None where nothing was."""
-    if noted := note.read(place):
-        tensors, (was, wrong) = noted[0], json.loads(noted[1])
-        return Scan(tensors["members"], tensors["names"], wrong) if was == state else None
-    return None
+    noted = note.read(place)
+    if noted is None:
+        return None
+    tensors, text = noted
+    noted_state, problem = json.loads(text)
+    if noted_state != state:
+        return None
+    return Scan(tensors["members"], tensors["names"], problem)
 
 
-def write(place: Path, found: Scan, state: str) -> None:
-    """Note what was found. Raises OSError."""
-    note.write(place, {"members": found.members, "names": found.names}, json.dumps([state, found.wrong]))
+def write(place: Path, scan: Scan, state: str) -> None:
+    """Note where the images of an archive lie. Raises OSError."""
+    note.write(place, {"members": scan.members, "names": scan.names}, json.dumps([state, scan.problem]))
 
 
 def scan(file: str) -> Scan:
     """Where the images of an archive lie. Raises UserError where it is damaged, OSError where it cannot be read."""
-    found: list[tuple[int, int]] = []
+    starts: list[int] = []  # bytes
+    sizes: list[int] = []  # bytes
     names: list[bytes] = []
     keys: list[str] = []
-    classes: dict[str, int] = {}
-    wrong = ""
-    for info, content in _members(file, ("cls",), CLASS):
-        if content is None:
-            found.append((info.offset_data, info.size))
+    class_of_key: dict[str, int] = {}
+    problem = ""
+    for info, content in _members(file, ("cls",), MAX_CLASS_BYTES):
+        if content is None:  # an image
+            starts.append(info.offset_data)
+            sizes.append(info.size)
             names.append(info.name.encode(errors="replace"))
             keys.append(_key(info.name))
-        else:
-            try:
-                classes[_key(info.name)] = int(np.int64(int(content)))
-            except (ValueError, OverflowError):
-                wrong = wrong or f"{file} member {info.name} holds no class number: {content[:20]!r}"
-    start, size = zip(*found, strict=True) if found else ((), ())
-    label = (classes.get(key, UNLABELLED) for key in keys)
-    members = torch.tensor([start, size, [*label], [*accumulate(map(len, names))]], dtype=torch.int64)
-    return Scan(members, torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy()), wrong)
+            continue
+        try:
+            class_of_key[_key(info.name)] = int(np.int64(int(content)))
+        except (ValueError, OverflowError):
+            problem = problem or f"{file} member {info.name} holds no class number: {content[:20]!r}"
+    classes = [class_of_key.get(key, UNLABELLED) for key in keys]
+    name_ends = list(accumulate(map(len, names)))
+    members = torch.tensor([starts, sizes, classes, name_ends], dtype=torch.int64)
+    return Scan(members, torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy()), problem)
 
 
-def _members(file: str, read: Sequence[str], most: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Images with None, those that end in `read` with what they say, `most` bytes of it.
+def _members(file: str, suffixes: Sequence[str], max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Images with None, those that end in one of `suffixes` with what they say, at most `max_bytes` of it.
 
     Raises UserError where the archive does not end as one does.
     """
@@ -243,27 +261,31 @@ def _members(file: str, read: Sequence[str], most: int) -> Iterator[tuple[tarfil
             while info := archive.next():
                 setattr(archive, "members", [])  # noqa: B010, it is not typed. They would be kept, a kilobyte each
                 if info.size < 0 or info.issparse():
-                    raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {AGAIN}")
+                    raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {FETCH_AGAIN}")
                 stem, _, suffix = PurePosixPath(info.name).name.partition(".")
                 if not info.isfile() or not stem:
                     continue
                 if f".{suffix.lower()}" in SUFFIXES:
                     yield info, None
-                elif suffix in read and (content := archive.extractfile(info)):
-                    yield info, content.read(most)
+                elif suffix in suffixes:
+                    content = archive.extractfile(info)
+                    if content is not None:
+                        yield info, content.read(max_bytes)
             end = archive.offset
     except tarfile.TarError as error:
-        raise UserError(f"{file} is no whole tar archive: {error}; {AGAIN}") from error
+        raise UserError(f"{file} is no whole tar archive: {error}; {FETCH_AGAIN}") from error
     _check_end(file, end)
 
 
 def _texts_of(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """The members of an archive with these endings. Raises UserError for one of more than TEXT bytes."""
-    for info, content in _members(file, endings, TEXT):
+    """The members of an archive with these endings. Raises UserError for one of more than MAX_TEXT_BYTES bytes."""
+    for info, content in _members(file, endings, MAX_TEXT_BYTES):
         if content is None:  # an image
             continue
-        if info.size > TEXT:
-            raise UserError(f"{file} member {info.name} has {info.size:,} bytes, and a text has at most {TEXT:,}")
+        if info.size > MAX_TEXT_BYTES:
+            raise UserError(
+                f"{file} member {info.name} has {info.size:,} bytes, and a text has at most {MAX_TEXT_BYTES:,}"
+            )
         yield info, content
 
 
@@ -272,21 +294,23 @@ def _check_end(file: str, end: int) -> None:
     size = os.stat(file).st_size
     with Path(file).open("rb") as archive:
         archive.seek(end)
-        first = archive.read(tarfile.BLOCKSIZE)
-        broken = len(first) < tarfile.BLOCKSIZE or any(first)  # where tarfile stops without a word
-        more = not broken and any(any(piece) for piece in iter(lambda: archive.read(2**20), b""))
+        first_block = archive.read(tarfile.BLOCKSIZE)
+        if len(first_block) < tarfile.BLOCKSIZE or any(first_block):  # where tarfile stops without a word
+            raise UserError(f"{file} is broken off or damaged at byte {end}: {FETCH_AGAIN}")
+        while piece := archive.read(2**20):
+            if any(piece):
+                raise UserError(
+                    f"{file} goes on after its end at byte {end}: it is damaged ({FETCH_AGAIN}), or is several that "
+                    "were laid end to end: write those as one"
+                )
     zeros = size - end
-    if broken:
-        wrong = f"is broken off or damaged at byte {end}: {AGAIN}"
-    elif more:
-        where = "or is several that were laid end to end: write those as one"
-        wrong = f"goes on after its end at byte {end}: it is damaged ({AGAIN}), {where}"
-    elif not any(size % record == 0 and zeros <= record + 2 * tarfile.BLOCKSIZE for record in RECORDS):
-        missing = "more than tar writes at its end: a part of it is missing"
-        wrong = f"holds {zeros} zeros from byte {end} on, {missing}; {AGAIN}"
-    else:
-        return
-    raise UserError(f"{file} {wrong}")
+    for record in RECORDS:
+        if size % record == 0 and zeros <= record + 2 * tarfile.BLOCKSIZE:
+            return
+    raise UserError(
+        f"{file} holds {zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
+        f"{FETCH_AGAIN}"
+    )
 
 
 def _key(name: str) -> str:

@@ -55,7 +55,8 @@ class Moons(Spec):
         Two more are the noise.
         """
         right, up, *noise = numbers.T
-        far, lower = (right * right + up * up).sqrt(), up < 0
+        far = (right * right + up * up).sqrt()
+        lower = up < 0
         upper = torch.stack([right / far, up.abs() / far], 1)
         moons = torch.where(lower[:, None], torch.tensor([1.0, 0.5]) - upper, upper)
         points = moons + NOISE * torch.stack(noise, 1)

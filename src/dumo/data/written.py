@@ -15,6 +15,10 @@ compared, and what becomes of captions without an image, says `dumo.data.pairing
 
 With latents they stand in captions.jsonl, a JSON list of texts to a line in the images' order, so that training, and
 encoding the texts, need no images.
+
+`captions_of` reads the captions of a store's images: `in_files`, `in_tables` and `in_archives` find them, as a
+`Pairing`, which refuses and warns; `edited` and `edits` find those of images that are edited. `dump_lines` and
+`read_lines` are of captions.jsonl.
 """
 
 import csv
@@ -62,16 +66,20 @@ class NoCaptionsError(UserError):
 
 def dump_lines(captions: Captions) -> bytes:
     """As `read_lines` reads it."""
-    texts, ids, ends = captions.texts, captions.ids.tolist(), [0, *captions.ends.tolist()]
-    rows = ([texts[k] for k in ids[first:end] if k < len(texts)] for first, end in pairwise(ends))
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+    texts = captions.texts
+    text_ids = captions.ids.tolist()
+    lines: list[str] = []
+    for first, end in pairwise([0, *captions.ends.tolist()]):
+        image_texts = [texts[k] for k in text_ids[first:end] if k < len(texts)]
+        lines.append(f"{json.dumps(image_texts, ensure_ascii=False)}\n")
+    return "".join(lines).encode()
 
 
 def read_lines(file: Path) -> Captions:
     """The captions by image. Raises UserError where there is no such file, or it is damaged."""
     if not file.is_file():
         raise UserError(f"{file} is not there, which has the images' captions: start the same dumo encode again")
-    return Captions.of(_each(file))
+    return Captions.of(_read_texts(file))
 
 
 def require_lines(file: Path, captions: Captions) -> None:
@@ -82,7 +90,7 @@ def require_lines(file: Path, captions: Captions) -> None:
         )
 
 
-def _each(file: Path) -> Iterator[list[str]]:
+def _read_texts(file: Path) -> Iterator[list[str]]:
     for number, line in enumerate(text_lines(file, REWRITE), 1):
         yield read_line(line, f"{file} line {number}", "list of texts", are_texts, REWRITE)
 
@@ -90,12 +98,12 @@ def _each(file: Path) -> Iterator[list[str]]:
 def read_line(text: str, where: str, what: str, fits: Callable[[Any], bool], way_out: str) -> Any:  # noqa: ANN401
     """The value of a line of JSON. Raises UserError for what is not JSON, or does not fit: no `what`."""
     try:
-        if fits(value := json.loads(text)):
-            return value
-        wrong = f"no {what}"
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        wrong = f"not JSON ({error})"
-    raise UserError(f"{where} is {wrong}: {way_out}")
+        raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
+    if not fits(value):
+        raise UserError(f"{where} is no {what}: {way_out}")
+    return value
 
 
 def are_texts(value: object) -> bool:
@@ -240,8 +248,10 @@ def read_tables(folder: Path, files: Iterable[str], source: str | None = None) -
 
 def place_of(path: str) -> str:
     """Where a file of this name is, in Unicode's form C or D; where it is in neither, the path as it is."""
-    forms = (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path))
-    return next((form for form in forms if os.path.exists(form)), path)
+    for form in (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)):
+        if os.path.exists(form):
+            return form
+    return path
 
 
 def in_files(root: Path, store: Folder, name: str) -> Pairing:
@@ -362,11 +372,12 @@ def hash_of(file: Path) -> str:
     """The SHA-256 of an image that is edited, read again where it has changed. Raises UserError where it is missing."""
     if not file.is_file():
         raise UserError(f"{file} is missing, an image to edit: put it there, or mend captions.source")
-    return _hashed(file, (there := file.stat()).st_mtime_ns, there.st_size)
+    about = file.stat()
+    return _hash_of_state(file, about.st_mtime_ns, about.st_size)
 
 
 @lru_cache(None)
-def _hashed(file: Path, changed: int, size: int) -> str:
+def _hash_of_state(file: Path, changed: int, size: int) -> str:
     return digest.of_file(file)
 
 
@@ -482,7 +493,7 @@ def in_archives(store: Tar, name: str) -> Pairing:
         captions=[],
         name_of=store.path,
         blank="an empty .txt",
-        columns=tuple(dict.fromkeys(key for row in rows for key, value in row.values.items() if holds_text(value))),
+        columns=text_keys(rows),
     )
     for i, (by_ending, row) in enumerate(zip(members.by_image, rows, strict=True)):
         captions: ImageCaptions | None = None
@@ -507,6 +518,16 @@ def in_archives(store: Tar, name: str) -> Pairing:
     return pairing
 
 
+def text_keys(rows: Iterable[TableRow]) -> tuple[str, ...]:
+    """The keys that hold a text in some row, in the order in which they come."""
+    keys: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.values.items():
+            if holds_text(value):
+                keys[key] = None
+    return tuple(keys)
+
+
 def is_json(file: str) -> bool:
     """Whether a file is of JSON, by its name."""
     return ending_of(file).lower() == ".json"
@@ -527,7 +548,7 @@ class CaptionColumns:
         stating = [row for row in rows if any(name in row.values for name in self.names)]
         if not stating:
             return None
-        return tuple(text for row in stating for text in self.of_row(row))
+        return tuple(chain.from_iterable(self.of_row(row) for row in stating))
 
     def of_row(self, row: TableRow) -> ImageCaptions:
         """The captions in a row, blank ones where there are no others. Raises UserError for what is no text."""
@@ -540,20 +561,20 @@ class CaptionColumns:
         return texts(row.values.get(self.names[0]), row.where)
 
 
-def caption_columns(name: str, there: Iterable[str], where: str) -> CaptionColumns | None:
+def caption_columns(name: str, available: Iterable[str], where: str) -> CaptionColumns | None:
     """The columns that captions stand in; None where `auto` finds none, or files of text are meant.
 
     Raises UserError for one that is not there.
     """
     if name == AUTO:
-        names = tuple(column for column in NAMES if column in there)
+        names = tuple(column for column in NAMES if column in available)
         return CaptionColumns(names, every=False) if names else None
-    if name in TEXT and name not in there:
+    if name in TEXT and name not in available:
         return None
     names = tuple(name.split(","))
     for column in names:
-        if column not in there:
-            raise UserError(f"{where} has no '{brief(column)}' (it has {', '.join(there)}): set captions.name")
+        if column not in available:
+            raise UserError(f"{where} has no '{brief(column)}' (it has {', '.join(available)}): set captions.name")
     return CaptionColumns(names, every=True)
 
 

@@ -2,6 +2,9 @@
 
 All take images in [-1, 1]. `weights` is a folder with config.json and diffusion_pytorch_model.safetensors, or the name
 of such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
+
+`Model.open` finds the folder, compares the hash of its weights, loads the class of diffusers, and refuses a config of
+another variant. Where the numbers come from: `Published` for a variant, the pipeline's config for `PipelineVae`.
 """
 
 import re
@@ -17,7 +20,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
-from dumo.encoders.pipeline import VAE, Pipeline, Reading
+from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
 from dumo.runtime import import_bitsandbytes, install
@@ -35,8 +38,8 @@ class Model(Scaled):
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
-        net, found = _loaded(self.name, self)
-        return Opened(self, Pair(net.to(device), self), found, torch.device(device))
+        net, sha256 = _load_model(self.name, self)
+        return Opened(self, DiffusersCoder(net.to(device), self), sha256, torch.device(device))
 
 
 class SdVae(Model):
@@ -71,7 +74,7 @@ class DcAe(Model):
 V = TypeVar("V", bound="PipelineVae")
 
 
-class PipelineVae(Reading, Model):
+class PipelineVae(PipelineSpec, Model):
     """The autoencoder of the run's pipeline, with the shift and scale that its config says."""
 
     kind: Literal["pipeline"] = "pipeline"
@@ -80,11 +83,14 @@ class PipelineVae(Reading, Model):
     variants: ClassVar[Mapping[str, Published]] = {}
 
     def within(self: V, pipeline: Pipeline | None) -> V:
-        """As `Reading.within`, with the place and the hash of the weights."""
-        found = super().within(pipeline)
-        facts = (pipeline.facts or {}) if pipeline else {}
-        place = f"{pipeline.source}/{VAE}" if pipeline else ""
-        return found.model_copy(update={"weights": place, "sha256": facts.get("vae.weights")})
+        """As `PipelineSpec.within`, with the place and the hash of the weights."""
+        codec = super().within(pipeline)
+        weights = ""
+        sha256 = None
+        if pipeline:
+            weights = f"{pipeline.source}/{VAE}"
+            sha256 = (pipeline.facts or {}).get("vae.weights")
+        return codec.model_copy(update={"weights": weights, "sha256": sha256})
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -94,10 +100,11 @@ class PipelineVae(Reading, Model):
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride], of the folder, not of the class
         """Its class. Raises UserError for one that is none of KINDS."""
-        if (name := str(self.config.get("_class_name"))) not in KINDS:
-            known = ", ".join(KINDS)
+        name = str(self.config.get("_class_name"))
+        if name not in KINDS:
             raise UserError(
-                f"{pipelines.FIELD}: {self.weights} is a {name}, which dumo does not decode with: take one of {known}"
+                f"{pipelines.FIELD}: {self.weights} is a {name}, which dumo does not decode with: take one of "
+                f"{', '.join(KINDS)}"
             )
         return name
 
@@ -115,22 +122,25 @@ class PipelineVae(Reading, Model):
     def published(self) -> Published:
         """Its sizes and numbers. Raises UserError where the config says none."""
         with foreign(f"{self.weights} says no sizes, shift or scale of latents", HINT):
-            (channels, factor), theirs = _latent(self.config), numbers(self.config)
+            channels, factor = _latent_size(self.config)
             if "patched" in KINDS[self.name]:  # a net learns patches of its latent, by numbers in the weights
                 return Published(self.weights, 4 * channels, 2 * factor, 1.0)
-            given = (np.asarray(theirs.get(name, none), float) for name, none in (("scale", 1.0), ("shift", 0.0)))
-            return Published(
-                self.weights, channels, factor, *(tuple(x.tolist()) if x.ndim else float(x) for x in given)
-            )
+            numbers = latent_numbers(self.config)
+            scale = _float_or_floats(numbers.get("scale", 1.0))
+            shift = _float_or_floats(numbers.get("shift", 0.0))
+            return Published(self.weights, channels, factor, scale, shift)
 
     def facts(self) -> dict[str, Any]:
         """As `Scaled.facts`, with what the config says."""
-        published = {name: np.asarray(x).tolist() for name, x in self.published._asdict().items() if name != "weights"}
-        return {"kind": self.kind, "name": self.name, **published}
+        facts: dict[str, Any] = {"kind": self.kind, "name": self.name}
+        for name, value in self.published._asdict().items():
+            if name != "weights":
+                facts[name] = np.asarray(value).tolist()
+        return facts
 
     def digest(self) -> str | None:
         """As `Scaled.digest`."""
-        return None if self.pipeline.known else super().digest()
+        return None if self.pipeline.is_published else super().digest()
 
     def require(self, found: str) -> None:
         """As `Scaled.require`."""
@@ -138,7 +148,7 @@ class PipelineVae(Reading, Model):
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """As `Model.open`. Raises UserError, with the command that brings it, where it is missing."""
-        self.pipeline.place(VAE)
+        self.pipeline.part_folder(VAE)
         return super().open(device)
 
 
@@ -151,41 +161,45 @@ KINDS = {  # classes of autoencoders of pipelines, and what is particular about 
 }
 
 
-class Pair:
+class DiffusersCoder:
     """Encoder and decoder of diffusers."""
 
     def __init__(self, net: nn.Module, spec: Model) -> None:
         self.net: Any = net
         self.spec = spec
-
-        self.patches: Any = getattr(net, "bn", None)  # Flux 2's: the mean and variance of patches of 2 x 2
+        self.patch_norm: Any = getattr(net, "bn", None)  # Flux 2's: the mean and variance of patches of 2 x 2
 
     def encode(self, images: Images) -> Moments:
         """The latent; of Gaussians their means, then their standard deviations."""
-        found = self.net.encode(images.unsqueeze(2) if self.spec.video else images)
+        encoded = self.net.encode(images.unsqueeze(2) if self.spec.video else images)
         if not self.spec.gaussian:
-            return found.latent
-        parts = [found.latent_dist.mean, found.latent_dist.std]
-        if self.patches:
-            mean, sd = self._numbers()
-            parts = [(pixel_unshuffle(parts[0], 2) - mean) / sd, pixel_unshuffle(parts[1], 2) / sd]
-        moments = torch.cat(parts, 1)
+            return encoded.latent
+        mean: Latent = encoded.latent_dist.mean
+        sd: Latent = encoded.latent_dist.std
+        if self.patch_norm:
+            patch_mean, patch_sd = self._patch_moments()
+            mean = (pixel_unshuffle(mean, 2) - patch_mean) / patch_sd
+            sd = pixel_unshuffle(sd, 2) / patch_sd
+        moments = torch.cat([mean, sd], 1)
         return moments.squeeze(2) if self.spec.video else moments
 
     def decode(self, raw: Latent) -> Images:
         """Images, about in [-1, 1]."""
-        if self.patches:
-            mean, sd = self._numbers()
-            raw = pixel_shuffle(raw * sd + mean, 2)
-        return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2) if self.spec.video else self.net.decode(raw).sample
+        if self.patch_norm:
+            patch_mean, patch_sd = self._patch_moments()
+            raw = pixel_shuffle(raw * patch_sd + patch_mean, 2)
+        if self.spec.video:
+            return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2)
+        return self.net.decode(raw).sample
 
-    def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _patch_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of patches, (c, 1, 1)."""
-        mean, variance = (x.detach()[:, None, None] for x in (self.patches.running_mean, self.patches.running_var))
+        mean = self.patch_norm.running_mean.detach()[:, None, None]
+        variance = self.patch_norm.running_var.detach()[:, None, None]
         return mean, (variance + self.net.config.batch_norm_eps).sqrt()
 
 
-def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
+def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     """The model of diffusers' class `name`, and the SHA-256 of its weights."""
     import_bitsandbytes()
     try:
@@ -193,31 +207,45 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: {install('diffusers')}") from error
     folder = _folder(codec.weights)
-    codec.require(found := whole_digest(_weights(folder), HINT))
+    sha256 = whole_digest(_weights_file(folder), HINT)
+    codec.require(sha256)
     if (folder / CONFIG).is_file():
         read_settings(folder / CONFIG, HINT)
     with foreign(f"{folder} holds no {name} that diffusers can load", HINT):
-        model = getattr(diffusers, name)
-        net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
-        keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if wrong := [key for kind in keys for key in info.get(kind, ())]:
-            raise RuntimeError(f"{wrong[0]} is missing, unknown or misshapen, by its {CONFIG}")
+        model_class = getattr(diffusers, name)
+        net, info = model_class.from_pretrained(
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        for report in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            for key in info.get(report, ()):
+                raise RuntimeError(f"{key} is missing, unknown or misshapen, by its {CONFIG}")
         if codec.variants:
-            require(codec, net.config, folder)
-        return net.float().eval().requires_grad_(False), found
+            require_variant(codec, net.config, folder)
+        return net.float().eval().requires_grad_(False), sha256
 
 
-def require(codec: Scaled, config: Mapping[str, Any], folder: Path) -> None:
+def require_variant(codec: Scaled, config: Mapping[str, Any], folder: Path) -> None:
     """Raise UserError where a model's config is not of the codec's variant, naming the one that it is of."""
-    size, theirs = _latent(config), numbers(config)
-    fits = {k: name for name, k in codec.variants.items() if size == (k.channels, k.factor) and same(theirs, k)}
-    if codec.published in fits:
+    channels, factor = _latent_size(config)
+    numbers = latent_numbers(config)
+    matching: dict[Published, str] = {}
+    for name, published in codec.variants.items():
+        if (published.channels, published.factor) == (channels, factor) and are_numbers_of(published, numbers):
+            matching[published] = name
+    if codec.published in matching:
         return
-    way = f"set codec.variant={name}" if (name := next(iter(fits.values()), None)) else "it is not supported"
-    raise UserError(f"{folder} is not {codec.about}: {size[0]} channels, factor {size[1]}, {words(theirs)}; {way}")
+    fix = "it is not supported"
+    if matching:
+        fix = f"set codec.variant={next(iter(matching.values()))}"
+    raise UserError(
+        f"{folder} is not {codec.about}: {channels} channels, factor {factor}, {numbers_in_words(numbers)}; {fix}"
+    )
 
 
-def numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
+def latent_numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
     """The shift and scale of latents that a decoder's config says: one, or one per channel; {} where it says none."""
     if config.get("latents_mean") and config.get("latents_std"):
         return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
@@ -226,20 +254,27 @@ def numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
     return {}
 
 
-def same(theirs: Mapping[str, float | list[float]], known: Published) -> bool:
-    """Whether these are the published numbers."""
-    ours = {"shift": known.shift, "scale": known.scale}
-    return all(
-        np.size(x) in (1, known.channels) and np.allclose(x, ours[name], rtol=1e-3) for name, x in theirs.items()
-    )
+def are_numbers_of(published: Published, numbers: Mapping[str, float | list[float]]) -> bool:
+    """Whether shift and scale, where a config says them, are the published ones."""
+    expected = {"shift": published.shift, "scale": published.scale}
+    for name, value in numbers.items():
+        if np.size(value) not in (1, published.channels) or not np.allclose(value, expected[name], rtol=1e-3):
+            return False
+    return True
 
 
-def words(theirs: Mapping[str, float | list[float]]) -> str:
-    """The numbers in words."""
-    return ", ".join(f"{name} {brief(x, 40)}" for name, x in theirs.items())
+def numbers_in_words(numbers: Mapping[str, float | list[float]]) -> str:
+    """Such as "shift 0.0, scale 0.18215"."""
+    return ", ".join(f"{name} {brief(value, 40)}" for name, value in numbers.items())
 
 
-def _latent(config: Mapping[str, Any]) -> tuple[int, int]:
+def _float_or_floats(value: float | list[float]) -> float | tuple[float, ...]:
+    """One number, or a tuple of one per channel."""
+    array = np.asarray(value, float)
+    return tuple(array.tolist()) if array.ndim else float(array)
+
+
+def _latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """The channels of a latent, and pixels along an axis for each of its own: blocks but the last halve the side."""
     if "z_dim" in config:
         return config["z_dim"], 2 ** len(config["temperal_downsample"])  # one step of the sides for each
@@ -252,21 +287,23 @@ def _folder(name: str) -> Path:
     path = user_path(name, FIELD)
     if path.is_dir():
         return path
-    named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
-    why = ""
-    if named and not path.exists():
-        from huggingface_hub import snapshot_download
+    on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
+    if on_hub is None or path.exists():
+        raise UserError(f"{name} is no folder. {HINT}")
 
-        model, inside = named[1], named[2] or ""
-        files = [f"{inside}/{file}" if inside else file for file in (CONFIG, WEIGHTS)]
-        try:
-            return Path(snapshot_download(model, allow_patterns=files)) / inside
-        except (OSError, ValueError) as error:
-            why = f", and not available from the hub ({error})"
-    raise UserError(f"{name} is no folder{why}. {HINT}")
+    from huggingface_hub import snapshot_download  # slow to import
+
+    repository = on_hub[1]
+    subfolder = on_hub[2] or ""
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, WEIGHTS)]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
 
 
-def _weights(folder: Path) -> Path:
+def _weights_file(folder: Path) -> Path:
     """The safetensors file in a folder, or the pickle that stands in its place."""
-    pickled = (folder / WEIGHTS).with_suffix(".bin")
-    return pickled if pickled.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
+    file = folder / WEIGHTS
+    pickle = file.with_suffix(".bin")
+    return pickle if pickle.is_file() and not file.is_file() else file

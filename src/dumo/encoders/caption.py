@@ -100,20 +100,22 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file or folder, in order; blank lines are left out. Raises UserError where there are none."""
-    found, wrong = list[Prompt](), f"{path} has no prompts: {WAY}"
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        found = [Prompt(file.stem, " ".join((text := read_text(file, WAY)).split()), text) for file in files]
-        if empty := next((file for file, one in zip(files, found, strict=True) if not one.text), None):
-            found, wrong = [], f"{empty} is empty: write a prompt into it, or remove it"
+        prompts: list[Prompt] = []
+        for file in sorted(path.glob("*.txt")):
+            text = read_text(file, WAY)
+            prompt = Prompt(file.stem, " ".join(text.split()), text)
+            if not prompt.text:
+                raise UserError(f"{file} is empty: write a prompt into it, or remove it")
+            prompts.append(prompt)
     elif path.exists():
         texts = _json(path) if path.suffix == ".jsonl" else ((line.strip(), line) for line in _lines(path))
-        found = [Prompt(f"{i:05d}", text, line) for i, (text, line) in enumerate(texts)]
+        prompts = [Prompt(f"{i:05d}", text, line) for i, (text, line) in enumerate(texts)]
     else:
-        wrong = f"there are no prompts {path}: {WAY}"
-    if not found:
-        raise UserError(wrong)
-    return found
+        raise UserError(f"there are no prompts {path}: {WAY}")
+    if not prompts:
+        raise UserError(f"{path} has no prompts: {WAY}")
+    return prompts
 
 
 def _lines(path: Path) -> Iterator[str]:

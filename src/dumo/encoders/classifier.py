@@ -29,7 +29,7 @@ Labels = Int64[Tensor, " n"]
 PIECE = 500  # images at a time through a net
 
 
-class Digits(nn.Module):
+class DigitsClassifier(nn.Module):
     """Of 8x8 grey images: three convolutions, 8x8 -> 4x4 -> 2x2, and a layer of features before its nonlinearity."""
 
     width: ClassVar[int] = 32  # features
@@ -67,7 +67,8 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.one, self.two = _conv(width, width), _conv(width, width)
+        self.one = _conv(width, width)
+        self.two = _conv(width, width)
 
     def forward(self, x: Float[Tensor, "n w h h"]) -> Float[Tensor, "n w h h"]:
         """The same shape, not negative."""
@@ -116,7 +117,7 @@ class Cifar10(nn.Module):
 class Shipped:
     """A classifier with the weights that come with the package, on the CPU, in evaluation mode."""
 
-    kind: type[Digits | Cifar10]
+    kind: type[DigitsClassifier | Cifar10]
     file: Path
 
     @property
@@ -125,7 +126,7 @@ class Shipped:
         return self.kind.width
 
     @cached_property
-    def net(self) -> Digits | Cifar10:
+    def net(self) -> DigitsClassifier | Cifar10:
         """The net."""
         with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
             net = self.kind()
@@ -146,7 +147,7 @@ class Shipped:
         return self.net.logits(f).argmax(1)
 
 
-digits = Shipped(Digits, Path(__file__).with_name("digits.safetensors"))
+digits = Shipped(DigitsClassifier, Path(__file__).with_name("digits.safetensors"))
 cifar10 = Shipped(Cifar10, Path(__file__).with_name("cifar10.safetensors"))
 
 

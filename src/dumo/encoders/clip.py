@@ -27,10 +27,13 @@ from dumo.types import UserError
 
 PIECE = 64  # images
 HINT = f"name a folder with {CONFIG}, {WEIGHTS} and the files of a tokenizer, as transformers saves a CLIPModel"
-CUT, BOTH = "preprocessor_config.json", "processor_config.json"  # of images; of images and texts, as of transformers 5
+CUT = "preprocessor_config.json"  # of images
+BOTH = "processor_config.json"  # of images and texts, as of transformers 5
 TOKENIZER = "tokenizer_config.json"
 Colour = tuple[float, float, float]  # red, green, blue
-MEAN, SD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of colours: OpenAI's CLIP
+# Of colours: OpenAI's CLIP.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+SD = (0.26862954, 0.26130258, 0.27577711)
 NUMBERS = "image_mean", "image_std"
 
 
@@ -73,7 +76,8 @@ class Clip:
 def fitted(image: Image.Image, side: int) -> Image.Image:
     """Its shorter side resized to `side`, then the middle `side` by `side`."""
     w, h = (side * length // min(image.size) for length in image.size)
-    left, top = (w - side) // 2, (h - side) // 2
+    left = (w - side) // 2
+    top = (h - side) // 2
     return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
@@ -86,7 +90,8 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
     if config.get("model_type") != "clip" or "vision_config" not in config:
         raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
-    length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
+    length = model.config.text_config.max_position_embeddings
+    side = model.config.vision_config.image_size
     cut = cutter(folder, length)
     return Clip(folder, model, cut, side, *colours(folder, (MEAN, SD), HINT))
 
@@ -114,7 +119,8 @@ def colours(
     Raises UserError where one of them is not three numbers.
     """
     file = next((folder / name for name in (CUT, BOTH) if (folder / name).is_file()), None)
-    known, found = read_settings(file, hint) if file else {}, list[Tensor]()
+    known = read_settings(file, hint) if file else {}
+    found = list[Tensor]()
     inner = known.get("image_processor")
     known = inner if isinstance(inner, dict) else known
     for name, numbers in zip(NUMBERS, usual, strict=True):

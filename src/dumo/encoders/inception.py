@@ -31,7 +31,8 @@ from dumo.io.picture import Pixels
 from dumo.io.weights import compare, read
 from dumo.types import UserError
 
-SIZE, CLASSES = 299, 1008
+SIZE = 299
+CLASSES = 1008
 WIDTH = 2048  # features of the FID
 PLANES = 7  # channels of the sFID's map (Nash et al. 2021), so that it has about as many numbers as the FID
 SPATIAL_WIDTH = 17 * 17 * PLANES
@@ -95,7 +96,8 @@ def _fine(pooled: int) -> tuple[Branch, ...]:
 
 def _middle(inner: int) -> tuple[Branch, ...]:
     """A block on the 17 x 17 map, its 7 x 7 kernels each split into a row and a column."""
-    row, column = (1, 7), (7, 1)
+    row = (1, 7)
+    column = (7, 1)
     return (
         (Conv("branch1x1", 192),),
         _chain("branch7x7", (inner, 1), (inner, row), (192, column)),
@@ -149,7 +151,7 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
 SPATIAL = "Mixed_6d"  # its first branch comes first; TensorFlow calls that branch's output mixed_6/conv
 
 
-class Norm(nn.Module):
+class InceptionNorm(nn.Module):
     """Batch normalisation by the moments of a training that is over: torch's, without its counter of batches."""
 
     running_mean: Tensor
@@ -157,7 +159,8 @@ class Norm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
 
@@ -166,7 +169,7 @@ class Norm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
 
 
-class Unit(nn.Module):
+class InceptionUnit(nn.Module):
     """A `Conv` with its weights."""
 
     def __init__(self, spec: Conv, width: int) -> None:
@@ -174,19 +177,20 @@ class Unit(nn.Module):
         kernel = (spec.kernel, spec.kernel) if isinstance(spec.kernel, int) else spec.kernel
         padding = (0, 0) if spec.valid else (kernel[0] // 2, kernel[1] // 2)
         self.conv = nn.Conv2d(width, spec.out, kernel, spec.stride, padding, bias=False)
-        self.bn = Norm(spec.out)
+        self.bn = InceptionNorm(spec.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """ReLU of the normalised convolution."""
         return F.relu(self.bn(self.conv(x)))
 
 
-class Block(nn.Module):
+class InceptionBlock(nn.Module):
     """Branches side by side, their outputs one after another along the channels."""
 
     def __init__(self, branches: Sequence[Branch], width: int) -> None:
         super().__init__()
-        self.branches, self.width = branches, 0
+        self.branches = branches
+        self.width = 0
         for branch in branches:
             self.width += _build(self, branch, width)
 
@@ -204,7 +208,7 @@ class Inception(nn.Module):
         for branch in STEM:
             width = _build(self, branch, width)
         for name, branches in BLOCKS.items():
-            block = Block(branches, width)
+            block = InceptionBlock(branches, width)
             self.add_module(name, block)
             width = block.width
         self.fc = nn.Linear(width, CLASSES)
@@ -232,7 +236,7 @@ def _build(module: nn.Module, branch: Branch, width: int) -> int:
     for step in branch:
         convs = step if isinstance(step, list) else [step] if isinstance(step, Conv) else []
         for conv in convs:
-            module.add_module(conv.name, Unit(conv, width))
+            module.add_module(conv.name, InceptionUnit(conv, width))
         width = sum(conv.out for conv in convs) or width
     return width
 
@@ -303,7 +307,8 @@ def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], p
         del weights[name]
     other = f"these are not Inception's weights.\n{_way()}"
     compare(path, weights, net.state_dict(), "Inception", other)
-    odd, source = [name for name, w in weights.items() if not w.isfinite().all()], origin.get("sha256", "nothing")
+    odd = [name for name, w in weights.items() if not w.isfinite().all()]
+    source = origin.get("sha256", "nothing")
     if odd or source != SHA256:
         made = f"{path} says it was made of a file of sha256 {source}, not {SHA256}.\n{_way()}"
         raise UserError(f"{path}: {odd[0]} is not finite: {other}" if odd else made)

@@ -1,8 +1,9 @@
 """A pipeline of diffusers in a folder: what its model_index.json and the configs of its parts say.
 
 A run names one folder, and takes everything from there: the model that it tunes, the autoencoder with its numbers, the
-text encoders, the scheduler. `Pipeline.found` pins each part by a hash when the run begins, so a run never decodes,
-reads prompts or is exported with the parts of another.
+text encoders, the scheduler. `Pipeline.with_facts` pins each part by a hash when the run begins, so a run never
+decodes, reads prompts or is exported with the parts of another. Parts of a run that read the pipeline are a
+`PipelineSpec`, and get it by `with_pipeline`.
 """
 
 import json
@@ -23,29 +24,33 @@ from dumo.io.yaml import parse
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
 S = TypeVar("S", bound=Spec)
-R = TypeVar("R", bound="Reading")
+P = TypeVar("P", bound="PipelineSpec")
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
-TRANSFORMER, VAE = "transformer", "vae"
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+TRANSFORMER = "transformer"
 UNET = "unet"  # where a UNet is the model
+VAE = "vae"
 # Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
-HERE = files("dumo.encoders") / "published"
+CONFIGS = files("dumo.encoders") / "published"
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
 SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
-NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
+SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
-TEXTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
-SINGLE = {"conditioner.embedders.1.": "sdxl"}  # names in files of the original layout: the pipeline; else sd15
+TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
+# In files of the original layout: the beginning of a tensor's name, and the pipeline of such a file; else it is sd15.
+SINGLE_FILES = {"conditioner.embedders.1.": "sdxl"}
 LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
-FAST = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)  # in names of distilled models
+FEW_STEP_NAMES = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)
 
 
 class Pipeline(Spec):
     """A folder of diffusers, or the name of a published one, whose configs are here and whose weights are not."""
 
-    source: str = Field(json_schema_extra=NAMED)
+    source: str = Field(json_schema_extra=SOURCE_SCHEMA)
     # Whether it is distilled to few steps; None: not known, for its class and config are those of its base.
     distilled: bool | None = Field(default=None, json_schema_extra=QUIET)
     # Its class, its licence and the hashes of its parts: found when a run begins.
@@ -53,26 +58,27 @@ class Pipeline(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_folder(cls, given: Any) -> Any:  # noqa: ANN401, whatever was given is checked after this
-        return {"source": given} if isinstance(given, str) else given
+    def _from_source(cls, value: Any) -> Any:  # noqa: ANN401, it is checked after this
+        return {"source": value} if isinstance(value, str) else value
 
     @property
-    def known(self) -> bool:
+    def is_published(self) -> bool:
         """Whether it is a published name, without weights."""
-        return self.source in (*PUBLISHED, *SMALL)
+        return self.source in PUBLISHED or self.source in SMALL
 
     @property
     def folder(self) -> Path:
         """Where it is. Raises UserError for a published name, whose folder is to be fetched, and where none is."""
-        if self.known:
+        if self.is_published:
             raise UserError(
-                f"{FIELD}: {self.source} is known without its weights. Fetch them, {self.fetch()}, and set {FIELD}=DIR"
+                f"{FIELD}: {self.source} is known without its weights. Fetch them, {self.download_command()}, and set "
+                f"{FIELD}=DIR"
             )
         path = user_path(self.source, FIELD)
         if path.suffix == ".safetensors" and path.is_file():
             raise UserError(
                 f"{FIELD}: {self.source} is one file, without the configs and tokenizers of a pipeline. Make a folder "
-                f"DIR of it, {unpacking(path)}, and set {FIELD}=DIR"
+                f"DIR of it, {unpack_command(path)}, and set {FIELD}=DIR"
             )
         if not path.is_dir():
             raise UserError(f"{FIELD}: {self.source} is no folder. {HINT}")
@@ -81,7 +87,7 @@ class Pipeline(Spec):
     @property
     def index(self) -> dict[str, Any]:
         """What model_index.json says; {} for a transformer alone. Raises UserError as `folder`."""
-        if self.known:
+        if self.is_published:
             return published(self.source)
         file = self.folder / INDEX
         return read_settings(file, HINT) if file.is_file() else {}
@@ -91,63 +97,73 @@ class Pipeline(Spec):
         """The class of the pipeline; empty for a transformer alone."""
         return str(self.index.get("_class_name", ""))
 
-    def place(self, part: str) -> Path:
+    def part_folder(self, part: str) -> Path:
         """The folder of a part. Raises UserError, with the command that brings it, where it is missing."""
-        found = self._there(part)
-        if found is None:
-            raise UserError(f"{FIELD}: {self.source} has no {part}/{settings_of(part)}: {self.fetch(part)}")
-        return found
+        folder = self._find_part(part)
+        if folder is None:
+            raise UserError(f"{FIELD}: {self.source} has no {part}/{config_name(part)}: {self.download_command(part)}")
+        return folder
 
-    def _there(self, part: str) -> Path | None:
+    def _find_part(self, part: str) -> Path | None:
         """The folder of a part, if it is there; that of a model may be a UNet's, or the pipeline's own."""
-        places = [self.folder / part, *([self.folder / UNET, self.folder] if part == TRANSFORMER else [])]
-        return next((place for place in places if (place / settings_of(part)).is_file()), None)
+        candidates = [self.folder / part]
+        if part == TRANSFORMER:
+            candidates += [self.folder / UNET, self.folder]
+        for folder in candidates:
+            if (folder / config_name(part)).is_file():
+                return folder
+        return None
 
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part. Raises UserError where it is missing, or another than the run began with."""
-        if self.known:
-            found = self.index.get(part)
-            if found is None:
+        if self.is_published:
+            config = self.index.get(part)
+            if config is None:
                 raise UserError(f"{FIELD}: {self.source} is a transformer alone and has no {part}: name a folder")
-            return found
-        file = self.place(part) / settings_of(part)
-        stat = file.stat()
-        text, now = read_config(file, stat.st_mtime_ns, stat.st_size)
-        self.require(part, now, file.name)
+            return config
+        file = self.part_folder(part) / config_name(part)
+        about = file.stat()
+        text, current_hash = read_config(file, about.st_mtime_ns, about.st_size)
+        self.require(part, current_hash, file.name)
         return json.loads(text)
 
     @property
     def model(self) -> str:
         """What diffusers calls the model that is tuned. Raises UserError as `config`."""
-        return UNET if str(self.config(TRANSFORMER).get("_class_name")).startswith("UNet") else TRANSFORMER
+        class_name = str(self.config(TRANSFORMER).get("_class_name"))
+        return UNET if class_name.startswith("UNet") else TRANSFORMER
 
-    def require(self, part: str, now: str, what: str = "weights") -> None:
+    def require(self, part: str, current_hash: str, what: str = "weights") -> None:
         """Raise UserError where the hash of a part is another than the run began with."""
-        then = (self.facts or {}).get(part, now)
-        if then != now:
+        facts = self.facts or {}
+        if facts.get(part, current_hash) != current_hash:
             raise UserError(
                 f"{FIELD}: {self.source} has another {part.partition('.')[0]} ({what}) than when this run began: put "
                 f"that back, or say where the pipeline is with --set {FIELD}.source=..."
             )
 
-    def fetch(self, part: str = "") -> str:
+    def download_command(self, part: str = "") -> str:
         """The command that brings the whole pipeline, or a part of it."""
-        where = "DIR" if self.known else self.source
-        files = [INDEX, f"'{part}/*'"] if part else [INDEX, "README.md", "'*/*'"]
-        only = "".join(f" --include {file}" for file in files)
-        return f"hf download {self.repository or 'REPOSITORY'}{only} --local-dir {where}"
+        folder = "DIR" if self.is_published else self.source
+        patterns = [INDEX, f"'{part}/*'"] if part else [INDEX, "README.md", "'*/*'"]
+        includes = "".join(f" --include {pattern}" for pattern in patterns)
+        return f"hf download {self.repository or 'REPOSITORY'}{includes} --local-dir {folder}"
 
     @property
     def repository(self) -> str:
         """Its name on the Hugging Face hub, where a folder is one that we know; else empty."""
-        if self.known:
+        if self.is_published:
             return str(published(self.source).get("_name_or_path", ""))
-        there = self._there(TRANSFORMER)
-        mine = hashed(read_settings(there / CONFIG, HINT)) if there else ""
-        alike = (found for name in PUBLISHED if self.class_name in ("", (found := published(name))["_class_name"]))
-        known = {hashed(found[TRANSFORMER]): found["_name_or_path"] for found in alike}  # Kontext's is FLUX.1-dev's
-        said = str(self.index.get("_name_or_path", ""))
-        return known.get(mine) or (said if re.fullmatch(r"[\w.-]+/[\w.-]+", said) else "")
+        folder = self._find_part(TRANSFORMER)
+        if folder is not None:
+            own_hash = config_hash(read_settings(folder / CONFIG, HINT))
+            for name in reversed(PUBLISHED):
+                base = published(name)
+                same_class = self.class_name in ("", base["_class_name"])  # Kontext's config is FLUX.1-dev's
+                if same_class and config_hash(base[TRANSFORMER]) == own_hash:
+                    return str(base["_name_or_path"])
+        noted_name = str(self.index.get("_name_or_path", ""))
+        return noted_name if re.fullmatch(r"[\w.-]+/[\w.-]+", noted_name) else ""
 
     @property
     def license(self) -> dict[str, str]:
@@ -155,79 +171,89 @@ class Pipeline(Spec):
         try:
             text = read_text(self.folder / "README.md", HINT)
             head = parse(text.split("---")[1]) if text.startswith("---") else None
-        except (UserError, YAMLError):  # what others wrote
-            head = None
-        found = head if isinstance(head, dict) else {}
-        return {key: str(found[key]) for key in LICENSE if key in found}
+        except (UserError, YAMLError):  # others wrote it
+            return {}
+        if not isinstance(head, dict):
+            return {}
+        return {key: str(head[key]) for key in LICENSE if key in head}
 
     @property
     def hint(self) -> str:
         """What is known of its being distilled, in words."""
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
-        names = " ".join(
-            (Path(self.source).name, self.repository, self.class_name, str(self.index.get("scheduler", "")))
-        )
-        if named := FAST.search(names):
-            return f"distilled, by its name ({named[0]}): if so, set {FIELD}.distilled=true"
+        scheduler = str(self.index.get("scheduler", ""))
+        names = " ".join((Path(self.source).name, self.repository, self.class_name, scheduler))
+        if few_step_name := FEW_STEP_NAMES.search(names):
+            return f"distilled, by its name ({few_step_name[0]}): if so, set {FIELD}.distilled=true"
         return f"unknown whether the base is distilled: set {FIELD}.distilled to true or false"
 
-    def found(self) -> "Pipeline":
+    def with_facts(self) -> "Pipeline":
         """The same with its facts; as it is where it is not here."""
-        if self.known or self.facts is not None:
+        if self.is_published or self.facts is not None:
             return self
         try:
             facts = dict(self.read_facts())
-        except UserError:  # said where the part is used
+        except UserError:  # raised again where the part is used
             return self
         return self.model_copy(update={"facts": facts})
 
     def verify(self) -> None:
         """Read all parts but the model's weights. Raises UserError where one is another than the run began with."""
-        for name, now in self.model_copy(update={"facts": None}).read_facts():
+        without_facts = self.model_copy(update={"facts": None})
+        for name, current in without_facts.read_facts():
             if name not in LICENSE:
-                self.require(name, now)
+                self.require(name, current)
 
     def read_facts(self) -> Iterator[tuple[str, str]]:
         """Read the facts from the files, by name. Raises UserError where a part is missing."""
         yield "class", self.class_name
         yield from self.license.items()
         for part in (TRANSFORMER, VAE, "scheduler"):
-            if self._there(part):
-                yield part, hashed(self.config(part))
-        if (file := self.folder / VAE / WEIGHTS).is_file():
-            yield "vae.weights", digest.of_file(file)
-        if self.readers:
-            yield "texts", self.texts()
+            if self._find_part(part):
+                yield part, config_hash(self.config(part))
+        vae_weights = self.folder / VAE / WEIGHTS
+        if vae_weights.is_file():
+            yield "vae.weights", digest.of_file(vae_weights)
+        if self.text_parts:
+            yield "texts", self.texts_hash()
 
     @property
-    def readers(self) -> list[str]:
+    def text_parts(self) -> list[str]:
         """The parts that read prompts, by the names of their folders."""
-        parts = (name for name, entry in self.index.items() if isinstance(entry, list) and entry and entry[0])
-        return [name for name in parts if TEXTS.fullmatch(name)]
+        parts: list[str] = []
+        for name, entry in self.index.items():
+            is_present = isinstance(entry, list) and entry and entry[0]  # [null, null]: it has none
+            if is_present and TEXT_PARTS.fullmatch(name):
+                parts.append(name)
+        return parts
 
-    def reading(self, itemsize: int) -> int | None:
+    def text_encoder_bytes(self, itemsize: int) -> int | None:
         """Bytes of the encoders of prompts, at this size of a number; None: they are not here."""
-        if self.known:
+        if self.is_published:
             return self.index["_readers"] * itemsize if "_readers" in self.index else None
-        files = [file for part in self.readers for file in (self.folder / part).glob("*.safetensors")]
-        found = {(file.parent, name): x.numel() for file in files for name, x in weights.load(file).items()}
-        return sum(found.values()) * itemsize or None  # a folder may hold the same weights in two precisions
-
-    def texts(self) -> str:
-        """A hash of all that reads prompts. Raises UserError where a part is missing."""
-        found: list[str] = []
-        for part in self.readers:
+        numbers: dict[tuple[Path, str], int] = {}  # a folder may hold the same weights in two precisions
+        for part in self.text_parts:
             folder = self.folder / part
-            names = sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
-            if not names:
-                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.fetch(part)}")
-            found += [f"{part}/{file.name} {digest.of_file(file)}" for file in names]
-        return digest.short(*found)
+            for file in folder.glob("*.safetensors"):
+                for name, tensor in weights.load(file).items():
+                    numbers[folder, name] = tensor.numel()
+        return sum(numbers.values()) * itemsize or None
+
+    def texts_hash(self) -> str:
+        """A hash of all that reads prompts. Raises UserError where a part is missing."""
+        lines: list[str] = []
+        for part in self.text_parts:
+            folder = self.folder / part
+            part_files = sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
+            if not part_files:
+                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}")
+            lines += [f"{part}/{file.name} {digest.of_file(file)}" for file in part_files]
+        return digest.short(*lines)
 
 
-class Reading(Spec):
-    """A part of a run that reads its pipeline, which the run hands over (`handed`)."""
+class PipelineSpec(Spec):
+    """A part of a run that reads its pipeline, which the run hands over (`with_pipeline`)."""
 
     _pipeline: Pipeline | None = PrivateAttr(default=None)
 
@@ -238,13 +264,13 @@ class Reading(Spec):
             raise UserError(f"{FIELD} is missing: {HINT}")
         return self._pipeline
 
-    def within(self: R, pipeline: Pipeline | None) -> R:
+    def within(self: P, pipeline: Pipeline | None) -> P:
         """The same, of a run with this pipeline."""
         if pipeline == self._pipeline:
             return self
-        made = self.model_copy()
-        made._pipeline = pipeline
-        return made
+        spec = self.model_copy()
+        spec._pipeline = pipeline
+        return spec
 
 
 def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class of diffusers
@@ -252,47 +278,57 @@ def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class o
     return set(pipeline_class._get_signature_keys(pipeline_class)[0])
 
 
-def handed(part: S, pipeline: Pipeline | None) -> S:
+def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
     """A part of a run, all of whose own parts that read a pipeline read this one."""
-    now = {name: value for name in type(part).model_fields if isinstance(value := getattr(part, name), Spec)}
-    new = {name: made for name, value in now.items() if (made := handed(value, pipeline)) is not value}
-    part = part.model_copy(update=new) if new else part
-    return part.within(pipeline) if isinstance(part, Reading) else part
+    changed: dict[str, Spec] = {}
+    for name in type(part).model_fields:
+        field = getattr(part, name)
+        if isinstance(field, Spec):
+            new_field = with_pipeline(field, pipeline)
+            if new_field is not field:
+                changed[name] = new_field
+    if changed:
+        part = part.model_copy(update=changed)
+    return part.within(pipeline) if isinstance(part, PipelineSpec) else part
 
 
-def unpacking(file: Path) -> str:
+def unpack_command(file: Path) -> str:
     """The command that makes a folder of a file of the original layout (LDM), which has no configs and no tokenizers.
 
     config may be a folder of these, where there is no network. Raises UserError for a file that is damaged.
     """
-    with weights.open_safetensors(file) as found:
-        names = list(found.keys())
-    known = (name for key, name in SINGLE.items() if any(one.startswith(key) for one in names))
-    base = published(next(known, "sd15"))
-    kind, config = base["_class_name"], base["_name_or_path"]
+    with weights.open_safetensors(file) as opened:
+        tensor_names = list(opened.keys())
+    name = "sd15"
+    for prefix, pipeline_name in SINGLE_FILES.items():
+        if any(tensor.startswith(prefix) for tensor in tensor_names):
+            name = pipeline_name
+            break
+    kind = published(name)["_class_name"]
+    config = published(name)["_name_or_path"]
     code = f"from diffusers import {kind} as P; P.from_single_file('{file}', config='{config}').save_pretrained('DIR')"
     return f'python -c "{code}"'
 
 
-def settings_of(part: str) -> str:
+def config_name(part: str) -> str:
     """The name of a part's config."""
-    return SCHEDULER if part == "scheduler" else CONFIG
+    return SCHEDULER_CONFIG if part == "scheduler" else CONFIG
 
 
 @lru_cache(64)
 def read_config(file: Path, changed: int, size: int) -> tuple[str, str]:
     """A config as JSON, and its hash; read again where the file has `changed`, in ns, or in size."""
-    found = read_settings(file, HINT, infinite=file.name == SCHEDULER)  # diffusers' say -Infinity
-    return json.dumps(found), hashed(found)
+    config = read_settings(file, HINT, infinite=file.name == SCHEDULER_CONFIG)  # diffusers' say -Infinity
+    return json.dumps(config), config_hash(config)
 
 
 @lru_cache
 def published(name: str) -> dict[str, Any]:
     """What is here of a published pipeline."""
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def hashed(config: Config) -> str:
+def config_hash(config: Config) -> str:
     """A hash of what a config says of a part, not of who wrote it."""
-    said = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-    return digest.short(json.dumps(said, sort_keys=True))
+    facts = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    return digest.short(json.dumps(facts, sort_keys=True))

@@ -45,37 +45,40 @@ class Prompts(Spec):
 
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
         """The encoders with their weights. Raises UserError where a part is missing or cannot be loaded."""
-        of = Pipeline(source=self.source)
-        sha256 = of.texts()
-        kind, pipe = self._loaded(of)
-        parts = [part for name in of.readers if isinstance(part := getattr(pipe, name), nn.Module)]
-        read = PromptReader(self, pipe, defaults(kind), sha256, parts, torch.device("cpu"))
+        folder = Pipeline(source=self.source)
+        sha256 = folder.texts_hash()
+        pipeline_class, pipe = self._load(folder)
+        text_parts = [getattr(pipe, name) for name in folder.text_parts]
+        encoders = [part for part in text_parts if isinstance(part, nn.Module)]
+        read = PromptReader(self, pipe, defaults(pipeline_class), sha256, encoders, torch.device("cpu"))
         read.to(torch.device(device))
         return read
 
-    def _loaded(self, of: Pipeline) -> tuple[Any, Any]:
-        """The class of the pipeline, and the pipeline."""
+    def _load(self, folder: Pipeline) -> tuple[Any, Any]:
+        """The class of the pipeline, and the pipeline, with its transformer on the meta device."""
         import_bitsandbytes()
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
             raise UserError(f"net.texts needs diffusers: {install('pretrained')}") from error
         transformers("net.texts")
-        config, what = (
-            of.config(TRANSFORMER),
-            f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load",
-        )
-        with foreign(what, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
+        config = folder.config(TRANSFORMER)
+        problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"
+        with foreign(problem, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
-            kind = getattr(diffusers, self.pipeline)
+            pipeline_class = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
-            unused = dict.fromkeys(component_names(kind) - {*of.readers, "scheduler"})
-            pipe = kind.from_pretrained(
-                of.folder, **unused | {of.model: model}, torch_dtype=getattr(torch, self.dtype),
-                use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            )  # fmt: skip
-        return kind, pipe
+            unused = component_names(pipeline_class) - {*folder.text_parts, "scheduler"}
+            pipe = pipeline_class.from_pretrained(
+                folder.folder,
+                **dict.fromkeys(unused) | {folder.model: model},
+                torch_dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        return pipeline_class, pipe
 
 
 @dataclass

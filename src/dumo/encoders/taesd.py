@@ -47,7 +47,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             conv(3, WIDTH),
-            Block(),
+            TaesdBlock(),
             conv(WIDTH, WIDTH, stride=2),
             *blocks(),
             conv(WIDTH, WIDTH, stride=2),
@@ -66,7 +66,7 @@ class Tiny(nn.Module):
             *upsample(),
             *blocks(),
             *upsample(),
-            Block(),
+            TaesdBlock(),
             conv(WIDTH, 3),
         )
 
@@ -79,7 +79,7 @@ class Tiny(nn.Module):
         return self.decoder(raw) * 2 - 1
 
 
-class Block(nn.Module):
+class TaesdBlock(nn.Module):
     """relu(y + conv(relu(conv(relu(conv y))))), where y is x, plus the pool branch of x if there is one."""
 
     def __init__(self, pool: bool = False) -> None:
@@ -104,9 +104,9 @@ class Clamp(nn.Module):
         return 3 * torch.tanh(x / 3)
 
 
-def blocks(pool: bool = False) -> list[Block]:
+def blocks(pool: bool = False) -> list[TaesdBlock]:
     """Three of a kind."""
-    return [Block(pool) for _ in range(3)]
+    return [TaesdBlock(pool) for _ in range(3)]
 
 
 def upsample() -> list[nn.Module]:

@@ -22,7 +22,9 @@ from dumo.io.weights import notes, read
 from dumo.runtime.bound import TOKENS
 from dumo.types import PLACE, Spec, UserError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 CLASSES = {  # of transformers, by the model_type of config.json: the encoder alone, where there is a decoder or a tower
     "t5": "T5EncoderModel",
@@ -104,7 +106,8 @@ class Encoder(Spec):
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
         """The encoder with its weights. Raises UserError as `files`, and where transformers cannot load it."""
-        folder, _ = self.folder(), self.files()
+        folder = self.folder()
+        _ = self.files()
         cut = self.cutter()
         return EncoderModel(self, cut, model(folder, self.pooled).to(device), torch.device(device))
 
@@ -137,7 +140,8 @@ class EncoderModel:
             out = self.model(**inputs, output_hidden_states=spec.layer != -1)
         states = out.last_hidden_state if spec.layer == -1 else self.hidden(out)
         mask = torch.ones_like(mask) if spec.pad else mask
-        tokens, mask = states[:, spec.skip :].float().cpu(), mask[:, spec.skip :]
+        tokens = states[:, spec.skip :].float().cpu()
+        mask = mask[:, spec.skip :]
         if not bool(mask.any(1).all()):
             raise UserError(f"net.texts.encoder.skip={spec.skip} leaves nothing of a short text: set it lower")
         return Embeddings(tokens, mask, self.pooled(out) if spec.pooled else None)
@@ -193,7 +197,8 @@ def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: 
 def quietly(library: str = "transformers") -> Generator[None, None, None]:
     """Inside, this or diffusers shows no bars and does not list what a file has besides the encoder."""
     logging = import_module(f"{library}.utils.logging")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

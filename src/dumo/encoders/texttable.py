@@ -9,6 +9,8 @@
 
 Row k is of caption k of captions.jsonl, a string of JSON per line, and the last row of the empty text, which stands for
 no caption. A shard is encoded in the same batches from its own first row.
+
+`encode` makes a table, `open_table` opens one, and `require` compares it with what a run asks for.
 """
 
 import json
@@ -36,12 +38,12 @@ from dumo.runtime import signals
 from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
-LARGEST = 2**34  # bytes of captions.jsonl; ours
+MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl; ours
 Reader = Annotated[Encoder | Prompts | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
-class Contents(Index):
+class TextTableIndex(Index):
     """What index.json says of a table of texts."""
 
     encoder: Reader
@@ -58,18 +60,18 @@ class Contents(Index):
         read: EncoderModel | PromptReader | Cutter,
         shard_rows: int,
         sources: "Sources | None" = None,
-    ) -> "Contents":
+    ) -> "TextTableIndex":
         """The contents before any shard is made."""
-        one = embeddings(read, [""])
+        empty_text = embeddings(read, [""])
         dtype = "int32" if isinstance(encoder, Tokenizer) else encoder.dtype
         columns = {
-            "tokens": Column(dtype=dtype, shape=tuple(one.tokens.shape[2:]), lengths="lengths"),
+            "tokens": Column(dtype=dtype, shape=tuple(empty_text.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
         }
         if isinstance(encoder, Prompts) and encoder.padded:
             columns["mask"] = Column(dtype="bool", lengths="lengths")
-        if one.pooled is not None:
-            columns["pooled"] = Column(dtype=dtype, shape=(one.pooled.shape[1],))
+        if empty_text.pooled is not None:
+            columns["pooled"] = Column(dtype=dtype, shape=(empty_text.pooled.shape[1],))
         if sources:
             columns["source"] = Column(dtype=dtype, shape=sources.shape)
         return cls(
@@ -110,17 +112,20 @@ class Contents(Index):
 
     def summary(self) -> str:
         """What a whole table holds, in words."""
-        width = f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
-        pooled = f", and {self.pooled} of the whole text" if self.pooled else ""
-        texts = f"{self.captions:,} captions and the empty one by {self.model}"
-        most = "" if isinstance(self.encoder, Prompts) else f"up to {self.encoder.length} "
-        return f"{texts}, {most}{width}{pooled}"
+        words = f"{self.captions:,} captions and the empty one by {self.model}, "
+        if not isinstance(self.encoder, Prompts):
+            words += f"up to {self.encoder.length} "
+        words += f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
+        if self.pooled:
+            words += f", and {self.pooled} of the whole text"
+        return words
 
     def binding(self) -> dict[str, Any]:
         """All but the encoder's folder, for its hash is there."""
-        tree = super().binding()
-        encoder = {f"encoder.{key}": value for key, value in tree.pop("encoder").items() if key != "source"}
-        return encoder | tree
+        fields = super().binding()
+        encoder: dict[str, Any] = fields.pop("encoder")
+        encoder_fields = {f"encoder.{name}": value for name, value in encoder.items() if name != "source"}
+        return encoder_fields | fields
 
     @property
     def identity(self) -> str:
@@ -140,24 +145,25 @@ class Sources:
     def of(self, captions: Sequence[str]) -> Float[Tensor, "b c h w"]:
         """Those of captions; zeros where one edits none."""
         hashes = [parted(caption)[1] for caption in captions]
-        found = torch.zeros(len(hashes), *self.shape)
-        if there := [i for i, sha256 in enumerate(hashes) if sha256]:
-            found[there] = self.read([hashes[i] for i in there]).to(found)
-        return found
+        latents = torch.zeros(len(captions), *self.shape)
+        editing = [i for i, sha256 in enumerate(hashes) if sha256]
+        if editing:
+            latents[editing] = self.read([hashes[i] for i in editing]).to(latents)
+        return latents
 
 
 @dataclass(frozen=True)
-class Table:
+class EncodedTexts:
     """Encoded texts."""
 
     folder: Path
-    contents: Contents
+    contents: TextTableIndex
 
     def __len__(self) -> int:
         """The number of rows; the last is for no caption."""
         return self.contents.rows
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Table":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedTexts":
         """Itself: it never changes."""
         return self
 
@@ -169,33 +175,34 @@ class Table:
         """
         if rows is None:
             table.require(self.folder, self.contents, deep=True)
-        at = range(len(self)) if rows is None else rows
-        contents, longest = self.contents, self.longest
-        tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
-        pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
-        mask = torch.zeros(len(at), longest, dtype=torch.bool)
-        for i, row in enumerate(at):
-            number = bisect_right(self._table.ends, row)
-            inside = row - self._table.ends[number]  # counted from the end
-            shard, ends = self._shard(number)
-            n = int(shard["lengths"][inside])
-            entries = slice(ends[inside] - n, ends[inside])
-            tokens[i, :n], mask[i, :n] = shard["tokens"][entries], shard["mask"][entries] if "mask" in shard else True
+        numbers = range(len(self)) if rows is None else rows
+        contents = self.contents
+        b = len(numbers)
+        tokens = torch.zeros(b, self.longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
+        mask = torch.zeros(b, self.longest, dtype=torch.bool)
+        pooled = torch.empty(b, contents.pooled, dtype=contents.dtype) if contents.pooled else None
+        for i, number in enumerate(numbers):
+            shard, token_ends, row = self._find_row(number)
+            length = int(shard["lengths"][row])
+            entries = slice(token_ends[row] - length, token_ends[row])
+            tokens[i, :length] = shard["tokens"][entries]
+            mask[i, :length] = shard["mask"][entries] if "mask" in shard else True
             if pooled is not None:
-                pooled[i] = shard["pooled"][inside]
-        tokens = tokens if contents.width else tokens.long()
+                pooled[i] = shard["pooled"][row]
+        if not contents.width:  # ids
+            tokens = tokens.long()
         return tokens, mask, pooled
 
     def sources(self, rows: Sequence[int] | None = None) -> Float[Tensor, "b c h w"] | None:
         """The latents of the images that captions edit, in their stored type; None: they edit none."""
         if not self.contents.source:
             return None
-        at, ends = range(len(self)) if rows is None else rows, self._table.ends
-        found = torch.empty(len(at), *self.contents.source, dtype=self.contents.dtype)
-        for i, row in enumerate(at):
-            number = bisect_right(ends, row)
-            found[i] = self._shard(number)[0]["source"][row - ends[number]]
-        return found
+        numbers = range(len(self)) if rows is None else rows
+        latents = torch.empty(len(numbers), *self.contents.source, dtype=self.contents.dtype)
+        for i, number in enumerate(numbers):
+            shard, _, row = self._find_row(number)
+            latents[i] = shard["source"][row]
+        return latents
 
     @cached_property
     def longest(self) -> int:
@@ -207,7 +214,11 @@ class Table:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """The tokens of each row, without padding."""
-        return tuple(n for i in range(self.contents.count) for n in self._shard(i)[0]["lengths"].tolist())
+        lengths: list[int] = []
+        for number in range(self.contents.count):
+            shard, _ = self._read_shard(number)
+            lengths += shard["lengths"].tolist()
+        return tuple(lengths)
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
@@ -223,63 +234,74 @@ class Table:
     def _table(self) -> table.Table:
         return table.Table(self.folder, self.contents)
 
+    def _find_row(self, number: int) -> tuple[dict[str, Tensor], list[int], int]:
+        """The shard that has a row, the end of each of its rows in `tokens`, and the row, counted from the end."""
+        ends = self._table.ends
+        shard_number = bisect_right(ends, number)
+        shard, token_ends = self._read_shard(shard_number)
+        return shard, token_ends, number - ends[shard_number]
+
     @cached_property
-    def _shard(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
+    def _read_shard(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
         """A function from a shard's number to its tensors, mapped into memory, and the end of each row in `tokens`."""
 
         @lru_cache(MAPPED)
-        def shard_of(number: int) -> tuple[dict[str, Tensor], list[int]]:
-            found = self._table.tensors(number)
-            return found, found["lengths"].cumsum(0).tolist()
+        def read_shard(number: int) -> tuple[dict[str, Tensor], list[int]]:
+            shard = self._table.tensors(number)
+            return shard, shard["lengths"].cumsum(0).tolist()
 
-        return shard_of
+        return read_shard
 
 
-def open_table(folder: Path) -> Table:
+def open_table(folder: Path) -> EncodedTexts:
     """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
     missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
-    return Table(folder, table.read_whole(folder, Contents, missing))
+    return EncodedTexts(folder, table.read_whole(folder, TextTableIndex, missing))
 
 
-def require(table: Table, encoder: Reader, captions: int, identity: str | None = None) -> None:
+def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str | None = None) -> None:
     """Raise UserError where a table has another number of captions, encoder, or identity (None: any)."""
-    has = table.contents
-    there, now = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
-    lines = [f"{key}: {there.get(key)} there, {now[key]} asked" for key in now if now[key] != there.get(key)]
-    if has.captions != captions:
-        wrong = (
-            f"holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in another "
-            "folder, dumo encode RECIPE --set net.texts.root=DIR"
+    contents = table.contents
+    if contents.captions != captions:
+        raise UserError(
+            f"net.texts.root: {table.folder} holds {contents.captions:,} captions, and the data have {captions:,}: "
+            "make one of these data in another folder, dumo encode RECIPE --set net.texts.root=DIR"
         )
-    elif lines:
+    stored = contents.binding()
+    requested = contents.model_copy(update={"encoder": encoder}).binding()
+    lines = [
+        f"{field}: {stored.get(field)} there, {requested[field]} asked"
+        for field in requested
+        if requested[field] != stored.get(field)
+    ]
+    if lines:
         listed = "\n  ".join(lines)
-        wrong = f"was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
-    elif identity not in (None, has.identity):
-        wrong = (
-            f"is another table than that of this run (identity {has.identity}, and {identity} in net.texts): put it "
-            "back, or encode the same captions by the same encoder"
+        raise UserError(
+            f"net.texts.root: {table.folder} was encoded otherwise:\n  {listed}\nEncode into another folder, or ask "
+            "for what is there"
         )
-    else:
-        return
-    raise UserError(f"net.texts.root: {table.folder} {wrong}")
+    if identity not in (None, contents.identity):
+        raise UserError(
+            f"net.texts.root: {table.folder} is another table than that of this run (identity {contents.identity}, and "
+            f"{identity} in net.texts): put it back, or encode the same captions by the same encoder"
+        )
 
 
-def read_contents(folder: Path) -> Contents | None:
+def read_contents(folder: Path) -> TextTableIndex | None:
     """The contents of index.json, or None where there is none. Raises UserError if it is damaged."""
-    return table.read(folder, Contents)
+    return table.read(folder, TextTableIndex)
 
 
-def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
+def read_captions(folder: Path, expected_digest: str) -> tuple[str, ...]:
     """The captions of a folder. Raises UserError where they are missing, damaged, or not those of the digest."""
     file = folder / CAPTIONS
-    lines = read_text(file, REMAKE, LARGEST).split("\n")
+    lines = read_text(file, REMAKE, MAX_CAPTIONS_BYTES).split("\n")
     try:
         texts = tuple(str(json.loads(line)) for line in lines if line)
-        wrong = "" if digest.short(*texts) == wanted else f"holds other captions than {FILE} says"
     except ValueError as error:
-        texts, wrong = (), f"is damaged ({error})"
-    if wrong:
-        raise UserError(f"{file} {wrong}: {REMAKE}")
+        raise UserError(f"{file} is damaged ({error}): {REMAKE}") from error
+    if digest.short(*texts) != expected_digest:
+        raise UserError(f"{file} holds other captions than {FILE} says: {REMAKE}")
     return texts
 
 
@@ -304,22 +326,29 @@ def encode(
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
     read = encoder.open() if isinstance(encoder, Tokenizer) else encoder.open(device)
-    contents = Contents.of(captions, encoder, read, shard_rows, sources)
+    contents = TextTableIndex.of(captions, encoder, read, shard_rows, sources)
     texts = [*captions, ""]
 
-    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
-        rows, parts = contents.span(number), list[dict[str, Tensor]]()
-        for i in rows[::batch]:
+    has_masks = "mask" in contents.columns
+    types = {name: column.torch_dtype for name, column in contents.columns.items()}
+
+    def encode_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
+        """The columns of a shard; `report` is called with the number of rows that are done."""
+        rows = contents.span(number)
+        batches: list[dict[str, Tensor]] = []
+        for first in rows[::batch]:
             signals.check()
-            some = texts[i : min(i + batch, rows.stop)]
-            parts.append(unpadded(embeddings(read, some), masks="mask" in contents.columns))
-            parts[-1] |= {"source": sources.of(some)} if sources else {}
-            behind(i + len(some) - rows.start)
-        types = {name: column.torch_dtype for name, column in contents.columns.items()}
-        return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, types)
+            batch_texts = texts[first : min(first + batch, rows.stop)]
+            columns = unpadded(embeddings(read, batch_texts), masks=has_masks)
+            if sources:
+                columns["source"] = sources.of(batch_texts)
+            batches.append(columns)
+            report(first + len(batch_texts) - rows.start)
+        whole = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
+        return in_stored_types(whole, types)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
-    return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
+    return table.make(out, contents, encode_shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
 
 
 def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str]) -> Embeddings:
@@ -331,18 +360,22 @@ def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str])
     return Embeddings(ids, mask, None)
 
 
-def unpadded(found: Embeddings, *, masks: bool) -> dict[str, Tensor]:
+def unpadded(rows: Embeddings, *, masks: bool) -> dict[str, Tensor]:
     """The columns of these rows; with `masks`, padding is kept, and the masks."""
-    kept = torch.ones_like(found.mask) if masks else found.mask
-    parts = {"lengths": kept.sum(1), "tokens": found.tokens[kept]}
-    parts |= {"mask": found.mask[kept]} if masks else {}
-    return parts if found.pooled is None else {**parts, "pooled": found.pooled}
+    kept = torch.ones_like(rows.mask) if masks else rows.mask
+    columns = {"lengths": kept.sum(1), "tokens": rows.tokens[kept]}
+    if masks:
+        columns["mask"] = rows.mask[kept]
+    if rows.pooled is not None:
+        columns["pooled"] = rows.pooled
+    return columns
 
 
 def in_stored_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Columns in the stored types. Raises UserError where they are not finite there."""
-    kept = {name: x.to(types[name]) for name, x in tensors.items()}
-    if not all(bool(x.isfinite().all()) for x in kept.values()):
-        kind = str(types["tokens"]).removeprefix("torch.")
-        raise UserError(f"the encoder gives no numbers, or too large ones for {kind}: set its dtype=bfloat16")
-    return kept
+    stored = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
+    for tensor in stored.values():
+        if not tensor.isfinite().all():
+            dtype = str(types["tokens"]).removeprefix("torch.")
+            raise UserError(f"the encoder gives no numbers, or too large ones for {dtype}: set its dtype=bfloat16")
+    return stored

@@ -18,7 +18,9 @@ from dumo.runtime import install
 from dumo.runtime.bound import TOKENS
 from dumo.types import Spec, UserError
 
-VOCABULARY, SPACE = 259, 35  # ByT5 (Xue et al. 2022): the 256 bytes follow padding, end and unknown; a space is byte 32
+# ByT5 (Xue et al. 2022): the 256 bytes follow padding, end and unknown.
+VOCABULARY = 259
+SPACE = 35  # byte 32
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
 
 
@@ -57,7 +59,8 @@ class Cutter:
         with foreign("net.texts: the tokenizer fails", HINT):
             lengths = [len(ids) for ids in self.model(filled, verbose=False)["input_ids"]]
             found = self.model(filled, truncation=True, max_length=self.length, **padded)
-            ids, mask = found["input_ids"], found["attention_mask"].bool()
+            ids = found["input_ids"]
+            mask = found["attention_mask"].bool()
         self._warn(texts, lengths)
         if not bool(mask.any(1).all()):
             raise UserError("net.texts: a text has no token, not even one of its end: choose another tokenizer")
@@ -72,7 +75,8 @@ class Cutter:
 
 def cutter(folder: Path, length: int, template: str = "{}") -> Cutter:
     """The tokenizer of a folder. Raises UserError where there is none, or transformers is missing."""
-    known, config = transformers("net.texts").AutoTokenizer, folder / "tokenizer_config.json"
+    known = transformers("net.texts").AutoTokenizer
+    config = folder / "tokenizer_config.json"
     if not config.is_file():
         raise UserError(f"net.texts: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
     with foreign(f"net.texts: {folder} holds no tokenizer that can be read", HINT):

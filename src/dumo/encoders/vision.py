@@ -37,7 +37,7 @@ OFFSET = 0.1  # of a patch: facebookresearch/dinov2, hub/backbones.py
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its colours
 
 
-class Known(NamedTuple):
+class VisionModel(NamedTuple):
     """What a kind is: a class of transformers, the model types of the folders that it reads, and its usual colours."""
 
     model: str
@@ -51,9 +51,9 @@ class Known(NamedTuple):
         return f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a {self.model}"
 
 
-KNOWN: dict[Kind, Known] = {
-    "dinov2": Known("Dinov2Model", ("dinov2",), IMAGENET, "Pillow, bicubic, the whole image to"),
-    "cmmd": Known(
+KNOWN: dict[Kind, VisionModel] = {
+    "dinov2": VisionModel("Dinov2Model", ("dinov2",), IMAGENET, "Pillow, bicubic, the whole image to"),
+    "cmmd": VisionModel(
         "CLIPVisionModelWithProjection",
         ("clip", "clip_vision_model"),
         (clip.MEAN, clip.SD),
@@ -62,7 +62,7 @@ KNOWN: dict[Kind, Known] = {
 }
 
 
-class Rows(NamedTuple):
+class ImageFeatures(NamedTuple):
     """What statistics read of n images: features alone."""
 
     pool: Float[Tensor, "n d"]
@@ -95,14 +95,15 @@ class Eye:
         }
 
     @torch.no_grad()
-    def __call__(self, pixels: Pixels) -> Rows:
+    def __call__(self, pixels: Pixels) -> ImageFeatures:
         """The features of images of any size, in float32."""
         some = pixels if len(pixels) else pixels.new_zeros(1, 3, 1, 1)  # these models take no batch of none
-        seen, hint = self.seen(some).to(self.model.device), KNOWN[self.kind].hint
+        seen = self.seen(some).to(self.model.device)
+        hint = KNOWN[self.kind].hint
         with using("fp32", self.model.device), foreign(f"the model of {self.folder} fails", hint):
             out = self.model(pixel_values=seen)
         x = (normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output)[: len(pixels)]
-        return Rows(x, x[:, :0], x[:, :0])
+        return ImageFeatures(x, x[:, :0], x[:, :0])
 
     def seen(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
         """Images as the model sees them."""
@@ -115,7 +116,8 @@ def fitted(image: Image.Image, side: int, kind: Kind) -> Image.Image:
     """The image as a square of `side` pixels: of CMMD its middle, else all of it."""
     if kind == "cmmd":
         (w, h), short = image.size, min(image.size)
-        left, top = (w - short) // 2, (h - short) // 2
+        left = (w - short) // 2
+        top = (h - short) // 2
         image = image.crop((left, top, left + short, top + short))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 

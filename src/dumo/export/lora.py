@@ -134,7 +134,7 @@ def changed(exported: Exported) -> Iterator[tuple[str, Layer, Layer]]:
     """
     net = exported.net
     model: nn.Module = net.stock(exported.head, last=exported.last)
-    for path, part in zip(net.paths, net.old, strict=True) if not exported.alone else ():
+    for path, part in zip(net.trained_paths, net.old, strict=True) if not exported.alone else ():
         for name, old in part.named_modules():
             new = model.get_submodule(where := f"{path}.{name}".rstrip("."))
             both = zip(old.parameters(recurse=False), new.parameters(recurse=False), strict=True)

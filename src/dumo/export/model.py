@@ -246,7 +246,7 @@ class Exported:
     def source(self) -> Path | None:
         """The folder of the whole pipeline that the model came from; None where it came alone."""
         pipeline = self.spec.pipeline
-        return pipeline.folder if not pipeline.known and (pipeline.folder / INDEX).is_file() else None
+        return pipeline.folder if not pipeline.is_published and (pipeline.folder / INDEX).is_file() else None
 
     @property
     def origin(self) -> str:

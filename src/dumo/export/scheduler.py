@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
-from dumo.nets.vp import Frame, settings
+from dumo.nets.vp import DiffusionToVelocity, settings
 from dumo.types import UserError
 
 SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
@@ -61,7 +61,12 @@ def restart(solver: Solver) -> Restart:
 
 
 def write_scheduler(
-    folder: Path, solver: Restart, frame: Frame | None = None, *, takes_times: bool = True, hops: bool = False
+    folder: Path,
+    solver: Restart,
+    frame: DiffusionToVelocity | None = None,
+    *,
+    takes_times: bool = True,
+    hops: bool = False,
 ) -> Entry:
     """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
@@ -100,7 +105,7 @@ def check_scheduler(folder: Path) -> None:
             )
 
 
-def write_euler(folder: Path, frame: Frame | None = None) -> Entry:
+def write_euler(folder: Path, frame: DiffusionToVelocity | None = None) -> Entry:
     """Write the scheduler of a velocity, with Euler steps, or DDIM's of a diffusion's `frame`; return its entry."""
     if frame:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler

@@ -23,12 +23,13 @@ from pydantic import Field
 from torch import nn
 
 from dumo.nets.lowbit import Coding, halve, quantise
-from dumo.nets.twin import put
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import QUIET, Spec, UserError
 
-FEW_STEP, SUBJECT = "default", "subject"  # adapters by their names in peft: the first, and the one on top of it
+# Adapters by their names in peft.
+FEW_STEP = "default"
+SUBJECT = "subject"  # the one on top of it
 MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 
@@ -122,8 +123,8 @@ def off(model: nn.Module) -> Generator[None, None, None]:
 def merge(model: nn.Module) -> None:
     """Add the adapters to their layers, in place and in float32, and drop them."""
     nn.Module.float(model)  # diffusers' own warns that no layer may stay in half precision
-    there = {id(layer): layer for layer in adapters(model)}
-    for name, place in [*model.named_modules()]:
-        if layer := there.get(id(place)):
-            layer.merge()
-            put(model, name, layer.get_base_layer())
+    for name, layer in [*model.named_modules()]:
+        if hasattr(layer, "lora_A"):  # as `adapters`
+            adapted: Any = layer
+            adapted.merge()
+            model.set_submodule(name, adapted.get_base_layer())

@@ -2,6 +2,9 @@
 
 Modern blocks are those of LightningDiT (Yao et al. 2025): RMS norms (Zhang & Sennrich 2019), query and key norms
 (Dehghani et al. 2023), SwiGLU with as many parameters (Shazeer 2020), and rotary positions.
+
+`Stream` has the layers, `Block` calls them, `Preserving` is a block that keeps magnitudes (EDM2). `run_lean` calls a
+block with activation checkpointing, where `make_lean` noted it.
 """
 
 from collections.abc import Iterable
@@ -21,7 +24,7 @@ from dumo.types import Array
 EPS = 1e-6  # DiT's
 
 
-class Sizes(NamedTuple):
+class BlockSizes(NamedTuple):
     """The sizes and the kind of a block."""
 
     width: int
@@ -29,7 +32,7 @@ class Sizes(NamedTuple):
     modern: bool = False
     qk_norm: bool = False  # modern blocks have it anyway
 
-    def gains(self) -> nn.RMSNorm | None:
+    def qk_norm_layer(self) -> nn.RMSNorm | None:
         """A norm of queries or keys, with a weight for each number of an attention head."""
         if not (self.modern or self.qk_norm):
             return None
@@ -47,19 +50,23 @@ class Modulation(NamedTuple):
 class Stream(nn.Module):
     """The layers of a block for one stream of tokens. Their gates start at zero (adaLN-zero)."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """The perceptron is four times as wide as the block."""
         super().__init__()
         width = sizes.width
-        self.modern, self.attention = sizes.modern, sizes.attention
+        self.modern = sizes.modern
+        self.attention = sizes.attention
         self.modulation = nn.Linear(width, 6 * width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        hidden = gated(width) if self.modern else 4 * width
-        self.up, self.down = nn.Linear(width, 2 * hidden if self.modern else hidden), nn.Linear(hidden, width)
-        self.q_norm, self.k_norm = sizes.gains(), sizes.gains()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        hidden = swiglu_width(width) if self.modern else 4 * width
+        self.up = nn.Linear(width, 2 * hidden if self.modern else hidden)
+        self.down = nn.Linear(hidden, width)
+        self.q_norm = sizes.qk_norm_layer()
+        self.k_norm = sizes.qk_norm_layer()
 
     @property
-    def silent(self) -> tuple[nn.Linear, ...]:
+    def zero_layers(self) -> tuple[nn.Linear, ...]:
         """Layers that start at zero."""
         return (self.modulation,)
 
@@ -73,27 +80,31 @@ class Stream(nn.Module):
         parts = self.modulation(e).unsqueeze(1).chunk(6, -1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
-    def look(self, h: Array, m: Modulation, *places: Array) -> Array:
+    def add_attention(self, h: Array, m: Modulation, *places: Array) -> Array:
         """h after attention."""
-        return h + m.gate * self.attend(self.shown(h, m), *places)
+        return h + m.gate * self.attend(self.layer_input(h, m), *places)
 
-    def think(self, h: Array, m: Modulation) -> Array:
+    def add_perceptron(self, h: Array, m: Modulation) -> Array:
         """h after the perceptron."""
-        return h + m.gate * self.perceive(self.shown(h, m))
+        return h + m.gate * self.perceive(self.layer_input(h, m))
 
-    def shown(self, h: Array, m: Modulation) -> Array:
+    def layer_input(self, h: Array, m: Modulation) -> Array:
         """The input of a layer: h normalized and modulated."""
         return modulated(h, m.shift, m.scale, rms=self.modern)
 
     def attend(self, a: Array, *places: Array) -> Array:
         """Self-attention over the tokens."""
-        return self.out(mix(*self.project(a, *places)))
+        return self.out(attention_of(*self.project(a, *places)))
 
     def project(self, a: Array, *places: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each (b, attention, tokens, size)."""
-        q, k, v = parted(self.qkv(a), 3, self.attention)
-        q, k = unit(q, self.q_norm, v), unit(k, self.k_norm, v)
-        return (turn(q, *places), turn(k, *places), v) if places else (q, k, v)
+        q, k, v = split_heads(self.qkv(a), 3, self.attention)
+        q = normalize_qk(q, self.q_norm, v)
+        k = normalize_qk(k, self.k_norm, v)
+        if places:  # rotary
+            q = turn(q, *places)
+            k = turn(k, *places)
+        return q, k, v
 
     def perceive(self, a: Array) -> Array:
         """The perceptron, token by token."""
@@ -108,8 +119,9 @@ class Block(Stream):
 
     def forward(self, h: Array, e: Array, *places: Array) -> Array:
         """h (b, tokens, width); e (b, width), already through its SiLU; places: the tables of `turns`, or nothing."""
-        first, second = self.modulations(e)
-        return self.think(self.look(h, first, *places), second)
+        of_attention, of_perceptron = self.modulations(e)
+        h = self.add_attention(h, of_attention, *places)
+        return self.add_perceptron(h, of_perceptron)
 
 
 def normalize(h: Array, *, rms: bool = False) -> Array:
@@ -122,24 +134,24 @@ def modulated(h: Array, shift: Array, scale: Array, *, rms: bool = False) -> Arr
     return normalize(h, rms=rms) * (1 + scale) + shift
 
 
-def parted(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
+def split_heads(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
     """(b, tokens, parts * width) -> `parts` tensors (b, attention, tokens, size)."""
     size = a.shape[-1] // (parts * attention)
     return a.view(*a.shape[:2], parts, attention, size).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def unit(a: Array, norm: nn.Module | None, like: Array) -> Array:
+def normalize_qk(a: Array, norm: nn.Module | None, like: Array) -> Array:
     """Queries or keys through their norm, if they have one, in the type of the values."""
     return a if norm is None else norm(a).to(like.dtype)
 
 
-def mix(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+def attention_of(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Attention, its heads side by side: (b, tokens, width). `mask` (b, keys) says which keys are there."""
-    seen = None if mask is None else mask[:, None, None]  # here: torch.func.jvp carries no view into a compiled block
-    return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+    key_mask = None if mask is None else mask[:, None, None]  # here: jvp carries no view into a compiled block
+    return F.scaled_dot_product_attention(q, k, v, key_mask).transpose(1, 2).flatten(2)
 
 
-def gated(width: int) -> int:
+def swiglu_width(width: int) -> int:
     """Hidden numbers of a gated perceptron: 8/3 width, so that its three matrices have the size of the plain one's two.
 
     Rounded to a multiple of 8, for the matrix units of a GPU.
@@ -152,10 +164,10 @@ def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
 
     That is activation checkpointing (Chen et al. 2016).
     """
-    if lean and torch.is_grad_enabled():
-        recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=noop_context_fn if recorded else _again)
-    return block(*inputs)
+    if not lean or not torch.is_grad_enabled():
+        return block(*inputs)
+    recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=noop_context_fn if recorded else _recompute)
 
 
 Lean = bool | Annotated[int, Field(ge=2)]  # true: all blocks are computed again; n: every n-th, from the first on
@@ -172,13 +184,15 @@ def run_lean(block: nn.Module, *inputs: Array | None) -> Array:
     return run(block, *inputs, lean=bool(getattr(block, "lean", True)))
 
 
-def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Tangents on a block are known by the time it is computed again, unless they were recorded."""
     return nullcontext(), primal_only()
 
 
 Magnitude = Literal["free", "preserved"]
-GELU, SWIGLU = 0.652, 0.596  # roots of E[f(x)^2], x ~ N(0, 1); SwiGLU: EDM2, Eq. 81
+# Roots of E[f(x)^2], x ~ N(0, 1).
+GELU = 0.652
+SWIGLU = 0.596  # EDM2, Eq. 81
 
 
 class Unit(nn.Linear):
@@ -213,22 +227,22 @@ class Preserving(Block):
     Attention still averages values, as in EDM2. Embeddings, modulations and heads are unchanged.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """`Block` with units for its linear layers, except those that start at zero."""
         super().__init__(sizes)
         for name, layer in [*self.named_children()]:
-            if isinstance(layer, nn.Linear) and layer not in self.silent:
+            if isinstance(layer, nn.Linear) and layer not in self.zero_layers:
                 setattr(self, name, Unit(layer.in_features, layer.out_features))
 
-    def look(self, h: Array, m: Modulation, *places: Array) -> Array:
+    def add_attention(self, h: Array, m: Modulation, *places: Array) -> Array:
         """h after attention."""
-        return blend(h, self.attend(self.shown(h, m), *places), m.gate)
+        return blend(h, self.attend(self.layer_input(h, m), *places), m.gate)
 
-    def think(self, h: Array, m: Modulation) -> Array:
+    def add_perceptron(self, h: Array, m: Modulation) -> Array:
         """h after the perceptron."""
-        return blend(h, self.perceive(self.shown(h, m)), m.gate)
+        return blend(h, self.perceive(self.layer_input(h, m)), m.gate)
 
-    def shown(self, h: Array, m: Modulation) -> Array:
+    def layer_input(self, h: Array, m: Modulation) -> Array:
         """The input of a layer: h modulated, then normalized."""
         return normalize(h * (1 + m.scale) + m.shift, rms=self.modern)
 
@@ -245,5 +259,6 @@ def blend(h: Array, a: Array, gate: Array) -> Array:
 @torch.no_grad()
 def shorten(net: nn.Module) -> None:
     """Scale the rows of all units to length 1, in place."""
-    for layer in (layer for layer in net.modules() if isinstance(layer, Unit)):
-        layer.weight.copy_(F.normalize(layer.weight, dim=1))
+    for layer in net.modules():
+        if isinstance(layer, Unit):
+            layer.weight.copy_(F.normalize(layer.weight, dim=1))

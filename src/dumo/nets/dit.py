@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from dumo.nets.block import (
     Block,
+    BlockSizes,
     Lean,
     Magnitude,
     Preserving,
-    Sizes,
     Stream,
     Unit,
     make_lean,
@@ -37,7 +37,7 @@ from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-# DiT's own
+# fields of DiT's own nets
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
@@ -71,7 +71,8 @@ class DiT(Spec):
         """S, B, L or XL of DiT's Tab. 1, with `others` among the fields: `DiT.size("B", patch=4)`."""
         if name not in SIZES:
             raise UserError(f"there is no DiT of size '{name}': it is one of {', '.join(SIZES)}")
-        return cls(**dict(zip(("width", "depth", "attention"), SIZES[name], strict=True)), **others)
+        width, depth, attention = SIZES[name]
+        return cls(width=width, depth=depth, attention=attention, **others)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Transformer":
         """A net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
@@ -79,17 +80,15 @@ class DiT(Spec):
         Raises UserError where the sizes do not fit one another or the images.
         """
         side = side_of(shape, self.kind)
-        parted = (
-            ("net.patch", self.patch, "the image side", side),
-            ("net.attention", self.attention, "net.width", self.width),
-        )
-        for name, part, of, whole in parted:
-            if whole % part:
-                raise UserError(f"{name} {part} does not divide {of} {whole}")
-        if self.modern and (size := self.width // self.attention) % 4:
+        if side % self.patch:
+            raise UserError(f"net.patch {self.patch} does not divide the image side {side}")
+        if self.width % self.attention:
+            raise UserError(f"net.attention {self.attention} does not divide net.width {self.width}")
+        head_width = self.width // self.attention
+        if self.modern and head_width % 4:
             raise UserError(
-                f"net.modern needs attention heads of a multiple of 4 numbers, not net.width / net.attention = {size}: "
-                "change one of them, or use net.modern=false"
+                "net.modern needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
+                f"{head_width}: change one of them, or use net.modern=false"
             )
         if self.late is not None and ("r" not in needs.inputs or self.late >= self.depth):
             raise UserError(
@@ -105,21 +104,24 @@ class DiT(Spec):
     @model_serializer(mode="wrap")
     def _serialized(self, serialize: Callable[["DiT"], dict[str, Any]]) -> dict[str, Any]:
         """Without `texts` where there are none."""
-        tree = serialize(self)
-        return tree if self.texts else {name: value for name, value in tree.items() if name != "texts"}
+        fields = serialize(self)
+        if not self.texts:
+            fields.pop("texts", None)
+        return fields
 
 
-class Head(nn.Module):
+class DiTHead(nn.Module):
     """An output layer: modulated norm, then linear, zero at the start."""
 
     def __init__(self, width: int, out: int, *, rms: bool = False) -> None:
         """From `width` to `out` numbers per token; `rms`: which norm."""
         super().__init__()
         self.rms = rms
-        self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, out)
 
     @property
-    def silent(self) -> tuple[nn.Linear, ...]:
+    def zero_layers(self) -> tuple[nn.Linear, ...]:
         """Layers that start at zero."""
         return self.modulation, self.out
 
@@ -139,25 +141,40 @@ class Transformer(nn.Module):
     def __init__(self, spec: DiT, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `DiT.build`."""
         super().__init__()
-        width, (channels, side, _) = spec.width, shape
-        self.patch, self.grid = spec.patch, side // spec.patch
-        self.embed = nn.Linear(channels * spec.patch**2, width)
+        width = spec.width
+        channels, side, _ = shape
+        patch_numbers = channels * spec.patch**2
+        self.patch = spec.patch
+        self.grid = side // spec.patch
         self.precondition: Precondition = spec.precondition
-        self.preserved, self.rotary = spec.magnitude == "preserved", spec.modern
-        self.waves = width // spec.attention if self.rotary else width  # numbers of a position
-        for name, table in zip(self.placed, self._tables(self.grid, self.grid), strict=True):
-            self.register_buffer(name, table, persistent=not self.rotary)
+        self.preserved = spec.magnitude == "preserved"
         self.late = spec.late
-        one = tuple(name for name in needs.shared if self.late is None or name != "r")
-        self.scalars = Scalars(one, width, spec.time_scale)
+
+        # patches and their positions
+        self.embed = nn.Linear(patch_numbers, width)
+        self.rotary = spec.modern
+        self.position_width = width // spec.attention if self.rotary else width
+        position_tables = self._make_positions(self.grid, self.grid)
+        for name, table in zip(self.position_buffers, position_tables, strict=True):
+            self.register_buffer(name, table, persistent=not self.rotary)
+
+        # times, knobs and conditions
+        summed = tuple(name for name in needs.shared if self.late is None or name != "r")
+        self.scalars = Scalars(summed, width, spec.time_scale)
         self.own = Own(needs, width, spec.time_scale)
         self.text = TextEmbedder(spec.texts.build(classes), width) if spec.texts else None
         self.label = label_table(classes, width) if classes and not self.text else None
-        block = Cross if self.text else Preserving if self.preserved else Block
-        sizes = Sizes(width, spec.attention, spec.modern, spec.qk_norm)
-        self.blocks = nn.ModuleList(block(sizes) for _ in range(spec.depth))
-        out = channels * spec.patch**2
-        self.heads = nn.ModuleDict({name: Head(width, out, rms=spec.modern) for name in needs.heads})
+
+        # blocks and heads
+        if self.text:
+            block_class = Cross
+        elif self.preserved:
+            block_class = Preserving
+        else:
+            block_class = Block
+        sizes = BlockSizes(width, spec.attention, spec.modern, spec.qk_norm)
+        self.blocks = nn.ModuleList(block_class(sizes) for _ in range(spec.depth))
+        self.heads = nn.ModuleDict({name: DiTHead(width, patch_numbers, rms=spec.modern) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = bool(spec.checkpoint)
         make_lean(self.blocks, spec.checkpoint)
@@ -169,12 +186,15 @@ class Transformer(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
         shared, own = self.own(**inputs)
-        x, out = framed(self.precondition, x, shared["t"])
+        x, to_output = framed(self.precondition, x, shared["t"])
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        places = self._places(grid, x.device)
         h: Array = self.embed(self._patches(x, grid))
-        h, places = (h, places) if self.rotary else (h + places[0], ())
-        h = normalize(h, rms=True) if self.preserved else h
+        places = self._positions(grid, x.device)
+        if not self.rotary:  # rotary ones turn queries and keys
+            h = h + places[0]
+            places = ()
+        if self.preserved:
+            h = normalize(h, rms=True)
         text: tuple[Array | None, ...] = ()
         vector: Array | None = None
         if self.text is not None:
@@ -183,16 +203,21 @@ class Transformer(nn.Module):
         elif self.label is not None:
             vector = self.label(c)
         conditions = [s if vector is None else s + vector for s in self._times(shared)]
-        e, last = [F.silu(s) for s in conditions], conditions[-1]
+        e = [F.silu(condition) for condition in conditions]  # of the first blocks, and with `late` of the others
 
         def step(i: int, block: nn.Module, h: Array, *places: Array) -> Array:
-            return run_lean(block, h, e[0] if self.late is None or i < self.late else e[-1], *text, *places)
+            condition = e[0] if self.late is None or i < self.late else e[-1]
+            return run_lean(block, h, condition, *text, *places)
 
         split = self.route.split(*h.shape[:2]) if self.route and self.training else None
         h = through(self.blocks, h, places, step, split)
-        own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
-        heads = (out(self._image(head(h, own[k]), grid)) for k, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ())
+        outputs: list[Array] = []
+        for name, head in self.heads.items():
+            condition = F.silu(conditions[-1] + own[name]) if name in own else e[-1]
+            outputs.append(to_output(self._image(head(h, condition), grid)))
+        if self.gauges:
+            outputs += self.gauges(**shared)
+        return tuple(outputs)
 
     def _times(self, shared: dict[str, Time]) -> tuple[Array, ...]:
         """The embedding of times and knobs; with `late` also that of the last blocks, where r replaces t."""
@@ -207,30 +232,33 @@ class Transformer(nn.Module):
             shorten(self)
 
     @property
-    def placed(self) -> tuple[str, ...]:
+    def position_buffers(self) -> tuple[str, ...]:
         """The buffers that hold positions on the grid that the net was built for."""
         return ("cos", "sin") if self.rotary else ("positions",)
 
-    def _places(self, grid: tuple[int, int], at: device) -> tuple[Tensor, ...]:
-        """The positions on a grid: those that are held, or of images in buckets its own."""
+    def _positions(self, grid: tuple[int, int], device: device) -> tuple[Tensor, ...]:
+        """The positions on a grid, (tokens, numbers) each: those that are held, or of images in buckets its own."""
         if grid == (self.grid, self.grid):
-            return tuple(self.get_buffer(name) for name in self.placed)
-        return self._tables(*grid, at)
+            return tuple(self.get_buffer(name) for name in self.position_buffers)
+        return self._make_positions(*grid, device)
 
-    def _tables(self, rows: int, columns: int, at: device | None = None) -> tuple[Tensor, ...]:
+    def _make_positions(self, rows: int, columns: int, device: device | None = None) -> tuple[Tensor, ...]:
         if self.rotary:
-            return turns(rows, columns, self.waves, at)
-        return (grid_waves(rows, columns, self.waves, at),)
+            return turns(rows, columns, self.position_width, device)
+        return (grid_waves(rows, columns, self.position_width, device),)
 
     def _patches(self, x: Array, grid: tuple[int, int]) -> Array:
         """(b, ch, height, width) -> (b, tokens, ch p p)."""
-        b, ch, (rows, columns), p = x.shape[0], x.shape[1], grid, self.patch
+        b, ch = x.shape[:2]
+        rows, columns = grid
+        p = self.patch
         return x.reshape(b, ch, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _image(self, y: Array, grid: tuple[int, int]) -> Array:
         """(b, tokens, ch p p) -> (b, ch, height, width)."""
-        b, (rows, columns), p = y.shape[0], grid, self.patch
-        return y.view(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        rows, columns = grid
+        p = self.patch
+        return y.view(y.shape[0], rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _initialize(self) -> None:
         """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero."""
@@ -238,10 +266,11 @@ class Transformer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             if not isinstance(layer, Unit):
                 nn.init.zeros_(layer.bias)
-        modules = (*self.blocks.modules(), *self.heads.modules())
-        for layer in (layer for m in modules if isinstance(m, Stream | Head) for layer in m.silent):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for module in (*self.blocks.modules(), *self.heads.modules()):
+            if isinstance(module, Stream | DiTHead):
+                for layer in module.zero_layers:
+                    nn.init.zeros_(layer.weight)
+                    nn.init.zeros_(layer.bias)
         self.after_step()
 
 
@@ -276,27 +305,40 @@ UNUSED = "projectors."  # of REPA: for its training loss alone
 
 def our_name(name: str, names: Mapping[str, str] = NAMES) -> str | None:
     """Our name for a published one; None: our net has no such layer."""
-    found = [re.sub(pattern, ours, name) for pattern, ours in names.items() if re.match(pattern, name)]
-    return found[0] if found else None
+    for pattern, ours in names.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, ours, name)
+    return None
 
 
-def of_diffusers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Weights under our names; those of layers that our net lacks are left out."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        ours = our_name(name, names)
+        if ours is not None:
+            state[ours] = tensor
+    return state
+
+
+def of_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A DiT as diffusers saves it, under its authors' names. Every block holds embeddings there, equal to the first's.
 
     Raises UserError where they differ.
     """
-    for name, tensor in found.items():
-        first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
-        if not equal(tensor, found[first]):
-            raise UserError(f"start.source: {name} is not {first}, and a DiT embeds once: take another one")
-    joined = dict(found)
-    for name in [name for name in found if ".attn1.to_q." in name]:
-        parts = [joined.pop(name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
-        joined[name.replace("to_q", "qkv")] = cat(parts)
-    return {theirs: tensor for name, tensor in joined.items() if (theirs := our_name(name, DIFFUSERS))}
+    for name, tensor in weights.items():
+        name_in_first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
+        if not equal(tensor, weights[name_in_first]):
+            raise UserError(f"start.source: {name} is not {name_in_first}, and a DiT embeds once: take another one")
+    fused = dict(weights)
+    for query_name in weights:
+        if ".attn1.to_q." in query_name:
+            parts = [fused.pop(query_name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
+            fused[query_name.replace("to_q", "qkv")] = cat(parts)
+    return renamed(fused, DIFFUSERS)
 
 
-def converted(found: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor]:
+def converted(weights: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor]:
     """The weights of a published SiT (Ma et al. 2024) or DiT under our names, for a net of time scale 1.
 
     From names that `our_name` knows. The trunks are the same function: patches, sinusoids, order of queries, keys and
@@ -309,15 +351,20 @@ def converted(found: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor
     - The outputs of a patch have the order row, column, channel; here it is channel, row, column.
     - A learned sigma is the second half of the output channels; SiT's own forward pass drops it, and so do we.
     """
-    state = {ours: tensor for name, tensor in found.items() if (ours := our_name(name))}
+    state = renamed(weights, NAMES)
     state["embed.weight"] = state["embed.weight"].flatten(1)
-    state["positions"] = state["positions"].squeeze(0) if "positions" in state else net.positions  # fixed sinusoids
+    if "positions" in state:
+        state["positions"] = state["positions"].squeeze(0)
+    else:
+        state["positions"] = net.positions  # fixed sinusoids
     channels = net.embed.in_features // net.patch**2
     for name in ("heads.v.out.weight", "heads.v.out.bias"):
         rows = state[name].unflatten(0, (net.patch, net.patch, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
         state[name] = -rows
     first = "scalars.embedders.t.0.weight"
     of_cos, of_sin = state[first].double().chunk(2, 1)
-    cos, sin = (w := net.scalars.frequencies.double().to(of_cos.device)).cos(), w.sin()
+    w = net.scalars.frequencies.double().to(of_cos.device)
+    cos = w.cos()
+    sin = w.sin()
     state[first] = cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1).to(state[first])
     return state

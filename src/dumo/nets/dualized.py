@@ -2,11 +2,14 @@
 
 The model keeps its class. The parts that are exchanged keep their names and shapes: its last layer (`dumo.nets.twin`),
 its time embedder (`dumo.nets.lowpass`), layers with adapters (`dumo.nets.adapter`).
+
+A pass (`Dualized.forward`) puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with what its
+`Family` says, and reads the heads off its last layer. `Dualized.base` is the untuned model, `stock` the one to export.
 """
 
 import copy
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from math import isqrt, prod
 from typing import Any
@@ -17,14 +20,14 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
-from dumo.nets.embed import check
-from dumo.nets.family import TURN, UNET, Config, Family, Inputs, packed, unpacked
-from dumo.nets.gap import Fixed, Gap, fixed
+from dumo.nets.embed import require_inputs
+from dumo.nets.family import UNET, Config, Family, Inputs, pack_latents, unpack_latents
+from dumo.nets.gap import Fixed, GapEmbedder, fixed
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.route import Route, standing
 from dumo.nets.rows import Texts
-from dumo.nets.twin import Head, Outs, exchanged, heads_of, put, set_channels
-from dumo.nets.vp import Frame
+from dumo.nets.twin import HeadLayer, Outs, heads_of, set_channels, with_submodules
+from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
@@ -41,57 +44,78 @@ class Dualized(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        row: Family,
+        family: Family,
         texts: Texts,
         heads: Sequence[str],
         patch: int,
         *,
         guidance: float | None = None,
         lora: Lora | None = None,
-        limit: float | None = None,
-        frame: Frame | None = None,
+        lowpass_limit: float | None = None,
+        frame: DiffusionToVelocity | None = None,
         gap: bool = False,
         route: Route | None = None,
     ) -> None:
-        """Takes the model over; every head is a copy of its last layer. `limit` is the low-pass's; None: none.
+        """Takes the model over; every head is a copy of its last layer.
 
-        `frame` is that of a model of a diffusion. With `gap` it takes r, too: the model has an embedder of time.
+        `lowpass_limit` is in rad per unit of t; None: waves stay as they are. `frame` is that of a model of a
+        diffusion. With `gap` it takes r, too: the model has an embedder of time.
 
         Raises UserError as `adapter.adapt` and `Route.note`.
         """
         super().__init__()
-        self.model, self.row, self.texts, self.patch, self.guidance = model, row, texts, patch, guidance
-        self.frame, self.route = frame, route
+        self.model = model
+        self.family = family
+        self.texts = texts
+        self.patch = patch
+        self.guidance = guidance
+        self.frame = frame
+        self.route = route
         if route:
             route.note(self.blocks)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
-        self.tables = {
-            name: tables for name, layer in model.named_modules() if name and (tables := twin.unsaved(layer))
-        }
-        idle, embedders = self._idle(), self._embedders()
-        parts = [row.last, *embedders]  # trained in full, also with adapters
-        self.paths = tuple(parts) if lora else ()
+        self.unsaved_buffers: dict[str, list[str]] = {}  # names, by the path of their layer
+        for path, layer in model.named_modules():
+            names = twin.unsaved(layer)
+            if path and names:
+                self.unsaved_buffers[path] = names
+
+        # adapters, with copies of the layers that are trained in full
+        unused_layers = self._unused_layers()
+        embedders = self._embedders()
+        trained_paths = [family.last, *embedders]
+        self.trained_paths = tuple(trained_paths) if lora else ()
         if lora:
-            adapter.adapt(model, lora, self.blocks, idle, parts)
-        self.old = nn.ModuleList(copy.deepcopy(model.get_submodule(path)) for path in self.paths).requires_grad_(False)
+            adapter.adapt(model, lora, self.blocks, unused_layers, trained_paths)
+        originals = [copy.deepcopy(model.get_submodule(path)) for path in self.trained_paths]
+        self.old = nn.ModuleList(originals).requires_grad_(False)
         for name, p in model.named_parameters():
-            if name.startswith(tuple(idle)):
+            if name.startswith(tuple(unused_layers)):
                 p.requires_grad_(False)
-        last: Any = model.get_submodule(row.last)
-        self.heads = nn.ModuleDict({name: Head(last) for name in heads})
-        set_channels(model, row.out_channels, len(heads) * self.channels)
+
+        # heads
+        last: Any = model.get_submodule(family.last)
+        self.heads = nn.ModuleDict({name: HeadLayer(last) for name in heads})
+        set_channels(model, family.out_channels, len(heads) * self.channels)
+
+        # time
+        max_frequency = family.max_frequency(self.config)
         self.fits: tuple[Fit, ...] = ()
-        if limit is not None:
-            cut = (model.get_submodule(path).requires_grad_(True) for path in embedders)
-            self.fits = tuple(lowpass.cut(embedder, row.turn(self.config), limit) for embedder in cut)
+        if lowpass_limit is not None:
+            fits: list[Fit] = []
+            for path in embedders:
+                embedder = model.get_submodule(path).requires_grad_(True)
+                fits.append(lowpass.cut(embedder, max_frequency, lowpass_limit))
+            self.fits = tuple(fits)
         self.names = ("t", "r") if gap else ("t",)
-        self.timed = embedders[0] if gap else ""  # the path of the embedder that the gap is added to
-        self.gap = Gap(self._embedder, row.turn(self.config)) if gap else None
-        if row.reads:
-            model.get_submodule(row.reads).register_forward_pre_hook(readable)
-        put(model, row.last, self._outs([head.out for head in self._heads]))
+        self.gap_path = embedders[0] if gap else ""  # of the embedder that the gap's embedding is added to
+        self.gap = GapEmbedder(self._embedder, max_frequency) if gap else None
+
+        if family.mask_reader:
+            model.get_submodule(family.mask_reader).register_forward_pre_hook(readable_mask)
+        model.set_submodule(family.last, self._outs([head.out for head in self._heads]))
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.fits = ()
@@ -100,55 +124,78 @@ class Dualized(nn.Module):
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, c, h, w), at t (b,), and r, for rows c (b,) of the texts."""
-        check(self.names, inputs)
-        times = tuple(inputs[name] for name in self.names)
-        if self.row.alone and self.texts.several:
-            places = [min(i, len(c) - 1) for i in range(dist.calls(self, len(c)))]  # those beyond are cut off
-            rows = (self._heads_of(*(part[i : i + 1] for part in (x, c, *times))) for i in places)
-            return tuple(torch.cat(head)[: len(c)] for head in zip(*rows, strict=True))
-        return self._heads_of(x, c, *times)
+        require_inputs(self.names, inputs)
+        times = [inputs[name] for name in self.names]
+        if not (self.family.one_by_one and self.texts.several):
+            return self._heads_of(x, c, *times)
+        heads_by_row: list[Heads] = []
+        for i in range(dist.calls(self, len(c))):  # another rank may have more rows
+            first = min(i, len(c) - 1)
+            row = slice(first, first + 1)
+            heads_by_row.append(self._heads_of(x[row], c[row], *(time[row] for time in times)))
+        return tuple(torch.cat(head)[: len(c)] for head in zip(*heads_by_row, strict=True))  # repeats are cut off
 
     def _heads_of(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
         """The heads of rows that may share a pass."""
-        x_in, time, velocity = self.frame(x, t) if self.frame else self._timed(x, t)
-        given = self._inputs(x_in, c, time)
-        with self._exactly(given), self._apart(t, r):
-            out = self._passing(given)(**self.row.call(given), return_dict=False)[0]
-        if given.source is not None:
-            out = out[:, : given.x.shape[1]]
-        if self.row.packed:
-            out = unpacked(out, given.grid, self.patch)
+        if self.frame:
+            x_in, time, to_velocity = self.frame(x, t)
+        else:
+            x_in = x
+            time = self._model_time(t)
+            to_velocity = self._to_velocity
+        inputs = self._inputs(x_in, c, time)
+        with self._unrounded(inputs), self._with_gap(t, r):
+            out = self._routed_model(inputs)(**self.family.arguments(inputs), return_dict=False)[0]
+        if inputs.source is not None:  # its tokens are the last
+            out = out[:, : inputs.x.shape[1]]
+        if self.family.packed:
+            out = unpack_latents(out, inputs.grid, self.patch)
         heads = heads_of(out, len(self.heads))
         if self.frame:  # a learned variance is cut off
             heads = tuple(head[:, : x.shape[1]] for head in heads)
-        return tuple(velocity(head) for head in heads)
+        return tuple(to_velocity(head) for head in heads)
 
-    def _passing(self, given: Inputs) -> Any:  # noqa: ANN401, of diffusers
-        """The model in this pass: where it routes in training, with its blocks so."""
-        n = prod(given.grid) + (0 if given.source is None else given.source.shape[1])
-        split = self.route.split(len(given.tokens), n) if self.route and self.training else None
+    def _routed_model(self, inputs: Inputs) -> Any:  # noqa: ANN401, of diffusers
+        """The model; in training, where it routes, with blocks that see some of the image's tokens."""
+        if not self.route or not self.training:
+            return self.model
+        image_tokens = prod(inputs.grid)
+        if inputs.source is not None:
+            image_tokens += inputs.source.shape[1]
+        split = self.route.split(len(inputs.tokens), image_tokens)
         if split is None:
             return self.model
-        return exchanged(self.model, standing(self.model, split))
+        return with_submodules(self.model, standing(self.model, split))
 
-    def _timed(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
-        """What a model of a flow gets of x and t, and how its output is read."""
-        time, clock = 1 - t if self.row.backward else t, self.row.clock(self.config)
-        return x, time if clock == 1 else clock * time, (lambda out: -out) if self.row.backward else (lambda out: out)
+    def _model_time(self, t: Time) -> Array:
+        """t in the model's own unit, of a model of a flow. A few families count time from the noise."""
+        if self.family.backward:
+            t = 1 - t
+        scale = self.family.clock(self.config)
+        return t if scale == 1 else scale * t
+
+    def _to_velocity(self, out: Array) -> Array:
+        """The velocity noise - data of what a model of a flow gives."""
+        return -out if self.family.backward else out
 
     def refit(self, weights: Deferred | None = None) -> None:
         """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds.
 
         `weights` makes theirs, if they are not made yet.
         """
-        turn, get = self.row.turn(self.config), self.model.get_submodule
-        paths = self._embedders() if self.fits else []
-        for path in paths:
-            _ = weights and weights.fill(get(path))
-        self.fits = tuple(lowpass.refit(get(path), turn, fit) for path, fit in zip(paths, self.fits, strict=True))
-        if self.gap and paths:
-            _ = weights and weights.fill(self.gap)
-            self.gap.follow(get(paths[0]))
+        if not self.fits:
+            return
+        embedders = [self.model.get_submodule(path) for path in self._embedders()]
+        if weights is not None:
+            for embedder in embedders:
+                weights.fill(embedder)
+        max_frequency = self.family.max_frequency(self.config)
+        fits = zip(embedders, self.fits, strict=True)
+        self.fits = tuple(lowpass.refit(embedder, max_frequency, fit) for embedder, fit in fits)
+        if self.gap:
+            if weights is not None:
+                weights.fill(self.gap)
+            self.gap.follow(embedders[0])
 
     @property
     def config(self) -> Config:
@@ -156,25 +203,38 @@ class Dualized(nn.Module):
         return self.model.config
 
     @property
-    def most(self) -> int | None:
+    def max_patches(self) -> int | None:
         """How many patches along an axis it has positions for; None: as many as there are."""
-        config, kind = self.config, type(self.model).__name__
-        if axes := config.get("axes_lens"):  # of text, rows and columns
+        axes = self.config.get("axes_lens")  # of text, rows and columns
+        if axes:
             return min(axes[1:])
-        held = config.get("pos_embed_max_size") if kind.startswith(("SD3", "AuraFlow")) else None  # CogView4 reads none
-        return isqrt(held) if held and kind.startswith("AuraFlow") else held
+        kind = type(self.model).__name__
+        if not kind.startswith(("SD3", "AuraFlow")):  # CogView4 has the key, and reads none
+            return None
+        size = self.config.get("pos_embed_max_size")
+        if size and kind.startswith("AuraFlow"):  # of all patches of a square
+            return isqrt(size)
+        return size
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The members of the model's own lists, and the middle of a UNet: they are sharded one by one."""
-        parts = [*self.model.children(), nn.ModuleList(filter(None, [getattr(self.model, "mid_block", None)]))]
-        return [block for part in parts if isinstance(part, nn.ModuleList) for block in part]
+        blocks: list[nn.Module] = []
+        for part in self.model.children():
+            if isinstance(part, nn.ModuleList):
+                blocks.extend(part)
+        middle = getattr(self.model, "mid_block", None)
+        if middle is not None:
+            blocks.append(middle)
+        return blocks
 
     @property
     def regions(self) -> list[nn.Module]:
         """What is compiled one by one: blocks; those of a UNet are too deep to trace, so the transformers in them."""
-        inner = self.model._repeated_blocks if type(self.model).__name__ == UNET else ()  # diffusers' own choice
-        return [part for part in self.model.modules() if type(part).__name__ in inner] or self.blocks
+        if type(self.model).__name__ != UNET:
+            return self.blocks
+        compiled = self.model._repeated_blocks  # diffusers' own choice
+        return [part for part in self.model.modules() if type(part).__name__ in compiled] or self.blocks
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:
@@ -184,26 +244,28 @@ class Dualized(nn.Module):
         """
         if not self.old:
             raise UserError(
-                "net.lora is null, so the untuned model is gone once training starts: set net.lora.rank=64, or take "
-                "another teacher, teacher.kind=run"
+                "teacher.kind=base needs net.lora, because full fine-tuning overwrites the base weights: set "
+                "net.lora.rank=64, or teacher.kind=run"
             )
         if self.has_subject:
             with adapter.without_subject(self.model):
                 yield self
             return
-        old = dict(zip(self.paths, self.old, strict=True))
-        now, gap = {path: self.model.get_submodule(path) for path in old}, self.gap
-        old[self.row.last] = self._outs([old[self.row.last]] * len(self.heads))
+        originals: dict[str, nn.Module] = dict(zip(self.trained_paths, self.old, strict=True))
+        last = originals[self.family.last]
+        originals[self.family.last] = self._outs([last] * len(self.heads))
+        trained = {path: self.model.get_submodule(path) for path in originals}
+        gap = self.gap
         with adapter.off(self.model):
-            for path, part in old.items():
-                put(self.model, path, part)
+            for path, part in originals.items():
+                self.model.set_submodule(path, part)
             self.gap = None
             try:
                 yield self
             finally:
                 self.gap = gap
-                for path, part in now.items():
-                    put(self.model, path, part)
+                for path, part in trained.items():
+                    self.model.set_submodule(path, part)
 
     def stock(self, head: str, *, merged: bool = False, last: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
         """The model with one head as its last layer, of its own class and shapes; weights are shared.
@@ -211,17 +273,21 @@ class Dualized(nn.Module):
         `merged`: adapters are added to their layers, in a copy, in float32. `last`: that of the embedder of time, which
         has the gap's. Raises KeyError for an unknown head.
         """
-        own = self.heads[head]
-        assert isinstance(own, Head)
-        parts: dict[str, nn.Module] = {self.row.last: own.out}
-        parts |= {path: twin.saved(self.model.get_submodule(path), tables) for path, tables in self.tables.items()}
-        slow = ((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, Slow))
-        parts |= {name: layer.plain() for name, layer in slow}
-        model = exchanged(self.model, parts | ({self.last_of_time: last} if last else {}))
-        set_channels(model, self.row.out_channels, self.channels)
+        head_layer = self.heads[head]
+        assert isinstance(head_layer, HeadLayer)
+        parts: dict[str, nn.Module] = {self.family.last: head_layer.out}
+        for path, names in self.unsaved_buffers.items():
+            parts[path] = twin.saved(self.model.get_submodule(path), names)
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, Slow):
+                parts[path] = layer.plain()
+        if last is not None:
+            parts[self.last_of_time] = last
+        model = with_submodules(self.model, parts)
+        set_channels(model, self.family.out_channels, self.channels)
         if merged:
-            single = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True), False) for p in model.parameters()}
-            model = copy.deepcopy(model, single)  # a copy in bf16 first would be memory for nothing
+            copies = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True), False) for p in model.parameters()}
+            model = copy.deepcopy(model, copies)  # a copy in bf16 first would be memory for nothing
             adapter.merge(model)
         return model
 
@@ -233,9 +299,10 @@ class Dualized(nn.Module):
         """
         assert self.gap is not None
         embedder = self._embedder
-        own = self.frame.clock(self.frame.schedule.last * t) if self.frame else self._timed(t, t)[1]
-        wanted = copy.deepcopy(embedder).double()(self._waves(own).double()) + self.gap(t - r).double()
-        return fixed(embedder, self._waves(stock), wanted, dtype)
+        time = self.frame.clock(self.frame.schedule.last * t) if self.frame else self._model_time(t)
+        own_embedding = copy.deepcopy(embedder).double()(self._waves(time).double())
+        gap_embedding = self.gap(t - r).double()
+        return fixed(embedder, self._waves(stock), own_embedding + gap_embedding, dtype)
 
     @torch.no_grad()
     def rest(self) -> nn.Linear:
@@ -256,61 +323,71 @@ class Dualized(nn.Module):
 
     def own_time(self, thousandths: Tensor) -> Tensor:
         """The model's own times, (k,), of a scheduler's, as its pipeline tells it."""
-        if self.row.backward:
-            return (TURN - thousandths) / TURN
-        return thousandths / (TURN / self.row.clock(self.config))
+        if self.family.backward:
+            return (1000.0 - thousandths) / 1000.0
+        return thousandths / (1000.0 / self.family.clock(self.config))
 
     def _waves(self, time: Tensor) -> Tensor:
         """What the embedder of time reads at the model's own times (k,), as the model computes it, (k, waves)."""
-        return torch.cat([self._wave(s) for s in time[:, None]])
+        return torch.cat([self._waves_at(single) for single in time[:, None]])
 
-    def _wave(self, time: Tensor) -> Tensor:
+    def _waves_at(self, time: Tensor) -> Tensor:
         """Of one time (1,): the model is stopped there, so what else it reads is zeros."""
-        row, channels, like = self.row, self.config["in_channels"], self._heads[0].out.weight
-        side = 2 * self.patch
-        x = like.new_zeros((1, 4, channels) if row.packed else (1, channels, side, side))
-        w, texts = None if self.guidance is None else self.guidance * row.guidance_scale(self.config), self.texts
-        given = Inputs(
-            x=x,
-            time=time,
-            tokens=like.new_zeros(1, 1, texts.width),
-            mask=torch.ones(1, 1, dtype=torch.bool) if texts.masked else None,
-            pooled=like.new_zeros(1, texts.pooled_width) if texts.pooled_width else None,
-            guidance=None if w is None else like.new_full((1,), w),
-            grid=(2, 2),
-            lengths=(1,) if row.apart else None,
-            source=x if row.edits else None,
-        )
+        inputs = self._zeros_at(time)
 
         def stop(_: nn.Module, args: tuple[object, ...]) -> None:
             raise Reached(args[0])
 
         handle = self._embedder.register_forward_pre_hook(stop)
         try:
-            with self._exactly(given):
-                self.model(**row.call(given), return_dict=False)
+            with self._unrounded(inputs):
+                self.model(**self.family.arguments(inputs), return_dict=False)
         except Reached as reached:
             return reached.args[0]
         finally:
             handle.remove()
         raise AssertionError("no pass without an embedding of time")
 
+    def _zeros_at(self, time: Tensor) -> Inputs:
+        """Inputs of one row of 2 x 2 patches and one token, zeros but for the model's own time (1,)."""
+        family = self.family
+        texts = self.texts
+        weight = self._heads[0].out.weight  # whose device and type the inputs have
+        channels = self.config["in_channels"]
+        if family.packed:
+            x = weight.new_zeros(1, 4, channels)
+        else:
+            x = weight.new_zeros(1, channels, 2 * self.patch, 2 * self.patch)
+        tokens = weight.new_zeros(1, 1, texts.width)
+        return Inputs(
+            x=x,
+            time=time,
+            tokens=tokens,
+            mask=torch.ones(1, 1, dtype=torch.bool) if texts.masked else None,
+            pooled=weight.new_zeros(1, texts.pooled_width) if texts.pooled_width else None,
+            guidance=self._guidance(tokens),
+            grid=(2, 2),
+            lengths=(1,) if family.takes_lists else None,
+            source=x if family.edits else None,
+        )
+
     @property
     def last_of_time(self) -> str:
         """The path of the last layer of the embedder of time."""
-        return f"{self.timed}.{[name for name, m in self._embedder.named_modules() if isinstance(m, nn.Linear)][-1]}"
+        linear_names = [name for name, layer in self._embedder.named_modules() if isinstance(layer, nn.Linear)]
+        return f"{self.gap_path}.{linear_names[-1]}"
 
     @property
     def _embedder(self) -> nn.Module:
-        """The embedder of time that the gap is added to."""
-        return self.model.get_submodule(self.timed)
+        """The embedder of time that the gap's embedding is added to."""
+        return self.model.get_submodule(self.gap_path)
 
     @property
-    def _heads(self) -> list[Head]:
-        return [head for head in self.heads.values() if isinstance(head, Head)]
+    def _heads(self) -> list[HeadLayer]:
+        return [head for head in self.heads.values() if isinstance(head, HeadLayer)]
 
     def _outs(self, layers: Sequence[nn.Module]) -> Outs:
-        return Outs(layers, self.channels if self.row.channels_last else None)
+        return Outs(layers, self.channels if self.family.channels_last else None)
 
     @property
     def channels(self) -> int:
@@ -319,35 +396,45 @@ class Dualized(nn.Module):
 
     def _inputs(self, x: Sample, c: Cond, time: Array) -> Inputs:
         """The inputs of a pass in the model's own layout, and at its own time."""
-        row, config = self.row, self.config
-        (tokens, mask, pooled), source = self.texts(c), self.texts.sources(c)
-        lengths = self.texts.lengths(c) if row.alone or row.apart else None
-        if row.alone and lengths and mask is not None:  # all rows here have as many tokens
-            tokens, mask = tokens[:, : lengths[0]], None
+        family = self.family
+        tokens, mask, pooled = self.texts(c)
+        source = self.texts.sources(c)
+        lengths = self.texts.lengths(c) if family.one_by_one or family.takes_lists else None
+        if family.one_by_one and lengths and mask is not None:  # all rows here have as many tokens
+            tokens = tokens[:, : lengths[0]]
+            mask = None
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        w = None if self.guidance is None else self.guidance * row.guidance_scale(config)
         return Inputs(
-            x=packed(x, grid, self.patch) if row.packed else x,
+            x=pack_latents(x, grid, self.patch) if family.packed else x,
             time=time,
             tokens=tokens,
             mask=mask,
             pooled=pooled,
-            guidance=None if w is None else tokens.new_full((len(tokens),), w),
+            guidance=self._guidance(tokens),
             grid=grid,
-            lengths=lengths if row.apart else None,
-            source=None if source is None else packed(source, grid, self.patch),
+            lengths=lengths if family.takes_lists else None,
+            source=None if source is None else pack_latents(source, grid, self.patch),
         )
 
+    def _guidance(self, tokens: Tensor) -> Tensor | None:
+        """The embedded number of a distilled model, (b,), in its own unit; None: it embeds none."""
+        if self.guidance is None:
+            return None
+        return tokens.new_full((len(tokens),), self.guidance * self.family.guidance_scale(self.config))
+
     @contextmanager
-    def _exactly(self, given: Inputs) -> Generator[None, None, None]:
+    def _unrounded(self, inputs: Inputs) -> Generator[None, None, None]:
         """Inside, the time embedder gets unrounded numbers: in bf16 the model would round t to 8 bits."""
-        if not self.row.exact:
+        if not self.family.time_part:
             yield
             return
-        exact = (given.time,) if given.guidance is None else (given.time, given.guidance)
-        scale = self.row.exact_scale
-        numbers = tuple(n if scale == 1 else scale * n for n in exact)
-        part: nn.Module = self.model.get_submodule(self.row.exact)
+        numbers = [inputs.time]
+        if inputs.guidance is not None:
+            numbers.append(inputs.guidance)
+        scale = self.family.time_part_scale
+        if scale != 1:
+            numbers = [scale * number for number in numbers]
+        part: nn.Module = self.model.get_submodule(self.family.time_part)
         handle = part.register_forward_pre_hook(lambda _, args: (*numbers, *args[len(numbers) :]))
         try:
             yield
@@ -355,36 +442,41 @@ class Dualized(nn.Module):
             handle.remove()
 
     @contextmanager
-    def _apart(self, t: Time, r: Time | None) -> Generator[None, None, None]:
+    def _with_gap(self, t: Time, r: Time | None) -> Generator[None, None, None]:
         """Inside, the embedding of t - r is added to the model's own of t."""
         if r is None or self.gap is None:
             yield
             return
-        more = self.gap(t - r)
-        handle = self._embedder.register_forward_hook(lambda _, args, out: out + more.to(out.dtype))
+        gap_embedding = self.gap(t - r)
+        handle = self._embedder.register_forward_hook(lambda _, args, out: out + gap_embedding.to(out.dtype))
         try:
             yield
         finally:
             handle.remove()
 
-    def _idle(self) -> list[str]:
+    def _unused_layers(self) -> list[str]:
         """The paths of the layers that do not reach the output."""
-        if not self.row.idle:
+        if not self.family.unused_layers:
             return []
-        pattern = re.compile(self.row.idle.replace("LAST", str(self.config["num_layers"] - 1)))
-        return [name for name, _ in self.model.named_modules() if pattern.fullmatch(name)]
+        last_block = str(self.config["num_layers"] - 1)
+        pattern = re.compile(self.family.unused_layers.replace("LAST", last_block))
+        return [path for path, _ in self.model.named_modules() if pattern.fullmatch(path)]
 
     def _embedders(self) -> list[str]:
         """The paths of the perceptrons that embed time."""
-        end = self.row.embedder
-        return [name for name, _ in self.model.named_modules() if end and f".{name}".endswith(f".{end}")]
+        end = self.family.embedder
+        if not end:
+            return []
+        return [path for path, _ in self.model.named_modules() if f".{path}".endswith(f".{end}")]
 
 
 class Reached(Exception):  # noqa: N818, no error
     """A pass has come to a part that reads the argument."""
 
 
-def readable(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
+def readable_mask(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
     """On the meta device, where a mask has no numbers: one that keeps all tokens."""
     x, mask = args
-    return x, torch.ones(mask.shape, dtype=torch.long, device="cpu") if mask.is_meta else mask
+    if mask.is_meta:
+        mask = torch.ones(mask.shape, dtype=torch.long, device="cpu")
+    return x, mask

@@ -13,7 +13,7 @@ from dumo.types import Array, Needs, Time, UserError
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
 PERIOD = 10_000.0  # DiT: the slowest wave is nearly PERIOD times as slow as the quickest
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which `Scalars.slope` is taken: ours
+SLOPE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which `Scalars.slope` is taken: ours
 ROTARY_PERIOD = 100.0  # Heo et al. 2024: the same of rotary positions
 
 
@@ -40,32 +40,33 @@ class Scalars(nn.Module):
 
         Raises TypeError for other inputs than the net was built for.
         """
-        check(self.names, inputs)
+        require_inputs(self.names, inputs)
         if "r" in inputs:
             inputs["r"] = inputs["t"] - inputs["r"]
-        waves = ((name, self._waves(inputs[name])) for name in self.embedders)
-        return reduce(add, (self.embedders[name](w if shift is None else w + shift) for name, w in waves))
+        embeddings: list[Array] = []
+        for name, embedder in self.embedders.items():
+            waves = self._waves(inputs[name])
+            embeddings.append(embedder(waves if shift is None else waves + shift))
+        return reduce(add, embeddings)
 
     @torch.no_grad()
     def slope(self, weights: Mapping[str, Tensor]) -> float:
-        """How fast the embedding of time turns: the root mean square of de/dt over that of e, at TIMES.
+        """How fast the embedding of time turns: the root mean square of de/dt over that of e, at SLOPE_TIMES.
 
         With `weights` by their names here, for a sharded net has none in one piece. e is the embedding of t and, where
         there is one, of the gap t - r at r = 0: du/dt has de/dt as a factor. KeyError if there is no t.
         """
-        weights = {
-            name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in weights.items()
-        }
-        like = weights["embedders.t.0.weight"]
-        t = torch.tensor(TIMES, device=like.device, dtype=like.dtype)
+        precise = {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in weights.items()}
+        first_weight = precise["embedders.t.0.weight"]
+        t = torch.tensor(SLOPE_TIMES, device=first_weight.device, dtype=first_weight.dtype)
 
         def embedding(t: Tensor) -> Tensor:
             parts: list[Tensor] = []
             for name in ("t", "r"):
-                start = f"embedders.{name}."
-                own = {full.removeprefix(start): w for full, w in weights.items() if full.startswith(start)}
-                if own:
-                    parts.append(functional_call(self.embedders[name], own, (self._waves(t),)))
+                prefix = f"embedders.{name}."
+                own_weights = {full.removeprefix(prefix): w for full, w in precise.items() if full.startswith(prefix)}
+                if own_weights:
+                    parts.append(functional_call(self.embedders[name], own_weights, (self._waves(t),)))
             return torch.stack(parts).sum(0)
 
         e, de_dt = jvp(embedding, (t,), (torch.ones_like(t),))  # pyright: ignore[reportAssignmentType]
@@ -82,7 +83,8 @@ class Own(nn.Module):
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
         """Embeddings of `width`. There are no parameters where all heads have the same inputs."""
         super().__init__()
-        self.shared, self.names = needs.shared, needs.names
+        self.shared = needs.shared
+        self.names = needs.names
         self.heads = nn.ModuleDict(
             {head: Scalars(("t", *names), width, time_scale) for head, names in needs.own.items()}
         )
@@ -92,16 +94,17 @@ class Own(nn.Module):
 
         Raises TypeError for other inputs than the net was built for.
         """
-        check(self.names, inputs)
-        own = {
-            head: scalars(**{name: inputs[name] for name in scalars.names})
-            for head, scalars in self.heads.items()
-            if isinstance(scalars, Scalars)
-        }
-        return {name: inputs[name] for name in self.shared}, own
+        require_inputs(self.names, inputs)
+        shared = {name: inputs[name] for name in self.shared}
+        own: dict[str, Array] = {}
+        for head, scalars in self.heads.items():
+            if isinstance(scalars, Scalars):
+                own_inputs = {name: inputs[name] for name in scalars.names}
+                own[head] = scalars(**own_inputs)
+        return shared, own
 
 
-def check(names: Collection[str], inputs: Collection[str]) -> None:
+def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
     """Raise TypeError where the inputs have other names than these."""
     if set(inputs) != set(names):
         raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
@@ -129,8 +132,9 @@ def grid_waves(rows: int, columns: int, width: int, device: torch.device | None 
 
     A grid of another shape has other places in the same waves: patches next to each other differ as they do elsewhere.
     """
-    place, each = _count(max(rows, columns), device), _count(width // 4, device)
-    angles = place[:, None] * torch.exp(-log(PERIOD) * each / (width // 4))
+    places = _count(max(rows, columns), device)
+    count = width // 4
+    angles = places[:, None] * torch.exp(-log(PERIOD) * _count(count, device) / count)
     waves = torch.cat([angles.sin(), angles.cos()], -1)
     return _on_grid(waves, rows, columns).float()
 
@@ -142,20 +146,24 @@ def turns(rows: int, columns: int, size: int, device: torch.device | None = None
     "axial"). A pair turned by a p at place p, times one turned by a q at place q, depends on p - q alone: attention
     sees how far apart two tokens are and in which direction, but not where they are.
     """
-    falling = torch.exp(-log(ROTARY_PERIOD) * _count(size // 4, device) / (size // 4))
-    grid = _on_grid(_count(max(rows, columns), device)[:, None] * falling, rows, columns)
-    return grid.cos().float(), grid.sin().float()
+    places = _count(max(rows, columns), device)
+    count = size // 4
+    frequencies = torch.exp(-log(ROTARY_PERIOD) * _count(count, device) / count)
+    angles = _on_grid(places[:, None] * frequencies, rows, columns)
+    return angles.cos().float(), angles.sin().float()
 
 
 def _count(n: int, device: torch.device | None) -> Tensor:
     """0 ... n - 1, in float64 where the device has it."""
-    exact = device is None or device.type != "mps"
-    return torch.arange(n, dtype=torch.float64 if exact else torch.float32, device=device)
+    has_float64 = device is None or device.type != "mps"
+    return torch.arange(n, dtype=torch.float64 if has_float64 else torch.float32, device=device)
 
 
 def _on_grid(places: Tensor, rows: int, columns: int) -> Tensor:
     """What a place has by its column, then by its row, (rows columns, 2 n), of a table (places, n)."""
-    return torch.cat([places[:columns].repeat(rows, 1), places[:rows].repeat_interleave(columns, 0)], -1)
+    by_column = places[:columns].repeat(rows, 1)
+    by_row = places[:rows].repeat_interleave(columns, 0)
+    return torch.cat([by_column, by_row], -1)
 
 
 def turn(a: Array, cos: Array, sin: Array) -> Array:

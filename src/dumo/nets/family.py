@@ -1,10 +1,11 @@
-"""The models of diffusers that can be tuned, a row each: the paths of their parts, and their arguments.
+"""The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
 
-A row holds what no config does. Models of a diffusion (`noise`) are read by `dumo.nets.vp`. Every other model here
-learned the velocity noise - data on the linear path, with data at t = 0 and noise at t = 1; Z-Image and Lumina 2 count
-time from the noise and give data - noise (`backward`).
+`family` finds the one of a config.json; `dumo.nets.dualized` calls models by it, `dumo.encoders.prompt` encodes texts.
+A family holds what no config does. Models of a diffusion (`Family.diffusion`) are read by `dumo.nets.vp`. Every other
+model here learned the velocity noise - data on the linear path, with data at t = 0 and noise at t = 1; Z-Image and
+Lumina 2 count time from the noise and give data - noise (`Family.backward`).
 
-A row is right if the stock pipeline makes the same image as dumo, to the bit.
+A family is right if the stock pipeline makes the same image as dumo, to the bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from dumo.types import Array, Sample, UserError
 Config = Mapping[str, Any]  # a model's config.json
 Arguments = dict[str, Any]  # of its forward, by name
 
-TURN = 1000.0  # radians per unit of t of the quickest wave: nearly every time embedding reads 1000 t
+MAX_FREQUENCY = 1000.0  # rad per unit of t, of the quickest wave: nearly every time embedding reads 1000 t
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class Inputs:
     source: Tensor | None = None  # (b, n, c p p): the image that is edited, packed, of a model that edits
 
     @property
-    def there(self) -> Tensor:
-        """The mask, for a model that demands one."""
-        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+    def mask_or_ones(self) -> Tensor:
+        """The mask, (b, l), for a model that demands one."""
+        if self.mask is None:
+            return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+        return self.mask
 
 
 def plain(a: Inputs) -> Arguments:
@@ -49,40 +52,56 @@ def plain(a: Inputs) -> Arguments:
     return {"hidden_states": a.x, "timestep": a.time, "encoder_hidden_states": a.tokens}
 
 
-def pooled(a: Inputs) -> Arguments:
+def sd3(a: Inputs) -> Arguments:
     """`plain`, with pooled text."""
     return {**plain(a), "pooled_projections": a.pooled}
 
 
 def flux(a: Inputs) -> Arguments:
-    """`pooled`, with positions, and the number of guidance."""
-    ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
-    return {**pooled(a), **ids, "guidance": a.guidance}
+    """As `sd3`, with positions, and the number of guidance."""
+    return {
+        **sd3(a),
+        "img_ids": positions(a.grid, 3, a.x),
+        "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3),
+        "guidance": a.guidance,
+    }
 
 
 def kontext(a: Inputs) -> Arguments:
     """As `flux`, with the image that is edited as tokens behind the others: 1 on the axis where they have 0."""
     assert a.source is not None
-    given, places = flux(a), positions(a.grid, 3, a.x)
-    places[:, 0] = 1
-    tokens = {"hidden_states": torch.cat([a.x, a.source.to(a.x.dtype)], 1)}
-    return {**given, **tokens, "img_ids": torch.cat([given["img_ids"], places])}
+    arguments = flux(a)
+    source_positions = positions(a.grid, 3, a.x)
+    source_positions[:, 0] = 1
+    arguments["hidden_states"] = torch.cat([a.x, a.source.to(a.x.dtype)], 1)
+    arguments["img_ids"] = torch.cat([arguments["img_ids"], source_positions])
+    return arguments
 
 
 def flux2(a: Inputs) -> Arguments:
     """As `flux`, with four axes: the last is the place of a token in its text; no pooled text."""
-    text = a.tokens.new_zeros(a.tokens.shape[1], 4)
-    text[:, 3] = torch.arange(len(text), device=text.device)
-    return {**plain(a), "img_ids": positions(a.grid, 4, a.x), "txt_ids": text, "guidance": a.guidance}
+    text_positions = a.tokens.new_zeros(a.tokens.shape[1], 4)
+    text_positions[:, 3] = torch.arange(len(text_positions), device=text_positions.device)
+    return {
+        **plain(a),
+        "img_ids": positions(a.grid, 4, a.x),
+        "txt_ids": text_positions,
+        "guidance": a.guidance,
+    }
 
 
 def chroma(a: Inputs) -> Arguments:
     """As `flux`, with a mask over text and image, in numbers, which its blocks add to the scores."""
     mask = None
     if a.mask is not None:
-        mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1).to(a.tokens.dtype)
-    ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
-    return {**plain(a), **ids, "attention_mask": mask}
+        image_mask = a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])
+        mask = torch.cat([a.mask, image_mask], 1).to(a.tokens.dtype)
+    return {
+        **plain(a),
+        "img_ids": positions(a.grid, 3, a.x),
+        "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3),
+        "attention_mask": mask,
+    }
 
 
 def sana(a: Inputs) -> Arguments:
@@ -92,27 +111,33 @@ def sana(a: Inputs) -> Arguments:
 
 def qwen(a: Inputs) -> Arguments:
     """`plain`, with a mask of text, and the grid for positions."""
-    shapes = [[(1, *a.grid)]] * len(a.tokens)
-    return {**plain(a), "encoder_hidden_states_mask": a.mask, "img_shapes": shapes}
+    image_shapes = [(1, *a.grid)]  # of one image: frames, rows, columns
+    return {**plain(a), "encoder_hidden_states_mask": a.mask, "img_shapes": [image_shapes] * len(a.tokens)}
 
 
 def z_image(a: Inputs) -> Arguments:
     """Lists of rows: an image is a video of one frame, a caption has no padding."""
     lengths = a.lengths or (a.tokens.shape[1],) * len(a.tokens)
-    captions = [row[:n] for row, n in zip(a.tokens.unbind(), lengths, strict=True)]
+    captions = [tokens[:length] for tokens, length in zip(a.tokens.unbind(), lengths, strict=True)]
     return {"x": list(a.x.unsqueeze(2).unbind(0)), "t": a.time, "cap_feats": captions}
 
 
 def lumina2(a: Inputs) -> Arguments:
     """`plain`, with a mask, which says how long a caption is."""
-    return {**plain(a), "encoder_attention_mask": a.there}
+    return {**plain(a), "encoder_attention_mask": a.mask_or_ones}
 
 
 def cogview4(a: Inputs) -> Arguments:
     """`plain`, with sizes in pixels: 16 per side of a patch, 8 per latent (its pipeline's)."""
-    b, size = len(a.tokens), [16.0 * n for n in a.grid]
-    sizes = a.tokens.new_tensor([size]).expand(b, 2)
-    return {**plain(a), "original_size": sizes, "target_size": sizes, "crop_coords": sizes.new_zeros(b, 2)}
+    b = len(a.tokens)
+    pixels = [16.0 * patches for patches in a.grid]
+    sizes = a.tokens.new_tensor([pixels]).expand(b, 2)
+    return {
+        **plain(a),
+        "original_size": sizes,
+        "target_size": sizes,
+        "crop_coords": sizes.new_zeros(b, 2),
+    }
 
 
 def prx(a: Inputs) -> Arguments:
@@ -121,200 +146,334 @@ def prx(a: Inputs) -> Arguments:
 
 
 def unet(a: Inputs) -> Arguments:
-    """Of a UNet, whose embedder of time is handed the times themselves (`Family.exact`)."""
+    """Of a UNet, whose embedder of time is handed the times themselves (`Family.time_part`)."""
     return {"sample": a.x, "timestep": primal(a.time), "encoder_hidden_states": a.tokens}
 
 
 def sdxl(a: Inputs) -> Arguments:
     """As `unet`, with pooled text and sizes in pixels, 8 per latent: of the image, its corner, and of the image."""
-    high, wide = (8.0 * n for n in a.grid)
-    sizes = a.tokens.new_tensor([[high, wide, 0, 0, high, wide]]).expand(len(a.tokens), 6)
+    height = 8.0 * a.grid[0]
+    width = 8.0 * a.grid[1]
+    sizes = a.tokens.new_tensor([[height, width, 0, 0, height, width]]).expand(len(a.tokens), 6)
     return {**unet(a), "added_cond_kwargs": {"text_embeds": a.pooled, "time_ids": sizes}}
 
 
 def pixart(a: Inputs) -> Arguments:
     """As `sana`, without a number of guidance, and without sizes."""
-    sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    return {**plain(a), "encoder_attention_mask": a.there, **sizes}
+    return {
+        **plain(a),
+        "encoder_attention_mask": a.mask_or_ones,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
 
 
-def video(a: Inputs) -> Arguments:
+def wan(a: Inputs) -> Arguments:
     """`plain`, with an image as a video of one frame."""
     return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
 
 
 def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
-    """The positions of patches, (n, axes): row and column are axes 1 and 2."""
-    rows, columns = (torch.arange(n, device=like.device, dtype=torch.float32) for n in grid)
-    zero = rows.new_zeros(grid)
-    places = [zero, rows[:, None].expand(grid), columns.expand(grid), *[zero] * (axes - 3)]
-    return torch.stack(places, -1).flatten(0, 1)
+    """The positions of patches, (n, axes), on the device of `like`: axes 1 and 2 are row and column, others are 0."""
+    rows = torch.arange(grid[0], device=like.device, dtype=torch.float32)
+    columns = torch.arange(grid[1], device=like.device, dtype=torch.float32)
+    coordinates = rows.new_zeros(*grid, axes)
+    coordinates[..., 1] = rows[:, None]
+    coordinates[..., 2] = columns
+    return coordinates.flatten(0, 1)
 
 
-def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:
+def pack_latents(x: Sample, grid: tuple[int, int], p: int) -> Array:
     """(b, c, h, w) -> (b, n, c p p), patches row by row, as the pipelines pack."""
-    b, c, (rows, columns) = x.shape[0], x.shape[1], grid
+    b, c = x.shape[:2]
+    rows, columns = grid
     return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
 
 
-def unpacked(y: Array, grid: tuple[int, int], p: int) -> Array:
-    """The inverse of `packed`."""
-    b, (rows, columns) = y.shape[0], grid
+def unpack_latents(y: Array, grid: tuple[int, int], p: int) -> Array:
+    """The inverse of `pack_latents`."""
+    b = y.shape[0]
+    rows, columns = grid
     return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A class of diffusers. Keys are of its config, paths of its modules."""
+    """A class of diffusers. Keys are of its config.json, paths of its modules."""
 
-    call: Callable[[Inputs], Arguments]
+    # text
+    arguments: Callable[[Inputs], Arguments]  # of its forward
     pipeline: str  # the class that makes an image of a text
     # What its encode_prompt returns, in order: tokens, mask, pooled; with -, those of the negative prompt; _: no text.
     encodes: str
     length: int  # tokens of a text at most, by the defaults of its __call__
-    text: str  # key: numbers of a token of text
-    pooled: str = ""  # key: numbers of pooled text, if it takes any
-    masked: bool = False  # whether it takes a mask of text
-    adds: bool = False  # its mask hides nothing, but is added to the scores of attention: padding is read
+    text_width: str  # key: numbers of a token of text
+    pooled_text_width: str = ""  # key: numbers of pooled text, if it takes any
+    takes_mask: bool = False  # of text
+    adds_mask: bool = False  # its mask hides nothing, but is added to the scores of attention: padding is read
+    mask_reader: str = ""  # path: a part that reads the numbers of the mask, its second argument
+    takes_lists: bool = False  # of captions, each with its own length
+    one_by_one: bool = False  # it takes no mask, so rows whose captions have several lengths go through it one by one
+
+    # time
     clock: Callable[[Config], float] = lambda config: 1.0  # its own time at t = 1
     backward: bool = False  # its time is 1 - t, and its output data - noise
-    turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
+    diffusion: bool = False  # it learned the noise of a diffusion, or its v: the scheduler says which, and its times
+    max_frequency: Callable[[Config], float] = lambda config: MAX_FREQUENCY  # rad per unit of t, of its quickest wave
     embedder: str = "timestep_embedder"  # the end of the path of every two-layer perceptron over waves of t; "": none
+    # path: the part that takes time and guidance first, rounded to the precision of the layers before
+    time_part: str = ""
+    time_part_scale: float = 1.0  # of time and guidance where they enter that part
+    guidance_scale: Callable[[Config], float] = lambda config: 1.0
+
+    # samples
     last: str = "proj_out"  # path: the last layer
-    noise: bool = False  # it learned the noise of a diffusion, or its v: the scheduler says which, and its times
     channels_last: bool = False  # of its outputs, within a patch
     out_channels: str = ""  # where it reads their number: "attribute" or "config"; "": nowhere
     packed: bool = False  # it takes and gives tokens, (b, n, c p p)
-    exact: str = ""  # path: the part that takes time and guidance first, rounded to the precision of the layers before
-    exact_scale: float = 1.0  # of their numbers there
-    guidance_scale: Callable[[Config], float] = lambda config: 1.0
-    idle: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
-    apart: bool = False  # it takes captions as a list, each with its own length
-    alone: bool = False  # it takes no mask, so rows whose captions have several lengths go through it one by one
-    compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
-    lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
     edits: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
     side: Callable[[Config], int] = lambda config: 1024  # pixels of its pipeline's default image; 0: it is no square
+
+    # blocks
+    unused_layers: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
+    compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
+    lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
     routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route.Routed` does
-    reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
         """The side of a patch. Raises UserError where the model takes samples of other channels."""
-        takes: int = config["in_channels"]
-        if not self.packed:
-            sides = config.get("patch_size", config.get("all_patch_size", 1))
-            p: int = sides[-1] if isinstance(sides, list | tuple) else sides
-            fits = takes == channels
-        else:
-            p = isqrt(takes // channels)
-            fits = p > 0 and p * p * channels == takes
-        if not fits:
-            many = f"tokens of {takes} numbers, channels x patch x patch" if self.packed else f"{takes} channels"
+        in_channels: int = config["in_channels"]
+        if self.packed:
+            p = isqrt(in_channels // channels)
+            if p == 0 or p * p * channels != in_channels:
+                raise UserError(
+                    f"pipeline has a model of tokens of {in_channels} numbers, channels x patch x patch, and the data "
+                    f"have {channels} channels: take data that fit it"
+                )
+            return p
+        if in_channels != channels:
             raise UserError(
-                f"pipeline has a model of {many}, and the data have {channels} channels: take data that fit it"
+                f"pipeline has a model of {in_channels} channels, and the data have {channels} channels: take data "
+                "that fit it"
             )
-        return p
+        patch: int | list[int] = config.get("patch_size", config.get("all_patch_size", 1))
+        return patch[-1] if isinstance(patch, list | tuple) else patch  # Wan's: frames, rows, columns
 
     def pooled_width(self, config: Config) -> int:
-        """The numbers of pooled text, if it takes any; SDXL embeds six sizes with them."""
-        return config[self.pooled] - 6 * (config.get("addition_time_embed_dim") or 0) if self.pooled else 0
+        """The numbers of pooled text; 0: it takes none. SDXL embeds six sizes with them."""
+        if not self.pooled_text_width:
+            return 0
+        return config[self.pooled_text_width] - 6 * (config.get("addition_time_embed_dim") or 0)
 
 
-def eights(config: Config) -> int:
-    """The default side by a config that says it in latents of 8 pixels."""
+def latent_side(config: Config) -> int:
+    """The default side, in pixels, by a config that says it in latents of 8 pixels."""
     return 8 * config.get("sample_size", 128)
 
 
 def thousand(config: Config) -> float:
     """A clock from 0 to 1000."""
-    return TURN
+    return 1000.0
 
 
-BOTH = "tokens mask -tokens -mask"
-FAMILIES: dict[str, Family] = {
+def sana_clock(config: Config) -> float:
+    """1000, and what the config multiplies it by."""
+    return 1000.0 * config.get("timestep_scale", 1.0)
+
+
+TOKENS_AND_MASKS = "tokens mask -tokens -mask"
+FLUX = "FluxTransformer2DModel"
+UNET = "UNet2DConditionModel"
+PIXART = "PixArtTransformer2DModel"
+FAMILIES: dict[str, Family] = {  # by the class of the model
     "SD3Transformer2DModel": Family(
-        pooled, "StableDiffusion3Pipeline", "tokens -tokens pooled -pooled", 77 + 256,
-        "joint_attention_dim", "pooled_projection_dim",
-        clock=thousand, channels_last=True, out_channels="attribute", side=eights, routes=True,
+        arguments=sd3,
+        pipeline="StableDiffusion3Pipeline",
+        encodes="tokens -tokens pooled -pooled",
+        length=77 + 256,  # CLIP's and T5's
+        text_width="joint_attention_dim",
+        pooled_text_width="pooled_projection_dim",
+        clock=thousand,
+        channels_last=True,
+        out_channels="attribute",
+        side=latent_side,
+        routes=True,
     ),
-    "FluxTransformer2DModel": Family(
-        flux, "FluxPipeline", "tokens pooled _", 512, "joint_attention_dim", "pooled_projection_dim",
-        packed=True, exact="time_text_embed", exact_scale=TURN, routes=True,
+    FLUX: Family(
+        arguments=flux,
+        pipeline="FluxPipeline",
+        encodes="tokens pooled _",
+        length=512,
+        text_width="joint_attention_dim",
+        pooled_text_width="pooled_projection_dim",
+        time_part="time_text_embed",
+        time_part_scale=1000.0,
+        packed=True,
+        routes=True,
     ),
     "Flux2Transformer2DModel": Family(
-        flux2, "Flux2Pipeline", "tokens _", 512, "joint_attention_dim",
-        packed=True, exact="time_guidance_embed", exact_scale=TURN,
+        arguments=flux2,
+        pipeline="Flux2Pipeline",
+        encodes="tokens _",
+        length=512,
+        text_width="joint_attention_dim",
+        time_part="time_guidance_embed",
+        time_part_scale=1000.0,
+        packed=True,
     ),
     "ChromaTransformer2DModel": Family(
-        chroma, "ChromaPipeline", "tokens _ mask -tokens _ -mask", 512, "joint_attention_dim", masked=True,
-        adds=True, packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
+        arguments=chroma,
+        pipeline="ChromaPipeline",
+        encodes="tokens _ mask -tokens _ -mask",
+        length=512,
+        text_width="joint_attention_dim",
+        takes_mask=True,
+        adds_mask=True,
+        embedder="",
+        time_part="time_text_embed",
+        time_part_scale=1000.0,
+        packed=True,
+        lean_masks=False,
     ),
     "SanaTransformer2DModel": Family(
-        sana, "SanaPipeline", BOTH, 300, "caption_channels", masked=True,
-        clock=lambda config: TURN * config.get("timestep_scale", 1.0),
-        turn=lambda config: TURN * config.get("timestep_scale", 1.0),
+        arguments=sana,
+        pipeline="SanaPipeline",
+        encodes=TOKENS_AND_MASKS,
+        length=300,
+        text_width="caption_channels",
+        takes_mask=True,
+        clock=sana_clock,
+        max_frequency=sana_clock,
         guidance_scale=lambda config: config["guidance_embeds_scale"],
         side=lambda config: 32 * config["sample_size"],
     ),
     "QwenImageTransformer2DModel": Family(
-        qwen, "QwenImagePipeline", "tokens mask", 512, "joint_attention_dim",
-        masked=True, packed=True, exact="time_text_embed",
-        idle=r"transformer_blocks\.LAST\.(attn\.to_add_out|txt_mlp)",
+        arguments=qwen,
+        pipeline="QwenImagePipeline",
+        encodes="tokens mask",
+        length=512,
+        text_width="joint_attention_dim",
+        takes_mask=True,
+        time_part="time_text_embed",
+        packed=True,
+        unused_layers=r"transformer_blocks\.LAST\.(attn\.to_add_out|txt_mlp)",
     ),
     "ZImageTransformer2DModel": Family(
-        z_image, "ZImagePipeline", "tokens -tokens", 512, "cap_feat_dim",
-        masked=True, apart=True, backward=True, turn=lambda config: config["t_scale"],
-        embedder="t_embedder.mlp", last="all_final_layer.2-1.linear", channels_last=True, out_channels="attribute",
+        arguments=z_image,
+        pipeline="ZImagePipeline",
+        encodes="tokens -tokens",
+        length=512,
+        text_width="cap_feat_dim",
+        takes_mask=True,
+        takes_lists=True,
+        backward=True,
+        max_frequency=lambda config: config["t_scale"],
+        embedder="t_embedder.mlp",
+        last="all_final_layer.2-1.linear",
+        channels_last=True,
+        out_channels="attribute",
     ),
     "Lumina2Transformer2DModel": Family(
-        lumina2, "Lumina2Pipeline", BOTH, 256, "cap_feat_dim",
-        masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
-        channels_last=True, out_channels="attribute", reads="rope_embedder", side=eights,
+        arguments=lumina2,
+        pipeline="Lumina2Pipeline",
+        encodes=TOKENS_AND_MASKS,
+        length=256,
+        text_width="cap_feat_dim",
+        takes_mask=True,
+        mask_reader="rope_embedder",
+        backward=True,
+        max_frequency=lambda config: 1.0,
+        last="norm_out.linear_2",
+        channels_last=True,
+        out_channels="attribute",
+        side=latent_side,
     ),
     "AuraFlowTransformer2DModel": Family(  # padding is zeros, which its blocks see
-        plain, "AuraFlowPipeline", "tokens _ -tokens _", 256, "joint_attention_dim",
-        embedder="time_step_proj", channels_last=True, out_channels="config",
+        arguments=plain,
+        pipeline="AuraFlowPipeline",
+        encodes="tokens _ -tokens _",
+        length=256,
+        text_width="joint_attention_dim",
+        embedder="time_step_proj",
+        channels_last=True,
+        out_channels="config",
     ),
     "CogView4Transformer2DModel": Family(  # its mask is added to the scores, so it hides nothing
-        cogview4, "CogView4Pipeline", "tokens -tokens", 1024, "text_embed_dim", alone=True, clock=thousand,
-        side=eights,
+        arguments=cogview4,
+        pipeline="CogView4Pipeline",
+        encodes="tokens -tokens",
+        length=1024,
+        text_width="text_embed_dim",
+        one_by_one=True,
+        clock=thousand,
+        side=latent_side,
     ),
     "PRXTransformer2DModel": Family(
-        prx, "PRXPipeline", BOTH, 256, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
-        turn=lambda config: config["time_factor"], compiles=False,
+        arguments=prx,
+        pipeline="PRXPipeline",
+        encodes=TOKENS_AND_MASKS,
+        length=256,
+        text_width="context_in_dim",
+        takes_mask=True,
+        max_frequency=lambda config: config["time_factor"],
+        embedder="time_in",
+        last="final_layer.linear",
         side=lambda config: 512,
+        compiles=False,
     ),
     "WanTransformer3DModel": Family(
-        video, "WanPipeline", "tokens -tokens", 512, "text_dim", clock=thousand,
-        embedder="condition_embedder.time_embedder", channels_last=True,
+        arguments=wan,
+        pipeline="WanPipeline",
+        encodes="tokens -tokens",
+        length=512,
+        text_width="text_dim",
+        clock=thousand,
+        embedder="condition_embedder.time_embedder",
+        channels_last=True,
         side=lambda config: 0,
     ),
-    "PixArtTransformer2DModel": Family(
-        pixart, "PixArtSigmaPipeline", BOTH, 300, "caption_channels", masked=True, noise=True,
-        channels_last=True, out_channels="attribute", side=eights,
+    PIXART: Family(
+        arguments=pixart,
+        pipeline="PixArtSigmaPipeline",
+        encodes=TOKENS_AND_MASKS,
+        length=300,
+        text_width="caption_channels",
+        takes_mask=True,
+        diffusion=True,
+        channels_last=True,
+        out_channels="attribute",
+        side=latent_side,
     ),
-    "UNet2DConditionModel": Family(
-        unet, "StableDiffusionPipeline", "tokens -tokens", 77, "cross_attention_dim", noise=True, last="conv_out",
-        embedder="time_embedding", exact="time_proj", side=eights,
-    ),
-}  # fmt: skip
-UNET, PIXART = "UNet2DConditionModel", "PixArtTransformer2DModel"
-SDXL = replace(
-    FAMILIES[UNET],
-    call=sdxl,
-    pipeline="StableDiffusionXLPipeline",
-    encodes="tokens -tokens pooled -pooled",
-    pooled="projection_class_embeddings_input_dim",
-)
-READ_BY_UNETS = {9: "fills a part of an image", 8: "edits an image", 7: "enlarges an image", 5: "follows a depth"}
-EDITS = {  # those of a class above that take an image, too, by the class of the pipeline
-    "FluxKontextPipeline": replace(
-        FAMILIES["FluxTransformer2DModel"], call=kontext, pipeline="FluxKontextPipeline", edits=True
+    UNET: Family(
+        arguments=unet,
+        pipeline="StableDiffusionPipeline",
+        encodes="tokens -tokens",
+        length=77,
+        text_width="cross_attention_dim",
+        diffusion=True,
+        embedder="time_embedding",
+        time_part="time_proj",
+        last="conv_out",
+        side=latent_side,
     ),
 }
-VARIANTS = {  # of a base, by a word in the class of the pipeline, and what they are
+SDXL = replace(
+    FAMILIES[UNET],
+    arguments=sdxl,
+    pipeline="StableDiffusionXLPipeline",
+    encodes="tokens -tokens pooled -pooled",
+    pooled_text_width="projection_class_embeddings_input_dim",
+)
+KONTEXT = replace(FAMILIES[FLUX], arguments=kontext, pipeline="FluxKontextPipeline", edits=True)
+
+UNET_PURPOSES = {  # by the channels that a UNet reads
+    9: "fills a part of an image",
+    8: "edits an image",
+    7: "enlarges an image",
+    5: "follows a depth",
+}
+PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pipeline
     "Edit": "edits an image",
-    "Kontext": "fills a part of an image",  # by a mask: the one without has a row
+    "Kontext": "fills a part of an image",  # by a mask: the one without is KONTEXT
     "Inpaint": "fills a part of an image",
     "Fill": "fills a part of an image",
     "Img2Img": "begins with an image",
@@ -326,59 +485,69 @@ VARIANTS = {  # of a base, by a word in the class of the pipeline, and what they
 
 
 def family(config: Config, pipeline: str = "") -> Family:
-    """The row of a config.json, and of the class of its pipeline, if it has one.
+    """The family of a model's config.json, and of the class of its pipeline, if it has one.
 
     Raises UserError, with the way out, for a model that is none of them, and for a variant of one: a pipeline that
     makes images of more than a text.
     """
     kind = class_of(config)
-    if row := EDITS.get(pipeline) if kind == "FluxTransformer2DModel" else None:
-        return row
+    if kind == FLUX and pipeline == KONTEXT.pipeline:
+        return KONTEXT
     if kind == PIXART:
-        without_sizes(config)
-    if row := unet_of(config) if kind == UNET else FAMILIES.get(kind):
-        if pipeline.replace("Text2Img", "") in ("", row.pipeline):  # an older name
-            return row
-        does = next((does for word, does in VARIANTS.items() if word in pipeline), "is no pipeline that dumo knows")
-        raise UserError(
-            f"pipeline is a {pipeline}, which {does}: dumo trains what makes an image of a text alone. Take the folder "
-            f"of a {row.pipeline}"
-        )
-    known = ", ".join(name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
-    raise UserError(f"pipeline has a {kind}, which dumo was not tested with: take one of {known}")
+        refuse_sizes(config)
+    found = unet_family(config) if kind == UNET else FAMILIES.get(kind)
+    if found is None:
+        short_names = (name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
+        raise UserError(f"pipeline has a {kind}, which dumo was not tested with: take one of {', '.join(short_names)}")
+    newer_name = pipeline.replace("Text2Img", "")
+    if newer_name in ("", found.pipeline):
+        return found
+    purposes = [purpose for word, purpose in PIPELINE_PURPOSES.items() if word in pipeline]
+    purpose = purposes[0] if purposes else "is no pipeline that dumo knows"
+    raise UserError(
+        f"pipeline is a {pipeline}, which {purpose}: dumo trains what makes an image of a text alone. Take the folder "
+        f"of a {found.pipeline}"
+    )
 
 
 def class_of(config: Config) -> str:
     """The class of a model; PixArt was published under an older one's name."""
     kind = str(config.get("_class_name"))
-    older = kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
-    return PIXART if older else kind
+    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
+        return PIXART
+    return kind
 
 
-def without_sizes(config: Config) -> None:
+def refuse_sizes(config: Config) -> None:
     """Raise UserError for a PixArt that reads sizes, as one of 1024 pixels does where its config says nothing."""
-    reads = config.get("use_additional_conditions")
-    if config.get("sample_size") == 128 if reads is None else reads:
+    reads_sizes = config.get("use_additional_conditions")
+    if reads_sizes is None:
+        reads_sizes = config.get("sample_size") == 128
+    if reads_sizes:
         raise UserError(
             "pipeline has a PixArt-alpha of 1024 pixels, which reads the sizes of images (use_additional_conditions), "
             "and dumo has none for it: take PixArt-Sigma, or PixArt-alpha of 512 pixels"
         )
 
 
-def unet_of(config: Config) -> Family:
-    """The row of a UNet by its config. Raises UserError for one that reads more than a text and sizes."""
-    takes, gives = config.get("in_channels"), config.get("out_channels")
-    if takes != gives:
-        does = READ_BY_UNETS.get(takes or 0, "reads more than a sample")
+def unet_family(config: Config) -> Family:
+    """The family of a UNet by its config. Raises UserError for one that reads more than a text and sizes."""
+    in_channels = config.get("in_channels")
+    out_channels = config.get("out_channels")
+    if in_channels != out_channels:
+        purpose = UNET_PURPOSES.get(in_channels or 0, "reads more than a sample")
         raise UserError(
-            f"pipeline has a UNet of {takes} channels, of which it gives {gives}: it {does}, and dumo trains what "
-            "makes an image of a text alone. Take the folder of a text-to-image pipeline"
+            f"pipeline has a UNet of {in_channels} channels, of which it gives {out_channels}: it {purpose}, and dumo "
+            "trains what makes an image of a text alone. Take the folder of a text-to-image pipeline"
         )
-    added = config.get("addition_embed_type")
     keys = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
-    odd = [key for key in keys if config.get(key)] + ["addition_embed_type"] * (added not in (None, "text_time"))
-    if odd:
+    untested = [key for key in keys if config.get(key)]
+    embeds_sizes = config.get("addition_embed_type")
+    if embeds_sizes not in (None, "text_time"):
+        untested.append("addition_embed_type")
+    if untested:
         raise UserError(
-            f"pipeline has a UNet with {odd[0]}, which dumo was not tested with: take Stable Diffusion 1.5, 2.1 or XL"
+            f"pipeline has a UNet with {untested[0]}, which dumo was not tested with: take Stable Diffusion 1.5, 2.1 "
+            "or XL"
         )
-    return SDXL if added else FAMILIES[UNET]
+    return SDXL if embeds_sizes else FAMILIES[UNET]

@@ -30,7 +30,7 @@ from dumo.types import Array, Time, UserError
 EXACT = 1e-5  # of an embedding, relative, beyond which it is not the one that was trained: ours
 
 
-class Gap(nn.Module):
+class GapEmbedder(nn.Module):
     """The embedding G; all of it is trained."""
 
     frequencies: Tensor
@@ -83,7 +83,8 @@ def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) ->
     that is not what it makes of them.
     """
     one = rounded(embedder, dtype)
-    h, last = hidden(one, x.double()), copy.deepcopy(layers(embedder)[2])
+    h = hidden(one, x.double())
+    last = copy.deepcopy(layers(embedder)[2])
     bias = bias_or_none(last)
     if bias is not None:  # as one number more, as large as the others are together
         h = torch.cat([h, h.square().sum(1).mean().sqrt().expand(len(h), 1)], 1)
@@ -96,16 +97,22 @@ def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) ->
     new_last = layers(new)[2]
     new_last.weight = last.weight
     new_last.bias = last.bias
-    error, half = (off(rounded(new, kind), x, wanted) for kind in (dtype, torch.bfloat16))
-    whole = rounded(embedder, torch.float32)(x.double())
-    stock = [off(rounded(embedder, kind), x, whole) for kind in (dtype, torch.bfloat16)]
-    found = Fixed(len(h), float(sizes[0] / sizes[-1]), error, half, stock[1], last)
-    if not error <= max(EXACT, 2 * stock[0]):
+    uncorrected = rounded(embedder, torch.float32)(x.double())
+    rounding_error = off(rounded(embedder, dtype), x, uncorrected)  # of the model as it is
+    layer = Fixed(
+        len(h),
+        float(sizes[0] / sizes[-1]),
+        off(rounded(new, dtype), x, wanted),
+        off(rounded(new, torch.bfloat16), x, wanted),
+        off(rounded(embedder, torch.bfloat16), x, uncorrected),
+        last,
+    )
+    if not layer.error <= max(EXACT, 2 * rounding_error):
         raise UserError(
-            f"these passes are too near to one another for one embedding of time ({found}): ask for fewer by --nfe, or "
+            f"these passes are too near to one another for one embedding of time ({layer}): ask for fewer by --nfe, or "
             "sample by dumo sample"
         )
-    return found
+    return layer
 
 
 def rounded(embedder: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -4,6 +4,8 @@ A row has the bits of a table's, so whatever surrounds the caller must not reach
 are of a thread: a thread of its own encodes, text by text. Attention's kernels and the rounding of products are of the
 process: they are as `dumo encode` has them while the caller waits. For that it does wait: rows that were made behind a
 step's back would have other bits where a slope or an examination takes another kernel. On one GPU both take turns.
+
+`OnlineTexts` looks up the texts of a condition c; `Encoders` makes their rows, and keeps those that it made last.
 """
 
 from collections import OrderedDict
@@ -20,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.texttable import in_stored_types, unpadded
 from dumo.flow.precision import products
-from dumo.nets.rows import Sizes, Source, TextRows, Texts
+from dumo.nets.rows import Source, TextRows, Texts, TextSizes
 from dumo.types import Cond, UserError
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
@@ -32,7 +34,8 @@ class Encoders:
 
     def __init__(self, by: Prompts, most: int) -> None:
         """Opens the encoders. Raises UserError as `Prompts.open`."""
-        self.read, self.most = by.open(), most
+        self.read = by.open()
+        self.most = most
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
         self.rows = OrderedDict[str, Row]()
 
@@ -42,47 +45,54 @@ class Encoders:
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[Row]:
         """The rows of texts, on the CPU, made on this device where they are not there. Raises UserError as `row`."""
-        return self.thread.submit(self.found, texts, device).result()
+        return self.thread.submit(self._rows_of, texts, device).result()
 
-    def found(self, texts: Sequence[str], device: torch.device) -> list[Row]:
+    def _rows_of(self, texts: Sequence[str], device: torch.device) -> list[Row]:
         """As a call, in the thread."""
         self.read.to(device)
-        found = list[Row]()
+        rows: list[Row] = []
         with sdpa_kernel(KERNELS), products("fp32", device):
             for text in texts:
-                self.rows[text] = self.rows.get(text) or self.row(text)
+                if text not in self.rows:
+                    self.rows[text] = self.row(text)
                 self.rows.move_to_end(text)
-                found.append(self.rows[text])
+                rows.append(self.rows[text])
         while len(self.rows) > self.most:
             self.rows.popitem(last=False)
-        return found
+        return rows
 
     def row(self, text: str) -> Row:
         """One row. Raises UserError where an encoder fails, or its numbers are not finite."""
         spec = self.read.spec
-        parts = unpadded(self.read([text]), masks=spec.padded)
-        found = {name: part for name, part in parts.items() if name != "lengths"}
-        found |= {"pooled": parts["pooled"][0]} if "pooled" in parts else {}
-        types = {name: torch.bool if name == "mask" else getattr(torch, spec.dtype) for name in found}
-        return in_stored_types(found, types)
+        row = unpadded(self.read([text]), masks=spec.padded)
+        del row["lengths"]
+        if "pooled" in row:
+            row["pooled"] = row["pooled"][0]
+        types = {name: torch.bool if name == "mask" else getattr(torch, spec.dtype) for name in row}
+        return in_stored_types(row, types)
 
 
 OPEN = WeakValueDictionary[str, Encoders]()  # by what they are: nets of one process share them
 
 
-class Live(Texts):
+class OnlineTexts(Texts):
     """Rows of captions, then of no caption, then of prompts, from encoders; padded to the longest of a pass."""
 
     like: Tensor  # its device and type are those of the rows
 
-    def __init__(self, by: Prompts, sha256: str, sizes: Sizes, count: int, *, most: int) -> None:
+    def __init__(self, by: Prompts, sha256: str, sizes: TextSizes, count: int, *, most: int) -> None:
         """`captions` are set by who knows the data. Raises UserError as `Prompts.open`."""
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)
         key = f"{by.model_dump_json()} {sha256} {most}"
         self.encoders = OPEN.get(key) or OPEN.setdefault(key, Encoders(by, most))
-        self.count, self.captions, self.added = count, tuple[str, ...](), list[str]()
-        self.length, self.width, self.pooled_width, self.masked, _ = sizes
+        self.count = count
+        self.captions: tuple[str, ...] = ()
+        self.added: list[str] = []  # prompts
+        self.length = sizes.length
+        self.width = sizes.width
+        self.pooled_width = sizes.pooled
+        self.masked = sizes.masked
         self.several = self.masked
 
     def text(self, k: int) -> str:
@@ -101,11 +111,16 @@ class Live(Texts):
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,), in float32. Raises as `rows`."""
-        made = self.rows(c)
-        masks = [row.get("mask", torch.ones(len(row["tokens"]), dtype=torch.bool)) for row in made]
-        tokens = pad_sequence([row["tokens"] for row in made], batch_first=True).to(self.like)
-        mask = pad_sequence(masks, batch_first=True).to(self.like.device) if self.masked else None
-        return tokens, mask, torch.stack([row["pooled"] for row in made]).to(self.like) if self.pooled_width else None
+        rows = self.rows(c)
+        tokens = pad_sequence([row["tokens"] for row in rows], batch_first=True).to(self.like)
+        mask = None
+        if self.masked:
+            masks = [row.get("mask", torch.ones(len(row["tokens"]), dtype=torch.bool)) for row in rows]
+            mask = pad_sequence(masks, batch_first=True).to(self.like.device)
+        pooled = None
+        if self.pooled_width:
+            pooled = torch.stack([row["pooled"] for row in rows]).to(self.like)
+        return tokens, mask, pooled
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """As `Texts.lengths`."""

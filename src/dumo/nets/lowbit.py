@@ -21,7 +21,7 @@ from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import single
 from dumo.io import digest
 from dumo.io.deferred import derived
-from dumo.nets.twin import bias_or_none, put
+from dumo.nets.twin import bias_or_none
 from dumo.runtime import import_bitsandbytes, install
 from dumo.types import Array, UserError
 
@@ -60,10 +60,12 @@ class Coded(nn.Linear):
 
     def __init__(self, layer: nn.Linear, coding: Coding) -> None:
         """Codes the layer's weight, on the device where it lies."""
-        weight, bias = layer.weight.detach(), bias_or_none(layer)
+        weight = layer.weight.detach()
+        bias = bias_or_none(layer)
         super().__init__(layer.in_features, layer.out_features, bias is not None, device="meta")
         codes, scales = encode(weight, coding)
-        self.weight, self.scales = nn.Parameter(codes, False), nn.Parameter(scales, False)
+        self.weight = nn.Parameter(codes, False)
+        self.scales = nn.Parameter(scales, False)
         if bias is not None:
             self.bias = nn.Parameter(single(bias.detach()), False)
         self.origin = nn.Parameter(origin(weight, coding), False)
@@ -75,7 +77,9 @@ class Coded(nn.Linear):
 
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
-        x, bias, size = primal(input), bias_or_none(self), (self.out_features, self.in_features)
+        x = primal(input)
+        bias = bias_or_none(self)
+        size = (self.out_features, self.in_features)
         out = product(x, self.weight, self.scales, size, bias)
         return carry(out, product, (input,), self.weight, self.scales, size)
 
@@ -177,7 +181,7 @@ def _exchange(model: nn.Module, without: Sequence[str], make: Callable[[nn.Linea
     left = tuple(f"{path}." for path in without)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left) and (new := make(layer)) is not None:
-            put(model, name, new)
+            model.set_submodule(name, new)
     for layer in model.modules():
         for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if type(layer) is not Half else ():
             x.data = single(x.data)

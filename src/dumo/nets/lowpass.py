@@ -18,11 +18,14 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from dumo.nets.twin import bias_or_none, put
+from dumo.nets.twin import bias_or_none
 from dumo.types import Array
 
 PERIOD = 10_000.0  # the quickest wave over the slowest, of every one of these models
-POINTS, STEPS, RATE = 256, 1000, 2e-3  # ours: times, steps of Adam, its rate at the start of half a cosine
+# Ours.
+POINTS = 256  # times
+STEPS = 1000  # of Adam
+RATE = 2e-3  # of Adam, at the start of half a cosine
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Slow(nn.Linear):
     def __init__(self, layer: nn.Linear, keep: Tensor) -> None:
         """Takes over the layer's parameters."""
         super().__init__(layer.in_features, layer.out_features, bias_or_none(layer) is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight = layer.weight
+        self.bias = layer.bias
         self.register_buffer("keep", keep, persistent=False)
 
     def forward(self, input: Array) -> Array:
@@ -59,7 +63,8 @@ class Slow(nn.Linear):
     def plain(self) -> nn.Linear:
         """A plain linear layer, with zeros for the masked columns."""
         layer = nn.Linear(self.in_features, self.out_features, bias_or_none(self) is not None, device="meta")
-        layer.weight, layer.bias = nn.Parameter(self.weight.detach() * self.keep), self.bias
+        layer.weight = nn.Parameter(self.weight.detach() * self.keep)
+        layer.bias = self.bias
         return layer
 
 
@@ -72,7 +77,8 @@ def frequencies(waves: int, turn: float) -> Tensor:
 
 def waves(t: Array, w: Tensor) -> Array:
     """cos(w t) in the first half of w, sin(w t) in the second; (n, waves)."""
-    angles, half = t[:, None] * w, len(w) // 2
+    angles = t[:, None] * w
+    half = len(w) // 2
     return torch.cat([angles[:, :half].cos(), angles[:, half:].sin()], 1)
 
 
@@ -86,7 +92,8 @@ def cut(embedder: nn.Module, turn: float, limit: float) -> Fit:
     """Mask the waves above `limit` rad of an embedder, in place. Its quickest wave has `turn` rad."""
     name, one, _ = layers(embedder)
     w = frequencies(one.in_features, turn)
-    put(embedder, name, Slow(one, (keep := w <= limit).to(one.weight.device)))
+    keep = w <= limit
+    embedder.set_submodule(name, Slow(one, keep.to(one.weight.device)))
     return Fit(limit, int(keep.sum()), len(w), None)
 
 
@@ -95,11 +102,13 @@ def refit(embedder: nn.Module, turn: float, fit: Fit) -> Fit:
     if fit.kept == fit.waves:
         return fit
     old = copy.deepcopy(embedder)
-    (name, slow, _), (_, first, _) = layers(embedder), layers(old)
+    name, slow, _ = layers(embedder)
+    _, first, _ = layers(old)
     assert isinstance(slow, Slow)
     whole = nn.Linear(slow.in_features, slow.out_features, bias_or_none(slow) is not None, device="meta")
-    whole.weight, whole.bias = first.weight, first.bias
-    put(old, name, whole)
+    whole.weight = first.weight
+    whole.bias = first.bias
+    old.set_submodule(name, whole)
     with torch.no_grad():
         slow.weight.mul_(slow.keep)
     return replace(fit, error=regress(embedder, old, frequencies(slow.in_features, turn)))
@@ -114,8 +123,10 @@ def regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     t = (torch.arange(2 * POINTS, dtype=torch.float64) + 0.5) / (2 * POINTS)
     inputs = waves(t, w).float().to(here)
-    trained, between = inputs[::2], inputs[1::2]
-    new, old = new.to(here), old.to(here).requires_grad_(False)
+    trained = inputs[::2]
+    between = inputs[1::2]
+    new = new.to(here)
+    old = old.to(here).requires_grad_(False)
     before = [p.requires_grad for p in new.parameters()]
     optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

@@ -37,7 +37,8 @@ class Perceptron(nn.Module):
     def __init__(self, spec: MLP, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `MLP.build`."""
         super().__init__()
-        dim, width = prod(shape), spec.width
+        dim = prod(shape)
+        width = spec.width
         self.scalars = Scalars(needs.shared, width, spec.time_scale)
         self.own = Own(needs, width, spec.time_scale)
         self.label = label_table(classes, width) if classes else None

@@ -42,7 +42,8 @@ class Module(NetSpec):
                 f"the net is a module of Python, {self.name}, that this process does not have: give it in Python, "
                 f"dumo.load(RUN, net={self.name.rpartition(':')[2]}(...)), in the same layout"
             )
-        net, device = copy.deepcopy(module), torch.get_default_device()
+        net = copy.deepcopy(module)
+        device = torch.get_default_device()
         with torch.device(next(net.parameters()).device):
             require_heads(net, needs, shape, classes)
         return net.to(device)

@@ -23,7 +23,7 @@ Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
 
 
-class Sizes(NamedTuple):
+class TextSizes(NamedTuple):
     """Those of rows."""
 
     length: int  # tokens at most
@@ -69,7 +69,8 @@ class Texts(nn.Module, ABC):
     def forget(self, most: int) -> None:
         """Keep that many prompts, the last of `prompts`: the rows of others go, and what is left has new numbers."""
         if len(self.prompts) > most:
-            first, kept = min(self.prompts.values()), [*self.prompts][len(self.prompts) - most :]
+            first = min(self.prompts.values())
+            kept = [*self.prompts][len(self.prompts) - most :]
             self.keep(first, [self.prompts[text] for text in kept])
             self.prompts = {text: first + i for i, text in enumerate(kept)}
 
@@ -99,16 +100,22 @@ class Rows(Texts):
         super().__init__()
         for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled), ("source", source)):
             self.register_buffer(name, rows, persistent=False)
-        self.width, self.length, self.masked = tokens.shape[2], tokens.shape[1], mask is not None
+        self.width = tokens.shape[2]
+        self.length = tokens.shape[1]
+        self.masked = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
         self.reader = reader
-        self._count()
+        self._update_lengths()
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,), in float32 where they are stored in half precision."""
-        mask, pooled = self.mask, self.pooled
-        there = None if mask is None else mask[c]
-        return full(self.tokens[c]), there, None if pooled is None else full(pooled[c])
+        mask = self.mask
+        pooled = self.pooled
+        return (
+            full(self.tokens[c]),
+            None if mask is None else mask[c],
+            None if pooled is None else full(pooled[c]),
+        )
 
     def sources(self, c: Cond) -> Source | None:
         """As `Texts.sources`, in float32."""
@@ -116,34 +123,44 @@ class Rows(Texts):
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """As `Texts.lengths`."""
-        return self._lengths and tuple(self._lengths[i] for i in c.tolist())
+        if self._lengths is None:
+            return None
+        return tuple(self._lengths[i] for i in c.tolist())
 
     def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
             return super().append(texts)
-        first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
+        first = len(self.tokens)
+        read = self.reader(self.tokens.device)
+        new_tokens, new_mask, new_pooled = read(texts)
         if self.source is not None and source is not None:
             self.source = torch.cat([self.source, source.to(self.source)])
-        self.length = max(self.length, new[0].shape[1])  # a prompt may be longer than all captions
-        for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):
-            old: Tensor | None = getattr(self, name)
-            if old is not None and rows is not None:
-                both = (old, rows.to(old))
-                both = both if name == "pooled" else (widened(part, self.length) for part in both)
-                setattr(self, name, torch.cat([*both]))
-        self._count()
+        self.length = max(self.length, new_tokens.shape[1])  # a prompt may be longer than all captions
+        self.tokens = self._longer(self.tokens, new_tokens)
+        if self.mask is not None and new_mask is not None:
+            self.mask = self._longer(self.mask, new_mask)
+        if self.pooled is not None and new_pooled is not None:
+            self.pooled = torch.cat([self.pooled, new_pooled.to(self.pooled)])
+        self._update_lengths()
         return first
+
+    def _longer(self, old: Tensor, new: Tensor) -> Tensor:
+        """Tokens or masks with new rows behind the old ones, padded to the length of all."""
+        return torch.cat([widened(old, self.length), widened(new.to(old), self.length)])
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
         """As `Texts.keep`."""
         super().keep(first, rows)
-        self._count()
+        self._update_lengths()
 
-    def _count(self) -> None:
+    def _update_lengths(self) -> None:
+        """After rows came or went."""
         mask = self.mask
-        self._lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
-        self.several = len({*(self._lengths or ())}) > 1
+        self._lengths: tuple[int, ...] | None = None
+        if mask is not None and not mask.is_meta:
+            self._lengths = tuple(mask.sum(1).tolist())
+        self.several = len(set(self._lengths or ())) > 1
 
 
 class Codes(Spec):

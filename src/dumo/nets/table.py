@@ -1,4 +1,9 @@
-"""Rows of text from a table that `dumo encode` made: in memory where there is room, else looked up pass by pass."""
+"""Rows of text from a table that `dumo encode` made: in memory where there is room, else looked up pass by pass.
+
+A spec (`TextTable`, `PipelineTexts`) says the sizes of a row without a file, so a net is outlined by them; its `build`
+opens the table and gives `Rows`, in memory, or `Mapped`, on the disk. Where a table would be too large, `OnlineTexts`
+makes the rows of `PipelineTexts` while the net is used.
+"""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,21 +17,20 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.encoders.caption import parted
-from dumo.encoders.pipeline import TRANSFORMER, Reading
+from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.text import Encoder
-from dumo.encoders.texttable import Table, open_table, read_contents, require
+from dumo.encoders.texttable import EncodedTexts, TextTableIndex, open_table, read_contents, require
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.family import Family, family
-from dumo.nets.live import Live
-from dumo.nets.rows import Reader, Rows, Sizes, Source, TextRows, Texts, widened
+from dumo.nets.live import OnlineTexts
+from dumo.nets.rows import Reader, Rows, Source, TextRows, Texts, TextSizes, widened
 from dumo.runtime.bound import CHANNELS, GIGABYTES
 from dumo.runtime.progress import sized
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Cond, Spec, UserError
 
-GIGABYTE = 1e9
-POOLED = 2  # its place in `TextRows`
+GIGABYTE = 1e9  # bytes
 
 
 class Tabled(Spec):
@@ -39,7 +43,7 @@ class Tabled(Spec):
 
     @property
     @abstractmethod
-    def by(self) -> Encoder | Prompts | Tokenizer:
+    def reader_spec(self) -> Encoder | Prompts | Tokenizer:
         """The encoder or tokenizer of the rows."""
 
     @property
@@ -50,23 +54,29 @@ class Tabled(Spec):
     def found(self) -> "Tabled":
         """The same with the identity of the table that is there, if one is."""
         if self.identity is None:
-            with suppress(UserError):  # raised again when the net is built
-                if (there := read_contents(self.folder)) and there.shards:
-                    return self.model_copy(update={"identity": there.identity})
+            index = self._index_of_whole_table()
+            if index is not None:
+                return self.model_copy(update={"identity": index.identity})
         return self
 
     def digest(self) -> str | None:
         """That of the captions of the table that is there; None: none is there, or it is damaged."""
+        index = self._index_of_whole_table()
+        return None if index is None else index.digest
+
+    def _index_of_whole_table(self) -> TextTableIndex | None:
+        """What the table says of itself; None: none is there, it is unfinished, or it is damaged."""
         with suppress(UserError):  # raised again when the net is built
-            if (there := read_contents(self.folder)) and there.shards:
-                return there.digest
+            index = read_contents(self.folder)
+            if index is not None and index.shards:
+                return index
         return None
 
-    def table(self, captions: int) -> Table:
+    def table(self, captions: int) -> EncodedTexts:
         """The table in the folder. Raises UserError where there is none, or it is of other captions or encoders."""
-        found = open_table(self.folder)
-        require(found, self.by, captions, self.identity)
-        return found
+        table = open_table(self.folder)
+        require(table, self.reader_spec, captions, self.identity)
+        return table
 
 
 class Embedded(Tabled):
@@ -77,25 +87,28 @@ class Embedded(Tabled):
 
     @property
     @abstractmethod
-    def by(self) -> Encoder | Prompts:
+    def reader_spec(self) -> Encoder | Prompts:
         """What reads the texts."""
 
     @property
     @abstractmethod
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TextSizes:
         """Those of a row, at most."""
 
     def bytes(self, classes: int, source: tuple[int, ...] = ()) -> int:
         """What the rows of this number of captions, and of none, take at most, with latents of what they edit."""
         sizes = self.sizes
-        tokens = sizes.length * (sizes.width * sizes.dtype.itemsize + 1)
-        return (classes + 1) * (tokens + (sizes.pooled + (prod(source) if source else 0)) * sizes.dtype.itemsize)
+        numbers = sizes.length * sizes.width + sizes.pooled
+        if source:
+            numbers += prod(source)
+        mask = sizes.length  # a byte for each token
+        return (classes + 1) * (numbers * sizes.dtype.itemsize + mask)
 
-    def mapped(self, classes: int, source: tuple[int, ...] = ()) -> bool:
+    def is_mapped(self, classes: int, source: tuple[int, ...] = ()) -> bool:
         """Whether rows come from the host, pass by pass, for this number of captions."""
-        return self.live(classes) or self.bytes(classes, source) > self.memory * GIGABYTE
+        return self.is_online(classes) or self.bytes(classes, source) > self.memory * GIGABYTE
 
-    def live(self, classes: int) -> bool:
+    def is_online(self, classes: int) -> bool:
         """Whether encoders make the rows while the net is used, for this number of captions, and there is no table."""
         return False
 
@@ -106,59 +119,68 @@ class Embedded(Tabled):
 
         Raises UserError where there is no table, or it is of other captions or of another encoder.
         """
-        if torch.get_default_device().type == "meta":
+        device = torch.get_default_device()
+        if device.type == "meta":
             return self.outline(classes, source)
-        found = self.open(classes)
-        if found.contents.source != source:
-            there, wanted = (
-                f"latents {shape} of images to edit" if shape else "texts alone"
-                for shape in (found.contents.source, source)
-            )
+        table = self.open(classes)
+        if table.contents.source != source:
             raise UserError(
-                f"net.texts.root: {self.root} has {there}, and the model takes {wanted}: encode into another folder"
+                f"net.texts.root: {self.root} has {source_words(table.contents.source)}, and the model takes "
+                f"{source_words(source)}: encode into another folder"
             )
-        if self.mapped(classes, source):
-            return Mapped(found, self)
-        where, masked = torch.get_default_device(), self.sizes.masked
-        tokens, mask, pooled = found.padded()
-        kept = None if pooled is None else pooled.to(where)
-        edited = found.sources()
+        if self.is_mapped(classes, source):
+            return Mapped(table, self)
+        tokens, mask, pooled = table.padded()
+        sources = table.sources()
         return Rows(
-            tokens.to(where),
-            mask.to(where) if masked else None,
-            kept,
-            lambda device: self.reader(found, device),
-            None if edited is None else edited.to(where),
+            tokens.to(device),
+            mask.to(device) if self.sizes.masked else None,
+            None if pooled is None else pooled.to(device),
+            lambda reader_device: self.reader(table, reader_device),
+            None if sources is None else sources.to(device),
         )
 
     def outline(self, classes: int, source: tuple[int, ...] = ()) -> Rows:
         """Rows without numbers; a single one where they are mapped."""
-        n, (length, width, pooled, masked, dtype) = 1 if self.mapped(classes, source) else classes + 1, self.sizes
-        mask = torch.empty(n, length, dtype=torch.bool) if masked else None
-        kept = torch.empty(n, pooled, dtype=dtype) if pooled else None
-        edited = torch.empty(n, *source, dtype=dtype) if source else None
-        return Rows(torch.empty(n, length, width, dtype=dtype), mask, kept, source=edited)
+        sizes = self.sizes
+        n = 1 if self.is_mapped(classes, source) else classes + 1
+        return Rows(
+            torch.empty(n, sizes.length, sizes.width, dtype=sizes.dtype),
+            torch.empty(n, sizes.length, dtype=torch.bool) if sizes.masked else None,
+            torch.empty(n, sizes.pooled, dtype=sizes.dtype) if sizes.pooled else None,
+            source=torch.empty(n, *source, dtype=sizes.dtype) if source else None,
+        )
 
-    def open(self, classes: int) -> Table:
+    def open(self, classes: int) -> EncodedTexts:
         """The table. Raises UserError as `build`."""
         return self.table(classes)
 
-    def reader(self, found: Table, device: torch.device) -> Reader:
+    def reader(self, table: EncodedTexts, device: torch.device) -> Reader:
         """The reader of prompts, on a device. Raises UserError for an encoder of other weights."""
-        read, dtype = self.by.open(device), found.contents.dtype
-        if read.sha256 != found.contents.sha256:
+        spec = self.reader_spec
+        read = spec.open(device)
+        if read.sha256 != table.contents.sha256:
             raise UserError(
-                f"net.texts: the encoder in {self.by.source} has the hash {read.sha256}, and the captions were encoded "
-                f"by {found.contents.sha256}: name the folder of that encoder"
+                f"net.texts: the encoder in {spec.source} has the hash {read.sha256}, and the captions were encoded by "
+                f"{table.contents.sha256}: name the folder of that encoder"
             )
+        dtype = table.contents.dtype
+        keeps_padding = "mask" in table.contents.columns
 
         def rows(texts: Sequence[str]) -> TextRows:
-            made = read([parted(text)[0] for text in texts])
-            pooled = None if made.pooled is None else made.pooled.to(dtype)
-            tokens = made.tokens if "mask" in found.contents.columns else made.tokens * made.mask[..., None]
-            return tokens.to(dtype), made.mask, pooled
+            embeddings = read([parted(text)[0] for text in texts])
+            tokens = embeddings.tokens
+            if not keeps_padding:
+                tokens = tokens * embeddings.mask[..., None]
+            pooled = None if embeddings.pooled is None else embeddings.pooled.to(dtype)
+            return tokens.to(dtype), embeddings.mask, pooled
 
         return rows
+
+
+def source_words(shape: tuple[int, ...]) -> str:
+    """What a table holds, in words, by the shape of its latents of images to edit."""
+    return f"latents {shape} of images to edit" if shape else "texts alone"
 
 
 class TextTable(Embedded):
@@ -176,29 +198,34 @@ class TextTable(Embedded):
         return self
 
     @property
-    def by(self) -> Encoder:
+    def reader_spec(self) -> Encoder:
         """The encoder."""
         return self.encoder
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TextSizes:
         """As its fields say."""
-        dtype = getattr(torch, self.encoder.dtype)
-        return Sizes(self.encoder.length, self.width, self.pooled, not self.encoder.pad, dtype)
+        return TextSizes(
+            length=self.encoder.length,
+            width=self.width,
+            pooled=self.pooled,
+            masked=not self.encoder.pad,
+            dtype=getattr(torch, self.encoder.dtype),
+        )
 
-    def open(self, classes: int) -> Table:
+    def open(self, classes: int) -> EncodedTexts:
         """The table. Raises UserError as `build`."""
-        found = self.table(classes)
-        has = found.contents
-        if (has.width, has.pooled) != (self.width, self.pooled):
+        table = self.table(classes)
+        contents = table.contents
+        if (contents.width, contents.pooled) != (self.width, self.pooled):
             raise UserError(
-                f"net.texts.root: {self.root} has tokens of width {has.width} and pooled {has.pooled}: set "
-                f"net.texts.width={has.width} net.texts.pooled={has.pooled}"
+                f"net.texts.root: {self.root} has tokens of width {contents.width} and pooled {contents.pooled}: set "
+                f"net.texts.width={contents.width} net.texts.pooled={contents.pooled}"
             )
-        return found
+        return table
 
 
-class PipelineTexts(Reading, Embedded):
+class PipelineTexts(PipelineSpec, Embedded):
     """Texts as the run's pipeline reads them (`dumo.encoders.prompt`)."""
 
     kind: Literal["pipeline"] = "pipeline"
@@ -207,48 +234,62 @@ class PipelineTexts(Reading, Embedded):
     # GB that a table may take on the disk; above, there is none, and texts are encoded in training. Ours.
     budget: float = Field(default=100.0, ge=0, le=GIGABYTES, json_schema_extra=MACHINE)
 
-    def live(self, classes: int) -> bool:
-        """As `Embedded.live`; a table that is there is read, and images to edit always have one."""
-        return self.identity is None and not self.row.edits and self.bytes(classes) > self.budget * GIGABYTE
+    def is_online(self, classes: int) -> bool:
+        """As `Embedded.is_online`; a table that is there is read, and images to edit always have one."""
+        return self.identity is None and not self.family.edits and self.bytes(classes) > self.budget * GIGABYTE
 
     def build(self, classes: int, source: tuple[int, ...] = ()) -> Texts:
         """Raises as `Embedded.build`, and where the encoders are others than when the run began."""
-        if not self.live(classes) or torch.get_default_device().type == "meta":
+        if not self.is_online(classes) or torch.get_default_device().type == "meta":
             return super().build(classes, source)
-        self.pipeline.require("texts", sha256 := self.pipeline.texts(), "text encoders or tokenizers")
+        sha256 = self.pipeline.texts_hash()
+        self.pipeline.require("texts", sha256, "text encoders or tokenizers")
         most = max(1, int(self.memory * GIGABYTE / self.bytes(0)))
-        return Live(self.by, sha256, self.sizes, classes, most=most)
+        return OnlineTexts(self.reader_spec, sha256, self.sizes, classes, most=most)
 
     def too_large(self, captions: int) -> str:
         """Why no table of these captions is written; empty: it is."""
-        size = f"a table of {captions:,} captions may take {sized(self.bytes(captions))}"
-        why = f"{size}, more than net.texts.budget = {self.budget:g} GB: texts are encoded in training"
-        return why if self.live(captions) else ""
+        if not self.is_online(captions):
+            return ""
+        return (
+            f"a table of {captions:,} captions may take {sized(self.bytes(captions))}, more than net.texts.budget = "
+            f"{self.budget:g} GB: texts are encoded in training"
+        )
 
     @property
     def encoders(self) -> int | None:
         """Bytes of the encoders; None: not known, for they are not here."""
-        return self.pipeline.reading(self.sizes.dtype.itemsize)
+        return self.pipeline.text_encoder_bytes(self.sizes.dtype.itemsize)
 
     @property
-    def row(self) -> Family:
+    def family(self) -> Family:
         """The family of the pipeline. Raises UserError as `family`."""
         return family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
-    def by(self) -> Prompts:
+    def reader_spec(self) -> Prompts:
         """The pipeline."""
-        row = self.row
+        family = self.family
         return Prompts(
-            source=self.pipeline.source, pipeline=row.pipeline, encodes=row.encodes, dtype=self.dtype, padded=row.adds
+            source=self.pipeline.source,
+            pipeline=family.pipeline,
+            encodes=family.encodes,
+            dtype=self.dtype,
+            padded=family.adds_mask,
         )
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> TextSizes:
         """As the config of the model says."""
-        row, config = self.row, self.pipeline.config(TRANSFORMER)
-        pooled = row.pooled_width(config)
-        return Sizes(row.length, config[row.text], pooled, row.masked or row.alone, getattr(torch, self.dtype))
+        family = self.family
+        config = self.pipeline.config(TRANSFORMER)
+        return TextSizes(
+            length=family.length,
+            width=config[family.text_width],
+            pooled=family.pooled_width(config),
+            masked=family.takes_mask or family.one_by_one,
+            dtype=getattr(torch, self.dtype),
+        )
 
 
 class Mapped(Texts):
@@ -259,61 +300,82 @@ class Mapped(Texts):
 
     like: Tensor  # its device and type are those of the rows
 
-    def __init__(self, found: Table, spec: Embedded) -> None:
+    def __init__(self, table: EncodedTexts, spec: Embedded) -> None:
         """Holds no rows."""
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self.width, self.length, self.pooled_width = spec.sizes.width, found.longest, spec.sizes.pooled
-        self.table, self.masked = found, spec.sizes.masked
+        self.table = table
         self.spec = spec
+        self.width = spec.sizes.width
+        self.length = table.longest
+        self.pooled_width = spec.sizes.pooled
+        self.masked = spec.sizes.masked
         self.table.audit.require()
-        self.added: Rows | None = None
-        self._count()
+        self.added: Rows | None = None  # prompts, which are in memory
+        self._update_lengths()
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,). Waits for the device of c."""
         self.table.audit.require()
         numbers: list[int] = c.tolist()
-        tokens, mask, pooled = self.table.padded([min(row, len(self.table) - 1) for row in numbers])
-        parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]
-        if self.added is not None and (new := [i for i, row in enumerate(numbers) if row >= len(self.table)]):
-            added = self.added(torch.tensor([numbers[i] - len(self.table) for i in new]))
-            for k, (part, rows) in enumerate(zip(parts, added, strict=True)):
-                if part is not None and rows is not None:
-                    parts[k] = part = part if k == POOLED else widened(part, rows.shape[1])
-                    part[new] = rows.to(part)
-        tokens, mask, pooled = (
-            part if part is None else part.to(self.like if part.is_floating_point() else self.like.device)
-            for part in parts
+        tokens, mask, pooled = self.table.padded(self._in_table(numbers))
+        prompts = self._prompts_among(numbers)
+        if self.added is not None and prompts:
+            prompt_tokens, prompt_mask, prompt_pooled = self.added(self._numbers_of_added(numbers, prompts))
+            tokens = widened(tokens, prompt_tokens.shape[1])
+            tokens[prompts] = prompt_tokens.to(tokens)
+            if prompt_mask is not None:
+                mask = widened(mask, prompt_mask.shape[1])
+                mask[prompts] = prompt_mask.to(mask)
+            if pooled is not None and prompt_pooled is not None:
+                pooled[prompts] = prompt_pooled.to(pooled)
+        return (
+            tokens.to(self.like),
+            mask.to(self.like.device) if self.masked else None,
+            None if pooled is None else pooled.to(self.like),
         )
-        assert tokens is not None
-        return tokens, mask, pooled
 
     def sources(self, c: Cond) -> Source | None:
         """As `Texts.sources`; those of the table are read as its rows are."""
-        numbers, last = c.tolist(), len(self.table) - 1
-        found = self.table.sources([min(row, last) for row in numbers])
-        if found is None:
+        numbers: list[int] = c.tolist()
+        sources = self.table.sources(self._in_table(numbers))
+        if sources is None:
             return None
-        if self.added is not None and (new := [i for i, row in enumerate(numbers) if row > last]):
-            added = self.added.sources(torch.tensor([numbers[i] - last - 1 for i in new]))
-            assert added is not None
-            found[new] = added.to(found)
-        return found.to(self.like)
+        prompts = self._prompts_among(numbers)
+        if self.added is not None and prompts:
+            prompt_sources = self.added.sources(self._numbers_of_added(numbers, prompts))
+            assert prompt_sources is not None
+            sources[prompts] = prompt_sources.to(sources)
+        return sources.to(self.like)
+
+    def _in_table(self, numbers: Sequence[int]) -> list[int]:
+        """Rows of the table; in place of a prompt, the one for no caption."""
+        last = len(self.table) - 1
+        return [min(number, last) for number in numbers]
+
+    def _prompts_among(self, numbers: Sequence[int]) -> list[int]:
+        """The places in a batch of what is a prompt, so in no table."""
+        return [i for i, number in enumerate(numbers) if number >= len(self.table)]
+
+    def _numbers_of_added(self, numbers: Sequence[int], prompts: Sequence[int]) -> Tensor:
+        """The rows of `added` of the prompts at these places of a batch."""
+        return torch.tensor([numbers[i] - len(self.table) for i in prompts])
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """As `Texts.lengths`."""
-        return tuple(self._lengths[i] for i in c.tolist()) if self.masked else None
+        if not self.masked:
+            return None
+        return tuple(self._lengths[number] for number in c.tolist())
 
     def append(self, texts: Sequence[str], source: Source | None = None) -> int:
         """Only prompts are kept in memory. Raises as `Texts.append`."""
         if self.added is None:
             tokens, mask, pooled = self.table.padded([])
             read = self.spec.reader(self.table, self.like.device)
-            none = self.table.sources([])
-            self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read, none)
+            no_sources = self.table.sources([])
+            self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read, no_sources)
         first = len(self.table) + self.added.append(texts, source)
-        self._count()
+        self._update_lengths()
         return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
@@ -321,12 +383,15 @@ class Mapped(Texts):
         if self.added is not None:
             n = len(self.table)
             self.added.keep(first - n, [row - n for row in rows])
-            self._count()
+            self._update_lengths()
 
-    def _count(self) -> None:
+    def _update_lengths(self) -> None:
+        """After prompts came or went."""
         if self.added is not None:
             self.length = self.added.length
         if self.masked:
-            added = () if self.added is None else self.added.lengths(torch.arange(len(self.added.tokens))) or ()
-            self._lengths = (*self.table.lengths, *added)
-            self.several = len({*self._lengths}) > 1
+            added_lengths: tuple[int, ...] = ()
+            if self.added is not None:
+                added_lengths = self.added.lengths(torch.arange(len(self.added.tokens))) or ()
+            self._lengths = (*self.table.lengths, *added_lengths)
+            self.several = len(set(self._lengths)) > 1

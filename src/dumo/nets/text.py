@@ -39,11 +39,11 @@ class Learned(Tabled):
     drop: float = Field(default=0.0, ge=0, lt=1)
 
     @property
-    def by(self) -> Tokenizer:
+    def reader_spec(self) -> Tokenizer:
         """The tokenizer."""
         return self.tokenizer
 
-    def build(self, classes: int) -> "Encoded":
+    def build(self, classes: int) -> "TokenTexts":
         """The encoder, and the ids of `classes` captions and of none; on the meta device no file is read.
 
         Raises UserError where there is no table, it is of other captions or another tokenizer, or transformers is
@@ -51,12 +51,12 @@ class Learned(Tabled):
         """
         shape = (classes + 1, self.tokenizer.length)
         if torch.get_default_device().type == "meta":
-            return Encoded(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
+            return TokenTexts(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
         ids, mask, _ = self.table(classes).padded()
-        return Encoded(self, ids.int(), mask)
+        return TokenTexts(self, ids.int(), mask)
 
 
-class Encoded(Texts):
+class TokenTexts(Texts):
     """Rows of token ids, and the encoder that reads them. No checkpoint holds the ids."""
 
     ids: Tensor  # (n, l), int32
@@ -65,10 +65,14 @@ class Encoded(Texts):
     def __init__(self, spec: Learned, ids: Tensor, mask: Tensor) -> None:
         """Raises UserError where transformers is missing."""
         super().__init__()
-        self.tokenizer, self.width, self.pooled_width, self.length = spec.tokenizer, spec.width, 0, ids.shape[1]
+        self.tokenizer = spec.tokenizer
+        self.width = spec.width
+        self.pooled_width = 0
+        self.length = ids.shape[1]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
-        self.encoder, self.drop = encoder(spec), spec.drop
+        self.encoder = encoder(spec)
+        self.drop = spec.drop
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,): tokens, and which of them are there."""
@@ -125,7 +129,7 @@ class Drawn(Spec):
         mask = torch.arange(length) < (torch.arange(ROWS) % length + 1)[:, None]
         if isinstance(of, Learned):
             ids = torch.randint(VOCABULARY, mask.shape, generator=g)
-            return Few(Encoded(of, ids.int(), mask))
+            return Few(TokenTexts(of, ids.int(), mask))
         sizes = of.sizes
         tokens = torch.randn(*mask.shape, sizes.width, generator=g)
         pooled = torch.randn(ROWS, sizes.pooled, generator=g) if sizes.pooled else None
@@ -140,7 +144,10 @@ class Few(Texts):
         """Has the width and length of these rows."""
         super().__init__()
         self.of = of
-        self.width, self.pooled_width, self.length, self.masked = of.width, of.pooled_width, of.length, of.masked
+        self.width = of.width
+        self.pooled_width = of.pooled_width
+        self.length = of.length
+        self.masked = of.masked
 
     def forward(self, c: Cond) -> TextRows:
         """Row c modulo the number of rows."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.block import EPS, Sizes, Stream, mix, parted, unit
+from dumo.nets.block import EPS, BlockSizes, Stream, attention_of, normalize_qk, split_heads
 from dumo.nets.rows import Texts
 from dumo.types import Array, Cond
 
@@ -47,35 +47,41 @@ class Keys(nn.Module):
 
     fused: ClassVar[dict[str, int]] = {"kv": 2}  # as `Stream.fused`
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """For a block of these sizes."""
         super().__init__()
-        self.attention, self.kv, self.k_norm = sizes.attention, nn.Linear(sizes.width, 2 * sizes.width), sizes.gains()
+        self.attention = sizes.attention
+        self.kv = nn.Linear(sizes.width, 2 * sizes.width)
+        self.k_norm = sizes.qk_norm_layer()
 
     def forward(self, y: Array) -> tuple[Array, Array]:
         """From tokens y (b, l, width), each (b, attention, l, size)."""
-        k, v = parted(self.kv(y), 2, self.attention)
-        return unit(k, self.k_norm, v), v
+        k, v = split_heads(self.kv(y), 2, self.attention)
+        return normalize_qk(k, self.k_norm, v), v
 
 
 class Cross(Stream):
     """A block in which the image attends to a text as well, between self-attention and perceptron."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: BlockSizes) -> None:
         """For a net of these sizes."""
         super().__init__(sizes)
-        self.query, self.read = (nn.Linear(sizes.width, sizes.width) for _ in range(2))
-        self.query_norm, self.keys = sizes.gains(), Keys(sizes)
+        self.query = nn.Linear(sizes.width, sizes.width)
+        self.read = nn.Linear(sizes.width, sizes.width)
+        self.query_norm = sizes.qk_norm_layer()
+        self.keys = Keys(sizes)
 
     @property
-    def silent(self) -> tuple[nn.Linear, ...]:
+    def zero_layers(self) -> tuple[nn.Linear, ...]:
         """Layers that start at zero."""
-        return (*super().silent, self.read)
+        return (*super().zero_layers, self.read)
 
     def forward(self, h: Array, e: Array, y: Array, mask: Array | None, *places: Array) -> Array:
         """h, e and places as for `Block`; y (b, l, width) is the text, and `mask` (b, l) says which tokens it has."""
-        first, second = self.modulations(e)
-        h = self.look(h, first, *places)
-        (q,), (k, v) = parted(self.query(h), 1, self.attention), self.keys(y)
-        h = h + self.read(mix(unit(q, self.query_norm, v), k, v, mask))
-        return self.think(h, second)
+        of_attention, of_perceptron = self.modulations(e)
+        h = self.add_attention(h, of_attention, *places)
+        (q,) = split_heads(self.query(h), 1, self.attention)
+        k, v = self.keys(y)
+        q = normalize_qk(q, self.query_norm, v)
+        h = h + self.read(attention_of(q, k, v, mask))
+        return self.add_perceptron(h, of_perceptron)

@@ -16,7 +16,7 @@ from dumo.types import Array
 M = TypeVar("M", bound=nn.Module)
 
 
-class Head(nn.Module):
+class HeadLayer(nn.Module):
     """A head's own last layer."""
 
     out: nn.Linear | nn.Conv2d
@@ -40,7 +40,8 @@ class Outs(nn.Module):
     def __init__(self, layers: Sequence[nn.Module], channels: int | None) -> None:
         """`channels` of a head, where they are a patch's last axis."""
         super().__init__()
-        self.layers, self.channels = tuple(layers), channels
+        self.layers = tuple(layers)
+        self.channels = channels
 
     def forward(self, h: Array) -> Array:
         """h (..., width), or (b, width, h, w) of a UNet; returns as many numbers of a place, heads times."""
@@ -57,25 +58,19 @@ def bias_or_none(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
     return cast("nn.Parameter | None", layer.bias)
 
 
-def put(model: nn.Module, path: str, part: nn.Module) -> None:
-    """Set a part of a model, in place."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, part)
-
-
-def exchanged(model: M, parts: Mapping[str, nn.Module]) -> M:
+def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
     """A model with these parts, by path. It shares everything else, and the old model stays as it is."""
     new = copy.copy(model)
     new._modules = dict(model._modules)
-    below: dict[str, dict[str, nn.Module]] = {}
+    parts_of_child: dict[str, dict[str, nn.Module]] = {}
     for path, part in parts.items():
-        first, _, rest = path.partition(".")
-        if rest:
-            below.setdefault(first, {})[rest] = part
+        child, _, path_in_child = path.partition(".")
+        if path_in_child:
+            parts_of_child.setdefault(child, {})[path_in_child] = part
         else:
-            setattr(new, first, part)
-    for name, some in below.items():
-        setattr(new, name, exchanged(model.get_submodule(name), some))
+            setattr(new, child, part)
+    for child, child_parts in parts_of_child.items():
+        setattr(new, child, with_submodules(model.get_submodule(child), child_parts))
     return new
 
 

@@ -66,7 +66,7 @@ class UNet(Spec):
         return Convolutional(self, needs, shape, classes)
 
 
-class Place(NamedTuple):
+class BlockPlace(NamedTuple):
     """The channels and the role of a block, by its place in the net."""
 
     into: int  # channels
@@ -76,29 +76,30 @@ class Place(NamedTuple):
     resample: Literal["half", "same", "double"] = "same"
 
 
-def plan(spec: UNet, side: int) -> Iterator[Place]:
+def plan(spec: UNet, side: int) -> Iterator[BlockPlace]:
     """The blocks in their order, for images of this side."""
     widths = [spec.width * m for m in spec.multipliers]
     attends = [side >> level in spec.attend for level in range(len(widths))]
-    now, bottom = spec.width, len(widths) - 1
+    now = spec.width
+    bottom = len(widths) - 1
     kept = [now]
     for level, out in enumerate(widths):
         if level:
-            yield Place(now, now, "down", resample="half")
+            yield BlockPlace(now, now, "down", resample="half")
             kept.append(now)
         for _ in range(spec.depth):
-            yield Place(now, now := out, "down", attends[level])
+            yield BlockPlace(now, now := out, "down", attends[level])
             kept.append(now)
-    yield Place(now, now, "through", attends=True)
-    yield Place(now, now, "through")
+    yield BlockPlace(now, now, "through", attends=True)
+    yield BlockPlace(now, now, "through")
     for level, out in reversed([*enumerate(widths)]):
         if level < bottom:
-            yield Place(now, now, "through", resample="double")
+            yield BlockPlace(now, now, "through", resample="double")
         for i in range(spec.depth + 1):
-            yield Place(now + kept.pop(), now := out, "up", attends[level] and i == spec.depth)
+            yield BlockPlace(now + kept.pop(), now := out, "up", attends[level] and i == spec.depth)
 
 
-class Norm(nn.GroupNorm):
+class UNetNorm(nn.GroupNorm):
     """32 groups, fewer where one would have less than 4 channels or another number than the next.
 
     In the precision of its weights, as under autocast on a GPU: on a CPU torch would return a tangent of another dtype
@@ -114,22 +115,29 @@ class Norm(nn.GroupNorm):
         return super().forward(input.to(self.weight.dtype))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions and a skip, then perhaps attention; sums are scaled by sqrt(1/2), to keep the variance."""
 
     fused: ClassVar[dict[str, int]] = {"qkv": 3}  # as `dumo.nets.block.Stream.fused`
 
-    def __init__(self, place: Place, embed: int, dropout: float = 0.0) -> None:
+    def __init__(self, place: BlockPlace, embed: int, dropout: float = 0.0) -> None:
         """`embed` numbers of condition; `dropout` before the last layer."""
         super().__init__()
-        into, out = place.into, place.out
-        self.attends, self.resample = place.attends, place.resample
-        self.norm_1, self.conv_1 = Norm(into), nn.Conv2d(into, out, 3, padding=1)
+        into = place.into
+        out = place.out
+        self.attends = place.attends
+        self.resample = place.resample
+        self.norm_1 = UNetNorm(into)
+        self.conv_1 = nn.Conv2d(into, out, 3, padding=1)
         self.shift = nn.Linear(embed, out)
-        self.norm_2, self.conv_2, self.dropout = Norm(out), nn.Conv2d(out, out, 3, padding=1), dropout
+        self.norm_2 = UNetNorm(out)
+        self.conv_2 = nn.Conv2d(out, out, 3, padding=1)
+        self.dropout = dropout
         self.skip = nn.Identity() if into == out and place.resample == "same" else nn.Conv2d(into, out, 1)
         if self.attends:
-            self.norm_3, self.qkv, self.out = Norm(out), nn.Conv2d(out, 3 * out, 1), nn.Conv2d(out, out, 1)
+            self.norm_3 = UNetNorm(out)
+            self.qkv = nn.Conv2d(out, 3 * out, 1)
+            self.out = nn.Conv2d(out, out, 1)
 
     def forward(self, h: Array, e: Array, rows: Keys | None = None) -> Array:
         """h (b, into, side, side), e (b, embed), already through its SiLU; rows: the keys of dropout, if any."""
@@ -152,12 +160,12 @@ class Residual(nn.Module):
         return F.interpolate(h, scale_factor=2.0, mode="nearest") if self.resample == "double" else h
 
 
-class Head(nn.Sequential):
+class UNetHead(nn.Sequential):
     """An output layer: norm, SiLU, convolution; an embedding of its own, if any, shifts and scales its norm."""
 
     def __init__(self, channels: int, out: int) -> None:
         """From `channels` to `out`."""
-        super().__init__(Norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+        super().__init__(UNetNorm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
 
     def forward(self, input: Array, own: Array | None = None) -> Array:
         """input (b, channels, side, side); own (b, 2 channels); returns (b, out, side, side)."""
@@ -175,15 +183,16 @@ class Convolutional(nn.Module):
     def __init__(self, spec: UNet, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `UNet.build`."""
         super().__init__()
-        width, channels = spec.width, shape[0]
+        width = spec.width
+        channels = shape[0]
         self.scalars = Scalars(needs.shared, EMBED * width, spec.time_scale, count=width // 2)
         self.label = label_table(classes, width) if classes else None
         self.augment = nn.Linear(spec.augment, width, bias=False) if spec.augment else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
         self.places = tuple(plan(spec, shape[1]))
-        self.blocks = nn.ModuleList(Residual(place, EMBED * width, spec.dropout) for place in self.places)
+        self.blocks = nn.ModuleList(ResidualBlock(place, EMBED * width, spec.dropout) for place in self.places)
         self.own = Own(needs, 2 * (last := self.places[-1].out), spec.time_scale)
-        self.heads = nn.ModuleDict({name: Head(last, channels) for name in needs.heads})
+        self.heads = nn.ModuleDict({name: UNetHead(last, channels) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.dropout = spec.dropout
         self._initialize()
@@ -217,7 +226,7 @@ class Convolutional(nn.Module):
                     nn.init.zeros_(layer.bias)
         ends = [head[-1] for head in self.heads.values() if isinstance(head, nn.Sequential)]
         for block in self.blocks:
-            assert isinstance(block, Residual)
+            assert isinstance(block, ResidualBlock)
             ends.append(block.conv_2)
             if block.attends:
                 nn.init.xavier_uniform_(block.qkv.weight, sqrt(0.2))

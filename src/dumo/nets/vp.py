@@ -25,13 +25,15 @@ LAWS = get_args(Law)
 LEAST = 1e-3  # of the data, at the end of a net of noise, whose errors are divided by it: DiT's has 6e-3; ours
 
 
-class Frame(nn.Module):
+class DiffusionToVelocity(nn.Module):
     """What goes into a net of a diffusion and what comes out, as a path `Diffusion` has it: its t is T times ours."""
 
     def __init__(self, schedule: Schedule, prediction: Prediction) -> None:
         """It has no weights."""
         super().__init__()
-        self.schedule, self.prediction, self.clock = schedule, prediction, Clock(schedule)
+        self.schedule = schedule
+        self.prediction = prediction
+        self.clock = Clock(schedule)
 
     def forward(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
         """x_vp, the index (b,), and a function from the net's output to a velocity per unit of our t."""
@@ -52,16 +54,18 @@ class Frame(nn.Module):
         return self.clock.fastest * self.schedule.last / self.schedule.steps
 
 
-def framed(config: Mapping[str, Any]) -> Frame:
+def framed(config: Mapping[str, Any]) -> DiffusionToVelocity:
     """The frame of a scheduler_config.json. Raises UserError for what has no table, or one that does not fit."""
-    kind, law = config.get("_class_name"), config.get("beta_schedule", "linear")
+    kind = config.get("_class_name")
+    law = config.get("beta_schedule", "linear")
     said = f"pipeline: its scheduler, a {kind},"
     if "beta_start" not in config or config.get("trained_betas") is not None or law not in LAWS:
         raise UserError(
             f"{said} has no table of betas by one of the laws {', '.join(LAWS)}, which say what its model learned: "
             "take the folder of a pipeline with the scheduler that it was trained by"
         )
-    prediction, zero = config.get("prediction_type", "epsilon"), bool(config.get("rescale_betas_zero_snr", False))
+    prediction = config.get("prediction_type", "epsilon")
+    zero = bool(config.get("rescale_betas_zero_snr", False))
     if prediction not in get_args(Prediction):
         raise UserError(
             f"{said} says prediction_type {prediction!r}, and dumo knows {' and '.join(get_args(Prediction))}: take a "
@@ -76,10 +80,10 @@ def framed(config: Mapping[str, Any]) -> Frame:
             "a net that predicts noise nothing but its errors: take a model of prediction_type v_prediction, or the "
             "scheduler that this one was trained by"
         )
-    return Frame(schedule, cast(Prediction, prediction))
+    return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 
 
-def settings(frame: Frame) -> dict[str, Any]:
+def settings(frame: DiffusionToVelocity) -> dict[str, Any]:
     """The settings by which a scheduler of diffusers has this table and prediction: `framed`, inverted."""
     schedule = frame.schedule
     return {

@@ -59,7 +59,7 @@ CATALOGUE = (
         "https://huggingface.co, for SD3 and FLUX.1 with an account",
         (
             f"{install('pretrained')} && export PRETRAINED=DIR   # and one of",
-            *(Pipeline(source=name).fetch().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
+            *(Pipeline(source=name).download_command().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
         ),
         ("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
         "a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",

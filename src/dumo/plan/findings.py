@@ -24,7 +24,7 @@ from dumo.autodiff.dual import pair, primal, tangent
 from dumo.config.conditions import Conditions
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
-from dumo.encoders.texttable import Table
+from dumo.encoders.texttable import EncodedTexts
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.table import Embedded
@@ -85,7 +85,7 @@ def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     texts = net.texts
     if not isinstance(texts, Embedded):
         return []
-    if texts.live(data.classes):
+    if texts.is_online(data.classes):
         return [Finding("texts", "ok", "encoded in training, without a table")]
     if isinstance(or_drawn(texts), Drawn):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
@@ -136,13 +136,13 @@ def measure(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -
     return Separability(len(x), gap, twins, float(accuracy), float(chance))
 
 
-def measured(table: Table, data: Data, seed: int) -> Separability | None:
+def measured(table: EncodedTexts, data: Data, seed: int) -> Separability | None:
     """Some of the captions of a table, drawn by key; None where there are fewer than two."""
     some = torch.randperm(data.classes, generator=stream(seed, "separability"))[:MOST].sort().values
     return measure(embedded(table, some.tolist()), groups(data)[some]) if len(some) >= 2 else None
 
 
-def embedded(table: Table, rows: Sequence[int]) -> Float[Tensor, "n d"]:
+def embedded(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
     """The pooled embedding of these rows, or the mean of their tokens."""
     found: list[Tensor] = []
     for i in range(0, len(rows), 64):

@@ -13,7 +13,7 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
-from dumo.data.cache import Plan, read_contents
+from dumo.data.cache import CachePlan, read_contents
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
@@ -172,7 +172,7 @@ def gpus(total: int, activations: int) -> int | None:
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     """Bytes that `dumo encode` writes for an image, as it is without options, and for all, if their number is known."""
-    fields = Plan.model_fields
+    fields = CachePlan.model_fields
     dtype: torch.dtype = getattr(torch, fields["dtype"].default)
     values = prod(data.shape)
     if data.codec.gaussian and fields["store"].default == "moments":
@@ -191,7 +191,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
     """
     captions = data.classes or None
     pipeline_texts = texts if isinstance(texts, PipelineTexts) else None
-    edits_images = pipeline_texts is not None and pipeline_texts.row.edits
+    edits_images = pipeline_texts is not None and pipeline_texts.family.edits
     source = data.shape if edits_images else ()
     bytes_per_caption = texts.bytes(0, source)
     most = None
@@ -201,7 +201,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
         "captions": captions,
         "bytes_per_caption": bytes_per_caption,
         "bytes": None if captions is None else texts.bytes(captions, source),
-        "live": texts.live(data.classes),
+        "live": texts.is_online(data.classes),
         "most": most,
         "encoders": None if pipeline_texts is None else pipeline_texts.encoders,
     }
@@ -210,7 +210,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
 def of_encoders(net: Net, captions: int) -> int:
     """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
     texts = net.texts
-    if not (isinstance(texts, PipelineTexts) and texts.live(captions)):
+    if not (isinstance(texts, PipelineTexts) and texts.is_online(captions)):
         return 0
     return texts.encoders or 0
 

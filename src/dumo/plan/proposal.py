@@ -23,7 +23,7 @@ from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Memory
-from dumo.data.caption import Files
+from dumo.data.caption import CaptionFiles
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store, some
 from dumo.data.written import AUTO, NoCaptionsError, captions_of, table_names
@@ -208,7 +208,7 @@ def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
 
     Raises NoCaptionsError where nothing was; UserError for what is damaged, or of other images, if it is needed.
     """
-    name = images.captions.name if isinstance(images.captions, Files) else AUTO
+    name = images.captions.name if isinstance(images.captions, CaptionFiles) else AUTO
     try:
         texts = captions_of(user_path(images.root, "data.root"), store, name, require_pairs=needed)
     except NoCaptionsError:
@@ -222,7 +222,7 @@ def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
 
 def unread(images: Images, sets: Sequence[str]) -> str:
     """Which of these fields says that a run does not read what was written of its images; "": none."""
-    other = () if isinstance(images.captions, Files) else ("data.captions",)
+    other = () if isinstance(images.captions, CaptionFiles) else ("data.captions",)
     if chosen := [text for text in sets if text.partition("=")[0] in ("net", "net.kind") or text.startswith(other)]:
         return f"--set {brief(chosen[0])} says what the net reads"
     return ""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from dumo.config.conditions import Conditions
 from dumo.config.tree import Evaluation
 from dumo.data import Data
-from dumo.data.caption import Files
+from dumo.data.caption import CaptionFiles
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.read import brief, read_json
@@ -131,7 +131,7 @@ def labels(data: Data, evaluation: Evaluation) -> str:
     captions = Conditions(data).captions
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return "those of the data"
-    if isinstance(captions, Files):
+    if isinstance(captions, CaptionFiles):
         return "captions of images, from end to end"
     in_turn = f"i mod {data.labels}" if data.labels else "none"
     return f"{in_turn}, by {evaluation.captions} templates in turn" if captions else in_turn

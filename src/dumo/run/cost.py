@@ -241,7 +241,7 @@ def cut(net: M, lengths: Sequence[int]) -> M:
     kept: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
         kept.setdefault(stretch.path, []).extend(stretch.blocks[:n])
-    return twin.exchanged(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
+    return twin.with_submodules(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
@@ -250,7 +250,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
     Of a UNet none may be, for each hands on to one on the other side.
     """
-    if isinstance(net, Dualized) and net.row.last == "conv_out":
+    if isinstance(net, Dualized) and net.family.last == "conv_out":
         return []
     lists: dict[str, nn.ModuleList] = {}
     if isinstance(net, Dualized):

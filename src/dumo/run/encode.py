@@ -14,7 +14,7 @@ from dumo.config.load import load, parse
 from dumo.config.source import choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache
-from dumo.data.caption import Files
+from dumo.data.caption import CaptionFiles
 from dumo.data.image import below
 from dumo.encoders import texttable
 from dumo.io import table
@@ -59,7 +59,7 @@ class Made:
         yield from (f"was damaged and is made again: {what}" for what in self.done.damaged)
         if there := self.contents:
             yield f"{self.folder}: {there.summary()}, {self.done.made} shards made now"
-            if isinstance(there, cache.Contents) and there.sizes:
+            if isinstance(there, cache.CacheIndex) and there.sizes:
                 yield f"images are in {cache.crops(table.Table(self.folder, there))}"
         else:
             yield f"{self.folder}: {self.done.made} shards made, {self.done.missing} are still to be made by others"
@@ -125,7 +125,7 @@ def encode(
 ) -> Made:
     """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
 
-    `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `Plan`: store,
+    `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `CachePlan`: store,
     dtype, shard_rows, seed. Raises UserError as opening the images or the codec does, for an option that is none, and
     where the folder holds something else, or what was made of other images.
     """
@@ -135,7 +135,7 @@ def encode(
     if verify:
         album.hashes.forget()
         album.hashes.hash(range(len(album)))
-    numbered = isinstance(data.captions, Files)
+    numbered = isinstance(data.captions, CaptionFiles)
     tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": album.hashes.title(),
@@ -147,7 +147,7 @@ def encode(
         "captioned": numbered,
         "flips": images.flip,
     }
-    plan = parse(cache.Plan, tree | options)
+    plan = parse(cache.CachePlan, tree | options)
     with (
         threads.fewer_when_busy(here, teller(bar)),
         bar(f"encoding {images.root}", table.share(len(album), plan.shard_rows, *part)) as tick,
@@ -157,7 +157,7 @@ def encode(
         done = cache.encode(
             album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
         )
-    return Made(data.folder, done, cache.Contents)
+    return Made(data.folder, done, cache.CacheIndex)
 
 
 def ensure(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
@@ -205,7 +205,7 @@ def encode_texts(
     ):
         done = texttable.encode(
             texts,
-            spec.by,
+            spec.reader_spec,
             spec.folder,
             shard_rows=shard_rows,
             batch=batch,
@@ -215,7 +215,7 @@ def encode_texts(
             device=here,
             tick=tick,
         )
-    return Made(spec.folder, done, texttable.Contents)
+    return Made(spec.folder, done, texttable.TextTableIndex)
 
 
 def make_tokens(run: Run) -> None:

@@ -42,9 +42,9 @@ def edits(data: Data, net: Net) -> Iterator[str]:
     """Images to edit without a model that edits, and such a model without images."""
     texts = net.texts
     source = getattr(Conditions(data).captions, "source", None)
-    model = texts.row.pipeline if isinstance(texts, PipelineTexts) else net.kind
+    model = texts.family.pipeline if isinstance(texts, PipelineTexts) else net.kind
     given = names_of({"images to edit": bool(source)})
-    edited = names_of({"images to edit": isinstance(texts, PipelineTexts) and texts.row.edits})
+    edited = names_of({"images to edit": isinstance(texts, PipelineTexts) and texts.family.edits})
 
     def fault(_: str) -> str:
         return (
@@ -71,7 +71,7 @@ def patches(data: Data, net: nn.Module) -> Iterator[str]:
 
 def positions(data: Data, net: nn.Module) -> Iterator[str]:
     """Images of more patches along a side than a pretrained model has positions for."""
-    most, patch = (net.most, net.patch) if isinstance(net, Dualized) else (None, 1)
+    most, patch = (net.max_patches, net.patch) if isinstance(net, Dualized) else (None, 1)
     if most is None:
         return
     what = f"pipeline has a model with positions for {most} patches a side"
@@ -110,12 +110,12 @@ def compilation(train: Train, needs: Needs, net: Net, built: nn.Module, classes:
     """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
     texts = net.texts
     dual = isinstance(needs.slope, DualSlope)
-    if train.compile != "none" and dual and isinstance(built, Dualized) and not built.row.compiles:
+    if train.compile != "none" and dual and isinstance(built, Dualized) and not built.family.compiles:
         yield (
             f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model where slope "
             "'dual' rides along: set train.compile=none"
         )
-    if train.compile == "loss" and isinstance(texts, Embedded) and texts.mapped(classes):
+    if train.compile == "loss" and isinstance(texts, Embedded) and texts.is_mapped(classes):
         yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"

@@ -7,7 +7,7 @@ from dumo.config.tree import Tree
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import MLP, DiT, Pretrained, UNet
-from dumo.nets.live import Live
+from dumo.nets.live import OnlineTexts
 from dumo.run import memory
 from dumo.runtime import dist
 from dumo.runtime.random import stream
@@ -39,7 +39,7 @@ def drawn(run: Tree) -> nn.Module:
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
     for module in net.modules():
-        if isinstance(module, Live):
+        if isinstance(module, OnlineTexts):
             module.captions = run.conditions.names
     return net
 

@@ -23,7 +23,7 @@ from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_contents
-from dumo.data.caption import Files
+from dumo.data.caption import CaptionFiles
 from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
@@ -164,7 +164,7 @@ def require_captions(data: Data, texts: Tabled) -> None:
     captions = Conditions(data).captions
     names = Conditions(data).names
     data_digest: str | None = None
-    if isinstance(captions, Files):
+    if isinstance(captions, CaptionFiles):
         data_digest = captions.digest
     elif names:
         data_digest = digest.short(*names)
@@ -319,7 +319,7 @@ def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
         pins_by_field["data.codec.sha256"] = (data.codec.sha256, find_codec_hash)
     pipeline = run.pipeline
     if pipeline:
-        pins_by_field["pipeline.facts"] = (pipeline.facts, lambda: pipeline.found().facts)
+        pins_by_field["pipeline.facts"] = (pipeline.facts, lambda: pipeline.with_facts().facts)
     if run.start and run.has_subject:
         pins_by_field["start.sha256"] = (run.start.sha256, lambda: few_step_run(run).sha256)
     return pins_by_field

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.cache import Plan, encode, open_cache
+from dumo.data.cache import CachePlan, encode, open_cache
 from dumo.encoders import SdVae, Taef2
 from dumo.encoders.codec import Opened
 from dumo.io import digest
@@ -121,7 +121,7 @@ def test_no_cache_an_unfinished_one_and_a_damaged_index_are_refused(tmp_path: Pa
 
 def test_the_index_says_all(tmp_path: Path) -> None:
     """For people and other programs: what was encoded, by what, how, and the checksums."""
-    plan = Plan(resolution=SIDE, classes=CLASSES, names=tuple("abcdefg"), source="pictures", crop="none", seed=3)
+    plan = CachePlan(resolution=SIDE, classes=CLASSES, names=tuple("abcdefg"), source="pictures", crop="none", seed=3)
     encode(Pictures(5), GAUSSIAN, plan, tmp_path)
     found = json.loads((tmp_path / FILE).read_text())
     told = {

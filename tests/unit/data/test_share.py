@@ -15,7 +15,7 @@ from dumo.data import Digits, Images, Moons
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.cache import encode, open_cache
-from dumo.data.latents import Encoded
+from dumo.data.latents import LatentSource
 from dumo.io.source import Bucketed, rows_of
 from dumo.io.table import Table as Rows
 from dumo.run.teacher import Coupled
@@ -51,16 +51,16 @@ def bucketed(root: Path, **fields: object) -> Bucketed:
     return Images.model_validate({"root": str(root), "side": SIDE, "buckets": {"step": 3}, **fields}).found().open()
 
 
-def latents(root: Path) -> Encoded:
+def latents(root: Path) -> LatentSource:
     """A cache of moments, with both flips."""
     encode(Pictures(COUNT), GAUSSIAN, PLAN, root)
-    return Encoded(open_cache(root, GAUSSIAN.codec), GAUSSIAN.codec, flip=True)
+    return LatentSource(open_cache(root, GAUSSIAN.codec), GAUSSIAN.codec, flip=True)
 
 
-def with_prior(root: Path) -> Encoded:
+def with_prior(root: Path) -> LatentSource:
     """The same, of which the first seven make up three tenths of a batch."""
     found = latents(root)
-    found.prior = 0.3, found.only[:7], found.only[7:]
+    found.prior = 0.3, found.cache_rows[:7], found.cache_rows[7:]
     return found
 
 

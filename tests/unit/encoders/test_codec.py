@@ -131,7 +131,7 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
     net = Tiny(32)
     assert sum(p.numel() for p in net.parameters()) == 2_677_027
     assert {key.split(".")[0] for key in net.state_dict()} == {"encoder", "decoder"}
-    assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "Block"]
+    assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "TaesdBlock"]
     codec = Taef2(weights=str(tiny)).open()
     x = codec.encode(images(16).requires_grad_())
     assert x.shape == (2, 32, 2, 2)
@@ -261,7 +261,7 @@ def test_another_autoencoder_is_refused(tmp_path: Path, config: dict[str, object
 def test_a_pipelines_autoencoder_is_that_which_the_run_began_with(tmp_path: Path) -> None:
     """Its weights, and its numbers, which may be null; a class that is none of those known is refused."""
     vae_of(tmp_path / "vae", latents_mean=None, latents_std=None)
-    began = Pipeline(source=str(tmp_path)).found()
+    began = Pipeline(source=str(tmp_path)).with_facts()
     codec = PipelineVae().within(began)
     assert codec.open().sha256 == (began.facts or {})["vae.weights"] == codec.sha256
     file, config = tmp_path / "vae" / WEIGHTS, tmp_path / "vae" / "config.json"

@@ -7,7 +7,7 @@ import pytest
 
 from dumo.config.load import dump, load
 from dumo.encoders import PipelineVae
-from dumo.encoders.pipeline import PUBLISHED, TRANSFORMER, Pipeline, handed, published
+from dumo.encoders.pipeline import PUBLISHED, TRANSFORMER, Pipeline, published, with_pipeline
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes
 from dumo.run.resolve import pinned
@@ -41,7 +41,7 @@ def test_who_needs_a_pipeline_says_so() -> None:
     with pytest.raises(UserError, match="pipeline is missing: --set pipeline=DIR"):
         _ = Pretrained(texts=Codes()).pipeline
     known = Pipeline.model_validate("sd3-medium")
-    assert handed(PipelineVae(), known).shape(512) == (16, 64, 64)
+    assert with_pipeline(PipelineVae(), known).shape(512) == (16, 64, 64)
     with pytest.raises(
         UserError, match=r"without its weights. Fetch them, hf download stabilityai/stable.* --local-dir"
     ):
@@ -53,10 +53,10 @@ def test_who_needs_a_pipeline_says_so() -> None:
 def test_a_unet_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     with pytest.raises(UserError, match=r"has no transformer/config\.json"):
-        Pipeline(source=str(tmp_path)).place(TRANSFORMER)
+        Pipeline(source=str(tmp_path)).part_folder(TRANSFORMER)
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     pipeline = Pipeline(source=str(tmp_path))
-    assert (pipeline.place(TRANSFORMER), pipeline.model) == (tmp_path / "unet", "unet")
+    assert (pipeline.part_folder(TRANSFORMER), pipeline.model) == (tmp_path / "unet", "unet")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -56,7 +56,7 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
     pipeline = saved(place, name)
     spec = texts(pipeline, tmp_path / "texts")
     captions = [SHORT, LONG, "a dog"]
-    encode(captions, spec.by, spec.folder, shard_rows=2)
+    encode(captions, spec.reader_spec, spec.folder, shard_rows=2)
     table = open_table(spec.folder)
     rows = [row_of(table.padded([k]), spec) for k in range(len(captions) + 1)]
     assert not torch.equal(rows[0]["tokens"], rows[2]["tokens"])
@@ -72,7 +72,7 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
 def row_of(padded: tuple[Tensor, Tensor, Tensor | None], spec: PipelineTexts) -> Received:
     """A row of a table, without padding."""
     tokens, mask, pooled = padded
-    if spec.row.adds:
+    if spec.family.adds_mask:
         return {"tokens": tokens[0], "mask": mask[0].float()}
     return {"tokens": tokens[0][mask[0]], **({} if pooled is None else {"pooled": pooled[0]})}
 
@@ -97,7 +97,7 @@ class Stock:
 
         self.pipe: Any = DiffusionPipeline.from_pretrained(pipeline.folder)
         self.pipe.set_progress_bar_config(disable=True)
-        self.row = family(pipeline.config(TRANSFORMER))
+        self.family = family(pipeline.config(TRANSFORMER))
         self.stock = STOCKS[pipeline.config(TRANSFORMER)["_class_name"]]
         self.model: Any = getattr(self.pipe, pipeline.model)
 
@@ -136,7 +136,7 @@ class Stock:
         names = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
         mask = next((given[name] for name in names if given.get(name) is not None), None)
         for i, row in enumerate(tokens):
-            if self.row.adds:
+            if self.family.adds_mask:
                 assert mask is not None
                 yield {"tokens": row, "mask": mask[i][: len(row)]}
                 continue
@@ -181,7 +181,7 @@ def test_a_family_says_the_size_of_its_pipelines_image(name: str, place: Path) -
 
 def test_a_caption_does_not_depend_on_its_neighbours(place: Path) -> None:
     """Z-Image writes into the list that it is given, CogView4 pads to the longest of it."""
-    read = texts(saved(place, "Z-Image"), place).by.open()
+    read = texts(saved(place, "Z-Image"), place).reader_spec.open()
     words = [SHORT, "a dog"]
     both = read(words)
     alone = read(words[:1])
@@ -197,8 +197,10 @@ def test_weights_of_the_model_and_its_autoencoder_are_not_needed(place: Path, tm
     alone = Pipeline(source=str(shutil.copytree(pipeline.folder, tmp_path / "sd3")))
     shutil.rmtree(tmp_path / "sd3" / "vae")
     (tmp_path / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    spec: Prompts = texts(alone, tmp_path / "texts").by
-    assert torch.equal(spec.open()([SHORT]).tokens, texts(pipeline, tmp_path / "texts").by.open()([SHORT]).tokens)
+    spec: Prompts = texts(alone, tmp_path / "texts").reader_spec
+    assert torch.equal(
+        spec.open()([SHORT]).tokens, texts(pipeline, tmp_path / "texts").reader_spec.open()([SHORT]).tokens
+    )
     shutil.rmtree(tmp_path / "sd3" / "text_encoder_3")
     with pytest.raises(
         UserError, match=r"has no text_encoder_3: hf download REPOSITORY --include .*'text_encoder_3/\*'"
@@ -211,7 +213,7 @@ def test_a_change_of_an_encoder_changes_the_hash(place: Path, tmp_path: Path) ->
 
     pipeline = saved(place, "SD3")
     copied = Pipeline(source=str(shutil.copytree(pipeline.folder, tmp_path / "sd3")))
-    before = copy.copy(copied.texts())
-    assert before == pipeline.texts()
+    before = copy.copy(copied.texts_hash())
+    assert before == pipeline.texts_hash()
     (tmp_path / "sd3" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
-    assert copied.texts() != before
+    assert copied.texts_hash() != before

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.data.cache import Plan, encode
+from dumo.data.cache import CachePlan, encode
 from dumo.encoders import SdVae, Taef2
 from dumo.encoders.codec import Images, Latent, Moments, Opened
 from dumo.runtime.random import stream
 
 SIDE, CLASSES = 8, 7
-PLAN = Plan(resolution=SIDE, classes=CLASSES, shard_rows=16, dtype="float32")
+PLAN = CachePlan(resolution=SIDE, classes=CLASSES, shard_rows=16, dtype="float32")
 
 
 class Blurred:

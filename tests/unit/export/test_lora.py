@@ -34,7 +34,7 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
         Pretrained(texts=Codes(), lora=Lora(rank=3, subject=subject) if lora else None),
     )
     rows, limit = spec.text_rows(row, model.config, CLASSES), 10.0 if row.embedder else None
-    net = Dualized(model, row, rows, ("v", "u"), row.patch(model.config, SHAPE[0]), lora=spec.lora, limit=limit)
+    net = Dualized(model, row, rows, ("v", "u"), row.patch(model.config, SHAPE[0]), lora=spec.lora, lowpass_limit=limit)
     g = torch.Generator().manual_seed(0)
     for path, p in net.named_parameters():
         if p.requires_grad or (subject and any(part in path for part in ("heads.", "timestep_embedder.", ".lora_"))):
@@ -89,7 +89,7 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
     before = {key: x.clone() for key, x in model.state_dict().items()}
     spec = Pretrained(texts=Codes(), lora=Lora(rank=3, convolutions=convolutions))
     rows = spec.text_rows(row, model.config, CLASSES)
-    net = Dualized(model, row, rows, ("v", "u"), 1, lora=spec.lora, limit=10.0)
+    net = Dualized(model, row, rows, ("v", "u"), 1, lora=spec.lora, lowpass_limit=10.0)
     g = torch.Generator().manual_seed(0)
     for p in net.parameters():
         if p.requires_grad:

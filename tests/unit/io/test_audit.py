@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dumo.data.cache import encode, open_cache
-from dumo.data.latents import Encoded
+from dumo.data.latents import LatentSource
 from dumo.io import audit
 from dumo.io.audit import Audit
 from dumo.io.seen import NAME
@@ -34,9 +34,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return spied(monkeypatch, audit, "_sha256", lambda file, end: file.name)
 
 
-def opened(folder: Path) -> Encoded:
+def opened(folder: Path) -> LatentSource:
     """The cache as a source."""
-    return Encoded(open_cache(folder, POINT.codec), POINT.codec, flip=True)
+    return LatentSource(open_cache(folder, POINT.codec), POINT.codec, flip=True)
 
 
 def change(folder: Path, byte: int = -3) -> None:
@@ -84,7 +84,7 @@ def test_a_large_cache_is_read_through_while_training_begins(
 ) -> None:
     """What is found comes with the next batch, and stays; what was whole is noted all the same."""
 
-    def late() -> Encoded:
+    def late() -> LatentSource:
         source = opened(folder)
         assert source.audit.thread is not None
         source.audit.thread.join(60)

@@ -224,7 +224,7 @@ def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_
     model.save_pretrained(folder)
     assert not getattr(model.mid_block, "attentions", None)
     net = built(spec, lora=lora, lowpass=10.0)
-    assert net.row.pipeline == "StableDiffusionXLPipeline"
+    assert net.family.pipeline == "StableDiffusionXLPipeline"
     step(net)
     grads = list[dict[str, Tensor]]()
     for slope in (DualSlope(), JvpSlope()):

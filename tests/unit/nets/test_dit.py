@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from contract.case import randomise
 from dumo.config.load import load
-from dumo.nets.block import Block, Sizes, gated
-from dumo.nets.dit import DiT, Head, Transformer
+from dumo.nets.block import Block, BlockSizes, swiglu_width
+from dumo.nets.dit import DiT, DiTHead, Transformer
 from dumo.nets.embed import turn, turns
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.run.cost import forward_flops
@@ -97,7 +97,7 @@ def test_a_patch_has_the_same_place_in_every_shape(modern: bool) -> None:
 
 
 def test_attention_by_hand() -> None:
-    block = Block(Sizes(8, 2))
+    block = Block(BlockSizes(8, 2))
     randomise(block)
     a = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     q, k, v = block.qkv(a).chunk(3, -1)
@@ -109,7 +109,7 @@ def test_attention_by_hand() -> None:
 
 
 def test_block_by_hand() -> None:
-    block = Block(Sizes(8, 2))
+    block = Block(BlockSizes(8, 2))
     randomise(block)
     g = torch.Generator().manual_seed(1)
     h, e = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g)
@@ -126,7 +126,7 @@ def test_block_by_hand() -> None:
 def test_rms_norm_by_hand() -> None:
     """A stream and the same raised by a number differ, where layer norm sees none; scaled, they are the same."""
     h, e = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 8)
-    layer, rms = (Head(8, 12, rms=rms) for rms in (False, True))
+    layer, rms = (DiTHead(8, 12, rms=rms) for rms in (False, True))
     randomise(layer)
     rms.load_state_dict(layer.state_dict())
     shift, scale = layer.modulation.bias.chunk(2)
@@ -139,7 +139,7 @@ def test_rms_norm_by_hand() -> None:
 
 def test_qk_norm_by_hand() -> None:
     """Scores are of queries and keys of mean square 1, so their size in the stream does not count."""
-    block = Block(Sizes(8, 2, qk_norm=True))
+    block = Block(BlockSizes(8, 2, qk_norm=True))
     randomise(block)
     assert block.q_norm
     assert block.k_norm
@@ -155,9 +155,9 @@ def test_qk_norm_by_hand() -> None:
 
 
 def test_swiglu_by_hand() -> None:
-    block = Block(Sizes(8, 2, modern=True))
+    block = Block(BlockSizes(8, 2, modern=True))
     randomise(block)
-    a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), gated(8)
+    a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), swiglu_width(8)
     gate, up = block.up(a)[..., :hidden], block.up(a)[..., hidden:]
     assert torch.allclose(block.perceive(a), block.down(gate * gate.sigmoid() * up), rtol=1e-5, atol=1e-6)
 
@@ -168,7 +168,7 @@ def test_modern_blocks_have_all_four_parts() -> None:
     assert isinstance(net, Transformer)
     block, head = net.blocks[0], net.heads["v"]
     assert isinstance(block, Block)
-    assert isinstance(head, Head)
+    assert isinstance(head, DiTHead)
     assert (block.q_norm is None, block.modern, head.rms, net.rotary) == (False, True, True, True)
 
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.texttable import encode
-from dumo.nets.live import Live
+from dumo.nets.live import OnlineTexts
 from dumo.nets.rows import Rows, Texts
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', 
 CAPTIONS = ("a red fox in the snow", "a dog", "")
 
 
-def both(name: str, place: Path) -> tuple[Live, Texts]:
+def both(name: str, place: Path) -> tuple[OnlineTexts, Texts]:
     """The texts of a pipeline from its encoders, and from a table."""
-    pipeline = Pipeline(source=str(save(name, place / name))).found()
+    pipeline = Pipeline(source=str(save(name, place / name))).with_facts()
     spec = PipelineTexts(root=str(place / "texts"), dtype="float32", budget=0).within(pipeline)
     live = spec.build(len(CAPTIONS))
-    assert isinstance(live, Live)
+    assert isinstance(live, OnlineTexts)
     live.captions = CAPTIONS
-    encode(CAPTIONS, spec.by, spec.folder, shard_rows=2)
+    encode(CAPTIONS, spec.reader_spec, spec.folder, shard_rows=2)
     tabled = spec.found().build(len(CAPTIONS))
     assert isinstance(tabled, Rows), "a table that is there is read"
     return live, tabled
@@ -71,7 +71,7 @@ def test_what_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="captions are not on this machine"):
         live(torch.tensor([0]))
     assert torch.equal(live(torch.tensor([3]))[0], tabled(torch.tensor([3]))[0]), "that of no caption is known"
-    pipeline = Pipeline(source=str(tmp_path / "SD3")).found()
+    pipeline = Pipeline(source=str(tmp_path / "SD3")).with_facts()
     (tmp_path / "SD3" / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="another texts"):
         PipelineTexts(root="none", budget=0).within(pipeline).build(3)

@@ -16,7 +16,6 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import BLOCK, Coded, Coding, decoded, encode, import_bitsandbytes, quantise, saved
-from dumo.nets.twin import put
 from dumo.training.frozen import digest
 from dumo.types import Frozen, UserError
 from forked import ENVIRONMENT
@@ -122,7 +121,7 @@ def test_a_coded_net_is_that_of_the_weights_its_codes_stand_for(folder: Saved, n
         if isinstance(coded, Coded):
             plain = nn.Linear(coded.in_features, coded.out_features, device="meta")
             plain.weight, plain.bias = nn.Parameter(weight(coded), False), coded.bias
-            put(exact, path, plain)
+            exact.set_submodule(path, plain)
             count += 1
     assert count > 10
     (x, c, t), w = batch(), torch.randn(2, *SHAPE, generator=g)

@@ -16,7 +16,7 @@ from tiers import tiered
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
 # But for models of diffusions, whose waves are of an index (test_diffusion.py).
-NAMES = [name for name in tiny.TINY if not name.startswith("chroma") and not FAMILIES[tiny.TINY[name].kind].noise]
+NAMES = [name for name in tiny.TINY if not name.startswith("chroma") and not FAMILIES[tiny.TINY[name].kind].diffusion]
 
 
 def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> Dualized:
@@ -33,7 +33,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         ),
         guidance=GUIDANCE.get(name),
     )
-    turn = row.turn(model.config)
+    turn = row.max_frequency(model.config)
     for path in net._embedders():
         embedder = model.get_submodule(path)
         if smooth:
@@ -58,13 +58,13 @@ def slow(first: nn.Linear, turn: float) -> None:
 def test_waves_are_those_that_the_model_makes(name: str) -> None:
     net = dualized(name)
     x, c, t = batch()
-    count = 1 - t if net.row.backward else t
+    count = 1 - t if net.family.backward else t
     for path in net._embedders():
         _, first, _ = layers(net.model.get_submodule(path))
         seen: list[Tensor] = []
         first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         net(x, c, t=t)
-        w = frequencies(first.in_features, net.row.turn(net.config))
+        w = frequencies(first.in_features, net.family.max_frequency(net.config))
         assert torch.allclose(seen[0].double(), waves(count.double(), w), atol=2e-4)
 
 

@@ -85,7 +85,7 @@ def test_an_oblong_has_positions_of_its_own(folder: Saved, name: str) -> None:
 )
 def test_a_model_knows_how_far_its_positions_reach(folder: Saved, name: str, most: int | None) -> None:
     net, (_, c, t) = built(folder(name)), batch()
-    assert net.most == most
+    assert net.max_patches == most
     side = 2 * (most or 40)
     assert net(torch.zeros(2, SHAPE[0], 4, side), c, t=t)[0].shape[-1] == side
 
@@ -296,7 +296,7 @@ def test_what_the_objective_asks_beyond_is_refused(folder: Saved) -> None:
     for needs in (Shortcut().needs, Needs(heads=("v", "f")), Needs(gauges=("g",)), Needs(knobs={"w": 1.0})):
         with pytest.raises(UserError, match=r"objective\.kind dumo"):
             built(folder("sd3"), needs)
-    with pytest.raises(UserError, match=r"net\.lora is null"), built(folder("sd3")).base():
+    with pytest.raises(UserError, match=r"needs net\.lora"), built(folder("sd3")).base():
         pass
 
 

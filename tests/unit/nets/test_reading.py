@@ -14,7 +14,7 @@ from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.solver import Euler, Restart, Solver
-from dumo.nets.block import Sizes
+from dumo.nets.block import BlockSizes
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Rows
 from dumo.nets.textblock import Cross
@@ -101,16 +101,16 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def test_a_block_that_looks_across_by_hand() -> None:
     """Between attention to itself and the perceptron it adds what it finds among the tokens that are there."""
-    block = Cross(Sizes(8, 2))
+    block = Cross(BlockSizes(8, 2))
     randomise(block)
     g = torch.Generator().manual_seed(1)
     h, e, y = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g), torch.randn(3, 4, 8, generator=g)
     mask = torch.arange(4) < torch.tensor([[1], [3], [4]])
     first, second = block.modulations(e)
-    h_1 = block.look(h, first)
+    h_1 = block.add_attention(h, first)
     k, v = block.keys.kv(y).chunk(2, -1)
     h_2 = h_1 + block.read(attended(block.query(h_1), k, v, mask))
-    assert torch.allclose(block(h, e, y, mask), block.think(h_2, second), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(block(h, e, y, mask), block.add_perceptron(h_2, second), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooled", [0, 7])

@@ -112,7 +112,7 @@ def test_rotary_places_go_with_their_tokens() -> None:
     net = tiny(modern=True)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(6, TOKENS, 16, generator=g).double(), torch.randn(6, 16, generator=g).double()
-    tables = net._places((4, 4), h.device)
+    tables = net._positions((4, 4), h.device)
     split, block = Split(KEYS, TOKENS, 8), net.blocks[1]
     some = block(split.part(h), e, *split.places(tables))
     for row in range(6):

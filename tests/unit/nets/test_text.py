@@ -17,7 +17,7 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Texts
 from dumo.nets.table import TextTable
-from dumo.nets.text import Encoded, Learned
+from dumo.nets.text import Learned, TokenTexts
 from dumo.types import Frozen, Needs, UserError
 from unit.nets.given import drawn, points
 
@@ -147,10 +147,10 @@ def built(texts: Learned) -> Transformer:
     return drawn(DiT(patch=2, width=8, depth=2, attention=2, texts=texts), VU, SHAPE, len(WORDS))
 
 
-def encoder_of(net: Transformer) -> Encoded:
+def encoder_of(net: Transformer) -> TokenTexts:
     """The captions' part of a net."""
     assert net.text is not None
-    assert isinstance(net.text.texts, Encoded)
+    assert isinstance(net.text.texts, TokenTexts)
     return net.text.texts
 
 

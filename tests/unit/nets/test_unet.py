@@ -13,7 +13,7 @@ from dumo.flow import dropout
 from dumo.flow.dropout import keys, using
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import unet
-from dumo.nets.unet import Convolutional, Place, Residual, UNet, plan
+from dumo.nets.unet import BlockPlace, Convolutional, ResidualBlock, UNet, plan
 from dumo.types import Frozen, Heads, Needs
 from unit.nets.given import drawn, points
 
@@ -85,7 +85,7 @@ def norm(h: Tensor, groups: int) -> Tensor:
 
 @pytest.mark.parametrize("resample", ["half", "same", "double"])
 def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
-    block = Residual(Place(8, 12, "through", resample=resample), 5, 0.5).double()
+    block = ResidualBlock(BlockPlace(8, 12, "through", resample=resample), 5, 0.5).double()
     randomise(block)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(2, 8, 4, 4, generator=g).double(), torch.randn(2, 5, generator=g).double()
@@ -106,7 +106,7 @@ def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
 
 def test_attention_by_hand() -> None:
     """Every place sees every place; the sum is scaled once more."""
-    plain, block = (Residual(Place(8, 8, "through", at), 5).double() for at in (False, True))
+    plain, block = (ResidualBlock(BlockPlace(8, 8, "through", at), 5).double() for at in (False, True))
     randomise(block)
     plain.load_state_dict(block.state_dict(), strict=False)
     g = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def test_blocks_start_as_their_skips() -> None:
     net = TINY.build(V, SHAPE, 0)
     h, e = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 32)
     first = net.blocks[0]
-    assert isinstance(first, Residual)
+    assert isinstance(first, ResidualBlock)
     assert first.attends
     assert torch.allclose(first(h, e), h / 2, rtol=1e-6)
     assert first.conv_1.weight.any()

@@ -13,7 +13,7 @@ from dumo.autodiff.dual import pair, primal, tangent
 from dumo.flow.path import Diffusion
 from dumo.flow.schedule import Clock, Schedule
 from dumo.flow.solver import Restart
-from dumo.nets.vp import Frame, Prediction, framed
+from dumo.nets.vp import DiffusionToVelocity, Prediction, framed
 from dumo.types import Reads, UserError, lift
 
 SD: dict[str, Any] = {
@@ -69,7 +69,7 @@ class Inverse(torch.autograd.Function):
         return moved / ((3 * cubic * d + 2 * square) * d + slope)
 
 
-def knowing(law: Law, frame: Frame) -> Callable[[Tensor, Tensor], Tensor]:
+def knowing(law: Law, frame: DiffusionToVelocity) -> Callable[[Tensor, Tensor], Tensor]:
     """A net that knows this law's noise, or its v, at its own input and index."""
 
     def net(x: Tensor, index: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def knowing(law: Law, frame: Frame) -> Callable[[Tensor, Tensor], Tensor]:
     return net
 
 
-def shared(law: Law, frame: Frame) -> Callable[[Tensor, Tensor], Tensor]:
+def shared(law: Law, frame: DiffusionToVelocity) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity of `knowing`."""
     net = knowing(law, frame)
 
@@ -105,7 +105,7 @@ def guess(law: Law, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
     return (p * (MEANS.to(x) + 0.09 * a[..., None] * away / spread[..., None])).sum(-1)
 
 
-def points(frame: Frame, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def points(frame: DiffusionToVelocity, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Places with mass at both ends of the schedule and 198 times between, of t in units of its last."""
     first = frame.schedule.times[0] / frame.schedule.last
     t = torch.linspace(first, 1.0, 200, dtype=torch.float64)

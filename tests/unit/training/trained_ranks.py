@@ -99,7 +99,7 @@ def tuned(
         net = spec.build(objective.needs, SHAPE, CLASSES)
     assert all(p.is_meta for p in net.parameters()) == (dist.world() > 1)
     net.refit(weights)
-    if net.row.alone:  # captions of several lengths go through it one by one
+    if net.family.one_by_one:  # captions of several lengths go through it one by one
         rows = net.texts
         assert isinstance(rows, Rows)
         net.texts = Rows(rows.tokens, torch.arange(rows.length) < torch.tensor([[2], [3], [1]]), None)
