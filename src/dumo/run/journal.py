@@ -85,7 +85,7 @@ class Journal:
 
         Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
-        for signal_number in agreement.agreed(signals.poll):
+        for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
                 raise signals.Stopped(signal_number)
         if 0 < state.step <= self.first:
@@ -165,19 +165,19 @@ class Journal:
         self.saver.wait()  # its memory is filled anew
         log_file = self.folder / "metrics.jsonl"
         step = state.step
-        logged = agreement.own(lambda: log.listed(log_file) if dist.is_main() else None)
+        logged = agreement.on_each_rank(lambda: log.listed(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
         notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
-            agreement.main(self.restore_run_file)
-            agreement.main(lambda: log.flush(log_file))
+            agreement.on_main_rank(self.restore_run_file)
+            agreement.on_main_rank(lambda: log.flush(log_file))
             checkpoint.put(self.checkpoints, copy, self.run.train.keep)
-            agreement.main(lambda: mark_checkpoint_written(self.folder))
+            agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
             validation = self.validation
             if validation:
-                agreement.main(lambda: validation.tidy(step))
+                agreement.on_main_rank(lambda: validation.tidy(step))
 
         self.saver.start(write)
         self.saved = time.monotonic()
@@ -196,7 +196,7 @@ class Journal:
         A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
         """
         copies_bytes = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
-        device_bytes = agreement.main(lambda: dist.memory(self.device))
+        device_bytes = agreement.on_main_rank(lambda: dist.memory(self.device))
         if self.run.objective.needs.slope and copies_bytes > device_bytes:
             self.tell(
                 f"the slope is not examined on the weights in training: copies of them take {sized(copies_bytes)} of "

@@ -52,7 +52,7 @@ def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
     return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
 
 
-def lay(
+def shard(
     net: nn.Module,
     mesh: "DeviceMesh | None",
     copies: Sequence[nn.Module] = (),

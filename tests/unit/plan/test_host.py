@@ -101,7 +101,7 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
         mesh, copy = layout.mesh_of(8, torch.device("cpu")), copied(net).requires_grad_(False)
         monkeypatch.setattr(layout, "put", put)
         with Sent() as sent:
-            layout.lay(net, mesh, [copy], weights, reshard=False)
+            layout.shard(net, mesh, [copy], weights, reshard=False)
         parts = [layout.local(p) for p in net.parameters()]
     assert not sent.calls
     assert made == wanted
