@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
-from dumo.training.burst import Gradients, modules
+from dumo.training.burst import Gradients, parameters_by_module
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train
@@ -76,8 +76,8 @@ class State:
 
     @cached_property
     def modules(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by top module (`burst.modules`)."""
-        return modules(self.net)
+        """The trained parameters by top module (`burst.parameters_by_module`)."""
+        return parameters_by_module(self.net)
 
     @property
     def shown(self) -> nn.Module:
