@@ -33,7 +33,7 @@ from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
 from dumo.training.manifest import Checkpoint, Checkpoints
-from dumo.training.optim import Muon, embedders, halved
+from dumo.training.optim import Muon, embedders, half_rates
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
@@ -244,7 +244,7 @@ def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Rec
         rates = {"time_lr": train.optimizer.embedders_lr / CALM}
     else:
         lower_rate = "half the rate"
-        rates = halved(train.optimizer)
+        rates = half_rates(train.optimizer)
     return (
         f"{warning} If the loss's parts grow, stop it, and go on from step {step:,} at {lower_rate}:  "
         f"{command_at_rates(folder, step, rates)}"
@@ -255,7 +255,7 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
     """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
     good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
-    command = command_at_rates(folder, good_step, halved(train.optimizer))
+    command = command_at_rates(folder, good_step, half_rates(train.optimizer))
     return f"To go on {place} at half the rate:  {command}"
 
 

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from dumo.training.layout import local, shards
+from dumo.training.layout import local, shard_count
 
 MODULES = 10  # at most, the smallest are taken together: ours
 REST = "rest"  # the name of those
@@ -113,5 +113,5 @@ def local_squares(groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
     if not gradients:
         return []
     norms = torch._foreach_norm([local(gradient) for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
-    squares = torch.stack([norm.float() for norm in norms]).square() * shards(gradients[0])
+    squares = torch.stack([norm.float() for norm in norms]).square() * shard_count(gradients[0])
     return [squares_of_group.sum() for squares_of_group in squares.split(group_sizes)]

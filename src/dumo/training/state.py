@@ -162,7 +162,7 @@ def state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Ten
     """A tensor of the shape, type and layout of this entry of an optimizer's state of a parameter."""
     if key == "step":
         return torch.zeros(())
-    return optimizer.like(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
+    return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
 
 
 def by_parameter_index(flat: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:

@@ -131,7 +131,7 @@ def train_step(
     state.net.train()
     state.optimizer.zero_grad()
     for rows in micro_batches.row_slices:
-        layout.finish(state.net, rows is micro_batches.row_slices[-1], reshard=spec.reshard)
+        layout.prepare_backward(state.net, rows is micro_batches.row_slices[-1], reshard=spec.reshard)
         b = micro_batches.draw(rows)
         terms = micro_batches.loss_of(b, rows)
         (terms.loss.sum() / (spec.batch / dist.world())).backward()  # torch takes the mean over ranks
@@ -188,7 +188,7 @@ class MicroBatches:
         self.draws = draws or draws_of(flow, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = to_device(self.draws.keys, self.x.device)
         self.progress = state.step / spec.steps
-        self.keep_casts = not layout.gives_back(spec.reshard)
+        self.keep_casts = not layout.frees_gathered_weights(spec.reshard)
 
     def local_rows(self, rows: slice) -> slice:
         """Rows of the global batch, counted from this rank's first."""
