@@ -22,7 +22,7 @@ from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Pieces, flow_of
+from dumo.training.step import MicroBatches, flow_of
 from dumo.types import Objective
 
 GUIDE = Guide(zeta=0.4, interval=Interval(high=0.9))
@@ -74,8 +74,8 @@ def test_a_step_waits_for_no_number_and_makes_the_same_passes(
         x, c = torch.zeros(N, *SHAPE, device=device), torch.zeros(N, dtype=torch.long, device=device)
         with Crossing() as crossing:
             state = begin(net, spec)
-            pieces = Pieces(state, flow_of(state, spec, objective, Linear(), 3), (x, c), spec)
-            for rows in pieces.cuts:
+            pieces = MicroBatches(state, flow_of(state, spec, objective, Linear(), 3), (x, c), spec)
+            for rows in pieces.row_slices:
                 b, known = pieces.draw(rows), pieces.draws[rows]
                 b = b if device == "cpu" else replace(b, host=(known.t, known.kept))  # as on a GPU
                 pieces.loss_of(b, rows).loss.sum().backward()

@@ -9,7 +9,7 @@ from contract.case import step
 from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
-from dumo.training.step import together
+from dumo.training.step import rows_kept_together
 from dumo.types import UserError
 from theory.exact import D, drawn
 from theory.formula import Polynomial, passes
@@ -99,6 +99,6 @@ def test_samples_of_another_width_are_moved_back() -> None:
 
 def test_rows_of_a_group_stay_together() -> None:
     run = load("digits-drift")
-    assert together(run.train, run.objective) == 256
+    assert rows_kept_together(run.train, run.objective) == 256
     with pytest.raises(UserError, match="no multiple of 256"):
         load("digits-drift", ["train.batch=300"])

@@ -81,7 +81,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         norms += record.grad_norms.values()
     assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered
     norms.append(slope_in_time(state) or 0.0)
-    assert len(set(agreement.agreed(lambda: repr(norms)))) == 1  # all ranks log the same
+    assert len(set(agreement.gather_results(lambda: repr(norms)))) == 1  # all ranks log the same
     return tensors(state), losses, norms
 
 

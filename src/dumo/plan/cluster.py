@@ -172,7 +172,7 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
     tracker.track_inputs(tuple(memory.averages(state)))
     with tracker:
         for one in sent:
-            layout.finish(state.net, one is sent[-1], reshard=train.reshard)
+            layout.prepare_backward(state.net, one is sent[-1], reshard=train.reshard)
             with one:
                 loss().backward()
         with moved:
@@ -201,7 +201,7 @@ class Loss(nn.Module):
         """Of this batch."""
         super().__init__()
         self.batch = batch
-        self.autocast = partial(autocast, train.precision, "cpu", keep=not layout.gives_back(train.reshard))
+        self.autocast = partial(autocast, train.precision, "cpu", keep=not layout.frees_gathered_weights(train.reshard))
         self.work: Callable[[Noised], Terms] = partial(objective.loss, net, ref)  # no part of this one's
 
     def forward(self) -> Tensor:

@@ -46,7 +46,7 @@ class Sheets:
             def open_codec() -> None:
                 data.codec.open(torch.device("cpu"))
 
-            agreement.main(open_codec)  # a codec that is missing is seen now, not after weeks
+            agreement.on_main_rank(open_codec)  # a codec that is missing is seen now, not after weeks
 
     def draw(self, state: State, record: Record) -> None:
         """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it.
@@ -61,11 +61,11 @@ class Sheets:
 
     def open(self, state: State) -> None:
         """Before the next step: the sheets of this one that are due and not there. Every rank must call it."""
-        agreement.main(lambda: files.sweep(self.folder))
+        agreement.on_main_rank(lambda: files.sweep(self.folder))
         if state.step and self.run.train.draws(state.step):
             for nfe in self.run.sample.nfe:
                 stem = self.stem(state, nfe)
-                if agreement.main(lambda stem=stem: not stem.with_suffix(".png").exists()):
+                if agreement.on_main_rank(lambda stem=stem: not stem.with_suffix(".png").exists()):
                     self.draw_one(state, nfe)
 
     def draw_one(self, state: State, nfe: int) -> None:

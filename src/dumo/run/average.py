@@ -29,7 +29,7 @@ from dumo.run.net import outline
 from dumo.run.origin import require_place
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
-from dumo.training.manifest import standing
+from dumo.training.manifest import paths_by_step
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.types import UserError
@@ -57,10 +57,12 @@ class Averaged:
 
 
 def keep(run: Path, state: State, owner: str) -> None:
-    """Write each average by a power after this step into the snapshots of a run of this identity; as `lone`."""
+    """Write each average by a power as a snapshot of this step and run identity, as `checkpoint.save_weights`."""
     for key, average in state.averages.items():
         if isinstance(average.spec, PowerEma):
-            checkpoint.lone(run / FOLDER / f"ema-{key}", state, average.module, KIND, owner, std=average.spec.std)
+            checkpoint.save_weights(
+                run / FOLDER / f"ema-{key}", state, average.module, KIND, owner, std=average.spec.std
+            )
 
 
 def kept(run: Path, spec: Train) -> dict[Profile, Path]:
@@ -69,7 +71,7 @@ def kept(run: Path, spec: Train) -> dict[Profile, Path]:
     found = {
         Profile(step, ema.std): path
         for ema in powers
-        for step, path in standing(run / FOLDER / f"ema-{ema.key}", ".safetensors").items()
+        for step, path in paths_by_step(run / FOLDER / f"ema-{ema.key}", ".safetensors").items()
     }
     return dict(sorted(found.items()))
 
@@ -114,7 +116,7 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
     with files.whole(file) as half:
         facts: dict[str, object] = {"kind": "average", "step": last, "run": identity(run), "std": std}
-        checkpoint.keep_alone(half, apart(weights), **facts, sources=sources)
+        checkpoint.write_weights(half, apart(weights), **facts, sources=sources)
     return Averaged(file, last, len(snapshots), error)
 
 

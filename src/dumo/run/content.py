@@ -41,7 +41,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     """
     origin = getattr(source, "origin", None)
     if isinstance(origin, Origin):
-        agreement.agreed(origin.verify if verify else lambda: origin.require(WAIT))
+        agreement.gather_results(origin.verify if verify else lambda: origin.require(WAIT))
     hashes = hashes_of(source)
     if hashes is None:
         return None
@@ -49,12 +49,12 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if verify:
         hashes.forget()
-        agreement.agreed(lambda: hashes.hash(range(rank, len(hashes), ranks)))
+        agreement.gather_results(lambda: hashes.hash(range(rank, len(hashes), ranks)))
     if last is None or not (last.path / DATA).is_file():
         return None
 
     # compare with what the checkpoint was trained on
-    trained_on = agreement.own(lambda: load(last.path / DATA))
+    trained_on = agreement.on_each_rank(lambda: load(last.path / DATA))
     names = content.unpacked(trained_on["names"].numpy().tobytes())
     expected = trained_on["hashes"].numpy()
     problem = ""
@@ -64,8 +64,8 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
         problem = "the classes of the images are others"
     else:
         hashes.expect(expected, f"is not what it was when {folder} was trained on it: put it back as it was, {WAY_OUT}")
-        agreement.agreed(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
-        changed = np.unique(np.concatenate(agreement.agreed(hashes.others)))
+        agreement.gather_results(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
+        changed = np.unique(np.concatenate(agreement.gather_results(hashes.others)))
         if len(changed):
             problem = f"{content.few(changed.tolist(), hashes.path)} changed"
     if problem and not accept:
@@ -97,7 +97,7 @@ def seen(hashes: Hashes | None) -> dict[str, Tensor]:
     read_here = torch.from_numpy(hashes.seen())
     read_anywhere = dist.largest(read_here)
     if dist.world() > 1:
-        agreement.agreed(lambda: require_same(hashes, read_here, read_anywhere))
+        agreement.gather_results(lambda: require_same(hashes, read_here, read_anywhere))
         hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")
     hashes.rest()
     labels = torch.tensor(list(bytes.fromhex(hashes.labels())), dtype=torch.uint8)

@@ -181,7 +181,7 @@ def assemble(
     state, last = begin(run, index.checkpoints, device, step)
     identities = index.written.identities() if index.written and run.evaluate.every else set[str]()
     validation = Validation(run, index.folder, state, tell, meter.leave_out, identities)
-    opened_teacher = agreement.own(
+    opened_teacher = agreement.on_each_rank(
         lambda: teacher.open_teacher(run.teacher, run, state, device) if run.teacher else None
     )
 
@@ -203,7 +203,7 @@ def assemble(
         state=state,
         last=last,
         rewound=step is not None,
-        history=agreement.own(history_of),
+        history=agreement.on_each_rank(history_of),
         teacher=opened_teacher,
         validation=validation,
         sheets=drawer,
@@ -214,8 +214,8 @@ def assemble(
 
 def open_data(data: Data) -> Source:
     """The data, as all ranks see them. Raises UserError on all of them where one cannot open them, or sees fewer."""
-    source = agreement.own(data.open)
-    sizes = agreement.agreed(lambda: source.size)
+    source = agreement.on_each_rank(data.open)
+    sizes = agreement.gather_results(lambda: source.size)
     if len(set(sizes)) > 1:
         there = ", ".join(f"{size:,}" for size in sizes if size is not None)
         raise UserError(f"the ranks see different data, by rank {there} rows: give all of them the same files")

@@ -33,7 +33,7 @@ from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
 from dumo.training.manifest import Checkpoint, Checkpoints
-from dumo.training.optim import Muon, embedders, halved
+from dumo.training.optim import Muon, embedders, half_rates
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
@@ -85,7 +85,7 @@ class Journal:
 
         Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
-        for signal_number in agreement.agreed(signals.poll):
+        for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
                 raise signals.Stopped(signal_number)
         if 0 < state.step <= self.first:
@@ -165,19 +165,19 @@ class Journal:
         self.saver.wait()  # its memory is filled anew
         log_file = self.folder / "metrics.jsonl"
         step = state.step
-        logged = agreement.own(lambda: log.listed(log_file) if dist.is_main() else None)
+        logged = agreement.on_each_rank(lambda: log.listed(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
         notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
-            agreement.main(self.restore_run_file)
-            agreement.main(lambda: log.flush(log_file))
+            agreement.on_main_rank(self.restore_run_file)
+            agreement.on_main_rank(lambda: log.flush(log_file))
             checkpoint.put(self.checkpoints, copy, self.run.train.keep)
-            agreement.main(lambda: mark_checkpoint_written(self.folder))
+            agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
             validation = self.validation
             if validation:
-                agreement.main(lambda: validation.tidy(step))
+                agreement.on_main_rank(lambda: validation.tidy(step))
 
         self.saver.start(write)
         self.saved = time.monotonic()
@@ -196,7 +196,7 @@ class Journal:
         A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
         """
         copies_bytes = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
-        device_bytes = agreement.main(lambda: dist.memory(self.device))
+        device_bytes = agreement.on_main_rank(lambda: dist.memory(self.device))
         if self.run.objective.needs.slope and copies_bytes > device_bytes:
             self.tell(
                 f"the slope is not examined on the weights in training: copies of them take {sized(copies_bytes)} of "
@@ -244,7 +244,7 @@ def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Rec
         rates = {"time_lr": train.optimizer.embedders_lr / CALM}
     else:
         lower_rate = "half the rate"
-        rates = halved(train.optimizer)
+        rates = half_rates(train.optimizer)
     return (
         f"{warning} If the loss's parts grow, stop it, and go on from step {step:,} at {lower_rate}:  "
         f"{command_at_rates(folder, step, rates)}"
@@ -255,7 +255,7 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
     """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
     good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
-    command = command_at_rates(folder, good_step, halved(train.optimizer))
+    command = command_at_rates(folder, good_step, half_rates(train.optimizer))
     return f"To go on {place} at half the rate:  {command}"
 
 

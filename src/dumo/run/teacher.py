@@ -312,8 +312,8 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
 
     with bar("the teacher's pairs", table.share(plan.rows, plan.shard_rows, rank, world)) as tick:
         # who failed would be waited for
-        agreement.agreed(lambda: table.make(folder, plan, shard, rank=rank, world=world, tick=tick).missing)
-    return Coupled(**agreement.own(load))
+        agreement.gather_results(lambda: table.make(folder, plan, shard, rank=rank, world=world, tick=tick).missing)
+    return Coupled(**agreement.on_each_rank(load))
 
 
 def solve_pairs(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:

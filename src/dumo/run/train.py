@@ -86,7 +86,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         job.teacher.check(job.folder)
     dist.barrier()
     history = job.history
-    for line in agreement.own(lambda: [*history.write(rewound=job.rewound)] if history else []):
+    for line in agreement.on_each_rank(lambda: [*history.write(rewound=job.rewound)] if history else []):
         job.tell(line)
 
     # what the loop reads, and what it calls
@@ -142,9 +142,9 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             loop.train(state, flow, batches, run.train, every, journal.due, draws)
     except Diverged as error:
         last_good_step = state.step - state.skips
-        hint = agreement.main(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
+        hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
         raise Diverged(f"{error} {hint}") from error
-    for line in agreement.main(lambda: [*job.validation.outcome()]):
+    for line in agreement.on_main_rank(lambda: [*job.validation.outcome()]):
         job.tell(line)
     return state
 

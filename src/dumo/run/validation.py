@@ -38,7 +38,7 @@ def set_best_aside(run: Path) -> Path | None:
 
     The folder is best/cut-N, on the same disk, with a number of its own.
     """
-    weights = manifest.standing(run / BEST, ".safetensors")
+    weights = manifest.paths_by_step(run / BEST, ".safetensors")
     if not weights:
         return None
     number = 1
@@ -84,12 +84,12 @@ class Validation:
 
         self.sampler = sampler(run, state.shown)
         try:
-            self.c = agreement.own(lambda: conditions(run.data, self.spec))
-            self.evaluator = agreement.own(lambda: evaluator_of(self.sampler, self.spec, no_bar))
-            agreement.own(lambda: self.sampler.codec and None)
+            self.c = agreement.on_each_rank(lambda: conditions(run.data, self.spec))
+            self.evaluator = agreement.on_each_rank(lambda: evaluator_of(self.sampler, self.spec, no_bar))
+            agreement.on_each_rank(lambda: self.sampler.codec and None)
         except UserError as error:
             raise UserError(f"evaluate.every = {self.every}: {error}; or train without it, evaluate.every=0") from error
-        agreement.main(lambda: self.best(state.step) and None)
+        agreement.on_main_rank(lambda: self.best(state.step) and None)
 
     def judge(self, state: State) -> Scores:
         """The first score and, where it has one, its `_sd`; none where none is due. Every rank must call it.
@@ -127,9 +127,9 @@ class Validation:
             yield part.index[is_asked_for], part.x[is_asked_for]
 
     def keep_if_best(self, state: State, name: str, score: float) -> None:
-        """Write the weights that are shown, if their score is the best of those judged alike. As `checkpoint.lone`."""
+        """Write the sampled weights if their score is the best of those judged alike, as `checkpoint.save_weights`."""
         about = {"protocol": self.spec.protocol.name, "nfe": self.spec.nfe[0], "name": name}
-        best_before = agreement.main(lambda: self.best()[1])
+        best_before = agreement.on_main_rank(lambda: self.best()[1])
         if not isfinite(score):
             return
         was_judged_alike = about.items() <= best_before.items()
@@ -138,14 +138,14 @@ class Validation:
             if not is_better:
                 return
         facts = {SCORE: {**about, "value": score}}
-        checkpoint.lone(self.folder, state, state.shown, KIND, identity(self.run), **facts)
+        checkpoint.save_weights(self.folder, state, state.shown, KIND, identity(self.run), **facts)
 
     def best(self, last: int | None = None) -> tuple[Path | None, dict[str, Any]]:
         """The newest file of best weights, up to step `last`, and its score with what it is of; none and {} without.
 
         Raises UserError where the file is not what this run wrote there.
         """
-        files = manifest.standing(self.folder, ".safetensors")
+        files = manifest.paths_by_step(self.folder, ".safetensors")
         steps = [step for step in files if last is None or step <= last]
         if not steps:
             return None, {}
@@ -173,7 +173,7 @@ class Validation:
 
         What has become the best since stays, too: a resumed run forgets it.
         """
-        files = manifest.standing(self.folder, ".safetensors")
+        files = manifest.paths_by_step(self.folder, ".safetensors")
         up_to_step = [path for file_step, path in files.items() if file_step <= step]
         for path in up_to_step[:-1]:
             path.unlink()

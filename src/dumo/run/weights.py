@@ -333,7 +333,7 @@ def begin(
         net.refit(deferred_weights)
     state = begin_training(net, run.train, device, deferred_weights, restored=last is not None)
     if last:
-        last = checkpoint.go_on(checkpoints, last, state, or_before=step is None)
+        last = checkpoint.restore_last_finite(checkpoints, last, state, or_before=step is None)
     return state, last
 
 

@@ -13,7 +13,7 @@ from dumo.types import UserError
 T = TypeVar("T")
 
 
-def agreed(work: Callable[[], T]) -> list[T]:
+def gather_results(work: Callable[[], T]) -> list[T]:
     """Call `work` on every rank and return the results of all, by rank. Every rank must call it.
 
     Results are sent to all ranks, so they must be small. An error on one rank is raised on all: a UserError, Stopped or
@@ -21,36 +21,40 @@ def agreed(work: Callable[[], T]) -> list[T]:
     """
     if dist.world() == 1:
         return [work()]
-    found: T | None = None
-    failure: Exception | None = None
-    cause: Exception | None = None
+    result: T | None = None
+    error_to_send: Exception | None = None
+    local_error: Exception | None = None
     try:
-        found = work()
+        result = work()
     except Exception as error:  # the other ranks wait for this one, whatever the error is
-        cause, failure = error, packed(error)
-    answers: list[Any] = [None] * dist.world()
-    torch.distributed.all_gather_object(answers, (found, failure), dist.group.get())
-    for rank, (_, wrong) in enumerate(answers):
-        if wrong is not None:
-            raise (RuntimeError(f"rank {rank}: {wrong}") if type(wrong) is RuntimeError else wrong) from cause
-    return [answer for answer, _ in answers]
+        local_error = error
+        error_to_send = sendable_error(error)
+    outcomes: list[Any] = [None] * dist.world()
+    torch.distributed.all_gather_object(outcomes, (result, error_to_send), dist.group.get())
+    for rank, (_, error) in enumerate(outcomes):
+        if error is None:
+            continue
+        if type(error) is RuntimeError:
+            raise RuntimeError(f"rank {rank}: {error}") from local_error
+        raise error from local_error
+    return [result for result, _ in outcomes]
 
 
-def own(work: Callable[[], T]) -> T:
-    """Call `work` on every rank and return the result of this one, which may be large. Raises as `agreed`."""
-    found: list[T] = []
-    agreed(lambda: found.append(work()))
-    return found[0]
+def on_each_rank(work: Callable[[], T]) -> T:
+    """Call `work` on every rank and return this rank's result, which may be large. Raises as `gather_results`."""
+    results: list[T] = []
+    gather_results(lambda: results.append(work()))  # the result itself is not sent
+    return results[0]
 
 
-def main(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0 alone and return its result on all ranks. Raises as `agreed`."""
-    first, *_ = agreed(lambda: work() if dist.is_main() else None)
-    return cast(T, first)
+def on_main_rank(work: Callable[[], T]) -> T:
+    """Call `work` on rank 0 alone and return its result on all ranks. Raises as `gather_results`."""
+    results = gather_results(lambda: work() if dist.is_main() else None)
+    return cast(T, results[0])
 
 
-def packed(error: Exception) -> Exception:
-    """An error as all ranks raise it, made of plain values, for it is sent to them."""
+def sendable_error(error: Exception) -> Exception:
+    """The error that all ranks raise: of plain values, because it is pickled."""
     if isinstance(error, UserError):
         return UserError(str(error))
     if isinstance(error, signals.Stopped):

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from dumo.training.layout import local, shards
+from dumo.training.layout import local, shard_count
 
 MODULES = 10  # at most, the smallest are taken together: ours
 REST = "rest"  # the name of those
@@ -25,7 +25,7 @@ WINDOW = 50  # steps whose norms are kept: ours, the default of `train.log_every
 START = 100  # steps before the first warning: ours
 LASTS = 4  # steps in a row, for one batch alone may be far off: ours
 FACTOR = 3.0  # times the median: ours
-DIGITS = 4  # of a norm that is kept
+DIGITS = 4  # of a norm in the window
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,27 @@ class Gradients:
 
     def after(self, norms: Mapping[str, float]) -> "Gradients":
         """The window after one more step."""
-        window = {name: (*self.norms.get(name, ()), kept(norm))[-WINDOW:] for name, norm in norms.items()}
-        new = Gradients(window, min(self.steps + 1, START), min(self.calm + 1, WINDOW))
+        window: dict[str, tuple[float, ...]] = {}
+        for name, norm in norms.items():
+            window[name] = (*self.norms.get(name, ()), rounded(norm))[-WINDOW:]
+        new = Gradients(window, steps=min(self.steps + 1, START), calm=min(self.calm + 1, WINDOW))
         return replace(new, calm=0) if new.far_above() else new
 
     def far_above(self) -> dict[str, float]:
         """The modules that burst, the worst first, and how many times its median the last norm of each is."""
-        found: dict[str, float] = {}
+        times_median: dict[str, float] = {}
         for name, norms in self.norms.items():
             usual = median(norms)
             if 0 < FACTOR * usual < min(norms[-LASTS:]):
-                found[name] = norms[-1] / usual
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+                times_median[name] = norms[-1] / usual
+        return dict(sorted(times_median.items(), key=lambda item: -item[1]))
 
     def peaks(self) -> dict[str, float]:
         """The largest norm of each module in the window."""
         return {name: max(norms) for name, norms in self.norms.items()}
 
 
-def begins(before: Gradients, now: Gradients) -> dict[str, float]:
+def new_bursts(before: Gradients, now: Gradients) -> dict[str, float]:
     """The modules whose burst begins with the last step, as `Gradients.far_above`; none while another goes on.
 
     Another one may begin WINDOW steps after its end. In the first START steps none does: heads start at zero, and so
@@ -65,31 +67,35 @@ def begins(before: Gradients, now: Gradients) -> dict[str, float]:
     return now.far_above() if before.steps >= START and before.calm >= WINDOW else {}
 
 
-def kept(norm: float) -> float:
-    """A norm with as many digits as are kept; of one that is not finite 0."""
+def rounded(norm: float) -> float:
+    """A norm to DIGITS significant digits; 0 where it is not finite."""
     return float(f"{norm:.{DIGITS}g}") if isfinite(norm) else 0.0
 
 
-def modules(net: nn.Module) -> dict[str, list[nn.Parameter]]:
+def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trained parameters of a net by top module; each head is one, and so is each part of a `model` of others.
 
     Of more than MODULES the smallest are together REST.
     """
-    found: dict[str, list[nn.Parameter]] = {}
+    modules: dict[str, list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            found.setdefault(module_of(name), []).append(parameter)
-    if len(found) <= MODULES:
-        return found
-    by_size = sorted(found, key=lambda name: sum(parameter.numel() for parameter in found[name]))
-    rest = [parameter for name in by_size[: len(found) - MODULES + 1] for parameter in found.pop(name)]
-    return {**found, REST: rest}
+            modules.setdefault(module_of(name), []).append(parameter)
+    if len(modules) <= MODULES:
+        return modules
+    by_size = sorted(modules, key=lambda name: sum(parameter.numel() for parameter in modules[name]))
+    rest: list[nn.Parameter] = []
+    for name in by_size[: len(modules) - MODULES + 1]:
+        rest += modules.pop(name)
+    return {**modules, REST: rest}
 
 
 def module_of(name: str) -> str:
     """The module that a parameter is counted to: `blocks` for blocks.3.mlp.weight, `heads.u` for heads.u.out.bias."""
     first, *others = name.removeprefix("model.").split(".")
-    return ".".join([first, *others[:1]]) if first == "heads" and len(others) > 1 else first
+    if first == "heads" and len(others) > 1:
+        return f"{first}.{others[0]}"
+    return first
 
 
 @torch.no_grad()
@@ -98,10 +104,14 @@ def local_squares(groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
 
     Of sharded weights each rank has the part of one shard, so its square counts as often as there are shards.
     """
-    gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
-    every = [gradient for group in gradients for gradient in group]
-    if not every:
+    gradients: list[Tensor] = []  # of all groups, one after the other
+    group_sizes: list[int] = []
+    for group in groups:
+        gradients_of_group = [parameter.grad for parameter in group if parameter.grad is not None]
+        gradients += gradients_of_group
+        group_sizes.append(len(gradients_of_group))
+    if not gradients:
         return []
-    norms = torch._foreach_norm([local(gradient) for gradient in every])  # pyright: ignore[reportPrivateImportUsage]
-    squares = torch.stack([norm.float() for norm in norms]).square() * shards(every[0])
-    return [part.sum() for part in squares.split([len(group) for group in gradients])]
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
+    squares = torch.stack([norm.float() for norm in norms]).square() * shard_count(gradients[0])
+    return [squares_of_group.sum() for squares_of_group in squares.split(group_sizes)]

@@ -23,18 +23,18 @@ from dumo.flow.precision import HALVES, rounded_at_random
 from dumo.io.deferred import is_fake
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.random import bits
-from dumo.training.layout import begin, like_rows, local
+from dumo.training.layout import empty_rows_like, local, offset_on_rank
 from dumo.types import UserError
 
 BLOCK = 256  # numbers to a scale: bitsandbytes'; Dettmers et al.'s is 2048
-LEAST = 4096  # numbers of a parameter: bitsandbytes'
-PIECE = 2**24  # numbers that are rounded at once: ours, to save memory
+MIN_PARAMETER_SIZE = 4096  # numbers of a parameter whose moments take 8 bits: bitsandbytes'
+ROUNDED_AT_ONCE = 2**24  # numbers: ours, to save memory
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether one has a sign
 
 
-def fits(p: Tensor) -> bool:
+def has_8bit_moments(p: Tensor) -> bool:
     """Whether the moments of a parameter take 8 bits."""
-    return p.ndim > 1 and p.numel() >= LEAST and prod(p.shape[1:]) % BLOCK == 0
+    return p.ndim > 1 and p.numel() >= MIN_PARAMETER_SIZE and prod(p.shape[1:]) % BLOCK == 0
 
 
 def require() -> None:
@@ -42,15 +42,15 @@ def require() -> None:
     if not import_bitsandbytes():
         raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install('quantised')}")
     for signed in MOMENTS.values():
-        table(signed)
+        code_values(signed)
 
 
 @cache
-def table(signed: bool) -> Tensor:
-    """The 256 numbers that codes stand for, times a scale: Dettmers et al.'s dynamic ones."""
+def code_values(signed: bool) -> Tensor:
+    """The values of the 256 codes before scaling, in [-1, 1] or [0, 1]: Dettmers et al.'s dynamic ones."""
     from bitsandbytes.functional import create_dynamic_map
 
-    with torch.device("cpu"):  # numbers, also where bytes are counted on tensors without any
+    with torch.device("cpu"):  # real values, also inside a fake tensor mode
         return create_dynamic_map(signed)
 
 
@@ -60,9 +60,14 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
         """`options` are lr, betas, eps and weight_decay. Raises UserError where bitsandbytes is missing."""
         require()
-        self.seed, self.names = 0, {p: name for name, p in named}
-        parted = [[p for p in self.names if fits(p) is small] for small in (True, False)]
-        super().__init__([{"params": params, **options} for params in parted if params], {})
+        self.seed = 0
+        self.names = {p: name for name, p in named}
+        groups: list[dict[str, Any]] = []
+        for is_8bit in (True, False):
+            params = [p for p in self.names if has_8bit_moments(p) is is_8bit]
+            if params:
+                groups.append({"params": params, **options})
+        super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, and a pickle; torch's knows its own fields alone."""
@@ -74,72 +79,96 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.move(p, p.grad, group)
+                    self.update_parameter(p, p.grad, group)
 
-    def move(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
+    def update_parameter(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
         """Move one parameter. On a GPU a fused kernel does it, which rounds unlike a CPU's."""
-        memory, here = self.state[p], local(p.detach())
-        if not memory:
-            memory["step"] = torch.tensor(0.0)
-            memory.update({key: torch.zeros_like(self.like(key, p)) for key in keys(p)})
-        if not here.numel():  # of fewer rows than ranks
-            memory["step"] += 1
+        state = self.state[p]
+        weight = local(p.detach())
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for key in state_keys(p):
+                state[key] = torch.zeros_like(self.empty_state(key, p))
+        if not weight.numel():  # a parameter with fewer rows than ranks
+            state["step"] += 1
             return
-        first, second = (moment(memory, key) for key in MOMENTS)
-        slope, new = local(grad).float(), here.float()  # a weight in float32 is moved itself
+        exp_avg = float_moment(state, "exp_avg")
+        exp_avg_sq = float_moment(state, "exp_avg_sq")
+        new_weight = weight.float()  # the weight itself if it is in float32
+        beta1, beta2 = group["betas"]
         adamw(
-            [new], [slope], [first], [second], [], [memory["step"]], foreach=False, fused=p.is_cuda, amsgrad=False,
-            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=group["eps"], maximize=False,
-        )  # fmt: skip
-        keep(memory, "exp_avg", first)
-        keep(memory, "exp_avg_sq", second)
-        if is_fake(here):  # it has no numbers to round
-            here.copy_(new)
-        elif here.dtype in HALVES:
-            self.round(here.view(-1), new.view(-1), begin(p), f"{self.names[p]}/{int(memory['step'])}")
+            [new_weight],
+            [local(grad).float()],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [state["step"]],
+            foreach=False,
+            fused=p.is_cuda,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        store_moment(state, "exp_avg", exp_avg)
+        store_moment(state, "exp_avg_sq", exp_avg_sq)
+        if is_fake(weight):  # it has no values to round
+            weight.copy_(new_weight)
+        elif weight.dtype in HALVES:
+            key = f"{self.names[p]}/{int(state['step'])}"
+            self.round_at_random(new_weight.view(-1), weight.view(-1), offset_on_rank(p), key)
 
-    def round(self, into: Tensor, x: Tensor, first: int, key: str) -> None:
-        """Round x into bf16, numbers `first` and on of a parameter, piece by piece."""
-        for at in range(0, len(x), PIECE):
-            piece = x[at : at + PIECE]
-            drawn = bits(self.seed, "round", key, begin=first + at, count=len(piece), device=x.device)
-            into[at : at + PIECE] = rounded_at_random(piece, drawn)
+    def round_at_random(self, x: Tensor, into: Tensor, offset: int, key: str) -> None:
+        """Round x to bf16, a part of a parameter that begins at number `offset`, piece by piece."""
+        for start in range(0, len(x), ROUNDED_AT_ONCE):
+            piece = x[start : start + ROUNDED_AT_ONCE]
+            random_bits = bits(self.seed, "round", key, begin=offset + start, count=len(piece), device=x.device)
+            into[start : start + ROUNDED_AT_ONCE] = rounded_at_random(piece, random_bits)
 
-    def like(self, key: str, p: Tensor) -> Tensor:
-        """An empty tensor of the shape, type and layout of some of a parameter's memory."""
+    def empty_state(self, key: str, p: Tensor) -> Tensor:
+        """An empty tensor of the shape, type and layout of one entry of a parameter's state."""
         if key.endswith("_scale"):
-            return like_rows(p, prod(p.shape[1:]) // BLOCK)
-        return torch.empty_like(p, dtype=torch.uint8 if key.endswith("_codes") else torch.float32, requires_grad=False)
+            return empty_rows_like(p, prod(p.shape[1:]) // BLOCK)
+        dtype = torch.uint8 if key.endswith("_codes") else torch.float32
+        return torch.empty_like(p, dtype=dtype, requires_grad=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would give all memory the parameters' type."""
+        """As torch's, which would give all state the parameters' type."""
         super().load_state_dict({**state_dict, "state": {}})
         params = [p for group in self.param_groups for p in group["params"]]
-        self.state.update({params[i]: memory for i, memory in state_dict["state"].items()})
+        self.state.update({params[index]: state for index, state in state_dict["state"].items()})
 
 
-def keys(p: Tensor) -> list[str]:
-    """The names of a parameter's memory, but for its step."""
-    return [f"{key}{part}" for key in MOMENTS for part in (("_codes", "_scale") if fits(p) else ("",))]
+def state_keys(p: Tensor) -> list[str]:
+    """The names of a parameter's state, but for its step."""
+    if not has_8bit_moments(p):
+        return [*MOMENTS]
+    keys: list[str] = []
+    for moment in MOMENTS:
+        keys += [f"{moment}_codes", f"{moment}_scale"]
+    return keys
 
 
-def moment(memory: Mapping[str, Tensor], key: str) -> Tensor:
-    """This rank's part of a moment in float32: the memory's own numbers, or what its codes stand for."""
-    if key in memory:
-        return local(memory[key])
-    codes, scale = local(memory[f"{key}_codes"]), local(memory[f"{key}_scale"])
+def float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
+    """This rank's part of a moment in float32: the tensor in the state itself, or what its codes stand for."""
+    if moment in state:
+        return local(state[moment])
+    codes = local(state[f"{moment}_codes"])
+    scale = local(state[f"{moment}_scale"])
     ops: Any = torch.ops.bitsandbytes
-    numbers = table(MOMENTS[key]).to(codes.device)
-    return ops.dequantize_blockwise(codes, scale.view(-1), numbers, BLOCK, torch.float32)
+    values = code_values(MOMENTS[moment]).to(codes.device)
+    return ops.dequantize_blockwise(codes, scale.view(-1), values, BLOCK, torch.float32)
 
 
-def keep(memory: Mapping[str, Tensor], key: str, x: Tensor) -> None:
-    """Put a moment back as codes, where it is kept so."""
-    if key in memory:
+def store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
+    """Put a moment back as codes, where the state has codes."""
+    if moment in state:
         return
     ops: Any = torch.ops.bitsandbytes
-    codes, scale = ops.quantize_blockwise(x, table(MOMENTS[key]).to(x.device), BLOCK)
-    local(memory[f"{key}_codes"]).copy_(codes)
+    codes, scale = ops.quantize_blockwise(x, code_values(MOMENTS[moment]).to(x.device), BLOCK)
+    local(state[f"{moment}_codes"]).copy_(codes)
     scale += 0 * x.view(-1, BLOCK).sum(1)  # codes have no NaN, so that the scale is one
-    local(memory[f"{key}_scale"]).view(-1).copy_(scale)
+    local(state[f"{moment}_scale"]).view(-1).copy_(scale)

@@ -44,7 +44,9 @@ class Ema(Spec):
 
     def __call__(self, n: int) -> float:
         """The decay of update n, the first of which is n = 1."""
-        return min(self.decay, (1 + n) / (10 + n)) if self.ramp and self.decay < 1 else self.decay
+        if self.ramp and self.decay < 1:
+            return min(self.decay, (1 + n) / (10 + n))
+        return self.decay
 
     @property
     def key(self) -> Key:
@@ -87,8 +89,9 @@ def exponent(std: float) -> float:
     return float(max(root.real for root in roots))
 
 
-Kind = Literal["_parameters", "_buffers"]
-Place = tuple[dict[str, Any], str]  # a module's table of tensors, and a name in it
+TensorTable = Literal["_parameters", "_buffers"]  # attributes of a module
+TensorSlot = tuple[dict[str, Any], str]  # such a table of a module, and a name in it
+SlotPair = tuple[TensorSlot, TensorSlot]  # of the average, and of the net
 
 
 class MovingAverage:
@@ -101,44 +104,53 @@ class MovingAverage:
         """Copy the net."""
         self.spec = spec
         self.module = copied(net).requires_grad_(False).eval()
-        self._known: tuple[nn.Module, list[list[Place]]] | None = None
+        self._paired_net: nn.Module | None = None
+        self._parameters: list[SlotPair] = []
+        self._buffers: list[SlotPair] = []
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
-        own, given, own_buffers, given_buffers = ([table[name] for table, name in p] for p in self._places(net))
+        self._pair_with(net)
+        averages = [table[name] for (table, name), _ in self._parameters]
+        weights = [table[name] for _, (table, name) in self._parameters]
         move = get_ema_multi_avg_fn(self.spec(n))
-        if any(x.dtype in HALVES for x in given):  # of another type: one by one, so that few are in float32
-            for mine, its in zip(own, given, strict=True):
-                move([mine], [single(its)], n)
+        if any(weight.dtype in HALVES for weight in weights):  # one by one, so that few are in float32 at a time
+            for average, weight in zip(averages, weights, strict=True):
+                move([average], [single(weight)], n)
         else:
-            move(own, given, n)
-        for mine, new in zip(own_buffers, given_buffers, strict=True):
-            mine.copy_(new)
+            move(averages, weights, n)
+        for (table, name), (net_table, net_name) in self._buffers:
+            table[name].copy_(net_table[net_name])
 
-    def _places(self, net: nn.Module) -> list[list[Place]]:
-        """The places of parameters and buffers in both nets, looked up once: that takes longer than a small update.
+    def _pair_with(self, net: nn.Module) -> None:
+        """Look up parameters and buffers in both nets, once: that takes longer than a small update.
 
-        Places and not tensors, since sharding replaces those.
+        Slots and not tensors, since sharding replaces those.
         """
-        if self._known is None or self._known[0] is not net:
-            self._known = net, [*unshared(self.module, net, "_parameters"), *unshared(self.module, net, "_buffers")]
-        return self._known[1]
+        if self._paired_net is not net:
+            self._paired_net = net
+            self._parameters = unshared(self.module, net, "_parameters")
+            self._buffers = unshared(self.module, net, "_buffers")
 
 
-def unshared(copy: nn.Module, net: nn.Module, kind: Kind) -> list[list[Place]]:
-    """The places, in a copy and in the net, of the tensors that the two do not share."""
-    pairs = zip(places(copy, kind), places(net, kind), strict=True)
-    own = [pair for pair in pairs if len({id(table[name]) for table, name in pair}) == 2]
-    return [[mine for mine, _ in own], [its for _, its in own]]
+def unshared(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPair]:
+    """The slots, in a copy and in the net, of the tensors that the two do not share."""
+    pairs: list[SlotPair] = []
+    for copy_slot, net_slot in zip(slots(copy, kind), slots(net, kind), strict=True):
+        copy_table, copy_name = copy_slot
+        net_table, net_name = net_slot
+        if copy_table[copy_name] is not net_table[net_name]:
+            pairs.append((copy_slot, net_slot))
+    return pairs
 
 
-def places(net: nn.Module, kind: Kind) -> list[Place]:
-    """The places of a net's parameters or buffers, in order; a tensor in two places counts once."""
-    found: dict[int, Place] = {}
+def slots(net: nn.Module, kind: TensorTable) -> list[TensorSlot]:
+    """The slots of a net's parameters or buffers, in order; a tensor in two places counts once."""
+    by_tensor: dict[int, TensorSlot] = {}
     for module in net.modules():
         table: dict[str, Any] = getattr(module, kind)
         for name, tensor in table.items():
             if tensor is not None:
-                found.setdefault(id(tensor), (table, name))
-    return list(found.values())
+                by_tensor.setdefault(id(tensor), (table, name))
+    return list(by_tensor.values())

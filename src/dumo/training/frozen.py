@@ -23,56 +23,66 @@ def frozen_weights(net: nn.Module) -> dict[str, nn.Parameter]:
 
 def fixed_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own buffers that are not in its state dict, by name."""
-    fixed = module._non_persistent_buffers_set
+    names = module._non_persistent_buffers_set
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-    return ((name, table) for name, table in buffers if name in fixed)
+    return ((name, table) for name, table in buffers if name in names)
 
 
 def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor]:
     """The state dict of a net, or of its copy `module`, without the frozen parameters."""
-    fixed = frozen_weights(net)
-    return {name: x for name, x in (net if module is None else module).state_dict().items() if name not in fixed}
+    frozen = frozen_weights(net)
+    state_dict = net.state_dict() if module is None else module.state_dict()
+    return {name: x for name, x in state_dict.items() if name not in frozen}
 
 
 def copied(net: nn.Module) -> nn.Module:
     """A copy that shares the frozen parameters and fixed tables with the net."""
-    tables = (table for module in net.modules() for _, table in fixed_tables(module))
-    shared: dict[int, Tensor] = {id(x): x for x in (*frozen_weights(net).values(), *tables)}
+    shared: dict[int, Tensor] = {id(p): p for p in frozen_weights(net).values()}
+    for module in net.modules():
+        for _, table in fixed_tables(module):
+            shared[id(table)] = table
     return deepcopy(net, shared)
 
 
 def share(copy: nn.Module, net: nn.Module) -> None:
     """Make a copy share the frozen parameters and fixed tables of the net again."""
-    for mine, its in zip(copy.modules(), net.modules(), strict=True):
-        for name, p in its.named_parameters(recurse=False, remove_duplicate=False):
+    for copy_module, net_module in zip(copy.modules(), net.modules(), strict=True):
+        for name, p in net_module.named_parameters(recurse=False, remove_duplicate=False):
             if not p.requires_grad:
-                setattr(mine, name, p)
-        for name, table in fixed_tables(its):
-            setattr(mine, name, table)
+                setattr(copy_module, name, p)
+        for name, table in fixed_tables(net_module):
+            setattr(copy_module, name, table)
 
 
 def digest(
-    net: nn.Module, made: Callable[[Tensor], Tensor] = torch.detach, without: Collection[str] = ()
+    net: nn.Module, values_of: Callable[[Tensor], Tensor] = torch.detach, without: Collection[str] = ()
 ) -> str | None:
-    """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE numbers of each, spread evenly.
+    """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE values of each, spread evenly.
 
-    `made` gives the numbers of one; those named in `without` are left out. A layer of codes has the digest of what was
-    coded, and how (`origin`), not its codes, which another version of a library may choose otherwise. 20 B parameters
-    take a second. Another model has another digest; a change of a single number may go unseen. None if nothing is
-    frozen, or the net holds no numbers.
+    `values_of` gives the values of one; those named in `without` are left out. A layer of codes has the digest of what
+    was coded, and how (`origin`), not its codes, which another version of a library may choose otherwise. 20 B
+    parameters take a second. Another model has another digest; a change of a single value may go unseen. None if
+    nothing is frozen, or the net is on the meta device.
     """
-    frozen = frozen_weights(net)
-    fixed = {name: p for name, p in frozen.items() if name not in without}
-    if not fixed or any(map(is_fake, fixed.values())) or made(next(iter(fixed.values()))).is_meta:
+    all_frozen = frozen_weights(net)
+    frozen = {name: p for name, p in all_frozen.items() if name not in without}
+    if not frozen or any(map(is_fake, frozen.values())):
         return None
-    coded = [name.removesuffix("origin") for name in frozen if name.rpartition(".")[2] == "origin"]
-    codes = {path + name for path in coded for name in ("weight", "scales")}
-    return digests.of_samples({name: p for name, p in fixed.items() if name not in codes}, made)
+    first = next(iter(frozen.values()))
+    if values_of(first).is_meta:
+        return None
+    codes: set[str] = set()
+    for name in all_frozen:
+        path, _, last = name.rpartition(".")
+        if last == "origin":
+            prefix = f"{path}." if path else ""
+            codes |= {f"{prefix}weight", f"{prefix}scales"}
+    return digests.of_samples({name: p for name, p in frozen.items() if name not in codes}, values_of)
 
 
-def require(now: str | None, then: str | None, whose: object) -> None:
+def require(now: str | None, before: str | None, whose: object) -> None:
     """Raise UserError if a digest differs from that of the weights that `whose` training began with."""
-    if now != then:
+    if now != before:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
             "is, or say where they are, --set pipeline.source=...; keep net.lora.frozen as it was; or train anew in "

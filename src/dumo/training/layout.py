@@ -9,7 +9,7 @@ rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def share_of(asked: int, ranks: int) -> int:
-    """How many ranks share one copy of the weights: `asked`, or all ranks if there are fewer.
+def share_of(requested: int, ranks: int) -> int:
+    """How many ranks share one copy of the weights: `requested`, or all ranks if there are fewer.
 
     Raises UserError if that does not divide the number of ranks.
     """
-    if ranks % (share := min(asked, ranks)):
+    share = min(requested, ranks)
+    if ranks % share:
         divisors = " or ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise UserError(f"train.share = {share} does not divide {ranks} ranks: set train.share={divisors}")
     return share
@@ -46,13 +47,14 @@ def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    copies = dist.world() // (share := share_of(share, dist.world()))
+    share = share_of(share, dist.world())
+    copies = dist.world() // share
     if copies == 1:
         return init_device_mesh(device.type, (share,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
 
 
-def lay(
+def shard(
     net: nn.Module,
     mesh: "DeviceMesh | None",
     copies: Sequence[nn.Module] = (),
@@ -64,93 +66,112 @@ def lay(
 ) -> None:
     """Shard a net over a mesh in place, block by block (`net.blocks`), onto its device, and its averages `copies`.
 
-    Every rank must hold the same numbers, and copies its part of them; those that `weights` makes it makes one by one,
-    and keeps its part, of what is trained none if it will be `restored`. The averages go on sharing frozen parameters
-    with the net, and begin as it is before its trained parameters are rounded to bf16, if `half`. `reshard`: free
-    gathered weights after each pass, else after the backward pass; an average, which has none, always does.
+    Every rank must hold the same values, and copies its part of them. Those that `weights` defers are made one by one,
+    and each rank keeps its part; of trained ones none if they will be `restored`. The averages go on sharing frozen
+    parameters with the net, and begin as it is before its trained parameters are rounded to bf16, if `half`. `reshard`:
+    free gathered weights after each pass, else after the backward pass; an average, which has none, always does.
     """
     if mesh is None:
         if half:
-            convert(net, halved)
+            convert(net, to_bfloat16)
         return
-    from torch.distributed.fsdp import fully_shard
-
     weights = weights or Deferred()
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for copy in copies:  # else a copy would keep the unsharded frozen weights alive
         share(copy, outline(net))
-    unmade = {name: p for name, p in net.named_parameters() if p in weights}
-    for module, back in ((net, reshard), *((copy, True) for copy in copies)):
-        for part in (*getattr(module, "blocks", ()), module):
-            fully_shard(part, mesh=mesh, reshard_after_forward=back)
-        lacks = unmade if module is net else {name: p for name, p in unmade.items() if p.requires_grad}
-        first = {} if module is net else dict(net.named_parameters())
+    deferred = {name: p for name, p in net.named_parameters() if p in weights}
 
-        def begin(name: str, like: Tensor, first: Mapping[str, Tensor] = first) -> Tensor:
-            mine = torch.empty_like(like, device=mesh.device_type)
-            if restored and unmade[name].requires_grad:
-                return mine
-            return mine.copy_(first[name] if first else laid(weights.made(unmade[name]), mine))
+    def make_shard(name: str, like: Tensor) -> Tensor:
+        shard = torch.empty_like(like, device=mesh.device_type)
+        if restored and deferred[name].requires_grad:
+            return shard
+        return shard.copy_(shard_like(weights.made(deferred[name]), shard))
 
-        put(module, lacks, begin)
+    shard_blocks(net, mesh, reshard=reshard)
+    replace_parameters(net, deferred, make_shard)
+
+    net_parameters = dict(net.named_parameters())
+    deferred_and_trained = [name for name, p in deferred.items() if p.requires_grad]
+
+    def copy_shard(name: str, like: Tensor) -> Tensor:
+        shard = torch.empty_like(like, device=mesh.device_type)
+        return shard if restored else shard.copy_(net_parameters[name])
+
+    for copy in copies:
+        shard_blocks(copy, mesh, reshard=True)
+        replace_parameters(copy, deferred_and_trained, copy_shard)
     if half:
-        convert(net, halved)
+        convert(net, to_bfloat16)
     for copy in copies:  # fully_shard takes what it finds there at the first pass
         share(copy, net)
 
 
+def shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:
+    """Shard a module's blocks, then all else in it; `reshard`: free gathered weights after each forward pass."""
+    from torch.distributed.fsdp import fully_shard
+
+    for part in (*getattr(module, "blocks", ()), module):
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+
+
 @torch.no_grad()
-def put(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> None:
-    """Let a sharded module's parameters of these names be what `make` makes of the name and the parameter."""
-    named: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if name in names}
-    convert(module, lambda x: make(named[x], x) if x in named else x)
+def replace_parameters(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace a sharded module's parameters of these names by what `make` returns for the name and the parameter."""
+    name_of: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if name in names}
+    convert(module, lambda x: make(name_of[x], x) if x in name_of else x)
 
 
 def convert(net: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
-    """Let f make each parameter and buffer anew, sharded ones too. The casts that torch makes public spare none."""
+    """Replace each parameter and buffer x by f(x), sharded ones too. torch's public casts would convert all of them."""
     net._apply(f)
 
 
-def halved(x: Tensor) -> Tensor:
+def to_bfloat16(x: Tensor) -> Tensor:
     """A trained parameter in bf16; what is frozen, or a buffer, as it is."""
     return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
 def outline(net: nn.Module) -> nn.Module:
-    """A copy without numbers, on the meta device."""
-    weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
-    return deepcopy(net, weights | {id(x): x.to("meta") for x in net.buffers()})
+    """A copy on the meta device."""
+    copies: dict[int, Tensor] = {}
+    for p in net.parameters():
+        copies[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+    for x in net.buffers():
+        copies[id(x)] = x.to("meta")
+    return deepcopy(net, copies)
 
 
-def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
-    """Let the next backward pass average gradients over ranks if it ends the `step`, else add them up on each rank.
+def prepare_backward(net: nn.Module, is_last: bool, *, reshard: bool) -> None:
+    """Let the next backward pass average gradients over ranks if it is a step's last, else add them up on each rank.
 
     Gathered weights stay gathered from pass to pass, unless `reshard`.
     """
-    for root in parts(net)[:1]:
-        root.set_requires_gradient_sync(step)
-        root.set_reshard_after_backward(step or reshard)
+    modules = sharded_modules(net)
+    if modules:
+        root = modules[0]
+        root.set_requires_gradient_sync(is_last)
+        root.set_reshard_after_backward(is_last or reshard)
 
 
-def gives_back(reshard: bool) -> bool:
+def frees_gathered_weights(reshard: bool) -> bool:
     """Whether gathered weights are freed after each pass, so that no cast of them may be kept either."""
     return reshard and dist.world() > 1
 
 
 def release(net: nn.Module) -> None:
     """Free the weights that a pass without a backward pass has gathered: later steps would not update them."""
-    for part in parts(net):
-        part.reshard()
+    for module in sharded_modules(net):
+        module.reshard()
 
 
-def parts(net: nn.Module) -> "list[FSDPModule]":
+def sharded_modules(net: nn.Module) -> "list[FSDPModule]":
     """The sharded modules of a net, the root first; none if it is in one piece."""
     if dist.world() == 1:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    return [part for part in net.modules() if isinstance(part, FSDPModule)]
+    return [module for module in net.modules() if isinstance(module, FSDPModule)]
 
 
 def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
@@ -158,13 +179,14 @@ def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.M
 
     Every rank must call it.
     """
-    if not parts(net) and not any(p.requires_grad and p.dtype in HALVES for p in net.parameters()):
+    trains_in_half = any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
+    if not sharded_modules(net) and not trains_in_half:
         return unwrap(net)
-    twin = build(next(net.parameters()).device)
-    own = twin.state_dict()
-    for name, x in trained(net).items():  # one by one, so that no second whole net is there
-        own[name].copy_(whole(x.detach()))
-    return twin
+    whole_net = build(next(net.parameters()).device)
+    weights = whole_net.state_dict()
+    for name, x in trained(net).items():  # one by one, so that there is no second whole net
+        weights[name].copy_(whole(x.detach()))
+    return whole_net
 
 
 def whole(x: Tensor) -> Tensor:
@@ -177,12 +199,12 @@ def local(x: Tensor) -> Tensor:
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
-def shards(x: Tensor) -> int:
+def shard_count(x: Tensor) -> int:
     """Over how many ranks one copy of a tensor is shared; 1 if it is in one piece."""
     return cast("DTensor", x).device_mesh.shape[-1] if hasattr(x, "to_local") else 1
 
 
-def begin(x: Tensor) -> int:
+def offset_on_rank(x: Tensor) -> int:
     """The number, in the whole of a tensor, of the first number on this rank; ranks share it by rows."""
     if not hasattr(x, "to_local"):
         return 0
@@ -191,25 +213,29 @@ def begin(x: Tensor) -> int:
     return shards.begin(x)[0] * prod(x.shape[1:])
 
 
-def like_rows(x: Tensor, width: int) -> Tensor:
+def empty_rows_like(x: Tensor, width: int) -> Tensor:
     """An empty tensor in float32, with `width` numbers for each row of another one, and laid out as that."""
-    here = torch.empty(local(x).shape[0], width, device=x.device)
+    local_rows = torch.empty(local(x).shape[0], width, device=x.device)
     if not hasattr(x, "to_local"):
-        return here
+        return local_rows
     from torch.distributed.tensor import DTensor
 
-    there = cast("DTensor", x)
-    shape = torch.Size([x.shape[0], width])
+    sharded = cast("DTensor", x)
     return DTensor.from_local(
-        here, there.device_mesh, there.placements, run_check=False, shape=shape, stride=(width, 1)
+        local_rows,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=torch.Size([x.shape[0], width]),
+        stride=(width, 1),
     )
 
 
-def laid(x: Tensor, like: Tensor) -> Tensor:
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """A tensor that all ranks hold whole, sharded like another one of its shape, without communication."""
     if not hasattr(like, "to_local"):
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    there = cast("DTensor", like)
-    return distribute_tensor(x, there.device_mesh, there.placements, src_data_rank=None)
+    sharded = cast("DTensor", like)
+    return distribute_tensor(x, sharded.device_mesh, sharded.placements, src_data_rank=None)

@@ -41,23 +41,26 @@ def read_log(path: Path) -> list[Row]:
 
     Raises UserError if any other line is not a row with its step.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
     rows: list[Row] = []
-    for i, text in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
         try:
             row = json.loads(text.decode("utf-8"))
             if not isinstance(row["step"], int):
                 raise TypeError("its step is no number")
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:  # no text, no JSON, or no row
-            if i < len(lines):
-                raise UserError(f"{path}, line {i} is no row of a log ({error}): mend or remove that line") from error
+            if number == len(lines):  # torn
+                continue
+            raise UserError(f"{path}, line {number} is no row of a log ({error}): mend or remove that line") from error
     return rows
 
 
 def weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
     """Whether a loss is something else than its only part. Parts are mean squares, and a loss may be constant."""
-    return bool(parts) and [*parts.values()] != [loss]
+    return bool(parts) and list(parts.values()) != [loss]
 
 
 def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
@@ -66,10 +69,16 @@ def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
     That number may have changed during the run, so only a distance larger than both its neighbours is a gap.
     """
     steps = [row["step"] for row in rows if row["step"] % every == 0]
-    away = [b - a for a, b in pairwise(steps)]
-    around = zip([0, *away], away, [*away[1:], 0], strict=False)
-    lost = [own > max(every, before, after) and bool(before or after) for before, own, after in around]
-    return [(a, b) for (a, b), is_lost in zip(pairwise(steps), lost, strict=True) if is_lost]
+    pairs = list(pairwise(steps))
+    distances = [after - before for before, after in pairs]
+    lost: list[tuple[int, int]] = []
+    for i, distance in enumerate(distances):
+        before = distances[i - 1] if i > 0 else 0
+        after = distances[i + 1] if i + 1 < len(distances) else 0
+        has_neighbour = before > 0 or after > 0
+        if has_neighbour and distance > max(every, before, after):
+            lost.append(pairs[i])
+    return lost
 
 
 def rewind(path: Path, step: int) -> None:
@@ -77,9 +86,10 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     rows = read_log(path)
-    if later := [row for row in rows if row["step"] > step]:
+    undone = [row for row in rows if row["step"] > step]
+    if undone:
         with cut(path).open("a") as log:
-            log.writelines(map(line, later))
+            log.writelines(map(line, undone))
         flush(cut(path))
     kept = [row for row in rows if row["step"] <= step]
     file.write(path, "".join(map(line, kept)).encode(), writer="", durable=True)

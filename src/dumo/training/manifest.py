@@ -22,7 +22,7 @@ from dumo.io import digest
 from dumo.io.file import hidden
 from dumo.io.weights import title
 from dumo.runtime import dist, typed
-from dumo.training.agreement import agreed
+from dumo.training.agreement import gather_results
 from dumo.training.burst import Gradients
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
@@ -161,7 +161,7 @@ class Checkpoint:
         """
         if not together:
             return self._fault(parts)
-        answers = agreed(lambda: self._fault(parts, slice(dist.rank(), None, dist.world())))
+        answers = gather_results(lambda: self._fault(parts, slice(dist.rank(), None, dist.world())))
         return next((answer for answer in answers if answer), None)
 
     def is_sound(self) -> bool:
@@ -286,8 +286,8 @@ class Checkpoints:
         self._known: dict[Path, Checkpoint] = {}
 
     def by_step(self) -> dict[int, Checkpoint]:
-        """Those that are there now, damaged ones included, by step, in order. Raises as `standing`."""
-        return {step: self.at(path) for step, path in standing(self.folder).items()}
+        """Those that are there now, damaged ones included, by step, in order. Raises as `paths_by_step`."""
+        return {step: self.at(path) for step, path in paths_by_step(self.folder).items()}
 
     def at(self, path: Path) -> Checkpoint:
         """The checkpoint of this path."""
@@ -366,7 +366,7 @@ class Checkpoints:
                 remove(checkpoint.path)
 
 
-def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
+def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
     """The paths in `folder` that are named as checkpoints, or as files of this suffix, by step, in order.
 
     Raises Unseen for a folder that cannot be listed, and for a link to none: what cannot be seen may be there.
@@ -413,7 +413,7 @@ def rewind(folder: Path, step: int) -> list[int]:
     """Remove the checkpoints, or milestones, after a step; return their steps."""
     removed: list[int] = []
     for suffix in ("", ".safetensors"):
-        for path_step, path in standing(folder, suffix).items():
+        for path_step, path in paths_by_step(folder, suffix).items():
             if path_step <= step:
                 continue
             if path.is_dir():

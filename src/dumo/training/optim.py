@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules, as values.
 
-An optimizer spec holds the peak learning rate; `moments` is how many numbers of 4 bytes it keeps per weight, at least.
+An optimizer spec holds the peak learning rate, and a call of it on a net builds the optimizer of the trained weights;
+`moments` is how many numbers of 4 bytes it keeps per weight, at least.
 A schedule is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs no scheduler state.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dumo.runtime.bound import FACTOR, STEPS
 from dumo.training.eightbit import AdamW8bitOptimizer
-from dumo.training.layout import laid, whole
+from dumo.training.layout import shard_like, whole
 from dumo.types import CHANGES, QUIET, Spec, UserError
 
 Matrices = Float[Tensor, "parts rows columns"]
@@ -24,7 +25,7 @@ Matrices = Float[Tensor, "parts rows columns"]
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
 ITERATIONS = 5  # iterations: Jordan et al.'s
 EPS = 1e-7  # theirs: the least norm that is divided by
-AS_ADAMW = 0.2  # as far as AdamW moves a matrix, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
+ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
 
 
 def orthogonal(m: Matrices) -> Matrices:
@@ -35,12 +36,13 @@ def orthogonal(m: Matrices) -> Matrices:
     .001 comes to .47.
     """
     a, b, c = COEFFICIENTS
-    x = m.mT if m.shape[1] > m.shape[2] else m
+    is_tall = m.shape[1] > m.shape[2]
+    x = m.mT if is_tall else m
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)  # so that no singular value is above 1
     for _ in range(ITERATIONS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if m.shape[1] > m.shape[2] else x
+    return x.mT if is_tall else x
 
 
 class MuonOptimizer(torch.optim.Optimizer):
@@ -59,10 +61,12 @@ class MuonOptimizer(torch.optim.Optimizer):
     def __init__(
         self, matrices: Mapping[int, Sequence[nn.Parameter]], rest: torch.optim.Optimizer | None, **options: object
     ) -> None:
-        """`matrices` by their parts; `options` are lr, momentum and weight_decay."""
+        """`matrices` by their parts; `rest` moves all else; `options` are lr, momentum and weight_decay."""
         self.rest = rest
         groups = [{"params": [*params], "parts": parts, **options} for parts, params in matrices.items()]
-        super().__init__([*groups, *(rest.param_groups if rest else ())], {})
+        if rest:
+            groups += rest.param_groups
+        super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, and a pickle; torch's knows its own fields alone."""
@@ -72,42 +76,47 @@ class MuonOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
         """Move all parameters that have a gradient; no closure is called."""
         for group in self.param_groups:
-            for p in group["params"] if "parts" in group else ():
+            if "parts" not in group:
+                continue
+            for p in group["params"]:
                 if p.grad is not None:
-                    self.move(p, p.grad, group)
+                    self.update_matrix(p, p.grad, group)
         if self.rest:
-            self.rest.state, self.rest.param_groups = self.state, [g for g in self.param_groups if "parts" not in g]
+            self.rest.state = self.state
+            self.rest.param_groups = [group for group in self.param_groups if "parts" not in group]
             self.rest.step()
 
-    def move(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
+    def update_matrix(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
         """Move one matrix: decay, then a step along its orthogonalized momentum."""
-        memory, momentum = self.state[p], group["momentum"]
-        if not memory:
-            memory["momentum_buffer"] = torch.zeros_like(p)
-        mean = memory["momentum_buffer"].lerp_(grad, 1 - momentum)
-        mean = whole(grad.lerp(mean, momentum))  # Nesterov's
-        mean = mean.bfloat16() if mean.is_cuda else mean  # bf16 does (Jordan et al.)
-        step = orthogonal(mean.flatten(1).unflatten(0, (group["parts"], -1)))
-        far = group["lr"] * (AS_ADAMW * sqrt(max(step.shape[1:])))
+        state = self.state[p]
+        momentum = group["momentum"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = whole(grad.lerp(mean, momentum))  # Nesterov's
+        if direction.is_cuda:
+            direction = direction.bfloat16()  # which is enough (Jordan et al.)
+        update = orthogonal(direction.flatten(1).unflatten(0, (group["parts"], -1)))
+        step_size = group["lr"] * (ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(laid(step.reshape(p.shape).to(p.dtype), p), alpha=-far)
+        p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-step_size)
 
 
-Kind = TypeVar("Kind", bound=str)
+OptimizerKind = TypeVar("OptimizerKind", bound=str)
 LearningRate = Annotated[float, Field(gt=0, le=FACTOR, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, le=FACTOR, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+WeightDecay = Annotated[float, Field(ge=0, le=FACTOR, allow_inf_nan=False)]
+AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Adaptive(Spec, Generic[Kind]):
+class Adaptive(Spec, Generic[OptimizerKind]):
     """A step from two moments of the gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
     of: ClassVar[type[torch.optim.Adam]]
     moments: ClassVar[float] = 2
-    kind: Kind
+    kind: OptimizerKind
     lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Decay = Field(default=0.0, json_schema_extra=QUIET)
+    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
+    weight_decay: WeightDecay = Field(default=0.0, json_schema_extra=QUIET)
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
@@ -157,13 +166,13 @@ class Muon(Spec):
     moments: ClassVar[float] = 1
     kind: Literal["muon"] = "muon"
     lr: LearningRate = Field(default=1e-3, json_schema_extra=CHANGES)  # of matrices, as large as AdamW's
-    momentum: Beta = 0.95  # Jordan et al.
+    momentum: AdamBeta = 0.95  # Jordan et al.
     # Of matrices and all else; Moonlight (Liu et al. 2025) takes 0.1.
-    weight_decay: Decay = Field(default=0.0, json_schema_extra=QUIET)
+    weight_decay: WeightDecay = Field(default=0.0, json_schema_extra=QUIET)
     adamw_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # AdamW's; None: lr
     # AdamW's for the embedders of times (docs/mathematics.md#the-embedders-rate); None: adamw_lr
     time_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW's, as is eps
+    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)  # AdamW's, as is eps
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
     @property
@@ -175,30 +184,37 @@ class Muon(Spec):
         """The optimizer of a net's trained weights. Raises UserError if its blocks have no matrix."""
         parts = matrices(net)
         if not parts:
-            raise UserError("this net trains no matrix in blocks, so there is nothing for muon: take adamw")
-        grouped = {n: [p for p, count in parts.items() if count == n] for n in sorted({*parts.values()})}
+            raise UserError(
+                "optimizer.kind=muon needs matrices in a net's blocks, and this net trains none: set "
+                "optimizer.kind=adamw"
+            )
+        matrices_by_parts: dict[int, list[nn.Parameter]] = {count: [] for count in sorted({*parts.values()})}
+        for p, count in parts.items():
+            matrices_by_parts[count].append(p)
         others = [p for p in learned(net) if p not in parts]
-        rest = self._adamw(others, embedders(net)) if others else None
-        for group in rest.param_groups if rest else ():
-            group["ratio"] = group["lr"] / self.lr
-        return MuonOptimizer(grouped, rest, **self.model_dump(include={"lr", "momentum", "weight_decay"}))
+        rest = None
+        if others:
+            rest = self._adamw(others, embedders(net))
+            for group in rest.param_groups:
+                group["ratio"] = group["lr"] / self.lr
+        return MuonOptimizer(matrices_by_parts, rest, **self.model_dump(include={"lr", "momentum", "weight_decay"}))
 
     def _adamw(self, others: list[nn.Parameter], times: Collection[nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW of `others`; with `time_lr` those of them that embed times are a group of their own."""
         lr = self.adamw_lr or self.lr
         adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).of_these(others)
-        slow = [p for p in others if p in times]
-        if self.time_lr and slow:
+        time_parameters = [p for p in others if p in times]
+        if self.time_lr and time_parameters:
             (group,) = adamw.param_groups
             group["params"] = [p for p in others if p not in times]
-            adamw.add_param_group({**group, "params": slow, "lr": self.time_lr})
+            adamw.add_param_group({**group, "params": time_parameters, "lr": self.time_lr})
         return adamw
 
 
 Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind")]
 
 
-def halved(optimizer: Optimizer) -> dict[str, float]:
+def half_rates(optimizer: Optimizer) -> dict[str, float]:
     """Half of each rate that an optimizer has, by field."""
     rates = {name: getattr(optimizer, name, None) for name in ("lr", "adamw_lr", "time_lr")}
     return {name: rate / 2 for name, rate in rates.items() if rate is not None}
@@ -211,19 +227,23 @@ def learned(net: nn.Module) -> list[nn.Parameter]:
 
 def embedders(net: nn.Module) -> set[nn.Parameter]:
     """The trained weights of a net's embedders of times: of modules that say so by `embeds_times`."""
-    modules = (module for module in net.modules() if getattr(module, "embeds_times", False))
-    return {p for module in modules for p in learned(module)}
+    parameters: set[nn.Parameter] = set()
+    for module in net.modules():
+        if getattr(module, "embeds_times", False):
+            parameters.update(learned(module))
+    return parameters
 
 
 def matrices(net: nn.Module) -> dict[nn.Parameter, int]:
     """The trained weights of linear layers and convolutions in a net's blocks, each with its number of parts."""
-    found: dict[nn.Parameter, int] = {}
-    for parent in nn.ModuleList(getattr(net, "blocks", getattr(net, "layers", ()))).modules():
+    parts: dict[nn.Parameter, int] = {}
+    blocks = getattr(net, "blocks", getattr(net, "layers", ()))
+    for parent in nn.ModuleList(blocks).modules():
         fused: Mapping[str, int] = getattr(parent, "fused", {})
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.requires_grad:
-                found[cast(nn.Parameter, layer.weight)] = fused.get(name, 1)
-    return found
+                parts[cast(nn.Parameter, layer.weight)] = fused.get(name, 1)
+    return parts
 
 
 class Constant(Spec):
@@ -234,7 +254,7 @@ class Constant(Spec):
 
     def __call__(self, step: int, steps: int) -> float:
         """The factor of the update that follows `step` done ones; `steps` does not matter."""
-        return climb(step, self.warmup)
+        return warmup_factor(step, self.warmup)
 
 
 class Cosine(Spec):
@@ -246,7 +266,8 @@ class Cosine(Spec):
     def __call__(self, step: int, steps: int) -> float:
         """The factor of the update that follows `step` done ones, of `steps` in all."""
         done = (step - self.warmup) / max(1, steps - self.warmup)
-        return climb(step, self.warmup) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+        done = min(max(done, 0.0), 1.0)
+        return warmup_factor(step, self.warmup) * (1 + math.cos(math.pi * done)) / 2
 
 
 class WSD(Spec):
@@ -263,13 +284,14 @@ class WSD(Spec):
     def __call__(self, step: int, steps: int) -> float:
         """The factor of the update that follows `step` done ones, of `steps` in all."""
         start = max(self.warmup, (1 - self.DECAY) * steps)
-        done = min(max((step - start) / max(1, steps - start), 0.0), 1.0)
-        return climb(step, self.warmup) * (1 - math.sqrt(done))
+        done = (step - start) / max(1, steps - start)
+        done = min(max(done, 0.0), 1.0)
+        return warmup_factor(step, self.warmup) * (1 - math.sqrt(done))
 
 
-Schedule = Annotated[Constant | Cosine | WSD, Field(discriminator="kind")]
+LearningRateSchedule = Annotated[Constant | Cosine | WSD, Field(discriminator="kind")]
 
 
-def climb(step: int, warmup: int) -> float:
+def warmup_factor(step: int, warmup: int) -> float:
     """Linear warm-up: 1/warmup at the first update, 1 from the end of the warm-up on."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0

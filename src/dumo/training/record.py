@@ -1,8 +1,8 @@
-"""What a step measures and agrees on with other ranks: one table of numbers.
+"""What a step measures, reduced over ranks in one table of numbers.
 
-It is reduced over ranks once and copied from the device once, the only point where a step waits for its device. It
-holds sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is not finite
-on one rank is not finite in the sum.
+The table is reduced once and copied from the device once, the only point where a step waits for its device. It holds
+sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is not finite on one
+rank is not finite in the sum.
 
 Some steps are probed: do the parts of the loss pull the net the same way, and do its heads agree? A step of length h
 down the gradient g_a of part a changes part b by -h |g_b| cos(g_a, g_b) to first order. So a cosine of 1 means that
@@ -30,12 +30,12 @@ from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
 
 BINS = 10  # of t, equally wide: ours
 LISTED = 16  # rows of a skipped step that are named: ours
-OWN = ("asked", "due", "skipped", "burst")  # fields of a record that are no measurement, or rarely one
+UNLOGGED = ("asked", "due", "skipped", "burst")  # fields of a record that are no measurement, or rarely one
 
-H = 0.005  # half-step of the probe's difference, as `dumo.flow.slope.CentralSlope`
+HALF_STEP = 0.005  # of the probe's difference, as `dumo.flow.slope.CentralSlope`
 
 Gradient = list[Tensor | None]  # by parameter
-Row = dict[str, float | int | None]  # of a batch: t, its class, its place in the batch and its rank
+BatchRow = dict[str, float | int | None]  # t, its class, its place in the batch and its rank
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Skipped:
     count: int
     of: int  # rows of the batch
     t: tuple[float, float]  # the earliest and the latest of these rows
-    rows: list[Row]  # the first LISTED of them; none if only the gradient is to blame
+    rows: list[BatchRow]  # the first LISTED of them; none if only the gradient is to blame
 
     def __str__(self) -> str:
         low, high = self.t
@@ -91,8 +91,8 @@ class Record:
     def row(self) -> dict[str, Any]:
         """The record as a row of the log."""
         row = asdict(self)
-        rare = {name: row[name] for name in ("skipped", "burst") if row[name]}
-        return {name: value for name, value in row.items() if name not in OWN} | rare
+        rarely_logged = {name: row[name] for name in ("skipped", "burst") if row[name]}
+        return {name: value for name, value in row.items() if name not in UNLOGGED} | rarely_logged
 
 
 def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, lr: float, due: bool = False) -> Record:
@@ -100,104 +100,139 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
 
     `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
     """
-    words = [*(signals.poll() == number for number in signals.SIGNALS), due and dist.is_main()]
-    named = values(terms)
+    heard_signal = signals.poll()
+    flags = [heard_signal == number for number in signals.SIGNALS]
+    flags.append(due and dist.is_main())
+    columns = columns_of(terms)
     squares_here = local_squares([*state.modules.values()])
-    table_here = table_of(t, [*named.values()], squares_here, norm, words)
-    *table, counts, squares, rest = dist.mean(table_here).tolist()
-    sums = dict(zip(named, table, strict=True))
-    grad_norm, *said = rest[: 1 + len(words)]
+    table_here = table_of(t, [*columns.values()], squares_here, norm, flags)
+    *sums_by_bin, counts, squares, last_row = dist.mean(table_here).tolist()
+    sums = dict(zip(columns, sums_by_bin, strict=True))
     means = {name: sum(row) / sum(counts) for name, row in sums.items()}
+    grad_norm = last_row[0]
+    *signal_flags, due_flag = last_row[1 : 1 + len(flags)]
     return Record(
         step=state.step + 1,
         images=state.images + images,
         loss=means["loss"],
         parts={name: means[name] for name in terms.parts},
         notes={name: means[name] for name in terms.notes},
-        bins={name: [s / n if n else math.nan for s, n in zip(row, counts, strict=True)] for name, row in sums.items()},
+        bins={name: means_by_bin(row, counts) for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
         grad_norms={name: math.sqrt(square) for name, square in zip(state.modules, squares, strict=False)},
         lr=lr,
-        asked=next((number for number, yes in zip(signals.SIGNALS, said, strict=False) if yes), None),
-        due=said[-1] > 0,
+        asked=next((number for number, flag in zip(signals.SIGNALS, signal_flags, strict=True) if flag), None),
+        due=due_flag > 0,
     )
 
 
 def table_of(
-    t: Time, columns: Sequence[PerSample], squares: Sequence[Tensor], norm: Tensor, words: Sequence[bool]
+    t: Time, columns: Sequence[PerSample], squares: Sequence[Tensor], norm: Tensor, flags: Sequence[bool]
 ) -> Tensor:
-    """Sums of the columns by bin of t, numbers of rows, squares of norms by module, norm and flags; on t's device."""
+    """This rank's part of a record, of shape (columns + 3, BINS), on t's device.
+
+    Rows are sums of each column by bin of t, the number of batch rows by bin, squared norms by module, and last the
+    gradient norm with the flags behind it.
+    """
     bins = (t * BINS).long().clamp(0, BINS - 1)
     table = t.new_zeros(len(columns) + 3, BINS)
-    for row, value in zip(table, [*columns, torch.ones_like(t)], strict=False):
-        row.index_add_(0, bins, value.to(t))
+    for row, column in zip(table, [*columns, torch.ones_like(t)], strict=False):
+        row.index_add_(0, bins, column.to(t))
     for place, square in enumerate(squares):
         table[-2, place] = square
     table[-1, 0] = norm
-    for place in (place for place, word in enumerate(words, 1) if word):
-        table[-1, place] = 1
+    for place, flag in enumerate(flags, 1):
+        if flag:  # else it is 0 already
+            table[-1, place] = 1
     return table
 
 
-def values(terms: Terms) -> dict[str, PerSample]:
+def means_by_bin(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+    """The mean of each bin; nan if it is empty."""
+    return [total / n if n else math.nan for total, n in zip(sums, counts, strict=True)]
+
+
+def columns_of(terms: Terms) -> dict[str, PerSample]:
     """The loss, its parts and notes, by name."""
     return {"loss": terms.loss, **terms.parts, **terms.notes}
 
 
-def blame(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
+def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     """The rows, of all ranks, that make a record not finite. Every rank must call it."""
-    named = values(terms)
-    at = dist.gathered(t)
-    columns = {name: torch.cat(dist.gathered(value)) for name, value in named.items()}
-    broken = {name: ~value.isfinite() for name, value in columns.items() if not value.isfinite().all()}
-    what = ", ".join(broken) or ("the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm")
-    ranks = [rank for rank, part in enumerate(at) for _ in range(len(part))]
-    labels = torch.cat(dist.gathered(c)).tolist() if c.ndim == 1 else [None] * len(ranks)
-    times = torch.cat(at)
-    places = torch.stack([*broken.values()]).any(0).nonzero().flatten() if broken else torch.arange(len(times))
-    rows: list[Row] = [
-        {"t": times[place].item(), "class": labels[place], "place": place, "rank": ranks[place]}
-        for place in (places[:LISTED].tolist() if broken else [])
+    times_by_rank = dist.gathered(t)
+    times = torch.cat(times_by_rank)
+    ranks: list[int] = []
+    for rank, times_of_rank in enumerate(times_by_rank):
+        ranks += [rank] * len(times_of_rank)
+
+    # which columns are not finite, and in which rows
+    broken: dict[str, Tensor] = {}
+    for name, column in columns_of(terms).items():
+        is_broken = ~torch.cat(dist.gathered(column)).isfinite()
+        if is_broken.any():
+            broken[name] = is_broken
+    labels: list[int | None] = [None] * len(ranks)
+    if c.ndim == 1:
+        labels = torch.cat(dist.gathered(c)).tolist()
+
+    if broken:
+        what = ", ".join(broken)
+        places = torch.stack([*broken.values()]).any(0).nonzero().flatten()
+        listed = places[:LISTED].tolist()
+    else:
+        what = "the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm"
+        places = torch.arange(len(times))
+        listed = []
+    rows: list[BatchRow] = [
+        {"t": times[place].item(), "class": labels[place], "place": place, "rank": ranks[place]} for place in listed
     ]
-    low, high = times[places].min().item(), times[places].max().item()
-    return Skipped(what, len(places), len(times), (low, high), rows)
+    earliest = times[places].min().item()
+    latest = times[places].max().item()
+    return Skipped(what, len(places), len(times), (earliest, latest), rows)
 
 
-def ask(net: nn.Module, reads: Reads, parts: Iterable[str], b: Noised, loss: Callable[[], Terms]) -> Probe | None:
+def probe_net(net: nn.Module, reads: Reads, parts: Iterable[str], b: Noised, loss: Callable[[], Terms]) -> Probe | None:
     """Probe a net on these rows, whose loss is `loss()`; None if there is nothing to compare.
 
     Each of two or more parts costs a loss and a backward pass, the drift three passes. Weights and buffers stay,
     gradients are dropped. Every rank must call it; the result is over all ranks' rows.
     """
-    kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    norms, cosines = compare(net, parts, loss)
-    moved = drift(reads, b)
-    for buffer, old in kept:
-        buffer.copy_(old)
-    return Probe(norms, cosines, moved) if cosines or moved is not None else None
+    saved_buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    norms, cosines = compare_gradients(net, parts, loss)
+    drift = endpoint_drift(reads, b)
+    for buffer, saved in saved_buffers:
+        buffer.copy_(saved)
+    if not cosines and drift is None:
+        return None
+    return Probe(norms, cosines, drift)
 
 
-def compare(
+def compare_gradients(
     net: nn.Module, parts: Iterable[str], loss: Callable[[], Terms]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Norms and cosines of the gradients, as in `Probe`; none of a single part."""
     names = list(parts)
     if len(names) < 2:
         return {}, {}
-    found = [gradient(net, name, loss) for name in names]
+    gradients = [gradient(net, name, loss) for name in names]
     net.zero_grad()
-    shared = [row for row in zip(*found, strict=True) if all(g is not None and whole(g.abs().sum()) for g in row)]
+    shared = [row for row in zip(*gradients, strict=True) if reached_by_all(row)]  # by parameter, then by part
 
     def product(i: int, j: int) -> float:
         return math.fsum(whole((row[i] * row[j]).sum()).item() for row in shared)  # of a sharded tensor all shards'
 
     norms = [math.sqrt(product(i, i)) for i in range(len(names))]
-    cosines = {
-        f"{names[i]},{names[j]}": product(i, j) / (norms[i] * norms[j]) if shared else math.nan
-        for i, j in combinations(range(len(names)), 2)
-    }
+    cosines: dict[str, float] = {}
+    for i, j in combinations(range(len(names)), 2):
+        cosine = product(i, j) / (norms[i] * norms[j]) if shared else math.nan
+        cosines[f"{names[i]},{names[j]}"] = cosine
     return dict(zip(names, norms, strict=True)), cosines
+
+
+def reached_by_all(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether each part has a gradient of this parameter that is not 0. Every rank must call it."""
+    return all(g is not None and bool(whole(g.abs().sum())) for g in gradients)
 
 
 def gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
@@ -209,11 +244,12 @@ def gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
 
 
 @torch.no_grad()
-def drift(reads: Reads, b: Noised) -> float | None:
+def endpoint_drift(reads: Reads, b: Noised) -> float | None:
     """The drift of `Probe` by a central difference, so for time_scale <= 10, without dropout."""
     if reads.velocity is None or reads.endpoint is None:
         return None
     with dropout.off():
         v = reads.velocity(b.x_t, b.t, b.c)
-        behind, ahead = (reads.endpoint(b.x_t + h * v, b.t + h, b.c) for h in (-H, H))
-    return dist.mean(mean_square((ahead - behind) / (2 * H)).mean()).item()
+        behind = reads.endpoint(b.x_t - HALF_STEP * v, b.t - HALF_STEP, b.c)
+        ahead = reads.endpoint(b.x_t + HALF_STEP * v, b.t + HALF_STEP, b.c)
+    return dist.mean(mean_square((ahead - behind) / (2 * HALF_STEP)).mean()).item()

@@ -1,14 +1,15 @@
-"""Checkpoints that a thread writes while training goes on.
+"""A thread that writes checkpoints while training continues.
 
-A step waits until what is saved is copied into host memory; the thread writes, hashes and flushes that copy. One is
-written at a time. The memory of the copy is kept for the next one.
+A step waits until what is saved is copied to host memory; the thread writes, hashes and flushes that copy. One
+checkpoint is written at a time. The memory of the copy is kept for the next one.
 
-Threads of several ranks talk in a group of their own: what the main threads say meanwhile comes in any order to that.
+The threads of several ranks have a process group of their own, because collectives of the main threads would mix with
+theirs.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from threading import Thread
 from types import TracebackType
 
@@ -18,7 +19,7 @@ from dumo.runtime import dist
 
 
 class Saver:
-    """Writes in a thread, one piece of work after the other. Every rank has one, and must call it alike."""
+    """Runs work in a thread, one piece after the other. Every rank has one, and must call it alike."""
 
     def __init__(self) -> None:
         """Nothing is written yet."""
@@ -28,29 +29,30 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether what was being written was not: `wait` raises why."""
+        """Whether the last work has failed: `wait` raises its error."""
         return self._work is not None and self._work.done() and self._work.exception() is not None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin, once what was begun before is done. Raises what that failed of."""
+        """Start work once the one before is done. Raises the error of the one before."""
         self.wait()
-        self._work = done = Future[object]()
+        future = Future[object]()
+        self._work = future
 
-        def write() -> None:
+        def run() -> None:
             dist.group.set(self.group)  # of this thread
             try:
-                done.set_result(work())
+                future.set_result(work())
             except Exception as error:
-                done.set_exception(error)
-            except BaseException as error:  # raised where it is waited for, a SystemExit would end all with its code
+                future.set_exception(error)
+            except BaseException as error:  # `wait` raises it, and a SystemExit there would end all with its code
                 failure = RuntimeError(f"the thread that saves was ended by {error!r}")
                 failure.__cause__ = error
-                done.set_exception(failure)
+                future.set_exception(failure)
 
-        Thread(target=write, name="checkpoint", daemon=True).start()  # who ends at once does not wait for it
+        Thread(target=run, name="checkpoint", daemon=True).start()  # a process that ends at once does not wait for it
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises what went wrong, once."""
+        """Wait until the work is done. Raises its error, once."""
         work = self._work
         if work:
             wait([work])  # an interrupt leaves it to be waited for again
@@ -61,6 +63,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Wait, whatever else went wrong: the folder is free for another training then."""
-        with suppress(Exception) if error else nullcontext():  # of two errors the first is raised
+        """Wait, also after an error: the folder is free for another training then."""
+        if error is None:
+            self.wait()
+            return
+        with suppress(Exception):  # of two errors the first is raised
             self.wait()

@@ -8,7 +8,7 @@ from dumo.flow.draw import Coupling
 from dumo.flow.precision import Precision
 from dumo.runtime.bound import ROWS, STEPS
 from dumo.training.ema import Average, Ema, PowerEma
-from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
+from dumo.training.optim import AdamW, Constant, LearningRateSchedule, Optimizer
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
 
 Compile = Literal["none", "blocks", "loss"]
@@ -32,7 +32,7 @@ class Train(Spec):
     optimizer: Optimizer = AdamW()
     # How trained weights are kept: bfloat16 takes half, is rounded at random, by adamw8bit, and is for precision bf16.
     weights: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=QUIET)
-    schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
+    schedule: LearningRateSchedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
     # Largest norm of the gradient; None: no clipping, as the paper.
@@ -59,16 +59,16 @@ class Train(Spec):
     def _possible(self) -> "Train":
         keys = [ema.key for ema in self.ema]
         if len({*keys}) < len(keys):
-            wrong = f"ema has an average twice: {keys}"
-        elif self.ref != "self" and self.ref not in keys:
-            wrong = f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}"
-        elif self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
-            wrong = "snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}"
-        elif self.weights == "bfloat16" and (self.optimizer.kind, self.precision) != ("adamw8bit", "bf16"):
-            wrong = "weights in bfloat16 need optimizer.kind adamw8bit and precision bf16: set both, or weights float32"
-        else:
-            return self
-        raise ValueError(wrong)
+            raise ValueError(f"ema has an average twice: {keys}")
+        if self.ref != "self" and self.ref not in keys:
+            raise ValueError(f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}")
+        if self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
+            raise ValueError("snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}")
+        if self.weights == "bfloat16" and (self.optimizer.kind != "adamw8bit" or self.precision != "bf16"):
+            raise ValueError(
+                "weights in bfloat16 need optimizer.kind adamw8bit and precision bf16: set both, or weights float32"
+            )
+        return self
 
     def rate(self, step: int) -> float:
         """The learning rate of the update after `step` done ones."""
@@ -76,12 +76,14 @@ class Train(Spec):
 
     def stretched(self, steps: int, done: int) -> bool:
         """Whether another length would have given the steps already done other rates."""
-        return done > 0 and any(self.schedule(k, self.steps) != self.schedule(k, steps) for k in (done // 2, done - 1))
+        compared = (done // 2, done - 1)
+        return done > 0 and any(self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared)
 
     @property
     def copies(self) -> float:
         """How many numbers of 4 bytes are kept per trained weight, at least: gradient, moments, averages."""
-        return (0.5 if self.weights == "bfloat16" else 1.0) + self.optimizer.moments + len(self.ema)
+        gradient = 0.5 if self.weights == "bfloat16" else 1.0
+        return gradient + self.optimizer.moments + len(self.ema)
 
     def probes(self, step: int) -> bool:
         """Whether the update after `step` done ones is probed."""
@@ -89,8 +91,12 @@ class Train(Spec):
 
     def snaps(self, step: int) -> bool:
         """Whether averages by a power are kept after this step."""
-        return bool(self.snapshots and step) and (step % (self.snapshots or 1) == 0 or step == self.steps)
+        if not self.snapshots or not step:
+            return False
+        return step % self.snapshots == 0 or step == self.steps
 
     def draws(self, step: int) -> bool:
         """Whether samples are drawn after this step."""
-        return step % self.sheets == 0 if isinstance(self.sheets, int) else step in self.sheets
+        if isinstance(self.sheets, int):
+            return step % self.sheets == 0
+        return step in self.sheets

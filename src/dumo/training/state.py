@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
-from dumo.training.burst import Gradients, modules
+from dumo.training.burst import Gradients, parameters_by_module
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train
@@ -34,7 +34,7 @@ LEAST = 1e-12  # an error below it counts as that: its logarithm would say nothi
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
-    """Numbers are not finite: of too many steps in a row, or of a checkpoint."""
+    """Values are not finite: of too many steps in a row, or in a checkpoint."""
 
 
 class Trend(BaseModel):
@@ -51,7 +51,8 @@ class Trend(BaseModel):
             return self
         error = max(error, LEAST)
         level = error if self.level is None else exp(DECAY * log(self.level) + (1 - DECAY) * log(error))
-        return Trend(level=level, lowest=level if self.lowest is None else min(level, self.lowest))
+        lowest = level if self.lowest is None else min(level, self.lowest)
+        return Trend(level=level, lowest=lowest)
 
     @property
     def good(self) -> bool:
@@ -75,8 +76,8 @@ class State:
 
     @cached_property
     def modules(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by top module (`burst.modules`)."""
-        return modules(self.net)
+        """The trained parameters by top module (`burst.parameters_by_module`)."""
+        return parameters_by_module(self.net)
 
     @property
     def shown(self) -> nn.Module:
@@ -95,66 +96,82 @@ def begin(
     """The state before the first step; on several ranks it is sharded as the spec says, each rank's on its `device`.
 
     `weights` makes those that the net lacks, and of several ranks each keeps its part; `restored`: what is trained is
-    read from a checkpoint later, and has no numbers until then. Raises UserError if all weights of the net are frozen.
+    read from a checkpoint later, and is not filled until then. Raises UserError if all weights of the net are frozen.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
-    mesh = layout.mesh_of(spec.share, here := device or next(net.parameters()).device)
+    device = device or next(net.parameters()).device
+    mesh = layout.mesh_of(spec.share, device)
     if weights and mesh is None:
-        weights.fill(net, here)
-    fixed = frozen.digest(net, weights.made if weights else torch.detach)
+        weights.fill(net, device)
+    frozen_digest = frozen.digest(net, weights.made if weights else torch.detach)
     averages = {ema.key: MovingAverage(ema, net) for ema in spec.ema}
-    copies = [average.module for average in averages.values()]
-    half = spec.weights == "bfloat16"
-    layout.lay(net, mesh, copies, weights, reshard=spec.reshard, restored=restored, half=half)
+    layout.shard(
+        net,
+        mesh,
+        [average.module for average in averages.values()],
+        weights,
+        reshard=spec.reshard,
+        restored=restored,
+        half=spec.weights == "bfloat16",
+    )
     optimizer = spec.optimizer(net)
     if isinstance(optimizer, AdamW8bitOptimizer):
         optimizer.seed = spec.seed
-    return State(net, optimizer, averages, frozen=fixed)
+    return State(net, optimizer, averages, frozen=frozen_digest)
 
 
 def flatten(state: State) -> dict[str, Tensor]:
-    """The optimizer's memory by `<state name>.<parameter name>`, such as exp_avg.blocks.0.bias.
+    """The optimizer's state by `<its key>.<parameter name>`, such as exp_avg.blocks.0.bias.
 
     A parameter that never had a gradient has none.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in state.net.named_parameters()}
-    memory = state.optimizer.state
-    return {f"{key}.{names[p]}": value for p, values in memory.items() for key, value in values.items()}
+    names: dict[Tensor, str] = {p: name for name, p in state.net.named_parameters()}
+    flat: dict[str, Tensor] = {}
+    for p, values in state.optimizer.state.items():
+        for key, value in values.items():
+            flat[f"{key}.{names[p]}"] = value
+    return flat
 
 
-def blank(place: Path, state: State, way_out: str) -> dict[str, Tensor]:
-    """Empty tensors for the memory in a file or a folder of shards, each laid out as its parameter.
+def empty_optimizer_state(place: Path, state: State, fix: str) -> dict[str, Tensor]:
+    """Empty tensors for the optimizer's state in a file or a folder of shards, each laid out as its parameter.
 
-    Raises UserError as `load` and `compare`.
+    Raises UserError as `load` and `compare`; `fix` ends their messages.
     """
-    found = outline(place)
+    saved = outline(place)
     parameters = dict(state.net.named_parameters())
     names = {p: name for name, p in parameters.items()}
-    like: dict[str, torch.Tensor] = {}
-    for group in state.optimizer.param_groups:  # whose parameters have the same names of memory
-        here = {names[p] for p in group["params"]}
-        held = [(key, name) for key, _, name in (full.partition(".") for full in found) if name in here]
-        pairs = product({key for key, _ in held}, {name for _, name in held})
-        like |= {f"{key}.{name}": memory_like(state.optimizer, key, parameters[name]) for key, name in pairs}
-    compare(place, found, like, "the run", way_out)
-    return {name: torch.empty_like(x, requires_grad=False) for name, x in like.items()}
+    templates: dict[str, Tensor] = {}
+    for group in state.optimizer.param_groups:  # whose parameters all have the same keys
+        names_in_group = {names[p] for p in group["params"]}
+        saved_keys: set[str] = set()
+        saved_names: set[str] = set()
+        for full_name in saved:
+            key, _, name = full_name.partition(".")
+            if name in names_in_group:
+                saved_keys.add(key)
+                saved_names.add(name)
+        for key, name in product(saved_keys, saved_names):
+            templates[f"{key}.{name}"] = state_template(state.optimizer, key, parameters[name])
+    compare(place, saved, templates, "the run", fix)
+    return {name: torch.empty_like(x, requires_grad=False) for name, x in templates.items()}
 
 
-def memory_like(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
-    """A tensor of the shape, type and layout of this entry of an optimizer's memory of a parameter."""
+def state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
+    """A tensor of the shape, type and layout of this entry of an optimizer's state of a parameter."""
     if key == "step":
         return torch.zeros(())
-    return optimizer.like(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
+    return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
 
 
-def by_place(memory: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:
-    """The memory as torch keys it: by the index of each parameter in the optimizer's groups."""
-    names = {parameter: name for name, parameter in state.net.named_parameters()}
-    order = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
-    number = {name: i for i, name in enumerate(order)}
-    out: dict[int, dict[str, Tensor]] = {}
-    for name, value in sorted(memory.items()):
-        key, _, parameter = name.partition(".")
-        out.setdefault(number[parameter], {})[key] = value
-    return out
+def by_parameter_index(flat: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's state, flattened, as torch keys it: by the index of each parameter in the optimizer's groups."""
+    names = {p: name for name, p in state.net.named_parameters()}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    indices = {names[p]: index for index, p in enumerate(parameters)}
+    by_index: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in sorted(flat.items()):
+        key, _, name = full_name.partition(".")
+        by_index.setdefault(indices[name], {})[key] = value
+    return by_index

@@ -1,10 +1,11 @@
 """One optimizer step, and its record.
 
 The gradient is that of the mean loss over the global batch. A batch is split over ranks, and a rank's rows over its
-passes, in pieces of consecutive rows, of nearly equal size, equally many on every rank. A piece adds the gradient of
-its sum over the batch size, and ranks are added up after the last. So the split changes rounding alone, and two ranks
-equal one rank with two passes, to the bit.
+passes, in micro-batches of consecutive rows, of nearly equal size, equally many on every rank. A micro-batch adds the
+gradient of its sum over the batch size, and ranks are added up after the last. So the split changes rounding alone, and
+two ranks equal one rank with two passes, to the bit.
 
+`train_step`: loss and backward pass of each micro-batch, the record over ranks, then clipping, optimizer and averages.
 A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
 """
 
@@ -22,8 +23,8 @@ from dumo.flow.flow import Flow, Loss
 from dumo.flow.path import Path
 from dumo.runtime import dist
 from dumo.training import layout
-from dumo.training.burst import begins
-from dumo.training.record import Probe, Record, ask, blame, measure
+from dumo.training.burst import new_bursts
+from dumo.training.record import Probe, Record, measure, probe_net, skip_reason
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
@@ -61,12 +62,12 @@ def flow_of(
     )
 
 
-def together(spec: Train, objective: Objective) -> int:
+def rows_kept_together(spec: Train, objective: Objective) -> int:
     """How many neighbouring rows share times, noise or targets: no pass may part them."""
     return lcm(objective.times.group, objective.needs.group, spec.coupling.group if spec.coupling else 1)
 
 
-def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
+def split_batch(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
     """The rows of every pass, by rank: at most `micro_batch` (None: all of a rank's), in whole groups of `group` rows.
 
     Raises UserError if the batch is not a multiple of `group`, a group exceeds `micro_batch`, or there are fewer groups
@@ -78,22 +79,25 @@ def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: i
         raise UserError(
             f"train.micro_batch = {micro_batch} parts {group} rows that belong together: raise it to {group} or more"
         )
-    groups, most = batch // group, batch if micro_batch is None else micro_batch // group
-    passes = ceil(groups / (most * ranks))
-    if (pieces := ranks * passes) > groups:
-        what = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
+    groups = batch // group
+    max_groups_per_pass = batch if micro_batch is None else micro_batch // group
+    passes = ceil(groups / (max_groups_per_pass * ranks))
+    total_passes = ranks * passes
+    if total_passes > groups:
+        content = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
         raise UserError(
-            f"train.batch = {batch} is {what}, too few for {passes} passes on each of {ranks} ranks: raise it, "
+            f"train.batch = {batch} is {content}, too few for {passes} passes on each of {ranks} ranks: raise it, "
             "or take fewer ranks"
         )
-    ends = [groups * i // pieces * group for i in range(pieces + 1)]
+    ends = [groups * i // total_passes * group for i in range(total_passes + 1)]
     rows = [slice(start, end) for start, end in pairwise(ends)]
     return [rows[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
 
 
 def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
-    """The rows of every pass of a step, by rank. Raises UserError as `cuts`."""
-    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(spec, objective))
+    """The rows of every pass of a step, by rank. Raises UserError as `split_batch`."""
+    group = rows_kept_together(spec, objective)
+    return split_batch(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=group)
 
 
 def span(rows: list[slice]) -> slice:
@@ -115,38 +119,48 @@ def train_step(
 
     `flow` is of this net (`flow_of`); `batch` is this rank's rows of the global one; `loss` the objective's, or a
     compiled one; `draws` the step's random numbers from `draws_of`, or None to draw them here. If the spec says so, the
-    last piece is probed after the update.
+    last micro-batch is probed after the update.
     Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, which the record passes on to all.
     A step whose loss or gradient norm is not finite is counted and not applied, and the record says why.
     """
-    mine = Pieces(state, flow, batch, spec, loss, draws)
+    micro_batches = MicroBatches(state, flow, batch, spec, loss, draws)
     times: list[Time] = []
-    seen: list[Terms] = []
+    terms_by_pass: list[Terms] = []
+
+    # gradients, added up over passes
     state.net.train()
     state.optimizer.zero_grad()
-    for rows in mine.cuts:
-        layout.finish(state.net, rows is mine.cuts[-1], reshard=spec.reshard)
-        b = mine.draw(rows)
-        terms = mine.loss_of(b, rows)
+    for rows in micro_batches.row_slices:
+        layout.prepare_backward(state.net, rows is micro_batches.row_slices[-1], reshard=spec.reshard)
+        b = micro_batches.draw(rows)
+        terms = micro_batches.loss_of(b, rows)
         (terms.loss.sum() / (spec.batch / dist.world())).backward()  # torch takes the mean over ranks
         times.append(b.t)
-        seen.append(terms.detach())
+        terms_by_pass.append(terms.detach())
 
+    # what was measured, over ranks
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    t, terms, rate, probed = torch.cat(times), joined(seen), spec.rate(state.step), spec.probes(state.step)
-    record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=rate, due=due)
+    t = torch.cat(times)
+    terms = joined(terms_by_pass)
+    lr = spec.rate(state.step)
+    is_probed = spec.probes(state.step)
+    record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=lr, due=due)
     if not record.finite:
-        record = replace(record, skipped=blame(record, t, mine.c, terms))
+        record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
-    record = watch(state, record)
+    record = with_bursts(state, record)
+
+    # the update
     advance(state, record)
-    return replace(record, probe=mine.probe(terms.parts)) if probed and not record.skipped else record
+    if is_probed and not record.skipped:
+        record = replace(record, probe=micro_batches.probe(terms.parts))
+    return record
 
 
-class Pieces:
-    """A rank's rows of a batch, in pieces; draws are keyed by the step at which it was made."""
+class MicroBatches:
+    """A rank's rows of a batch, in micro-batches; draws are keyed by the step at which it was made."""
 
     def __init__(
         self,
@@ -158,42 +172,51 @@ class Pieces:
         draws: Draws | None = None,
     ) -> None:
         """Take the step's random numbers, or draw them. Raises ValueError for other rows than this rank's."""
-        self.cuts = pieces(spec, flow.objective)
-        all_rows = span(self.cuts)
-        self.first = all_rows.start
+        self.row_slices = pieces(spec, flow.objective)
+        rank_rows = span(self.row_slices)
+        self.first_row = rank_rows.start
         self.x, self.c, *paired = batch
-        self.z, self.between = (*paired, None, None)[:2]
-        if len(self.x) != (mine := all_rows.stop - self.first):
-            raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
+        self.z = paired[0] if paired else None
+        self.between = paired[1] if len(paired) > 1 else None
+        expected_rows = rank_rows.stop - rank_rows.start
+        if len(self.x) != expected_rows:
+            raise ValueError(
+                f"the batch has {len(self.x)} rows, but {expected_rows} of train.batch = {spec.batch} are this rank's"
+            )
         self.flow = flow
         self.loss = loss
         self.draws = draws or draws_of(flow, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = to_device(self.draws.keys, self.x.device)
         self.progress = state.step / spec.steps
-        self.keep_casts = not layout.gives_back(spec.reshard)
+        self.keep_casts = not layout.frees_gathered_weights(spec.reshard)
 
-    def here(self, rows: slice) -> slice:
+    def local_rows(self, rows: slice) -> slice:
         """Rows of the global batch, counted from this rank's first."""
-        return slice(rows.start - self.first, rows.stop - self.first)
+        return slice(rows.start - self.first_row, rows.stop - self.first_row)
 
     def draw(self, rows: slice) -> Noised:
         """Draw these rows of the global batch."""
-        here = self.here(rows)
-        z, between = (None if paired is None else paired[here] for paired in (self.z, self.between))
+        local_rows = self.local_rows(rows)
         return self.flow.noised(
-            self.draws[here], self.x[here], self.c[here], z=z, between=between, progress=self.progress
+            self.draws[local_rows],
+            self.x[local_rows],
+            self.c[local_rows],
+            z=None if self.z is None else self.z[local_rows],
+            between=None if self.between is None else self.between[local_rows],
+            progress=self.progress,
         )
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision, with their dropout masks."""
-        return self.flow.terms(b, self.keys[self.here(rows)], self.loss, keep=self.keep_casts)
+        return self.flow.terms(b, self.keys[self.local_rows(rows)], self.loss, keep=self.keep_casts)
 
     def probe(self, parts: Iterable[str]) -> Probe | None:
-        """Probe the net as it is now on the last piece."""
-        b, rows = self.draw(self.cuts[-1]), self.cuts[-1]
-        found = ask(self.flow.net, self.flow.reads, parts, b, lambda: self.loss_of(b, rows))
+        """Probe the net as it is now on the last micro-batch."""
+        rows = self.row_slices[-1]
+        b = self.draw(rows)
+        probe = probe_net(self.flow.net, self.flow.reads, parts, b, lambda: self.loss_of(b, rows))
         layout.release(self.flow.net)
-        return found
+        return probe
 
 
 def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
@@ -203,27 +226,27 @@ def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: boo
 
 
 def pieces(spec: Train, objective: Objective) -> list[slice]:
-    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `cuts`."""
+    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `split_batch`."""
     return passes(spec, objective, dist.world())[dist.rank()]
 
 
 def joined(terms: Sequence[Terms]) -> Terms:
-    """The terms of the pieces of a batch as those of the whole."""
+    """The terms of all micro-batches as those of the whole batch."""
     first = terms[0]
     return Terms(
-        torch.cat([piece.loss for piece in terms]),
-        {name: torch.cat([piece.parts[name] for piece in terms]) for name in first.parts},
-        {name: torch.cat([piece.notes[name] for piece in terms]) for name in first.notes},
+        torch.cat([part.loss for part in terms]),
+        {name: torch.cat([part.parts[name] for part in terms]) for name in first.parts},
+        {name: torch.cat([part.notes[name] for part in terms]) for name in first.notes},
     )
 
 
-def watch(state: State, record: Record) -> Record:
-    """The record with what the norms of the last steps say; those of a skipped step are left out."""
+def with_bursts(state: State, record: Record) -> Record:
+    """Add the norms to the state's window, and peaks and new bursts to the record; not of a skipped step."""
     if record.skipped:
         return record
     before = state.gradients
     state.gradients = before.after(record.grad_norms)
-    return replace(record, grad_peaks=state.gradients.peaks(), burst=begins(before, state.gradients))
+    return replace(record, grad_peaks=state.gradients.peaks(), burst=new_bursts(before, state.gradients))
 
 
 def advance(state: State, record: Record) -> None:
@@ -231,15 +254,19 @@ def advance(state: State, record: Record) -> None:
 
     A skipped step counts, too: so the batch and draws of later steps do not depend on it.
     """
-    state.step, state.images = record.step, record.images
+    state.step = record.step
+    state.images = record.images
     if record.skipped:
         state.skips += 1
         return
     for group in state.optimizer.param_groups:
         group["lr"] = record.lr * group.get("ratio", 1.0)
     state.optimizer.step()
-    if after_step := getattr(state.net, "after_step", None):  # a net may hold its weights to a norm
+    after_step = getattr(state.net, "after_step", None)  # a net may hold its weights to a norm
+    if after_step:
         after_step()
     for average in state.averages.values():
         average.update(state.net, state.step)
-    state.skips, state.trend = 0, state.trend.after(sum(map(abs, record.parts.values())) or abs(record.loss))
+    state.skips = 0
+    error = sum(map(abs, record.parts.values())) or abs(record.loss)
+    state.trend = state.trend.after(error)

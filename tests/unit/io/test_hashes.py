@@ -181,7 +181,7 @@ def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: p
     found.see(0, picture(0))
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "largest", lambda x: torch.maximum(x, there))
-    monkeypatch.setattr("dumo.training.agreement.agreed", lambda work: [work()])
+    monkeypatch.setattr("dumo.training.agreement.gather_results", lambda work: [work()])
     assert torch.equal(run_content.seen(found)["hashes"], there)
     with pytest.raises(UserError, match="another on another rank"):
         found.see(1, b"other")

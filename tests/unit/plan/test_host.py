@@ -88,20 +88,20 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
         with fake:
             return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
-    def put(module: nn.Module, names: Any, make: Any) -> None:  # noqa: ANN401, as `layout.put`
+    def put(module: nn.Module, names: Any, make: Any) -> None:  # noqa: ANN401, as `layout.replace_parameters`
         with fake:
             real(module, names, make)
 
-    real = layout.put
+    real = layout.replace_parameters
     for name, p in net.named_parameters():
         weights.put(p, partial(make, name, p))
     wanted: dict[str, Any] = {name: p.nbytes for name, p in net.named_parameters()}
     assert sum(p.numel() for p in net.parameters()) > 20e9
     with pretended(8):
         mesh, copy = layout.mesh_of(8, torch.device("cpu")), copied(net).requires_grad_(False)
-        monkeypatch.setattr(layout, "put", put)
+        monkeypatch.setattr(layout, "replace_parameters", put)
         with Sent() as sent:
-            layout.lay(net, mesh, [copy], weights, reshard=False)
+            layout.shard(net, mesh, [copy], weights, reshard=False)
         parts = [layout.local(p) for p in net.parameters()]
     assert not sent.calls
     assert made == wanted

@@ -217,13 +217,13 @@ def test_weights_are_examined_once_at_the_first_checkpoint(
     own = examination.examine_weights
 
     def watch(run: Run, net: nn.Module, device: torch.device) -> examination.Examination:
-        saved.append([path.name for path in checkpoint.standing(tmp_path / "run/checkpoints").values()])
+        saved.append([path.name for path in checkpoint.paths_by_step(tmp_path / "run/checkpoints").values()])
         return own(run, net, device)
 
     monkeypatch.setattr(examination, "examine_weights", watch)
     train(tiny("moons", f"train.steps={steps}"), tmp_path / "run")
     assert saved == [[]]  # looked at before it is saved
-    assert list(checkpoint.standing(tmp_path / "run/checkpoints"))[-1] == steps
+    assert list(checkpoint.paths_by_step(tmp_path / "run/checkpoints"))[-1] == steps
     if steps > first:
         train(tiny("moons", "train.steps=9"), tmp_path / "run")
         assert len(saved) == 1
@@ -243,7 +243,7 @@ def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, m
     for _ in range(2):  # starting again is no way round
         with pytest.raises(UserError, match="the weights in training"):
             train(run, folder)
-        assert list(checkpoint.standing(folder / "checkpoints")) == []  # what was refused is not kept
+        assert list(checkpoint.paths_by_step(folder / "checkpoints")) == []  # what was refused is not kept
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 

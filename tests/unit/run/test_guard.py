@@ -92,7 +92,7 @@ def run(moons: Path, tmp_path: Path) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    return [*checkpoint.standing(folder / "checkpoints")]
+    return [*checkpoint.paths_by_step(folder / "checkpoints")]
 
 
 @pytest.mark.slow

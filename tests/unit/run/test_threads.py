@@ -60,7 +60,7 @@ def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def recorded(folder: Path) -> dict[int, tuple[int | None, int | None]]:
     """Threads and cores that the checkpoints of a run record, by step."""
-    found = {step: manifest.read(place) for step, place in manifest.standing(folder / "checkpoints").items()}
+    found = {step: manifest.read(place) for step, place in manifest.paths_by_step(folder / "checkpoints").items()}
     return {step: (about.threads, about.cores) for step, about in found.items()}
 
 

@@ -91,10 +91,10 @@ def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
 def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would have an order of its own: no error, and another batch than the one that is meant."""
 
-    def agreed(work: Callable[[], object]) -> list[object]:
+    def gather_results(work: Callable[[], object]) -> list[object]:
         return [work(), 1700]
 
-    monkeypatch.setattr(agreement, "agreed", agreed)
+    monkeypatch.setattr(agreement, "gather_results", gather_results)
     with pytest.raises(UserError, match=r"by rank 1,797, 1,700 rows"):
         open_data(load("digits").data)
 

@@ -24,7 +24,7 @@ def restore(place: Path, state: State) -> None:
     checkpoint.restore(Checkpoint(place), state)
 
 
-def go_on(place: Path, state: State, *, or_before: bool = True) -> Path:
+def restore_last_finite(place: Path, state: State, *, or_before: bool = True) -> Path:
     """Restore a checkpoint, or the last good one before it."""
     checkpoints = Checkpoints(place.parent)
-    return checkpoint.go_on(checkpoints, checkpoints.at(place), state, or_before=or_before).path
+    return checkpoint.restore_last_finite(checkpoints, checkpoints.at(place), state, or_before=or_before).path

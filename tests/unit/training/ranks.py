@@ -32,7 +32,7 @@ from dumo.training.state import Diverged, State
 from dumo.training.step import flow_of, pieces, span, train_step
 from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
-from unit.training.by_path import fault, go_on, latest, restore
+from unit.training.by_path import fault, latest, restore, restore_last_finite
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
 
 SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
@@ -88,7 +88,7 @@ def refusal(work: Callable[[], object]) -> str:
     """What a UserError says, the same on all ranks."""
     with pytest.raises(UserError) as refused:
         work()
-    said = agreement.agreed(lambda: str(refused.value))
+    said = agreement.gather_results(lambda: str(refused.value))
     assert len(set(said)) == 1, said
     return said[0]
 
@@ -117,7 +117,7 @@ def shared_out(state: State) -> None:
     """All ranks together copy what is saved once, each about as much."""
     taken = copy(state, Notes(), {})
     here = sum(x.nbytes for named in taken.tensors.values() for x in named.values())
-    each = agreement.agreed(lambda: here)
+    each = agreement.gather_results(lambda: here)
     assert sum(each) == taken.size
     assert max(each) < 1.2 * min(each), each
 
@@ -146,7 +146,7 @@ def guarded(share: int) -> None:
     for rank in (0, 1):
         skipped, (_, labels) = step(Spoilt(rank=rank)).skipped, batches()(state.step - 1)
         assert skipped
-        assert len(set(agreement.agreed(partial(repr, skipped)))) == 1
+        assert len(set(agreement.gather_results(partial(repr, skipped)))) == 1
         assert {row["rank"] for row in skipped.rows} == {rank}
         for row in skipped.rows:
             place = int(row["place"] or 0)
@@ -196,9 +196,9 @@ def fails(folder: Path) -> None:
     odd = "rank 1: ValueError: odd"
     for error, kind, said in ((FileNotFoundError(2, "gone"), OSError, "gone"), (ValueError("odd"), RuntimeError, odd)):
         with pytest.raises(kind, match=said):
-            agreement.agreed(partial(work, error))
-    assert agreement.agreed(dist.rank) == [0, 1]
-    assert agreement.main(lambda: 5 + dist.rank()) == 5
+            agreement.gather_results(partial(work, error))
+    assert agreement.gather_results(dist.rank) == [0, 1]
+    assert agreement.on_main_rank(lambda: 5 + dist.rank()) == 5
 
     other = built(1, 2, width=9)
     before = tensors(other)
@@ -220,7 +220,7 @@ def unsaved(folder: Path, state: State) -> None:
         save(there, state, 2)
     part.copy_(was)
     with pytest.warns(UserWarning, match="step-00000002, before it") if dist.is_main() else nullcontext():
-        assert go_on(there / "step-00000009", state) == there / "step-00000002"
+        assert restore_last_finite(there / "step-00000009", state) == there / "step-00000002"
     same(state, folder / "share-2.safetensors")
     dist.barrier()
     if dist.is_main():
@@ -255,7 +255,7 @@ def load(folder: Path, world: int) -> None:
             same(state, folder / f"{kind}.safetensors")
             for p, memory in state.optimizer.state.items():
                 assert memory["exp_avg"].placements == p.placements
-    assert agreement.agreed(lambda: (folder / "share-1").is_dir()) == [True] * world
+    assert agreement.gather_results(lambda: (folder / "share-1").is_dir()) == [True] * world
 
 
 def main(folder: str, number: str) -> None:

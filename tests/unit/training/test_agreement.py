@@ -18,7 +18,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     errors: list[Exception] = []
 
     def gather(answers: list[object], mine: object, group: None) -> None:
-        answers[:] = [mine, (None, agreement.packed(errors[-1]))]
+        answers[:] = [mine, (None, agreement.sendable_error(errors[-1]))]
 
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -37,7 +37,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
 def test_others_are_told_by_rank(failing: list[Exception], error: Exception, kind: type[Exception], says: str) -> None:
     """The system's refusal names its file, and a full disk stays one."""
     failing.append(error)
-    for work in (agreement.agreed, agreement.own):
+    for work in (agreement.gather_results, agreement.on_each_rank):
         with pytest.raises(kind, match=says) as caught:
             work(lambda: 1)
         assert not isinstance(error, OSError) or files.full(caught.value) == files.full(error)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dumo.io import digest
 from dumo.runtime.random import stream
-from dumo.training.burst import FACTOR, LASTS, MODULES, REST, WINDOW, Gradients, begins, modules
+from dumo.training.burst import FACTOR, LASTS, MODULES, REST, WINDOW, Gradients, new_bursts, parameters_by_module
 from dumo.training.manifest import Manifest
 
 
@@ -17,7 +17,7 @@ def bursts(rows: Iterable[dict[str, float]]) -> dict[int, dict[str, float]]:
     watched, found = Gradients(), dict[int, dict[str, float]]()
     for step, norms in enumerate(rows, 1):
         before, watched = watched, watched.after(norms)
-        if begun := begins(before, watched):
+        if begun := new_bursts(before, watched):
             found[step] = {name: round(times, 6) for name, times in begun.items()}
     return found
 
@@ -76,9 +76,9 @@ class Parts(nn.Module):
 
 
 def test_modules_of_a_net() -> None:
-    few = modules(Parts(3))
+    few = parameters_by_module(Parts(3))
     assert [*few] == ["part_0", "part_1", "part_2", "heads.v", "heads.u"]
-    many = modules(net := Parts(40))
+    many = parameters_by_module(net := Parts(40))
     assert len(many) == MODULES
     assert {"heads.v", "heads.u", "part_39", REST} <= set(many)
     trained = [p for p in net.parameters() if p.requires_grad]

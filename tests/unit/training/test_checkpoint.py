@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.training.checkpoint import mark, save
-from dumo.training.manifest import rewind, standing
+from dumo.training.manifest import paths_by_step, rewind
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
 from forked import python
-from unit.training.by_path import fault, go_on, latest, restore
+from unit.training.by_path import fault, latest, restore, restore_last_finite
 from unit.training.sharded import sign
 from unit.training.toy import AVERAGES, OPTIMIZERS, Small, same, tensors, trained
 
@@ -150,7 +150,7 @@ from dumo.training.checkpoint import save
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import UserError
-from unit.training.by_path import fault, go_on, latest, restore
+from unit.training.by_path import fault, restore_last_finite, latest, restore
 
 folder, spec = Path(sys.argv[1]), Train(steps=3, batch=12)
 state = run(begin(Small(width=64), spec), spec)
@@ -215,10 +215,10 @@ def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
     sign(last)
     assert fault(last) is None
     with pytest.raises(UserError, match=r"step-00000004: optimizer: exp_avg.last.bias is not finite: go on from"):
-        go_on(last, begin(Small(1), SPEC), or_before=False)
+        restore_last_finite(last, begin(Small(1), SPEC), or_before=False)
     new = begin(Small(1), SPEC)
     with pytest.warns(UserWarning, match=r"exp_avg.last.bias is not finite: step-00000003, before it, is taken"):
-        assert go_on(last, new) == first
+        assert restore_last_finite(last, new) == first
     assert same(tensors(new), wanted)
     assert new.step == 3
     state.step = 4
@@ -232,7 +232,7 @@ def test_the_last_good_one_stays_besides_those_that_are_kept(tmp_path: Path) -> 
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             save(tmp_path, state, 2)
-        kept.append([*standing(tmp_path)])
+        kept.append([*paths_by_step(tmp_path)])
         assert len(told) == (5 in kept[-1] and step > 6)
     assert kept == [[4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8], [8, 9], [9, 10]]
 

@@ -10,7 +10,7 @@ from torch import nn
 from dumo.flow.precision import rounded_at_random
 from dumo.runtime.random import bits, philox, stream
 from dumo.training import checkpoint, eightbit
-from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, fits
+from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, has_8bit_moments
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
@@ -122,7 +122,7 @@ def test_the_seed_rounds() -> None:
 
 def test_blocks_lie_in_rows() -> None:
     shapes = {(16, 256): True, (15, 256): False, (64, 100): False, (8, 64, 2, 4): True, (8192,): False}
-    assert {shape: fits(torch.empty(shape)) for shape in shapes} == shapes
+    assert {shape: has_8bit_moments(torch.empty(shape)) for shape in shapes} == shapes
 
 
 def test_what_does_not_round_is_refused() -> None:

@@ -16,7 +16,7 @@ from dumo.training.spec import Train
 from dumo.training.state import State, begin, flatten
 from dumo.types import UserError
 from unit.training.adapted import Adapted
-from unit.training.by_path import go_on, restore
+from unit.training.by_path import restore, restore_last_finite
 from unit.training.toy import AVERAGES, Small, run, same, tensors
 
 SPEC = Train(steps=4, batch=12, ema=AVERAGES, ref=0.99, clip=1.0)
@@ -85,7 +85,7 @@ def test_other_frozen_weights_are_refused_and_nothing_is_changed(tmp_path: Path)
     other = begin(Adapted(source=1), SPEC)
     before = tensors(other)
     with pytest.raises(UserError, match=r"step-00000004 was trained on other frozen weights .* in another folder"):
-        go_on(target, other)
+        restore_last_finite(target, other)
     assert same(before, tensors(other))
 
 

@@ -257,4 +257,4 @@ def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
     file.touch()
     for folder in (file, file / "checkpoints", file / "run" / "checkpoints"):
         with pytest.raises(UserError, match=f": {file} is a file, and a folder is wanted there"):
-            manifest.standing(folder)
+            manifest.paths_by_step(folder)

@@ -13,7 +13,7 @@ from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow
 from dumo.training.loop import Every, train
-from dumo.training.record import Probe, ask, compare, drift
+from dumo.training.record import Probe, compare_gradients, endpoint_drift, probe_net
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record, flow_of
@@ -50,14 +50,14 @@ def test_a_cosine_known_beforehand() -> None:
     """The heads' own gradients, 3.5 and -2 / 3, count for nothing, nor do the weights of the parts in the loss."""
     net = Fork()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    found = ask(net, Reads(), ("v", "u"), noised(), net.loss)
+    found = probe_net(net, Reads(), ("v", "u"), noised(), net.loss)
     assert found.norms == pytest.approx({"v": 5.0, "u": 2.0})
     assert found.cosines == pytest.approx({"v,u": -0.8})
     assert found.drift is None
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
-    assert compare(net, ("u", "v"), net.loss)[1] == pytest.approx({"u,v": -0.8})
-    assert ask(net, Reads(), ("v",), noised(), net.loss) is None
+    assert compare_gradients(net, ("u", "v"), net.loss)[1] == pytest.approx({"u,v": -0.8})
+    assert probe_net(net, Reads(), ("v",), noised(), net.loss) is None
 
 
 def test_parts_that_share_nothing_have_no_cosine() -> None:
@@ -66,7 +66,7 @@ def test_parts_that_share_nothing_have_no_cosine() -> None:
             parts = {"v": self.v.expand(2), "u": self.u.expand(2), "watched": torch.ones(2)}
             return Terms(parts["v"] + parts["u"], parts)
 
-    norms, cosines = compare(net := Apart(), ("v", "u", "watched"), net.loss)
+    norms, cosines = compare_gradients(net := Apart(), ("v", "u", "watched"), net.loss)
     assert norms == {"v": 0, "u": 0, "watched": 0}
     assert cosines.keys() == {"v,u", "v,watched", "u,watched"}
     assert all(math.isnan(value) for value in cosines.values())
@@ -90,7 +90,7 @@ def test_the_trunk_of_a_net_is_what_both_heads_reach(checkpoint: bool) -> None:
     v, u = (
         torch.cat([g.flatten() for g in torch.autograd.grad(loss().parts[part].mean(), trunk)]) for part in ("v", "u")
     )
-    norms, cosines = compare(net, ("v", "u"), loss)
+    norms, cosines = compare_gradients(net, ("v", "u"), loss)
     assert norms == pytest.approx({"v": v.norm().item(), "u": u.norm().item()}, rel=1e-5)
     assert cosines == pytest.approx({"v,u": torch.cosine_similarity(v, u, 0).item()}, rel=1e-4)
 
@@ -104,18 +104,18 @@ def test_the_drift_of_an_endpoint_known_beforehand() -> None:
     b = noised()
     x, t = b.x_t, b.t[:, None]
     wanted = (2 * 0.7 * x * (2 * x + t) + 6 * t).square().mean().item()
-    assert drift(affine(0.7), b) == pytest.approx(wanted, rel=1e-9)  # of squares a central difference is exact
-    assert drift(Reads(velocity=affine(1.0).velocity), b) is None
+    assert endpoint_drift(affine(0.7), b) == pytest.approx(wanted, rel=1e-9)  # of squares a central difference is exact
+    assert endpoint_drift(Reads(velocity=affine(1.0).velocity), b) is None
 
 
 @pytest.mark.parametrize("objective", [DuMo(guide=Guide()), MeanFlow(guide=Guide())], ids=lambda o: o.kind)
 def test_the_readings_of_an_exact_net_do_not_drift(objective: Objective) -> None:
     net = Exact(APART, objective.needs)
     b = record(objective, APART, 64)
-    assert (drift(objective.read(net), b) or 0) < 1e-6  # O(h^2), squared
+    assert (endpoint_drift(objective.read(net), b) or 0) < 1e-6  # O(h^2), squared
     if objective.kind == "dumo":
         net.probe.data[1, 0] = 0.2  # u is off by 0.2, so the endpoint by 0.2 t
-        assert drift(objective.read(net), b) == pytest.approx(0.2**2, rel=1e-2)
+        assert endpoint_drift(objective.read(net), b) == pytest.approx(0.2**2, rel=1e-2)
 
 
 def probes(spec: Train, state: State | None = None, *hooks: Every) -> tuple[State, dict[int, Probe]]:
@@ -148,7 +148,7 @@ def test_it_is_of_the_step_s_own_rows_after_the_step() -> None:
     state, found = probes(SPEC.model_copy(update={"steps": 4, "probe_every": 4, "ref": "self"}))
     x, c = batches(12, torch.float32)(3)
     b = draw(Toy(), Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=3, progress=0.75)[9:]
-    norms, cosines = compare(state.net, ("v", "pull"), lambda: Toy().loss(state.net, frozen(state.net), b))
+    norms, cosines = compare_gradients(state.net, ("v", "pull"), lambda: Toy().loss(state.net, frozen(state.net), b))
     assert found[4] == Probe(norms, cosines, None)
 
 

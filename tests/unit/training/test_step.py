@@ -14,7 +14,7 @@ from dumo.training.optim import AdamW
 from dumo.training.record import LISTED, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Pieces, flow_of, pieces, train_step
+from dumo.training.step import MicroBatches, flow_of, pieces, train_step
 from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, toy, trained
 
@@ -207,7 +207,7 @@ def test_a_step_waits_for_its_device_once(more: dict[str, object], monkeypatch: 
     state, spec = fresh(), Train.model_validate({"steps": STEPS, "batch": 12} | more)
     state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)  # others keep their step on the host
     drawn = {rows.start: noised()[rows] for rows in pieces(spec, Toy())}
-    monkeypatch.setattr(Pieces, "draw", lambda _, rows: drawn[rows.start])
+    monkeypatch.setattr(MicroBatches, "draw", lambda _, rows: drawn[rows.start])
     with Waits() as waits:
         assert step(state, **more).step == 1
     assert waits.seen == ["tolist"]
