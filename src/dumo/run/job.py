@@ -81,7 +81,7 @@ class Job:
     last: Checkpoint | None  # that it resumes from
     rewound: bool  # resumes from a checkpoint that was asked for: later ones go
     history: History | None  # what has changed since; of rank 0
-    teacher: teacher.Known | None
+    teacher: teacher.LoadedTeacher | None
     validation: Validation
     sheets: Sheets | None
     meter: Meter

@@ -24,7 +24,7 @@ from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, not
 from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.origin import run_before_step
-from dumo.run.teacher import Coupled
+from dumo.run.teacher import TeacherPairs
 from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
 from dumo.runtime import dist, signals, typed
@@ -53,7 +53,7 @@ class Journal:
     folder: Path
     device: torch.device
     checkpoints: Checkpoints
-    source: Source | Coupled
+    source: Source | TeacherPairs
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
