@@ -315,14 +315,15 @@ def average(
     from dumo.runtime import dist
 
     dist.alone("dumo average")
-    made = average(run_folder, std, file)
+    result = average(run_folder, std, file)
     err.print(
-        f"the average of width {std:g} after step {made.step:,}, from {made.count} snapshots, {made.error:.1%} off",
+        f"the average of width {std:g} after step {result.step:,}, from {result.count} snapshots, "
+        f"{result.error:.1%} off",
         highlight=False,
         soft_wrap=True,
     )
-    out.print(str(made.file), soft_wrap=True)
-    lines = [f"dumo {verb} {typed(run_folder)} --weights {typed(made.file)}" for verb in ("sample", "evaluate")]
+    out.print(str(result.file), soft_wrap=True)
+    lines = [f"dumo {verb} {typed(run_folder)} --weights {typed(result.file)}" for verb in ("sample", "evaluate")]
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
 
 

@@ -143,7 +143,7 @@ class Journal:
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
         if self.run.train.snaps(state.step):
-            average.keep(self.folder, state, identity(self.run))
+            average.save_snapshots(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:
         """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.
