@@ -1,7 +1,8 @@
 """What disk and machine say of a run: found once, when it is opened, and recorded in its run.yaml as `resolved`.
 
-So a run is whole by itself: where things lie is written out (`with_absolute_paths`), and what no data is, but samples depend on, is
-known by its hash (`with_hashes`). Where it moves to another machine, fields of places say where things are there.
+`resolve` fills in classes, captions, schedule and code hashes. So that a run is whole by itself, `with_absolute_paths`
+writes out where things lie, and `with_hashes` pins what is no data, but what samples depend on: autoencoder, pipeline
+and the weights of a subject's run. Where it moves to another machine, fields of places say where things are there.
 """
 
 import os
