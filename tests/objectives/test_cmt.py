@@ -105,9 +105,9 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     """As training makes it: x_t where the teacher's solver was at t, v_t the teacher's there; the folder keeps it."""
     run = tiny("moons", *CMT_ON_MOONS)
     reads = shift(run, torch.device("cpu"))
-    plan = teacher.Plan.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
+    index = teacher.PairsIndex.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
     for _ in range(2):  # made, then read
-        made = teacher.couple(plan, reads, tmp_path, torch.device("cpu"), no_bar)
+        made = teacher.make_pairs(index, reads, tmp_path, torch.device("cpu"), no_bar)
         assert made.between.shape == (12, 3, 2)
     x, c, z, between = made.batch(0, 12, seed=0)
     trail = torch.cat([x[:, None] / 2, between, z[:, None]], 1)

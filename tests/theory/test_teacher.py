@@ -22,7 +22,7 @@ from dumo.flow.reading import taught, teaching
 from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
 from dumo.run.folder import note
-from dumo.run.teacher import of_base
+from dumo.run.teacher import base_flow
 from dumo.types import Frozen, Heads, Noised, Reads, Taught, UserError
 from theory.exact import APART, Exact, record
 from theory.test_fixed_point import BENT, STEPS
@@ -60,7 +60,7 @@ def of_function() -> Taught:
 
 def untuned() -> Taught:
     run = load("moons", ["data.labelled=true"])
-    return teaching(of_base(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).reads)
+    return teaching(base_flow(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).reads)
 
 
 def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Taught:
@@ -68,7 +68,7 @@ def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Taught:
     note(run, folder)
     monkeypatch.setattr(type(run), "has_subject", True)
     subject = run.model_copy(update={"start": Start(source=str(folder))})
-    return teaching(of_base(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).reads)
+    return teaching(base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).reads)
 
 
 TEACHERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Taught]] = {

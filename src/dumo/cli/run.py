@@ -67,22 +67,27 @@ def encode(
     from dumo.run import encode
     from dumo.runtime import dist
 
-    work, made = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[encode.Made]()
+    work = encode.encoding_work(source, set_ or [], out=folder, codec=codec, side=side)
+    results: list[encode.EncodeResult] = []
     options: dict[str, Any] = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     with sparing(f"set --batch lower (now {batch})"), ranks:
-        of: dict[str, Any] = {"batch": batch, "part": encode.part_of(part), "device": device, "bar": bar}
+        of: dict[str, Any] = {"batch": batch, "part": encode.parse_part(part), "device": device, "bar": bar}
         if isinstance(work.data, Latents):
             given = {name: value for name, value in options.items() if value is not None}
-            made.append(encode.encode(work.data, **of, **given, verify=verify))
-        if work.texts and (line := encode.too_large(work.data, work.texts)):
-            say(line)
-        elif work.texts:
-            made.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows or encode.SHARD_ROWS))
-    for line in (line for one in made for line in one.lines()):
-        out.print(line, soft_wrap=True)
-    if all(one.contents for one in made) and choose(source).kind == "recipe":
-        fields = [*encode.settings(folder, codec, side), *(set_ or [])]
+            results.append(encode.encode(work.data, **of, **given, verify=verify))
+        if work.texts:
+            reason_not_to = encode.reason_not_to_encode(work.data, work.texts)
+            if reason_not_to:
+                say(reason_not_to)
+            else:
+                shard_rows = shard_rows or encode.SHARD_ROWS
+                results.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows))
+    for result in results:
+        for line in result.lines():
+            out.print(line, soft_wrap=True)
+    if all(result.contents for result in results) and choose(source).kind == "recipe":
+        fields = [*encode.options_as_settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
 
@@ -310,14 +315,15 @@ def average(
     from dumo.runtime import dist
 
     dist.alone("dumo average")
-    made = average(run_folder, std, file)
+    result = average(run_folder, std, file)
     err.print(
-        f"the average of width {std:g} after step {made.step:,}, from {made.count} snapshots, {made.error:.1%} off",
+        f"the average of width {std:g} after step {result.step:,}, from {result.count} snapshots, "
+        f"{result.error:.1%} off",
         highlight=False,
         soft_wrap=True,
     )
-    out.print(str(made.file), soft_wrap=True)
-    lines = [f"dumo {verb} {typed(run_folder)} --weights {typed(made.file)}" for verb in ("sample", "evaluate")]
+    out.print(str(result.file), soft_wrap=True)
+    lines = [f"dumo {verb} {typed(run_folder)} --weights {typed(result.file)}" for verb in ("sample", "evaluate")]
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
 
 

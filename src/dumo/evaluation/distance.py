@@ -69,7 +69,8 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         """The moments of both sets of rows together (Chan, Golub & LeVeque 1983)."""
         count = self.count + other.count
-        share, delta = other.count / max(count, 1), other.mean - self.mean
+        share = other.count / max(count, 1)
+        delta = other.mean - self.mean
         scatter = self.scatter + other.scatter + torch.outer(delta, delta) * self.count * share
         return Moments(count, self.mean + delta * share, scatter)
 
@@ -113,9 +114,9 @@ def pixel_frechet(x: Images, y: Float[Tensor, "m c _ _"], side: int = SIDE) -> f
 
 def reduced(x: Images, side: int = SIDE) -> Float64[Tensor, "n d"]:
     """The images as rows of c * side^2 numbers, the means over areas; as they are where they are no larger."""
-    height, width = (min(side, length) for length in x.shape[2:])
-    small = [adaptive_avg_pool2d(part.double(), (height, width)) for part in x.cpu().split(256)]
-    return torch.cat(small).flatten(1)
+    size = (min(side, x.shape[2]), min(side, x.shape[3]))
+    pooled = [adaptive_avg_pool2d(images.double(), size) for images in x.cpu().split(256)]
+    return torch.cat(pooled).flatten(1)
 
 
 def mmd2(x: Points, y: Float[Tensor, "m d"], widths: Sequence[float]) -> float:
@@ -134,10 +135,14 @@ class Estimate(NamedTuple):
     error: float
 
 
-def level(found: Sequence[Estimate]) -> list[bool]:
+def level(estimates: Sequence[Estimate]) -> list[bool]:
     """Which are the least, or at most two standard errors of the difference above it: these are level."""
-    least = min(found)
-    return [one.value - least.value <= 2 * (one.error**2 + least.error**2) ** 0.5 for one in found]
+    least = min(estimates)
+    is_level: list[bool] = []
+    for estimate in estimates:
+        error = (estimate.error**2 + least.error**2) ** 0.5
+        is_level.append(estimate.value - least.value <= 2 * error)
+    return is_level
 
 
 def gaussian_mmd(
@@ -148,20 +153,35 @@ def gaussian_mmd(
     Times 1000 as in Jayasumana et al. 2024 (CMMD). The classes are weighed as y has them; they do not count where one
     of y has fewer than two rows on a side. There are 2 rows or more on each side.
     """
-    own, shares = _classes(c, len(x), d, len(y))
+    ones_x, ones_y, shares = _class_ones(c, len(x), d, len(y))
     centre = y.double().mean(0)
-    rows = [(side.double() - centre) / width for side in (x, y)]
-    within = [_class_sums(of, of, ones, ones)[0] - ones for of, ones in zip(rows, own, strict=True)]
-    between = _class_sums(*rows, *own)
-    value = square = 0.0
-    for a, b in ((0, 1), (1, 0)):
-        count, others = own[a].sum(0), own[b].sum(0)
-        h = (within[a] / (count - own[a]) - between[a] / others) @ shares
-        means = own[a].T @ h / count
-        spread = own[a].T @ (h - own[a] @ means).square() / (count - 1) / count
-        value += (shares @ means).item()
-        square += 4 * (shares.square() @ spread).item()
-    return Estimate(1000 * value, 1000 * square**0.5)
+    rows_x = (x.double() - centre) / width
+    rows_y = (y.double() - centre) / width
+    within_x, _ = _class_sums(rows_x, rows_x, ones_x, ones_x)
+    within_y, _ = _class_sums(rows_y, rows_y, ones_y, ones_y)
+    between_x, between_y = _class_sums(rows_x, rows_y, ones_x, ones_y)
+    value_x, variance_x = _mean_and_variance(within_x, between_x, ones_x, ones_y.sum(0), shares)
+    value_y, variance_y = _mean_and_variance(within_y, between_y, ones_y, ones_x.sum(0), shares)
+    return Estimate(1000 * (value_x + value_y), 1000 * (variance_x + variance_y) ** 0.5)
+
+
+def _mean_and_variance(
+    within: Float64[Tensor, "n k"],
+    between: Float64[Tensor, "n k"],
+    ones: Float64[Tensor, "n k"],
+    other_counts: Float64[Tensor, " k"],
+    shares: Float64[Tensor, " k"],
+) -> tuple[float, float]:
+    """The mean of h over the rows of one side, and its part of the variance, as the header of this file has them.
+
+    `within` and `between` are the sums of the kernel over the rows of each class, of this side and the other; `ones`
+    says which class a row has, `other_counts` how many rows of the other side have it.
+    """
+    counts = ones.sum(0)
+    h = ((within - ones) / (counts - ones) - between / other_counts) @ shares  # no pair of a row with itself
+    means = ones.T @ h / counts
+    variances = ones.T @ (h - ones @ means).square() / (counts - 1) / counts
+    return (shares @ means).item(), 4 * (shares.square() @ variances).item()
 
 
 def mmd_deviation(n: int, y: Float[Tensor, "m d"], width: float, d: Int64[Tensor, " m"] | None = None) -> float:
@@ -172,9 +192,10 @@ def mmd_deviation(n: int, y: Float[Tensor, "m d"], width: float, d: Int64[Tensor
     """
     step = -(-len(y) // NULL)
     some = (y[::step].double() - y.double().mean(0)) / width
-    (own, _), _ = _classes(None if d is None else d[::step], len(some), None if d is None else d[::step], len(some))
-    less = torch.eye(len(some)) - own / own.sum(0) @ own.T
-    kernel = less.to(some) @ (-torch.cdist(some, some).square() / 2).exp() @ less.to(some)
+    some_d = None if d is None else d[::step]
+    ones, _, _ = _class_ones(some_d, len(some), some_d, len(some))
+    less_class_means = (torch.eye(len(some)) - ones / ones.sum(0) @ ones.T).to(some)
+    kernel = less_class_means @ (-torch.cdist(some, some).square() / 2).exp() @ less_class_means
     pairs = kernel.square().sum() - kernel.diagonal().square().sum()
     return 1000 * (1 / n + 1 / len(y)) * (2 * pairs.item() / (len(some) * (len(some) - 1))) ** 0.5
 
@@ -216,9 +237,10 @@ def class_mmd_deviation(c: Int64[Tensor, " n"], y: Float[Tensor, "m d"], width: 
 
 def shared_classes(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> list[int]:
     """The classes that have two rows or more both in c and in d."""
-    here = c.cpu().bincount()
-    there = d.cpu().bincount(minlength=len(here))
-    return (torch.minimum(here, there[: len(here)]) >= 2).nonzero()[:, 0].tolist()
+    c_counts = c.cpu().bincount()
+    d_counts = d.cpu().bincount(minlength=len(c_counts))
+    is_shared = torch.minimum(c_counts, d_counts[: len(c_counts)]) >= 2
+    return is_shared.nonzero()[:, 0].tolist()
 
 
 def class_shares(d: Int64[Tensor, " m"], classes: Sequence[int]) -> list[float]:
@@ -238,28 +260,39 @@ def _centred_square(rows: Points) -> float:
     return centred.square().sum().item() / (n * (n - 3))
 
 
-def _classes(c: Tensor | None, n: int, d: Tensor | None, m: int) -> tuple[list[Tensor], Tensor]:
-    """Which class each row of both sides has, as ones in columns (n, k) and (m, k); and the shares (k,) of the last."""
-    one = [torch.zeros(size, dtype=torch.long) for size in (n, m)]
-    both = [side.cpu() for side in (c, d)] if c is not None and d is not None else one
-    names = both[1].unique()
-    own = [(side[:, None] == names).double() for side in both]
-    if any((side.sum(0) < 2).any() for side in own):  # no pair within a class
-        own = [torch.ones(size, 1, dtype=torch.float64) for size in (n, m)]
-    return own, own[1].mean(0)
+def _class_ones(
+    c: Tensor | None, n: int, d: Tensor | None, m: int
+) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"], Float64[Tensor, " k"]]:
+    """Which class each of n and m rows has, as a 1 in its column, and the shares of the classes among the m rows.
+
+    Without classes, and where one of d has fewer than two rows on a side, so no pair, all are of one class.
+    """
+    if c is None or d is None:
+        c = torch.zeros(n, dtype=torch.long)
+        d = torch.zeros(m, dtype=torch.long)
+    classes = d.cpu().unique()
+    ones_x = (c.cpu()[:, None] == classes).double()
+    ones_y = (d.cpu()[:, None] == classes).double()
+    if (ones_x.sum(0) < 2).any() or (ones_y.sum(0) < 2).any():
+        ones_x = torch.ones(n, 1, dtype=torch.float64)
+        ones_y = torch.ones(m, 1, dtype=torch.float64)
+    return ones_x, ones_y, ones_y.mean(0)
 
 
 def _class_sums(
-    x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor
+    x: Tensor, y: Tensor, ones_x: Tensor, ones_y: Tensor
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"]]:
     """The sums of exp(-|x_i - y_j|^2 / 2) over the rows y of each class, for every x, and the same the other way."""
-    rows, columns, size = list[Tensor](), torch.zeros_like(of_y), _rows(len(y))
-    length = y.square().sum(1) / 2
-    for part, ones in zip(x.split(size), of_x.split(size), strict=True):
-        block = torch.addmm(-length, part, y.T).sub_(part.square().sum(1, keepdim=True) / 2).exp_().cpu()
-        rows.append(block @ of_y)
-        columns += block.T @ ones
-    return torch.cat(rows), columns
+    block_rows = _rows(len(y))
+    half_squares = y.square().sum(1) / 2
+    sums_x: list[Tensor] = []
+    sums_y = torch.zeros_like(ones_y)
+    for part, ones in zip(x.split(block_rows), ones_x.split(block_rows), strict=True):
+        exponents = torch.addmm(-half_squares, part, y.T).sub_(part.square().sum(1, keepdim=True) / 2)
+        kernel = exponents.exp_().cpu()
+        sums_x.append(kernel @ ones_y)
+        sums_y += kernel.T @ ones
+    return torch.cat(sums_x), sums_y
 
 
 def null_spread(
@@ -272,7 +305,10 @@ def null_spread(
     of the work, scaled by rows / count, serve for `count`. The relative error of the sd is about 1 / sqrt(2 pairs).
     """
     size = min(rows, count)
-    values = [mmd2(draw(2 * i)[:size], draw(2 * i + 1)[:size], widths) * size / count for i in range(pairs)]
+    values: list[float] = []
+    for i in range(pairs):
+        distance = mmd2(draw(2 * i)[:size], draw(2 * i + 1)[:size], widths)
+        values.append(distance * size / count)
     return mean_sd(values)
 
 
@@ -286,10 +322,13 @@ def kid(
     """
     if subset_size > min(len(x), len(y)):
         raise UserError(f"subsets of {subset_size} rows do not fit in {len(x)} and {len(y)}: give more samples")
-    a, b = x.double(), y.double()
-    values = [
-        _unbiased(pick(a, subset_size, generator), pick(b, subset_size, generator), _cubic) for _ in range(subsets)
-    ]
+    x = x.double()
+    y = y.double()
+    values: list[float] = []
+    for _ in range(subsets):
+        subset_x = pick(x, subset_size, generator)
+        subset_y = pick(y, subset_size, generator)
+        values.append(_unbiased(subset_x, subset_y, _cubic))
     return mean_sd(values)
 
 
@@ -325,11 +364,13 @@ def _unbiased(x: Tensor, y: Tensor, kernel: Kernel) -> float:
 
 def _within(x: Tensor, kernel: Kernel) -> float:
     """The sum of k(x_i, x_j) over i != j, each block off the diagonal once."""
-    total, rows = 0.0, _rows(len(x))
+    rows = _rows(len(x))
+    total = 0.0
     for first in range(0, len(x), rows):
         part = x[first : first + rows]
-        own = kernel(part, part)
-        total += (own.sum() - own.trace() + 2 * kernel(part, x[first + rows :]).sum()).item()
+        diagonal_block = kernel(part, part)
+        blocks_right = kernel(part, x[first + rows :])
+        total += (diagonal_block.sum() - diagonal_block.trace() + 2 * blocks_right.sum()).item()
     return total
 
 
@@ -359,12 +400,13 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
     from sklearn.metrics import roc_auc_score  # slow to import
     from sklearn.svm import SVC
 
-    halves = [pick(x, len(x), generator).double().flatten(1).cpu().chunk(2) for x in (real, fake)]
+    real_halves = pick(real, len(real), generator).double().flatten(1).cpu().chunk(2)
+    fake_halves = pick(fake, len(fake), generator).double().flatten(1).cpu().chunk(2)
     areas: list[float] = []
     for learnt in (0, 1):
-        x, y = _sides(*(half[learnt] for half in halves))
+        x, y = _with_labels(real_halves[learnt], fake_halves[learnt])
         machine = SVC().fit(x, y)
-        x, y = _sides(*(half[1 - learnt] for half in halves))
+        x, y = _with_labels(real_halves[1 - learnt], fake_halves[1 - learnt])
         areas.append(float(roc_auc_score(y, machine.decision_function(x))))
     return sum(areas) / 2
 
@@ -374,33 +416,38 @@ def auc_sd(samples: int, real: int) -> float:
 
     Both ways agree, for they see the same difference between the halves: so the mean of both has it too.
     """
-    n, m = samples // 2, real // 2
+    n = samples // 2
+    m = real // 2
     return ((n + m + 1) / (12 * n * m)) ** 0.5
 
 
-def _sides(real: Tensor, fake: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as one set, and which of them are fake."""
-    return torch.cat([real, fake]).numpy(), np.repeat([0, 1], [len(real), len(fake)])
+def _with_labels(real: Tensor, fake: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both as one set, and which of them are fake, as 1."""
+    rows = torch.cat([real, fake]).numpy()
+    is_fake = np.repeat([0, 1], [len(real), len(fake)])
+    return rows, is_fake
 
 
 @dataclass(frozen=True)
-class Score:
-    """The sums of s splits over k classes; splits without images do not count."""
+class InceptionScore:
+    """The sums that the score is made of, of s splits over k classes; splits without images do not count."""
 
     count: Float64[Tensor, " s"]
     entropy: Float64[Tensor, " s"]  # sum of H[p(y | x)], in nats
     mass: Float64[Tensor, "s k"]  # sum of p(y | x)
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "n k"], index: Int64[Tensor, " n"], *, size: int, splits: int) -> "Score":
+    def of(
+        cls, logits: Float[Tensor, "n k"], index: Int64[Tensor, " n"], *, size: int, splits: int
+    ) -> "InceptionScore":
         """The sums of images numbered `index` in [0, size * splits), in splits of `size` images in a row."""
         p = logits.double().softmax(1)
         share = torch.nn.functional.one_hot(index.to(p.device) // size, splits).T.double()
         return cls(share.sum(1), share @ torch.special.entr(p).sum(1), share @ p)
 
-    def __add__(self, other: "Score") -> "Score":
+    def __add__(self, other: "InceptionScore") -> "InceptionScore":
         """The sums over both sets of images."""
-        return Score(self.count + other.count, self.entropy + other.entropy, self.mass + other.mass)
+        return InceptionScore(self.count + other.count, self.entropy + other.entropy, self.mass + other.mass)
 
     def value(self) -> tuple[float, float]:
         """Mean and sd over the splits, the sd that of these splits themselves. There are images."""

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int64, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dumo.evaluation.distance import Moments, Score
+from dumo.evaluation.distance import InceptionScore, Moments
 from dumo.io import digest, weights
 from dumo.io.picture import Pixels
 from dumo.runtime import dist
@@ -60,7 +60,7 @@ class Statistics:
 
     pool: Moments
     spatial: Moments
-    score: Score
+    score: InceptionScore
     rows: Float32[Tensor, "n d"]  # the features of image `index[i]`
     index: Index
 
@@ -81,13 +81,13 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
     Where the total is not known before, the Inception Score is of one split. Raises `UserError` without any image.
     """
     size, splits = (SPLIT, -(-total // SPLIT)) if total else (sys.maxsize, 1)
-    sums: tuple[Moments, Moments, Score] | None = None
+    sums: tuple[Moments, Moments, InceptionScore] | None = None
     rows: list[Tensor] = []
     numbers: list[Tensor] = []
     for index, images in batches:
         seen = extractor(images)
         pool, spatial, logits = (x if x.is_cuda else x.cpu() for x in (seen.pool, seen.spatial, seen.logits))
-        score = Score.of(logits, index, size=size, splits=splits)
+        score = InceptionScore.of(logits, index, size=size, splits=splits)
         more = Moments.of(pool), Moments.of(spatial), score
         sums = more if sums is None else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2])
         rows.append(pool.float().cpu())
@@ -151,7 +151,7 @@ def _unpack(parts: Mapping[str, Tensor]) -> Statistics:
     def moments(name: str) -> Moments:
         return Moments(int(parts[f"{name}.count"]), parts[f"{name}.mean"], parts[f"{name}.scatter"])
 
-    score = Score(parts["score.count"], parts["score.entropy"], parts["score.mass"])
+    score = InceptionScore(parts["score.count"], parts["score.entropy"], parts["score.mass"])
     return Statistics(moments("pool"), moments("spatial"), score, parts["rows"], parts["index"])
 
 

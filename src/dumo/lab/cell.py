@@ -59,7 +59,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         assert ready, [cell.name for cell in left]
         for data in dict.fromkeys(cell.spec.data for cell in ready):
             if isinstance(data, Latents):
-                encode.ensure(data, device=device, bar=bar)
+                encode.ensure_cache(data, device=device, bar=bar)
         for cell in ready:
             encode.make_tokens(cell.spec)
         ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]

@@ -19,7 +19,7 @@ from dumo.data import Latents
 from dumo.flow import generate
 from dumo.io import file as files
 from dumo.report.sample import write
-from dumo.run.sampler import gather, turn
+from dumo.run.sampler import gather_samples, rank_indices
 from dumo.run.weights import sampler
 from dumo.runtime import dist, signals
 from dumo.training import agreement, layout
@@ -85,7 +85,7 @@ class Sheets:
         """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
         run = self.run
         net = state.shown
-        indices = turn(len(self.c))  # of this rank's images
+        indices = rank_indices(len(self.c))  # of this rank's images
         with torch.compiler.set_stance("force_eager"):
             parts = generate.batches(
                 net,
@@ -101,7 +101,7 @@ class Sheets:
             )
             batches = list(parts)
         layout.release(net)
-        return gather(batches, run.data.shape).x[: len(self.c)]
+        return gather_samples(batches, run.data.shape).x[: len(self.c)]
 
     def attempt(self, make_samples: Callable[[], Sample], state: State, nfe: int) -> None:
         """Write a sheet, or say why there is none: that is no reason to end a run."""

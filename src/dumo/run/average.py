@@ -8,6 +8,9 @@ up to 1, so that weights that rest come out as they are. Where A_ij is the integ
 a multiplier,
 
     A x + l = b,   sum_i x_i = 1.
+
+Training calls `save_snapshots`, `dumo average` calls `average`: it finds the snapshots and fits their weights
+(`fit_profile`), sees that all are of this run, and writes their sum.
 """
 
 import warnings
@@ -36,7 +39,7 @@ from dumo.types import UserError
 
 FOLDER = "snapshots"
 KIND = "snapshot"  # of a file of weights
-FAR = 0.05  # a profile that is missed by more than this share of its norm is refused: ours
+MAX_ERROR = 0.05  # a profile that is missed by more than this share of its norm is refused: ours
 
 
 class Profile(NamedTuple):
@@ -47,7 +50,7 @@ class Profile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Averaged:
+class AverageResult:
     """An average that was made: its file, of which step, of how many snapshots, and how far its profile is missed."""
 
     file: Path
@@ -56,27 +59,29 @@ class Averaged:
     error: float  # a share of the profile's norm
 
 
-def keep(run: Path, state: State, owner: str) -> None:
-    """Write each average by a power as a snapshot of this step and run identity, as `checkpoint.save_weights`."""
+def save_snapshots(folder: Path, state: State, owner: str) -> None:
+    """Write each average by a power after this step into the snapshots of a run's folder. Every rank must call it.
+
+    `owner` is the identity of the run. Raises as `checkpoint.save_weights`.
+    """
     for key, average in state.averages.items():
         if isinstance(average.spec, PowerEma):
             checkpoint.save_weights(
-                run / FOLDER / f"ema-{key}", state, average.module, KIND, owner, std=average.spec.std
+                folder / FOLDER / f"ema-{key}", state, average.module, KIND, owner, std=average.spec.std
             )
 
 
-def kept(run: Path, spec: Train) -> dict[Profile, Path]:
+def find_snapshots(folder: Path, spec: Train) -> dict[Profile, Path]:
     """The snapshots of a run's averages, the first step first."""
-    powers = [ema for ema in spec.ema if isinstance(ema, PowerEma)]
-    found = {
-        Profile(step, ema.std): path
-        for ema in powers
-        for step, path in paths_by_step(run / FOLDER / f"ema-{ema.key}", ".safetensors").items()
-    }
-    return dict(sorted(found.items()))
+    snapshots: dict[Profile, Path] = {}
+    for ema in spec.ema:
+        if isinstance(ema, PowerEma):
+            for step, path in paths_by_step(folder / FOLDER / f"ema-{ema.key}", ".safetensors").items():
+                snapshots[Profile(step, ema.std)] = path
+    return dict(sorted(snapshots.items()))
 
 
-def average(source: str, std: float, out: Path | None = None) -> Averaged:
+def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     """Write the average of a width, as of a run's last snapshot, to `out`, or into averages/ in the run's folder.
 
     Raises UserError for a width outside (0, WIDEST), one that the snapshots do not give, or a run without snapshots;
@@ -89,86 +94,113 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     folder = Path(source)
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first")
+
+    # find the snapshots
     index = Index.read(folder)
     written = index.written
     assert written, "it has a run.yaml"
     run = written.run
-    snapshots = kept(folder, run.train)
+    snapshots = find_snapshots(folder, run.train)
     if not snapshots:
+        every = max(1, run.train.steps // 10)
         raise UserError(
-            f"{folder} has no snapshots to make averages of: train with --set train.snapshots="
-            f"{max(1, run.train.steps // 10)} --set 'train.ema=[{{kind: power, std: 0.05}}, {{kind: power, std: 0.1}}]'"
+            f"{folder} has no snapshots to make averages of: train with --set train.snapshots={every} "
+            "--set 'train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]'"
         )
-    last, net = max(step for step, _ in snapshots), outline(run)
-    x, error = fit([*snapshots], Profile(last, std))
-    if error > FAR:
-        widths = ", ".join(f"{width:g}" for width in sorted({width for _, width in snapshots}))
+
+    # fit their weights
+    net = outline(run)
+    profiles = list(snapshots)
+    last_step = max(profile.step for profile in profiles)
+    x, error = fit_profile(profiles, Profile(last_step, std))
+    if error > MAX_ERROR:
+        snapshot_widths = sorted({profile.std for profile in profiles})
         raise UserError(
             f"--std {std:g}: the nearest sum of {len(snapshots)} snapshots misses that average by {error:.0%}, and "
-            f"{FAR:.0%} is the most: take a width nearer to theirs ({widths}), or train with more of them "
-            "(train.snapshots)"
+            f"{MAX_ERROR:.0%} is the most: take a width nearer to theirs "
+            f"({', '.join(f'{width:g}' for width in snapshot_widths)}), or train with more of them (train.snapshots)"
         )
-    sources = of_run(folder, written, snapshots)
-    found = [checkpoint.load(path) for path in snapshots.values()]
-    for path, one in zip(snapshots.values(), found, strict=True):
-        compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
-    weights = mixed(found, x, {name for name, _ in net.named_parameters(remove_duplicate=False)})
+
+    # read them
+    hashes = hash_snapshots(folder, written, snapshots)
+    snapshot_weights = [checkpoint.load(path) for path in snapshots.values()]
+    for path, weights in zip(snapshots.values(), snapshot_weights, strict=True):
+        compare(path, weights, frozen.trained(net), "the run", checkpoint.FIT)
+
+    # write their sum
+    parameter_names = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+    average_weights = weighted_sum(snapshot_weights, x, parameter_names)
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
-    with files.whole(file) as half:
-        facts: dict[str, object] = {"kind": "average", "step": last, "run": identity(run), "std": std}
-        checkpoint.write_weights(half, apart(weights), **facts, sources=sources)
-    return Averaged(file, last, len(snapshots), error)
+    with files.whole(file) as temp_path:
+        checkpoint.write_weights(
+            temp_path,
+            apart(average_weights),
+            kind="average",
+            step=last_step,
+            run=identity(run),
+            std=std,
+            sources=hashes,
+        )
+    return AverageResult(file, last_step, len(snapshots), error)
 
 
-def of_run(folder: Path, written: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
-    """The SHA-256 of each snapshot, by its place in the folder.
+def hash_snapshots(folder: Path, written: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
+    """The SHA-256 of each snapshot, by its path in the run's folder.
 
     Raises UserError for one of another run, step or width. Those from before they said these are taken as their place
     says, with a warning.
     """
-    unnamed: list[Path] = []
+    without_width: list[Path] = []
     identities = written.identities()
     for (step, std), path in snapshots.items():
         require_place(path, identities, KIND, step, std=std)
         if "std" not in checkpoint.facts_of(path):
-            unnamed.append(path)
-    if unnamed:
+            without_width.append(path)
+    if without_width:
         warnings.warn(
-            f"{unnamed[0]} is from before snapshots said their width ({len(unnamed)} of {len(snapshots)} are): it is "
-            "taken to be what the name of its folder says",
+            f"{without_width[0]} is from before snapshots said their width ({len(without_width)} of {len(snapshots)} "
+            "are): it is taken to be what the name of its folder says",
             stacklevel=2,
         )
     return {path.relative_to(folder).as_posix(): sha256(path) for path in snapshots.values()}
 
 
-def overlap(one: Profile, other: Profile) -> float:
+def overlap(profile: Profile, other: Profile) -> float:
     """The integral of the product of two profiles."""
-    early, late = sorted((one, other))
-    a, b = exponent(early.std), exponent(late.std)
+    early, late = sorted((profile, other))
+    a = exponent(early.std)
+    b = exponent(late.std)
     return (a + 1) * (b + 1) / (a + b + 1) * (early.step / late.step) ** b / late.step
 
 
-def fit(found: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
+def fit_profile(profiles: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
     """The weights of snapshots whose sum is nearest to a profile, and how far it is, as a share of its norm."""
-    products = np.array([[overlap(one, other) for other in found] for one in found])
-    with_wanted, ones = np.array([overlap(one, wanted) for one in found]), np.ones((len(found), 1))
+    n = len(profiles)
+    products = np.empty((n, n))
+    with_wanted = np.empty(n)
+    for i, profile in enumerate(profiles):
+        products[i] = [overlap(profile, other) for other in profiles]
+        with_wanted[i] = overlap(profile, wanted)
     unit = overlap(wanted, wanted)  # which brings the rows of ones to the size of the others
+    ones = np.ones((n, 1))
     system = np.block([[products, unit * ones], [unit * ones.T, np.zeros((1, 1))]])
     x = np.linalg.solve(system, np.append(with_wanted, unit))[:-1]
-    left = unit - 2 * x @ with_wanted + x @ products @ x
-    return x.tolist(), float(np.sqrt(max(left, 0.0) / unit))
+    square_error = unit - 2 * x @ with_wanted + x @ products @ x
+    return x.tolist(), float(np.sqrt(max(square_error, 0.0) / unit))
 
 
-def mixed(snapshots: Sequence[Mapping[str, Tensor]], x: Sequence[float], averaged: set[str]) -> dict[str, Tensor]:
+def weighted_sum(
+    snapshots: Sequence[Mapping[str, Tensor]], x: Sequence[float], averaged: set[str]
+) -> dict[str, Tensor]:
     """The sum of snapshots, the last one last, with weights x, of the tensors named in `averaged`, in their dtype.
 
     What else there is, buffers, is the last one's.
     """
-    *_, last = snapshots
-    out = {name: tensor.clone() for name, tensor in last.items()}
-    for name in out.keys() & averaged:
-        total = torch.zeros_like(out[name], dtype=torch.float64)
-        for weight, one in zip(x, snapshots, strict=True):
-            total += weight * one[name].double()
-        out[name] = total.to(out[name].dtype)
-    return out
+    last = snapshots[-1]
+    average_weights = {name: tensor.clone() for name, tensor in last.items()}
+    for name in average_weights.keys() & averaged:
+        total = torch.zeros_like(last[name], dtype=torch.float64)
+        for weight, snapshot in zip(x, snapshots, strict=True):
+            total += weight * snapshot[name].double()
+        average_weights[name] = total.to(last[name].dtype)
+    return average_weights

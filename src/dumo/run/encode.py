@@ -1,10 +1,12 @@
 """Make the folders that a recipe trains on: a cache of latents of images, and a table of encoded captions.
 
-Any number of ranks may share the work, and need not run at once; a killed one is started again, and the folder is the
-same to the last bit. What is damaged is named and made again (`dumo.io.table`).
+`encoding_work` says what a recipe, or a folder of images with options, has to encode. `encode` makes the cache,
+`encode_texts` the table, and both return an `EncodeResult`. Any number of ranks may share the work, and need not run at
+once; a killed one is started again, and the folder is the same to the last bit. What is damaged is named and made again
+(`dumo.io.table`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,18 @@ from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Spec, UserError
 
-LONG = 40  # characters of a part: ours
+MAX_PART_CHARACTERS = 40  # of --part: ours
 SHARD_ROWS = 1024  # ours
 
 
-class Place(Spec):
+class LatentsOfRun(Spec):
     """The part of a run that says what images to encode."""
 
     data: Latents
 
 
 @dataclass(frozen=True)
-class Made:
+class EncodeResult:
     """What this rank did in a folder."""
 
     folder: Path
@@ -51,64 +53,69 @@ class Made:
     @property
     def contents(self) -> Index | None:
         """What is in the folder now; None: other ranks have shards to make."""
-        there = table.read(self.folder, self.kind)
-        return there if there and there.shards else None
+        index = table.read(self.folder, self.kind)
+        return index if index and index.shards else None
 
     def lines(self) -> Iterator[str]:
-        """What was done, in lines: what was damaged, and what is there."""
-        yield from (f"was damaged and is made again: {what}" for what in self.done.damaged)
-        if there := self.contents:
-            yield f"{self.folder}: {there.summary()}, {self.done.made} shards made now"
-            if isinstance(there, cache.CacheIndex) and there.sizes:
-                yield f"images are in {cache.crops(table.Table(self.folder, there))}"
-        else:
+        """What was done, in lines: what was damaged, and what is in the folder."""
+        for damaged in self.done.damaged:
+            yield f"was damaged and is made again: {damaged}"
+        contents = self.contents
+        if contents is None:
             yield f"{self.folder}: {self.done.made} shards made, {self.done.missing} are still to be made by others"
+            return
+        yield f"{self.folder}: {contents.summary()}, {self.done.made} shards made now"
+        if isinstance(contents, cache.CacheIndex) and contents.sizes:
+            yield f"images are in {cache.crops(table.Table(self.folder, contents))}"
 
 
 @dataclass(frozen=True)
-class Work:
+class EncodingWork:
     """What there is to encode: the images of latents, the captions of data for a table of texts, or both."""
 
     data: Data
     texts: Tabled | None = None
 
 
-def work_of(
+def encoding_work(
     source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None
-) -> Work:
-    """What to encode, and into which folders: as a recipe says, or a place of images and options.
+) -> EncodingWork:
+    """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
     Raises UserError where the recipe trains on neither latents nor a table of texts, or an option is missing.
     """
-    sets = [*settings(out, codec, side), *overrides]
+    settings = [*options_as_settings(out, codec, side), *overrides]
     if choose(source).kind != "images":
-        run = resolve(load(source, sets))
+        run = resolve(load(source, settings))
         texts = table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:
             raise UserError(
                 f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
                 "nothing to encode"
             )
-        return Work(run.data, texts)
+        return EncodingWork(run.data, texts)
     if None in (out, codec, side):
-        raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
+        raise UserError(
+            f"a folder of images needs OUT, --codec and --side: dumo encode {source} OUT --codec taef2 --side 256"
+        )
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
-    override(tree, sets)
-    return Work(parse(Place, tree).data.found())
+    override(tree, settings)
+    return EncodingWork(parse(LatentsOfRun, tree).data.found())
 
 
-def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
+def options_as_settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
     """What these options set of a recipe, as --set takes it."""
-    given = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
-    return [f"{name}={value}" for name, value in given.items() if value is not None]
+    fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
+    return [f"{field}={value}" for field, value in fields.items() if value is not None]
 
 
-def part_of(text: str | None) -> tuple[int, int]:
+def parse_part(text: str | None) -> tuple[int, int]:
     """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
     if text is None:
         return dist.launched()
     k, _, n = text.partition("/")
-    if len(text) > LONG or not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+    is_part = len(text) <= MAX_PART_CHARACTERS and k.isdecimal() and n.isdecimal() and int(k) < int(n)
+    if not is_part:
         raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
     return int(k), int(n)
 
@@ -122,46 +129,56 @@ def encode(
     bar: Bar = no_bar,
     verify: bool = False,
     **options: object,
-) -> Made:
+) -> EncodeResult:
     """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
 
     `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `CachePlan`: store,
     dtype, shard_rows, seed. Raises UserError as opening the images or the codec does, for an option that is none, and
     where the folder holds something else, or what was made of other images.
     """
-    (rank, world), images = part, data.images
-    here = dist.device(device)
-    opened, album = data.codec.open(here), data.rows()
+    rank, world_size = part
+    torch_device = dist.device(device)
+    images = data.images
+    codec = data.codec.open(torch_device)
+    album = data.rows()
     if verify:
         album.hashes.forget()
         album.hashes.hash(range(len(album)))
-    numbered = isinstance(data.captions, CaptionFiles)
-    tree = {
+    is_captioned = isinstance(data.captions, CaptionFiles)
+    plan_fields = {
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": album.hashes.title(),
         "resolution": images.side,
         "sizes": images.sizes,
         "crop": images.crop,
         "classes": images.labels,
-        "names": () if numbered else album.names,
-        "captioned": numbered,
+        "names": () if is_captioned else album.names,
+        "captioned": is_captioned,
         "flips": images.flip,
     }
-    plan = parse(cache.CachePlan, tree | options)
+    plan = parse(cache.CachePlan, plan_fields | options)
+    rows_to_read = table.share(len(album), plan.shard_rows, rank, world_size)
     with (
-        threads.fewer_when_busy(here, teller(bar)),
-        bar(f"encoding {images.root}", table.share(len(album), plan.shard_rows, *part)) as tick,
+        threads.fewer_when_busy(torch_device, teller(bar)),
+        bar(f"encoding {images.root}", rows_to_read) as tick,
         below("data.images"),
     ):
-        captions = images.all_captions() if numbered else None
         done = cache.encode(
-            album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
+            album,
+            codec,
+            plan,
+            data.folder,
+            captions=images.all_captions() if is_captioned else None,
+            batch=batch,
+            rank=rank,
+            world=world_size,
+            tick=tick,
         )
-    return Made(data.folder, done, cache.CacheIndex)
+    return EncodeResult(data.folder, done, cache.CacheIndex)
 
 
-def ensure(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
-    """Make the cache if it is not there, or go on with it if it is not finished. Raises UserError as `encode` does."""
+def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
+    """Make the cache if it is missing, or finish one that is not whole. Raises UserError as `encode` does."""
     contents = cache.read_contents(data.folder)
     if contents is None or not contents.shards:
         encode(data, device=device, bar=bar)
@@ -180,9 +197,14 @@ def captions(data: Data) -> Sequence[str]:
     return data.caption_texts()
 
 
-def too_large(data: Data, spec: Tabled) -> str:
-    """Why no table of the data's captions is made, in a line; empty: it is. Raises as `captions`."""
-    return spec.too_large(len(captions(data))) if isinstance(spec, PipelineTexts) else ""
+def reason_not_to_encode(data: Data, spec: Tabled) -> str:
+    """Why no table of the data's captions is made: it would be too large. In a line; empty: it is made.
+
+    Raises as `captions`.
+    """
+    if not isinstance(spec, PipelineTexts):
+        return ""
+    return spec.too_large(len(captions(data)))
 
 
 def encode_texts(
@@ -194,38 +216,40 @@ def encode_texts(
     part: tuple[int, int] = (0, 1),
     device: str = "auto",
     bar: Bar = no_bar,
-) -> Made:
+) -> EncodeResult:
     """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
-    texts, (rank, world) = captions(data), part
-    files = data.images.edited() if isinstance(data, Latents) and data.images.source else {}
-    here = dist.device(device)
-    with (
-        threads.fewer_when_busy(here, teller(bar)),
-        bar("encoding captions", table.share(len(texts) + 1, shard_rows, *part)) as tick,
-    ):
+    rank, world_size = part
+    torch_device = dist.device(device)
+    texts = captions(data)
+    files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
+    if isinstance(data, Latents) and data.images.source:
+        files_by_hash = data.images.edited()
+    rows_to_read = table.share(len(texts) + 1, shard_rows, rank, world_size)  # the empty text, too
+    with threads.fewer_when_busy(torch_device, teller(bar)), bar("encoding captions", rows_to_read) as tick:
         done = texttable.encode(
             texts,
             spec.reader_spec,
             spec.folder,
             shard_rows=shard_rows,
             batch=batch,
-            sources=sources(data, here, files.__getitem__),
+            sources=sources(data, torch_device, files_by_hash.__getitem__),
             rank=rank,
-            world=world,
-            device=here,
+            world=world_size,
+            device=torch_device,
             tick=tick,
         )
-    return Made(spec.folder, done, texttable.TextTableIndex)
+    return EncodeResult(spec.folder, done, texttable.TextTableIndex)
 
 
 def make_tokens(run: Run) -> None:
-    """Make the ids of the captions' tokens where the run reads them and they are not there: they cost nothing.
+    """Make the ids of the captions' tokens where the run reads them and has none: they cost nothing.
 
     Raises UserError where the folder holds those of other captions.
     """
     spec = table_of(run.net)
-    if isinstance(spec, Learned):
-        lock = spec.folder.with_name(f".{spec.folder.name}.lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock):  # runs that start together make it once
-            encode_texts(run.data, spec)
+    if not isinstance(spec, Learned):
+        return
+    lock = spec.folder.with_name(f".{spec.folder.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock):  # runs that start together make it once
+        encode_texts(run.data, spec)

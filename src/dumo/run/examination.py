@@ -8,7 +8,8 @@ one device alone.
 
 So the configured slope, in its precision and on its device, is compared with forward-mode differentiation in float64.
 A fresh net will not do: its last layers are zero, u = du/dt = 0, and anything passes. The self-test draws every
-parameter of a copy of two blocks; a second one takes the true weights, at the first checkpoint.
+parameter of a copy of two blocks (`examine`); a second one takes the true weights, at the first checkpoint
+(`examine_weights`). Both return an `Examination`, whose `require` raises where the slope is off.
 """
 
 import copy
@@ -38,7 +39,21 @@ from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Heads, Objective, Sample, Time, UserError
 
 SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
-Point = tuple[Sample, Sample, Cond, dict[str, Time]]  # x_t, a direction, labels, and what else a net takes
+
+
+@dataclass(frozen=True)
+class ExamplePoint:
+    """Where a slope is compared: rows that a net takes, and the direction in which they move."""
+
+    x_t: Sample
+    direction: Sample
+    c: Cond
+    inputs: dict[str, Time]  # t, and what else the net takes
+
+    def to(self, device: torch.device) -> "ExamplePoint":
+        """The same on this device."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return ExamplePoint(self.x_t.to(device), self.direction.to(device), self.c.to(device), inputs)
 
 
 @dataclass(frozen=True)
@@ -94,14 +109,14 @@ def examine(run: Run, device: torch.device) -> Examination:
     net = drawn_net(run, device)
     if outside.has_own_parts(run):
         outside.require_contract(run, net, device)
-    example = point(run.objective, run.path, run.data, run.train.seed, 4)
-    return _compare(net, run, example, device, "drawn weights")
+    point = example_point(run.objective, run.path, run.data, run.train.seed, 4)
+    return _compare(net, run, point, device, "drawn weights")
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
     """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
-    example = point(run.objective, run.path, run.data, run.train.seed, 2)
-    return _compare(copy.deepcopy(net), run, example, device, "the weights in training")
+    point = example_point(run.objective, run.path, run.data, run.train.seed, 2)
+    return _compare(copy.deepcopy(net), run, point, device, "the weights in training")
 
 
 def drawn_net(run: Run, device: torch.device) -> nn.Module:
@@ -144,8 +159,8 @@ def short(net: Net) -> Net:
     return net.model_copy(update=update)
 
 
-def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> Point:
-    """Where to look: t up to 1, r from t down to 0."""
+def example_point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> ExamplePoint:
+    """Where to look, drawn by the seed: t from 1 / rows up to 1, other times from t down to 0."""
     needs = objective.needs
     generator = stream(seed, "doctor")
     x, z = torch.randn(2, rows, *data.shape, generator=generator).unbind()
@@ -156,10 +171,11 @@ def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) ->
         inputs[name] = t if name == "t" else t * torch.linspace(1, 0, rows)
     for name, value in needs.knobs.items():
         inputs[name] = torch.full_like(t, value)
-    return *path.at(x, z, t), c, inputs
+    x_t, direction = path.at(x, z, t)
+    return ExamplePoint(x_t, direction, c, inputs)
 
 
-def _compare(net: nn.Module, run: Run, example: Point, device: torch.device, weights: str) -> Examination:
+def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device, weights: str) -> Examination:
     """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none.
 
     dumo's nets are the same function in training but for dropped numbers, so they drop nothing here. A user's own is
@@ -171,20 +187,16 @@ def _compare(net: nn.Module, run: Run, example: Point, device: torch.device, wei
     slope = slope_of(objective)
     if slope is None:
         return Examination(None, train.precision, time_scale, weights, {})
-    x, w, c, inputs = example
-    x = x.to(device)
-    w = w.to(device)
-    c = c.to(device)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    point = point.to(device)
     keys = None
     net.eval()
     if outside.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
         net.train()
-        keys = dropout.keys(train.seed, 0, len(x)).to(device)
+        keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
     ref = Frozen(net if train.ref == "self" else copy.deepcopy(net).eval())
     with using(train.precision, device), dropout.using(keys):
-        errors = slope_errors(objective, net, ref, x, w, c, **inputs)
-    mean_errors = dist.mean(torch.stack([*errors.values()]).to(x))
+        errors = slope_errors(objective, net, ref, point.x_t, point.direction, point.c, **point.inputs)
+    mean_errors = dist.mean(torch.stack([*errors.values()]).to(point.x_t))
     error_by_head = dict(zip(errors, mean_errors.tolist(), strict=True))
     return Examination(slope.kind, train.precision, time_scale, weights, error_by_head)
 
@@ -204,7 +216,7 @@ def slope_errors(
         _, along = slope(net, ref, x, c, toward=toward, moving=None, **inputs)
         with torch.no_grad():
             derivatives = along(w)
-        errors = [_relative_error(of_head, exactly) for of_head, exactly in zip(derivatives, exact, strict=True)]
+        errors = [_relative_error(derivative, truth) for derivative, truth in zip(derivatives, exact, strict=True)]
         errors_by_use.append(torch.stack(errors))
     worse = torch.stack(errors_by_use).amax(0)
     return dict(zip(objective.needs.heads, worse, strict=False))  # without gauges

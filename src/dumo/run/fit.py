@@ -1,7 +1,7 @@
 """Whether a run's net, its pipeline's files and its data fit together, checked when the run is resolved for training.
 
-This makes the net on the meta device and reads the pipeline's configs; `dumo.config.check`, which does neither, is
-before it.
+`check_opened` makes the net on the meta device, reads the pipeline's configs and raises the first fault that one of
+the functions below yields. `dumo.config.check`, which does neither, is before it.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,25 +26,24 @@ from dumo.types import Needs
 
 def check_opened(run: Tree) -> None:
     """Raise UserError for the first mismatch of a net with its data, path, pipeline, slope, compiler or teacher."""
-    data, net, needs, train = run.data, run.net, run.objective.needs, run.train
-    require(edits(data, net))
-    net_outline = outline(run, short=True)
-    require(patches(data, net_outline), positions(data, net_outline), scheduled(run.path, net))
+    require(editing_faults(run.data, run.net))
+    net = outline(run, short=True)
+    require(patch_faults(run.data, net), position_faults(run.data, net), schedule_faults(run.path, run.net))
     slope = slope_of(run.objective)
     if slope:
-        slope.check(train.precision, net.time_scale)
-    require(compilation(train, needs, net, net_outline, data.classes))
+        slope.check(run.train.precision, run.net.time_scale)
+    require(compiler_faults(run.train, run.objective.needs, run.net, net, run.data.classes))
     if run.teacher and run.teacher.kind == "base":
-        require(base(net_outline, net.kind, run.path))
+        require(base_teacher_faults(net, run.net.kind, run.path))
 
 
-def edits(data: Data, net: Net) -> Iterator[str]:
+def editing_faults(data: Data, net: Net) -> Iterator[str]:
     """Images to edit without a model that edits, and such a model without images."""
     texts = net.texts
     source = getattr(Conditions(data).captions, "source", None)
     model = texts.family.pipeline if isinstance(texts, PipelineTexts) else net.kind
-    given = names_of({"images to edit": bool(source)})
-    edited = names_of({"images to edit": isinstance(texts, PipelineTexts) and texts.family.edits})
+    data_has = names_of({"images to edit": bool(source)})
+    net_edits = names_of({"images to edit": isinstance(texts, PipelineTexts) and texts.family.edits})
 
     def fault(_: str) -> str:
         return (
@@ -52,50 +51,62 @@ def edits(data: Data, net: Net) -> Iterator[str]:
             f"{model}: name one for a model that edits, and for no other"
         )
 
-    for need in (Need(given, edited, fault), Need(edited, given, fault)):
+    for need in (Need(data_has, net_edits, fault), Need(net_edits, data_has, fault)):
         yield from need.faults()
 
 
-def patches(data: Data, net: nn.Module) -> Iterator[str]:
+def patch_faults(data: Data, net: nn.Module) -> Iterator[str]:
     """Buckets of sides that the net's patches do not divide."""
-    images, field = shown(data), buckets_field(data)
+    images = shown(data)
+    field = buckets_field(data)
     if not (field and isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
         return
     patch: int = getattr(net, "patch", 1)
-    if odd := [side for shape in data.shapes for side in shape[1:] if side % patch]:
+    undivided = [side for side in bucket_sides(data) if side % patch]
+    if undivided:
         yield (
-            f"{field}.step = {images.buckets.step} pixels makes sides of {odd[0]}, which net.patch {patch} does not "
-            f"divide: make it a multiple of {images.side * patch // data.shape[1]}"
+            f"{field}.step = {images.buckets.step} pixels makes sides of {undivided[0]}, which net.patch {patch} does "
+            f"not divide: make it a multiple of {images.side * patch // data.shape[1]}"
         )
 
 
-def positions(data: Data, net: nn.Module) -> Iterator[str]:
+def bucket_sides(data: Images | Latents) -> list[int]:
+    """The heights and widths of what the net takes, bucket by bucket."""
+    sides: list[int] = []
+    for shape in data.shapes:
+        sides += shape[1:]
+    return sides
+
+
+def position_faults(data: Data, net: nn.Module) -> Iterator[str]:
     """Images of more patches along a side than a pretrained model has positions for."""
-    most, patch = (net.max_patches, net.patch) if isinstance(net, Dualized) else (None, 1)
-    if most is None:
+    if not isinstance(net, Dualized) or net.max_patches is None:
         return
-    what = f"pipeline has a model with positions for {most} patches a side"
-    if max(data.shape[1:]) // patch > most:
-        images, field = shown(data), "data.images.side" if isinstance(data, Latents) else "data.side"
-        pixels, latents = images.shape[1], data.shape[1]
+    max_patches = net.max_patches
+    problem = f"pipeline has a model with positions for {max_patches} patches a side"
+    if max(data.shape[1:]) // net.patch > max_patches:
+        field = "data.images.side" if isinstance(data, Latents) else "data.side"
+        pixels = shown(data).shape[1]
+        latents = data.shape[1]
+        max_pixels = max_patches * net.patch * pixels // latents
         yield (
-            f"{what}, and images of {pixels:,} x {pixels:,} pixels have {latents // patch}: set "
-            f"{field}={most * patch * pixels // latents} or less"
+            f"{problem}, and images of {pixels:,} x {pixels:,} pixels have {latents // net.patch}: set "
+            f"{field}={max_pixels} or less"
         )
     field = buckets_field(data)
     if field and isinstance(data, Images | Latents):
-        long = max(side // patch for shape in data.shapes for side in shape[1:])
-        if long > most:
-            yield f"{what}, and {field} has {long}: lower {field}.ratio"
+        patches = max(side // net.patch for side in bucket_sides(data))
+        if patches > max_patches:
+            yield f"{problem}, and {field} has {patches}: lower {field}.ratio"
 
 
-def scheduled(path: Path, net: Net) -> Iterator[str]:
+def schedule_faults(path: Path, net: Net) -> Iterator[str]:
     """A model of a diffusion on another path than its own, or that path with another net."""
     frame = net.frame if isinstance(net, Pretrained) else None
     if isinstance(path, Diffusion) and frame is None:
         yield (
-            "path 'diffusion' is that of a pipeline's model which learned noise, and this one did not: set "
-            "path.kind=linear"
+            "path 'diffusion' is that of a pipeline's model which learned noise (epsilon or v prediction), and this "
+            "net is none: set path.kind=linear"
         )
     elif frame and not isinstance(path, Diffusion):
         yield (
@@ -106,11 +117,11 @@ def scheduled(path: Path, net: Net) -> Iterator[str]:
         yield "path.schedule is another than the pipeline's scheduler has: leave it out, or set it to null"
 
 
-def compilation(train: Train, needs: Needs, net: Net, built: nn.Module, classes: int) -> Iterator[str]:
+def compiler_faults(train: Train, needs: Needs, spec: Net, net: nn.Module, classes: int) -> Iterator[str]:
     """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
-    texts = net.texts
-    dual = isinstance(needs.slope, DualSlope)
-    if train.compile != "none" and dual and isinstance(built, Dualized) and not built.family.compiles:
+    texts = spec.texts
+    is_dual = isinstance(needs.slope, DualSlope)
+    if train.compile != "none" and is_dual and isinstance(net, Dualized) and not net.family.compiles:
         yield (
             f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model where slope "
             "'dual' rides along: set train.compile=none"
@@ -122,7 +133,7 @@ def compilation(train: Train, needs: Needs, net: Net, built: nn.Module, classes:
         )
 
 
-def base(net: nn.Module, kind: str, path: Path) -> Iterator[str]:
+def base_teacher_faults(net: nn.Module, kind: str, path: Path) -> Iterator[str]:
     """A net without adapters as its own teacher, or on another path than that of its velocity."""
     off: Callable[[], AbstractContextManager[None]] | None = getattr(net, "base", None)
     if off is None or path.kind == "trig" or path.sd != 1:

@@ -33,7 +33,7 @@ def require_free(folder: Path) -> None:
     """Raise UserError where a folder without a run.yaml is not empty, or is no folder."""
     if (folder / FILE).exists():
         return
-    if manifest.standing(folder / "checkpoints"):
+    if manifest.paths_by_step(folder / "checkpoints"):
         raise UserError(
             f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
             f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"

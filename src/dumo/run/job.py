@@ -37,7 +37,7 @@ from dumo.run.folder import (
 from dumo.run.index import Index
 from dumo.run.journal import History
 from dumo.run.net import outline, require_room
-from dumo.run.resolve import pinned, placed, resolve, resolve_again
+from dumo.run.resolve import resolve, resolve_again, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.validation import Validation
 from dumo.run.weights import begin
@@ -80,7 +80,7 @@ class Job:
     last: Checkpoint | None  # that it resumes from
     rewound: bool  # resumes from a checkpoint that was asked for: later ones go
     history: History | None  # what has changed since; of rank 0
-    teacher: teacher.Known | None
+    teacher: teacher.LoadedTeacher | None
     validation: Validation
     sheets: Sheets | None
     meter: Meter
@@ -143,7 +143,7 @@ def resolved_for_training(run: Run, index: Index, device: str, sheets: SheetsOf 
     """
     rank, ranks = dist.launched()
     before = index.written.run if index.written else None
-    run = resolve(placed(run, before))
+    run = resolve(with_absolute_paths(run, before))
     if run.train.sheets and sheets is None:
         raise UserError(
             f"train.sheets={run.train.sheets}, and nothing draws them: call dumo.train, or hand "
@@ -155,7 +155,7 @@ def resolved_for_training(run: Run, index: Index, device: str, sheets: SheetsOf 
     check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         encode.make_tokens(run)
-    return pinned(resolve_again(run), before), target
+    return with_hashes(resolve_again(run), before), target
 
 
 def assemble(

@@ -24,7 +24,7 @@ from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, not
 from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.origin import run_before_step
-from dumo.run.teacher import Coupled
+from dumo.run.teacher import TeacherPairs
 from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
 from dumo.runtime import dist, signals, typed
@@ -53,7 +53,7 @@ class Journal:
     folder: Path
     device: torch.device
     checkpoints: Checkpoints
-    source: Source | Coupled
+    source: Source | TeacherPairs
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
@@ -143,7 +143,7 @@ class Journal:
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
         if self.run.train.snaps(state.step):
-            average.keep(self.folder, state, identity(self.run))
+            average.save_snapshots(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:
         """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.

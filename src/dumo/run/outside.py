@@ -12,7 +12,7 @@ this by their tests, and are not tried.
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dumo.config.spec import Run
 from dumo.flow import dropout
@@ -72,15 +72,20 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
 
 def first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
     """The rows of the first pass of training, of random numbers in place of data, and the keys of their masks."""
-    objective, train, needs = run.objective, run.train, run.objective.needs
+    objective = run.objective
+    train = run.train
+    points = objective.needs.teacher.points
     rows = pieces(train, objective)[0]
     x, c = random_batch("outside", rows.stop - rows.start, run.data.shape, run.data.classes)
     draws = drawn(objective, run.data.shape, seed=train.seed, step=0, batch=train.batch, rows=rows)
     between = None
-    if needs.teacher.points:  # of the path, in place of a teacher's trajectory
+    if points:  # of the path, in place of a teacher's trajectory
         assert draws.z is not None
-        times = [torch.full_like(draws.t, k / needs.teacher.points) for k in range(1, needs.teacher.points)]
-        between = torch.stack([run.path.at(x / run.path.sd, draws.z, t)[0] for t in times], 1).to(device)
+        x_at_points: list[Tensor] = []
+        for k in range(1, points):
+            x_t, _ = run.path.at(x / run.path.sd, draws.z, torch.full_like(draws.t, k / points))
+            x_at_points.append(x_t)
+        between = torch.stack(x_at_points, 1).to(device)
     b = noised(
         draws,
         run.path,

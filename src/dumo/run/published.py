@@ -1,4 +1,8 @@
-"""Published weights that a run begins with: a velocity of SiT's, or the trunk of a DiT, which predicts noise."""
+"""Published weights that a run begins with: a velocity of SiT's, or the trunk of a DiT, which predicts noise.
+
+`read` checks that the run's net is the published one (`require_published_net`), loads the file under its authors' names
+(`load_tensors`), checks that it has these layers (`require_layers`), and converts them to our names.
+"""
 
 from pathlib import Path
 
@@ -13,11 +17,13 @@ from dumo.nets.dit import PUBLISHED, SIZES, UNUSED, DiT, Transformer, converted,
 from dumo.nets.embed import FREQUENCIES
 from dumo.types import UserError
 
-ATTENTION = {width: attention for width, _, attention in SIZES.values()}
-CONFIG, WEIGHTS, DIFFUSERS = "config.json", "diffusion_pytorch_model.safetensors", "DiTTransformer2DModel"
-ANOTHER = "take another copy of the model"
+ATTENTION_BY_WIDTH = {width: attention for width, _, attention in SIZES.values()}
+CONFIG_FILE = "config.json"  # of a diffusers folder
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_CLASS = "DiTTransformer2DModel"
+CONFIG_FIX = "take another copy of the model"
 TRUNK = ("embed.", "positions", "label.", "blocks.")
-REST = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # also converted
+OTHER_CONVERTED = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # not of the trunk
 
 
 def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, Tensor]:
@@ -29,63 +35,87 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     file = user_path(start.source, "start.source")
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
         raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
-    wanted = {**PUBLISHED, "attention": ATTENTION.get(spec.width, spec.attention)}
+    require_published_net(start, spec, path)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_tensors(start, file).items():
+        if not name.startswith(UNUSED):
+            tensors[name] = tensor
+    require_layers(start, tensors, net)
+    state = converted(tensors, net)
+    if start.kind == "sit":
+        return state
+    return {name: weight for name, weight in state.items() if name.startswith(TRUNK)}
+
+
+def require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
+    """Raise UserError where a run's net is another function than the published one of its width, or on another path."""
+    prefix = f"start.kind {start.kind}: the published net"
+    wanted: dict[str, object] = {**PUBLISHED, "attention": ATTENTION_BY_WIDTH.get(spec.width, spec.attention)}
     del wanted["late"]  # where r = t it is the published one
-    wanted |= {"time_scale": 1.0} if start.kind == "sit" else {}
-    wrong = [
-        f"has {field} {value}, and this one {getattr(spec, field)}: set net.{field}={value}"
-        for field, value in wanted.items()
-        if getattr(spec, field) != value
-    ]
-    wrong += ["is a net of classes, and this one reads texts: set net.texts=null"] if spec.texts else []
-    if start.kind == "sit" and (path.kind, path.sd) != ("linear", 1):
-        wrong += [f"is a velocity on path 'linear' of sd 1, not on {path.kind}: set path.kind"]
-    if wrong:
-        raise UserError(f"start.kind {start.kind}: the published net {wrong[0]}")
-    found = {name: tensor for name, tensor in weights(start, file).items() if not name.startswith(UNUSED)}
-    return fitting(start, found, net)
+    if start.kind == "sit":
+        wanted["time_scale"] = 1.0
+    for field, value in wanted.items():
+        run_value = getattr(spec, field)
+        if run_value != value:
+            raise UserError(f"{prefix} has {field} {value}, and this one {run_value}: set net.{field}={value}")
+    if spec.texts:
+        raise UserError(f"{prefix} is a net of classes, and this one reads texts: set net.texts=null")
+    if start.kind == "sit" and (path.kind != "linear" or path.sd != 1):
+        raise UserError(
+            f"{prefix} is a velocity on path 'linear' of sd 1, not on path '{path.kind}' of sd {path.sd:g}: set "
+            "path.kind=linear path.sd=1"
+        )
 
 
-def weights(start: Start, place: Path) -> dict[str, Tensor]:
+def load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of a diffusers folder of a DiT, by the authors' names. Raises UserError as `read`."""
     if not place.is_dir():
         return load(place)
-    folder = next((one for one in (place, place / "transformer") if (one / CONFIG).is_file()), None)
-    kind = read_settings(folder / CONFIG, ANOTHER).get("_class_name", "nothing") if folder else "nothing"
-    if folder and (start.kind, kind) == ("dit", DIFFUSERS):
-        return of_diffusers(load(folder / WEIGHTS))
+    model_class = "nothing"
+    for folder in (place, place / "transformer"):
+        if (folder / CONFIG_FILE).is_file():
+            model_class = read_settings(folder / CONFIG_FILE, CONFIG_FIX).get("_class_name", "nothing")
+            if start.kind == "dit" and model_class == DIFFUSERS_CLASS:
+                return of_diffusers(load(folder / WEIGHTS_FILE))
+            break
     raise UserError(
-        f"start.source: {place} is a folder of {kind}. A sit is one safetensors file under its authors' names, a dit "
-        f"such a file or a folder of {DIFFUSERS}, and a flow model of diffusers a net of its own: net.kind=diffusers"
+        f"start.source: {place} is a folder of {model_class}. A sit is one safetensors file under its authors' names, "
+        f"a dit such a file or a folder of {DIFFUSERS_CLASS}, and a flow model of diffusers a net of its own: "
+        "net.kind=diffusers"
     )
 
 
-def fitting(start: Start, found: dict[str, Tensor], net: Transformer) -> dict[str, Tensor]:
-    """The tensors by our names. Raises UserError if the file is not of a SiT of these sizes."""
-    own = {name for name in net.state_dict() if name.startswith(TRUNK)}
-    have = {name: our_name(name) for name in found}
-    wrong = [
-        f"{name} is none of its layers here"
-        for name, ours in have.items()
-        if ours is None or (ours.startswith(TRUNK) and ours not in own)
-    ]
-    lacking = {*own, *REST} - {*have.values(), "positions"}
-    wrong += [f"it has nothing for {name}" for name in sorted(lacking)]
-    (width, patch), p = net.embed.weight.shape, net.patch
-    sizes = {
-        "x_embedder.proj.weight": [(width, patch // p**2, p, p)],
+def require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) -> None:
+    """Raise UserError unless the tensors, by the authors' names, are those of a SiT or DiT of the net's sizes."""
+    prefix = f"start.source: {start.source} is no SiT or DiT of these sizes,"
+    fix = "set net.depth, take the part that holds the model (`ema`), or another file"
+
+    # compare the names
+    trunk_names = {name for name in net.state_dict() if name.startswith(TRUNK)}
+    source_names: set[str] = set()
+    for name in tensors:
+        our = our_name(name)
+        if our is None or (our.startswith(TRUNK) and our not in trunk_names):
+            raise UserError(f"{prefix} {name} is none of its layers here: {fix}")
+        source_names.add(our)
+    missing = sorted({*trunk_names, *OTHER_CONVERTED} - source_names - {"positions"})
+    if missing:
+        raise UserError(f"{prefix} it has nothing for {missing[0]}: {fix}")
+
+    # compare the shapes; a DiT puts out a variance, too
+    width, patch_numbers = net.embed.weight.shape
+    channels = patch_numbers // net.patch**2
+    shapes = {
+        "x_embedder.proj.weight": [(width, channels, net.patch, net.patch)],
         "t_embedder.mlp.0.weight": [(width, 2 * FREQUENCIES)],
-        "final_layer.linear.weight": [(patch, width), (2 * patch, width)],
+        "final_layer.linear.weight": [(patch_numbers, width), (2 * patch_numbers, width)],
     }
-    wrong += [
-        f"it has {name} of shape {shape}, and this net takes {may[0]}: set net.patch, net.width"
-        for name, may in sizes.items()
-        if name in found and (shape := tuple(found[name].shape)) not in may
-    ]
-    if wrong:
-        raise UserError(
-            f"start.source: {start.source} is no SiT or DiT of these sizes, {wrong[0]}: set net.depth, take the part "
-            "that holds the model (`ema`), or another file"
-        )
-    state = converted(found, net)
-    return state if start.kind == "sit" else {name: w for name, w in state.items() if name.startswith(TRUNK)}
+    for name, allowed_shapes in shapes.items():
+        if name not in tensors:
+            continue
+        shape = tuple(tensors[name].shape)
+        if shape not in allowed_shapes:
+            raise UserError(
+                f"{prefix} it has {name} of shape {shape}, and this net takes {allowed_shapes[0]}: set net.patch, "
+                f"net.width: {fix}"
+            )

@@ -1,7 +1,8 @@
 """What disk and machine say of a run: found once, when it is opened, and recorded in its run.yaml as `resolved`.
 
-So a run is whole by itself: where things lie is written out (`placed`), and what no data is, but samples depend on, is
-known by its hash (`pinned`). Where it moves to another machine, fields of places say where things are there.
+`resolve` fills in classes, captions, schedule and code hashes. So that a run is whole by itself, `with_absolute_paths`
+writes out where things lie, and `with_hashes` pins what is no data, but what samples depend on: autoencoder, pipeline
+and the weights of a subject's run. Where it moves to another machine, fields of places say where things are there.
 """
 
 import os
@@ -133,19 +134,22 @@ def require_velocity_to_teach(run: Run) -> None:
     """
     if run.teacher is None:
         return
+    other_fix = ""
     if run.teacher.kind == "run":
-        field, source, way = "teacher.source", run.teacher.source, ""
+        field = "teacher.source"
+        source = run.teacher.source
     elif run.teacher.kind == "base" and run.start and run.has_subject:
-        field, source = "teacher.kind=base", run.start.source
-        way = "; or learn from the photographs alone, data.prior=null teacher=null"
+        field = "teacher.kind=base"
+        source = run.start.source
+        other_fix = "; or learn from the photographs alone, data.prior=null teacher=null"
     else:
         return
-    folder = whole(source, maybe=True)
+    folder = absolute_path(source, maybe=True)
     if not Path(folder, FILE).is_file():
         return
     objective = load(folder).objective
     if taught(objective).velocity is None:
-        raise UserError(no_velocity(field, folder, objective) + way)
+        raise UserError(no_velocity(field, folder, objective) + other_fix)
 
 
 def found_data(data: Data) -> Data:
@@ -178,7 +182,7 @@ def require_captions(data: Data, texts: Tabled) -> None:
         )
 
 
-def placed(run: Run, before: Run | None = None) -> Run:
+def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
     """The run with whole paths in fields that say where something lies; the words given for them are in `resolved`.
 
     `before` is the run of the folder it goes on in: what is given in the same words is where it was when that began,
@@ -188,7 +192,7 @@ def placed(run: Run, before: Run | None = None) -> Run:
     words_before: dict[str, str] = {}
     if before:
         places_before = dict(places(before))
-        words_before = given(before.resolved)
+        words_before = paths_as_typed(before.resolved)
     words: dict[str, str] = {}
 
     def place(field: str, text: str, extra: JsonDict) -> str:
@@ -200,7 +204,7 @@ def placed(run: Run, before: Run | None = None) -> Run:
             words[field] = text
         if text in cast(list[str], extra.get("names", ())):
             return text
-        return whole(text, maybe=extra["where"] == "maybe")
+        return absolute_path(text, maybe=extra["where"] == "maybe")
 
     placed_run = in_places(run, place)
     given_words: dict[str, JsonValue] = {}
@@ -213,7 +217,7 @@ def placed(run: Run, before: Run | None = None) -> Run:
     return placed_run.model_copy(update={"resolved": resolved})
 
 
-def given(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
+def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     """The words that places were given in, by field, where these are not the whole paths."""
     words = resolved.get(GIVEN)
     if not isinstance(words, dict):
@@ -228,7 +232,7 @@ def without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in, of a whole path the last part."""
-    words = given(run.resolved)
+    words = paths_as_typed(run.resolved)
     run_as_given = in_places(run, lambda field, text, _: without_path(words.get(field, text)))
     return run_as_given.model_copy(update={"resolved": without_given(run.resolved)})
 
@@ -267,7 +271,7 @@ def in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str 
     return part.model_copy(update=changes) if changes else part
 
 
-def whole(text: str, *, maybe: bool = False) -> str:
+def absolute_path(text: str, *, maybe: bool = False) -> str:
     """A place as a whole path, with the values of variables; as it is where one is not set.
 
     `maybe`: also where nothing is there.
@@ -279,7 +283,7 @@ def whole(text: str, *, maybe: bool = False) -> str:
     return os.path.abspath(path) if path.exists() or not maybe else text
 
 
-def pinned(run: Run, before: Run | None = None) -> Run:
+def with_hashes(run: Run, before: Run | None = None) -> Run:
     """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
     pins_before = pins(before) if before else {}
     new_pins: dict[str, Pin] = {}

@@ -1,4 +1,8 @@
-"""A trained net with all that its samples depend on."""
+"""A trained net with all that its samples depend on.
+
+`Sampler.batches` makes a rank's share of the samples, batch by batch, through the net's `Flow`, and decodes them;
+`Sampler.sample` gathers those of all ranks. Sample i depends on the seed, i and its condition, not on ranks or batches.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +28,7 @@ from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Reads, Sample, UserError
 
-Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
+Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ class Sampler:
         """The shape of what the net makes."""
         if self.size is None:
             return self.data.shape
-        return self.data.codec.shape(*self.size) if isinstance(self.data, Latents) else self.pixels
+        if isinstance(self.data, Latents):
+            return self.data.codec.shape(*self.size)
+        return self.pixels
 
     @property
     def is_image(self) -> bool:
@@ -96,14 +102,17 @@ class Sampler:
         """
         return self.data.codec.open(self.device) if isinstance(self.data, Latents) else None
 
-    def decode(self, x: Sample) -> Shown:
+    def decode(self, x: Sample) -> Decoded:
         """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
         return x if self.codec is None else self.codec.decode(x).cpu()
 
     @property
     def texts(self) -> Texts | None:
         """The part of the net that has a row for every condition."""
-        return next((part for part in self.net.modules() if isinstance(part, Texts)), None)
+        for module in self.net.modules():
+            if isinstance(module, Texts):
+                return module
+        return None
 
     @property
     def prompts(self) -> dict[str, int]:
@@ -127,19 +136,21 @@ class Sampler:
         class out of range, and as the solver does.
         """
         self._check(c)
-        some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
-        parts = self.flow.batches(
+        if indices is None:
+            indices = range(dist.rank(), len(c), dist.world())
+        rows = torch.tensor(indices, dtype=torch.long)
+        batches = self.flow.batches(
             self.guided(guide or self.spec.guide),
             solver or self.spec.solver,
-            c[rows := torch.tensor(some, dtype=torch.long)],
+            c[rows],
             nfe=nfe,
             seed=self.spec.seed if seed is None else seed,
             shape=self.shape,
-            indices=some,
+            indices=indices,
             batch=self.rows,
             z=None if z is None else z[rows],
         )
-        return (replace(part, x=self.decode(part.x)) for part in parts)
+        return (replace(batch, x=self.decode(batch.x)) for batch in batches)
 
     def sample(
         self,
@@ -156,35 +167,44 @@ class Sampler:
 
         Several ranks share the work, each must call it, and all of them get all samples.
         """
-        solver, mine, done = solver or self.spec.solver, list[generate.Batch](), 0
+        solver = solver or self.spec.solver
+        own_batches: list[generate.Batch] = []
+        num_done = 0  # by all ranks, if the others are as far
         with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-            for part in self.batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, z=z):
-                mine.append(part)
-                done += len(part.x) * dist.world()
-                tick(min(done, len(c)), "")
-        return gather(mine, self.pixels)
+            for batch in self.batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, z=z):
+                own_batches.append(batch)
+                num_done += len(batch.x) * dist.world()
+                tick(min(num_done, len(c)), "")
+        return gather_samples(own_batches, self.pixels)
 
     def _check(self, c: Int64[Tensor, " n"]) -> None:
         """Raise UserError for a class outside [0, classes], the last of which means none, and beyond all prompts."""
-        highest = max(self.prompts.values(), default=self.data.classes)
-        wrong = c[(c < 0) | (c > highest)]
-        if len(wrong):
-            last = self.data.classes
-            there = (
-                f"classes run from 0 to {last - 1}, {last} is no class" if last else "these data have none, so c is 0"
-            )
-            raise UserError(f"class {int(wrong[0])} is out of range: {there}")
+        num_classes = self.data.classes
+        highest = max(self.prompts.values(), default=num_classes)
+        out_of_range = c[(c < 0) | (c > highest)]
+        if not len(out_of_range):
+            return
+        problem = f"class {int(out_of_range[0])} is out of range"
+        if num_classes:
+            raise UserError(f"{problem}: classes run from 0 to {num_classes - 1}, {num_classes} is no class")
+        raise UserError(f"{problem}: these data have none, so c is 0")
 
 
-def turn(count: int) -> range:
+def rank_indices(count: int) -> range:
     """The numbers of the samples that this rank makes; all ranks make equally many, so the last may be beyond them."""
-    return range(dist.rank(), -(-count // dist.world()) * dist.world(), dist.world())
+    rounds = -(-count // dist.world())
+    return range(dist.rank(), rounds * dist.world(), dist.world())
 
 
-def gather(mine: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
-    """What all ranks made, in the order of their numbers; some may have made none. Every rank must call it."""
-    index = torch.cat([torch.zeros(0, dtype=torch.long), *(part.index for part in mine)])
-    x = torch.cat([torch.zeros(0, *pixels), *(part.x for part in mine)])
-    passes = torch.tensor([part.nfe for part in mine], dtype=torch.long)
-    index, x, passes = (torch.cat(dist.gathered(one)) for one in (index, x, passes))
+def gather_samples(own_batches: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
+    """What all ranks made, in the order of their numbers; some may have made none. Every rank must call it.
+
+    `pixels` is the shape of a sample.
+    """
+    index = torch.cat([torch.zeros(0, dtype=torch.long), *(batch.index for batch in own_batches)])
+    x = torch.cat([torch.zeros(0, *pixels), *(batch.x for batch in own_batches)])
+    passes = torch.tensor([batch.nfe for batch in own_batches], dtype=torch.long)
+    index = torch.cat(dist.gathered(index))
+    x = torch.cat(dist.gathered(x))
+    passes = torch.cat(dist.gathered(passes))
     return generate.Samples(x[index.argsort()], int(passes.unique().item()))

@@ -1,9 +1,15 @@
-"""A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins."""
+"""A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins.
+
+`open_teacher` opens it: a run's folder, a function of the user's, or the net in training with its adapters off. Before
+the first step `LoadedTeacher.require_same` compares it with the one that the folder began with, and
+`LoadedTeacher.training_source` notes it in teacher.json and has the pairs made (`make_pairs`), where its spec asks for
+some. They are a table on disk, `pairs/` in the run's folder (`dumo.io.table`), and read as a source of batches.
+"""
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,62 +45,103 @@ from dumo.training.state import State
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
-CODEC = "data.codec.sha256"
-SHARD = 1024  # pairs to a shard: what a stop may lose
+PAIRS = "pairs"  # the folder of its pairs, in the run's
+CODEC_HASH = "data.codec.sha256"
+SHARD_ROWS = 1024  # pairs to a shard: what a stop may lose. Ours
 
 
 @dataclass(frozen=True)
-class Known:
-    """A teacher ready to teach: its velocity, guided as its spec says, and its digest."""
+class LoadedTeacher:
+    """A teacher ready to teach, guided as its spec says."""
 
     spec: Teacher
     reads: Reads
     velocity: Taught | None  # to learn; None where pairs are all that is learned from
-    about: dict[str, str]
+    record: dict[str, str]  # what teacher.json says of it: its source, and its SHA-256
 
-    def check(self, folder: Path) -> None:
+    def require_same(self, folder: Path) -> None:
         """Raise UserError where another teacher taught what is in this folder, or its pairs have changed."""
         file = folder / FILE
-        taught = (folder / "checkpoints").is_dir() or any((folder / "pairs").glob("shard-*"))
-        if not taught or not file.is_file():
+        pairs_folder = folder / PAIRS
+        has_taught = (folder / "checkpoints").is_dir() or any(pairs_folder.glob("shard-*"))
+        if not has_taught or not file.is_file():
             return
-        way_out = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
-        then = read_json(file, way_out)
-        if not isinstance(then, dict) or then.get("sha256") != self.about["sha256"]:  # wherever it lies
+
+        # compare by the hash: the teacher may have been moved
+        fix = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
+        record_before = read_json(file, fix)
+        if not isinstance(record_before, dict) or record_before.get("sha256") != self.record["sha256"]:
             raise UserError(
-                f"{folder} began with another teacher: {then} then, {self.about} now. Put the teacher back as it was, "
-                "or start anew in another folder"
+                f"{folder} began with another teacher: {record_before} then, {self.record} now. Put the teacher back "
+                "as it was, or start anew in another folder"
             )
-        pairs = folder / "pairs"
-        if there := table.read(pairs, Plan):
-            table.require(pairs, there, deep=True)
-            if there.teacher != self.about["sha256"]:
-                raise UserError(f"{pairs} are another teacher's: {Plan.remake}")
 
-    def note(self, folder: Path) -> None:
-        """Write down who teaches: the main process does."""
+        # compare its pairs
+        index = table.read(pairs_folder, PairsIndex)
+        if index is None:
+            return
+        table.require(pairs_folder, index, deep=True)
+        if index.teacher != self.record["sha256"]:
+            raise UserError(f"{pairs_folder} are another teacher's: {PairsIndex.remake}")
+
+    def write_record(self, folder: Path) -> None:
+        """Write teacher.json; only the main process does."""
         if dist.is_main():
-            write_json(folder / FILE, self.about)
+            write_json(folder / FILE, self.record)
 
-    def begin(
+    def training_source(
         self, source: Source, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
-    ) -> "Source | Coupled":
-        """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
+    ) -> "Source | TeacherPairs":
+        """Write teacher.json, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
-        `points` is how many of a trajectory the objective learns from. Raises UserError as `couple` does.
+        `points` is how many of a trajectory the objective learns from. Every rank must call it. Raises UserError as
+        `make_pairs` does.
         """
-        self.note(folder)
-        if not (pairs := self.spec.pairs):
+        self.write_record(folder)
+        pairs = self.spec.pairs
+        if pairs is None:
             return source
-        plan = Plan.of(pairs, points, path, data, self.about["sha256"])
-        return couple(plan, self.reads, folder / "pairs", device, bar)
+        index = PairsIndex.of(pairs, points, path, data, self.record["sha256"])
+        return make_pairs(index, self.reads, folder / PAIRS, device, bar)
 
 
-class Base(nn.Module):
-    """The passes of a net with its adapters off, the model that it began as, in a precision. The net offers `base()`.
+def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
+    """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
+    match teacher.kind:
+        case "run":
+            flow, sha256 = run_flow(teacher, run.data, run.path, device)
+            reads = flow.readings(teacher.guide)
+        case "python":
+            user_reads, sha256 = call_user_function(teacher, run, device)
+            reads = teacher.guide(user_reads, run.data.classes)
+        case "base":
+            sha256 = str(state.frozen)
+            reads = base_flow(teacher, run, state.net).readings(teacher.guide)
+    needs = run.objective.needs.teacher
+    learns_velocity = not teacher.pairs or (needs.points and needs.velocity != "no")
+    velocity = teaching(reads) if learns_velocity else None
+    return LoadedTeacher(teacher, reads, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
 
-    It answers between the passes of a step, even within its loss. So it only switches, and switches back: no weight is
-    changed, no gradient recorded, and every part of the net is in its own mode again.
+
+def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
+    """The flow of the model under a net's adapters: an untuned pipeline's, or a few-step run's under a subject.
+
+    A few-step run is read by the objective in its own run.yaml. Raises UserError where it cannot be guided as
+    `teacher.guide` says.
+    """
+    base_net = BaseNet(net, run.train.precision)
+    if not (run.start and run.has_subject):
+        return Flow(BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
+    few_step = load(run.start.source)
+    check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", run.start.source)
+    return Flow(base_net, few_step.objective, classes=run.data.classes, knobs=few_step.sample.knobs)
+
+
+class BaseNet(nn.Module):
+    """A net with its adapters off, the model that it began as, in a precision. The net offers `base()`.
+
+    It is called between the passes of a step, even within its loss. So it only switches, and switches back: no weight
+    is changed, no gradient recorded, and every part of the net is in its own mode again.
     """
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
@@ -110,53 +157,22 @@ class Base(nn.Module):
             return self.net(x, c, **inputs)
 
 
-class Untuned(nn.Module):
-    """The model of a pipeline, at the base of a net: each of the heads is the velocity, where r = t."""
+class BaseVelocity(nn.Module):
+    """The model of a pipeline, at the base of a net, as a net of one head: where r = t, each head is the velocity."""
 
-    def __init__(self, base: Base, needs: Needs) -> None:
+    def __init__(self, base: BaseNet, needs: Needs) -> None:
         super().__init__()
         self.base = base
         self.needs = needs
 
     def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
-        """The velocity."""
+        """The velocity (b, *shape), as the only head."""
         times = [name for name in self.needs.names if name not in self.needs.knobs]
         return bind(self.base, **self.needs.knobs)(x, c, **dict.fromkeys(times, t))[:1]
 
 
-def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
-    """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
-    match teacher.kind:
-        case "run":
-            flow, about = of_run(teacher, run.data, run.path, device)
-            reads = flow.readings(teacher.guide)
-        case "python":
-            raw, about = of_user(teacher, run, device)
-            reads = teacher.guide(raw, run.data.classes)
-        case "base":
-            about = {"sha256": str(state.frozen)}
-            reads = of_base(teacher, run, state.net).readings(teacher.guide)
-    wants = run.objective.needs.teacher
-    learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else teaching(reads)
-    return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
-
-
-def of_base(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
-    """The flow of the model under a net's adapters: an untuned pipeline's, or a few-step run's under a subject.
-
-    That one is read by the objective in its own run.yaml. Raises UserError where it cannot be guided as `teacher.guide`
-    says.
-    """
-    base = Base(net, run.train.precision)
-    if not (run.start and run.has_subject):
-        return Flow(Untuned(base, run.objective.needs), FlowMatching(), classes=run.data.classes)
-    few_step = load(run.start.source)
-    check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", run.start.source)
-    return Flow(base, few_step.objective, classes=run.data.classes, knobs=few_step.sample.knobs)
-
-
-def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, dict[str, str]]:
-    """The flow of another run, and its digest.
+def run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, str]:
+    """The flow of another run, and the SHA-256 of its weights.
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
@@ -165,31 +181,52 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
             f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where "
             "it is with --set teacher.source=..."
         )
-    known = open_run(teacher.source, device=str(device))
-    other = known.run
-    there = facts(other.data, other.path)
-    here = facts(data, path)
-    known_to_both = [name for name in here if name != CODEC or None not in (there[name], here[name])]
-    if differs := [f"{n} is {there[n]} there, {here[n]} here" for n in known_to_both if there[n] != here[n]]:
-        raise UserError(
-            f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
-            "data, or set these fields as they are there"
-        )
-    check_guided(teacher.guide, other.data, other.objective, other.guided, "teacher.guide", teacher.source)
-    flow = Flow(known.net, other.objective, classes=data.classes, knobs=other.sample.knobs)
-    return flow, {"sha256": weights.sha256(known.file)}
+    opened = open_run(teacher.source, device=str(device))
+    teacher_run = opened.run
+    require_same_data(teacher, facts(teacher_run.data, teacher_run.path), facts(data, path))
+    check_guided(
+        teacher.guide,
+        teacher_run.data,
+        teacher_run.objective,
+        teacher_run.guided,
+        "teacher.guide",
+        teacher.source,
+    )
+    flow = Flow(opened.net, teacher_run.objective, classes=data.classes, knobs=teacher_run.sample.knobs)
+    return flow, weights.sha256(opened.file)
 
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:
-    """What a teacher and its pupil must agree on."""
-    facts: dict[str, object] = {"data.shape": data.shape, "data.classes": data.classes}
+    """What a teacher and its pupil must agree on, by field."""
     codec = data.codec if isinstance(data, Latents) else None
-    facts |= {"data.codec": codec and codec.facts(), CODEC: codec and codec.sha256}
-    return {**facts, "path": path.kind, "path.sd": path.sd}
+    return {
+        "data.shape": data.shape,
+        "data.classes": data.classes,
+        "data.codec": codec.facts() if codec else None,
+        CODEC_HASH: codec.sha256 if codec else None,
+        "path": path.kind,
+        "path.sd": path.sd,
+    }
 
 
-def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
-    """What the user's function returns, tried on two rows, and the digest of its source, not of what it calls.
+def require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], run_facts: Mapping[str, object]) -> None:
+    """Raise UserError where two runs have other data or paths, by their `facts`."""
+    differences: list[str] = []
+    for field, here in run_facts.items():
+        there = teacher_facts[field]
+        if field == CODEC_HASH and (there is None or here is None):  # one of them has not read its codec yet
+            continue
+        if there != here:
+            differences.append(f"{field} is {there} there, {here} here")
+    if differences:
+        raise UserError(
+            f"the teacher {teacher.source} knows other data: {'; '.join(differences)}. Take a teacher trained on this "
+            "data, or set these fields as they are there"
+        )
+
+
+def call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:
+    """What the user's function returns, tried on two rows, and the SHA-256 of its source, not of what it calls.
 
     Raises UserError where it cannot be imported, fails, or has no velocity of the shape of x.
     """
@@ -197,25 +234,27 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
     trust.require(trust.teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
     if dist.is_main():
         say(f"teacher.source: this run executes {teacher.source}")
-    x, c = noise(0, range(2), 0, run.data.shape).to(device), torch.tensor([0, run.data.classes], device=device)
+    x = noise(0, range(2), 0, run.data.shape).to(device)
+    t = torch.full((2,), 0.5, device=device)
+    c = torch.tensor([0, run.data.classes], device=device)  # the null class, too
     with importable(Path.cwd()):
         try:
-            make = getattr(importlib.import_module(module), name)
-            reads = cast(Reads, make(run, device))
+            function = getattr(importlib.import_module(module), name)
+            reads = cast(Reads, function(run, device))
             user_velocity = reads.velocity
             if user_velocity is None:
                 raise TypeError("the dumo.types.Reads that it returned has velocity=None")
             with torch.no_grad():
-                v = user_velocity(x, torch.full((2,), 0.5, device=device), c)
+                v = user_velocity(x, t, c)
             if v.shape != x.shape:
                 raise TypeError(f"the velocity of x of shape {tuple(x.shape)} has shape {tuple(v.shape)}")
         except Exception as error:
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"teacher.source = {teacher.source}: {what}. Give module:function, importable from here, that takes "
+                f"teacher.source = {teacher.source}: {problem}. Give module:function, importable from here, that takes "
                 "(run, device) and returns a dumo.types.Reads, whose velocity takes (x, t, c)"
             ) from error
-    return reads, {"sha256": digest.of_bytes(inspect.getsource(make).encode())}
+    return reads, digest.of_bytes(inspect.getsource(function).encode())
 
 
 @contextmanager
@@ -228,12 +267,14 @@ def importable(folder: Path) -> Generator[None]:
         sys.path.remove(str(folder))
 
 
-class Coupled:
+class TeacherPairs:
     """Pairs of data and noise, with their classes, as a source of batches."""
 
     def __init__(self, x: Tensor, z: Tensor, c: Tensor, between: Trail | None = None) -> None:
-        """All in memory; `between` is where the flow is on its way from x to z."""
-        self.table, self.z, self.between = Table(x, c), z, between
+        """Hold all in memory; `between` (n, points - 1, *shape) is where the flow is on its way from x to z."""
+        self.table = Table(x, c)
+        self.z = z
+        self.between = between
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
         """x, c, z and what is between, of rows of a step's batch, in the order that a table of x would have."""
@@ -249,11 +290,11 @@ class Coupled:
         return self.table.numbers(step, batch, seed, rows)
 
     def fingerprint(self) -> str:
-        """Of all pairs."""
+        """A hash of all pairs."""
         return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._paired))
 
 
-class Plan(Index):
+class PairsIndex(Index):
     """What index.json says of a teacher's pairs: data x, noise z, classes c, and points of the flow between."""
 
     word: ClassVar[str] = "set of pairs"
@@ -267,16 +308,21 @@ class Plan(Index):
     classes: int
 
     @classmethod
-    def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, by: str) -> "Plan":
-        """The plan of pairs of such data on this path, by a teacher of this digest."""
+    def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, teacher_sha256: str) -> "PairsIndex":
+        """The index of pairs of such data on this path, by a teacher of this hash."""
         shape = data.shape
-        x = Column(dtype="float32", shape=shape)
-        between = {"between": Column(dtype="float32", shape=(points - 1, *shape))} if points else {}
+        columns = {
+            "x": Column(dtype="float32", shape=shape),
+            "z": Column(dtype="float32", shape=shape),
+            "c": Column(dtype="int64"),
+        }
+        if points:
+            columns["between"] = Column(dtype="float32", shape=(points - 1, *shape))
         return cls(
-            columns={"x": x, "z": x, "c": Column(dtype="int64"), **between},
+            columns=columns,
             rows=pairs.count,
-            shard_rows=SHARD,
-            teacher=by,
+            shard_rows=SHARD_ROWS,
+            teacher=teacher_sha256,
             path=path,
             nfe=pairs.passes(points),
             points=points,
@@ -284,44 +330,56 @@ class Plan(Index):
         )
 
 
-def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
-    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, shard by shard.
+def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> TeacherPairs:
+    """Pairs that the teacher's flow joins: those that are in `folder`, and the others, made now, shard by shard.
 
     Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
     written; OSError where the disk is full; Stopped after a signal, between two shards.
     """
-    c, rank, world = generate.labels(plan.rows, plan.classes), dist.rank(), dist.world()
+    c = generate.labels(index.rows, index.classes)
+    rank = dist.rank()
+    world_size = dist.world()
 
-    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
+    def make_shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
         signals.check()
-        some = plan.span(number)
-        made = solve_pairs(plan, reads, c[list(some)], some, device)
-        if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
+        numbers = index.span(number)
+        tensors = solve_pairs(index, reads, c[list(numbers)], numbers, device)
+        not_finite = [k for k, x in zip(numbers, tensors["x"], strict=True) if not x.isfinite().all()]
+        if not_finite:
             raise UserError(
-                f"{len(bad)} of the teacher's pairs are not finite, the first is number {bad[0]}: mend the teacher, or "
-                "take another"
+                f"{len(not_finite)} of the teacher's pairs are not finite, the first is number {not_finite[0]}: mend "
+                "the teacher, or take another"
             )
-        return made
+        return tensors
 
-    def load() -> dict[str, Tensor]:
-        index = table.read(folder, Plan) or plan
-        table.require(folder, index)  # `make` has compared the checksums
-        parts = [table.Table(folder, index).tensors(number) for number in range(plan.count)]
-        return {name: torch.cat([part[name] for part in parts]) for name in plan.columns}
+    def load_pairs() -> dict[str, Tensor]:
+        written_index = table.read(folder, PairsIndex) or index
+        table.require(folder, written_index)  # `make` has compared the checksums
+        pairs_table = table.Table(folder, written_index)
+        shards = [pairs_table.tensors(number) for number in range(index.count)]
+        return {name: torch.cat([shard[name] for shard in shards]) for name in index.columns}
 
-    with bar("the teacher's pairs", table.share(plan.rows, plan.shard_rows, rank, world)) as tick:
-        # who failed would be waited for
-        agreement.gather_results(lambda: table.make(folder, plan, shard, rank=rank, world=world, tick=tick).missing)
-    return Coupled(**agreement.on_each_rank(load))
+    with bar("the teacher's pairs", table.share(index.rows, index.shard_rows, rank, world_size)) as tick:
+        # all ranks raise what one of them does: else the others would wait for its shards
+        agreement.gather_results(
+            lambda: table.make(folder, index, make_shard, rank=rank, world=world_size, tick=tick).missing
+        )
+    return TeacherPairs(**agreement.on_each_rank(load_pairs))
 
 
-def solve_pairs(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
-    """Noise, the data that the flow carries it to, and as many points between as the objective learns from."""
-    c_here, shape = c.to(device), plan.columns["x"].shape
-    if plan.points:
+def solve_pairs(index: PairsIndex, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+    """Noise, the data that the flow carries it to, and as many points between as the objective learns from.
+
+    All on the CPU, by the names of the index's columns. `c` (n,) are the classes of the n pairs of these numbers.
+    """
+    shape = index.columns["x"].shape
+    device_c = c.to(device)
+    if index.points:
         z = noise(0, numbers, 0, shape).to(device)
-        x, between = generate.trailed(reads, plan.path, plan.solver, z, c_here, nfe=plan.nfe, points=plan.points)
+        x, between = generate.trailed(reads, index.path, index.solver, z, device_c, nfe=index.nfe, points=index.points)
         return {"x": x.cpu(), "z": z.cpu(), "c": c, "between": between.cpu()}
-    z, x = generate.solve(reads, plan.path, plan.solver, c_here, nfe=plan.nfe, seed=0, shape=shape, indices=numbers)
+    z, x = generate.solve(
+        reads, index.path, index.solver, device_c, nfe=index.nfe, seed=0, shape=shape, indices=numbers
+    )
     return {"x": x.cpu(), "z": z.cpu(), "c": c}

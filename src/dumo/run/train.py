@@ -83,18 +83,18 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
 
     # note it in the folder, once all ranks have read what is there
     if job.teacher:
-        job.teacher.check(job.folder)
+        job.teacher.require_same(job.folder)
     dist.barrier()
     history = job.history
     for line in agreement.on_each_rank(lambda: [*history.write(rewound=job.rewound)] if history else []):
         job.tell(line)
 
     # what the loop reads, and what it calls
-    source: Source | teacher.Coupled = job.data
+    source: Source | teacher.TeacherPairs = job.data
     if job.teacher:
         points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
-            source = job.teacher.begin(job.data, points, run.path, run.data, job.folder, job.device, bar)
+            source = job.teacher.training_source(job.data, points, run.path, run.data, job.folder, job.device, bar)
     step_threads = step_threads_of(job)
     journal = Journal(
         run,
@@ -179,7 +179,7 @@ def step_threads_of(job: Job) -> StepThreads:
 
 
 def trial_step(
-    train: Train, state: State, flow_for: Callable[[State], Flow], source: Source | teacher.Coupled
+    train: Train, state: State, flow_for: Callable[[State], Flow], source: Source | teacher.TeacherPairs
 ) -> Callable[[], object]:
     """What makes a step like the training's next one, on a copy of its state, which the first call makes."""
 
@@ -201,7 +201,7 @@ def trial_step(
 def prefetched(
     train: Train,
     shape: Callable[[int], tuple[int, ...]],
-    source: Source | teacher.Coupled,
+    source: Source | teacher.TeacherPairs,
     flow: Flow,
     device: torch.device,
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
@@ -211,7 +211,7 @@ def prefetched(
     """
     rows = span(pieces(train, flow.objective))
     gpu = device.type == "cuda"
-    own = not isinstance(source, teacher.Coupled)  # a teacher's pairs bring their noise
+    own = not isinstance(source, teacher.TeacherPairs)  # a teacher's pairs bring their noise
 
     def read(step: int) -> Batch:
         parts = source.batch(step, train.batch, train.seed, rows)
@@ -226,7 +226,9 @@ def prefetched(
         yield lambda step: [to_device(part, device) for part in batches(step)], draws
 
 
-def shapes(source: Source | teacher.Coupled, train: Train, square: tuple[int, ...]) -> Callable[[int], tuple[int, ...]]:
+def shapes(
+    source: Source | teacher.TeacherPairs, train: Train, square: tuple[int, ...]
+) -> Callable[[int], tuple[int, ...]]:
     """The shape of a step's samples, by its number."""
     if isinstance(source, Bucketed):
         return lambda step: source.shape(step, train.batch, train.seed)

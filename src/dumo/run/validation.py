@@ -19,7 +19,7 @@ from dumo.config.spec import Run
 from dumo.evaluation.protocol import Scores, rising
 from dumo.flow.precision import products
 from dumo.run.origin import require_place
-from dumo.run.sampler import turn
+from dumo.run.sampler import rank_indices
 from dumo.run.speed import LOG
 from dumo.run.weights import sampler
 from dumo.runtime import signals
@@ -120,7 +120,7 @@ class Validation:
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's samples with their numbers, decoded."""
         count = len(self.c)
-        indices = turn(count)
+        indices = rank_indices(count)
         c = self.c[torch.arange(indices.stop) % count]
         for part in self.sampler.batches(c, nfe=self.spec.nfe[0], seed=self.spec.seed, indices=indices):
             is_asked_for = part.index < count

@@ -35,8 +35,9 @@ FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when 
 CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
 QUIET: JsonDict = {"quiet": True}  # it is not shown where it stands at its default
 MACHINE: JsonDict = FREE | QUIET  # of the machine, and of what is kept
-# It says where something lies, and is made whole when a run begins (`dumo.run.resolve.placed`); `maybe`: if that
-# is there, for else it is a name. What lies there is known by its content, so the place itself is mostly free.
+# It says where something lies, and is made an absolute path when a run begins (`dumo.run.resolve.with_absolute_paths`);
+# `maybe`: if that is there, for else it is a name. What lies there is known by its content, so the place itself is
+# mostly free.
 WHERE: JsonDict = {"where": "always"}
 PLACE: JsonDict = FREE | WHERE
 MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}

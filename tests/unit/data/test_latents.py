@@ -109,16 +109,16 @@ def test_parts_made_apart_are_the_whole(latents: Maker, images: Path, cached: La
     assert files == others
     for text in ("2/2", "1", "-1/2", "a/b", "0/0"):  # K counts from 0 to N - 1
         with pytest.raises(UserError, match="write K/N"):
-            encode.part_of(text)
+            encode.parse_part(text)
 
 
 def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path) -> None:
     """The classes are looked up, and flips are kept; without options it says nothing of a codec."""
     sets = ["data.images.on_bad=skip"]
-    data = encode.work_of(str(images), sets, out=str(tmp_path / "out"), codec="taef2", side=SIDE).data
+    data = encode.encoding_work(str(images), sets, out=str(tmp_path / "out"), codec="taef2", side=SIDE).data
     assert (data.classes, data.shape, data.images.flip, data.images.on_bad) == (3, (32, 1, 1), True, "skip")
     with pytest.raises(UserError, match="--codec"):
-        encode.work_of(str(images), out=None, codec="taef2", side=8)
+        encode.encoding_work(str(images), out=None, codec="taef2", side=8)
 
 
 # --- captions: those of the images, kept beside them

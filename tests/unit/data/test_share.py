@@ -18,7 +18,7 @@ from dumo.data.cache import encode, open_cache
 from dumo.data.latents import LatentSource
 from dumo.io.source import Bucketed, rows_of
 from dumo.io.table import Table as Rows
-from dumo.run.teacher import Coupled
+from dumo.run.teacher import TeacherPairs
 from dumo.runtime.random import stream
 from unit.data.spy import spied
 from unit.encoders.toy import GAUSSIAN, PLAN, Pictures
@@ -74,7 +74,7 @@ SOURCES: dict[str, Callable[[Path], Batches]] = {
     "augmented": lambda root: album(root, labelled=False, augment=Edm()),
     "latents": latents,
     "prior": with_prior,
-    "coupled": lambda root: Coupled(x := torch.arange(COUNT)[:, None].float(), -x, torch.arange(COUNT)),
+    "coupled": lambda root: TeacherPairs(x := torch.arange(COUNT)[:, None].float(), -x, torch.arange(COUNT)),
 }
 
 

@@ -10,7 +10,7 @@ from dumo.encoders import PipelineVae
 from dumo.encoders.pipeline import PUBLISHED, TRANSFORMER, Pipeline, published, with_pipeline
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes
-from dumo.run.resolve import pinned
+from dumo.run.resolve import with_hashes
 from dumo.types import UserError
 from pipelines import save
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_run_notes_each_part_and_hands_the_folder_to_who_reads_it(folder: Path, tmp_path: Path) -> None:
     run = load("sd3-lora", [f"pipeline={folder}", "data.images.side=64", "train.precision=bf16"])
-    began = pinned(run)
+    began = with_hashes(run)
     facts = (began.pipeline and began.pipeline.facts) or {}
     assert facts.keys() == {"class", "transformer", "vae", "vae.weights", "scheduler", "texts"}
     assert facts["class"] == "StableDiffusion3Pipeline"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dumo.evaluation import distance
 from dumo.evaluation.distance import (
+    InceptionScore,
     Moments,
-    Score,
     frechet_distance,
     kid,
     mmd2,
@@ -189,7 +189,7 @@ def direct(x: Tensor) -> float:
 
 def test_the_score_is_its_definition_per_split() -> None:
     x = logits(50)
-    mean, sd = Score.of(x, torch.arange(50), size=20, splits=3).value()
+    mean, sd = InceptionScore.of(x, torch.arange(50), size=20, splits=3).value()
     parts = torch.tensor([direct(part) for part in x.split(20)], dtype=D)
     assert mean == pytest.approx(parts.mean().item(), rel=1e-12)
     assert sd == pytest.approx(parts.std(correction=0).item(), rel=1e-10)
@@ -199,17 +199,18 @@ def test_extremes_of_the_score() -> None:
     """Sure and balanced: the number of classes. Always the same answer: 1, sure or not. Empty splits do not count."""
     sure = 1e4 * torch.eye(K).repeat(3, 1)  # softmax underflows to exact zeros
     for splits in (1, 4):
-        found = Score.of(sure, torch.arange(len(sure)), size=100, splits=splits).value()
+        found = InceptionScore.of(sure, torch.arange(len(sure)), size=100, splits=splits).value()
         assert found == (pytest.approx(K, rel=1e-12), 0)
     for alike in (sure[:1], logits(1)):
-        assert Score.of(alike.repeat(5, 1), torch.arange(5), size=5, splits=1).value()[0] == pytest.approx(1, abs=1e-12)
+        one = InceptionScore.of(alike.repeat(5, 1), torch.arange(5), size=5, splits=1).value()[0]
+        assert one == pytest.approx(1, abs=1e-12)
 
 
 @each_split
 def test_scores_of_any_batches_in_any_order_merge_to_the_whole(sizes: tuple[int, ...]) -> None:
     x, order = logits(60), torch.randperm(60, generator=stream("order"))
-    whole = Score.of(x, torch.arange(60), size=25, splits=3)
-    parts = [Score.of(x[rows], rows, size=25, splits=3) for rows in order.split(list(sizes))]
+    whole = InceptionScore.of(x, torch.arange(60), size=25, splits=3)
+    parts = [InceptionScore.of(x[rows], rows, size=25, splits=3) for rows in order.split(list(sizes))]
     merged = sum(parts[1:], start=parts[0])
     assert torch.equal(merged.count, torch.tensor([25.0, 25, 10], dtype=D))
     torch.testing.assert_close(merged.mass, whole.mass, rtol=1e-12, atol=1e-14)

@@ -111,7 +111,7 @@ def test_cells_of_other_folds_or_splits_have_other_references(
     recipe: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fold is held out of its own training; within one all must be judged against the same images."""
-    monkeypatch.setattr(cell.encode, "ensure", lambda *_, **__: None)
+    monkeypatch.setattr(cell.encode, "ensure_cache", lambda *_, **__: None)
     cells = [
         replace(next(iter(two().cells("smoke"))), name=name, spec=load(recipe, [word.format(*which) for word in words]))
         for name, which in (("a", (0, "train")), ("b", (1, "test")), ("c", (1, "test")))

@@ -12,7 +12,7 @@ from dumo.config.load import identity
 from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.io.weights import load as load_weights
-from dumo.run.average import Profile, average, fit, mixed, overlap
+from dumo.run.average import Profile, average, fit_profile, overlap, weighted_sum
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.training import checkpoint
@@ -148,14 +148,14 @@ def test_overlaps_are_the_integrals() -> None:
 
 @pytest.mark.parametrize("known", PROFILES[::5])
 def test_a_snapshot_is_found_again(known: Profile) -> None:
-    x, error = fit(PROFILES, known)
+    x, error = fit_profile(PROFILES, known)
     assert x == pytest.approx([float(one == known) for one in PROFILES], abs=1e-9)
     assert error < 1e-6
 
 
 def test_weights_that_rest_stay() -> None:
     for std in (0.01, 0.04, 0.25):
-        assert sum(fit(PROFILES, Profile(STEPS, std))[0]) == pytest.approx(1, abs=1e-12)
+        assert sum(fit_profile(PROFILES, Profile(STEPS, std))[0]) == pytest.approx(1, abs=1e-12)
 
 
 def test_more_snapshots_are_nearer() -> None:
@@ -163,12 +163,12 @@ def test_more_snapshots_are_nearer() -> None:
     errors = []
     for count in (8, 16, 32):
         kept = [Profile(step, std) for step, std in product(range(3200 // count, 3201, 3200 // count), (0.05, 0.1))]
-        errors.append(fit(kept, Profile(3200, 0.12))[1])
+        errors.append(fit_profile(kept, Profile(3200, 0.12))[1])
     assert all(3 < a / b < 5 for a, b in pairwise(errors))
 
 
 def test_what_is_not_averaged_is_the_last_ones() -> None:
     snapshots = [{"w": torch.full((2,), i, dtype=torch.float32), "count": torch.tensor(i)} for i in (1, 2)]
-    found = mixed(snapshots, [0.25, 0.5], {"w"})
+    found = weighted_sum(snapshots, [0.25, 0.5], {"w"})
     assert torch.equal(found["w"], torch.full((2,), 1.25))
     assert found["count"].item() == 2

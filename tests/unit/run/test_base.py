@@ -22,7 +22,7 @@ from dumo.flow.slope import DualSlope
 from dumo.run.folder import note
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
-from dumo.run.teacher import of_base, open_teacher
+from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.train import train
 from dumo.run.weights import begin_from, build, open_run
 from dumo.runtime import dist
@@ -103,7 +103,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     net.train().get_submodule("net").eval()
     modes = [part.training for part in net.modules()]
     x, w, c, t = *torch.randn(2, 4, 2, generator=g).unbind(), torch.zeros(4).long(), torch.rand(4, generator=g)
-    velocity = of_base(Teacher(kind="base"), run, net).reads.velocity
+    velocity = base_flow(Teacher(kind="base"), run, net).reads.velocity
     assert velocity
 
     def slopes(ask: bool) -> list[Tensor]:

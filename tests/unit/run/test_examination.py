@@ -171,17 +171,17 @@ def test_the_slope_sees_theta_minus_as_training_shows_it(ref: str, own: bool, mo
 def test_labels_are_in_range_and_keyed_by_the_seed() -> None:
     run = tiny("digits", "net.attention=2")
     given = run.objective, run.path, run.data
-    x, w, c, inputs = examination.point(*given, 0, 128)
-    assert set(c.tolist()) == set(range(11))  # the null class, too
-    assert {tuple(s.shape) for s in (x, w)} == {(128, 1, 8, 8)}
-    assert list(inputs) == ["t"]
-    assert torch.equal(x, examination.point(*given, 0, 128)[0])
-    assert not torch.equal(x, examination.point(*given, 1, 128)[0])
+    point = examination.example_point(*given, 0, 128)
+    assert set(point.c.tolist()) == set(range(11))  # the null class, too
+    assert point.x_t.shape == point.direction.shape == (128, 1, 8, 8)
+    assert list(point.inputs) == ["t"]
+    assert torch.equal(point.x_t, examination.example_point(*given, 0, 128).x_t)
+    assert not torch.equal(point.x_t, examination.example_point(*given, 1, 128).x_t)
 
 
 def test_times_reach_the_ends() -> None:
     run = tiny("moons-meanflow")
-    *_, inputs = examination.point(run.objective, run.path, run.data, 0, 4)
+    inputs = examination.example_point(run.objective, run.path, run.data, 0, 4).inputs
     t, r = inputs["t"], inputs["r"]
     assert t.min() > 0
     assert t.max() == t[-1] == 1

@@ -8,7 +8,7 @@ import pytest
 from dumo.config.load import FILE, dump, load
 from dumo.config.spec import Run
 from dumo.encoders.pipeline import PUBLISHED
-from dumo.run.resolve import as_given, given, pinned, placed, places, whole
+from dumo.run.resolve import absolute_path, as_given, paths_as_typed, places, with_absolute_paths, with_hashes
 
 LATENTS = {"data.root", "data.images.root", "data.codec.weights"}
 IMAGES = "evaluate.protocol={kind: photos, samples: 24}"
@@ -32,45 +32,45 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [("a/b", "a/b"), ("./a", "a"), ("~/a", "home/a"), ("$PLACE/a", "one/a"), ("${PLACE}", "one"), ("a/../b", "b")],
 )
 def test_a_place_is_made_whole(text: str, is_whole: str, tmp_path: Path) -> None:
-    assert whole(text) == str(tmp_path / is_whole) == whole(str(tmp_path / is_whole))
-    assert whole(text, maybe=True) == text  # nothing is there
-    found = placed(images(text))
+    assert absolute_path(text) == str(tmp_path / is_whole) == absolute_path(str(tmp_path / is_whole))
+    assert absolute_path(text, maybe=True) == text  # nothing is there
+    found = with_absolute_paths(images(text))
     assert found.data.root == str(tmp_path / is_whole)  # pyright: ignore
-    assert given(found.resolved) == {"data.root": text}
+    assert paths_as_typed(found.resolved) == {"data.root": text}
     assert as_given(found) == images(text)
 
 
 def test_what_has_no_value_stays(tmp_path: Path) -> None:
-    assert whole("$NOWHERE/a") == "$NOWHERE/a"
-    assert placed(images("$NOWHERE/a")) == images("$NOWHERE/a")
+    assert absolute_path("$NOWHERE/a") == "$NOWHERE/a"
+    assert with_absolute_paths(images("$NOWHERE/a")) == images("$NOWHERE/a")
 
 
 def test_the_words_that_a_run_began_with_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, there = placed(images("$PLACE")), str(tmp_path / "one")
+    began, there = with_absolute_paths(images("$PLACE")), str(tmp_path / "one")
     (tmp_path / FILE).write_text(dump(began))
     before = load(str(tmp_path))
     assert before == began
     monkeypatch.setenv("PLACE", "/elsewhere")
     for same in (images("$PLACE"), before):
-        assert placed(same, before) == began
+        assert with_absolute_paths(same, before) == began
     monkeypatch.delenv("PLACE")
-    assert placed(images("$PLACE"), before) == began
+    assert with_absolute_paths(images("$PLACE"), before) == began
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir("sub")
-    moved = placed(images("two"), before)
-    assert (moved.data.root, given(moved.resolved)) == (str(tmp_path / "sub/two"), {"data.root": "two"})  # pyright: ignore
-    assert placed(images(there), before) == began
+    moved = with_absolute_paths(images("two"), before)
+    assert (moved.data.root, paths_as_typed(moved.resolved)) == (str(tmp_path / "sub/two"), {"data.root": "two"})  # pyright: ignore
+    assert with_absolute_paths(images(there), before) == began
 
 
 def test_names_are_no_places(tmp_path: Path) -> None:
     """Of models that are known by name, and of functions; a folder of that name changes nothing for the first."""
     os.mkdir(PUBLISHED[0])
-    assert dict(places(placed(load("sd3-lora"))))["pipeline.source"] == PUBLISHED[0]
+    assert dict(places(with_absolute_paths(load("sd3-lora"))))["pipeline.source"] == PUBLISHED[0]
     taught = load("digits", ["teacher={kind: python, source: a:b}"])
-    assert dict(places(placed(taught)))["teacher.source"] == "a:b"
+    assert dict(places(with_absolute_paths(taught)))["teacher.source"] == "a:b"
     os.mkdir("runs")
     taught = load("digits", ["teacher={source: runs}"])
-    assert dict(places(placed(taught)))["teacher.source"] == str(tmp_path / "runs")
+    assert dict(places(with_absolute_paths(taught)))["teacher.source"] == str(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_a_pin_is_taken_from_the_run_that_it_goes_on_as(tmp_path: Path) -> None:
     codec = f"codec: {{kind: taef2, weights: '{file}'}}"
     data = f"data={{kind: latents, root: cache, images: {{root: '.', side: 8, classes: 10}}, {codec}}}"
     run = load("digits", [data, IMAGES, "net.patch=1"])
-    began = pinned(run)
+    began = with_hashes(run)
     sha256 = began.data.codec.sha256  # pyright: ignore
     assert sha256
     assert began.resolved["data.codec.sha256"] == sha256
     file.write_bytes(b"others")
-    assert pinned(run, began).data == began.data
-    assert pinned(run).data.codec.sha256 != sha256  # pyright: ignore
+    assert with_hashes(run, began).data == began.data
+    assert with_hashes(run).data.codec.sha256 != sha256  # pyright: ignore
     file.unlink()
-    assert pinned(run) == run  # nothing is there
+    assert with_hashes(run) == run  # nothing is there

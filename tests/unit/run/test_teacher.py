@@ -60,16 +60,16 @@ def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
         train(run, tmp_path)
 
 
-def plan_of(run: Run) -> teacher.Plan:
-    """The plan of the run's pairs."""
+def index_of(run: Run) -> teacher.PairsIndex:
+    """The index of the run's pairs."""
     assert run.teacher
     assert run.teacher.pairs
-    return teacher.Plan.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
+    return teacher.PairsIndex.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
 
 
-def couple(run: Run, reads: Reads, folder: Path) -> teacher.Coupled:
+def pairs_of(run: Run, reads: Reads, folder: Path) -> teacher.TeacherPairs:
     """The run's pairs, by one process."""
-    return teacher.couple(plan_of(run), reads, folder, CPU, no_bar)
+    return teacher.make_pairs(index_of(run), reads, folder, CPU, no_bar)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -81,12 +81,12 @@ def test_pairs_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
     """So a teacher who was mended makes them anew."""
     run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
     with pytest.raises(UserError, match="6 of the teacher's pairs are not finite, the first is number 0"):
-        couple(run, nan(run, CPU), tmp_path)
+        pairs_of(run, nan(run, CPU), tmp_path)
     assert not shards(tmp_path)
-    other = plan_of(run).model_copy(update={"teacher": "mended"})
-    teacher.couple(other, shift(run, CPU), tmp_path, CPU, no_bar)
+    other = index_of(run).model_copy(update={"teacher": "mended"})
+    teacher.make_pairs(other, shift(run, CPU), tmp_path, CPU, no_bar)
     with pytest.raises(UserError, match=r"holds another set of pairs:\n  teacher: mended there,  now"):
-        couple(run, shift(run, CPU), tmp_path)
+        pairs_of(run, shift(run, CPU), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,20 +102,20 @@ def test_pairs_that_changed_are_refused(
     tmp_path: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], fault: str
 ) -> None:
     run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
-    couple(run, shift(run, CPU), tmp_path)
+    pairs_of(run, shift(run, CPU), tmp_path)
     (file,) = shards(tmp_path)
     file.write_bytes(save(damage(load_weights(file))))
     with pytest.raises(
         UserError, match=rf"shard-00000\.safetensors {fault}: delete it, and these pairs are made again"
     ):
-        couple(run, shift(run, CPU), tmp_path)
+        pairs_of(run, shift(run, CPU), tmp_path)
 
 
 def test_pairs_of_older_versions_are_refused(tmp_path: Path) -> None:
     run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
     (tmp_path / "00000000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds no index\.json: give another folder, or remove this one"):
-        couple(run, shift(run, CPU), tmp_path)
+        pairs_of(run, shift(run, CPU), tmp_path)
 
 
 FEW = ("net.width=32", "train.steps=120", "train.batch=64", "train.optimizer.lr=0.01")
@@ -188,7 +188,7 @@ def test_a_teacher_of_other_data_is_refused(known: Path, tmp_path: Path) -> None
 def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     """Which moves the noise; kept, and made again to the same bits where a file is missing."""
     run = tiny("moons", *SHIFT, "teacher.pairs.count=1500")
-    made = couple(run, shift(run, CPU), tmp_path)
+    made = pairs_of(run, shift(run, CPU), tmp_path)
     files = shards(tmp_path)
     assert [len(load_weights(file)["x"]) for file in files] == [1024, 476]
     x, c, z = made.batch(3, 8, 0)
@@ -197,7 +197,7 @@ def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     assert (x.shape, c.shape, z.shape) == ((8, 2), (8,), (8, 2))
     second, first = files[1].read_bytes(), files[0].stat().st_mtime_ns
     files[1].unlink()
-    couple(run, shift(run, CPU), tmp_path)
+    pairs_of(run, shift(run, CPU), tmp_path)
     assert files[1].read_bytes() == second
     assert files[0].stat().st_mtime_ns == first
 
@@ -227,10 +227,10 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     return ranks
 
 
-def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[teacher.Coupled | str, list[int]]]:
+def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[teacher.TeacherPairs | str, list[int]]]:
     """What each of two ranks gets, pairs or an error, and the numbers of rows that it asked the teacher for."""
 
-    def work(rank: int) -> tuple[teacher.Coupled | str, list[int]]:
+    def work(rank: int) -> tuple[teacher.TeacherPairs | str, list[int]]:
         ranks.rank, made = rank, list[int]()
 
         def noted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[tea
             return reads.velocity(x, t, c)
 
         try:
-            return teacher.couple(plan_of(run), Reads(velocity=noted), folder, CPU, no_bar), made
+            return teacher.make_pairs(index_of(run), Reads(velocity=noted), folder, CPU, no_bar), made
         except (UserError, OSError) as error:
             return str(error), made
 
@@ -256,8 +256,8 @@ def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
     run = tiny("moons", *COUPLED)
     (one, first), (other, second) = shared(ranks, run, shift(run, CPU), tmp_path / "two")
     assert (first, second) == ([1024] * 32 + [52] * 32, [1024] * 32)
-    assert isinstance(one, teacher.Coupled)
-    assert isinstance(other, teacher.Coupled)
+    assert isinstance(one, teacher.TeacherPairs)
+    assert isinstance(other, teacher.TeacherPairs)
     assert torch.equal(one.z, noise(0, range(2100), 0, (2,)))
     for a, b in zip(one.batch(3, 8, 0), other.batch(3, 8, 0), strict=True):
         assert torch.equal(a, b)
@@ -309,15 +309,15 @@ def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch:
     """One who failed before may be mended. The main process notes it."""
     with monkeypatch.context() as patch:
         patch.setattr(dist, "rank", lambda: 1)
-        teacher.Known(Teacher(source="a"), Reads(), None, {"sha256": "a"}).note(tmp_path)
+        teacher.LoadedTeacher(Teacher(source="a"), Reads(), None, {"sha256": "a"}).write_record(tmp_path)
     assert not list(tmp_path.iterdir())
-    first, second = (teacher.Known(Teacher(source=name), Reads(), None, {"sha256": name}) for name in "ab")
-    first.note(tmp_path)
-    second.check(tmp_path)
+    first, second = (teacher.LoadedTeacher(Teacher(source=name), Reads(), None, {"sha256": name}) for name in "ab")
+    first.write_record(tmp_path)
+    second.require_same(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    first.check(tmp_path)
+    first.require_same(tmp_path)
     with pytest.raises(UserError, match="began with another teacher"):
-        second.check(tmp_path)
+        second.require_same(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from dumo.nets.route import Route
 from dumo.nets.rows import Rows
 from dumo.nets.text import Learned
 from dumo.objectives import DuMo, MeanFlow
-from dumo.run.teacher import Base
+from dumo.run.teacher import BaseNet
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.checkpoint import save
@@ -190,7 +190,7 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
     objective, classes = case.taught
     teacher = None
     if case.based:
-        base = Base(state.net, spec.precision)
+        base = BaseNet(state.net, spec.precision)
 
         def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
             return v + 0.5 * (base(x, c, **dict.fromkeys(objective.needs.names, t))[0] - v)
