@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
-from dumo.cli.compose import compose, plain_data, plain_net
+from dumo.cli.compose import Composed, compose, plain_data, plain_net
 from dumo.config import load as config
 from dumo.config.change import override, shown
 from dumo.config.spec import Run
@@ -29,8 +29,9 @@ from dumo.report import page
 from dumo.report.feed import live
 from dumo.report.sample import COUNT, guide_of, size_of, solver_of, turned
 from dumo.report.sheet import Sheets
+from dumo.run.job import open_job
 from dumo.run.prompt import prompted
-from dumo.run.train import train as train_run
+from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads
 from dumo.runtime.progress import Bar, bar, no_bar, say, teller
@@ -336,19 +337,34 @@ def train(
     the folder holds another run.
     """
     with trusting(trust_code):
-        sets, folder = _settings(changes), None if out is None else Path(out)
         if isinstance(source, Run):
-            if folder is None or not (objective is data is net is None):
+            if out is None or not (objective is data is net is None):
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-            run = recipe(source, changes)
+            composed = Composed(recipe(source, changes), (), Path(out))
         else:
-            parts: Any = {"objective": objective, "data": data, "net": net}
-            run, folder = compose(source, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
-        hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
-        tell = None if bar is no_bar else say
-        with live(folder, track, say) as more:
-            train_run(run, folder, device=str(device), bar=bar, tell=tell, sheets=Sheets, hooks=[*hooks, *more])
-        return load(folder, device=device)
+            composed = compose(
+                source,
+                _settings(changes),
+                None if out is None else Path(out),
+                objective=objective,
+                data=data,
+                net=net,
+                minutes=minutes,
+                device=str(device),
+                bar=bar,
+            )
+        hooks = [callback if isinstance(callback, Every) else Every(1, callback) for callback in callbacks]
+        opened = open_job(
+            composed.folder,
+            composed.run,
+            changes=composed.changes,
+            device=str(device),
+            tell=None if bar is no_bar else say,
+            sheets=Sheets,
+        )
+        with live(composed.folder, track, say) as tracker_hooks, opened as job:
+            train_job(job, bar, [*hooks, *tracker_hooks])
+        return load(composed.folder, device=device)
 
 
 def _settings(changes: Changes | None) -> list[str]:
