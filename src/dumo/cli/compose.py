@@ -157,9 +157,9 @@ def base(parts: Fields) -> str:
 
 def are_images(data: Fields) -> bool:
     """Whether data are images, not points."""
-    found = parse(Parts, {"data": data}).data
-    assert found is not None
-    return len(found.shape) == 3
+    parsed = parse(Parts, {"data": data}).data
+    assert parsed is not None
+    return len(parsed.shape) == 3
 
 
 def twin_of(data: str, objective: Fields) -> str:
