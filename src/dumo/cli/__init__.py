@@ -72,11 +72,12 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             name = getattr(error, "option_name", "")
-            if not (known := ours(name)):
+            hint = ours(name)
+            if not hint:
                 raise
             from dumo.types import UserError
 
-            raise UserError(f"there is no option {name}: {known}") from error
+            raise UserError(f"there is no option {name}: {hint}") from error
 
 
 for command in COMMANDS:
@@ -106,8 +107,9 @@ def exit_code() -> int:
             code = end.code if isinstance(end.code, int) else 1
         sys.stdout.flush()
     except Exception as error:
-        if (found := explain(error)) is None:
+        explained = explain(error)
+        if explained is None:
             raise
-        line, code = found
-        err.print(f"error: {line}", soft_wrap=True)
+        message, code = explained
+        err.print(f"error: {message}", soft_wrap=True)
     return code

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
-from dumo.cli.compose import compose, plain_data, plain_net
+from dumo.cli.compose import Composed, compose, plain_data, plain_net
 from dumo.config import load as config
 from dumo.config.change import override, shown
 from dumo.config.spec import Run
@@ -29,8 +29,9 @@ from dumo.report import page
 from dumo.report.feed import live
 from dumo.report.sample import COUNT, guide_of, size_of, solver_of, turned
 from dumo.report.sheet import Sheets
+from dumo.run.job import open_job
 from dumo.run.prompt import prompted
-from dumo.run.train import train as train_run
+from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads
 from dumo.runtime.progress import Bar, bar, no_bar, say, teller
@@ -124,7 +125,7 @@ class TrainedRun:
 
         Raises UserError for anything out of range or of another type, and as `dumo.run.prompt.prompted`.
         """
-        sampler, spec = self.opened.sampler, self.spec.sample
+        sampler = self.opened.sampler
         if size is not None:
             sampler = replace(sampler, size=size_of(sampler.data, size))
         if output not in OUTPUTS:
@@ -133,24 +134,31 @@ class TrainedRun:
             if seed is not None or noise is not None:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-        c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, source, noise, sampler.shape)
+        if n is not None:
+            n = integer("n", n, 1)
+        c = self._conditions(classes, n, prompts, source, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
         with threads.fewer_when_busy(self.device, teller(bar)):
             x = sampler.sample(
                 c,
-                nfe=spec.nfe[0] if nfe is None else integer("nfe", nfe, 1),
+                nfe=self.spec.sample.nfe[0] if nfe is None else integer("nfe", nfe, 1),
                 seed=None if seed is None else integer("seed", seed),
-                solver=solver_of(spec, solver),
+                solver=solver_of(self.spec.sample, solver),
                 guide=guide,
                 z=None if noise is None else noise.float().cpu(),
                 bar=bar,
             ).x
-        x = x.clamp(-1, 1) if self.makes_images else x
-        if output == "pil":
-            return self.pil(x)
-        if output == "np":
-            return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy() if self.makes_images else x.numpy()
-        return x
+        if self.makes_images:
+            x = x.clamp(-1, 1)
+        match output:
+            case "pil":
+                return self.pil(x)
+            case "np" if self.makes_images:
+                return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy()
+            case "np":
+                return x.numpy()
+            case "pt":
+                return x
 
     def _conditions(
         self,
@@ -167,11 +175,14 @@ class TrainedRun:
         conditions = self.spec.conditions
         only: list[int] | None = None
         if prompts is not None:
-            wanted, place = [prompts] if isinstance(prompts, str) else prompts, None if source is None else Path(source)
-            only = prompted(self.opened.sampler, wanted, place).tolist()
+            texts = [prompts] if isinstance(prompts, str) else prompts
+            only = prompted(self.opened.sampler, texts, None if source is None else Path(source)).tolist()
         elif classes is not None:
-            wanted = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
-            only = [conditions.index(c if isinstance(c, str) else str(integer("a class", c, None))) for c in wanted]
+            labels = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else classes
+            only = []
+            for label in labels:
+                name = label if isinstance(label, str) else str(integer("a class", label, None))
+                only.append(conditions.index(name))
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
         if noise is not None:
@@ -182,11 +193,14 @@ class TrainedRun:
             if n not in (None, len(noise)):
                 raise UserError(f"n = {n}, and noise has {len(noise)} rows: leave out n")
             n = len(noise)
-        n = len(only or range(COUNT)) if n is None else n
+        if n is None:
+            n = len(only) if only else COUNT
         if only and n < len(only):
-            what = "prompts" if prompts is not None else "classes"
-            raise UserError(f"n = {n} samples leave out some of {len(only)} {what}: raise n, or give fewer")
-        return turned(torch.tensor(only), n) if prompts is not None else conditions.in_turn(n, only)
+            noun = "prompts" if prompts is not None else "classes"
+            raise UserError(f"n = {n} samples leave out some of {len(only)} {noun}: raise n, or give fewer")
+        if prompts is not None:
+            return turned(torch.tensor(only), n)
+        return conditions.in_turn(n, only)
 
     @property
     def makes_images(self) -> bool:
@@ -216,16 +230,18 @@ class TrainedRun:
 
         `results` has a row per number of passes; `file` says where the report is. Raises UserError as `sample`.
         """
-        wanted = nfe if nfe is None or isinstance(nfe, Iterable) else [nfe]
-        passes = None if wanted is None else [integer("nfe", k, 0) for k in wanted]
-        seed = None if seed is None else integer("seed", seed)
+        passes: list[int] | None = None
+        if nfe is not None:
+            passes = [integer("nfe", value) for value in (nfe if isinstance(nfe, Iterable) else [nfe])]
+        if seed is not None:
+            seed = integer("seed", seed)
         return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, bar=bar)
 
     def __repr__(self) -> str:
         """One line."""
         run = self.spec
-        what = f"{run.objective.kind} on {run.data.kind}, net {run.net.kind}"
-        return f"<dumo run {self.folder}: {what}, step {self.step:,}, on {self.device}>"
+        parts = f"{run.objective.kind} on {run.data.kind}, net {run.net.kind}"
+        return f"<dumo run {self.folder}: {parts}, step {self.step:,}, on {self.device}>"
 
     def _repr_html_(self) -> str:
         """A table, for a notebook."""
@@ -250,14 +266,14 @@ class TrainedRun:
 def integer(name: str, value: object, least: int | None = 0) -> int:
     """A whole number, numpy's or torch's too, not below `least`. Raises UserError for anything else, and for a bool."""
     try:
-        found = operator.index(value)  # pyright: ignore[reportArgumentType], what it raises is what is asked
+        number = operator.index(value)  # pyright: ignore[reportArgumentType], what it raises is what is asked
     except TypeError:
-        found = None
-    if found is None or isinstance(value, bool):
+        number = None
+    if number is None or isinstance(value, bool):
         raise UserError(f"{name} is a whole number; got {brief(repr(value))}")
-    if least is not None and found < least:
-        raise UserError(f"{name} = {found}: it is {least} or more")
-    return found
+    if least is not None and number < least:
+        raise UserError(f"{name} = {number}: it is {least} or more")
+    return number
 
 
 def is_tensor(value: object) -> bool:
@@ -284,7 +300,8 @@ def load(
     safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
     there is one. `trust_code`: run the code that the folder names (`dumo.config.trust`).
     """
-    _ = plain_data(data), plain_net(net)  # remembered
+    plain_data(data)  # remembered
+    plain_net(net)
     file = None if weights is None else str(weights)
     with trusting(trust_code):
         return TrainedRun(open_run(folder, _settings(changes), weights=file, device=str(device)))
@@ -336,28 +353,42 @@ def train(
     the folder holds another run.
     """
     with trusting(trust_code):
-        sets, folder = _settings(changes), None if out is None else Path(out)
         if isinstance(source, Run):
-            if folder is None or not (objective is data is net is None):
+            if out is None or not (objective is data is net is None):
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-            run = recipe(source, changes)
+            composed = Composed(recipe(source, changes), (), Path(out))
         else:
-            parts: Any = {"objective": objective, "data": data, "net": net}
-            run, folder = compose(source, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
-        hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
-        tell = None if bar is no_bar else say
-        with live(folder, track, say) as more:
-            train_run(run, folder, device=str(device), bar=bar, tell=tell, sheets=Sheets, hooks=[*hooks, *more])
-        return load(folder, device=device)
+            composed = compose(
+                source,
+                _settings(changes),
+                None if out is None else Path(out),
+                objective=objective,
+                data=data,
+                net=net,
+                minutes=minutes,
+                device=str(device),
+                bar=bar,
+            )
+        hooks = [callback if isinstance(callback, Every) else Every(1, callback) for callback in callbacks]
+        opened = open_job(
+            composed.folder,
+            composed.run,
+            changes=composed.changes,
+            device=str(device),
+            tell=None if bar is no_bar else say,
+            sheets=Sheets,
+        )
+        with live(composed.folder, track, say) as tracker_hooks, opened as job:
+            train_job(job, bar, [*hooks, *tracker_hooks])
+        return load(composed.folder, device=device)
 
 
 def _settings(changes: Changes | None) -> list[str]:
     """The changes as `--set` takes them."""
-
-    def text(name: str, value: object) -> str:
+    settings: list[str] = []
+    for field, value in (changes or {}).items():
         try:
-            return shown(value)
+            settings.append(f"{field}={shown(value)}")
         except (PydanticSerializationError, UnicodeEncodeError) as error:
-            raise UserError(f"{name}: {value!r} is no number, text, list or dict") from error
-
-    return [f"{name}={text(name, value)}" for name, value in (changes or {}).items()]
+            raise UserError(f"{field}: {value!r} is no number, text, list or dict") from error
+    return settings

@@ -1,6 +1,11 @@
-"""A run from the parts that a notebook has: data, a network, an objective, by name or as objects."""
+"""A run from the parts that a notebook has: data, a network, an objective, by name or as objects.
+
+`compose` decides what a source names, turns the parts into plain values, and puts them into the run of the source, or
+of the recipe that suits them.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,8 @@ from torch import nn
 from dumo.config import recipes
 from dumo.config.change import shown
 from dumo.config.load import FILE, load, load_recipe, parse
-from dumo.config.source import SHIPPED_PREFIX, choose, folder_of_images
+from dumo.config.objective import objective_of
+from dumo.config.source import SHIPPED_PREFIX, Source, choose, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.tree import Parts
 from dumo.data import Memory
@@ -29,9 +35,18 @@ OF_A_MODULE: Fields = {
 }
 
 
+@dataclass(frozen=True)
+class Composed:
+    """What to train, and where: `dumo.run.job.open_job` takes all three."""
+
+    run: Run | None  # None: the one that the folder holds, with the changes
+    changes: Sequence[str]  # a.b=c
+    folder: Path
+
+
 def compose(
     source: str | Path | None,
-    sets: Sequence[str],
+    changes: Sequence[str],
     folder: Path | None,
     *,
     objective: str | Mapping[str, Any] | Spec | None,
@@ -40,40 +55,59 @@ def compose(
     minutes: float | None,
     device: str,
     bar: Bar,
-) -> tuple[Run, Path]:
+) -> Composed:
     """A run and its folder: a recipe, or what the folder holds, with these parts instead of its own.
 
     Without a source the data say what it is based on: for images a run is proposed, as by `dumo train FOLDER`; points
     are trained on as moons are; an objective's name finds its recipe. Raises UserError.
     """
+    # what was named: a recipe, a file or a run (`chosen`), or a place of images
+    chosen: Source | None = None
+    place: str | None = None
     if source is not None:
         chosen = choose(source, folder)
-        source = chosen.word
         if data is None and chosen.kind == "images":
-            data = str(source)
-            source = None
-    place = str(data) if source is None and is_path(data) else None
-    parts: Fields = {"objective": plain("objective", objective), "net": plain_net(net)}
-    parts |= {} if place else {"data": plain_data(data)}
-    parts = {name: part for name, part in parts.items() if part is not None}
-    folder = folder or default_folder(source, parts, place)
-    if source is None:
-        recipe = proposal.RECIPE if place else base(parts)
-        based_on = f"{SHIPPED_PREFIX}{recipe}"
+            place = str(chosen.word)
+            chosen = None
+    elif is_path(data):
+        place = str(data)
+
+    # the parts, and where they are trained
+    plain_parts = {
+        "objective": plain("objective", objective),
+        "net": plain_net(net),
+        "data": None if place else plain_data(data),
+    }
+    parts = {name: part for name, part in plain_parts.items() if part is not None}
+    if folder is None:
+        folder = default_folder(chosen, parts, place)
+    if chosen and chosen.kind == "run" and chosen.folder == folder and not parts:
+        return Composed(None, changes, folder)
+
+    # the run that they are put into
+    recipe = ""
+    base_source: str | Path
+    if chosen:
+        base_source = chosen.word
     else:
-        recipe = None
-        based_on = source
-    fields = fitting(parts, load(based_on))
+        recipe = proposal.RECIPE if place else base(parts)
+        base_source = f"{SHIPPED_PREFIX}{recipe}"
+    base_run = load(base_source)
+    fields = fields_of(parts, base_run)
     if isinstance(net, nn.Module):
         fields |= OF_A_MODULE
     if fields:
         fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
-    sets = [*(f"{field}={shown(value)}" for field, value in fields.items()), *sets]
+    changes = [*(f"{field}={shown(value)}" for field, value in fields.items()), *changes]
+
     if (folder / FILE).is_file():
-        return load(folder, [*([f"data.root={place}"] if place else []), *sets]), folder
+        if place:
+            changes = [f"data.root={place}", *changes]
+        return Composed(None, changes, folder)
     if recipe == proposal.RECIPE:
-        return proposal.propose(place, sets, minutes=minutes, device=device, bar=bar).run, folder
-    return load(based_on, sets), folder
+        proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)
+        return Composed(proposed.run, changes, folder)
+    return Composed(load(base_source, changes) if changes else base_run, changes, folder)
 
 
 def is_path(data: object) -> bool:
@@ -83,8 +117,10 @@ def is_path(data: object) -> bool:
 
 def plain(name: str, part: object) -> Fields | None:
     """A part as plain values: of the name of its kind, of a mapping, or of a spec. Raises UserError for another."""
-    if part is None or isinstance(part, Mapping):
-        return None if part is None else dict(part)
+    if part is None:
+        return None
+    if isinstance(part, Mapping):
+        return dict(part)
     if isinstance(part, str):
         return {"kind": part}
     if isinstance(part, Spec):
@@ -93,15 +129,19 @@ def plain(name: str, part: object) -> Fields | None:
 
 
 def plain_net(net: object) -> Fields | None:
-    """The same; a module of torch is remembered."""
-    return plain("net", Module.of(net) if isinstance(net, nn.Module) else net)
+    """As `plain`; a module of torch is remembered."""
+    if isinstance(net, nn.Module):
+        net = Module.of(net)
+    return plain("net", net)
 
 
 def plain_data(data: object) -> Fields | None:
-    """The same; a place of images is read from there, and rows of Python are remembered."""
+    """As `plain`; a place of images is read from there, and rows of Python are remembered."""
     if is_path(data):
         return {"kind": "images", "root": str(data)}
-    return plain("data", data if data is None or isinstance(data, str | Mapping | Spec) else Memory.of(data))
+    if data is not None and not isinstance(data, str | Mapping | Spec):
+        data = Memory.of(data)
+    return plain("data", data)
 
 
 def base(parts: Fields) -> str:
@@ -117,9 +157,9 @@ def base(parts: Fields) -> str:
 
 def are_images(data: Fields) -> bool:
     """Whether data are images, not points."""
-    found = parse(Parts, {"data": data}).data
-    assert found is not None
-    return len(found.shape) == 3
+    parsed = parse(Parts, {"data": data}).data
+    assert parsed is not None
+    return len(parsed.shape) == 3
 
 
 def twin_of(data: str, objective: Fields) -> str:
@@ -127,20 +167,20 @@ def twin_of(data: str, objective: Fields) -> str:
     return f"{data}-{objective['kind']}".replace("_", "-")
 
 
-def default_folder(source: str | Path | None, parts: Fields, place: str | None) -> Path:
+def default_folder(chosen: Source | None, parts: Fields, place: str | None) -> Path:
     """runs/NAME. Raises UserError where nothing gives a name."""
     if place is not None:
         return folder_of_images(place)
-    if source is not None and not parts:
-        return choose(source).folder
-    if source is None and parts.keys() == {"objective"}:
-        name = base(parts)
-        if name not in TOYS:
-            return choose(f"{SHIPPED_PREFIX}{name}").folder
+    if chosen and not parts:
+        return chosen.folder
+    if chosen is None and parts.keys() == {"objective"}:
+        recipe = base(parts)
+        if recipe not in TOYS:
+            return choose(f"{SHIPPED_PREFIX}{recipe}").folder
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 
-def fitting(parts: Fields, run: Run) -> Fields:
+def fields_of(parts: Fields, run: Run) -> Fields:
     """The fields that put parts into a run: with other data how these are judged, with another objective a solver.
 
     A part of the run's own kind that is given by name alone stays as the run has it; another objective is as its recipe
@@ -148,13 +188,12 @@ def fitting(parts: Fields, run: Run) -> Fields:
     """
     fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
     if "data" in fields and fields["data"]["kind"] != run.data.kind:
-        judged = load_recipe(proposal.RECIPE if are_images(fields["data"]) else "moons").evaluate
-        fields["evaluate"] = judged.model_dump(mode="json")
+        recipe = proposal.RECIPE if are_images(fields["data"]) else "moons"
+        fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
         twin = twin_of(TOYS[0], fields["objective"])
         if fields["objective"].keys() == {"kind"} and twin in recipes.names():
             fields["objective"] = load_recipe(twin).objective.model_dump(mode="json")
-        objective = parse(Parts, {"objective": fields["objective"]}).objective
-        assert objective is not None
-        fields["sample.solver"] = {"kind": best(taught(objective)).kind}
+        solver = best(taught(objective_of(fields["objective"])))
+        fields["sample.solver"] = {"kind": solver.kind}
     return fields

@@ -78,8 +78,11 @@ def step(
     from dumo.run.resolve import resolve
 
     begin(threads)
+    overrides = [*(set_ or [])]
+    if batch:
+        overrides.append(f"train.batch={batch}")
     report = step.measure(
-        resolve(load(source, [*(set_ or []), *([f"train.batch={batch}"] if batch else [])])),
+        resolve(load(source, overrides)),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
         shape=numbers("--shape", shape),
@@ -104,6 +107,7 @@ def step_cells(row: dict[str, Any]) -> dict[str, str]:
     def cell(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row[key] is None else format(scale * row[key], form)
 
+    quartiles = f"{cell('units_low', '.2f')}-{cell('units_high', '.2f')}"
     return {
         "slope": row["slope"],
         "precision": row["precision"],
@@ -111,7 +115,7 @@ def step_cells(row: dict[str, Any]) -> dict[str, str]:
         "way": "refused" if row["refused"] else row["way"] or "",
         "F counted": cell("units_counted", ".2f"),
         "F by time": cell("units_timed", ".2f"),
-        "quartiles": f"{cell('units_low', '.2f')}-{cell('units_high', '.2f')}".strip("-"),
+        "quartiles": quartiles.strip("-"),
         "ms": cell("milliseconds", ".4g"),
         "images/s": cell("images_per_second", ".4g"),
         "MB": cell("bytes", ".1f", 1e-6),
@@ -180,16 +184,29 @@ def data(
     counts = numbers("--threads", threads)
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
-    found = reading.reading_of(source, set_ or [], batch=batch, side=side)
-    report = reading.measure(found, threads=counts, batches=batches, step_seconds=step_seconds, device=device, bar=bar)
+    report = reading.measure(
+        reading.reading_of(source, set_ or [], batch=batch, side=side),
+        threads=counts,
+        batches=batches,
+        step_seconds=step_seconds,
+        device=device,
+        bar=bar,
+    )
     if as_json:
         print(json.dumps(report))
         return
-    words = {None: "", True: "waits", False: "is fed"}
-    rows = [{"threads": row["threads"] or "", "images/s": row["images_per_second"], "device": words[row["waits"]]}
-            for row in report["rows"]]  # fmt: skip
-    where = f"on {report['machine']}, {report['cores']} cores"
-    show_table(f"{report['kind']}, {report['batch']} at a time, {where}", rows)
+    device_states = {None: "", True: "waits", False: "is fed"}
+    rows: list[dict[str, Any]] = []
+    for row in report["rows"]:
+        rows.append(
+            {
+                "threads": row["threads"] or "",
+                "images/s": row["images_per_second"],
+                "device": device_states[row["waits"]],
+            }
+        )
+    machine = f"{report['machine']}, {report['cores']} cores"
+    show_table(f"{report['kind']}, {report['batch']} at a time, on {machine}", rows)
     out.print(reading.verdict(report), soft_wrap=True)
 
 
@@ -206,6 +223,7 @@ def begin(threads: int | None) -> None:
 
 def title(report: dict[str, Any]) -> str:
     """What was measured, and on what."""
-    shape, size = " x ".join(map(str, report["shape"])), f"{report['parameters'] / 1e6:.4g} M parameters"
-    where = f"{report['machine']}, {report['threads']} threads, {report['rounds']} rounds"
-    return f"{size}, {report['batch']} samples of {shape} at a time, on {where}"
+    parameters = f"{report['parameters'] / 1e6:.4g} M parameters"
+    shape = " x ".join(map(str, report["shape"]))
+    machine = f"{report['machine']}, {report['threads']} threads, {report['rounds']} rounds"
+    return f"{parameters}, {report['batch']} samples of {shape} at a time, on {machine}"

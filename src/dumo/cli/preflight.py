@@ -32,23 +32,23 @@ def recipes(
         print(json.dumps(schema()))
         return
     if as_json:
-        rows = ((group, name) for group, found in packaged.GROUPS.items() for name in found)
-        found = [
-            {"name": name, "about": packaged.about(name), "group": group, "base": packaged.base(name)}
-            for group, name in rows
-        ]
-        print(json.dumps({"recipes": found}))
+        rows: list[dict[str, str | None]] = []
+        for group, names in packaged.GROUPS.items():
+            for name in names:
+                rows.append({"name": name, "about": packaged.about(name), "group": group, "base": packaged.base(name)})
+        print(json.dumps({"recipes": rows}))
         return
     wide = Console(width=out.width if out.is_terminal else 1000, highlight=False)  # a line each, to be searched
-    for group, found in packaged.GROUPS.items():
+    for group, names in packaged.GROUPS.items():
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), title=group, title_justify="left")
         table.title_style = "bold"
-        for name in found:
+        for name in names:
             table.add_row(name, packaged.about(name))
         wide.print(table)
         wide.print()
-    for what, command in (("Look at", "show NAME"), ("Train", "train NAME"), ("Change", "show NAME --yaml > my.yaml")):
-        wide.print(f"{what + ' one:':12} dumo {command}")
+    wide.print("Look at one: dumo show NAME")
+    wide.print("Train one:   dumo train NAME")
+    wide.print("Change one:  dumo show NAME --yaml > my.yaml")
 
 
 def data(
@@ -58,25 +58,40 @@ def data(
     """List data sets and models that recipes need: what they are, how to get them, and whether they are here."""
     from dumo.plan import catalogue
 
-    items = [catalogue.described(item) for item in (catalogue.CATALOGUE if name is None else [catalogue.find(name)])]
+    if name is not None:
+        item = catalogue.described(catalogue.find(name))
+        if as_json:
+            print(json.dumps(item))
+        else:
+            show_item(item)
+        return
+    items = [catalogue.described(item) for item in catalogue.CATALOGUE]
     if as_json:
-        print(json.dumps(items[0] if name else items))
+        print(json.dumps(items))
         return
     for item in items:
-        state = {True: "there", False: "not there", None: "you name it"}[item["there"]]
-        out.print(f"{item['name']:16} {state:10} {item['what']}", soft_wrap=True)
-        if not name:
-            continue
-        lines = [("from", item["source"])]
-        lines += [("get it by", line) for line in item["get"]]
-        lines += [("layout", item["layout"])]
-        lines += [("sha256", item["sha256"])] if item["sha256"] else []
-        lines += [("looked at", f"{one['place']}: {one['state']}") for one in item["looked"]]
-        lines += [("recipes", ", ".join(item["recipes"]) or "none of the packaged ones")]
-        for title, text in lines:
-            out.print(f"  {title:10} {text}", soft_wrap=True)
-    if not name:
-        out.print("\nHow to get one, and where it is looked for:  dumo data NAME", soft_wrap=True)
+        show_head(item)
+    out.print("\nHow to get one, and where it is looked for:  dumo data NAME", soft_wrap=True)
+
+
+def show_head(item: dict[str, Any]) -> None:
+    """Print what an item of the catalogue is, and whether it is here, on one line."""
+    state = {True: "there", False: "not there", None: "you name it"}[item["there"]]
+    out.print(f"{item['name']:16} {state:10} {item['what']}", soft_wrap=True)
+
+
+def show_item(item: dict[str, Any]) -> None:
+    """Print all that is known of an item of the catalogue."""
+    lines = [("from", item["source"])]
+    lines += [("get it by", line) for line in item["get"]]
+    lines.append(("layout", item["layout"]))
+    if item["sha256"]:
+        lines.append(("sha256", item["sha256"]))
+    lines += [("looked at", f"{place['place']}: {place['state']}") for place in item["looked"]]
+    lines.append(("recipes", ", ".join(item["recipes"]) or "none of the packaged ones"))
+    show_head(item)
+    for title, text in lines:
+        out.print(f"  {title:10} {text}", soft_wrap=True)
 
 
 def load_with_advice(source: str, overrides: list[str] | None) -> "Run":
@@ -112,29 +127,39 @@ def show(
         raise typer.BadParameter("--yaml and --json: give one of them")
     spec = load_with_advice(source, set_)
     if as_yaml:
-        print(comment(" ".join(["dumo show", typed(source), *(shlex.quote(f"--set={text}") for text in set_ or [])])))
+        print(comment(" ".join(["dumo show", typed(source), *set_options(set_)])))
         print(dump(spec, short=not whole), end="")
         return
     facts = show(spec)
     if as_json:
-        print(json.dumps(facts | ({} if whole else {"spec": summary(spec)})))
+        if not whole:
+            facts = {**facts, "spec": summary(spec)}
+        print(json.dumps(facts))
         return
-    far, scale, way = facts["far"], facts["guidance_scale"], facts["slope"]
-    lines = [
-        ("objective", str(method(spec.objective))),
-        *([("images", f"{' x '.join(map(str, spec.pixels[1:]))} pixels")] if spec.pixels[1:] else []),
+    lines = [("objective", str(method(spec.objective)))]
+    if spec.pixels[1:]:
+        lines.append(("images", f"{' x '.join(map(str, spec.pixels[1:]))} pixels"))
+    lines += [
         ("parameters", f"{facts['parameters']:,}"),
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
     ]
-    lines += [("slope", f"dual, {way['text']}: {way['why']}")] if way else []
+    slope = facts["slope"]
+    if slope:
+        lines.append(("slope", f"dual, {slope['text']}: {slope['why']}"))
     lines += unknown_classes(spec.conditions)
-    lines += [("captions", one.text) for one in of_captions(spec.data)]
-    lines += [("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows")]
-    lines += [("guidance scale", f"{scale:.3g} in training (1 is none)")]
+    lines += [("captions", finding.text) for finding in of_captions(spec.data)]
+    far = facts["far"]
+    lines.append(("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"))
+    lines.append(("guidance scale", f"{facts['guidance_scale']:.3g} in training (1 is none)"))
     out.print(dump(spec, short=not whole), soft_wrap=True)
     for name, fact in lines:
         out.print(comment(f"{name:15} {fact}"), soft_wrap=True)
+
+
+def set_options(overrides: list[str] | None) -> list[str]:
+    """Overrides as one types them on the command line."""
+    return [shlex.quote(f"--set={override}") for override in overrides or []]
 
 
 def comment(text: str) -> str:
@@ -144,8 +169,10 @@ def comment(text: str) -> str:
 
 def unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
     """A line that says so, where classes are not known before the data are there."""
-    many = "captions" if conditions.captions else "a class per folder"
-    return [] if conditions.known else [("classes", f"not known yet: {many}, counted when the data are there")]
+    if conditions.known:
+        return []
+    counted = "captions" if conditions.captions else "a class per folder"
+    return [("classes", f"not known yet: {counted}, counted when the data are there")]
 
 
 def dry(
@@ -179,18 +206,27 @@ def dry(
     from dumo.plan import host, plan, rehearsal
 
     limit = size(fit) if fit else None
-    spec = load_with_advice(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
+    overrides = [*(set_ or [])]
+    if share:
+        overrides.append(f"train.share={share}")
+    spec = load_with_advice(source, overrides)
     facts = plan.plan(spec)
-    many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
+    cluster: dict[str, Any] | None = None
+    if ranks or share or fit or tflops:
+        cluster = plan_ranks(spec, ranks or 1, limit, tflops, device)
     if not as_json:
-        lines = [*plan.lines(facts, alone=not many), *unknown_classes(spec.conditions)]
-        lines += plan.ranked(many, spec.train.keep) if many else gpu_lines(facts["gpus"], source, set_ or [])
-        lines += [host.line((many or facts)["host"], name) for name in host.DEVICES]
-        lines += set_lines(many["fields"]) if many else []
+        lines = [*plan.lines(facts, alone=not cluster), *unknown_classes(spec.conditions)]
+        if cluster:
+            lines += plan.ranked(cluster, spec.train.keep)
+        else:
+            lines += gpu_lines(facts["gpus"], source, set_)
+        lines += [host.line((cluster or facts)["host"], name) for name in host.DEVICES]
+        if cluster:
+            lines += set_lines(cluster["fields"])
         show_lines(lines)
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
-        print(json.dumps({**facts, "cluster": many, "step": step}))
+        print(json.dumps({**facts, "cluster": cluster, "step": step}))
     elif step:
         show_lines(plan.rehearsed(step, spec.train.batch))
 
@@ -216,13 +252,15 @@ def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
 
 
-def gpu_lines(gpus: int | None, source: str, given: list[str]) -> list[tuple[str, str]]:
+def gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> list[tuple[str, str]]:
     """What to type where a GPU of 80 GiB does not hold the run."""
     if not gpus:
         return []
-    ranks = f" --ranks {gpus}" * (gpus > 1)
-    command = " ".join([f"dumo dry {typed(source)}{ranks} --fit 80GiB", *(shlex.quote(f"--set={t}") for t in given)])
-    return [("GPUs", f"one of 80 GiB is too small; to look for a layout on {gpus}:  {command}")]
+    command = ["dumo dry", typed(source)]
+    if gpus > 1:
+        command += ["--ranks", str(gpus)]
+    command += ["--fit 80GiB", *set_options(overrides)]
+    return [("GPUs", f"one of 80 GiB is too small; to look for a layout on {gpus}:  {' '.join(command)}")]
 
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
@@ -230,14 +268,14 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     from dumo.plan import doctor
 
     spec = load_with_advice(source, set_)
-    found = doctor.diagnose(spec, device)
+    diagnosis = doctor.diagnose(spec, device)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(diagnosis))
     else:
         show_lines(unknown_classes(spec.conditions))
-    for line in [] if as_json else found["findings"]:
-        out.print(f"{line['state']:8} {line['name']}: {line['text']}", soft_wrap=True)
-        if line["way"]:
-            out.print(f"{'':8} way out: {line['way']}", soft_wrap=True)
-    if not found["ok"]:
+        for finding in diagnosis["findings"]:
+            out.print(f"{finding['state']:8} {finding['name']}: {finding['text']}", soft_wrap=True)
+            if finding["way"]:
+                out.print(f"{'':8} way out: {finding['way']}", soft_wrap=True)
+    if not diagnosis["ok"]:
         raise typer.Exit(1)

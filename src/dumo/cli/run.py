@@ -24,7 +24,7 @@ from dumo.cli.option import (
     place,
 )
 from dumo.cli.option import classes as class_numbers
-from dumo.cli.terminal import err, out, show_lines, sparing
+from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import typed
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar, no_bar, say
@@ -68,28 +68,46 @@ def encode(
     from dumo.runtime import dist
 
     work = encode.encoding_work(source, set_ or [], out=folder, codec=codec, side=side)
-    results: list[encode.EncodeResult] = []
-    options: dict[str, Any] = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
+    latents = None
+    texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
-    with sparing(f"set --batch lower (now {batch})"), ranks:
-        of: dict[str, Any] = {"batch": batch, "part": encode.parse_part(part), "device": device, "bar": bar}
+    with memory_hint(f"set --batch lower (now {batch})"), ranks:
+        shards = encode.parse_part(part)
         if isinstance(work.data, Latents):
-            given = {name: value for name, value in options.items() if value is not None}
-            results.append(encode.encode(work.data, **of, **given, verify=verify))
-        if work.texts:
-            reason_not_to = encode.reason_not_to_encode(work.data, work.texts)
-            if reason_not_to:
-                say(reason_not_to)
-            else:
-                shard_rows = shard_rows or encode.SHARD_ROWS
-                results.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows))
+            options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
+            latents = encode.encode(
+                work.data,
+                batch=batch,
+                part=shards,
+                device=device,
+                bar=bar,
+                verify=verify,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+        no_table = encode.reason_not_to_encode(work.data, work.texts) if work.texts else ""
+        if no_table:
+            say(no_table)
+        elif work.texts:
+            texts = encode.encode_texts(
+                work.data,
+                work.texts,
+                batch=batch,
+                shard_rows=shard_rows or encode.SHARD_ROWS,
+                part=shards,
+                device=device,
+                bar=bar,
+            )
+
+    # what was made, and what to type next
+    results = [result for result in (latents, texts) if result is not None]
     for result in results:
         for line in result.lines():
             out.print(line, soft_wrap=True)
     if all(result.contents for result in results) and choose(source).kind == "recipe":
-        fields = [*encode.options_as_settings(folder, codec, side), *(set_ or [])]
-        words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
-        err.print(f"next:  {join(words)}", soft_wrap=True)
+        command = ["dumo", "train", source]
+        for field in (*encode.options_as_settings(folder, codec, side), *(set_ or [])):
+            command += ["--set", field]
+        err.print(f"next:  {join(command)}", soft_wrap=True)
 
 
 def train(
@@ -159,7 +177,7 @@ def train(
     )
     with live(folder, track, say) as hooks, opened as job:
         run = job.run
-        with sparing(sparing_words(run.train, run.net)):
+        with memory_hint(less_memory(run.train, run.net)):
             state = train_job(job, bar, hooks)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
@@ -206,21 +224,22 @@ def proposed(place: str, sets: list[str], minutes: float | None, device: str, *,
     from dumo.runtime import dist
 
     dist.alone(f"planning a run on {place}")
-    found = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
-    show_lines(found.lines())
+    proposed_run = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
+    show_lines(proposed_run.lines())
     if ask and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
     if ask and not typer.confirm("train?", default=True, err=True):
         raise typer.Exit(1)
-    return found.run
+    return proposed_run.run
 
 
-def sparing_words(train: "Train", net: "Net") -> str:
+def less_memory(train: "Train", net: "Net") -> str:
     """How a run would train in less memory."""
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
-    now = f"now {rows} of a rank's of train.batch={train.batch}"
-    other = ", or net.checkpoint=true in a new run" if net.checkpoint is False else ""
-    return f"set train.micro_batch lower, the rows of a pass ({now}){other}"
+    hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
+    if net.checkpoint is False:
+        hint += ", or net.checkpoint=true in a new run"
+    return hint
 
 
 def sample(
@@ -283,16 +302,27 @@ def sample(
         )
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        of: dict[str, Any] = {"nfe": numbers("--nfe", nfe), "seed": seed, "solver": solver}
-        of["bar"] = bar if dist.is_main() else no_bar
+        passes = numbers("--nfe", nfe)
+        progress = bar if dist.is_main() else no_bar
         folder = folder or opened.folder / "samples"
         if prompts and form in LAYOUTS:
-            files = make(opened, LAYOUTS[form], prompts, folder, **of)
+            files = make(opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress)
         else:
-            texts = [one.text for one in read_prompts(prompts)] if prompts else prompt or []
-            only, count = class_numbers(labels, opened.sampler.conditions), count or len(texts or range(COUNT))
-            of |= {"prompts": texts, "source": source, "size": size}
-            files = export(opened, folder, form=form, count=count, only=only, **of)
+            texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
+            files = export(
+                opened,
+                folder,
+                form=form,
+                count=count or len(texts) or COUNT,
+                only=class_numbers(labels, opened.sampler.conditions),
+                prompts=texts,
+                source=source,
+                nfe=passes,
+                seed=seed,
+                solver=solver,
+                size=size,
+                bar=progress,
+            )
     for file in files:
         out.print(str(file), soft_wrap=True)
 
@@ -315,16 +345,16 @@ def average(
     from dumo.runtime import dist
 
     dist.alone("dumo average")
-    result = average(run_folder, std, file)
+    averaged = average(run_folder, std, file)
     err.print(
-        f"the average of width {std:g} after step {result.step:,}, from {result.count} snapshots, "
-        f"{result.error:.1%} off",
+        f"the average of width {std:g} after step {averaged.step:,}, from {averaged.count} snapshots, "
+        f"{averaged.error:.1%} off",
         highlight=False,
         soft_wrap=True,
     )
-    out.print(str(result.file), soft_wrap=True)
-    lines = [f"dumo {verb} {typed(run_folder)} --weights {typed(result.file)}" for verb in ("sample", "evaluate")]
-    err.print("next:  " + "    ".join(lines), soft_wrap=True)
+    out.print(str(averaged.file), soft_wrap=True)
+    arguments = f"{typed(run_folder)} --weights {typed(averaged.file)}"
+    err.print(f"next:  dumo sample {arguments}    dumo evaluate {arguments}", soft_wrap=True)
 
 
 def grid(
@@ -369,18 +399,24 @@ def grid(
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
-    given: dict[str, Any] = {"seed": seed, "bar": bar, "letters": None if reading is None else reading.split(",")}
-    given |= {} if nfe is None else {"nfe": numbers("--nfe", nfe)}
-    given |= {} if steps is None else {"steps": None if steps == "all" else numbers("--steps", steps)}
-    given |= {"count": count} if count else {}
+    options: dict[str, Any] = {"seed": seed, "bar": bar}  # without those whose default a picture knows
+    if reading is not None:
+        options["letters"] = reading.split(",")
+    if nfe is not None:
+        options["nfe"] = numbers("--nfe", nfe)
+    if steps is not None:
+        options["steps"] = None if steps == "all" else numbers("--steps", steps)
+    if count is not None:
+        options["count"] = count
     folder = folder or opened.folder / "grids"
     file.check_writable(folder)
     with threads.fewer_when_busy(opened.device, say):
         if classes is not None:
             only = None if classes == "all" else class_numbers(classes, opened.sampler.conditions)
-            files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **given))
+            files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **options))
         else:
-            panels = gallery.trajectories(opened, only=class_numbers(labels, opened.sampler.conditions), **given)
+            only = class_numbers(labels, opened.sampler.conditions)
+            panels = gallery.trajectories(opened, only=only, **options)
             files = gallery.write_trajectories(folder, panels)
     for path in files:
         out.print(str(path), soft_wrap=True)
@@ -397,6 +433,6 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
     from dumo.runtime import dist
 
     dist.alone("dumo report")
-    texts = [one.text for one in read_prompts(prompts)] if prompts else []
+    texts = [row.text for row in read_prompts(prompts)] if prompts else []
     for file in page.write(open_run(run_folder, device=device), bar, texts):
         out.print(str(file), soft_wrap=True)

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dumo.cli.option import Device, Folder, Set, Weights, numbers, place
 from dumo.cli.terminal import err, explain, out
+
+if TYPE_CHECKING:
+    from dumo.encoders.pipeline import Pipeline
 
 
 def export(
@@ -70,20 +73,32 @@ def export(
     passes = numbers("--nfe", nfe) or ()
     with lean():
         opened = open_run(run_folder, weights=weights, device="cpu")
-        done = write.export(
+        exported = write.export(
             opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
         )
-    out.print(str(done), soft_wrap=True)
-    if done.is_dir() and push is None:
-        where, pipeline = done.resolve().parent, opened.run.pipeline
-        near = ""
-        if to == "lora" and not alone and pipeline and not pipeline.is_published and not pipeline.repository:
-            base = pipeline.folder.resolve()  # the card opens it by its name
-            near = "" if (where / base.name).exists() else f" && ln -s {quote(str(base))}"
-        card = quote(f"{done.resolve().name}/README.md")
-        err.print(f"next:  cd {quote(str(where))}{near}    then run the Python in {card}", soft_wrap=True)
+    out.print(str(exported), soft_wrap=True)
     if push is not None:
-        out.print(hub.push(done, push), soft_wrap=True)
+        out.print(hub.push(exported, push), soft_wrap=True)
+    elif exported.is_dir():
+        base_folder = None
+        if to == "lora" and not alone:
+            base_folder = own_base_folder(opened.run.pipeline)
+        err.print(f"next:  {how_to_try(exported.resolve(), base_folder)}", soft_wrap=True)
+
+
+def own_base_folder(pipeline: "Pipeline | None") -> Path | None:
+    """The folder of a model that is not published, by whose name a LoRA's card opens it; None: it is published."""
+    if pipeline is None or pipeline.is_published or pipeline.repository:
+        return None
+    return pipeline.folder.resolve()
+
+
+def how_to_try(folder: Path, base_folder: Path | None) -> str:
+    """What to type to run the card of an exported folder, with the base model next to it."""
+    command = f"cd {quote(str(folder.parent))}"
+    if base_folder and not (folder.parent / base_folder.name).exists():
+        command += f" && ln -s {quote(str(base_folder))}"
+    return f"{command}    then run the Python in {quote(f'{folder.name}/README.md')}"
 
 
 def demo(

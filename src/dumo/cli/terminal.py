@@ -39,7 +39,7 @@ err = Plain(markup=False, emoji=False, highlight=False, stderr=True)
 
 STOPPED = 128  # the exit code of what a signal ends, and the signal's number
 PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
-LAST = 30  # lines that it says after that: a traceback's end
+LAST_LINES = 30  # that it says after that: a traceback's end
 MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
 MORE = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
@@ -58,10 +58,10 @@ def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[.
             with signals.listening(acknowledge) if keeps else nullcontext():
                 command(*words, **options)
         except signals.Stopped as stopped:
-            say(f"{stopped}; {onward()}")
+            say(f"{stopped}; {resume_command()}")
             raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            say(f"stopped; {onward()}" if keeps else "stopped")
+            say(f"stopped; {resume_command()}" if keeps else "stopped")
             raise typer.Exit(STOPPED + signal.SIGINT) from None
 
     return run
@@ -73,7 +73,7 @@ def acknowledge(number: int) -> None:
         os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
 
 
-def onward() -> str:
+def resume_command() -> str:
     """How to go on, in words."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes: their commands are not known
         return "the same torchrun on every node goes on from what is kept"
@@ -92,7 +92,12 @@ def reopen_streams() -> None:
 
     Python would drop answers without a word, and the next file that is opened would have the stream's number.
     """
-    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+    streams = (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),  # writing to it fails
+        ("stderr", os.O_WRONLY, "w"),
+    )
+    for name, flags, mode in streams:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, closefd=False))
 
@@ -105,15 +110,18 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
     Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after
     all work is done, so ranks leave at once.
     """
-    texts = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    rank, ranks = (int(text) if text.isdecimal() else 0 for text in texts)  # odd ones are refused where they matter
-    own, kept = (sys.stdout, sys.stderr), StringIO()
+    rank = number_in_environment("RANK", 0)
+    ranks = number_in_environment("WORLD_SIZE", 1)
+    stdout = sys.stdout
+    stderr = sys.stderr
+    kept_back = StringIO()
 
     def leave(code: int) -> NoReturn:
         if rank and 0 < code < STOPPED:  # a signal reaches all
             time.sleep(PATIENCE)
-            print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
-        for stream in own:
+            lines = kept_back.getvalue().splitlines()[-LAST_LINES:]
+            print(*(f"rank {rank}: {line}" for line in lines), sep="\n", file=stderr)
+        for stream in (stdout, stderr):
             try:
                 stream.flush()
             except OSError:  # said already; Python would say it again
@@ -123,9 +131,10 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
         sys.exit(code)
 
     if ranks > 1:
-        faulthandler.enable(sys.__stderr__ or own[1])  # a crash in torch's own code says where
+        faulthandler.enable(sys.__stderr__ or stderr)  # a crash in torch's own code says where
     if rank:
-        sys.stdout, sys.stderr = kept, kept
+        sys.stdout = kept_back
+        sys.stderr = kept_back
     try:
         yield leave
     except Exception:
@@ -133,6 +142,12 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
             raise
         traceback.print_exc()
         leave(1)
+
+
+def number_in_environment(name: str, default: int) -> int:
+    """A number that torchrun sets; 0 for what is none, which is refused where it matters."""
+    text = os.environ.get(name, str(default))
+    return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
@@ -154,17 +169,20 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
     None where it is a defect, of which the traceback is wanted.
     """
-    if starved(error):
+    if is_out_of_memory(error):
+        message = "out of memory"
         amount = AMOUNT.search(str(error))
-        way_out = "; ".join(getattr(error, "__notes__", [MORE]))
-        return f"out of memory{f' at {amount[1]} more' if amount else ''}: {way_out}", 1
+        if amount:
+            message += f" at {amount[1]} more"
+        hints = getattr(error, "__notes__", [MORE])
+        return f"{message}: {'; '.join(hints)}", 1
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to
-        way_out = ""
+        message = f"{error.filename or 'writing'}: {error.strerror or error}"
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            way_out = ": raise the limit (ulimit -n)"
+            message += ": raise the limit (ulimit -n)"
         elif error.errno == errno.ENOTDIR:
-            way_out = ": a file stands where a folder is wanted, give another folder"
-        return inline(f"{error.filename or 'writing'}: {error.strerror or error}{way_out}"), 2
+            message += ": a file stands where a folder is wanted, give another folder"
+        return inline(message), 2
     if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
         return None
     from dumo.runtime.heartbeat import Lost
@@ -173,32 +191,40 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
     if isinstance(error, UserError):
         return str(error), 2
-    return (str(error), 1) if isinstance(error, Diverged | Lost) else None
+    if isinstance(error, Diverged | Lost):
+        return str(error), 1
+    return None
 
 
-def starved(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, of the machine or of a GPU."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(MEMORY.search(str(error))))
+    match error:
+        case OSError():
+            return error.errno == errno.ENOMEM
+        case MemoryError():
+            return True
+        case RuntimeError():
+            return bool(MEMORY.search(str(error)))
+        case _:
+            return False
 
 
 @contextmanager
-def sparing(way_out: str) -> Generator[None, None, None]:
+def memory_hint(hint: str) -> Generator[None, None, None]:
     """Say how this work would take less memory, where there is too little."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if starved(error):
-            error.add_note(way_out)
+        if is_out_of_memory(error):
+            error.add_note(hint)
         raise
 
 
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print names and what is said of each, line by line."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for line in lines:
-        table.add_row(*map(inline, line))
+    for name, text in lines:
+        table.add_row(inline(name), inline(text))
     if table.row_count:
         out.print(table)
 
@@ -209,6 +235,11 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     for key in rows[0]:
         table.add_column(inline(key), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else inline(str(value)) for value in row.values()))
+        table.add_row(*map(cell, row.values()))
     needed = Plain(width=10_000).measure(table).maximum
     Plain(width=max(out.width, needed)).print(table)
+
+
+def cell(value: object) -> str:
+    """A value of a table as text."""
+    return f"{value:.4g}" if isinstance(value, float) else inline(str(value))

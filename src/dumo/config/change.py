@@ -1,4 +1,4 @@
-"""Changes to a run's tree of plain values: a file's to its base, and those of --set (ADR 0002).
+"""Change a run's tree of plain values: a file's changes to its base (`merge`), and --set (`override`; ADR 0002).
 
 Both keep one rule: a part with another `kind` begins with that kind's defaults; fields of the old kind are dropped.
 """
@@ -44,9 +44,13 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
     """
     values = dict(_split(text) for text in texts)
     for path in sorted(values, key=lambda path: (len(path), path[-1] != "kind")):
-        if none := [path[:i] for i in range(1, len(path)) if values.get(path[:i], path) is None]:
-            one, two = ".".join(none[0]), ".".join(path)
-            raise UserError(f"--set {one}=null takes away what --set {two} is a part of: leave out one of them")
+        for length in range(1, len(path)):
+            parent = path[:length]
+            if parent in values and values[parent] is None:
+                raise UserError(
+                    f"--set {'.'.join(parent)}=null takes away what --set {'.'.join(path)} is a part of: leave out one "
+                    "of them"
+                )
         _put(tree, path, values[path])
 
 
@@ -97,7 +101,7 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
 
 def _place(node: list[Any], key: str, path: str) -> int:
     """The index into a list that the last part of a path says."""
-    if key not in (places := [str(place) for place in range(len(node))]):
-        way = f"give a place from 0 to {len(node) - 1}" if places else "set it whole, as [...]"
-        raise UserError(f"{brief(path)}: this is a list of {len(node)}; {way}")
+    if key not in [str(place) for place in range(len(node))]:
+        fix = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
+        raise UserError(f"{brief(path)}: this is a list of {len(node)}; {fix}")
     return int(key)

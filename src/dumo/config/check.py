@@ -1,14 +1,14 @@
-"""Whether the values of a run fit together, checked when it is read; `dumo.run.fit` checks what takes a net or files.
+"""Check that the values of a run fit together, when it is read; `dumo.run.fit` checks what takes a net or files.
 
-Names that one part asks of another are `dumo.config.need`'s. What else does not fit is said here, a function per kind
-of mismatch, with the way out. The first line is raised.
+`check` goes through all rules and raises the first line. A rule is a function that yields a line per mismatch, with the
+fix. Names that one part asks of another are `dumo.config.need`'s.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from dumo.config.conditions import Conditions, shown
-from dumo.config.need import faults, has_classes
+from dumo.config.need import BY_KNOBS, faults, has_classes
 from dumo.config.subject import prior, subject
 from dumo.config.teacher import Start, Teacher
 from dumo.config.tree import Evaluation, Tree
@@ -23,7 +23,7 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import Objective as AnyObjective
-from dumo.types import UserError
+from dumo.types import TimeLaw, UserError
 
 
 def check(run: Tree) -> None:
@@ -56,21 +56,29 @@ def require(*faults: Iterable[str]) -> None:
 
 def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teacher | None) -> Iterator[str]:
     """Images to edit, and something that leaves out the condition: a model that edits always has one."""
-    trained, taught = GuidanceScale.of(objective.needs), GuidanceScale(teacher.guide.scale if teacher else 1.0)
-    wrong = {
-        "objective.drop leaves out the condition: set it to 0": objective.drop > 0,
-        f"{trained.field} guides away from none: set {trained.off}": trained.active,
-        "teacher.guide.scale guides away from none: set it to 1": taught.active,
-        "sample.guide.scale guides away from none: set it to 1": sampled.active,
-    }
-    if getattr(Conditions(data).captions, "source", None):
-        what = "captions.source names images to edit, which a model that edits always has"
-        yield from (f"{what}, and {why}; or captions.source=null" for why, found in wrong.items() if found)
+    if not getattr(Conditions(data).captions, "source", None):
+        return
+    trained = GuidanceScale.of(objective.needs)
+    reasons: list[str] = []
+    if objective.drop > 0:
+        reasons.append("objective.drop leaves out the condition: set it to 0")
+    if trained.active:
+        reasons.append(f"{trained.field} guides away from none: set {trained.off}")
+    if teacher and teacher.guide.active:
+        reasons.append("teacher.guide.scale guides away from none: set it to 1")
+    if sampled.active:
+        reasons.append("sample.guide.scale guides away from none: set it to 1")
+    for reason in reasons:
+        yield (
+            f"captions.source names images to edit, which a model that edits always has, and {reason}; or "
+            "captions.source=null"
+        )
 
 
 def validation(evaluation: Evaluation) -> Iterator[str]:
     """Judging in training by what makes no samples, or by too few, and a best step of none that are judged."""
-    kind, few = evaluation.protocol.kind, evaluation.few
+    kind = evaluation.protocol.kind
+    few = evaluation.few
     if evaluation.best and not evaluation.every:
         yield "evaluate.best keeps the best of the steps that are judged, and none is: set evaluate.every to some steps"
     if evaluation.every and kind == "likelihood":
@@ -82,12 +90,16 @@ def validation(evaluation: Evaluation) -> Iterator[str]:
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
     """Augmentation for which the net has no input, or one of another size."""
     augment = shown(data).augment
-    gives, takes = augment.numbers if augment else 0, net.augment
-    if gives != takes:
-        way = f"net.augment={gives}" if gives == 0 or net.kind == "unet" else f"net.kind=unet net.augment={gives}"
+    numbers = augment.numbers if augment else 0
+    if numbers != net.augment:
+        fix = f"net.augment={numbers}"
+        if numbers and net.kind != "unet":
+            fix = f"net.kind=unet {fix}"
+        if numbers:
+            fix += ", or data.augment=null"
         yield (
-            f"data '{data.kind}' describes how an image was augmented by {gives} numbers, net '{net.kind}' takes "
-            f"{takes}: set {way}" + (", or data.augment=null" if gives else "")
+            f"data '{data.kind}' describes how an image was augmented by {numbers} numbers, net '{net.kind}' takes "
+            f"{net.augment}: set {fix}"
         )
     if augment and objective.drop:
         yield (
@@ -98,13 +110,13 @@ def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
 
 def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
     """Frozen weights that every pass would cast up, and an objective that amplifies rounding errors."""
-    needs, lora = objective.needs, net.lora
+    lora = net.lora
     if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
         yield (
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
             f"{train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    demand_precision(train.precision, needs.amplifies, objective.kind)
+    demand_precision(train.precision, objective.needs.amplifies, objective.kind)
 
 
 def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
@@ -115,22 +127,34 @@ def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
 def pieces(train: Train, objective: AnyObjective, ranks: int) -> Iterator[str]:
     """Passes without rows of a kind, and what takes one rank."""
     times = objective.times
-    cuts, moving = passes(train, objective, ranks), times.moving(train.batch)
-    on, ratio = f"{ranks} rank{'s' * (ranks > 1)}", getattr(times, "velocity_ratio", None)
+    passes_by_rank = passes(train, objective, ranks)
+    moving = times.moving(train.batch)
     if moving is not None and 0 < times.moving_share < 1:
-        law = getattr(times, "kind", type(times).__name__)
-        said = f", velocity_ratio {ratio:g}" if isinstance(times, Jumps | Pair) else ""
-        cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
-        for rows in chain.from_iterable(cuts):
-            if len(set(moving[rows])) == 1:
-                yield (
-                    f"train.batch = {train.batch}{cut} on {on} has a pass of {rows.stop - rows.start} rows without one "
-                    f"with {'r = t' if moving[rows.start] else 'r < t'} (objective.times '{law}'{said}): raise "
-                    f"train.batch{' or train.micro_batch' if cut else ''}{', or take fewer ranks' * (ranks > 1)}"
-                )
+        for rows in chain.from_iterable(passes_by_rank):
+            kinds = set(moving[rows])
+            if len(kinds) == 1:
+                yield pass_of_one_kind(train, times, ranks, rows.stop - rows.start, moving=kinds.pop())
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
         yield f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks"
+
+
+def pass_of_one_kind(train: Train, times: TimeLaw, ranks: int, rows: int, *, moving: bool) -> str:
+    """Why a pass of so many rows is refused: all of them have r < t (`moving`), or all r = t."""
+    law = f"'{getattr(times, 'kind', type(times).__name__)}'"
+    if isinstance(times, Jumps | Pair):
+        law += f", velocity_ratio {times.velocity_ratio:g}"
+    batch = f"train.batch = {train.batch}"
+    fix = "raise train.batch"
+    if train.micro_batch:
+        batch += f", train.micro_batch = {train.micro_batch}"
+        fix += " or train.micro_batch"
+    place = "1 rank"
+    if ranks > 1:
+        place = f"{ranks} ranks"
+        fix += ", or take fewer ranks"
+    missing = "r = t" if moving else "r < t"
+    return f"{batch} on {place} has a pass of {rows} rows without one with {missing} (objective.times {law}): {fix}"
 
 
 def check_guided(
@@ -147,10 +171,10 @@ def check_guided(
     """
     guide.check(data.kind, has_classes(data), objective.drop, trained, name=name, whose=source)
     if guide.active and objective.needs.knobs:
-        of = source and f" of {source}"
+        of_source = f" of {source}" if source else ""
         raise UserError(
             f"{name}.scale = {guide.scale:g} would guide once more what the knobs of objective "
-            f"'{objective.kind}'{of} guide already: set {name}.scale=1, and sample.knobs{of}"
+            f"'{objective.kind}'{of_source} guide already: set {name}.scale=1, and sample.knobs{of_source}"
         )
 
 
@@ -161,24 +185,26 @@ def teaching(teacher: Teacher | None, objective: Objective, data: Data, train: T
     """
     if not teacher:
         return
-    needs = objective.needs
     if teacher.pairs and train.coupling:
         yield (
             "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
             "train.coupling=null, or teacher.pairs=null"
         )
-    guide, own = teacher.guide, GuidanceScale.of(needs)
-    guide.check(data.kind, has_classes(data), 1.0, GuidanceScale(), name="teacher.guide")
-    if guide.active and (needs.knobs or own.active):
-        field, off = (own.field, own.off) if own.active else ("objective.w", "objective.w=null")
-        yield f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
+    teacher.guide.check(data.kind, has_classes(data), 1.0, GuidanceScale(), name="teacher.guide")
+    trained = GuidanceScale.of(objective.needs)
+    if not trained.active and objective.needs.knobs:
+        trained = BY_KNOBS
+    if teacher.guide.active and (trained.active or trained is BY_KNOBS):
+        yield (
+            f"{trained.field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with "
+            f"{trained.off}"
+        )
 
 
 def beginning(start: Start | None, objective: Objective, train: Train) -> Iterator[str]:
     """An objective that learns from the net that training begins with, without a start."""
-    who = f"objective '{objective.kind}'"
     if objective.needs.ref == 1 and not (start and train.ref == 1):
         yield (
-            f"{who} with low learns from the net that training begins with: set start.source to a run of all times, "
-            "train.ref=1, and in train.ema {decay: 1} as the last"
+            f"objective '{objective.kind}' with low learns from the net that training begins with: set start.source to "
+            "a run of all times, train.ref=1, and in train.ema {decay: 1} as the last"
         )

@@ -75,16 +75,20 @@ class Conditions:
 
     def index(self, text: str) -> int:
         """The number of a class, given its name or number. Raises UserError if there is none."""
-        names, word = self.names, brief(text.strip())
-        if text.strip() in names:
-            return names.index(text.strip())
+        names = self.names
+        label = text.strip()
+        if label in names:
+            return names.index(label)
+        word = brief(label)
         if word.isdecimal() and int(word) < self.count:
             return int(word)
         if not self.count:
             raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
-        near = "" if word.isdecimal() or not names or self.captions else f" {nearest(word, [*names])};"
-        give = "; give another caption as a prompt" if self.captions else ""
-        raise UserError(f"there is no label '{word}':{near} labels run from 0 to {self.count - 1}{give}")
+        hint = ""
+        if names and not self.captions and not word.isdecimal():
+            hint = f" {nearest(word, [*names])};"
+        fix = "; give another caption as a prompt" if self.captions else ""
+        raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {self.count - 1}{fix}")
 
     def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
         """The condition of samples of these classes: the class, or a caption of it, its templates in turn.
@@ -96,9 +100,11 @@ class Conditions:
             case Templates() as captions:
                 return captions.numbers(labels, self.data.labels, held=held)
             case CaptionFiles() if isinstance(self.data, Images | Latents):
-                written, n = self.data.all_captions(), len(labels)
-                images = torch.arange(n) * max(len(written.ends), n) // n % len(written.ends)
-                return written.drawn(images, "conditions", batch=n)
+                captions = self.data.all_captions()
+                num_images = len(captions.ends)
+                n = len(labels)
+                images = torch.arange(n) * max(num_images, n) // n % num_images
+                return captions.drawn(images, "conditions", batch=n)
             case _:
                 return labels
 

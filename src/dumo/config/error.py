@@ -1,6 +1,11 @@
-"""Pydantic's errors as lines to act on: the dotted path, what is wrong, the nearest valid name."""
+"""Say pydantic's errors as lines to act on: the dotted path, what is wrong, the nearest valid name.
+
+`explain` writes a line for each error; `_locate` follows pydantic's location through the specs, so that a line can name
+the field, what it may hold, and the names that are valid there.
+"""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -14,27 +19,33 @@ from dumo.types import UserError
 from dumo.types.outside import TAG
 
 Location = tuple[int | str, ...]
-WAYS = {  # out of fields that have no default
+MISSING = {  # what belongs into a field that has no default
     "data.root": ": where the images are, or the folder of latents that dumo encode writes",
     "pipeline.source": ": a folder of diffusers, or a published name (docs/pretrained.md)",
     "net.texts.root": ": the folder that dumo encode writes the table of captions into, e.g. runs/texts/mine",
     "teacher.source": ": the folder of a run that has a velocity",
 }
-GONE = {  # fields of older runs
+REMOVED = {  # fields of older runs
     "net.source": "pipeline names the folder now, of the model, its autoencoder, texts and scheduler: pipeline=DIR",
     "net.config": "pipeline has the hashes of its parts now: remove it",
 }
-MOST = 20  # lines that are shown: ours
-JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
+MAX_ERROR_LINES = 20  # ours
+# What pydantic says of JSON, in YAML's words.
+PLAIN_WORDS = {"a valid array": "a list", "an object": "a mapping of names to values"}
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line per mistake, up to MOST."""
-    errors = error.errors(include_url=False)
-    parts = {one["loc"][:-1] for one in errors}  # pydantic calls a list too short whose parts are wrong
-    found = [_line(one, root) for one in errors if one["type"] != "too_short" or one["loc"] not in parts]
-    more = [f"and {len(found) - MOST:,} more mistakes"] if len(found) > MOST else []
-    return "\n".join([*found[:MOST], *more])
+    """One line per mistake, up to MAX_ERROR_LINES."""
+    details = error.errors(include_url=False)
+    parents = {detail["loc"][:-1] for detail in details}
+    lines: list[str] = []
+    for detail in details:
+        # pydantic calls a list too short whose parts are wrong
+        if detail["type"] != "too_short" or detail["loc"] not in parents:
+            lines.append(_line(detail, root))
+    if len(lines) > MAX_ERROR_LINES:
+        lines = [*lines[:MAX_ERROR_LINES], f"and {len(lines) - MAX_ERROR_LINES:,} more mistakes"]
+    return "\n".join(lines)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -45,7 +56,8 @@ def nearest(name: str, names: list[str]) -> str:
 
 def require_known(what: str, name: str, known: Iterable[str]) -> None:
     """Raise UserError, with the nearest valid name, where there is no thing of this name."""
-    if name not in (names := [*known]):
+    names = [*known]
+    if name not in names:
         raise UserError(f"there is no {what} '{name}'; {nearest(name, names)}")
 
 
@@ -54,49 +66,63 @@ def nearest_few(name: str, names: list[str]) -> str:
     close = [f"'{near}'" for near in get_close_matches(brief(name), names, n=3, cutoff=0.5)]
     if not close:
         return ""
-    *others, last = close
-    return f"did you mean {', '.join(others)}{' or ' if others else ''}{last}? "
+    if len(close) == 1:
+        return f"did you mean {close[0]}? "
+    return f"did you mean {', '.join(close[:-1])} or {close[-1]}? "
 
 
-def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
-    loc, ctx = found["loc"], found.get("ctx", {})
-    path, model, there = _walk(loc, root)
-    match found["type"]:
+@dataclass(frozen=True)
+class _Field:
+    """Where an error is."""
+
+    path: str  # dotted, without pydantic's tags
+    parent: type[BaseModel] | None  # the model that lacks or rejects the last name of the path
+    models: list[type[BaseModel]]  # that may stand there
+
+
+def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
+    """What to say of one error."""
+    field = _locate(error["loc"], root)
+    path = field.path
+    given = error["input"]
+    match error["type"]:
         case "extra_forbidden":
-            known = sorted(model.model_fields) if model else []
-            if path in GONE:
-                return f"{path}: {GONE[path]}"
-            return f"{path}: unknown key; {ours(str(loc[-1])) or nearest(str(loc[-1]), known)}"
+            if path in REMOVED:
+                return f"{path}: {REMOVED[path]}"
+            name = str(error["loc"][-1])
+            valid = sorted(field.parent.model_fields) if field.parent else []
+            return f"{path}: unknown key; {ours(name) or nearest(name, valid)}"
         case "union_tag_invalid":
-            tags = ctx["expected_tags"].replace("'", "").split(", ")
-            return f"{path}.kind: there is no '{brief(ctx['tag'])}'; {nearest(ctx['tag'], tags)}"
+            context = error.get("ctx", {})
+            tags = context["expected_tags"].replace("'", "").split(", ")
+            return f"{path}.kind: there is no '{brief(context['tag'])}'; {nearest(context['tag'], tags)}"
         case "union_tag_not_found":
-            bare = found["input"]
-            if (bare := found["input"]) is None or isinstance(bare, dict):
+            if given is None or isinstance(given, dict):
                 return f"{path}.kind: missing; say which kind this is"
-            way = f"; write {path}.kind={brief(bare)}" if isinstance(bare, str) else ""
-            return f"{path}: input should be a mapping of names to values; got {brief(repr(bare))}{way}"
+            message = f"{path}: input should be a mapping of names to values; got {brief(repr(given))}"
+            return f"{message}; write {path}.kind={brief(given)}" if isinstance(given, str) else message
         case "missing":
-            return f"{path}: missing{WAYS.get(path, '')}"
+            return f"{path}: missing{MISSING.get(path, '')}"
         case "value_error":
-            text = str(ctx["error"])
-            return text if not path or text.startswith(f"{path} ") else f"{path}: {text}"
+            message = str(error.get("ctx", {})["error"])
+            return message if not path or message.startswith(f"{path} ") else f"{path}: {message}"
         case _:
-            message, given = found["msg"][0].lower() + found["msg"][1:], found["input"]
-            for json, plain in JSON.items():
-                message = message.replace(json, plain)
-            whole = isinstance(given, float) and found["type"] == "int_type" and given.is_integer()
-            way = f"; write {given:.0f}" if whole else ""
-            if isinstance(given, str) and any("kind" in one.model_fields for one in there):
-                way = f"; write {path}.kind={brief(given)}"
-            return f"{path}: {message}; got {brief(repr(given))}{way}"
+            message = error["msg"][0].lower() + error["msg"][1:]
+            for json_word, plain_word in PLAIN_WORDS.items():
+                message = message.replace(json_word, plain_word)
+            message = f"{path}: {message}; got {brief(repr(given))}"
+            if isinstance(given, str) and any("kind" in model.model_fields for model in field.models):
+                message += f"; write {path}.kind={brief(given)}"
+            elif isinstance(given, float) and error["type"] == "int_type" and given.is_integer():
+                message += f"; write {given:.0f}"
+            return message
 
 
-def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None, list[type[BaseModel]]]:
-    """The dotted path without pydantic's tags, the model that lacks or rejects the last key, what may stand there."""
+def _locate(loc: Location, root: type[BaseModel]) -> _Field:
+    """The field of a location, in which pydantic also names the tags of unions."""
     names: list[str] = []
     annotation: Any = root
-    model: type[BaseModel] | None = None
+    parent: type[BaseModel] | None = None
     for part in loc:
         if part == TAG:  # a class from outside: what follows is its own
             annotation = Any
@@ -109,10 +135,13 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
         if isinstance(part, str) and not models and annotation is not Any:
             continue  # a choice of a union of plain types
         names.append(str(part))
-        model = models[0] if models else None
-        field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None
-        annotation = field.annotation if field else annotation if isinstance(part, int) or annotation is Any else None
-    return ".".join(map(brief, names)), model, [*_models(annotation)]
+        parent = models[0] if models else None
+        field = parent.model_fields.get(str(part)) if parent and isinstance(part, str) else None
+        if field:
+            annotation = field.annotation
+        elif not isinstance(part, int) and annotation is not Any:
+            annotation = None  # no field of ours
+    return _Field(".".join(map(brief, names)), parent, [*_models(annotation)])
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:

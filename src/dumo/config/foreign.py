@@ -59,9 +59,12 @@ FOREIGN: dict[str, tuple[str, str]] = {
 
 def ours(name: str) -> str | None:
     """What to write for a name of another trainer; None for a name that none has. An option's name begins with --."""
-    if not (found := FOREIGN.get(name.lower().lstrip("-").replace("-", "_"))):
+    key = name.lower().lstrip("-").replace("-", "_")
+    if key not in FOREIGN:
         return None
-    field, unit = found
+    field, unit = FOREIGN[key]
     if name.startswith("--") and "." in field:
-        field = f"--set {field}" + "=..." * ("=" not in field)
-    return f"here it is {field}" + f" ({unit})" * bool(unit)
+        field = f"--set {field}"
+        if "=" not in field:
+            field += "=..."
+    return f"here it is {field} ({unit})" if unit else f"here it is {field}"

@@ -1,13 +1,18 @@
-"""Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML."""
+"""Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML.
+
+`load` reads the text (`dumo.config.source`), sets the overrides, fills in what was found when the run was opened, and
+validates (`parse`). `dump` is its inverse. `differences` compares two runs, `Written` a run with its own past.
+"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
 from dumo.config import trust
@@ -85,40 +90,47 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
     except PydanticSerializationError as error:  # the name of a field: YAML refuses such values
         raise UserError(f"a field's name has half a character, which is no text: {error}") from error
     except ValidationError as error:
-        where = f"{name}: " if Path(name).suffix else ""
-        raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
+        prefix = f"{name}: " if Path(name).suffix else ""
+        raise UserError("\n".join(prefix + line for line in explain(error, spec).splitlines())) from error
 
 
-def fill(tree: dict[str, Any], found: object) -> None:
-    """Put what was found into the fields it was found for, but where a field is given. The tree is changed."""
-    for field, value in found.items() if isinstance(found, dict) else ():
+def fill(tree: dict[str, Any], resolved: object) -> None:
+    """Put what was found when a run was opened into its fields, but where one is given. The tree is changed."""
+    if not isinstance(resolved, dict):
+        return
+    for field, value in resolved.items():
         if field in (CODE, GIVEN, PROPOSED):  # records, of no field
             continue
-        part: Any = tree
-        *above, last = str(field).split(".")
-        for name in above:
-            part = part.get(name) if isinstance(part, dict) else None
-        if isinstance(part, dict) and part.get(last) is None:
-            part[last] = value
+        *parents, name = str(field).split(".")
+        part = part_at(tree, parents)
+        if part is not None and part.get(name) is None:
+            part[name] = value
 
 
-def clear(tree: dict[str, Any], path: Sequence[str]) -> None:
-    """Remove a field that is there. The tree is changed."""
-    if len(path) > 1:
-        clear(tree.get(path[0]) or {}, path[1:])
-    else:
-        tree.pop(path[0], None)
+def part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+    """The mapping at a path of names; None: there is none."""
+    part: Any = tree
+    for name in path:
+        part = part.get(name) if isinstance(part, dict) else None
+    return part if isinstance(part, dict) else None
 
 
 def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
     """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
-    past = [one.model_dump(mode="json", exclude_defaults=True) for one in changed]
-    head = {KEY: FORMAT} | ({CHANGED: past} if past else {})
+    written: dict[str, Any] = {KEY: FORMAT}
+    if changed:
+        written[CHANGED] = [change.model_dump(mode="json", exclude_defaults=True) for change in changed]
     tree = summary(run) if short else run.model_dump(mode="json")
-    found = tree.pop(RESOLVED, {})
-    for field in found:
-        clear(tree, field.split("."))
-    return yaml.dump({**head, **tree, **({RESOLVED: found} if found and not short else {})})
+    resolved = tree.pop(RESOLVED, {})
+    for field in resolved:  # they are written once, below
+        *parents, name = field.split(".")
+        part = part_at(tree, parents)
+        if part is not None:
+            part.pop(name, None)
+    written |= tree
+    if resolved and not short:
+        written[RESOLVED] = resolved
+    return yaml.dump(written)
 
 
 def summary(part: BaseModel) -> dict[str, Any]:
@@ -128,16 +140,26 @@ def summary(part: BaseModel) -> dict[str, Any]:
     """
     tree = part.model_dump(mode="json")
     for name, field in type(part).model_fields.items():
-        value, default = getattr(part, name), field.get_default(call_default_factory=True)
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        if value == default and (extra.get("quiet") or value in (None, "", (), {})):
+        value = getattr(part, name)
+        if value == default_of(field) and (marks_of(field).get("quiet") or value in (None, "", (), {})):
             tree.pop(name, None)
         elif name in tree and isinstance(value, BaseModel):
             tree[name] = summary(value)
         elif name in tree and isinstance(value, tuple):
-            parts = zip(cast(tuple[object, ...], value), tree[name], strict=True)
-            tree[name] = [summary(one) if isinstance(one, BaseModel) else plain for one, plain in parts]
+            for place, item in enumerate(cast(tuple[object, ...], value)):
+                if isinstance(item, BaseModel):
+                    tree[name][place] = summary(item)
     return tree
+
+
+def marks_of(field: FieldInfo) -> Mapping[str, Any]:
+    """What a field is marked as, for its run: quiet, free, changes, pinned, where (`dumo.types`)."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def default_of(field: FieldInfo) -> object:
+    """A field's default; pydantic's PydanticUndefined where it has none."""
+    return field.get_default(call_default_factory=True)
 
 
 def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
@@ -148,14 +170,16 @@ def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str
 def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool = False) -> Iterator[Difference]:
     """The fields that differ and are not free, field by field in parts of the same kind."""
     for name, field in type(old).model_fields.items():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        before, after, here = getattr(old, name), getattr(new, name), may or bool(extra.get("changes"))
-        if extra.get("free") or (extra.get("pinned") and before is None):
+        marks = marks_of(field)
+        was = getattr(old, name)
+        now = getattr(new, name)
+        if marks.get("free") or (marks.get("pinned") and was is None):
             continue
-        if isinstance(before, BaseModel) and type(before) is type(after):
-            yield from differences(before, after, f"{prefix}{name}.", may=here)
-        elif before != after:
-            yield Difference(f"{prefix}{name}", to_jsonable_python(before), to_jsonable_python(after), here)
+        may_change = may or bool(marks.get("changes"))
+        if isinstance(was, BaseModel) and type(was) is type(now):
+            yield from differences(was, now, f"{prefix}{name}.", may=may_change)
+        elif was != now:
+            yield Difference(f"{prefix}{name}", to_jsonable_python(was), to_jsonable_python(now), may_change)
 
 
 @dataclass(frozen=True)
@@ -178,27 +202,37 @@ class Written:
         """
         if step == 0:
             return []
-        found, new = dict[str, Noted](), differences(self.run, now)
-        again = [one for one in self.past if one.step >= step]
-        again += [Noted(step=step, field=d.field, was=d.was, now=d.now, accepted=not d.may) for d in new]
-        for one in again:
-            first = found.get(one.field, one)
-            found[one.field] = one.model_copy(update={"step": step, "was": first.was})
-        return [*(one for one in self.past if one.step < step), *(one for one in found.values() if one.was != one.now)]
+        earlier = [change for change in self.past if change.step < step]
+        later = [change for change in self.past if change.step >= step]
+        for new in differences(self.run, now):
+            later.append(Noted(step=step, field=new.field, was=new.was, now=new.now, accepted=not new.may))
+
+        # one change for each field, from what it was at first to what it is now
+        change_by_field: dict[str, Noted] = {}
+        for change in later:
+            first = change_by_field.get(change.field, change)
+            change_by_field[change.field] = change.model_copy(update={"step": step, "was": first.was})
+        return [*earlier, *(change for change in change_by_field.values() if change.was != change.now)]
 
     def replayed(self, changes: Sequence[Noted], *, back: bool = False) -> Run:
         """The run after these changes, in order; `back`: before them."""
+        if not changes:
+            return self.run
         tree = self.run.model_dump(mode="json")
-        for one in reversed(changes) if back else changes:
-            if not one.of_data:
-                override(tree, [f"{one.field}={shown(one.was if back else one.now)}"])
-        return parse(Run, tree) if changes else self.run
+        for change in reversed(changes) if back else changes:
+            if change.of_data:
+                continue
+            value = change.was if back else change.now
+            override(tree, [f"{change.field}={shown(value)}"])
+        return parse(Run, tree)
 
     def identities(self) -> set[str]:
         """The `identity` of the run, now and before each change that was accepted."""
-        steps = {one.step for one in self.past if one.accepted}
-        before = [self.replayed([one for one in self.past if one.step >= step], back=True) for step in steps]
-        return {*map(identity, (self.run, *before))}
+        identities = {identity(self.run)}
+        for step in {change.step for change in self.past if change.accepted}:
+            changes_since = [change for change in self.past if change.step >= step]
+            identities.add(identity(self.replayed(changes_since, back=True)))
+        return identities
 
 
 def identity(spec: BaseModel) -> str:
@@ -213,8 +247,7 @@ def _fixed(part: BaseModel) -> dict[str, Any]:
     """The fields of a spec that are neither free, nor may change, nor are at their defaults."""
     tree = dict[str, Any]()
     for name, field in type(part).model_fields.items():
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         value = getattr(part, name)
-        if not extra.keys() & {"free", "changes", "where"} and value != field.get_default(call_default_factory=True):
+        if not marks_of(field).keys() & {"free", "changes", "where"} and value != default_of(field):
             tree[name] = _fixed(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
     return tree

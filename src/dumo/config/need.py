@@ -1,6 +1,7 @@
-"""What the parts of a run ask of one another: names that one asks for, less names that another has, must leave none.
+"""What the parts of a run ask of one another: every name that one asks for must be among those that another has.
 
-`dumo.config.check` raises the first fault. A function per subject lists its needs.
+A function per subject yields its `Need`s; `faults` has a line for each name that is missing, and `dumo.config.check`
+raises the first.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,8 +13,10 @@ from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import VELOCITIES
+from dumo.objectives import Objective
 
 ANY_SIZE = ("dit", "diffusers")  # the nets that take samples of any size
+BY_KNOBS = GuidanceScale(field="objective.w", off="objective.w=null")  # iMF's, by a field of its own
 
 
 @dataclass(frozen=True)
@@ -40,33 +43,30 @@ def faults(run: Tree) -> Iterator[str]:
 
 def captions(run: Tree) -> Iterator[Need]:
     """Captions, and who reads them."""
-    data, net, texts = run.data, run.net, run.net.texts
-    given = Conditions(data).captions
+    data = run.data
+    texts = run.net.texts
+    captioning = Conditions(data).captions
+    has_held_out = isinstance(captioning, Templates) and bool(captioning.held)
     field = captions_field(data)
-    data_has = names_of(
-        {
-            "captions": bool(given),
-            "held-out templates": isinstance(given, Templates) and bool(given.held),
-        }
-    )
+    data_has = names_of({"captions": bool(captioning), "held-out templates": has_held_out})
     net_reads = names_of({"captions": texts is not None and texts.kind != "codes"})
-    judged = names_of({"captions": run.evaluate.protocol.kind == "clip-score"})
-    held = names_of({"held-out templates": run.evaluate.captions == "held"})
+    protocol_reads = names_of({"captions": run.evaluate.protocol.kind == "clip-score"})
+    judged_by = names_of({"held-out templates": run.evaluate.captions == "held"})
 
     def unpaired(_: str) -> str:
         if texts is not None and texts.kind == "pipeline":
             return f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
-        give = "some" if given else "none"
-        reads = "some" if net_reads else "none"
+        given = "some" if captioning else "none"
+        read = "some" if net_reads else "none"
         return (
             f"{field} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
-            f"{give}, and net '{net.kind}' reads {reads}"
+            f"{given}, and net '{run.net.kind}' reads {read}"
         )
 
     yield Need(net_reads, data_has, unpaired)
-    yield Need(names_of({"captions": bool(given)}), net_reads, unpaired)
+    yield Need(names_of({"captions": bool(captioning)}), net_reads, unpaired)
     yield Need(
-        judged,
+        protocol_reads,
         data_has,
         lambda _: (
             f"protocol clip-score compares images with captions, and data '{data.kind}' give none: set {field}, or "
@@ -74,7 +74,7 @@ def captions(run: Tree) -> Iterator[Need]:
         ),
     )
     yield Need(
-        held,
+        judged_by,
         data_has,
         lambda _: (
             f"evaluate.captions=held asks for templates that are held out, and {field}.held names none: name some, or "
@@ -85,7 +85,8 @@ def captions(run: Tree) -> Iterator[Need]:
 
 def sizes(run: Tree) -> Iterator[Need]:
     """Images of several sizes, for which a net must be made; a teacher's pairs are squares."""
-    net, teacher = run.net, run.teacher
+    net = run.net
+    teacher = run.teacher
     field = buckets_field(run.data)
     several = names_of({"several sizes": field is not None})
     yield Need(
@@ -103,15 +104,15 @@ def sizes(run: Tree) -> Iterator[Need]:
 def formulas(run: Tree) -> Iterator[Need]:
     """A path, and jumps up to the noise, that the objective must have formulas for."""
     objective = run.objective
-    has = objective.needs.formulas
+    formulas = objective.needs.formulas
     yield Need(
         [run.path.kind],
-        has.paths,
-        lambda path: f"objective '{objective.kind}' has its formulas for path {quoted(has.paths)}, not '{path}'",
+        formulas.paths,
+        lambda path: f"objective '{objective.kind}' has its formulas for path {quoted(formulas.paths)}, not '{path}'",
     )
     yield Need(
         names_of({"jumps up": objective.times.climbs}),
-        names_of({"jumps up": has.climbs}),
+        names_of({"jumps up": formulas.climbs}),
         lambda _: (
             f"objective.times.both_ways makes jumps up to the noise, for which objective '{objective.kind}' has no "
             "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
@@ -121,7 +122,8 @@ def formulas(run: Tree) -> Iterator[Need]:
 
 def preconditioning(run: Tree) -> Iterator[Need]:
     """What a net is preconditioned for: velocities on the linear path, at positive times."""
-    precondition, objective = run.net.precondition, run.objective
+    precondition = run.net.precondition
+    objective = run.objective
     if precondition == "none":
         return
     asks = names_of({f"the negative times of objective '{objective.kind}'": objective.needs.signed})
@@ -138,28 +140,39 @@ def preconditioning(run: Tree) -> Iterator[Need]:
 
 def classes(run: Tree) -> Iterator[Need]:
     """Classes, which guidance in training asks for."""
-    field, off = trained_guidance(run)
+    trained = trained_guidance(run.objective)
+    if trained is None:
+        return
     yield Need(
-        names_of({"classes": field is not None}),
+        ["classes"],
         names_of({"classes": has_classes(run.data)}),
-        lambda _: f"{field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {off}",
+        lambda _: (
+            f"{trained.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set "
+            f"{trained.off}"
+        ),
     )
 
 
 def teaching(run: Tree) -> Iterator[Need]:
     """A teacher's velocity or trajectories, which the objective may have to learn from, and may be unable to."""
-    objective, teacher = run.objective, run.teacher
+    objective = run.objective
+    teacher = run.teacher
     needs = objective.needs.teacher
-    learns = "trajectories" if needs.points else "velocity"
     gives = names_of(
         {
             "velocity": teacher is not None and not teacher.pairs,
             "trajectories": teacher is not None and bool(teacher.pairs),
         }
     )
-    pairs = "{count: 8192}" if needs.points else "null"
+    must_learn_from: list[str] = []
+    pairs = "null"
+    if needs.points:
+        must_learn_from = ["trajectories"]
+        pairs = "{count: 8192}"
+    elif needs.velocity == "must":
+        must_learn_from = ["velocity"]
     yield Need(
-        names_of({learns: needs.points > 0 or needs.velocity == "must"}),
+        must_learn_from,
         gives,
         lambda name: (
             f"objective '{objective.kind}' learns from a teacher's {name}: set teacher.source to the folder of a run "
@@ -178,19 +191,21 @@ def teaching(run: Tree) -> Iterator[Need]:
 
 def inputs(run: Tree) -> Iterator[Need]:
     """Inputs that sampling sets, of those that the objective lets be set."""
-    return named("sample.knobs", run.sample.knobs, run.objective.needs.knobs, run.objective.kind, "knob")
+    return named_by_field("sample.knobs", run.sample.knobs, run.objective.needs.knobs, run.objective.kind, "knob")
 
 
 def heads(run: Tree) -> Iterator[Need]:
     """Heads that begin as others, of those that the objective has."""
-    begun = run.start.heads if run.start else ()
-    return named("start.heads", begun, run.objective.needs.heads, run.objective.kind, "head")
+    started = run.start.heads if run.start else ()
+    return named_by_field("start.heads", started, run.objective.needs.heads, run.objective.kind, "head")
 
 
-def named(field: str, asks: Collection[str], has: Collection[str], objective: str, what: str) -> Iterator[Need]:
+def named_by_field(
+    field: str, asks: Collection[str], has: Collection[str], objective: str, noun: str
+) -> Iterator[Need]:
     """Names that a field gives, of those that an objective has."""
-    those = f"its {what}s are {', '.join(has)}" if has else f"it has none: set {field}={{}}"
-    yield Need(asks, has, lambda name: f"{field}.{name}: objective '{objective}' has no such {what}, {those}")
+    valid = f"its {noun}s are {', '.join(has)}" if has else f"it has none: set {field}={{}}"
+    yield Need(asks, has, lambda name: f"{field}.{name}: objective '{objective}' has no such {noun}, {valid}")
 
 
 def names_of(facts: Mapping[str, bool]) -> list[str]:
@@ -226,18 +241,16 @@ def ways_to_captions(data: Data) -> str:
     )
 
 
-def trained_guidance(run: Tree) -> tuple[str | None, str]:
-    """The field that guides in training (None: none does), and what to set for it not to."""
-    needs = run.objective.needs
-    scale = GuidanceScale.of(needs)
-    guided = needs.guide.active if isinstance(needs.guide, Guide) else scale.scale != 1
+def trained_guidance(objective: Objective) -> GuidanceScale | None:
+    """What guides in training, whose scale may be 1 in all; None: nothing does."""
+    needs = objective.needs
+    trained = GuidanceScale.of(needs)
+    guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
     if guided:
-        return scale.field, scale.off
-    if needs.knobs:  # iMF's, which a field of its own guides
-        return "objective.w", "objective.w=null"
-    return None, ""
+        return trained
+    return BY_KNOBS if needs.knobs else None
 
 
 def has_classes(data: Data) -> bool:
     """Whether there are classes; those that are not counted yet are taken for some."""
-    return data.classes > 0 if Conditions(data).known else True
+    return data.classes > 0 or not Conditions(data).known

@@ -18,9 +18,9 @@ def objective_of(given: Given) -> Objective:
     if not isinstance(given, str | Mapping):
         return given
     fields = {"kind": given} if isinstance(given, str) else dict(given)
-    found = parse(Parts, {"objective": fields}).objective
-    assert found is not None
-    return found
+    objective = parse(Parts, {"objective": fields}).objective
+    assert objective is not None
+    return objective
 
 
 def require_objective(given: object) -> None:

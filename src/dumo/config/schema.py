@@ -18,12 +18,14 @@ def schema() -> dict[str, Any]:
 def _loosened(part: object) -> object:
     """The same without required fields, any of the kinds where none is named, and null where it is the default."""
     if isinstance(part, list):
-        return [_loosened(one) for one in cast("list[object]", part)]
+        return [_loosened(item) for item in cast("list[object]", part)]
     if not isinstance(part, dict):
         return part
-    items = cast("dict[str, object]", part).items()
-    names = {"oneOf": "anyOf"}
-    found = {names.get(key, key): _loosened(value) for key, value in items if key not in ("required", "discriminator")}
-    if "type" in found and found.get("default", ...) is None:
-        found["type"] = [found["type"], "null"]
-    return found
+    loosened: dict[str, object] = {}
+    for key, value in cast("dict[str, object]", part).items():
+        if key in ("required", "discriminator"):
+            continue
+        loosened["anyOf" if key == "oneOf" else key] = _loosened(value)
+    if "type" in loosened and loosened.get("default", ...) is None:
+        loosened["type"] = [loosened["type"], "null"]
+    return loosened

@@ -1,6 +1,7 @@
-"""Where a run is read from: a recipe, a YAML file or a run's folder, and the base that a file may name (ADR 0002).
+"""Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
-A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none.
+`choose` decides what a word means, `read` gives its plain values; `dumo.config.load` makes them a run. A run.yaml,
+which training writes complete, says its format (ADR 0003); files that people write need none.
 """
 
 import errno
@@ -33,7 +34,8 @@ CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by n
 PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.plan.proposal`
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
 EITHER = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # a base that a variable may name
-MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
+MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
+TO_GIVE = "give a run's folder, a recipe or a YAML file"  # the fix where a source is none
 
 
 class Noted(BaseModel):
@@ -72,8 +74,7 @@ class Source:
 
     def __str__(self) -> str:
         """In words."""
-        kind = {"recipe": "recipe", "file": "run file", "run": "run", "images": "images"}[self.kind]
-        return f"{kind} {self.word}"
+        return f"{'run file' if self.kind == 'file' else self.kind} {self.word}"
 
 
 def choose(source: str | Path, out: Path | None = None) -> Source:
@@ -141,65 +142,79 @@ def read(source: str | Path) -> RunText:
     recipe = recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
-        return RunText(_whole(_packaged(recipe), name, None), name)
+        return RunText(_over_base(_packaged(recipe), name, None), name)
     file = _file(Path(source))
     if file is not None:
         return read_file(file)
     if os.path.isdir(source):  # False for a name that is too long
-        raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
+        raise UserError(f"{source} is a folder without a {FILE}: {TO_GIVE}")
     raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
 
 
 def read_file(file: Path) -> RunText:
     """What a YAML file says, over its bases. Raises UserError."""
-    if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
-    return parse_text(read_text(file, "give a run's folder, a recipe or a YAML file", MOST), file)
+    return parse_text(_yaml_text(file), file)
 
 
 def parse_text(text: str, file: Path) -> RunText:
     """What the text of a YAML file says, over its bases. Raises UserError."""
+    tree, changed = _parse_file(text, file)
+    return RunText(_over_base(tree, str(file), file), str(file), tuple(changed))
+
+
+def _yaml_text(file: Path) -> str:
+    """The text of a YAML file. Raises UserError for another suffix, and as `read_text`."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file} is no YAML file: {TO_GIVE}")
+    return read_text(file, TO_GIVE, MAX_BYTES)
+
+
+def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[Noted]]:
+    """The tree that a file's text holds, and what had changed in it. Raises UserError."""
     tree = _mapping(text, str(file))
     changed = _take_changed(tree, str(file))
     _take_format(tree, file)
-    return RunText(_whole(tree, str(file), file), str(file), tuple(changed))
+    return tree, changed
 
 
-def _whole(tree: dict[str, Any], name: str, file: Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
+def _over_base(tree: dict[str, Any], name: str, file: Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """A tree over its base, which may have a base itself; `above` are the files and recipes that led here."""
     if "base" not in tree:
         return tree
-    here = str(file.resolve()) if file else name
-    if here in above:
-        raise UserError(f"{name}: base goes round in a circle: {' -> '.join((*above, here))}")
-    base = _whole(*_base(tree.pop("base"), name, file), (*above, here))
+    place = str(file.resolve()) if file else name
+    if place in above:
+        raise UserError(f"{name}: base goes round in a circle: {' -> '.join((*above, place))}")
+    base_tree, base_name, base_file = _read_base(tree.pop("base"), name, file)
+    base = _over_base(base_tree, base_name, base_file, (*above, place))
     try:
         return merge(base, tree)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], str, Path | None]:
+def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], str, Path | None]:
     """The tree, the name and the file of a base: a recipe, or what lies at a path next to the file that names it.
 
     ${NAME:-recipe}, as a shell reads it: what lies where the variable says, from here, or the recipe where it is unset.
     """
-    text = base if isinstance(base, str) else shown(base)
-    if either := EITHER.fullmatch(text):
-        base = text = os.environ.get(either[1]) or either[2]
-        file, name = Path(FILE), f"{name}: ${either[1]}"
-    recipe = text.removeprefix(SHIPPED_PREFIX)
-    if isinstance(base, str) and recipe in recipes.names():  # whatever lies next to the file
-        return _packaged(recipe), f"recipe {recipe}", None
-    found = _file(file.parent / user_path(base, "base")) if file and isinstance(base, str) else None
-    if found:
-        tree = _mapping(read_text(found, "give a run's folder, a recipe or a YAML file", MOST), str(found))
-        _take_changed(tree, str(found))
-        _take_format(tree, found)
-        tree.pop(RESOLVED, None)  # of that run's files
-        return tree, str(found), found
+    word = base if isinstance(base, str) else shown(base)
+    variable = EITHER.fullmatch(word)
+    if variable:
+        word = os.environ.get(variable[1]) or variable[2]
+        base = word
+        file = Path(FILE)
+        name = f"{name}: ${variable[1]}"
+    if isinstance(base, str):
+        recipe = base.removeprefix(SHIPPED_PREFIX)
+        if recipe in recipes.names():  # whatever lies next to the file
+            return _packaged(recipe), f"recipe {recipe}", None
+        base_file = _file(file.parent / user_path(base, "base")) if file else None
+        if base_file:
+            tree, _ = _parse_file(_yaml_text(base_file), base_file)
+            tree.pop(RESOLVED, None)  # of that run's files
+            return tree, str(base_file), base_file
     raise UserError(
-        f"{name}: base: there is no recipe '{brief(text)}', nor a file or run's folder there; {_hint(text)}"
+        f"{name}: base: there is no recipe '{brief(word)}', nor a file or run's folder there; {_hint(word)}"
     )
 
 
@@ -247,9 +262,9 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
         return TypeAdapter(list[Noted]).validate_python(tree.pop(CHANGED, []))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, (CHANGED, *first["loc"])))
+        field = ".".join(map(str, (CHANGED, *first["loc"])))
         raise UserError(
-            f"{name}: {where}: {first['msg']}: it lists step, field, was and now of each change; mend or remove it"
+            f"{name}: {field}: {first['msg']}: it lists step, field, was and now of each change; mend or remove it"
         ) from error
 
 

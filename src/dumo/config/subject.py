@@ -13,7 +13,10 @@ from dumo.types import FromTeacher
 def subject(run: Tree) -> Iterator[str]:
     """Adapters for a subject on top of no run."""
     lora = run.net.lora
-    if lora and lora.subject and (not run.has_subject or not run.start or run.start.kind != "run" or run.start.heads):
+    if not lora or not lora.subject:
+        return
+    starts_from_run = run.has_subject and run.start and run.start.kind == "run" and not run.start.heads
+    if not starts_from_run:
         yield (
             "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
             "start={kind: run, source: RUN}, its folder, and net.weights=source"
@@ -22,11 +25,13 @@ def subject(run: Tree) -> Iterator[str]:
 
 def prior(data: Data, teacher: Teacher | None, objective: Objective, train: Train) -> Iterator[str]:
     """Images for a teacher to answer without one, in no row of a batch, or for an objective that learns otherwise."""
-    found = data.prior if isinstance(data, Latents) else None
-    if found and (not teacher or teacher.pairs or objective.needs.teacher != FromTeacher()):
+    share = data.prior if isinstance(data, Latents) else None
+    if not share:
+        return
+    if not teacher or teacher.pairs or objective.needs.teacher != FromTeacher():
         yield (
             "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
             "objective that may learn from one, objective.kind=dumo; or data.prior=null"
         )
-    if found and round(found * train.batch) in (0, train.batch):
-        yield f"data.prior = {found:g} of train.batch = {train.batch} is no row, or all of them: change one"
+    if round(share * train.batch) in (0, train.batch):
+        yield f"data.prior = {share:g} of train.batch = {train.batch} is no row, or all of them: change one"

@@ -58,7 +58,9 @@ class Evaluation(Spec):
         """Samples that the protocol judges at least, without Fréchet distances of Inception's features."""
         if isinstance(self.protocol, ImageProtocol):
             return self.protocol.standard.subset
-        return self.protocol.measure.fewest if isinstance(self.protocol, ShippedProtocol) else 2
+        if isinstance(self.protocol, ShippedProtocol):
+            return self.protocol.measure.fewest
+        return 2
 
     @property
     def validation(self) -> "Evaluation":
@@ -68,7 +70,9 @@ class Evaluation(Spec):
         judges without Fréchet distances, which take thousands.
         """
         count = self.few or max(self.fewest, min(self.protocol.total, FEW))
-        fields = {"samples": count} | ({"frechet": False} if isinstance(self.protocol, ImageProtocol) else {})
+        fields = {"samples": count}
+        if isinstance(self.protocol, ImageProtocol):
+            fields["frechet"] = False
         protocol = self.protocol.model_copy(update=fields)
         return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
 
@@ -108,9 +112,9 @@ class Tree(Spec):
 
     def model_copy(self: T, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> T:
         """As pydantic's; the parts that read the pipeline read that of the copy."""
-        made = super().model_copy(update=update, deep=deep)
-        made.model_post_init(None)
-        return made
+        run_copy = super().model_copy(update=update, deep=deep)
+        run_copy.model_post_init(None)
+        return run_copy
 
     def __repr__(self) -> str:
         """One line; `dumo show` prints all of it."""
@@ -142,8 +146,9 @@ class Tree(Spec):
     def has_subject(self) -> bool:
         """Whether adapters are trained on top of what another run trained, which `start` names and is frozen."""
         net = self.net
-        lora = net.lora if isinstance(net, Pretrained) and net.weights == "source" else None
-        return bool(self.start and lora and lora.subject)
+        if self.start is None or not isinstance(net, Pretrained) or net.weights != "source":
+            return False
+        return bool(net.lora and net.lora.subject)
 
     @property
     def knobs(self) -> dict[str, float]:

@@ -54,10 +54,10 @@ def require(named: Iterable[tuple[str, Sequence[str]]], source: str) -> None:
         places = ", ".join(str(file) for file in files(module, folders))
         if not places:
             places = "no file on Python's path: put PYTHONPATH=. before the command"
-        line = f"{source or 'it'} runs code: {brief(name)} ({places})"
-        if not agreed(f"{line}. Run it?"):
+        message = f"{source or 'it'} runs code: {brief(name)} ({places})"
+        if not agreed(f"{message}. Run it?"):
             raise UserError(
-                f"{line}. Read it, and where you trust it give --trust-code, or from Python trust_code=True"
+                f"{message}. Read it, and where you trust it give --trust-code, or from Python trust_code=True"
             )
         accepted_names.add(name)
 
@@ -93,7 +93,7 @@ def mappings(tree: object) -> Iterator[dict[str, Any]]:
 
 def files(module: str, folders: Sequence[str]) -> list[Path]:
     """The files that an import of a module runs, but for those that they import; nothing is imported to find them."""
-    found: list[Path] = []
+    module_files: list[Path] = []
     search_folders = [*folders]
     names = module.split(".")
     for n in range(1, len(names) + 1):  # a package, then what is in it
@@ -104,9 +104,9 @@ def files(module: str, folders: Sequence[str]) -> list[Path]:
         if spec is None:
             continue
         if spec.origin and Path(spec.origin).is_file():
-            found.append(Path(spec.origin))
+            module_files.append(Path(spec.origin))
         search_folders = [*(spec.submodule_search_locations or ())]
-    return found
+    return module_files
 
 
 def agreed(question: str) -> bool:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dumo.io.yaml import parse
 from dumo.types import Objective
@@ -25,13 +25,19 @@ class Word:
     meaning: str = ""
 
 
-def _read(rows: Mapping[str, Any]) -> dict[str, Word]:
-    return {key: Word(**of) for key, of in rows.items()}
-
-
 WORDS = parse(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-MERITS, BASELINES, WATCHED = (_read(WORDS[name]) for name in ("merits", "baselines", "watched"))
-BEFORE, REAL = Word(**WORDS["before"]["fd"]), BASELINES["halves"].title
+
+
+def words_of(section: str) -> dict[str, Word]:
+    """A section of words.yaml, by key."""
+    return {key: Word(**fields) for key, fields in WORDS[section].items()}
+
+
+MERITS = words_of("merits")  # by column of a table
+BASELINES = words_of("baselines")
+WATCHED = words_of("watched")  # notes of a step
+BEFORE = words_of("before")["fd"]
+REAL = BASELINES["halves"].title
 STATES: dict[str, str] = WORDS["states"]
 NETS: dict[str, str] = WORDS["nets"]  # by kind
 HEADS: dict[str, str] = WORDS["heads"]  # of more than DuMo's v and u
@@ -56,19 +62,21 @@ class Method(NamedTuple):
 
 def method(objective: Objective) -> Method:
     """By the first line of its module, `Name (source): what it does.`; of one that has no such line its kind."""
-    found = FIRST_LINE.match(sys.modules[type(objective).__module__].__doc__ or "")
-    return Method(*found.groups()) if found else Method(objective.kind)
+    first_line = FIRST_LINE.match(sys.modules[type(objective).__module__].__doc__ or "")
+    return Method(*first_line.groups()) if first_line else Method(objective.kind)
 
 
 def watched(name: str) -> Word:
     """The words for a note, or for that of a part: `right_d` is `right`, of d."""
-    of, _, part = name.rpartition("_")
-    if name in WATCHED or of not in WATCHED:
+    note, _, part = name.rpartition("_")
+    if name in WATCHED or note not in WATCHED:
         return word(WATCHED, name)
-    return replace(WATCHED[of], title=f"{WATCHED[of].title}, {part}")
+    return replace(WATCHED[note], title=f"{WATCHED[note].title}, {part}")
 
 
 def merits(columns: list[str]) -> dict[str, Word]:
     """The words for the columns of a table; `fd` next to `fd_grey` is the same before rounding."""
-    found = {key: word(MERITS, key) for key in columns}
-    return found | ({"fd": BEFORE} if {"fd", "fd_grey"} <= found.keys() else {})
+    word_by_column = {key: word(MERITS, key) for key in columns}
+    if {"fd", "fd_grey"} <= word_by_column.keys():
+        word_by_column["fd"] = BEFORE
+    return word_by_column

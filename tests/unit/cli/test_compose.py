@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import dumo
 from dumo.cli.api import TrainedRun
+from dumo.cli.compose import Composed, compose
 from dumo.data import Digits, Moons
 from dumo.data import memory as of_data
 from dumo.flow.guide import Guide
 from dumo.nets import module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
+from dumo.runtime.progress import no_bar
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
@@ -124,6 +126,13 @@ def test_parts_find_what_they_are_trained_with(
 ) -> None:
     spec = train(tmp_path, **parts).spec
     assert (spec.objective.kind, spec.data.kind, spec.sample.solver.kind) == (objective, data, solver)
+
+
+def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("{")  # no YAML
+    settings: dict[str, Any] = {"net": None, "minutes": None, "device": "cpu", "bar": no_bar}
+    composed = compose(tmp_path, ["train.steps=3"], None, objective=None, data=None, **settings)
+    assert composed == Composed(None, ["train.steps=3"], tmp_path)
 
 
 @pytest.mark.nightly

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.cli.terminal import MORE, err, explain, out, show_lines, show_table, sparing, stoppable
+from dumo.cli.terminal import MORE, err, explain, memory_hint, out, show_lines, show_table, stoppable
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, inline, plain, say
 from dumo.training.step import Diverged
@@ -75,16 +75,16 @@ def test_a_defect_is_none(error: Exception) -> None:
 
 
 def test_too_little_memory_is_known_on_this_machine_and_has_a_way_out() -> None:
-    with pytest.raises(RuntimeError) as torch_s, sparing("lower train.micro_batch"):
+    with pytest.raises(RuntimeError) as torch_s, memory_hint("lower train.micro_batch"):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(MemoryError) as numpy_s, sparing("lower train.micro_batch"):
+    with pytest.raises(MemoryError) as numpy_s, memory_hint("lower train.micro_batch"):
         np.empty(2**60, np.uint8)
     for raised in (torch_s, numpy_s):
         line, code = explain(raised.value) or ("", 0)
         assert line.startswith("out of memory at 1")
         assert line.endswith(" more: lower train.micro_batch")
         assert code == 1
-    with pytest.raises(RuntimeError) as other, sparing("lower train.micro_batch"):
+    with pytest.raises(RuntimeError) as other, memory_hint("lower train.micro_batch"):
         raise RuntimeError(os.strerror(errno.EIO))
     assert not hasattr(other.value, "__notes__")
 
