@@ -78,13 +78,15 @@ def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teach
 def validation(evaluation: Evaluation) -> Iterator[str]:
     """Judging in training by what makes no samples, or by too few, and a best step of none that are judged."""
     kind = evaluation.protocol.kind
-    few = evaluation.few
+    samples = evaluation.few
     if evaluation.best and not evaluation.every:
         yield "evaluate.best keeps the best of the steps that are judged, and none is: set evaluate.every to some steps"
     if evaluation.every and kind == "likelihood":
         yield "evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0"
-    if evaluation.every and few is not None and few < evaluation.fewest:
-        yield f"evaluate.few = {few}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or null"
+    if evaluation.every and samples is not None and samples < evaluation.fewest:
+        yield (
+            f"evaluate.few = {samples}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or null"
+        )
 
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:

@@ -84,7 +84,7 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
     """What to say of one error."""
     field = _locate(error["loc"], root)
     path = field.path
-    given = error["input"]
+    value = error["input"]
     match error["type"]:
         case "extra_forbidden":
             if path in REMOVED:
@@ -97,10 +97,10 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
             tags = context["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: there is no '{brief(context['tag'])}'; {nearest(context['tag'], tags)}"
         case "union_tag_not_found":
-            if given is None or isinstance(given, dict):
+            if value is None or isinstance(value, dict):
                 return f"{path}.kind: missing; say which kind this is"
-            message = f"{path}: input should be a mapping of names to values; got {brief(repr(given))}"
-            return f"{message}; write {path}.kind={brief(given)}" if isinstance(given, str) else message
+            message = f"{path}: input should be a mapping of names to values; got {brief(repr(value))}"
+            return f"{message}; write {path}.kind={brief(value)}" if isinstance(value, str) else message
         case "missing":
             return f"{path}: missing{MISSING.get(path, '')}"
         case "value_error":
@@ -110,11 +110,11 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
             message = error["msg"][0].lower() + error["msg"][1:]
             for json_word, plain_word in PLAIN_WORDS.items():
                 message = message.replace(json_word, plain_word)
-            message = f"{path}: {message}; got {brief(repr(given))}"
-            if isinstance(given, str) and any("kind" in model.model_fields for model in field.models):
-                message += f"; write {path}.kind={brief(given)}"
-            elif isinstance(given, float) and error["type"] == "int_type" and given.is_integer():
-                message += f"; write {given:.0f}"
+            message = f"{path}: {message}; got {brief(repr(value))}"
+            if isinstance(value, str) and any("kind" in model.model_fields for model in field.models):
+                message += f"; write {path}.kind={brief(value)}"
+            elif isinstance(value, float) and error["type"] == "int_type" and value.is_integer():
+                message += f"; write {value:.0f}"
             return message
 
 

@@ -56,11 +56,11 @@ def captions(run: Tree) -> Iterator[Need]:
     def unpaired(_: str) -> str:
         if texts is not None and texts.kind == "pipeline":
             return f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
-        given = "some" if captioning else "none"
-        read = "some" if net_reads else "none"
+        data_captions = "some" if captioning else "none"
+        net_captions = "some" if net_reads else "none"
         return (
             f"{field} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
-            f"{given}, and net '{run.net.kind}' reads {read}"
+            f"{data_captions}, and net '{run.net.kind}' reads {net_captions}"
         )
 
     yield Need(net_reads, data_has, unpaired)

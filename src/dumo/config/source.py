@@ -35,7 +35,7 @@ PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.plan.p
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
 EITHER = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # a base that a variable may name
 MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
-TO_GIVE = "give a run's folder, a recipe or a YAML file"  # the fix where a source is none
+TO_GIVE = "give a run's folder, a recipe or a YAML file"
 
 
 class Noted(BaseModel):
@@ -74,7 +74,8 @@ class Source:
 
     def __str__(self) -> str:
         """In words."""
-        return f"{'run file' if self.kind == 'file' else self.kind} {self.word}"
+        kind = "run file" if self.kind == "file" else self.kind
+        return f"{kind} {self.word}"
 
 
 def choose(source: str | Path, out: Path | None = None) -> Source:
@@ -90,7 +91,7 @@ def choose(source: str | Path, out: Path | None = None) -> Source:
     if recipe is not None:
         return Source("recipe", source, Path("runs") / recipe)
     if not str(source):
-        return Source("file", source, Path("runs"))
+        raise UserError(f"the source is empty: {TO_GIVE}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
         if path.suffix in TABLES:
