@@ -106,7 +106,7 @@ def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
 def part_of(text: str | None) -> tuple[int, int]:
     """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
     if text is None:
-        return dist.launched()
+        return dist.torchrun_rank_and_world()
     k, _, n = text.partition("/")
     if len(text) > LONG or not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
         raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
