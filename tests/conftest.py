@@ -133,11 +133,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Skip, with this reason, what dumo refuses with the lowest torch that it allows."""
-    from dumo.runtime.dist import FIRST  # jaxtyping must see it first, to check shapes in it
+    from dumo.runtime.dist import MIN_TORCH  # jaxtyping must see it first, to check shapes in it
 
     report = yield
-    refusal = f"needs torch {FIRST} or newer"  # for several ranks, and for shards that they wrote
-    if report.failed and TorchVersion(torch.__version__) < FIRST and refusal in report.longreprtext:
+    refusal = f"needs torch {MIN_TORCH} or newer"  # for several ranks, and for shards that they wrote
+    if report.failed and TorchVersion(torch.__version__) < MIN_TORCH and refusal in report.longreprtext:
         report.outcome = "skipped"
         report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {refusal}")
     return report

@@ -53,6 +53,6 @@ class _Rows:
 @contextmanager
 def counting() -> Generator[Drawn]:
     """Count what is drawn inside, in this thread."""
-    drawn, opened = Drawn(), random._stream
+    drawn, opened = Drawn(), random._philox_generator
     with patch.object(random, "_stream", lambda key: _Rows(opened(key), drawn)), _Torch(drawn):
         yield drawn

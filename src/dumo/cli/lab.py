@@ -41,7 +41,7 @@ def reproduce(
     from dumo.lab.reproduce import reproduce
     from dumo.runtime import dist
 
-    dist.alone("dumo reproduce")
+    dist.require_one_process("dumo reproduce")
     results = reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
     if as_json:
         print(json.dumps(results))
@@ -214,7 +214,7 @@ def begin(threads: int | None) -> None:
     """Refuse several ranks, which would disturb each other; set the number of threads."""
     from dumo.runtime import dist
 
-    dist.alone("dumo bench")
+    dist.require_one_process("dumo bench")
     if threads:
         import torch
 

@@ -223,7 +223,7 @@ def proposed(place: str, sets: list[str], minutes: float | None, device: str, *,
     from dumo.plan import proposal
     from dumo.runtime import dist
 
-    dist.alone(f"planning a run on {place}")
+    dist.require_one_process(f"planning a run on {place}")
     proposed_run = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
     show_lines(proposed_run.lines())
     if ask and not sys.stdin.isatty():
@@ -344,7 +344,7 @@ def average(
     from dumo.run.average import average
     from dumo.runtime import dist
 
-    dist.alone("dumo average")
+    dist.require_one_process("dumo average")
     averaged = average(run_folder, std, file)
     err.print(
         f"the average of width {std:g} after step {averaged.step:,}, from {averaged.count} snapshots, "
@@ -395,7 +395,7 @@ def grid(
     from dumo.run.weights import open_run
     from dumo.runtime import dist, threads
 
-    dist.alone("dumo grid")
+    dist.require_one_process("dumo grid")
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
@@ -432,7 +432,7 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
     from dumo.run.weights import open_run
     from dumo.runtime import dist
 
-    dist.alone("dumo report")
+    dist.require_one_process("dumo report")
     texts = [row.text for row in read_prompts(prompts)] if prompts else []
     for file in page.write(open_run(run_folder, device=device), bar, texts):
         out.print(str(file), soft_wrap=True)

@@ -64,14 +64,14 @@ def export(
     from dumo.export import hub, write
     from dumo.run.weights import open_run
     from dumo.runtime import dist
-    from dumo.runtime.heap import lean
+    from dumo.runtime.heap import low_memory_heap
 
-    dist.alone("dumo export")
+    dist.require_one_process("dumo export")
     write.vacant(target)
     if push is not None:
         hub.require(push, parts)
     passes = numbers("--nfe", nfe) or ()
-    with lean():
+    with low_memory_heap():
         opened = open_run(run_folder, weights=weights, device="cpu")
         exported = write.export(
             opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
@@ -122,7 +122,7 @@ def demo(
     from dumo.report.live import open_runs
     from dumo.runtime import dist
 
-    dist.alone("dumo demo")
+    dist.require_one_process("dumo demo")
     folders = [run_folder] if other is None else [run_folder, other]
 
     with listening(port) as listener, gradio_alone():

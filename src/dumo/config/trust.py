@@ -114,5 +114,5 @@ def agreed(question: str) -> bool:
     if os.environ.get("WORLD_SIZE", "1") != "1" or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(inline(question), "[y/N] ", end="", file=sys.stderr, flush=True)
-    with signals.deaf():  # Ctrl-C ends it there
+    with signals.default_handlers():  # Ctrl-C ends it there
         return sys.stdin.readline().strip().lower() in ("y", "yes")

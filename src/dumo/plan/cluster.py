@@ -144,7 +144,7 @@ def pretended(ranks: int) -> Generator[None, None, None]:
     """A group of `ranks` ranks, of which only this process, the first, exists. Raises UserError inside a real one."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.alone("a plan for ranks")
+    dist.require_one_process("a plan for ranks")
     dist.require_ranks("a plan for ranks")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

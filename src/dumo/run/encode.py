@@ -112,7 +112,7 @@ def options_as_settings(out: str | None, codec: str | None, side: int | None) ->
 def parse_part(text: str | None) -> tuple[int, int]:
     """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
     if text is None:
-        return dist.launched()
+        return dist.torchrun_rank_and_world()
     k, _, n = text.partition("/")
     is_part = len(text) <= MAX_PART_CHARACTERS and k.isdecimal() and n.isdecimal() and int(k) < int(n)
     if not is_part:

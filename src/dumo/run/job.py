@@ -116,7 +116,7 @@ def open_job(
     trains there, its data or fields have changed (and no `accept` says that they may), or if the slope fails its
     examination.
     """
-    rank, _ = dist.launched()
+    rank, _ = dist.torchrun_rank_and_world()
     if rank != 0 or tell is None:
         tell = quiet
     lock = locked_run_folder(folder) if rank == 0 else nullcontext()
@@ -141,7 +141,7 @@ def resolved_for_training(run: Run, index: Index, device: str, sheets: SheetsOf 
 
     Raises UserError where it does not fit the machine or the ranks.
     """
-    rank, ranks = dist.launched()
+    rank, ranks = dist.torchrun_rank_and_world()
     before = index.written.run if index.written else None
     run = resolve(with_absolute_paths(run, before))
     if run.train.sheets and sheets is None:

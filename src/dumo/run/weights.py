@@ -29,7 +29,7 @@ from dumo.run.net import deferred, drawn, require_room
 from dumo.run.origin import require_own_checkpoint, require_own_weights
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist, typed
-from dumo.runtime.heap import lean
+from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.spec import Train
@@ -313,7 +313,7 @@ def load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> 
         frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
 
 
-@lean()
+@low_memory_heap()
 def begin(
     run: Run, checkpoints: Checkpoints, device: torch.device, step: int | None = None
 ) -> tuple[State, Checkpoint | None]:

@@ -20,8 +20,9 @@ def typed(place: str | Path) -> str:
     Nor is a Path typed as the bare name of a recipe or a trained run that dumo brings; a text is as somebody typed it.
     """
     text = str(place)
-    is_brought = (PACKAGE / "recipes" / f"{text}.yaml").exists() or (PACKAGE / "trained" / text).exists()
-    if text.startswith("-") or (isinstance(place, Path) and place.parts == (place.name,) and is_brought):
+    is_packaged = (PACKAGE / "recipes" / f"{text}.yaml").exists() or (PACKAGE / "trained" / text).exists()
+    is_bare_path = isinstance(place, Path) and place.parts == (place.name,)
+    if text.startswith("-") or (is_bare_path and is_packaged):
         text = f"./{text}"
     return shlex.quote(text)
 
@@ -41,27 +42,28 @@ def installed(name: str) -> str | None:
 
 def extras() -> dict[str, list[str]]:
     """The packages of each extra, as `pip` takes them; none where dumo runs from its sources, not installed."""
-    found: dict[str, list[str]] = {}
     try:
         requirements = metadata.requires("dumo") or []
     except metadata.PackageNotFoundError:
         requirements = []
+    packages: dict[str, list[str]] = {}
     for requirement in requirements:
         package, _, marker = requirement.partition(";")
         if match := re.search(r"\bextra == ['\"]([\w.-]+)['\"]", marker):
-            found.setdefault(match[1], []).append(package.strip())
-    return found
+            packages.setdefault(match[1], []).append(package.strip())
+    return packages
 
 
 def install(extra: str) -> str:
     """The command that installs an extra's packages, or a package, into this environment, however dumo came into it."""
-    here = shlex.quote(sys.executable)
-    if (pip := shutil.which("pip")) and Path(pip).parent == Path(sys.executable).parent:
+    python = shlex.quote(sys.executable)
+    pip = shutil.which("pip")
+    if pip and Path(pip).parent == Path(sys.executable).parent:
         tool = "pip install"
     elif installed("pip"):
-        tool = f"{here} -m pip install"
+        tool = f"{python} -m pip install"
     else:  # as in an environment that uv made
-        tool = f"uv pip install --python {here}"
+        tool = f"uv pip install --python {python}"
     return f"{tool} {shlex.join(extras().get(extra, [extra]))}"
 
 
@@ -73,14 +75,16 @@ def import_bitsandbytes() -> bool:
     """
     if not installed("bitsandbytes"):
         return False
-    log, there = logging.getLogger("bitsandbytes.backends.cpu.ops"), sys.modules.get("kernels")
-    level, sys.modules["kernels"] = log.level, None  # pyright: ignore[reportArgumentType], so that it is not found
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
     log.setLevel(logging.ERROR)
+    kernels = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType], so that it is not found
     try:
         import bitsandbytes  # pyright: ignore[reportUnusedImport]  # noqa: F401
     finally:
         log.setLevel(level)
         del sys.modules["kernels"]
-        if there is not None:
-            sys.modules["kernels"] = there
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
     return True

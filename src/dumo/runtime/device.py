@@ -12,28 +12,32 @@ import torch
 from dumo.runtime.stopwatch import Stopwatch
 
 TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
-SIDE, SIDE_ON_GPU = 1024, 8192  # of a matrix that is timed, long enough for the device's own speed to show: ours
+SIDE = 1024  # of a matrix that is timed, long enough for the device's own speed to show: ours
+SIDE_ON_GPU = 8192
 
 
-def known_peak_tflops(here: torch.device) -> float | None:
+def known_peak_tflops(device: torch.device) -> float | None:
     """The dense bf16 peak of a GPU that is known, in 10^12 operations a second; None of any other device."""
-    name = torch.cuda.get_device_name(here) if here.type == "cuda" else ""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in TFLOPS_BY_GPU.items() if part in name), None)
 
 
 @cache
-def operations_per_second(here: torch.device) -> float:
+def operations_per_second(device: torch.device) -> float:
     """What a product of square matrices makes, on a GPU in bf16: measured, the best of four."""
-    on_gpu = here.type == "cuda"
+    on_gpu = device.type == "cuda"
     side = SIDE_ON_GPU if on_gpu else SIDE
-    x = torch.ones(side, side, device=here, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    times = Stopwatch(here).rounds([partial(torch.mm, x, x)], 4, warm_up=0)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    x = torch.ones(side, side, device=device, dtype=dtype)
+    times = Stopwatch(device).rounds([partial(torch.mm, x, x)], 4, warm_up=0)
     return 2 * side**3 / max(times.min().item(), 1e-9)
 
 
-def peak_bytes(here: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """The most bytes so far."""
-    if here.type == "cuda":
-        return torch.cuda.max_memory_allocated(here)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else 1024 * resident  # kilobytes on Linux

@@ -1,6 +1,7 @@
-"""Ranks, means over ranks, devices and their memory, versions: what knows how many processes train, and where.
+"""Ranks, means over ranks, devices and their memory, versions: which processes work together, and where.
 
-Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
+`join` meets the processes that torchrun started. Without torch.distributed there is one rank, number 0, and a mean over
+ranks is the identity.
 """
 
 import math
@@ -26,14 +27,16 @@ from dumo.runtime import install, signals, version
 from dumo.runtime.heartbeat import Lost, Peers
 from dumo.types import UserError
 
-FIRST = "2.13"  # the torch whose sharded weights and checkpoints were tried
-START = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
-PATIENCE = 600.0  # seconds, afterwards: ours
-MOST = 1_000_000  # processes: more is a slip
+MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
+START_TIMEOUT = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
+DEFAULT_TIMEOUT = 600.0  # seconds, afterwards: ours
+MAX_RANKS = 1_000_000  # more is a typing error
+UNSET = "Start by torchrun, which sets it, or unset it"
+COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach others
 
 joined = False  # whether this process ever met others
 peers: Peers | None = None  # those it has met
-# By which a thread agrees with the same thread of other ranks (`dumo.training.agreement`); None: the group of all.
+# The process group of this thread and the same thread of other ranks (`dumo.training.agreement`); None: that of all.
 group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
 
@@ -65,8 +68,9 @@ def largest(x: Tensor) -> Tensor:
     """The largest of x over ranks, on every rank; x is on the CPU. Every rank must call it, with the same shape."""
     if world() == 1:
         return x
-    torch.distributed.all_reduce(most := x.clone(), torch.distributed.ReduceOp.MAX)
-    return most
+    maximum = x.clone()
+    torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX)
+    return maximum
 
 
 def calls(net: nn.Module, rows: int) -> int:
@@ -78,7 +82,9 @@ def calls(net: nn.Module, rows: int) -> int:
         return rows
     from torch.distributed.fsdp import FSDPModule
 
-    return int(largest(torch.tensor(rows))) if isinstance(net, FSDPModule) else rows
+    if isinstance(net, FSDPModule):
+        return int(largest(torch.tensor(rows)))
+    return rows
 
 
 def gathered(x: Tensor) -> list[Tensor]:
@@ -90,14 +96,14 @@ def gathered(x: Tensor) -> list[Tensor]:
         return [x.cpu()]
     if peers:
         peers.wait_for_all()
-    here = x.detach().cpu().contiguous()
-    sizes = [torch.tensor(0) for _ in range(world())]
-    torch.distributed.all_gather(sizes, torch.tensor(len(x)))
-    longest = max(int(n) for n in sizes)
-    padded = torch.cat([here, here.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
+    local = x.detach().cpu().contiguous()
+    lengths = [torch.tensor(0) for _ in range(world())]
+    torch.distributed.all_gather(lengths, torch.tensor(len(x)))
+    longest = max(int(n) for n in lengths)
+    padded = torch.cat([local, local.new_zeros(longest - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in lengths]
     torch.distributed.all_gather(parts, padded)
-    return [part[: int(n)] for part, n in zip(parts, sizes, strict=True)]
+    return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
 
 def barrier() -> None:
@@ -106,13 +112,15 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def another() -> ProcessGroup | None:
-    """One more group of all ranks, by gloo, for a thread that talks while others do; None where there is one rank.
+def new_group() -> ProcessGroup | None:
+    """One more group of all ranks, by gloo, for another thread; None where there is one rank.
 
     Every rank must call it.
     """
-    made = torch.distributed.new_group(backend="gloo") if world() > 1 else None
-    return made if isinstance(made, ProcessGroup) else None  # of some ranks alone it would be a number
+    if world() == 1:
+        return None
+    group = torch.distributed.new_group(backend="gloo")
+    return group if isinstance(group, ProcessGroup) else None  # of some ranks alone it would be a number
 
 
 def started() -> bool:
@@ -120,30 +128,29 @@ def started() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def launched() -> tuple[int, int]:
+def torchrun_rank_and_world() -> tuple[int, int]:
     """(rank, world) as torchrun sets them, for work that needs no process group; (0, 1) without.
 
     Raises UserError where they are no such numbers.
     """
-    world = number("WORLD_SIZE", 1, 1, MOST)
-    return number("RANK", 0, 0, world - 1), world
+    world = environment_integer("WORLD_SIZE", 1, low=1, high=MAX_RANKS)
+    rank = environment_integer("RANK", 0, high=world - 1)
+    return rank, world
 
 
-UNSET = "Start by torchrun, which sets it, or unset it"
-
-
-def number(name: str, default: int, low: int = 0, high: float = math.inf) -> int:
+def environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:
     """A whole number from the environment. Raises UserError where it is none, or out of [low, high]."""
     text = os.environ.get(name, str(default))
-    if not re.fullmatch(r"-?[0-9]{1,18}", text) or not low <= int(text) <= high:
-        limits = f"from {low:,}" + (f" to {high:,}" if high < math.inf else "")
+    is_integer = re.fullmatch(r"-?[0-9]{1,18}", text) is not None
+    if not is_integer or int(text) < low or (high is not None and int(text) > high):
+        limits = f"from {low:,}" if high is None else f"from {low:,} to {high:,}"
         raise UserError(f"{name}={text} is no whole number {limits}. {UNSET}")
     return int(text)
 
 
-def patience() -> float:
+def timeout_seconds() -> float:
     """Seconds without a sign of a rank, after which it is taken to be gone. Raises UserError for no such number."""
-    text = os.environ.get("DUMO_TIMEOUT", str(PATIENCE))
+    text = os.environ.get("DUMO_TIMEOUT", str(DEFAULT_TIMEOUT))
     try:
         seconds = float(text)
     except ValueError:
@@ -153,9 +160,10 @@ def patience() -> float:
     return seconds
 
 
-def alone(work: str) -> None:
+def require_one_process(work: str) -> None:
     """Refuse, where torchrun started several processes, work that they do not share. Raises UserError."""
-    if (world := launched()[1]) > 1:
+    _, world = torchrun_rank_and_world()
+    if world > 1:
         raise UserError(
             f"{work} takes one process, and {world} were started (WORLD_SIZE={world}): start it without torchrun; "
             "train, sample, evaluate and encode share their work"
@@ -164,10 +172,9 @@ def alone(work: str) -> None:
 
 def require_ranks(what: str) -> None:
     """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
-    if TorchVersion(torch.__version__) < FIRST:
-        raise UserError(
-            f"{what} needs torch {FIRST} or newer, here is {torch.__version__}: {install(f'torch>={FIRST}')}"
-        )
+    if TorchVersion(torch.__version__) < MIN_TORCH:
+        fix = install(f"torch>={MIN_TORCH}")
+        raise UserError(f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: {fix}")
 
 
 @contextmanager
@@ -178,24 +185,28 @@ def join() -> Generator[None, None, None]:
     Raises UserError below torch 2.13, and where what torchrun sets is there in part or odd; `Lost` where another rank
     is gone. One that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line (`dumo.runtime.heartbeat`).
     """
-    if (world := launched()[1]) == 1 or started():
+    _, world = torchrun_rank_and_world()
+    if world == 1 or started():
         yield
         return
     require_ranks(f"work on {world} ranks")
-    gpus, here, limit = torch.cuda.device_count(), number("LOCAL_RANK", 0), patience()
+    gpus = torch.cuda.device_count()
+    local_rank = environment_integer("LOCAL_RANK", 0)
+    timeout = timeout_seconds()
     if gpus:
-        torch.cuda.set_device(here % gpus)
-    own = gpus >= number("LOCAL_WORLD_SIZE", 1, 1)
+        torch.cuda.set_device(local_rank % gpus)
+    has_own_gpu = gpus >= environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
     global joined, peers
-    with signals.deaf():  # there is nothing to save yet
+    with signals.default_handlers():  # there is nothing to save yet
         store, rank = meet()
-        joined, peers = True, Peers(store, rank, world, limit)
+        joined = True
+        peers = Peers(store, rank, world, timeout)
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
+            "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo",
             store=PrefixStore("group", store),
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=max(START, limit)),
+            timeout=timedelta(seconds=max(START_TIMEOUT, timeout)),
         )
     try:
         with peers.watch(), report_failure(peers):
@@ -208,18 +219,19 @@ def join() -> Generator[None, None, None]:
 
 
 def meet() -> tuple[Store, int]:
-    """A store that all ranks share, in which nothing stands yet, and this one's number. Raises UserError, Lost."""
-    _, world = launched()
-    number("MASTER_PORT", 1, 1, 65535)
+    """An empty store that all ranks share, and the number of this one. Raises UserError, Lost."""
+    _, world = torchrun_rank_and_world()
+    environment_integer("MASTER_PORT", 1, low=1, high=65535)
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START)))
-        return PrefixStore(name_start(store, rank, world), store), rank
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_TIMEOUT)))
+        return PrefixStore(name_of_this_start(store, rank, world), store), rank
     except ValueError as error:
         raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
     except torch.distributed.DistError as error:
-        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        said = " ".join(str(error).split())
-        raise Lost(f"{world} ranks did not meet at {place}: see that all were started. ({said})") from error
+        address = os.environ.get("MASTER_ADDR", "")
+        port = os.environ.get("MASTER_PORT", "")
+        message = " ".join(str(error).split())
+        raise Lost(f"{world} ranks did not meet at {address}:{port}: see that all were started. ({message})") from error
 
 
 @contextmanager
@@ -228,44 +240,43 @@ def report_failure(others: Peers) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RuntimeError) and TALK.search(f"{type(error).__name__} {error}"):
-            signals.check()  # they were asked to stop, too, and are gone already
+        if isinstance(error, RuntimeError) and COMMUNICATION_ERROR.search(f"{type(error).__name__} {error}"):
+            signals.check()  # the others were asked to stop, too, and are gone already
             raise others.diagnose(error) from error
         others.report(error)
         raise
 
 
-TALK = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in what torch raises where it cannot talk to others
-
-
-def settled() -> None:
-    """Say that the first step is done, which may have compiled: from now on ranks wait no longer than DUMO_TIMEOUT."""
+def end_start() -> None:
+    """Once the first step is done, which may have compiled: let ranks wait no longer than DUMO_TIMEOUT from now on."""
     if peers and not peers.settled:
         peers.settled = True
         for group in c10d._world.pg_map:
-            c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # who hangs is found first
+            c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # longer than the heartbeat's
 
 
-def name_start(store: Store, rank: int, world: int) -> str:
+def name_of_this_start(store: Store, rank: int, world: int) -> str:
     """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
     #135712, in 2.13 still). So rank 0 makes up a name, and answers every process that asks under its own token, until
-    all have said that they heard.
+    all have confirmed it.
     """
-    name, late = token_hex(8), time.monotonic() + START
-    if rank:
-        store.set(f"asks/{rank}", name)
-        name = store.get(f"answer/{name}").decode()
+    token = token_hex(8)
+    if rank > 0:
+        store.set(f"asks/{rank}", token)
+        name = store.get(f"answer/{token}").decode()
         store.set(f"heard/{name}/{rank}", "")
         return name
+    deadline = time.monotonic() + START_TIMEOUT
     for other in range(1, world):
-        while not store.check([f"heard/{name}/{other}"]):
-            store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)  # may be a dead one's: ask again
-            if time.monotonic() > late:
+        while not store.check([f"heard/{token}/{other}"]):
+            other_token = store.get(f"asks/{other}").decode()  # may be a dead one's: ask again
+            store.set(f"answer/{other_token}", token)
+            if time.monotonic() > deadline:
                 raise torch.distributed.DistStoreError(f"rank {other} does not answer")
             time.sleep(0.01)
-    return name
+    return token
 
 
 def device(name: str) -> torch.device:
@@ -275,11 +286,11 @@ def device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.zeros(0, device=name).sum()
-        found.item()  # of `meta` there is none
+        x = torch.zeros(0, device=name).sum()
+        x.item()  # raises on `meta`
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device '{name}' is not available: use auto or cpu") from error
-    return found.device
+    return x.device
 
 
 def memory(device: torch.device) -> int:
@@ -289,13 +300,19 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def require_memory(size: int, what: str, way: str, device: torch.device | str = "cpu") -> None:
-    """Raise UserError, with the way out, where `what` is more bytes than the device has; 'meta' has room for all."""
+def require_memory(size: int, what: str, fix: str, device: torch.device | str = "cpu") -> None:
+    """Raise UserError where `size` bytes are more than the device has; 'meta' has room for all.
+
+    The message begins with `what`, such as "the net takes", and ends with `fix`.
+    """
     device = torch.device(device)
-    if device.type != "meta" and size > (most := memory(device)):
-        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, and {device} has {most / 1e9:,.1f} GB: {way}")
+    if device.type == "meta":
+        return
+    total = memory(device)
+    if size > total:
+        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, and {device} has {total / 1e9:,.1f} GB: {fix}")
 
 
 def versions() -> dict[str, str]:
-    """What makes a result: dumo, torch and Python."""
+    """The versions that a result depends on: of dumo, torch and Python."""
     return {"dumo": version(), "torch": torch.__version__, "python": platform.python_version()}

@@ -20,10 +20,10 @@ from torch.distributed.distributed_c10d import Store
 
 from dumo.runtime import signals
 
-EVERY = 1.0  # seconds from sign to sign, at most: ours
-LOOKS = 10  # for a sign, at least, before a process is taken to be gone: ours
-POLL = 0.05  # seconds between looks for who is there: ours
-AGAIN = "start the same command again, it goes on from what is kept"
+MAX_INTERVAL = 1.0  # seconds from sign to sign: ours
+MIN_LOOKS = 10  # for a sign, before a process is taken to be gone: ours
+POLL_INTERVAL = 0.05  # seconds between looks for who is there: ours
+RESTART = "start the same command again, it goes on from what is kept"
 
 
 class Lost(RuntimeError):  # noqa: N818, a state of the run
@@ -35,25 +35,30 @@ class Peers:
 
     def __init__(self, store: Store, rank: int, world: int, limit: float) -> None:
         """`limit`: after this many seconds without a sign a process is gone."""
-        self.store, self.rank, self.world, self.limit = store, rank, world, limit
-        self.every = min(EVERY, limit / LOOKS)
+        self.store = store
+        self.rank = rank
+        self.world = world
+        self.limit = limit
+        self.every = min(MAX_INTERVAL, limit / MIN_LOOKS)
         self.looks = round(limit / self.every)  # counted, not timed: who was stopped itself blames nobody
-        self.others = [other for other in range(world) if other != rank] if rank == 0 else [0]
+        self.others = list(range(1, world)) if rank == 0 else [0]  # those that this process looks for
         self.silent = dict.fromkeys(self.others, 0)  # looks since the last sign
-        self.beats = self.meetings = 0
+        self.beats = 0
+        self.meetings = 0
         self.settled = False  # whether a first step is done
         self.speaking = threading.Lock()  # held by the thread that says what ends this process
-        self._last = dict[int, bytes]()
+        self._last_signs: dict[int, bytes] = {}
 
     def beat(self) -> None:
         """Give a sign, and look for the others'. Blocks while the store does not answer."""
         self.store.set(f"alive/{self.rank}", str(self.beats))
-        there = [other for other in self.others if self.store.check([f"alive/{other}"])]
-        signs = dict(zip(there, self.store.multi_get([f"alive/{other}" for other in there]), strict=True))
+        started = [other for other in self.others if self.store.check([f"alive/{other}"])]
+        values = self.store.multi_get([f"alive/{other}" for other in started])
+        signs = dict(zip(started, values, strict=True))
         for other in self.others:
-            new = signs.get(other) != self._last.get(other)
-            self.silent[other] = 0 if new else self.silent[other] + 1
-        self._last = signs
+            is_new = signs.get(other) != self._last_signs.get(other)
+            self.silent[other] = 0 if is_new else self.silent[other] + 1
+        self._last_signs = signs
         self.beats += 1
 
     def missing(self, looks: int) -> int | None:
@@ -72,7 +77,7 @@ class Peers:
             signals.check()
             if self.store.check(["failed"]):
                 raise self.diagnose()
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL)
 
     def report(self, error: BaseException) -> None:
         """Report to the others why this process fails."""
@@ -85,18 +90,19 @@ class Peers:
     def diagnose(self, error: BaseException | None = None) -> Lost:
         """What is known of the others where talking to them fails. Takes some seconds: who is gone gives no sign."""
         self.speaking.acquire()  # for good: one line is enough
-        said = f" ({brief(error)})" if error else ""
+        reason = f" ({brief(error)})" if error else ""
         try:
             for _ in range(6):
                 for other in self.others:
                     if self.store.check([f"failed/{other}"]):
                         return Lost(f"rank {other}: {self.store.get(f'failed/{other}').decode()}")
-                if (gone := self.missing(3)) is not None:
-                    return Lost(f"rank {gone} is gone: {AGAIN}{said}")
+                gone = self.missing(3)
+                if gone is not None:
+                    return Lost(f"rank {gone} is gone: {RESTART}{reason}")
                 time.sleep(self.every)
         except RuntimeError:  # the store is gone: with the first rank, or with torchrun
             pass
-        return Lost(f"another rank is gone, or has not answered in time: {AGAIN}{said}")
+        return Lost(f"another rank is gone, or has not answered in time: {RESTART}{reason}")
 
     @contextmanager
     def watch(self) -> Generator[None, None, None]:
@@ -111,10 +117,15 @@ class Peers:
                     over.set()
 
         def look() -> None:
-            beats = stuck = 0
+            beats_before = 0
+            stuck = 0  # looks since the last beat, which the store keeps waiting
             while not over.wait(self.every):
-                beats, stuck = self.beats, 0 if beats != self.beats else stuck + 1
-                gone = self.missing(self.looks) if stuck < self.looks else 0  # who has the store is not there to answer
+                beats = self.beats
+                stuck = 0 if beats != beats_before else stuck + 1
+                beats_before = beats
+                gone = self.missing(self.looks)
+                if stuck >= self.looks:
+                    gone = 0  # has the store, and does not answer
                 if gone is not None and self.speaking.acquire(blocking=False):
                     self.end(gone)
 
@@ -131,7 +142,7 @@ class Peers:
     def end(self, gone: int) -> NoReturn:
         """Say who is gone, and leave: the first rank says it, or the second of the first."""
         if self.rank < 2:
-            line = f"error: rank {gone} has not answered for {self.limit:g} seconds (DUMO_TIMEOUT): {AGAIN}"
+            line = f"error: rank {gone} has not answered for {self.limit:g} seconds (DUMO_TIMEOUT): {RESTART}"
             print(line, file=sys.__stderr__, flush=True)
         else:
             time.sleep(5 * self.every)  # who is gone first ends the others
@@ -139,5 +150,7 @@ class Peers:
 
 
 def brief(error: BaseException) -> str:
-    """What torch says, without the place in its code, and without its advice."""
-    return re.sub(r"\[/\S+\] ?", "", " ".join(str(error).split())).split(". ")[0][:200]
+    """The first sentence of torch's message, without the place in its code."""
+    message = " ".join(str(error).split())
+    message = re.sub(r"\[/\S+\] ?", "", message)
+    return message.split(". ")[0][:200]

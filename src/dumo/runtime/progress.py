@@ -30,8 +30,8 @@ def no_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 
 def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
     """On stderr: a live bar on a terminal; in a log file, a line a minute."""
-    live = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return live_bar(title, total) if live else lines(title, total)
+    is_live = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return live_bar(title, total) if is_live else lines(title, total)
 
 
 @contextmanager
@@ -54,7 +54,8 @@ def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 
         def tick(done: int, note: str) -> None:
             rate = progress.tasks[0].speed
-            progress.update(task, completed=done, note=inline(note), rate=f"{number(rate)}/s" if rate else "")
+            rate_text = f"{number(rate)}/s" if rate else ""
+            progress.update(task, completed=done, note=inline(note), rate=rate_text)
 
         yield tick
 
@@ -64,24 +65,30 @@ def lines(
     title: str, total: int, /, *, every: float = 60.0, clock: Callable[[], float] = time.monotonic
 ) -> Generator[Tick, None, None]:
     """A plain line at most every few seconds, and one at the end: units done, their rate, the note, time left."""
-    began = last = clock()
+    began = clock()
+    last_shown = began
     ticks: list[tuple[float, int]] = []  # the first and the latest one: when, units done
-    said = ""
+    last_note = ""
 
-    def show(done: int, end: str) -> None:
+    def show(done: int, ending: str) -> None:
+        state = f"{title}: {done:,} of {total:,}"
         rate = speed(*ticks)
-        pace = f" at {number(rate)}/s" if rate else ""
-        say(inline(", ".join(part for part in (f"{title}: {done:,} of {total:,}{pace}", said, end) if part)))
+        if rate:
+            state += f" at {number(rate)}/s"
+        say(inline(", ".join(part for part in (state, last_note, ending) if part)))
 
     def tick(done: int, note: str) -> None:
-        nonlocal last, said
-        ticks[1:], said = [(clock(), done)], note
-        if clock() - last >= every:
-            rate, last = speed(*ticks), clock()
+        nonlocal last_shown, last_note
+        ticks[1:] = [(clock(), done)]
+        last_note = note
+        if clock() - last_shown >= every:
+            last_shown = clock()
+            rate = speed(*ticks)
             show(done, f"{span((total - done) / rate)} left" if rate else "")
 
     yield tick
-    show(ticks[-1][1] if ticks else 0, f"took {span(clock() - began)}")
+    done = ticks[-1][1] if ticks else 0
+    show(done, f"took {span(clock() - began)}")
 
 
 @contextmanager
@@ -89,15 +96,16 @@ def late(
     title: str, total: int, /, *, after: float = 3.0, clock: Callable[[], float] = time.monotonic, shown: Bar = bar
 ) -> Generator[Tick, None, None]:
     """A bar for work that is mostly short: it begins to show after some seconds (ours), and not before."""
-    began, show = clock(), None
-    with ExitStack() as later:
+    began = clock()
+    shown_tick: Tick | None = None
+    with ExitStack() as stack:
 
         def tick(done: int, note: str) -> None:
-            nonlocal show
-            if show is None and clock() - began >= after:
-                show = later.enter_context(shown(title, total))
-            if show:
-                show(done, note)
+            nonlocal shown_tick
+            if shown_tick is None and clock() - began >= after:
+                shown_tick = stack.enter_context(shown(title, total))
+            if shown_tick:
+                shown_tick(done, note)
 
         yield tick
 
@@ -117,9 +125,11 @@ def number(value: float) -> str:
 
 def sized(size: float, base: int = 1000) -> str:
     """Bytes with three significant digits or all before the point: 1.23 GB; of base 1024: 1.23 GiB."""
-    units = [f"{letter}{'i' if base == 1024 else ''}B" for letter in ("k" if base == 1000 else "K", *"MGTP")]
-    power = next((i for i in range(len(units)) if size < 999.5 * base ** (i + 1)), len(units) - 1)
-    return f"{number(size / base ** (power + 1))} {units[power]}"
+    units = ("KiB", "MiB", "GiB", "TiB", "PiB") if base == 1024 else ("kB", "MB", "GB", "TB", "PB")
+    power = 1
+    while power < len(units) and size >= 999.5 * base**power:
+        power += 1
+    return f"{number(size / base**power)} {units[power - 1]}"
 
 
 def passes_text(n: int) -> str:
@@ -133,7 +143,7 @@ def say(line: str) -> None:
 
 
 def teller(bar: Bar) -> Callable[[str], None]:
-    """What says lines next to a bar: `say`; nothing where no bar is shown."""
+    """The function that prints lines next to a bar: `say`, or `quiet` where no bar is shown."""
     return quiet if bar is no_bar else say
 
 
@@ -143,7 +153,7 @@ def quiet(line: str) -> None:
 
 def plain(text: str) -> str:
     """The text with control characters spelt out: a file's name must not steer the terminal. Line breaks stay."""
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def inline(text: str) -> str:
@@ -154,4 +164,7 @@ def inline(text: str) -> str:
 def span(seconds: float) -> str:
     """Seconds as hours, minutes and seconds: 1:02:03."""
     hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+    minutes, seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"

@@ -37,16 +37,18 @@ def stream(*key: int | str) -> Generator:
 
 
 def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
-    """Which rows of a step's batch are picked, by this name: the share of them, to a row, at random places."""
-    found = torch.zeros(batch, dtype=torch.bool)
-    found[torch.randperm(batch, generator=stream(seed, step, name))[: round(share * batch)]] = True
-    return found
+    """Pick a share of a step's batch rows, to a row, at random places that are a function of seed, step and name."""
+    is_picked = torch.zeros(batch, dtype=torch.bool)
+    places = torch.randperm(batch, generator=stream(seed, step, name))
+    is_picked[places[: round(share * batch)]] = True
+    return is_picked
 
 
 def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:
     """What stands for a batch of data, on the CPU: normal numbers (rows, *shape), and classes, all 0 of none."""
     x = torch.randn(rows, *shape, generator=stream(key, "x"))
-    return x, torch.randint(max(classes, 1), (rows,), generator=stream(key, "c"))
+    c = torch.randint(max(classes, 1), (rows,), generator=stream(key, "c"))
+    return x, c
 
 
 def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
@@ -55,14 +57,14 @@ def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
     Philox numbers its blocks by 256 bits, of which a row's number, in [0, 2^64), is the highest 64: so rows are 2^192
     blocks apart.
     """
-    made = np.empty((len(rows), prod(shape)), np.float32)
-    generator = _stream("/".join(map(str, key)))
+    values = np.empty((len(rows), prod(shape)), np.float32)
+    generator = _philox_generator("/".join(map(str, key)))
     start = generator.bit_generator.state  # nothing is drawn yet: it holds no block and no half of a number
-    for row, number in zip(made, rows, strict=True):
+    for row, number in zip(values, rows, strict=True):
         start["state"]["counter"][3] = number
         generator.bit_generator.state = start  # 2 us, a new generator 8 us
         generator.standard_normal(out=row, dtype=np.float32)
-    return torch.from_numpy(made).view(len(rows), *shape)
+    return torch.from_numpy(values).view(len(rows), *shape)
 
 
 def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
@@ -91,10 +93,10 @@ def philox(low: Tensor, high: Tensor, key: int) -> tuple[Tensor, Tensor]:
 
 def noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int]) -> Sample:
     """N(0, I) of shape (len(indices), *shape), a row per image index, in float32 on the CPU."""
-    rows = [_stream(f"{seed}/{i}/{draw}").standard_normal(tuple(shape), dtype=np.float32) for i in indices]
+    rows = [_philox_generator(f"{seed}/{i}/{draw}").standard_normal(tuple(shape), dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 
-def _stream(key: str) -> np.random.Generator:
+def _philox_generator(key: str) -> np.random.Generator:
     digest = blake2b(key.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))

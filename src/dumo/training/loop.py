@@ -64,7 +64,7 @@ def train(
         while state.step < spec.steps:
             now = state.step
             record = train_step(state, flow, batches(now), spec, loss, draws and draws(now), due=due())
-            dist.settled()
+            dist.end_start()
             for hook in hooks:
                 if state.step % hook.n == 0:
                     hook.f(state, record)

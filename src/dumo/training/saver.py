@@ -23,7 +23,7 @@ class Saver:
 
     def __init__(self) -> None:
         """Nothing is written yet."""
-        self.group = dist.another()
+        self.group = dist.new_group()
         self.memory = dict[tuple[str, str], Tensor]()  # of the copy, from one to the next
         self._work: Future[object] | None = None
 

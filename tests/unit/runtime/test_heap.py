@@ -9,7 +9,7 @@ import pytest
 CODE = """
 import contextlib, sys, torch
 from pathlib import Path
-from dumo.runtime.heap import lean
+from dumo.runtime.heap import low_memory_heap
 
 def own():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -17,9 +17,9 @@ def own():
 
 torch.ones(2**22)  # from here on glibc keeps blocks of up to 16 MiB
 if sys.argv[1] == "after":
-    with lean():
+    with low_memory_heap():
         torch.ones(2**22)
-with lean() if sys.argv[1] == "within" else contextlib.nullcontext():
+with low_memory_heap() if sys.argv[1] == "within" else contextlib.nullcontext():
     begun, kept, freed = own(), [], []
     for _ in range(40):
         freed.append(torch.ones(2**20))

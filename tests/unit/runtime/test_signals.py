@@ -63,11 +63,11 @@ def test_within_another_the_outer_one_listens() -> None:
 def test_a_wait_in_c_is_ended_by_the_signal_itself() -> None:
     with signals.listening():
         handlers = [signal.getsignal(number) for number in signals.SIGNALS]
-        with signals.deaf():
+        with signals.default_handlers():
             assert {signal.getsignal(number) for number in signals.SIGNALS} == {signal.SIG_DFL}
         assert [signal.getsignal(number) for number in signals.SIGNALS] == handlers
         os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(signals.Stopped), signals.deaf():
+        with pytest.raises(signals.Stopped), signals.default_handlers():
             pass
 
 
@@ -79,7 +79,7 @@ def test_a_child_may_hear_one_word_twice(monkeypatch: pytest.MonkeyPatch) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (signals.poll(), ended) == (signal.SIGTERM, [])
-        monkeypatch.setattr(signals, "TWICE", 0)
+        monkeypatch.setattr(signals, "REPEAT_SECONDS", 0)
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended == [signal.SIGTERM]
 
