@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dumo.encoders import clip
 from dumo.encoders.clip import Clip
-from dumo.evaluation.protocol import Context, Made, Protocol, Scores, collect
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, collect
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.types import PLACE, Cond, UserError
 
-REAL = 2000  # images of the data that are looked at, at most: ours
+MAX_REAL = 2000  # images of the data that are looked at, at most: ours
 FIELD = "evaluate.protocol.model"
 WEIGHT = 100.0  # of a cosine
 
@@ -39,12 +39,15 @@ class ClipProtocol(Protocol):
     @property
     def missing(self) -> str | None:
         """What must be named before anything can be judged; None: nothing."""
-        return None if self.model else f"a CLIP, in {FIELD}: {clip.HINT}"
+        if self.model:
+            return None
+        return f"a CLIP, in {FIELD}: {clip.HINT}"
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Samples must be images."""
-        image = len(shape) == 3 and shape[0] in (1, 3)
-        return "" if image else f"judges images, not samples of shape {shape}: choose another protocol"
+        if len(shape) == 3 and shape[0] in (1, 3):
+            return ""
+        return f"judges images, not samples of shape {shape}: choose another protocol"
 
     def evaluator(self, context: Context) -> "ClipEvaluator":
         """Compares sample i with its caption, and as many real images with theirs.
@@ -56,16 +59,16 @@ class ClipProtocol(Protocol):
         assert context.captions, "a run without captions is refused"
         data, c, texts = context.captions()
         model = clip.load(user_path(self.model, FIELD), FIELD, context.device)
-        x, own = data.reference(REAL, context.seed)
+        real_x, real_c = data.reference(MAX_REAL, context.seed)
+        config = model.model.config.vision_config
         facts = {
-            "features": f"CLIP {model.model.config.vision_config.hidden_size} wide, patches of "
-            f"{model.model.config.vision_config.patch_size}, {model.side} pixels",
+            "features": f"CLIP {config.hidden_size} wide, patches of {config.patch_size}, {model.side} pixels",
             "features_sha256": model.sha256,
             "reference": "captions, as '{}'",
             "resize": f"Pillow, bicubic, to {model.side}, the middle",
             "rounding": "0 to 255",
         }
-        return ClipEvaluator(model, c, tuple(texts), (x[:REAL], own[:REAL]), facts)
+        return ClipEvaluator(model, c, tuple(texts), real_x[:MAX_REAL], real_c[:MAX_REAL], facts)
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,32 @@ class ClipEvaluator:
     clip: Clip
     c: Cond
     texts: tuple[str, ...]
-    real: tuple[Tensor, Tensor]  # images of the data, each with a caption of its own
+    real_x: Tensor  # images of the data
+    real_c: Tensor  # each with a caption of its own
     facts: dict[str, str]
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """`clip_score`, the mean, and with `_sd` its standard error. Raises UserError as `collect`."""
-        found = collect(((index, self.fit(x, self.c[index])) for index, x in made), len(self.c))
-        mean, error = self.mean(found[self.captioned(self.c)])
+        fits = collect(((index, self.fit(x, self.c[index])) for index, x in samples), len(self.c))
+        mean, error = self.mean(fits[self.captioned(self.c)])
         return {"clip_score": mean, "clip_score_sd": error}
 
     def baselines(self) -> dict[str, Scores]:
         """`captions`: the same of real images with captions of theirs; `others`: with those of other images."""
-        x, c = (rows[self.captioned(self.real[1])] for rows in self.real)
+        is_captioned = self.captioned(self.real_c)
+        x = self.real_x[is_captioned]
+        c = self.real_c[is_captioned]
         if len(c) < 2:
             return {}
-        order, away = c.argsort(), torch.empty_like(c)
-        away[order] = c[order].roll(len(c) // 2)  # another one, where no caption is of half of the images
-        found = {"captions": self.mean(self.fit(x, c)), "others": self.mean(self.fit(x, away))}
-        return {name: {"mean": mean, "sd": error, "splits": float(len(c))} for name, (mean, error) in found.items()}
+        order = c.argsort()
+        other_c = torch.empty_like(c)
+        other_c[order] = c[order].roll(len(c) // 2)  # another one, where no caption is of half of the images
+        return {"captions": self._baseline(x, c), "others": self._baseline(x, other_c)}
+
+    def _baseline(self, x: Tensor, c: Cond) -> Scores:
+        """The score of real images with these captions."""
+        mean, error = self.mean(self.fit(x, c))
+        return {"mean": mean, "sd": error, "splits": float(len(c))}
 
     def captioned(self, c: Cond) -> Bool[Tensor, " n"]:
         """Which of these are captions."""
@@ -100,14 +111,20 @@ class ClipEvaluator:
 
     def fit(self, x: Tensor, c: Cond) -> Float[Tensor, " n"]:
         """The score of each image with its caption; 0 where c is none."""
-        c, there = c.cpu(), self.captioned(c.cpu())
-        pixels = (x if x.dtype == torch.uint8 else to_uint8(x)).cpu().expand(-1, 3, -1, -1)
-        found = torch.zeros(len(c))
-        found[there] = self.clip.cosines(pixels[there], [self.texts[k] for k in c[there].tolist()])
-        return WEIGHT * found.clamp(min=0)
+        c = c.cpu()
+        is_captioned = self.captioned(c)
+        if x.dtype != torch.uint8:
+            x = to_uint8(x)
+        pixels = x.cpu().expand(-1, 3, -1, -1)
+        cosines = torch.zeros(len(c))
+        texts = [self.texts[k] for k in c[is_captioned].tolist()]
+        cosines[is_captioned] = self.clip.cosines(pixels[is_captioned], texts)
+        return WEIGHT * cosines.clamp(min=0)
 
     def mean(self, scores: Float[Tensor, " n"]) -> tuple[float, float]:
-        """And its standard error. Raises UserError for fewer than two."""
+        """The mean, and its standard error. Raises UserError for fewer than two."""
         if len(scores) < 2:
             raise UserError("fewer than two samples have a caption, so nothing can be judged: see data.captions")
-        return scores.double().mean().item(), (scores.double().std() / len(scores) ** 0.5).item()
+        scores = scores.double()
+        error = scores.std() / len(scores) ** 0.5
+        return scores.mean().item(), error.item()

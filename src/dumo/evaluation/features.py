@@ -23,7 +23,7 @@ from dumo.encoders.vision import KNOWN, Eye, Kind
 from dumo.evaluation import reference
 from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
-from dumo.evaluation.protocol import Context, Made, Protocol, Scores, perfect
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, perfect
 from dumo.evaluation.reference import Standard, cached
 from dumo.evaluation.statistics import Statistics, gather, statistics_of
 from dumo.io.read import user_path
@@ -34,7 +34,7 @@ from dumo.types import PLACE, UserError
 
 FIELD = "evaluate.protocol.model"
 WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
-SOME = 2000  # real images, of which a median distance is taken: ours
+MEDIAN_ROWS = 2000  # real images, of which a median distance is taken: ours
 STANDARDS: dict[Kind, Standard] = {
     "dinov2": Standard(50_000, None, None, None, 1000),
     "cmmd": Standard(30_000, None, None, None, 1000),  # of COCO's captions, theirs
@@ -56,12 +56,15 @@ class FeatureProtocol(Protocol):
     @property
     def missing(self) -> str | None:
         """What must be named before anything can be judged; None: nothing."""
-        return None if self.model else f"a {KNOWN[self.kind].model}, in {FIELD}: {KNOWN[self.kind].hint}"
+        if self.model:
+            return None
+        return f"a {KNOWN[self.kind].model}, in {FIELD}: {KNOWN[self.kind].hint}"
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Samples must be images."""
-        image = len(shape) == 3 and shape[0] in (1, 3)
-        return "" if image else f"judges images, not samples of shape {shape}: decode latents first"
+        if len(shape) == 3 and shape[0] in (1, 3):
+            return ""
+        return f"judges images, not samples of shape {shape}: decode latents first"
 
     def evaluator(self, context: Context) -> "FeatureEvaluator":
         """Compares samples with all images of the data, then opened, whose features are kept for the next time.
@@ -75,11 +78,12 @@ class FeatureProtocol(Protocol):
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
         facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
-        of = {"protocol": self.kind, "dumo": version(), **facts}
-        real = cached(of, partial(reference.album_statistics, eye, data, context.tick))
-        if len(real.rows) < 2 or not (width := width_of(self.kind, real.rows)):
+        statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
+        real = cached(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
+        width = kernel_width(self.kind, real.rows) if len(real.rows) >= 2 else 0.0
+        if not width:
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
-        facts |= {"kernel": f"Gaussian of width {width:g}, unbiased, times 1000"}
+        facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
         return FeatureEvaluator(self.kind, self.total, eye, real, width, facts, context.device)
 
 
@@ -95,24 +99,29 @@ class FeatureEvaluator:
     facts: dict[str, str]
     device: torch.device | str = "cpu"
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """`mmd` with `mmd_sd`, `fd` where there are more images than features, of DINOv2 `kid` with `kid_sd`.
 
         Raises `UserError` where samples are missing, come twice, or are no images.
         """
-        return self.compare(gather(statistics_of(self.eye, in_pieces(made), self.total), self.total))
+        return self.compare(gather(statistics_of(self.eye, in_pieces(samples), self.total), self.total))
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples, by their statistics."""
-        rows, data = fake.rows.to(self.device), self.real.rows.to(self.device)
-        found = gaussian_mmd(rows, data, self.width)
-        scores: Scores = {"mmd": found.value, "mmd_sd": found.error}
-        if min(len(rows), len(data)) > rows.shape[1]:
+        fake_rows = fake.rows.to(self.device)
+        real_rows = self.real.rows.to(self.device)
+        mmd = gaussian_mmd(fake_rows, real_rows, self.width)
+        scores: Scores = {"mmd": mmd.value, "mmd_sd": mmd.error}
+        if min(len(fake_rows), len(real_rows)) > fake_rows.shape[1]:
             scores["fd"] = frechet_distance(fake.pool, self.real.pool)
         if self.kind == "dinov2":
-            size, draws = min(STANDARDS[self.kind].subset, len(rows), len(data)), stream(self.kind, "kid")
-            mean, sd = kid(rows, data, subsets=SUBSETS, subset_size=size, generator=draws)
-            scores |= {"kid": mean, "kid_sd": sd}
+            scores["kid"], scores["kid_sd"] = kid(
+                fake_rows,
+                real_rows,
+                subsets=SUBSETS,
+                subset_size=min(STANDARDS[self.kind].subset, len(fake_rows), len(real_rows)),
+                generator=stream(self.kind, "kid"),
+            )
         return scores
 
     def baselines(self) -> dict[str, Scores]:
@@ -121,11 +130,13 @@ class FeatureEvaluator:
         Without regard to classes, which weigh little among so different images.
         """
         rows = self.real.rows.to(self.device)
-        alike = torch.zeros(len(rows), dtype=torch.long)
-        return {"perfect": perfect(self.kind, alike, rows, self.total, self.width)}
+        same_class = torch.zeros(len(rows), dtype=torch.long)
+        return {"perfect": perfect(self.kind, same_class, rows, self.total, self.width)}
 
 
-def width_of(kind: Kind, rows: Tensor) -> float:
+def kernel_width(kind: Kind, rows: Tensor) -> float:
     """That of the kernel, by the rows of real images: rounded, so that no last bit of a machine is in it."""
-    some = rows[:: -(-len(rows) // SOME)].double()
-    return WIDTH if kind == "cmmd" else float(f"{torch.pdist(some).median().item():.3g}")
+    if kind == "cmmd":
+        return WIDTH
+    some = rows[:: -(-len(rows) // MEDIAN_ROWS)].double()
+    return float(f"{torch.pdist(some).median().item():.3g}")

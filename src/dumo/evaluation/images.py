@@ -7,7 +7,7 @@ Fixed for all: the TF-2015 Inception, TensorFlow's resize without antialiasing, 
 3 neighbours. So `adm-*` are ADM's own definitions; ADM rounds distances of neighbours to half precision, we do not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +20,7 @@ from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.neighbours import precision_recall
-from dumo.evaluation.protocol import LEAST, Context, Evaluator, Made, Protocol, Scores, unit
+from dumo.evaluation.protocol import LEAST, Context, Evaluator, NumberedSamples, Protocol, Scores, distance_unit
 from dumo.evaluation.reference import PIECE, STANDARDS, Inception, Standard, cached
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.io.picture import to_uint8
@@ -32,7 +32,7 @@ from dumo.types import PLACE, UserError
 
 SUBSETS = 100  # of the kernel distance (Binkowski et al. 2018)
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-PAIRS = 6  # pairs of parts of the reference: few, for each takes seconds
+PART_PAIRS = 6  # pairs of parts of the reference: few, for each takes seconds
 
 
 class ImageProtocol(Protocol):
@@ -46,7 +46,9 @@ class ImageProtocol(Protocol):
     @property
     def odd(self) -> list[str]:
         """Whatever is not as the name says."""
-        return [*super().odd, *([] if self.frechet else ["no Fréchet distances"])]
+        if self.frechet:
+            return super().odd
+        return [*super().odd, "no Fréchet distances"]
 
     @property
     def standard(self) -> Standard:
@@ -64,23 +66,28 @@ class ImageProtocol(Protocol):
         file = inception.place()
         if not file or not file.is_file():
             return "the weights of Inception: dumo data inception says how to get them"
-        named = self.reference is not None or not self.standard.url
-        return None if named else "ADM's reference, named in evaluate.protocol.reference: see dumo data adm"
+        if self.standard.url and self.reference is None:
+            return "ADM's reference, named in evaluate.protocol.reference: see dumo data adm"
+        return None
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Samples must be colour images, enough of them; those of 0 classes may be judged by any protocol."""
-        size, wanted = self.standard.size, self.standard.classes
-        if len(shape) != 3 or shape[0] != 3 or size not in (None, shape[1]) or size not in (None, shape[2]):
-            pixels = "any size" if size is None else f"{size}x{size}"
+        side = self.standard.size
+        is_colour_image = len(shape) == 3 and shape[0] == 3
+        if not is_colour_image or (side is not None and shape[1:] != (side, side)):
+            pixels = "any size" if side is None else f"{side}x{side}"
             return (
                 f"judges colour images of {pixels}, not samples of shape {shape}: decode latents first, or choose "
                 "another protocol"
             )
-        if classes and wanted not in (None, classes):
-            return f"is of {wanted} classes, not {classes}: choose another protocol"
+        protocol_classes = self.standard.classes
+        if classes and protocol_classes not in (None, classes):
+            return f"is of {protocol_classes} classes, not {classes}: choose another protocol"
         if self.frechet and self.total <= WIDTH:
-            few = f"takes a Fréchet distance of {WIDTH} features, of more than {WIDTH} samples, here are {self.total}"
-            return f"{few}: give more, or set frechet to false and go by kid"
+            return (
+                f"takes a Fréchet distance of {WIDTH} features, of more than {WIDTH} samples, here are {self.total}: "
+                "give more, or set frechet to false and go by kid"
+            )
         return ""
 
     def evaluator(self, context: Context) -> Evaluator:
@@ -90,30 +97,41 @@ class ImageProtocol(Protocol):
         Raises `UserError` for missing or wrong weights, a file that is not the reference meant, and for more or fewer
         images than the name says.
         """
-        standard, device, tick = self.standard, context.device, context.tick
-        extractor = inception.load(None, device)
+        standard = self.standard
+        extractor = inception.load(None, context.device)
         if standard.url:
-            if self.reference is None:
-                raise UserError(
-                    f"protocol {self.kind} compares with ADM's file {standard.url}: fetch it, and set "
-                    "evaluate.protocol.reference to where it is"
-                )
-            path = user_path(self.reference, "evaluate.protocol.reference")
-            file = reference.adm_file(path, self.kind, standard)
-            found, make = reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, tick)
-        elif isinstance(data := context.data(), Finite):
-            found = reference.album_facts(data, self.kind, standard)
-            make = partial(reference.album_statistics, extractor, data, tick)
+            reference_facts, count_reference = self._adm_reference(extractor, context)
         else:
-            raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
+            reference_facts, count_reference = self._data_reference(extractor, context)
         facts = {
             **inception.facts(extractor),
-            **found,
+            **reference_facts,
             "resize": f"TensorFlow 1, bilinear, to {SIZE}",
             "rounding": "0 to 255",
         }
-        real = cached({"protocol": self.kind, "dumo": version(), **facts}, make)
-        return ImageEvaluator(self.kind, standard, self.total, self.frechet, extractor, real, facts, device)
+        real = cached({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
+        return ImageEvaluator(self.kind, standard, self.total, self.frechet, extractor, real, facts, context.device)
+
+    def _adm_reference(self, extractor: Extractor, context: Context) -> tuple[dict[str, str], Callable[[], Statistics]]:
+        """What a report says of ADM's file, and what counts its statistics. Raises as `evaluator`."""
+        if self.reference is None:
+            raise UserError(
+                f"protocol {self.kind} compares with ADM's file {self.standard.url}: fetch it, and set "
+                "evaluate.protocol.reference to where it is"
+            )
+        path = user_path(self.reference, "evaluate.protocol.reference")
+        file = reference.adm_file(path, self.kind, self.standard)
+        return reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, context.tick)
+
+    def _data_reference(
+        self, extractor: Extractor, context: Context
+    ) -> tuple[dict[str, str], Callable[[], Statistics]]:
+        """What a report says of the data, and what counts their statistics. Raises as `evaluator`."""
+        data = context.data()
+        if not isinstance(data, Finite):
+            raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
+        facts = reference.album_facts(data, self.kind, self.standard)
+        return facts, partial(reference.album_statistics, extractor, data, context.tick)
 
     @model_validator(mode="after")
     def _needs_a_file_or_not(self) -> "ImageProtocol":
@@ -135,59 +153,62 @@ class ImageEvaluator:
     facts: dict[str, str] = field(default_factory=dict[str, str])
     device: torch.device | str = "cpu"
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """`fid`, `sfid` (squared, as is the custom), `kid`, `is`, both with `_sd`, `precision` and `recall`.
 
         Raises `UserError` where samples are missing, come twice, or are no images, and where they are too few.
         """
-        return self.compare(self.statistics(made))
+        return self.compare(self.statistics(samples))
 
-    def statistics(self, made: Made) -> Statistics:
+    def statistics(self, samples: NumberedSamples) -> Statistics:
         """What the samples, in [-1, 1], come to."""
-        return gather(statistics_of(self.extractor, in_pieces(made), self.total), self.total)
+        return gather(statistics_of(self.extractor, in_pieces(samples), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples, by their statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
-        real, distances = self.real, Scores()
+        scores: Scores = {}
         if self.frechet:  # the first to refuse
-            distances["fid"] = frechet_distance(fake.pool, real.pool)
-            distances["sfid"] = frechet_distance(fake.spatial, real.spatial)
-        rows, data = fake.rows.to(self.device), real.rows.to(self.device)
-        draws = stream(self.name, "kid")
-        mean, sd = kid(rows, data, subsets=SUBSETS, subset_size=self.standard.subset, generator=draws)
-        score, score_sd = fake.score.value()
-        precision, recall = precision_recall(data, rows, NEIGHBOURS)
-        return distances | {
-            "kid": mean,
-            "kid_sd": sd,
-            "is": score,
-            "is_sd": score_sd,
-            "precision": precision,
-            "recall": recall,
-        }
+            scores["fid"] = frechet_distance(fake.pool, self.real.pool)
+            scores["sfid"] = frechet_distance(fake.spatial, self.real.spatial)
+        fake_rows = fake.rows.to(self.device)
+        real_rows = self.real.rows.to(self.device)
+        scores["kid"], scores["kid_sd"] = kid(
+            fake_rows,
+            real_rows,
+            subsets=SUBSETS,
+            subset_size=self.standard.subset,
+            generator=stream(self.name, "kid"),
+        )
+        scores["is"], scores["is_sd"] = fake.score.value()
+        scores["precision"], scores["recall"] = precision_recall(real_rows, fake_rows, NEIGHBOURS)
+        return scores
 
     def baselines(self) -> dict[str, Scores]:
         """`perfect`: what a perfect sampler, of new real images, would have of the first score; none of too few.
 
         Without regard to classes, which weigh little among 2,048 features.
         """
-        rows, size = self.real.rows.to(self.device), self.standard.subset
+        rows = self.real.rows.to(self.device)
+        same_class = torch.zeros(len(rows), dtype=torch.long)
+        if self.frechet:
 
-        def distance(a: Tensor, b: Tensor) -> float:
-            if self.frechet:
+            def frechet_of_rows(a: Tensor, b: Tensor) -> float:
                 return frechet_distance(Moments.of(rows[a]), Moments.of(rows[b]))
+
+            unit = distance_unit(same_class, frechet_of_rows, self.name, LEAST * rows.shape[1], PART_PAIRS)
+            return {"perfect": unit.at(self.total, self.real.pool.count)} if unit else {}
+        subset_size = self.standard.subset
+
+        def kid_of_rows(a: Tensor, b: Tensor) -> float:
             draws = stream(self.name, "kid", int(a[0]), int(b[0]))
-            return kid(rows[a], rows[b], subsets=SUBSETS, subset_size=size, generator=draws)[0]
+            mean, _ = kid(rows[a], rows[b], subsets=SUBSETS, subset_size=subset_size, generator=draws)
+            return mean
 
-        alike = torch.zeros(len(rows), dtype=torch.long)
-        found = unit(alike, distance, self.name, LEAST * rows.shape[1] if self.frechet else float(size), PAIRS)
-        if not found:
-            return {}
-        whole = self.real.pool.count if self.frechet else len(rows)
-        return {"perfect": found.at(self.total, whole, subsets=None if self.frechet else (SUBSETS, size))}
+        unit = distance_unit(same_class, kid_of_rows, self.name, float(subset_size), PART_PAIRS)
+        return {"perfect": unit.at(self.total, len(rows), subsets=(SUBSETS, subset_size))} if unit else {}
 
 
-def in_pieces(made: Made) -> Iterator[Batch]:
+def in_pieces(samples: NumberedSamples) -> Iterator[Batch]:
     """Batches that a network takes at a time, as colours."""
-    for index, x in made:
+    for index, x in samples:
         yield from zip(index.split(PIECE), to_uint8(x).split(PIECE), strict=True)

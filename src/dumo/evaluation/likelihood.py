@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.evaluation.protocol import Context, Made, Protocol, Reference, Scores, collect
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Reference, Scores, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import bound
 from dumo.runtime.random import keyed
@@ -39,26 +39,37 @@ class LikelihoodProtocol(Protocol):
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Points have no levels."""
-        odd = len(shape) == 1 and self.levels
-        return "knows no levels of points: set evaluate.protocol.levels=null" if odd else ""
+        if len(shape) == 1 and self.levels:
+            return "knows no levels of points: set evaluate.protocol.levels=null"
+        return ""
 
     def evaluator(self, context: Context) -> "LikelihoodEvaluator":
         """Holds the data. Raises UserError where they are fewer than samples, or have other levels."""
-        total, seed = self.total, context.seed
+        total = self.total
+        seed = context.seed
         data = Reference.of(context.data(), total, seed)
-        x, c = data.x, data.c
-        if len(x) < total:
+        if len(data.x) < total:
             raise UserError(
-                f"protocol {self.name} judges by {total} samples, here are {len(x)}: set "
-                f"evaluate.protocol.samples={len(x)} or fewer"
+                f"protocol {self.name} judges by {total} samples, here are {len(data.x)}: set "
+                f"evaluate.protocol.samples={len(data.x)} or fewer"
             )
-        x, levels = x[:total], self.levels or (256 if x.ndim > 2 else None)
-        which = f"{total:,} samples of the data" + (", never trained on" if data.trained is not None else "")
-        by = f"{self.probes} random signs" if self.probes else "all axes"
+        x = data.x[:total]
+        levels = self.levels
+        if levels is None and x.ndim > 2:
+            levels = 256
+        which = f"{total:,} samples of the data"
+        if data.trained is not None:
+            which += ", never trained on"
+        directions = f"{self.probes} random signs" if self.probes else "all axes"
         noise = f"uniform noise on {levels} levels" if levels else "as they are"
-        facts = {**data.facts(seed), "reference": which, "features": f"none: log density, div v by {by}; {noise}"}
-        x = dequantised(x, levels, seed) if levels else x
-        return LikelihoodEvaluator(self, x, c[:total], levels, seed, facts)
+        facts = {
+            **data.facts(seed),
+            "reference": which,
+            "features": f"none: log density, div v by {directions}; {noise}",
+        }
+        if levels:
+            x = dequantised(x, levels, seed)
+        return LikelihoodEvaluator(self, x, data.c[:total], levels, seed, facts)
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,24 @@ class LikelihoodEvaluator:
 
     def directions(self, numbers: Sequence[int]) -> list[Sample]:
         """Those in which div v is taken for the rows of these numbers, the same at every time; (): all axes."""
-        key, shape = (self.seed, "likelihood", "probe"), self.x.shape[1:]
-        return signs(*key, numbers=numbers, shape=shape, probes=self.protocol.probes)
+        return signs(
+            self.seed,
+            "likelihood",
+            "probe",
+            numbers=numbers,
+            shape=self.x.shape[1:],
+            probes=self.protocol.probes,
+        )
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """`bits` per number, the mean of all samples, and its standard error. Raises UserError as `collect` does."""
-        nats, d = collect(made, len(self.x)).double(), prod(self.x.shape[1:])
+        nats = collect(samples, len(self.x)).double()
+        d = prod(self.x.shape[1:])
         if not nats.isfinite().all():
             raise UserError("some likelihoods are not finite numbers: ask for more passes, or train with a lower rate")
-        bits = -nats / (d * log(2)) + (log2(self.levels / 2) if self.levels else 0)
+        bits = -nats / (d * log(2))
+        if self.levels:
+            bits = bits + log2(self.levels / 2)
         return {"bits": bits.mean().item(), "bits_sd": bits.std().item() / len(bits) ** 0.5}
 
     def baselines(self) -> dict[str, Scores]:

@@ -31,8 +31,8 @@ Images = Float[Tensor, "n c h w"]
 
 BLOCK = 512  # rows per block of distances
 SPARE = 12  # rows measured besides the k nearest, so that rounding seldom leaves one of them open: ours
-PAIRS = 4096  # measured at a time
-DIRECT = "donot_use_mm_for_euclid_dist"  # by differences: a copy is at distance 0, not at the root of a rounding error
+MAX_PAIRS = 4096  # measured at a time
+BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"  # a copy is at distance 0, not at the root of a rounding error
 
 
 def precision_recall(real: Real, fake: Fake, k: int = 3) -> tuple[float, float]:
@@ -41,8 +41,11 @@ def precision_recall(real: Real, fake: Fake, k: int = 3) -> tuple[float, float]:
         raise UserError(
             f"{k} neighbours need more than {k} rows, here are {len(real)} and {len(fake)}: give more samples"
         )
-    real, fake = real.flatten(1), fake.flatten(1)
-    return _share(fake, real, _radii(real, k)), _share(real, fake, _radii(fake, k))
+    real = real.flatten(1)
+    fake = fake.flatten(1)
+    precision = _share(fake, real, _radii(real, k))
+    recall = _share(real, fake, _radii(fake, k))
+    return precision, recall
 
 
 def nearest(real: Real, fake: Fake) -> tuple[Float64[Tensor, " m"], Int64[Tensor, " m"]]:
@@ -54,7 +57,8 @@ def nearest(real: Real, fake: Fake) -> tuple[Float64[Tensor, " m"], Int64[Tensor
 def nearest_other(x: Real, rows: Int64[Tensor, " m"]) -> Float64[Tensor, " m"]:
     """How far these rows of x are from the nearest other row. Needs 2 rows at least."""
     x = x.flatten(1)
-    return _nearest(x[rows], x, 2)[0][:, 1]  # the row itself, at 0, comes first
+    distances, _ = _nearest(x[rows], x, 2)
+    return distances[:, 1]  # the row itself, at 0, comes first
 
 
 def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = False) -> Float64[Tensor, "m 2"]:
@@ -62,49 +66,56 @@ def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = Fa
 
     `same`: the fakes are the real images, and each leaves out itself. Needs 2 other images at least.
     """
-    x, mirrored = (side.double().flatten(1) for side in (real, real.flip(-1)))
-    found: list[Tensor] = []
-    for first, part in enumerate(fake.double().flatten(1).split(BLOCK)):
-        away = torch.minimum(_distances(part, x), _distances(part, mirrored))
+    x = real.double().flatten(1)
+    mirrored = real.flip(-1).double().flatten(1)
+    nearest_distances: list[Tensor] = []
+    for block, part in enumerate(fake.double().flatten(1).split(BLOCK)):
+        distances = torch.minimum(_distances(part, x), _distances(part, mirrored))
         if same:
-            away[torch.arange(len(part)), first * BLOCK + torch.arange(len(part))] = torch.inf
-        found.append(away.topk(2, largest=False).values)
-    return torch.cat(found)
+            places = torch.arange(len(part))
+            distances[places, block * BLOCK + places] = torch.inf
+        nearest_distances.append(distances.topk(2, largest=False).values)
+    return torch.cat(nearest_distances)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
     """Distance of every row to its k-th nearest other row; the row itself, at 0, comes first."""
-    return _nearest(x, x, k + 1)[0][:, k]
+    distances, _ = _nearest(x, x, k + 1)
+    return distances[:, k]
 
 
 def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """For every row of x its k nearest centres in their order: distances (n, k) and indices (n, k)."""
     few = min(k + SPARE, len(centres))
-    found: list[tuple[Tensor, Tensor]] = []
-    for part, squares, off, unit in _estimates(x, centres, centres.new_zeros(len(centres))):
-        near = squares.topk(few, largest=False)
-        distances, order = _distances(part[:, None], centres[near.indices])[:, 0].topk(k, largest=False)
-        indices = near.indices.gather(1, order)
-        sure = near.values[:, -1] - off > (distances[:, -1] * unit) ** 2  # what is not among the few is farther
-        if few < len(centres) and not sure.all():
-            distances[~sure], indices[~sure] = _distances(part[~sure], centres).topk(k, largest=False)
-        found.append((distances, indices))
-    distances, indices = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(indices)
+    all_distances: list[Tensor] = []
+    all_indices: list[Tensor] = []
+    for part, squares, max_error, unit in _estimates(x, centres, centres.new_zeros(len(centres))):
+        # measure the few that are nearest by their estimates
+        candidates = squares.topk(few, largest=False)
+        distances, order = _distances(part[:, None], centres[candidates.indices])[:, 0].topk(k, largest=False)
+        indices = candidates.indices.gather(1, order)
+
+        # measure all where one that is not among the few may be nearer
+        is_sure = candidates.values[:, -1] - max_error > (distances[:, -1] * unit) ** 2
+        if few < len(centres) and not is_sure.all():
+            distances[~is_sure], indices[~is_sure] = _distances(part[~is_sure], centres).topk(k, largest=False)
+        all_distances.append(distances)
+        all_indices.append(indices)
+    return torch.cat(all_distances), torch.cat(all_indices)
 
 
 def _share(x: Tensor, centres: Tensor, radii: Tensor) -> float:
     """The share of the rows of x that lie in a ball."""
-    found: list[Tensor] = []
-    for part, gaps, off, _ in _estimates(x, centres, radii):
-        inside = gaps.amin(1) < -off
-        left = (~inside).nonzero().flatten()
-        row, centre = (~(gaps[left] > off)).nonzero(as_tuple=True)  # NaN, too, is open
-        for i, j in zip(left[row].split(PAIRS), centre.split(PAIRS), strict=True):
+    is_inside: list[Tensor] = []
+    for part, gaps, max_error, _ in _estimates(x, centres, radii):
+        inside = gaps.amin(1) < -max_error
+        undecided = (~inside).nonzero().flatten()
+        row, centre = (~(gaps[undecided] > max_error)).nonzero(as_tuple=True)  # NaN, too, is open
+        for i, j in zip(undecided[row].split(MAX_PAIRS), centre.split(MAX_PAIRS), strict=True):
             near = _distances(part[i, None], centres[j, None]).flatten() <= radii[j]
             inside[i[near]] = True
-        found.append(inside)
-    return torch.cat(found).double().mean().item()
+        is_inside.append(inside)
+    return torch.cat(is_inside).double().mean().item()
 
 
 def _estimates(x: Tensor, centres: Tensor, radii: Tensor) -> Iterator[tuple[Tensor, Tensor, float, float]]:
@@ -113,18 +124,22 @@ def _estimates(x: Tensor, centres: Tensor, radii: Tensor) -> Iterator[tuple[Tens
     Lengths are multiplied by the unit. Where a number is not finite, how far off it may be is not either.
     """
     middle = centres.mean(0, dtype=torch.float64)
-    lengths, away = _lengths(x, middle), _lengths(centres, middle)
-    longest = torch.maximum(lengths.max(), away.max()).item()
+    row_lengths = _lengths(x, middle)
+    centre_lengths = _lengths(centres, middle)
+    longest = torch.maximum(row_lengths.max(), centre_lengths.max()).item()
     unit = 2.0 ** -max(math.frexp(longest)[1], -1000)  # a power of two rounds nothing
-    lengths, away = lengths * unit, away * unit
-    balls = (radii.double() * unit) ** 2
-    off = _gamma(x.shape[1] + 16) * ((lengths.max() + away.max()) ** 2 + balls.max()).item()
-    c = torch.cat([_small(part, middle, unit) for part in centres.split(BLOCK)])
-    added = (away**2 - balls).float()
-    for part, squares in zip(x.split(BLOCK), (lengths**2).float().split(BLOCK), strict=True):
+    row_lengths = row_lengths * unit
+    centre_lengths = centre_lengths * unit
+    square_radii = (radii.double() * unit) ** 2
+    square_sizes = (row_lengths.max() + centre_lengths.max()) ** 2 + square_radii.max()
+    max_error = _gamma(x.shape[1] + 16) * square_sizes.item()
+    c = torch.cat([_in_unit(part, middle, unit) for part in centres.split(BLOCK)])
+    of_centres = (centre_lengths**2 - square_radii).float()
+    of_rows = (row_lengths**2).float()
+    for part, squares in zip(x.split(BLOCK), of_rows.split(BLOCK), strict=True):
         with using("fp32", x.device):
-            products = torch.addmm(added, _small(part, middle, unit), c.mT, alpha=-2)
-        yield part, products.add_(squares[:, None]), off, unit
+            products = torch.addmm(of_centres, _in_unit(part, middle, unit), c.mT, alpha=-2)
+        yield part, products.add_(squares[:, None]), max_error, unit
 
 
 def _lengths(x: Tensor, middle: Tensor) -> Tensor:
@@ -132,7 +147,7 @@ def _lengths(x: Tensor, middle: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(part - middle, dim=1) for part in x.split(BLOCK)])
 
 
-def _small(x: Tensor, middle: Tensor, unit: float) -> Tensor:
+def _in_unit(x: Tensor, middle: Tensor, unit: float) -> Tensor:
     """Rows about the middle, in this unit, in float32."""
     return ((x - middle) * unit).float()
 
@@ -145,4 +160,4 @@ def _gamma(n: int) -> float:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances in float64, (..., n, d), (..., m, d) -> (..., n, m)."""
-    return torch.cdist(a.double(), b.double(), compute_mode=DIRECT)
+    return torch.cdist(a.double(), b.double(), compute_mode=BY_DIFFERENCES)

@@ -2,7 +2,8 @@
 
 ADM's layout (Dhariwal & Nichol 2021), in which published samples come: `arr_0`, uint8 (n, height, width, 3), and, where
 they have classes, `arr_1`, their numbers (n,). Arrays of Python objects would be pickles and are refused. Images, up to
-10 GB, are read in stretches: quickly in their order, for a compressed file has no way back.
+10 GB, are read in stretches: quickly in their order, for a compressed file has no way back. `NpzImages` is such a set,
+`array` reads one array whole.
 """
 
 import lzma
@@ -25,12 +26,13 @@ from dumo.io.picture import from_uint8
 from dumo.io.read import brief
 from dumo.types import UserError
 
-Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether columns come first, type
+Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether it is in Fortran's order, dtype
 
-IMAGES, LABELS = "arr_0", "arr_1"
-PIECE = 2**24  # bytes that are skipped at a time
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-BROKEN = (  # what a bad file raises
+IMAGES = "arr_0"
+LABELS = "arr_1"
+SKIP_BYTES = 2**24  # read at a time where they are skipped
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+READ_ERRORS = (  # what a bad file raises
     OSError,
     ValueError,
     EOFError,
@@ -54,10 +56,13 @@ class NpzImages:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.lock, self.file, self.at = path, Lock(), None, 0
-        shape = self._begin()
+        self.path = path
+        self.lock = Lock()
+        self.file: zipfile.ZipExtFile | None = None
+        self.next_image = 0  # that the open file reads
+        count, height, width, colours = self._open()
         self.close()
-        self.shape: tuple[int, int, int, int] = (shape[0], shape[1], shape[2], shape[3])  # count, height, width, 3
+        self.shape: tuple[int, int, int, int] = (count, height, width, colours)
         self.c = self._classes() if LABELS in keys(path) else None
 
     def __len__(self) -> int:
@@ -76,20 +81,22 @@ class NpzImages:
         """A stretch of them in [-1, 1], with their classes, all 0 where there are none. Raises UserError for damage."""
         places = range(len(self))[rows]
         c = torch.zeros(len(self), dtype=torch.long) if self.c is None else self.c
-        return from_uint8(self.pixels(places.start, places.stop)[:: places.step]), c[rows]
+        pixels = self.pixels(places.start, places.stop)[:: places.step]
+        return from_uint8(pixels), c[rows]
 
     def pixels(self, first: int, stop: int) -> Tensor:
         """Images `first` to `stop`, uint8 (n, 3, h, w). Raises UserError where the file ends early, or is damaged."""
-        size = prod(self.shape[1:])
+        image_bytes = prod(self.shape[1:])
         if stop <= first:
             return torch.empty(0, 3, *self.shape[1:3], dtype=torch.uint8)
         with self.lock, reading(f"{self.path} is damaged at image {first}"):
-            if self.file is None or first < self.at:
-                self._begin()
+            if self.file is None or first < self.next_image:
+                self._open()
             assert self.file is not None, "it is open now"
-            for left in range((first - self.at) * size, 0, -PIECE):
-                self.file.read(min(left, PIECE))
-            data, self.at = bytearray(self.file.read((stop - first) * size)), stop
+            for bytes_left in range((first - self.next_image) * image_bytes, 0, -SKIP_BYTES):
+                self.file.read(min(bytes_left, SKIP_BYTES))
+            data = bytearray(self.file.read((stop - first) * image_bytes))
+            self.next_image = stop
             if stop == len(self):
                 self.close()
             return torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.shape[1:]).permute(0, 3, 1, 2)
@@ -103,14 +110,15 @@ class NpzImages:
     def __del__(self) -> None:
         self.close()
 
-    def _begin(self) -> tuple[int, ...]:
+    def _open(self) -> tuple[int, ...]:
         """Open the file before its first image; the shape of all."""
         self.close()
-        self.file, self.at = member(self.path, IMAGES), 0
-        shape, columns, kind = header(self.path, self.file)
-        if kind != np.uint8 or columns or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        self.file = open_array(self.path, IMAGES)
+        self.next_image = 0
+        shape, fortran_order, dtype = read_header(self.path, self.file)
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise UserError(
-                f"{self.path}: {IMAGES} is {kind} of shape {shape}, not images, uint8 (n, height, width, 3)"
+                f"{self.path}: {IMAGES} is {dtype} of shape {shape}, not images, uint8 (n, height, width, 3)"
             )
         return shape
 
@@ -132,31 +140,35 @@ def keys(path: Path) -> list[str]:
 
 def array(path: Path, key: str, kinds: str, shape: tuple[int, ...], what: str) -> np.ndarray:
     """An array of this shape whose type is of numpy's `kinds`, finite; `what` it should be, for a message."""
-    found, rest = np.full((), np.nan), b""
-    with member(path, key) as file:
-        there, columns, kind = header(path, file)
-        if there == shape and kind.kind in kinds:  # before it is read, for a header can claim any size
-            with reading(f"{path}: {key} cannot be read"):
-                data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
-                found = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
-    if rest or not np.isfinite(found).all():
-        more = " and more" if rest else ""
-        raise UserError(f"{path}: {key} is {kind} of shape {there}{more}, not {what} of shape {shape}")
-    return found
+    with open_array(path, key) as file:
+        file_shape, fortran_order, dtype = read_header(path, file)
+        problem = f"{path}: {key} is {dtype} of shape {file_shape}"
+        if file_shape != shape or dtype.kind not in kinds:  # before it is read, for a header can claim any size
+            raise UserError(f"{problem}, not {what} of shape {shape}")
+        with reading(f"{path}: {key} cannot be read"):
+            data = file.read(prod(shape) * dtype.itemsize)
+            rest = file.read(1)
+            values = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+    if rest:
+        raise UserError(f"{problem} and more, not {what} of shape {shape}")
+    if not np.isfinite(values).all():
+        raise UserError(f"{problem}, not {what} of shape {shape}")
+    return values
 
 
-def member(path: Path, key: str) -> zipfile.ZipExtFile:
+def open_array(path: Path, key: str) -> zipfile.ZipExtFile:
     """One array of the file, open for reading."""
-    if key not in (there := keys(path)):
-        raise UserError(f"{path} has no {key}, only {', '.join(there) or 'nothing'}: it is not in ADM's layout")
+    names = keys(path)
+    if key not in names:
+        raise UserError(f"{path} has no {key}, only {', '.join(names) or 'nothing'}: it is not in ADM's layout")
     with reading(f"{path} is no .npz"), zipfile.ZipFile(path) as file:
         return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
 
 
-def header(path: Path, file: zipfile.ZipExtFile) -> Header:
+def read_header(path: Path, file: zipfile.ZipExtFile) -> Header:
     """What array comes next."""
     with reading(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
-        return HEADERS[np.lib.format.read_magic(file)](file)
+        return HEADER_READERS[np.lib.format.read_magic(file)](file)
 
 
 @contextmanager
@@ -164,5 +176,5 @@ def reading(fault: str) -> Generator[None, None, None]:
     """Raise UserError, as this fault, for all that reading a bad file raises."""
     try:
         yield
-    except BROKEN as error:
+    except READ_ERRORS as error:
         raise UserError(f"{fault} ({brief(error)}): fetch it again") from error

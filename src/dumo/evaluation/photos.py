@@ -8,7 +8,7 @@ With few images every number is rough, and most depend on how many there are; ke
 samples are compared with a random half of the images, as many with as many, of the same classes, and what a perfect
 sampler, of new images, would have is found between one half and the other, of the same classes too: means over `SPLITS`
 splits. Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of large sets every k-th image
-is taken, so that at most `MOST` are.
+is taken, so that at most `MAX_IMAGES` are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
 from dumo.evaluation.neighbours import nearest_two, precision_recall
 from dumo.evaluation.protocol import (
     Context,
-    Made,
     Measure,
+    NumberedSamples,
     Protocol,
     Scores,
     class_facts,
@@ -46,8 +46,8 @@ from dumo.types import Sample, UserError
 KIND = "photos"
 FEWEST = 20  # images
 PIECE = 64  # images at a time
-MOST = 5000  # images that are looked at
-HALF = 1000  # images of a comparison at most
+MAX_IMAGES = 5000  # images that are looked at
+MAX_COMPARED = 1000  # images of a comparison at most
 SPLITS = 10
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
@@ -72,46 +72,57 @@ class PhotosEvaluator:
     @property
     def half(self) -> int:
         """How many are compared with as many."""
-        return min(len(self.real) // 2, len(self.c), HALF)
+        return min(len(self.real) // 2, len(self.c), MAX_COMPARED)
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
         `copies` is the share of samples whose distance to one image, mirrored or not, is less than `COPY` of that to
         the next. Raises `UserError` where samples are missing.
         """
-        fake = collect(((index, rows_of(x)) for index, x in made), len(self.c))
+        fake = collect(((index, rows_of(x)) for index, x in samples), len(self.c))
         pairs: list[tuple[Rows, Rows]] = []
         for k in range(SPLITS):
-            half = self._half(k)
-            some = alike(self.real_c[half], self.c, stream(KIND, "samples", k))
-            pairs.append((fake[some], self.real[half]))
-        return self._mmd(fake, self.c) | self._mean(pairs) | {"copies": self._copies(fake)}
+            real_places = self._half(k)
+            fake_places = places_of_classes(self.real_c[real_places], self.c, stream(KIND, "samples", k))
+            pairs.append((fake[fake_places], self.real[real_places]))
+        return {**self._mmd(fake, self.c), **self._mean(pairs), "copies": self._copies(fake)}
 
     def baselines(self) -> dict[str, Scores]:
         """All scores of new real images, `perfect`, and of noise: the first of them as `mean` with its `sd`."""
-        z, of = torch.cat([rows_of(noise(0, [i], 0, self.shape)) for i in range(self.half)]), self.real
-        pairs_of = {"perfect": list[tuple[Rows, Rows]](), "noise": list[tuple[Rows, Rows]]()}
+        return {"perfect": self._perfect(), "noise": self._noise()}
+
+    def _perfect(self) -> Scores:
+        """The scores of new real images: one random half of the images against the other."""
+        pairs: list[tuple[Rows, Rows]] = []
         for k in range(SPLITS):
             draws = stream(KIND, "parts", k)
-            a, b, *_ = (pick(rows, self.half, draws) for rows in parts(self.real_c, len(of) // self.half, draws))
-            pairs_of["perfect"].append((of[a], of[b]))
-            pairs_of["noise"].append((z, of[self._half(k)]))
-        found = {name: self._mean(pairs) for name, pairs in pairs_of.items()}
-        copies = self._copies(of, same=True)
-        deviation = (copies * (1 - copies) * (1 / len(of) + 1 / len(self.c))) ** 0.5
-        features = _features(of)
-        perfect = {"mean": 0.0, "sd": mmd_deviation(len(self.c), features, WIDTH, self.real_c)}
-        perfect |= perfect_by_class(self.c, features, WIDTH, self.real_c)
-        far = self._mmd(z, torch.zeros(len(z), dtype=torch.long))
+            disjoint = parts(self.real_c, len(self.real) // self.half, draws)
+            a = pick(disjoint[0], self.half, draws)
+            b = pick(disjoint[1], self.half, draws)
+            pairs.append((self.real[a], self.real[b]))
+        features = _features(self.real)
+        copies = self._copies(self.real, same=True)
+        copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.c))
         return {
-            "perfect": perfect | found["perfect"] | {"copies": copies, "copies_sd": deviation},
-            "noise": {
-                "mean": far["mmd"],
-                "sd": far["mmd_sd"],
-                **noise_by_class(_features(z), features, WIDTH, self.c, self.real_c),
-                **found["noise"],
-            },
+            "mean": 0.0,
+            "sd": mmd_deviation(len(self.c), features, WIDTH, self.real_c),
+            **perfect_by_class(self.c, features, WIDTH, self.real_c),
+            **self._mean(pairs),
+            "copies": copies,
+            "copies_sd": copies_variance**0.5,
+        }
+
+    def _noise(self) -> Scores:
+        """The scores of noise."""
+        z = torch.cat([rows_of(noise(0, [i], 0, self.shape)) for i in range(self.half)])
+        no_class = torch.zeros(len(z), dtype=torch.long)
+        distance = self._mmd(z, no_class)
+        return {
+            "mean": distance["mmd"],
+            "sd": distance["mmd_sd"],
+            **noise_by_class(_features(z), _features(self.real), WIDTH, self.c, self.real_c),
+            **self._mean([(z, self.real[self._half(k)]) for k in range(SPLITS)]),
         }
 
     def _mmd(self, fake: Rows, c: Cond) -> Scores:
@@ -125,22 +136,24 @@ class PhotosEvaluator:
     def _mean(self, pairs: Sequence[tuple[Rows, Rows]]) -> Scores:
         """Means over pairs of samples and images, each as many."""
         side = min(SIDE, isqrt((self.half - 1) // self.shape[0]))
-        found: list[Scores] = []
+        pixel_distances: list[float] = []
+        precisions: list[float] = []
+        recalls: list[float] = []
         for fake, real in pairs:
             precision, recall = precision_recall(_features(real), _features(fake), NEIGHBOURS)
-            found.append(
-                {
-                    "pixel_fd": pixel_frechet(self._thumbs(fake), self._thumbs(real), side),
-                    "precision": precision,
-                    "recall": recall,
-                }
-            )
-        return {name: summary([one[name] for one in found])["mean"] for name in found[0]}
+            pixel_distances.append(pixel_frechet(self._thumbs(fake), self._thumbs(real), side))
+            precisions.append(precision)
+            recalls.append(recall)
+        return {
+            "pixel_fd": summary(pixel_distances)["mean"],
+            "precision": summary(precisions)["mean"],
+            "recall": summary(recalls)["mean"],
+        }
 
     def _copies(self, fake: Rows, *, same: bool = False) -> float:
         """The share of copies; `same`: of images that have a double among the others."""
-        near, then = nearest_two(self._thumbs(self.real), self._thumbs(fake), same=same).unbind(1)
-        return (near < COPY * then).double().mean().item()
+        nearest, second = nearest_two(self._thumbs(self.real), self._thumbs(fake), same=same).unbind(1)
+        return (nearest < COPY * second).double().mean().item()
 
     def _thumbs(self, rows: Rows) -> Float[Tensor, "n c h w"]:
         return rows[:, cifar10.width :].view(len(rows), self.shape[0], THUMB, THUMB)
@@ -148,21 +161,23 @@ class PhotosEvaluator:
 
 def rows_of(x: Sample) -> Rows:
     """What is kept of images: the features, then a thumbnail of `THUMB` a side, after rounding to 8 bits."""
-    seen = from_uint8(to_uint8(x.cpu()))
-    thumbs = adaptive_avg_pool2d(seen[:, : x.shape[1]], (THUMB, THUMB))
-    return torch.cat([cifar10.features(adaptive_avg_pool2d(seen, (32, 32))), thumbs.flatten(1)], 1)
+    images = from_uint8(to_uint8(x.cpu()))
+    thumbs = adaptive_avg_pool2d(images[:, : x.shape[1]], (THUMB, THUMB))
+    features = cifar10.features(adaptive_avg_pool2d(images, (32, 32)))
+    return torch.cat([features, thumbs.flatten(1)], 1)
 
 
-def alike(wanted: Cond, c: Cond, generator: Generator) -> Cond:
-    """Random rows of c that have these classes: none twice, but where a class is wanted more often than it is there."""
-    rows = torch.empty_like(wanted)
+def places_of_classes(wanted: Cond, c: Cond, generator: Generator) -> Cond:
+    """Random places in c that have these classes: none twice, but where a class is wanted more often than c has it."""
+    places = torch.empty_like(wanted)
     for k in wanted.unique():
-        pool, places = (c == k).nonzero()[:, 0], (wanted == k).nonzero()[:, 0]
-        if not len(pool):
+        candidates = (c == k).nonzero()[:, 0]
+        wanted_at = (wanted == k).nonzero()[:, 0]
+        if not len(candidates):
             raise UserError(f"protocol {KIND}: no sample is of class {int(k)}: judge more samples than classes")
-        order = torch.randperm(len(pool), generator=generator)
-        rows[places] = pool[order[torch.arange(len(places)) % len(pool)]]
-    return rows
+        order = torch.randperm(len(candidates), generator=generator)
+        places[wanted_at] = candidates[order[torch.arange(len(wanted_at)) % len(candidates)]]
+    return places
 
 
 def _features(rows: Rows) -> Rows:
@@ -172,24 +187,30 @@ def _features(rows: Rows) -> Rows:
 def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
     """Images with their classes, of a large set every k-th, and how many are behind them, of how many."""
     if not isinstance(data, Finite):
-        x, c = data.reference(MOST, seed)
-        yield x[:MOST], c[:MOST], len(x), len(x)
+        x, c = data.reference(MAX_IMAGES, seed)
+        yield x[:MAX_IMAGES], c[:MAX_IMAGES], len(x), len(x)
         return
-    step = -(-len(data) // MOST)
+    step = -(-len(data) // MAX_IMAGES)
     for first in range(0, len(data), PIECE * step):
-        x, c = data.rows(slice(first, first + PIECE * step, step))
-        if len(x):
-            yield from_uint8(x) if x.dtype == torch.uint8 else x, c, min(first + PIECE * step, len(data)), len(data)
+        stop = first + PIECE * step
+        x, c = data.rows(slice(first, stop, step))
+        if not len(x):
+            continue
+        if x.dtype == torch.uint8:
+            x = from_uint8(x)
+        yield x, c, min(stop, len(data)), len(data)
 
 
 def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     """Look at the data, on the CPU, whatever the device. Raises `UserError` for fewer than `FEWEST` images."""
-    data, rows, labels = context.data(), list[Rows](), list[Tensor]()
+    data = context.data()
+    rows: list[Rows] = []
+    classes: list[Tensor] = []
     shape: tuple[int, ...] = ()
     for x, c, done, total in _pieces(data, context.seed):
         shape = tuple(x.shape[1:])
         rows.append(rows_of(x))
-        labels.append(c)
+        classes.append(c)
         if context.tick:
             context.tick(done, total)
     real = torch.cat(rows)
@@ -205,7 +226,7 @@ def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     if len(real) < ROUGH:
         facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
     c = protocol.classes_of(context)
-    real_c = torch.cat(labels)
+    real_c = torch.cat(classes)
     facts |= class_facts(c, real_c)
     return PhotosEvaluator(c, real, real_c, shape, facts)
 

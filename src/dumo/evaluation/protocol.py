@@ -3,6 +3,10 @@
 Samples are known by number and come in batches, of several ranks each rank's own share. Every rank must call an
 evaluator, and all get the same score, whatever came in which batch or where. What a score depends on besides the
 samples is in the evaluator's `facts`, of which a report is made, and by which two reports are known to be of one kind.
+
+`Protocol` is the spec, `Context` what its evaluator is made of, `Evaluator` what that must do. `WholeSet` is an
+evaluator that waits for all samples. What follows are scores that protocols share: which one counts (`headline`), and
+what a perfect sampler would have of them (`perfect`, `distance_unit`).
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +38,7 @@ from dumo.runtime import bound, dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Sample, Spec, UserError
 
-Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
+NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Real = Float[Tensor, "_ *_"]
 Tick = Callable[[int, int], object]  # called with how many images of the data have been seen, of how many
 Scores = dict[str, float]  # the first is the one that counts, lower being better, but for those of RISING
@@ -43,8 +47,8 @@ OWN = ("auc", "copies", "mmd2", "nearest", "pixel_fd")  # by the numbers of samp
 NUMBERS = "numbers"  # what a loss is trained on that compares by these
 RISING = ("clip_score",)
 CLASS_MMD = "class_mmd"  # leads where both sides have classes
-MOST = 5000  # rows of a part between which distances are measured, where `least` allows: ours
-PAIRS = 60  # of parts: the spread is known to a tenth. Ours
+MAX_PART_ROWS = 5000  # rows of a part between which distances are measured, where `least` allows: ours
+PART_PAIRS = 60  # of parts: the spread is known to a tenth. Ours
 LEAST = 2.5  # rows for each feature: Chong & Forsyth begin at 5,000 for 2,048
 
 
@@ -57,7 +61,7 @@ class Evaluator(Interface):
         """What it measures by: the features, the reference, and what else its protocol fixes."""
         ...
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """Each of the samples once. Raises UserError where some are missing, come twice, or cannot be judged."""
         ...
 
@@ -121,8 +125,9 @@ class Protocol(Spec, ABC):
 
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
         """Refuse what this cannot judge with a `UserError`, before any work."""
-        if why := self.unfit(tuple(shape), classes):
-            raise UserError(f"protocol {self.kind} {why}")
+        problem = self.unfit(tuple(shape), classes)
+        if problem:
+            raise UserError(f"protocol {self.kind} {problem}")
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`, all 0 where there are none."""
@@ -147,17 +152,23 @@ class Reference:
         """All of a finite data set, or of what of it was held out; or n draws of one without end."""
         if isinstance(data, Split):
             return cls(data.held.x, data.held.c, trained=data.x)
-        redraw = None if data.size else lambda i: data.reference(n, seed, 1 + i)[0]
-        return cls(
-            *data.reference(n, seed), redraw=redraw, trained=None if trained is None else trained.reference(n, seed)[0]
-        )
+
+        def redraw(i: int) -> Sample:
+            x, _ = data.reference(n, seed, 1 + i)
+            return x
+
+        x, c = data.reference(n, seed)
+        trained_x: Sample | None = None
+        if trained is not None:
+            trained_x, _ = trained.reference(n, seed)
+        return cls(x, c, redraw=None if data.size else redraw, trained=trained_x)
 
     def facts(self, seed: int) -> dict[str, str]:
         """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
-        seen = "of the data" if self.trained is None else "held out, never trained on"
-        return {"reference": f"{len(self.x):,} samples {seen}", "reference_sha256": digest.of_tensor(self.x)}
+        which = "of the data" if self.trained is None else "held out, never trained on"
+        return {"reference": f"{len(self.x):,} samples {which}", "reference_sha256": digest.of_tensor(self.x)}
 
 
 @dataclass(frozen=True)
@@ -181,9 +192,9 @@ class WholeSet:
     measure: Callable[[Sample, Cond, Reference], Scores]
     real: Callable[[Reference, int, Cond], dict[str, Scores]]  # baselines, of a number of samples and their classes
 
-    def score(self, made: Made) -> Scores:
+    def score(self, samples: NumberedSamples) -> Scores:
         """All samples by the measure. Raises UserError unless each came once, and is finite."""
-        x = collect(made, len(self.c))
+        x = collect(samples, len(self.c))
         if not x.isfinite().all():
             raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
         return self.measure(x, self.c, self.reference)
@@ -205,23 +216,27 @@ def whole_set(
     def open(protocol: Protocol, context: Context) -> WholeSet:
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
-        known = facts() | reference.facts(context.seed)
+        evaluator_facts = facts() | reference.facts(context.seed)
         c = protocol.classes_of(context)
         if by_class:
-            known |= class_facts(c, reference.c)
-        return WholeSet(c, reference, known, measure, real)
+            evaluator_facts |= class_facts(c, reference.c)
+        return WholeSet(c, reference, evaluator_facts, measure, real)
 
     return open
 
 
-def collect(made: Made, total: int) -> Tensor:
+def collect(samples: NumberedSamples, total: int) -> Tensor:
     """All samples of all ranks, in the order of their numbers. Raises UserError unless each came once."""
-    mine = list(made)
-    if not mine:
+    indices: list[Tensor] = []
+    batches: list[Tensor] = []
+    for index, x in samples:
+        indices.append(index.cpu())
+        batches.append(x.cpu())
+    if not batches:
         raise UserError("there are no samples to judge: give some, at least one batch to each rank")
-    index, x = (torch.cat([part[i].cpu() for part in mine]) for i in (0, 1))
-    index, x = (torch.cat(dist.gathered(part)) for part in (index, x))
-    return x[ordered(index, total)]
+    all_indices = torch.cat(dist.gathered(torch.cat(indices)))
+    all_x = torch.cat(dist.gathered(torch.cat(batches)))
+    return all_x[ordered(all_indices, total)]
 
 
 def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
@@ -230,7 +245,10 @@ def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> 
     Of a run whose card says what it was trained on, the first of those that are by something else, if there is one.
     """
     ranked = sorted(scores, key=lambda score: score != CLASS_MMD)  # a stable order
-    return next((score for score in ranked if not trained_on(score, card or {})), ranked[0])
+    for score in ranked:
+        if not trained_on(score, card or {}):
+            return score
+    return ranked[0]
 
 
 def trained_on(score: str, card: Mapping[str, Any]) -> bool:
@@ -238,8 +256,13 @@ def trained_on(score: str, card: Mapping[str, Any]) -> bool:
 
     Features go by a name that stands in what the card calls those of the protocol.
     """
-    own, named = score in OWN, card.get("trained_on", "")
-    return own if named == NUMBERS else bool(named) and not own and named in card.get("features", "")
+    is_by_numbers = score in OWN
+    loss_features = card.get("trained_on", "")
+    if not loss_features:
+        return False
+    if loss_features == NUMBERS:
+        return is_by_numbers
+    return not is_by_numbers and loss_features in card.get("features", "")
 
 
 def rising(score: str) -> bool:
@@ -252,7 +275,7 @@ def name_of(kind: str, *odd: str) -> str:
     return f"{kind} ({', '.join(odd)})" if odd else kind
 
 
-class Unit(NamedTuple):
+class DistanceUnit(NamedTuple):
     """A distance of n rows to m others of one law, in units of 1/n + 1/m: what is no difference. Mean and spread."""
 
     mean: float
@@ -265,14 +288,20 @@ class Unit(NamedTuple):
         many random subsets the score is the mean of, and their rows. Between two subsets the errors correlate as the
         rows do that they share, so that of the mean is between that of one and that of all.
         """
-        whole, one = 1 / samples + 1 / reference, 2 / subsets[1] if subsets else 0.0
-        error = (whole**2 + (one**2 - whole**2) / subsets[0]) ** 0.5 if subsets else whole
-        return {name or "mean": self.mean * whole, f"{name}_sd" if name else "sd": self.sd * error}
+        of_all = 1 / samples + 1 / reference
+        error = of_all
+        if subsets:
+            num_subsets, subset_rows = subsets
+            of_one = 2 / subset_rows
+            error = (of_all**2 + (of_one**2 - of_all**2) / num_subsets) ** 0.5
+        if name:
+            return {name: self.mean * of_all, f"{name}_sd": self.sd * error}
+        return {"mean": self.mean * of_all, "sd": self.sd * error}
 
 
-def unit(
-    c: Cond, distance: Callable[[Tensor, Tensor], float], kind: str, least: float, pairs: int = PAIRS
-) -> Unit | None:
+def distance_unit(
+    c: Cond, distance: Callable[[Tensor, Tensor], float], kind: str, least: float, pairs: int = PART_PAIRS
+) -> DistanceUnit | None:
     """The distance between disjoint parts of the data, whose classes are c, of two sizes: None of parts below `least`.
 
     `distance` takes the rows of both parts. The moments of n rows are off by a number times 1 / sqrt(n), and distances
@@ -281,15 +310,18 @@ def unit(
     from 128 rows to 898). Samples come with the classes in turn, so each part has its share of each class: without,
     parts also differ in their counts of the classes, on digits more than in all else. Draws are keyed by `kind`.
     """
-    few = max(2, int(len(c) // max(MOST, 2 * least)))
+    few = max(2, int(len(c) // max(MAX_PART_ROWS, 2 * least)))  # parts; of the other size there are twice as many
     if len(c) // (2 * few) < least:
         return None
-    values = list[float]()
-    for i in range(-(-pairs // (few // 2 + few))):
+    rounds = -(-pairs // (few // 2 + few))
+    values: list[float] = []
+    for i in range(rounds):
         for count in (few, 2 * few):
             rows = parts(c, count, stream(kind, "parts", count, i))
-            values += [distance(a, b) / (1 / len(a) + 1 / len(b)) for a, b in zip(rows[::2], rows[1::2], strict=False)]
-    return Unit(*mean_sd(values))
+            for a, b in zip(rows[::2], rows[1::2], strict=False):
+                values.append(distance(a, b) / (1 / len(a) + 1 / len(b)))
+    mean, sd = mean_sd(values)
+    return DistanceUnit(mean, sd)
 
 
 def mmd(
@@ -322,11 +354,12 @@ def class_facts(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> dict[str, str
     if not (c != c[0]).any():
         return {}
     total = len(torch.cat([c.cpu(), d.cpu()]).unique())
-    left = total - len(shared_classes(c, d))
-    if not left:
+    counted = len(shared_classes(c, d))
+    if counted == total:
         return {}
     return {
-        CLASS_MMD: f"{total - left} of {total} classes: {left} have fewer than 2 images on a side, and do not count"
+        CLASS_MMD: f"{counted} of {total} classes: {total - counted} have fewer than 2 images on a side, and do not "
+        "count"
     }
 
 
@@ -355,12 +388,19 @@ def perfect(
     `real` are the features of the data in classes d, of which the kernel distances take the first `compared`. With the
     classes c of the samples, `class_mmd` is among them, where samples are judged by class.
     """
-    far = unit(d, lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(real[b])), kind, LEAST * real.shape[1])
-    some, classes = real[:compared], d[:compared]
-    found = {"mean": 0.0, "sd": mmd_deviation(samples, some, width, classes)}
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return frechet_distance(Moments.of(real[a]), Moments.of(real[b]))
+
+    frechet_unit = distance_unit(d, distance, kind, LEAST * real.shape[1])
+    some = real[:compared]
+    some_d = d[:compared]
+    scores = {"mean": 0.0, "sd": mmd_deviation(samples, some, width, some_d)}
     if c is not None:
-        found |= perfect_by_class(c, some, width, classes)
-    return found | (far.at(samples, len(real), "fd") if far else {})
+        scores |= perfect_by_class(c, some, width, some_d)
+    if frechet_unit:
+        scores |= frechet_unit.at(samples, len(real), "fd")
+    return scores
 
 
 def perfect_by_class(

@@ -8,6 +8,8 @@ the network's weights, the protocol), so what has changed or is damaged is count
 ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published: mean and covariance of the features of a whole
 training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images, `arr_0`, for
 precision and recall (`dumo.evaluation.npz`). How many images the moments are of it does not say; the protocol does.
+
+`cached` returns statistics that are kept, or has them counted: by `adm_statistics` or `album_statistics`.
 """
 
 import json
@@ -41,7 +43,7 @@ from dumo.evaluation.statistics import (
 )
 from dumo.io import digest
 from dumo.io import file as files
-from dumo.io.picture import Pixels, to_uint8
+from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Finite
 from dumo.runtime import dist
@@ -49,10 +51,9 @@ from dumo.types import UserError
 
 Inception = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
 
-ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 PIECE = 64  # images
 TRAIN = 1_281_167  # images of ImageNet-1k's training set, of which ADM's moments are
-
 
 VARIABLE = "DUMO_CACHE"  # of the environment: the folder where statistics are kept
 
@@ -69,8 +70,8 @@ class Standard(NamedTuple):
 
 
 STANDARDS: dict[Inception, Standard] = {
-    "adm-imagenet256-50k": Standard(50_000, 256, 1000, 10_000, 1000, f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
-    "adm-imagenet512-50k": Standard(50_000, 512, 1000, 10_000, 1000, f"{ADM}/512/VIRTUAL_imagenet512.npz"),
+    "adm-imagenet256-50k": Standard(50_000, 256, 1000, 10_000, 1000, f"{ADM_URL}/256/VIRTUAL_imagenet256_labeled.npz"),
+    "adm-imagenet512-50k": Standard(50_000, 512, 1000, 10_000, 1000, f"{ADM_URL}/512/VIRTUAL_imagenet512.npz"),
     "cifar10-train50k": Standard(50_000, 32, 10, 50_000, 1000),
     "folder": Standard(10_000, None, None, None, 100),
 }
@@ -96,22 +97,25 @@ def folder() -> Path:
     return user_path(os.environ.get(VARIABLE) or "~/.cache/dumo", VARIABLE)
 
 
-def cached(of: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
-    """The statistics of this: as they were kept if every rank can read them, else made and kept."""
+def cached(of: Mapping[str, str], count: Callable[[], Statistics]) -> Statistics:
+    """The statistics of what `of` says: as they were kept if every rank can read them, else counted and kept.
+
+    Every rank must call it. Warns where they cannot be written.
+    """
     key = digest.of_bytes(json.dumps(dict(of), sort_keys=True).encode())[:16]
     path = folder() / f"statistics-{key}.safetensors"
-    found = load_statistics(path, of)
-    everywhere = all(bool(rank) for rank in dist.gathered(torch.tensor([found is not None])))
-    if found is not None and everywhere:
-        return found
-    made = make()
+    kept_statistics = load_statistics(path, of)
+    is_kept = dist.gathered(torch.tensor([kept_statistics is not None]))
+    if kept_statistics is not None and all(bool(of_rank) for of_rank in is_kept):
+        return kept_statistics
+    statistics = count()
     try:
         if dist.is_main():
-            with files.whole(path) as half:
-                save_statistics(half, made, of)
-    except (OSError, SafetensorError) as error:  # the numbers still stand
+            with files.whole(path) as temp_path:
+                save_statistics(temp_path, statistics, of)
+    except (OSError, SafetensorError) as error:  # the statistics are good, if not kept
         warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)
-    return made
+    return statistics
 
 
 def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
@@ -132,11 +136,16 @@ def adm_facts(file: AdmReference) -> dict[str, str]:
 
 def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None = None) -> Statistics:
     """Its images as the network sees them, its moments as they are published."""
-    batches = enumerate(file.images(PIECE))
-    mine = ((torch.arange(len(x)) + i * PIECE, x) for i, x in batches if i % dist.world() == dist.rank())
-    return replace(
-        gather(statistics_of(extractor, _counted(mine, len(file.kept), tick))), pool=file.pool, spatial=file.spatial
-    )
+    batches = _counted(_rank_images(file), len(file.kept), tick)
+    of_images = gather(statistics_of(extractor, batches))
+    return replace(of_images, pool=file.pool, spatial=file.spatial)
+
+
+def _rank_images(file: AdmReference) -> Iterator[Batch]:
+    """This rank's share of the file's images, with their numbers."""
+    for piece, x in enumerate(file.images(PIECE)):
+        if piece % dist.world() == dist.rank():
+            yield piece * PIECE + torch.arange(len(x)), x
 
 
 def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
@@ -144,38 +153,45 @@ def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
 
     Raises `UserError` where the protocol of this name says another number.
     """
-    total, whole = hashed((torch.arange(first, first + len(x)), x) for first, x in _pieces(album))
+    total, sha256 = hashed(_pieces(album))
     if standard.real not in (None, total):
         raise UserError(f"protocol {name} compares with {standard.real} images, here are {total}: give them all, once")
-    return {"reference": f"{total:,} images of the data", "reference_sha256": whole}
+    return {"reference": f"{total:,} images of the data", "reference_sha256": sha256}
 
 
 def hashed(mine: Iterable[Batch]) -> tuple[int, str]:
     """How many images all ranks have, each its share, and the SHA-256 of their pixels in the order of their numbers."""
-    hashes, numbers = [torch.empty(0, 32, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
-    for index, x in mine:
-        each = "".join(digest.of_bytes(f"{tuple(one.shape)}".encode(), one.numpy().tobytes()) for one in x)
-        hashes.append(torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8).view(-1, 32))
+    hashes = [torch.empty(0, 32, dtype=torch.uint8)]
+    numbers = [torch.empty(0, dtype=torch.long)]
+    for index, images in mine:
+        image_hashes = bytearray()
+        for image in images:
+            sha256 = digest.of_bytes(f"{tuple(image.shape)}".encode(), image.numpy().tobytes())
+            image_hashes += bytes.fromhex(sha256)
+        hashes.append(torch.tensor(list(image_hashes), dtype=torch.uint8).view(-1, 32))
         numbers.append(index)
-    all_hashes, index = (torch.cat(dist.gathered(torch.cat(part))) for part in (hashes, numbers))
-    return len(index), digest.of_bytes(all_hashes[ordered(index)].numpy().tobytes())
+    all_hashes = torch.cat(dist.gathered(torch.cat(hashes)))
+    all_numbers = torch.cat(dist.gathered(torch.cat(numbers)))
+    return len(all_numbers), digest.of_bytes(all_hashes[ordered(all_numbers)].numpy().tobytes())
 
 
 def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
-    """All images, known by their rows."""
-    mine = ((torch.arange(first, first + len(x)), x) for first, x in _pieces(album) if len(x))
-    return gather(statistics_of(extractor, _counted(mine, len(album), tick)))
+    """The statistics of all images, known by their rows."""
+    batches = ((index, x) for index, x in _pieces(album) if len(x))
+    return gather(statistics_of(extractor, _counted(batches, len(album), tick)))
 
 
-def _pieces(album: Finite) -> Iterator[tuple[int, Pixels]]:
-    """Of all pieces in turn this rank's: the row it begins with, and its images. Some may have none."""
+def _pieces(album: Finite) -> Iterator[Batch]:
+    """Of all pieces in turn this rank's: the numbers of its images, and the images. Some may have none."""
     piece = min(PIECE, -(-len(album) // dist.world()))  # a share for each rank
     for first in range(dist.rank() * piece, len(album), dist.world() * piece):
-        yield first, to_uint8(album.rows(slice(first, first + piece))[0])
+        x, _ = album.rows(slice(first, first + piece))
+        pixels = to_uint8(x)
+        yield torch.arange(first, first + len(pixels)), pixels
 
 
 def _counted(batches: Iterator[Batch], total: int, tick: Tick | None) -> Iterator[Batch]:
-    """The same, and how many images have come; of other ranks as many again."""
+    """The same batches; `tick` is called with how many images have come, of other ranks as many again."""
     done = 0
     for index, x in batches:
         yield index, x
@@ -189,14 +205,14 @@ def read_adm(path: Path | str, *, count: int) -> AdmReference:
     path = Path(path)
 
     def moments(suffix: str, width: int) -> Moments:
-        mean, covariance = _numbers(path, f"mu{suffix}", width), _numbers(path, f"sigma{suffix}", width, width)
+        mean = _floats(path, f"mu{suffix}", width)
+        covariance = _floats(path, f"sigma{suffix}", width, width)
         return Moments(count, mean, covariance * (count - 1))
 
-    pool, spatial = moments("", WIDTH), moments("_s", SPATIAL_WIDTH)
-    return AdmReference(path, pool, spatial, NpzImages(path))
+    return AdmReference(path, moments("", WIDTH), moments("_s", SPATIAL_WIDTH), NpzImages(path))
 
 
-def _numbers(path: Path, key: str, *shape: int) -> Tensor:
+def _floats(path: Path, key: str, *shape: int) -> Tensor:
     """An array of finite floats of this shape, symmetric if it is a matrix, in float64."""
     array = npz.array(path, key, "f", shape, "finite floats")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):

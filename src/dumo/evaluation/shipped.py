@@ -49,10 +49,10 @@ from dumo.evaluation.protocol import (
     Protocol,
     Reference,
     Scores,
+    distance_unit,
     mmd,
     noise_by_class,
     perfect,
-    unit,
     whole_set,
 )
 from dumo.io.picture import from_uint8, to_uint8
@@ -60,11 +60,12 @@ from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-OF_CIFAR10, OF_DIGITS = 1000, 500  # images, at least
+MIN_CIFAR10 = 1000  # images
+MIN_DIGITS = 500  # images
 WIDTH_DIGITS = 8.0  # of the kernel: two digits are 8.0 apart, at the median
-MOST = 10_000  # real images that kernels and neighbours take
+MAX_REAL = 10_000  # real images that kernels and neighbours take
 KIND = "cifar10-features"
-KEPT = 2  # references of which features are kept
+MAX_KNOWN = 2  # references of which features are kept
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels of toy, in sd of the data
 Shipped = Literal["cifar10-features", "digits", "photos", "toy"]
 Features = Float[Tensor, "_ f"]
@@ -78,16 +79,19 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
     The kernel distances have standard errors, `mmd_sd` and `class_mmd_sd`.
 
     Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
-    protocol: so both sides cover space alike, and 50,000 of them would take minutes; `mmd` compares with `MOST`. The
-    area is `two_sample_auc` of the features. Where all of c are equal, as without classes, there is no `accuracy`. The
-    area's halves depend on the order of x, nothing else does. The features of a reference are computed once in a
-    process. Raises `UserError` if the reference is fewer than `OF_CIFAR10`.
+    protocol: so both sides cover space alike, and 50,000 of them would take minutes; `mmd` compares with `MAX_REAL`.
+    The area is `two_sample_auc` of the features. Where all of c are equal, as without classes, there is no `accuracy`.
+    The area's halves depend on the order of x, nothing else does. The features of a reference are computed once in a
+    process. Raises `UserError` if the reference is fewer than `MIN_CIFAR10`.
     """
-    fake, real = features_of(x), learned(reference.x)
-    if len(real) < OF_CIFAR10:
-        raise UserError(f"protocol {KIND} compares with {OF_CIFAR10} images or more, here are {len(real)}: add some")
+    fake = features_of(x)
+    real = cached_features(reference.x)
+    trained = None if reference.trained is None else cached_features(reference.trained)
+    if len(real) < MIN_CIFAR10:
+        raise UserError(f"protocol {KIND} compares with {MIN_CIFAR10} images or more, here are {len(real)}: add some")
     order = torch.randperm(len(real), generator=stream(KIND, "neighbours"))
-    some, many = real[order[: len(x)]], order[:MOST]
+    some = real[order[: len(x)]]
+    many = order[:MAX_REAL]
     precision, recall = precision_recall(some, fake, NEIGHBOURS)
     return {
         **mmd(fake, real[many], WIDTH, c, reference.c[many]),
@@ -95,7 +99,7 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
         "precision": precision,
         "recall": recall,
         "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
-        "nearest": nearness(fake, real, None if reference.trained is None else learned(reference.trained)),
+        "nearest": nearness(fake, real, trained),
         **accuracy(cifar10.classify(fake), c),
     }
 
@@ -105,15 +109,17 @@ def baselines_cifar10(reference: Reference, samples: int, asked: Cond | None = N
 
     `asked` are the classes of the samples; None: classes with the shares of the reference.
     """
-    x, c, some = reference.x, reference.c.cpu(), min(samples, len(reference.x))
-    real = learned(x)
-    trained = None if reference.trained is None else learned(reference.trained)
-    asked = with_shares_of(c, samples) if asked is None else asked
-    found = perfect(KIND, c, real, samples, WIDTH, MOST, asked)
-    read = null_accuracy(cifar10.classify(real), c, samples)
-    found |= null_auc("auc_features", samples, some) | read | null_nearness(real, trained, samples)
-    z = features_of(noise(0, range(OF_CIFAR10), 0, x.shape[1:]))
-    return {"perfect": found, "noise": of_noise(z, real[:MOST], WIDTH, asked, c[:MOST])}
+    c = reference.c.cpu()
+    real = cached_features(reference.x)
+    trained = None if reference.trained is None else cached_features(reference.trained)
+    if asked is None:
+        asked = with_shares_of(c, samples)
+    perfect_scores = perfect(KIND, c, real, samples, WIDTH, MAX_REAL, asked)
+    perfect_scores |= null_auc("auc_features", samples, min(samples, len(real)))
+    perfect_scores |= null_accuracy(cifar10.classify(real), c, samples)
+    perfect_scores |= null_nearness(real, trained, samples)
+    z = features_of(noise(0, range(MIN_CIFAR10), 0, reference.x.shape[1:]))
+    return {"perfect": perfect_scores, "noise": of_noise(z, real[:MAX_REAL], WIDTH, asked, c[:MAX_REAL])}
 
 
 def with_shares_of(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
@@ -123,8 +129,8 @@ def with_shares_of(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
 
 def of_noise(z: Features, real: Real, width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " _"]) -> Scores:
     """`mmd` of noise in place of samples, as `mean`, with its standard error, and `class_mmd` where that is judged."""
-    found = gaussian_mmd(z, real, width)
-    return {"mean": found.value, "sd": found.error, **noise_by_class(z, real, width, c, d)}
+    distance = gaussian_mmd(z, real, width)
+    return {"mean": distance.value, "sd": distance.error, **noise_by_class(z, real, width, c, d)}
 
 
 def null_auc(name: str, samples: int, real: int) -> Scores:
@@ -134,16 +140,18 @@ def null_auc(name: str, samples: int, real: int) -> Scores:
 
 def accuracy(read: Cond, c: Cond) -> Scores:
     """The share that is read as c; none where all of c are equal."""
-    return {"accuracy": (read == c.cpu()).double().mean().item()} if (c != c[0]).any() else {}
+    if not (c != c[0]).any():
+        return {}
+    return {"accuracy": (read == c.cpu()).double().mean().item()}
 
 
 def null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
     """That of real images, and how much that of as many new ones as there are samples is off."""
-    found = accuracy(read, c)
-    if "accuracy" in found:
-        p = (found["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's, which is never 1
-        found["accuracy_sd"] = (p * (1 - p) * (1 / samples + 1 / len(c))) ** 0.5
-    return found
+    scores = accuracy(read, c)
+    if "accuracy" in scores:
+        p = (scores["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's, which is never 1
+        scores["accuracy_sd"] = (p * (1 - p) * (1 / samples + 1 / len(c))) ** 0.5
+    return scores
 
 
 def nearness(fake: Real, real: Real, trained: Real | None) -> float:
@@ -151,21 +159,25 @@ def nearness(fake: Real, real: Real, trained: Real | None) -> float:
 
     Of images held out from the `trained`; where these are the reference itself, of each from the nearest other.
     """
-    away = nearest(real if trained is None else trained, fake)[0]
-    return (away.mean() / usual(real, trained).mean()).item()
+    distances, _ = nearest(real if trained is None else trained, fake)
+    return (distances.mean() / real_distances(real, trained).mean()).item()
 
 
 def null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
     """1, and how much that of new real images is off."""
-    away = usual(real, trained)
-    return {"nearest": 1.0, "nearest_sd": (away.std() / away.mean()).item() * (1 / samples + 1 / len(away)) ** 0.5}
+    distances = real_distances(real, trained)
+    relative_sd = (distances.std() / distances.mean()).item()
+    return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / samples + 1 / len(distances)) ** 0.5}
 
 
-@lru_cache(maxsize=KEPT)  # by tensor: one evaluation asks once for each number of passes
-def usual(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
+@lru_cache(maxsize=MAX_KNOWN)  # by tensor: one evaluation asks once for each number of passes
+def real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
     """How far real images are from the nearest that was trained on, other than themselves."""
-    some = torch.arange(len(real))[:: -(-len(real) // MOST)]
-    return nearest_other(real, some) if trained is None else nearest(trained, real[some])[0]
+    some = torch.arange(len(real))[:: -(-len(real) // MAX_REAL)]
+    if trained is None:
+        return nearest_other(real, some)
+    distances, _ = nearest(trained, real[some])
+    return distances
 
 
 def features_of(x: Sample) -> Features:
@@ -173,16 +185,18 @@ def features_of(x: Sample) -> Features:
     return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(PIECE)])
 
 
-def learned(x: Sample) -> Features:
+def cached_features(x: Sample) -> Features:
     """As `features_of`, kept for the next time that the same images are the reference."""
-    digest = blake2b()
+    pixels_hash = blake2b()
     for part in x.split(PIECE):
-        digest.update(to_uint8(part).cpu().contiguous().numpy().data)
-    if (key := digest.digest()) not in known:
-        f = features_of(x)
-        while len(known) >= KEPT:
-            del known[next(iter(known))]
-        known[key] = f
+        pixels_hash.update(to_uint8(part).cpu().contiguous().numpy().data)
+    key = pixels_hash.digest()
+    if key not in known:
+        features = features_of(x)
+        while len(known) >= MAX_KNOWN:
+            oldest = next(iter(known))
+            del known[oldest]
+        known[key] = features
     return known[key]
 
 
@@ -194,19 +208,22 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
     a digit are at the end of the range, where clamped noise is no longer noise but a shift. `accuracy` is the share
     read as c; `auc` that of `two_sample_auc` of pixels, 0.5 where samples cannot be distinguished from digits.
     """
-    filed, real = _grey(x), reference.x
-    fake, grey, true = (digits.features(of) for of in (x, filed, real))
-    precision, recall = precision_recall(true, fake, NEIGHBOURS)
+    real = reference.x
+    filed = _grey(x)
+    fake_features = digits.features(x)
+    filed_features = digits.features(filed)
+    real_features = digits.features(real)
+    precision, recall = precision_recall(real_features, fake_features, NEIGHBOURS)
     return {
-        **mmd(grey, true, WIDTH_DIGITS, c, reference.c),
-        "fd_grey": frechet_distance(Moments.of(grey), Moments.of(true)),
-        "fd": frechet_distance(Moments.of(fake), Moments.of(true)),
+        **mmd(filed_features, real_features, WIDTH_DIGITS, c, reference.c),
+        "fd_grey": frechet_distance(Moments.of(filed_features), Moments.of(real_features)),
+        "fd": frechet_distance(Moments.of(fake_features), Moments.of(real_features)),
         "precision": precision,
         "recall": recall,
         "auc": two_sample_auc(real, filed, stream("digits", "auc")),
         "pixel_fd": pixel_frechet(filed, real),
         "nearest": nearness(filed, real, reference.trained),
-        **accuracy(digits.classify(fake), c),
+        **accuracy(digits.classify(fake_features), c),
     }
 
 
@@ -216,16 +233,27 @@ def baselines_digits(reference: Reference, samples: int, asked: Cond | None = No
     `asked` are the classes of the samples; None: classes with the shares of the reference. Digits are grey already, so
     `fd_grey` and `fd` are one there.
     """
-    x, c = reference.x, reference.c.cpu()
+    x = reference.x
+    c = reference.c.cpu()
     real = digits.features(x)
-    asked = with_shares_of(c, samples) if asked is None else asked
-    found = perfect("digits", c, real, samples, WIDTH_DIGITS, c=asked)
-    pixels = unit(c, lambda a, b: pixel_frechet(x[a], x[b]), "digits", LEAST * x[0].numel())
-    found |= {f"fd_grey{end}": found[f"fd{end}"] for end in ("", "_sd") if "fd" in found}
-    found |= null_auc("auc", samples, len(x)) | (pixels.at(samples, len(x), "pixel_fd") if pixels else {})
-    found |= null_accuracy(digits.classify(real), c, samples) | null_nearness(x, reference.trained, samples)
-    z = digits.features(_grey(noise(0, range(OF_DIGITS), 0, x.shape[1:])))
-    return {"perfect": found, "noise": of_noise(z, real, WIDTH_DIGITS, asked, c)}
+    if asked is None:
+        asked = with_shares_of(c, samples)
+
+    def pixel_distance(a: Tensor, b: Tensor) -> float:
+        return pixel_frechet(x[a], x[b])
+
+    perfect_scores = perfect("digits", c, real, samples, WIDTH_DIGITS, c=asked)
+    if "fd" in perfect_scores:
+        perfect_scores["fd_grey"] = perfect_scores["fd"]
+        perfect_scores["fd_grey_sd"] = perfect_scores["fd_sd"]
+    perfect_scores |= null_auc("auc", samples, len(x))
+    pixel_unit = distance_unit(c, pixel_distance, "digits", LEAST * x[0].numel())
+    if pixel_unit:
+        perfect_scores |= pixel_unit.at(samples, len(x), "pixel_fd")
+    perfect_scores |= null_accuracy(digits.classify(real), c, samples)
+    perfect_scores |= null_nearness(x, reference.trained, samples)
+    z = digits.features(_grey(noise(0, range(MIN_DIGITS), 0, x.shape[1:])))
+    return {"perfect": perfect_scores, "noise": of_noise(z, real, WIDTH_DIGITS, asked, c)}
 
 
 def _grey(x: Sample) -> Sample:
@@ -275,14 +303,14 @@ FACTS_TOY = {"features": f"none: Gaussian kernels on the points, of {WIDTHS} sd 
 MEASURES: dict[Shipped, Measure] = {
     "cifar10-features": Measure(
         samples=5000,
-        fewest=OF_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
+        fewest=MIN_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
         judges="images of shape (3, 32, 32) in 10 classes or none",
         fits=lambda shape, classes: shape == (3, 32, 32) and classes in (0, 10),
         open=whole_set(lambda: facts_of(cifar10, "CIFAR-10") | FACTS_CIFAR10, score_cifar10, baselines_cifar10),
     ),
     "digits": Measure(
         samples=2000,
-        fewest=OF_DIGITS,
+        fewest=MIN_DIGITS,
         judges="samples of shape (1, 8, 8) in 10 classes or none",
         fits=lambda shape, classes: shape == (1, 8, 8) and classes in (0, 10),
         open=whole_set(lambda: facts_of(digits, "digits"), score_digits, baselines_digits),

@@ -1,9 +1,9 @@
-"""Statistics of a set of images, of the features that a network extracts: moments, sums and features, gathered batch by
-batch.
+"""Statistics of a set of images, of the features that a network extracts: moments, sums and features.
 
-Images are known by number, so it does not matter which batch or which rank an image came in. Moments and sums are in
-float64 and merge (`dumo.evaluation.distance`). The features themselves are kept too, in
-float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
+`statistics_of` counts a rank's batches, `gather` merges those of all ranks; `save_statistics` and `load_statistics`
+keep them. Images are known by number, so it does not matter which batch or which rank an image came in. Moments and
+sums are in float64 and merge (`dumo.evaluation.distance`). The features themselves are kept too, in float32, for
+kernels and neighbours: 50,000 of 2048 take 400 MB.
 """
 
 import sys
@@ -28,11 +28,11 @@ from dumo.types import UserError
 Index = Int64[Tensor, " n"]
 Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and images; batches differ in size
 
-SPLIT = 5000  # images per split of the Inception Score, as ADM's evaluation has them
-SUM = "sha256"  # in the notes of kept statistics: of all their tensors
+SPLIT_SIZE = 5000  # images per split of the Inception Score, as ADM's evaluation has them
+CHECKSUM = "sha256"  # in the notes of kept statistics: of all their tensors
 
 
-class Seen(Interface):
+class ExtractedFeatures(Interface):
     """What a network reads off n images: rows of numbers, of which `spatial` and `logits` may have none."""
 
     @property
@@ -51,7 +51,7 @@ class Seen(Interface):
         ...
 
 
-Extractor = Callable[[Pixels], Seen]
+Extractor = Callable[[Pixels], ExtractedFeatures]
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,21 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
 
     Where the total is not known before, the Inception Score is of one split. Raises `UserError` without any image.
     """
-    size, splits = (SPLIT, -(-total // SPLIT)) if total else (sys.maxsize, 1)
+    size = SPLIT_SIZE if total else sys.maxsize
+    splits = -(-total // SPLIT_SIZE) if total else 1
     sums: tuple[Moments, Moments, InceptionScore] | None = None
     rows: list[Tensor] = []
     numbers: list[Tensor] = []
     for index, images in batches:
-        seen = extractor(images)
-        pool, spatial, logits = (x if x.is_cuda else x.cpu() for x in (seen.pool, seen.spatial, seen.logits))
-        score = InceptionScore.of(logits, index, size=size, splits=splits)
-        more = Moments.of(pool), Moments.of(spatial), score
-        sums = more if sums is None else (sums[0] + more[0], sums[1] + more[1], sums[2] + more[2])
+        features = extractor(images)
+        pool = _to_float64_device(features.pool)
+        spatial_moments = Moments.of(_to_float64_device(features.spatial))
+        pool_moments = Moments.of(pool)
+        score = InceptionScore.of(_to_float64_device(features.logits), index, size=size, splits=splits)
+        if sums is None:
+            sums = pool_moments, spatial_moments, score
+        else:
+            sums = sums[0] + pool_moments, sums[1] + spatial_moments, sums[2] + score
         rows.append(pool.float().cpu())
         numbers.append(index.cpu())
     if sums is None:
@@ -98,38 +103,50 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
     return _unpack({name: x.cpu() for name, x in _pack(statistics).items()})
 
 
+def _to_float64_device(x: Tensor) -> Tensor:
+    """The tensor on a device that has float64: as it is on a GPU of CUDA, else on the CPU."""
+    return x if x.is_cuda else x.cpu()
+
+
 def gather(mine: Statistics, total: int | None = None) -> Statistics:
     """The statistics of all ranks on every rank, its images in the order of their numbers; every rank must call it.
 
     Raises `UserError` unless each of the numbers 0 .. total - 1 came once. Without a total the numbers may have gaps,
     which are closed: the images are numbered anew.
     """
-    whole = mine
+    merged = mine
     if dist.world() > 1:
-        parts = {name: dist.gathered(x) for name, x in _pack(mine).items()}
-        whole = reduce(add, [_unpack({name: x[rank] for name, x in parts.items()}) for rank in range(dist.world())])
-    order = ordered(whole.index, total)
-    return replace(whole, rows=whole.rows[order], index=torch.arange(len(order)))
+        tensors_by_name = {name: dist.gathered(x) for name, x in _pack(mine).items()}
+        of_ranks: list[Statistics] = []
+        for rank in range(dist.world()):
+            of_ranks.append(_unpack({name: tensors[rank] for name, tensors in tensors_by_name.items()}))
+        merged = reduce(add, of_ranks)
+    order = ordered(merged.index, total)
+    return replace(merged, rows=merged.rows[order], index=torch.arange(len(order)))
 
 
 def save_statistics(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
     """Keep statistics as safetensors, with what it is of, such as the data and the sha256 of the network."""
     parts = {name: x.contiguous() for name, x in _pack(statistics).items()}
-    save_file(parts, path, {**of, SUM: digest.of_tensors(parts)})
+    save_file(parts, path, {**of, CHECKSUM: digest.of_tensors(parts)})
 
 
 def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics | None:
     """Statistics that were kept; None where there are none, or they are damaged, or of something else than `of`."""
     try:
-        parts, found = weights.read(path)
-        return _unpack(parts) if found == {**of, SUM: digest.of_tensors(parts)} else None
+        parts, notes = weights.read(path)
+        if notes != {**of, CHECKSUM: digest.of_tensors(parts)}:
+            return None
+        return _unpack(parts)
     except (UserError, OSError, KeyError):
         return None
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:
     """Statistics as named tensors."""
-    pool, spatial, score = statistics.pool, statistics.spatial, statistics.score
+    pool = statistics.pool
+    spatial = statistics.spatial
+    score = statistics.score
     return {
         "pool.count": torch.tensor([pool.count]),
         "pool.mean": pool.mean,
@@ -161,10 +178,15 @@ def ordered(index: Int64[Tensor, " n"], total: int | None = None) -> Int64[Tenso
     Raises UserError unless each of 0 .. total - 1 came once; without a total, if a number came twice.
     """
     order = index.argsort()
-    there = index[order]
-    if len(there.unique()) < len(there) if total is None else not torch.equal(there, torch.arange(total)):
+    sorted_index = index[order]
+    num_different = len(sorted_index.unique())
+    if total is None:
+        is_complete = num_different == len(sorted_index)
+    else:
+        is_complete = torch.equal(sorted_index, torch.arange(total))
+    if not is_complete:
         raise UserError(
-            f"{len(order)} images came, {len(there.unique())} different numbers among them, where each of"
+            f"{len(order)} images came, {num_different} different numbers among them, where each of"
             f" 0 to {(total or len(order)) - 1} must come once: give as many as the protocol judges"
         )
     return order

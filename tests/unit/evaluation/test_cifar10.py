@@ -12,7 +12,7 @@ from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation import shipped as protocol
 from dumo.evaluation.protocol import Reference
 from dumo.evaluation.shipped import baselines_cifar10 as baselines
-from dumo.evaluation.shipped import features_of, known, learned
+from dumo.evaluation.shipped import cached_features, features_of, known
 from dumo.evaluation.shipped import score_cifar10 as score
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
@@ -135,13 +135,13 @@ def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(protocol, "features_of", lambda x: read.append(len(x)) or features_of(x))
     known.clear()
     first, second, third = blobs.x[:20], blobs.x[20:50], blobs.x[50:90]
-    assert torch.equal(learned(first), features_of(first))
-    assert torch.equal(learned(first.clone()), features_of(first))
-    learned(second)
-    learned(first)
+    assert torch.equal(cached_features(first), features_of(first))
+    assert torch.equal(cached_features(first.clone()), features_of(first))
+    cached_features(second)
+    cached_features(first)
     assert read == [20, 30]
     changed = first.clone()
     changed[0, 0, 0, 0] *= -1
-    assert not torch.equal(learned(changed), features_of(first))
-    learned(third)
-    assert len(known) == protocol.KEPT
+    assert not torch.equal(cached_features(changed), features_of(first))
+    cached_features(third)
+    assert len(known) == protocol.MAX_KNOWN

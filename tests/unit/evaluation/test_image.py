@@ -11,7 +11,7 @@ from dumo.encoders import inception
 from dumo.evaluation import Context, reference
 from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.images import ImageEvaluator, ImageProtocol
-from dumo.evaluation.protocol import Evaluator, Made
+from dumo.evaluation.protocol import Evaluator, NumberedSamples
 from dumo.evaluation.reference import (
     STANDARDS,
     Standard,
@@ -37,7 +37,7 @@ def samples(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def made(pixels: Tensor, batch: int = 50) -> Made:
+def made(pixels: Tensor, batch: int = 50) -> NumberedSamples:
     """Batches of them."""
     x = samples(pixels)
     return [(rows, x[rows]) for rows in torch.arange(len(x)).split(batch)]

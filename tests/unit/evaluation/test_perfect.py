@@ -15,7 +15,7 @@ from dumo.evaluation.distance import (
     mean_sd,
     two_sample_auc,
 )
-from dumo.evaluation.protocol import LEAST, Unit, parts, unit
+from dumo.evaluation.protocol import LEAST, DistanceUnit, distance_unit, parts
 from dumo.runtime.random import stream
 
 SD = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.5, 0.2], dtype=torch.float64)  # of a Gaussian of six features
@@ -35,8 +35,8 @@ def frechet(x: Tensor, y: Tensor) -> float:
 
 def found(
     x: Tensor, c: Tensor, distance: Callable[[Tensor, Tensor], float] = frechet, least: float = LEAST * 6
-) -> Unit:
-    of = unit(c, lambda a, b: distance(x[a], x[b]), "test", least)
+) -> DistanceUnit:
+    of = distance_unit(c, lambda a, b: distance(x[a], x[b]), "test", least)
     assert of is not None
     return of
 
@@ -101,5 +101,5 @@ def test_parts_are_disjoint_and_alike_and_too_few_tell_nothing() -> None:
     assert torch.cat(some).sort()[0].equal(torch.arange(50))
     assert {len(one) for one in some} == {12, 13}
     assert all(c[one].bincount(minlength=2)[1] in (2, 3) for one in some)
-    assert unit(c, lambda a, b: 0.0, "test", 12.0) == Unit(0.0, 0.0)
-    assert unit(c, lambda a, b: 0.0, "test", 13.0) is None
+    assert distance_unit(c, lambda a, b: 0.0, "test", 12.0) == DistanceUnit(0.0, 0.0)
+    assert distance_unit(c, lambda a, b: 0.0, "test", 13.0) is None

@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, pad
 from dumo.data import Digits
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
-from dumo.evaluation.photos import MOST, PhotosEvaluator, alike
+from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, places_of_classes
 from dumo.evaluation.protocol import Reference, parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
@@ -101,7 +101,7 @@ def test_samples_are_compared_with_images_of_their_classes() -> None:
     fresh[dark] = -fresh[dark].abs()
     perfect = evaluator.baselines()["perfect"]
     assert abs(scores(evaluator, fresh)["mmd"] - perfect["mean"]) < 3 * perfect["sd"]
-    rows = alike(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
+    rows = places_of_classes(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
     assert torch.tensor([0, 1, 0, 1])[rows].tolist() == [1, 1, 0, 1]
     assert set(rows[[0, 1]].tolist()) == {1, 3}  # each once before one is taken again
 
@@ -145,10 +145,10 @@ class Large:
 
 @pytest.mark.nightly
 def test_large_sets_are_sampled_evenly_and_never_held() -> None:
-    data = Large(3 * MOST, [])
+    data = Large(3 * MAX_IMAGES, [])
     evaluator = PROTOCOL.evaluator(Context(lambda: data))
     assert isinstance(evaluator, PhotosEvaluator)
-    assert sum(data.asked) == len(evaluator.real) == MOST
+    assert sum(data.asked) == len(evaluator.real) == MAX_IMAGES
     assert max(data.asked) <= 64
     levels = evaluator.real[:, -1]
     assert (levels.min(), levels.max()) == (pytest.approx(0, abs=0.01), pytest.approx(1, abs=0.01))
