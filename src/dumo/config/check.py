@@ -85,7 +85,8 @@ def validation(evaluation: Evaluation) -> Iterator[str]:
         yield "evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0"
     if evaluation.every and samples is not None and samples < evaluation.fewest:
         yield (
-            f"evaluate.few = {samples}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or null"
+            f"evaluate.few = {samples}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or "
+            "null"
         )
 
 
