@@ -17,8 +17,9 @@ from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
 from dumo.cli.compose import Composed, compose, plain_data, plain_net
-from dumo.config import load as config
 from dumo.config.change import override, shown
+from dumo.config.load import load as load_run
+from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.encoders.codec import Opened
@@ -315,10 +316,10 @@ def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_co
     """
     if not isinstance(source, Run):
         with trusting(trust_code):
-            return config.load(source, _settings(changes))
+            return load_run(source, _settings(changes))
     tree = source.model_dump(mode="json")
     override(tree, _settings(changes))
-    return config.parse(Run, tree)
+    return parse(Run, tree)
 
 
 def train(

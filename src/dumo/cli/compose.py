@@ -15,7 +15,7 @@ from dumo.config import recipes
 from dumo.config.change import shown
 from dumo.config.load import FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
-from dumo.config.source import SHIPPED_PREFIX, Source, choose, folder_of_images
+from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.tree import Parts
 from dumo.data import Memory
@@ -62,7 +62,7 @@ def compose(
     are trained on as moons are; an objective's name finds its recipe. Raises UserError.
     """
     # what was named: a recipe, a file or a run (`chosen`), or a place of images
-    chosen: Source | None = None
+    chosen: ChosenSource | None = None
     place: str | None = None
     if source is not None:
         chosen = choose(source, folder)
@@ -167,7 +167,7 @@ def twin_of(data: str, objective: Fields) -> str:
     return f"{data}-{objective['kind']}".replace("_", "-")
 
 
-def default_folder(chosen: Source | None, parts: Fields, place: str | None) -> Path:
+def default_folder(chosen: ChosenSource | None, parts: Fields, place: str | None) -> Path:
     """runs/NAME. Raises UserError where nothing gives a name."""
     if place is not None:
         return folder_of_images(place)

@@ -86,7 +86,7 @@ def place(text: str) -> Path:
     return Path(text)
 
 
-def classes(text: str | None, conditions: "Conditions") -> list[int] | None:
+def class_numbers(text: str | None, conditions: "Conditions") -> list[int] | None:
     """'cats,2' as the numbers of these classes. Raises UserError for one that is none."""
     return None if text is None else [conditions.index(part) for part in text.split(",")]
 

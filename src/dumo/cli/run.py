@@ -20,10 +20,10 @@ from dumo.cli.option import (
     SourceOrImages,
     Verify,
     Weights,
+    class_numbers,
     numbers,
     place,
 )
-from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import typed
 from dumo.runtime.bound import ROWS

@@ -26,7 +26,7 @@ from dumo.runtime import signals
 from dumo.runtime.progress import inline, plain, say
 
 
-class Plain(Console):
+class PlainConsole(Console):
     """A console that shows the control characters of what it is given, and obeys none."""
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401, as rich has them
@@ -34,8 +34,8 @@ class Plain(Console):
         return super().render_str(plain(text), **options)
 
 
-out = Plain(markup=False, emoji=False)  # what users typed is shown as they typed it
-err = Plain(markup=False, emoji=False, highlight=False, stderr=True)
+out = PlainConsole(markup=False, emoji=False)  # what users typed is shown as they typed it
+err = PlainConsole(markup=False, emoji=False, highlight=False, stderr=True)
 
 STOPPED = 128  # the exit code of what a signal ends, and the signal's number
 PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
@@ -236,8 +236,8 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(inline(key), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(cell, row.values()))
-    needed = Plain(width=10_000).measure(table).maximum
-    Plain(width=max(out.width, needed)).print(table)
+    needed = PlainConsole(width=10_000).measure(table).maximum
+    PlainConsole(width=max(out.width, needed)).print(table)
 
 
 def cell(value: object) -> str:

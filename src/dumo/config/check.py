@@ -28,7 +28,10 @@ from dumo.types import TimeLaw, UserError
 
 def check(run: Tree) -> None:
     """Raise UserError for the first mismatch between the values of a run; no net is made and no file is read."""
-    data, net, objective, train = run.data, run.net, run.objective, run.train
+    data = run.data
+    net = run.net
+    objective = run.objective
+    train = run.train
     require(
         faults(run),
         unconditional(data, objective, run.sample.guide, run.teacher),
@@ -78,15 +81,14 @@ def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teach
 def validation(evaluation: Evaluation) -> Iterator[str]:
     """Judging in training by what makes no samples, or by too few, and a best step of none that are judged."""
     kind = evaluation.protocol.kind
-    samples = evaluation.few
     if evaluation.best and not evaluation.every:
         yield "evaluate.best keeps the best of the steps that are judged, and none is: set evaluate.every to some steps"
     if evaluation.every and kind == "likelihood":
         yield "evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0"
-    if evaluation.every and samples is not None and samples < evaluation.fewest:
+    if evaluation.every and evaluation.few is not None and evaluation.few < evaluation.fewest:
         yield (
-            f"evaluate.few = {samples}: protocol {kind} judges {evaluation.fewest} samples or more: set as many, or "
-            "null"
+            f"evaluate.few = {evaluation.few}: protocol {kind} judges {evaluation.fewest} samples or more: set as "
+            "many, or null"
         )
 
 
@@ -124,11 +126,6 @@ def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
 
 def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
     """Raise UserError if ranks cannot cut the batch into passes with all kinds of rows, or a field takes one rank."""
-    require(pieces(train, objective, ranks))
-
-
-def pieces(train: Train, objective: AnyObjective, ranks: int) -> Iterator[str]:
-    """Passes without rows of a kind, and what takes one rank."""
     times = objective.times
     passes_by_rank = passes(train, objective, ranks)
     moving = times.moving(train.batch)
@@ -136,10 +133,11 @@ def pieces(train: Train, objective: AnyObjective, ranks: int) -> Iterator[str]:
         for rows in chain.from_iterable(passes_by_rank):
             kinds = set(moving[rows])
             if len(kinds) == 1:
-                yield pass_of_one_kind(train, times, ranks, rows.stop - rows.start, moving=kinds.pop())
+                num_rows = rows.stop - rows.start
+                raise UserError(pass_of_one_kind(train, times, ranks, num_rows, moving=kinds.pop()))
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
-        yield f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks"
+        raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
 
 
 def pass_of_one_kind(train: Train, times: TimeLaw, ranks: int, rows: int, *, moving: bool) -> str:

@@ -27,7 +27,8 @@ from dumo.types import UserError
 FILE = "run.yaml"  # the run, in its folder
 SHIPPED_PREFIX = "dumo:"  # before the name of a recipe or a trained run: that which dumo brings, whatever lies here
 TABLES = (".parquet", ".tar")  # files of images
-KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.config.load.dump` writes there
+KEY = "format"  # the first key of a run.yaml
+FORMAT = 2  # what `dumo.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
 RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.resolve`)
 CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
@@ -65,7 +66,7 @@ class RunText:
 
 
 @dataclass(frozen=True)
-class Source:
+class ChosenSource:
     """What the word that names a run was taken for. A path that does not exist is a file, which `read` refuses."""
 
     kind: Literal["recipe", "file", "run", "images"]
@@ -78,7 +79,7 @@ class Source:
         return f"{kind} {self.word}"
 
 
-def choose(source: str | Path, out: Path | None = None) -> Source:
+def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     """Decide what a word is: a recipe, a YAML file, the folder of a run (or its run.yaml), or images.
 
     `out` is the folder that was given to train in: a recipe's name means the run there, where that folder has the same
@@ -86,23 +87,23 @@ def choose(source: str | Path, out: Path | None = None) -> Source:
     NAME is a recipe, too, and for a variable in a path that is not set.
     """
     if out is not None and source in recipes.names() and out == Path(source) and (out / FILE).is_file():
-        return Source("run", f"./{source}", out)
+        return ChosenSource("run", f"./{source}", out)
     recipe = recipe_of(source)
     if recipe is not None:
-        return Source("recipe", source, Path("runs") / recipe)
+        return ChosenSource("recipe", source, Path("runs") / recipe)
     if not str(source):
         raise UserError(f"the source is empty: {TO_GIVE}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
         if path.suffix in TABLES:
-            return Source("images", source, folder_of_images(source))
+            return ChosenSource("images", source, folder_of_images(source))
         if path.name == FILE:
-            return Source("run", source, path.parent)
+            return ChosenSource("run", source, path.parent)
     elif os.path.isdir(path):
         if (path / FILE).is_file():
-            return Source("run", source, path)
-        return Source("images", source, folder_of_images(source))
-    return Source("file", source, Path("runs") / path.stem)
+            return ChosenSource("run", source, path)
+        return ChosenSource("images", source, folder_of_images(source))
+    return ChosenSource("file", source, Path("runs") / path.stem)
 
 
 def folder_of_images(place: str | Path) -> Path:
