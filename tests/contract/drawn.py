@@ -54,5 +54,5 @@ class _Rows:
 def counting() -> Generator[Drawn]:
     """Count what is drawn inside, in this thread."""
     drawn, opened = Drawn(), random._philox_generator
-    with patch.object(random, "_stream", lambda key: _Rows(opened(key), drawn)), _Torch(drawn):
+    with patch.object(random, "_philox_generator", lambda key: _Rows(opened(key), drawn)), _Torch(drawn):
         yield drawn

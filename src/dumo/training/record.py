@@ -100,8 +100,8 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
 
     `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
     """
-    heard_signal = signals.poll()
-    flags = [heard_signal == number for number in signals.SIGNALS]
+    received_signal = signals.poll()
+    flags = [received_signal == number for number in signals.SIGNALS]
     flags.append(due and dist.is_main())
     columns = columns_of(terms)
     squares_here = local_squares([*state.modules.values()])
