@@ -169,7 +169,7 @@ def test_runs_that_start_together_make_their_table_one_after_the_other(
 ) -> None:
     inside, most, make = 0, list[int](), encode.encode_texts
 
-    def slowly(data: Data, spec: Tabled) -> encode.Made:
+    def slowly(data: Data, spec: Tabled) -> encode.EncodeResult:
         nonlocal inside
         inside += 1
         most.append(inside)
