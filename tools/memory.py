@@ -69,7 +69,7 @@ def work(args: argparse.Namespace) -> None:
 
     from dumo.config.load import load
     from dumo.nets import lowpass
-    from dumo.run.folder import note
+    from dumo.run.folder import write_run_file
     from dumo.run.net import flow_in_training
     from dumo.run.weights import begin
     from dumo.runtime import dist
@@ -98,7 +98,7 @@ def work(args: argparse.Namespace) -> None:
             phase.write_text("save")
             if dist.is_main():
                 out.mkdir(exist_ok=True)
-                note(run, out)
+                write_run_file(run, out)
             state.step = 1
             with Saver() as saver:
                 copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)

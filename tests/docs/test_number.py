@@ -21,7 +21,7 @@ from dumo.flow.times import Beta, Dyadic, LogitNormal, Pair
 from dumo.nets import DiT
 from dumo.objectives import DuMo, Objective
 from dumo.run.cost import forward_units
-from dumo.run.examination import point, slope_errors
+from dumo.run.examination import example_point, slope_errors
 from dumo.types import Frozen, Spec
 
 ROOT = Path(__file__).parents[2]
@@ -257,8 +257,8 @@ def test_central_differences_err_as_the_page_says(tmp_path: Path, monkeypatch: p
         assert told
         run = dumo.load(name)
         objective = run.spec.objective.model_copy(update={"slope": CentralSlope()})
-        x, w, c, inputs = point(objective, run.spec.path, run.spec.data, 0, 16)
-        errors = slope_errors(objective, run.net, Frozen(run.net), x, w, c, **inputs)
+        point = example_point(objective, run.spec.path, run.spec.data, 0, 16)
+        errors = slope_errors(objective, run.net, Frozen(run.net), point.x_t, point.direction, point.c, **point.inputs)
         assert errors["u"].item() == pytest.approx(1e-3 * float(told[1]), abs=0.06e-3)
         assert all(4e-4 < error < 3e-3 for error in errors.values())
 

@@ -16,7 +16,7 @@ from dumo.export import lora
 from dumo.flow.draw import PRIOR, drawn, noised
 from dumo.flow.guide import Guide
 from dumo.flow.reading import reading, teaching
-from dumo.run.folder import note
+from dumo.run.folder import write_run_file
 from dumo.run.weights import open_run
 from dumo.runtime.random import share_of_rows
 from dumo.training import checkpoint
@@ -217,7 +217,7 @@ def test_a_few_step_run_that_learned_jumps_alone_teaches_no_velocity(
     """It is refused before anything is written, for its own objective, whatever the subject's is."""
     few, words = here / objective, [*sd3.words(), *LR]
     few.mkdir()
-    note(load(str(sd3.few), [f"objective={{kind: {objective}}}"]), few)
+    write_run_file(load(str(sd3.few), [f"objective={{kind: {objective}}}"]), few)
     monkeypatch.setenv("FEW_STEPS", str(few))
     monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "mine"))
     said = (f"the run {few} has no velocity to teach", f"objective '{objective}'", "data.prior=null teacher=null")

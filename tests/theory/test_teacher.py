@@ -21,7 +21,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.reading import taught, teaching
 from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
-from dumo.run.folder import note
+from dumo.run.folder import write_run_file
 from dumo.run.teacher import base_flow
 from dumo.types import Frozen, Heads, Noised, Reads, Taught, UserError
 from theory.exact import APART, Exact, record
@@ -65,7 +65,7 @@ def untuned() -> Taught:
 
 def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Taught:
     run = load("moons", ["data.labelled=true", "objective={kind: facm}", "sample.solver={kind: euler}"])
-    note(run, folder)
+    write_run_file(run, folder)
     monkeypatch.setattr(type(run), "has_subject", True)
     subject = run.model_copy(update={"start": Start(source=str(folder))})
     return teaching(base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).reads)

@@ -9,7 +9,7 @@ from typing import Any
 from dumo.config.tree import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
-from dumo.run.weights import RunFolder, shown
+from dumo.run.weights import RunFolder, sampled_part
 from dumo.training.checkpoint import part
 
 LONG = 40  # characters of a value in a name
@@ -31,7 +31,7 @@ def flat(tree: dict[str, Fields]) -> Fields:
 def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The fields that differ, and weights other than those the run shows, as parts of a name."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != part(opened.checkpoint.path, shown(opened.run.train)).resolve():
+    if opened.file.resolve() != part(opened.checkpoint.path, sampled_part(opened.run.train)).resolve():
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
 

@@ -182,6 +182,6 @@ def mark_checkpoint_written(folder: Path) -> None:
     files.flush(folder)
 
 
-def note(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
-    """Write run.yaml, complete, and what was changed in it; it is on the disk then."""
+def write_run_file(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
+    """Write run.yaml, complete, with what was changed in it, and flush it to the disk."""
     files.write(folder / FILE, dump(run, changed).encode(), durable=True)

@@ -20,7 +20,7 @@ from dumo.io.content import Hashes
 from dumo.io.source import Source
 from dumo.nets.embed import Scalars
 from dumo.run import average, content, deviation, examination
-from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, note, restore_run_file
+from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, restore_run_file, write_run_file
 from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.origin import run_before_step
@@ -39,7 +39,7 @@ from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
 
-MINUTE = 60.0
+SECONDS_PER_MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
 CALM = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
 COPIES = 4  # of the weights in an examination: in one piece, to be asked, and in float64
@@ -59,11 +59,11 @@ class Journal:
     text: str = ""  # the run as its checkpoints hold it; of the main rank
     validation: Validation | None = None
     threads: StepThreads | None = None  # of the steps; None: nobody chooses
-    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was taken
+    last_saved: float = field(default_factory=time.monotonic)  # seconds: when the last checkpoint was taken
     saver: Saver = field(default_factory=Saver)
 
     @property
-    def first(self) -> int:
+    def first_saved_step(self) -> int:
         """The first step that is saved by its number: up to it weights are examined before they are saved."""
         return min(self.run.train.save_every, self.run.train.steps)
 
@@ -77,8 +77,10 @@ class Journal:
 
         A failure is of all ranks, so that of the first one brings all to where it is raised.
         """
+        if self.saver.failed:
+            return True
         minutes = self.run.train.save_minutes
-        return self.saver.failed or (minutes is not None and time.monotonic() - self.saved >= MINUTE * minutes)
+        return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
 
     def open(self, state: State) -> None:
         """Before the next step: refuse a slope that fails on what was saved unexamined; the milestone of this step.
@@ -88,7 +90,7 @@ class Journal:
         for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
                 raise signals.Stopped(signal_number)
-        if 0 < state.step <= self.first:
+        if 0 < state.step <= self.first_saved_step:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.mark(state)
@@ -99,7 +101,7 @@ class Journal:
     def log(self, state: State, record: Record) -> None:
         """A line of the log, where one is due, as of a step that is judged, was skipped, or at which a burst begins.
 
-        Of a skipped step and of a burst `tell` hears, too.
+        `tell` is called with a line on a skipped step, and on a burst.
         """
         scores = self.validation.judge(state) if self.validation else {}
         scheduled = state.step % self.run.train.log_every == 0
@@ -152,9 +154,9 @@ class Journal:
         """
         is_asked_to_stop = record.asked is not None
         is_last = state.step == self.run.train.steps
-        if is_asked_to_stop or record.due or state.step % self.first == 0 or is_last:
+        if is_asked_to_stop or record.due or state.step % self.first_saved_step == 0 or is_last:
             self.saver.wait()
-            if state.step <= self.first and not is_asked_to_stop:
+            if state.step <= self.first_saved_step and not is_asked_to_stop:
                 self.examine(state)
             self.save(state)
             if is_asked_to_stop or is_last:
@@ -180,7 +182,7 @@ class Journal:
                 agreement.on_main_rank(lambda: validation.tidy(step))
 
         self.saver.start(write)
-        self.saved = time.monotonic()
+        self.last_saved = time.monotonic()
 
     def restore_run_file(self) -> None:
         """Before a checkpoint, which is of no use without run.yaml: write that again where it was removed, and say so.
@@ -391,7 +393,7 @@ class History:
             yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
 
         # note the run and its data
-        note(self.run, folder, self.changed)
+        write_run_file(self.run, folder, self.changed)
         if self.step == 0:
             mark_no_checkpoint_yet(folder)
         else:

@@ -23,7 +23,7 @@ SECONDS_PER_HOUR = 3600.0
 HOURS_PER_DAY = 24.0
 
 
-def outlook(run: Run, folder: Path, size: int | None, step: int, device: torch.device, units: float) -> str:
+def training_summary(run: Run, folder: Path, size: int | None, step: int, device: torch.device, units: float) -> str:
     """What is trained on what, and the forward units of a step, in a line. `size`: of the data, None if endless."""
     net = outline(run)
     unit = "images" if len(run.pixels) == 3 else "points"
@@ -60,11 +60,11 @@ def weights_text(net: nn.Module) -> str:
 
 def dual_hint(net: nn.Module, run: Run) -> str:
     """Where a derivative is a difference of passes: what dual numbers would cost instead."""
-    units = by_dual(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    units = dual_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return f"; objective.slope.kind=dual takes {units:.2f} F, is exact and may run in bf16" if units else ""
 
 
-def by_dual(
+def dual_units(
     net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int], *, ref: cost.Theta
 ) -> float | None:
     """What a step would cost with a dual slope, in F; None unless the slope is a central difference."""
@@ -94,7 +94,7 @@ def placed_on(share: int, device: torch.device) -> str:
     return f"{world_size} ranks of {device_name}, {layout}"
 
 
-def unfit(train: Train, operations: float, device: torch.device, step: int = 0) -> Iterator[str]:
+def misfits(train: Train, operations: float, device: torch.device, step: int = 0) -> Iterator[str]:
     """Why a run does not fit this machine, a line each with the --set that does.
 
     `operations` are what is left after `step`.

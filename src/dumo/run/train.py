@@ -24,7 +24,7 @@ from dumo.run import teacher
 from dumo.run.job import Job, SheetsOf, open_job
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
-from dumo.run.outlook import outlook, unfit
+from dumo.run.outlook import misfits, training_summary
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.threads import StepThreads
@@ -153,12 +153,12 @@ def lines_before(job: Job) -> list[str]:
     """What is trained on what, in lines; every rank must call it."""
     run = job.run
     state = job.state
-    lines = [outlook(run, job.folder, job.data.size, state.step, job.device, job.step_cost.units)]
+    lines = [training_summary(run, job.folder, job.data.size, state.step, job.device, job.step_cost.units)]
     if isinstance(job.data, Bucketed):
         lines.append(f"images are in {job.data.about}")
     lines.append(f"objective: {method(run.objective)}")
     images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
-    lines += unfit(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
+    lines += misfits(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
     if isinstance(state.net, Dualized) and not job.last:
         lines += map(str, state.net.fits)
     return lines

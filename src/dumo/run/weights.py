@@ -49,7 +49,7 @@ SUBJECT_FIELDS = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, opened to read: the net that is shown (the first average), and where it stands."""
+    """A run's folder, opened to read: the net that is sampled (the first average), and its step."""
 
     run: Run
     index: Index
@@ -173,12 +173,12 @@ def open_weights(run: Run, index: Index, weights: str | None, device: torch.devi
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     # find the file
     folder = index.folder
-    hashed_parts = {shown(run.train)} if weights is None else ()
+    hashed_parts = {sampled_part(run.train)} if weights is None else ()
     last = index.checkpoints.latest(hashed_parts)
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {typed(folder)}")
     if weights is None:
-        file = checkpoint.part(last.path, shown(run.train))
+        file = checkpoint.part(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))
         require_own_checkpoint(run, index, last, last.path)
     else:
@@ -207,7 +207,7 @@ def open_weights(run: Run, index: Index, weights: str | None, device: torch.devi
     )
 
 
-def shown(train: Train) -> str:
+def sampled_part(train: Train) -> str:
     """The part of a checkpoint that is sampled and judged: the first average, or the net without any."""
     return f"ema-{train.ema[0].key}" if train.ema else "net"
 
@@ -221,7 +221,7 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
         require_room(run, device)
     net, deferred_weights = sketch(run)
     trained_weights = frozen.trained(net)
-    # what is trained in 16 bits is shown in float32
+    # what is trained in 16 bits is sampled in float32
     file_weights = {name: single(x) for name, x in outline(file).items()}
     compare(file, file_weights, trained_weights, "the run", checkpoint.FIT)
     loaders: dict[str, Callable[[], Tensor]] = {}
@@ -324,7 +324,7 @@ def begin(
     last = checkpoints.latest(together=True) if step is None else checkpoints.of_step(step)
     deferred_weights: Deferred | None = None
     if run.start and not last and not run.has_subject:
-        net, deferred_weights = begin_from(run, run.start)
+        net, deferred_weights = init_from(run, run.start)
     elif dist.world() > 1:
         net, deferred_weights = sketch(run)
     else:
@@ -337,7 +337,7 @@ def begin(
     return state, last
 
 
-def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
+def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     """A run's net with other weights, by name, and what reads them; a head, as `start.heads` says, with another head's.
 
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
@@ -345,7 +345,7 @@ def begin_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     """
     net, deferred_weights = sketch(run)
     if start.kind == "run":
-        source_weights, source_deferred = read_run(start, run.net, run.path)
+        source_weights, source_deferred = open_source_weights(start, run.net, run.path)
     else:
         source_weights = published.read(start, run.net, run.path, net)
         source_deferred = Deferred()
@@ -395,7 +395,7 @@ def source_name(name: str, heads: Mapping[str, str]) -> str:
     return name
 
 
-def read_run(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
+def open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
     """The weights of another run, and what reads them.
 
     Raises UserError where they make another function of this net, or on this path.

@@ -58,7 +58,7 @@ def test_images_come_in_order_channels_first(tmp_path: Path, batch: int) -> None
 @pytest.mark.parametrize("compress", [False, True])
 def test_any_stretch_is_read(tmp_path: Path, compress: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards, back and again; with classes, which the file may lack."""
-    monkeypatch.setattr(npz, "PIECE", 100)
+    monkeypatch.setattr(npz, "SKIP_BYTES", 100)
     labels = np.arange(10, dtype=np.int16)
     images = npz.NpzImages(written(tmp_path / "a.npz", compress, arr_1=labels))
     for rows in (slice(2, 4), slice(7, 9), slice(0, 3), slice(1, 10, 4), slice(10, 12), slice(None), slice(8, 20)):

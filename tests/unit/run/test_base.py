@@ -19,12 +19,12 @@ from dumo.flow.guide import CFG
 from dumo.flow.path import Linear
 from dumo.flow.reading import taught
 from dumo.flow.slope import DualSlope
-from dumo.run.folder import note
+from dumo.run.folder import write_run_file
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.train import train
-from dumo.run.weights import begin_from, build, open_run
+from dumo.run.weights import build, init_from, open_run
 from dumo.runtime import dist
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
@@ -63,7 +63,7 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapt(monkeypatch)
     known = train(tiny("moons"), tmp_path / "known")
-    net, made = begin_from(tiny("moons"), Start(source=str(tmp_path / "known")))
+    net, made = init_from(tiny("moons"), Start(source=str(tmp_path / "known")))
     begun = made.fill(net)
     assert same(begun, known.shown)
 
@@ -173,7 +173,9 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
 ) -> None:
     """By its own objective's reading, whatever the net's first output is: FACM's is a jump, its velocity lies at -t."""
     objective = f"objective={{kind: '{kind}'}}"
-    note(load("moons", [objective, "data.labelled=true", "sample.solver={kind: euler}", "train.batch=64"]), tmp_path)
+    write_run_file(
+        load("moons", [objective, "data.labelled=true", "sample.solver={kind: euler}", "train.batch=64"]), tmp_path
+    )
     few_step = load(str(tmp_path))
     monkeypatch.setattr(Run, "has_subject", True)
     subject = few_step.model_copy(update={"start": Start(source=str(tmp_path))})
@@ -193,7 +195,7 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
 def test_a_few_step_run_that_is_guided_is_not_guided_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "has_subject", True)
     run = tiny("moons", "data.labelled=true", "objective={kind: rcgm}", "sample.solver={kind: hop}")
-    note(run, tmp_path)
+    write_run_file(run, tmp_path)
     subject = run.model_copy(update={"start": Start(source=str(tmp_path))})
     net = OnFewStepRun(Exact(APART, run.objective.needs))
     with pytest.raises(UserError, match=r"teacher\.guide\.scale = 2 .*guided"):

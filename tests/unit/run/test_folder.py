@@ -7,7 +7,7 @@ import torch
 
 from dumo.config.load import dump, load
 from dumo.config.spec import Run
-from dumo.run.folder import FILE, LOCK, locked_run_folder, note
+from dumo.run.folder import FILE, LOCK, locked_run_folder, write_run_file
 from dumo.run.weights import build, sampler
 from dumo.types import UserError
 from unit.run.known import claim, tiny
@@ -17,7 +17,7 @@ def settle(spec: Run, folder: Path) -> None:
     """As training does: claim the folder, then write into it."""
     claim(spec, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    note(spec, folder)
+    write_run_file(spec, folder)
 
 
 def test_a_place_is_settled_once(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     with locked_run_folder(folder):
         with pytest.raises(UserError, match=r"a/b is being trained by another process.*--out.*\.training\.lock"):
             settle_held(tiny(), folder)
-        note(tiny(), folder)
+        write_run_file(tiny(), folder)
     assert [path.name for path in folder.iterdir()] == [FILE]
     settle_held(tiny(), folder)
     with pytest.raises(UserError, match="another run"):
@@ -51,7 +51,7 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
 def settle_held(spec: Run, folder: Path) -> None:
     with locked_run_folder(folder):
         claim(spec, folder)
-        note(spec, folder)
+        write_run_file(spec, folder)
 
 
 def test_a_folder_held_for_nothing_is_not_left(tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> None:
     run = tiny(f"train.save_minutes={minutes}")
     device, saved = torch.device("cpu"), time.monotonic() - passed
-    journal = Journal(run, tmp_path, device, Checkpoints(tmp_path), run.data.open(), print, saved=saved)
+    journal = Journal(run, tmp_path, device, Checkpoints(tmp_path), run.data.open(), print, last_saved=saved)
     assert journal.due() == due
 
 

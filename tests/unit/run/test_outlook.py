@@ -5,7 +5,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.run import outlook
-from dumo.run.outlook import unfit
+from dumo.run.outlook import misfits
 
 CPU = torch.device("cpu")
 
@@ -13,11 +13,11 @@ CPU = torch.device("cpu")
 def test_what_does_not_fit_says_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     train = load("my-images").train
     monkeypatch.setattr(outlook, "operations_per_second", lambda here: 1e9)
-    modes, hours = unfit(train, 1e9 * 3600 * 48, CPU)
+    modes, hours = misfits(train, 1e9 * 3600 * 48, CPU)
     assert modes.endswith("--set train.precision=fp32 --set train.compile=none")
     assert "20,000 steps take 48 hours" in hours
     assert hours.endswith("--set train.steps=10000")
-    (_, hours) = unfit(train, 1e9 * 3600 * 48, CPU, step=15_000)  # what is left takes two days
+    (_, hours) = misfits(train, 1e9 * 3600 * 48, CPU, step=15_000)  # what is left takes two days
     assert "5,000 steps take 48 hours" in hours
     assert hours.endswith("--set train.steps=17500")
-    assert not [*unfit(load("digits").train, 1e9, CPU)]
+    assert not [*misfits(load("digits").train, 1e9, CPU)]

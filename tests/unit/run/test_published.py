@@ -14,7 +14,7 @@ from dumo.config.spec import Run
 from dumo.nets.dit import of_diffusers
 from dumo.nets.embed import grid_waves
 from dumo.run.train import train
-from dumo.run.weights import begin_from, build, open_run
+from dumo.run.weights import build, init_from, open_run
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from unit.nets.given import Given
@@ -88,7 +88,7 @@ def run_from(file: Path, *fields: str, kind: str = "sit") -> Run:
 def begun(run: Run, **start: object) -> nn.Module:
     """Its net, with the weights of its start."""
     assert run.start is not None
-    net, made = begin_from(run, run.start.model_copy(update=start))
+    net, made = init_from(run, run.start.model_copy(update=start))
     return made.fill(net)
 
 
