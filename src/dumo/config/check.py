@@ -141,7 +141,7 @@ def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
 
 
 def pass_of_one_kind(train: Train, times: TimeLaw, ranks: int, rows: int, *, moving: bool) -> str:
-    """Why a pass of so many rows is refused: all of them have r < t (`moving`), or all r = t."""
+    """Why a pass of this number of rows is refused: all of them have r < t (`moving`), or all r = t."""
     law = f"'{getattr(times, 'kind', type(times).__name__)}'"
     if isinstance(times, Jumps | Pair):
         law += f", velocity_ratio {times.velocity_ratio:g}"

@@ -1,9 +1,8 @@
 """What a run's folder holds, read once when the run is opened.
 
-`Index.read` looks at run.yaml and at the names of checkpoints. What else it says is read when it is first asked for,
-and then kept: each checkpoint's list and run, and data.json. Whoever opens a run hands its index on, so that all who
-ask see the same, and no file is read twice. An index is of one moment: who may have waited while another process wrote
-there reads a new one.
+`Index.read` reads run.yaml and lists the checkpoints. The rest is read when it is first asked for, and then kept: each
+checkpoint's list and run, and data.json. Who opens a run hands its index on, so that all who ask see the same, and no
+file is read twice. An index is of one moment: after waiting for another process that wrote there, read a new one.
 """
 
 import warnings

@@ -1,20 +1,22 @@
-"""Open a run to train it: once, in one place, into plain objects.
+"""Open a run for training: lock its folder, resolve and check it, and load all that training needs into a `Job`.
 
-`open_job` goes through these steps, on every rank:
+`open_job` is the entrance. Every rank goes through its steps:
 
 1. lock the folder (rank 0), and read what it holds into an `Index`
-2. resolve the run: what disk and machine say of it, and where things lie
-3. check that it fits this machine, its ranks and the folder
+2. resolve the run: write out what files and machine say of it; rank 0 encodes missing tokens of captions
+3. check that it fits the machine, its ranks and the folder
 4. open the data, and examine the derivative against float64
 5. begin the state: as drawn, of the last checkpoint, or of `start`
 6. compare data and run with what the folder holds
 
-A `Job` is what came of it. Nothing but the lock is written before `run.train` takes it.
+Before `run.train` takes the job, rank 0 writes no more than the folder, its lock and those tokens, and removes what a
+training that was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +28,7 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.content import Hashes, hashes_of
 from dumo.io.source import Source
-from dumo.run import content, cost, encode, examination, teacher
+from dumo.run import content, cost, encode, examination
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
     guard_run_folder,
@@ -37,8 +39,9 @@ from dumo.run.folder import (
 from dumo.run.index import Index
 from dumo.run.journal import History
 from dumo.run.net import outline, require_room
-from dumo.run.resolve import resolve, resolve_again, with_absolute_paths, with_hashes
+from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
+from dumo.run.teacher import LoadedTeacher, open_teacher
 from dumo.run.validation import Validation
 from dumo.run.weights import begin
 from dumo.runtime import dist, threads
@@ -50,41 +53,43 @@ from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import UserError
 
+Tell = Callable[[str], None]  # shows the user a line
+
 
 class Sheets(Protocol):
     """Draws sheets of samples where `train.sheets` says so. Every rank has them, and calls them alike."""
 
     def open(self, state: State) -> None:
-        """Before the next step: what is due of this one and not there."""
+        """Draw what is due at the present step and missing in the folder; called once, before the first step."""
         ...
 
     def draw(self, state: State, record: Record) -> None:
-        """After a step: what is due."""
+        """Draw what is due after this step."""
         ...
 
 
-SheetsOf = Callable[[Run, Path, Callable[[str], object]], Sheets]  # of a run in its folder, and who hears of a failure
+MakeSheets = Callable[[Run, Path, Tell], Sheets]  # called with the run, its folder and `tell`
 
 
 @dataclass
 class Job:
-    """A run opened to be trained, and all that was found when it was."""
+    """A run opened for training, with all parts that training needs."""
 
     run: Run  # resolved
-    index: Index  # what the folder held
+    index: Index  # what the folder held when it was opened
     device: torch.device
-    tell: Callable[[str], None]
+    tell: Tell  # silent except on rank 0
     data: Source
-    hashes: Hashes | None  # of the files of the data
+    hashes: Hashes | None  # of the data's files; None: they have none
     state: State  # in which training begins
-    last: Checkpoint | None  # that it resumes from
-    rewound: bool  # resumes from a checkpoint that was asked for: later ones go
-    history: History | None  # what has changed since; of rank 0
-    teacher: teacher.LoadedTeacher | None
+    resumed_from: Checkpoint | None  # None: a fresh start
+    goes_back: bool  # a step was asked for: later checkpoints are removed
+    history: History | None  # what has changed since the folder was written; None except on rank 0
+    teacher: LoadedTeacher | None
     validation: Validation
     sheets: Sheets | None
     meter: Meter
-    step_cost: StepCost  # of an image
+    step_cost: StepCost  # of one image
 
     @property
     def folder(self) -> Path:
@@ -99,124 +104,128 @@ def open_job(
     *,
     changes: Sequence[str] = (),
     device: str = "auto",
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
     step: int | None = None,
     accept: bool = False,
     verify: bool = False,
-    sheets: SheetsOf | None = None,
+    sheets: MakeSheets | None = None,
 ) -> Generator[Job, None, None]:
-    """Open a run in its folder to train it, or to resume it from the last checkpoint, or that of `step`.
+    """Open a run in its folder for training. Under torchrun every rank must enter it.
 
-    Without `run` it is the folder's own, with these `changes` (`a.b=c`). Under torchrun the ranks share the work; every
-    rank must enter it. While inside, the folder is locked, and writes are refused if it was moved away. `tell` is
-    called with lines for the user, on rank 0. `verify`: all images are hashed first. `sheets`
-    (`dumo.report.sheet.Sheets`) draws those of `train.sheets`.
+    While inside, the folder is locked, and writes are refused if it was moved away.
 
-    Raises UserError if the run does not fit the machine or the ranks, the folder holds another run or another process
-    trains there, its data or fields have changed (and no `accept` says that they may), or if the slope fails its
-    examination.
+    - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`)
+    - `step`: resume from the checkpoint of this step, not from the last one
+    - `tell`: called with lines for the user, on rank 0
+    - `accept`: resume though data or fields have changed, and note what has
+    - `verify`: hash all images first
+    - `sheets`: draws the sheets of `train.sheets` (`dumo.report.sheet.Sheets`)
+
+    Raises UserError if the run does not fit the machine or its ranks, another process trains in the folder or it holds
+    another run, data or fields have changed, or the derivative fails its examination.
     """
     rank, _ = dist.torchrun_rank_and_world()
-    if rank != 0 or tell is None:
+    is_main = rank == 0
+    if not is_main or tell is None:
         tell = quiet
-    lock = locked_run_folder(folder) if rank == 0 else nullcontext()
-    with lock:
-        # the run, as the folder and the machine have it
+    with ExitStack() as stack:
+        # 1. lock and read
+        if is_main:
+            stack.enter_context(locked_run_folder(folder))
         index = Index.read(folder)
         if run is None:
             trust.accept(changes)
             run = index.run(changes)
-        run, target = resolved_for_training(run, index, device, sheets)
-        if rank == 0:
+
+        # 2. resolve
+        run_before = index.written.run if index.written else None
+        run = resolve(with_absolute_paths(run, run_before))
+        torch_device = dist.device(device)
+        _require_fit(run, torch_device, sheets)
+        if is_main:
+            encode.make_tokens(run)
+        run = with_hashes(resolve_remaining(run), run_before)
+
+        # 3. check it against the folder
+        if is_main:
             require_resumable(run, index, step, accept=accept)
             remove_half_written(folder)
-        guard = guard_run_folder(folder) if rank == 0 else nullcontext()
-        with guard, dist.join():
-            run = resolve_again(run)  # on the other ranks, with what rank 0 has made
-            yield assemble(run, index, target, tell, step=step, accept=accept, verify=verify, sheets=sheets)
+            stack.enter_context(guard_run_folder(folder))
+        stack.enter_context(dist.join())  # from here ranks talk to one another
+        run = resolve_remaining(run)  # on other ranks: with the tokens that rank 0 has made
+
+        # 4. open the data, and examine the derivative
+        data = open_data(run.data)
+        with threads.fewer_when_busy(torch_device, quiet):
+            examination.examine(run, torch_device).require()
+        step_cost = cost.step_cost(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
+        meter = Meter(run.train, folder, torch_device, step_cost.flops)
+        drawn_sheets = sheets(run, folder, tell) if sheets else None
+
+        # 5. begin the state, and open what reads it
+        state, checkpoint = begin(run, index.checkpoints, torch_device, step)
+        identities: set[str] = set()  # of the run in the folder, whose best weights may be there
+        if index.written and run.evaluate.every:
+            identities = index.written.identities()
+        validation = Validation(run, folder, state, tell, meter.leave_out, identities)
+        teacher = _load_teacher(run, state, torch_device)
+
+        # 6. compare with what the folder holds
+        changed_data = content.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
+
+        def compare_history() -> History | None:
+            if not dist.is_main():
+                return None
+            return History.of(run, index, data, state.step, checkpoint, accept=accept, change=changed_data)
+
+        yield Job(
+            run=run,
+            index=index,
+            device=torch_device,
+            tell=tell,
+            data=data,
+            hashes=hashes_of(data),
+            state=state,
+            resumed_from=checkpoint,
+            goes_back=step is not None,
+            history=agreement.on_each_rank(compare_history),
+            teacher=teacher,
+            validation=validation,
+            sheets=drawn_sheets,
+            meter=meter,
+            step_cost=step_cost,
+        )
 
 
-def resolved_for_training(run: Run, index: Index, device: str, sheets: SheetsOf | None) -> tuple[Run, torch.device]:
-    """The run with what disk and machine say of it, and the device; the texts' tokens are made by rank 0.
+def open_data(data: Data) -> Source:
+    """The data, opened on every rank.
 
-    Raises UserError where it does not fit the machine or the ranks.
+    Raises UserError on all ranks where one cannot open them, or where ranks see different numbers of rows.
     """
-    rank, ranks = dist.torchrun_rank_and_world()
-    before = index.written.run if index.written else None
-    run = resolve(with_absolute_paths(run, before))
+    source = agreement.on_each_rank(data.open)
+    sizes = agreement.gather_results(lambda: source.size)
+    if len(set(sizes)) > 1:
+        sizes_text = ", ".join(f"{size:,}" for size in sizes if size is not None)
+        raise UserError(f"the ranks see different data, by rank {sizes_text} rows: give all of them the same files")
+    return source
+
+
+def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> None:
+    """Raise UserError where a run does not fit the memory of its device or its ranks, or its sheets cannot be drawn."""
     if run.train.sheets and sheets is None:
         raise UserError(
             f"train.sheets={run.train.sheets}, and nothing draws them: call dumo.train, or hand "
             "sheets=dumo.report.sheet.Sheets, or set train.sheets=[]"
         )
-    target = dist.device(device)
-    rows_per_rank = -(-run.train.batch // ranks)
-    require_room(run, target, run.train.copies, rows_per_rank, share_of(run.train.share, ranks))
+    _, ranks = dist.torchrun_rank_and_world()
+    rows_per_rank = ceil(run.train.batch / ranks)
+    require_room(run, device, run.train.copies, rows_per_rank, share_of(run.train.share, ranks))
     check_pieces(run.train, run.objective, ranks)
-    if rank == 0:
-        encode.make_tokens(run)
-    return with_hashes(resolve_again(run), before), target
 
 
-def assemble(
-    run: Run,
-    index: Index,
-    device: torch.device,
-    tell: Callable[[str], None],
-    *,
-    step: int | None,
-    accept: bool,
-    verify: bool,
-    sheets: SheetsOf | None,
-) -> Job:
-    """Open all parts of a resolved run, and compare them with what its folder holds. Every rank must call it."""
-    data = open_data(run.data)
-    with threads.fewer_when_busy(device, quiet):
-        examination.examine(run, device).require()
-
-    # open meter, sheets, validation and teacher, and begin the state
-    step_cost = cost.step_cost(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
-    meter = Meter(run.train, index.folder, device, step_cost.flops)
-    drawer = sheets(run, index.folder, tell) if sheets else None
-    state, last = begin(run, index.checkpoints, device, step)
-    identities = index.written.identities() if index.written and run.evaluate.every else set[str]()
-    validation = Validation(run, index.folder, state, tell, meter.leave_out, identities)
-    opened_teacher = agreement.on_each_rank(
-        lambda: teacher.open_teacher(run.teacher, run, state, device) if run.teacher else None
-    )
-
-    # compare with what the folder holds
-    change = content.verify_data(data, index.folder, last, accept=accept, verify=verify)
-
-    def history_of() -> History | None:
-        if not dist.is_main():
-            return None
-        return History.of(run, index, data, state.step, last, accept=accept, change=change)
-
-    return Job(
-        run=run,
-        index=index,
-        device=device,
-        tell=tell,
-        data=data,
-        hashes=hashes_of(data),
-        state=state,
-        last=last,
-        rewound=step is not None,
-        history=agreement.on_each_rank(history_of),
-        teacher=opened_teacher,
-        validation=validation,
-        sheets=drawer,
-        meter=meter,
-        step_cost=step_cost,
-    )
-
-
-def open_data(data: Data) -> Source:
-    """The data, as all ranks see them. Raises UserError on all of them where one cannot open them, or sees fewer."""
-    source = agreement.on_each_rank(data.open)
-    sizes = agreement.gather_results(lambda: source.size)
-    if len(set(sizes)) > 1:
-        there = ", ".join(f"{size:,}" for size in sizes if size is not None)
-        raise UserError(f"the ranks see different data, by rank {there} rows: give all of them the same files")
-    return source
+def _load_teacher(run: Run, state: State, device: torch.device) -> LoadedTeacher | None:
+    """The run's teacher; None: it has none. Raises UserError, on all ranks, where it cannot be opened."""
+    spec = run.teacher
+    if spec is None:
+        return None
+    return agreement.on_each_rank(lambda: open_teacher(spec, run, state, device))

@@ -48,13 +48,13 @@ def resolve(run: Run) -> Run:
     as one read from its folder, is returned as it is. Raises UserError where what is found contradicts the spec, or the
     net does not fit.
     """
-    resolved_run = resolve_again(run)
+    resolved_run = resolve_remaining(run)
     if resolved_run is run:
         check_opened(run)
     return resolved_run
 
 
-def resolve_again(run: Run) -> Run:
+def resolve_remaining(run: Run) -> Run:
     """A resolved run with what was made since; itself, and not checked again, where that is nothing.
 
     Raises UserError as `resolve`.

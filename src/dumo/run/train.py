@@ -21,7 +21,7 @@ from dumo.flow.flow import Flow
 from dumo.io.source import Bucketed, Source
 from dumo.nets.dualized import Dualized
 from dumo.run import teacher
-from dumo.run.job import Job, SheetsOf, open_job
+from dumo.run.job import Job, MakeSheets, open_job
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.outlook import misfits, training_summary
@@ -46,7 +46,7 @@ def train(
     step: int | None = None,
     accept: bool = False,
     verify: bool = False,
-    sheets: SheetsOf | None = None,
+    sheets: MakeSheets | None = None,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train a run in a folder, or resume it there. Returns the state at the end.
@@ -86,7 +86,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         job.teacher.require_same(job.folder)
     dist.barrier()
     history = job.history
-    for line in agreement.on_each_rank(lambda: [*history.write(rewound=job.rewound)] if history else []):
+    for line in agreement.on_each_rank(lambda: [*history.write(rewound=job.goes_back)] if history else []):
         job.tell(line)
 
     # what the loop reads, and what it calls
@@ -159,7 +159,7 @@ def lines_before(job: Job) -> list[str]:
     lines.append(f"objective: {method(run.objective)}")
     images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
     lines += misfits(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
-    if isinstance(state.net, Dualized) and not job.last:
+    if isinstance(state.net, Dualized) and not job.resumed_from:
         lines += map(str, state.net.fits)
     return lines
 
@@ -171,9 +171,9 @@ def step_threads_of(job: Job) -> StepThreads:
     compiled code is for one number.
     """
     fixed = job.run.train.compile != "none"
-    if job.last is None:
+    if job.resumed_from is None:
         return StepThreads(job.device, job.tell, fixed=fixed)
-    manifest = job.last.manifest
+    manifest = job.resumed_from.manifest
     recorded = manifest.threads if manifest.cores == threads.cores() else None
     return StepThreads(job.device, job.tell, fixed=fixed, recorded=recorded, step=manifest.step)
 
