@@ -19,6 +19,7 @@ from dumo.report import answer, live
 from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, between, together
 from dumo.report.demo import error_text, render, validation, write
 from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
+from dumo.run.index import Index
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
@@ -370,7 +371,7 @@ def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: p
 
 
 def test_how_a_run_was_judged_as_it_trained_is_folded_away(digits: InteractiveRun, tmp_path: Path) -> None:
-    one = replace(digits, opened=replace(digits.opened, folder=tmp_path))
+    one = replace(digits, opened=replace(digits.opened, index=Index.read(tmp_path)))
     assert validation(one) == ""
     for step in (5, 10):
         log.append(tmp_path / "metrics.jsonl", {"step": step, "val": {"mmd": 0.5, "mmd_sd": 0.25}})
