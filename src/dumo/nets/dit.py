@@ -29,7 +29,7 @@ from dumo.nets.block import (
     run_lean,
     shorten,
 )
-from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, side_of, turns
+from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.route import Route, through
 from dumo.nets.text import Text
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         # times, knobs and conditions
         summed = tuple(name for name in needs.shared if self.late is None or name != "r")
         self.scalars = Scalars(summed, width, spec.time_scale)
-        self.own = Own(needs, width, spec.time_scale)
+        self.own = HeadEmbeddings(needs, width, spec.time_scale)
         self.text = TextEmbedder(spec.texts.build(classes), width) if spec.texts else None
         self.label = label_table(classes, width) if classes and not self.text else None
 

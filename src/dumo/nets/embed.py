@@ -77,7 +77,7 @@ class Scalars(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-class Own(nn.Module):
+class HeadEmbeddings(nn.Module):
     """An embedding for each head that has inputs of its own: of the time and of those inputs (ours)."""
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:

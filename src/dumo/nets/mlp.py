@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.embed import Gauges, Own, Scalars, label_table
+from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, label_table
 from dumo.nets.precondition import Precondition
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
@@ -40,7 +40,7 @@ class Perceptron(nn.Module):
         dim = prod(shape)
         width = spec.width
         self.scalars = Scalars(needs.shared, width, spec.time_scale)
-        self.own = Own(needs, width, spec.time_scale)
+        self.own = HeadEmbeddings(needs, width, spec.time_scale)
         self.label = label_table(classes, width) if classes else None
         self.embed = nn.Linear(dim, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))

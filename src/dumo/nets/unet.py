@@ -7,6 +7,9 @@ as in all nets of dumo (`Scalars`), and for the last convolution of each branch,
 its size.
 
 A head is one output layer: norm, SiLU, convolution; a further one has 7 k parameters.
+
+`UNet` is the spec (sizes only); `UNet.build` makes the module, a `UNetModule`. Edit sizes in `UNet`, the order of
+blocks in `block_specs`, one block in `ResidualBlock`.
 """
 
 from collections.abc import Iterator
@@ -20,13 +23,14 @@ from torch.nn import functional as F
 
 from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
-from dumo.nets.embed import Gauges, Own, Scalars, label_table, side_of
+from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, label_table, side_of
 from dumo.nets.precondition import Precondition
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-EPS = 1e-6  # of group norms: Song et al.
-EMBED = 4  # width of the embedding over the net's
+EPS = 1e-6  # added to the variance in group norms (Song et al.)
+EMBED = 4  # the embedding is this many times as wide as the net
+SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two (Song et al.)
 
 
 class UNet(Spec):
@@ -34,76 +38,101 @@ class UNet(Spec):
 
     kind: Literal["unet"] = "unet"
     precondition: ClassVar[Precondition] = "none"
+    # Every net's spec has these three, and callers ask for them; a U-Net reads no texts, and has no adapters and no
+    # activation checkpointing.
     texts: ClassVar[None] = None
     lora: ClassVar[None] = None
     checkpoint: ClassVar[None] = None
     width: int = Field(default=128, ge=4, le=CHANNELS, multiple_of=4)  # channels at multiplier 1
-    # of the channels, per resolution
+    # Multipliers of the channels, one for each resolution, the largest resolution first.
     multipliers: tuple[Annotated[int, Field(ge=1, le=CHANNELS)], ...] = Field(
         default=(2, 2, 2), min_length=1, max_length=14
     )
-    depth: int = Field(default=4, ge=1, le=BLOCKS)  # blocks per resolution on the way down; one more on the way up
+    depth: int = Field(default=4, ge=1, le=BLOCKS)  # blocks at each resolution on the way down; the way up has one more
     attend: tuple[int, ...] = (16,)  # image sides with attention; the middle always has it
     dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
     augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that describe an augmentation; EDM has 9
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
 
-    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Convolutional":
-        """A net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
+    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "UNetModule":
+        """Make a net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
 
         Raises UserError where the sizes do not fit one another or the images.
         """
-        if side_of(shape, self.kind) % (factor := 2 ** (len(self.multipliers) - 1)):
+        side = side_of(shape, self.kind)
+        halvings = len(self.multipliers) - 1
+        factor = 2**halvings
+        if side % factor != 0:
             raise UserError(
                 f"net.multipliers names {len(self.multipliers)} resolutions, so the image side must be a multiple of "
-                f"{factor}, not {shape[1]}"
+                f"{factor}, not {side}"
             )
         if self.augment and classes:
             raise UserError(
                 f"net.augment takes {self.augment} numbers as the condition c, but the data has {classes} classes: "
                 "use net.augment=0, or data without labels"
             )
-        return Convolutional(self, needs, shape, classes)
+        return UNetModule(self, needs, shape, classes)
 
 
-class BlockPlace(NamedTuple):
-    """The channels and the role of a block, by its place in the net."""
+class BlockSpec(NamedTuple):
+    """The channels of a block, and its role by its place in the net."""
 
-    into: int  # channels
-    out: int
-    way: Literal["down", "through", "up"]  # down: its output is kept; up: it takes in the last kept output
+    in_channels: int
+    out_channels: int
+    path: Literal["down", "middle", "up"]
     attends: bool = False
     resample: Literal["half", "same", "double"] = "same"
 
+    @property
+    def keeps_output(self) -> bool:
+        """Whether its output is kept for the way up."""
+        return self.path == "down"
 
-def plan(spec: UNet, side: int) -> Iterator[BlockPlace]:
+    @property
+    def takes_skip(self) -> bool:
+        """Whether the last kept output is appended to its input. A block that doubles the side takes none."""
+        return self.path == "up" and self.resample == "same"
+
+
+def block_specs(spec: UNet, side: int) -> Iterator[BlockSpec]:
     """The blocks in their order, for images of this side."""
-    widths = [spec.width * m for m in spec.multipliers]
+    widths = [spec.width * multiplier for multiplier in spec.multipliers]
     attends = [side >> level in spec.attend for level in range(len(widths))]
-    now = spec.width
-    bottom = len(widths) - 1
-    kept = [now]
-    for level, out in enumerate(widths):
-        if level:
-            yield BlockPlace(now, now, "down", resample="half")
-            kept.append(now)
+    channels = spec.width
+    skips = [channels]  # the channels of the outputs that are kept
+
+    # down
+    for level, width in enumerate(widths):
+        if level > 0:
+            yield BlockSpec(channels, channels, "down", resample="half")
+            skips.append(channels)
         for _ in range(spec.depth):
-            yield BlockPlace(now, now := out, "down", attends[level])
-            kept.append(now)
-    yield BlockPlace(now, now, "through", attends=True)
-    yield BlockPlace(now, now, "through")
-    for level, out in reversed([*enumerate(widths)]):
-        if level < bottom:
-            yield BlockPlace(now, now, "through", resample="double")
+            yield BlockSpec(channels, width, "down", attends[level])
+            channels = width
+            skips.append(channels)
+
+    # middle
+    yield BlockSpec(channels, channels, "middle", attends=True)
+    yield BlockSpec(channels, channels, "middle")
+
+    # up
+    lowest_level = len(widths) - 1
+    for level in range(lowest_level, -1, -1):
+        width = widths[level]
+        if level < lowest_level:
+            yield BlockSpec(channels, channels, "up", resample="double")
         for i in range(spec.depth + 1):
-            yield BlockPlace(now + kept.pop(), now := out, "up", attends[level] and i == spec.depth)
+            is_last = i == spec.depth
+            yield BlockSpec(channels + skips.pop(), width, "up", attends[level] and is_last)
+            channels = width
 
 
 class UNetNorm(nn.GroupNorm):
-    """32 groups, fewer where one would have less than 4 channels or another number than the next.
+    """Group norm with gcd(32, channels / 4) groups: at most 32, all equal, of at least 4 channels.
 
-    In the precision of its weights, as under autocast on a GPU: on a CPU torch would return a tangent of another dtype
-    than the output's.
+    Computes in the dtype of its weights: on a CPU torch would otherwise return a tangent of another dtype than the
+    output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -111,125 +140,164 @@ class UNetNorm(nn.GroupNorm):
         super().__init__(gcd(32, channels // 4), channels, EPS)
 
     def forward(self, input: Array) -> Array:
-        """Mean 0 and variance 1 over the channels of a group and all places; then the weights."""
+        """Normalize the channels of each group over all places; then scale and shift by the weights."""
         return super().forward(input.to(self.weight.dtype))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a skip, then perhaps attention; sums are scaled by sqrt(1/2), to keep the variance."""
+    """Two convolutions and a skip, then perhaps attention. Sums of two are scaled by SKIP_SCALE."""
 
-    fused: ClassVar[dict[str, int]] = {"qkv": 3}  # as `dumo.nets.block.Stream.fused`
+    # Layers that hold several matrices, and how many: Muon orthogonalizes each by itself.
+    fused: ClassVar[dict[str, int]] = {"qkv": 3}
 
-    def __init__(self, place: BlockPlace, embed: int, dropout: float = 0.0) -> None:
-        """`embed` numbers of condition; `dropout` before the last layer."""
+    def __init__(self, spec: BlockSpec, embed_width: int, dropout: float = 0.0) -> None:
+        """The condition has `embed_width` numbers; `dropout` is applied before the last convolution."""
         super().__init__()
-        into = place.into
-        out = place.out
-        self.attends = place.attends
-        self.resample = place.resample
-        self.norm_1 = UNetNorm(into)
-        self.conv_1 = nn.Conv2d(into, out, 3, padding=1)
-        self.shift = nn.Linear(embed, out)
-        self.norm_2 = UNetNorm(out)
-        self.conv_2 = nn.Conv2d(out, out, 3, padding=1)
+        in_channels = spec.in_channels
+        out_channels = spec.out_channels
+        self.attends = spec.attends
+        self.resample = spec.resample
+        self.norm_1 = UNetNorm(in_channels)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.shift = nn.Linear(embed_width, out_channels)  # per-channel bias from the condition
+        self.norm_2 = UNetNorm(out_channels)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = dropout
-        self.skip = nn.Identity() if into == out and place.resample == "same" else nn.Conv2d(into, out, 1)
+        if in_channels == out_channels and spec.resample == "same":
+            self.skip = nn.Identity()
+        else:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+        # attention
         if self.attends:
-            self.norm_3 = UNetNorm(out)
-            self.qkv = nn.Conv2d(out, 3 * out, 1)
-            self.out = nn.Conv2d(out, out, 1)
+            self.norm_3 = UNetNorm(out_channels)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.out = nn.Conv2d(out_channels, out_channels, 1)
 
-    def forward(self, h: Array, e: Array, rows: Keys | None = None) -> Array:
-        """h (b, into, side, side), e (b, embed), already through its SiLU; rows: the keys of dropout, if any."""
-        a = self.conv_1(self._resampled(F.silu(self.norm_1(h)))) + self.shift(e)[:, :, None, None]
+    def forward(self, h: Array, e: Array, keys: Keys | None = None) -> Array:
+        """Return (b, out_channels, side, side), the side halved or doubled if the block resamples.
+
+        h: (b, in_channels, side, side). e: the condition (b, embed_width), already through its SiLU. keys: dropout keys
+        per row, or None for no dropout.
+        """
+        a = self.conv_1(self._resampled(F.silu(self.norm_1(h))))
+        a = a + self.shift(e)[:, :, None, None]
         a = F.silu(self.norm_2(a))
-        a = self.conv_2(a if rows is None else drop(a, rows, self.dropout))
-        h = (self.skip(self._resampled(h)) + a) * sqrt(0.5)
-        return (h + self.attend(h)) * sqrt(0.5) if self.attends else h
+        if keys is not None:
+            a = drop(a, keys, self.dropout)
+        a = self.conv_2(a)
+        h = (self.skip(self._resampled(h)) + a) * SKIP_SCALE
+        if not self.attends:
+            return h
+        return (h + self.attend(h)) * SKIP_SCALE
 
     def attend(self, h: Array) -> Array:
-        """Self-attention over the places."""
-        b, ch, side, _ = h.shape
+        """Self-attention over the places of h (b, out_channels, side, side), with one head; returns the same shape."""
+        b, channels, side, _ = h.shape
         q, k, v = self.qkv(self.norm_3(h)).view(b, 3, 1, -1, side**2).transpose(3, 4).unbind(1)
         a = F.scaled_dot_product_attention(q, k, v)
-        return self.out(a.transpose(2, 3).reshape(b, ch, side, side))
+        return self.out(a.transpose(2, 3).reshape(b, channels, side, side))
 
     def _resampled(self, h: Array) -> Array:
         if self.resample == "half":
             return F.avg_pool2d(h, 2)
-        return F.interpolate(h, scale_factor=2.0, mode="nearest") if self.resample == "double" else h
+        if self.resample == "double":
+            return F.interpolate(h, scale_factor=2.0, mode="nearest")
+        return h
 
 
 class UNetHead(nn.Sequential):
-    """An output layer: norm, SiLU, convolution; an embedding of its own, if any, shifts and scales its norm."""
+    """An output layer: norm, SiLU, convolution. A head with inputs of its own shifts and scales its norm by them."""
 
-    def __init__(self, channels: int, out: int) -> None:
-        """From `channels` to `out`."""
-        super().__init__(UNetNorm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+    def __init__(self, channels: int, out_channels: int) -> None:
+        """From `channels` to `out_channels`."""
+        super().__init__(UNetNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
 
-    def forward(self, input: Array, own: Array | None = None) -> Array:
-        """input (b, channels, side, side); own (b, 2 channels); returns (b, out, side, side)."""
-        norm, bend, convolve = self
+    def forward(self, input: Array, embedding: Array | None = None) -> Array:
+        """Return (b, out_channels, side, side).
+
+        input: (b, channels, side, side). embedding: (b, 2 channels), the shift and the scale, or None for neither.
+        """
+        norm, silu, conv = self
         a = norm(input)
-        if own is not None:
-            shift, scale = own[:, :, None, None].chunk(2, 1)
+        if embedding is not None:
+            shift, scale = embedding[:, :, None, None].chunk(2, 1)
             a = a * (1 + scale) + shift
-        return convolve(bend(a))
+        return conv(silu(a))
 
 
-class Convolutional(nn.Module):
-    """The net of a `UNet` spec. `blocks` has its blocks from first to last, of all three ways."""
+class UNetModule(nn.Module):
+    """The net of a `UNet` spec. `blocks` has one block for each of `block_specs`, in their order."""
 
     def __init__(self, spec: UNet, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `UNet.build`."""
         super().__init__()
         width = spec.width
-        channels = shape[0]
-        self.scalars = Scalars(needs.shared, EMBED * width, spec.time_scale, count=width // 2)
+        embed_width = EMBED * width
+        channels, side, _ = shape
+        self.block_specs = tuple(block_specs(spec, side))
+        last_channels = self.block_specs[-1].out_channels
+        # Parameters are made in this order, and a seed's random numbers with them.
+        self.scalars = Scalars(needs.shared, embed_width, spec.time_scale, count=width // 2)
         self.label = label_table(classes, width) if classes else None
         self.augment = nn.Linear(spec.augment, width, bias=False) if spec.augment else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
-        self.places = tuple(plan(spec, shape[1]))
-        self.blocks = nn.ModuleList(ResidualBlock(place, EMBED * width, spec.dropout) for place in self.places)
-        self.own = Own(needs, 2 * (last := self.places[-1].out), spec.time_scale)
-        self.heads = nn.ModuleDict({name: UNetHead(last, channels) for name in needs.heads})
+        self.blocks = nn.ModuleList(ResidualBlock(block, embed_width, spec.dropout) for block in self.block_specs)
+        self.own = HeadEmbeddings(needs, 2 * last_channels, spec.time_scale)
+        self.heads = nn.ModuleDict({name: UNetHead(last_channels, channels) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.dropout = spec.dropout
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        shared, own = self.own(**inputs)
-        e = F.silu(self.scalars(self._shift(x, c), **shared))
-        rows = dropout.current(x.shape[0]) if self.training and self.dropout else None
+        shared, head_embeddings = self.own(**inputs)
+        e = F.silu(self.scalars(self._condition(x, c), **shared))
+        keys = None
+        if self.training and self.dropout:
+            keys = dropout.current(x.shape[0])
         h: Array = self.embed(x)
-        kept = [h]
-        for i, (block, place) in enumerate(zip(self.blocks, self.places, strict=True)):
-            h = torch.cat([h, kept.pop()], 1) if place.way == "up" else h
-            h = block(h, e, None if rows is None else dropout.layer_keys(rows, i))
-            kept += [h] if place.way == "down" else []
-        heads = (head(h, own.get(name)) for name, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ())
+        skips = [h]
+        for i, (block, block_spec) in enumerate(zip(self.blocks, self.block_specs, strict=True)):
+            if block_spec.takes_skip:
+                h = torch.cat([h, skips.pop()], 1)
+            block_keys = None if keys is None else dropout.layer_keys(keys, i)
+            h = block(h, e, block_keys)
+            if block_spec.keeps_output:
+                skips.append(h)
+        outputs = [head(h, head_embeddings.get(name)) for name, head in self.heads.items()]
+        if self.gauges is not None:
+            outputs += self.gauges(**shared)
+        return tuple(outputs)
 
-    def _shift(self, x: Sample, c: Cond) -> Array | None:
-        """The condition's part in the waves of time: a class's row, or the numbers of an augmentation, if any."""
+    def _condition(self, x: Sample, c: Cond) -> Array | None:
+        """What is added to the waves of time: the row of a class, the numbers of an augmentation, or nothing."""
         if self.label is not None:
             return self.label(c)
-        return None if self.augment is None or c.ndim < 2 else self.augment(c.to(x.dtype))
+        if self.augment is None or c.ndim < 2:
+            return None
+        return self.augment(c.to(x.dtype))
 
     def _initialize(self) -> None:
-        """EDM's: Xavier, queries, keys and values by sqrt(0.2); but the last layer of every branch zero (ours)."""
+        """Draw the weights as EDM does: Xavier, of queries, keys and values times sqrt(0.2).
+
+        Other than there, the last layer of every branch is zero (ours).
+        """
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        ends = [head[-1] for head in self.heads.values() if isinstance(head, nn.Sequential)]
+        zero_layers: list[nn.Module] = []
+        for head in self.heads.values():
+            assert isinstance(head, UNetHead)
+            zero_layers.append(head[-1])
         for block in self.blocks:
             assert isinstance(block, ResidualBlock)
-            ends.append(block.conv_2)
+            zero_layers.append(block.conv_2)
             if block.attends:
                 nn.init.xavier_uniform_(block.qkv.weight, sqrt(0.2))
-                ends.append(block.out)
-        for layer in (*ends, *([self.gauges.out] if self.gauges else [])):
+                zero_layers.append(block.out)
+        if self.gauges is not None:
+            zero_layers.append(self.gauges.out)
+        for layer in zero_layers:
             nn.init.zeros_(layer.weight)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ from dumo.flow import dropout
 from dumo.flow.dropout import keys, using
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import unet
-from dumo.nets.unet import BlockPlace, Convolutional, ResidualBlock, UNet, plan
+from dumo.nets.unet import BlockSpec, ResidualBlock, UNet, UNetModule, block_specs
 from dumo.types import Frozen, Heads, Needs
 from unit.nets.given import drawn, points
 
@@ -23,7 +23,7 @@ V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
 KEYS = keys(0, 0, 6)
 
 
-def tiny(needs: Needs = VU, classes: int = 0, **fields: Any) -> Convolutional:  # noqa: ANN401
+def tiny(needs: Needs = VU, classes: int = 0, **fields: Any) -> UNetModule:  # noqa: ANN401
     """A net of random weights in float64, in training."""
     return drawn(TINY.model_copy(update=fields), needs, SHAPE, classes)
 
@@ -69,11 +69,12 @@ def test_what_was_kept_last_joins_first() -> None:
 
 def test_edms_plan() -> None:
     """Tab. 7: 4 blocks on the way down, 5 on the way up; attention at 16 and in the middle."""
-    places = [*plan(UNet(), 32)]
-    assert [p.way for p in places].count("down") == 3 * 4 + 2
-    assert [p.way for p in places].count("up") == 3 * 5
-    assert [i for i, p in enumerate(places) if p.attends] == [5, 6, 7, 8, 14, 26]
-    assert {p.out for p in places[1:]} == {256}
+    specs = [*block_specs(UNet(), 32)]
+    assert [spec.path for spec in specs].count("down") == 3 * 4 + 2
+    assert [spec.path for spec in specs].count("middle") == 2
+    assert [spec.takes_skip for spec in specs].count(True) == 3 * 5
+    assert [i for i, spec in enumerate(specs) if spec.attends] == [5, 6, 7, 8, 14, 26]
+    assert {spec.out_channels for spec in specs[1:]} == {256}
 
 
 def norm(h: Tensor, groups: int) -> Tensor:
@@ -85,7 +86,7 @@ def norm(h: Tensor, groups: int) -> Tensor:
 
 @pytest.mark.parametrize("resample", ["half", "same", "double"])
 def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
-    block = ResidualBlock(BlockPlace(8, 12, "through", resample=resample), 5, 0.5).double()
+    block = ResidualBlock(BlockSpec(8, 12, "middle", resample=resample), 5, 0.5).double()
     randomise(block)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(2, 8, 4, 4, generator=g).double(), torch.randn(2, 5, generator=g).double()
@@ -106,7 +107,7 @@ def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
 
 def test_attention_by_hand() -> None:
     """Every place sees every place; the sum is scaled once more."""
-    plain, block = (ResidualBlock(BlockPlace(8, 8, "through", at), 5).double() for at in (False, True))
+    plain, block = (ResidualBlock(BlockSpec(8, 8, "middle", at), 5).double() for at in (False, True))
     randomise(block)
     plain.load_state_dict(block.state_dict(), strict=False)
     g = torch.Generator().manual_seed(0)
