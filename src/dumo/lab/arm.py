@@ -17,7 +17,7 @@ def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
     lines: dict[str, dict[str, chart.Dot]] = {}
     for row in sorted(rows, key=lambda row: (row["nfe"], row[main])):
         arm = str(next(iter(row.values())))
-        lines.setdefault(arm, {})[passes_text(row["nfe"])] = (row[main], score.error(row, main))
+        lines.setdefault(arm, {})[passes_text(row["nfe"])] = chart.Dot(row[main], score.error(row, main))
     passes = sorted({row["nfe"] for row in rows})
     return chart.dots(title, chart.score_label(main), lines, [passes_text(nfe) for nfe in passes])
 

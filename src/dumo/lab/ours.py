@@ -32,7 +32,7 @@ from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}
 MOST = 4000  # samples of a class FD, 400 a class: ours
-Curve = list[tuple[float, float, float | None]]  # budget, distance, its deviation
+Curve = Sequence[tuple[float, float, float | None]]  # budget, distance, its deviation
 SCORES = ("nfe", "mmd", "mmd_sd", "error", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
 
 
@@ -46,11 +46,11 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     drawn: dict[str, Image.Image] = {}
     score, names = main_score(table[0]), ["two heads", "one head, MeanFlow's metric", "one head"]
     for nfe in dict.fromkeys(row["nfe"] for row in table):
-        points: dict[str, dict[str, tuple[float, float | None]]] = {}
+        points: dict[str, dict[str, chart.Dot]] = {}
         for row in sorted((row for row in table if row["nfe"] == nfe), key=lambda row: row[score]):
             name = names[0] if row["heads"] == "two" else names[1] if row["metric"] == "adaptive" else names[2]
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
-            points.setdefault(line, {})[name] = row[score], row.get(f"{score}_sd")
+            points.setdefault(line, {})[name] = chart.Dot(row[score], row.get(f"{score}_sd"))
         title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
         drawn[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
     return drawn
@@ -157,11 +157,11 @@ def best_table(plan: Plan, results: list[Result]) -> list[Row]:
     return [row | {"even_at": even(curve(rows, row["arm"]), level(rows)) if row["nfe"] == 1 else None} for row in rows]
 
 
-def curve(rows: Sequence[Row], name: str, nfe: int = 1) -> Curve:
+def curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
     """The curve of one arm."""
     score = main_score(rows[0])
     own = [row for row in rows if (row["arm"], row["nfe"]) == (name, nfe)]
-    return sorted((row["budget"], row[score], row[f"{score}_sd"]) for row in own)
+    return sorted(chart.CurvePoint(row["budget"], row[score], row[f"{score}_sd"]) for row in own)
 
 
 def level(rows: Sequence[Row], nfe: int = 1) -> float:
@@ -212,7 +212,8 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
             f"counted operations, over those of {steps:,} steps of {paper}",
             chart.score_label(main_score(table[0])),
             {name: curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
-            level=(level(table, nfe), f"{paper} at 1"),
+            log_x=True,
+            level=chart.Level(level(table, nfe), f"{paper} at 1"),
         )
         for nfe in passes
     }

@@ -82,10 +82,10 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 def fig4a_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """Two curves, share on the velocity to the right, distance upwards."""
     score = main_score(table[0])
-    points: dict[str, list[tuple[float, float, float | None]]] = {}
+    points: dict[str, list[chart.CurvePoint]] = {}
     for of in table:
         what = "β of its loss" if of["objective"] == "DuMo" else "velocity ratio of its rows"
-        point = of["share_on_velocity"], of[score], of.get(f"{score}_sd")
+        point = chart.CurvePoint(of["share_on_velocity"], of[score], of.get(f"{score}_sd"))
         points.setdefault(f"{of['objective']}, {what}", []).append(point)
     label = chart.score_label(score)
     return {"fig4a": chart.curves("Share on the velocity, one pass", "share on the velocity", label, points)}
@@ -104,7 +104,7 @@ def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     score = main_score(table[0])
     values = {(of["theta_1"], of["theta_2"]): log(of[score]) for of in table}
     scale = f"log of the {word(MERITS, score).title} (lower is better)"
-    return {"fig4c": chart.heat("t ~ Beta(θ₁, θ₂), one pass", "θ₁", "θ₂", values, scale)}
+    return {"fig4c": chart.heat_map("t ~ Beta(θ₁, θ₂), one pass", "θ₁", "θ₂", values, scale)}
 
 
 def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -246,9 +246,9 @@ def fig4b_table(plan: Plan, results: list[Result]) -> list[Row]:
 def fig4b_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """The paper's bars, steps per second of the two by size; and all objectives, a line each."""
     bars: dict[str, dict[str, float]] = {}
-    dots: dict[str, dict[str, tuple[float, float | None]]] = {}
+    dots: dict[str, dict[str, chart.Dot]] = {}
     for of in table:
-        dots.setdefault(of["objective"], {})[of["size"]] = of["time_over_flow_matching"], None
+        dots.setdefault(of["objective"], {})[of["size"]] = chart.Dot(of["time_over_flow_matching"], None)
         if of["objective"] in (DUMO, MEANFLOW, SPARING):
             bars.setdefault(of["size"], {})[of["objective"]] = of["steps_per_second"]
     return {

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dumo.io import picture
 from dumo.report import score
-from dumo.report.chart import SIZE, STYLE, Chart, chart, log_ticks, log_unless_narrow
+from dumo.report.chart import PAGE_SIZE, PAGE_STYLE, Chart, in_both_inks, log_ticks, log_unless_narrow
 from dumo.training import log
 
 PART_COLOURS = {"v": "#3f7fbf", "u": "#d2603a"}  # of the loss; readable on either page
@@ -50,8 +50,8 @@ def charts(rows: Sequence[log.Row]) -> list[Chart]:
     loss_alt = f"Curves: the loss is {first['loss']:.3g} at step {steps[0]} and {last['loss']:.3g} at step {steps[-1]}."
     rate_alt = f"A curve: the rate is {first['lr']:.3g} at step {steps[0]} and {last['lr']:.3g} at step {steps[-1]}."
     return [
-        chart("Training loss", loss_alt, partial(_draw_loss, rows=rows, steps=steps)),
-        chart("Learning rate", rate_alt, partial(_draw_rate, rows=rows, steps=steps)),
+        in_both_inks("Training loss", loss_alt, partial(_draw_loss, rows=rows, steps=steps)),
+        in_both_inks("Learning rate", rate_alt, partial(_draw_rate, rows=rows, steps=steps)),
         *_norm_charts(rows),
         *_time_charts(rows, steps),
         *validation_charts(rows),
@@ -74,7 +74,7 @@ def _norm_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
     steps, values = curves[worst]
     peak = max(values)
     alt = f"Curves, one for each module: the largest is {peak:.3g}, of {worst} at step {steps[values.index(peak)]}."
-    yield chart("Gradient norms by module", alt, partial(_draw_norms, curves=curves))
+    yield in_both_inks("Gradient norms by module", alt, partial(_draw_norms, curves=curves))
 
 
 def _time_charts(rows: Sequence[log.Row], steps: Sequence[int]) -> Iterator[Chart]:
@@ -86,7 +86,7 @@ def _time_charts(rows: Sequence[log.Row], steps: Sequence[int]) -> Iterator[Char
     for part, bins in by_part.items():
         title = "Loss by time" if part == "loss" else f"Loss of {part} by time"
         alt = f"A heat map of the part {part} of the loss: steps from left to right, data to noise upwards."
-        yield chart(title, alt, partial(_draw_times, steps=steps, bins=bins, low=low, high=high))
+        yield in_both_inks(title, alt, partial(_draw_times, steps=steps, bins=bins, low=low, high=high))
 
 
 def validation_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
@@ -101,7 +101,7 @@ def validation_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
         first = min(points)
         last = max(points)
         alt = f"Points: {name} is {points[first][0]:.3g} at step {first} and {points[last][0]:.3g} at step {last}."
-        yield chart(f"Validation, {name}", alt, partial(_draw_validation, name=name, points=points))
+        yield in_both_inks(f"Validation, {name}", alt, partial(_draw_validation, name=name, points=points))
 
 
 def _note_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
@@ -120,7 +120,7 @@ def _note_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
         if len(values) > 1:
             first, *_, last = values
             alt = f"A curve: {name} is {values[first]:.3g} at step {first} and {values[last]:.3g} at step {last}."
-            yield chart(name, alt, partial(_draw_note, name=name, values=values))
+            yield in_both_inks(name, alt, partial(_draw_note, name=name, values=values))
 
 
 def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
@@ -205,8 +205,8 @@ def panels(runs: Mapping[str, Sequence[log.Row]]) -> Figure:
     titles = list(dict.fromkeys(title for curves in measured.values() for title in curves))
     across = min(PANELS_TO_A_ROW, len(titles))
     down = -(-len(titles) // PANELS_TO_A_ROW)
-    width, height = SIZE
-    with rc_context(STYLE):
+    width, height = PAGE_SIZE
+    with rc_context(PAGE_STYLE):
         figure = Figure((across * width, down * height), dpi=PANEL_DPI, layout="constrained")
         grid = figure.subplots(down, across, squeeze=False).ravel()
         for axes, title in zip(grid, titles, strict=False):
