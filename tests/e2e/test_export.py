@@ -123,7 +123,7 @@ def test_a_server_makes_dumos_images(
     out = case.export("out")
     block = json.loads((out / INDEX).read_text())[KEY]
     assert block["denoising_timesteps"] == [1000, 700]
-    assert f"--omni --model-class-name {case.stock.served}`" in (out / "README.md").read_text()
+    assert f"--omni --model-class-name {case.stock.vllm_class}`" in (out / "README.md").read_text()
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     pipe = case.pipeline(out)
     assert KEY not in caplog.text
@@ -163,7 +163,7 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_ru
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
     case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
     assert max(case.misses("merged", case.export("merged"))) < 1
-    if case.stock.lora:
+    if case.stock.loads_lora:
         out = case.folder / "out" if case is tuned else case.export("out", "--to", "lora")
         assert max(case.misses("lora", out)) < 1
 
@@ -204,12 +204,12 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
     assert said["embedding"]["error"] < 1e-6 < said["embedding"]["half"] < 0.02
     assert f"condition number {said['embedding']['condition']:.3g}, off by" in (out / "README.md").read_text()
     must(call("train", case.run, *sets("sample.solver={kind: hop}")))
-    if case.stock.whole:
+    if case.stock.indexed_times:
         done = call("export", case.run, tmp_path / "hops")
         assert (done.code, "no stock scheduler" in done.err, "kind: restart" in done.err) == (2, True, True)
         return
     case = replace(case)  # which samples otherwise
-    for n, to in ((2, "diffusers"), (4, "lora" if case.stock.lora else "diffusers")):
+    for n, to in ((2, "diffusers"), (4, "lora" if case.stock.loads_lora else "diffusers")):
         assert max(case.off(case.export(f"hops{n}", "--nfe", n, "--to", to), nfe=(n,))) < LIMITS["merged"]
     assert "1 to 0.5, 0.5 to 0 |" in (tmp_path / "hops2" / "README.md").read_text()
 
@@ -236,7 +236,7 @@ def test_which_generator_draws_the_noise_between_passes(
 ) -> None:
     case = sd3 if name == "SD3" else tiny_runs.case(tmp_path, name, *FULL)
     pipe = case.pipeline(case.folder / "out" if case is sd3 else case.export("out"))
-    assert case.seeded(pipe) == case.stock.seeded
+    assert case.seeded(pipe) == case.stock.seeds_scheduler
 
 
 @pytest.mark.nightly
@@ -419,7 +419,7 @@ def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> Non
 def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path], here: Path) -> None:
     run, out = sd3.run, here / "out"
     for words, said in (
-        ((run, sd3.folder / "out"), "is there already"),
+        ((run, sd3.folder / "out"), "exists already"),
         ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
         ((run, out, "--to", "lora"), "all weights were tuned"),
         ((run, out, "--to", "comfyui"), "all weights were tuned"),

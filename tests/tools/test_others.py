@@ -37,4 +37,4 @@ def test_folders_of_others(kind: Folder) -> None:
 def test_a_part_of_a_pipeline_is_no_path() -> None:
     """Copied, it would be written outside of the export."""
     with pytest.raises(UserError, match=r"'\.\./x', which is no folder"):
-        write.others({"../x": ["diffusers", "A"]})
+        write.other_parts({"../x": ["diffusers", "A"]})

@@ -149,7 +149,7 @@ def parts(folder: Path) -> None:
     """What a run says of it, and the parts that are copied."""
     of = Pipeline(source=str(folder))
     of.found()
-    write.others(write.read_index(folder))
+    write.other_parts(write.read_index(folder))
     PipelineVae().within(of).shape(64)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dumo.export.card import PROMPT
-from dumo.export.model import OTHERS, STOCKS, Stock
+from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL, StockPipeline
 from dumo.flow.generate import carried
 from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized
@@ -109,7 +109,7 @@ class Case:
         case = cls(name, folder)
         save(name, case.source)
         photographs(folder / "photos")
-        if case.stock.edits:
+        if case.stock.takes_image:
             edits(folder)
         for verb in verbs:
             if verb == "train":
@@ -151,19 +151,19 @@ class Case:
             f"data.images.root={self.home / 'photos'}",
         ]  # fmt: skip
         found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
-        found += EDITED * self.stock.edits
+        found += EDITED * self.stock.takes_image
         found += ["path.kind=diffusion"] * FAMILIES[TINY[PIPELINES[self.name].tiny].kind].diffusion
         return found + ["net.lowpass=null"] * (self.name in QUICK)
 
     @property
     def image(self) -> Path | None:
         """What prompts edit, if anything."""
-        return self.home / "source.png" if self.stock.edits else None
+        return self.home / "source.png" if self.stock.takes_image else None
 
     @property
     def guidable(self) -> bool:
         """Whether its pipeline guides as dumo does; a run of edits has no condition of none to guide away from."""
-        return self.stock.off is not None and not self.stock.rescaled and not self.stock.edits
+        return self.stock.guide_argument is not None and not self.stock.rescales_guidance and not self.stock.takes_image
 
     def guide(self, scale: float) -> None:
         """Sample with this scale of guidance from now on."""
@@ -245,14 +245,14 @@ class Case:
         return pipe
 
     @property
-    def stock(self) -> Stock:
+    def stock(self) -> StockPipeline:
         """How its pipeline is called."""
         row = PIPELINES[self.name]
-        return OTHERS.get(row.pipeline) or STOCKS[TINY[row.tiny].kind]
+        return PIPELINE_BY_CLASS.get(row.pipeline) or PIPELINE_BY_MODEL[TINY[row.tiny].kind]
 
     def call(self, passes: int | None = None) -> dict[str, Any]:
         """The arguments of so many passes; None: what a person who says nothing gives."""
-        more = {word.split("=")[0]: ast.literal_eval(word.split("=")[1]) for word in self.stock.more}
+        more = {word.split("=")[0]: ast.literal_eval(word.split("=")[1]) for word in self.stock.extra_arguments}
         found = {"prompt": PROMPT, "height": SIDE, "width": SIDE, **more}
         found |= {"image": Image.open(self.image), "max_area": SIDE**2} if self.image else {}
         if passes:

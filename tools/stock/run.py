@@ -40,9 +40,9 @@ def bare(case: Case, pipe: Any) -> dict[str, Any]:  # noqa: ANN401, a pipeline o
     image = case.made(pipe, None)
     handle.remove()
     table = pipe.scheduler
-    times = (table.timesteps / len(table.alphas_cumprod) if case.stock.whole else table.sigmas[:-1]).tolist()
+    times = (table.timesteps / len(table.alphas_cumprod) if case.stock.indexed_times else table.sigmas[:-1]).tolist()
     one = case.made(pipe, 1)
-    quiet = {case.stock.off: case.stock.none} if case.stock.off else {}
+    quiet = {case.stock.guide_argument: case.stock.unguided} if case.stock.guide_argument else {}
     return {
         "steps": len(times),
         "passes": sum(rows),
@@ -56,7 +56,7 @@ def plain(case: Case, pipe: Any) -> float | None:  # noqa: ANN401
     """How far two Euler steps along u are from two jumps; None where stock steps cannot be at the same times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if not case.stock.times or case.stock.whole:
+    if not case.stock.time_arguments or case.stock.indexed_times:
         return None
     image, pipe.scheduler = case.made(pipe, 2), FlowMatchEulerDiscreteScheduler()
     return apart(case.made(pipe, 2), image)
@@ -69,7 +69,14 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     must(call("sample", case.run, "--prompt", PROMPT, *edited, "--nfe", "1"))
     out = case.export("out")
     row: dict[str, Any] = {"family": name, "pipeline": case.stock.pipeline, "full": case.off(out)}
-    said = ("prompt", "height", "width", "image", "max_area", *(word.split("=")[0] for word in case.stock.more))
+    said = (
+        "prompt",
+        "height",
+        "width",
+        "image",
+        "max_area",
+        *(word.split("=")[0] for word in case.stock.extra_arguments),
+    )
     row["call"] = {key: value for key, value in case.call(2).items() if key not in said}
     pipe = case.pipeline(out)
     row |= {"bare": bare(case, pipe), "seeded": case.seeded(pipe), "euler": plain(case, pipe)}
@@ -79,7 +86,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
         row["guided"] = case.off(case.export("guided"), GUIDED)
     tuned = Case.of(name, folder / "lora", *LORA)
     row["merged"] = tuned.off(tuned.export("out"))
-    row["lora"] = tuned.off(tuned.export("tuned", "--to", "lora")) if case.stock.lora else None
+    row["lora"] = tuned.off(tuned.export("tuned", "--to", "lora")) if case.stock.loads_lora else None
     return row
 
 

@@ -209,9 +209,9 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
         commands.append(f"{program} evaluate {typed(folder)}")
     commands.append(f"{program} report {typed(folder)}")
     if isinstance(run.net, Pretrained):
-        from dumo.export.model import forms
+        from dumo.export.model import export_forms
 
-        for form in forms(run.net):
+        for form in export_forms(run.net):
             commands.append(f"{program} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}")
     if has_own_class:
         commands = [f"{command} --trust-code" for command in commands]

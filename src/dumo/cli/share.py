@@ -67,7 +67,7 @@ def export(
     from dumo.runtime.heap import low_memory_heap
 
     dist.require_one_process("dumo export")
-    write.vacant(target)
+    write.require_vacant(target)
     if push is not None:
         hub.require(push, parts)
     passes = numbers("--nfe", nfe) or ()

@@ -1,4 +1,7 @@
-"""The model card next to an export, README.md: how to call it, what made it, and what it measured."""
+"""The model card next to an export, README.md: how to call it, what made it, and what it measured.
+
+`of_tuned` and `of_own` fill the templates in `cards`; `Provenance` is what they and dumo.json say of the run.
+"""
 
 import json
 import re
@@ -18,8 +21,8 @@ from dumo.config.word import method
 from dumo.data import Data, Images, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
-from dumo.export.model import Exported, Stock
-from dumo.export.scheduler import EULER, LCM, OWN
+from dumo.export.model import ExportedModel, StockPipeline
+from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.report.card import FILE, read_report
@@ -31,14 +34,14 @@ from dumo.runtime.progress import inline
 from dumo.types import UserError
 
 PROMPT = "a red fox in the snow"
-CODED = "codes.safetensors"
+CODES = "codes.safetensors"
 MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is one in Markdown, too
-PASSES = {1: "one pass", 2: "two", 4: "four"}
+PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a card says of the run."""
+    """Which run, checkpoint and evaluation an export is of."""
 
     about: str
     step: int
@@ -52,7 +55,7 @@ class Provenance:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What an export says of its origin, for programs: the run with its places as they were given."""
+        """The origin of an export for programs, in dumo.json and a file's header; the run has its paths as typed."""
         return {
             "dumo": self.version,
             "step": str(self.step),
@@ -65,59 +68,81 @@ class Provenance:
     @property
     def fewstep(self) -> str:
         """The name of the few-step run that it is on top of; empty: of none."""
-        return Path(self.run.start.source).name if self.run.start and self.run.has_subject else ""
+        if self.run.start and self.run.has_subject:
+            return Path(self.run.start.source).name
+        return ""
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":
-        """That of a run."""
+        """Of an opened run. An evaluation of other weights is left out."""
         run = opened.run
-        taught = run.teacher.guide.scale if run.teacher else 1.0
-        scales = {"its target": GuidanceScale.of(run.objective.needs).scale, "its teacher": taught}
+        baked = dict[str, float]()
+        target_scale = GuidanceScale.of(run.objective.needs).scale
+        if target_scale != 1:
+            baked["its target"] = target_scale
+        if run.teacher and run.teacher.guide.scale != 1:
+            baked["its teacher"] = run.teacher.guide.scale
         try:
             report = read_report(opened.folder / FILE)
         except UserError:
             report = None
         if report and report["card"].get("weights_sha256") != opened.sha256:
             report = None
-        baked = {what: scale for what, scale in scales.items() if scale != 1}
-        file = without_path(opened.weights)
-        return cls(run.about, opened.step, run.train.batch, file, opened.sha256, baked, report, run)
+        return cls(
+            about=run.about,
+            step=opened.step,
+            batch=run.train.batch,
+            weights=without_path(opened.weights),
+            sha256=opened.sha256,
+            baked=baked,
+            report=report,
+            run=run,
+        )
 
 
 def of_tuned(
-    exported: Exported, made: Provenance, stock: Stock, name: str, index: Mapping[str, Any] | None = None
+    exported: ExportedModel,
+    provenance: Provenance,
+    stock: StockPipeline,
+    name: str,
+    index: Mapping[str, Any] | None = None,
 ) -> str:
-    """Of a folder called `name` that `from_pretrained` opens, or of its two parts that replace another pipeline's.
+    """The card of a pretrained model that was tuned: a folder called `name` that `from_pretrained` opens, or a LoRA.
 
-    `index` is its model_index.json; None: it holds a LoRA.
+    `index` is the folder's model_index.json; None: it holds a LoRA. A folder may have two parts alone, which replace
+    another pipeline's.
     """
-    if sizes := sizes_of(exported.sampler.data):
-        exported = replace(exported, sampler=replace(exported.sampler, size=next(iter(sizes))))
-    sampler, codes, parts = exported.sampler, exported.codes, index or {}
+    sizes = image_counts(exported.sampler.data)
+    if sizes:
+        most_frequent = next(iter(sizes))
+        exported = replace(exported, sampler=replace(exported.sampler, size=most_frequent))
+    sampler = exported.sampler
+    codes = exported.codes
+    parts = index or {}
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.frame else EULER])
     return render(
         "tuned",
         sampler,
-        made,
+        provenance,
         name,
         sizes=sizes,
         exported=exported,
         stock=stock,
         codes=codes,
-        calls=calls(exported, stock, words_of(exported, stock)),
-        guided=sampler.spec.guide.scale != 1 and stock.off is not None,
+        calls=pipeline_calls(exported, stock),
+        guided=is_guided_by(stock, sampler),
         scheduler=scheduler[1],
-        own=scheduler == OWN,
+        own=scheduler == JUMP_SCHEDULER,
         whole=is_whole(parts),
         unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
-        tag="image-to-image" if stock.edits else "text-to-image",
-        origin=origin_of(exported, adapter=index is None),
+        tag="image-to-image" if stock.takes_image else "text-to-image",
+        origin=hub_metadata(exported, adapter=index is None),
     )
 
 
-def sizes_of(data: Data) -> dict[Size, int]:
+def image_counts(data: Data) -> dict[Size, int]:
     """How many images a run on buckets has of each size, most first; {} without buckets.
 
     Where the images are not there to be counted, it is 0 of every size, of the nearest to a square first.
@@ -135,79 +160,111 @@ def sizes_of(data: Data) -> dict[Size, int]:
     return dict(sorted(crops.counts.items(), key=lambda entry: -entry[1]))
 
 
-def origin_of(exported: Exported, *, adapter: bool) -> dict[str, str]:
-    """What the head of a card says of the model that was tuned, as a hub reads it, in YAML."""
-    pipeline, relation = exported.spec.pipeline, "adapter" if adapter else "finetune"
-    known = {"base_model": pipeline.repository, "base_model_relation": relation} if pipeline.repository else {}
+def hub_metadata(exported: ExportedModel, *, adapter: bool) -> dict[str, str]:
+    """The YAML head of a card, as a hub reads it: base model and licence. Values are written as JSON."""
+    pipeline = exported.spec.pipeline
+    metadata = dict[str, Any]()
+    if pipeline.repository:
+        metadata["base_model"] = pipeline.repository
+        metadata["base_model_relation"] = "adapter" if adapter else "finetune"
     facts = pipeline.facts or {}
-    return {key: json.dumps(value) for key, value in (known | {k: facts[k] for k in LICENSE if k in facts}).items()}
+    for key in LICENSE:
+        if key in facts:
+            metadata[key] = facts[key]
+    return {key: json.dumps(value) for key, value in metadata.items()}
 
 
-def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str, str]]:
-    """What the pipeline is called with, after these words, and a note, call by call."""
+def is_guided_by(stock: StockPipeline, sampler: Sampler) -> bool:
+    """Whether the pipeline's own argument guides the samples."""
+    return sampler.spec.guide.scale != 1 and stock.guide_argument is not None
+
+
+def pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
+    """The arguments of each call of the pipeline as text, and a comment on it."""
+    condition = image_arguments(exported, stock)
     if exported.head == "v":
-        return [(", ".join(words), "")]
-    scale, embedded = exported.sampler.spec.guide.scale, exported.spec.guidance
-    seed = ["generator=torch.Generator().manual_seed(0)"] if stock.seeded or exported.hops else []
-    found: list[tuple[str, str]] = []
-    for n, note in ({n: PASSES.get(n, str(n)) for n in exported.nfe} or PASSES).items():
-        more = stock.arguments(exported.times(n), embedded=embedded, scale=scale)
-        found.append((", ".join([*words, *(f"{key}={value}" for key, value in more.items()), *seed]), note))
-    return found
+        return [(", ".join(condition), "")]
+    passes = PASS_COMMENTS
+    if exported.nfe:
+        passes = {n: PASS_COMMENTS.get(n, str(n)) for n in exported.nfe}
+    calls: list[tuple[str, str]] = []
+    for n, comment in passes.items():
+        times = exported.pipeline_times(n)
+        keywords = stock.arguments(times, embedded=exported.spec.guidance, scale=exported.sampler.spec.guide.scale)
+        arguments = [*condition, *(f"{key}={value}" for key, value in keywords.items())]
+        if stock.seeds_scheduler or exported.hops:
+            arguments.append("generator=torch.Generator().manual_seed(0)")
+        calls.append((", ".join(arguments), comment))
+    return calls
 
 
-def words_of(exported: Exported, stock: Stock) -> list[str]:
-    """The words that ask for an image of a prompt, or of a class, at the size that the run has."""
+def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
+    """The arguments that ask for an image of a prompt, or of a class, at the size that the run has."""
     sampler = exported.sampler
-    data, guided = sampler.data, sampler.spec.guide.scale != 1 and stock.off is not None
-    pixels = data.codec.factor if isinstance(data, Latents) else stock.side
+    pixels = sampler.data.codec.factor if isinstance(sampler.data, Latents) else stock.pixels_per_latent
     height, width = (pixels * n for n in sampler.shape[1:])
-    asks = (
-        ["**embeds"] if exported.codes else [f'prompt="{PROMPT}"', *['negative_prompt=""'] * (guided and stock.named)]
-    )
-    alone = [] if exported.source else ['output_type="latent"']
-    image = ["image=source", f"max_area={height * width}"] if stock.edits else []
-    return [*image, *asks, f"height={height}", f"width={width}", *stock.more, *alone]
+    arguments = list[str]()
+    if stock.takes_image:
+        arguments += ["image=source", f"max_area={height * width}"]
+    if exported.codes:
+        arguments.append("**embeds")
+    else:
+        arguments.append(f'prompt="{PROMPT}"')
+        if stock.guided_by_negative and is_guided_by(stock, sampler):
+            arguments.append('negative_prompt=""')
+    arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
+    if exported.source is None:  # then there is no decoder
+        arguments.append('output_type="latent"')
+    return arguments
 
 
-def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) -> str:
-    """Of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it."""
+def of_own(sampler: Sampler, provenance: Provenance, kind: str, name: str, head: str) -> str:
+    """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it."""
     return render(
         "own",
         sampler,
-        made,
+        provenance,
         name,
-        sizes=sizes_of(sampler.data),
+        sizes=image_counts(sampler.data),
         kind=kind,
         parameters=sum(p.numel() for p in sampler.net.parameters()),
-        passes=PASSES if head == "u" else {50: "Euler steps"},
+        passes=PASS_COMMENTS if head == "u" else {50: "Euler steps"},
         head=head,
         tag="unconditional-image-generation",
         origin={},
     )
 
 
-def render(template: str, sampler: Sampler, made: Provenance, name: str, **parts: object) -> str:
-    """The card by a template."""
-    rows = made.report["results"] if made.report else [{}]
-    scores = [key for key in rows[0] if key not in ("nfe", "solver")]
-    found = environment().get_template(f"{template}.md.j2")
-    parts |= {"scores": scores, "codes_file": CODED, "method": method(sampler.flow.objective)}
-    return found.render(sampler=sampler, made=made, name=name, **parts)
+def render(template: str, sampler: Sampler, provenance: Provenance, name: str, **values: object) -> str:
+    """The card by a template in `cards`, filled with these values and those that all cards have."""
+    rows = provenance.report["results"] if provenance.report else [{}]
+    return (
+        environment()
+        .get_template(f"{template}.md.j2")
+        .render(
+            sampler=sampler,
+            made=provenance,
+            name=name,
+            scores=[key for key in rows[0] if key not in ("nfe", "solver")],
+            codes_file=CODES,
+            method=method(sampler.flow.objective),
+            **values,
+        )
+    )
 
 
 @cache
 def environment() -> jinja2.Environment:
-    """Where the templates are."""
-    found = jinja2.Environment(
+    """The templates in `cards`, and the filters that they use."""
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.export", "cards"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    cast(dict[str, Any], found.filters).update(form=format, plain=plain, code=code, literal=literal, typed=typed)
-    return found
+    cast(dict[str, Any], templates.filters).update(form=format, plain=plain, code=code, literal=literal, typed=typed)
+    return templates
 
 
 def plain(text: str) -> str:
@@ -230,13 +287,13 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def notes(exported: Exported, made: Provenance) -> dict[str, str]:
-    """What the header of a file of weights says of them."""
+def header_metadata(exported: ExportedModel, provenance: Provenance) -> dict[str, str]:
+    """The metadata in the header of a file of weights."""
     return {
         "format": "pt",
-        "class": exported.kind,
+        "class": exported.model_class,
         "head": exported.head,
-        "onto": f"the export of {made.fewstep}" if exported.alone else exported.origin,
-        **made.facts,
+        "onto": f"the export of {provenance.fewstep}" if exported.alone else exported.origin,
+        **provenance.facts,
         **{name: json.dumps(value) for name, value in exported.facts.items()},
     }

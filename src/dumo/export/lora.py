@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from dumo.encoders.pipeline import UNET
 from dumo.export import card
-from dumo.export.model import Exported, require
+from dumo.export.model import ExportedModel, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_scheduler
 from dumo.nets.adapter import SUBJECT, adapters
 from dumo.nets.twin import bias_or_none
 from dumo.types import UserError
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
-NOTES = {"format": "pt"}
+METADATA = {"format": "pt"}
 # Classes whose layers ComfyUI finds by the names of diffusers, and those few that it finds by its own alone. Read in
 # `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of comfy/utils.py at 09708ea.
 FLUX2 = "time_guidance_embed.timestep_embedder"
@@ -52,112 +52,143 @@ COMFYUI: dict[str, dict[str, str]] = {
 KOHYA = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
 
 
-def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dtype: str = "float32") -> None:
-    """Write the LoRA, its scheduler and its card into the folder `out`, which is there and empty, to be called `name`.
+def write(
+    exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str = "float32"
+) -> None:
+    """Write the LoRA, its scheduler and its card into the empty folder `out`, which will be called `name`.
 
     Raises UserError where the run tuned all weights, the class takes no LoRA, or a part of another kind was trained.
     """
-    stock = require(exported, lora=True)
-    layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
-    safetensors.torch.save_file({f"{exported.part}.{name}": x for name, x in layers.items()}, out / FILE, NOTES)
+    stock = require_pipeline(exported, lora=True)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors(exported).items():
+        weights[f"{exported.part}.{name}"] = tensor.to(getattr(torch, dtype))
+    safetensors.torch.save_file(weights, out / FILE, METADATA)
     if exported.head == "u" and not exported.alone:  # the few-step run's export has one
         write_scheduler(
-            out / SCHEDULER, exported.solver, exported.net.frame, takes_times=bool(stock.times), hops=exported.hops
+            out / SCHEDULER,
+            exported.solver,
+            exported.net.frame,
+            takes_times=bool(stock.time_arguments),
+            hops=exported.hops,
         )
-    if codes := exported.codes:
-        safetensors.torch.save_file(codes, out / card.CODED, NOTES)
-    (out / "README.md").write_text(card.of_tuned(exported, made, stock, name), encoding="utf-8")
+    codes = exported.codes
+    if codes:
+        safetensors.torch.save_file(codes, out / card.CODES, METADATA)
+    (out / "README.md").write_text(card.of_tuned(exported, provenance, stock, name), encoding="utf-8")
 
 
-def comfyui(exported: Exported, *, dtype: str = "float32") -> dict[str, Tensor]:
-    """The file for ComfyUI: adapters by their factors, whole layers by their changes.
+def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Tensor]:
+    """The tensors of a file for ComfyUI: adapters by their factors, whole layers by their changes.
 
     Raises UserError as `write`, and for a class whose layers ComfyUI finds by no name of diffusers.
     """
-    require(exported, lora=True)
+    require_pipeline(exported, lora=True)
     if exported.codes:
         raise UserError("this run was tuned on codes for classes, and ComfyUI reads texts: take --to lora")
-    if (own := COMFYUI.get(exported.kind)) is None:
+    own_names = COMFYUI.get(exported.model_class)
+    if own_names is None:
         raise UserError(
-            f"ComfyUI does not know the layers of a {exported.kind} by their names in diffusers, and fuses some: take "
-            "--to lora or --to diffusers, and diffusers"
+            f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers, and fuses "
+            "some: take --to lora or --to diffusers, and diffusers"
         )
-    found: dict[str, Tensor] = {}
 
-    def called(path: str) -> str:
+    def comfyui_name(path: str) -> str:
         if exported.part == UNET:
             return KOHYA + path.replace(".", "_")
-        return f"diffusion_model.{own[path]}" if path in own else f"{exported.part}.{path}"
+        if path in own_names:
+            return f"diffusion_model.{own_names[path]}"
+        return f"{exported.part}.{path}"
 
-    for path, a, b, _ in adapted(exported):
-        found |= {f"{called(path)}.lora_down.weight": a, f"{called(path)}.lora_up.weight": b}
-        found |= {f"{called(path)}.alpha": torch.tensor(float(len(a)))} if exported.part == UNET else {}
-    for path, old, new in changed(exported):
-        name = called(path)
-        found[f"{name}.diff"] = new.weight - old.weight
+    weights: dict[str, Tensor] = {}
+    for path, a, b, _ in adapter_products(exported):
+        name = comfyui_name(path)
+        weights[f"{name}.lora_down.weight"] = a
+        weights[f"{name}.lora_up.weight"] = b
+        if exported.part == UNET:
+            rank = len(a)
+            weights[f"{name}.alpha"] = torch.tensor(float(rank))
+    for path, old, new in changed_layers(exported):
+        name = comfyui_name(path)
+        weights[f"{name}.diff"] = new.weight - old.weight
         if bias_or_none(old) is not None:
-            found[f"{name}.diff_b"] = bias_of(new) - bias_of(old)
-    return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in found.items()}
+            weights[f"{name}.diff_b"] = bias_of(new) - bias_of(old)
+    return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in weights.items()}
 
 
-def tensors(exported: Exported) -> dict[str, Tensor]:
-    """The LoRA by peft's names; biases where any has changed."""
-    found: dict[str, Tensor] = {}
-    full = (product(*layer) for layer in changed(exported))
-    products = [*adapted(exported), *full]
-    biased = any(bool(bias.any()) for *_, bias in products)
+def tensors(exported: ExportedModel) -> dict[str, Tensor]:
+    """The LoRA by peft's names; with a bias for every layer where any bias has changed."""
+    products = list(adapter_products(exported))
+    for path, old, new in changed_layers(exported):
+        products.append(product(path, old, new))
+    has_bias = any(bool(bias.any()) for *_, bias in products)
+    weights: dict[str, Tensor] = {}
     for path, a, b, bias in products:
-        layer = {"lora_A.weight": a, "lora_B.weight": b, **({"lora_B.bias": bias} if biased else {})}
-        found |= {f"{path}.{name}": tensor.detach().contiguous() for name, tensor in layer.items()}
-    return found
+        weights[f"{path}.lora_A.weight"] = a.detach().contiguous()
+        weights[f"{path}.lora_B.weight"] = b.detach().contiguous()
+        if has_bias:
+            weights[f"{path}.lora_B.bias"] = bias.detach().contiguous()
+    return weights
 
 
 Product = tuple[str, Tensor, Tensor, Tensor]  # path, A, B and c
 Layer = nn.Linear | nn.Conv2d
 
 
-def adapted(exported: Exported) -> Iterator[Product]:
+def adapter_products(exported: ExportedModel) -> Iterator[Product]:
     """The adapters: of a layer with two, both as one; `alone`, that of the subject."""
     model: nn.Module = exported.net.model
-    mine = {id(layer): layer for layer in adapters(model)}
-    for path, place in model.named_modules():
-        if layer := mine.get(id(place)):
-            names = [SUBJECT] if exported.alone else layer.active_adapters
-            a, b = ([part[name].weight for name in names] for part in (layer.lora_A, layer.lora_B))
-            yield path, torch.cat(a), torch.cat(b, 1), b[0].new_zeros(len(b[0]))
+    adapter_layers = {id(layer): layer for layer in adapters(model)}
+    for path, module in model.named_modules():
+        layer = adapter_layers.get(id(module))
+        if layer is None:
+            continue
+        names = [SUBJECT] if exported.alone else layer.active_adapters
+        a = [layer.lora_A[name].weight for name in names]
+        b = [layer.lora_B[name].weight for name in names]
+        yield path, torch.cat(a), torch.cat(b, 1), b[0].new_zeros(len(b[0]))
 
 
-def changed(exported: Exported) -> Iterator[tuple[str, Layer, Layer]]:
+def changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]]:
     """The layers that were trained in full, of a subject `alone` none: path, before and now.
 
     Raises UserError for a change that is in no linear layer or convolution.
     """
+    if exported.alone:
+        return
     net = exported.net
-    model: nn.Module = net.stock(exported.head, last=exported.last)
-    for path, part in zip(net.trained_paths, net.old, strict=True) if not exported.alone else ():
-        for name, old in part.named_modules():
-            new = model.get_submodule(where := f"{path}.{name}".rstrip("."))
-            both = zip(old.parameters(recurse=False), new.parameters(recurse=False), strict=True)
-            if all(torch.equal(was, now) for was, now in both):
+    model: nn.Module = net.stock(exported.head, last=exported.time_layer)
+    for trained_path, original in zip(net.trained_paths, net.old, strict=True):
+        for name, old in original.named_modules():
+            path = f"{trained_path}.{name}".rstrip(".")
+            new = model.get_submodule(path)
+            weights = zip(old.parameters(recurse=False), new.parameters(recurse=False), strict=True)
+            if all(torch.equal(before, after) for before, after in weights):
                 continue
             if not isinstance(old, Layer):
-                raise UserError(f"{where} was trained, and no LoRA can say it: take --to diffusers")
+                raise UserError(f"{path} was trained, and no LoRA can hold it: take --to diffusers")
             assert isinstance(new, Layer)
-            yield where, old, new
+            yield path, old, new
 
 
 def product(path: str, old: Layer, new: Layer) -> Product:
     """The change of a layer, exactly; of a convolution as one of this kernel, and one of 1 x 1 behind it."""
     change = new.weight.detach() - old.weight
-    high, wide, *kernel = change.shape
+    outputs, inputs, *kernel = change.shape
     if kernel:
-        a, b = change, torch.eye(high).to(change)[..., None, None]
+        a = change
+        b = torch.eye(outputs).to(change)[..., None, None]
+    elif outputs <= inputs:
+        a = change
+        b = torch.eye(outputs).to(change)
     else:
-        a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
-    return path, a, b, change.new_zeros(high) if bias_or_none(old) is None else bias_of(new) - bias_of(old)
+        a = torch.eye(inputs).to(change)
+        b = change
+    bias = change.new_zeros(outputs) if bias_or_none(old) is None else bias_of(new) - bias_of(old)
+    return path, a, b, bias
 
 
 def bias_of(layer: Layer) -> Tensor:
-    """That of a layer which has one."""
+    """The bias of a layer that has one, (outputs,)."""
     assert layer.bias is not None
     return layer.bias.detach()

@@ -25,10 +25,12 @@ from dumo.io.read import read_settings, write_json
 from dumo.nets.vp import DiffusionToVelocity, settings
 from dumo.types import UserError
 
-SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
-LCM, SHARP = "LCMScheduler", 1e4  # of a diffusion's flow map; its c, above: .25 / 1e8 at index 1
+SCHEDULER = "scheduler"  # its folder
+CONFIG = "scheduler_config.json"  # the file in it
+LCM = "LCMScheduler"  # of a diffusion's flow map
+TIMESTEP_SCALING = 1e4  # c above, so that c_skip is .25 / 1e8 at index 1
 EULER = "FlowMatchEulerDiscreteScheduler"
-OWN = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
+JUMP_SCHEDULER = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
 JUMPS = '''"""Times of jumps to the data, for a pipeline that takes none: the first START, the second of two M."""
 
 from math import log2
@@ -48,9 +50,9 @@ Entry = list[str]  # of model_index.json: library or file, and class
 
 
 def restart(solver: Solver) -> Restart:
-    """The solver as schedulers have it: those of other jumps, or of none, are the default.
+    """The solver if it is Restart, which schedulers can make, and the default Restart for one without jumps.
 
-    Raises UserError for jumps to the data between which no scheduler goes as the solver does.
+    Raises UserError for Hermite, whose noise between two passes no scheduler adds.
     """
     if isinstance(solver, Hermite):
         raise UserError(
@@ -76,8 +78,10 @@ def write_scheduler(
     if frame:
         from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-        steps = frame.schedule.steps
-        LCMScheduler(**settings(frame), original_inference_steps=steps, timestep_scaling=SHARP).save_pretrained(folder)
+        scheduler = LCMScheduler(
+            **settings(frame), original_inference_steps=frame.schedule.steps, timestep_scaling=TIMESTEP_SCALING
+        )
+        scheduler.save_pretrained(folder)
         return ["diffusers", LCM]
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -86,17 +90,18 @@ def write_scheduler(
         check_scheduler(folder)
     if takes_times:
         return ["diffusers", EULER]
-    (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
+    file, class_name = JUMP_SCHEDULER
+    (folder / f"{file}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    write_json(folder / CONFIG, config | {"_class_name": OWN[1]})
-    return OWN
+    write_json(folder / CONFIG, config | {"_class_name": class_name})
+    return JUMP_SCHEDULER
 
 
 def check_scheduler(folder: Path) -> None:
     """Raise UserError for a scheduler under which a flow map makes no images: one of plain Euler steps, or shifted."""
     config = read_settings(folder / CONFIG, "export the run anew")
-    wanted = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    for name, value in wanted.items():
+    required = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    for name, value in required.items():
         if config.get(name) != value:
             raise UserError(
                 f"{folder / CONFIG}: {name} is {config.get(name)}, and a flow map needs {value}: fresh noise between "

@@ -13,46 +13,51 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dumo.export.model import THOUSAND, Arguments, Exported
+from dumo.export.model import TRAIN_TIMESTEPS, ExportedModel
 
 KEY = "dmd2_config"
-UNREAD = "_use_default_values"  # names what diffusers passes over in silence; of other keys it warns
+IGNORED_KEYS = "_use_default_values"  # lists what diffusers passes over in silence; of other keys it warns
 PASSES = 2  # that a server makes, as the second call of a card: ours
 
 
-def there(entry: object) -> bool:
+def has_component(entry: object) -> bool:
     """Whether a pipeline has a part, by its entry: the library and the class, or null for each."""
     return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def is_whole(index: Mapping[str, Any]) -> bool:
     """Whether a model_index.json has more parts than the model and its scheduler."""
-    return sum(map(there, index.values())) > 2
+    return sum(map(has_component, index.values())) > 2
 
 
-def unserved(exported: Exported, *, whole: bool) -> str:
+def unserved(exported: ExportedModel, *, whole: bool) -> str:
     """Why vLLM-Omni would not make the run's images of the folder, in words; empty: it does. `whole`: as `is_whole`."""
-    stock, jumps = exported.stock, exported.head == "u"
-    times = [THOUSAND * t for t in exported.solver.times(PASSES)] if jumps else []
-    reasons = {
-        "it has no class for a few jumps of this model": stock is None or not stock.served,
-        "it makes jumps of the flow map, and this is a velocity": not jumps,
-        "it makes two jumps to the data, which are not among this list": bool(exported.nfe)
-        and (exported.hops or PASSES not in exported.nfe),
-        "it guides no few-step model, and this run is sampled with guidance": exported.sampler.spec.guide.active,
-        "it reads prompts, and this model has codes": bool(exported.codes),
-        "it needs a folder with all parts": not whole,
-        "it counts time in whole thousandths": any(not math.isclose(t, round(t)) for t in times),
-    }
-    return next((why for why, wrong in reasons.items() if wrong), "")
+    stock = exported.stock
+    if stock is None or not stock.vllm_class:
+        return "it has no class for a few jumps of this model"
+    if exported.head != "u":
+        return "it makes jumps of the flow map, and this is a velocity"
+    if exported.nfe and (exported.hops or PASSES not in exported.nfe):
+        return "it makes two jumps to the data, which are not among this list"
+    if exported.sampler.spec.guide.active:
+        return "it guides no few-step model, and this run is sampled with guidance"
+    if exported.codes:
+        return "it reads prompts, and this model has codes"
+    if not whole:
+        return "it needs a folder with all parts"
+    times = [TRAIN_TIMESTEPS * t for t in exported.solver.times(PASSES)]
+    if not all(math.isclose(t, round(t)) for t in times):
+        return "it counts time in whole thousandths"
+    return ""
 
 
-def served(exported: Exported) -> Arguments:
+def served(exported: ExportedModel) -> dict[str, Any]:
     """The keys of model_index.json by which vLLM-Omni makes the run's jumps.
 
     Its solver `sde` is diffusers' scheduler of `write_scheduler` at these times, without guidance.
     """
-    times, embedded = [round(THOUSAND * t) for t in exported.solver.times(PASSES)], exported.spec.guidance
-    block: Arguments = {"num_inference_steps": PASSES, "denoising_timesteps": times, "solver": "sde"}
+    times = [round(TRAIN_TIMESTEPS * t) for t in exported.solver.times(PASSES)]
+    block: dict[str, Any] = {"num_inference_steps": PASSES, "denoising_timesteps": times, "solver": "sde"}
+    embedded = exported.spec.guidance  # the number that the net itself takes
     block["guidance_scale"] = 1.0 if embedded is None else embedded
-    return {KEY: block, UNREAD: {KEY: True}}  # no list: diffusers takes one for a part where it reads a hub
+    return {KEY: block, IGNORED_KEYS: {KEY: True}}  # no list: diffusers takes one for a part where it reads a hub

@@ -32,53 +32,63 @@ from dumo.runtime.random import random_batch
 from dumo.types import Sample, UserError
 
 SHIPPED = Path(__file__).parent / "shipped"
-TRANSFORMER, VAE = "dumo_dit", "dumo_taef2"  # files, and not `dit`: diffusers has a pipeline of this name
-TIMES = ("t", "r")  # embeddings that it has
-PROBED = (0.3, 0.9)  # times at which both nets are compared: ours
+TRANSFORMER = "dumo_dit"  # a file, and not `dit`: diffusers has a pipeline of this name
+VAE = "dumo_taef2"
+KNOWN_TIMES = ("t", "r")  # the times that the shipped net embeds
+COMPARED_TIMES = (0.3, 0.9)  # at which both nets are compared: ours
 Json = dict[str, Any]
 
 
 def write(
     sampler: Sampler,
     spec: DiT,
-    made: card.Provenance,
+    provenance: card.Provenance,
     out: Path,
     name: str,
     *,
     head: Head,
     dtype: str = "float32",
 ) -> None:
-    """Write the folder `out`, which is there and empty, and will be called `name`.
+    """Write the net and its code into the empty folder `out`, which will be called `name`.
 
     Raises UserError for an option of the net or a guidance that the shipped code does not know, and where it computes
     anything else than dumo.
     """
-    check(sampler, spec)
-    net = transformer(sampler, spec)
-    agree(sampler, net, head)
+    require_known_run(sampler, spec)
+    net = shipped_net(sampler, spec)
+    require_same_output(sampler, net, head)
     nn.Module.to(net, getattr(torch, dtype))  # diffusers' own would warn that no layer stays in float32
     net.save_pretrained(out / "transformer")
     shutil.copy(SHIPPED / f"{TRANSFORMER}.py", out / "transformer")
     shutil.copy(SHIPPED / "pipeline.py", out)
     index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": version()}
-    index |= {"transformer": [TRANSFORMER, "DumoDiT"], "vae": decoder(sampler, out / "vae")}
-    write_json(out / "model_index.json", index | sampling(sampler, head))
-    (out / "README.md").write_text(card.of_own(sampler, made, spec.kind, name, head), encoding="utf-8")
+    index["transformer"] = [TRANSFORMER, "DumoDiT"]
+    index["vae"] = write_decoder(sampler, out / "vae")
+    write_json(out / "model_index.json", index | pipeline_settings(sampler, head))
+    (out / "README.md").write_text(card.of_own(sampler, provenance, spec.kind, name, head), encoding="utf-8")
 
 
-def check(sampler: Sampler, spec: DiT) -> None:
+def require_known_run(sampler: Sampler, spec: DiT) -> None:
     """Raise UserError for a run that the shipped code does not know."""
-    needs, guide = sampler.flow.objective.needs, sampler.spec.guide
-    wrong = [f"net.{field} is {value}" for field in PUBLISHED if (value := getattr(spec, field)) != PUBLISHED[field]]
-    wrong += ["net.texts is set"] if spec.texts else []
-    wrong += [f"its net takes {name}" for name in needs.names if name not in TIMES]
-    wrong += [f"its head {name} takes more than the others" for name in needs.own]
-    wrong += [f"sample.guide.scale is {guide.scale:g}"] if guide.active else []
-    if wrong:
-        raise UserError(f"{wrong[0]}, which the exported code does not know: sample it by dumo sample")
+    way_out = "which the exported code does not know: sample it by dumo sample"
+    needs = sampler.flow.objective.needs
+    guide = sampler.spec.guide
+    for field, known in PUBLISHED.items():
+        value = getattr(spec, field)
+        if value != known:
+            raise UserError(f"net.{field} is {value}, {way_out}")
+    if spec.texts:
+        raise UserError(f"net.texts is set, {way_out}")
+    for name in needs.names:
+        if name not in KNOWN_TIMES:
+            raise UserError(f"its net takes {name}, {way_out}")
+    for name in needs.own:
+        raise UserError(f"its head {name} takes more than the others, {way_out}")
+    if guide.active:
+        raise UserError(f"sample.guide.scale is {guide.scale:g}, {way_out}")
 
 
-def transformer(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of diffusers
+def shipped_net(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of diffusers
     """The shipped net with the run's weights."""
     from dumo.export.shipped.dumo_dit import DumoDiT
 
@@ -90,7 +100,7 @@ def transformer(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of
         if not name.startswith("gauges.")
     }
     fields = spec.model_dump(include={"patch", "width", "depth", "attention", "time_scale"})
-    times = [time for time in TIMES if f"times.{time}.0.weight" in state]
+    times = [time for time in KNOWN_TIMES if f"times.{time}.0.weight" in state]
     heads = [*sampler.flow.objective.needs.heads]
     shipped = DumoDiT(channels, side, data.classes, **fields, time_names=times, head_names=heads)
     shipped.load_state_dict(state)
@@ -98,24 +108,24 @@ def transformer(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of
 
 
 @torch.no_grad()
-def agree(sampler: Sampler, net: Any, head: Head) -> None:  # noqa: ANN401
+def require_same_output(sampler: Sampler, net: Any, head: Head) -> None:  # noqa: ANN401
     """Raise UserError where the shipped net and dumo's reading of its own are not the same to the bit."""
-    data, reads = sampler.data, sampler.reads
+    data = sampler.data
+    read = sampler.reads.endpoint if head == "u" else sampler.reads.velocity
     x, c = random_batch("export", 2, data.shape, data.classes)
-    for t in (x.new_full((2,), t) for t in PROBED):
-        theirs: Sample = net(x, t, c, head)
-        if head == "u":
-            ours, theirs = reads.endpoint and reads.endpoint(x, t, c), x - t[:, None, None, None] * theirs
-        else:
-            ours = reads.velocity and reads.velocity(x, t, c)
-        if ours is None or not torch.equal(ours, theirs):
+    for time in COMPARED_TIMES:
+        t = x.new_full((2,), time)
+        shipped: Sample = net(x, t, c, head)
+        if head == "u":  # to the point that the flow map jumps to
+            shipped = x - t[:, None, None, None] * shipped
+        if read is None or not torch.equal(read(x, t, c), shipped):
             raise UserError(
                 f"objective '{sampler.flow.objective.kind}' reads its head {head} in another way than "
                 "the exported code, x_t - t u or the velocity v: sample it by dumo sample"
             )
 
 
-def decoder(sampler: Sampler, folder: Path) -> list[str | None]:
+def write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
     """Write the decoder, if there is one; return its entry in model_index.json. Raises as `Sampler.codec`."""
     data = sampler.data
     if not isinstance(data, Latents):
@@ -135,11 +145,12 @@ def decoder(sampler: Sampler, folder: Path) -> list[str | None]:
     return [VAE, "DumoTaef2"]
 
 
-def sampling(sampler: Sampler, head: Head) -> Json:
-    """How the pipeline samples, and what becomes of it: the fields of its `__init__`. Raises as `restart`."""
-    data, solver = sampler.data, sampler.spec.solver
-    chosen = restart(solver) if head == "u" else Euler()
-    said: Json = {"head": head, **chosen.model_dump(mode="json", exclude={"kind"})}
+def pipeline_settings(sampler: Sampler, head: Head) -> Json:
+    """The fields of the shipped pipeline's `__init__`: head, times, and the latents' scale. Raises as `restart`."""
+    solver = restart(sampler.spec.solver) if head == "u" else Euler()
+    settings: Json = {"head": head, **solver.model_dump(mode="json", exclude={"kind"})}
+    data = sampler.data
     if isinstance(data, Latents):
-        said |= {"shift": data.codec.published.shift, "scale": data.codec.published.scale}
-    return said
+        settings["shift"] = data.codec.published.shift
+        settings["scale"] = data.codec.published.scale
+    return settings

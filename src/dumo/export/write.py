@@ -25,9 +25,9 @@ from dumo.config.error import require_known
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET
 from dumo.export import card, lora, standalone
-from dumo.export.model import INDEX, Exported, Head, of_net, require
+from dumo.export.model import INDEX, ExportedModel, Head, exported_head, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_euler, write_scheduler
-from dumo.export.serve import UNREAD, is_whole, served, there, unserved
+from dumo.export.serve import IGNORED_KEYS, has_component, is_whole, served, unserved
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
@@ -42,9 +42,9 @@ Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
 DTYPES = ("float32", "bfloat16", "float16")
-SECOND = "transformer_2"
+SECOND_TRANSFORMER = "transformer_2"
 ORIGIN = "dumo.json"
-ANOTHER = "take another copy of the pipeline"
+TAKE_ANOTHER = "take another copy of the pipeline"
 
 
 def export(
@@ -65,152 +65,179 @@ def export(
     or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. `nfe` are the numbers of passes
     for which a net of two times is fixed. `alone`: of adapters on top of a few-step run's, these without those.
 
-    Raises UserError where `out` is there and not empty, for an option that is none, and where no stock program runs
-    what the run has; OSError where nothing can be written. Then nothing is.
+    Raises UserError where `out` exists and is not empty, for an unknown option, and where no stock program runs what
+    the run has; OSError where nothing can be written. Then nothing is written.
     """
-    for option, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
-        require_known(option, value, known)
+    require_known("--to", to, FORMS)
+    require_known("--parts", parts, PARTS)
+    require_known("--dtype", dtype, DTYPES)
     if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
             "--alone leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): give --to lora "
             "or comfyui, and such a run"
         )
-    vacant(out)
-    sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
+    require_vacant(out)
+    sampler = opened.sampler
+    spec = opened.run.net
+    provenance = card.Provenance.of(opened)
     if to in ("diffusers", "safetensors"):
         sampler = replace(sampler, flow=sampler.flow.of(uncoded(opened)))
-    found, path = choose_head(sampler.flow.objective, head), sampler.flow.path
+    chosen_head = choose_head(sampler.flow.objective, head)
     if isinstance(spec, DiT) and to == "diffusers":
         net = spec
-    else:  # a LoRA is rounded alone, without what it is added to
-        net = of_net(sampler, spec, found, tuple(nfe), "float32" if to in ("lora", "comfyui") else dtype)
+    else:
+        # a LoRA is rounded alone, without what it is added to
+        model_dtype = "float32" if to in ("lora", "comfyui") else dtype
+        net = exported_head(sampler, spec, chosen_head, tuple(nfe), model_dtype)
         net = replace(net, alone=alone)
+    path = sampler.flow.path
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
-    with files.whole(out) as half:
-        if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # one by the model's own names
+    with files.whole(out) as temporary:
+        if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # a single file
             weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model().state_dict())
-            safetensors.torch.save_file(weights, half, metadata=card.notes(net, made))
+            safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(net, provenance))
             return out
-        half.mkdir()
+        temporary.mkdir()
         name = name or out.name
         if isinstance(net, DiT):
-            standalone.write(sampler, net, made, half, name, head=found, dtype=dtype)
+            standalone.write(sampler, net, provenance, temporary, name, head=chosen_head, dtype=dtype)
         elif to == "lora":
-            lora.write(net, made, half, name, dtype=dtype)
+            lora.write(net, provenance, temporary, name, dtype=dtype)
         else:
-            write_folder(net, made, half, name, parts=cast(Parts, parts))
-        facts = made.facts
-        facts = {**facts, "run": json.loads(facts["run"])}
-        write_json(half / ORIGIN, facts | (net.facts if isinstance(net, Exported) else {}))
+            write_folder(net, provenance, temporary, name, parts=cast(Parts, parts))
+        facts: dict[str, Any] = dict(provenance.facts)
+        facts["run"] = json.loads(facts["run"])
+        if isinstance(net, ExportedModel):
+            facts |= net.facts
+        write_json(temporary / ORIGIN, facts)
     return out
 
 
 def uncoded(opened: RunFolder) -> nn.Module:
-    """A run's net with adapters that can be added to their layers: on a base that is read anew where it is coded."""
+    """A run's net with adapters that can be added to their layers: a base in few bits is read anew as stored."""
     spec = opened.run.net
-    if not isinstance(spec, Pretrained) or (whole := spec.uncoded()) is spec:
+    if not isinstance(spec, Pretrained):
         return opened.net
-    net = build(opened.run.model_copy(update={"net": whole}), opened.device)
-    net.load_state_dict(trained(opened.net), strict=False, assign=True)  # which are there once
+    uncoded_spec = spec.uncoded()
+    if uncoded_spec is spec:
+        return opened.net
+    net = build(opened.run.model_copy(update={"net": uncoded_spec}), opened.device)
+    net.load_state_dict(trained(opened.net), strict=False, assign=True)  # assigned, so memory holds them once
     return net.eval()
 
 
-def vacant(out: Path) -> None:
-    """Raise UserError where something stands already."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"{out} is there already: remove it, or give another place")
+def require_vacant(out: Path) -> None:
+    """Raise UserError unless `out` is missing or an empty folder."""
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.is_symlink() or (out.exists() and not is_empty_folder):
+        raise UserError(f"{out} exists already: remove it, or give another place")
 
 
 def choose_head(objective: Objective, head: str | None) -> Head:
     """The head to export; None: u where it was taught. Raises UserError for one that was not."""
-    has: list[Head] = [one for one in ("u", "v") if one in objective.needs.heads]
-    if not has or (head or has[0]) not in has:
+    exportable: list[Head] = [name for name in ("u", "v") if name in objective.needs.heads]
+    if not exportable:
+        raise UserError(f"objective '{objective.kind}' has no head that can be exported: sample it by dumo sample")
+    if head is None:
+        return exportable[0]
+    if head not in exportable:
         raise UserError(
-            f"objective '{objective.kind}' has {', '.join(has) or 'no'} head{'s' * (len(has) > 1)} that can be "
-            "exported: give another --head, or sample it by dumo sample"
+            f"--head {brief(head)}: of objective '{objective.kind}' only {' and '.join(exportable)} can be exported: "
+            "give another --head, or sample it by dumo sample"
         )
-    return has[0] if head is None else cast(Head, head)
+    return head
 
 
 def write_folder(
-    exported: Exported,
-    made: card.Provenance,
+    exported: ExportedModel,
+    provenance: card.Provenance,
     out: Path,
     out_name: str,
     *,
     parts: Parts = "copy",
 ) -> None:
-    """Write the folder `out`, which is there and empty, and will be called `out_name`.
+    """Write a pipeline into the empty folder `out`, which will be called `out_name`.
 
     The source's other parts are copied, linked to, or left out. Raises UserError where no stock pipeline runs the
     model, or the source's decoder reads other latents than the run has.
     """
-    stock, source = require(exported), exported.source
+    stock = require_pipeline(exported)
+    source = exported.source
     index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
         exported.spec.pipeline.verify()
-        fits(exported.sampler.data)
+        require_own_autoencoder(exported.sampler.data)
     exported.model().save_pretrained(out / exported.part)
-    index[exported.part] = ["diffusers", exported.kind]
+    index[exported.part] = ["diffusers", exported.model_class]
     if exported.head == "u":
         index[SCHEDULER] = write_scheduler(
-            out / SCHEDULER, exported.solver, exported.net.frame, takes_times=bool(stock.times), hops=exported.hops
+            out / SCHEDULER,
+            exported.solver,
+            exported.net.frame,
+            takes_times=bool(stock.time_arguments),
+            hops=exported.hops,
         )
     elif source:
-        bring(source / SCHEDULER, out / SCHEDULER, "copy")
+        copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
         index[SCHEDULER] = write_euler(out / SCHEDULER, exported.net.frame)
-    for name in others(index):
+    for name in other_parts(index):
         if source and parts != "none":
-            bring(source / name, out / name, parts)
+            copy_part(source / name, out / name, parts)
         else:
             del index[name]
     if not unserved(exported, whole=is_whole(index)):
         index |= served(exported)
     write_json(out / INDEX, index)
-    if codes := exported.codes:
-        safetensors.torch.save_file(codes, out / card.CODED, {"format": "pt"})
-    (out / "README.md").write_text(card.of_tuned(exported, made, stock, out_name, index), encoding="utf-8")
+    codes = exported.codes
+    if codes:
+        safetensors.torch.save_file(codes, out / card.CODES, {"format": "pt"})
+    readme = card.of_tuned(exported, provenance, stock, out_name, index)
+    (out / "README.md").write_text(readme, encoding="utf-8")
 
 
 def read_index(source: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline, without what servers read of its passes, for ours are others.
 
-    Raises UserError for one that is none, or has two transformers.
+    Raises UserError for a file that is no such index, and for a pipeline of two transformers.
     """
-    index = read_settings(source / INDEX, ANOTHER)
-    if there(index.get(SECOND)):
+    index = read_settings(source / INDEX, TAKE_ANOTHER)
+    if has_component(index.get(SECOND_TRANSFORMER)):
         raise UserError(
-            f"{source} is no pipeline of one transformer: {ANOTHER}; or, of two, {SECOND} was not tuned and would make "
-            "some of the passes: take --to safetensors"
+            f"{source} is no pipeline of one transformer: {TAKE_ANOTHER}; or, of two, {SECOND_TRANSFORMER} was not "
+            "tuned and would make some of the passes: take --to safetensors"
         )
-    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != UNREAD}
+    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != IGNORED_KEYS}
 
 
-def others(index: Mapping[str, Any]) -> list[str]:
+def other_parts(index: Mapping[str, Any]) -> list[str]:
     """The parts of a pipeline other than model and scheduler. Raises UserError for a name that leads elsewhere."""
-    parts = [name for name, entry in index.items() if there(entry) and name not in (TRANSFORMER, UNET, SCHEDULER)]
-    if strange := [name for name in parts if Path(name).name != name]:
-        raise UserError(f"pipeline: {INDEX} has a part called {brief(strange[0])!r}, which is no folder: {ANOTHER}")
+    parts = list[str]()
+    for name, entry in index.items():
+        if not has_component(entry) or name in (TRANSFORMER, UNET, SCHEDULER):
+            continue
+        if Path(name).name != name:
+            raise UserError(f"pipeline: {INDEX} has a part called {brief(name)!r}, which is no folder: {TAKE_ANOTHER}")
+        parts.append(name)
     return parts
 
 
-def bring(part: Path, to: Path, how: Parts) -> None:
+def copy_part(part: Path, to: Path, how: Parts) -> None:
     """Copy a part, or link to it where it lies now. Raises UserError where it is missing."""
     if not part.is_dir():
-        raise UserError(f"pipeline: {part} is missing, and {INDEX} has it: {ANOTHER}")
+        raise UserError(f"pipeline: {part} is missing, and {INDEX} has it: {TAKE_ANOTHER}")
     if how == "link":
         to.symlink_to(part.resolve(), target_is_directory=True)
     else:
         shutil.copytree(part, to)
 
 
-def fits(data: Data) -> None:
+def require_own_autoencoder(data: Data) -> None:
     """Raise UserError where the net makes latents of another autoencoder than the pipeline decodes with."""
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
         raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dumo.encoders.pipeline import TRANSFORMER, Pipeline
 from dumo.encoders.prompt import Prompts, defaults
 from dumo.encoders.texttable import encode, open_table
-from dumo.export.model import STOCKS
+from dumo.export.model import PIPELINE_BY_MODEL
 from dumo.nets.family import FAMILIES, family
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
@@ -98,20 +98,26 @@ class Stock:
         self.pipe: Any = DiffusionPipeline.from_pretrained(pipeline.folder)
         self.pipe.set_progress_bar_config(disable=True)
         self.family = family(pipeline.config(TRANSFORMER))
-        self.stock = STOCKS[pipeline.config(TRANSFORMER)["_class_name"]]
+        self.stock = PIPELINE_BY_MODEL[pipeline.config(TRANSFORMER)["_class_name"]]
         self.model: Any = getattr(self.pipe, pipeline.model)
 
     def unguided(self, text: str) -> Received:
         """Of a pass without guidance."""
-        off = {self.stock.off: self.stock.none} if self.stock.off else {}
+        off = {self.stock.guide_argument: self.stock.unguided} if self.stock.guide_argument else {}
         (found,) = self.calls(text, **off)
         return found
 
     def guided(self, text: str) -> list[Received]:
         """Of a guided pass, with the defaults of the pipeline; where it is not guided, of one for no text."""
-        if self.stock.off is None:
+        if self.stock.guide_argument is None:
             return [*self.calls(text), *self.calls("")]
-        return [*self.calls(text, **{self.stock.off: 4.0}, **{"negative_prompt": ""} if self.stock.named else {})]
+        return [
+            *self.calls(
+                text,
+                **{self.stock.guide_argument: 4.0},
+                **{"negative_prompt": ""} if self.stock.guided_by_negative else {},
+            )
+        ]
 
     def calls(self, text: str, **more: Any) -> Iterator[Received]:  # noqa: ANN401
         """What comes with each row of each pass."""
@@ -124,7 +130,7 @@ class Stock:
 
         self.model.forward = recorded
         words = {"num_frames": 1} if "num_frames" in inspect.signature(self.pipe.__call__).parameters else {}
-        words |= {word.split("=")[0]: False for word in self.stock.more if word.endswith("False")}
+        words |= {word.split("=")[0]: False for word in self.stock.extra_arguments if word.endswith("False")}
         self.pipe(prompt=text, height=SIDE, width=SIDE, num_inference_steps=1, **words, **more)
         self.model.forward = forward
         for one in passes:

@@ -11,7 +11,7 @@ import transformers_tiny as tiny
 from comfyui import loaded, native
 from dumo.encoders.pipeline import Pipeline, published
 from dumo.export.lora import COMFYUI, comfyui, tensors
-from dumo.export.model import STOCKS, Exported
+from dumo.export.model import PIPELINE_BY_MODEL, ExportedModel
 from dumo.nets.adapter import Lora, without_subject
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family
@@ -24,7 +24,7 @@ from transformers_saved import CLASSES, SHAPE
 NAMES = ("sd3", "sd3.5", "flux", "flux2", "chroma", "qwen", "z-image", "auraflow")
 
 
-def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[dict[str, torch.Tensor], Exported]:
+def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[dict[str, torch.Tensor], ExportedModel]:
     """The weights of a tiny model, and that model after all that is trained beside adapters has moved."""
     model: Any = tiny.TINY[name].model()
     model.register_to_config(_class_name=tiny.TINY[name].kind)
@@ -41,14 +41,14 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})  # as is one that was tuned on captions
-    return before, Exported(sampler, read.within(Pipeline(source="sd3-digits")), net, "u")
+    return before, ExportedModel(sampler, read.within(Pipeline(source="sd3-digits")), net, "u")
 
 
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merge")
 @pytest.mark.parametrize("name", NAMES)
 def test_comfyui_merges_what_dumo_merges(name: str) -> None:
     before, exported = tuned(name)
-    file, kind = comfyui(exported), exported.kind
+    file, kind = comfyui(exported), exported.model_class
     after = native(exported.model().state_dict(), kind)
     found = loaded(before, file, kind)
     assert found.keys() == after.keys()
@@ -61,7 +61,7 @@ def test_comfyui_merges_what_dumo_merges(name: str) -> None:
 def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
     """What both add up to is the model of both; the subject's alone is on top of the few-step model."""
     before, exported = tuned("sd3", subject=2)
-    fused, alone, kind = comfyui(exported), comfyui(replace(exported, alone=True)), exported.kind
+    fused, alone, kind = comfyui(exported), comfyui(replace(exported, alone=True)), exported.model_class
     with without_subject(exported.net.model):
         few = exported.model().state_dict()
     after = native(exported.model().state_dict(), kind)
@@ -78,13 +78,13 @@ NO_BIAS = ("flux2",)  # neither its last layer nor its embedder has one
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sana", "lumina2", "cogview4"])
 def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
-    assert STOCKS[tiny.TINY[name].kind].lora
+    assert PIPELINE_BY_MODEL[tiny.TINY[name].kind].loads_lora
     with pytest.raises(UserError, match="ComfyUI does not know the layers of a"):
         comfyui(tuned(name)[1])
     assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == set(COMFYUI)
 
 
-def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, torch.Tensor], Exported]:  # noqa: ANN401
+def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, torch.Tensor], ExportedModel]:  # noqa: ANN401
     """As `tuned`, of a UNet of a published pipeline."""
     before = {key: x.clone() for key, x in model.state_dict().items()}
     spec = Pretrained(texts=Codes(), lora=Lora(rank=3, convolutions=convolutions))
@@ -96,7 +96,7 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})
-    return before, Exported(sampler, read.within(Pipeline(source="sdxl" if row is SDXL else "sd15")), net, "u")
+    return before, ExportedModel(sampler, read.within(Pipeline(source="sdxl" if row is SDXL else "sd15")), net, "u")
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dumo.config.load import load
 from dumo.export.lora import product
-from dumo.export.model import INDEX, STOCKS, Exported
+from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel
 from dumo.export.scheduler import CONFIG, check_scheduler, restart, write_scheduler
-from dumo.export.write import fits, read_index, vacant
+from dumo.export.write import read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jumps
 from dumo.nets.family import FAMILIES
@@ -60,7 +60,7 @@ def test_a_hop_ends_where_the_next_begins() -> None:
     """A stock model is given t alone, so two ends of one t are refused."""
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), flow=SimpleNamespace(path=Linear()))
     none: Any = None
-    two = Exported(sampler, spec=none, net=none, head="u", nfe=(2,))
+    two = ExportedModel(sampler, spec=none, net=none, head="u", nfe=(2,))
     assert two.passes == [(1.0, 0.5), (0.5, 0.0)]
     with pytest.raises(UserError, match=r"the one from t = 1 goes to r = 0 and to r = 0\.5"):
         _ = replace(two, nfe=(1, 2)).passes
@@ -124,7 +124,10 @@ def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Pa
 def test_guidance_is_said_in_each_pipelines_own_way() -> None:
     """V(null) + w (V(c) - V(null)) is what most say; Z-Image adds w - 1 times the difference to V(c)."""
     w, times = 3.5, [1.0, 0.7]
-    said = {name: stock.arguments([999, 547] if stock.whole else times, scale=w) for name, stock in STOCKS.items()}
+    said = {
+        name: stock.arguments([999, 547] if stock.indexed_times else times, scale=w)
+        for name, stock in PIPELINE_BY_MODEL.items()
+    }
     assert said.keys() <= FAMILIES.keys()  # all are classes that dumo trains
     assert said["SD3Transformer2DModel"] == {"sigmas": times, "guidance_scale": w}
     assert said["ZImageTransformer2DModel"]["guidance_scale"] == w - 1
@@ -132,14 +135,14 @@ def test_guidance_is_said_in_each_pipelines_own_way() -> None:
     assert said["CogView4Transformer2DModel"]["timesteps"] == [1000, 700]
     assert said["WanTransformer3DModel"]["num_inference_steps"] == 2
     assert said["UNet2DConditionModel"] == {"timesteps": [999, 547], "guidance_scale": w}
-    found = STOCKS["FluxTransformer2DModel"].arguments(times, embedded=4.0)
+    found = PIPELINE_BY_MODEL["FluxTransformer2DModel"].arguments(times, embedded=4.0)
     assert found == {"sigmas": times, "true_cfg_scale": 1.0, "guidance_scale": 4.0}
 
 
 def test_a_decoder_of_other_latents_is_refused() -> None:
-    fits(load("sd3-lora").data)
+    require_own_autoencoder(load("sd3-lora").data)
     with pytest.raises(UserError, match=r"data.codec is codec taef2, and the pipeline decodes .*codec.kind=pipeline"):
-        fits(load("cifar10-latents").data)
+        require_own_autoencoder(load("cifar10-latents").data)
 
 
 def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
@@ -154,13 +157,13 @@ def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:
-    vacant(tmp_path)
-    vacant(tmp_path / "new")
+    require_vacant(tmp_path)
+    require_vacant(tmp_path / "new")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "link", tmp_path / "file"):
-        with pytest.raises(UserError, match="is there already"):
-            vacant(place)
+        with pytest.raises(UserError, match="exists already"):
+            require_vacant(place)
 
 
 @pytest.mark.parametrize(("wide", "high", "bias"), [(3, 5, True), (5, 3, True), (4, 4, False)])

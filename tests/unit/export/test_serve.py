@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from dumo.export.model import STOCKS
+from dumo.export.model import PIPELINE_BY_MODEL
 from dumo.export.serve import KEY, served, unserved
 from dumo.flow.solver import Restart
 
 
-def exported(*, guided: bool = False, **other: object) -> Any:  # noqa: ANN401, a stand-in for Exported
+def exported(*, guided: bool = False, **other: object) -> Any:  # noqa: ANN401, a stand-in for ExportedModel
     """A flow map of FLUX, as far as a server asks, with some facts that are other ones."""
     facts = {
-        "stock": STOCKS["FluxTransformer2DModel"],
+        "stock": PIPELINE_BY_MODEL["FluxTransformer2DModel"],
         "head": "u",
         "solver": Restart(m=0.7),
         "nfe": (),
@@ -31,7 +31,7 @@ def exported(*, guided: bool = False, **other: object) -> Any:  # noqa: ANN401, 
     ("other", "why"),
     [
         ({"stock": None}, "has no class"),
-        ({"stock": STOCKS["SD3Transformer2DModel"]}, "has no class"),
+        ({"stock": PIPELINE_BY_MODEL["SD3Transformer2DModel"]}, "has no class"),
         ({"head": "v"}, "is a velocity"),
         ({"nfe": (1,)}, "two jumps"),
         ({"nfe": (2,), "hops": True}, "two jumps"),

@@ -47,7 +47,9 @@ class DumoPipeline(DiffusionPipeline):
         The generator draws all noise but what is given: `latents` to start from, `noises` between two passes.
         `output_type` is pil, np or pt, or latent: what the net makes, in float32.
         """
-        net, n, device = self.transformer, num_inference_steps, self._execution_device
+        net = self.transformer
+        n = num_inference_steps
+        device = self._execution_device
         c = torch.as_tensor(class_labels, device=device).reshape(-1)
         shape = (len(c), net.config.channels, net.config.side, net.config.side)
         x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
@@ -64,15 +66,17 @@ class DumoPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def times(self, n: int) -> list[float]:
-        """Those of n passes; of Euler steps also the last one's end."""
-        start, m = self.config["start"], self.config["m"]
+        """The times at which n passes begin; of Euler steps also the end of the last."""
+        start = self.config["start"]
+        m = self.config["m"]
         if self.config["head"] == "v":
             return [start * ((n - k) / n) for k in range(n + 1)]
         return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
     def images(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401, as diffusers gives them
         """What the net made, decoded."""
-        shift, scale = (torch.tensor(value, device=x.device) for value in (self.config["shift"], self.config["scale"]))
+        shift = torch.tensor(self.config["shift"], device=x.device)
+        scale = torch.tensor(self.config["scale"], device=x.device)
         x = x / scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
         if self.vae is not None:
             x = self.vae.decode(x.to(self.vae.dtype)).sample.float()
