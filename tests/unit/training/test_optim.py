@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from dumo.config.load import load
-from dumo.nets.embed import TIMES, Scalars
+from dumo.nets.embed import SLOPE_TIMES, Scalars
 from dumo.plan.plan import held
 from dumo.run.net import outline
 from dumo.run.train import train
@@ -339,7 +339,7 @@ def slope_growth(optimizer: Optimizer, chosen: str) -> float:
     """
     net = build(load("dumo-best-latents", ["net.depth=1"])).double()
     (scalars,) = (module for module in net.modules() if isinstance(module, Scalars))
-    t = torch.tensor(TIMES, dtype=torch.float64)
+    t = torch.tensor(SLOPE_TIMES, dtype=torch.float64)
 
     def slope() -> Tensor:
         _, de_dt = jvp(lambda t: scalars(t=t), (t,), (torch.ones_like(t),))  # pyright: ignore[reportAssignmentType]
