@@ -9,7 +9,7 @@ from PIL import Image
 
 import dumo
 from autoencoder import taef2
-from dumo.data.pixel import size_of
+from dumo.data.pixel import upright_size
 from dumo.runtime.random import stream
 from e2e.shell import call, refused, sets, together
 from e2e.test_ranks import same
@@ -66,7 +66,7 @@ def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
     assert done.code == 0, done.err
     (folder,) = map(Path, done.out.split())
     assert "size24x40" in folder.name
-    assert {size_of(file.read_bytes()) for file in folder.glob("*.png")} == {(40, 24)}
+    assert {upright_size(file.read_bytes()) for file in folder.glob("*.png")} == {(40, 24)}
     assert dumo.load("run").sample(n=1, size="40x24").shape == (1, 3, 24, 40)
     assert dumo.load("run").sample(n=1).shape == (1, 3, 32, 32)
     refused("sample", "run", "--size", "40x40", named=("size 40x40", "40x24, 32x32, 24x40, 16x16"))

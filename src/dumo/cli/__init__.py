@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from dumo import runtime
 from dumo.cli import evaluate, lab, preflight, run, share
-from dumo.cli.option import trusted
+from dumo.cli.option import with_trust_code
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams, stoppable
 from dumo.config.foreign import ours
 
@@ -81,11 +81,11 @@ class Command(TyperCommand):
 
 
 for command in COMMANDS:
-    app.command(cls=Command)(trusted(stoppable(command, keeps=command not in PLANS)))
+    app.command(cls=Command)(with_trust_code(stoppable(command, keeps=command not in PLANS)))
 
 benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
 for command in (lab.step, lab.sample, lab.data):
-    benches.command()(trusted(stoppable(command)))
+    benches.command()(with_trust_code(stoppable(command)))
 app.add_typer(benches, name="bench")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Nfe, Seed, Set, SolverName, Weights, numbers
+from dumo.cli.option import AsJson, Device, Nfe, Seed, Set, SolverName, Weights, parse_integers
 from dumo.cli.terminal import err, out, show_table
 from dumo.runtime.progress import bar
 
@@ -204,7 +204,7 @@ def evaluate(
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         report = evaluate.evaluate(
             opened,
-            nfe=numbers("--nfe", nfe),
+            nfe=parse_integers(nfe, "--nfe"),
             seed=seed,
             solver=solver,
             bar=bar if is_main else no_bar,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Set, Source, numbers, place
+from dumo.cli.option import AsJson, Device, Set, Source, parse_integers, parse_path
 from dumo.cli.terminal import out, show_table
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar
@@ -31,7 +31,8 @@ def reproduce(
         str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
     ] = "laptop",
     folder: Annotated[
-        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE.")
+        Path | None,
+        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
     device: Device = "auto",
@@ -85,7 +86,7 @@ def step(
         resolve(load(source, overrides)),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
-        shape=numbers("--shape", shape),
+        shape=parse_integers(shape, "--shape"),
         compile=compile_,
         rounds=rounds,
         peak_tflops=peak,
@@ -145,9 +146,9 @@ def sample(
     begin(threads)
     report = bench.sample(
         resolve(load(source, set_ or [])),
-        nfes=numbers("--nfe", nfe) or (),
+        nfes=parse_integers(nfe, "--nfe") or (),
         precisions=precision.split(","),
-        shape=numbers("--shape", shape),
+        shape=parse_integers(shape, "--shape"),
         batch=batch,
         rounds=rounds,
         device=device,
@@ -181,7 +182,7 @@ def data(
     from dumo.lab import reading
 
     begin(None)
-    counts = numbers("--threads", threads)
+    counts = parse_integers(threads, "--threads")
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
     report = reading.measure(

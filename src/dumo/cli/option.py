@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take."""
+"""What several commands share: option types, the decorator that adds --trust-code, and parsers of option values."""
 
 import re
 from collections.abc import Callable
@@ -15,15 +15,27 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
-def complete(text: str) -> list[str]:
-    """The recipes with names that begin so, for the shell to complete; of none it completes files."""
+READS_A_RUN = {"source", "run_folder"}  # the parameters of a command that may name a run
+
+
+def complete_recipe(text: str) -> list[str]:
+    """The recipes whose names begin with `text`. Where there is none, the shell completes files."""
     return [name for name in recipes.names() if name.startswith(text)]
 
 
-NAMED = "A recipe's name (see dumo recipes), a YAML file, "
-Source = Annotated[str, typer.Argument(help=f"{NAMED}or a run's folder.", autocompletion=complete)]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.",
+        autocompletion=complete_recipe,
+    ),
+]
 SourceOrImages = Annotated[
-    str, typer.Argument(help=f"{NAMED}a run's folder, or a folder of images.", autocompletion=complete)
+    str,
+    typer.Argument(
+        help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
+        autocompletion=complete_recipe,
+    ),
 ]
 Folder = Annotated[
     str, typer.Argument(help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.")
@@ -50,62 +62,71 @@ Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Read all images first, and compare what is in them with what it was.")
+    bool,
+    typer.Option(
+        "--verify",
+        help="Hash every image first, and compare with what the run was trained on, or the cache made of.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the code that the file or folder of a run names (module:Class).")
 ]
 
 
-def trusted(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with --trust-code where it reads a run (`dumo.config.trust`)."""
+def with_trust_code(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --trust-code to a command that reads a run (`dumo.config.trust`). Others are returned as they are."""
     command_signature = signature(command)
-    if not command_signature.parameters.keys() & {"source", "run_folder"}:
+    if not READS_A_RUN & command_signature.parameters.keys():
         return command
 
     @wraps(command)
-    def run(*words: object, trust_code: bool = False, **options: object) -> None:
+    def command_with_flag(*words: object, trust_code: bool = False, **options: object) -> None:
         from dumo.config.trust import trusting
 
         with trusting(trust_code):
             command(*words, **options)
 
-    trust_code_option = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
-    parameters = [*command_signature.parameters.values(), trust_code_option]
-    run.__signature__ = command_signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue], typer reads it
-    run.__annotations__ = {**command.__annotations__, trust_code_option.name: TrustCode}
-    return run
+    # typer reads the options from here
+    flag = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
+    new_signature = command_signature.replace(parameters=[*command_signature.parameters.values(), flag])
+    command_with_flag.__signature__ = new_signature  # pyright: ignore[reportAttributeAccessIssue]
+    command_with_flag.__annotations__ = {**command.__annotations__, flag.name: TrustCode}
+    return command_with_flag
 
 
-def place(text: str) -> Path:
-    """A folder, which need not be there. An empty name would be the one we are in."""
+def parse_path(text: str) -> Path:
+    """A file or folder, which need not be there.
+
+    Raises BadParameter for an empty name, which `Path` would take for the current folder, and for a null byte.
+    """
     if not text or "\0" in text:
-        raise typer.BadParameter("it is no name: give a folder, or leave it out")
+        raise typer.BadParameter(f"{text!r} is no path: name a file or folder")
     return Path(text)
 
 
-def class_numbers(text: str | None, conditions: "Conditions") -> list[int] | None:
-    """'cats,2' as the numbers of these classes. Raises UserError for one that is none."""
-    return None if text is None else [conditions.index(part) for part in text.split(",")]
+def parse_classes(text: str | None, conditions: "Conditions") -> list[int] | None:
+    """'cats,2' as the numbers of these classes; None stays None. Raises UserError for a name that is no class."""
+    if text is None:
+        return None
+    return [conditions.index(label) for label in text.split(",")]
 
 
-def numbers(option: str, text: str | None) -> list[int] | None:
-    """'1,2,4' as [1, 2, 4]."""
+def parse_integers(text: str | None, option: str) -> list[int] | None:
+    """'1,2,4' as [1, 2, 4]; None stays None. Raises BadParameter, which names the option, for anything else."""
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
 
 
-def size(text: str) -> int:
-    """'24GiB' as bytes."""
+def parse_bytes(text: str, option: str) -> int:
+    """'24GiB' as bytes. Raises BadParameter, which names the option, for what is no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint="--fit")
+        raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint=option)
     number, letter, binary = match.groups()
     base = 1024 if binary else 1000
     power = "KMGT".index(letter.upper()) + 1

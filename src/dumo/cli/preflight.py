@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dumo.cli.option import AsJson, Device, Set, Source, size
+from dumo.cli.option import AsJson, Device, Set, Source, parse_bytes
 from dumo.cli.terminal import out, show_lines
 from dumo.config import recipes as packaged
 from dumo.runtime import typed
@@ -205,7 +205,7 @@ def dry(
     """
     from dumo.plan import host, plan, rehearsal
 
-    limit = size(fit) if fit else None
+    limit = parse_bytes(fit, "--fit") if fit else None
     overrides = [*(set_ or [])]
     if share:
         overrides.append(f"train.share={share}")

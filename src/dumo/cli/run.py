@@ -20,9 +20,9 @@ from dumo.cli.option import (
     SourceOrImages,
     Verify,
     Weights,
-    class_numbers,
-    numbers,
-    place,
+    parse_classes,
+    parse_integers,
+    parse_path,
 )
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import typed
@@ -113,7 +113,8 @@ def encode(
 def train(
     source: SourceOrImages,
     folder: Annotated[
-        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="The run's folder. Default: runs/NAME.")
+        Path | None,
+        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="The run's folder. Default: runs/NAME."),
     ] = None,
     step: Annotated[
         int | None,
@@ -258,7 +259,7 @@ def sample(
     prompts: Prompts = None,
     source: Annotated[
         Path | None,
-        typer.Option(parser=place, metavar="FILE", help="The image that a prompt edits, of a run that edits."),
+        typer.Option(parser=parse_path, metavar="FILE", help="The image that a prompt edits, of a run that edits."),
     ] = None,
     seed: Seed = None,
     solver: SolverName = None,
@@ -276,7 +277,7 @@ def sample(
     ] = "grid",
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=place, metavar="FOLDER", help="Default: samples/ in the run's folder."),
+        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="Default: samples/ in the run's folder."),
     ] = None,
     set_: Set = None,
     weights: Weights = None,
@@ -302,7 +303,7 @@ def sample(
         )
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        passes = numbers("--nfe", nfe)
+        passes = parse_integers(nfe, "--nfe")
         progress = bar if dist.is_main() else no_bar
         folder = folder or opened.folder / "samples"
         if prompts and form in LAYOUTS:
@@ -314,7 +315,7 @@ def sample(
                 folder,
                 form=form,
                 count=count or len(texts) or COUNT,
-                only=class_numbers(labels, opened.sampler.conditions),
+                only=parse_classes(labels, opened.sampler.conditions),
                 prompts=texts,
                 source=source,
                 nfe=passes,
@@ -334,7 +335,7 @@ def average(
     ],
     file: Annotated[
         Path | None,
-        typer.Option("--out", parser=place, metavar="FILE", help="Default: averages/ in the run's folder."),
+        typer.Option("--out", parser=parse_path, metavar="FILE", help="Default: averages/ in the run's folder."),
     ] = None,
 ) -> None:
     """Make another average of a run's weights, of those that it kept (train.snapshots), for --weights of a command.
@@ -384,7 +385,8 @@ def grid(
     ] = None,
     seed: Seed = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: grids/ in the run's folder.")
+        Path | None,
+        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="Default: grids/ in the run's folder."),
     ] = None,
     set_: Set = None,
     device: Device = "auto",
@@ -403,19 +405,19 @@ def grid(
     if reading is not None:
         options["letters"] = reading.split(",")
     if nfe is not None:
-        options["nfe"] = numbers("--nfe", nfe)
+        options["nfe"] = parse_integers(nfe, "--nfe")
     if steps is not None:
-        options["steps"] = None if steps == "all" else numbers("--steps", steps)
+        options["steps"] = None if steps == "all" else parse_integers(steps, "--steps")
     if count is not None:
         options["count"] = count
     folder = folder or opened.folder / "grids"
     file.check_writable(folder)
     with threads.fewer_when_busy(opened.device, say):
         if classes is not None:
-            only = None if classes == "all" else class_numbers(classes, opened.sampler.conditions)
+            only = None if classes == "all" else parse_classes(classes, opened.sampler.conditions)
             files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **options))
         else:
-            only = class_numbers(labels, opened.sampler.conditions)
+            only = parse_classes(labels, opened.sampler.conditions)
             panels = gallery.trajectories(opened, only=only, **options)
             files = gallery.write_trajectories(folder, panels)
     for path in files:

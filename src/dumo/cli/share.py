@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli.option import Device, Folder, Set, Weights, numbers, place
+from dumo.cli.option import Device, Folder, Set, Weights, parse_integers, parse_path
 from dumo.cli.terminal import err, explain, out
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def export(
     target: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", parser=place, help="A folder, or of comfyui and safetensors a file; not there yet."
+            metavar="OUT", parser=parse_path, help="A folder, or of comfyui and safetensors a file; not there yet."
         ),
     ],
     to: Annotated[
@@ -70,7 +70,7 @@ def export(
     write.require_vacant(target)
     if push is not None:
         hub.require(push, parts)
-    passes = numbers("--nfe", nfe) or ()
+    passes = parse_integers(nfe, "--nfe") or ()
     with low_memory_heap():
         opened = open_run(run_folder, weights=weights, device="cpu")
         exported = write.export(

@@ -226,12 +226,12 @@ def _content_of(folder: Path, *, images: bool) -> str | None:
         return "a run"
     if not images:
         return None
-    from dumo.data.pixel import SUFFIXES  # slow to import
+    from dumo.data.pixel import IMAGE_SUFFIXES  # slow to import
 
     for _, _, names in os.walk(folder):
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in SUFFIXES or ending in TABLES:
+            if ending in IMAGE_SUFFIXES or ending in TABLES:
                 return "images"
     return None
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from dumo.data.augment import Edm
-from dumo.data.pixel import Frame, Unreadable
+from dumo.data.pixel import ToRectangle, Unreadable
 from dumo.data.store import Store
 from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
@@ -45,7 +45,7 @@ class Album:
     def __init__(
         self,
         store: Store,
-        frame: Frame,
+        to_pixels: ToRectangle,
         *,
         flip: bool,
         skip: bool,
@@ -61,7 +61,7 @@ class Album:
         of the store, if they are there already.
         """
         self.store = store
-        self.frame = frame
+        self.to_pixels = to_pixels
         self.flip = flip
         self.augment = augment
         self.skip = skip
@@ -74,7 +74,7 @@ class Album:
         self.numbers_of_rows = only  # in the store; None: they are the rows' own
         self.full_size = self.size  # with those that cannot be read
         self.kept: Pixels | None = None
-        if self.full_size * prod(frame.shape) <= memory:
+        if self.full_size * prod(to_pixels.shape) <= memory:
             self._keep()
 
     def use(self, threads: int) -> None:
@@ -191,7 +191,7 @@ class Album:
 
     def _decode(self, numbers: Order, tick: Tick = lambda done, note: None) -> tuple[Pixels, list[int]]:
         """Some images of the store, by their numbers, and which of these, counted from 0, cannot be read."""
-        pixels = torch.zeros(len(numbers), *self.frame.shape, dtype=torch.uint8)
+        pixels = torch.zeros(len(numbers), *self.to_pixels.shape, dtype=torch.uint8)
         bad: list[int] = []
         size = max(1, min(MAX_CHUNK, len(numbers) // (CHUNKS_PER_THREAD * self.threads)))
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")  # a ms for each batch, and none is left
@@ -220,7 +220,7 @@ class Album:
         data = None
         try:
             data = self.store.read(number)
-            into[:] = self.frame(data)
+            into[:] = self.to_pixels(data)
         except (OSError, ValueError) as error:
             message = f"{self.store.path(number)} {fault(error)}"
             if not self.skip:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.data.album import HOW_TO_MEND, THREADS, Album, fault
-from dumo.data.pixel import LONG, Crop, Oblong, Size, covering, size_of
+from dumo.data.pixel import MAX_ASPECT_RATIO, Crop, Size, ToRectangle, covering_size, upright_size
 from dumo.data.store import Store
 from dumo.io.content import Hashes, few
 from dumo.io.source import Bucketed
@@ -35,7 +35,7 @@ class Buckets(Spec):
     """Sizes around an area of side x side pixels."""
 
     step: Pixels = 64  # pixels: sides are multiples of it (SDXL)
-    ratio: float = Field(default=2.0, ge=1, le=LONG)  # of the longer side to the shorter, at most
+    ratio: float = Field(default=2.0, ge=1, le=MAX_ASPECT_RATIO)  # of the longer side to the shorter, at most
     smaller: tuple[Pixels, ...] = ()  # sides of further areas, for images that `side` would enlarge
 
     def groups(self, side: int) -> tuple[tuple[Size, ...], ...]:
@@ -67,7 +67,7 @@ def lost(image: Size, size: Size, crop: Crop = "adm") -> float:
     """The share of an image that is cut off where it is brought to `size`."""
     while crop == "adm" and all(side >= 2 * wanted for side, wanted in zip(image, size, strict=True)):
         image = image[0] // 2, image[1] // 2  # as `cut`
-    return 1 - prod(size) / prod(covering(image, size))
+    return 1 - prod(size) / prod(covering_size(image, size))
 
 
 def nearest(image: Size, groups: Sequence[Sequence[Size]]) -> Size:
@@ -161,7 +161,7 @@ class Assorted:
             height, width = self.sizes[k]
             albums[k] = Album(
                 self.store,
-                Oblong(height, self.crop, width),
+                ToRectangle(height, width, self.crop),
                 flip=self.flip,
                 skip=self.skip,
                 memory=memory if decoded_bytes <= memory else 0.0,
@@ -188,7 +188,7 @@ class Assorted:
     def _size(self, i: int) -> Size | None:
         try:
             data = self.store.read(i)
-            size = size_of(data)
+            size = upright_size(data)
         except (OSError, ValueError) as error:
             if self.skip:
                 return None

@@ -21,7 +21,7 @@ from dumo.data.augment import Edm
 from dumo.data.bucket import Assorted, Buckets, Crops
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.parquet import Parquet, columns
-from dumo.data.pixel import SUFFIXES, Crop, Frame, Size
+from dumo.data.pixel import IMAGE_SUFFIXES, Crop, Size, ToSquare
 from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import TABLES, captions_of, edited, hash_of
@@ -299,7 +299,7 @@ class Images(Spec):
     def _album(self, *, numbered: bool) -> Album:
         return Album(
             self._checked_store(),
-            Frame(self.side, self.crop),
+            ToSquare(self.side, self.crop),
             flip=self.flip,
             augment=self.augment,
             skip=self.on_bad == "skip",
@@ -355,7 +355,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     by_format: dict[str, dict[str, State]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, state in files.items():
         ending = os.path.splitext(file)[1]
-        if ending.lower() in SUFFIXES:
+        if ending.lower() in IMAGE_SUFFIXES:
             by_format["folder"][file] = state
         elif ending in FORMATS:
             by_format[FORMATS[ending]][file] = state

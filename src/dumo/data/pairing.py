@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from dumo.data.pixel import SUFFIXES
+from dumo.data.pixel import IMAGE_SUFFIXES
 from dumo.types import UserError
 
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
@@ -189,7 +189,7 @@ def loose_form(name: str) -> str:
     """A name without what people get wrong in it: case, blanks, slashes, the endings of images and texts."""
     loose = "".join(normal_form(name).casefold().replace("\\", "/").split())
     stem, ending = os.path.splitext(loose)
-    while ending in SUFFIXES or ending in TEXT_SUFFIXES:
+    while ending in IMAGE_SUFFIXES or ending in TEXT_SUFFIXES:
         loose = stem
         stem, ending = os.path.splitext(loose)
     return loose

@@ -1,4 +1,7 @@
-"""From the bytes of an image file to a square of pixels, or an oblong.
+"""From the bytes of an image file to a square of pixels, or a rectangle.
+
+`ToSquare(side, crop)(data)` is the whole way: `upright`, then `flat`, then `cut`. `upright_size` and `short_side` look
+at a header only.
 
 Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
 8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
@@ -21,60 +24,71 @@ from torch import Tensor
 from dumo.types import UserError
 
 Crop = Literal["adm", "bicubic", "none"]
-Size = tuple[int, int]  # height and width, in pixels
+Size = tuple[int, int]  # (height, width); PIL's image.size is the other way round
 
 # What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What is taken for an image by its name. Photographs of telephones are in SUFFIXES, so that errors name them.
-KNOWN = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-SUFFIXES = KNOWN | {".avif", ".heic", ".heif"}
+READABLE_SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+}
+# What is taken for an image by its name. Telephones' formats cannot be read, but errors then name such files.
+IMAGE_SUFFIXES = READABLE_SUFFIXES | {".avif", ".heic", ".heif"}
 
-
-LYING = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
-LONG = 100  # times as long as wide, at most: ours
-LARGE = 2**26  # pixels; of larger images one is loaded at a time, and of 1.8e8 pixels pillow loads none: ours
-ONE_AT_A_TIME = Lock()
+SIDE_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
+MAX_ASPECT_RATIO = 100  # of the longer side to the shorter: ours
+SERIAL_PIXELS = 2**26  # larger images are loaded one at a time (ours); above 1.8e8 pixels pillow loads none
+SERIAL_LOCK = Lock()
 
 
 class Unreadable(UserError):  # noqa: N818, it says what the image is
-    """An image that cannot be shown as pixels; the message says why, and not which."""
+    """An image that cannot be shown as pixels. Messages begin with a verb; the caller puts the file's name before."""
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What an image is brought to: RGB of `side` x `side` pixels."""
+class ToRectangle:
+    """Bytes of an image file to RGB of `height` x `width` pixels."""
 
-    side: int
+    height: int
+    width: int
     crop: Crop
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        return (3, self.side, self.side)
+        return (3, self.height, self.width)
 
     def __call__(self, data: bytes) -> UInt8[Tensor, "3 h w"]:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or not of a size that fits."""
-        image = cut(flat(upright(data)), self.shape[1:], self.crop)
+        image = cut(flat(upright(data)), (self.height, self.width), self.crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class Oblong(Frame):
-    """RGB of `side` x `width` pixels."""
+class ToSquare(ToRectangle):
+    """Bytes of an image file to RGB of `side` x `side` pixels."""
 
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        return (3, self.side, self.width)
+    def __init__(self, side: int, crop: Crop) -> None:
+        """The same as `ToRectangle(side, side, crop)`."""
+        super().__init__(side, side, crop)
 
 
 def upright(data: bytes) -> Image.Image:
     """The first frame, loaded and turned as its EXIF tag says. Raises Unreadable."""
     with _opened(data) as image:
-        narrow, wide = sorted(image.size)
-        with ONE_AT_A_TIME if narrow * wide > LARGE else nullcontext():
+        is_large = image.width * image.height > SERIAL_PIXELS
+        lock = SERIAL_LOCK if is_large else nullcontext()
+        with lock:
             image.load()
             return ImageOps.exif_transpose(image)
 
@@ -85,33 +99,18 @@ def short_side(data: bytes) -> int:
         return min(image.size)
 
 
-def size_of(data: bytes) -> Size:
+def upright_size(data: bytes) -> Size:
     """Height and width once it is upright, by the header alone; of a PNG, whose EXIF may stand last, by all of it.
 
     Raises Unreadable.
     """
     with _opened(data) as image:
-        lies = image.getexif().get(ExifTags.Base.Orientation) in LYING
-        return image.size if lies else (image.height, image.width)
-
-
-@contextmanager
-def _opened(data: bytes) -> Generator[Image.Image]:
-    """The image, not yet loaded. Raises Unreadable, for what is raised inside, too."""
-    if not data:
-        raise Unreadable("is empty: it has 0 bytes")
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            narrow, wide = sorted(image.size)
-            if wide > LONG * narrow:  # brought to a size by its short side, it would have gigabytes
-                raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
-            yield image
-    except Unreadable:
-        raise
-    except UnidentifiedImageError as error:
-        raise Unreadable(f"is no image of a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # a broken file may raise anything in pillow's readers
-        raise Unreadable(f"cannot be read as an image: {error}") from error
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        stored_height = image.height
+        stored_width = image.width
+        if orientation in SIDE_SWAPPING_ORIENTATIONS:
+            return stored_width, stored_height
+        return stored_height, stored_width
 
 
 def flat(image: Image.Image) -> Image.Image:
@@ -127,31 +126,61 @@ def flat(image: Image.Image) -> Image.Image:
 
 
 def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
-    """The middle of the image, of `size` pixels: height and width.
+    """The middle of the image, of `size`.
 
-    `adm`: halve by boxes while both sides are at least twice `size`, bring the image bicubically, up as well as down,
-    to the least that covers `size`, and cut the middle out (`center_crop_arr` of guided-diffusion, Dhariwal & Nichol
-    2021: how the ImageNet references were made). `bicubic`: the same without the halving. `none`: as it is; raises
-    Unreadable if it does not fit.
+    - `adm`: halve by boxes while both sides are at least twice `size`; bring the image bicubically, up as well as down,
+      to the least size that covers `size`; cut the middle out. This is `center_crop_arr` of guided-diffusion (Dhariwal
+      & Nichol 2021), by which the ImageNet references were made.
+    - `bicubic`: the same without the halving.
+    - `none`: the image as it is. Raises Unreadable if it is of another size.
     """
     height, width = size
     if crop == "none":
         if image.size != (width, height):
             raise Unreadable(f"is {image.width} x {image.height} pixels, not {width} x {height}: set data.crop=adm")
         return image
-    while crop == "adm" and image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    rows, columns = covering((image.height, image.width), size)
+    if crop == "adm":
+        image = _halved(image, size)
+    rows, columns = covering_size((image.height, image.width), size)
     image = image.resize((columns, rows), Image.Resampling.BICUBIC)
     left = (image.width - width) // 2
     top = (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def covering(image: Size, size: Size) -> Size:
-    """The sides of an image, brought to the least size that covers `size`."""
-    scale = max(wanted / side for wanted, side in zip(size, image, strict=True))
-    return round(image[0] * scale), round(image[1] * scale)
+def covering_size(image_size: Size, target: Size) -> Size:
+    """The least size that covers `target`, of the proportions of an image."""
+    image_height, image_width = image_size
+    height, width = target
+    scale = max(height / image_height, width / image_width)
+    return round(image_height * scale), round(image_width * scale)
+
+
+@contextmanager
+def _opened(data: bytes) -> Generator[Image.Image]:
+    """The image, not yet loaded. Raises Unreadable, for what is raised inside, too."""
+    if not data:
+        raise Unreadable("is empty: it has 0 bytes")
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            shorter, longer = sorted(image.size)
+            if longer > MAX_ASPECT_RATIO * shorter:  # brought to a size by its short side, it would have gigabytes
+                raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
+            yield image
+    except Unreadable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Unreadable(f"is no image of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # a broken file may raise anything in pillow's readers
+        raise Unreadable(f"cannot be read as an image: {error}") from error
+
+
+def _halved(image: Image.Image, size: Size) -> Image.Image:
+    """The image, halved by boxes while both sides are at least twice `size`."""
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

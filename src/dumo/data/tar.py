@@ -29,7 +29,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dumo.data.pairing import normal_form
-from dumo.data.pixel import SUFFIXES, Unreadable
+from dumo.data.pixel import IMAGE_SUFFIXES, Unreadable
 from dumo.data.store import Labels, counted, require_small
 from dumo.io import digest, note
 from dumo.io import file as files
@@ -265,7 +265,7 @@ def _members(file: str, suffixes: Sequence[str], max_bytes: int) -> Iterator[tup
                 stem, _, suffix = PurePosixPath(info.name).name.partition(".")
                 if not info.isfile() or not stem:
                     continue
-                if f".{suffix.lower()}" in SUFFIXES:
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                     yield info, None
                 elif suffix in suffixes:
                     content = archive.extractfile(info)

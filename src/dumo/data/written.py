@@ -35,7 +35,7 @@ from typing import Any, cast
 
 from dumo.data.pairing import ImageCaptions, NameIndex, Orphan, Pairing, first_few
 from dumo.data.parquet import Parquet, columns, columns_of_all, decoded, open_table, text_columns, whole
-from dumo.data.pixel import SUFFIXES
+from dumo.data.pixel import IMAGE_SUFFIXES
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions, edit
@@ -216,7 +216,7 @@ def ending_of(file: str) -> str:
 
 def image_files(files: Iterable[str]) -> list[str]:
     """Those that are taken for images, by their names."""
-    return [file for file in files if ending_of(file).lower() in SUFFIXES]
+    return [file for file in files if ending_of(file).lower() in IMAGE_SUFFIXES]
 
 
 def read_tables(folder: Path, files: Iterable[str], source: str | None = None) -> TableRows:

@@ -24,7 +24,7 @@ from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Memory
 from dumo.data.caption import CaptionFiles
-from dumo.data.pixel import Frame, Unreadable, short_side
+from dumo.data.pixel import ToSquare, Unreadable, short_side
 from dumo.data.store import Store, some
 from dumo.data.written import AUTO, NoCaptionsError, captions_of, table_names
 from dumo.encoders.caption import Captions
@@ -168,7 +168,7 @@ def seen(images: Images, here: torch.device, sets: Sequence[str], bar: Bar) -> t
         store = images.undecoded()
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {FILE}: {error}") from error
-    found = look(store, Frame(images.side, images.crop), bar)
+    found = look(store, ToSquare(images.side, images.crop), bar)
     fields: dict[str, Any] = {"data.side": side(found.side, SIDES.get(here.type, SIDES["cuda"]))}
     fields |= on_a(here, fields["data.side"])
     why = unread(images, sets)
@@ -258,7 +258,7 @@ def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
     return parse(Run, tree)
 
 
-def look(store: Store, frame: Frame, bar: Bar = no_bar) -> Look:
+def look(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> Look:
     """Some of the images, evenly. Raises UserError where none of them can be read."""
     places = sorted({round(i * (len(store) - 1) / (LOOKED - 1)) for i in range(LOOKED)})
     watch = Stopwatch(torch.device("cpu"))
@@ -271,7 +271,7 @@ def look(store: Store, frame: Frame, bar: Bar = no_bar) -> Look:
                 data = store.read(i)
                 sides.append(short_side(data))
                 if len(decode_seconds) < DECODED:
-                    decode_seconds.append(watch.seconds(partial(frame, data)))
+                    decode_seconds.append(watch.seconds(partial(to_pixels, data)))
             except (OSError, ValueError, Unreadable):
                 bad += 1
             tick(done, "")

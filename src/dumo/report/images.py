@@ -1,7 +1,7 @@
 """Images that others made, judged by a protocol: the numbers and the card that samples of a run would have.
 
 How they are read says `dumo.report.place`. Images of a reference are brought to their size as a run's data are
-(`dumo.data.pixel.square`), so both references have one hash, and a run and images stand in one table.
+(`dumo.data.pixel.cut`), so both references have one hash, and a run and images stand in one table.
 """
 
 from collections.abc import Iterator, Sequence

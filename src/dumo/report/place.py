@@ -19,7 +19,7 @@ from torch import Tensor
 from dumo.config.source import FILE
 from dumo.data.album import Album
 from dumo.data.image import GIGABYTE, find
-from dumo.data.pixel import Oblong, Unreadable, flat, upright
+from dumo.data.pixel import ToRectangle, Unreadable, flat, upright
 from dumo.data.store import Labels, Store
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.reference import PIECE
@@ -34,16 +34,16 @@ SKIPPING = ", or leave such images out with data.on_bad=skip"  # of images that 
 
 
 @dataclass(frozen=True)
-class Same(Oblong):
-    """RGB at the size of the first image, `width` x `side`."""
+class Same(ToRectangle):
+    """RGB at the size of the first image, `width` x `height`."""
 
     first: str
 
     def __call__(self, data: bytes) -> Tensor:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or one of another size."""
         image = flat(upright(data))
-        if image.size != (self.width, self.side):
-            size, wanted = f"{image.width} x {image.height} pixels", f"{self.width} x {self.side}"
+        if image.size != (self.width, self.height):
+            size, wanted = f"{image.width} x {image.height} pixels", f"{self.width} x {self.height}"
             raise Unreadable(f"is {size}, and {self.first} is {wanted}: images are judged at one size, none is resized")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -102,9 +102,9 @@ def look(place: Path, option: str) -> PlacedImages:
             width, height = upright(store.read(0)).size
         except (OSError, ValueError) as error:
             raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
-        frame = Same(height, "none", width, store.path(0))
-        source = Album(store, frame, flip=False, skip=False, memory=MEMORY)
-    return PlacedImages(source, frame.shape, store.labels, store.path)
+        to_pixels = Same(height, width, "none", store.path(0))
+        source = Album(store, to_pixels, flip=False, skip=False, memory=MEMORY)
+    return PlacedImages(source, to_pixels.shape, store.labels, store.path)
 
 
 def require_there(place: Path, option: str) -> None:

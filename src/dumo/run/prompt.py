@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.data import Data, Latents
-from dumo.data.pixel import Frame, Unreadable
+from dumo.data.pixel import ToSquare, Unreadable
 from dumo.data.written import hash_of
 from dumo.encoders.caption import edit, parted
 from dumo.encoders.texttable import Sources
@@ -31,19 +31,19 @@ def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Pat
     if not (isinstance(data, Latents) and data.images.source):
         return None
     codec = data.codec.open(device)
-    frame = Frame(data.images.side, data.images.crop)
+    to_pixels = ToSquare(data.images.side, data.images.crop)
 
     def read(hashes: Sequence[str]) -> Tensor:
-        pixels = torch.stack([read_pixels(file_of(sha256), frame) for sha256 in hashes])
+        pixels = torch.stack([read_pixels(file_of(sha256), to_pixels) for sha256 in hashes])
         return codec.encode(picture.from_uint8(pixels))[:, : data.codec.channels].cpu()  # the means
 
     return Sources(data.shape, codec.sha256, read)
 
 
-def read_pixels(file: Path, frame: Frame) -> Tensor:
+def read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
     """The image of a file, uint8 (3, h, w). Raises UserError for what is none."""
     try:
-        return frame(file.read_bytes())
+        return to_pixels(file.read_bytes())
     except Unreadable as error:
         raise UserError(f"{file}, which is to be edited, {error}") from error
 

@@ -16,7 +16,7 @@ from autoencoder import taef2
 from dumo.data import Images, Latents
 from dumo.data.bucket import Buckets, lost, nearest
 from dumo.data.cache import open_cache
-from dumo.data.pixel import Oblong, Size, cut, size_of
+from dumo.data.pixel import Size, ToRectangle, cut, upright_size
 from dumo.io.source import Bucketed, Table
 from dumo.run import encode
 from dumo.runtime.random import stream
@@ -79,8 +79,8 @@ def test_a_photo_is_measured_upright(tmp_path: Path) -> None:
         exif[ExifTags.Base.Orientation] = turn
         for ending in ("jpg", "png"):
             Image.new("RGB", (30, 20)).save(file := tmp_path / f"{turn}.{ending}", exif=exif)
-            assert size_of(data := file.read_bytes()) == size
-            assert Oblong(size[0], "none", size[1])(data).shape == (3, *size)
+            assert upright_size(data := file.read_bytes()) == size
+            assert ToRectangle(*size, "none")(data).shape == (3, *size)
 
 
 # --- whose turn it is
@@ -170,14 +170,14 @@ def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     source, store = images.open(), images.undecoded()
     assert isinstance(source, Bucketed)
     groups = Buckets(step=8, smaller=(16,)).groups(32)
-    expected = {i: {(3, *nearest(size_of(store.read(i)), groups))} for i in range(len(store))}
+    expected = {i: {(3, *nearest(upright_size(store.read(i)), groups))} for i in range(len(store))}
     assert by_number(source, 40, 4) == expected
     assert "in 16 of" not in source.about
     crops = images.crops()
     assert crops is not None
     assert str(crops) == source.about
     assert sum(crops.counts.values()) == source.size == 16
-    shares = [lost(size_of(store.read(i)), next(iter(shape))[1:]) for i, shape in expected.items()]
+    shares = [lost(upright_size(store.read(i)), next(iter(shape))[1:]) for i, shape in expected.items()]
     assert (crops.mean, crops.most) == (pytest.approx(sum(shares) / 16), pytest.approx(max(shares)))
     assert images.originals().reference(99, 0)[0].shape == (16, 3, 32, 32)  # what is judged by are squares
 

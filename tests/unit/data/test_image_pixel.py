@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dumo.data.pixel import Crop, Frame, Unreadable
+from dumo.data.pixel import Crop, ToSquare, Unreadable
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -25,7 +25,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 
 def decoded(image: Image.Image, side: int, crop: Crop = "none", form: str = "PNG") -> Tensor:
-    return Frame(side, crop)(encoded(image, form)).int()
+    return ToSquare(side, crop)(encoded(image, form)).int()
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -100,7 +100,7 @@ def test_every_mode_is_read_as_its_colours(
 def test_of_an_animation_the_first_frame() -> None:
     first, other = (Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE))
     data = encoded(first, "GIF", save_all=True, append_images=[other])
-    assert colours(Frame(8, "none")(data).int()) == [RED, RED]
+    assert colours(ToSquare(8, "none")(data).int()) == [RED, RED]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
@@ -113,7 +113,7 @@ def test_what_is_transparent_is_white(mode: str) -> None:
     else:
         image = two(RED, BLUE).quantize(2) if mode == "P" else two(10, 200, "L")
         number = image.getpixel((0, 0))
-        x = Frame(8, "none")(encoded(image, "PNG", transparency=number)).int()
+        x = ToSquare(8, "none")(encoded(image, "PNG", transparency=number)).int()
         assert colours(x)[0] == (255,) * 3
         assert colours(x)[1] != (255,) * 3
 
@@ -141,7 +141,7 @@ def test_the_rotation_of_the_camera_is_carried_out(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
-    assert torch.equal(Frame(8, "none")(data).permute(1, 2, 0), torch.tensor(upright))
+    assert torch.equal(ToSquare(8, "none")(data).permute(1, 2, 0), torch.tensor(upright))
 
 
 @pytest.mark.parametrize(
@@ -163,4 +163,4 @@ def test_the_rotation_of_the_camera_is_carried_out(orientation: int) -> None:
 )
 def test_what_is_no_whole_image_of_the_size_and_a_known_range_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(Unreadable, match=why):
-        Frame(5, "none")(data)
+        ToSquare(5, "none")(data)

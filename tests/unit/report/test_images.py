@@ -95,21 +95,22 @@ def encoded(image: Image.Image) -> bytes:
 
 
 def test_images_are_read_as_the_fields_evaluators_do_and_grey_of_16_bits_is_rounded() -> None:
-    frame = Same(8, "none", 8, "first.png")
+    to_pixels = Same(8, 8, "none", "first.png")
     grey = Image.fromarray(DRAWS.integers(0, 256, (8, 8), dtype=np.uint8))
     for image in (grey, grey.convert("P"), grey.convert("1"), grey.convert("CMYK").convert("RGB")):
         data = encoded(image)
         theirs = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-        assert np.array_equal(frame(data).permute(1, 2, 0).numpy(), theirs)
+        assert np.array_equal(to_pixels(data).permute(1, 2, 0).numpy(), theirs)
     levels = DRAWS.integers(0, 65536, (8, 8, 3), dtype=np.uint16)
     data = sixteen(levels)
-    assert np.array_equal(frame(data).permute(1, 2, 0).numpy(), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert np.array_equal(frame(data).permute(1, 2, 0).numpy(), levels >> 8)
-    found = frame(encoded(Image.fromarray(levels[..., 0])))
+    theirs = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(to_pixels(data).permute(1, 2, 0).numpy(), theirs)
+    assert np.array_equal(to_pixels(data).permute(1, 2, 0).numpy(), levels >> 8)
+    found = to_pixels(encoded(Image.fromarray(levels[..., 0])))
     assert np.array_equal(found[0].numpy(), np.round(levels[..., 0] / 257).astype(np.uint8))
     assert torch.equal(found[0], found[2])
     with pytest.raises(Unreadable, match=r"is 4 x 8 pixels, and first\.png is 8 x 8: .* none is resized"):
-        frame(encoded(grey.crop((0, 0, 4, 8))))
+        to_pixels(encoded(grey.crop((0, 0, 4, 8))))
 
 
 @pytest.mark.slow
