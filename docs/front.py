@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dumo.flow.generate import labels
 from dumo.io import picture
-from dumo.run.judge import judged_data
+from dumo.run.judge import reference_data
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.progress import passes_text
 
@@ -29,7 +29,7 @@ def samples(opened: RunFolder, *passes: int) -> dict[str, Tensor]:
 
 def real(opened: RunFolder) -> Tensor:
     """The first of each class among the test images."""
-    x, c = judged_data(opened.run.data, "test").reference(1000, seed=0)
+    x, c = reference_data(opened.run.data, "test").reference(1000, seed=0)
     return x[torch.tensor([int((c == k).nonzero()[0]) for k in range(10)])]
 
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "dry",
         "sd3-lora",
         *sets(*EDITED, "objective.guide={omega: 1, zeta: 0}"),
-        named=("name one for a model that edits",),
+        named=("is a column of images to edit", "leave it out"),
     )
     refused("sample", case.run, "--prompt", PROMPT, named=("edits images", "--source FILE"))
     assert call("sample", case.run, "--source", case.image).code == 2

@@ -1,4 +1,4 @@
-"""Check that the values of a run fit together, when it is read; `dumo.run.fit` checks what takes a net or files.
+"""Check that the values of a run fit together, when it is read; `dumo.run.mismatch` checks what takes a net or files.
 
 `check` goes through all rules and raises the first line. A rule is a function that yields a line per mismatch, with the
 fix. Names that one part asks of another are `dumo.config.need`'s.

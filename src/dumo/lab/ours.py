@@ -25,7 +25,7 @@ from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mea
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
 from dumo.report import chart, gallery
-from dumo.run.judge import real_data
+from dumo.run.judge import training_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.progress import passes_text
 from dumo.runtime.random import noise
@@ -90,7 +90,7 @@ def class_fd(sampler: Sampler, spec: Evaluation, real: Sequence[Moments], *, hel
 
 def class_moments(data: Data, kind: str, batch: int) -> list[Moments]:
     """Those of the features, of this kind, of the data's images, by class."""
-    x, c = real_data(data).reference(batch, 0)
+    x, c = training_data(data).reference(batch, 0)
     features = FEATURES[kind](x)
     return [Moments.of(features[c == k]) for k in range(data.labels)]
 
@@ -180,11 +180,13 @@ def even(points: Curve, to: float) -> float | None:
 def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     """The same with `slope`, the power of the budget by which the distance changes, and its standard error."""
     rows = best_table(plan, results)
-    score, points = main_score(rows[0]), dict[tuple[str, int, int], Curve]()
+    score = main_score(rows[0])
+    points: dict[tuple[str, int, int], list[chart.CurvePoint]] = {}
     for one in results:
         for row in by_passes(one.report):
             key = (one.cell.labels["arm"], row["nfe"], one.cell.spec.train.seed)
-            points.setdefault(key, []).append((one.cell.labels["budget"], row[score], row[f"{score}_sd"]))
+            point = chart.CurvePoint(one.cell.labels["budget"], row[score], row[f"{score}_sd"])
+            points.setdefault(key, []).append(point)
 
     def fitted(row: Row) -> Row:
         own = [power(curve) for key, curve in points.items() if key[:2] == (row["arm"], row["nfe"])]

@@ -31,7 +31,7 @@ from dumo.report import score
 from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings
 from dumo.report.name import Fields, changes, flat
 from dumo.report.sample import solver_of
-from dumo.run.judge import conditions, evaluator_of
+from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
@@ -77,7 +77,7 @@ def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     seed = run.evaluate.seed
     passes = settings(sampler, run.evaluate)
     evaluator = evaluator_of(sampler, run.evaluate, bar)
-    c = conditions(run.data, run.evaluate)
+    c = sample_conditions(run.data, run.evaluate)
     path = opened.folder / name_of(opened)
     solver = run.sample.solver
     other_solver = contrast_solver(protocol)

@@ -27,7 +27,7 @@ from dumo.report.gallery import TAUGHT_BY_LETTER, SamplingMode, sampling_modes
 from dumo.report.page import data_rows
 from dumo.report.sample import DATA_POINTS, guide_of, turned
 from dumo.run import shipped
-from dumo.run.judge import real_data
+from dumo.run.judge import training_data
 from dumo.run.prompt import edits, prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, open_run
@@ -89,7 +89,7 @@ class InteractiveRun:
         All where they are in memory, else some. Raises UserError or OSError where the data are not there.
         """
         sampler = self.sampler
-        source = real_data(sampler.data)
+        source = training_data(sampler.data)
         rows = data_rows(sampler) if sampler.is_image else DATA_POINTS
         x, _ = source.reference(rows, sampler.spec.seed)
         return x, source.size

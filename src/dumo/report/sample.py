@@ -30,7 +30,7 @@ from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.name import changes, sampling, word
 from dumo.run import memory
-from dumo.run.judge import real_data
+from dumo.run.judge import training_data
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -211,7 +211,7 @@ def sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | N
 
 def data_points(data: Data, seed: int) -> picture.Points:
     """Points of the data, to stand behind a scatter of samples, chosen by `seed`."""
-    points, _ = real_data(data).reference(DATA_POINTS, seed)
+    points, _ = training_data(data).reference(DATA_POINTS, seed)
     return points
 
 

@@ -1,4 +1,9 @@
-"""The evaluator of a run: its protocol, opened with what it needs of the data, for training and `dumo evaluate`."""
+"""Build the evaluator of a run: open the data that its protocol compares samples with.
+
+`evaluator_of` is the entrance, for training and `dumo evaluate`; `sample_conditions` says what the samples that it
+judges are made of. Others open the data alone, by `training_data` and `reference_data`, check a solver by
+`require_likelihood`, or show a bar of their own by `bar_while_reading`.
+"""
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -21,25 +26,30 @@ from dumo.types import UserError
 
 
 def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluator:
-    """The evaluator of a protocol. Raises UserError as the protocol does, and for what has no likelihood."""
+    """The evaluator of a run's protocol, with a bar while it reads the data.
+
+    Raises UserError where data or weights that the protocol needs are missing or damaged, or where it is one of
+    likelihood and the run has none, and Stopped after a signal.
+    """
     data = sampler.data
 
-    def open_judged_data() -> Source:
-        return judged_data(data, evaluation.split)
+    def open_reference() -> Source:
+        return reference_data(data, evaluation.split)
 
-    def open_trained_data() -> Source:
-        return real_data(data)
+    def open_training_data() -> Source:
+        return training_data(data)
 
     def open_captions() -> tuple[Source, Tensor, list[str]]:
         images = squares(shown(data)).open()
-        return images, conditions(data, evaluation), caption_texts(data)
+        return images, sample_conditions(data, evaluation), _plain_texts(data)
 
     with bar_while_reading(bar) as tick:
         if isinstance(evaluation.protocol, LikelihoodProtocol):
             require_likelihood(sampler)
         context = Context(
-            data=open_judged_data,
-            trained=open_trained_data if evaluation.split else None,
+            data=open_reference,
+            # only where samples are judged against another split than the run was trained on
+            trained=open_training_data if evaluation.split else None,
             classes=data.labels,
             seed=evaluation.seed,
             device=sampler.device,
@@ -49,56 +59,37 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
         return evaluation.protocol.evaluator(context)
 
 
-@contextmanager
-def bar_while_reading(bar: Bar, title: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
-    """Yield what to call with the images read so far and their total. The bar begins with the first call."""
-    bar_tick: Tick | None = None
-    with ExitStack() as stack:
+def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
+    """The conditions of the samples to judge, (n,): the protocol's classes, or captions of these classes.
 
-        def tick(done: int, total: int) -> None:
-            nonlocal bar_tick
-            signals.check()
-            threads.check()
-            if bar_tick is None:
-                bar_tick = stack.enter_context(bar(title, total))
-            bar_tick(done, "")
-
-        yield tick
-
-
-def caption_texts(data: Data) -> list[str]:
-    """The texts of the captions of the data. Raises as `captions`."""
-    return [parted(caption)[0] for caption in captions(data)]
-
-
-def conditions(data: Data, evaluation: Evaluation) -> Tensor:
-    """What samples are made of: the protocol's classes, or the captions of them that `evaluate.captions` asks for."""
+    `evaluate.captions` says which captions: those of training, or those that were held out.
+    """
     labels = evaluation.protocol.labels(data.labels)
     return Conditions(data).of(labels, held=evaluation.captions == "held")
 
 
-def require_likelihood(sampler: Sampler) -> None:
-    """Refuse, with a UserError, what has no likelihood of the data that are shown, and a solver that does not climb."""
-    if isinstance(sampler.data, Latents):
-        raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
-    if sampler.conditions.captions:
-        raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
-    if sampler.spec.guide.active:
-        raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
-    climbing(sampler.spec.solver, sampler.taught)
+def _plain_texts(data: Data) -> list[str]:
+    """The texts of the data's captions, without hashes of images. Raises UserError where there are no captions."""
+    return [parted(caption)[0] for caption in captions(data)]
 
 
-def real_data(data: Data) -> Source:
-    """The data as images or points with their classes: of latents, the images that were encoded. Raises as opening."""
+def training_data(data: Data) -> Source:
+    """The data that a run was trained on, as images or points with their classes: of latents, the encoded images.
+
+    Raises UserError where they are not on this machine, or damaged.
+    """
     if isinstance(data, Moons):
         return data.open()
     return data.originals()
 
 
-def judged_data(data: Data, split: str | None) -> Source:
-    """What samples are judged against: the data's images, or those of another split. Raises UserError, as opening."""
+def reference_data(data: Data, split: str | None) -> Source:
+    """The data that samples are judged against: those of the training, or another split of the same images.
+
+    Raises UserError where the data have no splits, or the split is not on this machine.
+    """
     if split is None:
-        return real_data(data)
+        return training_data(data)
     images = shown(data)
     if not isinstance(images, Images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
@@ -107,3 +98,37 @@ def judged_data(data: Data, split: str | None) -> Source:
         return split_images.found().originals()
     except UserError as error:
         raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error
+
+
+def require_likelihood(sampler: Sampler) -> None:
+    """Raise UserError for a run without likelihood of the data that are shown, or a solver that does not climb.
+
+    A solver climbs if it can go from data to noise.
+    """
+    if isinstance(sampler.data, Latents):
+        raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
+    if sampler.conditions.captions:
+        raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
+    if sampler.spec.guide.active:
+        raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
+    climbing(sampler.spec.solver, sampler.taught)  # raises UserError; the step itself is made when samples are judged
+
+
+@contextmanager
+def bar_while_reading(bar: Bar, title: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
+    """Yield a function of the number of images read so far and their total. The bar begins with its first call.
+
+    The function raises Stopped after a signal.
+    """
+    bar_tick: Tick | None = None
+    with ExitStack() as stack:
+
+        def tick(done: int, total: int) -> None:
+            nonlocal bar_tick
+            signals.check()  # raises Stopped
+            threads.check()  # sets the number of threads again, where others keep the machine busy
+            if bar_tick is None:
+                bar_tick = stack.enter_context(bar(title, total))
+            bar_tick(done, "")
+
+        yield tick

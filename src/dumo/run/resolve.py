@@ -33,7 +33,7 @@ from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.table import Tabled
-from dumo.run.fit import check_opened
+from dumo.run.mismatch import check_built
 from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
 
@@ -50,7 +50,7 @@ def resolve(run: Run) -> Run:
     """
     resolved_run = resolve_remaining(run)
     if resolved_run is run:
-        check_opened(run)
+        check_built(run)
     return resolved_run
 
 
@@ -68,7 +68,7 @@ def resolve_remaining(run: Run) -> Run:
     if not facts:
         return run
     check(resolved_run)
-    check_opened(resolved_run)
+    check_built(resolved_run)
     return resolved_run.model_copy(update={"resolved": run.resolved | facts})
 
 

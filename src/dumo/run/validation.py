@@ -79,12 +79,12 @@ class Validation:
         if not self.every or state.step // self.every == run.train.steps // self.every:
             self.every = 0  # no such step is left
             return
-        from dumo.run.judge import conditions, evaluator_of  # nobody else needs them in training
+        from dumo.run.judge import evaluator_of, sample_conditions  # nobody else needs them in training
         from dumo.runtime.progress import no_bar
 
         self.sampler = sampler(run, state.shown)
         try:
-            self.c = agreement.on_each_rank(lambda: conditions(run.data, self.spec))
+            self.c = agreement.on_each_rank(lambda: sample_conditions(run.data, self.spec))
             self.evaluator = agreement.on_each_rank(lambda: evaluator_of(self.sampler, self.spec, no_bar))
             agreement.on_each_rank(lambda: self.sampler.codec and None)
         except UserError as error:

@@ -9,7 +9,7 @@ from dumo.config.load import load, parse, summary
 from dumo.config.spec import Run
 from dumo.report import sheet
 from dumo.report.card import labels
-from dumo.run.judge import conditions
+from dumo.run.judge import sample_conditions
 from dumo.run.resolve import resolve
 from dumo.types import UserError
 from unit.data.animals import SIDE
@@ -25,7 +25,7 @@ def words(*sets: str) -> Run:
 
 
 def judged(run: Run) -> torch.Tensor:
-    return conditions(run.data, run.evaluate)
+    return sample_conditions(run.data, run.evaluate)
 
 
 def named(run: Run, c: torch.Tensor) -> list[str]:

@@ -1,0 +1,20 @@
+"""What a net cannot take is refused with the numbers of the longer side."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dumo.data.memory import Memory
+from dumo.run import mismatch
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 96), (4, 96, 32)])
+def test_the_longer_side_is_counted(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images need not be squares: those of 96 pixels and patches of 2 have 48 a side."""
+    monkeypatch.setattr(mismatch, "Dualized", SimpleNamespace)
+    net = cast(Any, SimpleNamespace(max_patches=40, patch=2))
+    data = Memory(name="array", shape=shape, classes=0, digest="")
+    _, height, width = shape
+    (fault,) = mismatch._position_faults(data, net)
+    assert f"images of {height} x {width} pixels have 48: set data.side=80 or less" in fault
