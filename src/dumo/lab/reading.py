@@ -25,11 +25,11 @@ from dumo.runtime import dist, signals
 from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.stopwatch import Stopwatch
-from dumo.training.loop import BATCHES, Prefetch
+from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.types import Spec, UserError
 from dumo.types.rows import to_device
 
-WARM = BATCHES + 1  # batches before the first that counts
+WARM = BATCHES_AHEAD + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
 
 
@@ -115,10 +115,11 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
     """Images per second over these steps, the first `WARM` of them not counted."""
     watch = Stopwatch(device)
     began = 0.0
-    with Prefetch(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
+    last = steps.stop + BATCHES_AHEAD
+    with Prefetch(lambda step: source.batch(step, batch, 0), last=last, depth=BATCHES_AHEAD) as batch_at:
         for step in steps:
             signals.check()
-            for part in take(step):
+            for part in batch_at(step):
                 to_device(part, device)
             if step == steps[WARM - 1]:
                 began = watch.now()

@@ -30,7 +30,7 @@ from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import Stopwatch, Times, quartiles
-from dumo.training.loop import compile_blocks
+from dumo.training.compile import compile_blocks
 from dumo.training.spec import Train
 from dumo.types import (
     Frozen,

@@ -29,6 +29,7 @@ from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, frozen, loop
+from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.state import begin as begin_state
@@ -125,7 +126,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             prefetched(run.train, shapes(source, run.train, run.data.shape), source, flow, job.device) as loaders,
             bar(f"training {job.folder.name}", run.train.steps) as tick,
         ):
-            batches, draws = loaders
+            batch_at, draws_at = loaders
             tick(state.step, "the first step" + (", compiled first" if run.train.compile != "none" else ""))
             job.meter.begin(state.step)
             every = [
@@ -139,7 +140,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             if state.step < run.train.steps:
                 step_threads.choose(trial_step(run.train, state, flow_for, source))
             step_threads.begin()
-            loop.train(state, flow, batches, run.train, every, journal.due, draws)
+            loop.train(state, flow, batch_at, run.train, every, journal.due, draws_at)
     except Diverged as error:
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
@@ -221,8 +222,10 @@ def prefetched(
         draws = draws_of(flow, train, step, shape(step), z=own)
         return draws.pin() if gpu else draws
 
-    last = train.steps
-    with loop.Prefetch(read, last=last, depth=loop.BATCHES) as batches, loop.Prefetch(draw, last=last) as draws:
+    with (
+        Prefetch(read, last=train.steps, depth=BATCHES_AHEAD) as batches,
+        Prefetch(draw, last=train.steps) as draws,
+    ):
         yield lambda step: [to_device(part, device) for part in batches(step)], draws
 
 

@@ -16,7 +16,7 @@ from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.lab import bench, reading, step
 from dumo.lab.step import Plain, Row, slope_error
 from dumo.runtime.progress import no_bar
-from dumo.training.loop import BATCHES
+from dumo.training.prefetch import BATCHES_AHEAD
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
 from e2e.shell import call, refused, sets
 from unit.data.animals import as_folder
@@ -267,8 +267,8 @@ def test_few_batches_live_at_a_time() -> None:
     source = Huge()
     steps = range(100, 100 + reading.WARM + 50)
     assert reading.speed(source, 4, steps, CPU, lambda done, note: None) > 0
-    assert source.most <= BATCHES + 2  # ahead, and in use
-    assert set(steps) <= set(source.made) <= set(range(100, steps.stop + BATCHES))
+    assert source.most <= BATCHES_AHEAD + 2  # ahead, and in use
+    assert set(steps) <= set(source.made) <= set(range(100, steps.stop + BATCHES_AHEAD))
     assert len(source.made) == len(set(source.made))
 
 

@@ -25,8 +25,8 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import Half
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, Shortcut
+from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest
-from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
 from tiers import tiered

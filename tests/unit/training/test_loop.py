@@ -15,7 +15,8 @@ from dumo.flow.path import Linear
 from dumo.runtime import signals
 from dumo.training import loop
 from dumo.training.checkpoint import save
-from dumo.training.loop import Every, compiled, train
+from dumo.training.compile import compile_loss
+from dumo.training.loop import Every, train
 from dumo.training.optim import AdamW, Cosine
 from dumo.training.record import Record
 from dumo.training.spec import Train
@@ -147,7 +148,7 @@ def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -
     flow = flow_of_toy(given, spec)
     made, data = ([f(step) for step in range(3)] for f in (lambda k: draws_of(flow, spec, k, (2,)), batches(12)))
     with counting() as drawn:
-        train(given, flow, data.__getitem__, spec, draws=made.__getitem__)
+        train(given, flow, data.__getitem__, spec, draws_at=made.__getitem__)
     assert (drawn.rows, drawn.scalars) == ([], 0)
     assert same(tensors(own), tensors(given))
 
@@ -172,8 +173,8 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     for choice in ("blocks", "loss"):
         with pytest.raises(UserError, match=f"{choice} needs a C\\+\\+ compiler.*train.compile=none"):
-            compiled(nn.Linear(1, 1), Toy(), choice)
-    assert compiled(nn.Linear(1, 1), (toy := Toy()), "none") == toy.loss
+            compile_loss(nn.Linear(1, 1), Toy(), choice)
+    assert compile_loss(nn.Linear(1, 1), (toy := Toy()), "none") == toy.loss
 
 
 def test_the_first_average_is_shown() -> None:

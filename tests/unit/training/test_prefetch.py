@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.training.loop import BATCHES, Prefetch
+from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.types import UserError
 
 LAST = 10
@@ -42,34 +42,34 @@ class Made:
 def test_so_many_are_made_ahead_and_no_more() -> None:
     """However long the step takes, and none behind the last."""
     make = Made()
-    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
+    with Prefetch(make, last=LAST, depth=BATCHES_AHEAD) as batches:
         batches(0)
-        assert make.wait(1 + BATCHES) == list(range(1 + BATCHES))
+        assert make.wait(1 + BATCHES_AHEAD) == list(range(1 + BATCHES_AHEAD))
         batches(1)
-        assert make.wait(2 + BATCHES) == list(range(2 + BATCHES))
-        assert len(batches.coming) == BATCHES
+        assert make.wait(2 + BATCHES_AHEAD) == list(range(2 + BATCHES_AHEAD))
+        assert len(batches.futures) == BATCHES_AHEAD
         batches(LAST - 1)
-        assert not batches.coming
+        assert not batches.futures
     assert max(make.steps) == LAST - 1
 
 
 def test_several_are_made_at_once() -> None:
     """They wait for each other, so one thread would wait for ever."""
-    meet, make = Barrier(BATCHES), Made()
+    meet, make = Barrier(BATCHES_AHEAD), Made()
 
     def late(step: int) -> list[Tensor]:
-        if 1 <= step <= BATCHES:
+        if 1 <= step <= BATCHES_AHEAD:
             meet.wait(timeout=60)
         return make(step)
 
-    with Prefetch(late, last=LAST, depth=BATCHES) as batches:
-        assert [batches(step)[0].item() for step in range(1 + BATCHES)] == list(range(1 + BATCHES))
+    with Prefetch(late, last=LAST, depth=BATCHES_AHEAD) as batches:
+        assert [batches(step)[0].item() for step in range(1 + BATCHES_AHEAD)] == list(range(1 + BATCHES_AHEAD))
 
 
 @pytest.mark.parametrize("asked", [[0, 5, 1, 1, 9, 0], [9, 8, 7], [3, 3, 3], [12, 0]])
 def test_any_step_may_be_asked_for(asked: list[int]) -> None:
     """Back and forth, again, and behind the last."""
-    with Prefetch(Made(), last=LAST, depth=BATCHES) as batches:
+    with Prefetch(Made(), last=LAST, depth=BATCHES_AHEAD) as batches:
         assert [int(batches(step)[0]) for step in asked] == asked
 
 
@@ -81,7 +81,7 @@ def test_errors_come_as_they_are_at_their_step() -> None:
             raise UserError(f"image {step} cannot be read")
         return [torch.tensor([step])]
 
-    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
+    with Prefetch(make, last=LAST, depth=BATCHES_AHEAD) as batches:
         assert [int(batches(step)[0]) for step in (0, 1)] == [0, 1]
         with pytest.raises(UserError, match="image 2 cannot be read"):
             batches(2)
@@ -97,10 +97,10 @@ def fail(batches: Prefetch, error: BaseException) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("diverged"), UserError("no")])
 def test_no_thread_is_left(error: BaseException) -> None:
     """Whatever ends the steps, also amid what is being made."""
-    with pytest.raises(type(error)), Prefetch(Made(), last=LAST, depth=BATCHES) as batches:
+    with pytest.raises(type(error)), Prefetch(Made(), last=LAST, depth=BATCHES_AHEAD) as batches:
         fail(batches, error)
     assert not threads()
-    assert batches.threads._shutdown
+    assert batches.executor._shutdown
 
 
 def test_what_is_made_ahead_leaves_the_cores_to_the_step() -> None:
