@@ -1,7 +1,7 @@
 """Make a cache (`dumo.data.cache`): a codec encodes images, shard by shard.
 
 `encode` is the entrance. A shard is encoded in the same batches from its own first row, and its draws have a stream of
-their own, so a shard is the same whoever makes it.
+their own, so any rank makes the same shard.
 """
 
 import sys
