@@ -7,7 +7,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dumo.flow.generate import labels
+from dumo.flow.generate import labels_in_turn
 from dumo.io import picture
 from dumo.run.judge import reference_data
 from dumo.run.weights import RunFolder, open_run
@@ -24,7 +24,7 @@ def letters(size: int, face: str = "") -> ImageFont.FreeTypeFont:
 
 def samples(opened: RunFolder, *passes: int) -> dict[str, Tensor]:
     """One per class by each number of passes: the first seeds, nothing picked."""
-    return {passes_text(n): opened.sampler.sample(labels(10, 10), nfe=n).x for n in passes}
+    return {passes_text(n): opened.sampler.sample(labels_in_turn(10, 10), nfe=n).x for n in passes}
 
 
 def real(opened: RunFolder) -> Tensor:

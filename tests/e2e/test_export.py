@@ -22,7 +22,7 @@ from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.export.model import INDEX
 from dumo.export.serve import KEY
-from dumo.flow.generate import carried
+from dumo.flow.generate import integrate
 from dumo.flow.solver import Euler
 from dumo.report.evaluate import FILE
 from dumo.run.prompt import prompted
@@ -308,7 +308,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     image = sd3.made(pipe, 1, sigmas=[1, 0.75, 0.5, 0.25], latents=z)
     sampler = sd3.opened.sampler
     c = prompted(sampler, [PROMPT])
-    ours = carried(sampler.reads, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
+    ours = integrate(sampler.reads, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 

@@ -140,7 +140,7 @@ def test_a_folder_that_is_shut_is_found_before_the_work(
     shutil.copytree(trained["moons"], "run")
     Path("shut").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("shut", "run"))
-    monkeypatch.setattr("dumo.flow.generate.solve", None)
+    monkeypatch.setattr("dumo.flow.generate.sample_with_noise", None)
     assert refused(*words, named=("Permission denied",)).err == f"error: {place}: Permission denied\n"
 
 

@@ -11,7 +11,7 @@ import torch
 from contract.case import step
 from dumo.config.load import load
 from dumo.flow.draw import draw, drawn, noised
-from dumo.flow.generate import trailed
+from dumo.flow.generate import sample_trajectory
 from dumo.flow.path import Linear
 from dumo.flow.reading import teaching
 from dumo.flow.solver import Euler, Heun
@@ -82,13 +82,13 @@ def test_trails_are_the_solvers_own_steps() -> None:
     """Of Euler by hand; of Heun every second of eight; in units of the path's sd, the data in theirs."""
     z, c = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3, dtype=torch.long)
     reads = Reads(velocity=lambda x, t, c: x * column(t))
-    x, between = trailed(reads, Linear(sd=0.5), Euler(), z, c, nfe=4, points=4)
+    x, between = sample_trajectory(reads, Linear(sd=0.5), Euler(), z, c, nfe=4, points=4)
     steps = [z]
     for t in (1.0, 0.75, 0.5, 0.25):
         steps.append(steps[-1] * (1 - t / 4))
     assert torch.allclose(x, 0.5 * steps[4])
     assert torch.allclose(between, torch.stack(steps[3:0:-1], 1))
-    fine, coarse = (trailed(reads, Linear(), Heun(), z, c, nfe=16, points=n)[1] for n in (8, 4))
+    fine, coarse = (sample_trajectory(reads, Linear(), Heun(), z, c, nfe=16, points=n)[1] for n in (8, 4))
     assert torch.equal(fine[:, 1::2], coarse)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from contract.case import kind, objectives, randomise
 from dumo.flow.draw import draw
-from dumo.flow.generate import solve
+from dumo.flow.generate import sample_with_noise
 from dumo.flow.path import Linear, Path, Trig
 from dumo.flow.reading import jump_to_data
 from dumo.flow.solver import Restart
@@ -70,7 +70,7 @@ def test_samples_leave_in_the_units_of_the_data(path: Callable[..., Path], sd: f
     reads = Reads(endpoint=jump_to_data(Polynomial(1).float()))
 
     def made(path: Path) -> tuple[Tensor, Tensor]:
-        return solve(reads, path, Restart(), C[:6], nfe=3, seed=0, shape=(2,), indices=range(6))
+        return sample_with_noise(reads, path, Restart(), C[:6], nfe=3, seed=0, shape=(2,), indices=range(6))
 
     (z, x), (same, wide) = made(path()), made(path(sd=sd))
     assert torch.equal(z, same)

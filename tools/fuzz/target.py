@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from dumo.config.load import dump, load
-from dumo.data.cache import CacheIndex, read_contents
+from dumo.data.cache import CacheIndex, read_index
 from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
 from dumo.report import score
@@ -66,7 +66,7 @@ def targets() -> list[Target]:
         Target(
             "index.json",
             cache,
-            lambda file: read_contents(file.parent),
+            lambda file: read_index(file.parent),
             in_json,
         ),
         Target("evaluation.json", json.dumps(EVALUATION).encode(), judge, in_json),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dumo.export.card import PROMPT
 from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL, StockPipeline
-from dumo.flow.generate import carried
+from dumo.flow.generate import integrate
 from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpack_latents
@@ -187,7 +187,7 @@ class Case:
         guide = sampler.spec.guide.model_copy(update={"scale": scale})
         reads, c = sampler.guided(guide), prompted(sampler, [PROMPT], self.image) if c is None else c
         drawn = [self.latent(noise) for noise in noises]
-        x = carried(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(drawn), lambda k: drawn[k])[1]
+        x = integrate(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(drawn), lambda k: drawn[k])[1]
         return sampler.decode(x)
 
     def latent(self, noise: Tensor) -> Tensor:

@@ -114,5 +114,5 @@ class Conditions:
         Raises UserError for one out of range, or no samples.
         """
         if only:
-            return generate.labels(count, self.count, only)
-        return self.of(generate.labels(count, self.data.labels))
+            return generate.labels_in_turn(count, self.count, only)
+        return self.of(generate.labels_in_turn(count, self.data.labels))

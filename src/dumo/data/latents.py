@@ -21,9 +21,10 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
-from dumo.data.cache import CacheIndex, crops, open_cache, read_contents, read_names, require_origin
+from dumo.data.cache import CacheIndex, crops, open_cache, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
+from dumo.data.origin import expect_origin, read_names, require_origin
 from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
@@ -112,7 +113,7 @@ class Latents(Spec):
     def _cache_contents(self) -> CacheIndex | None:
         """What the cache says of itself; None where there is none, or it is damaged."""
         with suppress(UserError):  # a damaged cache is refused where it is opened
-            return read_contents(self.folder)
+            return read_index(self.folder)
         return None
 
     def _counted_from(self, contents: CacheIndex) -> Images:
@@ -136,7 +137,7 @@ class Latents(Spec):
         with below("data.images"):
             album = self.images.originals()
         if self._cache_contents():
-            require_origin(self.folder, album.hashes, copies=SOON, later=True)
+            expect_origin(self.folder, album.hashes, max_bytes=SOON)
         return album
 
     def rows(self) -> Album | Assorted:
@@ -174,8 +175,9 @@ class Latents(Spec):
         """What the buckets left of the images, or will; None without buckets. Raises as `open`."""
         if not self.images.buckets:
             return None
-        if read_contents(self.folder):
-            return crops(self.cache())
+        index = read_index(self.folder)
+        if index:
+            return crops(self.cache(), index)
         with below("data.images"):
             return self.images.crops()
 
@@ -236,7 +238,7 @@ class Origin:
             if verify:
                 hashes.forget()
                 hashes.hash(range(len(hashes)))
-            require_origin(self.folder, hashes, copies=SOON)
+            require_origin(self.folder, hashes, max_bytes=SOON)
         except signals.Stopped:  # who trains stops by itself
             pass
         except Exception as error:  # who trains raises it
@@ -298,11 +300,11 @@ class LatentSource:
         parts: list[LatentSource] = []
         shapes: list[tuple[int, ...]] = []
         for size in contents.sizes:
-            part = self.part(contents.ending(size))
+            part = self.part(contents.column_suffix(size))
             if part.size:
                 parts.append(part)
                 shapes.append(self.codec.shape(*size))
-        return Bucketed(parts, shapes, str(crops(self.cache)))
+        return Bucketed(parts, shapes, str(crops(self.cache, contents)))
 
     @property
     def size(self) -> int:

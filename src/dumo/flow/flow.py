@@ -143,14 +143,16 @@ class Flow(nn.Module):
         seed: int,
         shape: Sequence[int],
         indices: Sequence[int] | None = None,
-        batch: int = generate.ROWS,
+        batch: int = generate.BATCH,
         z: Sample | None = None,
     ) -> Iterator[generate.Batch]:
-        """Samples of this shape by a reading of the network, batch by batch: as `generate.batches`, and raises so.
+        """Samples of this shape, one per row of c, by a reading of the network, a batch at a time.
 
-        `net` is what the reading calls, where that is not the network itself.
+        `net` is what the reading calls, where that is not the network itself; the other arguments are those of
+        `generate.sample_batches`. Raises UserError if the solver cannot serve the reading or nfe, and Stopped after a
+        signal.
         """
-        return generate.batches(
+        return generate.sample_batches(
             net or self.net,
             reads,
             self.path,

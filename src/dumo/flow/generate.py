@@ -1,6 +1,13 @@
-"""Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
+"""Sampling: from noise to images, in batches.
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+Entrances: `sample_batches` yields batches, and `join_batches` makes them one. `sample_with_noise` gives the noise, too,
+and `sample_trajectory` the points between. `integrate` begins with noise that its caller draws; what `sample_batches`
+holds around it are `eval_mode`, `counting_passes` and `in_precision`. `labels_in_turn` gives each image a class.
+
+Image i of a seed is the same in any batch. Passes are counted on the net itself, not believed of the solver.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +25,12 @@ from dumo.runtime.bound import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Reads, Sample, Trail, UserError
 
-ROWS = 256  # images made at a time, at most: ours
+BATCH = 256  # images made at a time, at most: ours
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What was generated: x in float32 on the CPU, and the passes each row made through the net."""
+    """Images, or points: x (n, *shape) in float32 on the CPU, and the passes that each made through the net."""
 
     x: Sample
     nfe: int
@@ -31,48 +38,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the samples: their numbers (n,), x in float32 on the CPU, and the passes each row made."""
+    """A batch of samples: their numbers (n,), x (n, *shape) in float32 on the CPU, and the passes that each made."""
 
     index: Int64[Tensor, " n"]
     x: Sample
     nfe: int
 
 
-class Draws:
-    """The noise of batches that are made in this order, each given by the numbers of its images; drawn ahead.
-
-    While a net works on a batch, a thread draws for the next one what this one has drawn. Noise is a function of (seed,
-    image, draw), so who draws it and when changes nothing in it.
-    """
-
-    def __init__(
-        self,
-        thread: Executor,
-        batches: Sequence[Sequence[int]],
-        *,
-        seed: int,
-        shape: Sequence[int],
-        device: torch.device | str,
-    ) -> None:
-        """Of this seed and shape, for a net on this device."""
-        self.thread, self.batches, self.seed, self.shape = thread, batches, seed, shape
-        self.device = torch.device(device)
-        self.coming: dict[tuple[int, int], Future[Sample]] = {}
-
-    def __call__(self, batch: int, k: int) -> Sample:
-        """Draw k of a batch's images, on the device."""
-        ready = self.coming.pop((batch, k), None)
-        if batch + 1 < len(self.batches):
-            self.coming[batch + 1, k] = self.thread.submit(self._draw, batch + 1, k)
-        z = ready.result() if ready else self._draw(batch, k)
-        return z.to(self.device, non_blocking=True)
-
-    def _draw(self, batch: int, k: int) -> Sample:
-        z = noise(self.seed, self.batches[batch], k, self.shape)
-        return z.pin_memory() if self.device.type == "cuda" else z  # from where a GPU fetches it by itself
-
-
-def generate(
+def sample_batches(
     net: nn.Module,
     reads: Reads,
     path: Path,
@@ -83,74 +56,63 @@ def generate(
     seed: int,
     shape: Sequence[int],
     indices: Sequence[int] | None = None,
-    batch: int = ROWS,
-    device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
-    on_batch: Callable[[int], object] | None = None,
-) -> Samples:
-    """All of `batches` in one; `on_batch` is called with the number of images made so far. Raises as that does."""
-    parts = batches(
-        net,
-        reads,
-        path,
-        solver,
-        c,
-        nfe=nfe,
-        seed=seed,
-        shape=shape,
-        indices=indices,
-        batch=batch,
-        device=device,
-        precision=precision,
-    )
-    return joined(parts, on_batch)
-
-
-def batches(
-    net: nn.Module,
-    reads: Reads,
-    path: Path,
-    solver: Solver,
-    c: Cond,
-    *,
-    nfe: int,
-    seed: int,
-    shape: Sequence[int],
-    indices: Sequence[int] | None = None,
-    batch: int = ROWS,
+    batch: int = BATCH,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     z: Sample | None = None,
 ) -> Iterator[Batch]:
-    """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
+    """Images, one per row of c, a batch at a time.
 
-    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile; `precision` is that of
-    its passes, and what a solver makes of them is in float32. An image begins with its row of z, or the noise of its
-    number; noise that a solver adds later is always that of its number. Raises UserError if the solver cannot serve the
-    reading or nfe, ValueError if there are more or fewer indices than rows of c, Stopped once a stop is asked for,
-    between two passes.
+    net: counts the passes; in evaluation mode while a batch is made, then as it was.
+    reads: the reading of `net` that the solver calls.
+    path: from whose noise the solver starts, and in whose units of sd it works.
+    c: the conditions, (n, ...).
+    nfe: passes of each image through the net.
+    seed: of the noise, with the number of the image.
+    shape: of an image.
+    indices: the numbers of the images, one per row of c; None: 0, 1, ...
+    batch: images made at a time, at most.
+    device: of the net.
+    precision: of the passes; what a solver makes of them is in float32.
+    z: noise to begin with, (n, *shape); None: that of the images' numbers, as is all noise that a solver adds later.
+
+    Raises UserError if the solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than
+    rows of c, and Stopped after a signal, between two passes.
     """
-    indices = range(len(c)) if indices is None else indices
+    if indices is None:
+        indices = range(len(c))
     if len(indices) != len(c):
         raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
 
-    parts = [indices[first : first + batch] for first in range(0, len(c), batch)]
+    starts = range(0, len(c), batch)
+    index_batches = [indices[start : start + batch] for start in starts]
     with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
-        draws = Draws(thread, parts, seed=seed, shape=shape, device=device)
-        for i, (some, c_some) in enumerate(zip(parts, c.split(batch), strict=True)):
-            threads.check()
-            fresh = partial(draws, i) if z is None else partial(begun, z[i * batch :][:batch].to(device), draws, i)
-            with evaluating(net), counting(net) as passed, passing(net, precision, device):
-                _, x = carried(reads, path, solver, c_some.to(device), nfe, fresh)
-            yield Batch(torch.tensor(some), x.cpu(), _agreed({sum(passed) / len(some)}))
+        prefetch = _NoisePrefetch(thread, index_batches, seed=seed, shape=shape, device=device)
+        for number, start in enumerate(starts):
+            threads.check()  # sets the number of threads again, where others keep the machine busy
+            batch_indices = index_batches[number]
+            batch_c = c[start : start + batch].to(device)
+            fresh: Fresh = partial(prefetch, number)
+            if z is not None:
+                fresh = _starting_at(z[start : start + batch].to(device), fresh)
+            with (
+                eval_mode(net),
+                counting_passes(net) as rows_per_pass,
+                in_precision(net, precision, device),
+            ):
+                _, x = integrate(reads, path, solver, batch_c, nfe, fresh)
+            passes = _same_passes({sum(rows_per_pass) / len(batch_indices)})
+            yield Batch(torch.tensor(batch_indices), x.cpu(), passes)
 
 
-def begun(z: Sample, draws: Draws, batch: int, k: int) -> Sample:
-    """Draw k of a batch's images, of which draw 0 is z."""
-    return draws(batch, k) if k else z
+def join_batches(batches: Iterable[Batch]) -> Samples:
+    """All batches as one, in their order. Raises RuntimeError where they made unequally many passes."""
+    all_batches = list(batches)
+    x = torch.cat([batch.x for batch in all_batches])
+    return Samples(x, _same_passes({batch.nfe for batch in all_batches}))
 
 
-def solve(
+def sample_with_noise(
     reads: Reads,
     path: Path,
     solver: Solver,
@@ -161,80 +123,91 @@ def solve(
     shape: Sequence[int],
     indices: Sequence[int],
 ) -> tuple[Sample, Sample]:
-    """The noise of the images of these numbers, and what the solver makes of it, in float32 where c is.
+    """The noise of the images numbered `indices`, and the images: both (n, *shape), in float32, on the device of c.
 
-    Raises UserError if the solver cannot serve the reading or nfe.
+    The net stays in the mode and precision that it has. Raises UserError if the solver cannot serve the reading or nfe.
     """
 
-    def fresh(k: int) -> Sample:
-        return noise(seed, indices, k, shape).to(c.device)
+    def fresh(draw: int) -> Sample:
+        return noise(seed, indices, draw, shape).to(c.device)
 
-    return carried(reads, path, solver, c, nfe, fresh)
+    return integrate(reads, path, solver, c, nfe, fresh)
 
 
 @torch.no_grad()
-def carried(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
-    """Draw 0, and what the solver makes of it, in float32. Raises UserError as the solver does."""
+def sample_trajectory(
+    reads: Reads, path: Path, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
+) -> tuple[Sample, Trail]:
+    """The images that the solver makes of noise z, and the points between, after each of `points` equal parts.
+
+    Images (n, *shape) are in float32; the points between, (n, points - 1, *shape), run from the data to the noise, and
+    are on the path, so in units of its sd. `points` is at least 2 and divides the number of steps, else ValueError.
+    Raises UserError if the solver cannot serve the reading or nfe.
+    """
+    num_steps = nfe // solver.passes
+    if points < 2 or num_steps % points:
+        raise ValueError(f"points={points}: give at least 2, and a divisor of the {num_steps} steps of nfe={nfe}")
+    every = num_steps // points
+    trail = solver.trail(reads, path.spread * z, c, nfe)
+    xs = [x.float() for step, x in enumerate(trail, start=1) if step % every == 0]
+    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
+
+
+@torch.no_grad()
+def integrate(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
+    """Noise, which is draw 0 of `fresh`, and the images that the solver makes of it: (n, *shape), in float32.
+
+    Raises UserError if the solver cannot serve the reading or nfe.
+    """
     z = fresh(0)
     return z, path.sd * solver(reads, path, path.spread * z, c, nfe, fresh).float()
 
 
-@torch.no_grad()
-def trailed(
-    reads: Reads, path: Path, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
-) -> tuple[Sample, Trail]:
-    """What the solver makes of noise z, and where it is between at the ends of `points` equal steps, data first.
-
-    In float32; what is between is of the path, and so in units of its sd. Raises UserError as the solver does.
-    """
-    every = nfe // solver.passes // points
-    xs = [x.float() for k, x in enumerate(solver.trail(reads, path.spread * z, c, nfe), start=1) if k % every == 0]
-    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
-
-
-def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:
-    """Batches, in their order, as one; `on_batch` is called with the number of images so far as each comes."""
-    done, count = list[Batch](), 0
-    for part in parts:
-        done.append(part)
-        count += len(part.x)
-        if on_batch is not None:
-            on_batch(count)
-    return Samples(torch.cat([part.x for part in done]), _agreed({part.nfe for part in done}))
-
-
-def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
+def labels_in_turn(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
     """A class for each of n images: 0, 1, ... in turn, or `only` in turn; zeros where there are no classes.
 
     Raises UserError for a label outside [0, classes), or no image at all.
     """
     if not 1 <= n <= SAMPLES:
         raise UserError(f"{n:,} images cannot be made at once: ask for 1 to {SAMPLES:,}, for more with another --seed")
-    wrong = [label for label in only or () if not 0 <= label < classes]
-    if wrong:
-        there = f"labels run from 0 to {classes - 1}" if classes else "this model has no classes, so give no labels"
-        raise UserError(f"label {wrong[0]} is out of range: {there}")
+    for label in only or ():
+        if not classes:
+            raise UserError(f"label {label} is out of range: this model has no classes, so give no labels")
+        if not 0 <= label < classes:
+            raise UserError(f"label {label} is out of range: labels run from 0 to {classes - 1}")
     turn = torch.tensor(only or range(max(classes, 1)))
     return turn[torch.arange(n) % len(turn)]
 
 
 @contextmanager
-def counting(net: nn.Module) -> Generator[list[int], None, None]:
-    """Yield a list to which every pass through the net adds its number of rows."""
-    passed: list[int] = []
-
-    def note(_: nn.Module, inputs: tuple[Array, ...], __: object) -> None:
-        passed.append(len(inputs[0]))
-
-    hook = net.register_forward_hook(note)
+def eval_mode(net: nn.Module) -> Generator[None, None, None]:
+    """Hold the net in evaluation mode, then give every part of it its own mode back."""
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
     try:
-        yield passed
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def counting_passes(net: nn.Module) -> Generator[list[int], None, None]:
+    """Yield a list to which every pass through the net adds its number of rows."""
+    rows_per_pass: list[int] = []
+
+    def count_rows(_: nn.Module, inputs: tuple[Array, ...], __: object) -> None:
+        rows_per_pass.append(len(inputs[0]))
+
+    hook = net.register_forward_hook(count_rows)
+    try:
+        yield rows_per_pass
     finally:
         hook.remove()
 
 
 @contextmanager
-def passing(net: nn.Module, precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
+def in_precision(net: nn.Module, precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
     """Make the net's passes in a precision; what it answers is float32, in which solvers and guidance add up."""
 
     def widen(_: nn.Module, __: object, heads: Heads) -> Heads:
@@ -248,19 +221,48 @@ def passing(net: nn.Module, precision: Precision, device: torch.device | str) ->
         hook.remove()
 
 
-@contextmanager
-def evaluating(net: nn.Module) -> Generator[None, None, None]:
-    """Hold the net in evaluation mode, then give every part of it its own mode back."""
-    modes = [(part, part.training) for part in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+class _NoisePrefetch:
+    """Noise for batches in order; a thread draws the next batch's while the net works on this one.
+
+    Noise is a function of (seed, image, draw), so who draws it and when changes nothing in it.
+    """
+
+    def __init__(
+        self,
+        thread: Executor,
+        index_batches: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        shape: Sequence[int],
+        device: torch.device | str,
+    ) -> None:
+        """Noise of this shape for the images of these numbers, batch by batch, and a net on this device."""
+        self.thread = thread
+        self.index_batches = index_batches
+        self.seed = seed
+        self.shape = shape
+        self.device = torch.device(device)
+        self.futures: dict[tuple[int, int], Future[Sample]] = {}  # by batch and draw
+
+    def __call__(self, batch: int, draw: int) -> Sample:
+        """The draw of this number for a batch's images, (n, *shape), on the device."""
+        future = self.futures.pop((batch, draw), None)
+        if batch + 1 < len(self.index_batches):
+            self.futures[batch + 1, draw] = self.thread.submit(self._draw, batch + 1, draw)
+        z = future.result() if future else self._draw(batch, draw)
+        return z.to(self.device, non_blocking=True)
+
+    def _draw(self, batch: int, draw: int) -> Sample:
+        z = noise(self.seed, self.index_batches[batch], draw, self.shape)
+        return z.pin_memory() if self.device.type == "cuda" else z  # from where a GPU fetches it by itself
 
 
-def _agreed(counts: Set[float] | Set[int]) -> int:
+def _starting_at(z: Sample, fresh: Fresh) -> Fresh:
+    """The same draws, but for draw 0, which is z."""
+    return lambda draw: z if draw == 0 else fresh(draw)
+
+
+def _same_passes(counts: Set[float] | Set[int]) -> int:
     """The one whole number of passes that every row made. Anything else is a defect of the reading."""
     count = min(counts)
     if len(counts) > 1 or not float(count).is_integer():

@@ -248,7 +248,7 @@ class LoopFlow(Flow):
         read = self._one_of_reads("velocity", self._passes(given, None))
 
         def velocity(x: Sample, t: Time, c: Cond) -> Sample:
-            with generate.evaluating(self.net), self._precise(x):
+            with generate.eval_mode(self.net), self._precise(x):
                 return read(x, t, c)
 
         return teaching(Reads(velocity=velocity))
@@ -277,7 +277,7 @@ class LoopFlow(Flow):
         passes = self._passes(given, None)
         guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
         reads = self._reads(passes, guide)
-        made = generate.joined(
+        made = generate.join_batches(
             self.batches(reads, solver or best(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
         )
         for part in self.net.modules():
@@ -410,7 +410,7 @@ class LoopFlow(Flow):
         index, _ = self._index(len(x), c, x.device)
         read = self._one_of_reads(name, self._passes(c, None))
         rows = [_row_times(time, x) for time in times]
-        with generate.evaluating(self.net), self._precise(x):
+        with generate.eval_mode(self.net), self._precise(x):
             return read(x, *rows, index)
 
     def _one_of_reads(self, name: str, passes: Passes) -> Callable[..., Any]:
@@ -437,9 +437,9 @@ class LoopFlow(Flow):
                 "sample"
             )
         if isinstance(c, int):
-            return None, generate.labels(c, self.classes)
+            return None, generate.labels_in_turn(c, self.classes)
         labels = [int(k) for k in c]
-        return None, generate.labels(len(labels), self.classes, labels)
+        return None, generate.labels_in_turn(len(labels), self.classes, labels)
 
     # ------------------------------------------------------------------------------------------------- what is kept
 

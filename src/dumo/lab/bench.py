@@ -98,20 +98,28 @@ def sample(
         for nfe in nfes:
             cases.append(SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
     module = build(examination.readable(run.net), run.objective.needs, shape, run.data.classes, torch_device, batch)
-    make_samples = partial(
-        generate.generate,
-        module,
-        reading(run.objective, module, run.sample.knobs),
-        run.path,
-        c=generate.labels(batch, run.data.classes),
-        seed=0,
-        shape=shape,
-        batch=batch,
-        device=torch_device,
-    )
+    reads = reading(run.objective, module, run.sample.knobs)
+    c = generate.labels_in_turn(batch, run.data.classes)
+
+    def make_samples(case: SampleCase) -> generate.Samples:
+        batches = generate.sample_batches(
+            module,
+            reads,
+            run.path,
+            case.solver,
+            c,
+            nfe=case.nfe,
+            seed=0,
+            shape=shape,
+            batch=batch,
+            device=torch_device,
+            precision=case.precision,
+        )
+        return generate.join_batches(batches)
+
     works: list[Work] = []
     for case in cases:
-        works.append(partial(make_samples, solver=case.solver, nfe=case.nfe, precision=case.precision))
+        works.append(partial(make_samples, case))
     decode, missing = decoding(run.data, shape, batch, torch_device)
     if decode:
         works.append(decode)

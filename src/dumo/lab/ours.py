@@ -18,7 +18,7 @@ from dumo.data import Data
 from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.shipped import features_of
-from dumo.flow.generate import labels
+from dumo.flow.generate import labels_in_turn
 from dumo.io import picture, weights
 from dumo.lab import arm
 from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mean, main_score
@@ -82,7 +82,7 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
 def class_fd(sampler: Sampler, spec: Evaluation, real: Sequence[Moments], *, held: bool = False) -> float:
     """The mean over classes of the Fréchet distance of their samples, of one pass, to their images, `real`."""
     many = sampler.data.labels
-    c = labels(min(MOST, 2 * len(spec.protocol.labels(many))), many)
+    c = labels_in_turn(min(MOST, 2 * len(spec.protocol.labels(many))), many)
     made = sampler.sample(sampler.conditions.of(c, held=held), nfe=1, seed=spec.seed).x
     fake = FEATURES[spec.protocol.kind](made)
     return fmean(frechet_distance(Moments.of(fake[c == k]), of) for k, of in enumerate(real))

@@ -71,7 +71,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     for one in results:
         ratio, mmd2 = one.cell.labels["velocity_ratio"], one.report["results"][0]["mmd2"]
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
-        made = one.trained.sampler.sample(generate.labels(2000, 0), nfe=1).x
+        made = one.trained.sampler.sample(generate.labels_in_turn(2000, 0), nfe=1).x
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
     panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"

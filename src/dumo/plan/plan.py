@@ -13,7 +13,7 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
-from dumo.data.cache import CachePlan, read_contents
+from dumo.data.cache import CachePlan, read_index
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
@@ -124,7 +124,7 @@ def plan(spec: Run) -> dict[str, Any]:
 def images_per_epoch(run: Run, *, missing: bool) -> int | None:
     """The images of the training data, as their cache or else the protocol's standard tells; None: not known."""
     if isinstance(run.data, Latents) and not missing:
-        contents = read_contents(run.data.folder)
+        contents = read_index(run.data.folder)
         if contents is not None:
             return contents.rows
     standard: Standard | None = getattr(run.evaluate.protocol, "standard", None)  # a set of images by its name

@@ -20,7 +20,7 @@ from torch import Tensor
 from dumo.config.tree import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
-from dumo.flow.generate import Batch, counting, evaluating, passing
+from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
 from dumo.flow.solver import Solver, check
@@ -261,6 +261,6 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
         x = evaluator.x[rows].to(device)
         c = evaluator.c[rows].to(device)
         directions = [e.to(x) for e in evaluator.directions(rows.tolist())] or axes(x)
-        with evaluating(net), counting(net) as rows_per_pass, passing(net, "fp32", device):
+        with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, "fp32", device):
             log_p = log_likelihood(reads, sampler.flow.path, solver, x, c, nfe, directions)
         yield Batch(rows, log_p.cpu(), sum(rows_per_pass) // len(rows))

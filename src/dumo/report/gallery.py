@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import word
-from dumo.flow.generate import joined, labels
+from dumo.flow.generate import join_batches, labels_in_turn
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
@@ -184,7 +184,7 @@ def class_grids(
     data = sampler.data
     if not data.classes or not sampler.is_image:
         raise UserError(f"data '{data.kind}' has no classes of images, so no grid of them: leave out --classes")
-    chosen = range(data.classes) if classes is None else labels(len(classes), data.classes, classes).tolist()
+    chosen = range(data.classes) if classes is None else labels_in_turn(len(classes), data.classes, classes).tolist()
     grids: dict[tuple[SamplingMode, int, int], Image.Image] = {}
     with bar("sampling class grids", len(files) * len(modes) * sum(passes)) as tick:
         tick_more = summed(tick)
@@ -204,7 +204,7 @@ def class_grid(
     class_of_each = torch.arange(sampler.data.classes).repeat_interleave(count)
     indices = [k * count + i for k in classes for i in range(count)]
     solver = mode.at(nfe)
-    made = joined(sampler.batches(class_of_each, nfe=nfe, seed=seed, solver=solver, indices=indices))
+    made = join_batches(sampler.batches(class_of_each, nfe=nfe, seed=seed, solver=solver, indices=indices))
     blocks: list[np.ndarray] = []
     for k, pixels in zip(classes, picture.to_rows(made.x).split(count), strict=True):
         name = sampler.conditions.name(k)

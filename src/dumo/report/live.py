@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dumo.config.conditions import shown
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
-from dumo.flow.generate import carried, counting, evaluating, passing
+from dumo.flow.generate import counting_passes, eval_mode, in_precision, integrate
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io.read import brief
@@ -161,12 +161,12 @@ class InteractiveRun:
         check(mode.solver, sampler.taught, nfe)
         reads = sampler.guided(guide or sampler.spec.guide)
         with (
-            evaluating(net),
-            counting(net) as rows_per_pass,
-            passing(net, sampler.precision, device),
+            eval_mode(net),
+            counting_passes(net) as rows_per_pass,
+            in_precision(net, sampler.precision, device),
             stopped_after(net, until),
         ):
-            _, x = carried(reads, sampler.flow.path, mode.solver, c.to(device), nfe, fresh)
+            _, x = integrate(reads, sampler.flow.path, mode.solver, c.to(device), nfe, fresh)
         x = sampler.decode(x.cpu())
         return TimedSamples(x, sum(rows_per_pass) // len(c), time.monotonic() - began)
 

@@ -22,7 +22,7 @@ from dumo.config.conditions import squares
 from dumo.config.load import dump
 from dumo.data import Images, Latents
 from dumo.evaluation.neighbours import Real, nearest
-from dumo.flow.generate import labels
+from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Solver, able
 from dumo.io import file, picture
 from dumo.plan.plan import show
@@ -226,7 +226,7 @@ def sampling_jobs(sampler: Sampler) -> list[SamplingJob]:
     else:
         count = POINTS
         classes = range(min(sampler.data.classes, COLUMNS))
-    sheet_c = labels(count, sampler.data.classes, classes or None)
+    sheet_c = labels_in_turn(count, sampler.data.classes, classes or None)
     row_c = sheet_c[: num_columns(sampler)] if sampler.is_image else sheet_c
     jobs = [SamplingJob(SHEET, sampler.spec.solver, n, sheet_c) for n in sampler.spec.nfe]
     modes = sampling_modes(sampler).values()

@@ -87,7 +87,7 @@ class Sheets:
         net = state.shown
         indices = rank_indices(len(self.c))  # of this rank's images
         with torch.compiler.set_stance("force_eager"):
-            parts = generate.batches(
+            parts = generate.sample_batches(
                 net,
                 sampler(run, net).reads,
                 run.path,
@@ -122,4 +122,4 @@ def classes(conditions: Conditions) -> Tensor:
     spread = None
     if num_classes > num_samples:
         spread = [i * num_classes // num_samples for i in range(num_samples)]
-    return conditions.of(generate.labels(num_samples, num_classes, spread))
+    return conditions.of(generate.labels_in_turn(num_samples, num_classes, spread))

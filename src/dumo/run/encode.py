@@ -15,7 +15,7 @@ from dumo.config.change import override
 from dumo.config.load import load, parse
 from dumo.config.source import choose
 from dumo.config.spec import Run
-from dumo.data import Data, Latents, Moons, cache
+from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import below
 from dumo.encoders import texttable
@@ -66,7 +66,7 @@ class EncodeResult:
             return
         yield f"{self.folder}: {contents.summary()}, {self.done.made} shards made now"
         if isinstance(contents, cache.CacheIndex) and contents.sizes:
-            yield f"images are in {cache.crops(table.Table(self.folder, contents))}"
+            yield f"images are in {cache.crops(table.Table(self.folder, contents), contents)}"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def encode(
         bar(f"encoding {images.root}", rows_to_read) as tick,
         below("data.images"),
     ):
-        done = cache.encode(
+        done = encoding.encode(
             album,
             codec,
             plan,
@@ -179,7 +179,7 @@ def encode(
 
 def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
     """Make the cache if it is missing, or finish one that is not whole. Raises UserError as `encode` does."""
-    contents = cache.read_contents(data.folder)
+    contents = cache.read_index(data.folder)
     if contents is None or not contents.shards:
         encode(data, device=device, bar=bar)
 

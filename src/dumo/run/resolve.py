@@ -23,7 +23,7 @@ from dumo.config.source import CODE, FILE, GIVEN
 from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
 from dumo.data import Data, Images, Latents
-from dumo.data.cache import read_contents
+from dumo.data.cache import read_index
 from dumo.data.caption import CaptionFiles
 from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
@@ -314,7 +314,7 @@ def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
 
         def find_codec_hash() -> str | None:
-            cache = read_contents(data.folder)
+            cache = read_index(data.folder)
             codec_hash = data.codec.digest()
             if codec_hash or cache is None:
                 return codec_hash

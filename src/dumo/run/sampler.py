@@ -38,7 +38,7 @@ class Sampler:
     flow: Flow
     data: Data
     spec: Sampling
-    rows: int = generate.ROWS  # of a pass
+    rows: int = generate.BATCH  # of a pass
     size: Size | None = None  # one of the data's buckets; None: the square
 
     @property

@@ -153,7 +153,7 @@ class BaseNet(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """As `Net`, without gradients and dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
-        with generate.evaluating(self.net), off(), autocast(self.precision, x.device):
+        with generate.eval_mode(self.net), off(), autocast(self.precision, x.device):
             return self.net(x, c, **inputs)
 
 
@@ -337,7 +337,7 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
     written; OSError where the disk is full; Stopped after a signal, between two shards.
     """
-    c = generate.labels(index.rows, index.classes)
+    c = generate.labels_in_turn(index.rows, index.classes)
     rank = dist.rank()
     world_size = dist.world()
 
@@ -377,9 +377,11 @@ def solve_pairs(index: PairsIndex, reads: Reads, c: Tensor, numbers: range, devi
     device_c = c.to(device)
     if index.points:
         z = noise(0, numbers, 0, shape).to(device)
-        x, between = generate.trailed(reads, index.path, index.solver, z, device_c, nfe=index.nfe, points=index.points)
+        x, between = generate.sample_trajectory(
+            reads, index.path, index.solver, z, device_c, nfe=index.nfe, points=index.points
+        )
         return {"x": x.cpu(), "z": z.cpu(), "c": c, "between": between.cpu()}
-    z, x = generate.solve(
+    z, x = generate.sample_with_noise(
         reads, index.path, index.solver, device_c, nfe=index.nfe, seed=0, shape=shape, indices=numbers
     )
     return {"x": x.cpu(), "z": z.cpu(), "c": c}

@@ -16,7 +16,7 @@ from dumo.config.teacher import Start
 from dumo.config.tree import Tree
 from dumo.data import Images
 from dumo.flow.flow import Flow
-from dumo.flow.generate import ROWS
+from dumo.flow.generate import BATCH
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import single
 from dumo.io.deferred import Deferred
@@ -107,7 +107,7 @@ class RunFolder:
 
 def sampler(run: Run, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
-    max_rows = min(ROWS, run.train.micro_batch or run.train.batch)
+    max_rows = min(BATCH, run.train.micro_batch or run.train.batch)
     flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
     return Sampler(flow, run.data, run.sample, max_rows)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.cache import CachePlan, encode, open_cache
+from dumo.data.cache import CachePlan, open_cache
+from dumo.data.encoding import encode
 from dumo.encoders import SdVae, Taef2
 from dumo.encoders.codec import Opened
 from dumo.io import digest

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.cache import encode, open_cache
+from dumo.data.cache import open_cache
+from dumo.data.encoding import encode
 from dumo.encoders.codec import Images, Moments
 from dumo.io import table
 from dumo.types import UserError

@@ -14,7 +14,8 @@ from contract.drawn import counting
 from dumo.data import Digits, Images, Moons
 from dumo.data.album import Album
 from dumo.data.augment import Edm
-from dumo.data.cache import encode, open_cache
+from dumo.data.cache import open_cache
+from dumo.data.encoding import encode
 from dumo.data.latents import LatentSource
 from dumo.io.source import Bucketed, rows_of
 from dumo.io.table import Table as Rows

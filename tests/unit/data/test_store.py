@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dumo.data import Digits, Moons
-from dumo.data.cache import encode, open_cache
+from dumo.data.cache import open_cache
+from dumo.data.encoding import encode
 from dumo.io.source import Endless, Table
 from dumo.types import UserError
 from unit.data.animals import COUNT, STORES, archive, as_folder, picture, refused, spec

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.data.cache import CachePlan, encode
+from dumo.data.cache import CachePlan
+from dumo.data.encoding import encode
 from dumo.encoders import SdVae, Taef2
 from dumo.encoders.codec import Images, Latent, Moments, Opened
 from dumo.runtime.random import stream

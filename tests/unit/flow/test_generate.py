@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from threading import current_thread, main_thread
 from threading import enumerate as enumerate_threads
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dumo.flow import generate as module
-from dumo.flow.generate import Samples, generate, labels
+from dumo.flow.generate import Samples, join_batches, labels_in_turn, sample_batches, sample_trajectory
 from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
@@ -35,10 +36,14 @@ class Small(nn.Module):
         return (self.last(self.drop((self.first(x) + h[:, :, None, None]).tanh())),)
 
 
+def generate(*args: Any, **options: Any) -> Samples:  # noqa: ANN401, those of `sample_batches`
+    return join_batches(sample_batches(*args, **options))
+
+
 def make(solver: Solver, nfe: int, batch: int, *, n: int = 64, seed: int = 0, net: nn.Module | None = None) -> Samples:
     net = net or Small()
     asked = {"nfe": nfe, "seed": seed, "shape": SHAPE, "batch": batch}
-    return generate(net, mean_velocity(net), Linear(), solver, labels(n, 10), **asked)
+    return generate(net, mean_velocity(net), Linear(), solver, labels_in_turn(n, 10), **asked)
 
 
 @pytest.mark.slow
@@ -72,12 +77,14 @@ def test_unequal_counts_are_an_error() -> None:
 
     for velocity, batch, counts in ((some_rows, 8, r"\[0.375\]"), (pass_a_row, 5, r"\[3, 5\]")):
         with pytest.raises(RuntimeError, match="unequally often.*" + counts):
-            generate(net, Reads(velocity), Linear(), Euler(), labels(8, 10), nfe=1, seed=0, shape=SHAPE, batch=batch)
+            generate(
+                net, Reads(velocity), Linear(), Euler(), labels_in_turn(8, 10), nfe=1, seed=0, shape=SHAPE, batch=batch
+            )
 
 
 def test_images_are_numbered() -> None:
     """Some images made alone are those of the whole, and one batch of one pass is the formula itself."""
-    net, c = Small().eval(), labels(20, 10)
+    net, c = Small().eval(), labels_in_turn(20, 10)
     some = [3, 17, 4]
     asked = {"nfe": 1, "seed": 5, "shape": SHAPE, "indices": some, "batch": 2}
     alone = generate(net, mean_velocity(net), Linear(), Hop(), c[some], **asked).x
@@ -88,7 +95,7 @@ def test_images_are_numbered() -> None:
 
 
 def test_restart_gets_each_image_its_own_fresh_noise() -> None:
-    net, c = Small().eval(), labels(6, 10)
+    net, c = Small().eval(), labels_in_turn(6, 10)
     made = generate(net, mean_velocity(net), Linear(), Restart(m=0.3), c, nfe=2, seed=1, shape=SHAPE, batch=4).x
     z, again = noise(1, range(6), 0, SHAPE), noise(1, range(6), 1, SHAPE)
     one, m, zero = torch.ones(6), torch.full((6,), 0.3), torch.zeros(6)
@@ -113,20 +120,13 @@ def test_the_net_is_left_as_it_was() -> None:
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        generate(net, Reads(broken), Linear(), Euler(), labels(2, 10), nfe=1, seed=0, shape=SHAPE)
+        generate(net, Reads(broken), Linear(), Euler(), labels_in_turn(2, 10), nfe=1, seed=0, shape=SHAPE)
     assert modes == [part.training for part in net.modules()]
     assert not net._forward_hooks
 
 
-def test_progress_is_told_by_batch() -> None:
-    net, told = Small(), list[int]()
-    asked = {"nfe": 1, "seed": 0, "shape": SHAPE, "batch": 7, "on_batch": told.append}
-    generate(net, mean_velocity(net), Linear(), Hop(), labels(16, 10), **asked)
-    assert told == [7, 14, 16]
-
-
 def test_refuses_before_the_first_pass() -> None:
-    net, c = Small(), labels(2, 10)
+    net, c = Small(), labels_in_turn(2, 10)
 
     def never(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         raise AssertionError
@@ -142,7 +142,7 @@ def test_refuses_before_the_first_pass() -> None:
 
 def test_passes_are_in_the_precision_that_is_asked_for() -> None:
     """bf16 is the net under autocast, what it answers widened before anything is added up; else autocast is off."""
-    net, c, z = Small().eval(), labels(8, 10), noise(0, range(8), 0, SHAPE)
+    net, c, z = Small().eval(), labels_in_turn(8, 10), noise(0, range(8), 0, SHAPE)
     asked = {"nfe": 1, "seed": 0, "shape": SHAPE}
     plain = generate(net, mean_velocity(net), Linear(), Hop(), c, **asked).x
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -173,11 +173,23 @@ def test_noise_is_drawn_ahead_and_once(solver: Solver, monkeypatch: pytest.Monke
     assert not [thread for thread in enumerate_threads() if thread.name.startswith("noise")]
 
 
+@pytest.mark.parametrize("points", [1, 3, 8])
+def test_points_divide_the_steps(points: int) -> None:
+    net, c, z = Small().eval(), labels_in_turn(2, 10), noise(0, range(2), 0, SHAPE)
+    with pytest.raises(ValueError, match=f"points={points}: give at least 2, and a divisor of the 4 steps of nfe=8"):
+        sample_trajectory(mean_velocity(net), Linear(), Heun(), z, c, nfe=8, points=points)
+
+
+def test_no_images_are_no_batches() -> None:
+    net, c = Small(), labels_in_turn(1, 10)[:0]
+    assert not [*sample_batches(net, mean_velocity(net), Linear(), Hop(), c, nfe=1, seed=0, shape=SHAPE)]
+
+
 def test_labels_go_round() -> None:
-    assert labels(12, 5).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
-    assert labels(5, 10, [7, 3]).tolist() == [7, 3, 7, 3, 7]
-    assert labels(3, 0).tolist() == [0, 0, 0]
-    assert labels(2, 1000).dtype == torch.int64
+    assert labels_in_turn(12, 5).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert labels_in_turn(5, 10, [7, 3]).tolist() == [7, 3, 7, 3, 7]
+    assert labels_in_turn(3, 0).tolist() == [0, 0, 0]
+    assert labels_in_turn(2, 1000).dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -192,4 +204,4 @@ def test_labels_go_round() -> None:
 )
 def test_what_has_no_labels_is_refused(n: int, classes: int, only: list[int] | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        labels(n, classes, only)
+        labels_in_turn(n, classes, only)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.flow.draw import draw
-from dumo.flow.generate import generate, labels
+from dumo.flow.generate import join_batches, labels_in_turn, sample_batches
 from dumo.flow.guide import CFG, GuidanceScale, Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
@@ -236,8 +236,9 @@ def test_passes_are_counted_not_readings(solver: Solver, nfe: int, interval: Int
     net = Small()
     reads = CFG(scale=2, interval=interval)(mean_velocity(net), NULL)
     for batch in (3, 7):
-        made = generate(net, reads, Linear(), solver, labels(7, 4), nfe=nfe, seed=0, shape=(2,), batch=batch)
-        assert made.nfe == passes
+        c = labels_in_turn(7, 4)
+        parts = sample_batches(net, reads, Linear(), solver, c, nfe=nfe, seed=0, shape=(2,), batch=batch)
+        assert join_batches(parts).nfe == passes
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 0}, {"scale": -1.5}, {"interval": {"low": 0.6, "high": 0.5}}, {"w": 2}])

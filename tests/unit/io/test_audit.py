@@ -8,7 +8,8 @@ from threading import Event
 import pytest
 import torch
 
-from dumo.data.cache import encode, open_cache
+from dumo.data.cache import open_cache
+from dumo.data.encoding import encode
 from dumo.data.latents import LatentSource
 from dumo.io import audit
 from dumo.io.audit import Audit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contract.case import randomise
 from dumo.flow.draw import draw
-from dumo.flow.generate import solve
+from dumo.flow.generate import sample_with_noise
 from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
@@ -77,7 +77,9 @@ def test_where_texts_are_labels_a_loss_is_that_of_classes(slope: Slope) -> None:
 @pytest.mark.parametrize("solver", [Restart(), Euler()], ids=lambda solver: solver.kind)
 def test_where_texts_are_labels_samples_are_those_of_classes(solver: Solver) -> None:
     """Guided by 4, in two steps."""
-    how = partial(solve, path=Linear(), solver=solver, c=torch.arange(6), nfe=2, seed=0, shape=SHAPE, indices=range(6))
+    how = partial(
+        sample_with_noise, path=Linear(), solver=solver, c=torch.arange(6), nfe=2, seed=0, shape=SHAPE, indices=range(6)
+    )
     one, other = (how(CFG(scale=4)(DuMo().read(net), CLASSES))[1] for net in twins())
     assert one.std() > 0.1
     assert torch.equal(one, other)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dumo.config.load import load
 from dumo.evaluation import Context, LikelihoodProtocol
-from dumo.flow.generate import joined
+from dumo.flow.generate import join_batches
 from dumo.flow.solver import Heun
 from dumo.report.evaluate import evaluate, likelihoods, standing
 from dumo.run.judge import require_likelihood
@@ -50,11 +50,11 @@ def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A row's likelihood does not depend on who asks for it, but for rounding."""
     run = opened(folder)
     judge = LikelihoodProtocol(samples=50).evaluator(Context(run.run.data.open))
-    whole = joined(likelihoods(run.sampler, judge, Heun(), 4)).x
+    whole = join_batches(likelihoods(run.sampler, judge, Heun(), 4)).x
     monkeypatch.setattr("dumo.runtime.dist.world", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr("dumo.runtime.dist.rank", lambda rank=rank: rank)
-        mine = joined(likelihoods(run.sampler, judge, Heun(), 4)).x
+        mine = join_batches(likelihoods(run.sampler, judge, Heun(), 4)).x
         assert torch.allclose(mine, whole[rank::2], atol=1e-5)
 
 

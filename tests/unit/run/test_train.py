@@ -14,7 +14,7 @@ import torch
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.flow.generate import labels
+from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Heun, Restart
 from dumo.io.source import Table
 from dumo.io.weights import load as load_weights
@@ -195,5 +195,5 @@ def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["images"] for record in records] == [4, 8]
     assert all(0 < record["loss"] < 10 for record in records)
-    (made,) = open_run(str(tmp_path), device="cpu").sampler.batches(labels(3, 0), nfe=1)
+    (made,) = open_run(str(tmp_path), device="cpu").sampler.batches(labels_in_turn(3, 0), nfe=1)
     assert made.x.shape == (3, 3, 32, 32)

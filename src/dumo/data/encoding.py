@@ -1,0 +1,226 @@
+"""Make a cache (`dumo.data.cache`): a codec encodes images, shard by shard.
+
+`encode` is the entrance. A shard is encoded in the same batches from its own first row, and its draws have a stream of
+their own, so any rank makes the same shard.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dumo.data.album import HASH, Album
+from dumo.data.bucket import Assorted
+from dumo.data.cache import LATENTS, CacheIndex, CachePlan, read_index
+from dumo.data.origin import NAMES, holds, require_origin
+from dumo.data.pixel import Size
+from dumo.data.written import LINES, dump_lines, require_lines
+from dumo.encoders.caption import Captions
+from dumo.encoders.codec import Opened
+from dumo.io import table
+from dumo.io.content import hashes_of
+from dumo.io.picture import from_uint8
+from dumo.io.seen import BYTES
+from dumo.io.source import Finite
+from dumo.io.table import Column, Done, Tick
+from dumo.runtime import signals
+from dumo.types import UserError
+
+
+def encode(
+    source: Finite | Assorted,
+    codec: Opened,
+    plan: CachePlan,
+    out: Path,
+    *,
+    captions: Captions | None = None,
+    batch: int = 32,
+    rank: int = 0,
+    world: int = 1,
+    tick: Tick = lambda done, note: None,
+) -> Done:
+    """Make those of this rank's shards that are not in `out`, or damaged. Another `batch` may move the last bits.
+
+    `captions` of images that are labelled by their numbers are kept next to them; `tick` is called with the images
+    encoded so far. Raises UserError where `out` holds another cache, other captions or something else, an image or a
+    label is not as planned, a latent is too large for the dtype, or the disk is full, OSError where nothing can be
+    written, Stopped after a signal; finished shards are kept.
+    """
+    index = _index_of(source, codec, plan)
+    hashes = hashes_of(source)
+    if hashes:
+        finished = _finished_shards(out, index, rank, world)
+        hashes.hash(chain.from_iterable(map(index.span, finished)))
+        if holds(out, index):
+            require_origin(out, hashes, max_bytes=sys.maxsize)
+    if captions:
+        require_lines(out / LINES, captions)
+
+    def encode_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
+        batches = _encode_images(source, codec, index, number, batch, report)
+        return _shard_tensors(batches, codec, index, number)
+
+    def images_hash(number: int) -> str:
+        return hashes.digest(index.span(number)) if hashes else ""
+
+    other_files: dict[str, bytes] = {}
+    if captions:
+        other_files[LINES] = dump_lines(captions)
+    if hashes:
+        other_files[NAMES] = hashes.packed.numpy().tobytes()
+    done = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
+    if hashes:
+        hashes.save()
+        if holds(out, index):  # another rank may have seen other images meanwhile
+            require_origin(out, hashes, max_bytes=0)
+    return done
+
+
+def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> list[int]:
+    """The numbers of a rank's shards that exist in a folder that holds this cache."""
+    cached = read_index(out)
+    if cached is None or cached.binding() != index.binding():
+        return []
+    return [number for number in table.noted(out, cached) if number % world == rank]
+
+
+def _index_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> CacheIndex:
+    """The index before any shard is made. Raises UserError if there is nothing to encode."""
+    if not len(source):
+        where = f" in {plan.source}" if plan.source else ""
+        raise UserError(f"there are no images to encode{where}")
+    has_deviations = codec.codec.gaussian and plan.store == "moments"
+    columns: dict[str, Column] = {}
+    for size in plan.sizes or [(plan.resolution, plan.resolution)]:
+        channels, *sides = codec.codec.shape(*size)
+        shape = (2 * channels if has_deviations else channels, *sides)
+        suffix = plan.column_suffix(size)
+        membership = f"in{suffix}" if suffix else ""
+        for name in LATENTS if plan.flips else LATENTS[:1]:
+            columns[f"{name}{suffix}"] = Column(dtype=plan.dtype, shape=shape, lengths=membership)
+        if membership:
+            columns[membership] = Column(dtype="uint8")
+    columns["labels"] = Column(dtype="int64")
+    if plan.sizes:
+        columns["cropped"] = Column(dtype="float32")
+    if hashes_of(source):
+        columns["image"] = Column(dtype="int64")
+        columns[HASH] = Column(dtype="uint8", shape=(BYTES,))
+    return CacheIndex(
+        **dict(plan),
+        codec=codec.codec.facts() | {"weights": codec.codec.weights},
+        weights=codec.sha256,
+        rows=len(source),
+        columns=columns,
+    )
+
+
+def _encode_images(
+    source: Finite | Assorted,
+    codec: Opened,
+    index: CacheIndex,
+    number: int,
+    batch: int,
+    report: Callable[[int], None],
+) -> list[dict[str, Tensor]]:
+    """The columns of a shard, batch by batch; `report` is called with the number of images encoded so far.
+
+    Raises UserError where an image or a label is not as planned, and Stopped after a signal.
+    """
+    span = index.span(number)
+    batches: list[dict[str, Tensor]] = []
+    for first in span[::batch]:
+        signals.check()
+        batch_rows = range(first, min(first + batch, span.stop))
+        for size, images_of_size, rows in _by_size(source, batch_rows, index):
+            images, labels = images_of_size.rows(slice(rows.start, rows.stop))
+            if not len(images):
+                continue
+            images = _checked_floats(images, labels, index, first, size)
+            suffix = index.column_suffix(size)
+            columns = {"labels": labels.long(), f"x{suffix}": codec.encode(images).cpu()}
+            if isinstance(images_of_size, Album):
+                columns |= images_of_size.origins(rows)
+            if index.flips:
+                columns[f"flipped{suffix}"] = codec.encode(images.flip(-1)).cpu()  # left-right
+            if isinstance(source, Assorted):
+                columns["cropped"] = source.cropped[columns["image"]]
+            batches.append(columns)
+        report(batch_rows.stop - span.start)
+    return batches
+
+
+def _by_size(source: Finite | Assorted, rows: range, index: CacheIndex) -> Iterator[tuple[Size, Finite, range]]:
+    """These rows of the source, by size: the size, the images of that size, and the rows of these images to encode."""
+    if not isinstance(source, Assorted):
+        yield (index.resolution, index.resolution), source, rows
+        return
+    source.look(rows)
+    for bucket, album in source.albums(rows).items():
+        yield source.sizes[bucket], album, range(len(album))
+
+
+def _shard_tensors(
+    batches: list[dict[str, Tensor]], codec: Opened, index: CacheIndex, number: int
+) -> dict[str, Tensor]:
+    """The tensors of a shard, as they are stored. Raises UserError if no image could be read, or for a bad latent.
+
+    That is one with values that are not finite, in the codec's dtype or in the stored one.
+    """
+    span = index.span(number)
+    where = f"images {span.start} to {span.stop - 1}"
+    if not batches:
+        raise UserError(f"{where}: not one could be read")
+    dtype: torch.dtype = getattr(torch, index.dtype)
+    other_columns: dict[str, Tensor] = {}
+    latents: dict[str, Tensor] = {}
+    for name, column in _join_batches(batches, index).items():
+        if name.partition(" ")[0] not in LATENTS:
+            other_columns[name] = column
+            continue
+        latent = column
+        if index.store == "samples":
+            latent = codec.codec.sample(column, index.seed, "posterior", number, name, rows=range(len(column)))
+        latents[name] = latent.to(dtype)
+        if not latents[name].isfinite().all():
+            raise UserError(f"{where}: the codec gives no numbers, or too large ones for {index.dtype}: try float32")
+    return other_columns | latents
+
+
+def _join_batches(batches: list[dict[str, Tensor]], index: CacheIndex) -> dict[str, Tensor]:
+    """The batches of a shard as one, by column; with buckets, rows are in the order of the images in the source."""
+    if not index.sizes:
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    order = torch.cat([batch["image"] for batch in batches]).argsort()
+    columns: dict[str, Tensor] = {}
+    for name, column in index.columns.items():
+        stem, _, bucket = name.partition(" ")
+        if stem in LATENTS:  # those of one bucket are in order
+            in_bucket = [batch[name] for batch in batches if name in batch]
+            columns[name] = torch.cat(in_bucket or [torch.zeros(0, *column.shape)])
+        elif bucket:  # whether each row is in it
+            memberships = [torch.full((len(batch["image"]),), f"x {bucket}" in batch) for batch in batches]
+            columns[name] = torch.cat(memberships)[order].to(column.torch_dtype)
+        else:
+            columns[name] = torch.cat([batch[name] for batch in batches])[order].to(column.torch_dtype)
+    return columns
+
+
+def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, first: int, size: Size) -> Tensor:
+    """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
+    where = f"images {first} to {first + len(images) - 1}"
+    if images.shape[1:] != (3, *size):
+        raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is {(3, *size)}")
+    num_labels = index.rows if index.captioned else max(index.classes, 1)
+    strange_labels = labels[(labels < 0) | (labels >= num_labels)]
+    if len(strange_labels):
+        raise UserError(f"{where}: there is a label {int(strange_labels[0])}, and {index.classes} classes are planned")
+    if images.dtype == torch.uint8:
+        return from_uint8(images)
+    largest = float(images.abs().max())
+    if largest > 1 + 1e-4:
+        raise UserError(f"{where} reach {largest:.4g}: give uint8, or floats in [-1, 1]")
+    return images.float()
