@@ -39,7 +39,7 @@ from dumo.io.content import Hashes, hashes_of, moved, unpacked
 from dumo.io.picture import from_uint8
 from dumo.io.seen import BYTES
 from dumo.io.source import Finite
-from dumo.io.table import ELSEWHERE, Column, Done, Index, Table, Tick
+from dumo.io.table import ELSEWHERE, Column, Done, ShardTable, TableIndex, Tick
 from dumo.io.weights import load
 from dumo.runtime import signals
 from dumo.runtime.bound import CLASSES, PIXELS, ROWS
@@ -72,7 +72,7 @@ class CachePlan(Spec):
         return f" {size[0]}x{size[1]}" if self.sizes else ""
 
 
-class CacheIndex(CachePlan, Index):
+class CacheIndex(CachePlan, TableIndex):
     """What index.json says of a cache."""
 
     word: ClassVar[str] = "cache"
@@ -103,7 +103,7 @@ def read_contents(folder: Path) -> CacheIndex | None:
     return table.read(folder, CacheIndex)
 
 
-def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object) -> Table:
+def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object) -> ShardTable:
     """Open a cache to read it as the data of a codec and of `wanted` fields of the plan; None: whatever is there.
 
     A cache of both flips serves those who want one. One of at most `memory` bytes is read, not mapped. Raises UserError
@@ -120,10 +120,10 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
     if lines:
         listed = "\n  ".join(lines)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
-    return Table(folder, contents, memory)
+    return ShardTable(folder, contents, memory)
 
 
-def crops(table: Table) -> Crops:
+def crops(table: ShardTable) -> Crops:
     """What the buckets left of the images of a cache."""
     contents = table.index
     assert isinstance(contents, CacheIndex)
@@ -209,7 +209,7 @@ def finished_shards(out: Path, contents: CacheIndex, rank: int, world: int) -> l
     cached = table.read(out, CacheIndex)
     if cached is None or cached.binding() != contents.binding():
         return []
-    return [number for number in table.noted(out, cached) if number % world == rank]
+    return [number for number in table.written_shards(out, cached) if number % world == rank]
 
 
 def read_names(folder: Path) -> bytes:
@@ -237,7 +237,7 @@ def require_origin(
     fix = f"put the images back as they were, or {ELSEWHERE}"
     if HASH not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
-    shards = table.noted(folder, cached)
+    shards = table.written_shards(folder, cached)
     if cached.fingerprint != hashes.title():
         if shards:
             names = read_names(folder)

@@ -25,7 +25,7 @@ from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.run import content, cost, encode, examination, teacher
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
@@ -74,7 +74,7 @@ class Job:
     index: Index  # what the folder held
     device: torch.device
     tell: Callable[[str], None]
-    data: Source
+    data: DataSource
     hashes: Hashes | None  # of the files of the data
     state: State  # in which training begins
     last: Checkpoint | None  # that it resumes from
@@ -212,7 +212,7 @@ def assemble(
     )
 
 
-def open_data(data: Data) -> Source:
+def open_data(data: Data) -> DataSource:
     """The data, as all ranks see them. Raises UserError on all of them where one cannot open them, or sees fewer."""
     source = agreement.on_each_rank(data.open)
     sizes = agreement.gather_results(lambda: source.size)

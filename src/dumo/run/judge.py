@@ -12,7 +12,7 @@ from dumo.encoders.caption import parted
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.protocol import Evaluator
 from dumo.flow.likelihood import climbing
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.run.encode import captions
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals, threads
@@ -24,13 +24,13 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
     """The evaluator of a protocol. Raises UserError as the protocol does, and for what has no likelihood."""
     data = sampler.data
 
-    def open_judged_data() -> Source:
+    def open_judged_data() -> DataSource:
         return judged_data(data, evaluation.split)
 
-    def open_trained_data() -> Source:
+    def open_trained_data() -> DataSource:
         return real_data(data)
 
-    def open_captions() -> tuple[Source, Tensor, list[str]]:
+    def open_captions() -> tuple[DataSource, Tensor, list[str]]:
         images = squares(shown(data)).open()
         return images, conditions(data, evaluation), caption_texts(data)
 
@@ -88,14 +88,14 @@ def require_likelihood(sampler: Sampler) -> None:
     climbing(sampler.spec.solver, sampler.taught)
 
 
-def real_data(data: Data) -> Source:
+def real_data(data: Data) -> DataSource:
     """The data as images or points with their classes: of latents, the images that were encoded. Raises as opening."""
     if isinstance(data, Moons):
         return data.open()
     return data.originals()
 
 
-def judged_data(data: Data, split: str | None) -> Source:
+def judged_data(data: Data, split: str | None) -> DataSource:
     """What samples are judged against: the data's images, or those of another split. Raises UserError, as opening."""
     if split is None:
         return real_data(data)
