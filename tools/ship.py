@@ -15,7 +15,7 @@ from dumo.config.load import FILE, dump
 from dumo.config.spec import Run
 from dumo.data.latents import Latents
 from dumo.encoders.codec import FIELD
-from dumo.io.file import whole
+from dumo.io.file import atomic_write
 from dumo.io.read import user_path
 from dumo.lab.cell import leading
 from dumo.run.resolve import as_given
@@ -42,7 +42,7 @@ OF_DATA = {
 def ship(run: Path, name: str) -> None:
     """Write the folder."""
     opened = open_run(str(run), device="cpu")
-    with whole(HERE / name) as half:
+    with atomic_write(HERE / name) as half:
         place = half / "checkpoints" / opened.checkpoint.name
         place.mkdir(parents=True)
         shutil.copy(run / "data.json", half)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from dumo.flow.reading import mean_velocity
 from dumo.flow.slope import DualSlope, Slope
 from dumo.flow.times import Number
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.types import (
     Cond,
     Frozen,
@@ -132,13 +132,13 @@ class Bars(DataSpec):
     shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     classes: ClassVar[int] = 2
 
-    def open(self) -> Table:
+    def open(self) -> TensorData:
         """All in memory."""
         c = torch.arange(self.rows) % 2
         x = torch.ones(self.rows, *self.shape)
         for i in range(self.rows):
             x[i, 0].movedim(int(c[i]), 0)[i // 2 % 8] = -1
-        return Table(x, c)
+        return TensorData(x, c)
 
 
 class Once(SolverSpec):

@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.lab.step import Plain, slope_error
+from dumo.lab.step import PlainStep, slope_error
 from dumo.run.examination import examine
 from dumo.run.weights import build, sampler
 from dumo.types import frozen
@@ -50,7 +50,7 @@ def test_the_bench_and_the_doctor_serve_heads_with_inputs_of_their_own(name: str
     c, x = torch.arange(16) % 10, torch.randn(16, *run.data.shape, generator=torch.Generator().manual_seed(0))
     net = randomise(build(run))
     b = draw(run.objective, run.path, x, c, torch.full_like(c, 10), seed=0, step=0)
-    Plain(of=run.objective).loss(net, frozen(net), b).loss.mean().backward()
+    PlainStep(of=run.objective).loss(net, frozen(net), b).loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.numel() > 11 * 16)
     assert slope_error(net, frozen(net), run.objective, b) < 1e-3
     errors = examine(run, torch.device("cpu")).errors

@@ -137,7 +137,7 @@ def test_minutes_are_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     steps = found.run.train.steps
     assert 600 * 0.95 < found.seconds < 600 * 1.05
     assert steps == pytest.approx(600 / (0.5 * proposal.SLACK), rel=0.05)
-    assert found.run.train.schedule.model_dump()["warmup"] == steps // proposal.WARMUP
+    assert found.run.train.schedule.model_dump()["warmup"] == steps // proposal.WARMUP_SHARE
     assert proposal.propose("photos", device="cpu").seconds == pytest.approx(60 * proposal.MINUTES, rel=0.05)
     assert proposal.propose("photos", ["train.steps=7", "data.side=16"], device="cpu").run.train.steps == 7
     assert dict(found.lines())["images"].startswith("13 in 2 classes")

@@ -15,7 +15,7 @@ from torch import Tensor
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.run.journal import slope_in_time
 from dumo.run.net import flow_in_training
 from dumo.run.weights import build, sketch
@@ -56,7 +56,7 @@ def spec(case: str, *more: str) -> Run:
 
 
 @functools.cache
-def opened(data: Data) -> Source:
+def opened(data: Data) -> DataSource:
     """The data of several cases, read once."""
     return data.open()
 

@@ -239,17 +239,20 @@ def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None,
 
     peak = None if tflops else known_peak_tflops(dist.device(device))
     if peak:
-        tflops = cluster.USUAL * peak
-        say(f"hours: at {cluster.USUAL:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you know better")
+        tflops = cluster.USUAL_SHARE_OF_PEAK * peak
+        say(
+            f"hours: at {cluster.USUAL_SHARE_OF_PEAK:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you "
+            "know better"
+        )
     fields = cluster.fit(spec, ranks, limit, say) if limit else {}
     return {**cluster.cluster(cluster.changed(spec, fields), ranks, tflops), "fields": fields}
 
 
 def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type for a layout that was found."""
-    from dumo.plan.cluster import words
+    from dumo.plan.cluster import set_arguments
 
-    return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
+    return [("so set", " ".join(f"--set {word}" for word in set_arguments(fields)))] if fields else []
 
 
 def gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from dumo.data.bucket import Crops
 from dumo.data.pixel import Size
 from dumo.encoders import Codec
 from dumo.io import table
-from dumo.io.table import Index, Table
+from dumo.io.table import ShardTable, TableIndex
 from dumo.runtime.bound import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 
@@ -57,7 +57,7 @@ class CachePlan(Spec):
         return f" {size[0]}x{size[1]}" if self.sizes else ""
 
 
-class CacheIndex(CachePlan, Index):
+class CacheIndex(CachePlan, TableIndex):
     """The contents of a cache's index.json."""
 
     word: ClassVar[str] = "cache"
@@ -83,7 +83,7 @@ def read_index(folder: Path) -> CacheIndex | None:
     return table.read(folder, CacheIndex)
 
 
-def open_cache(folder: Path, codec: Codec, max_bytes: float = 0.0, **asked: object) -> Table:
+def open_cache(folder: Path, codec: Codec, max_bytes: float = 0.0, **asked: object) -> ShardTable:
     """Open a cache to read it as the data of a codec.
 
     `asked` are fields of the plan and the values that they must have; None: any. A cache of both flips serves those who
@@ -103,10 +103,10 @@ def open_cache(folder: Path, codec: Codec, max_bytes: float = 0.0, **asked: obje
     if lines:
         listed = "\n  ".join(lines)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
-    return Table(folder, index, max_bytes)
+    return ShardTable(folder, index, max_bytes)
 
 
-def crops(cache: Table, index: CacheIndex) -> Crops:
+def crops(cache: ShardTable, index: CacheIndex) -> Crops:
     """The bucket of each image of a cache with buckets, and the share of it that was cut off."""
     bucket_parts: list[Tensor] = []
     cropped_parts: list[Tensor] = []

@@ -21,7 +21,7 @@ from torch import Tensor
 from dumo.encoders.caption import Captions
 from dumo.io import digest
 from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Bucketed, Source
+from dumo.io.source import Bucketed, DataSource
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")
@@ -133,7 +133,7 @@ def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that h
 class Captioned:
     """A source whose classes are rows of `captions`: numbers of images, or of classes."""
 
-    of: Source
+    of: DataSource
     captions: Captions
 
     @property
@@ -172,7 +172,7 @@ class Captioned:
         return (own := self.of.fingerprint()) and digest.short(own, *parts)
 
 
-def captioned(source: Source | Bucketed, captions: Captions) -> Captioned | Bucketed:
+def captioned(source: DataSource | Bucketed, captions: Captions) -> Captioned | Bucketed:
     """A source of rows of captions as one of captions, in buckets or not."""
     if isinstance(source, Bucketed):
         return replace(source, parts=[Captioned(part, captions) for part in source.parts])

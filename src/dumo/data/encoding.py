@@ -84,7 +84,7 @@ def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> lis
     cached = read_index(out)
     if cached is None or cached.binding() != index.binding():
         return []
-    return [number for number in table.noted(out, cached) if number % world == rank]
+    return [number for number in table.written_shards(out, cached) if number % world == rank]
 
 
 def _index_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> CacheIndex:

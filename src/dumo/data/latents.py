@@ -33,7 +33,7 @@ from dumo.io.audit import SOON, Audit
 from dumo.io.read import user_path
 from dumo.io.seen import split
 from dumo.io.source import Bucketed, mirrored, rows_of
-from dumo.io.table import Table
+from dumo.io.table import ShardTable
 from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
@@ -181,7 +181,7 @@ class Latents(Spec):
         with below("data.images"):
             return self.images.crops()
 
-    def cache(self) -> Table:
+    def cache(self) -> ShardTable:
         """The rows as `dumo encode` left them. Raises UserError as `open`."""
         images = self.images
         numbered = isinstance(self.captions, CaptionFiles)
@@ -251,7 +251,7 @@ class LatentSource:
     Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.io.audit`).
     """
 
-    def __init__(self, cache: Table, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
+    def __init__(self, cache: ShardTable, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
         self.cache = cache
         self.codec = codec
         self.origin = origin

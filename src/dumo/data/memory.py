@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.io.picture import from_uint8
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
@@ -17,7 +17,7 @@ CHANNELS = (1, 3)  # of images
 # Keys of a row of Hugging Face datasets.
 IMAGE = ("image", "img", "pixel_values")
 LABEL = ("label", "labels", "fine_label")
-TABLES: dict[str, Table] = {}  # by digest, as they were given
+TABLES: dict[str, TensorData] = {}  # by digest, as they were given
 
 
 class Memory(Spec):
@@ -40,7 +40,7 @@ class Memory(Spec):
         [-1, 1]; data sets may give PIL images. Points are (n, d). Raises UserError for anything else.
         """
         x, c, names = read(data)
-        table = Table(samples(x), labels(c, len(x)))
+        table = TensorData(samples(x), labels(c, len(x)))
         classes = 0 if c is None else max(int(table.c.max()) + 1, len(names))
         TABLES[digest := table.fingerprint()] = table
         return cls(
@@ -52,7 +52,7 @@ class Memory(Spec):
         """How many classes there are: they have no captions."""
         return self.classes
 
-    def open(self) -> Table:
+    def open(self) -> TensorData:
         """All rows. Raises UserError where this process was not given them."""
         if self.digest not in TABLES:
             raise UserError(
@@ -61,7 +61,7 @@ class Memory(Spec):
             )
         return TABLES[self.digest]
 
-    def originals(self) -> Table:
+    def originals(self) -> TensorData:
         """The same."""
         return self.open()
 

@@ -59,7 +59,7 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, has_later: bool) -
     fix = f"put the images back as they were, or {ELSEWHERE}"
     if HASH not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
-    shards = table.noted(folder, cached)
+    shards = table.written_shards(folder, cached)
     if cached.fingerprint != hashes.title():
         if shards:
             names = read_names(folder)

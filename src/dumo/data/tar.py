@@ -7,7 +7,7 @@ more than fill its last record.
 Finding the members takes a read for each, hours for a hundred million. So it is done once, and what was found lies in
 `.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An archive of another size
 or time than noted there is looked through again. Where its folder may not be written to, notes lie in the user's cache
-folder (`dumo.io.file.places`); where that may not either, what was found is kept in memory.
+folder (`dumo.io.file.note_places`); where that may not either, what was found is kept in memory.
 
 `Tar` is the store. `look` gives the `Scan` of an archive, as noted or by `scan`, which goes through its members.
 """
@@ -186,7 +186,7 @@ def look(file: str) -> Scan:
     about = os.stat(file)
     state = f"{about.st_size} {about.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
-    places = [place / f"{name}.safetensors" for place in files.places(Path(folder), NAME)]
+    places = [place / f"{name}.safetensors" for place in files.note_places(Path(folder), NAME)]
     for place in places:
         noted = read(place, state)
         if noted is not None:

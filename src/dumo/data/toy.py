@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.caption import Captioned, Templates
-from dumo.io.source import Endless, Source, Split, Table
+from dumo.io.source import DataSource, Endless, HeldOutSplit, TensorData
 from dumo.runtime.random import stream
 from dumo.types import Spec
 
@@ -45,7 +45,7 @@ class Moons(Spec):
         """The same: points have no captions."""
         return self.classes
 
-    def open(self) -> Source:
+    def open(self) -> DataSource:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
         return Endless(self._law, width=4)
 
@@ -93,14 +93,14 @@ class Digits(Spec):
         """All captions by number; () where there are none."""
         return self.captions.of(NAMES).texts if self.captions else ()
 
-    def open(self) -> Source:
+    def open(self) -> DataSource:
         """All rows in memory, in [-1, 1], of 17 grey levels."""
         return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
 
-    def originals(self) -> Table:
-        """The same with the digits as classes; without those held out, which it keeps apart (`Split`)."""
-        whole = Table(*_load())
-        return Split.of(whole, _held(self.held, whole.c, self.fold)) if self.held else whole
+    def originals(self) -> TensorData:
+        """The same with the digits as classes; without those held out, which it keeps apart (`HeldOutSplit`)."""
+        whole = TensorData(*_load())
+        return HeldOutSplit.of(whole, _held(self.held, whole.c, self.fold)) if self.held else whole
 
 
 @cache

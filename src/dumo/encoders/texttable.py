@@ -33,7 +33,7 @@ from dumo.encoders.tokens import Cutter, Tokenizer
 from dumo.io import digest, table
 from dumo.io.audit import Audit
 from dumo.io.read import read_text
-from dumo.io.table import FILE, MAPPED, REMAKE, Column, Done, Index, Tick
+from dumo.io.table import FILE, MAX_MAPPED, REMAKE, Column, Done, TableIndex, Tick
 from dumo.runtime import signals
 from dumo.types import UserError
 
@@ -43,7 +43,7 @@ Reader = Annotated[Encoder | Prompts | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
-class TextTableIndex(Index):
+class TextTableIndex(TableIndex):
     """What index.json says of a table of texts."""
 
     encoder: Reader
@@ -231,8 +231,8 @@ class EncodedTexts:
         return Audit(self.folder, self.contents.shards)
 
     @cached_property
-    def _table(self) -> table.Table:
-        return table.Table(self.folder, self.contents)
+    def _table(self) -> table.ShardTable:
+        return table.ShardTable(self.folder, self.contents)
 
     def _find_row(self, number: int) -> tuple[dict[str, Tensor], list[int], int]:
         """The shard that has a row, the end of each of its rows in `tokens`, and the row, counted from the end."""
@@ -245,7 +245,7 @@ class EncodedTexts:
     def _read_shard(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
         """A function from a shard's number to its tensors, mapped into memory, and the end of each row in `tokens`."""
 
-        @lru_cache(MAPPED)
+        @lru_cache(MAX_MAPPED)
         def read_shard(number: int) -> tuple[dict[str, Tensor], list[int]]:
             shard = self._table.tensors(number)
             return shard, shard["lengths"].cumsum(0).tolist()

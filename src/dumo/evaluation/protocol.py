@@ -33,7 +33,7 @@ from dumo.evaluation.distance import (
 )
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
-from dumo.io.source import Data, Split
+from dumo.io.source import Data, HeldOutSplit
 from dumo.runtime import bound, dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Sample, Spec, UserError
@@ -150,7 +150,7 @@ class Reference:
     @classmethod
     def of(cls, data: Data, n: int, seed: int, trained: Data | None = None) -> "Reference":
         """All of a finite data set, or of what of it was held out; or n draws of one without end."""
-        if isinstance(data, Split):
+        if isinstance(data, HeldOutSplit):
             return cls(data.held.x, data.held.c, trained=data.x)
 
         def redraw(i: int) -> Sample:

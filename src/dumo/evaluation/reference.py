@@ -111,7 +111,7 @@ def cached(of: Mapping[str, str], count: Callable[[], Statistics]) -> Statistics
     statistics = count()
     try:
         if dist.is_main():
-            with files.whole(path) as temp_path:
+            with files.atomic_write(path) as temp_path:
                 save_statistics(temp_path, statistics, of)
     except (OSError, SafetensorError) as error:  # the statistics are good, if not kept
         warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)

@@ -97,7 +97,7 @@ def export(
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
-    with files.whole(out) as temporary:
+    with files.atomic_write(out) as temporary:
         if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # a single file
             weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model().state_dict())
             safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(net, provenance))

@@ -25,18 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 Make = Callable[[], Tensor]
-WHOLE = ("uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "exponential_")  # what was there is lost
-
+OVERWRITING = ("uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "exponential_")  # no old number stays
 EMPTY = torch.ops.aten.empty.memory_format
 CPU = torch.device("cpu")
-_now: ContextVar["Deferred | None"] = ContextVar("deferred", default=None)
+_entered: ContextVar["Deferred | None"] = ContextVar("deferred", default=None)
 
 
 @dataclass(frozen=True)
 class Ref:
-    """A view of a tensor that is not made yet."""
+    """A view of a tensor that is not made yet, as an argument of an operation."""
 
-    key: int
+    key: int  # of its storage
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -44,99 +43,103 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Note:
-    """An operation: when, on what, and the generator's state before; its output of place `out` is the tensor."""
+class Operation:
+    """An operation on a tensor that is not made yet."""
 
-    time: int
+    time: int  # in the order of all operations
     func: Callable[..., Any]
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # with `Ref` in place of tensors that are not made yet
     kwargs: dict[str, Any]
-    out: int | None = None  # None: it changes what is there
-    state: Tensor | None = None
+    out: int | None = None  # which of its outputs the tensor is; None: it changes the tensor in place
+    state: Tensor | None = None  # the generator's before; None: it draws nothing
 
 
 class Deferred(TorchDispatchMode):
-    """Notes, while it is entered, how weights are made; `made` makes them. On the device 'meta' they stand for them."""
+    """Notes how weights are made while it is entered; `made` makes them later. Until then they are on 'meta'."""
 
     def __init__(self) -> None:
-        """Of no weights yet."""
+        """Start without weights."""
         super().__init__()
-        self._notes: dict[int, list[Note]] = {}
-        self._kept: dict[int, Tensor] = {}  # so that no other tensor gets its key
+        self._operations: dict[int, list[Operation]] = {}  # by the key of a storage
+        self._kept: dict[int, Tensor] = {}  # by key; kept, so that no other tensor gets the key
         self._time = 0
-        self._several: tuple[int, list[Any]] = (0, [])  # the last operation of several outputs, and those
+        self._outputs_time = 0  # of the last operation that was run and had several outputs
+        self._outputs_of_last: list[Any] = []  # those outputs
 
     def __enter__(self) -> "Deferred":
-        """Begin to note."""
-        self._before = _now.set(self)
+        """Begin to note operations."""
+        self._before = _entered.set(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:  # noqa: ANN401, as torch has it
-        """Stop."""
-        _now.reset(self._before)
+        """Stop noting operations."""
+        _entered.reset(self._before)
         super().__exit__(*error)
 
     def __contains__(self, x: Tensor) -> bool:
-        """Whether a tensor is not made yet, and known here."""
-        return x.is_meta and key(x) in self._notes
+        """Whether a tensor is not made yet, and can be made here."""
+        return x.is_meta and storage_key(x) in self._operations
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         """Run one operation, or note it."""
         kwargs = kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func is EMPTY and (kwargs.get("device") or CPU) == CPU:
             if (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point:
                 return self._new(func, args, kwargs)
-        elif any(x in self for x in given):
+        elif any(x in self for x in tensors):
             return self._note(func, args, kwargs)
-        elif given and str(kwargs.get("device")) == "meta":  # to go where the weights are
+        elif tensors and str(kwargs.get("device")) == "meta":  # a real tensor moved to where the weights seem to be
             kwargs = kwargs | {"device": CPU}
         return func(*args, **kwargs)
 
     def leaf(self, make: Make, like: Tensor) -> Tensor:
-        """A tensor shaped like another one, that `make` makes; what it makes is never changed."""
+        """A tensor shaped like `like` that `make` makes later; what it returns is never changed."""
         with _disable_current_modes():
             x = torch.empty_like(like, device="meta", requires_grad=False)
-        self.put(x, make)
+        self.replace(x, make)
         return x
 
-    def put(self, x: Tensor, make: Make) -> None:
-        """From now on `make` makes all of this tensor."""
-        self._keep(x, Note(self._tick(), make, (), {}, out=0))  # what was made of it before is as it was
+    def replace(self, x: Tensor, make: Make) -> None:
+        """Let `make` make a tensor from now on. What was computed from it before keeps its old numbers."""
+        self._keep(x, Operation(self._tick(), make, (), {}, out=0))
 
     def made(self, x: Tensor) -> Tensor:
-        """The numbers of a tensor on the CPU, which no one may change; itself, where it was there already."""
+        """The tensor with its numbers, on the CPU, which nobody may change; one that has numbers as it is."""
         if x not in self:
             return x.detach()
         with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return self._made(key(x), self._time + 1).as_strided(x.size(), x.stride(), x.storage_offset())
+            numbers = self._made(storage_key(x), self._time + 1)
+            return numbers.as_strided(x.size(), x.stride(), x.storage_offset())
 
     def fill(self, net: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-        """Make all weights of a net, in place, one by one on a device."""
-        found: dict[int, Tensor] = {}
+        """Make all weights of a net, in place, one by one on a device. Tied weights stay tied."""
+        made: dict[int, Tensor] = {}
         for module in net.modules():
-            for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
-                if p in self:
-                    own = found.get(id(p))
-                    if own is None:
-                        found[id(p)] = own = nn.Parameter(owned(self.made(p), device), p.requires_grad)
-                    setattr(module, name, own)
-            for name, b in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
-                if b in self:
-                    setattr(module, name, found.setdefault(id(b), owned(self.made(b), device)))
+            for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+                if parameter in self:
+                    if id(parameter) not in made:
+                        numbers = copied_to(self.made(parameter), device)
+                        made[id(parameter)] = nn.Parameter(numbers, parameter.requires_grad)
+                    setattr(module, name, made[id(parameter)])
+            for name, buffer in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
+                if buffer in self:
+                    if id(buffer) not in made:
+                        made[id(buffer)] = copied_to(self.made(buffer), device)
+                    setattr(module, name, made[id(buffer)])
         return net.to(device)
 
-    def strange(self, net: nn.Module) -> list[str]:
-        """The tensors of a net that hold no numbers, and are not known here."""
-        named = (*net.named_parameters(), *net.named_buffers())
-        return [name for name, x in named if x.is_meta and x not in self]
+    def unknown_names(self, net: nn.Module) -> list[str]:
+        """The names of a net's tensors that hold no numbers and cannot be made here."""
+        named_tensors = (*net.named_parameters(), *net.named_buffers())
+        return [name for name, x in named_tensors if x.is_meta and x not in self]
 
     def _new(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: ANN401, an operation
-        """Memory without numbers."""
+        """A new tensor on 'meta' in place of memory on the CPU."""
         x = func(*args, **kwargs | {"device": torch.device("meta")})
-        self._keep(x, Note(self._tick(), func, args, kwargs, out=0))
+        self._keep(x, Operation(self._tick(), func, args, kwargs, out=0))
         return x
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, as `_new`
@@ -147,23 +150,24 @@ class Deferred(TorchDispatchMode):
         state = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             state = torch.get_rng_state()
-            func(*tree_map(blank, args), **tree_map(blank, kwargs))  # the generator goes on
-        out = func(*tree_map(bare, args), **tree_map(bare, kwargs))
+            func(*tree_map(blank, args), **tree_map(blank, kwargs))  # the generator advances
+        out = func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
         time = self._tick()
         changed = changes(func, args)
         for x in changed:
             if x not in self:
                 raise RuntimeError(f"{func} changes numbers by weights that are not made yet")
-            self._notes[key(x)].append(Note(time, func, *refs, state=state))
-        for i, x in enumerate(tree_leaves(out)):
-            if isinstance(x, Tensor) and key(x) not in self._notes and not changed:
-                self._keep(x, Note(time, func, *refs, out=i, state=state))
+            self._operations[storage_key(x)].append(Operation(time, func, *refs, state=state))
+        if not changed:
+            for i, x in enumerate(tree_leaves(out)):
+                if isinstance(x, Tensor) and storage_key(x) not in self._operations:
+                    self._keep(x, Operation(time, func, *refs, out=i, state=state))
         return changed[0] if changed and isinstance(out, Tensor) else out
 
-    def _keep(self, x: Tensor, note: Note) -> None:
-        """Remember a tensor."""
-        self._kept.setdefault(key(x), x.detach())
-        self._notes.setdefault(key(x), []).append(note)
+    def _keep(self, x: Tensor, operation: Operation) -> None:
+        """Note an operation that makes a tensor."""
+        self._kept.setdefault(storage_key(x), x.detach())
+        self._operations.setdefault(storage_key(x), []).append(operation)
 
     def _tick(self) -> int:
         self._time += 1
@@ -172,75 +176,95 @@ class Deferred(TorchDispatchMode):
     def _ref(self, x: object) -> object:
         if not isinstance(x, Tensor) or x not in self:
             return x
-        return Ref(key(x), tuple(x.size()), x.stride(), int(x.storage_offset()), x.dtype)
+        return Ref(storage_key(x), tuple(x.size()), x.stride(), int(x.storage_offset()), x.dtype)
 
-    def _made(self, place: int, before: int) -> Tensor:
+    def _made(self, key: int, before: int) -> Tensor:
         """All numbers of a storage as they are before a time, as one row."""
-        notes, own = [note for note in self._notes[place] if note.time < before], self._kept[place]
-        numbers = own.untyped_storage().nbytes() // own.dtype.itemsize
-        first = max(i for i, note in enumerate(notes) if note.out is not None or overwrites(note, place, numbers))
-        begin, notes = notes[first], notes[first + 1 :]
-        if begin.out is None or begin.func is EMPTY:
-            row, notes = own.new_empty(numbers, device="cpu"), [begin, *notes] if begin.out is None else notes
+        operations = [operation for operation in self._operations[key] if operation.time < before]
+        kept = self._kept[key]
+        count = kept.untyped_storage().nbytes() // kept.dtype.itemsize
+        # the last operation that all numbers come from: earlier ones need not run
+        first = max(
+            i
+            for i, operation in enumerate(operations)
+            if operation.out is not None or overwrites(operation, key, count)
+        )
+        source = operations[first]
+        changes_after = operations[first + 1 :]
+        if source.out is None:
+            row = kept.new_empty(count, device="cpu")
+            self._run(source, {key: row})
+        elif source.func is EMPTY:
+            row = kept.new_empty(count, device="cpu")
         else:
-            row = flat(self._outputs(begin)[begin.out], own)
-            row = row.clone() if notes else row  # a file's pages
-        for note in notes:
-            self._run(note, {place: row})
+            row = flat(self._outputs(source)[source.out], kept)
+            if changes_after:
+                row = row.clone()  # it may be the pages of a file
+        for operation in changes_after:
+            self._run(operation, {key: row})
         return row
 
-    def _outputs(self, note: Note) -> list[Any]:
-        """What an operation gives; of several outputs, such as codes and scales, those of the last are kept."""
-        if self._several[0] != note.time:
-            outputs = tree_leaves(self._run(note, {}))
-            self._several = (note.time, outputs) if len(outputs) > 1 else (0, [])
-            return outputs
-        return self._several[1]
+    def _outputs(self, operation: Operation) -> list[Any]:
+        """The outputs of an operation. Of the last one with several, such as codes and scales, they are kept."""
+        if self._outputs_time == operation.time:
+            return self._outputs_of_last
+        outputs = tree_leaves(self._run(operation, {}))
+        has_several = len(outputs) > 1
+        self._outputs_time = operation.time if has_several else 0
+        self._outputs_of_last = outputs if has_several else []
+        return outputs
 
-    def _run(self, note: Note, there: Mapping[int, Tensor]) -> Any:  # noqa: ANN401, what an operation gives
-        """Do what was noted, on the numbers that are there."""
+    def _run(self, operation: Operation, rows: Mapping[int, Tensor]) -> Any:  # noqa: ANN401, an operation's output
+        """Run an operation on the numbers in `rows`, by key; other tensors are made first, as they were at its time."""
 
-        def real(x: object) -> object:
+        def with_numbers(x: object) -> object:
             if not isinstance(x, Ref):
                 return x
-            row = there[x.key] if x.key in there else self._made(x.key, note.time)
+            row = rows[x.key] if x.key in rows else self._made(x.key, operation.time)
             return row.view(x.dtype).as_strided(x.size, x.stride, x.offset)
 
-        args, kwargs = tree_map(real, (note.args, note.kwargs), is_leaf=lambda x: isinstance(x, Ref))
-        if note.state is not None:
-            torch.set_rng_state(note.state)
-        return note.func(*args, **kwargs)
+        inputs = (operation.args, operation.kwargs)
+        args, kwargs = tree_map(with_numbers, inputs, is_leaf=lambda x: isinstance(x, Ref))
+        if operation.state is not None:
+            torch.set_rng_state(operation.state)
+        return operation.func(*args, **kwargs)
 
 
-def key(x: Tensor) -> int:
-    """Of a tensor's storage, which torch shows as one object while a tensor is on it."""
+def storage_key(x: Tensor) -> int:
+    """The identity of a tensor's storage, which torch shows as one object while a tensor uses it."""
     return id(x.untyped_storage())
 
 
-def bare(x: object) -> object:
-    """Shape and type alone."""
+def to_meta(x: object) -> object:
+    """A tensor's shape and dtype alone; anything else as it is."""
     return x.detach().to("meta") if isinstance(x, Tensor) and not x.is_meta else x
 
 
 def blank(x: object) -> object:
-    """Memory of its own for a tensor that is not made yet."""
+    """Memory of any numbers for a tensor that is not made yet; anything else as it is."""
     return torch.empty_like(x, device="cpu") if isinstance(x, Tensor) and x.is_meta else x
 
 
 def changes(func: Any, args: tuple[Any, ...]) -> list[Tensor]:  # noqa: ANN401, an operation
     """The tensors that an operation writes to."""
-    given = zip(func._schema.arguments, args, strict=False)
-    return [x for about, x in given if about.alias_info is not None and about.alias_info.is_write]
+    written: list[Tensor] = []
+    for argument, x in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(x)
+    return written
 
 
-def overwrites(note: Note, place: int, numbers: int) -> bool:
-    """Whether nothing stays of what a storage held."""
-    name, target = getattr(note.func, "__name__", "").partition(".")[0], note.args[0] if note.args else None
-    return name in WHOLE and isinstance(target, Ref) and target.key == place and prod(target.size) == numbers
+def overwrites(operation: Operation, key: int, count: int) -> bool:
+    """Whether an operation writes all `count` numbers of a storage, whatever they were."""
+    name = getattr(operation.func, "__name__", "").partition(".")[0]
+    if name not in OVERWRITING or not operation.args:
+        return False
+    target = operation.args[0]
+    return isinstance(target, Ref) and target.key == key and prod(target.size) == count
 
 
 def flat(x: Tensor, like: Tensor) -> Tensor:
-    """The numbers of a tensor in one row, as those of `like` lie."""
+    """The numbers of a tensor in one row, in the memory order of `like`."""
     if x.is_contiguous() and like.is_contiguous():
         return x.detach().reshape(-1)
     row = x.new_empty(x.numel())
@@ -248,32 +272,36 @@ def flat(x: Tensor, like: Tensor) -> Tensor:
     return row
 
 
-def owned(x: Tensor, device: torch.device | str) -> Tensor:
-    """The numbers on a device, in memory of their own."""
+def copied_to(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device, in memory of its own."""
     return torch.empty_like(x, device=device, memory_format=torch.preserve_format).copy_(x)
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A tensor that is not to be changed, such as one of a file: to be made, where weights are noted, else itself."""
-    here = _now.get()
-    return x if here is None else here.leaf(lambda: x, x)
+    """A tensor that is not to be changed, such as one of a file. Inside `Deferred` it is read later."""
+    deferred = _entered.get()
+    if deferred is None:
+        return x
+    return deferred.leaf(lambda: x, x)
 
 
 def derived(f: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) -> Tensor:
-    """f(x), shaped like another tensor: to be made, where x is; where x holds no numbers, the other."""
-    here = _now.get()
-    if here is not None and x in here:
-        return here.leaf(lambda: f(here.made(x)), like)
-    return like if x.is_meta or is_fake(x) else f(x)
+    """f(x), shaped like `like`: made later, where x is; `like` itself, where x holds no numbers at all."""
+    deferred = _entered.get()
+    if deferred is not None and x in deferred:
+        return deferred.leaf(lambda: f(deferred.made(x)), like)
+    if x.is_meta or is_fake(x):
+        return like
+    return f(x)
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether a tensor has a device and a shape alone: its bytes are counted, and it holds no numbers."""
+    """Whether a tensor is torch's `FakeTensor`: a device and a shape without numbers, to count bytes."""
     return isinstance(x, FakeTensor)
 
 
 @contextmanager
 def unnoted() -> Generator[None, None, None]:
-    """Inside, weights are made as they come."""
+    """Inside, no operation is noted: weights are made at once."""
     with _disable_current_modes():
         yield

@@ -7,54 +7,61 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SAMPLE = 64  # numbers of each tensor in the digest: ours
+SAMPLED = 64  # numbers of each tensor in `of_samples`: ours
 
 
 def of_file(file: Path) -> str:
-    """Of a file's bytes."""
+    """The digest of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def of_tensor(x: Tensor) -> str:
-    """Of a tensor's shape, type and numbers."""
+    """The digest of a tensor's shape, dtype and numbers."""
     return of_bytes(f"{tuple(x.shape)} {x.dtype}".encode(), x.detach().cpu().contiguous().numpy().data)
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Of tensors by their names: the first 64 bits."""
-    return short(*(text for name in sorted(tensors) for text in (name, of_tensor(tensors[name]))))
+    """The digest of tensors with their names: the first 64 bits."""
+    texts: list[str] = []
+    for name in sorted(tensors):
+        texts += [name, of_tensor(tensors[name])]
+    return short(*texts)
 
 
 def of_samples(tensors: Mapping[str, Tensor], made: Callable[[Tensor], Tensor] = torch.detach) -> str:
-    """Of large tensors by their names: of each the shape, the type and up to SAMPLE of its numbers, evenly spread.
+    """The digest of large tensors with their names: of each the shape, the dtype and SAMPLED numbers, evenly spread.
 
-    `made` returns the numbers of one that is not made yet.
+    `made` returns the numbers of a tensor that is not made yet.
     """
-    return of_bytes(*(part for name, x in sorted(tensors.items()) for part in _sampled(name, made(x))))
+    parts: list[bytes] = []
+    for name, x in sorted(tensors.items()):
+        parts += _sampled(name, made(x))  # in a function, so that one tensor at a time is in memory
+    return of_bytes(*parts)
 
 
 def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
-    """The bytes of a tensor that go into the digest."""
-    count = min(SAMPLE, x.numel())
-    some = x.flatten()[torch.arange(count, device=x.device) * x.numel() // max(count, 1)].cpu()
-    return f"{name} {tuple(x.shape)} {x.dtype}\n".encode(), bytes(some.view(torch.uint8).numpy().data)
+    """The bytes of a tensor that go into the digest: name, shape and dtype; numbers."""
+    count = min(SAMPLED, x.numel())
+    sampled = x.flatten()[torch.arange(count, device=x.device) * x.numel() // max(count, 1)].cpu()
+    header = f"{name} {tuple(x.shape)} {x.dtype}\n"
+    return header.encode(), bytes(sampled.view(torch.uint8).numpy().data)
 
 
 def short(*parts: str) -> str:
-    """Of some texts, in their order, each with its length before it: the first 64 bits."""
+    """The digest of texts, in their order, each with its length before it: the first 64 bits."""
     texts = [part.encode("utf-8", "surrogatepass") for part in parts]
     return of_bytes(*(b"%d:%b" % (len(text), text) for text in texts))[:16]
 
 
 def of_bytes(*parts: bytes | memoryview) -> str:
-    """Of all parts, one after the other."""
+    """The digest of all parts, one after the other."""
     return of_stream(parts)
 
 
 def of_stream(parts: Iterable[bytes | memoryview]) -> str:
-    """Of parts that come one after the other, each held no longer than it takes."""
-    found = hashlib.sha256()
+    """The digest of parts that come one after the other; each is let go of once it is hashed."""
+    sha256 = hashlib.sha256()
     for part in parts:
-        found.update(part)
-    return found.hexdigest()
+        sha256.update(part)
+    return sha256.hexdigest()

@@ -1,8 +1,8 @@
-"""Files and folders written whole or not at all: in a hidden place next to their own, then renamed.
+"""Files and folders written whole or not at all: under a hidden temporary name next to their own, then renamed.
 
-So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
+So what has its name is whole, whenever the process stops. What is `durable` outlives a crash of the machine, too.
 `locked` keeps other processes out; `guard_path` refuses writes below a folder once its path leads elsewhere.
-`places` is where to keep what was found out about a user's files.
+`note_places` is where to keep what was found out about a user's files.
 """
 
 import errno
@@ -22,119 +22,123 @@ from safetensors import SafetensorError
 from dumo.io import digest
 from dumo.types import UserError
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-PRIVATE = 0o600  # as safetensors makes its files
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+PRIVATE = 0o600  # the mode of files that safetensors makes
 DAY = 86_400.0  # seconds
-GOING = "old"  # in place of a writer: of what is being removed
-OPEN: set[Path] = set()  # hidden places that threads of this process are writing now
+REMOVED = "old"  # in place of a writer: of what is being removed
+WRITING: set[Path] = set()  # temporary paths that threads of this process are writing now
 GUARDED: dict[Path, int] = {}  # folders that must stay where they are (`guard_path`), each with a descriptor of it
-WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<going>{GOING}))\.tmp")
+WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{REMOVED}))\.tmp")
 
 
 @contextmanager
-def whole(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
-    """Yield a hidden place for a file or a folder, which becomes `path` when all went well, and is removed when not.
+def atomic_write(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
+    """Yield a temporary path for a file or a folder, which becomes `path` when all went well, and is removed when not.
 
     `writer` is different for each that may write this path at once; None: this process. `durable`: wait for the disk.
-    Raises OSError, which names `path`, for a full disk or a forbidden folder; what stood there before then still
-    stands.
+    Raises OSError, which names `path`, for a full disk or a forbidden folder; what `path` was before then stays.
     """
-    half = hidden(path, own() if writer is None else writer)
-    OPEN.add(half.absolute())
+    temp_path = temp_path_for(path, writer_id() if writer is None else writer)
+    WRITING.add(temp_path.absolute())
     try:
         require_in_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield half
-        settle(half, path, durable=durable)
+        yield temp_path
+        commit(temp_path, path, durable=durable)
     except BaseException as error:
-        remove(half)
-        if of_place := of_path(error, half, path):
-            raise of_place from error
+        remove(temp_path)
+        error_of_path = error_naming(path, error, temp_path)
+        if error_of_path:
+            raise error_of_path from error
         raise
     finally:
-        OPEN.discard(half.absolute())
+        WRITING.discard(temp_path.absolute())
 
 
-def of_path(error: BaseException, half: Path, path: Path) -> OSError | None:
-    """What kept `half` from being written, said of `path`; None where the error says it already, or is another."""
-    if full(error):
+def error_naming(path: Path, error: BaseException, temp_path: Path) -> OSError | None:
+    """The error in writing `temp_path`, as one of `path`; None where it names `path` already, or is of another kind."""
+    if is_disk_full(error):
         number = (error.errno if isinstance(error, OSError) else None) or errno.ENOSPC
-        return OSError(number, f"{os.strerror(number)} ({size(free(path))} free)", str(path))
-    if isinstance(error, OSError) and str(error.filename or "").startswith(str(half)):
+        return OSError(number, f"{os.strerror(number)} ({size(free_bytes(path))} free)", str(path))
+    if isinstance(error, OSError) and str(error.filename or "").startswith(str(temp_path)):
         return OSError(error.errno, error.strerror, str(path))
     return None
 
 
-def settle(half: Path, path: Path, *, durable: bool = False) -> None:
-    """Give what was written at `half` its name; a folder that stands there goes. `durable`: once it is on the disk.
+def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:
+    """Rename what was written at `temp_path` to `path`, in place of a folder there. `durable`: once it is on the disk.
 
-    Files may then be read by whom the umask lets: what safetensors writes none but its owner may.
+    The umask then decides who may read the files: those of safetensors are private to their owner at first.
     """
-    for part in (*half.rglob("*"), half):
+    for part in (*temp_path.rglob("*"), temp_path):
         if part.stat().st_mode & 0o777 == PRIVATE:
             part.chmod(0o666 & ~umask())
         if durable:
             flush(part)
     if path.is_dir():
-        remove(path.rename(hidden(path, GOING)))  # a folder takes the place of an empty one only
-    half.replace(path)
+        remove(path.rename(temp_path_for(path, REMOVED)))  # a folder can replace an empty one only
+    temp_path.replace(path)
     if durable:
         flush(path.parent)
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
-    """Write a file as `whole` does; the error of a full disk says what the file needs."""
+    """Write a file as `atomic_write` does; the error of a full disk says how many bytes the file needs."""
     try:
-        with whole(path, writer=writer, durable=durable) as half:
-            half.write_bytes(data)
+        with atomic_write(path, writer=writer, durable=durable) as temp_path:
+            temp_path.write_bytes(data)
     except OSError as error:
-        if full(error):
+        if is_disk_full(error):
             error.strerror = f"{error.strerror}, {size(len(data))} needed"
         raise
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError where nothing can be written in a folder that is there, or to be made; nothing is written."""
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir():
+    """Raise OSError where a folder, which exists or is to be made, cannot be written. Writes nothing."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    if not os.access(existing, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(number, os.strerror(number), str(folder))
 
 
 def sweep(folder: Path, *, ours: bool = True) -> None:
-    """Remove what writers that are gone left half-written in a folder; before writing there.
+    """Remove the temporary files in a folder whose writers have stopped; call it before writing there.
 
-    Of another machine's writers only what is a day old, for nobody here knows whether they run. Not `ours`: a folder
-    of the user's, where what is called `.X.old.tmp` may be theirs.
+    Of another machine's writers only what is a day old goes, for nobody here knows whether they run. `ours` false: the
+    folder is the user's, where a file called `.X.old.tmp` may be theirs.
     """
-    for half in folder.glob(".*.tmp"):
-        with suppress(OSError):  # another one sweeps, too
-            if (ours or not half.name.endswith(f".{GOING}.tmp")) and gone(half):
-                remove(half)
+    for temp_path in folder.glob(".*.tmp"):
+        if not ours and temp_path.name.endswith(f".{REMOVED}.tmp"):
+            continue
+        with suppress(OSError):  # another process sweeps, too
+            if is_abandoned(temp_path):
+                remove(temp_path)
 
 
-def gone(half: Path) -> bool:
-    """Whether the writer of a hidden file or folder is; of this process, whether no thread of it is writing there."""
-    found = WRITER.fullmatch(half.name)
-    if found is None:
+def is_abandoned(temp_path: Path) -> bool:
+    """Whether the writer of a temporary file or folder has stopped; of this process, whether no thread writes it."""
+    name = WRITER.fullmatch(temp_path.name)
+    if name is None:
         return False
-    if found["going"]:
+    if name["removed"]:
         return True
-    if found["machine"] != machine():
-        return time.time() - half.stat().st_mtime > DAY
-    pid = int(found["process"])
-    return half.absolute() not in OPEN if pid == os.getpid() else not alive(pid)
+    if name["machine"] != machine():
+        return time.time() - temp_path.stat().st_mtime > DAY
+    process = int(name["process"])
+    if process == os.getpid():
+        return temp_path.absolute() not in WRITING
+    return not is_running(process)
 
 
-def alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+def is_running(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
-        os.kill(pid, 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # there is, another user's
+    except OSError:  # it is another user's
         return True
     return True
 
@@ -197,44 +201,49 @@ def require_in_place(path: Path) -> None:
             )
 
 
-def own() -> str:
-    """This process, among those that may write here from any machine."""
+def writer_id() -> str:
+    """The name of this process among writers from any machine."""
     return f"{machine()}-{os.getpid()}"
 
 
 def machine() -> str:
-    """This machine's name, in short."""
+    """A hash of this machine's name, of 8 characters."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def umask() -> int:
-    """What new files do not allow."""
-    os.umask(mask := os.umask(0o077))  # it can be read by setting it only
+    """The mode bits that new files do not get."""
+    mask = os.umask(0o077)  # it can be read by setting it only
+    os.umask(mask)
     return mask
 
 
 def size(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:,.3g} GB" if count >= 1e8 else f"{count / 1e6:,.3g} MB"
+    """Bytes as text: 1.5 GB, 20 MB."""
+    if count >= 1e8:
+        return f"{count / 1e9:,.3g} GB"
+    return f"{count / 1e6:,.3g} MB"
 
 
-def hidden(path: Path, writer: int | str = "") -> Path:
-    """Where a file or folder lies while it is being written, or removed; '': there is one writer at a time."""
-    return path.with_name(f".{path.name}.{writer}.tmp" if writer != "" else f".{path.name}.tmp")
+def temp_path_for(path: Path, writer: int | str = "") -> Path:
+    """The hidden name of a file or folder while it is written or removed; '': there is one writer at a time."""
+    if writer == "":
+        return path.with_name(f".{path.name}.tmp")
+    return path.with_name(f".{path.name}.{writer}.tmp")
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, a file, or a link but not what it leads to, as far as it is there."""
+    """Remove a folder with its content, a file, or a link but not its target; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def free(path: Path) -> int:
-    """Bytes that may still be written where a file or folder lies, or will."""
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of a file or folder, which need not exist yet."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
 
 
 def flush(path: Path) -> None:
@@ -246,29 +255,29 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, the quota or the limit on a file's size is used up."""
     if isinstance(error, SafetensorError):  # carries the number of the system's error as text only
         match = re.search(r"os error (\d+)", str(error))
-        return match is not None and int(match[1]) in FULL
-    return isinstance(error, OSError) and error.errno in FULL
+        return match is not None and int(match[1]) in DISK_FULL
+    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
-def cache() -> Path:
-    """Where this user's notes lie, made or not. Raises RuntimeError where there is no home."""
+def cache_folder() -> Path:
+    """The folder of this user's notes, which need not exist. Raises RuntimeError where the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"
 
 
-def places(folder: Path, name: str) -> list[Path]:
-    """Where to look for a note on what is in a folder, and to write it, the best place first.
+def note_places(folder: Path, name: str) -> list[Path]:
+    """Where to look for a note on the files of a folder, and to write it, the best place first.
 
     Next to the files, hidden by its name. Else below $XDG_CACHE_HOME, or ~/.cache: in `dumo`, by the folder's path.
     """
-    return [folder / name, cache() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
+    return [folder / name, cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
 
 
 def writable(place: Path) -> bool:
-    """Whether something may be written there; makes the folders above it."""
+    """Whether a file may be written there; makes the folders above it."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError:

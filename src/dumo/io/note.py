@@ -1,7 +1,7 @@
 """Notes on a user's files: what was found out about them once, so that the next start need not look again.
 
 A note is a safetensors file of tensors and a text, with their SHA-256. It is written whole or not at all, by one
-process at a time, to the best of `dumo.io.file.places`. What is not as it was written counts as no note.
+process at a time, to the best of `dumo.io.file.note_places`. What is not as it was written counts as no note.
 """
 
 import json

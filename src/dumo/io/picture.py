@@ -301,7 +301,7 @@ def embed(picture: Image.Image) -> str:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """One picture as PNG, whole or not at all; raises as `dumo.io.file.whole`, as the others do."""
+    """One picture as PNG, whole or not at all; raises as `dumo.io.file.atomic_write`, as the others do."""
     files.write(path, png(picture))
 
 
@@ -322,5 +322,5 @@ def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"])
 
 
 def _write_arrays(path: Path, x: np.ndarray, c: np.ndarray) -> None:
-    with files.whole(path) as half, half.open("wb") as file:  # savez would add an ending to a path
+    with files.atomic_write(path) as half, half.open("wb") as file:  # savez would add an ending to a path
         np.savez(file, x, c.astype(np.int64))

@@ -18,36 +18,36 @@ from dumo.runtime.bound import BLOCKS
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 
-DEPTH = re.compile("layer|depth|num_.*block")  # in keys of configs: numbers of layers
-MOST = 2**26  # bytes, ours: a long evaluation has thousands, the names of 20,000 classes are half a million
+LAYER_COUNT = re.compile("layer|depth|num_.*block")  # keys of configs that number layers
+MAX_FILE_BYTES = 2**26  # ours: a long evaluation has thousands, the names of 20,000 classes are half a million
 
 
 def user_path(text: str, field: str) -> Path:
     """The path with its variables' values. Raises UserError, naming the field, for one that is not set, or no path."""
     expanded = os.path.expandvars(text)
     if unset := re.search(r"\$\{?(\w+)\}?", expanded):
-        wrong = f"is {text}, but {unset[1]} is not set: export {unset[1]}=..., or set {field}"
-    elif not text or "\0" in expanded:
-        wrong = f"{'is empty' if not text else 'has a character that no path has, NUL'}: set it to a path"
-    else:
-        try:
-            return Path(expanded).expanduser()
-        except RuntimeError:  # HOME is not set, and the user has no entry, or is not known
-            wrong = f"is {text}, and no such home is known: write the whole path, or set HOME"
-    raise UserError(f"{field} {wrong}")
+        raise UserError(f"{field} is {text}, but {unset[1]} is not set: export {unset[1]}=..., or set {field}")
+    if not text:
+        raise UserError(f"{field} is empty: set it to a path")
+    if "\0" in expanded:
+        raise UserError(f"{field} has a character that no path has, NUL: set it to a path")
+    try:
+        return Path(expanded).expanduser()
+    except RuntimeError as error:  # HOME is not set, and the user has no entry, or is not known
+        raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
 
 
 def brief(text: object, most: int = 200) -> str:
-    """A text that a line has room for: the end of a long one left out."""
+    """A text cut to `most` characters, for a line."""
     text = str(text)
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def read_text(path: Path, way_out: str, most: int = MOST) -> str:
-    """What a file holds, without a byte-order mark.
+def read_text(path: Path, way_out: str, most: int = MAX_FILE_BYTES) -> str:
+    """The text of a file, without a byte-order mark.
 
-    Raises UserError, with the way out, where it is not there; for a pipe or a device, which may have no end; for more
-    than `most` bytes; and for what is not UTF-8.
+    Raises UserError, with the way out, for a missing file; for a pipe or a device, which may have no end; for more than
+    `most` bytes; and for what is not UTF-8.
     """
     if not path.exists():
         raise UserError(f"{path} is not there: {way_out}")
@@ -95,77 +95,82 @@ def is_unicode(text: str) -> bool:
 
 
 def encoding_fault(data: bytes, first_line: int = 1) -> str:
-    """Where bytes are not UTF-8, and a program that makes them so; their first line has a number."""
+    """Where bytes are not UTF-8, and a program that makes them so. `first_line` is the number of their first line."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        place = error.start
+        position = error.start
     else:
         raise ValueError("these bytes are UTF-8")
-    line = first_line + data.count(b"\n", 0, place)
+    line = first_line + data.count(b"\n", 0, position)
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
-    return f"line {line} is not UTF-8 (byte 0x{data[place]:02x}; iconv -f {encoding} -t utf-8 converts a file)"
+    return f"line {line} is not UTF-8 (byte 0x{data[position]:02x}; iconv -f {encoding} -t utf-8 converts a file)"
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write a file whole, or not at all; raises as `file.whole` does."""
+    """Write a JSON file whole, or not at all; raises as `file.atomic_write`."""
     file.write(path, (json.dumps(finite(tree), indent=2) + "\n").encode())
 
 
 def read_json(path: Path, way_out: str, *, infinite: bool = False) -> Any:  # noqa: ANN401, whatever stands there
-    """What a file holds; `infinite`: with null for numbers that Python writes and JSON has none of.
+    """The value in a JSON file; `infinite`: NaN and infinities, which Python writes and JSON has not, become null.
 
-    Raises as `read_text`, and UserError for what is not JSON, or lists lists too deep to read.
+    Raises as `read_text`, and UserError for what is not JSON, or is nested too deep to read.
     """
     text = read_text(path, way_out)
     try:
-        return json.loads(text, parse_constant=(lambda _: None) if infinite else _refuse)
+        return json.loads(text, parse_constant=(lambda _: None) if infinite else _refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
 
 
 def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[str, Any]:
-    """What a model's file of settings holds. Reads and raises as `read_json`, and UserError for what is no JSON object.
+    """The settings in a model's JSON file. Reads and raises as `read_json`.
 
-    So it does for more layers than any net has: those who build the model would build them one by one.
+    Raises UserError also for what is no JSON object, and for more layers than any net has, which a library would build
+    one by one.
     """
-    found = read_json(path, way_out, infinite=infinite)
-    if not isinstance(found, dict):
+    settings = read_json(path, way_out, infinite=infinite)
+    if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object: {way_out}")
-    for part in (found, *(inner for inner in found.values() if isinstance(inner, dict))):
-        for key in filter(DEPTH.search, part):
-            values = part[key] if isinstance(part[key], list) else [part[key]]
-            if any(isinstance(value, int | float) and value > BLOCKS for value in values):
+    sections = [settings, *(section for section in settings.values() if isinstance(section, dict))]
+    for section in sections:
+        for key, value in section.items():
+            if not LAYER_COUNT.search(key):
+                continue
+            counts = value if isinstance(value, list) else [value]
+            if any(isinstance(count, int | float) and count > BLOCKS for count in counts):
                 raise UserError(f"{path}: {key} is above {BLOCKS:,}, which no net has: {way_out}")
-    return found
+    return settings
 
 
 @contextmanager
 def foreign(what: str, way_out: str) -> Generator[None, None, None]:
-    """Inside, files of others are read, which may say anything: UserError for whatever their readers trip over.
+    """Raise UserError for whatever a reader of other people's files raises inside: `what` (error): `way_out`.
 
-    A GPU that is full, a signal and what the system says of a file pass as they are.
+    A GPU out of memory, a signal and the system's error about a file pass as they are.
     """
     try:
         yield
     except (UserError, Stopped):
         raise
     except BaseException as error:
-        name, of_system = type(error).__name__, isinstance(error, OSError) and error.strerror
+        name = type(error).__name__
+        is_system_error = isinstance(error, OSError) and bool(error.strerror)
         rust = name == "PanicException"  # of tokenizers, which is no Exception
-        if of_system or name == "OutOfMemoryError" or not (rust or isinstance(error, Exception)):
+        if is_system_error or name == "OutOfMemoryError" or not (rust or isinstance(error, Exception)):
             raise
-        said = brief(" ".join(str(error).split()))
-        raise UserError(f"{what} ({name}: {said}): {way_out}") from error
+        message = brief(" ".join(str(error).split()))
+        raise UserError(f"{what} ({name}: {message}): {way_out}") from error
 
 
-def _refuse(name: str) -> None:
-    """Python's reader takes them, JSON has none."""
+def _refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN and infinities, which Python's reader takes and JSON has not."""
     raise ValueError(f"{name} is no number")
 
 
 def finite(value: object) -> object:
-    """The value with null for every number that JSON cannot say."""
+    """The value with None for NaN and infinities, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

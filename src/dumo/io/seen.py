@@ -127,7 +127,7 @@ class SeenFiles:
                 return
             self._unsaved = 0
             began = time.monotonic()
-            place = note.best(file.places(Path(self.files.above), NAME))
+            place = note.best(file.note_places(Path(self.files.above), NAME))
             if place is not None:
                 try:
                     with note.held(place):
@@ -151,7 +151,7 @@ def split(names: bytes) -> list[str]:
 def _recall(files: Files, known: Hashed, *, trust_copies: bool) -> NDArray[np.int64]:
     """Fill in the noted hashes, by all notes there are; how each of the files is, (k,)."""
     status = np.full(len(files.paths), UNKNOWN)
-    for place in file.places(Path(files.above), NAME):
+    for place in file.note_places(Path(files.above), NAME):
         noted = note.read(place)
         if noted is None:
             continue

@@ -6,6 +6,9 @@
 while no other thread of Python runs. So `safetensors` writes them here, in the same format. A shard knows which part of
 a tensor it holds, not how many others there are: before a folder of a checkpoint is read, look whether all its files
 are there.
+
+To write: `parts_to_write` shares out the tensors, `write` writes a rank's file. To read: `outline` has names and
+shapes, `fill` copies into tensors, `load` and `tensor_readers` read whole ones, `as_file` has the bytes of one file.
 """
 
 import itertools
@@ -35,109 +38,122 @@ from dumo.runtime import dist
 from dumo.runtime.dist import require_ranks
 from dumo.types import UserError
 
-DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # in its notes
+# what torch's reader raises for a damaged header
+READ_ERRORS = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 # Of the format: a shard's header has, under this key, where each part begins in its tensor.
 CUSTOM_METADATA_KEY = "DCP_SHARDING_INFO"
 SAVED_OFFSETS_KEY = "saved_offsets"
-SHARDS = "weights in shards, as ranks write them"  # the files of torch before 2.10 differ
+SHARDS = "weights in shards, as ranks write them"  # in an error: the files of torch before 2.10 differ
 
 
-def mine(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The tensors of which this rank writes its part, and where in the whole that part begins.
+def parts_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The tensors of which this rank writes its part, each with the offset of that part in the whole tensor.
 
-    What several ranks hold is written by one of them, by size in turn, so that all write equally much. Every rank finds
-    the same for itself.
+    A part that several ranks hold is written by one of them. They take turns from the largest tensor on, so that all
+    write about as much. Every rank computes the same without asking others.
     """
-    load, found = Counter[int](), dict[str, tuple[int, ...]]()
+    load = Counter[int]()  # numbers that each replica writes
+    offsets: dict[str, tuple[int, ...]] = {}
     for name, x in sorted(tensors.items(), key=lambda item: -item[1].numel()):
-        place, count = _replica(x)
-        writer = min(range(count), key=lambda k: load[k])
+        replica, replicas = _replica(x)
+        writer = min(range(replicas), key=lambda k: load[k])
         load[writer] += x.numel()
-        if writer == place and part(x).numel():
-            found[name] = begin(x)
-    return found
+        if writer == replica and local_part(x).numel():
+            offsets[name] = local_offset(x)
+    return offsets
 
 
 def _replica(x: Tensor) -> tuple[int, int]:
-    """Which of those who hold the same part of a tensor this rank is, and how many they are."""
+    """The number of this rank among those that hold the same part of a tensor, and how many they are."""
     if not isinstance(x, DTensor):
         return dist.rank(), dist.world()
-    place, count = 0, 1
-    for size, here, how in zip(x.device_mesh.shape, x.device_mesh.get_coordinate() or (), x.placements, strict=True):
-        if not how.is_shard():
-            place, count = place * size + here, count * size
-    return place, count
+    replica = 0
+    replicas = 1
+    coordinates = x.device_mesh.get_coordinate() or ()
+    for size, coordinate, placement in zip(x.device_mesh.shape, coordinates, x.placements, strict=True):
+        if not placement.is_shard():
+            replica = replica * size + coordinate
+            replicas *= size
+    return replica, replicas
 
 
-def begin(x: Tensor) -> tuple[int, ...]:
-    """Where the part of this rank begins."""
+def local_offset(x: Tensor) -> tuple[int, ...]:
+    """Where this rank's part begins in the whole tensor, by dimension."""
     if not isinstance(x, DTensor):
         return (0,) * x.ndim
     return compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)[1]
 
 
-def write(folder: Path, parts: Mapping[str, Tensor], begin: Mapping[str, Sequence[int]]) -> None:
+def write(folder: Path, parts: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]]) -> None:
     """Write this rank's parts, contiguous and each in memory of its own, as its file, and flush it to the disk.
 
-    `begin` is as `mine` has it.
+    `offsets` are those of `parts_to_write`. A rank without parts writes no file.
     """
     folder.mkdir(exist_ok=True)
-    said = json.dumps({name: {SAVED_OFFSETS_KEY: [*begin[name]]} for name in parts})
-    if parts:  # one entry: two come in any order
-        file = folder / names(dist.rank()).replace("*", "model-00001-of-00001")
-        safetensors.torch.save_file(dict(parts), file, metadata={CUSTOM_METADATA_KEY: said})
-        flush(file)
+    if not parts:
+        return
+    sharding = json.dumps({name: {SAVED_OFFSETS_KEY: [*offsets[name]]} for name in parts})
+    file = folder / file_pattern(dist.rank()).replace("*", "model-00001-of-00001")
+    # one entry of metadata: two come in any order, and the bytes would differ
+    safetensors.torch.save_file(dict(parts), file, metadata={CUSTOM_METADATA_KEY: sharding})
+    flush(file)
 
 
-def names(rank: int) -> str:
-    """The pattern of the files that a rank writes."""
+def file_pattern(rank: int) -> str:
+    """The glob pattern of the files that a rank writes."""
     return f"shard-{rank + 1:05d}-*.safetensors"
 
 
 def outline(folder: Path) -> dict[str, Tensor]:
     """The whole tensors that a folder holds, by name, on the device 'meta'.
 
-    Raises UserError for a folder without shards, a damaged shard, one that lacks, and an old torch.
+    Raises UserError for a folder without shards, a damaged or missing shard, and an old torch.
     """
-    return _headers(folder)[0]
+    tensors, _ = _headers(folder)
+    return tensors
 
 
 def _headers(folder: Path) -> tuple[dict[str, Tensor], Metadata]:
-    """What `outline` gives, and what the headers of all shards say. Raises as that."""
+    """The tensors of `outline`, and the metadata in the headers of all shards. Raises as `outline`."""
     require_ranks(SHARDS)
     try:
-        about = HuggingFaceStorageReader(str(folder)).read_metadata()
-    except DAMAGED as error:
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except READ_ERRORS as error:
         raise UserError(f"{folder} has a damaged shard ({brief(repr(error))}): take another copy of it") from error
-    if not about.state_dict_metadata:
+    if not metadata.state_dict_metadata:
         raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
-    return {name: _outlined(folder, name, one) for name, one in about.state_dict_metadata.items()}, about
+    tensors: dict[str, Tensor] = {}
+    for name, storage in metadata.state_dict_metadata.items():
+        tensors[name] = _outlined(folder, name, storage)
+    return tensors, metadata
 
 
-def _outlined(folder: Path, name: str, about: object) -> Tensor:
+def _outlined(folder: Path, name: str, storage: object) -> Tensor:
     """A tensor of the shape that its parts fill. Raises UserError where they do not."""
-    assert isinstance(about, TensorStorageMetadata), "safetensors holds nothing else"
-    parts = sorted(about.chunks, key=lambda part: part.offsets)
-    outside = any(offset < 0 for part in parts for offset in part.offsets)
-    whole = sum(math.prod(part.sizes) for part in parts) == math.prod(about.size)
-    if outside or not whole or any(itertools.starmap(_overlap, itertools.pairwise(parts))):
+    assert isinstance(storage, TensorStorageMetadata), "safetensors holds nothing else"
+    parts = sorted(storage.chunks, key=lambda part: part.offsets)
+    is_outside = any(min(part.offsets, default=0) < 0 for part in parts)
+    is_complete = sum(math.prod(part.sizes) for part in parts) == math.prod(storage.size)
+    if is_outside or not is_complete or any(itertools.starmap(_overlap, itertools.pairwise(parts))):
         raise UserError(f"{folder} lacks a part of {name}, or has it twice: take another copy, with all its shards")
-    return torch.empty(about.size, dtype=about.properties.dtype, device="meta")
+    return torch.empty(storage.size, dtype=storage.properties.dtype, device="meta")
 
 
-def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
     """Whether two parts of a tensor have numbers in common."""
-    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in spans)
+    for a_begin, a_size, b_begin, b_size in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True):
+        if max(a_begin, b_begin) >= min(a_begin + a_size, b_begin + b_size):
+            return False
+    return True
 
 
 def fill(folder: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of these names into `into`, of a whole tensor all and of a rank's part that part.
+    """Copy the tensors of these names into `into`: a whole tensor, or of a `DTensor` this rank's part.
 
-    Each rank reads for itself: no other must call it. Names and shapes are as `outline` has them.
+    Each rank reads for itself, whether others call it or not. Names and shapes must be those of `outline`.
     """
     require_ranks(SHARDS)
-    with plainly(), warnings.catch_warnings():
+    with unwrapped_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
         state_dict_loader.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
@@ -149,61 +165,68 @@ def load(folder: Path) -> dict[str, Tensor]:
     return into
 
 
-def lazily(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """What reads each whole tensor of a folder, also when that is removed meanwhile. Raises as `outline`."""
-    return _readers(*_headers(folder))
+def tensor_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """A function for each tensor that reads it whole, also once the folder is removed. Raises as `outline`."""
+    tensors, metadata = _headers(folder)
+    return _readers(tensors, metadata)
 
 
-def _readers(outlined: Mapping[str, Tensor], about: Metadata) -> dict[str, Callable[[], Tensor]]:
-    """Those of `lazily`, of what the headers say; all files are open from now on."""
-    files = {file: safe_open(file, "pt") for file in {one.relative_path for one in about.storage_data.values()}}
+def _readers(tensors: Mapping[str, Tensor], metadata: Metadata) -> dict[str, Callable[[], Tensor]]:
+    """A function for each tensor that reads it whole; all files are open from now on."""
+    paths = {storage.relative_path for storage in metadata.storage_data.values()}
+    files = {path: safe_open(path, "pt") for path in paths}
 
     def read(name: str) -> Tensor:
-        into, found = torch.empty_like(outlined[name], device="cpu"), about.state_dict_metadata[name]
-        assert isinstance(found, TensorStorageMetadata), "as `outline` found"
-        for part in found.chunks:
-            opened = files[about.storage_data[MetadataIndex(name, part.offsets)].relative_path]
-            place = tuple(slice(at, at + n) for at, n in zip(part.offsets, part.sizes, strict=True))
-            into[place] = opened.get_tensor(name)
-        return into
+        x = torch.empty_like(tensors[name], device="cpu")
+        storage = metadata.state_dict_metadata[name]
+        assert isinstance(storage, TensorStorageMetadata), "`_outlined` has looked"
+        for part in storage.chunks:
+            path = metadata.storage_data[MetadataIndex(name, part.offsets)].relative_path
+            span = tuple(slice(begin, begin + n) for begin, n in zip(part.offsets, part.sizes, strict=True))
+            x[span] = files[path].get_tensor(name)
+        return x
 
-    return {name: partial(read, name) for name in outlined}
+    return {name: partial(read, name) for name in tensors}
 
 
 def as_file(folder: Path) -> Iterator[bytes | memoryview]:
     """The bytes of the one file that one process would have written, tensor by tensor. Raises as `outline`."""
-    outlined, about = _headers(folder)
-    read = _readers(outlined, about)
-    none = {name: torch.empty(0, dtype=x.dtype) for name, x in outlined.items()}
-    head, end = json.loads(safetensors.torch.save(none, {"format": "pt"})[8:]), 0  # in the order of a file
-    names = [name for name in head if name in outlined]
+    tensors, metadata = _headers(folder)
+    readers = _readers(tensors, metadata)
+    # a file of empty tensors has the order of names, which safetensors sorts by dtype
+    empty = {name: torch.empty(0, dtype=x.dtype) for name, x in tensors.items()}
+    header = json.loads(safetensors.torch.save(empty, {"format": "pt"})[8:])
+    names = [name for name in header if name in tensors]
+    end = 0
     for name in names:
-        begin, end = end, end + outlined[name].nbytes
-        head[name] |= {"shape": [*outlined[name].shape], "data_offsets": [begin, end]}
-    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        begin = end
+        end += tensors[name].nbytes
+        header[name]["shape"] = [*tensors[name].shape]
+        header[name]["data_offsets"] = [begin, end]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield read[name]().reshape(-1).view(torch.uint8).numpy().data
+        yield readers[name]().reshape(-1).view(torch.uint8).numpy().data
 
 
-def share(whole: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of these names: of one that ranks share, each takes its part, for itself."""
+def copy_local_parts(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of the same names; of a `DTensor` each rank copies its part, without others."""
     for name, x in into.items():
-        mine = whole[name]
+        value = tensors[name]
         if isinstance(x, DTensor):
-            mine = distribute_tensor(mine, x.device_mesh, x.placements, src_data_rank=None)
-        x.copy_(mine)
+            value = distribute_tensor(value, x.device_mesh, x.placements, src_data_rank=None)
+        x.copy_(value)
 
 
-def part(x: Tensor) -> Tensor:
-    """What of a tensor this rank holds."""
+def local_part(x: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 @contextmanager
-def plainly() -> Generator[None, None, None]:
-    """What went wrong on a rank, as that rank raised it: torch wraps it in what is no Exception."""
+def unwrapped_errors() -> Generator[None, None, None]:
+    """Raise an error as the rank raised it: torch wraps it in a `CheckpointException`, which is no Exception."""
     try:
         yield
     except CheckpointException as error:

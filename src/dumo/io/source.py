@@ -1,4 +1,7 @@
-"""What data sets give: batches to train on, a reference to be compared with, rows to be gone through.
+"""Data sets in use: batches to train on, a reference to compare samples with, images in order.
+
+`DataSource` is what training reads; `TensorData`, `Endless` and `Bucketed` are data in memory, drawn data, and data in
+several shapes. `rows_of` and `mirrored` say which rows a step has.
 
 Which rows a step sees is endless and without state, so that a run resumes by its step number alone.
 """
@@ -17,7 +20,7 @@ from dumo.io import digest
 from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Sample
 
-ORDERS = 2  # kept: batches are made ahead across the end of an epoch. Ours
+CACHED_ORDERS = 2  # epochs: batches are made ahead across the end of one. Ours
 _LOCK = Lock()  # a cache alone would let two threads make one order each
 
 
@@ -31,12 +34,12 @@ class Data(Protocol):
         ...
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """What samples are compared with: all of a finite set, else n fresh draws, the i-th time."""
+        """The samples to compare with, x and c: all of a finite set, else n fresh draws, the i-th time."""
         ...
 
 
 @runtime_checkable
-class Source(Data, Protocol):
+class DataSource(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -47,30 +50,30 @@ class Source(Data, Protocol):
         ...
 
     def fingerprint(self) -> str | None:
-        """A short text, another one where samples were added, removed, renamed or replaced; decodes nothing.
+        """A short text that changes where samples are added, removed, renamed or replaced; decodes nothing.
 
         None where samples never end.
         """
         ...
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """Which of the data set these rows are, by number; None where it never ends."""
+        """The numbers of these rows in the data set, (b,); None where it never ends."""
         ...
 
 
 @runtime_checkable
 class Finite(Protocol):
-    """A finite set of images that can be gone through, each once."""
+    """A finite set of images that can be read in order, each once."""
 
     def __len__(self) -> int: ...
 
     def rows(self, rows: slice, /) -> tuple[Tensor, Tensor]:
-        """A stretch of them, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
+        """These images, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
         ...
 
 
 @dataclass(frozen=True)
-class Table:
+class TensorData:
     """A finite data set in memory."""
 
     x: Tensor
@@ -82,12 +85,12 @@ class Table:
         return len(self.x)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Epoch after epoch, each in its own order."""
-        places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
-        return self.x[places], self.c[places]
+        """The rows of a step: epoch after epoch, each in its own order."""
+        numbers = self.numbers(step, batch, seed, rows)
+        return self.x[numbers], self.c[numbers]
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-        """Their places in the table."""
+        """The numbers of a step's rows, (b,)."""
         return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
@@ -95,23 +98,23 @@ class Table:
         return self.x, self.c
 
     def fingerprint(self) -> str:
-        """Of all numbers and classes."""
+        """A digest of all samples and classes."""
         return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))
 
 
 @dataclass(frozen=True)
-class Split(Table):
-    """A table of the rows that are trained on, with all of them and those held out, which no batch has."""
+class HeldOutSplit(TensorData):
+    """The rows to train on; `whole` also has the rows held out, `held` has those alone."""
 
-    whole: Table
-    held: Table
+    whole: TensorData
+    held: TensorData
 
     @classmethod
-    def of(cls, whole: Table, held: Int64[Tensor, " k"]) -> "Split":
-        """All rows but those of these numbers."""
-        rest = torch.ones(whole.size, dtype=torch.bool)
-        rest[held] = False
-        return cls(whole.x[rest], whole.c[rest], whole, Table(whole.x[held], whole.c[held]))
+    def of(cls, whole: TensorData, held: Int64[Tensor, " k"]) -> "HeldOutSplit":
+        """Split off the rows of these numbers."""
+        is_trained = torch.ones(whole.size, dtype=torch.bool)
+        is_trained[held] = False
+        return cls(whole.x[is_trained], whole.c[is_trained], whole, TensorData(whole.x[held], whole.c[held]))
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class Bucketed:
     and its batches come in an order of their own, keyed by the seed.
     """
 
-    parts: Sequence[Source]  # finite, none is empty
+    parts: Sequence[DataSource]  # finite, none is empty
     shapes: Sequence[tuple[int, ...]]  # of a sample of each part
     about: str = ""  # in words
 
@@ -170,12 +173,12 @@ class Bucketed:
 
     @property
     def hashes(self) -> object:
-        """Of the images, which the parts share."""
+        """The hashes of the images, which the parts share."""
         return getattr(self.parts[0], "hashes", None)
 
     @property
     def origin(self) -> object:
-        """Of latents."""
+        """The images that latents were made of, which the parts share."""
         return getattr(self.parts[0], "origin", None)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -184,57 +187,60 @@ class Bucketed:
         return self.parts[k].batch(number, batch, self.seed(seed, k), rows)
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """Those of the part's rows in the data set."""
+        """The numbers in the data set of a step's rows, (b,)."""
         k, number = self.turn(step, batch, seed)
         return self.parts[k].numbers(number, batch, self.seed(seed, k), rows)
 
     def seed(self, seed: int, k: int) -> int:
-        """That of part k."""
+        """The seed of part k."""
         return stream(seed, "part", k).initial_seed()
 
     def shape(self, step: int, batch: int, seed: int) -> tuple[int, ...]:
-        """Of the samples of a step."""
-        return self.shapes[self.turn(step, batch, seed)[0]]
+        """The shape of a step's samples."""
+        k, _ = self.turn(step, batch, seed)
+        return self.shapes[k]
 
     def turn(self, step: int, batch: int, seed: int) -> tuple[int, int]:
-        """Whose turn it is at a step, and the number of that batch among the part's own."""
+        """The part whose turn it is at a step, and the number of that batch among the part's own."""
         counts = self.counts
 
-        def done(epoch: int) -> list[int]:
+        def batches_before(epoch: int) -> list[int]:
             return [epoch * n // batch for n in counts]
 
         epoch = step * batch // sum(counts)  # S(epoch) is at most step
-        while sum(done(epoch + 1)) <= step:
+        while sum(batches_before(epoch + 1)) <= step:
             epoch += 1
-        first, last = done(epoch), done(epoch + 1)
-        order = torch.randperm(sum(last) - sum(first), generator=stream(seed, "turns", epoch))
-        place = int(order[step - sum(first)])
-        for k, (begin, end) in enumerate(zip(first, last, strict=True)):
-            if place < end - begin:
-                return k, begin + place
-            place -= end - begin
-        raise AssertionError("the places of an epoch are its parts'")
+        first = batches_before(epoch)
+        end = batches_before(epoch + 1)
+        order = torch.randperm(sum(end) - sum(first), generator=stream(seed, "turns", epoch))
+        position = int(order[step - sum(first)])  # among the epoch's batches, part after part
+        for k, (part_first, part_end) in enumerate(zip(first, end, strict=True)):
+            if position < part_end - part_first:
+                return k, part_first + position
+            position -= part_end - part_first
+        raise AssertionError("an epoch has no other batches than those of its parts")
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """That of the largest part."""
+        """The reference of the largest part."""
         return self.parts[self.counts.index(max(self.counts))].reference(n, seed, i)
 
     def fingerprint(self) -> str | None:
-        """Of the data set."""
+        """The fingerprint of the data set, which each part has."""
         return self.parts[0].fingerprint()
 
 
 def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-    """Row numbers (b,) of a global step, out of `size`: each epoch is one keyed permutation, laid end to end.
+    """Row numbers (b,) out of `size` of the places `rows` in a step's global batch.
 
-    Those of the places `rows` of the global batch.
+    Each epoch is one permutation, keyed by the seed; the epochs follow one another without a gap.
     """
-    place = torch.arange(step * batch, (step + 1) * batch)[rows]
-    epoch, found = place // size, torch.empty_like(place)
+    position = torch.arange(step * batch, (step + 1) * batch)[rows]
+    epoch = position // size
+    numbers = torch.empty_like(position)
     for e in epoch.unique().tolist():
-        here = epoch == e
-        found[here] = _order(size, seed, e)[place[here] % size]
-    return found
+        in_epoch = epoch == e
+        numbers[in_epoch] = _order(size, seed, e)[position[in_epoch] % size]
+    return numbers
 
 
 def mirrored(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
@@ -248,6 +254,6 @@ def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
         return _permuted(size, seed, epoch)
 
 
-@lru_cache(ORDERS)
+@lru_cache(CACHED_ORDERS)
 def _permuted(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
     return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -1,5 +1,7 @@
 """Tables on disk: named columns of tensors, in shards that any number of processes make, stopped and resumed at will.
 
+`make` writes one, `read_whole` and `ShardTable` read it, `require` compares its files with the index.
+
     index.json                     columns, the inputs of the rows and their hash, and at last the hash of each shard
     shard-00000.safetensors        a tensor (rows, *shape) for each column; (entries, *shape) where rows have lengths
     shard-00000.json               what index.json will say of a shard, until it does
@@ -30,16 +32,15 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from dumo.io import digest
+from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.io.read import read_json
-from dumo.io.weights import load
 from dumo.runtime import threads
 from dumo.runtime.bound import ROWS
 from dumo.types import Spec, UserError
 
 FILE = "index.json"
-MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
+MAX_MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
 REMAKE = "start the same dumo encode again, which re-makes what is damaged"
 ELSEWHERE = "encode into another folder, or remove this one"
 
@@ -56,13 +57,16 @@ class Column(Spec):
 
     def fits(self, tensors: Tensors, name: str, rows: int) -> bool:
         """Whether the tensor of this name is the column of a shard of this many rows."""
-        x, lengths = tensors.get(name), tensors.get(self.lengths)
-        n = rows if lengths is None else int(lengths.sum())
-        return x is not None and x.shape == (n, *self.shape) and x.dtype == self.torch_dtype
+        x = tensors.get(name)
+        if x is None:
+            return False
+        lengths = tensors.get(self.lengths)
+        entries = rows if lengths is None else int(lengths.sum())
+        return x.shape == (entries, *self.shape) and x.dtype == self.torch_dtype
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype."""
+        """The dtype as torch's own."""
         return getattr(torch, self.dtype)
 
 
@@ -80,13 +84,16 @@ class Shard(Spec):
         file = folder / self.file
         if not file.is_file():
             return "is not there"
-        if (size := file.stat().st_size) != self.size:
+        size = file.stat().st_size
+        if size != self.size:
             return f"has {size} of {self.size} bytes"
-        return "has changed: its SHA-256 is another" if deep and digest.of_file(file) != self.sha256 else None
+        if deep and digest.of_file(file) != self.sha256:
+            return "has changed: its SHA-256 is another"
+        return None
 
 
-class Index(Spec):
-    """What index.json says. The fields of a subclass are the inputs of the rows."""
+class TableIndex(Spec):
+    """The contents of index.json. The fields of a subclass are the inputs of the rows."""
 
     word: ClassVar[str] = "table"  # what the folder is called
     remake: ClassVar[str] = REMAKE  # what to do about a damaged shard
@@ -112,7 +119,7 @@ class Index(Spec):
         return f"{self.rows:,} rows"
 
     def binding(self) -> dict[str, Any]:
-        """The inputs of the rows: these must be the same to go on."""
+        """The inputs of the rows, which must be the same for a table to be continued."""
         return self.model_dump(mode="json", exclude={"inputs": True, "shards": True})
 
     def inputs_digest(self) -> str:
@@ -120,12 +127,12 @@ class Index(Spec):
         return digest.of_bytes(json.dumps(self.binding(), sort_keys=True).encode())
 
 
-K = TypeVar("K", bound=Index)
+K = TypeVar("K", bound=TableIndex)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a rank did."""
+    """What `make` did on a rank."""
 
     made: int  # shards
     damaged: tuple[str, ...]  # files that were made again, and what was wrong with them
@@ -133,11 +140,11 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Table:
+class ShardTable:
     """A table to read."""
 
     folder: Path
-    index: Index
+    index: TableIndex
     memory: float = 0.0  # bytes, of shards that are read rather than mapped
 
     def __len__(self) -> int:
@@ -148,27 +155,30 @@ class Table:
     ) -> Tensor:
         """A column of these rows; where `where` is true, the column `other`, of the same shape.
 
-        Of a column with lengths the rows must have one entry. Raises IndexError for a row that is not there, UserError
-        for a damaged shard.
+        Returns (b, *shape). Of a column with lengths each row must have one entry. Raises IndexError for a row that the
+        table does not have, UserError for a damaged shard.
         """
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
-        kind, names = self.index.columns[column], (column, other)
-        found = np.empty((len(rows), prod(kind.shape) * kind.torch_dtype.itemsize), np.uint8)
-        turned = [False] * len(rows) if where is None else where.tolist()
-        for i, (row, turn) in enumerate(zip(rows.tolist(), turned, strict=True)):
+        layout = self.index.columns[column]
+        taken = np.empty((len(rows), prod(layout.shape) * layout.torch_dtype.itemsize), np.uint8)
+        takes_other = [False] * len(rows) if where is None else where.tolist()
+        for i, (row, is_other) in enumerate(zip(rows.tolist(), takes_other, strict=True)):
             number = bisect_right(self.ends, row)
-            shard, place = self.shard(number), row - self.ends[number]  # counted from the end
-            found[i] = shard[names[turn]][int(shard[kind.lengths][:place].sum()) if kind.lengths else place]
-        return torch.from_numpy(found).view(kind.torch_dtype).view(-1, *kind.shape)
+            shard = self.shard(number)
+            entry = row - self.ends[number]  # negative: counted from the shard's end
+            if layout.lengths:
+                entry = int(shard[layout.lengths][:entry].sum())
+            taken[i] = shard[other if is_other else column][entry]
+        return torch.from_numpy(taken).view(layout.torch_dtype).view(-1, *layout.shape)
 
     def fingerprint(self) -> str:
-        """Of all shards' checksums."""
+        """A digest of all shards' rows and checksums."""
         return digest.short(*(f"{shard.rows} {shard.sha256}" for shard in self.index.shards))
 
     @cached_property
     def ends(self) -> list[int]:
-        """Behind the last row of each shard."""
+        """The number of the row behind the last one of each shard."""
         return list(accumulate(shard.rows for shard in self.index.shards))
 
     @cached_property
@@ -176,55 +186,68 @@ class Table:
         """A shard's rows as bytes, by column: mapped into memory where all take more than `memory` bytes, else read."""
         mapped = sum(shard.size for shard in self.index.shards) > self.memory
 
-        @lru_cache(MAPPED if mapped else None)
+        @lru_cache(MAX_MAPPED if mapped else None)
         def loaded(number: int) -> dict[str, NDArray[np.uint8]]:
-            tensors = self.tensors(number)
-            flat = {name: x.reshape(len(x), prod(x.shape[1:])) for name, x in tensors.items()}
-            found = {name: x.view(torch.uint8).numpy() for name, x in flat.items()}
-            return found if mapped else {name: rows.copy() for name, rows in found.items()}
+            columns: dict[str, NDArray[np.uint8]] = {}
+            for name, x in self.tensors(number).items():
+                row_bytes = x.reshape(len(x), prod(x.shape[1:])).view(torch.uint8).numpy()
+                columns[name] = row_bytes if mapped else row_bytes.copy()
+            return columns
 
         return loaded
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """A shard's columns, mapped. Raises UserError where they are not as the index says."""
-        shard, columns = self.index.shards[number], self.index.columns
-        found = load(self.folder / shard.file)
-        if not all(column.fits(found, name, shard.rows) for name, column in columns.items()):
-            raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {self.index.remake}")
-        return {name: found[name] for name in columns}
+        shard = self.index.shards[number]
+        columns = self.index.columns
+        tensors = weights.load(self.folder / shard.file)
+        for name, column in columns.items():
+            if not column.fits(tensors, name, shard.rows):
+                raise UserError(
+                    f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {self.index.remake}"
+                )
+        return {name: tensors[name] for name in columns}
 
 
 def read(folder: Path, kind: type[K]) -> K | None:
-    """What index.json says, or None where there is none. Raises UserError if it is damaged."""
+    """The index of a table, finished or not; None where there is none. Raises UserError if it is damaged."""
     file = folder / FILE
-    tree = read_json(file, ELSEWHERE) if file.is_file() else None
+    if not file.is_file():
+        return None
+    tree = read_json(file, ELSEWHERE)
     try:
-        found = None if tree is None else kind.model_validate(tree)
-        why = "its inputs have another hash" if found and found.inputs != found.inputs_digest() else ""
+        index = kind.model_validate(tree)
     except ValidationError as error:
-        found, why = None, " ".join(str(error).split())
-    if why:
-        raise UserError(f"{file} is damaged, or another version wrote it ({why}): {ELSEWHERE}")
-    return found
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is damaged, or another version wrote it ({reason}): {ELSEWHERE}") from error
+    if index.inputs != index.inputs_digest():
+        raise UserError(f"{file} is damaged, or another version wrote it (its inputs have another hash): {ELSEWHERE}")
+    return index
 
 
 def read_whole(folder: Path, kind: type[K], missing: str) -> K:
-    """What index.json says of a whole table.
+    """The index of a finished table.
 
-    Raises UserError where there is none, with the words `missing`; it is unfinished; or a shard is not there, or of
-    another size.
+    Raises UserError where there is none, in the words of `missing`; where it is unfinished; and where a shard is
+    missing or has another size.
     """
-    found = read(folder, kind)
-    if not found or not found.shards:
-        unfinished = "is unfinished: start the same dumo encode again, and it goes on where it stopped"
-        raise UserError(f"{folder} {unfinished if found else missing}")
-    require(folder, found)
-    return found
+    index = read(folder, kind)
+    if index is None:
+        raise UserError(f"{folder} {missing}")
+    if not index.shards:
+        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it resumes where it stopped")
+    require(folder, index)
+    return index
 
 
-def require(folder: Path, index: Index, *, deep: bool = False) -> None:
-    """Raise UserError where a shard is not there, or of another size; `deep`: or has another checksum."""
-    if faults := [f"{shard.file} {fault}" for shard in index.shards if (fault := shard.fault(folder, deep=deep))]:
+def require(folder: Path, index: TableIndex, *, deep: bool = False) -> None:
+    """Raise UserError where a shard is missing or has another size; `deep`: or has another checksum."""
+    faults = list[str]()
+    for shard in index.shards:
+        fault = shard.fault(folder, deep=deep)
+        if fault:
+            faults.append(f"{shard.file} {fault}")
+    if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}: {index.remake}")
 
 
@@ -235,7 +258,7 @@ def share(rows: int, shard_rows: int, rank: int, world: int) -> int:
 
 def make(
     folder: Path,
-    index: Index,
+    index: TableIndex,
     shard: Callable[[int, Callable[[int], None]], Tensors],
     *,
     rank: int = 0,
@@ -244,94 +267,114 @@ def make(
     others: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> Done:
-    """Make those of this rank's shards that are not there, or damaged.
+    """Make this rank's shards that are missing or damaged.
 
-    `shard` gives the tensors of a number, and calls back with the number of rows of the source that it has read; `of`
-    then gives a hash of what they were made of. `others` are other files of the folder, by name. Raises UserError where
-    the folder holds something else, or a shard has changed and is not to be repaired; OSError where the disk is full,
-    or nothing can be written; and as `shard`. Finished shards are kept.
+    `shard` returns the tensors of a shard by its number, and calls back with the number of rows of the source that it
+    has read; `of` then returns a hash of what they were made of. `others` are other files of the folder, by name.
+    Raises UserError where the folder holds something else, or a shard has changed and is not to be repaired; OSError
+    where the disk is full, or nothing can be written; and as `shard`. Finished shards are kept.
     """
     files.check_writable(folder)
     claim(folder, index, rank)
     sweep(folder, rank, world)
-    notes = noted(folder, index)
-    made, done, damaged = 0, 0, list[str]()
+    shards = written_shards(folder, index)
+    made = 0
+    rows_done = 0
+    damaged = list[str]()
     for number in range(rank, index.count, world):
-        note, title = notes.get(number), stem(number)
-        if note and (fault := note.fault(folder, deep=True)):
-            if not index.repaired and (folder / note.file).exists():
-                raise UserError(f"{folder}: {note.file} {fault}: {index.remake}")
-            damaged.append(f"{note.file} {fault}")
-            note, title = None, f"{damaged[-1]}, made again"
-        if note is None:
+        written = shards.get(number)
+        title = stem(number)
+        fault = written.fault(folder, deep=True) if written else None
+        if written and fault:
+            if not index.repaired and (folder / written.file).exists():
+                raise UserError(f"{folder}: {written.file} {fault}: {index.remake}")
+            damaged.append(f"{written.file} {fault}")
+            title = f"{written.file} {fault}, made again"
+            written = None
+        if written is None:
 
-            def progress(behind: int, done: int = done, title: str = title) -> None:
+            def progress(rows_read: int, rows_done: int = rows_done, title: str = title) -> None:
                 threads.check()
-                tick(done + behind, title)
+                tick(rows_done + rows_read, title)
 
             tensors = shard(number, progress)
             claim(folder, index, rank)  # raises where another took the folder, as long as it was empty
             store(folder, number, tensors, rank, of(number))
             made += 1
-        done += len(index.span(number))
-        tick(done, title)
+        rows_done += len(index.span(number))
+        tick(rows_done, title)
     for name, data in (others or {}).items():
         files.write(folder / name, data, writer=rank, durable=True)
-    return Done(made, tuple(damaged), finish(folder, index, rank))
+    missing = finish(folder, index, rank)
+    return Done(made, tuple(damaged), missing)
 
 
-def claim(folder: Path, index: Index, rank: int) -> None:
-    """Take the folder, or go on in it. Raises UserError if it is taken."""
-    there, new = read(folder, type(index)), index.binding()
-    if there is not None and not there.shards and not any(folder.glob("shard-*.json")) and there.binding() != new:
-        there = None  # begun, and stopped before anything was made: that binds nobody
-    if there is None:
-        taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-        if taken and not (folder / FILE).exists():  # not where another rank has begun meanwhile
+def claim(folder: Path, index: TableIndex, rank: int) -> None:
+    """Write an index into an empty folder, or resume a table of the same inputs. Raises UserError for other folders."""
+    existing = read(folder, type(index))
+    inputs = index.binding()
+    is_empty = existing is not None and not existing.shards and not any(folder.glob("shard-*.json"))
+    if existing is not None and is_empty and existing.binding() != inputs:
+        existing = None  # begun, and stopped before anything was made: its inputs bind nobody
+    if existing is None:
+        is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+        if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
             raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
         index = index.model_copy(update={"inputs": index.inputs_digest()})
         files.write(folder / FILE, dump(index), writer=rank, durable=True)
         return
-    old = there.binding()
-    if lines := [f"{key}: {old[key]} there, {new[key]} now" for key in new if old.get(key) != new[key]]:
-        listed = "\n  ".join(lines)
-        way = "Give another folder (data.root, of texts net.texts.root), or remove this one"
-        raise UserError(f"{folder} holds another {index.word}:\n  {listed}\n{way}")
+    existing_inputs = existing.binding()
+    differences = list[str]()
+    for key, value in inputs.items():
+        if existing_inputs.get(key) != value:
+            differences.append(f"{key}: {existing_inputs[key]} there, {value} now")
+    if differences:
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"{folder} holds another {index.word}:\n  {listed}\nGive another folder (data.root, of texts "
+            "net.texts.root), or remove this one"
+        )
 
 
-def noted(folder: Path, index: Index) -> dict[int, Shard]:
-    """The shards that were written whole, by number: by their notes, else by what index.json says."""
+def written_shards(folder: Path, index: TableIndex) -> dict[int, Shard]:
+    """The shards that were written whole, by number: from their notes, else from index.json."""
     notes: dict[int, Shard] = {}
     for number in range(index.count):
         try:
             notes[number] = Shard.model_validate_json((folder / f"{stem(number)}.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             continue
-    known = read(folder, type(index))  # after the notes: they are removed when it has them
-    return dict(enumerate(known.shards if known else ())) | notes
+    existing = read(folder, type(index))  # after the notes: they are removed once it lists them
+    listed = dict(enumerate(existing.shards)) if existing else {}
+    return listed | notes
 
 
-def finish(folder: Path, index: Index, rank: int) -> int:
-    """List all shards in index.json if they are there, and remove their notes. Returns how many are not there."""
-    notes = noted(folder, index)
-    whole = [note for n in range(index.count) if (note := notes.get(n)) and not note.fault(folder, deep=False)]
-    if len(whole) == index.count:
-        begun = read(folder, type(index)) or index  # by another rank, which may name another place of the weights
-        listed = dump(begun.model_copy(update={"shards": tuple(whole)}))
-        files.write(folder / FILE, listed, writer=rank, durable=True)
+def finish(folder: Path, index: TableIndex, rank: int) -> int:
+    """List all shards in index.json once all are written, and remove their notes. Returns how many are missing."""
+    shards = written_shards(folder, index)
+    intact = list[Shard]()
+    for number in range(index.count):
+        shard = shards.get(number)
+        if shard and not shard.fault(folder, deep=False):
+            intact.append(shard)
+    if len(intact) == index.count:
+        existing = read(folder, type(index)) or index  # by another rank, which may name another place of the weights
+        finished = dump(existing.model_copy(update={"shards": tuple(intact)}))
+        files.write(folder / FILE, finished, writer=rank, durable=True)
         for number in range(index.count):
             (folder / f"{stem(number)}.json").unlink(missing_ok=True)
-    return index.count - len(whole)
+    return index.count - len(intact)
 
 
-def dump(index: Index) -> bytes:
-    """As `read` reads it."""
+def dump(index: TableIndex) -> bytes:
+    """The bytes of index.json."""
     return (index.model_dump_json(indent=1) + "\n").encode()
 
 
 def store(folder: Path, number: int, tensors: Tensors, rank: int, of: str) -> None:
-    """Write a shard, then its note."""
-    data, file = safetensors.torch.save(dict(tensors)), f"{stem(number)}.safetensors"
+    """Write a shard, then its note; `of` is a hash of what its rows were made of."""
+    data = safetensors.torch.save(dict(tensors))
+    file = f"{stem(number)}.safetensors"
     rows = len(next(iter(tensors.values())))
     note = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data), of=of)
     files.write(folder / file, data, writer=rank, durable=True)
@@ -339,11 +382,11 @@ def store(folder: Path, number: int, tensors: Tensors, rank: int, of: str) -> No
 
 
 def sweep(folder: Path, rank: int, world: int) -> None:
-    """Remove what a killed rank left half-written: one of this number, or of one that no rank has now."""
-    for half in folder.glob(".*.tmp"):
-        writer = half.suffixes[-2][1:] if len(half.suffixes) > 1 else ""
+    """Remove the temporary files of killed ranks whose shards are this rank's now."""
+    for temp_path in folder.glob(".*.tmp"):
+        writer = temp_path.suffixes[-2][1:] if len(temp_path.suffixes) > 1 else ""
         if writer.isdecimal() and int(writer) % world == rank:
-            files.remove(half)
+            files.remove(temp_path)
 
 
 def stem(number: int) -> str:

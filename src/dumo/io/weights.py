@@ -1,6 +1,7 @@
-"""Files of weights: safetensors only, whole, and the ones that were meant; or folders of shards (`dumo.io.shards`).
+"""Weights in a safetensors file, or in a folder of shards that ranks wrote (`dumo.io.shards`).
 
-No pickle is read: opening one can run any code.
+`read` and `load` map them into memory, `outline` has their names and shapes, `fill` copies them into tensors, `compare`
+refuses those of another net. No pickle is read: opening one can run any code.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -17,33 +18,36 @@ from dumo.runtime import dist
 from dumo.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-ANOTHER = "take another copy of it"
+TAKE_ANOTHER = "take another copy of it"
 
 
 @contextmanager
 def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Generator[safe_open, None, None]:
-    """A safetensors file, whose header is read, and compared with the file's size.
+    """Open a safetensors file; its header is read, and compared with the file's size.
 
-    Raises UserError for no file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle may be
-    converted as it is.
+    Raises UserError for a missing file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle
+    may be converted as it is.
     """
-    pickle = file.suffix.lower() in PICKLES  # whether it is there or not, it is not what to fetch
-    if pickle or not file.is_file():
-        missing = f"{file}: there is no such file{hint and f'. {hint}'}"
-        raise UserError(_refusal(file, hint, convert) if pickle else missing)
+    if file.suffix.lower() in PICKLES:  # refused also where it is missing, so that nobody fetches it
+        raise UserError(_pickle_refusal(file, hint, convert))
+    if not file.is_file():
+        where = f". {hint}" if hint else ""
+        raise UserError(f"{file}: there is no such file{where}")
     try:
-        with safe_open(file, "pt") as found:
-            yield found
+        with safe_open(file, "pt") as opened:
+            yield opened
     except SafetensorError as error:
-        way = f"{ANOTHER}. {hint}" if hint else ANOTHER
-        damaged = f"{file} is damaged or is not safetensors ({brief(error)}): {way}"
-        raise UserError(_refusal(file, hint, convert) if _is_pickle(file) else damaged) from error
+        if _is_pickle(file):
+            raise UserError(_pickle_refusal(file, hint, convert)) from error
+        way_out = f"{TAKE_ANOTHER}. {hint}" if hint else TAKE_ANOTHER
+        raise UserError(f"{file} is damaged or is not safetensors ({brief(error)}): {way_out}") from error
 
 
 def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, mapped into memory, and its notes. Raises as `open_safetensors`."""
-    with open_safetensors(file, hint, convert=convert) as found:
-        return {name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}  # noqa: SIM118, no dict
+    """The tensors of a safetensors file by name, mapped into memory, and its metadata. Raises as `open_safetensors`."""
+    with open_safetensors(file, hint, convert=convert) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no dict
+        return tensors, opened.metadata() or {}
 
 
 def load(place: Path) -> dict[str, Tensor]:
@@ -56,7 +60,7 @@ def load(place: Path) -> dict[str, Tensor]:
 
 
 def outline(place: Path) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and dtypes that a file or a folder of shards holds; unread. Raises as `load`."""
+    """Tensors of the names, shapes and dtypes in a file or a folder of shards, numbers unread. Raises as `load`."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -66,32 +70,35 @@ def outline(place: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(place: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of these names and shapes (`compare`) into `into`, whole or a rank's part. Raises as `load`."""
+    """Copy tensors into those of the same names in `into`, each whole or a rank's part. Raises as `load`.
+
+    Names and shapes must be the same: call `compare` before.
+    """
     if not place.is_dir() and dist.world() == 1:
-        for name, whole in load(place).items():
-            into[name].copy_(whole)
+        for name, tensor in load(place).items():
+            into[name].copy_(tensor)
         return
     from dumo.io import shards  # slow to import
 
     if place.is_dir():
         shards.fill(place, into)
     else:
-        shards.share(load(place), into)
+        shards.copy_local_parts(load(place), into)
 
 
 def apart(tensors: Mapping[str, Tensor], local: Callable[[Tensor], Tensor] = torch.detach) -> dict[str, Tensor]:
     """The same values as safetensors wants them: contiguous, and no two in one memory (tied weights are cloned).
 
-    `local` gives what of a tensor lies in this process.
+    `local` returns the part of a tensor that this process has.
     """
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().contiguous()
-        place = local(whole).untyped_storage().data_ptr()
-        out[name] = whole.clone() if place in seen else whole
-        seen.add(place)
-    return out
+        contiguous = tensor.detach().contiguous()
+        storage = local(contiguous).untyped_storage().data_ptr()
+        separate[name] = contiguous.clone() if storage in storages else contiguous
+        storages.add(storage)
+    return separate
 
 
 def title(place: Path) -> str:
@@ -100,15 +107,15 @@ def title(place: Path) -> str:
 
 
 def notes(place: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, its tensors left unread; shards say nothing. Raises as `read`."""
+    """The metadata of a safetensors file, its tensors left unread; {} of a folder of shards. Raises as `read`."""
     if place.is_dir():
         return {}
-    with open_safetensors(place) as found:
-        return found.metadata() or {}
+    with open_safetensors(place) as opened:
+        return opened.metadata() or {}
 
 
 def sha256(place: Path) -> str:
-    """Of a file's bytes; of a folder of shards, those of the one file that one process would have written."""
+    """The SHA-256 of a file; of a folder of shards, of the one file that one process would have written."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -135,12 +142,15 @@ def compare(
 
     `found` are a file's tensors, `wanted` those of the net, `owner` what to call it.
     """
-    names = sorted(found.keys() | wanted.keys())
-    pairs = {name: [_described(tensors.get(name), dtypes) for tensors in (found, wanted)] for name in names}
-    if odd := [name for name, (has, needs) in pairs.items() if has != needs]:
-        has, needs = pairs[odd[0]]
-        more = f" ({len(odd)} such names)" if len(odd) > 1 else ""
-        raise UserError(f"{file}: {odd[0]} is {has} in the file, {needs} in {owner}{more}: {way_out}")
+    mismatches: list[str] = []
+    for name in sorted(found.keys() | wanted.keys()):
+        in_file = _described(found.get(name), dtypes)
+        in_net = _described(wanted.get(name), dtypes)
+        if in_file != in_net:
+            mismatches.append(f"{name} is {in_file} in the file, {in_net} in {owner}")
+    if mismatches:
+        count = f" ({len(mismatches)} such names)" if len(mismatches) > 1 else ""
+        raise UserError(f"{file}: {mismatches[0]}{count}: {way_out}")
 
 
 def conversion(file: str, out: str) -> str:
@@ -151,12 +161,18 @@ def conversion(file: str, out: str) -> str:
     )
 
 
-def _refusal(file: Path, hint: str, convert: bool) -> str:
-    """Why a pickle is refused, and the way out."""
-    why, out = f"{file}: dumo reads no pickle, which can run code.", file.with_suffix(".safetensors")
-    line = conversion(file.name, out.name if out != file else f"new-{out.name}")
-    lines = [f"{why} Convert it once, where you trust it:", f"  {line}"] if convert else [why]
-    return "\n".join([*lines, hint] if hint else lines)
+def _pickle_refusal(file: Path, hint: str, convert: bool) -> str:
+    """Why a pickle is refused, and how to convert it."""
+    lines = [f"{file}: dumo reads no pickle, which can run code."]
+    if convert:
+        out = file.with_suffix(".safetensors").name
+        if out == file.name:  # a pickle by its bytes alone
+            out = f"new-{out}"
+        lines[0] += " Convert it once, where you trust it:"
+        lines.append(f"  {conversion(file.name, out)}")
+    if hint:
+        lines.append(hint)
+    return "\n".join(lines)
 
 
 def _is_pickle(file: Path) -> bool:
@@ -170,4 +186,8 @@ def _described(tensor: Tensor | None, dtypes: bool) -> str:
     """Shape and dtype in words."""
     if tensor is None:
         return "absent"
-    return f"{tuple(tensor.shape)}" + (f" {str(tensor.dtype).removeprefix('torch.')}" if dtypes else "")
+    shape = str(tuple(tensor.shape))
+    if not dtypes:
+        return shape
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{shape} {dtype}"

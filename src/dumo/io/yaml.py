@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 else:
     Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without it
 
-DEPTH = 64  # lists and mappings inside one another; a run has 8
-DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at most
-ROOM = 100_000  # characters that a text may come to by its aliases, and four times its own
-SHORT = 100_000  # characters that the Python reader, which is slow, looks at
+MAX_DEPTH = 64  # lists and mappings inside one another; a run has 8
+MAX_DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at most
+MAX_EXPANSION = 100_000  # characters that a text may come to by its aliases, and four times its own
+MAX_SLOW_CHARACTERS = 100_000  # that the Python reader, which is slow, looks at
 TAG = "tag:yaml.org,2002:"
 EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
 
@@ -31,11 +31,11 @@ EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # witho
 def parse(text: str) -> Any:  # noqa: ANN401, whatever stands there
     """The values in a text. Raises yaml.YAMLError, in the words of the Python reader, which knows more escapes."""
     try:
-        return _built(text, _Quick)
+        return _construct(text, _Quick)
     except yaml.YAMLError:
-        if len(text) > SHORT:
+        if len(text) > MAX_SLOW_CHARACTERS:
             raise
-        return _built(text, _Exact)
+        return _construct(text, _Exact)
 
 
 def dump(value: object, *, flow: bool = False, width: int = 120) -> str:
@@ -43,20 +43,21 @@ def dump(value: object, *, flow: bool = False, width: int = 120) -> str:
     return yaml.dump(value, Dumper=_Writer, default_flow_style=flow, width=width, sort_keys=flow, allow_unicode=True)
 
 
-def _built(text: str, reader: "type[_Quick | _Exact]") -> Any:  # noqa: ANN401
+def _construct(text: str, reader: "type[_Quick | _Exact]") -> Any:  # noqa: ANN401
     """The values, made by one of the two readers."""
     try:
-        _bounded(text, reader)
+        _check_size(text, reader)
         return yaml.load(text, reader)
     except ValueError as error:  # no number, or no text that has an encoding
         raise yaml.YAMLError(str(error)) from error
 
 
-def _bounded(text: str, reader: "type[_Quick | _Exact]") -> None:
+def _check_size(text: str, reader: "type[_Quick | _Exact]") -> None:
     """Raise yaml.YAMLError where the values would be deeper or larger than anyone means."""
     sizes: dict[str | None, float] = {}  # characters below an anchor; of one that is still open, endless
     anchors: list[str | None] = []
-    counts, most = [0.0], 4 * len(text) + ROOM
+    counts = [0.0]  # characters so far of each list or mapping that is open
+    most = 4 * len(text) + MAX_EXPANSION
     for event in yaml.parse(text, reader):
         if isinstance(event, yaml.AliasEvent):
             counts[-1] += sizes.get(event.anchor, 1)
@@ -68,10 +69,11 @@ def _bounded(text: str, reader: "type[_Quick | _Exact]") -> None:
             sizes[event.anchor] = float("inf")
             counts.append(1)
         elif isinstance(event, yaml.CollectionEndEvent):
-            sizes[anchors.pop()] = size = counts.pop()
+            size = counts.pop()
+            sizes[anchors.pop()] = size
             counts[-1] += size
-        if len(anchors) > DEPTH:
-            raise yaml.YAMLError(f"lists and mappings lie more than {DEPTH} deep")
+        if len(anchors) > MAX_DEPTH:
+            raise yaml.YAMLError(f"lists and mappings lie more than {MAX_DEPTH} deep")
         if counts[-1] > most:
             raise yaml.YAMLError("its aliases would make far more of it than stands there: write the values out")
 
@@ -85,28 +87,32 @@ class _Plain(SafeConstructor):
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
             if name in seen:
-                raise _wrong(f"the key {brief(key.value)} stands there twice", key)
-            seen |= {name} if name else set()
+                raise _error_at(f"the key {brief(key.value)} stands there twice", key)
+            if name:
+                seen.add(name)
         return super().construct_mapping(node, deep=deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         """A text; what JSON writes as two halves of a character is put together, and half a one is refused."""
         text = str(super().construct_scalar(node))
-        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
+        if text.isascii():
+            return text
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
     def number(self, node: yaml.ScalarNode) -> int | float:
         """An integer or a float, of no more digits than a number needs."""
-        if len(node.value) > DIGITS:
-            raise _wrong(f"a number of {len(node.value)} characters", node)
+        if len(node.value) > MAX_DIGITS:
+            raise _error_at(f"a number of {len(node.value)} characters", node)
+        construct = self.construct_yaml_int if node.tag.endswith(":int") else self.construct_yaml_float
         try:
-            return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+            return construct(node)
         except (ValueError, IndexError) as error:
-            raise _wrong(f"'{node.value}' is no number", node) from error
+            raise _error_at(f"'{node.value}' is no number", node) from error
 
     def truth(self, node: yaml.ScalarNode) -> bool:
         """True or false."""
         if str(node.value).lower() not in self.bool_values:
-            raise _wrong(f"'{brief(node.value)}' is neither true nor false", node)
+            raise _error_at(f"'{brief(node.value)}' is neither true nor false", node)
         return self.construct_yaml_bool(node)
 
     yaml_constructors: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride], PyYAML's
@@ -133,7 +139,7 @@ class _Writer(yaml.SafeDumper):
     """Puts a text that would be read as a number in quotes."""
 
 
-def _wrong(what: str, node: yaml.Node) -> yaml.YAMLError:
+def _error_at(what: str, node: yaml.Node) -> yaml.YAMLError:
     """An error with the place where it is."""
     return ConstructorError(None, None, what, node.start_mark)
 

@@ -1,7 +1,7 @@
 """The cells of a plan trained and measured, each as a run in a folder named after a hash of what trains it; and tables.
 
-One that is finished is not run again, one that was stopped goes on, one with another recipe starts anew. Cells that
-begin from others of their plan come after these; a cell's name stands for its folder.
+A finished cell is not run again, a stopped one resumes, one with another recipe starts anew. Cells that begin from
+others of their plan come after these; in their specs the other's name takes the place of its folder.
 
 A table has a row per arm and number of passes, with means and deviations over seeds.
 """
@@ -54,9 +54,12 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     """
     done: dict[str, Result] = {}
     names = {cell.name for cell in cells}
-    while left := [cell for cell in cells if cell.name not in done]:
-        ready = [with_folders(cell, done, folder.parent) for cell in left if sources(cell, names) <= done.keys()]
-        assert ready, [cell.name for cell in left]
+    while len(done) < len(names):
+        ready: list[Cell] = []
+        for cell in cells:
+            if cell.name not in done and sources(cell, names) <= done.keys():
+                ready.append(with_folders(cell, done, folder.parent))
+        assert ready, [name for name in names if name not in done]
         for data in dict.fromkeys(cell.spec.data for cell in ready):
             if isinstance(data, Latents):
                 encode.ensure_cache(data, device=device, bar=bar)
@@ -65,15 +68,19 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
         if jobs > 1:
             finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
-        done |= {cell.name: finish(cell, folder, device=device, bar=bar) for cell in ready}
+        for cell in ready:
+            done[cell.name] = finish(cell, folder, device=device, bar=bar)
     results = [done[cell.name] for cell in cells]
-    for kind in dict.fromkeys(map(judged_by, results)):
-        compare.alike({one.cell.name: one.report["card"] for one in results if judged_by(one) == kind})
+    cards: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+    for result in results:
+        cards.setdefault(judged_by(result), {})[result.cell.name] = result.report["card"]
+    for comparable in cards.values():
+        compare.alike(comparable)
     return results
 
 
 def judged_by(result: Result) -> tuple[str, str | None, int]:
-    """What the cells of a table share: the protocol, and which split or fold of the data is the reference."""
+    """The protocol, and the split and fold of the data that is its reference: cells of one table share them."""
     spec = result.cell.spec
     return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
 
@@ -83,31 +90,38 @@ def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
 
     Raises `Lost` then, with its name.
     """
-    threads, lost = max(1, (os.cpu_count() or 1) // jobs), list[str]()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    lost: list[str] = []
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
         work = partial(finish, cells=folder, device=device, bar=no_bar)
-        made = job.side_by_side(work, cells, jobs=jobs, threads=threads)
-        for done, (cell, error) in enumerate(made, 1):
-            lost += [f"{cell.name}: {error}"] if error else []
+        finished = job.side_by_side(work, cells, jobs=jobs, threads=threads)
+        for done, (cell, error) in enumerate(finished, 1):
+            if error:
+                lost.append(f"{cell.name}: {error}")
             tick(done, cell.name)
     if lost:
-        ways = "; the others are finished. Start the same command again, with fewer --jobs where memory is short"
-        raise Lost("; ".join(lost) + ways)
+        raise Lost(
+            f"{'; '.join(lost)}; the others are finished. Start the same command again, with fewer --jobs where memory "
+            "is short"
+        )
 
 
 def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
-    """Train and measure a cell, or take what there is of it."""
-    trains = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
-    folder = cells / f"{cell.name}-{blake2b(trains.encode(), digest_size=4).hexdigest()}"
+    """Train and measure a cell; what exists of it in its folder is not done again."""
+    training = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
+    training_hash = blake2b(training.encode(), digest_size=4).hexdigest()
+    folder = cells / f"{cell.name}-{training_hash}"
     train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
     trained = open_run(folder, device=device)
-    return Result(cell, trained, standing(trained) or evaluate(trained, bar=bar))
+    report = standing(trained) or evaluate(trained, bar=bar)
+    return Result(cell, trained, report)
 
 
 def sources(cell: Cell, names: Collection[str]) -> set[str]:
-    """Which of these cells a cell begins from or is taught by."""
-    parts = (getattr(part, "source", None) for part in (cell.spec.start, cell.spec.teacher))
-    return {*names} & {cell.weights, *parts}
+    """The names among `names` of the cells that a cell begins from or is taught by."""
+    start = getattr(cell.spec.start, "source", None)
+    teacher = getattr(cell.spec.teacher, "source", None)
+    return {*names} & {cell.weights, start, teacher}
 
 
 def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
@@ -115,24 +129,26 @@ def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
     update: dict[str, Any] = {}
     for name in ("start", "teacher"):
         part = getattr(cell.spec, name)
-        if (source := done.get(getattr(part, "source", ""))) is not None:
+        source = done.get(getattr(part, "source", ""))
+        if source is not None:
             update[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
-        made = done.get(cell.weights)
-        source = save_model(made, parent, cell.cut) if made else given(cell.weights)
-        update["pipeline"] = Pipeline(source=str(source))
+        source = done.get(cell.weights)
+        folder = save_model(source, parent, cell.cut) if source else existing_folder(cell.weights)
+        update["pipeline"] = Pipeline(source=str(folder))
     return replace(cell, spec=cell.spec.model_copy(update=update))
 
 
-def given(folder: str) -> Path:
-    """A folder of diffusers that no cell makes. Raises UserError where it is not there."""
-    if not (place := Path(folder)).is_dir():
+def existing_folder(folder: str) -> Path:
+    """A folder of diffusers that no cell makes. Raises UserError where it is missing."""
+    path = Path(folder)
+    if not path.is_dir():
         raise UserError(f"{folder} is missing, which this plan begins from: its YAML says how to make it")
-    return place
+    return path
 
 
 def save_model(result: Result, parent: Path, cut: float | None) -> Path:
-    """Where diffusers saves the model of a cell, with v's head; with `cut` behind a low-pass, fitted to its outputs."""
+    """Save the model of a cell for diffusers, with v's head; `cut`: behind a low-pass fitted to its outputs."""
     folder = parent / (result.cell.name if cut is None else f"{result.cell.name}-{cut:g}")
     if (folder / "config.json").exists():
         return folder
@@ -155,19 +171,21 @@ def low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Du
 
 def by_arm(results: Sequence[Result]) -> list[list[Result]]:
     """The results of each arm, which differ in their seed alone."""
-    found: dict[str, list[Result]] = {}
-    for one in results:
-        found.setdefault(one.cell.name.rpartition("-")[0], []).append(one)
-    return list(found.values())
+    arms: dict[str, list[Result]] = {}
+    for result in results:
+        arm, _, _ = result.cell.name.rpartition("-")
+        arms.setdefault(arm, []).append(result)
+    return list(arms.values())
 
 
-def averaged(results: Sequence[Result], more: Callable[[Result], Row] = lambda one: {}) -> list[Row]:
+def averaged(results: Sequence[Result], more: Callable[[Result], Row] = lambda result: {}) -> list[Row]:
     """A row per arm and number of passes: its columns, `more` of its first seed, means over seeds, one sd."""
-    return [
-        same[0].cell.labels | more(same[0]) | over_seeds(rows)
-        for same in by_arm(results)
-        for rows in zip(*(by_passes(one.report) for one in same), strict=True)
-    ]
+    table: list[Row] = []
+    for seeds in by_arm(results):
+        columns = seeds[0].cell.labels | more(seeds[0])
+        for rows in zip(*(by_passes(result.report) for result in seeds), strict=True):
+            table.append(columns | over_seeds(rows))
+    return table
 
 
 def by_passes(report: Row) -> list[Row]:
@@ -183,14 +201,20 @@ def over_seeds(rows: Sequence[Row]) -> Row:
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     main = [name for name in dict.fromkeys((leading(names), "fd")) if name in names]
-    found: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
+    averages: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
     for name in main:
         values = [row[name] for row in rows]
-        found |= {name: fmean(values), f"{name}_sd": stdev(values) if len(values) > 1 else None}
-    if all(f"{main[0]}_sd" in row for row in rows):
-        found["error"] = error_of_mean([(row[main[0]], row[f"{main[0]}_sd"]) for row in rows])
-    more = {n: None if None in (own := [row[n] for row in rows]) else fmean(own) for n in names if n not in main}
-    return {**found, **more, "seeds": len(rows)}
+        averages[name] = fmean(values)
+        averages[f"{name}_sd"] = stdev(values) if len(values) > 1 else None
+    main_sd = f"{main[0]}_sd"
+    if all(main_sd in row for row in rows):
+        averages["error"] = error_of_mean([(row[main[0]], row[main_sd]) for row in rows])
+    for name in names:
+        if name not in main:
+            values = [row[name] for row in rows]
+            averages[name] = None if None in values else fmean(values)
+    averages["seeds"] = len(rows)
+    return averages
 
 
 def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
@@ -226,13 +250,23 @@ def main_score(row: Row) -> str:
 
 
 def leading(scores: Sequence[str]) -> str:
-    """The one that counts: before `mmd` was measured, of digits `fd_grey`."""
-    return next((key for key in ("mmd", "fd_grey") if key in scores), headline(scores))
+    """The main score: `mmd`, or `fd_grey` of digits from before it was measured, or the protocol's own."""
+    for name in ("mmd", "fd_grey"):
+        if name in scores:
+            return name
+    return headline(scores)
 
 
 def markdown(title: str, table: Sequence[Row]) -> str:
     """The table as Markdown."""
     head = list(table[0])
-    rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in table]
-    lines = [head, ["---"] * len(head), *rows]
-    return f"# {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    lines = [head, ["---"] * len(head)]
+    for row in table:
+        lines.append([cell_text(value) for value in row.values()])
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"# {title}\n\n{body}\n"
+
+
+def cell_text(value: object) -> str:
+    """A value in a cell of a table: floats by four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -28,11 +28,11 @@ class Worker:
 
     def __init__(self, work: Callable[[T], object], threads: int) -> None:
         """Start it with this number of cores."""
-        self.pipe, theirs = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(work, theirs, threads))
+        self.pipe, worker_end = processes.Pipe()
+        self.process = processes.Process(target=serve, args=(work, worker_end, threads))
         with safe_path():
             self.process.start()
-        theirs.close()  # so that the pipe ends with the process
+        worker_end.close()  # so that the pipe ends with the process
         self.piece: object = None
 
     def send(self, piece: object) -> None:
@@ -74,8 +74,10 @@ def exit_text(code: int) -> str:
     """An exit code in words."""
     if code >= 0:
         return f"ended with exit code {code}"
-    why = ", as where memory is used up" if code == -signal.SIGKILL else ""
-    return f"was ended by {signal.Signals(-code).name}{why}"
+    text = f"was ended by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        text += ", as where memory is used up"
+    return text
 
 
 def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
@@ -101,23 +103,26 @@ def side_by_side(
     Raises what else a piece raises, and Stopped after a signal; the other processes then stop, too, and are waited for.
     `work` and the pieces go to other processes, so they must be picklable.
     """
-    waiting, workers = list(pieces)[::-1], list[Worker]()
+    waiting = list(pieces)[::-1]
+    workers: list[Worker] = []
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                workers.append(Worker(work, threads))
-                workers[-1].send(waiting.pop())
+                worker = Worker(work, threads)
+                workers.append(worker)
+                worker.send(waiting.pop())
             signals.check()
-            ready = connection.wait([one.pipe for one in workers], POLL)
-            for one in [one for one in workers if one.pipe in ready]:
-                error, piece = one.receive(), one.piece
+            ready = connection.wait([worker.pipe for worker in workers], POLL)
+            for worker in [worker for worker in workers if worker.pipe in ready]:
+                error = worker.receive()
+                piece = worker.piece
                 if error is not None and not isinstance(error, Lost):
                     raise error
                 if error is None and waiting:
-                    one.send(waiting.pop())
+                    worker.send(waiting.pop())
                 else:
-                    workers.remove(one)
-                    end([one])
+                    workers.remove(worker)
+                    end([worker])
                 yield piece, error  # pyright: ignore[reportReturnType], a T that was sent
     finally:
         end(workers)
@@ -126,11 +131,11 @@ def side_by_side(
 def end(workers: Sequence[Worker]) -> None:
     """Stop these and wait for them. A second Ctrl-C kills them."""
     try:
-        for one in workers:
-            one.process.terminate()
-        for one in workers:
-            one.process.join()
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join()
     finally:
-        for one in workers:
-            one.process.kill()
-            one.pipe.close()
+        for worker in workers:
+            worker.process.kill()
+            worker.pipe.close()

@@ -31,8 +31,11 @@ from dumo.runtime.progress import passes_text
 from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}
-MOST = 4000  # samples of a class FD, 400 a class: ours
+MAX_SAMPLES = 4000  # of a class FD, 400 a class: ours
 Curve = Sequence[tuple[float, float, float | None]]  # budget, distance, its deviation
+TWO_HEADS = "two heads"
+ADAPTIVE = "one head, MeanFlow's metric"
+ONE_HEAD = "one head"
 SCORES = ("nfe", "mmd", "mmd_sd", "error", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
 
 
@@ -43,17 +46,25 @@ def fair_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """A line per law, two heads and one on it, the best on top; a picture per number of passes."""
-    drawn: dict[str, Image.Image] = {}
-    score, names = main_score(table[0]), ["two heads", "one head, MeanFlow's metric", "one head"]
+    charts: dict[str, Image.Image] = {}
+    score = main_score(table[0])
     for nfe in dict.fromkeys(row["nfe"] for row in table):
         points: dict[str, dict[str, chart.Dot]] = {}
-        for row in sorted((row for row in table if row["nfe"] == nfe), key=lambda row: row[score]):
-            name = names[0] if row["heads"] == "two" else names[1] if row["metric"] == "adaptive" else names[2]
+        of_passes = [row for row in table if row["nfe"] == nfe]
+        for row in sorted(of_passes, key=lambda row: row[score]):
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
-            points.setdefault(line, {})[name] = chart.Dot(row[score], row.get(f"{score}_sd"))
+            points.setdefault(line, {})[heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
         title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
-        drawn[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
-    return drawn
+        names = [TWO_HEADS, ADAPTIVE, ONE_HEAD]
+        charts[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
+    return charts
+
+
+def heads_name(row: Row) -> str:
+    """The name in a chart of a row's heads and metric."""
+    if row["heads"] == "two":
+        return TWO_HEADS
+    return ADAPTIVE if row["metric"] == "adaptive" else ONE_HEAD
 
 
 def words_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -81,15 +92,16 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 def class_fd(sampler: Sampler, spec: Evaluation, real: Sequence[Moments], *, held: bool = False) -> float:
     """The mean over classes of the Fréchet distance of their samples, of one pass, to their images, `real`."""
-    many = sampler.data.labels
-    c = labels_in_turn(min(MOST, 2 * len(spec.protocol.labels(many))), many)
-    made = sampler.sample(sampler.conditions.of(c, held=held), nfe=1, seed=spec.seed).x
-    fake = FEATURES[spec.protocol.kind](made)
-    return fmean(frechet_distance(Moments.of(fake[c == k]), of) for k, of in enumerate(real))
+    classes = sampler.data.labels
+    c = labels_in_turn(min(MAX_SAMPLES, 2 * len(spec.protocol.labels(classes))), classes)
+    samples = sampler.sample(sampler.conditions.of(c, held=held), nfe=1, seed=spec.seed).x
+    features = FEATURES[spec.protocol.kind](samples)
+    distances = [frechet_distance(Moments.of(features[c == k]), moments) for k, moments in enumerate(real)]
+    return fmean(distances)
 
 
 def class_moments(data: Data, kind: str, batch: int) -> list[Moments]:
-    """Those of the features, of this kind, of the data's images, by class."""
+    """The moments of the data's images by class, of the features of a kind of protocol."""
     x, c = training_data(data).reference(batch, 0)
     features = FEATURES[kind](x)
     return [Moments.of(features[c == k]) for k in range(data.labels)]
@@ -128,11 +140,17 @@ def by_stock(one: Result, folder: Path) -> Image.Image:
         subprocess.run([sys.executable, "-P", "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
     model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    none = dict.fromkeys(("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))))
-    pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **none)
+    missing_parts: dict[str, None] = {"vae": None}
+    for number in ("", "_2", "_3"):
+        missing_parts[f"text_encoder{number}"] = None
+        missing_parts[f"tokenizer{number}"] = None
+    pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **missing_parts)
     pipe.set_progress_bar_config(disable=True)
-    run, codes = trained.run, weights.load(folder / "codes.safetensors")
-    n, side, m = run.data.classes, 8 * run.data.shape[-1], run.sample.solver.m  # pyright: ignore[reportAttributeAccessIssue]
+    run = trained.run
+    codes = weights.load(folder / "codes.safetensors")
+    n = run.data.classes
+    side = 8 * run.data.shape[-1]
+    m = run.sample.solver.m  # pyright: ignore[reportAttributeAccessIssue], of Restart
     tokens = {"prompt_embeds": codes["tokens"][:n], "pooled_prompt_embeds": codes["pooled"][:n]}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # of the noise between two passes
@@ -154,7 +172,13 @@ def best_table(plan: Plan, results: list[Result]) -> list[Row]:
     its own budgets, straight where both axes are logarithms; None beyond them.
     """
     rows = averaged(results)
-    return [row | {"even_at": even(curve(rows, row["arm"]), level(rows)) if row["nfe"] == 1 else None} for row in rows]
+    table: list[Row] = []
+    for row in rows:
+        even_at = None
+        if row["nfe"] == 1:
+            even_at = even(curve(rows, row["arm"]), level(rows))
+        table.append(row | {"even_at": even_at})
+    return table
 
 
 def curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
@@ -170,7 +194,7 @@ def level(rows: Sequence[Row], nfe: int = 1) -> float:
 
 
 def even(points: Curve, to: float) -> float | None:
-    """Where a curve comes down to this distance."""
+    """The budget at which a curve comes down to this distance; None where it does not."""
     for (a, high, _), (b, low, _) in pairwise(points):
         if low <= to <= high and low < high:
             return exp(log(a) + log(b / a) * log(high / to) / log(high / low))
@@ -181,26 +205,31 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     """The same with `slope`, the power of the budget by which the distance changes, and its standard error."""
     rows = best_table(plan, results)
     score = main_score(rows[0])
-    points: dict[tuple[str, int, int], list[chart.CurvePoint]] = {}
-    for one in results:
-        for row in by_passes(one.report):
-            key = (one.cell.labels["arm"], row["nfe"], one.cell.spec.train.seed)
-            point = chart.CurvePoint(one.cell.labels["budget"], row[score], row[f"{score}_sd"])
-            points.setdefault(key, []).append(point)
+    curves: dict[tuple[str, int], dict[int, list[chart.CurvePoint]]] = {}  # by arm and number of passes, then by seed
+    for result in results:
+        labels_of_cell = result.cell.labels
+        for row in by_passes(result.report):
+            by_seed = curves.setdefault((labels_of_cell["arm"], row["nfe"]), {})
+            point = chart.CurvePoint(labels_of_cell["budget"], row[score], row[f"{score}_sd"])
+            by_seed.setdefault(result.cell.spec.train.seed, []).append(point)
 
-    def fitted(row: Row) -> Row:
-        own = [power(curve) for key, curve in points.items() if key[:2] == (row["arm"], row["nfe"])]
-        return {"slope": fmean(slope for slope, _ in own), "slope_error": error_of_mean(own)}
-
-    return [row | fitted(row) for row in rows]
+    table: list[Row] = []
+    for row in rows:
+        slopes = [power(points) for points in curves[row["arm"], row["nfe"]].values()]
+        slope = fmean(value for value, _ in slopes)
+        table.append(row | {"slope": slope, "slope_error": error_of_mean(slopes)})
+    return table
 
 
 def power(points: Curve) -> tuple[float, float]:
     """Of a curve y = x^slope the slope by least squares where both axes are logarithms, and its error by those of y."""
-    x, y = [log(x) for x, _, _ in points], [log(y) for _, y, _ in points]
-    off = [value - fmean(x) for value in x]
-    error = hypot(*(a * (sd or 0.0) / at for a, (_, at, sd) in zip(off, points, strict=True)))
-    return linear_regression(x, y).slope, error / fsum(a * a for a in off)
+    x = [log(budget) for budget, _, _ in points]
+    y = [log(distance) for _, distance, _ in points]
+    mean = fmean(x)
+    centred = [value - mean for value in x]
+    errors = [a * (sd or 0.0) / distance for a, (_, distance, sd) in zip(centred, points, strict=True)]
+    slope_error = hypot(*errors) / fsum(a * a for a in centred)
+    return linear_regression(x, y).slope, slope_error
 
 
 def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) -> dict[str, Image.Image]:

@@ -42,8 +42,11 @@ LOWEST = {(2.0, 2.0): 4.06}  # of Fig. 4c, Sec. 4.4
 FAR = 3.0  # times the first arm's distance, beyond which the zoo says why
 MIDDLE = 10**6  # steps behind the one that is timed, and before the end: ours
 LARGE = 10**8  # parameters, above which a CPU is not timed: ours
-PLAIN, DUMO = "Flow matching", "DuMo, guided, central"
-MEANFLOW, SPARING = "MeanFlow, guided, central on all rows", "MeanFlow, guided, central where r < t"
+# objectives of Fig. 4b, by their column
+PLAIN = "Flow matching"
+DUMO = "DuMo, guided, central"
+MEANFLOW = "MeanFlow, guided, central on all rows"
+SPARING = "MeanFlow, guided, central where r < t"
 PAPER = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
 
 
@@ -68,11 +71,12 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """A panel per cell as the paper's: grey truth, red one-step samples; and a legend."""
     real, _ = results[0].trained.run.data.open().reference(4000, 0)
     panels: dict[str, Image.Image] = {}
-    for one in results:
-        ratio, mmd2 = one.cell.labels["velocity_ratio"], one.report["results"][0]["mmd2"]
+    for result in results:
+        ratio = result.cell.labels["velocity_ratio"]
+        mmd2 = result.report["results"][0]["mmd2"]
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
-        made = one.trained.sampler.sample(generate.labels_in_turn(2000, 0), nfe=1).x
-        panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
+        samples = result.trained.sampler.sample(generate.labels_in_turn(2000, 0), nfe=1).x
+        panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": samples})
     panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
     picture.write_picture(path, picture.named_blocks(panels, 4))
@@ -109,31 +113,38 @@ def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row per objective, reading, step and number of passes: the first of the protocol's distances to the data."""
-    return [{"objective": one.cell.labels["objective"], **of} for one in results for of in measured(one)]
+    rows: list[Row] = []
+    for result in results:
+        for distances in distances_by_milestone(result):
+            rows.append({"objective": result.cell.labels["objective"], **distances})
+    return rows
 
 
-def measured(one: Result) -> Iterator[Row]:
+def distances_by_milestone(result: Result) -> Iterator[Row]:
     """How near samples come to the data after each milestone, by reading and number of passes."""
-    trained, spec = one.trained, one.trained.run
+    trained = result.trained
+    spec = trained.run
     evaluator = evaluator_of(trained.sampler, spec.evaluate, no_bar)
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.stages(trained.folder, trained.step).items():
-        then = gallery.open_at(trained, step, file)
-        for reading in gallery.choose_modes(then.sampler, None, JUDGED):
+        milestone = gallery.open_at(trained, step, file)
+        for reading in gallery.choose_modes(milestone.sampler, None, JUDGED):
             for n in JUDGED:
-                scores = row(then.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
+                scores = row(milestone.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
                 passes_solver_distance = islice(scores.items(), 3)
                 yield {"reading": reading.letter, "step": step, **dict(passes_solver_distance)}
 
 
 def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """Trajectories of all readings in one picture, class grids of each objective, and each panel by itself."""
-    files, rows = list[Path](), dict[str, Any]()
-    for one in results:
-        title = one.cell.labels["objective"]
-        panels = gallery.trajectories(one.trained)
-        rows |= {f"{title},\n{reading.name}": of for reading, of in panels.items()}
-        grids = gallery.class_grids(one.trained, None, nfe=(1, 2))
+    files: list[Path] = []
+    rows: dict[str, Any] = {}
+    for result in results:
+        title = result.cell.labels["objective"]
+        panels = gallery.trajectories(result.trained)
+        for reading, panel in panels.items():
+            rows[f"{title},\n{reading.name}"] = panel
+        grids = gallery.class_grids(result.trained, None, nfe=(1, 2))
         files += gallery.write_trajectories(folder / title.lower(), panels)
         files += gallery.write_class_grids(folder / title.lower(), grids)
     picture.write_picture(folder / "fig5.png", gallery.side_by_side(rows))
@@ -143,13 +154,16 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     """Every distance over DuMo's in one pass; and where one pass is over three of these, why."""
     rows = averaged(results)
-    first = rows[0][score := main_score(rows[0])]
-    found: list[Row] = []
-    for of in rows:
-        over = of[score] / first
-        why = plan.why.get(of["objective"], "not known") if of["nfe"] == 1 and over > FAR else ""
-        found.append(of | {"over_dumo_1_pass": over, "why": why})
-    return found
+    score = main_score(rows[0])
+    first = rows[0][score]
+    table: list[Row] = []
+    for averages in rows:
+        ratio = averages[score] / first
+        why = ""
+        if averages["nfe"] == 1 and ratio > FAR:
+            why = plan.why.get(averages["objective"], "not known")
+        table.append(averages | {"over_dumo_1_pass": ratio, "why": why})
+    return table
 
 
 def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
@@ -157,48 +171,51 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
 
     Raises UserError for several at a time, and for nets of the paper's size without a GPU.
     """
-    here, results = dist.device(device), list[Result]()
-    most, why = max(map(parameters, cells)), ""
+    torch_device = dist.device(device)
     if jobs > 1:
-        why = "fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs"
-    elif here.type == "cpu" and most > LARGE:
-        why = f"scale 'paper' of fig4b has nets of up to {most / 1e6:.0f} M parameters: it needs a GPU; use laptop"
-    if why:
-        raise UserError(why)
+        raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
+    largest = max(parameters(cell) for cell in cells)
+    if torch_device.type == "cpu" and largest > LARGE:
+        raise UserError(
+            f"scale 'paper' of fig4b has nets of up to {largest / 1e6:.0f} M parameters: it needs a GPU; use laptop"
+        )
+    results: list[Result] = []
     for size in dict.fromkeys(cell.labels["size"] for cell in cells):
         same = [cell for cell in cells if cell.labels["size"] == size]
-        steps = [step(cell.spec, here) for cell in same]
-        watch = Stopwatch.for_bench(here)
+        steps = [step(cell.spec, torch_device) for cell in same]
+        watch = Stopwatch.for_bench(torch_device)
         seconds = watch.rounds(steps, same[0].labels["rounds"], bar=bar, title=f"steps of size {size}")
         for cell, taken in zip(same, seconds, strict=True):
             facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
             trained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")
-            results.append(Result(cell, trained, {"card": timing(cell, here), **facts}))
+            results.append(Result(cell, trained, {"card": timing(cell, torch_device), **facts}))
     return results
 
 
 def parameters(cell: Cell) -> int:
-    """Of its net."""
+    """The number of parameters of a cell's net."""
     return sum(p.numel() for p in outline(cell.spec).parameters())
 
 
-class Rest(Constant):
-    """No rate at all."""
+class ZeroRate(Constant):
+    """A schedule whose learning rate is zero at every step."""
 
     def __call__(self, step: int, steps: int) -> float:
-        """Zero."""
+        """The factor of the learning rate, 0."""
         return 0.0
 
 
-def step(spec: Run, here: torch.device) -> Callable[[], object]:
+def step(spec: Run, device: torch.device) -> Callable[[], object]:
     """A training step on random numbers, in the middle of the training; the rate is zero, so it cannot diverge."""
-    rest = {"steps": 2 * MIDDLE, "schedule": Rest(), "micro_batch": None, "clip": None, "probe_every": 0}
-    train, classes, rows = spec.train.model_copy(update=rest), spec.data.classes, spec.train.batch
-    state = begin(build(spec, here), train)
+    changes = {"steps": 2 * MIDDLE, "schedule": ZeroRate(), "micro_batch": None, "clip": None, "probe_every": 0}
+    train = spec.train.model_copy(update=changes)
+    rows = train.batch
+    classes = spec.data.classes
+    state = begin(build(spec, device), train)
     flow = flow_of(state, train, spec.objective, spec.path, classes)
     state.step = MIDDLE
-    x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(here)
-    c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(here)
+    x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(device)
+    c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(device)
 
     def once() -> None:
         train_step(state, flow, (x, c), train)
@@ -206,13 +223,13 @@ def step(spec: Run, here: torch.device) -> Callable[[], object]:
     return once
 
 
-def timing(cell: Cell, here: torch.device) -> dict[str, Any]:
-    """How it was measured."""
+def timing(cell: Cell, device: torch.device) -> dict[str, Any]:
+    """How the steps of a cell were timed: rounds, rows, precision and machine."""
     return {
         "rounds": cell.labels["rounds"],
         "rows": cell.spec.train.batch,
         "precision": cell.spec.train.precision,
-        "machine": machine.hardware(here).text,
+        "machine": machine.hardware(device).text,
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
     }
@@ -223,7 +240,9 @@ def fig4b_table(plan: Plan, results: list[Result]) -> list[Row]:
     taken = {(one.cell.labels["size"], one.cell.labels["objective"]): one.report for one in results}
     rows: list[Row] = []
     for (size, name), report in taken.items():
-        plain, meanflow, own = (torch.tensor(taken[size, other]["seconds"]) for other in (PLAIN, MEANFLOW, name))
+        plain = torch.tensor(taken[size, PLAIN]["seconds"])
+        meanflow = torch.tensor(taken[size, MEANFLOW]["seconds"])
+        own = torch.tensor(report["seconds"])
         low, ratio, high = quartiles(own / plain)
         rows.append(
             {

@@ -35,7 +35,7 @@ from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"
-COUNTED: dict[str, float] = {}
+COUNTED: dict[str, float] = {}  # costs of runs, by all that they depend on
 SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
 
 
@@ -43,15 +43,21 @@ def words(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
     """Settings as `--set` takes them, out of lists in lists and names of sets."""
     if isinstance(value, str):
         return [value] if "=" in value else words(sets()[value])
-    return [word for part in value for word in words(part)]
+    settings: list[str] = []
+    for part in value:
+        settings += words(part)
+    return settings
 
 
 def axes(value: Any) -> dict[str, dict[Any, list[str]]]:  # noqa: ANN401, as YAML has it
-    """Values of each axis, with the settings of each; of a mere list, none."""
-    return {
-        name: {key: words(of[key]) for key in of} if isinstance(of, dict) else {key: [] for key in of}
-        for name, of in value.items()
-    }
+    """The values of each axis, each with its settings; of an axis that is a list, without settings."""
+    parsed: dict[str, dict[Any, list[str]]] = {}
+    for name, axis in value.items():
+        if isinstance(axis, dict):
+            parsed[name] = {key: words(settings) for key, settings in axis.items()}
+        else:
+            parsed[name] = {key: [] for key in axis}
+    return parsed
 
 
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
@@ -67,14 +73,20 @@ class Cost:
     @property
     def units(self) -> float:
         """Forward units of a step. A teacher's pass counts as one of the net, with guidance as two."""
-        run, teacher = self.run, self.run.teacher
-        taught = 0 if teacher is None or teacher.pairs else 1 if teacher.guide.scale == 1 else 2
-        return self._once(
-            "units",
-            lambda: (
-                taught + cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
-            ),
-        )
+
+        def count() -> float:
+            run = self.run
+            units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
+            return self._teacher_passes() + units
+
+        return self._once("units", count)
+
+    def _teacher_passes(self) -> int:
+        """Passes of the teacher in a step; 0 where it makes all its pairs before."""
+        teacher = self.run.teacher
+        if teacher is None or teacher.pairs:
+            return 0
+        return 1 if teacher.guide.scale == 1 else 2
 
     @property
     def flops(self) -> float:
@@ -90,11 +102,14 @@ class Cost:
     @property
     def pairs(self) -> float:
         """Forward units, each of a batch, in which a teacher makes pairs of noise and data before the training."""
-        found = self.run.teacher and self.run.teacher.pairs
+        pairs = self.run.teacher and self.run.teacher.pairs
+        if not pairs:
+            return 0.0
         points = self.run.objective.needs.teacher.points
-        return found.count * found.passes(points) / self.run.train.batch if found else 0.0
+        return pairs.count * pairs.passes(points) / self.run.train.batch
 
     def _once(self, name: str, count: Callable[[], float]) -> float:
+        """A count, remembered by all parts of the run that it depends on."""
         parts = self.run.model_dump_json(include={"data", "net", "objective", "path", "teacher"})
         key = name + parts + repr(self.run.train.ref)
         if key not in COUNTED:
@@ -156,12 +171,15 @@ class Plan(Spec):
     def cells(self, scale: str) -> "Iterator[Cell]":
         """All runs of the plan, arm by arm, seed by seed."""
         at = self.at(scale)
-        for outer, sets in combinations(at.vary):
+        for outer, outer_settings in combinations(at.vary):
             budget = Budget(self, at, outer.get("budget", 1.0))
             for arm in at.arms or self.arms:
-                if all({"scale": scale, **outer}[name] in values for name, values in arm.only.items()):
-                    for inner, more in combinations(arm.vary):
-                        yield from self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale)
+                case = {"scale": scale, **outer}
+                if not all(case[name] in values for name, values in arm.only.items()):
+                    continue
+                for inner, inner_settings in combinations(arm.vary):
+                    settings = (*outer_settings, *arm.set, *inner_settings)
+                    yield from self._cells(arm, at, budget, outer | inner, settings, scale)
 
     def _cells(
         self, arm: Arm, at: Scale, budget: "Budget", axes: dict[str, Any], sets: Sequence[str], scale: str
@@ -195,7 +213,9 @@ class Budget:
 
     def __init__(self, plan: Plan, at: Scale, times: float) -> None:
         """`times` the steps of the scale."""
-        self.at, self.times, self.total = at, times, 0.0
+        self.at = at
+        self.times = times
+        self.total = 0.0  # of the first arm, once it is known
         if plan.steps_of:
             run = load_recipe(plan.steps_of, [*at.set])
             self.total = round(times * (at.steps or run.train.steps)) * self.each(Cost(run))
@@ -243,18 +263,21 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
 
     Dropped labels and guidance, if both objectives have them, stay the host's; so do its data, net and training.
     """
-    here, there = (load_recipe(name).model_dump(mode="json") for name in (host, recipe))
-    kept = {name: here["objective"][name] for name in ("drop", "guide") if name in here["objective"]}
-    objective = there["objective"] | {name: value for name, value in kept.items() if name in there["objective"]}
+    host_tree = load_recipe(host).model_dump(mode="json")
+    other_tree = load_recipe(recipe).model_dump(mode="json")
+    objective = other_tree["objective"]
+    for name in ("drop", "guide"):
+        if name in objective and name in host_tree["objective"]:
+            objective[name] = host_tree["objective"][name]
     parts = {
         "objective": objective,
-        "path": there["path"],
-        "train.ref": there["train"]["ref"],
-        "sample.solver": there["sample"]["solver"],
+        "path": other_tree["path"],
+        "train.ref": other_tree["train"]["ref"],
+        "sample.solver": other_tree["sample"]["solver"],
     }
-    theirs = there["net"].get("precondition", "none")
-    if here["net"].get("precondition", theirs) != theirs:
-        parts["net.precondition"] = theirs
+    precondition = other_tree["net"].get("precondition", "none")
+    if host_tree["net"].get("precondition", precondition) != precondition:
+        parts["net.precondition"] = precondition
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
 
 
@@ -266,7 +289,8 @@ def sets() -> dict[str, Any]:
 
 def names() -> list[str]:
     """Every plan's name."""
-    return sorted(stem for file in PLANS.iterdir() if (stem := file.name.removesuffix(".yaml")) != "sets")
+    stems = [file.name.removesuffix(".yaml") for file in PLANS.iterdir()]
+    return sorted(stem for stem in stems if stem != "sets")
 
 
 def read(name: str) -> Plan:
@@ -279,9 +303,9 @@ def read(name: str) -> Plan:
     plan = Plan(name=name, **tree)
     if plan.arms_of is None:
         return plan
-    taken = {tuple(arm.labels.values()) for arm in plan.arms}
-    more = (arm for arm in read(plan.arms_of).arms if tuple(arm.labels.values()) not in taken)
-    return plan.model_copy(update={"arms": (*plan.arms, *more)})
+    own_labels = {tuple(arm.labels.values()) for arm in plan.arms}
+    other_arms = [arm for arm in read(plan.arms_of).arms if tuple(arm.labels.values()) not in own_labels]
+    return plan.model_copy(update={"arms": (*plan.arms, *other_arms)})
 
 
 def with_labels(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dumo.config.load import load, parse
 from dumo.config.source import choose
 from dumo.data import Data, Latents
 from dumo.data.album import Album
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
 from dumo.run.resolve import found_data, resolve
@@ -79,10 +79,16 @@ def measure(
     `step_seconds`: what a step takes; None: counted, where the run and the GPU's peak are known. Raises UserError as
     opening the data does.
     """
-    here, source = dist.device(device), reading.data.open()
+    torch_device = dist.device(device)
+    source = reading.data.open()
     decodes = isinstance(source, Album) and source.kept is None
-    counts = (threads or powers(os.cpu_count() or 1)) if decodes else [None]
-    seconds, origin = (step_seconds, "given") if step_seconds else step_seconds_of(reading, here)
+    counts: Sequence[int | None] = [None]
+    if decodes:
+        counts = threads or powers(os.cpu_count() or 1)
+    if step_seconds:
+        seconds, origin = step_seconds, "given"
+    else:
+        seconds, origin = step_seconds_of(reading, torch_device)
     needed = reading.batch / seconds if seconds else None
     rates: list[float] = []
     with bar("reading", len(counts) * (WARM + batches)) as tick:
@@ -90,7 +96,8 @@ def measure(
             if isinstance(source, Album) and count:
                 source.use(count)
             first = len(rates) * (WARM + batches)
-            rates.append(speed(source, reading.batch, range(first, first + WARM + batches), here, tick))
+            steps = range(first, first + WARM + batches)
+            rates.append(speed(source, reading.batch, steps, torch_device, tick))
     return {
         "data": reading.data.model_dump(mode="json"),
         "kind": kind(reading.data, source),
@@ -101,7 +108,7 @@ def measure(
         "step_seconds": seconds,
         "step_seconds_are": origin,
         "images_per_second_needed": needed,
-        "machine": machine.hardware(here).text,
+        "machine": machine.hardware(torch_device).text,
         "cores": os.cpu_count(),
         "versions": dist.versions(),
         "rows": [
@@ -111,7 +118,7 @@ def measure(
     }
 
 
-def speed(source: Source, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
+def speed(source: DataSource, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
     """Images per second over these steps, the first `WARM` of them not counted."""
     watch = Stopwatch(device)
     began = 0.0
@@ -130,39 +137,43 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
 def step_seconds_of(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
     peak = known_peak_tflops(device)
-    if (cost := reading.cost) is None or peak is None:
+    cost = reading.cost
+    if cost is None or peak is None:
         return None, None
     seconds = reading.batch * cost.units * cost.flops / (SHARE_OF_PEAK * 1e12 * peak)
     return seconds, f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
 
 
 def powers(most: int) -> list[int]:
-    """1, 2, 4 ... and the most."""
+    """1, 2, 4 ... and `most` itself."""
     return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
-def kind(data: Data, source: Source) -> str:
-    """What is done for a batch, in words."""
+def kind(data: Data, source: DataSource) -> str:
+    """How a batch is made, as text."""
     if isinstance(source, Album):
         store = type(source.store).__name__.lower()
-        return f"{store}, {'decoded at every visit' if source.kept is None else 'decoded once, in memory'}"
-    return "latents, drawn from at every visit" if isinstance(data, Latents) else "numbers in memory"
+        if source.kept is None:
+            return f"{store}, decoded at every visit"
+        return f"{store}, decoded once, in memory"
+    if isinstance(data, Latents):
+        return "latents, drawn from at every visit"
+    return "numbers in memory"
 
 
 def verdict(report: dict[str, Any]) -> str:
     """Whether the device would wait for its data, and what to do."""
     best = max(report["rows"], key=lambda row: row["images_per_second"])
-    have, need = best["images_per_second"], report["images_per_second_needed"]
-    if need is None:
+    rate = best["images_per_second"]
+    needed = report["images_per_second_needed"]
+    if needed is None:
         return (
             "say what a step takes (--step-seconds; dumo dry --rows measures it), to know whether a device would wait"
         )
-    words = f"a step takes {need:,.0f} images/s ({report['step_seconds_are']}), and here are {have:,.0f}"
-    if have >= need:
-        return f"the device does not wait: {words}"
-    ways = (
-        "encode them once (dumo encode), or raise data.memory"
-        if "decoded at" in report["kind"]
-        else "put them on a faster disk"
-    )
-    return f"the device waits {1 - have / need:.0%} of the time: {words}: {ways}, or take more cores"
+    rates = f"a step takes {needed:,.0f} images/s ({report['step_seconds_are']}), and here are {rate:,.0f}"
+    if rate >= needed:
+        return f"the device does not wait: {rates}"
+    way = "put them on a faster disk"
+    if "decoded at" in report["kind"]:
+        way = "encode them once (dumo encode), or raise data.memory"
+    return f"the device waits {1 - rate / needed:.0%} of the time: {rates}: {way}, or take more cores"

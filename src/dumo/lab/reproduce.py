@@ -74,39 +74,45 @@ VIEWS = {
 def reproduce(
     name: str, scale: str, folder: Path | None = None, *, jobs: int = 1, device: str = "auto", bar: Bar = no_bar
 ) -> dict[str, Any]:
-    """Make a plan, `jobs` cells at a time, and write results.json, table.md and its pictures.
+    """Run a plan, `jobs` cells at a time, and write results.json, table.md and its pictures.
 
     Raises UserError for an unknown name, or a scale that it does not have.
     """
-    chosen, view = read(name), VIEWS.get(name, View())
+    plan = read(name)
+    view = VIEWS.get(name, View())
     require_known("scale", scale, SCALES)
-    chosen.at(scale)
+    plan.at(scale)
     folder = folder or Path("runs/reproduce") / f"{name}-{scale}"
     file.check_writable(folder)
-    done = view.finish(list(chosen.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
+    results = view.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
 
-    table = view.table(chosen, done)
-    drawn = [*write_charts(chosen, view, table, folder), *view.draw(chosen, done, folder)]
-    results = {
+    table = view.table(plan, results)
+    pictures = [*write_charts(plan, view, table, folder), *view.draw(plan, results, folder)]
+    command = f"dumo reproduce {name} --scale {scale}"
+    if jobs > 1:
+        command += f" --jobs {jobs}"
+    report = {
         "name": name,
         "scale": scale,
-        "title": chosen.title,
-        "origin": origin(f"dumo reproduce {name} --scale {scale}" + (f" --jobs {jobs}" if jobs > 1 else "")),
+        "title": plan.title,
+        "origin": origin(command),
         "table": table,
-        "cells": [{"cell": one.cell.name, **one.report} for one in done],
-        "files": [str(path) for path in (*drawn, folder / "table.md", folder / "results.json")],
+        "cells": [{"cell": result.cell.name, **result.report} for result in results],
+        "files": [str(path) for path in (*pictures, folder / "table.md", folder / "results.json")],
     }
-    file.write(folder / "table.md", markdown(chosen.title, table).encode())
-    write_json(folder / "results.json", results)
-    return results
+    file.write(folder / "table.md", markdown(plan.title, table).encode())
+    write_json(folder / "results.json", report)
+    return report
 
 
 def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list[Path]:
     """Write the charts of a table; return their paths."""
-    drawn = {folder / f"{name}.png": image for name, image in view.charts(plan, table).items()}
-    for path, image in drawn.items():
+    paths: list[Path] = []
+    for name, image in view.charts(plan, table).items():
+        path = folder / f"{name}.png"
         picture.write_picture(path, image)
-    return [*drawn]
+        paths.append(path)
+    return paths
 
 
 def origin(command: str) -> dict[str, Any]:

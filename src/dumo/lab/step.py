@@ -235,7 +235,7 @@ def variants(
         if own is None:
             raise UserError(f"objective '{objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed")
     for precision in precisions:
-        yield Row(PLAIN, precision, compile), Plain(of=objective)
+        yield Row(PLAIN, precision, compile), PlainStep(of=objective)
         for name in chosen:
             slope = own if own and own.kind == name else SLOPES[name]()
             row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
@@ -289,7 +289,7 @@ def compare(
         yield row
 
 
-class Plain(Spec):
+class PlainStep(Spec):
     """The plain flow-matching loss on every head of another objective's net: three forward units."""
 
     of: Any  # an objective

@@ -26,7 +26,8 @@ HUB = "hub:"  # before a file of a model of the Hugging Face hub: owner/model/fi
 TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"
-SD_VAE, DC_AE = SdVae().weights, DcAe().weights
+SD_VAE = SdVae().weights
+DC_AE = DcAe().weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Item:
     get: tuple[str, ...]  # commands
     places: tuple[str, ...]  # files or folders that recipes read; may hold $NAMES of environment variables
     layout: str
-    mark: str = ""  # what stands in the data or protocol of a recipe that needs it
+    mark: str = ""  # texts, with | between them: a recipe that contains one needs the item
     sha256: str | None = None  # of the first of its places
 
 
@@ -176,17 +177,21 @@ def find(name: str) -> Item:
 
 
 def described(item: Item) -> dict[str, Any]:
-    """All that is known of an item, the recipes that need it, and for each of its places what stands there."""
-    hashes = (item.sha256, *(None for _ in item.places))
-    looked = [{"place": p, "state": standing(p, sha)} for p, sha in zip(item.places, hashes, strict=False)]
-    there = all(one["state"] == "there" for one in looked) if looked else None
-    return {**asdict(item), "recipes": list(needing(item)), "looked": looked, "there": there}
+    """The fields of an item, the recipes that need it, and the state of each of its places (`state_of`)."""
+    looked: list[dict[str, str]] = []
+    for number, place in enumerate(item.places):
+        sha256 = item.sha256 if number == 0 else None
+        looked.append({"place": place, "state": state_of(place, sha256)})
+    is_there = None
+    if looked:
+        is_there = all(place["state"] == "there" for place in looked)
+    return {**asdict(item), "recipes": list(needing(item)), "looked": looked, "there": is_there}
 
 
-def standing(place: str, sha256: str | None = None) -> str:
-    """`there`, or why not: a variable that is not set, a path that is not there, other contents."""
+def state_of(place: str, sha256: str | None = None) -> str:
+    """`there`, or why not: a variable is not set, a path is missing, the contents are others."""
     if place.startswith(HUB):
-        return _on_this_machine(place.removeprefix(HUB))
+        return _state_in_hub_cache(place.removeprefix(HUB))
     try:
         path = user_path(place, place)
     except UserError:
@@ -201,7 +206,10 @@ def standing(place: str, sha256: str | None = None) -> str:
 def needing(item: Item) -> Iterator[str]:
     """The names of recipes that have the item's mark, themselves or by their bases."""
     marks = item.mark.split("|") if item.mark else []
-    return (name for name in recipes.names() if any(mark in whole_text(name) for mark in marks))
+    for name in recipes.names():
+        text = whole_text(name)
+        if any(mark in text for mark in marks):
+            yield name
 
 
 @cache
@@ -210,12 +218,14 @@ def whole_text(recipe: str) -> str:
     return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}").tree)
 
 
-def _on_this_machine(file: str) -> str:
-    """Whether the hub's client keeps a file of a model, `owner/model/file`."""
+def _state_in_hub_cache(file: str) -> str:
+    """`there` if the hub's client keeps a file of a model, `owner/model/file`, or why not."""
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return f"not there: {install('diffusers')} first"
     owner, model, name = file.split("/")
-    kept = try_to_load_from_cache(f"{owner}/{model}", name)
-    return "there" if isinstance(kept, str) and Path(kept).is_file() else "not there: not in the hub's cache"
+    path = try_to_load_from_cache(f"{owner}/{model}", name)
+    if isinstance(path, str) and Path(path).is_file():
+        return "there"
+    return "not there: not in the hub's cache"

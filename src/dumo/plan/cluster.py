@@ -1,5 +1,7 @@
 """What a run takes on many ranks, counted without them, and the first layout that keeps within a memory.
 
+`cluster` has the facts of a layout, `counted` one rank's step, `fit` tries layouts.
+
 One rank's step is made on tensors without numbers, in a group of ranks that are not there, so that nothing is sent.
 
 The net is laid out as training lays it (`dumo.training.layout`), so gathers, gradients and what stays gathered come as
@@ -51,8 +53,8 @@ from dumo.training.step import flow_of, pieces
 from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
 HOUR = 3600.0
-USUAL = 0.4  # of a GPU's peak, if it is not given: ours
-FEWEST = 8  # rows at a time: fewer leave a GPU idle, but of a pretrained net, a row of which has many tokens. Ours
+USUAL_SHARE_OF_PEAK = 0.4  # of a GPU's operations, if it is not given: ours
+MIN_ROWS = 8  # at a time: fewer leave a GPU idle, but of a pretrained net, a row of which has many tokens. Ours
 CODINGS = ("float32", "bfloat16", "int8", "nf4")  # of `net.lora.frozen`, each with fewer bits than the one before
 KINDS = {
     "_allgather_base_": "all-gather",
@@ -74,14 +76,14 @@ Fields = dict[str, Any]  # dotted fields and their values
 
 
 @dataclass(frozen=True)
-class Step:
-    """A rank's step: bytes at the moment when they are most, by what they are; what it sends, by the kind of call."""
+class RankStep:
+    """The memory and the traffic of one rank's step."""
 
     rows: int  # of the largest pass
     passes: int
-    memory: dict[str, int]
-    calls: dict[str, int]
-    sent: dict[str, int]  # bytes of the whole that is gathered, scattered or averaged
+    memory: dict[str, int]  # bytes at the peak, by the names of PARTS
+    calls: dict[str, int]  # by kind: all-gather, reduce-scatter, all-reduce
+    sent: dict[str, int]  # bytes by kind, of the whole tensor that is gathered, scattered or averaged
 
 
 def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any]:
@@ -90,7 +92,10 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     `tflops`: what a GPU really makes, 10^12 operations a second; None: hours are not known. Raises UserError where the
     run does not fit this many ranks.
     """
-    train, objective, path, shape = spec.train, spec.objective, spec.path, spec.data.shape
+    train = spec.train
+    objective = spec.objective
+    path = spec.path
+    shape = spec.data.shape
     check_pieces(train, objective, ranks)
     net = outline(spec)
     share = share_of(train.share, ranks)
@@ -101,6 +106,9 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     parts = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
     peak = sum(parts.values())
     checkpoint = memory.checkpoint(net, held, ranks)
+    hours = None
+    if tflops:
+        hours = flops / (ranks * tflops * 1e12) / HOUR
     return {
         "ranks": ranks,
         "share": share,
@@ -115,19 +123,22 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "units": units,
         "flops": flops,
         "tflops": tflops,
-        "hours": tflops and flops / (ranks * tflops * 1e12) / HOUR,
+        "hours": hours,
     }
 
 
-def counted(net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int) -> Step:
-    """One rank's step, where its passes have as many rows as any; of one rank alone, at most (`memory.training`).
+def counted(
+    net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int
+) -> RankStep:
+    """The step of a rank whose passes have the most rows; of one rank alone, an upper bound (`memory.training`).
 
-    `net` is an outline, which is used up.
+    `net` is an outline, and not to be used afterwards.
     """
     if ranks == 1:
         rows = plan.most_rows(train, objective, 1)
         parts = {"gathered": 0, **memory.training(net, objective, path, shape, train, rows).parts}
-        return Step(rows, len(pieces(train, objective)), {name: parts[name] for name in PARTS}, {}, {})
+        passes = len(pieces(train, objective))
+        return RankStep(rows, passes, memory={name: parts[name] for name in PARTS}, calls={}, sent={})
     with pretended(ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'dual' says what `units_of` counts
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -153,8 +164,8 @@ def pretended(ranks: int) -> Generator[None, None, None]:
         torch.distributed.destroy_process_group()
 
 
-def tracked(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> Step:
-    """A step of the first rank, after another: passes of this batch, and the update.
+def tracked(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> RankStep:
+    """The second step of the first rank: passes of this batch, and the update.
 
     Two passes stand for all: one between the first and the last gathers what the last does, and sends no gradients.
     """
@@ -167,75 +178,90 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
     update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
     state.optimizer.zero_grad()
     reference = flow_of(state, train, objective, path, 0).reference
-    loss = Loss(state.net, reference, objective, batch, train)
-    tracker, sent, moved = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)], Sent()
+    loss = TrackedLoss(state.net, reference, objective, batch, train)
+    tracker = FSDPMemTracker(state.net, state.optimizer)
     tracker.track_inputs(tuple(memory.averages(state)))
+    pass_traffic = [Traffic() for _ in range(passes)]
+    update_traffic = Traffic()
     with tracker:
-        for one in sent:
-            layout.prepare_backward(state.net, one is sent[-1], reshard=train.reshard)
-            with one:
+        for number, traffic in enumerate(pass_traffic, 1):
+            layout.prepare_backward(state.net, number == passes, reshard=train.reshard)
+            with traffic:
                 loss().backward()
-        with moved:
+        with update_traffic:
             update(state)
+
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    found = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
-    parts = {part: sum(found[kind] for kind in kinds) for part, kinds in PARTS.items()}
-    every = [*sent, moved]
-    calls, size = (sum(counts, Counter[str]()) for counts in ([x.calls for x in every], [x.bytes for x in every]))
-    calls["all-gather"] += (len(cuts) - passes) * sent[-1].calls["all-gather"]
-    size["all-gather"] += (len(cuts) - passes) * sent[-1].bytes["all-gather"]
-    return Step(len(batch.t), len(cuts), parts, +calls, +size)
+    bytes_by_kind = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
+    parts: dict[str, int] = {}
+    for part, kinds in PARTS.items():
+        parts[part] = sum(bytes_by_kind[kind] for kind in kinds)
+
+    calls = Counter[str]()
+    sent = Counter[str]()
+    for traffic in (*pass_traffic, update_traffic):
+        calls.update(traffic.calls)
+        sent.update(traffic.bytes)
+    passes_not_run = len(cuts) - passes
+    calls["all-gather"] += passes_not_run * pass_traffic[-1].calls["all-gather"]
+    sent["all-gather"] += passes_not_run * pass_traffic[-1].bytes["all-gather"]
+    return RankStep(len(batch.t), len(cuts), parts, +calls, +sent)
 
 
 def update(state: State) -> None:
-    """Move weights and averages by the gradients that are there."""
+    """Update weights and averages by the gradients."""
     state.optimizer.step()
     for average in state.averages.values():
         average.update(state.net, 1)
 
 
-class Loss(nn.Module):
-    """The passes of a step, in a module of their own: the tracker takes a net that is called once, or from another."""
+class TrackedLoss(nn.Module):
+    """The loss of a pass as a module: the tracker takes a net that is called once, or from inside another module."""
 
     def __init__(self, net: nn.Module, ref: Frozen, objective: Objective, batch: Noised, train: Train) -> None:
-        """Of this batch."""
+        """Keep all that `forward` needs; `batch` is that of one pass."""
         super().__init__()
         self.batch = batch
         self.autocast = partial(autocast, train.precision, "cpu", keep=not layout.frees_gathered_weights(train.reshard))
-        self.work: Callable[[Noised], Terms] = partial(objective.loss, net, ref)  # no part of this one's
+        # in a partial, so that the net is no submodule of this one
+        self.loss: Callable[[Noised], Terms] = partial(objective.loss, net, ref)
 
     def forward(self) -> Tensor:
         """The loss, whose gradient is that of all passes."""
         with self.autocast():
-            return self.work(self.batch).loss.sum()
+            return self.loss(self.batch).loss.sum()
 
 
-class Sent(TorchDispatchMode):
-    """Counts what a layout asks of its group: calls, and bytes of the larger side, by kind."""
+class Traffic(TorchDispatchMode):
+    """Counts the collective calls of a layout while it is entered: calls, and bytes of the larger side, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.bytes = Counter[str](), Counter[str]()
+        self.calls = Counter[str]()
+        self.bytes = Counter[str]()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
-        """Run one operation."""
-        space, name, *_ = str(func).split(".")
-        found = func(*args, **kwargs or {})
-        if space == "c10d" or name in KINDS:
-            self.calls[KINDS[name]] += 1
-            self.bytes[KINDS[name]] += max(x.nbytes for x in tree_leaves((args, found)) if isinstance(x, Tensor))
-        return found
+        """Run one operation, and count it if it sends."""
+        namespace, name, *_ = str(func).split(".")
+        output = func(*args, **kwargs or {})
+        if namespace == "c10d" or name in KINDS:
+            kind = KINDS[name]
+            self.calls[kind] += 1
+            self.bytes[kind] += max(x.nbytes for x in tree_leaves((args, output)) if isinstance(x, Tensor))
+        return output
 
 
-class Untaped(DualSlope):
-    """A dual slope that finds the weights given back when its tape is to be played, and makes a pass of its own."""
+class ReshardedDualSlope(DualSlope):
+    """A dual slope of resharded weights: its tape cannot be replayed without them, so it makes another pass."""
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
-        """A pass instead of the tape."""
+        """A pass in place of the tape."""
         way = super().way(net, ref, known=known)
-        return Way("pass", "the weights are given back after the pass") if way.name == "tape" else way
+        if way.name == "tape":
+            return Way("pass", "the weights are given back after the pass")
+        return way
 
 
 def units_of(
@@ -248,92 +274,109 @@ def units_of(
     given_back: bool,
 ) -> float:
     """Forward units of a step (`cost.forward_units`), where weights may be `given_back` after each pass."""
-    slope = objective.needs.slope
-    untaped = given_back and isinstance(slope, DualSlope)
-    found = objective.model_copy(update={"slope": Untaped()}) if untaped else objective
-    return cost.forward_units(net, found, path, shape, ref=ref)
+    if given_back and isinstance(objective.needs.slope, DualSlope):
+        objective = objective.model_copy(update={"slope": ReshardedDualSlope()})
+    return cost.forward_units(net, objective, path, shape, ref=ref)
 
 
 def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambda line: None) -> Fields:
     """The fields to set, of the first layout with a peak on each rank of at most `limit` bytes.
 
-    `tell` hears of each layout that is tried. Raises UserError if none fits, or the run does not fit this many ranks.
+    `tell` is called with a line on each layout that is tried. Raises UserError if none fits, or the run does not fit
+    this many ranks.
     """
-    held = dict[str, HeldBytes]()  # by the coding of the base
-    tried = dict[str, int]()
-    exact = set[str]()
+    held = dict[str, HeldBytes]()  # by the LoRA, whose base has other bits in other layouts
+    peaks = dict[str, int]()  # bytes on a rank of each layout that was tried
+    counted_peaks = set[str]()  # the layouts whose whole step was counted; of others the peak is a lower bound
     encoders = plan.of_encoders(spec.net, spec.data.classes)
 
+    def peak_text(name: str) -> str:
+        peak = sized(peaks[name], 1024)
+        return peak if name in counted_peaks else f"more than {peak}"
+
     def fits(fields: Fields) -> bool:
-        name, run = " ".join(words(fields)) or "as it is", changed(spec, fields)
-        if name not in tried:
-            base = str(run.net.lora)
-            if base not in held:
-                held[base] = memory.held(outline(run), run.train)
-            tried[name] = at_least(run.train, ranks, held[base]) + encoders
-            if tried[name] <= limit:
-                exact.add(name)
+        name = " ".join(set_arguments(fields)) or "as it is"
+        if name not in peaks:
+            run = changed(spec, fields)
+            lora = str(run.net.lora)
+            if lora not in held:
+                held[lora] = memory.held(outline(run), run.train)
+            peaks[name] = least_bytes(run.train, ranks, held[lora]) + encoders
+            if peaks[name] <= limit:
+                counted_peaks.add(name)
                 step = counted(outline(run), run.objective, run.path, run.data.shape, run.train, ranks)
-                tried[name] = sum(step.memory.values()) + encoders
-            tell(f"{name}: {'' if name in exact else 'more than '}{sized(tried[name], 1024)}")
-        return tried[name] <= limit
+                peaks[name] = sum(step.memory.values()) + encoders
+            tell(f"{name}: {peak_text(name)}")
+        return peaks[name] <= limit
 
     try:
-        optional = spec.net.checkpoint is False and bool(changed(spec, {"net.checkpoint": True}))
+        can_checkpoint = spec.net.checkpoint is False and bool(changed(spec, {"net.checkpoint": True}))
     except UserError:  # blocks would forget a mask
-        optional = False
-    ways, fewest = [*layouts(spec.train, ranks, optional=optional)], 1 if isinstance(spec.net, Pretrained) else FEWEST
-    for base, one in product(bases(spec.net.lora, spec.train.precision), ways):
-        one = base | one
-        first, *others = (one | rows for rows in halved(changed(spec, one).train, spec.objective, ranks, fewest))
+        can_checkpoint = False
+    min_rows = 1 if isinstance(spec.net, Pretrained) else MIN_ROWS
+    all_layouts = list(layouts(spec.train, ranks, can_checkpoint=can_checkpoint))
+    for base_fields, layout_fields in product(bases(spec.net.lora, spec.train.precision), all_layouts):
+        fields = base_fields | layout_fields
+        train = changed(spec, fields).train
+        first, *smaller = [fields | rows for rows in halved(train, spec.objective, ranks, min_rows)]
         if fits(first):
             return first
-        if others and fits(others[-1]):  # else none does
-            return next(fields for fields in others if fits(fields))
-    name = min(exact or tried, key=lambda name: tried[name])
-    least = f"{'' if exact else 'more than '}{sized(tried[name], 1024)}, {name}"
+        if smaller and fits(smaller[-1]):  # else none of them fits
+            return next(candidate for candidate in smaller if fits(candidate))
+    best = min(counted_peaks or peaks, key=lambda name: peaks[name])
+    ranks_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
     raise UserError(
-        f"no layout keeps within {sized(limit, 1024)} on each of {ranks} rank{'s' if ranks > 1 else ''}: the least is "
-        f"{least}. Take more ranks, larger GPUs, or a smaller net"
+        f"no layout keeps within {sized(limit, 1024)} on each of {ranks_text}: the least is {peak_text(best)}, {best}. "
+        "Take more ranks, larger GPUs, or a smaller net"
     )
 
 
 def bases(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
     """The fields to set for the frozen base of a LoRA: none, and then those of fewer bits."""
     yield {}
-    after = CODINGS[CODINGS.index(lora.frozen) + 1 :] if lora else ()
-    yield from ({"net.lora.frozen": one} for one in after if one != "bfloat16" or precision == "bf16")
+    if lora is None:
+        return
+    for coding in CODINGS[CODINGS.index(lora.frozen) + 1 :]:
+        if coding != "bfloat16" or precision == "bf16":
+            yield {"net.lora.frozen": coding}
 
 
-def at_least(train: Train, ranks: int, held: HeldBytes) -> int:
-    """Bytes that a rank holds at the end of a forward pass, activations left out: known without one."""
-    stays = held.weights + held.optimizer + held.averages
+def least_bytes(train: Train, ranks: int, held: HeldBytes) -> int:
+    """Bytes that a rank holds at the end of a forward pass, without activations: known without running one."""
+    kept = held.weights + held.optimizer + held.averages
     gathered = held.weights if ranks > 1 and not train.reshard else 0
-    return stays // share_of(train.share, ranks) + gathered
+    return kept // share_of(train.share, ranks) + gathered
 
 
-def layouts(train: Train, ranks: int, *, optional: bool) -> Iterator[Fields]:
+def layouts(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Fields]:
     """The fields to set, without rows at a time; first none, and then what takes less memory.
 
-    `optional`: blocks could be computed again, and are not.
+    `can_checkpoint`: blocks could be computed again in the backward pass, and are not yet.
     """
     share = share_of(train.share, ranks)
-    lie = [(n, train.reshard) for n in range(share, ranks + 1) if ranks % n == 0]
-    lie += [(ranks, True)] if ranks > 1 and not train.reshard else []
-    for (n, reshard), again in product(lie, (False, True) if optional else (False,)):
-        fields = {"net.checkpoint": True} if again else {}
-        fields |= {"train.share": n} if n != share else {}
-        yield fields | ({"train.reshard": reshard} if reshard != train.reshard else {})
+    sharded = [(shards, train.reshard) for shards in range(share, ranks + 1) if ranks % shards == 0]
+    if ranks > 1 and not train.reshard:
+        sharded.append((ranks, True))
+    checkpointing = (False, True) if can_checkpoint else (False,)
+    for (shards, reshard), checkpoint in product(sharded, checkpointing):
+        fields: Fields = {}
+        if checkpoint:
+            fields["net.checkpoint"] = True
+        if shards != share:
+            fields["train.share"] = shards
+        if reshard != train.reshard:
+            fields["train.reshard"] = reshard
+        yield fields
 
 
-def halved(train: Train, objective: Objective, ranks: int, fewest: int = FEWEST) -> Iterator[Fields]:
-    """Rows at a time: as many as now, then half of them down to the `fewest`, where the batch can be cut so."""
+def halved(train: Train, objective: Objective, ranks: int, min_rows: int = MIN_ROWS) -> Iterator[Fields]:
+    """Rows at a time: as many as now, then half of them down to `min_rows`, where the batch can be cut so."""
     yield {}
     rows = plan.most_rows(train, objective, ranks) // 2
-    while rows >= fewest:
+    while rows >= min_rows:
         try:
             check_pieces(train.model_copy(update={"micro_batch": rows}), objective, ranks)
-        except UserError:  # groups of rows, or kinds of them, would be parted
+        except UserError:  # groups or kinds of rows would be separated
             return
         yield {"train.micro_batch": rows}
         rows //= 2
@@ -342,10 +385,10 @@ def halved(train: Train, objective: Objective, ranks: int, fewest: int = FEWEST)
 def changed(spec: Run, fields: Fields) -> Run:
     """The run with these fields set."""
     tree = spec.model_dump(mode="json")
-    override(tree, words(fields))
+    override(tree, set_arguments(fields))
     return parse(Run, tree)
 
 
-def words(fields: Fields) -> list[str]:
-    """The fields as `--set` takes them."""
+def set_arguments(fields: Fields) -> list[str]:
+    """The fields as arguments of `--set`: name=value."""
     return [f"{name}={shown(value)}" for name, value in fields.items()]

@@ -1,5 +1,7 @@
 """A run for a folder of images: what fits the images, the machine and the time there is, measured before it trains.
 
+`propose` looks at the images (`look_at`), chooses fields for them, times a step (`step_seconds`), and sets the steps.
+
 The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
 float32, for as many steps as there are minutes for. What is proposed is set in the run like any other field, and
 `resolved.proposed` of its run.yaml says which fields those are.
@@ -42,76 +44,87 @@ from dumo.types import Spec, UserError
 
 RECIPE = "my-images"
 MINUTES = 6.0  # on a CPU, unless another time is asked for: ours
-TIMED = 8  # steps that are timed: ours
-LOOKED, DECODED = 256, 8  # images whose header is read, and that are decoded to time it: ours
-FEWEST, WARMUP = 100, 10  # steps at least; one step in WARMUP warms up: ours
+TIMED_STEPS = 8  # ours
+MAX_HEADERS = 256  # images whose header is read: ours
+MAX_DECODED = 8  # images that are decoded, to time it: ours
+MIN_STEPS = 100  # ours
+WARMUP_SHARE = 10  # one step in so many warms up: ours
+MAX_WARMUP = 500  # steps: ours
 SLACK = 1.1  # logs, probes, sheets and checkpoints over the steps alone: ours, measured
-LEAST_SIDE, GRID = 16, 8  # pixels: nets cut them by powers of two
+MIN_SIDE = 16  # pixels
+SIDE_STEP = 8  # pixels: nets halve a side several times
 # Ours: 0.7 M parameters, a quarter of a second for a step of 32 rows on two cores. In the same time on 150 photos a DiT
 # of 1.3 M made mosaics, further from the photos (kernel distance 1.9, this one 1.2; docs/log.md).
 NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
 ON_A_CPU = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
-SIDES = {"cpu": 32, "cuda": 64}  # pixels at most: ours
+MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
 # Ours: of captions on a CPU, for a U-Net reads none; the better of two that were tried on photos (docs/log.md).
 READING = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
 TEXTS = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}  # ours, as cifar10-latents-words
-LONGEST = 128  # bytes of a caption that are read: ours
+MAX_CAPTION_BYTES = 128  # that are read: ours
 
 
-class Place(Spec):
+class ImagesOnly(Spec):
     """The part of a run that says what images to look at."""
 
     data: Data
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a place of images holds."""
+class ImagesFound:
+    """The images of a folder, from a sample of them."""
 
     count: int
-    headers: int  # images that were looked at
+    headers: int  # images whose header was read
     bad: int  # how many of those cannot be read
     side: float  # pixels of the shorter side, the median
     decode_seconds: float  # of one image on one core
-    captions: str = ""  # those that are there, if the run does not read them, and why
+    captions: str = ""  # a line on captions that exist and are not read, and why
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A run, and what it is expected to take."""
+    """A run, and the time that it is expected to take."""
 
     run: Run
-    look: Look
+    images: ImagesFound
     machine: str
     step_seconds: float  # with what validation adds to one
     prepare_seconds: float  # until the first step
 
     @property
     def seconds(self) -> float:
-        """The whole training."""
+        """Seconds of the whole training."""
         return self.prepare_seconds + SLACK * self.run.train.steps * self.step_seconds
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """What is proposed, by name."""
-        run, look = self.run, self.look
-        of = "all" if look.headers == look.count else f"{look.headers:,}"
-        bad = f"; {look.bad:,} of {of} looked at cannot be read and are left out" if look.bad else ""
-        classes = f" in {run.data.labels} classes" if run.data.labels else ""
-        epochs = run.train.steps * run.train.batch / look.count
-        yield "images", f"{look.count:,}{classes}, {look.side:.0f} pixels high or wide{bad}"
+        """The proposal as lines: a name and a text."""
+        run = self.run
+        images = self.images
+        text = f"{images.count:,}"
+        if run.data.labels:
+            text += f" in {run.data.labels} classes"
+        text += f", {images.side:.0f} pixels high or wide"
+        if images.bad:
+            headers = "all" if images.headers == images.count else f"{images.headers:,}"
+            text += f"; {images.bad:,} of {headers} looked at cannot be read and are left out"
+        yield "images", text
         if run.data.captions:
-            read = [one.text for one in of_captions(run.data)]
-            yield "captions", f"{', '.join(read)}; the net reads them, --set data.captions=null leaves them out"
-        elif look.captions:
-            yield "captions", look.captions
+            captions = ", ".join(finding.text for finding in of_captions(run.data))
+            yield "captions", f"{captions}; the net reads them, --set data.captions=null leaves them out"
+        elif images.captions:
+            yield "captions", images.captions
         yield "machine", self.machine
         yield "size", f"{' x '.join(map(str, run.pixels[1:]))} pixels (data.side)"
         parameters = sum(p.numel() for p in outline(run).parameters())
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
-        least = "; the fewest proposed, less by --set train.steps" if run.train.steps == FEWEST else ""
-        yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times{least}"
+        epochs = run.train.steps * run.train.batch / images.count
+        steps = f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
+        if run.train.steps == MIN_STEPS:
+            steps += "; the fewest proposed, less by --set train.steps"
+        yield "steps", steps
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
 
 
@@ -125,74 +138,89 @@ def propose(
 ) -> Proposal:
     """A run on these images that takes these minutes (None: on a CPU MINUTES, on a GPU as long as the recipe says).
 
-    `sets`, as --set takes them, go before what is proposed; without a place they say which images in memory it is.
+    `sets`, as --set takes them, win over what is proposed; without a place they say which images in memory it is.
     Raises UserError where there are no images, or a field is wrong.
     """
     began = wall_clock()
-    here = dist.device(device)
-    fields: dict[str, Any] = {"data.root": place} if place else {}
+    torch_device = dist.device(device)
+    fields: dict[str, Any] = {}
+    if place:
+        fields["data.root"] = place
+
+    # the images, and the fields that fit them
     tree = {"data": set_fields(fields, ()).data.model_dump(mode="json")}
     override(tree, [text for text in sets if text.startswith("data")])
-    images = parse(Place, tree).data
-    if isinstance(images, Memory):
-        found, more = Look(images.open().size, 0, 0, min(images.shape[1:]), 0.0), on_a(here, images.shape[-1])
-    elif isinstance(images, Images):
-        found, more = seen(images, here, sets, bar)
+    data = parse(ImagesOnly, tree).data
+    if isinstance(data, Memory):
+        images = ImagesFound(data.open().size, headers=0, bad=0, side=min(data.shape[1:]), decode_seconds=0.0)
+        fields |= machine_fields(torch_device, data.shape[-1])
+    elif isinstance(data, Images):
+        images, image_fields = examine(data, torch_device, sets, bar)
+        fields |= image_fields
     else:
-        raise UserError(f"{place} is a place of images, and data.kind={images.kind} reads none: leave it out")
-    fields |= more
+        raise UserError(f"{place} is a place of images, and data.kind={data.kind} reads none: leave it out")
+
+    # the seconds of a step
     run = resolve(set_fields(fields, sets))
-    with bar("timing a step", 1) as tick, threads.fewer_when_busy(here, quiet):  # training says how many it takes
-        judged = plan.validation(run)
-        step = step_seconds(run, here) * (1 + (judged["share"] if judged else 0))
+    with bar("timing a step", 1) as tick, threads.fewer_when_busy(torch_device, quiet):  # training reports the number
+        validation = plan.validation(run)
+        step = step_seconds(run, torch_device)
+        if validation:
+            step *= 1 + validation["share"]
         tick(1, "")
-    prepare = wall_clock() - began + found.count * found.decode_seconds / torch.get_num_threads()
-    wanted = minutes or (MINUTES if here.type == "cpu" else None)
-    if wanted is not None:
-        steps = max(FEWEST, int((60 * wanted - prepare) / (SLACK * step)))
-        fields |= {"train.steps": steps, "train.schedule.warmup": min(steps // WARMUP, 500)}
+    prepare = wall_clock() - began + images.count * images.decode_seconds / torch.get_num_threads()
+
+    # as many steps as there is time for
+    if not minutes and torch_device.type == "cpu":
+        minutes = MINUTES
+    if minutes:
+        steps = max(MIN_STEPS, int((60 * minutes - prepare) / (SLACK * step)))
+        fields["train.steps"] = steps
+        fields["train.schedule.warmup"] = min(steps // WARMUP_SHARE, MAX_WARMUP)
     run = resolve(set_fields(fields, sets))
-    own = {field: value for field, value in fields.items() if field != "data.root"}
-    run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: own}})
-    return Proposal(run, found, machine.hardware(here).text, step, prepare)
+    proposed = {field: value for field, value in fields.items() if field != "data.root"}
+    run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: proposed}})
+    return Proposal(run, images, machine.hardware(torch_device).text, step, prepare)
 
 
-def on_a(here: torch.device, side: int) -> dict[str, Any]:
-    """Fields for a machine, and images of this side."""
-    return {**ON_A_CPU, "net": {**NET, "attend": [side // 4]}} if here.type == "cpu" else {}
+def machine_fields(device: torch.device, side: int) -> dict[str, Any]:
+    """Fields for a device, and images of this side: a smaller net on a CPU, on a GPU the recipe's own."""
+    if device.type != "cpu":
+        return {}
+    return {**ON_A_CPU, "net": {**NET, "attend": [side // 4]}}
 
 
-def seen(images: Images, here: torch.device, sets: Sequence[str], bar: Bar) -> tuple[Look, dict[str, Any]]:
-    """What files of images hold, and the fields for them: size, net, captions. Raises UserError as `propose`."""
+def examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar) -> tuple[ImagesFound, dict[str, Any]]:
+    """Look at files of images, and choose fields for them: size, net, captions. Raises UserError as `propose`."""
     try:
         store = images.undecoded()
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {FILE}: {error}") from error
-    found = look(store, ToSquare(images.side, images.crop), bar)
-    fields: dict[str, Any] = {"data.side": side(found.side, SIDES.get(here.type, SIDES["cuda"]))}
-    fields |= on_a(here, fields["data.side"])
-    why = unread(images, sets)
+    found = look_at(store, ToSquare(images.side, images.crop), bar)
+    side = side_to_train(found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
+    fields: dict[str, Any] = {"data.side": side, **machine_fields(device, side)}
+    why_not_read = why_captions_are_not_read(images, sets)
     try:
-        captions = written(images, store, needed=not why)
+        captions = written(images, store, needed=not why_not_read)
     except NoCaptionsError as error:
-        if not why:
-            found = replace(found, captions=other_texts(error))
+        if not why_not_read:
+            found = replace(found, captions=caption_hint(error))
         return found, fields
     if captions is None:
         return found, fields
-    if why:
-        found = replace(found, captions=f"{len(captions):,} found, not used: {why}")
+    if why_not_read:
+        found = replace(found, captions=f"{len(captions):,} found, not used: {why_not_read}")
         return found, fields
     if not installed("transformers"):
         raise UserError(
             f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
             "out by --set data.captions=null"
         )
-    return found, fields | reading(images.root, captions, on_a_cpu=here.type == "cpu")
+    return found, fields | caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
 
 
-def other_texts(error: NoCaptionsError) -> str:
-    """What may be captions, and how to have it read; "": there is nothing of the kind."""
+def caption_hint(error: NoCaptionsError) -> str:
+    """What may be captions, and how to have it read; "" where there is nothing of the kind."""
     if error.columns:
         way = f"--set 'data.captions={{kind: files, name: {error.columns[0]}}}'"
         return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
@@ -204,9 +232,9 @@ def other_texts(error: NoCaptionsError) -> str:
 
 
 def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
-    """What was written of the images; None where it is damaged, and not needed.
+    """The captions of the images; None where they are damaged, and not needed.
 
-    Raises NoCaptionsError where nothing was; UserError for what is damaged, or of other images, if it is needed.
+    Raises NoCaptionsError where there are none; UserError for damaged ones, or those of other images, if `needed`.
     """
     name = images.captions.name if isinstance(images.captions, CaptionFiles) else AUTO
     try:
@@ -220,47 +248,56 @@ def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
     return Captions.of(texts)
 
 
-def unread(images: Images, sets: Sequence[str]) -> str:
-    """Which of these fields says that a run does not read what was written of its images; "": none."""
-    other = () if isinstance(images.captions, CaptionFiles) else ("data.captions",)
-    if chosen := [text for text in sets if text.partition("=")[0] in ("net", "net.kind") or text.startswith(other)]:
-        return f"--set {brief(chosen[0])} says what the net reads"
+def why_captions_are_not_read(images: Images, sets: Sequence[str]) -> str:
+    """The field of `sets` by which a run does not read the captions of its images, as text; "": none."""
+    reads_captions = isinstance(images.captions, CaptionFiles)
+    for text in sets:
+        chooses_net = text.partition("=")[0] in ("net", "net.kind")
+        chooses_captions = text.startswith("data.captions") and not reads_captions
+        if chooses_net or chooses_captions:
+            return f"--set {brief(text)} says what the net reads"
     return ""
 
 
-def reading(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
+def caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
     """Fields of a net that reads these captions."""
-    length = min(LONGEST, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
+    length = min(MAX_CAPTION_BYTES, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
     root = Path("runs/texts") / f"{folder_of_images(place).name}-{captions.digest()}"
     texts = {**TEXTS, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
-    net = {"net": {**READING, "texts": texts}} if on_a_cpu else {"net.texts": texts}
-    return {"data.captions": {"kind": "files"}, **net}
+    fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
+    if on_a_cpu:
+        fields["net"] = {**READING, "texts": texts}
+    else:
+        fields["net.texts"] = texts
+    return fields
 
 
-def step_seconds(run: Run, here: torch.device) -> float:
-    """A step of the training loop, on random numbers.
+def step_seconds(run: Run, device: torch.device) -> float:
+    """Seconds of a step of the training loop, on random numbers.
 
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
     if outside.has_own_parts(run):
-        outside.require_contract(run, examination.drawn_net(run, here), here)
-    run, rows = run.model_copy(update={"net": examination.readable(run.net)}), run.train.micro_batch or run.train.batch
-    require_room(run, here, run.train.copies, rows)
-    batch = rehearsal.random_rows(run.data, rows, here)
-    step = rehearsal.make_step(run, build(run, here), batch, warm_up=WARM_UP, rounds=TIMED)
+        outside.require_contract(run, examination.drawn_net(run, device), device)
+    run = run.model_copy(update={"net": examination.readable(run.net)})
+    rows = run.train.micro_batch or run.train.batch
+    require_room(run, device, run.train.copies, rows)
+    batch = rehearsal.random_rows(run.data, rows, device)
+    step = rehearsal.make_step(run, build(run, device), batch, warm_up=WARM_UP, rounds=TIMED_STEPS)
     return step.of_batch(run.train.batch)
 
 
 def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
     """The recipe with these fields, and then the user's own."""
-    tree = load_recipe(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()]).model_dump(mode="json")
+    recipe = load_recipe(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()])
+    tree = recipe.model_dump(mode="json")
     override(tree, sets)
     return parse(Run, tree)
 
 
-def look(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> Look:
-    """Some of the images, evenly. Raises UserError where none of them can be read."""
-    places = sorted({round(i * (len(store) - 1) / (LOOKED - 1)) for i in range(LOOKED)})
+def look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
+    """Read the headers of some images, evenly spread, and decode a few. Raises UserError where none can be read."""
+    places = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))
     sides: list[int] = []
     decode_seconds: list[float] = []
@@ -270,16 +307,22 @@ def look(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> Look:
             try:
                 data = store.read(i)
                 sides.append(short_side(data))
-                if len(decode_seconds) < DECODED:
+                if len(decode_seconds) < MAX_DECODED:
                     decode_seconds.append(watch.seconds(partial(to_pixels, data)))
             except (OSError, ValueError, Unreadable):
                 bad += 1
             tick(done, "")
     if not sides:
         raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
-    return Look(len(store), len(places), bad, median(sides), median(decode_seconds) if decode_seconds else 0.0)
+    return ImagesFound(
+        count=len(store),
+        headers=len(places),
+        bad=bad,
+        side=median(sides),
+        decode_seconds=median(decode_seconds) if decode_seconds else 0.0,
+    )
 
 
-def side(short: float, most: int) -> int:
-    """The pixels to train at: as many as there are, up to `most`."""
-    return max(LEAST_SIDE, min(most, int(short) // GRID * GRID))
+def side_to_train(shorter_side: float, most: int) -> int:
+    """The pixels of a side to train at: those of the images' shorter side, between MIN_SIDE and `most`."""
+    return max(MIN_SIDE, min(most, int(shorter_side) // SIDE_STEP * SIDE_STEP))

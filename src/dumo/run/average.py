@@ -131,7 +131,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     parameter_names = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     average_weights = weighted_sum(snapshot_weights, x, parameter_names)
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
-    with files.whole(file) as temp_path:
+    with files.atomic_write(file) as temp_path:
         checkpoint.write_weights(
             temp_path,
             apart(average_weights),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dumo.io.read import read_json, write_json
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.types import UserError
 
 FILE = "data.json"
@@ -21,14 +21,14 @@ class DataNote:
     rows: int = ROWS
 
 
-def measure(source: Source) -> float:
+def measure(source: DataSource) -> float:
     """The standard deviation over all numbers of the first rows, as EDM's sigma_data."""
     x, _ = source.batch(0, ROWS, 0)
     return x.double().std().item()
 
 
 def update(
-    folder: Path, before: DataNote | None, source: Source, fingerprint: str | None = None, *, anew: bool = False
+    folder: Path, before: DataNote | None, source: DataSource, fingerprint: str | None = None, *, anew: bool = False
 ) -> DataNote:
     """The note of these data; `before` as it is, if it is of data of this fingerprint, else measured and written.
 

@@ -22,7 +22,7 @@ from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
 from dumo.io.read import brief
-from dumo.io.table import Done, Index
+from dumo.io.table import Done, TableIndex
 from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, Tabled
 from dumo.nets.text import Learned
@@ -48,10 +48,10 @@ class EncodeResult:
 
     folder: Path
     done: Done
-    kind: type[Index]
+    kind: type[TableIndex]
 
     @property
-    def contents(self) -> Index | None:
+    def contents(self) -> TableIndex | None:
         """What is in the folder now; None: other ranks have shards to make."""
         index = table.read(self.folder, self.kind)
         return index if index and index.shards else None
@@ -66,7 +66,7 @@ class EncodeResult:
             return
         yield f"{self.folder}: {contents.summary()}, {self.done.made} shards made now"
         if isinstance(contents, cache.CacheIndex) and contents.sizes:
-            yield f"images are in {cache.crops(table.Table(self.folder, contents), contents)}"
+            yield f"images are in {cache.crops(table.ShardTable(self.folder, contents), contents)}"
 
 
 @dataclass(frozen=True)

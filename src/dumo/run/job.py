@@ -27,7 +27,7 @@ from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.run import content, cost, encode, examination
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
@@ -79,7 +79,7 @@ class Job:
     index: Index  # what the folder held when it was opened
     device: torch.device
     tell: Tell  # silent except on rank 0
-    data: Source
+    data: DataSource
     hashes: Hashes | None  # of the data's files; None: they have none
     state: State  # in which training begins
     resumed_from: Checkpoint | None  # None: a fresh start
@@ -197,7 +197,7 @@ def open_job(
         )
 
 
-def open_data(data: Data) -> Source:
+def open_data(data: Data) -> DataSource:
     """The data, opened on every rank.
 
     Raises UserError on all ranks where one cannot open them, or where ranks see different numbers of rows.

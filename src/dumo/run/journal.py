@@ -17,7 +17,7 @@ from dumo.config.load import FILE, identity
 from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io.content import Hashes
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import average, content, deviation, examination
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, restore_run_file, write_run_file
@@ -53,7 +53,7 @@ class Journal:
     folder: Path
     device: torch.device
     checkpoints: Checkpoints
-    source: Source | TeacherPairs
+    source: DataSource | TeacherPairs
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
@@ -296,7 +296,7 @@ class History:
 
     run: Run
     index: Index
-    source: Source
+    source: DataSource
     step: int
     fingerprint: str | None  # of the data now
     changed: Sequence[Noted]
@@ -310,7 +310,7 @@ class History:
         cls,
         run: Run,
         index: Index,
-        source: Source,
+        source: DataSource,
         step: int,
         last: Checkpoint | None,
         *,

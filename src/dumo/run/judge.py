@@ -17,7 +17,7 @@ from dumo.encoders.caption import parted
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.protocol import Evaluator
 from dumo.flow.likelihood import climbing
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.run.encode import captions
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals, threads
@@ -33,13 +33,13 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
     """
     data = sampler.data
 
-    def open_reference() -> Source:
+    def open_reference() -> DataSource:
         return reference_data(data, evaluation.split)
 
-    def open_training_data() -> Source:
+    def open_training_data() -> DataSource:
         return training_data(data)
 
-    def open_captions() -> tuple[Source, Tensor, list[str]]:
+    def open_captions() -> tuple[DataSource, Tensor, list[str]]:
         images = squares(shown(data)).open()
         return images, sample_conditions(data, evaluation), _plain_texts(data)
 
@@ -73,7 +73,7 @@ def _plain_texts(data: Data) -> list[str]:
     return [parted(caption)[0] for caption in captions(data)]
 
 
-def training_data(data: Data) -> Source:
+def training_data(data: Data) -> DataSource:
     """The data that a run was trained on, as images or points with their classes: of latents, the encoded images.
 
     Raises UserError where they are not on this machine, or damaged.
@@ -83,7 +83,7 @@ def training_data(data: Data) -> Source:
     return data.originals()
 
 
-def reference_data(data: Data, split: str | None) -> Source:
+def reference_data(data: Data, split: str | None) -> DataSource:
     """The data that samples are judged against: those of the training, or another split of the same images.
 
     Raises UserError where the data have no splits, or the split is not on this machine.

@@ -51,7 +51,7 @@ def deferred(run: Tree) -> tuple[nn.Module, Deferred]:
         return drawn(run), deferred_weights
     with deferred_weights:
         net = drawn(run)
-    undrawn = deferred_weights.strange(net)
+    undrawn = deferred_weights.unknown_names(net)
     assert not undrawn, f"{undrawn[0]} is not drawn"
     return net, deferred_weights
 

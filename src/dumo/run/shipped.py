@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from dumo.config.source import shipped_name
-from dumo.io.file import whole
+from dumo.io.file import atomic_write
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -33,7 +33,7 @@ def find(source: str | Path) -> Path:
         return Path(source)
     copy = Path("runs", name)
     if not copy.exists():
-        with whole(copy) as half:
+        with atomic_write(copy) as half:
             shutil.copytree(HERE / name, half)
     (listed,) = (HERE / name).glob(f"checkpoints/*/{manifest.NAME}")
     copied = copy / listed.relative_to(HERE / name)

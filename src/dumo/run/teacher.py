@@ -33,8 +33,8 @@ from dumo.flow.reading import bind, teaching
 from dumo.flow.solver import Heun
 from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
-from dumo.io.source import Source, Table, rows_of
-from dumo.io.table import Column, Index
+from dumo.io.source import DataSource, TensorData, rows_of
+from dumo.io.table import Column, TableIndex
 from dumo.objectives.flow_matching import FlowMatching
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
@@ -90,8 +90,8 @@ class LoadedTeacher:
             write_json(folder / FILE, self.record)
 
     def training_source(
-        self, source: Source, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
-    ) -> "Source | TeacherPairs":
+        self, source: DataSource, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
+    ) -> "DataSource | TeacherPairs":
         """Write teacher.json, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
         `points` is how many of a trajectory the objective learns from. Every rank must call it. Raises UserError as
@@ -272,7 +272,7 @@ class TeacherPairs:
 
     def __init__(self, x: Tensor, z: Tensor, c: Tensor, between: Trail | None = None) -> None:
         """Hold all in memory; `between` (n, points - 1, *shape) is where the flow is on its way from x to z."""
-        self.table = Table(x, c)
+        self.table = TensorData(x, c)
         self.z = z
         self.between = between
 
@@ -294,7 +294,7 @@ class TeacherPairs:
         return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._paired))
 
 
-class PairsIndex(Index):
+class PairsIndex(TableIndex):
     """What index.json says of a teacher's pairs: data x, noise z, classes c, and points of the flow between."""
 
     word: ClassVar[str] = "set of pairs"
@@ -356,7 +356,7 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
     def load_pairs() -> dict[str, Tensor]:
         written_index = table.read(folder, PairsIndex) or index
         table.require(folder, written_index)  # `make` has compared the checksums
-        pairs_table = table.Table(folder, written_index)
+        pairs_table = table.ShardTable(folder, written_index)
         shards = [pairs_table.tensors(number) for number in range(index.count)]
         return {name: torch.cat([shard[name] for shard in shards]) for name in index.columns}
 

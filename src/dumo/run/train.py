@@ -18,7 +18,7 @@ from dumo.config.word import method
 from dumo.data import Latents
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
-from dumo.io.source import Bucketed, Source
+from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
 from dumo.run import teacher
 from dumo.run.job import Job, MakeSheets, open_job
@@ -91,7 +91,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         job.tell(line)
 
     # what the loop reads, and what it calls
-    source: Source | teacher.TeacherPairs = job.data
+    source: DataSource | teacher.TeacherPairs = job.data
     if job.teacher:
         points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
@@ -180,7 +180,7 @@ def step_threads_of(job: Job) -> StepThreads:
 
 
 def trial_step(
-    train: Train, state: State, flow_for: Callable[[State], Flow], source: Source | teacher.TeacherPairs
+    train: Train, state: State, flow_for: Callable[[State], Flow], source: DataSource | teacher.TeacherPairs
 ) -> Callable[[], object]:
     """What makes a step like the training's next one, on a copy of its state, which the first call makes."""
 
@@ -202,7 +202,7 @@ def trial_step(
 def prefetched(
     train: Train,
     shape: Callable[[int], tuple[int, ...]],
-    source: Source | teacher.TeacherPairs,
+    source: DataSource | teacher.TeacherPairs,
     flow: Flow,
     device: torch.device,
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
@@ -230,7 +230,7 @@ def prefetched(
 
 
 def shapes(
-    source: Source | teacher.TeacherPairs, train: Train, square: tuple[int, ...]
+    source: DataSource | teacher.TeacherPairs, train: Train, square: tuple[int, ...]
 ) -> Callable[[int], tuple[int, ...]]:
     """The shape of a step's samples, by its number."""
     if isinstance(source, Bucketed):

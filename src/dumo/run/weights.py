@@ -246,7 +246,7 @@ def load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str,
     for name, load_tensor in loaders.items():
         weight = weights[name]
         if weight in deferred_weights:
-            deferred_weights.put(weight, load_tensor)
+            deferred_weights.replace(weight, load_tensor)
         else:
             weight.copy_(load_tensor())
 

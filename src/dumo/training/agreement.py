@@ -62,6 +62,6 @@ def sendable_error(error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         file = None if error.filename is None else str(error.filename)
         return OSError(error.errno, error.strerror or str(error), file)
-    if files.full(error):
+    if files.is_disk_full(error):
         return OSError(errno.ENOSPC, str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -103,7 +103,7 @@ def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
     if dist.world() > 1:
         from dumo.io import shards  # slow to import
 
-        offsets = {part: shards.mine(named) for part, named in tensors.items()}
+        offsets = {part: shards.parts_to_write(named) for part, named in tensors.items()}
 
     def copy_parts() -> dict[str, dict[str, Tensor]]:
         copies: dict[str, dict[str, Tensor]] = {}
@@ -276,7 +276,7 @@ def write(folder: Path, copy: Copy) -> None:
 
         for name, named in copy.tensors.items():
             agreement.gather_results(partial(shards.write, folder / name, named, copy.offsets[name]))
-        written_here = sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
+        written_here = sorted(folder.glob(f"*/{shards.file_pattern(dist.rank())}"))
         if dist.is_main():
             written_here += filter(Path.is_file, folder.iterdir())
     files_of_all: dict[str, manifest.Listed] = {}
@@ -313,18 +313,18 @@ def path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[Pa
     Every rank must enter it. Raises UserError if the disk has less room than that; `kind` and `step` are for the
     message.
     """
-    temp_path = files.hidden(target)
+    temp_path = files.temp_path_for(target)
     try:
         agreement.on_main_rank(lambda: prepare(target, kind, step, size))
         try:
             yield temp_path
-            agreement.on_main_rank(lambda: files.settle(temp_path, target, durable=True))
+            agreement.on_main_rank(lambda: files.commit(temp_path, target, durable=True))
         except BaseException:
             if dist.is_main():
                 files.remove(temp_path)
             raise
     except Exception as error:
-        if files.full(error):
+        if files.is_disk_full(error):
             raise UserError(f"{target.parent}: the disk is full, {not_written(target, kind, step)}") from error
         raise
 
@@ -338,7 +338,7 @@ def prepare(target: Path, kind: str, step: int, size: int) -> None:
     files.require_in_place(target)
     for half_written in folder.glob(".step-*.tmp"):
         files.remove(half_written)
-    free = files.free(folder)
+    free = files.free_bytes(folder)
     if free < size:
         raise UserError(
             f"{folder}: the {kind} takes {size / 1e9:,.3g} GB and the disk has {free / 1e9:,.3g} GB free, "
@@ -381,7 +381,7 @@ def lazily(place: Path) -> dict[str, Callable[[], Tensor]]:
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
-        return shards.lazily(place)
+        return shards.tensor_readers(place)
     return {name: partial(torch.detach, x) for name, x in load(place).items()}  # memory-mapped
 
 

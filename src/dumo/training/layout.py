@@ -210,7 +210,7 @@ def offset_on_rank(x: Tensor) -> int:
         return 0
     from dumo.io import shards
 
-    return shards.begin(x)[0] * prod(x.shape[1:])
+    return shards.local_offset(x)[0] * prod(x.shape[1:])
 
 
 def empty_rows_like(x: Tensor, width: int) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from dumo.io import digest
-from dumo.io.file import hidden
+from dumo.io.file import temp_path_for
 from dumo.io.weights import title
 from dumo.runtime import dist, typed
 from dumo.training.agreement import gather_results
@@ -406,7 +406,7 @@ def remove(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         checkpoint.unlink()
     else:
-        shutil.rmtree(checkpoint.rename(hidden(checkpoint)))
+        shutil.rmtree(checkpoint.rename(temp_path_for(checkpoint)))
 
 
 def rewind(folder: Path, step: int) -> list[int]:

@@ -165,7 +165,7 @@ class DataSpec(Spec, ABC):
 
     @abstractmethod
     def open(self) -> Any:  # noqa: ANN401
-        """A source (`dumo.io.source.Source`), such as a `Table` of rows in memory."""
+        """A source (`dumo.io.source.DataSource`), such as a `TensorData` of rows in memory."""
 
     def originals(self) -> Any:  # noqa: ANN401
         """The same."""

@@ -17,7 +17,7 @@ from dumo.data import Images, Latents
 from dumo.data.bucket import Buckets, lost, nearest
 from dumo.data.cache import open_cache
 from dumo.data.pixel import Size, ToRectangle, cut, upright_size
-from dumo.io.source import Bucketed, Table
+from dumo.io.source import Bucketed, TensorData
 from dumo.run import encode
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -90,7 +90,7 @@ def parts(*counts: int) -> Bucketed:
     """A part of each size, whose samples say their number among all."""
     firsts = [sum(counts[:k]) for k in range(len(counts))]
     made = [
-        Table(torch.arange(a, a + n)[:, None].float(), torch.arange(a, a + n))
+        TensorData(torch.arange(a, a + n)[:, None].float(), torch.arange(a, a + n))
         for a, n in zip(firsts, counts, strict=True)
     ]
     return Bucketed(made, [(k,) for k in range(len(counts))])

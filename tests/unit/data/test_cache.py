@@ -13,7 +13,7 @@ from dumo.data.encoding import encode
 from dumo.encoders import SdVae, Taef2
 from dumo.encoders.codec import Opened
 from dumo.io import digest
-from dumo.io.table import FILE, Table
+from dumo.io.table import FILE, ShardTable
 from dumo.io.weights import load
 from dumo.types import UserError
 from unit.encoders.toy import CLASSES, GAUSSIAN, PLAN, POINT, SIDE, Pictures, contents, picture
@@ -22,7 +22,7 @@ COUNT = 50
 ROWS = torch.tensor([49, 0, 16, 15, 3, 16])  # of three shards, in no order, one twice
 
 
-def made(folder: Path, codec: Opened = POINT, **change: object) -> Table:
+def made(folder: Path, codec: Opened = POINT, **change: object) -> ShardTable:
     """A cache of `COUNT` pictures, opened."""
     assert encode(Pictures(COUNT), codec, PLAN.model_copy(update=change), folder).missing == 0
     return open_cache(folder, codec.codec)

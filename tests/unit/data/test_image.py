@@ -14,7 +14,7 @@ import torch
 
 from dumo.data import Images
 from dumo.data.augment import Edm
-from dumo.io.source import Source
+from dumo.io.source import DataSource
 from dumo.types import UserError
 from unit.data.animals import (
     CLASSES,
@@ -52,7 +52,7 @@ def test_every_store_gives_the_same(form: str, memory: float, tmp_path: Path) ->
     images = spec(tmp_path, memory=memory, flip=True)
     assert (images.classes, images.shape) == (3, (3, SIDE, SIDE))
     source = images.open()
-    assert isinstance(source, Source)
+    assert isinstance(source, DataSource)
     assert source.size == len(source) == COUNT
     assert source.names == (CLASSES if form != "tar" else ())
     x, c = source.reference(100, 0)

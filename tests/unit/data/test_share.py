@@ -18,7 +18,7 @@ from dumo.data.cache import open_cache
 from dumo.data.encoding import encode
 from dumo.data.latents import LatentSource
 from dumo.io.source import Bucketed, rows_of
-from dumo.io.table import Table as Rows
+from dumo.io.table import ShardTable
 from dumo.run.teacher import TeacherPairs
 from dumo.runtime.random import stream
 from unit.data.spy import spied
@@ -121,7 +121,7 @@ def test_a_rank_reads_and_draws_its_own_latents_only(
 ) -> None:
     """Which are mirrored is drawn for the whole batch."""
     source, share = latents(tmp_path), BATCH // world
-    read = spied(monkeypatch, Rows, "take", lambda cache, rows, *_: rows)
+    read = spied(monkeypatch, ShardTable, "take", lambda cache, rows, *_: rows)
     for first in range(0, BATCH, share):
         mine = slice(first, first + share)
         wanted = rows_of(2, BATCH, size=COUNT, seed=1, rows=mine)

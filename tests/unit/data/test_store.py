@@ -14,7 +14,7 @@ import pytest
 from dumo.data import Digits, Moons
 from dumo.data.cache import open_cache
 from dumo.data.encoding import encode
-from dumo.io.source import Endless, Table
+from dumo.io.source import Endless, TensorData
 from dumo.types import UserError
 from unit.data.animals import COUNT, STORES, archive, as_folder, picture, refused, spec
 from unit.encoders.toy import PLAN, POINT, Pictures
@@ -137,10 +137,10 @@ def test_a_fingerprint_is_of_the_images_and_not_of_where_they_lie(
 def test_fingerprints_of_what_is_no_file() -> None:
     """Digits are known by their numbers; what never ends, by nothing."""
     digits = Digits().open()
-    assert isinstance(digits, Table)
+    assert isinstance(digits, TensorData)
     assert digits.fingerprint() == Digits().open().fingerprint()
-    assert Table(digits.x + 1, digits.c).fingerprint() != digits.fingerprint()
-    assert Table(digits.x, digits.c.flip(0)).fingerprint() != digits.fingerprint()
+    assert TensorData(digits.x + 1, digits.c).fingerprint() != digits.fingerprint()
+    assert TensorData(digits.x, digits.c.flip(0)).fingerprint() != digits.fingerprint()
     moons = Moons().open()
     assert isinstance(moons, Endless)
     assert moons.fingerprint() is None

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dumo.data import Digits, Moons, toy
-from dumo.io.source import Endless, Split, Table
+from dumo.io.source import Endless, HeldOutSplit, TensorData
 
 UNIT = torch.tensor([3 / 4, 9 / 16 - 1 / pi], dtype=torch.float64)  # variances of the moons before they are scaled
 
@@ -95,7 +95,7 @@ def test_digits_are_upright_of_seventeen_levels() -> None:
     assert mean[3:5, 3:5].max() < mean[3:5, [2, 5]].min()
     sevens = x[c == 7].mean(0)[0]
     assert sevens[0].mean() > sevens[-1].mean()  # the bar of a 7 is on top
-    assert isinstance(source, Table)
+    assert isinstance(source, TensorData)
     y, d = source.batch(13, 200, 0)  # crosses from the first epoch into the second
     for i in (0, 100, 199):
         assert d[i] in c[(x == y[i]).flatten(1).all(1)]
@@ -104,7 +104,7 @@ def test_digits_are_upright_of_seventeen_levels() -> None:
 def test_images_held_out_are_in_no_batch() -> None:
     """They are 360 of all, of each class a fifth to a row, the same in every run; no others are missing."""
     whole, split = Digits().open(), Digits(held=360).originals()
-    assert isinstance(split, Split)
+    assert isinstance(split, HeldOutSplit)
     assert (split.size, len(split.held.x), len(split.whole.x)) == (1437, 360, 1797)
     x, _ = whole.reference(0, 0)
     assert torch.equal(split.whole.x, x)

@@ -15,7 +15,7 @@ from dumo.evaluation.shipped import baselines_cifar10 as baselines
 from dumo.evaluation.shipped import cached_features, features_of, known
 from dumo.evaluation.shipped import score_cifar10 as score
 from dumo.io.picture import from_uint8
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from train_classifier import cifar_images
@@ -103,7 +103,7 @@ def test_mirrored_images_are_as_good_and_accuracy_is_of_the_classes_asked_for(
 
 @pytest.mark.nightly
 def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
-    evaluator = QUICK.evaluator(Context(lambda: Table(blobs.x, blobs.c), 10))
+    evaluator = QUICK.evaluator(Context(lambda: TensorData(blobs.x, blobs.c), 10))
     upside_down = blobs.x.flip(2)
     order = torch.randperm(1000, generator=stream("order"))
     found = evaluator.score((part, upside_down[part]) for part in order.split(300))

@@ -8,14 +8,14 @@ import torch
 from dumo.data import Digits
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator, dequantised
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.types import UserError
 
 LEVELS = torch.arange(17).repeat(4).view(4, 1, 1, 17) / 8 - 1
 
 
 def judge(x: torch.Tensor = LEVELS, **fields: int | None) -> LikelihoodEvaluator:
-    return LikelihoodProtocol(samples=4, **fields).evaluator(Context(lambda: Table(x, torch.arange(len(x)))))
+    return LikelihoodProtocol(samples=4, **fields).evaluator(Context(lambda: TensorData(x, torch.arange(len(x)))))
 
 
 def cells(x: torch.Tensor, of: torch.Tensor) -> bool:
@@ -62,7 +62,7 @@ def test_it_is_of_what_was_held_out() -> None:
 
 def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(UserError, match=r"here are 4: set evaluate.protocol.samples=4"):
-        LikelihoodProtocol(samples=5).evaluator(Context(lambda: Table(LEVELS, torch.arange(4))))
+        LikelihoodProtocol(samples=5).evaluator(Context(lambda: TensorData(LEVELS, torch.arange(4))))
     with pytest.raises(UserError, match=r"other levels than 256 .* set evaluate.protocol.levels, for digits 17"):
         judge()
     with pytest.raises(UserError, match="not finite numbers"):

@@ -18,7 +18,7 @@ from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, places_of_classe
 from dumo.evaluation.protocol import Reference, parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.report import score
 from dumo.report.score import state
 from dumo.runtime.random import stream
@@ -37,7 +37,7 @@ def drawn(n: int, key: str, side: int = 32) -> Tensor:
 
 def opened(x: Tensor, c: Tensor | None = None, protocol: ShippedProtocol = PROTOCOL) -> PhotosEvaluator:
     c = torch.zeros(len(x), dtype=torch.long) if c is None else c
-    evaluator = protocol.evaluator(Context(lambda: Table(x, c), int(c.max() + 1) if c.any() else 0))
+    evaluator = protocol.evaluator(Context(lambda: TensorData(x, c), int(c.max() + 1) if c.any() else 0))
     assert isinstance(evaluator, PhotosEvaluator)
     return evaluator
 

@@ -12,7 +12,7 @@ def test_what_was_made_of_a_tensor_keeps_its_numbers() -> None:
     with made:
         x = torch.empty(3).fill_(1)
         y = torch.empty(3).copy_(x)
-    made.put(x, lambda: torch.full((3,), 7.0))
+    made.replace(x, lambda: torch.full((3,), 7.0))
     assert made.made(y).tolist() == [1, 1, 1]
     assert made.made(x).tolist() == [7, 7, 7]
     with made:

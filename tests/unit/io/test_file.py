@@ -23,30 +23,30 @@ def interrupted(half: Path, *inside: str) -> None:
 def test_nothing_stands_in_place_until_all_is_written(tmp_path: Path) -> None:
     """A file, and a folder."""
     path, folder = tmp_path / "new" / "file", tmp_path / "new" / "folder"
-    with file.whole(path) as half:
+    with file.atomic_write(path) as half:
         half.write_bytes(b"half")
         assert not path.exists()
     assert path.read_bytes() == b"half"
-    with pytest.raises(KeyboardInterrupt), file.whole(path) as half:
+    with pytest.raises(KeyboardInterrupt), file.atomic_write(path) as half:
         interrupted(half)
-    with pytest.raises(KeyboardInterrupt), file.whole(folder) as half:
+    with pytest.raises(KeyboardInterrupt), file.atomic_write(folder) as half:
         interrupted(half, "a")
     assert path.read_bytes() == b"half"
     assert list(path.parent.iterdir()) == [path]
-    with file.whole(folder) as half:
+    with file.atomic_write(folder) as half:
         half.mkdir()
         (half / "a").write_bytes(b"a")
     assert sorted(part.name for part in tmp_path.rglob("*")) == ["a", "file", "folder", "new"]
 
 
 def test_writers_have_places_of_their_own(tmp_path: Path) -> None:
-    with file.whole(tmp_path / "a") as first, file.whole(tmp_path / "a", writer=0) as second:
+    with file.atomic_write(tmp_path / "a") as first, file.atomic_write(tmp_path / "a", writer=0) as second:
         assert str(os.getpid()) in first.name
         assert second == tmp_path / ".a.0.tmp"
         for half in (first, second):
             half.write_bytes(half.name.encode())
     assert (tmp_path / "a").read_bytes() == first.name.encode()  # the last to be moved there
-    assert file.hidden(tmp_path / "a") == tmp_path / ".a.tmp"
+    assert file.temp_path_for(tmp_path / "a") == tmp_path / ".a.tmp"
 
 
 def test_what_is_durable_is_flushed_before_it_is_named_and_then_its_name(
@@ -64,9 +64,9 @@ def test_what_is_durable_is_flushed_before_it_is_named_and_then_its_name(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES])
 def test_a_full_disk_is_known_by_its_number_also_where_it_is_text(number: int) -> None:
     for error in (OSError(number, "said"), SafetensorError(f"I/O error: said (os error {number})")):
-        assert file.full(error) == (number != errno.EACCES)
-    assert not file.full(SafetensorError("InvalidHeader"))
-    assert not file.full(ValueError(number))
+        assert file.is_disk_full(error) == (number != errno.EACCES)
+    assert not file.is_disk_full(SafetensorError("InvalidHeader"))
+    assert not file.is_disk_full(ValueError(number))
 
 
 def test_all_files_are_as_the_umask_wants(tmp_path: Path) -> None:
@@ -74,9 +74,9 @@ def test_all_files_are_as_the_umask_wants(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         file.write(tmp_path / "bytes", b"a")
-        with file.whole(tmp_path / "tensors") as half:
+        with file.atomic_write(tmp_path / "tensors") as half:
             save_file({"x": torch.zeros(1)}, half)
-        with file.whole(tmp_path / "folder") as half:
+        with file.atomic_write(tmp_path / "folder") as half:
             half.mkdir()
             save_file({"x": torch.zeros(1)}, half / "part")
     finally:
@@ -98,7 +98,7 @@ def test_what_is_left_of_the_dead_is_swept(tmp_path: Path) -> None:
 
 
 def test_what_another_thread_writes_now_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with file.whole(tmp_path / "a") as half:
+    with file.atomic_write(tmp_path / "a") as half:
         half.write_text("whole")
         monkeypatch.chdir(tmp_path)
         file.sweep(Path())
@@ -112,11 +112,11 @@ def test_a_full_disk_names_the_file_and_what_it_needs(tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(file, "free", lambda path: 300_000)
-    with pytest.raises(OSError, match="No space") as raised, file.whole(tmp_path / "a"):
+    monkeypatch.setattr(file, "free_bytes", lambda path: 300_000)
+    with pytest.raises(OSError, match="No space") as raised, file.atomic_write(tmp_path / "a"):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
-    with pytest.raises(FileNotFoundError) as missing, file.whole(tmp_path / "c") as half:
+    with pytest.raises(FileNotFoundError) as missing, file.atomic_write(tmp_path / "c") as half:
         (half / "d").write_bytes(b"")
     assert missing.value.filename == str(tmp_path / "c")  # not its hidden place
     monkeypatch.setattr(Path, "write_bytes", full)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.read import MOST, brief, read_json, read_text, text_lines, user_path
+from dumo.io.read import MAX_FILE_BYTES, brief, read_json, read_text, text_lines, user_path
 from dumo.types import UserError
 from fuzz.judge import limited
 
@@ -25,7 +25,7 @@ def test_what_is_no_text_is_refused_with_the_way_out(tmp_path: Path) -> None:
     pipe, huge, other = tmp_path / "pipe", tmp_path / "huge", tmp_path / "other"
     os.mkfifo(pipe)
     with huge.open("wb") as file:
-        file.truncate(MOST + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     other.write_bytes(b"a\xffb")
     for path, said in (
         (pipe, "is no file"),

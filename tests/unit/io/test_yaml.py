@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dumo.io.yaml import DEPTH, DIGITS, SHORT, dump, parse
+from dumo.io.yaml import MAX_DEPTH, MAX_DIGITS, MAX_SLOW_CHARACTERS, dump, parse
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\ufeff"))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
@@ -67,10 +67,10 @@ REFUSED = [
     ("!!binary eA==", "binary"),
     ("!!set {a}", "set"),
     ("!!python/object/apply:os.system [exit]", "python"),
-    ("9" * (DIGITS + 1), "a number of"),
+    ("9" * (MAX_DIGITS + 1), "a number of"),
     ("0x" + "f" * 5000, "a number of"),
     ("1" + ":01" * 100_000, "a number of"),
-    ("[" * (DEPTH + 1) + "]" * (DEPTH + 1), "deep"),
+    ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "deep"),
     ("[" * 2000, "deep"),
     ("{a: " * 100_000, "deep"),
     ("- " * 100_000, "deep"),
@@ -78,7 +78,7 @@ REFUSED = [
     (laughs("{0}: &{0} {{<<: [{1}]}}"), "aliases"),
     ("&a [*a]", "aliases"),
     (f"a: &a {'x' * 10_000}\nb: [{'*a,' * 1000}]", "aliases"),
-    ("'" * (SHORT + 1), "quoted"),
+    ("'" * (MAX_SLOW_CHARACTERS + 1), "quoted"),
     ("a\0b", "special characters"),
     ("\udcff", "special characters"),
     ('"\\ud800"', "utf-16"),
@@ -95,4 +95,4 @@ def test_refused(text: str, said: str) -> None:
 
 
 def test_depth_that_is_read() -> None:
-    assert dump(parse("[" * DEPTH + "]" * DEPTH), flow=True).strip() == "[" * DEPTH + "]" * DEPTH
+    assert dump(parse("[" * MAX_DEPTH + "]" * MAX_DEPTH), flow=True).strip() == "[" * MAX_DEPTH + "]" * MAX_DEPTH

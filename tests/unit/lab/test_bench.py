@@ -14,7 +14,7 @@ from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.lab import bench, reading, step
-from dumo.lab.step import Plain, Row, slope_error
+from dumo.lab.step import PlainStep, Row, slope_error
 from dumo.runtime.progress import no_bar
 from dumo.training.prefetch import BATCHES_AHEAD
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
@@ -135,7 +135,7 @@ def test_the_yardstick_teaches_every_head_the_velocity() -> None:
             return x * 0 + 1, x * 0 + 3
 
     x, c = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
-    plain = Plain(of=tiny("moons").objective)
+    plain = PlainStep(of=tiny("moons").objective)
     b = draw(plain, tiny("moons").path, x, c, c, seed=0, step=0)  # pyright: ignore[reportArgumentType]
     loss = plain.loss(Ones(), frozen(Ones()), b).loss
     assert torch.allclose(loss, (1 - b.v_t).square().mean(1) + (3 - b.v_t).square().mean(1))

@@ -23,7 +23,7 @@ def small(*words: str) -> Run:
     return load("digits", [*GUIDED, *words])
 
 
-def counted(spec: Run, ranks: int = RANKS) -> cluster.Step:
+def counted(spec: Run, ranks: int = RANKS) -> cluster.RankStep:
     """A rank's step."""
     return cluster.counted(outline(spec), spec.objective, spec.path, spec.data.shape, spec.train, ranks)
 
@@ -34,7 +34,7 @@ def held(spec: Run) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def steps() -> dict[str, cluster.Step]:
+def steps() -> dict[str, cluster.RankStep]:
     """A rank's step of eight: each with all weights; in parts, by four passes; in parts that are given back."""
     layouts = {
         "replicated": (),
@@ -45,7 +45,7 @@ def steps() -> dict[str, cluster.Step]:
 
 
 @pytest.mark.nightly
-def test_ranks_hold_their_share(steps: dict[str, cluster.Step]) -> None:
+def test_ranks_hold_their_share(steps: dict[str, cluster.RankStep]) -> None:
     alone, whole = held(small()), steps["replicated"].memory
     for name in ("weights", "optimizer", "averages"):
         assert whole[name] == pytest.approx(alone[name], rel=0.01)
@@ -73,7 +73,7 @@ def test_what_is_frozen_has_no_gradients_and_lies_once(monkeypatch: pytest.Monke
     assert 4 * sum(kept) == pytest.approx(cluster.cluster(spec, RANKS)["checkpoint"]["bytes"], rel=0.02)
 
 
-def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -> None:
+def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.RankStep]) -> None:
     """As test_collective.py counts it of real steps, in copies of all weights."""
     expected = {
         "replicated": {"all-reduce": 1},
@@ -90,7 +90,7 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
     assert not torch.distributed.is_initialized()
 
 
-def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> None:
+def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.RankStep]) -> None:
     spec = small("train.share=8", "train.optimizer.kind=muon")
     step, found = counted(spec), matrices(outline(spec))
     assert step.calls["all-gather"] == steps["passes"].calls["all-gather"] + len(found)

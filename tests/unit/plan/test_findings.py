@@ -27,10 +27,10 @@ def placed(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
 def test_captions_of_a_class_lie_together_or_not() -> None:
     near, far = measure(*placed(0.1)), measure(*placed(30.0))
     assert near.accuracy == 1
-    assert not near.low
+    assert not near.is_low
     assert far.accuracy is not None
     assert far.accuracy < 0.3
-    assert far.low
+    assert far.is_low
     assert near.chance == far.chance == (EACH - 1) / (CLASSES * EACH - 1)
 
 
@@ -46,16 +46,16 @@ def test_one_caption_each_is_judged_by_the_gap_and_twins_always() -> None:
     x, _ = placed(1.0)
     found = measure(x, torch.arange(len(x)))
     assert found.accuracy is None
-    assert not found.low
+    assert not found.is_low
     x[3] = x[17]
     twins = measure(x)
     assert twins.twins == 2
-    assert twins.low
+    assert twins.is_low
     pairs = x.repeat_interleave(2, 0)
     pairs[1::2] += 0.01
     close = measure(pairs[:-2])
     assert close.gap < 0.01
-    assert close.low
+    assert close.is_low
 
 
 def captioned(root: Path) -> Data:

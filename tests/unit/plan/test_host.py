@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.config.load import load
 from dumo.io.deferred import Deferred
-from dumo.plan.cluster import Sent, pretended
+from dumo.plan.cluster import Traffic, pretended
 from dumo.plan.host import PROCESS, host
 from dumo.run import memory
 from dumo.run.net import outline
@@ -94,13 +94,13 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
 
     real = layout.replace_parameters
     for name, p in net.named_parameters():
-        weights.put(p, partial(make, name, p))
+        weights.replace(p, partial(make, name, p))
     wanted: dict[str, Any] = {name: p.nbytes for name, p in net.named_parameters()}
     assert sum(p.numel() for p in net.parameters()) > 20e9
     with pretended(8):
         mesh, copy = layout.mesh_of(8, torch.device("cpu")), copied(net).requires_grad_(False)
         monkeypatch.setattr(layout, "replace_parameters", put)
-        with Sent() as sent:
+        with Traffic() as sent:
             layout.shard(net, mesh, [copy], weights, reshard=False)
         parts = [layout.local(p) for p in net.parameters()]
     assert not sent.calls

@@ -6,5 +6,5 @@ from dumo.plan import proposal
 
 def test_a_table_of_another_name_keeps_its_kind() -> None:
     for table, name in {"labels.parquet": "metadata.parquet", "a/x.TSV": "metadata.csv"}.items():
-        line = proposal.other_texts(NoCaptionsError("", tables=[table]))
+        line = proposal.caption_hint(NoCaptionsError("", tables=[table]))
         assert line == f"none read; a table of captions is called {name}, and there is {table}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.run.deviation import FILE, measure, read, update
 from dumo.run.train import train
 from dumo.run.weights import open_run
@@ -17,15 +17,15 @@ from unit.run.known import tiny
 def test_that_of_all_numbers_together() -> None:
     """Also between channels of other means; of digits 0.75."""
     x = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 0.5 + torch.tensor([-1.0, 1.0])
-    assert abs(measure(Table(x, torch.zeros(5000, dtype=torch.long))) - 1.25**0.5) < 0.05
+    assert abs(measure(TensorData(x, torch.zeros(5000, dtype=torch.long))) - 1.25**0.5) < 0.05
     assert abs(measure(load("digits").data.open()) - 0.752) < 0.01
 
 
 def test_it_is_measured_once(tmp_path: Path) -> None:
     x = torch.tensor([[-2.0], [2.0]])
-    first = update(tmp_path, None, Table(x, torch.zeros(2, dtype=torch.long)))
+    first = update(tmp_path, None, TensorData(x, torch.zeros(2, dtype=torch.long)))
     assert read(tmp_path) == first
-    assert update(tmp_path, first, Table(9 * x, torch.zeros(2, dtype=torch.long))) == first == read(tmp_path)
+    assert update(tmp_path, first, TensorData(9 * x, torch.zeros(2, dtype=torch.long))) == first == read(tmp_path)
     (tmp_path / FILE).write_text("{")
     with pytest.raises(UserError, match="delete it"):
         read(tmp_path)

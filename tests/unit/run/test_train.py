@@ -16,7 +16,7 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Heun, Restart
-from dumo.io.source import Table
+from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
 from dumo.nets.table import Tabled
 from dumo.report.sample import solver_of
@@ -123,13 +123,13 @@ def test_solvers_by_name() -> None:
 def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ahead of its step, by a thread that is gone when training ends."""
     calls: list[tuple[int, int]] = []
-    batch = Table.batch
+    batch = TensorData.batch
 
-    def noted(table: Table, step: int, size: int, seed: int, *rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def noted(table: TensorData, step: int, size: int, seed: int, *rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append((step, size))
         return batch(table, step, size, seed, *rows)
 
-    monkeypatch.setattr(Table, "batch", noted)
+    monkeypatch.setattr(TensorData, "batch", noted)
     run = tiny("digits", "train.steps=5", "train.micro_batch=2")
     train(run, tmp_path / "run", device="cpu")
     assert sorted(step for step, size in calls if size == 8) == list(range(5))

@@ -40,5 +40,5 @@ def test_others_are_told_by_rank(failing: list[Exception], error: Exception, kin
     for work in (agreement.gather_results, agreement.on_each_rank):
         with pytest.raises(kind, match=says) as caught:
             work(lambda: 1)
-        assert not isinstance(error, OSError) or files.full(caught.value) == files.full(error)
+        assert not isinstance(error, OSError) or files.is_disk_full(caught.value) == files.is_disk_full(error)
         assert getattr(caught.value, "filename", None) == (str(f) if (f := getattr(error, "filename", None)) else None)

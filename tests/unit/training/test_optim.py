@@ -14,7 +14,7 @@ from torch.func import jvp
 
 from dumo.config.load import load
 from dumo.nets.embed import SLOPE_TIMES, Scalars
-from dumo.plan.plan import held
+from dumo.run.memory import held
 from dumo.run.net import outline
 from dumo.run.train import train
 from dumo.run.weights import build

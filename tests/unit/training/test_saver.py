@@ -59,7 +59,7 @@ def test_what_ranks_hold_alike_they_share_out(share: int) -> None:
         mesh = init_device_mesh("cpu", (4 // share, share))
         places = [Replicate(), Shard(0)]
         x = {f"{n}": distribute_tensor(torch.zeros(4 * n, 3), mesh, places) for n in (10, 9, 8, 7, 6, 5, 4, 3)}
-        found = shards.mine(x)
+        found = shards.parts_to_write(x)
     assert sum(x[name].to_local().numel() for name in found) == pytest.approx(52 * 3, abs=6)
     assert {*found.values()} == {(0, 0)}
 

@@ -20,7 +20,7 @@ from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.lab.step import Plain
+from dumo.lab.step import PlainStep
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
 from dumo.nets.text import Learned
@@ -87,7 +87,7 @@ def wholes() -> dict[str, bool]:
     found: dict[str, bool] = {}
     x, c = torch.ones(16, 2, 4, 4), torch.arange(16) % 3
     objectives = one_each(guide=Guide(zeta=0.4), drop=0.3)
-    for objective in (*objectives, Plain(of=objectives[0])):
+    for objective in (*objectives, PlainStep(of=objectives[0])):
         torch.compiler.reset()
         net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
         path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()

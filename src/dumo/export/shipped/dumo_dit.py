@@ -29,8 +29,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention = attention
         self.modulation = nn.Linear(width, 6 * width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """h (b, tokens, width), e (b, width)."""
@@ -48,7 +50,8 @@ class Head(nn.Module):
     def __init__(self, width: int, out: int) -> None:
         """From `width` to `out` numbers per token."""
         super().__init__()
-        self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, out)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """h (b, tokens, width), e (b, width); returns (b, tokens, out)."""
@@ -75,27 +78,34 @@ class DumoDiT(ModelMixin, ConfigMixin):
     ) -> None:
         """For square images of `side` pixels; 0 classes: no label."""
         super().__init__()
-        self.patch, self.grid, self.time_scale = patch, side // patch, time_scale
+        self.patch = patch
+        self.grid = side // patch  # patches on a side
+        self.time_scale = time_scale
         self.embed = nn.Linear(channels * patch**2, width)
         self.register_buffer("positions", torch.zeros(self.grid**2, width))
-        layers = ((nn.Linear(2 * WAVES, width), nn.SiLU(), nn.Linear(width, width)) for _ in time_names)
-        self.times = nn.ModuleDict({name: nn.Sequential(*some) for name, some in zip(time_names, layers, strict=True)})
+        self.times = nn.ModuleDict()
+        for name in time_names:
+            self.times[name] = nn.Sequential(nn.Linear(2 * WAVES, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.blocks = nn.ModuleList(Block(width, attention) for _ in range(depth))
         self.heads = nn.ModuleDict({name: Head(width, channels * patch**2) for name in head_names})
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor, head: str = "u") -> Tensor:
         """x (b, channels, side, side), t (b,), c (b,) class indices, `classes` being none; returns one head, as x."""
-        b, g, p = len(x), self.grid, self.patch
+        b = len(x)
+        g = self.grid
+        p = self.patch
         tokens = x.reshape(b, -1, g, p, g, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         h = self.embed(tokens.to(self.dtype)) + self.positions
         falling = torch.exp(-log(10_000.0) * torch.arange(WAVES, device=t.device) / WAVES)
         angles = t[:, None] * (self.time_scale * falling)
         waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype)
-        e, *more = (embed(waves) for embed in self.times.values())
-        for other in more:
+        e, *others = [embed(waves) for embed in self.times.values()]
+        for other in others:
             e = e + other
-        e = F.silu(e if self.label is None else e + self.label(c))
+        if self.label is not None:
+            e = e + self.label(c)
+        e = F.silu(e)
         for block in self.blocks:
             h = block(h, e)
         y = self.heads[head](h, e).view(b, g, g, -1, p, p)
