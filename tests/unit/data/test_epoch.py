@@ -66,7 +66,7 @@ def test_few_orders_are_kept(made: list[int]) -> None:
     for step in range(20):
         rows_of(step, 100, size=100, seed=0)
     assert len(made) == 20
-    assert epoch._permuted.cache_info().currsize == epoch.ORDERS == 2
+    assert epoch._permuted.cache_info().currsize == epoch.CACHED_ORDERS == 2
 
 
 def test_what_is_given_is_not_the_order_that_is_kept(made: list[int]) -> None:

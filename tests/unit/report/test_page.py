@@ -131,7 +131,7 @@ def _quick() -> Generator[None, None, None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "PASSES", (1, 2, 7))
         patch.setattr(report, "POINTS", 100)
-        patch.setattr(chart, "DPI", 40)
+        patch.setattr(chart, "PAGE_DPI", 40)
         yield
 
 
