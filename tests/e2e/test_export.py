@@ -423,7 +423,7 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path
         ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
         ((run, out, "--to", "lora"), "all weights were tuned"),
         ((run, out, "--to", "comfyui"), "all weights were tuned"),
-        ((run, out, "--head", "w"), "has u, v"),
+        ((run, out, "--head", "w"), "only u and v can be exported"),
         ((run, out, "--parts", "move"), "no --parts 'move'"),
         ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),
         ((trained["moons"], out), "net 'mlp'"),

@@ -61,8 +61,8 @@ def write(
     """
     stock = require_pipeline(exported, lora=True)
     weights: dict[str, Tensor] = {}
-    for name, tensor in tensors(exported).items():
-        weights[f"{exported.part}.{name}"] = tensor.to(getattr(torch, dtype))
+    for weight_name, tensor in tensors(exported).items():
+        weights[f"{exported.part}.{weight_name}"] = tensor.to(getattr(torch, dtype))
     safetensors.torch.save_file(weights, out / FILE, METADATA)
     if exported.head == "u" and not exported.alone:  # the few-step run's export has one
         write_scheduler(

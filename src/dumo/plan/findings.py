@@ -113,7 +113,7 @@ def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
 
 @dataclass(frozen=True)
 class Separability:
-    """How well the embeddings of captions can be told apart, as this file's header defines it."""
+    """How well the embeddings of captions can be separated, as this file's header defines it."""
 
     captions: int
     gap: float
