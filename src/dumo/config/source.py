@@ -73,11 +73,6 @@ class ChosenSource:
     word: str | Path  # as `read` takes it; of images where they lie
     folder: Path  # where it is trained, unless another is given
 
-    def __str__(self) -> str:
-        """In words."""
-        kind = "run file" if self.kind == "file" else self.kind
-        return f"{kind} {self.word}"
-
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     """Decide what a word is: a recipe, a YAML file, the folder of a run (or its run.yaml), or images.

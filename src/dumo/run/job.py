@@ -26,7 +26,6 @@ from dumo.config import trust
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.io.content import Hashes, hashes_of
 from dumo.io.source import DataSource
 from dumo.run import content, cost, encode, examination
 from dumo.run.cost import StepCost
@@ -80,7 +79,6 @@ class Job:
     device: torch.device
     tell: Tell  # silent except on rank 0
     data: DataSource
-    hashes: Hashes | None  # of the data's files; None: they have none
     state: State  # in which training begins
     resumed_from: Checkpoint | None  # None: a fresh start
     goes_back: bool  # a step was asked for: later checkpoints are removed
@@ -184,7 +182,6 @@ def open_job(
             device=torch_device,
             tell=tell,
             data=data,
-            hashes=hashes_of(data),
             state=state,
             resumed_from=checkpoint,
             goes_back=step is not None,

@@ -15,8 +15,8 @@ from dumo.config.source import FILE
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun, Index, later_changes_of_function
 from dumo.runtime import typed
-from dumo.training import checkpoint as checkpoints
 from dumo.training import manifest
+from dumo.training.checkpoint import facts_of, step_of
 from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
 
@@ -37,22 +37,17 @@ def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place
 
 def require_own_weights(run: Run, index: Index, place: Path) -> None:
     """Raise UserError where weights, as a milestone or a part of another folder's checkpoint, are of another run."""
+    checkpoint = checkpoint_of(place)
+    if checkpoint and checkpoint.path.resolve().parent == index.checkpoints.folder.resolve():
+        require_own_checkpoint(run, index, checkpoint, place)
+        return
     written = Written(run, index.written.past if index.written else ())
-    holder = checkpoint_of(place)
-    trained_run = CheckpointRun.read(holder) if holder else None
-    if holder and holder.path.resolve().parent == index.checkpoints.folder.resolve():
-        lines: list[str] = []
-        if trained_run:
-            lines = trained_run.lines(trained_run.differences_from(written), written)
-    else:
-        owner = identity(trained_run.run) if trained_run else checkpoints.facts_of(place).get("run")
-        if owner is not None and owner not in written.identities():
-            raise UserError(
-                f"{place} has weights of another run than {index.folder}: take others, or that run's folder"
-            )
-        step = checkpoints.step_of(place, run.train.steps)
-        lines = [str(difference) for difference in later_changes_of_function(written.past, step)]
-    require_no_differences(index.folder, place, lines)
+    trained_run = CheckpointRun.read(checkpoint) if checkpoint else None
+    owner = identity(trained_run.run) if trained_run else facts_of(place).get("run")
+    if owner is not None and owner not in written.identities():
+        raise UserError(f"{place} has weights of another run than {index.folder}: take others, or that run's folder")
+    changes = later_changes_of_function(written.past, step_of(place, run.train.steps))
+    require_no_differences(index.folder, place, [str(change) for change in changes])
     if trained_run:
         require_same_code(run, trained_run.run.resolved, index.folder)
 
@@ -82,13 +77,13 @@ def require_place(file: Path, identities: Set[str], kind: str, step: int, **fact
     `identities` are those of the run (`Written.identities`). What a file does not say is taken: it is from before it
     was written down.
     """
-    facts_in_file = checkpoints.facts_of(file)
+    facts_in_file = facts_of(file)
     owner = facts_in_file.get("run")
     if owner is not None and owner not in identities:
         raise UserError(
             f"{file} has weights of another run than {FILE} says: put back those that this run kept, or remove them"
         )
-    facts_in_file["step"] = checkpoints.step_of(file, step)
+    facts_in_file["step"] = step_of(file, step)
     expected = {"kind": kind, "step": step, **facts}
     for name, value in expected.items():
         if facts_in_file.get(name, value) != value:

@@ -18,6 +18,7 @@ from dumo.config.word import method
 from dumo.data import Latents
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
+from dumo.io.content import hashes_of
 from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
 from dumo.run import teacher
@@ -98,16 +99,16 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             source = job.teacher.training_source(job.data, points, run.path, run.data, job.folder, job.device, bar)
     step_threads = step_threads_of(job)
     journal = Journal(
-        run,
-        job.folder,
-        job.device,
-        job.index.checkpoints,
-        source,
-        job.tell,
-        job.hashes,
-        dump(run, history.changed) if history else "",
-        job.validation,
-        step_threads,
+        run=run,
+        folder=job.folder,
+        device=job.device,
+        checkpoints=job.index.checkpoints,
+        source=source,
+        tell=job.tell,
+        hashes=hashes_of(job.data),
+        text=dump(run, history.changed) if history else "",
+        validation=job.validation,
+        threads=step_threads,
     )
     journal.open(state)
     if job.sheets:

@@ -124,10 +124,6 @@ class Checkpoint:
         self.is_whole = False  # this process wrote it, or has hashed all its files
         self.not_finite: str | None = None  # what is wrong with its numbers, though the files are as listed
 
-    def __repr__(self) -> str:
-        """For messages of tests."""
-        return f"Checkpoint({self.path})"
-
     @cached_property
     def manifest(self) -> Manifest:
         """Its `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
