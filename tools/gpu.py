@@ -276,7 +276,7 @@ def flow_row(dropout: float, setting: Setting) -> Row:
     seconds = seconds_of(step, setting.device, setting.rounds)
     return {
         "flow with dropout": dropout,
-        "du/dt": flow.why,
+        "du/dt": flow.slope_reason,
         "ms": 1e3 * seconds,
         "first loss": losses[0],
         "last loss": losses[-1],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contract.case import Counted, kind, name, nets, objectives, randomise
-from dumo.flow.reading import bind
+from dumo.flow.reading import bind_knobs
 from dumo.nets import Net
 from dumo.objectives import Objective
 
@@ -13,7 +13,7 @@ from dumo.objectives import Objective
 @pytest.mark.parametrize("net", nets(), ids=kind)
 def test_readings(objective: Objective, net: Net) -> None:
     model = Counted(randomise(net.build(objective.needs, (2, 4, 4), 3)))
-    reads = objective.read(bind(model, **objective.needs.knobs))
+    reads = objective.read(bind_knobs(model, **objective.needs.knobs))
     assert (model.graded, model.still) == (0, 0)
 
     g = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def test_readings(objective: Objective, net: Net) -> None:
 @pytest.mark.parametrize("objective", list(objectives()), ids=name)
 def test_a_jump_of_no_time_stays(objective: Objective) -> None:
     net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
-    bound = bind(net, **objective.needs.knobs)
+    bound = bind_knobs(net, **objective.needs.knobs)
     reads, x = objective.read(bound), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     zero, half, c = torch.zeros(3), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
     if reads.endpoint is not None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from dumo.config.load import load
 from dumo.export import lora
-from dumo.flow.draw import PRIOR, drawn, noised
+from dumo.flow.draw import PRIOR, add_noise, make_draws
 from dumo.flow.guide import Guide
-from dumo.flow.reading import reading, teaching
+from dumo.flow.reading import reading, teacher_velocity
 from dumo.run.folder import write_run_file
 from dumo.run.weights import open_run
 from dumo.runtime.random import share_of_rows
@@ -111,11 +111,11 @@ def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
     """Before the first step they have no loss of velocity, at any time, however guided; photographs have."""
     opened = open_run(str(sd3.few), device="cpu")
     net, run = opened.net, opened.run
-    teacher = teaching(reading(run.objective, net))
+    teacher = teacher_velocity(reading(run.objective, net))
     x, c, _ = torch.randn(4, *run.data.shape), torch.tensor([0, 1, 2, 0]), None
     objective = run.objective.model_copy(update={"guide": Guide(zeta=0.8)})
-    draws = drawn(objective, x.shape[1:], seed=0, step=0, batch=4, prior=0.5)
-    b = noised(draws, run.path, x, c, run.data.classes, teacher=teacher)
+    draws = make_draws(objective, x.shape[1:], seed=0, step=0, batch=4, prior=0.5)
+    b = add_noise(draws, run.path, x, c, run.data.classes, teacher=teacher)
     terms = objective.loss(net, frozen(net), b)
     assert b.taught is not None
     assert terms.parts["v"][b.taught].max() < 1e-9

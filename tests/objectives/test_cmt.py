@@ -10,10 +10,10 @@ import torch
 
 from contract.case import step
 from dumo.config.load import load
-from dumo.flow.draw import draw, drawn, noised
+from dumo.flow.draw import add_noise, draw, make_draws
 from dumo.flow.generate import sample_trajectory
 from dumo.flow.path import Linear
-from dumo.flow.reading import teaching
+from dumo.flow.reading import teacher_velocity
 from dumo.flow.solver import Euler, Heun
 from dumo.flow.times import Grid
 from dumo.objectives import CMT
@@ -114,12 +114,12 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     for low, high in pairwise(range(5)):
         v = reads.velocity(trail[:, high], torch.full((12,), high / 4), c)
         assert torch.allclose(trail[:, low], trail[:, high] - v / 4, rtol=0, atol=1e-5)
-    draws = drawn(run.objective, (2,), seed=0, step=0, batch=12, z=False)
-    taught = teaching(reads)
-    b = noised(draws, run.path, x, c, 2, z=z, between=between, teacher=taught)
+    draws = make_draws(run.objective, (2,), seed=0, step=0, batch=12, z=False)
+    taught = teacher_velocity(reads)
+    b = add_noise(draws, run.path, x, c, 2, z=z, between=between, teacher=taught)
     assert torch.equal(b.x_t, torch.stack([trail[i, k] for i, k in enumerate((4 * b.t).int().tolist())]))
     assert torch.allclose(b.v_t, reads.velocity(b.x_t, b.t, c))
-    doubled = noised(draws, run.path, x, c, 2, z=z, between=between, teacher=lambda x, t, c, v: 2 * x)
+    doubled = add_noise(draws, run.path, x, c, 2, z=z, between=between, teacher=lambda x, t, c, v: 2 * x)
     assert torch.equal(doubled.v_t, 2 * b.x_t)
     assert torch.equal(b[3:7].on(b.r[3:7]), b.on(b.r)[3:7])
 

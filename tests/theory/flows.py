@@ -126,7 +126,7 @@ def compare(name: str, of_net: str, of_flow: str, rank: int) -> Gradient:
         found = found / 2
     torch._dynamo.reset()
     error = (found - expected).norm() / expected.norm()
-    return Gradient(f"{name}, {of_net}, {of_flow}", error.item(), loss, flow.why)
+    return Gradient(f"{name}, {of_net}, {of_flow}", error.item(), loss, flow.slope_reason)
 
 
 class AsksForTensors(nn.Module):
@@ -161,7 +161,7 @@ def refusals(rank: int) -> dict[str, str]:
     def attempt(name: str, flow: Flow, x: Tensor, c: Tensor | None = None) -> None:
         try:
             flow(x, c)
-            said[name] = f"none: {flow.why}"
+            said[name] = f"none: {flow.slope_reason}"
         except UserError as error:
             said[name] = str(error)
 

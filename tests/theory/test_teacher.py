@@ -18,7 +18,7 @@ from dumo.config.load import load
 from dumo.config.teacher import Start, Teacher
 from dumo.flow.flow import Flow
 from dumo.flow.guide import Guide
-from dumo.flow.reading import taught, teaching
+from dumo.flow.reading import taught_readings, teacher_velocity
 from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
 from dumo.run.folder import write_run_file
@@ -51,16 +51,18 @@ class UnderAdapters(nn.Module):
 
 
 def run_of(objective: Objective) -> Taught:
-    return teaching(Flow(Exact(APART, objective.needs), objective, classes=APART.classes).reads)
+    return teacher_velocity(Flow(Exact(APART, objective.needs), objective, classes=APART.classes).reads)
 
 
 def of_function() -> Taught:
-    return teaching(Reads(velocity=lambda x, t, c: APART.velocity(x, c, t)))
+    return teacher_velocity(Reads(velocity=lambda x, t, c: APART.velocity(x, c, t)))
 
 
 def untuned() -> Taught:
     run = load("moons", ["data.labelled=true"])
-    return teaching(base_flow(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).reads)
+    return teacher_velocity(
+        base_flow(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).reads
+    )
 
 
 def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Taught:
@@ -68,7 +70,7 @@ def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Taught:
     write_run_file(run, folder)
     monkeypatch.setattr(type(run), "has_subject", True)
     subject = run.model_copy(update={"start": Start(source=str(folder))})
-    return teaching(base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).reads)
+    return teacher_velocity(base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).reads)
 
 
 TEACHERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Taught]] = {
@@ -121,7 +123,7 @@ def by_row(objective: Objective, b: Noised) -> Tensor:
     return torch.stack(found)
 
 
-NO_VELOCITY = [o for o in one_each() if taught(o).velocity is None]
+NO_VELOCITY = [o for o in one_each() if taught_readings(o).velocity is None]
 
 
 @pytest.mark.parametrize("objective", NO_VELOCITY, ids=name)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.residual import descending
+from dumo.flow.residual import descent_error
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM, FlowMatching
 from dumo.types import Frozen, mean_square
@@ -34,7 +34,7 @@ NET, B = Polynomial(1), rows(UCGM())
 def ucgm(ratio: float) -> Tensor:
     """Its loss without its weights and its bound, row by row."""
     u, e = UCGM(ratio=ratio, slope=JvpSlope()).residual(NET, B)
-    return mean_square(descending(u, e))
+    return mean_square(descent_error(u, e))
 
 
 def matching() -> Tensor:

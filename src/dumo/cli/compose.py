@@ -19,8 +19,8 @@ from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_i
 from dumo.config.spec import Run
 from dumo.config.tree import Parts
 from dumo.data import Memory
-from dumo.flow.reading import taught
-from dumo.flow.solver import best
+from dumo.flow.reading import taught_readings
+from dumo.flow.solver import best_solver
 from dumo.nets import Module
 from dumo.plan import proposal
 from dumo.runtime.progress import Bar
@@ -194,6 +194,6 @@ def fields_of(parts: Fields, run: Run) -> Fields:
         twin = twin_of(TOYS[0], fields["objective"])
         if fields["objective"].keys() == {"kind"} and twin in recipes.names():
             fields["objective"] = load_recipe(twin).objective.model_dump(mode="json")
-        solver = best(taught(objective_of(fields["objective"])))
+        solver = best_solver(taught_readings(objective_of(fields["objective"])))
         fields["sample.solver"] = {"kind": solver.kind}
     return fields

@@ -15,7 +15,7 @@ from dumo.config.tree import Evaluation, Tree
 from dumo.data import Data
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
-from dumo.flow.slope import demand_precision
+from dumo.flow.slope import require_precision
 from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net
 from dumo.objectives import Objective
@@ -121,7 +121,7 @@ def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
             f"{train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    demand_precision(train.precision, objective.needs.amplifies, objective.kind)
+    require_precision(train.precision, objective.needs.amplifies, objective.kind)
 
 
 def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:

@@ -13,7 +13,7 @@ from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
-from dumo.flow.reading import taught
+from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
@@ -135,7 +135,7 @@ class Tree(Spec):
     @property
     def reads(self) -> Reads:
         """The readings that the objective will teach, of no net yet."""
-        return taught(self.objective)
+        return taught_readings(self.objective)
 
     @property
     def conditions(self) -> Conditions:

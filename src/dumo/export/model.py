@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dumo.encoders.pipeline import TRANSFORMER, UNET, component_names
 from dumo.export.scheduler import restart
 from dumo.flow.path import Diffusion
-from dumo.flow.solver import Hop, Restart, steps, uniform
+from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import class_of, family
@@ -261,7 +261,7 @@ class ExportedModel:
     def start_times(self, n: int) -> list[float]:
         """The times at which n passes begin."""
         if self.hops:
-            return uniform(n, self.solver.start)[:-1]
+            return uniform_times(n, self.solver.start)[:-1]
         return self.solver.times(n)
 
     @property
@@ -354,7 +354,7 @@ def exported_head(
     if not nfe:
         nfe = DEFAULT_HOPS if isinstance(solver, Hop) else DEFAULT_PASSES
     for n in nfe:
-        steps(solver, n)  # raises where the solver does not make n passes
+        num_steps(solver, n)  # raises where the solver does not make n passes
     return ExportedModel(sampler, spec, net, head, tuple(sorted({*nfe})), dtype)
 
 

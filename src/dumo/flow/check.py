@@ -3,6 +3,10 @@
 A step makes several passes of one network on the same rows: to learn, to be differentiated, for theta^-. And a resumed
 run makes the passes that it would have made. So a pass draws nothing that is not keyed and changes nothing, its rows do
 not mix, and a loss has a number for each row. du/dt is `dumo.flow.derivative`'s.
+
+`LoopFlow.check` calls these in order: `require_teachable` and `require_parameters` before any pass; then, on the first
+`rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `require_terms` looks at every
+loss. `dumo.run.outside` calls some of them for nets and objectives of users.
 """
 
 from collections.abc import Mapping
@@ -11,28 +15,31 @@ from math import lcm
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.passes import Passes, call_of, generators, inner
+from dumo.flow.passes import Passes, call_of, generator_states, inner
 from dumo.flow.precision import Precision
 from dumo.flow.slope import precision_of
 from dumo.types import Needs, Noised, Objective, Sample, Terms, Time, UserError
 from dumo.types.outside import name_of
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Ours: by how much two passes may differ on a GPU, whose kernels may add in another order; of the outputs' norm
 MAX_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}
-KEYED = (
+_KEYED_DROPOUT = (
     "drop by dumo.flow.dropout, whose masks are functions of row, step and layer "
     "(docs/library.md, Dropout in a network of your own)"
 )
-ROWS = 4  # that are tried
-MIXED = 1e-4  # ours: a change of one row may move another by this share, as kernels round
+_ROWS = 4  # ours: how many are tried, if no more belong together
+_MAX_MIXING = 1e-4  # ours: a change of one row may move another by this share of its largest value, as kernels round
 
 
 # ------------------------------------------------------------------------------------------------------- what a loss is
 
 
 def require_terms(returned: object, rows: int, objective: str) -> Terms:
-    """What a loss returned. Raises UserError where it is no `Terms` of one number per row, or has no gradient."""
+    """`returned`, which a loss gave for this many rows, as `Terms`.
+
+    Raises UserError where it is no `Terms` of one number per row, or has no gradient.
+    """
     subject = f"objective '{objective}': its loss"
     expected = f"one number per row, shape ({rows},)"
     if isinstance(returned, Tensor):
@@ -72,10 +79,11 @@ def require_terms(returned: object, rows: int, objective: str) -> Terms:
 
 
 def inputs_of(b: Noised, needs: Needs) -> dict[str, Time]:
-    """The times and knobs of a pass on a record."""
-    known = {"t": b.t, "r": b.r}
-    known |= {name: torch.full_like(b.t, value) for name, value in needs.knobs.items()}
-    return {name: known.get(name, b.t) for name in needs.names}
+    """The times and knobs (b,) of a pass on a record, by the names of an objective's needs."""
+    values = {"t": b.t, "r": b.r}
+    for name, value in needs.knobs.items():
+        values[name] = torch.full_like(b.t, value)
+    return {name: values.get(name, b.t) for name in needs.names}
 
 
 @torch.no_grad()
@@ -100,40 +108,44 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
             )
     if all(outputs_match(head, repeated, max_difference) for head, repeated in zip(first, again, strict=True)):
         return
-    for name, part in module.named_modules():
-        if isinstance(part, DROPOUTS) and part.p > 0 and not isinstance(net, Passes):  # which keys them
-            raise UserError(
-                f"{subject}: {type(part).__name__}(p={part.p:g}) at '{name}' draws another mask in every pass, so a "
-                f"difference of two passes is no derivative, and a resumed run is another one: {KEYED}, or set p=0"
-            )
-    way = f"Draw nothing, or {KEYED}"
     if isinstance(net, Passes):  # in which torch's default generator is keyed
-        way = (
+        fix = (
             "Keep no state, and draw with torch's default generator alone, not with numpy's, Python's or one of its own"
         )
+    else:
+        _require_no_dropout(module, subject)
+        fix = f"Draw nothing, or {_KEYED_DROPOUT}"
     raise UserError(
         f"{subject}: two passes in training on the same rows differ, so it draws random numbers or keeps a state: then "
-        f"a difference of two passes is no derivative, and a resumed run is another one. {way}"
+        f"a difference of two passes is no derivative, and a resumed run is another one. {fix}"
     )
+
+
+def _require_no_dropout(module: nn.Module, subject: str) -> None:
+    """Raise UserError for a layer of torch's that drops: nothing keys its masks."""
+    for name, part in module.named_modules():
+        if isinstance(part, _DROPOUTS) and part.p > 0:
+            raise UserError(
+                f"{subject}: {type(part).__name__}(p={part.p:g}) at '{name}' draws another mask in every pass, so a "
+                "difference of two passes is no derivative, and a resumed run is another one: "
+                f"{_KEYED_DROPOUT}, or set p=0"
+            )
 
 
 def tolerance(x: Sample) -> float:
     """By how much two passes on x may differ (`outputs_match`): on a CPU not at all."""
     if x.device.type == "cpu":
         return 0.0
-    match precision_of(x):
-        case "fp32":
-            return MAX_DIFFERENCE["fp32"]
-        case "tf32":
-            return MAX_DIFFERENCE["tf32"]
-        case _:
-            return MAX_DIFFERENCE["bf16"]
+    precision = precision_of(x)
+    if precision == "fp32" or precision == "tf32":
+        return MAX_DIFFERENCE[precision]
+    return MAX_DIFFERENCE["bf16"]  # autocast, or weights of 16 bits
 
 
 def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
-    """Whether two passes gave the same, what is not finite included.
+    """Whether two outputs agree; where one is not finite they must be equal.
 
-    `max_difference`: the norm of their difference over the norm of the first; 0: they are equal to the bit.
+    `max_difference`: the most that the norm of their difference over the norm of the first may be; 0: equal to the bit.
     """
     if max_difference == 0:
         return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
@@ -147,15 +159,21 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
 
 @torch.no_grad()
 def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
-    """Raise UserError where a head is not finite, or another row changes with the first one."""
+    """Raise UserError where a head is not finite, or other rows of it change as the first row of x does."""
     inputs = inputs_of(b, needs)
+    name = type(inner(net.net)).__name__
     x = b.x_t.clone()
     x[0] += 1
-    name = type(inner(net.net)).__name__
-    for head, here, moved in zip(needs.heads, net(b.x_t, b.c, **inputs), net(x, b.c, **inputs), strict=False):
-        if not here.isfinite().all():
+    outputs = net(b.x_t, b.c, **inputs)
+    changed_outputs = net(x, b.c, **inputs)
+    for head, output, changed_output in zip(needs.heads, outputs, changed_outputs, strict=False):
+        if not output.isfinite().all():
             raise UserError(f"{name}: head '{head}' is not finite on the first rows: look at the data and the weights")
-        if len(here) > 1 and (here[1:] - moved[1:]).abs().max() > MIXED * here[1:].abs().max():
+        others = output[1:]
+        if not len(others):
+            continue
+        largest_change = (others - changed_output[1:]).abs().max()
+        if largest_change > _MAX_MIXING * others.abs().max():
             raise UserError(
                 f"{name}: head '{head}' of one row changes with another row, so the rows of a batch mix (a batch norm, "
                 "attention over the first axis, a reshape). Each row has a time of its own: keep them apart"
@@ -163,20 +181,20 @@ def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
 
 
 def rows_to_try(objective: Objective) -> int:
-    """A few rows, in whole groups of those that belong together."""
-    group = group_of(objective)
+    """How many rows the check tries: a few, in whole groups of those that belong together."""
+    group = _group_size(objective)
     least = 2 if group > 1 else 1
-    return max(ROWS // group, least) * group
+    return max(_ROWS // group, least) * group
 
 
-def group_of(objective: Objective) -> int:
-    """How many neighbouring rows belong together."""
+def _group_size(objective: Objective) -> int:
+    """How many neighbouring rows belong together, to the objective or to its times."""
     return lcm(objective.times.group, objective.needs.group)
 
 
-def draws_itself(passes: Passes, b: Noised, needs: Needs) -> bool:
-    """Whether a pass, whose draws are not keyed, draws of torch's generators. Raises UserError where it fails."""
-    before = generators(b.x_t.device)
+def draws_random_numbers(passes: Passes, b: Noised, needs: Needs) -> bool:
+    """Whether a pass, made without a key, moves torch's generators. Raises UserError where the pass fails."""
+    before = generator_states(b.x_t.device)
     try:
         with torch.no_grad():
             passes(b.x_t, b.c, **inputs_of(b, needs))
@@ -185,13 +203,13 @@ def draws_itself(passes: Passes, b: Noised, needs: Needs) -> bool:
     except Exception as error:  # a module of somebody else may raise anything
         raise UserError(
             f"{type(inner(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
-            f"{short(error)}. {why_it_failed(error, passes, b)}"
+            f"{short_text(error)}. {_likely_fix(error, passes, b)}"
         ) from error
-    return before != generators(b.x_t.device)
+    return before != generator_states(b.x_t.device)
 
 
-def why_it_failed(error: Exception, passes: Passes, b: Noised) -> str:
-    """What is to be done about a pass that failed, by what is most often wrong."""
+def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
+    """What to do about a pass that failed, by what is most often wrong."""
     weight = next(iter(inner(passes.net).parameters()), b.x_t)
     if weight.dtype != b.x_t.dtype and not torch.is_autocast_enabled(b.x_t.device.type):
         return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
@@ -204,7 +222,7 @@ def why_it_failed(error: Exception, passes: Passes, b: Noised) -> str:
 
 
 def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> None:
-    """Raise UserError where an objective lacks its teacher, or the number of rows parts some that belong together."""
+    """Raise UserError where an objective lacks its teacher, or a batch of this many rows cuts a group of rows."""
     if objective.needs.teacher.points:
         raise UserError(
             f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes: take "
@@ -215,7 +233,7 @@ def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> 
             f"objective '{objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a flow that "
             "was trained, or a function of (x_t, t, c, v_t)"
         )
-    group = group_of(objective)
+    group = _group_size(objective)
     if rows % group:
         raise UserError(
             f"{rows} rows, and {group} belong together in objective '{objective.kind}': give a multiple of {group}"
@@ -223,7 +241,7 @@ def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> 
 
 
 def require_parameters(net: nn.Module) -> None:
-    """Raise UserError where no parameter is trained."""
+    """Raise UserError where a network has parameters and none of them requires a gradient."""
     parameters = list(net.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         raise UserError(
@@ -232,7 +250,11 @@ def require_parameters(net: nn.Module) -> None:
         )
 
 
-def short(error: BaseException) -> str:
-    """What an error says, in a few words."""
-    text = str(error).partition("\n")[0].partition(": use slope")[0][:140]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+def short_text(error: BaseException) -> str:
+    """The first line of an error's text, at most 140 characters, with the error's type where dumo did not raise it."""
+    first_line, _, _ = str(error).partition("\n")
+    cause, _, _ = first_line.partition(": use slope")  # other slopes are tried anyway
+    text = cause[:140]
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text}"

@@ -1,4 +1,10 @@
-"""The data and conditions of a training loop of one's own: what is a batch, and what an objective is given of it."""
+"""Data and conditions in a training loop of one's own: what they may be, and what an objective gets of them.
+
+Conditions are of two kinds. Class numbers (b,) go to the objective as they are. Anything else is a table (`is_table`),
+a row for each sample: the objective gets numbers of rows, and `table_of` makes what they point to.
+
+`require_batch` looks at each batch, `require_data` and `require_conditions` at what is read or sampled.
+"""
 
 from collections.abc import Callable, Mapping
 from math import isfinite
@@ -6,14 +12,15 @@ from typing import cast
 
 from torch import Tensor
 
-from dumo.flow.passes import CONDITIONS, OwnCall, Signature, Table
+from dumo.flow.passes import CONDITIONS, ConditionTable, OwnCall, Signature
 from dumo.types import UserError
 
 Condition = Tensor | Mapping[str, Tensor] | None  # class numbers (b,), numbers (b, ...), or tensors by name
 Null = Tensor | Mapping[str, Tensor] | None  # what stands for a dropped condition: a row, or rows by name
 
-LARGE = 100.0  # ours: data lie near [-1, 1], or have deviation 1
-WIDE = 4.0  # ours: their root mean square
+# Ours: data lie near [-1, 1], or have deviation 1; what is beyond these was not scaled
+_MAX_VALUE = 100.0
+_MAX_RMS = 4.0  # root mean square
 
 
 def is_table(c: Condition) -> bool:
@@ -21,8 +28,8 @@ def is_table(c: Condition) -> bool:
     return isinstance(c, Mapping) or (isinstance(c, Tensor) and (c.is_floating_point() or c.ndim != 1))
 
 
-def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> Table:
-    """Conditions by the argument's name, and what stands for none of them."""
+def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> ConditionTable:
+    """Conditions by the argument's name, and what stands for none of them; a null without a name is that of all."""
     if isinstance(c, Mapping):
         rows = dict(c)
     else:
@@ -30,11 +37,11 @@ def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> Tabl
         rows = {name or "c": cast(Tensor, c)}
     if isinstance(null, Tensor):
         null = dict.fromkeys(rows, null)
-    return Table(rows, dict(null or {}), alone=isinstance(c, Tensor))
+    return ConditionTable(rows, dict(null or {}), alone=isinstance(c, Tensor))
 
 
-def each(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
-    """The same conditions, each tensor changed."""
+def map_tensors(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
+    """Conditions of the kind of c, of which each tensor is changed."""
     if c is None:
         return None
     if isinstance(c, Tensor):
@@ -42,8 +49,8 @@ def each(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
     return {name: change(rows) for name, rows in c.items()}
 
 
-def rows_of(c: Condition) -> int:
-    """How many rows have a condition."""
+def num_rows(c: Condition) -> int:
+    """How many rows conditions have."""
     if isinstance(c, Mapping):
         return len(next(iter(c.values())))
     return len(cast(Tensor, c))
@@ -59,14 +66,21 @@ def require_batch(
     null: Null = None,
     deeply: bool = False,
 ) -> None:
-    """Raise UserError for what is no batch of data and conditions; `deeply`: look at the numbers on a GPU, too."""
+    """Raise UserError for what is no batch of data x (b, ...) and conditions.
+
+    classes: the number of classes; 0: there are none.
+    shape: of a row; None: not known yet.
+    call: how the network is called.
+    null: what stands for a dropped condition.
+    deeply: whether to look at the values, which a GPU must be waited for.
+    """
     require_data(x, shape)
     if deeply:
         largest = float(x.abs().max())
         if not isfinite(largest):
             raise UserError("x is not finite everywhere: look at the data")
-        size = float(x.float().square().mean().sqrt())
-        if largest > LARGE or size > WIDE:
+        rms = float(x.float().square().mean().sqrt())
+        if largest > _MAX_VALUE or rms > _MAX_RMS:
             raise UserError(
                 f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: data lie near [-1, 1], or have "
                 "deviation 1: scale them"
@@ -75,7 +89,7 @@ def require_batch(
 
 
 def require_data(x: object, shape: tuple[int, ...] | None = None) -> None:
-    """Raise UserError for what are no rows of data."""
+    """Raise UserError for what are no rows of data, floats (b, ...); `shape`: of a row, where it is known."""
     if not isinstance(x, Tensor):
         raise UserError(f"x is a {type(x).__name__}: give a tensor of floats near [-1, 1], of shape (b, ...)")
     if not x.is_floating_point():
@@ -98,38 +112,44 @@ def require_conditions(
     deeply: bool = False,
     learned: bool = False,
 ) -> None:
-    """Raise UserError for what are no conditions, one for each row; of those that are `learned` no label means none."""
+    """Raise UserError for what are no conditions, one for each row.
+
+    `deeply`: whether to look at labels that are on a GPU. `learned`: whether the conditions are of data, of which no
+    label may be the one that means none.
+    """
     if c is None:
         if classes:
             raise UserError(f"classes = {classes}, and no labels: give c, or leave out classes=")
         if null is not None:
             raise UserError("null= stands for a condition, and there is none: give c, or leave out null=")
         return
-    for name, given in (c if isinstance(c, Mapping) else {"c": c}).items():
-        _require_rows(name, given, rows)
+    by_name = c if isinstance(c, Mapping) else {"c": c}
+    for name, value in by_name.items():
+        _require_rows(name, value, rows)
     if is_table(c):
         _require_table(c, classes, call, null)
     else:
         _require_labels(cast(Tensor, c), classes, null, deeply=deeply, learned=learned)
 
 
-def _require_rows(name: str, given: object, rows: int) -> None:
-    """Raise UserError for what is no tensor with a row for each."""
-    if not isinstance(given, Tensor):
-        raise UserError(f"condition '{name}' is a {type(given).__name__}: give a tensor with a row for each of x")
-    if not given.ndim or len(given) != rows:
-        raise UserError(f"condition '{name}' has shape {tuple(given.shape)}: give one row for each of {rows}")
+def _require_rows(name: str, value: object, rows: int) -> None:
+    """Raise UserError for a condition that is no tensor of this many rows."""
+    if not isinstance(value, Tensor):
+        raise UserError(f"condition '{name}' is a {type(value).__name__}: give a tensor with a row for each of x")
+    if not value.ndim or len(value) != rows:
+        raise UserError(f"condition '{name}' has shape {tuple(value.shape)}: give one row for each of {rows}")
 
 
 def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool, learned: bool) -> None:
+    """Raise UserError for class numbers that these settings do not allow."""
     if not classes:
         raise UserError("labels without a number of classes: give dumo.Flow(net, classes=k) for labels 0 to k - 1")
     if null is not None:
         raise UserError(f"null= is for conditions that are no labels, of which {classes} means none: leave it out")
     if deeply or labels.device.type == "cpu":
-        strange = labels[(labels < 0) | (labels > classes)]
-        if len(strange):
-            raise UserError(f"label {int(strange[0])} with classes = {classes}: labels are 0 to {classes - 1}")
+        out_of_range = labels[(labels < 0) | (labels > classes)]
+        if len(out_of_range):
+            raise UserError(f"label {int(out_of_range[0])} with classes = {classes}: labels are 0 to {classes - 1}")
         if learned and (labels == classes).any():
             raise UserError(
                 f"label {classes} with classes = {classes} stands for none, which flow drops by itself: labels are 0 "
@@ -138,12 +158,13 @@ def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool, l
 
 
 def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None, null: Null) -> None:
+    """Raise UserError for conditions other than labels that the network or these settings do not allow."""
     if call is None:
         raise UserError("networks of dumo take class numbers as c: hand such conditions to a network of your own")
     if classes:
-        given = f"{c.dtype} of shape {tuple(c.shape)}" if isinstance(c, Tensor) else "a dict"
+        kind = f"{c.dtype} of shape {tuple(c.shape)}" if isinstance(c, Tensor) else "a dict"
         raise UserError(
-            f"classes = {classes} is for labels, whole numbers of shape (b,), and c is {given}: give {_as_labels(c)}, "
+            f"classes = {classes} is for labels, whole numbers of shape (b,), and c is {kind}: give {_as_labels(c)}, "
             "or leave out classes=, with null= for what stands for no condition"
         )
     if isinstance(call, Signature):
@@ -152,12 +173,14 @@ def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None,
 
 
 def _as_labels(c: Condition) -> str:
-    """How conditions that may be meant for labels become some."""
+    """The expression that makes labels of c, which may be meant for them."""
     if not isinstance(c, Tensor):
         return "a tensor of them"
     if c.ndim == 1:
         return "c.long()"
-    return "c.squeeze(1)" if c.shape[1:].numel() == 1 else "c.argmax(1)"
+    if c.shape[1:].numel() == 1:
+        return "c.squeeze(1)"
+    return "c.argmax(1)"
 
 
 def _require_arguments(c: Condition, call: Signature) -> None:
@@ -189,7 +212,7 @@ def _require_null(c: Condition, null: object, call: OwnCall | Signature | None) 
 
 
 def _require_row(name: str, row: object, shape: tuple[int, ...]) -> None:
-    """Raise UserError for what is no row of this shape."""
+    """Raise UserError for a null that is no row of this shape."""
     if not isinstance(row, Tensor):
         raise UserError(f"null of condition '{name}' is a {type(row).__name__}: give a tensor, a row of it")
     if row.shape not in (shape, (1, *shape)):

@@ -1,5 +1,9 @@
 """What a loss reads that is random: times, noise, dropped labels and further laws, all drawn here.
 
+A step's numbers are known before it. `make_draws` draws them on the CPU, at any time, in any thread. `add_noise` then
+makes the record of a batch: it divides the data by the path's sd, couples noise to data, puts both on the path, drops
+conditions and asks a teacher, on the data's device, which it does not wait for. `draw` does both at once.
+
 Every draw has a stream of its own, named after what it is. What else training draws has streams of its own, too: the
 order of the data, augmentation, weights at step 0, and masks of dropout, whose keys are `dumo.flow.dropout`'s.
 
@@ -8,9 +12,6 @@ caller takes its rows. What is shaped like the data is drawn for the caller's ro
 batch: else every rank would draw the noise of all, which takes longer than a step where ranks are many. Either way a
 row is the same on every rank. So two ranks equal one, a resumed run needs no generator state, and an objective that
 draws one thing more sees the same t, z and dropped labels as its sibling.
-
-So the numbers of a step are known before it, all of them on the CPU: `drawn` makes them, at any time, in any thread,
-and `noised` puts them to the data, on the data's device, which it does not wait for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,25 +63,26 @@ class Coupling(Spec):
     another, and so is the flow, which still carries N(0, I) to the data.
     """
 
-    group: int = Field(ge=2, le=ROWS)  # the larger, the straighter; its cube is what it costs, per class
+    group: int = Field(ge=2, le=ROWS)  # rows; the larger, the straighter the paths; costs its cube, per class
 
     def __call__(self, x: Sample, z: Sample, c: Cond) -> Sample:
         """The noises z in the order in which they go with x, of classes c before any is dropped; of whole groups.
 
         Found on the CPU, so a GPU is waited for. Where a number is not finite nothing is moved.
         """
-        there = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
-        data, noise = (side.detach().cpu().double().flatten(1) for side in (x, z))
+        class_of_row = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
+        data = x.detach().cpu().double().flatten(1)
+        noise = z.detach().cpu().double().flatten(1)
         order = torch.arange(len(z))
         for group in order.clone().split(self.group):
-            for k in there[group].unique():
-                rows = group[there[group] == k]
-                order[rows] = rows[assigned(data[rows], noise[rows])]
+            for k in class_of_row[group].unique():
+                rows = group[class_of_row[group] == k]
+                order[rows] = rows[_cheapest_assignment(data[rows], noise[rows])]
         return z[order.to(z.device)]
 
 
-def assigned(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
-    """For each row of x the row of z that goes with it, by scipy."""
+def _cheapest_assignment(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
+    """For each row of x (n, d) the row of z (n, d) that goes with it: the least sum of squared distances, by scipy."""
     from scipy.optimize import linear_sum_assignment  # slow to import
 
     cost = torch.cdist(x, z).square()
@@ -96,27 +98,34 @@ class Draws:
     t: Time
     r: Time
     z: Sample | None  # float32; None: the data bring their noise with them
-    kept: Rows
+    kept: Rows  # the rows whose condition is not dropped
     keys: dropout.Keys  # of the masks of dropout
     laws: Mapping[str, Tensor]  # the objective's further laws, by name
     moving: tuple[bool, ...] | None  # the rows that may have r < t, fixed by place; None: all
     taught: Rows | None = None  # the rows that a teacher answers; None: all, if there is one
 
     def __getitem__(self, rows: slice) -> "Draws":
-        """Some of the rows."""
-        return replace(self._each(lambda v: v[rows]), moving=self.moving and self.moving[rows])
+        """The draws of some of the rows."""
+        return replace(self._map_tensors(lambda v: v[rows]), moving=self.moving and self.moving[rows])
 
     def pin(self) -> "Draws":
-        """The same in pinned memory, from which a GPU reads while the CPU goes on."""
-        return self._each(pin)
+        """A copy in pinned memory, from which a GPU reads while the CPU goes on."""
+        return self._map_tensors(pin)
 
-    def _each(self, f: Callable[[Tensor], Tensor]) -> "Draws":
-        own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "keys")}
-        z, taught = (None if v is None else f(v) for v in (self.z, self.taught))
-        return replace(self, **own, z=z, taught=taught, laws={name: f(v) for name, v in self.laws.items()})
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Draws":
+        return replace(
+            self,
+            t=change(self.t),
+            r=change(self.r),
+            z=None if self.z is None else change(self.z),
+            kept=change(self.kept),
+            keys=change(self.keys),
+            laws={name: change(v) for name, v in self.laws.items()},
+            taught=None if self.taught is None else change(self.taught),
+        )
 
 
-def drawn(
+def make_draws(
     objective: Objective,
     shape: Sequence[int],
     *,
@@ -127,26 +136,37 @@ def drawn(
     z: bool = True,
     prior: float | None = None,
 ) -> Draws:
-    """Draw for rows `rows` of the batch of `batch` samples of this shape at this step; `z`: their noise, too.
+    """The random numbers of some rows of a step's batch of samples, on the CPU.
 
-    `prior`: the share of the batch that a teacher answers; None: it answers all.
+    shape: of a sample.
+    batch: the number of rows of the whole batch, on all ranks.
+    rows: those of the batch that are wanted.
+    z: whether to draw their noise, too.
+    prior: the share of the batch that a teacher answers; None: it answers all.
     """
-    n, mine = batch, range(batch)[rows]
-    t, r = objective.times(n, stream(seed, step, "times"))
-    moving = objective.times.moving(n)
+    row_numbers = range(batch)[rows]
+    t, r = objective.times(batch, stream(seed, step, "times"))
+    kept = torch.rand(batch, generator=stream(seed, step, "kept")) >= objective.drop
+    moving = objective.times.moving(batch)
+    laws: dict[str, Tensor] = {}
+    for name, law in objective.needs.laws.items():
+        laws[name] = law.rows((seed, step, "law", name), row_numbers, batch, shape)
+    taught = None
+    if prior is not None:
+        taught = share_of_rows(seed, step, PRIOR, batch, prior)[rows]
     return Draws(
         t=t[rows],
         r=r[rows],
-        z=keyed(seed, step, "z", rows=mine, shape=shape) if z else None,
-        kept=(torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[rows],
-        keys=dropout.keys(seed, step, n)[rows],
-        laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in objective.needs.laws.items()},
+        z=keyed(seed, step, "z", rows=row_numbers, shape=shape) if z else None,
+        kept=kept[rows],
+        keys=dropout.keys(seed, step, batch)[rows],
+        laws=laws,
         moving=moving and moving[rows],
-        taught=None if prior is None else share_of_rows(seed, step, PRIOR, n, prior)[rows],
+        taught=taught,
     )
 
 
-def noised(
+def add_noise(
     draws: Draws,
     path: Path,
     x: Sample,
@@ -159,34 +179,69 @@ def noised(
     coupling: Coupling | None = None,
     between: Trail | None = None,
 ) -> Noised:
-    """The record of rows whose numbers are drawn, the noise coupled to x by a `coupling`; all else as `draw` has it.
+    """The record of data x (b, ...) of conditions c (b, ...), by draws of as many rows; on the device of x.
 
-    `between` are the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
+    null: what a dropped condition becomes, a row each, or one class number for all.
+    progress: the share of the training that is done, from 0 to 1.
+    z: noise that belongs to x; None: that of the draws.
+    teacher: what it makes of (x_t, t, c, v_t) takes the place of v_t, on the rows `draws.taught`.
+    coupling: which noise goes with which data; None: as drawn.
+    between: the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
     """
-    here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
-    t, r, kept = (to_device(v, here) for v in (draws.t, draws.r, draws.kept))
-    taught = None if draws.taught is None else to_device(draws.taught, here)
-    t, r = t.to(exact), r.to(exact)
+    # draws to the device; times stay exact where the data are bf16
+    device = x.device
+    exact = torch.promote_types(x.dtype, torch.float32)
+    t = to_device(draws.t, device).to(exact)
+    r = to_device(draws.r, device).to(exact)
+    kept = to_device(draws.kept, device)
+    taught = None if draws.taught is None else to_device(draws.taught, device)
+    laws = {name: to_device(v, device).to(exact) for name, v in draws.laws.items()}
     if z is None:
         assert draws.z is not None, "noise was neither drawn nor given"
-        z = to_device(draws.z, here).to(x)
-    laws = {name: to_device(v, here).to(exact) for name, v in draws.laws.items()}
+        z = to_device(draws.z, device).to(x)
 
+    # data and noise on the path
     x = x / path.sd
     if coupling:
         z = coupling(x, z, c)
     x_t, v_t = path.at(x, z, t)
-    null = torch.full_like(c, null) if isinstance(null, int) else null
+
+    # conditions
+    if isinstance(null, int):
+        null = torch.full_like(c, null)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
-    guided = draws.kept
+    guided_on_host = draws.kept
     if taught is not None and draws.taught is not None:  # what the teacher answers is guided already
-        kept, guided = kept & ~taught, guided & ~draws.taught
-    host = (draws.t.to(exact), guided) if here.type == "cuda" else None
-    trail = None if between is None else torch.cat([x[:, None], between, z[:, None]], 1)
-    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, draws.moving, laws, progress, teacher, trail, host, taught)
+        kept = kept & ~taught
+        guided_on_host = guided_on_host & ~draws.taught
+
+    trail = None
+    if between is not None:
+        trail = torch.cat([x[:, None], between, z[:, None]], 1)
+    b = Noised(
+        path=path,
+        x=x,
+        z=z,
+        t=t,
+        r=r,
+        x_t=x_t,
+        v_t=v_t,
+        c=c,
+        null=null,
+        kept=kept,
+        moving=draws.moving,
+        drawn=laws,
+        progress=progress,
+        teacher=teacher,
+        trail=trail,
+        host=(draws.t.to(exact), guided_on_host) if device.type == "cuda" else None,
+        taught=taught,
+    )
     if trail is not None:
         b = replace(b, x_t=b.on(t))
-    return replace(b, v_t=b.velocity(b.x_t, t, v_t)) if teacher else b
+    if teacher:
+        b = replace(b, v_t=b.velocity(b.x_t, t, v_t))
+    return b
 
 
 def draw(
@@ -204,14 +259,16 @@ def draw(
     z: Sample | None = None,
     teacher: Taught | None = None,
 ) -> Noised:
-    """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step.
+    """The record of x (b, ...), which is rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
 
     `null` is what a dropped label becomes, a row each, or one class index for all (`data.classes` of our data).
     `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of
     (x_t, t, c, v_t) takes the place of v_t. Raises ValueError where the batch ends before these rows do.
     """
-    n, rows = batch or len(x), slice(first, first + len(x))
-    if rows.stop > n:
-        raise ValueError(f"rows {first} to {rows.stop} are not of a batch of {n}")
-    draws = drawn(objective, x.shape[1:], seed=seed, step=step, batch=n, rows=rows, z=z is None)
-    return noised(draws, path, x, c, null, progress=progress, z=z, teacher=teacher)
+    if batch is None:
+        batch = len(x)
+    rows = slice(first, first + len(x))
+    if rows.stop > batch:
+        raise ValueError(f"rows {first} to {rows.stop} are not of a batch of {batch}")
+    draws = make_draws(objective, x.shape[1:], seed=seed, step=step, batch=batch, rows=rows, z=z is None)
+    return add_noise(draws, path, x, c, null, progress=progress, z=z, teacher=teacher)

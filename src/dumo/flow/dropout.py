@@ -1,5 +1,9 @@
 """Dropout whose masks are a function of the row, the step and the layer: a pass draws nothing.
 
+In the order of events: `keys` makes a key for each row of a step's batch; `using` holds them around the step, inside it
+`rows` around a pass of some rows and `off` around a pass that drops nothing; a net asks `current` once per pass, gives
+each layer its `layer_keys`, and the layer calls `drop` (or `keep_mask`, or `hashes` for other choices).
+
 Each row of the global batch has a key per step, from a stream of its own. A layer's mask of that row is a hash of key,
 layer and place. So every pass of a step in training meets the same masks, whichever rows it is made of and however
 often it is made again; two ranks equal one, any split of the batch equals the whole, and a mask is the same on every
@@ -32,16 +36,16 @@ from dumo.types import Array
 
 Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row
 
-LEVELS = 1 << 16  # a probability is rounded to a multiple of 1 / LEVELS
-GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers differ by its multiples
+_LEVELS = 1 << 16  # ours: a probability is rounded to a multiple of 1 / _LEVELS
+_GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers differ by its multiples (Knuth's hash)
 
 
 class _State(threading.local):
-    """What holds in a thread, from its start: a name that came later would make a compiler begin again."""
+    """The keys that hold in a thread. All fields exist from its start: one added later would make torch recompile."""
 
     def __init__(self) -> None:
         self.keys: Keys | None = None
-        self.set = False  # whether by anybody
+        self.is_set = False  # whether a caller said what the keys are
         self.drops = True  # False: inside `off`
 
 
@@ -60,17 +64,19 @@ def using(rows: Keys | None, *, known: bool = True, drops: bool = True) -> Gener
     `known`: whether that is so because the caller says it; if not, a net that drops or routes raises. Without `drops`
     nothing is dropped.
     """
-    before = _state.keys, _state.set, _state.drops
-    _state.keys, _state.set, _state.drops = rows, known, drops
+    before = _state.keys, _state.is_set, _state.drops
+    _state.keys, _state.is_set, _state.drops = rows, known, drops
     try:
         yield
     finally:
-        _state.keys, _state.set, _state.drops = before
+        _state.keys, _state.is_set, _state.drops = before
 
 
 def rows(rows: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:
-    """Inside, passes are of these rows alone."""
-    return using(None if (now := _state.keys) is None else now[rows], known=_state.set, drops=_state.drops)
+    """Inside, passes are of these rows of the surrounding `using` alone."""
+    all_keys = _state.keys
+    some_keys = None if all_keys is None else all_keys[rows]
+    return using(some_keys, known=_state.is_set, drops=_state.drops)
 
 
 def off() -> AbstractContextManager[None]:
@@ -83,32 +89,36 @@ def current(n: int, *, route: bool = False) -> Keys | None:
 
     Raises RuntimeError where nobody set any, or for other rows.
     """
-    now = _state.keys if _state.drops or route else None
-    if not _state.set:
+    pass_keys = _state.keys if _state.drops or route else None
+    if not _state.is_set:
         raise RuntimeError(
             "a net in training drops or routes, and has no keys: make the pass inside `dropout.using(...)` or off()"
         )
-    if now is not None and len(now) != n:
-        raise RuntimeError(f"a pass of {n} rows has dropout keys for {len(now)}: make it inside `dropout.rows(...)`")
-    return now
+    if pass_keys is not None and len(pass_keys) != n:
+        raise RuntimeError(
+            f"a pass of {n} rows has dropout keys for {len(pass_keys)}: make it inside `dropout.rows(...)`"
+        )
+    return pass_keys
 
 
 def layer_keys(rows: Keys, layer: int) -> Keys:
-    """The keys of one layer of a net, of which no two have the same number."""
-    return rows + layer * GOLDEN % 2**31
+    """The keys of a layer, by its number in the net: each layer must have another."""
+    return rows + layer * _GOLDEN % 2**31
 
 
 def drop(h: Array, rows: Keys, p: float) -> Array:
-    """h (b, ...), each number zero with probability p, else divided by 1 - p, so as before in the mean."""
-    return h * kept(rows, h.shape[1:], p) * (LEVELS / (LEVELS - round(p * LEVELS)))
+    """h (b, ...), each value zero with probability p, else divided by 1 - p, so that its mean stays."""
+    scale = _LEVELS / (_LEVELS - round(p * _LEVELS))
+    return h * keep_mask(rows, h.shape[1:], p) * scale
 
 
 @torch.no_grad()
-def kept(rows: Keys, shape: Sequence[int], p: float) -> Bool[Tensor, "b ..."]:
-    """Which numbers of shape (b, *shape) stay: those whose 16 bits, hashed from key and place, are not the lowest."""
-    n, dropped = prod(shape), round(p * LEVELS)
+def keep_mask(rows: Keys, shape: Sequence[int], p: float) -> Bool[Tensor, "b ..."]:
+    """Which values of shape (b, *shape) stay: those whose 16 bits, hashed from key and place, are not the lowest."""
+    n = prod(shape)
+    lowest_kept = round(p * _LEVELS) - _LEVELS // 2  # int16 counts from -_LEVELS / 2
     bits = hashes(rows, (n + 1) // 2).view(torch.int16)  # two numbers of 16 bits from one of 32
-    return (bits[:, :n] >= dropped - LEVELS // 2).view(-1, *shape)
+    return (bits[:, :n] >= lowest_kept).view(-1, *shape)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """`Flow`: a network, the objective that teaches it, and how it is read.
 
-`dumo train` asks it piece by piece: `drawn` are the random numbers of a step, `noised` the record of a batch, `terms`
-its loss. Whatever samples, judges, teaches or exports asks `readings`, and `batches` makes samples of them.
+`dumo train` calls it piece by piece: `make_draws` draws the random numbers of a step, `add_noise` makes the record of a
+batch, `terms` its loss. Whatever samples, judges, teaches or exports calls `readings`, and `batches` makes samples of
+them.
 
-`dumo.flow.loop` is the same for networks and loops of anybody's. It owns no optimizer and no file.
+`dumo.flow.loop` is a flow for networks and loops of anybody's. Neither owns an optimizer or a file.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from dumo.flow import dropout, generate
-from dumo.flow.draw import Coupling, Draws, drawn, noised
+from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
 from dumo.flow.guide import CFG
 from dumo.flow.passes import inner
 from dumo.flow.path import Linear, Path
@@ -23,7 +24,7 @@ from dumo.flow.reading import reading
 from dumo.flow.solver import Solver
 from dumo.types import Cond, Frozen, Net, Noised, Objective, Reads, Sample, Taught, Terms, Trail, frozen
 
-Loss = Callable[[Net, Frozen, Noised], Terms]
+Loss = Callable[[Net, Frozen, Noised], Terms]  # of (net, theta^-, record)
 
 
 class Flow(nn.Module):
@@ -34,7 +35,8 @@ class Flow(nn.Module):
       rows (None: on all).
     - `ref`: theta^-, an average of the weights; None: the weights in training.
     - `precision`: of passes; None: float32 in pieces and samples.
-    - `knobs`, `guide`: how it is read.
+    - `knobs`: values by name, for readings; None: the objective's own.
+    - `guide`: guidance while sampling; None: none.
     """
 
     def __init__(
@@ -69,11 +71,22 @@ class Flow(nn.Module):
 
     # ------------------------------------------------------------------------------------ a training step, in pieces
 
-    def drawn(self, step: int, shape: Sequence[int], *, batch: int, rows: slice = slice(None), z: bool = True) -> Draws:
+    def make_draws(
+        self, step: int, shape: Sequence[int], *, batch: int, rows: slice = slice(None), z: bool = True
+    ) -> Draws:
         """The random numbers of these rows of a step's batch, for samples of this shape; `z`: their noise, too."""
-        return drawn(self.objective, shape, seed=self.seed, step=step, batch=batch, rows=rows, z=z, prior=self.prior)
+        return make_draws(
+            self.objective,
+            shape,
+            seed=self.seed,
+            step=step,
+            batch=batch,
+            rows=rows,
+            z=z,
+            prior=self.prior,
+        )
 
-    def noised(
+    def add_noise(
         self,
         draws: Draws,
         x: Sample,
@@ -85,11 +98,11 @@ class Flow(nn.Module):
         progress: float = 0.0,
         teacher: Taught | None = None,
     ) -> Noised:
-        """The record of data x of conditions c: noise, times and dropped conditions put to it.
+        """The record of data x (b, ...) of conditions c (b,), by draws of as many rows (`dumo.flow.draw.add_noise`).
 
-        `teacher`: instead of the flow's own.
+        `null`: what a dropped condition becomes; None: the class number of none. `teacher`: instead of the flow's own.
         """
-        return noised(
+        return add_noise(
             draws,
             self.path,
             x,
@@ -103,34 +116,46 @@ class Flow(nn.Module):
         )
 
     def terms(self, b: Noised, keys: dropout.Keys, loss: Loss | None = None, *, keep: bool = True) -> Terms:
-        """The loss of a record by a network of dumo's, of these keys of dropout; `loss` is a compiled one.
+        """The loss of a record, one number per row, by a network of dumo's.
 
-        `keep`: casts of weights are kept to the end of the pass.
+        keys: of dropout, one for each row.
+        loss: a compiled one; None: the objective's.
+        keep: whether casts of weights are kept to the end of the pass.
         """
+        if loss is None:
+            loss = self.objective.loss
         with autocast(self.precision or "fp32", b.x_t.device, keep=keep), dropout.using(keys):
-            return (loss or self.objective.loss)(cast(Net, self.net), self.reference, b)
+            return loss(cast(Net, self.net), self.reference, b)
 
     @property
     def reference(self) -> Frozen:
-        """theta^-: an average that was given, else the weights in training."""
+        """theta^-: the average given as `ref`, else the weights in training."""
         return self.ref or frozen(cast(Net, self.net))
 
     # --------------------------------------------------------------------------------------------------- how it is read
 
     @property
     def reads(self) -> Reads:
-        """What the network tells a solver, c being class numbers; None for what the objective never taught."""
+        """What the network tells a solver, with the flow's own guidance; c are class numbers.
+
+        A reading that the objective never taught is None.
+        """
         return self.readings(self.guide)
 
     def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
-        """The same with this guidance (None: none), and these knobs."""
-        return (guide or CFG())(reading(self.objective, cast(Net, self.net), knobs or self.knobs), self.classes)
+        """What the network tells a solver, with this guidance (None: none) and these knobs (None: the flow's own)."""
+        reads = reading(self.objective, cast(Net, self.net), knobs or self.knobs)
+        if guide is None:
+            guide = CFG()
+        return guide(reads, self.classes)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network's first parameter; the CPU where it has none."""
         parameter = next(inner(self.net).parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        if parameter is None:
+            return torch.device("cpu")
+        return parameter.device
 
     def batches(
         self,
@@ -169,7 +194,7 @@ class Flow(nn.Module):
         )
 
     def of(self, net: nn.Module) -> "Flow":
-        """The same flow over other weights, such as an average's."""
+        """A copy of this flow over another network, such as an average of its weights."""
         other = copy.copy(self)
         other.__dict__["_modules"] = {}  # a copy shares them, and would give its network to this flow
         other.net = net

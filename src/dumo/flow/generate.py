@@ -160,7 +160,8 @@ def integrate(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh
     Raises UserError if the solver cannot serve the reading or nfe.
     """
     z = fresh(0)
-    return z, path.sd * solver(reads, path, path.spread * z, c, nfe, fresh).float()
+    x = solver(reads, path, path.spread * z, c, nfe, fresh)
+    return z, path.sd * x.float()
 
 
 def labels_in_turn(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
@@ -249,7 +250,7 @@ class _NoisePrefetch:
         future = self.futures.pop((batch, draw), None)
         if batch + 1 < len(self.index_batches):
             self.futures[batch + 1, draw] = self.thread.submit(self._draw, batch + 1, draw)
-        z = future.result() if future else self._draw(batch, draw)
+        z = self._draw(batch, draw) if future is None else future.result()
         return z.to(self.device, non_blocking=True)
 
     def _draw(self, batch: int, draw: int) -> Sample:
@@ -258,7 +259,7 @@ class _NoisePrefetch:
 
 
 def _starting_at(z: Sample, fresh: Fresh) -> Fresh:
-    """The same draws, but for draw 0, which is z."""
+    """`fresh`, but for draw 0, which is z."""
     return lambda draw: z if draw == 0 else fresh(draw)
 
 

@@ -8,6 +8,9 @@ with V the net's own velocity, without gradients. Where V(c) settles at v*, the 
 
 DuMo takes omega = 1 (Alg. 1, line 9): v* = v_t + zeta (V(c) - V(null)), so w = 1 / (1 - zeta).
 MeanFlow's kappa is our zeta. At times outside the interval, and on rows whose label was dropped, v* = v_t.
+
+`Guide` is that map: an objective calls it in its loss. `CFG` guides a sampler: it turns readings into guided ones, and
+`CFG.check` refuses a net that cannot be guided. `GuidanceScale` says what guided an objective's target.
 """
 
 from collections.abc import Callable
@@ -33,7 +36,7 @@ class Interval(Spec):
     high: float = Field(default=1.0, ge=0, le=1)
 
     def holds(self, t: Time) -> Rows:
-        """Which times are inside, the ends included."""
+        """Which times (b,) are inside, the ends included."""
         return (self.low <= t) & (t <= self.high)
 
     @model_validator(mode="after")
@@ -60,7 +63,7 @@ class Guide(Spec):
         return self.omega != 1 or self.zeta != 0
 
     def inside(self, t: Time) -> Rows:
-        """Where guidance acts, by the time."""
+        """Which rows are at a time (b,) at which guidance acts."""
         return self.interval.holds(t)
 
     def known_target(self, b: Noised) -> Sample | None:
@@ -76,38 +79,48 @@ class Guide(Spec):
             return b.v_t
         place = self.needing(b)
         if place is None:
-            return self._inside(b, v_hat, velocity).where(self._rows(b), b.v_t)
+            return self._affine_map(b, v_hat, velocity).where(self._is_guided(b), b.v_t)
         some = b[place]
+        some_v_hat = None if v_hat is None else v_hat[place]
         with dropout.rows(place):
-            v_star = self._inside(some, None if v_hat is None else v_hat[place], velocity)
-            v_star = v_star.where(self._rows(some), some.v_t)
+            v_star = self._affine_map(some, some_v_hat, velocity)
+            v_star = v_star.where(self._is_guided(some), some.v_t)
         return b.v_t.to(v_star).index_copy(0, place, v_star)
 
     def needing(self, b: Noised) -> Int[Tensor, " k"] | None:
-        """The places where guidance acts, at least one, so that every rank makes the pass; None: make it for all.
+        """The numbers of the rows where guidance acts, at least one, so that every rank makes the pass.
 
-        That is also the answer where shapes must not depend on numbers, to a compiler, or where no number is known.
+        None: make it for all rows. So also in a compiler, for which shapes must not depend on values, and where times
+        and dropped labels are not known on the CPU.
         """
-        if torch.compiler.is_compiling() or (known := b.known) is None:
+        if torch.compiler.is_compiling():
+            return None
+        known = b.known
+        if known is None:
             return None
         t, kept = known  # on the CPU, so that no pass waits for a device to say how many rows it has
         place = (kept & self.inside(t)).nonzero().flatten()
         if len(place) == len(b.t):
             return None
-        return to_device(place if len(place) else place.new_zeros(1), b.t.device)
+        if not len(place):
+            place = place.new_zeros(1)
+        return to_device(place, b.t.device)
 
-    def _rows(self, b: Noised) -> Array:
-        """Where guidance acts: kept labels, inside the interval; shaped to choose among samples."""
+    def _is_guided(self, b: Noised) -> Array:
+        """Which rows are guided: label kept, inside the interval; of shape (b, 1, ...), to choose among samples."""
         return lift(b.kept & self.inside(b.t), b.x_t)
 
-    def _inside(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
-        """The affine map, of every row of the record."""
-        v_star, rest = self.omega * b.v_t, 1 - self.omega - self.zeta
+    def _affine_map(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+        """omega v_t + zeta V(c) + (1 - omega - zeta) V(null), of every row; makes no pass of weight zero."""
+        null_weight = 1 - self.omega - self.zeta
+        v_star = self.omega * b.v_t
         if self.zeta:
-            v_star = v_star + self.zeta * (velocity(b, b.c) if v_hat is None else v_hat)
-        if abs(rest) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
+            if v_hat is None:
+                v_hat = velocity(b, b.c)
+            v_star = v_star + self.zeta * v_hat
+        if abs(null_weight) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
             with dropout.off():
-                v_star = v_star + rest * velocity(b, b.null)
+                v_star = v_star + null_weight * velocity(b, b.null)
         return v_star
 
 
@@ -134,8 +147,8 @@ class GuidanceScale(NamedTuple):
 
 
 class CFG(Spec):
-    """Guidance while sampling (Ho and Salimans 2022), at times inside the interval: a net is read with its label and
-    without, and drawn from the one
+    """Guidance while sampling (Ho and Salimans 2022), at times inside the interval. A net is read with its label c and
+    without, and moved away from what it says without:
 
         v_w = V(null) + w (V(c) - V(null)),        w = 1 being no guidance.
 
@@ -160,14 +173,14 @@ class CFG(Spec):
         return self.scale != 1
 
     def __call__(self, reads: Reads, null: int) -> Reads:
-        """The readings, guided; `null` is the class index of no label. As they are where the scale is 1."""
+        """The readings, guided; `null` is the class number of no label. At scale 1 they are returned unchanged."""
         if not self.active:
             return reads
         return Reads(
-            velocity=reads.velocity and self._of(reads.velocity, null),
-            endpoint=reads.endpoint and self._of(reads.endpoint, null),
-            flow_map=reads.flow_map and self._of(reads.flow_map, null),
-            both=reads.both and self._of(reads.both, null),
+            velocity=reads.velocity and self._guided(reads.velocity, null),
+            endpoint=reads.endpoint and self._guided(reads.endpoint, null),
+            flow_map=reads.flow_map and self._guided(reads.flow_map, null),
+            both=reads.both and self._guided(reads.both, null),
             hops=reads.hops,
             lowest=reads.lowest,
         )
@@ -186,42 +199,56 @@ class CFG(Spec):
         name: str = "sample.guide",
         whose: str = "",
     ) -> None:
-        """Refuse what has no null condition, or is guided already, with a UserError.
+        """Raise UserError for a net that has no null condition, or is guided already.
 
-        Of the data the kind and number of classes, of the objective its `drop` and what guided it in training; `name`
-        is the field that asks, `whose` the run that is read, where that is another.
+        data: the kind of the data.
+        classes: their number of classes.
+        drop: of the objective, the share of conditions that it dropped in training.
+        opened: what guided the objective's target in training.
+        name: the field that asks for guidance.
+        whose: the run that is read; "": this one.
         """
-        here, none = f"{name}.scale = {self.scale:g}", f"set {name}.scale=1"
-        of, train = (f" of {whose}", f"train {whose}") if whose else ("", "train")
         if not self.active:
             return
+        setting = f"{name}.scale = {self.scale:g}"
+        fix = f"set {name}.scale=1"
+        of_run = ""
+        train = "train"
+        if whose:
+            of_run = f" of {whose}"
+            train = f"train {whose}"
         if not classes:
-            raise UserError(f"{here} asks for guidance, but data '{data}' has no classes to guide by: {none}")
+            raise UserError(f"{setting} asks for guidance, but data '{data}' has no classes to guide by: {fix}")
         if opened.active:
             raise UserError(
-                f"{here} would guide once more what {opened.field}{of} has guided in training, by "
-                f"{opened.scale:.3g}: {none}, or {train} with {opened.off}"
+                f"{setting} would guide once more what {opened.field}{of_run} has guided in training, by "
+                f"{opened.scale:.3g}: {fix}, or {train} with {opened.off}"
             )
         if not drop:
             raise UserError(
-                f"{here} needs what the net makes without a label, which objective.drop = 0{of} never teaches: "
-                f"{none}, or {train} with objective.drop=0.1"
+                f"{setting} needs what the net makes without a label, which objective.drop = 0{of_run} never teaches: "
+                f"{fix}, or {train} with objective.drop=0.1"
             )
 
-    def _of(self, read: Callable[..., Any], null: int) -> Callable[..., Any]:
-        """Guide one reading, of (x, t, c) or (x, t, s, c), that answers with a sample or a pair of them."""
+    def _guided(self, read: Callable[..., Any], null: int) -> Callable[..., Any]:
+        """Guide one reading, of (x, t, c) or (x, t, s, c), that returns a sample or a pair of them."""
 
-        def guided(x: Sample, t: Time, *rest: torch.Tensor) -> Any:  # noqa: ANN401, as the reading
-            place, c = self.rows(t).nonzero().flatten(), rest[-1]
+        def guided_read(*inputs: torch.Tensor) -> Any:  # noqa: ANN401, as the reading
+            x, t, *_, c = inputs
+            place = self.rows(t).nonzero().flatten()
             if not len(place):
-                return read(x, t, *rest)
-            without = (x, t, *rest[:-1], torch.full_like(c, null))
-            found = read(*(torch.cat([a, b[place]]) for a, b in zip((x, t, *rest), without, strict=True)))
+                return read(*inputs)
+            null_inputs = (*inputs[:-1], torch.full_like(c, null))
+            both_inputs = [torch.cat([a, b[place]]) for a, b in zip(inputs, null_inputs, strict=True)]
+            answer = read(*both_inputs)
 
-            def mixed(both: torch.Tensor) -> torch.Tensor:  # the rows, and those without a label
-                y, y_null = both[: len(x)], both[len(x) :]
+            def mix(both: torch.Tensor) -> torch.Tensor:  # the rows, and those without a label
+                y = both[: len(x)]
+                y_null = both[len(x) :]
                 return y.index_copy(0, place, y_null + self.scale * (y[place] - y_null))
 
-            return tuple(map(mixed, found)) if isinstance(found, tuple) else mixed(found)
+            if isinstance(answer, tuple):
+                return tuple(mix(part) for part in answer)
+            return mix(answer)
 
-        return guided
+        return guided_read

@@ -7,6 +7,10 @@
 `flow(x, c)` is the loss, and the network may be wrapped (DistributedDataParallel, FSDP2, torch.compile, accelerate)
 before or after.
 
+The order of events in `loss`: the first call makes `check`, later ones look at the batch; `_record` draws the step's
+numbers and makes the record; the objective's loss calls the network through `Passes`. `sample`, `velocity` and `jump`
+read the network in evaluation mode; `teaching` makes a teacher of it; `get_extra_state` keeps what a resumed run needs.
+
 Random numbers are functions of (seed, step, row of the global batch): other ones on every rank. Those that a network
 draws itself, such as nn.Dropout's, are functions of (seed, step, rank), and the same in all passes of a step. So a
 resumed run goes on to the bit.
@@ -26,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dumo.flow import dropout, generate
 from dumo.flow.check import (
-    draws_itself,
+    draws_random_numbers,
     require_parameters,
     require_pure_net,
     require_rows_apart,
@@ -38,26 +42,26 @@ from dumo.flow.check import (
 from dumo.flow.condition import (
     Condition,
     Null,
-    each,
     is_table,
+    map_tensors,
+    num_rows,
     require_batch,
     require_conditions,
     require_data,
-    rows_of,
     table_of,
 )
-from dumo.flow.derivative import choose_slope, drawn_copy
+from dumo.flow.derivative import choose_slope, copy_without_zero_layers
 from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
-from dumo.flow.passes import NONE, OwnCall, Passes, Signature, drawing, inner
+from dumo.flow.passes import NO_CONDITION, OwnCall, Passes, Signature, inner, seeded_generators
 from dumo.flow.path import Diffusion, Linear, Path, Trig
 from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
-from dumo.flow.reading import reading, taught, teaching
+from dumo.flow.reading import reading, taught_readings, teacher_velocity
 from dumo.flow.slope import Slope, slope_of
-from dumo.flow.solver import Solver, best
+from dumo.flow.solver import Solver, best_solver
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
 from dumo.runtime.random import stream
@@ -78,7 +82,8 @@ from dumo.types.rows import to_device
 log = logging.getLogger("dumo")
 Moment = Tensor | float | int  # a time for all rows, or one for each
 
-AGAIN = 100  # the step at which a network that was not copied is checked once more, its layers of zeros then trained
+# Ours: the step at which a network that was not copied is checked once more, for its layers of zeros are trained then
+_SECOND_CHECK_STEP = 100
 
 
 class LoopFlow(Flow):
@@ -94,8 +99,9 @@ class LoopFlow(Flow):
     - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
     - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
       `prior` of the rows (None: on all).
-    - `precision`: of passes; None: as it is around.
-    - `knobs`, `guide`: how it is read.
+    - `precision`: of passes; None: as the caller's autocast has it.
+    - `knobs`: values by name, for readings; None: the objective's own.
+    - `guide`: guidance while sampling; None: none.
 
     An objective that names no slope gets the first of dual, jvp and central that runs on this network and is exact.
     """
@@ -120,16 +126,20 @@ class LoopFlow(Flow):
         knobs: Mapping[str, float] | None = None,
         guide: CFG | None = None,
     ) -> None:
-        require_settings(net, classes=classes, time_scale=time_scale, shard=shard, path=path)
-        flow_of_teacher = require_teacher(teacher, classes)
+        _require_settings(net, classes=classes, time_scale=time_scale, shard=shard, path=path)
+        if not classes and null is None:  # nothing stands for a dropped condition
+            objective = without_drop(objective)
+        teacher_flow = _teacher_flow(teacher, classes)
+        if teacher_flow is not None:
+            teacher = teacher_flow.teaching()
         super().__init__(
             net,
-            objective if classes or null is not None else without_drop(objective),
+            objective,
             classes=classes,
             seed=seed,
             path=path,
             coupling=coupling,
-            teacher=flow_of_teacher.teaching() if flow_of_teacher else cast("Taught | None", teacher),
+            teacher=cast("Taught | None", teacher),
             prior=prior,
             ref=ref,
             precision=precision,
@@ -140,19 +150,19 @@ class LoopFlow(Flow):
         self.time_scale = time_scale
         self.own_call = call
         self.shard = shard
-        self.teacher_of = flow_of_teacher.teaching if flow_of_teacher else None  # by conditions that are no labels
+        self.teacher_under = teacher_flow.teaching if teacher_flow else None  # of conditions that are no labels
 
         self.step = 0  # losses so far
         self.rows = 0  # of a rank's batch
         self.shape: tuple[int, ...] | None = None  # of a row
         self.last: Terms | None = None  # of the last loss, detached: its parts say more than the loss
-        self.names_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
-        self.choice: Slope | None = None  # where the objective names none
-        self.why = ""  # so
-        self.checked = False
-        self.copied = False  # whether the check worked on a copy of the network
-        self.draws_itself = False  # whether the network draws random numbers
-        self.names: tuple[str, ...] = ()  # of its conditions that are no labels
+        self.has_named_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
+        self.chosen_slope: Slope | None = None  # where the objective names none
+        self.slope_reason = ""  # how du/dt is taken, and why
+        self.is_checked = False
+        self.is_check_of_copy = False  # whether the check worked on a copy of the network
+        self.net_draws = False  # whether the network draws random numbers
+        self.condition_names: tuple[str, ...] = ()  # of conditions that are no labels
 
     # ------------------------------------------------------------------------------------- a training step, in a line
 
@@ -171,12 +181,14 @@ class LoopFlow(Flow):
     ) -> Tensor:
         """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
 
-        c: None, class numbers (b,), numbers (b, ...), or a dict of tensors by the names of the network's forward. In
-        training mode calls are counted: the count, or `step`, is which random numbers are drawn. `progress` is the
-        share of the training that is done, for objectives that change with it; `z` noise that goes with x. Raises
-        UserError as `check`, which the first call makes, on all ranks.
+        c: None, class numbers (b,), numbers (b, ...), or a dict of tensors by the names of the network's forward.
+        step: which random numbers are drawn; None: as many as losses so far, which are counted in training mode.
+        progress: the share of the training that is done, for objectives that change with it.
+        z: noise that goes with x, of its shape; None: drawn.
+
+        Every rank must make the first call, which makes `check`. Raises UserError for what cannot be trained on.
         """
-        if not self.checked or (self.step == AGAIN and not self.copied):
+        if not self.is_checked or (self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy):
             self.check(x, c)
         else:
             require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
@@ -186,13 +198,14 @@ class LoopFlow(Flow):
             raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: give noise of the shape of x")
         self.shape = self.shape or tuple(x.shape[1:])
         self.rows = max(self.rows, len(x))  # a smaller last batch keeps its rank's rows
-        at = self.step if step is None else step
-        b, keys = self._record(x, c, at, progress=progress, z=z)
-        key = self._key(at) if self.training else None
+        at_step = self.step if step is None else step
+        b, keys = self._record(x, c, at_step, progress=progress, z=z)
+        key = self._key(at_step) if self.training else None
         passes = self._passes(c, key)
-        ref = Frozen(passes if self.ref is None else passes.of(self.ref.module))
+        ref_passes = passes if self.ref is None else passes.of(self.ref.module)
+        ref = Frozen(ref_passes)
         masks = dropout.using(keys if self.training else None)
-        with masks, drawing(key, x.device), self._precise(x):  # a loss of yours may draw
+        with masks, seeded_generators(key, x.device), self._in_precision(x):  # a loss of yours may draw
             terms = require_terms(self.objective.loss(passes, ref, b), len(x), self.objective.kind)
         if step is None and self.training:
             self.step += 1
@@ -200,10 +213,10 @@ class LoopFlow(Flow):
         return terms.loss.mean()
 
     def passes(self, x: Sample, c: Condition = None, *, step: int | None = None) -> tuple[Passes, Noised]:
-        """The network as an objective calls it at a step, this one's, and the record of this rank's rows then."""
-        at = self.step if step is None else step
-        b, _ = self._record(x, c, at)
-        return self._passes(c, self._key(at) if self.training else None), b
+        """The network as an objective calls it at a step, and the record of this rank's rows x; None: the next step."""
+        at_step = self.step if step is None else step
+        b, _ = self._record(x, c, at_step)
+        return self._passes(c, self._key(at_step) if self.training else None), b
 
     # ----------------------------------------------------------------------------------------------- the other way
 
@@ -224,16 +237,18 @@ class LoopFlow(Flow):
     @torch.no_grad()
     def jump(self, x: Tensor, t: Moment, s: Moment = 0.0, c: Condition = None) -> Sample:
         """x_s of the trajectory through x at t, one pass; s = 0 is data. Raises UserError where it was never taught."""
-        reads = taught(self.objective)
-        to_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
-        if reads.flow_map is None and to_data:
+        reads = taught_readings(self.objective)
+        ends_at_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
+        if reads.flow_map is None and ends_at_data:
             return self._read("endpoint", x, c, t)
         if reads.flow_map is None:
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump that ends at s = {s}: give s=0, or train with "
                 "'dumo_any' or 'meanflow'"
             )
-        if reads.hops and not (isinstance(t, Tensor) or isinstance(s, Tensor) or reads.hops(t, s)):
+        if isinstance(t, Tensor) or isinstance(s, Tensor):  # which jumps are taught is known of numbers alone
+            return self._read("flow_map", x, c, t, s)
+        if reads.hops and not reads.hops(t, s):
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: ask "
                 "flow.sample, which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
@@ -241,17 +256,19 @@ class LoopFlow(Flow):
         return self._read("flow_map", x, c, t, s)
 
     def teaching(self, given: Condition = None) -> Taught:
-        """The velocity that a pupil learns, at what its objective is given as c: labels, or rows of these conditions.
+        """The velocity that a pupil learns from this flow, of (x_t, t, c, v_t).
 
-        Raises UserError where it was never taught.
+        given: the pupil's conditions that are no labels; then c are numbers of their rows. None: c are labels.
+
+        Raises UserError where the velocity was never taught.
         """
-        read = self._one_of_reads("velocity", self._passes(given, None))
+        read = self._taught_reading("velocity", self._passes(given, None))
 
         def velocity(x: Sample, t: Time, c: Cond) -> Sample:
-            with generate.eval_mode(self.net), self._precise(x):
+            with generate.eval_mode(self.net), self._in_precision(x):
                 return read(x, t, c)
 
-        return teaching(Reads(velocity=velocity))
+        return teacher_velocity(Reads(velocity=velocity))
 
     @torch.no_grad()
     def sample(
@@ -264,32 +281,39 @@ class LoopFlow(Flow):
         guidance: float | None = None,
         shape: Sequence[int] | None = None,
     ) -> Tensor:
-        """Samples in float32 on the CPU: c of them, of the classes in turn; or one for each condition in c.
+        """Samples in float32 on the CPU. Sample i is a function of (seed, i, its condition), whatever its batch.
 
-        Sample i is a function of (seed, i, its condition), whatever batch it is made in. `solver`: None takes the best
-        for few passes. `guidance` is the scale w of classifier-free guidance, for plain targets; `shape` that of a row,
-        known after the first loss. Raises UserError as solvers do.
+        c: how many, of the classes in turn; or a condition for each.
+        nfe: passes of each sample through the network.
+        solver: None takes the best for few passes.
+        guidance: the scale w of classifier-free guidance, for plain targets; None: the flow's own.
+        shape: of a sample; None: that of the data, known after the first loss.
+
+        Raises UserError for conditions that do not fit, and where solver, reading or nfe do not fit together.
         """
         shape = shape or self.shape
         if shape is None:
             raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
-        given, index = self._samples(c)
-        passes = self._passes(given, None)
+        table, index = self._sample_conditions(c)
+        passes = self._passes(table, None)
         guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
         reads = self._reads(passes, guide)
-        made = generate.join_batches(
-            self.batches(reads, solver or best(reads), index, net=passes, nfe=nfe, seed=seed, shape=shape)
-        )
+        if solver is None:
+            solver = best_solver(reads)
+        batches = self.batches(reads, solver, index, net=passes, nfe=nfe, seed=seed, shape=shape)
+        samples = generate.join_batches(batches)
         for part in self.net.modules():
             if isinstance(part, FSDPModule):  # whose root stays whole after a pass that has no backward pass
                 part.reshard()
-        return made.x
+        return samples.x
 
     def of(self, net: nn.Module) -> "LoopFlow":
-        """The same flow over other weights, such as an average's, of the network or of the flow."""
+        """A copy of this flow over another network, such as an average of its weights or of the whole flow's."""
         averaged = inner(net)
-        other = cast(LoopFlow, super().of(averaged.net if isinstance(averaged, Flow) else net))
-        other.__dict__.pop("call", None)
+        if isinstance(averaged, Flow):
+            net = averaged.net
+        other = cast(LoopFlow, super().of(net))
+        other.__dict__.pop("call", None)  # cached, of this flow's network
         return other
 
     # ------------------------------------------------------------------------------------------------------ the check
@@ -303,25 +327,25 @@ class LoopFlow(Flow):
         """
         on_every_rank(lambda: self._require(x, c))
         self.rows = max(self.rows, int(largest_of_ranks(len(x))))
-        few = rows_to_try(self.objective)
-        x = x[:few]
-        c = each(c, lambda rows: rows[:few])
+        num_tried = rows_to_try(self.objective)
+        x = x[:num_tried]
+        c = map_tensors(c, lambda rows: rows[:num_tried])
         b, keys = on_every_rank(lambda: self._record(x, c, self.step))
         needs = self.objective.needs
         passes = self._passes(c, self._key(self.step))
         generators_stay = torch.random.fork_rng([x.device] if x.is_cuda else [])
-        with generators_stay, dropout.using(keys if self.training else None), self._precise(x):
-            self.draws_itself = on_every_rank(lambda: draws_itself(self._passes(c, None), b, needs))
-            copied = drawn_copy(passes)
-            self.copied = copied is not None
-            probe = passes if copied is None else copied
+        with generators_stay, dropout.using(keys if self.training else None), self._in_precision(x):
+            self.net_draws = on_every_rank(lambda: draws_random_numbers(self._passes(c, None), b, needs))
+            copied_passes = copy_without_zero_layers(passes)
+            self.is_check_of_copy = copied_passes is not None
+            probe = passes if copied_passes is None else copied_passes
             on_every_rank(lambda: require_pure_net(probe, b, needs, tolerance(x)))
             on_every_rank(lambda: require_rows_apart(probe, b, needs))
             if needs.slope is not None:
                 self._take_slope(probe, replace(b, moving=None))
-        self.names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
-        self.checked = True
-        return self.why or "this objective takes no du/dt"
+        self.condition_names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
+        self.is_checked = True
+        return self.slope_reason or "this objective takes no du/dt"
 
     def _require(self, x: Tensor, c: Condition) -> None:
         """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
@@ -332,55 +356,58 @@ class LoopFlow(Flow):
         require_parameters(self.net)
 
     def _take_slope(self, probe: Passes, b: Noised) -> None:
-        """Choose how du/dt is taken, or try the given one. Raises UserError as `choose_slope`."""
-        found = choose_slope(
-            slope_of(self.objective) if self.names_slope else None,
+        """Choose how du/dt is taken, or try the slope that the objective names. Raises UserError where none serves."""
+        choice = choose_slope(
+            slope_of(self.objective) if self.has_named_slope else None,
             probe,
             b,
             self.objective.needs,
-            copied=self.copied,
-            before=self.choice,
+            copied=self.is_check_of_copy,
+            before=self.chosen_slope,
         )
-        self.why = found.why
-        if not self.names_slope:
-            self.choice = found.slope
-            self.objective = self.objective.model_copy(update={"slope": found.slope})
+        self.slope_reason = choice.why
+        if not self.has_named_slope:
+            self.chosen_slope = choice.slope
+            self.objective = self.objective.model_copy(update={"slope": choice.slope})
         if dist.is_main():
-            for line in found.warnings(self.time_scale, again=self.checked):
+            for line in choice.warnings(self.time_scale, again=self.is_checked):
                 log.warning("dumo: %s", line)
 
     # -------------------------------------------------------------------------------------------- what a batch becomes
 
     def _record(
-        self, x: Sample, c: Condition, at: int, *, progress: float = 0.0, z: Sample | None = None
+        self, x: Sample, c: Condition, at_step: int, *, progress: float = 0.0, z: Sample | None = None
     ) -> tuple[Noised, dropout.Keys]:
-        """The record of this rank's rows, and their keys of dropout."""
+        """The record of this rank's rows x at a step, and their keys of dropout."""
         rank, ranks = self.shard or (dist.rank(), dist.world())
         first = rank * self.rows
-        most = max(self.rows, len(x))
         rows = slice(first, first + len(x))
-        draws = self.drawn(at, x.shape[1:], batch=max(ranks * most, rows.stop), rows=rows, z=z is None)
+        rows_of_rank = max(self.rows, len(x))
+        batch = max(ranks * rows_of_rank, rows.stop)
+        draws = self.make_draws(at_step, x.shape[1:], batch=batch, rows=rows, z=z is None)
         index, none = self._index(len(x), c, x.device)
-        teacher = self.teacher_of(c) if self.teacher_of and is_table(c) else None
-        b = self.noised(draws, x, index, null=none, z=z, progress=progress, teacher=teacher)
-        if self.draws_itself:  # a pass of some rows would draw for them what it did not draw for all
+        teacher = None
+        if self.teacher_under and is_table(c):
+            teacher = self.teacher_under(c)
+        b = self.add_noise(draws, x, index, null=none, z=z, progress=progress, teacher=teacher)
+        if self.net_draws:  # a pass of some rows would draw for them what it did not draw for all
             b = replace(b, moving=None)
         return b, to_device(draws.keys, x.device)
 
-    def _precise(self, x: Sample) -> AbstractContextManager[None]:
+    def _in_precision(self, x: Sample) -> AbstractContextManager[None]:
         """Passes on x in the precision of this flow, if it has one."""
         return using(self.precision, x.device) if self.precision else nullcontext()
 
     def _index(self, n: int, c: Condition, device: torch.device) -> tuple[Cond, int]:
-        """What an objective is given as the condition, and as none."""
+        """What an objective gets as c (n,), class numbers or numbers of rows; and the number that stands for none."""
         if is_table(c):
-            return torch.arange(n, device=device), NONE
+            return torch.arange(n, device=device), NO_CONDITION
         if c is None:
             return torch.zeros(n, dtype=torch.long, device=device), 0
         return cast(Tensor, c).long(), self.classes
 
     def _passes(self, c: Condition, key: int | None) -> Passes:
-        """The network as objectives call it, under these conditions."""
+        """The network as objectives call it; c: conditions that c numbers the rows of, if they are no labels."""
         return Passes(
             self.net,
             self.objective.needs,
@@ -391,50 +418,50 @@ class LoopFlow(Flow):
             key=key,
         )
 
-    def _key(self, at: int) -> int:
-        """Of what the network draws itself at a step."""
+    def _key(self, at_step: int) -> int:
+        """The key of the random numbers that the network draws itself, at a step on this rank."""
         rank = self.shard[0] if self.shard else dist.rank()
-        return stream(self.seed, at, "net", rank).initial_seed()
+        return stream(self.seed, at_step, "net", rank).initial_seed()
 
     # ------------------------------------------------------------------------------------------------ what is read
 
     def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
-        """What these passes tell a solver."""
-        none = NONE if passes.table else self.classes
+        """What these passes tell a solver, with this guidance and these knobs (None: the flow's own)."""
+        none = NO_CONDITION if passes.table else self.classes
         return guide(reading(self.objective, passes, knobs or self.knobs), none)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
-        """One reading, in evaluation mode."""
+        """What the reading of this name says of x at these times, in evaluation mode."""
         require_data(x, self.shape)
         require_conditions(c, len(x), self.classes, self.call, self.null)
         index, _ = self._index(len(x), c, x.device)
-        read = self._one_of_reads(name, self._passes(c, None))
-        rows = [_row_times(time, x) for time in times]
-        with generate.eval_mode(self.net), self._precise(x):
-            return read(x, *rows, index)
+        read = self._taught_reading(name, self._passes(c, None))
+        row_times = [_row_times(time, x) for time in times]
+        with generate.eval_mode(self.net), self._in_precision(x):
+            return read(x, *row_times, index)
 
-    def _one_of_reads(self, name: str, passes: Passes) -> Callable[..., Any]:
+    def _taught_reading(self, name: str, passes: Passes) -> Callable[..., Any]:
         """A reading by its name. Raises UserError where it was never taught."""
         read = getattr(self._reads(passes, self.guide), name)
         if read is None:
-            way = "flow.jump" if name == "velocity" else "flow.velocity"
-            raise UserError(f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: ask {way}")
+            fix = "flow.jump" if name == "velocity" else "flow.velocity"
+            raise UserError(f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: ask {fix}")
         return read
 
-    def _samples(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
-        """The conditions of samples, and what an objective is given for them."""
+    def _sample_conditions(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
+        """The conditions of samples that are no labels, else None; and labels, or numbers of their rows, (n,)."""
         if c is None or isinstance(c, str | float):
             raise UserError(f"flow.sample({c!r}): give how many samples, or a condition for each")
         if isinstance(c, Tensor) and (not c.ndim or not is_table(c)):
             c = c.tolist()
         if isinstance(c, Tensor | Mapping):
-            require_conditions(c, rows_of(c), self.classes, self.call, self.null)
-            c = each(c, lambda rows: rows.to(self.device))
-            return c, torch.arange(rows_of(c))
-        if self.names:
+            require_conditions(c, num_rows(c), self.classes, self.call, self.null)
+            c = map_tensors(c, lambda rows: rows.to(self.device))
+            return c, torch.arange(num_rows(c))
+        if self.condition_names:
             raise UserError(
-                f"this flow learned of conditions {', '.join(self.names)}: give flow.sample(c) a row of them for each "
-                "sample"
+                f"this flow learned of conditions {', '.join(self.condition_names)}: give flow.sample(c) a row of them "
+                "for each sample"
             )
         if isinstance(c, int):
             return None, generate.labels_in_turn(c, self.classes)
@@ -445,25 +472,27 @@ class LoopFlow(Flow):
 
     def get_extra_state(self) -> Tensor:
         """Step, seed, rows of a rank, shape of a row and the chosen slope, as bytes."""
-        kept = FlowState(step=self.step, seed=self.seed, rows=self.rows, shape=self.shape, slope=self.choice)
-        return kept.to_tensor()
+        state = FlowState(step=self.step, seed=self.seed, rows=self.rows, shape=self.shape, slope=self.chosen_slope)
+        return state.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """As `get_extra_state` gave it."""
-        kept = FlowState.from_tensor(state)
-        self.step = kept.step
-        self.seed = kept.seed
-        self.rows = kept.rows
-        self.shape = kept.shape
-        self.choice = kept.slope
+        """Go on from what `get_extra_state` returned."""
+        flow_state = FlowState.from_tensor(state)
+        self.step = flow_state.step
+        self.seed = flow_state.seed
+        self.rows = flow_state.rows
+        self.shape = flow_state.shape
+        self.chosen_slope = flow_state.slope
 
     def extra_repr(self) -> str:
-        """What was found."""
-        return f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.why or 'not chosen yet'}"
+        """Objective, classes and how du/dt is taken, for print(flow)."""
+        return (
+            f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.slope_reason or 'not chosen yet'}"
+        )
 
 
-def require_settings(net: object, *, classes: object, time_scale: float, shard: object, path: object) -> None:
-    """Raise UserError for what no flow can be made of."""
+def _require_settings(net: object, *, classes: object, time_scale: float, shard: object, path: object) -> None:
+    """Raise UserError for arguments of `LoopFlow` that no flow can be made of."""
     if not isinstance(net, nn.Module):
         raise UserError(f"net is a {type(net).__name__}: give an nn.Module, and then the objective")
     if path is not None and not isinstance(path, Linear | Trig | Diffusion):
@@ -472,12 +501,13 @@ def require_settings(net: object, *, classes: object, time_scale: float, shard: 
         raise UserError(f"classes = {classes}: give how many labels there are, a whole number, 0 for none")
     if not time_scale or not isfinite(time_scale):
         raise UserError(f"time_scale = {time_scale:g}: give what times are multiplied by, such as 1 or 1000")
-    if shard is not None and not (isinstance(shard, tuple) and len(shard) == 2 and 0 <= shard[0] < shard[1]):
+    is_shard = isinstance(shard, tuple) and len(shard) == 2 and 0 <= shard[0] < shard[1]
+    if shard is not None and not is_shard:
         raise UserError(f"shard = {shard}: give (rank, ranks) of the data, with 0 <= rank < ranks")
 
 
-def require_teacher(teacher: object, classes: int) -> LoopFlow | None:
-    """The flow that teaches, if it is one. Raises UserError for a teacher that cannot."""
+def _teacher_flow(teacher: object, classes: int) -> LoopFlow | None:
+    """The flow that is the teacher, out of its wrappers; None for a function. Raises UserError if it cannot teach."""
     if teacher is None:
         return None
     flow = inner(teacher) if isinstance(teacher, nn.Module) else teacher
@@ -488,7 +518,7 @@ def require_teacher(teacher: object, classes: int) -> LoopFlow | None:
                 "(x_t, t, c, v_t)"
             )
         return None
-    if taught(flow.objective).velocity is None:
+    if taught_readings(flow.objective).velocity is None:
         raise UserError(
             f"teacher of objective '{flow.objective.kind}' never learned a velocity: give a flow of another "
             "objective, such as 'flow_matching'"

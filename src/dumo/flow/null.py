@@ -1,4 +1,8 @@
-"""What stands for no condition, from an objective's side: where nothing does, none is dropped and nothing guides."""
+"""What an objective does without conditions: `without_drop` for training, `guidance_of` for sampling.
+
+Dropped conditions and guidance go together: guidance needs what the network makes of no condition, and a network learns
+that from dropped ones. Where nothing stands for no condition, none is dropped and nothing guides.
+"""
 
 from typing import Any
 
@@ -8,7 +12,7 @@ from dumo.types import Objective, UserError
 
 
 def without_drop(objective: Objective) -> Objective:
-    """The same objective, which drops no condition, and guides by none."""
+    """A copy of the objective that drops no condition and guides its target by none."""
     fields = dict(objective)
     changed: dict[str, Any] = {}
     if fields.get("drop"):
@@ -22,7 +26,7 @@ def without_drop(objective: Objective) -> Objective:
 
 
 def guidance_of(objective: Objective, scale: float) -> CFG:
-    """Guidance of this scale while sampling.
+    """Guidance of this scale while sampling; 1 is none.
 
     Raises UserError where no condition was dropped in training, or the objective has guided its target itself.
     """

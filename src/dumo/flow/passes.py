@@ -4,12 +4,16 @@ dumo's own take x and c by place, so they are called as they are. Another's `for
 second time and a condition by names of its own (`Signature`). It returns its heads as a tuple, stacked along the
 channels, or in an object with `.sample`.
 
-What runs through an objective as c are class numbers, or the rows of a `Table` of conditions, of which -1 is none.
+What runs through an objective as c are class numbers, or numbers of rows of a `ConditionTable`, of which -1 is none.
+
+The order of events of a pass (`Passes.forward`): times are scaled; torch's generators begin at the step's key
+(`seeded_generators`); the network is called by the names of its `Signature`; `heads_of` makes a tuple of what it
+returned. `inner` finds the network inside wrappers.
 """
 
 import inspect
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,11 +26,11 @@ from torch.optim.swa_utils import AveragedModel
 from dumo.autodiff.dual import Dual, primal
 from dumo.types import Array, Cond, Heads, Needs, Time, UserError
 
-# names that forwards of the field give their arguments; the first that is there counts
-TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels")
-ENDS = ("r", "s", "end", "time_end", "target_timestep", "r_timestep")
+# Names that forwards of the field give their arguments; the first that is there counts
+_TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels")
+_END_TIMES = ("r", "s", "end", "time_end", "target_timestep", "r_timestep")
 CONDITIONS = ("c", "y", "cond", "label", "labels", "class_label", "class_labels", "classes", "condition")
-NONE = -1  # the row of a table that stands for no condition
+NO_CONDITION = -1  # the number of a row of a `ConditionTable` that stands for no condition
 
 OwnCall = Callable[..., Any]  # (net, x, t, c), with r after t where the objective has it
 
@@ -40,7 +44,7 @@ class Signature:
     end: str | None  # the second time
     condition: str | None
     names: frozenset[str]  # of all arguments
-    any_name: bool  # whether it takes further ones
+    takes_any_name: bool  # whether forward has **kwargs
 
     @classmethod
     def of(cls, net: nn.Module) -> "Signature | None":
@@ -50,83 +54,90 @@ class Signature:
         if len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_ONLY:
             return None
         names = [p.name for p in parameters[1:]]
-        time = _first(TIMES, names)
+        time = _first_known(_TIMES, names)
         if time is None:
             raise UserError(
                 f"{type(net).__name__}.forward({', '.join(signature.parameters)}) has no argument with a name of a "
-                f"time ({', '.join(TIMES)}): rename one, or give dumo.Flow(call=lambda net, x, t, c: net(...))"
+                f"time ({', '.join(_TIMES)}): rename one, or give dumo.Flow(call=lambda net, x, t, c: net(...))"
             )
         return cls(
             net=type(net).__name__,
             time=time,
-            end=_first(ENDS, names),
-            condition=_first(CONDITIONS, names),
+            end=_first_known(_END_TIMES, names),
+            condition=_first_known(CONDITIONS, names),
             names=frozenset(names),
-            any_name=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
+            takes_any_name=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
         )
 
     def takes(self, name: str) -> bool:
         """Whether there is an argument of this name."""
-        return name in self.names or self.any_name
+        return name in self.names or self.takes_any_name
 
     def require(self, needs: Needs, *, classes: bool) -> None:
-        """Raise UserError where an objective has more to say than forward takes."""
-        way = f"add or rename it, or give dumo.Flow({call_of(needs)})"
+        """Raise UserError where forward does not take all that an objective gives it; `classes`: also class numbers."""
+        fix = f"add or rename it, or give dumo.Flow({call_of(needs)})"
         if "r" in needs.names and self.end is None:
             raise UserError(
-                f"{self.net}.forward has no second time, which this objective needs (an argument {', '.join(ENDS)}, "
-                f"the time where a jump ends): {way}"
+                f"{self.net}.forward has no second time, which this objective needs (an argument "
+                f"{', '.join(_END_TIMES)}, the time where a jump ends): {fix}"
             )
         for name in needs.names:
             if name not in ("t", "r") and not self.takes(name):
-                raise UserError(f"{self.net}.forward has no argument {name}, which this objective needs: {way}")
+                raise UserError(f"{self.net}.forward has no argument {name}, which this objective needs: {fix}")
         if classes and self.condition is None:
             raise UserError(
-                f"{self.net}.forward has no argument for a class ({', '.join(CONDITIONS)}): {way}, or "
+                f"{self.net}.forward has no argument for a class ({', '.join(CONDITIONS)}): {fix}, or "
                 "leave out classes="
             )
 
     def times(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Times and knobs by the names of forward."""
+        """Times and knobs, given by an objective's names, by the names of forward."""
         names = {"t": self.time, "r": self.end or "r"}
         return {names.get(name, name): value for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
-class Table:
-    """Conditions (n, ...) by the argument's name, a row for each sample; and what stands for none, a row each."""
+class ConditionTable:
+    """Conditions that are no class numbers, a row for each sample, by the name of the network's argument."""
 
-    rows: Mapping[str, Tensor]
-    null: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]  # (n, ...)
+    null: Mapping[str, Tensor]  # what stands for no condition, a row (...) or (1, ...)
     alone: bool = False  # whether it was given as a tensor, without a name
 
     def take(self, place: Int64[Tensor, " b"]) -> dict[str, Tensor]:
-        """The conditions of these rows, of which NONE is the null; an argument without a null keeps its row."""
+        """The conditions (b, ...) of these rows; where a place is NO_CONDITION, the null.
+
+        An argument without a null gets row 0 there.
+        """
         taken: dict[str, Tensor] = {}
-        none = place == NONE
+        is_none = place == NO_CONDITION
         for name, rows in self.rows.items():
-            some = rows[place.clamp(min=0)]
+            some_rows = rows[place.clamp(min=0)]
             null = self.null.get(name)
             if null is not None:
-                some = torch.where(none.view(-1, *(1,) * (rows.ndim - 1)), null.to(rows), some)
-            taken[name] = some
+                some_rows = torch.where(is_none.view(-1, *(1,) * (rows.ndim - 1)), null.to(rows), some_rows)
+            taken[name] = some_rows
         return taken
 
-    def double(self) -> "Table":
-        """The same, its numbers in float64."""
+    def double(self) -> "ConditionTable":
+        """A copy whose floats are float64."""
+        return replace(self, rows=_floats_doubled(self.rows), null=_floats_doubled(self.null))
 
-        def of(some: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: v.double() if v.is_floating_point() else v for name, v in some.items()}
 
-        return replace(self, rows=of(self.rows), null=of(self.null))
+def _floats_doubled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 class Passes(nn.Module):
     """A network as objectives call it. With gradients a pass goes through what wraps it, without gradients past that.
 
-    `call`: how it is called; None: as dumo's own. `table`: the conditions of c; None: c are class numbers, which the
-    network gets if it is `labelled`. `key`: random numbers that the network draws are those of this key, so the same in
-    every pass; None: they are the caller's.
+    net: the network, in its wrappers.
+    needs: the objective's, which name times and heads.
+    call: how the network is called; None: as dumo's own.
+    labelled: whether it gets class numbers.
+    time_scale: multiplies each time and knob on its way to the network.
+    table: the conditions that c numbers the rows of; None: c are class numbers.
+    key: of the random numbers that the network draws, so equal in every pass; None: torch's generators go on.
     """
 
     def __init__(
@@ -137,7 +148,7 @@ class Passes(nn.Module):
         *,
         labelled: bool,
         time_scale: float = 1.0,
-        table: Table | None = None,
+        table: ConditionTable | None = None,
         key: int | None = None,
     ) -> None:
         super().__init__()
@@ -150,7 +161,7 @@ class Passes(nn.Module):
         self.key = key
 
     def of(self, net: nn.Module) -> "Passes":
-        """The same passes of another network."""
+        """Passes of another network, called as this one."""
         return Passes(
             net,
             self.needs,
@@ -165,22 +176,28 @@ class Passes(nn.Module):
         """Heads of the shape of x, then gauges (b,). Raises UserError where the network returned others."""
         net = self.net if torch.is_grad_enabled() else inner(self.net)
         times = {name: value * self.time_scale for name, value in inputs.items()}
-        keyed = self.key is not None and not torch.compiler.is_compiling()
-        with drawing(self.key, primal(x).device) if keyed else nullcontext():
-            returned = self._called(net, x, c, times)
+        generators: AbstractContextManager[None] = nullcontext()
+        if self.key is not None and not torch.compiler.is_compiling():
+            generators = seeded_generators(self.key, primal(x).device)
+        with generators:
+            returned = self._call(net, x, c, times)
         return heads_of(returned, x, self.needs, type(inner(self.net)).__name__)
 
     @property
     def described(self) -> str:
-        """How the network is called, in words."""
+        """How the network is called, for messages, such as "net(x, t=, y=)"."""
+        if self.call is None:
+            return "net(x, c, t=t ...)"
         if not isinstance(self.call, Signature):
-            return "net(x, c, t=t ...)" if self.call is None else call_of(self.needs)
-        times = self.call.times(dict.fromkeys(self.needs.names))
-        condition = [self.call.condition] if self.labelled and self.call.condition else []
-        conditions = [*self.table.rows] if self.table else condition
-        return f"net(x, {', '.join(f'{name}=' for name in (*times, *conditions))})"
+            return call_of(self.needs)
+        arguments = list(self.call.times(dict.fromkeys(self.needs.names)))
+        if self.table:
+            arguments += self.table.rows
+        elif self.labelled and self.call.condition:
+            arguments.append(self.call.condition)
+        return f"net(x, {', '.join(f'{name}=' for name in arguments)})"
 
-    def _called(self, net: nn.Module, x: Array, c: Cond, times: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _call(self, net: nn.Module, x: Array, c: Cond, times: dict[str, Any]) -> Any:  # noqa: ANN401
         if self.call is None:
             return net(x, c, **times)
         conditions: dict[str, Any] = {}
@@ -190,44 +207,60 @@ class Passes(nn.Module):
             conditions = {self.call.condition: c}
         if isinstance(self.call, Signature):
             return net(x, **self.call.times(times), **conditions)
-        given: Any = c if self.labelled else None
-        if self.table is not None:
-            given = next(iter(conditions.values())) if self.table.alone else conditions
-        return self.call(net, x, *times.values(), given)
+        condition: Any = None
+        if self.table is not None and self.table.alone:
+            condition = next(iter(conditions.values()))
+        elif self.table is not None:
+            condition = conditions
+        elif self.labelled:
+            condition = c
+        return self.call(net, x, *times.values(), condition)
 
 
 def call_of(needs: Needs) -> str:
-    """The function by which any network can be called for an objective."""
+    """For messages: the argument of dumo.Flow by which any network can be called for an objective."""
     return f"call=lambda net, x, {', '.join(needs.names)}, c: net(...)"
 
 
 def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa: ANN401
-    """What a network returned as a tuple of heads and gauges. Raises UserError where it is none."""
-    wanted = (*needs.heads, *needs.gauges)
+    """`returned`, which a network gave for x, as a tuple of heads like x and gauges (b,).
+
+    `net`: its class, for messages. Raises UserError where it is no such tuple.
+    """
+    names = (*needs.heads, *needs.gauges)
     if not isinstance(returned, Tensor | Dual | tuple | list):
         returned = getattr(returned, "sample", returned)  # an output of diffusers
     if isinstance(returned, tuple | list) and len(returned) == 1:
         returned = returned[0]
     if isinstance(returned, Tensor | Dual):
-        returned = _unstacked(cast(Tensor, returned), x, len(wanted))
+        returned = _unstack_heads(cast(Tensor, returned), x, len(names))
     shapes = [tuple(x.shape)] * len(needs.heads) + [(len(x),)] * len(needs.gauges)
     if not isinstance(returned, tuple | list):
+        raise UserError(f"{net} returned a {type(returned).__name__}: return its heads, {', '.join(names)}, as a tuple")
+    returned_shapes = [_shape_or_type(head) for head in returned]
+    if returned_shapes != shapes:
+        count = f"{len(names)} outputs"
+        fix = f"a tuple of {_listed(shapes)}"
+        if len(names) == 1:
+            count = "1 output"
+            fix = f"a tensor of shape {_listed(shapes)}"
+        elif x.ndim > 1:
+            fix += f", or one tensor with {len(names) * x.shape[1]} channels"
         raise UserError(
-            f"{net} returned a {type(returned).__name__}: return its heads, {', '.join(wanted)}, as a tuple"
-        )
-    found = [tuple(head.shape) if isinstance(head, Tensor | Dual) else type(head).__name__ for head in returned]
-    if found != shapes:
-        stacked = f", or one tensor with {len(wanted) * x.shape[1]} channels" if len(wanted) > 1 and x.ndim > 1 else ""
-        kind = "a tuple of " if len(wanted) > 1 else "a tensor of shape "
-        raise UserError(
-            f"{net} returned {_listed(found)}; this objective needs {_count(len(wanted), 'output')}, "
-            f"{', '.join(wanted)}: {kind}{_listed(shapes)}{stacked}"
+            f"{net} returned {_listed(returned_shapes)}; this objective needs {count}, {', '.join(names)}: {fix}"
         )
     return cast(Heads, tuple(returned))
 
 
-def _unstacked(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]:
-    """The heads of one tensor: it is one, or has them along its channels."""
+def _shape_or_type(head: object) -> tuple[int, ...] | str:
+    """The shape of a tensor; of anything else the name of its type."""
+    if isinstance(head, Tensor | Dual):
+        return tuple(head.shape)
+    return type(head).__name__
+
+
+def _unstack_heads(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]:
+    """The heads that one tensor holds along its channels; else the tensor alone."""
     if heads > 1 and x.ndim > 1 and returned.ndim == x.ndim and returned.shape[1] == heads * x.shape[1]:
         return tuple(returned.chunk(heads, 1))
     return (returned,)
@@ -236,17 +269,18 @@ def _unstacked(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]:
 def inner(net: nn.Module) -> nn.Module:
     """The network inside what averages, replicates or compiles it. (One that has a part named `module` stays.)"""
     while True:
+        compiled_from = net.__dict__.get("_modules", {}).get("_orig_mod")  # of torch.compile
         if isinstance(net, DataParallel | DistributedDataParallel | AveragedModel):
             net = net.module
-        elif isinstance(compiled_from := net.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        elif isinstance(compiled_from, nn.Module):
             net = compiled_from
         else:
             return net
 
 
 @contextmanager
-def drawing(key: int | None, device: torch.device) -> Generator[None, None, None]:
-    """Inside, torch's own generators begin at this key; afterwards they are as they were."""
+def seeded_generators(key: int | None, device: torch.device) -> Generator[None, None, None]:
+    """Inside, torch's generators of CPU and device begin at this key (None: 0); afterwards they are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(key or 0)
         if device.type == "cuda":
@@ -254,21 +288,18 @@ def drawing(key: int | None, device: torch.device) -> Generator[None, None, None
         yield
 
 
-def generators(device: torch.device) -> bytes:
-    """Where torch's generators stand, on the CPU and on a device."""
+def generator_states(device: torch.device) -> bytes:
+    """The states of torch's generators, on the CPU and on a device, as bytes to compare."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return b"".join(state.numpy().tobytes() for state in states)
 
 
-def _first(known: tuple[str, ...], names: list[str]) -> str | None:
+def _first_known(known: tuple[str, ...], names: list[str]) -> str | None:
+    """The first of the known names that is among `names`."""
     return next((name for name in known if name in names), None)
 
 
 def _listed(shapes: list[Any]) -> str:
     return ", ".join(map(str, shapes)) or "nothing"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" + "s" * (n != 1)

@@ -5,6 +5,8 @@ A diffusion's ends a little below the noise (docs/adr/0008): what a sampler begi
 x is the data in units of `sd`: they are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
 multiplied by it (`dumo.flow.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
 Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0008).
+
+A loss calls `at`; a sampler begins at `spread` and asks `near` for times at which its net may be called.
 """
 
 from collections.abc import Sequence
@@ -20,20 +22,20 @@ from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]  # of the data; 1, as they are, is not written
 
 
-class ToNoise(Spec):
+class _ToNoise(Spec):
     """A path whose last point is the noise, and whose net may be called at any time."""
 
     @property
     def spread(self) -> float:
-        """That of noise."""
+        """The standard deviation of what a sampler begins with: that of noise, 1."""
         return 1.0
 
     def near(self, times: Sequence[float]) -> list[float]:
-        """The times themselves."""
+        """The times at which a net may be called that are nearest to these: the times themselves."""
         return [*times]
 
 
-class Linear(ToNoise):
+class Linear(_ToNoise):
     """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time (paper, Sec. 3.2)."""
 
     kind: Literal["linear"] = "linear"
@@ -49,10 +51,11 @@ class Linear(ToNoise):
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and v_t = dx_t/dt, given data and noise (Alg. 1, lines 4 and 5)."""
-        return lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x, z - x
+        x_t = lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x
+        return x_t, z - x
 
 
-class Trig(ToNoise):
+class Trig(_ToNoise):
     """alpha(t) = sin(pi t / 2) and gamma(t) = cos(pi t / 2): a quarter of a circle (TrigFlow, Lu and Song 2025).
 
     Its angle is theta = pi t / 2, so that v_t = (pi / 2) (cos(theta) z - sin(theta) x). With data of standard
@@ -72,8 +75,11 @@ class Trig(ToNoise):
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and v_t = dx_t/dt, given data and noise."""
-        sin, cos = lift(self.alpha(t), x).to(x), lift(self.gamma(t), x).to(x)
-        return sin * z + cos * x, pi / 2 * (cos * z - sin * x)
+        sin = lift(self.alpha(t), x).to(x)
+        cos = lift(self.gamma(t), x).to(x)
+        x_t = sin * z + cos * x
+        v_t = pi / 2 * (cos * z - sin * x)
+        return x_t, v_t
 
 
 class Diffusion(Spec):
@@ -93,52 +99,58 @@ class Diffusion(Spec):
         return 1.0
 
     @property
-    def whole(self) -> Schedule:
-        """The schedule. Raises UserError where none was found."""
+    def known_schedule(self) -> Schedule:
+        """The pipeline's schedule. Raises UserError where none was found."""
         if self.schedule is None:
             raise UserError("path.schedule is the pipeline's, which is not here: --set pipeline=DIR names its folder")
         return self.schedule
 
     @property
     def spread(self) -> float:
-        """That of x_vp = z as a point of the linear path, where stock pipelines begin."""
-        last = self.whole.last
+        """The standard deviation of what a sampler begins with: of x_vp = z, as in diffusers, on the linear path."""
+        last = self.known_schedule.last
         return (last * last + (1 - last) ** 2) ** 0.5
 
     def near(self, times: Sequence[float]) -> list[float]:
-        """The times of the table nearest to falling ones: stock programs call a net at whole indices. As `indices`."""
-        schedule = self.whole
-        return [float(schedule.times[k]) / schedule.last for k in self.indices(times)]
-
-    def indices(self, times: Sequence[float]) -> list[int]:
-        """Their places in the table, falling: where two times have one nearest entry, those above move up.
+        """The times of the table nearest to these falling ones: stock programs call a net at whole indices.
 
         Raises UserError where there are more times than entries.
         """
-        schedule = self.whole
+        schedule = self.known_schedule
+        return [float(schedule.times[k]) / schedule.last for k in self.indices(times)]
+
+    def indices(self, times: Sequence[float]) -> list[int]:
+        """The indices of the table nearest to falling times, falling: where two share an entry, those above move up.
+
+        Raises UserError where there are more times than entries.
+        """
+        schedule = self.known_schedule
         if len(times) > schedule.steps:
             raise UserError(
                 f"{len(times):,} passes jump at as many times, and the pipeline's table has {schedule.steps:,}: "
                 f"nfe = {schedule.steps} at most"
             )
-        found, least = list[int](), 0
-        for k, t in enumerate(reversed(times)):  # those above need entries, too
-            found.append(min(max(schedule.near(t * schedule.last), least), schedule.steps - len(times) + k))
-            least = found[-1] + 1
-        return found[::-1]
+        rising: list[int] = []
+        least = 0
+        for k, t in enumerate(reversed(times)):
+            most = schedule.steps - len(times) + k  # those above need entries, too
+            index = min(max(schedule.near(t * schedule.last), least), most)
+            rising.append(index)
+            least = index + 1
+        return rising[::-1]
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the noise at time t."""
-        return self.whole.last * t
+        return self.known_schedule.last * t
 
     def gamma(self, t: Tensor) -> Tensor:
         """Weight of the data at time t."""
-        return 1 - self.whole.last * t
+        return 1 - self.known_schedule.last * t
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and v_t = dx_t/dt, given data and noise."""
         x_t = lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x
-        return x_t, self.whole.last * (z - x)
+        return x_t, self.known_schedule.last * (z - x)
 
 
 Path = Annotated[Linear | Trig | Diffusion, Field(discriminator="kind")]  # the union of all paths

@@ -1,4 +1,5 @@
-"""What passes compute in, by name.
+"""What passes compute in, by name: `using` around a pass in evaluation; in training its two parts, around what each is
+for: `product_precision` around the whole loop, `autocast` around a pass forward. `uses_tf32` says what holds now.
 
     fp32   products of matrices and convolutions as they are: cuDNN's, which take TF32 by default, too
     tf32   of a GPU's products and convolutions the factors are rounded to TF32, 10 bits of 23; elsewhere as fp32
@@ -6,6 +7,8 @@
 
 A rounding is a setting of the process, which holds for backward passes, too; autocast is of a piece of code, around
 passes forward alone: it keeps the weights it has cast by default, so no optimizer may step inside.
+
+`to_float32` and `round_stochastically` are for single tensors that are stored in 16 bits.
 """
 
 from collections.abc import Generator
@@ -16,27 +19,13 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "tf32", "bf16"]
-HALVES = (torch.bfloat16, torch.float16)
-
-
-def rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
-    """A tensor of float32 in bf16: to either neighbour, with the chances that keep its mean, by random whole numbers.
-
-    Of `bits`, of x's shape, the last 16 count. What is not finite stays.
-    """
-    raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
-    return torch.where(x.isfinite(), (raised & -0x10000).view(torch.float32), x).bfloat16()
-
-
-def single(x: Tensor) -> Tensor:
-    """A tensor of 16 bits in float32; another as it is."""
-    return x.float() if x.dtype in HALVES else x
+HALVES = (torch.bfloat16, torch.float16)  # the types of 16 bits
 
 
 @contextmanager
 def using(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Inside, passes forward on this device compute so."""
-    with products(precision, device), autocast(precision, device):
+    """Inside, passes forward on this device compute in this precision."""
+    with product_precision(precision, device), autocast(precision, device):
         yield
 
 
@@ -45,28 +34,52 @@ def autocast(precision: Precision, device: torch.device | str, *, keep: bool = T
 
     `keep`: a weight is cast once for all passes, and held in bf16 to the end; else for each use of it.
     """
-    return torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16", cache_enabled=keep)
+    device_type = torch.device(device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keep)
 
 
 @contextmanager
-def products(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Inside, what a GPU multiplies and convolves in fp32 is rounded to TF32, or not. A CPU has no such setting."""
+def product_precision(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
+    """Inside, products and convolutions of a GPU in fp32 round to TF32 for "tf32", else not. A CPU has no such setting.
+
+    Of the whole process; afterwards as before.
+    """
     if torch.device(device).type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    _round("high" if precision == "tf32" else "highest", precision == "tf32")
+    matmul_before = torch.get_float32_matmul_precision()
+    convolutions_before = torch.backends.cudnn.allow_tf32
+    if precision == "tf32":
+        _set_rounding("high", True)
+    else:
+        _set_rounding("highest", False)
     try:
         yield
     finally:
-        _round(*before)
+        _set_rounding(matmul_before, convolutions_before)
 
 
-def _round(matmul: str, convolutions: bool) -> None:
+def _set_rounding(matmul: str, convolutions: bool) -> None:
+    """`matmul`: torch's name, "highest" for no rounding; `convolutions`: whether cuDNN's may use TF32."""
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def rounded(device_type: str) -> bool:
+def uses_tf32(device_type: str) -> bool:
     """Whether products on this type of device are rounded to TF32 now."""
     return device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """A tensor of 16 bits in float32; any other as it is."""
+    return x.float() if x.dtype in HALVES else x
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """A tensor of float32 in bf16: each value goes to either neighbour, with the chances that keep its mean.
+
+    `bits`: random whole numbers of x's shape, of which the last 16 bits count. What is not finite stays.
+    """
+    raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
+    cut = (raised & -0x10000).view(torch.float32)  # the upper 16 bits are those of bf16
+    return torch.where(x.isfinite(), cut, x).bfloat16()

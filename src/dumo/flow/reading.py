@@ -1,4 +1,9 @@
-"""What a net of two times u(x_t, t, r) can tell a solver, and how its knobs are set."""
+"""What a net of two times u(x_t, t, r) can tell a solver: its readings, from an objective and a net.
+
+In the order of events: `taught_readings` says, before there is a net, what an objective teaches; `reading` sets a net's
+knobs (`bind_knobs`) and lets the objective read it; `teacher_velocity` makes a teacher of what was read.
+Objectives build their readings of `jump_to_data` and `mean_velocity`. `head_of` names the heads behind a reading.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,36 +17,45 @@ from dumo.autodiff.dual import primal
 from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time, UserError, lift
 
 
-def bind(net: Net, **knobs: float) -> Net:
-    """Fix the knobs of a net: what a sampler does before it reads."""
+def taught_readings(objective: Objective) -> Reads:
+    """The readings that an objective will teach, of no net yet: only which there are counts.
 
-    def bound(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        like = primal(x)
-        return net(x, c, **inputs, **{name: like.new_full((len(x),), value) for name, value in knobs.items()})
-
-    return bound
+    Where it gives no rule of its own for jumps and its times never end before the data, only jumps to the data count.
+    """
+    reads = objective.read(nn.Identity())
+    if reads.flow_map and reads.hops is None and not objective.times.between:
+        return replace(reads, hops=lambda t, s: s == 0)
+    return reads
 
 
 def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Reads:
-    """Read a net trained by an objective, with these of its knobs set and the others as the objective has them."""
+    """The readings of a net trained by an objective; `knobs` take the place of the objective's own by name."""
     knobs = {**objective.needs.knobs, **(knobs or {})}
-    return objective.read(bind(net, **knobs) if knobs else net)
+    return objective.read(bind_knobs(net, **knobs) if knobs else net)
 
 
-def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map", "both"]) -> str:
-    """The head, or heads, that a reading reads; the reading must be taught.
+def bind_knobs(net: Net, **knobs: float) -> Net:
+    """The net with these knobs fixed: each pass gets every knob's value, once per row (b,)."""
 
-    An objective does not say which, so nets are read of which one head alone says NaN: it comes through from that head.
-    """
-    heads, one, c = objective.needs.heads, torch.ones(1), torch.zeros(1, dtype=torch.long)
+    def bound_net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        x_value = primal(x)
+        knob_rows = {name: x_value.new_full((len(x),), value) for name, value in knobs.items()}
+        return net(x, c, **inputs, **knob_rows)
 
-    def says_nan(k: int) -> Net:
-        return lambda x, c, /, **_: tuple(torch.full_like(x, nan if i == k else 0.0) for i in range(len(heads)))
+    return bound_net
 
-    times = (one, 0 * one) if name == "flow_map" else (one,)
-    answers = [getattr(reading(objective, says_nan(k)), name)(torch.zeros(1, 1), *times, c) for k in range(len(heads))]
-    said = [answer if isinstance(answer, tuple) else (answer,) for answer in answers]
-    return " and ".join(head for head, xs in zip(heads, said, strict=True) if any(x.isnan().any() for x in xs))
+
+def teacher_velocity(reads: Reads) -> Taught:
+    """The velocity that a pupil learns at (x_t, t, c), where the data's own is v. Raises UserError without one."""
+    read = reads.velocity
+    if read is None:
+        raise UserError("this teacher has no velocity to learn from: its objective learns jumps alone")
+
+    def velocity(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
+        with torch.no_grad():
+            return v + (read(x, t, c).to(v) - v)  # this rounding is that of earlier versions, so their runs resume
+
+    return velocity
 
 
 def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Sample]:
@@ -62,22 +76,25 @@ def mean_velocity(net: Net, head: int = 0) -> Reads:
     )
 
 
-def teaching(reads: Reads) -> Taught:
-    """The velocity that a pupil learns at (x_t, t, c), where the data's own is v. Raises UserError without one."""
-    read = reads.velocity
-    if read is None:
-        raise UserError("this teacher has no velocity to learn from: its objective learns jumps alone")
+def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map", "both"]) -> str:
+    """The name of the head that a reading reads, or names joined by " and "; the reading must be taught.
 
-    def velocity(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-        with torch.no_grad():
-            return v + (read(x, t, c).to(v) - v)  # rounded so, runs go on to the bit as they began
+    An objective does not say which, so nets are read of which one head alone says NaN: it comes through from that head.
+    """
+    heads = objective.needs.heads
+    x = torch.zeros(1, 1)
+    t = torch.ones(1)
+    c = torch.zeros(1, dtype=torch.long)
+    times = (t, 0 * t) if name == "flow_map" else (t,)
 
-    return velocity
+    def net_with_nan(nan_head: int) -> Net:
+        values = [nan if i == nan_head else 0.0 for i in range(len(heads))]
+        return lambda x, c, /, **_: tuple(torch.full_like(x, value) for value in values)
 
-
-def taught(objective: Objective) -> Reads:
-    """The readings that an objective will teach, of no net yet."""
-    found = objective.read(nn.Identity())
-    if found.flow_map and found.hops is None and not objective.times.between:
-        return replace(found, hops=lambda t, s: s == 0)
-    return found
+    names: list[str] = []
+    for k, head in enumerate(heads):
+        answer = getattr(reading(objective, net_with_nan(k)), name)(x, *times, c)
+        answers = answer if isinstance(answer, tuple) else (answer,)
+        if any(y.isnan().any() for y in answers):
+            names.append(head)
+    return " and ".join(names)

@@ -5,8 +5,9 @@ Divided by a + s this is a point of the linear path,
 
     x_t = (1 - t) x + t z,   t = s / (a + s),   x_vp = x_t / n,   n = 1 / (a + s) = (t^2 + (1 - t)^2)^(1/2),
 
-so that scale and signal are functions of t. The table says which index belongs to t: monotone cubics between its
-entries (Fritsch and Carlson 1980, by scipy), straight lines beyond them, once continuously differentiable all over.
+so that scale and signal are functions of t. `Schedule` is the table of the t_k, on float64 and the CPU. `Clock` goes
+back from t to an index, inside a net: monotone cubics between the entries (Fritsch and Carlson 1980, by scipy),
+straight lines beyond them, once continuously differentiable all over.
 """
 
 from functools import lru_cache
@@ -37,11 +38,11 @@ class Schedule(Spec):
     @property
     def times(self) -> np.ndarray:
         """t_k, (steps,), rising, in float64."""
-        return table(self.kind, self.start, self.end, self.steps, self.zero_snr)
+        return _time_table(self.kind, self.start, self.end, self.steps, self.zero_snr)
 
     @property
     def last(self) -> float:
-        """The last of them, below 1 where some of the data is left."""
+        """The last time of the table, below 1 where some of the data is left."""
         return float(self.times[-1])
 
     def near(self, t: float) -> int:
@@ -50,8 +51,8 @@ class Schedule(Spec):
 
 
 @lru_cache(16)
-def table(kind: Law, low: float, high: float, n: int, zero_snr: bool) -> np.ndarray:
-    """`Schedule.times`, of its fields."""
+def _time_table(kind: Law, low: float, high: float, n: int, zero_snr: bool) -> np.ndarray:
+    """The n times of a schedule whose betas run from low to high; cached, for a property asks again and again."""
     match kind:
         case "linear":
             betas = np.linspace(low, high, n)
@@ -79,19 +80,20 @@ class Clock(nn.Module):
         from scipy.interpolate import PchipInterpolator  # slow to import
 
         super().__init__()
-        times, index = schedule.times, np.arange(schedule.steps, dtype=np.float64)
+        times = schedule.times
+        index = np.arange(schedule.steps, dtype=np.float64)
         curve = PchipInterpolator(times, index)
         slopes = curve(times[[0, -1]], 1)
         lines = np.array([[0, 0, slope, k] for slope, k in zip(slopes, index[[0, -1]], strict=True)])
         pieces = np.concatenate([lines[:1], curve.c.T, lines[1:]])
         bases = np.concatenate([times[:1], times])
-        self.fastest = float(curve.derivative()(np.linspace(times[0], times[-1], 10_001)).max())
-        for name, numbers in (("ends", times), ("bases", bases), ("pieces", pieces)):
-            self.register_buffer(name, torch.as_tensor(numbers), persistent=False)
+        self.fastest = float(curve.derivative()(np.linspace(times[0], times[-1], 10_001)).max())  # in indices per t
+        for name, values in (("ends", times), ("bases", bases), ("pieces", pieces)):
+            self.register_buffer(name, torch.as_tensor(values), persistent=False)
 
     def forward(self, t: Time) -> Array:
         """The index at t (b,), which may carry a tangent."""
         k = torch.searchsorted(self.ends.to(t.dtype), primal(t).detach().contiguous(), right=True)
-        base, pieces = self.bases.to(t.dtype)[k], self.pieces.to(t.dtype)[k]
-        d, (cubic, square, slope, index) = t - base, pieces.unbind(1)
+        cubic, square, slope, index = self.pieces.to(t.dtype)[k].unbind(1)
+        d = t - self.bases.to(t.dtype)[k]
         return ((cubic * d + square) * d + slope) * d + index

@@ -12,22 +12,28 @@ Every slope linearizes the net at a point, as `torch.func.linearize` does: the v
 Where w is known before the pass, `toward=w` says so; where the derivative is wanted of some rows only, `moving` names
 them by place, and the others get zeros. Slopes differ only inside: how many passes `along` makes, and how exact it is.
 
-A secant takes one pass at an earlier time instead, `back`. With l = t - d, and x_l = x_t - d w back along w,
+The order of events: `Linearization.__call__` checks the precision, `begin` chooses how the training pass is made, the
+pass is made, and `along` gives the derivatives: as the pass carried them (`_linearize_by_ride`), from its activations
+(`_linearize_by_tape`), or by passes of their own (`_linearize_by_passes`, of `slopes`).
+
+A secant takes one pass at an earlier time instead (`earlier_mean_velocity`). With l = t - d, and x_l = x_t - d w,
 
     du/dt  is about  (u(x_t, t) - u(x_l, l)) / d,    off by O(d).
 
 In a target u* = w - (l - r) du/dt it says: go back by d along w, then jump the rest as the net would. Its rounding
-grows as (l - r) / d, the gain: with a short d such differences need fp32 as central ones do.
+grows as (l - r) / d, the gain: with a short d such differences need fp32 as central ones do, which
+`require_precise_passes` asks for.
 """
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import floor, isinf
 from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,7 +46,7 @@ from dumo.autodiff.einops import teach_einops
 from dumo.autodiff.jvp import call_duals_tensors
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
-from dumo.flow.precision import rounded
+from dumo.flow.precision import uses_tf32
 from dumo.types import (
     CHANGES,
     Array,
@@ -59,15 +65,17 @@ from dumo.types import (
 )
 from dumo.types.rows import index, split_by_step
 
-Along = Callable[[Sample], Heads]
-Begin = Callable[..., tuple[Heads, Along]]  # of (x, c, t=t, **rest)
-Moving = Sequence[bool]  # rows by place: static, so that shapes are
+Along = Callable[[Sample], Heads]  # the direction w -> dh/dt of each head h along it
+Begin = Callable[..., tuple[Heads, Along]]  # a training pass: of (x, c, t=t, **rest)
+Moving = Sequence[bool]  # which rows move, by place: not a tensor, so that shapes are static
 
-MAX_STEP = 0.05  # ours: of h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
+# Ours: the largest h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
+_MAX_STEP = 0.05
+MAX_GAIN = 20  # ours, of a secant: rounding to bf16, 2^-8 of u, is then 8 % of the residual
 
 
 class Linearization(Spec, ABC):
-    """How every slope is called."""
+    """A slope: a way to take the derivative of a net along the flow."""
 
     def __call__(
         self,
@@ -81,20 +89,29 @@ class Linearization(Spec, ABC):
         moving: Moving | None = None,
         **rest: Time,
     ) -> tuple[Heads, Along]:
-        """One pass of net now, with gradients; the derivatives of ref later. Raises UserError as `check` does."""
+        """The heads of one pass of net, with gradients, and a function that gives the derivatives of ref along w.
+
+        net: the network in training.
+        ref: theta^-, of which the derivative is; it may be of the same weights.
+        x, c, t, rest: the inputs of the pass, of b rows.
+        toward: the direction, where it is known before the pass; then `along` takes no other.
+        moving: the rows whose derivative is wanted; None: all.
+
+        Raises UserError where the precision that holds now is too low for this slope.
+        """
         self.check(precision_of(x))
         return self.begin(net, ref, toward, moving)(x, c, t=t, **rest)
 
     def begin(self, net: Net, ref: Frozen, toward: Sample | None, moving: Moving | None) -> Begin:
-        """How the pass at (x, c, t=t, **rest) is made: by itself, unless a slope can make more of it."""
-        return partial(_then, partial(self.slopes, ref), net, moving)
+        """The function of (x, c, t=t, **rest) that makes the pass: a plain one here, passes for the slopes follow."""
+        return partial(_linearize_by_passes, partial(self.slopes, ref), net, moving)
 
     @abstractmethod
     def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-        """The derivatives of ref along w, by passes of their own."""
+        """The derivatives of ref's heads along w, by passes of their own, without gradients through them."""
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
-        """Raise UserError where it would be no derivative. What is exact refuses no precision, and no scale."""
+        """Raise UserError where the slope would be no derivative. An exact one refuses no precision, no time_scale."""
 
 
 class CentralSlope(Linearization):
@@ -109,7 +126,7 @@ class CentralSlope(Linearization):
     h: float = Field(default=0.005, gt=0, le=0.1)
 
     def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-        """Two passes."""
+        """The derivatives of ref's heads along w, by two passes."""
         behind = ref(x - self.h * w, c, t=t - self.h, **rest)
         ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
         return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
@@ -121,12 +138,12 @@ class CentralSlope(Linearization):
                 f"slope 'central' needs precision fp32, not {precision}: at h = {self.h} rounding outweighs the "
                 "difference (42 to 83 % wrong under bf16, 7 % under tf32). Use precision fp32, or slope 'dual'"
             )
-        if self.h * time_scale > MAX_STEP:
-            most = floor(1e6 * MAX_STEP / time_scale) / 1e6
+        if self.h * time_scale > _MAX_STEP:
+            most = floor(1e6 * _MAX_STEP / time_scale) / 1e6
             raise UserError(
                 f"slope 'central' with h = {self.h} on a net with time_scale = {time_scale}: h * time_scale is above "
-                f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale or "
-                "slope 'dual'"
+                f"{_MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale "
+                "or slope 'dual'"
             )
 
 
@@ -136,21 +153,21 @@ class JvpSlope(Linearization):
     kind: Literal["jvp"] = "jvp"
 
     def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-        """One differentiated pass."""
+        """The derivatives of ref's heads along w, by one differentiated pass."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
             _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
         return slopes
 
 
 class Way(NamedTuple):
-    """How a Dual comes by the tangent, and why so."""
+    """How `DualSlope` gets the tangent, and why so."""
 
     name: Literal["tape", "ride", "pass"]
     why: str
 
     @property
     def text(self) -> str:
-        """The name in words."""
+        """When the tangent is computed, in words."""
         return {
             "tape": "after the training pass, from its activations",
             "ride": "along with the training pass",
@@ -172,19 +189,19 @@ class DualSlope(Linearization):
     kind: Literal["dual"] = "dual"
 
     def begin(self, net: Net, ref: Frozen, toward: Sample | None, moving: Moving | None) -> Begin:
-        """The way that is taken."""
+        """The function of (x, c, t=t, **rest) that makes the pass, by tape, ride or passes (`way`)."""
         if not torch.compiler.is_compiling():
             teach_einops()
             call_duals_tensors()
         way = self.way(net, ref, known=toward is not None)
         if way.name == "tape" and moving is None:
-            return partial(_tape, partial(self.slopes, ref), net, ref)
+            return partial(_linearize_by_tape, partial(self.slopes, ref), net, ref)
         if way.name == "ride" and toward is not None:
-            return partial(_ride, net, toward, moving)
+            return partial(_linearize_by_ride, net, toward, moving)
         return super().begin(net, ref, toward, moving)
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
-        """Which of the three ways is taken; `known`: the direction is known before the pass."""
+        """Which of the three ways is taken; `known`: whether the direction is known before the pass."""
         if ref.module is not unwrap(net):
             return Way("pass", "theta^- has weights of its own")
         if known:
@@ -194,37 +211,43 @@ class DualSlope(Linearization):
         return Way("tape", "the direction is known after the pass")
 
     def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-        """One dual pass: its tangents."""
-        return tuple(rate_of(h) for h in _moved(ref, x, c, w, t=t, **rest))
+        """The derivatives of ref's heads along w, by one dual pass."""
+        return tuple(rate_of(head) for head in _dual_pass(ref, x, c, w, t=t, **rest))
 
 
 Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind", json_schema_extra=CHANGES)]
 
 
 def slope_of(objective: Objective) -> Slope | None:
-    """The slope that an objective's loss takes; None: it takes none."""
+    """The slope that an objective's loss takes; None where the loss has no du/dt."""
     return cast("Slope | None", objective.needs.slope)
 
 
-def _tape(
-    f: Callable[..., Heads], net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time
+def _linearize_by_tape(
+    slopes: Callable[..., Heads], net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
-    """One pass that notes what its tangent needs; played once. Falls back to f if the weights are gone by then."""
-    dx, dt = Later(x.shape, x.dtype), Later(t.shape, t.dtype)
+    """One pass that records what its tangent needs; `along` plays that, once.
+
+    If the weights are gone by then, `along` falls back to `slopes`, a pass of its own.
+    """
+    dx = Later(x.shape, x.dtype)
+    dt = Later(t.shape, t.dtype)
     heads = net(pair(x, dx), c, t=pair(t, dt), **rest)
-    ends = [end for end in map(dual.tangent, heads) if isinstance(end, Later)]
+    tangents = [dual.tangent(head) for head in heads]
+    ends = [tangent for tangent in tangents if isinstance(tangent, Later)]
 
     def along(w: Sample) -> Heads:
         if dx.value is not None:
             raise RuntimeError("along was called twice: a tape plays once, for all heads")
-        dx.value, dt.value = w.detach(), torch.ones_like(t)
+        dx.value = w.detach()
+        dt.value = torch.ones_like(t)
         if not (torch.compiler.is_compiling() or tape.holds(ends)):
             warnings.warn(
                 "du/dt takes a pass of its own, so a step is a fifth longer: sharded weights are given back after it. "
                 "Keep them: fully_shard(..., reshard_after_forward=False), in dumo train train.reshard=false",
                 stacklevel=3,
             )
-            return f(x, c, w, t=t, **rest)
+            return slopes(x, c, w, t=t, **rest)
         play = tape.compiled_play() if getattr(ref.module, "compile_tangents", False) else tape.play
         play(ends)
         return tuple(rate_of(head) for head in heads)
@@ -232,25 +255,28 @@ def _tape(
     return tuple(primal(head) for head in heads), along
 
 
-def _ride(
+def _linearize_by_ride(
     net: Net, toward: Sample, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass whose rows move from the start; where some do not, a second pass for those."""
     rows, others = split_by_step([True] * len(x) if moving is None else moving)
     if not others:
-        heads = _moved(net, x, c, toward, t=t, **rest)
-        values, slopes = tuple(primal(h) for h in heads), tuple(rate_of(h) for h in heads)
+        heads = _dual_pass(net, x, c, toward, t=t, **rest)
+        values = tuple(primal(head) for head in heads)
+        slopes = tuple(rate_of(head) for head in heads)
     elif not rows:
         values = net(x, c, t=t, **rest)
-        slopes = tuple(torch.zeros_like(h) for h in values)
+        slopes = tuple(torch.zeros_like(value) for value in values)
     else:
-        i, j = index(rows, x.device), index(others, x.device)
+        i = index(rows, x.device)
+        j = index(others, x.device)
         with dropout.rows(i):
-            heads = _moved(net, x[i], c[i], toward[i], t=t[i], **{k: s[i] for k, s in rest.items()})
+            heads = _dual_pass(net, x[i], c[i], toward[i], t=t[i], **_rows_of_each(rest, i))
         with dropout.rows(j):
-            plain = net(x[j], c[j], t=t[j], **{k: s[j] for k, s in rest.items()})
-        values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
-        slopes = tuple(_merge(rate_of(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
+            plain = net(x[j], c[j], t=t[j], **_rows_of_each(rest, j))
+        head_pairs = list(zip(heads, plain, strict=True))
+        values = tuple(_merge_rows(primal(a), b, rows, others) for a, b in head_pairs)
+        slopes = tuple(_merge_rows(rate_of(a), torch.zeros_like(b), rows, others) for a, b in head_pairs)
 
     def along(w: Sample) -> Heads:
         if w is not toward:
@@ -260,53 +286,65 @@ def _ride(
     return values, along
 
 
-def _moved(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-    """A pass whose inputs move: x along w, t by 1."""
+def _dual_pass(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
+    """The heads, as duals, of a pass whose inputs move: x along w, t by 1."""
     return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest)
 
 
 def rate_of(head: Array) -> Tensor:
-    """What rode along: zero for a head that the moving inputs do not reach."""
+    """The tangent of a head that a dual pass returned: zero for one that the moving inputs do not reach."""
     rate = dual.tangent(head)
-    rate = rate.value if isinstance(rate, Later) else rate
-    return torch.zeros_like(primal(head)) if rate is None else rate
+    if isinstance(rate, Later):
+        rate = rate.value
+    if rate is None:
+        return torch.zeros_like(primal(head))
+    return rate
 
 
-def _then(
-    f: Callable[..., Heads], net: Net, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
+def _linearize_by_passes(
+    slopes: Callable[..., Heads], net: Net, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
-    """One pass of net now; later the slopes by f of the rows that move, and zeros. Where none does, f makes no pass."""
-    heads, (rows, others) = net(x, c, t=t, **rest), split_by_step([True] * len(x) if moving is None else moving)
+    """One pass of net now; `along` gives the `slopes` of the rows that move, and zeros. Where none moves: no pass."""
+    heads = net(x, c, t=t, **rest)
+    rows, others = split_by_step([True] * len(x) if moving is None else moving)
 
     @torch.no_grad()
     def along(w: Sample) -> Heads:
         if not others:
-            return f(x, c, w, t=t, **rest)
+            return slopes(x, c, w, t=t, **rest)
         if not rows:
-            return tuple(torch.zeros_like(h) for h in heads)
-        i, j = index(rows, x.device), index(others, x.device)
+            return tuple(torch.zeros_like(head) for head in heads)
+        i = index(rows, x.device)
+        j = index(others, x.device)
         with dropout.rows(i):
-            slopes = f(x[i], c[i], w[i], t=t[i], **{k: s[i] for k, s in rest.items()})
-        zeros = (torch.zeros_like(h[j]) for h in heads)
-        return tuple(_merge(some, zero, rows, others) for some, zero in zip(slopes, zeros, strict=True))
+            some_slopes = slopes(x[i], c[i], w[i], t=t[i], **_rows_of_each(rest, i))
+        zeros = [torch.zeros_like(head[j]) for head in heads]
+        return tuple(_merge_rows(some, zero, rows, others) for some, zero in zip(some_slopes, zeros, strict=True))
 
     return heads, along
 
 
-def _merge(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> Tensor:
-    """Put rows back to their places."""
+def _rows_of_each(inputs: Mapping[str, Tensor], i: Int[Tensor, " k"]) -> dict[str, Tensor]:
+    """The rows numbered i of each input."""
+    return {name: values[i] for name, values in inputs.items()}
+
+
+def _merge_rows(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> Tensor:
+    """One tensor of `some`, which belongs at `rows`, and `other`, which belongs at `others`; of the type of `some`."""
     order = sorted(range(len(rows) + len(others)), key=[*rows, *others].__getitem__)
     return torch.cat([some, other.to(some.dtype)])[index(order, some.device)]
 
 
 def precision_of(x: Sample) -> str:
-    """What a pass on x computes in; fp64 is as good as fp32."""
+    """The name of what a pass on x computes in, such as "tf32"; fp64 counts as "fp32"."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         return f"{dtype} autocast"
-    if x.dtype == torch.float32 and rounded(x.device.type):
+    if x.dtype == torch.float32 and uses_tf32(x.device.type):
         return "tf32"
-    return "fp32" if x.dtype in (torch.float32, torch.float64) else str(x.dtype)
+    if x.dtype in (torch.float32, torch.float64):
+        return "fp32"
+    return str(x.dtype)
 
 
 def _jvp(
@@ -317,15 +355,12 @@ def _jvp(
     return value, slope
 
 
-MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
-
-
-def demand(b: Noised, gain: float, kind: str) -> None:
+def require_precise_passes(b: Noised, gain: float, kind: str) -> None:
     """Raise UserError where passes on a record round more than objective `kind`, of this gain, can bear."""
-    demand_precision(precision_of(b.x_t), gain, kind)
+    require_precision(precision_of(b.x_t), gain, kind)
 
 
-def demand_precision(precision: str, gain: float, kind: str) -> None:
+def require_precision(precision: str, gain: float, kind: str) -> None:
     """Raise UserError where passes of this precision round more than objective `kind`, of this gain, can bear."""
     if gain > MAX_GAIN and precision != "fp32":
         times = "without bound" if isinf(gain) else f"by up to {gain:g}"
@@ -336,17 +371,18 @@ def demand_precision(precision: str, gain: float, kind: str) -> None:
 
 
 @torch.no_grad()
-def back(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
-    """u(x_l, l, r) of the first head at l = t - d, for the rows that may move, known by place; zeros for the others.
+def earlier_mean_velocity(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
+    """u(x_l, l, r) at l = t - d with x_l = x_t - d w, of a net of one head: for the rows that may move, else zeros.
 
-    Where l is below r it is u(x_l, l, l): the caller gives such rows no weight. One pass, none if none moves.
+    Where l is below r it is u(x_l, l, l): the caller gives such rows no weight. One pass, none if no row may move.
     """
     place, _ = b.rows_by_step
     u_l = torch.zeros_like(b.x_t)
     if not place:
         return u_l
     i = index(place, d.device)
-    some, d = b[place], d[i]
+    some = b[place]
+    d = d[i]
     l = (some.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
     with dropout.rows(i):
         (head,) = ref(some.x_t - lift(d, some.x_t) * w[i], some.c, t=l, r=torch.minimum(some.r, l))

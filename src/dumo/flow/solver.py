@@ -10,12 +10,16 @@ visit n times, the last of them above 0: the uniform grid s = 1, (n - 1) / n, ..
 so that m is the time at s = 1/2. Solved for p this reads t = start (m / start)^log2(1 / s), exact at s = 1 and s = 1/2.
 
 A solver is asked for a number of passes through the net (nfe), not of steps. What it cannot make it refuses.
+
+In the order of events: `best_solver` picks one by what an objective teaches; `check` refuses, before any work, a
+reading or an nfe out of reach, `can_make` says so without raising; a solver, called, makes samples. Times come from
+`uniform_times` and `jump_times`, the reading from `taught_reading`.
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import log2
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -29,22 +33,22 @@ from dumo.types.outside import OpenTo, SolverSpec
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
-FAR = 1000  # passes up to which others are looked for: ours
+_MAX_SUGGESTED_NFE = 1000  # passes; up to there a refusal looks for others to propose: ours
 Start = Annotated[float, Field(gt=0, le=1, json_schema_extra=QUIET)]  # the first time, at or just below 1
 
 
-def uniform(n: int, start: float = 1.0) -> list[float]:
+def uniform_times(n: int, start: float = 1.0) -> list[float]:
     """The n + 1 times from `start` to 0 that cut [0, start] into n equal steps."""
     return [start * ((n - k) / n) for k in range(n + 1)]
 
 
-def jumps(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
+def jump_times(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
     """The n times of the jumps to the data, for 0 < m < start: two of them are (start, m). Ours."""
     return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
 
-def rows(times: Sequence[float], like: Sample) -> list[Time]:
-    """Each time, once per row of `like`, on its device and in its precision."""
+def times_per_row(times: Sequence[float], like: Sample) -> list[Time]:
+    """Each time as a tensor (b,), once per row of `like` (b, ...), on its device and of its type."""
     return [like.new_full((len(like),), t) for t in times]
 
 
@@ -55,11 +59,11 @@ class Stepper(Spec, ABC):
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        return last(self.trail(reads, x, c, nfe))
+        return _last(self.trail(reads, x, c, nfe))
 
     @abstractmethod
     def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
-        """x after every step, the data last. Raises UserError as the whole."""
+        """x after every step, the data last. Raises UserError where reading or nfe is out of reach."""
 
 
 class Euler(Stepper):
@@ -72,8 +76,8 @@ class Euler(Stepper):
 
     def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
-        velocity = taught(self, reads)
-        for t, s in pairwise(rows(uniform(steps(self, nfe)), x)):
+        velocity = taught_reading(self, reads)
+        for t, s in pairwise(times_per_row(uniform_times(num_steps(self, nfe)), x)):
             x = x - lift(t - s, x) * velocity(x, t, c)
             yield x
 
@@ -88,8 +92,8 @@ class Heun(Stepper):
 
     def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
-        velocity = taught(self, reads)
-        for t, s in pairwise(rows(uniform(steps(self, nfe)), x)):
+        velocity = taught_reading(self, reads)
+        for t, s in pairwise(times_per_row(uniform_times(num_steps(self, nfe)), x)):
             dt = lift(t - s, x)
             v = velocity(x, t, c)
             x = x - dt * (v + velocity(x - dt * v, s, c)) / 2
@@ -108,8 +112,8 @@ class Hop(Stepper):
     def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
         check(self, reads, nfe)
-        flow_map = taught(self, reads)
-        for t, s in pairwise(rows(uniform(nfe, self.start), x)):
+        flow_map = taught_reading(self, reads)
+        for t, s in pairwise(times_per_row(uniform_times(nfe, self.start), x)):
             x = flow_map(x, t, s, c)
             yield x
 
@@ -134,15 +138,16 @@ class Restart(Spec):
         return self
 
     def times(self, n: int) -> list[float]:
-        """Those of n passes."""
-        return jumps(n, self.m, self.start)
+        """The n times of its jumps in n passes, falling."""
+        return jump_times(n, self.m, self.start)
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        endpoint = taught(self, reads)
-        t, *later = rows(path.near(self.times(steps(self, nfe))), x)
+        endpoint = taught_reading(self, reads)
+        times = path.near(self.times(num_steps(self, nfe)))
+        t, *later_times = times_per_row(times, x)
         x_0 = endpoint(x, t, c)
-        for k, s in enumerate(later, start=1):
+        for k, s in enumerate(later_times, start=1):
             x, _ = path.at(x_0, fresh(k), s)
             x_0 = endpoint(x, s, c)
         return x_0
@@ -166,8 +171,8 @@ class Hermite(Spec):
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        both = taught(self, reads)
-        times = rows(jumps(steps(self, nfe)), x)
+        both = taught_reading(self, reads)
+        times = times_per_row(jump_times(num_steps(self, nfe)), x)
         for t, s in pairwise(times):
             v, x_0 = both(x, t, c)
             u = (x - x_0) / lift(t, x)
@@ -175,38 +180,38 @@ class Hermite(Spec):
         return both(x, times[-1], c)[1]
 
 
-BEST: dict[Reading, type[Hop | Restart | Euler]] = {  # by reading, the best of few passes first
+_BEST: dict[Reading, type[Hop | Restart | Euler]] = {  # by reading, the best of few passes first
     "flow_map": Hop,
     "endpoint": Restart,
     "velocity": Euler,
 }
 
 
-def best(reads: Reads) -> Hop | Restart | Euler:
+def best_solver(reads: Reads) -> Hop | Restart | Euler:
     """The solver that makes most of few passes, of what was taught."""
-    return next(solver() for reading, solver in BEST.items() if getattr(reads, reading) is not None)
+    return next(solver() for reading, solver in _BEST.items() if getattr(reads, reading) is not None)
 
 
 Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, OpenTo(SolverSpec)]
 
 
-def last(xs: Iterable[Sample]) -> Sample:
-    """The last of them; none before it is kept."""
+def _last(xs: Iterable[Sample]) -> Sample:
+    """The last sample; those before it are freed as it goes."""
     return deque(xs, maxlen=1).pop()
 
 
-def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
+def taught_reading(solver: Solver, reads: Reads) -> Callable[..., Any]:
     """The reading that the solver uses; a call of it raises Stopped once a stop is asked for.
 
     Raises UserError, with the solvers that would do, if it was never taught.
     """
     read: Callable[..., Any] | None = getattr(reads, solver.uses)
     if read is None:
-        given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
+        taught = [name for name in get_args(Reading) if getattr(reads, name) is not None]
         needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
-        gives = ", ".join(name for name in given if name != "both")
-        able = [s.model_fields["kind"].default for s in (Euler, Heun, Restart, Hop, Hermite) if s.uses in given]
-        raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_either(able)}")
+        gives = ", ".join(name for name in taught if name != "both")
+        usable = [s.model_fields["kind"].default for s in (Euler, Heun, Restart, Hop, Hermite) if s.uses in taught]
+        raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_either(usable)}")
 
     def stoppable(*values: object) -> Any:  # noqa: ANN401, as the reading
         signals.check()
@@ -215,7 +220,7 @@ def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
     return stoppable
 
 
-def steps(solver: Solver, nfe: int) -> int:
+def num_steps(solver: Solver, nfe: int) -> int:
     """The number of steps that make nfe passes. Raises UserError if no number does."""
     if not 1 <= nfe <= PASSES:
         raise UserError(f"nfe = {nfe:,} is no number of passes for a sample: ask for {solver.passes} to {PASSES:,}")
@@ -229,46 +234,60 @@ def steps(solver: Solver, nfe: int) -> int:
 
 
 def check(solver: Solver, reads: Reads, *nfes: int) -> None:
-    """Refuse, before any work, a reading that was never taught and passes that cannot be made. Raises UserError."""
-    taught(solver, reads)
+    """Raise UserError, before any work, for a reading that was never taught and for an nfe that cannot be made."""
+    taught_reading(solver, reads)
     for nfe in nfes:
-        steps(solver, nfe)
+        num_steps(solver, nfe)
         if isinstance(solver, Hop):
-            _reach(solver, reads, nfe)
-        if not high_enough(solver, reads, nfe):
+            _require_taught_jumps(solver, reads, nfe)
+        if not _stays_where_taught(solver, reads, nfe):
             raise UserError(
                 f"solver '{solver.kind}' of nfe = {nfe} goes below t = {reads.lowest:g}, where the endpoint was never "
                 f"taught: ask for nfe = 1 or 2, with m = {reads.lowest:g}"
             )
 
 
-def able(solver: Solver, reads: Reads, nfe: int) -> bool:
-    """Whether a solver whose reading was taught can make nfe passes: in whole steps, and no jump never taught."""
-    if nfe < 1 or nfe % solver.passes or not high_enough(solver, reads, nfe):
+def can_make(solver: Solver, reads: Reads, nfe: int) -> bool:
+    """Whether a solver whose reading was taught can make nfe passes: in whole steps, and only by what was taught."""
+    if nfe < 1 or nfe % solver.passes:
         return False
-    if not isinstance(solver, Hop) or (hops := reads.hops) is None:
+    if not _stays_where_taught(solver, reads, nfe):
+        return False
+    hops = reads.hops
+    if not isinstance(solver, Hop) or hops is None:
         return True
-    return all(hops(t, s) for t, s in pairwise(uniform(nfe, solver.start)))
+    return all(hops(t, s) for t, s in pairwise(uniform_times(nfe, solver.start)))
 
 
-def high_enough(solver: Solver, reads: Reads, nfe: int) -> bool:
+def _stays_where_taught(solver: Solver, reads: Reads, nfe: int) -> bool:
     """Whether the endpoint was taught at all times at which a solver reads it in nfe passes."""
-    return not (isinstance(solver, Restart) and reads.lowest) or min(solver.times(nfe)) >= reads.lowest
+    if not isinstance(solver, Restart) or not reads.lowest:
+        return True
+    return min(solver.times(nfe)) >= reads.lowest
 
 
-def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
-    """Refuse jumps that were never taught, with a UserError."""
-    if not able(solver, reads, nfe):
-        others = [str(n) for n in range(1, min(2 * nfe, FAR) + 1) if able(solver, reads, n)]
-        more = (str(n) for n in range(2 * nfe, FAR) if able(solver, reads, n))
-        others = others or [n for n in [next(more, None)] if n is not None]
-        way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
-        raise UserError(
-            f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "
-            f"for {way_out}" + ", or use euler" * (reads.velocity is not None)
-        )
+def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
+    """Raise UserError for jumps that were never taught, with the nfe near this one that would do."""
+    if can_make(solver, reads, nfe):
+        return
+    near = range(1, min(2 * nfe, _MAX_SUGGESTED_NFE) + 1)
+    possible = [n for n in near if can_make(solver, reads, n)][-2:]
+    if not possible:
+        far = range(2 * nfe, _MAX_SUGGESTED_NFE)
+        possible = list(islice((n for n in far if can_make(solver, reads, n)), 1))
+    fix = "start = 1"
+    if possible:
+        fix = f"nfe = {_either([str(n) for n in possible])}"
+    if reads.velocity is not None:
+        fix += ", or use euler"
+    raise UserError(
+        f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "
+        f"for {fix}"
+    )
 
 
 def _either(names: list[str]) -> str:
     """'a', 'a or b', 'a, b or c'."""
-    return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,4 +1,7 @@
-"""What a flow keeps in addition to its network's weights, as the bytes of a text: any file of tensors can hold it."""
+"""`FlowState`: what a flow keeps in addition to its network's weights.
+
+It is stored as the bytes of a JSON text, so any file of tensors can hold it: `to_tensor` writes, `from_tensor` reads.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from dumo.flow.slope import Slope
 
-SIZE = 512  # bytes, always as many: a checkpoint is read into what has its shape
+_NUM_BYTES = 512  # ours: the same for every state, for a checkpoint is read into a tensor of its shape
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class FlowState:
     slope: Slope | None  # where the objective names none
 
     def to_tensor(self) -> Tensor:
-        """As SIZE bytes."""
+        """The state as a uint8 tensor of shape (512,), its text filled up with spaces."""
         fields = {
             "step": self.step,
             "seed": self.seed,
@@ -32,17 +35,18 @@ class FlowState:
             "slope": self.slope and self.slope.model_dump(),
         }
         text = json.dumps(fields).encode()
-        return torch.tensor(list(text.ljust(SIZE)), dtype=torch.uint8)
+        return torch.tensor(list(text.ljust(_NUM_BYTES)), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, state: Tensor) -> "FlowState":
-        """As `to_tensor` gave it."""
+        """Read what `to_tensor` returned."""
         fields = json.loads(bytes(state.tolist()))
+        shape = fields["shape"]
         slope = fields["slope"]
         return cls(
             step=fields["step"],
             seed=fields["seed"],
             rows=fields["rows"],
-            shape=tuple(fields["shape"]) if fields["shape"] is not None else None,
-            slope=TypeAdapter[Slope](Slope).validate_python(slope) if slope is not None else None,
+            shape=None if shape is None else tuple(shape),
+            slope=None if slope is None else TypeAdapter[Slope](Slope).validate_python(slope),
         )

@@ -1,5 +1,9 @@
 """Laws of a time or another number a row, and of (t, r), r <= t; kinds of rows are chosen by their place in the batch.
 
+`Times` is the union of the laws that an objective may name. `dumo.flow.draw` calls a law with the number of rows and a
+generator; it returns t and r. `moving` says, without drawing, which rows may have r < t. First come laws of one number
+(`Number`; in [0, 1] and as a law of times `ToData`), then those of pairs (`Pair` and all below it).
+
 With `both_ways` every second row with a step has its times exchanged, t < r: a jump up to the noise (ours; F2D2's code
 draws t and r alike).
 
@@ -20,8 +24,9 @@ from dumo.runtime.bound import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
 from dumo.types.rows import split_by_step, spread_evenly
 
-DEVIATION, RHO = 0.5, 7.0  # of data, and rho: EDM (Karras et al. 2022)
-ROOTS = 0.002 ** (1 / RHO), 80.0 ** (1 / RHO)  # of its sigma_min and sigma_max
+EDM_SD = 0.5  # the standard deviation of the data: EDM (Karras et al. 2022)
+EDM_RHO = 7.0  # EDM, Eq. 5
+KARRAS_ROOTS = 0.002 ** (1 / EDM_RHO), 80.0 ** (1 / EDM_RHO)  # of sigma_min and sigma_max: EDM, Tab. 1
 
 
 class Number(Law):
@@ -32,7 +37,7 @@ class Number(Law):
         """Draw one number for each of n rows."""
 
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> PerSample:
-        """Draw for all rows of the batch, and keep these."""
+        """The numbers of these rows, of a draw for the whole batch by the stream of this key."""
         return self.one(batch, random.stream(*key))[rows.start : rows.stop]
 
 
@@ -41,11 +46,11 @@ class ToData(TimeLaw, Number):
 
     @property
     def between(self) -> bool:
-        """No jump ends before the data."""
+        """Whether jumps end before the data: none does."""
         return False
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
+        """t and r of n rows, both (n,)."""
         t = self.one(n, g)
         return t, torch.zeros_like(t)
 
@@ -77,7 +82,7 @@ class Uniform(ToData):
         return self
 
     def one(self, n: int, g: Generator) -> Time:
-        """Draw n times t."""
+        """Draw n times t, (n,)."""
         return self.low + (self.high - self.low) * torch.rand(n, generator=g)
 
 
@@ -89,7 +94,7 @@ class LogitNormal(ToData):
     std: float = Field(default=1.0, gt=0)
 
     def one(self, n: int, g: Generator) -> Time:
-        """Draw n times t."""
+        """Draw n times t, (n,)."""
         return (self.mean + self.std * torch.randn(n, generator=g)).sigmoid()
 
 
@@ -103,10 +108,10 @@ class Arctan(ToData):
     kind: Literal["arctan"] = "arctan"
     mean: float = -1.0
     std: float = Field(default=1.4, gt=0)
-    sd: float = Field(default=DEVIATION, gt=0)
+    sd: float = Field(default=EDM_SD, gt=0)
 
     def one(self, n: int, g: Generator) -> Time:
-        """Draw n times t."""
+        """Draw n times t, (n,)."""
         normal = torch.randn(n, generator=g)
         return ((self.mean + self.std * normal).exp() / self.sd).atan() * 2 / pi
 
@@ -120,23 +125,23 @@ class Karras(ToData):
     kind: Literal["karras"] = "karras"
 
     def one(self, n: int, g: Generator) -> Time:
-        """Draw n times t."""
-        low, high = ROOTS
-        return karras(low + (high - low) * torch.rand(n, generator=g))
+        """Draw n times t, (n,)."""
+        low, high = KARRAS_ROOTS
+        return karras_time(low + (high - low) * torch.rand(n, generator=g))
 
 
-def karras(root: PerSample) -> Time:
-    """t = s / (1 + s), s = sigma / sd, of the noise level whose root sigma^(1 / rho) this is (Eq. 5)."""
-    s = root**RHO / DEVIATION
+def karras_time(root: PerSample) -> Time:
+    """t = s / (1 + s), s = sigma / sd, of the noise level whose root is root = sigma^(1 / rho) (EDM, Eq. 5)."""
+    s = root**EDM_RHO / EDM_SD
     return s / (1 + s)
 
 
-def root(t: Time) -> PerSample:
-    """The root of the noise level of t: `karras`, inverted."""
-    return (DEVIATION * t / (1 - t)) ** (1 / RHO)
+def karras_root(t: Time) -> PerSample:
+    """The root sigma^(1 / rho) of the noise level of t: the inverse of `karras_time`."""
+    return (EDM_SD * t / (1 - t)) ** (1 / EDM_RHO)
 
 
-One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]
+One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]  # laws of one time
 
 
 class Atom(ToData):
@@ -148,8 +153,9 @@ class Atom(ToData):
     at: float = Field(default=1.0, ge=0, le=1)
 
     def one(self, n: int, g: Generator) -> Time:
-        """Draw n times t."""
-        return self.of.one(n, g).masked_fill(torch.tensor(spread_evenly(n, self.share), dtype=torch.bool), self.at)
+        """Draw n times t, (n,)."""
+        is_atom = torch.tensor(spread_evenly(n, self.share), dtype=torch.bool)
+        return self.of.one(n, g).masked_fill(is_atom, self.at)
 
 
 class Pair(TimeLaw):
@@ -167,9 +173,11 @@ class Pair(TimeLaw):
     flow: One | None = None  # of t where r = t; None: as the others
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        a, b = self.of.one(n, g), (self.to or self.of).one(n, g)
-        t, r = (torch.maximum(a, b), torch.minimum(a, b)) if self.to is None else (a, torch.minimum(a, b))
+        """t and r of n rows, both (n,)."""
+        a = self.of.one(n, g)
+        b = (self.to or self.of).one(n, g)
+        t = torch.maximum(a, b) if self.to is None else a
+        r = torch.minimum(a, b)
         moving = torch.tensor(self.moving(n))
         if self.flow is not None:
             t = torch.where(moving, t, self.flow.one(n, g))
@@ -181,7 +189,7 @@ class Pair(TimeLaw):
 
     @property
     def moving_share(self) -> float:
-        """All but `velocity_ratio`."""
+        """The share of rows that may have r < t: all but `velocity_ratio`."""
         return 1 - self.velocity_ratio
 
 
@@ -199,17 +207,18 @@ class Jumps(TimeLaw):
     both_ways: bool = Field(default=False, exclude_if=lambda both: not both)
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
+        """t and r of n rows, both (n,)."""
         rest, data, between = self._places(n)
-        t, r = torch.zeros(n), torch.zeros(n)
+        t = torch.zeros(n)
+        r = torch.zeros(n)
         t[rest] = r[rest] = self.of.one(len(rest), g)
         t[data] = self.of.one(len(data), g)
         t[between] = self.of.one(len(between), g)
         r[between] = t[between] * torch.rand(len(between), generator=g)
         if self.both_ways:
-            up = torch.zeros(n, dtype=torch.bool)
-            up[data[1::2] + between[1::2]] = True  # of each kind half
-            t, r = torch.where(up, r, t), torch.where(up, t, r)
+            is_up = torch.zeros(n, dtype=torch.bool)
+            is_up[data[1::2] + between[1::2]] = True  # of each kind half
+            t, r = torch.where(is_up, r, t), torch.where(is_up, t, r)
         return t, r
 
     def moving(self, n: int) -> tuple[bool, ...]:
@@ -218,21 +227,21 @@ class Jumps(TimeLaw):
 
     @property
     def moving_share(self) -> float:
-        """All but `velocity_ratio`."""
+        """The share of rows that may have r < t: all but `velocity_ratio`."""
         return 1 - self.velocity_ratio
 
     @property
     def between(self) -> bool:
-        """All but `data_ratio` of the jumps."""
+        """Whether jumps end before the data: all but the share `data_ratio` do."""
         return self.data_ratio < 1
 
     @property
     def climbs(self) -> bool:
-        """If `both_ways`."""
+        """Whether some rows have t < r, jumps up to the noise."""
         return self.both_ways
 
     def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
-        """The rows at rest, those that jump to the data, and the other jumps."""
+        """Numbers of the rows at rest (r = t), of those that jump to the data (r = 0), and of the other jumps."""
         jumps, rest = split_by_step(self.moving(n))
         far, near = split_by_step(spread_evenly(len(jumps), self.data_ratio))
         return rest, [jumps[i] for i in far], [jumps[i] for i in near]
@@ -245,7 +254,7 @@ class Below(TimeLaw):
     of: One = Uniform()
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
+        """t and r of n rows, both (n,)."""
         t = self.of.one(n, g)
         return t, t * torch.rand(n, generator=g)
 
@@ -256,11 +265,11 @@ class Gap(TimeLaw):
     kind: Literal["gap"] = "gap"
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows; r by its inverse distribution function (TVM's code, `loss.py`)."""
+        """t and r of n rows, both (n,); r by its inverse distribution function (TVM's code, `loss.py`)."""
         gap = LogitNormal(mean=-0.8).one(n, g).double()
-        most = torch.special.ndtr((1 - gap).logit() + 0.4)
-        share = torch.rand(n, generator=g).double().clamp(min=1e-12) * most
-        r = (torch.special.ndtri(share) - 0.4).sigmoid()
+        max_quantile = torch.special.ndtr((1 - gap).logit() + 0.4)  # of r = 1 - gap
+        quantile = torch.rand(n, generator=g).double().clamp(min=1e-12) * max_quantile
+        r = (torch.special.ndtri(quantile) - 0.4).sigmoid()
         return (r + gap).clamp(max=1).float(), r.float()
 
 
@@ -278,7 +287,7 @@ class Dyadic(TimeLaw):
     flow: One | None = None  # of t where r = t; None: on the finest grid
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
+        """t and r of n rows, both (n,)."""
         jumps = torch.tensor(self.moving(n))
         k = torch.where(jumps, (torch.rand(n, generator=g) * self.levels).floor(), self.levels)
         step = torch.exp2(-k)
@@ -293,12 +302,12 @@ class Dyadic(TimeLaw):
 
     @property
     def moving_share(self) -> float:
-        """One of `every`."""
+        """The share of rows that have r < t: one of `every`."""
         return 1 / self.every
 
     @property
     def group(self) -> int:
-        """A piece of a batch needs the first of `every` rows."""
+        """How many neighbouring rows belong together: each `every` of them hold one with r < t."""
         return self.every
 
 
@@ -310,13 +319,14 @@ class Groups(TimeLaw):
     of: Below = Below()
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t, r = (s.repeat_interleave(self.size)[:n] for s in self.of(-(-n // self.size), g))
-        return t, r
+        """t and r of n rows, both (n,)."""
+        num_groups = -(-n // self.size)  # rounded up
+        t, r = self.of(num_groups, g)
+        return t.repeat_interleave(self.size)[:n], r.repeat_interleave(self.size)[:n]
 
     @property
     def group(self) -> int:
-        """Rows of the same times."""
+        """How many neighbouring rows belong together: those that share their times."""
         return self.size
 
 
@@ -327,9 +337,10 @@ class Grid(TimeLaw):
     steps: int = Field(default=16, ge=1, le=PASSES)  # CMT's code, of its teacher's solver
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
+        """t and r of n rows, both (n,)."""
         k = torch.randint(1, self.steps + 1, (n,), generator=g)
-        return k / self.steps, (torch.rand(n, generator=g) * k).floor().clamp(max=k - 1) / self.steps
+        l = (torch.rand(n, generator=g) * k).floor().clamp(max=k - 1)  # noqa: E741, of r as k of t
+        return k / self.steps, l / self.steps
 
 
 Times = Annotated[

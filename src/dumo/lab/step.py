@@ -19,7 +19,7 @@ from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.path import Path
-from dumo.flow.precision import Precision, autocast, products, using
+from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import finite
 from dumo.lab import bench
@@ -113,7 +113,7 @@ class Setting:
 
         def step() -> None:
             self.net.zero_grad()
-            with products(row.precision, self.device), self.eager(row), self.keyed(len(b.t)):
+            with product_precision(row.precision, self.device), self.eager(row), self.keyed(len(b.t)):
                 with autocast(row.precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()

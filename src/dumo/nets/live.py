@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.texttable import in_stored_types, unpadded
-from dumo.flow.precision import products
+from dumo.flow.precision import product_precision
 from dumo.nets.rows import Source, TextRows, Texts, TextSizes
 from dumo.types import Cond, UserError
 
@@ -51,7 +51,7 @@ class Encoders:
         """As a call, in the thread."""
         self.read.to(device)
         rows: list[Row] = []
-        with sdpa_kernel(KERNELS), products("fp32", device):
+        with sdpa_kernel(KERNELS), product_precision("fp32", device):
             for text in texts:
                 if text not in self.rows:
                     self.rows[text] = self.row(text)

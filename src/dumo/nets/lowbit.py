@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import carry, primal
-from dumo.flow.precision import single
+from dumo.flow.precision import to_float32
 from dumo.io import digest
 from dumo.io.deferred import derived
 from dumo.nets.twin import bias_or_none
@@ -67,7 +67,7 @@ class Coded(nn.Linear):
         self.weight = nn.Parameter(codes, False)
         self.scales = nn.Parameter(scales, False)
         if bias is not None:
-            self.bias = nn.Parameter(single(bias.detach()), False)
+            self.bias = nn.Parameter(to_float32(bias.detach()), False)
         self.origin = nn.Parameter(origin(weight, coding), False)
 
     @property
@@ -184,4 +184,4 @@ def _exchange(model: nn.Module, without: Sequence[str], make: Callable[[nn.Linea
             model.set_submodule(name, new)
     for layer in model.modules():
         for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if type(layer) is not Half else ():
-            x.data = single(x.data)
+            x.data = to_float32(x.data)

@@ -79,7 +79,7 @@ class TokenTexts(Texts):
         mask = self.mask[c]
         if self.training and self.drop and (rows := dropout.current(len(c))) is not None:
             last = mask & ~F.pad(mask[:, 1:], (0, 1))  # the end of the text is never hidden: some token always stays
-            mask = mask & dropout.kept(rows, mask.shape[1:], self.drop).gather(1, words(self.ids[c])) | last
+            mask = mask & dropout.keep_mask(rows, mask.shape[1:], self.drop).gather(1, words(self.ids[c])) | last
         seen = mask[:, None, None]  # four axes: of two, transformers would read the numbers and wait for the device
         return self.encoder(self.ids[c], attention_mask=seen).last_hidden_state, mask, None
 

@@ -20,8 +20,8 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, clipped_share
-from dumo.flow.slope import JvpSlope, Slope, back, demand
+from dumo.flow.residual import adaptive_l2, clipped_share
+from dumo.flow.slope import JvpSlope, Slope, earlier_mean_velocity, require_precise_passes
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.runtime.bound import require_order
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
@@ -75,7 +75,7 @@ class AlphaFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`AlphaFlowLoss.forward`; its gradient, row by row. Raises UserError where a short step meets bf16."""
-        demand(b, self.gain, self.kind)
+        require_precise_passes(b, self.gain, self.kind)
         alpha, moves = self.alpha(b.progress), b.r < b.t
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
@@ -88,13 +88,13 @@ class AlphaFlow(Spec):
             u_star = v_star - lift(b.t - b.r, b.x_t) * along(v_star)[0]
         e = u_hat - u_star
         floor = torch.full_like(b.t, self.floor).where(~moves, self.floor / (alpha or 1) ** 2)
-        return Terms(adaptive(e, 1.0, floor, mean=True), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
+        return Terms(adaptive_l2(e, 1.0, floor, mean=True), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def _far(self, ref: Frozen, b: Noised, v_star: Sample, alpha: float) -> Sample:
         """u* for alpha > 0; no pass where alpha = 1, which goes all the way along v*."""
         u_star = alpha * v_star
         if alpha < 1:
-            u_star = u_star + (1 - alpha) * back(ref, b, v_star, alpha * (b.t - b.r))
+            u_star = u_star + (1 - alpha) * earlier_mean_velocity(ref, b, v_star, alpha * (b.t - b.r))
         return u_star.clamp(-self.clip, self.clip)
 
     def read(self, net: Net) -> Reads:

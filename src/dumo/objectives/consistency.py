@@ -30,8 +30,8 @@ from pydantic import Field, model_validator
 
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.slope import demand
-from dumo.flow.times import DEVIATION, ROOTS, LogitNormal, Times, karras, root
+from dumo.flow.slope import require_precise_passes
+from dumo.flow.times import EDM_SD, KARRAS_ROOTS, LogitNormal, Times, karras_root, karras_time
 from dumo.runtime.bound import FACTOR, STEPS, require_order
 from dumo.types import (
     STRAIGHT,
@@ -67,7 +67,7 @@ class Ratio(Spec):
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return t and r; r < t, but r = t at t = 0, and at t = 1 unless r = 0."""
         stage = min(int(progress * self.stages), self.stages - 1)
-        left = (1 - self.q ** -(stage + 1) * (1 + NEAR * (-DEVIATION * t / (1 - t)).sigmoid())).clamp(min=0)
+        left = (1 - self.q ** -(stage + 1) * (1 + NEAR * (-EDM_SD * t / (1 - t)).sigmoid())).clamp(min=0)
         return t, left * t / (1 - t + left * t).clamp(min=1e-12)
 
 
@@ -98,9 +98,9 @@ class KarrasGrid(Spec):
 
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return the ends of the step that t falls into."""
-        (low, high), n = ROOTS, self.steps(progress)
-        i = ((root(t) - low) / (high - low) * n).floor().clamp(0, n - 1)
-        top, bottom = (karras(low + (high - low) * end / n) for end in (i + 1, i))
+        (low, high), n = KARRAS_ROOTS, self.steps(progress)
+        i = ((karras_root(t) - low) / (high - low) * n).floor().clamp(0, n - 1)
+        top, bottom = (karras_time(low + (high - low) * end / n) for end in (i + 1, i))
         return top, torch.where(i > 0, bottom, 0.0)
 
 
@@ -161,7 +161,7 @@ class Consistency(Spec):
         With `low` rows drawn below it stand on it, and there are two passes without gradients: of theta^-, and of the
         net. Raises UserError where short steps meet bf16.
         """
-        demand(b, self.gain, self.kind)
+        require_precise_passes(b, self.gain, self.kind)
         weight, t = torch.ones_like(b.t), b.t
         if self.low:
             weight, t = weight.masked_fill(t <= self.low, self.boundary), t.clamp(min=self.low)

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.residual import descending
+from dumo.flow.residual import descent_error
 from dumo.objectives.pull import Pull
 from dumo.types import Cond, Needs, Net, Noised, PerSample, Sample, Terms, mean_square
 
@@ -58,7 +58,7 @@ class Drift(Pull):
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
         """No pass."""
         v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size, self.omega)
-        return Terms(WEIGHT * mean_square(descending(u, v)), {}, {"force": force})
+        return Terms(WEIGHT * mean_square(descent_error(u, v)), {}, {"force": force})
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, clipped_share
+from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Jumps, Times
 from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
@@ -49,7 +49,7 @@ class DuMoAny(Spec):
             _, du_dt = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         v_loss, u_error = mean_square(v_hat - v_star), u_hat - u_star
-        u_loss = adaptive(u_error, self.power, FLOOR) if self.power else mean_square(u_error)  # Eq. 22
+        u_loss = adaptive_l2(u_error, self.power, FLOOR) if self.power else mean_square(u_error)  # Eq. 22
         loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
         return Terms(loss, {"v": v_loss, "u": mean_square(u_error)}, {"clipped_share": clipped_share(u_error)})
 

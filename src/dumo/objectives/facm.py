@@ -18,7 +18,7 @@ from pydantic import Field
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import adaptive, clipped_share, turned
+from dumo.flow.residual import adaptive_l2, clipped_share, cosine_distance
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
@@ -53,8 +53,8 @@ class FACM(Spec):
             u_star = v_star - lift(b.t, b.x_t) * du_dt
             u_next = u_hat - self.step(u_hat - u_star, b.t)
         error, v_loss = u_hat - u_star, mean_square(v_hat - v_star)
-        anchor = v_loss + turned(v_hat, v_star) if self.cosine else v_loss
-        u_loss = adaptive(u_hat - u_next, self.power, self.floor, mean=True)
+        anchor = v_loss + cosine_distance(v_hat, v_star) if self.cosine else v_loss
+        u_loss = adaptive_l2(u_hat - u_next, self.power, self.floor, mean=True)
         loss = anchor + (pi / 2 * b.t).sin() * u_loss
         parts = {"v": v_loss, "u": mean_square(error)}
         return Terms(loss, parts, {"clipped_share": clipped_share(error, self.clip or 1.0)})

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, clipped_share
+from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
@@ -57,7 +57,7 @@ class ImprovedMeanFlow(Spec):
             du_dt, _ = along(v)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt
         errors = {"u": u_hat - u_star, "v": v_hat - v_star}
-        loss = sum((adaptive(e, self.power, self.floor) for e in errors.values()), torch.zeros_like(b.t))
+        loss = sum((adaptive_l2(e, self.power, self.floor) for e in errors.values()), torch.zeros_like(b.t))
         return Terms(
             loss, {k: mean_square(e) for k, e in errors.items()}, {"clipped_share": clipped_share(errors["u"])}
         )

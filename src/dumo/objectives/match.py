@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from dumo.flow.draw import Noise
-from dumo.flow.residual import descending
+from dumo.flow.residual import descent_error
 from dumo.flow.times import Uniform
 from dumo.objectives.pull import Pull
 from dumo.types import Needs, Net, Noised, PerSample, Sample, Terms, mean_square
@@ -46,7 +46,7 @@ class Match(Pull):
         gap, fit = (w - v).detach(), mean_square(w - v_t)
         loss = FIT * fit
         if self.acts(b) and self.alpha is None:
-            loss = loss + WEIGHT * mean_square(descending(u, gap))
+            loss = loss + WEIGHT * mean_square(descent_error(u, gap))
         elif self.acts(b) and self.alpha is not None:
             # A pass that moves samples; what its weights learn, the terms of the first pass unlearn.
             x_t, aim = b.path.at(b.z - u, z, t)

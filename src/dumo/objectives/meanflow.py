@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, clipped_share, normalized
+from dumo.flow.residual import adaptive_l2, clipped_share, normalized_l2
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
@@ -75,7 +75,7 @@ class MeanFlow(Spec):
             k = self.grown.at(b.progress) if self.grown else 1.0
             u_star = v_star - k * lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         e = u_hat - u_star
-        loss = normalized(e, self.normalize) if self.normalize else adaptive(e, self.power, self.floor)  # Eq. 22
+        loss = normalized_l2(e, self.normalize) if self.normalize else adaptive_l2(e, self.power, self.floor)  # Eq. 22
         return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:

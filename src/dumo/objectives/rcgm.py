@@ -17,7 +17,7 @@ from pydantic import Field
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
-from dumo.flow.slope import demand
+from dumo.flow.slope import require_precise_passes
 from dumo.flow.times import Below, Times, Uniform
 from dumo.runtime.bound import BLOCKS
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
@@ -49,7 +49,7 @@ class RCGM(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`get_rcgm_target` of `methodes.py`. Raises UserError where a short step meets bf16."""
-        demand(b, self.gain, self.kind)
+        require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
         return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(off, self.clip)})

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, clipped_share
-from dumo.flow.slope import back, demand
+from dumo.flow.residual import adaptive_l2, clipped_share
+from dumo.flow.slope import earlier_mean_velocity, require_precise_passes
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
@@ -59,16 +59,16 @@ class SoFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`models.py`, get_velocity_loss and get_consistency_loss. Raises UserError where a short step meets bf16."""
-        demand(b, self.gain, self.kind)
+        require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c))
             d = (self.ratio(b.progress) * (b.t - b.r)).clamp(min=self.gap)  # t - l
-            du_dt = (u_hat - back(ref, b, v_star, d)) / lift(d, b.x_t)
+            du_dt = (u_hat - earlier_mean_velocity(ref, b, v_star, d)) / lift(d, b.x_t)
             u_star = v_star - lift((b.t - d - b.r).clamp(min=0), b.x_t) * du_dt
         e = u_hat - u_star
         half = torch.where(b.r < b.t, 0.5, 1.0)
-        loss = half * adaptive(e, self.power, self.floor, mean=True)
+        loss = half * adaptive_l2(e, self.power, self.floor, mean=True)
         return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def _velocity(self, ref: Frozen, b: Noised, c: Cond) -> Sample:

@@ -16,8 +16,8 @@ from typing import ClassVar, Literal
 import torch
 
 from dumo.flow.draw import Noise
-from dumo.flow.residual import clipped_share, descending
-from dumo.flow.slope import demand
+from dumo.flow.residual import clipped_share, descent_error
+from dumo.flow.slope import require_precise_passes
 from dumo.flow.times import Uniform
 from dumo.objectives.rcgm import RCGM
 from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square
@@ -41,7 +41,7 @@ class TwinFlow(RCGM):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step`. Raises UserError where a short step meets bf16."""
-        demand(b, self.gain, self.kind)
+        require_precise_passes(b, self.gain, self.kind)
         (u_hat,), (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.r), net(b.x_t, b.c, t=b.t, r=b.t)
         one = replace(b.at(1.0), r=torch.zeros_like(b.r))
         (u_one,) = net(one.x_t, b.c, t=one.t, r=one.r)
@@ -52,7 +52,7 @@ class TwinFlow(RCGM):
         v_star = self.aim(ref, b)
         e, off = self.residual(u_hat, ref, b, v_star)
         e_one, _ = self.residual(u_one, ref, one, self.aim(ref, one))
-        pull = descending(u_one, self._apart(frozen(net), made.at(b.drawn["t_twin"].to(b.t))))
+        pull = descent_error(u_one, self._apart(frozen(net), made.at(b.drawn["t_twin"].to(b.t))))
         errors = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
         parts = {name: mean_square(error) for name, error in errors.items()}
         return Terms(torch.stack([*parts.values()]).sum(0), parts, {"clipped_share": clipped_share(off, self.clip)})

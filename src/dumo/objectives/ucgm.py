@@ -24,7 +24,7 @@ from pydantic import Field
 
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.slope import CentralSlope, Slope, demand
+from dumo.flow.slope import CentralSlope, Slope, require_precise_passes
 from dumo.flow.times import Beta, Times
 from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
 
@@ -73,7 +73,7 @@ class UCGM(Spec):
             (u_hat,), along = self.slope(net, now, b.x_t, b.c, t=b.t, toward=b.v_t)
             (du_dt,) = along(b.v_t)
             return u_hat, u_hat.detach() + lift(b.t, b.x_t) * du_dt - b.v_t
-        demand(b, self.gain, self.kind)
+        require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t)
         with torch.no_grad():
             if self.ratio == 0:

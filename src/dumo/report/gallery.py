@@ -18,7 +18,7 @@ from torch import Tensor
 from dumo.config import word
 from dumo.flow.generate import join_batches, labels_in_turn
 from dumo.flow.reading import head_of
-from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
+from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
 from dumo.report.sample import data_points
 from dumo.run.origin import require_place
@@ -89,7 +89,7 @@ def head_name(head: str) -> str:
 def reachable_passes(nfe: Iterable[int], sampler: Sampler, modes: Iterable[SamplingMode]) -> list[int]:
     """Those numbers of passes that all these modes can make; the sampler's own, which they can, if none is left."""
     modes = list(modes)
-    reachable = [n for n in nfe if all(able(mode.at(n), sampler.taught, n) for mode in modes)]
+    reachable = [n for n in nfe if all(can_make(mode.at(n), sampler.taught, n) for mode in modes)]
     return reachable or list(sampler.spec.nfe)
 
 

@@ -23,7 +23,7 @@ from dumo.config.load import dump
 from dumo.data import Images, Latents
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels_in_turn
-from dumo.flow.solver import Solver, able
+from dumo.flow.solver import Solver, can_make
 from dumo.io import file, picture
 from dumo.plan.plan import show
 from dumo.report import score
@@ -349,7 +349,7 @@ def prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_ba
         c = conditions.in_turn(CAPTIONS)
     else:
         return None
-    reachable = [n for n in PROMPT_PASSES if able(sampler.spec.solver, sampler.taught, n)]
+    reachable = [n for n in PROMPT_PASSES if can_make(sampler.spec.solver, sampler.taught, n)]
     passes = tuple(reachable) or sampler.spec.nfe
     by_passes: list[Tensor] = []
     done = 0

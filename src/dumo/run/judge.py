@@ -16,7 +16,7 @@ from dumo.data import Data, Images, Latents, Moons
 from dumo.encoders.caption import parted
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.protocol import Evaluator
-from dumo.flow.likelihood import climbing
+from dumo.flow.likelihood import climb_of
 from dumo.io.source import DataSource
 from dumo.run.encode import captions
 from dumo.run.sampler import Sampler
@@ -111,7 +111,7 @@ def require_likelihood(sampler: Sampler) -> None:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
     if sampler.spec.guide.active:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
-    climbing(sampler.spec.solver, sampler.taught)  # raises UserError; the step itself is made when samples are judged
+    climb_of(sampler.spec.solver, sampler.taught)  # raises UserError; the step itself is made when samples are judged
 
 
 @contextmanager

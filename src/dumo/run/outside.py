@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.check import MAX_DIFFERENCE, outputs_match, require_pure_net, require_terms
-from dumo.flow.draw import drawn, noised
+from dumo.flow.draw import add_noise, make_draws
 from dumo.flow.precision import Precision, using
 from dumo.nets import Module
 from dumo.nets.module import require_heads
@@ -77,7 +77,7 @@ def first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
     points = objective.needs.teacher.points
     rows = pieces(train, objective)[0]
     x, c = random_batch("outside", rows.stop - rows.start, run.data.shape, run.data.classes)
-    draws = drawn(objective, run.data.shape, seed=train.seed, step=0, batch=train.batch, rows=rows)
+    draws = make_draws(objective, run.data.shape, seed=train.seed, step=0, batch=train.batch, rows=rows)
     between = None
     if points:  # of the path, in place of a teacher's trajectory
         assert draws.z is not None
@@ -86,7 +86,7 @@ def first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
             x_t, _ = run.path.at(x / run.path.sd, draws.z, torch.full_like(draws.t, k / points))
             x_at_points.append(x_t)
         between = torch.stack(x_at_points, 1).to(device)
-    b = noised(
+    b = add_noise(
         draws,
         run.path,
         x.to(device),

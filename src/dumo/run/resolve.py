@@ -28,7 +28,7 @@ from dumo.data.caption import CaptionFiles
 from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
-from dumo.flow.reading import taught
+from dumo.flow.reading import taught_readings
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
@@ -148,7 +148,7 @@ def require_velocity_to_teach(run: Run) -> None:
     if not Path(folder, FILE).is_file():
         return
     objective = load(folder).objective
-    if taught(objective).velocity is None:
+    if taught_readings(objective).velocity is None:
         raise UserError(no_velocity(field, folder, objective) + other_fix)
 
 

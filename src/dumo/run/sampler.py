@@ -21,7 +21,7 @@ from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.precision import Precision
-from dumo.flow.reading import taught
+from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
 from dumo.nets.rows import Texts
 from dumo.runtime import dist
@@ -83,7 +83,7 @@ class Sampler:
     @property
     def taught(self) -> Reads:
         """What the objective taught, of no net: for checks."""
-        return taught(self.flow.objective)
+        return taught_readings(self.flow.objective)
 
     @property
     def reads(self) -> Reads:

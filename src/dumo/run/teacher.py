@@ -29,7 +29,7 @@ from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import bind, teaching
+from dumo.flow.reading import bind_knobs, teacher_velocity
 from dumo.flow.solver import Heun
 from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
@@ -119,7 +119,7 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
             reads = base_flow(teacher, run, state.net).readings(teacher.guide)
     needs = run.objective.needs.teacher
     learns_velocity = not teacher.pairs or (needs.points and needs.velocity != "no")
-    velocity = teaching(reads) if learns_velocity else None
+    velocity = teacher_velocity(reads) if learns_velocity else None
     return LoadedTeacher(teacher, reads, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
 
 
@@ -168,7 +168,7 @@ class BaseVelocity(nn.Module):
     def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
         """The velocity (b, *shape), as the only head."""
         times = [name for name in self.needs.names if name not in self.needs.knobs]
-        return bind(self.base, **self.needs.knobs)(x, c, **dict.fromkeys(times, t))[:1]
+        return bind_knobs(self.base, **self.needs.knobs)(x, c, **dict.fromkeys(times, t))[:1]
 
 
 def run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, str]:

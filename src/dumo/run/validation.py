@@ -17,7 +17,7 @@ from torch import Tensor
 from dumo.config.load import identity
 from dumo.config.spec import Run
 from dumo.evaluation.protocol import Scores, rising
-from dumo.flow.precision import products
+from dumo.flow.precision import product_precision
 from dumo.run.origin import require_place
 from dumo.run.sampler import rank_indices
 from dumo.run.speed import LOG
@@ -101,7 +101,11 @@ class Validation:
             return {}
         started = wall_clock()  # that of `speed.Meter`, which leaves these seconds out
         try:
-            with signals.finished(), torch.compiler.set_stance("force_eager"), products("fp32", self.sampler.device):
+            with (
+                signals.finished(),
+                torch.compiler.set_stance("force_eager"),
+                product_precision("fp32", self.sampler.device),
+            ):
                 all_scores = self.evaluator.score(self.samples())
         except UserError as error:
             self.tell(f"warning: step {state.step:,} is not judged: {error}")

@@ -18,7 +18,7 @@ from dumo.data import Images
 from dumo.flow.flow import Flow
 from dumo.flow.generate import BATCH
 from dumo.flow.path import Path as FlowPath
-from dumo.flow.precision import single
+from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
@@ -222,7 +222,7 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     net, deferred_weights = sketch(run)
     trained_weights = frozen.trained(net)
     # what is trained in 16 bits is sampled in float32
-    file_weights = {name: single(x) for name, x in outline(file).items()}
+    file_weights = {name: to_float32(x) for name, x in outline(file).items()}
     compare(file, file_weights, trained_weights, "the run", checkpoint.FIT)
     loaders: dict[str, Callable[[], Tensor]] = {}
     for name, read in checkpoint.lazily(file).items():
@@ -236,7 +236,7 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
 
 def read_single(read: Callable[[], Tensor]) -> Tensor:
     """What `read` returns, in float32 where it has 16 bits."""
-    return single(read())
+    return to_float32(read())
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from dumo.flow.precision import HALVES, rounded_at_random
+from dumo.flow.precision import HALVES, round_stochastically
 from dumo.io.deferred import is_fake
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.random import bits
@@ -126,7 +126,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         for start in range(0, len(x), ROUNDED_AT_ONCE):
             piece = x[start : start + ROUNDED_AT_ONCE]
             random_bits = bits(self.seed, "round", key, begin=offset + start, count=len(piece), device=x.device)
-            into[start : start + ROUNDED_AT_ONCE] = rounded_at_random(piece, random_bits)
+            into[start : start + ROUNDED_AT_ONCE] = round_stochastically(piece, random_bits)
 
     def empty_state(self, key: str, p: Tensor) -> Tensor:
         """An empty tensor of the shape, type and layout of one entry of a parameter's state."""

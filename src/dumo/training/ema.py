@@ -27,7 +27,7 @@ from pydantic import Discriminator, Field, Tag
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dumo.flow.precision import HALVES, single
+from dumo.flow.precision import HALVES, to_float32
 from dumo.training.frozen import copied
 from dumo.types import Spec
 
@@ -117,7 +117,7 @@ class MovingAverage:
         move = get_ema_multi_avg_fn(self.spec(n))
         if any(weight.dtype in HALVES for weight in weights):  # one by one, so that few are in float32 at a time
             for average, weight in zip(averages, weights, strict=True):
-                move([average], [single(weight)], n)
+                move([average], [to_float32(weight)], n)
         else:
             move(averages, weights, n)
         for (table, name), (net_table, net_name) in self._buffers:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
-from dumo.flow.precision import products
+from dumo.flow.precision import product_precision
 from dumo.runtime import dist
 from dumo.runtime.signals import Stopped
 from dumo.training.compile import compile_loss
@@ -49,7 +49,7 @@ def train(
     """
     loss = compile_loss(state.net, flow.objective, spec.compile)
     device = next(state.net.parameters()).device
-    with products(spec.precision, device):
+    with product_precision(spec.precision, device):
         while state.step < spec.steps:
             step = state.step
             batch = batch_at(step)

@@ -197,7 +197,7 @@ class MicroBatches:
     def draw(self, rows: slice) -> Noised:
         """Draw these rows of the global batch."""
         local_rows = self.local_rows(rows)
-        return self.flow.noised(
+        return self.flow.add_noise(
             self.draws[local_rows],
             self.x[local_rows],
             self.c[local_rows],
@@ -222,7 +222,7 @@ class MicroBatches:
 def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
     """This rank's random numbers for the step after `step` done ones, for samples of this shape."""
     rows = span(pieces(spec, flow.objective))
-    return flow.drawn(step, shape, batch=spec.batch, rows=rows, z=z)
+    return flow.make_draws(step, shape, batch=spec.batch, rows=rows, z=z)
 
 
 def pieces(spec: Train, objective: Objective) -> list[slice]:

@@ -19,7 +19,7 @@ from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel
 from dumo.export.scheduler import CONFIG, check_scheduler, restart, write_scheduler
 from dumo.export.write import read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
-from dumo.flow.solver import Hermite, Hop, Restart, jumps
+from dumo.flow.solver import Hermite, Hop, Restart, jump_times
 from dumo.nets.family import FAMILIES
 from dumo.nets.vp import framed
 from dumo.types import Reads, UserError
@@ -117,7 +117,7 @@ def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Pa
     stock = getattr(found, name).from_pretrained(tmp_path)
     for n in (1, 2, 4):
         stock.set_timesteps(n)
-        torch.testing.assert_close(stock.sigmas, torch.tensor([*jumps(n, 0.7, 0.99), 0.0]), rtol=0, atol=0)
+        torch.testing.assert_close(stock.sigmas, torch.tensor([*jump_times(n, 0.7, 0.99), 0.0]), rtol=0, atol=0)
         torch.testing.assert_close(stock.timesteps, 1000 * stock.sigmas[:-1], rtol=0, atol=0)
 
 

@@ -402,10 +402,10 @@ def test_draws_of_torch_are_keyed_in_a_network_and_in_a_loss() -> None:
 def test_another_way_is_found_and_said(caplog: pytest.LogCaptureFixture) -> None:
     flow = dumo.Flow(AsksForTensors())
     flow(X)
-    assert flow.why.startswith("jvp, ")
-    assert "not dual" in flow.why
-    assert f"dumo: du/dt by {flow.why}" in caplog.messages
-    assert flow.why in repr(flow)
+    assert flow.slope_reason.startswith("jvp, ")
+    assert "not dual" in flow.slope_reason
+    assert f"dumo: du/dt by {flow.slope_reason}" in caplog.messages
+    assert flow.slope_reason in repr(flow)
 
 
 @pytest.mark.parametrize("build", [DetachesTime, FloatsTime])
@@ -439,10 +439,10 @@ def test_layers_of_zeros_are_drawn_in_the_copy_alone() -> None:
     flow.check(X)
     assert not net.out.weight.any()
     passes = Passes(net, TWO, Signature.of(net), labelled=False)
-    drawn = derivative.drawn_copy(passes).net
+    drawn = derivative.copy_without_zero_layers(passes).net
     assert isinstance(drawn, Perceptron)
     assert drawn.out.weight.any()
-    assert float(flow.why.partition(", ")[2].partition(" %")[0]) > 0  # of what is not 0
+    assert float(flow.slope_reason.partition(", ")[2].partition(" %")[0]) > 0  # of what is not 0
 
 
 def test_a_network_that_cannot_be_copied_is_checked_as_it_is_and_once_more() -> None:
@@ -480,13 +480,13 @@ def test_a_slope_that_is_nearly_right_is_not_exact() -> None:
 def test_a_slope_that_was_chosen_is_tried_first() -> None:
     first = dumo.Flow(AsksForTensors())
     first.check(X)
-    assert first.choice
+    assert first.chosen_slope
     other = dumo.Flow(points())
-    other.choice = first.choice
+    other.chosen_slope = first.chosen_slope
     assert other.check(X).startswith("jvp")
 
 
 def test_each_and_rows_of_conditions() -> None:
-    assert condition.each(None, lambda rows: rows[:2]) is None
-    assert torch.equal(cast(Tensor, condition.each(LABELS, lambda rows: rows[:2])), LABELS[:2])
-    assert condition.rows_of({"a": NUMBERS[:5]}) == 5
+    assert condition.map_tensors(None, lambda rows: rows[:2]) is None
+    assert torch.equal(cast(Tensor, condition.map_tensors(LABELS, lambda rows: rows[:2])), LABELS[:2])
+    assert condition.num_rows({"a": NUMBERS[:5]}) == 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.draw import Coupling, Noise, draw, drawn, noised
+from dumo.flow.draw import Coupling, Noise, add_noise, draw, make_draws
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
@@ -133,14 +133,14 @@ def test_at_moves_the_rows_in_time() -> None:
 def test_shares_of_what_is_drawn_before_a_step_are_the_whole() -> None:
     """Whoever draws them: a rank its rows at once, or all, of which it takes its own."""
     objective, named = ImprovedMeanFlow(), ("t", "r", "z", "kept", "keys", "laws", "moving")
-    whole = drawn(objective, (3, 2), seed=0, step=5, batch=24)
+    whole = make_draws(objective, (3, 2), seed=0, step=5, batch=24)
     for rows in (slice(0, 8), slice(8, 24)):
-        share = drawn(objective, (3, 2), seed=0, step=5, batch=24, rows=rows)
+        share = make_draws(objective, (3, 2), seed=0, step=5, batch=24, rows=rows)
         for name in named:
             one, other = (getattr(draws, name) for draws in (share, whole[rows]))
             one, other = (torch.stack([*v.values()]) if name == "laws" else torch.as_tensor(v) for v in (one, other))
             assert torch.equal(one, other), name
-    assert drawn(objective, (3, 2), seed=0, step=5, batch=24, z=False).z is None
+    assert make_draws(objective, (3, 2), seed=0, step=5, batch=24, z=False).z is None
 
 
 X = torch.randn(24, 2, 3, generator=stream("x"), dtype=torch.float64)
@@ -174,8 +174,8 @@ def test_pieces_of_whole_groups_are_the_batch() -> None:
     """So two ranks are one; and the data, its labels and its times are as without."""
 
     def record(rows: slice, coupling: Coupling | None = Coupling(group=6)) -> list[Tensor]:  # noqa: B008, frozen
-        draws = drawn(DuMo(drop=0.5), (2, 3), seed=0, step=0, batch=24, rows=rows)
-        b = noised(draws, Linear(sd=0.5), X[rows].float(), C[rows], 3, coupling=coupling)
+        draws = make_draws(DuMo(drop=0.5), (2, 3), seed=0, step=0, batch=24, rows=rows)
+        b = add_noise(draws, Linear(sd=0.5), X[rows].float(), C[rows], 3, coupling=coupling)
         return [b.z, b.x_t, b.v_t, b.x, b.c, b.t]
 
     whole, halves = record(slice(None)), [record(slice(0, 6)), record(slice(6, 24))]
@@ -199,14 +199,14 @@ def test_what_is_not_finite_is_left_to_the_step() -> None:
 def test_a_teacher_answers_its_share_of_the_rows_alone() -> None:
     """Its velocity is learned as it is, at any time; the other rows have the data's, guided."""
     objective, x, c = DuMo(drop=0.25, guide=Guide(zeta=0.5)), torch.zeros(40, 2), torch.arange(40)
-    draws = drawn(objective, x.shape[1:], seed=0, step=3, batch=40, prior=0.3)
-    part = drawn(objective, x.shape[1:], seed=0, step=3, batch=40, rows=slice(5, 17), prior=0.3)
+    draws = make_draws(objective, x.shape[1:], seed=0, step=3, batch=40, prior=0.3)
+    part = make_draws(objective, x.shape[1:], seed=0, step=3, batch=40, rows=slice(5, 17), prior=0.3)
     assert draws.taught is not None
     assert draws.taught.sum() == 12
     assert torch.equal(draws.taught[5:17], part.taught)
     assert not torch.equal(draws.taught, share_of_rows(0, 4, "prior", 40, 0.3))
-    b = noised(draws, Linear(), x, c, -1, teacher=lambda x, t, c, v: torch.full_like(x, 7.0))
-    plain = noised(replace(draws, taught=None), Linear(), x, c, -1)
+    b = add_noise(draws, Linear(), x, c, -1, teacher=lambda x, t, c, v: torch.full_like(x, 7.0))
+    plain = add_noise(replace(draws, taught=None), Linear(), x, c, -1)
     assert torch.equal(b.c, plain.c), "a label is dropped or not, whoever answers"
     for record, data in ((b, plain), (b.at(0.25), plain.at(0.25)), (b[10:30], plain[10:30])):
         assert record.taught is not None

@@ -261,7 +261,7 @@ def test_a_network_of_diffusers_needs_nothing_around_it() -> None:
     )
     flow = dumo.Flow(net, classes=CLASSES)
     flow(images(), LABELS).backward()
-    assert flow.why.startswith("dual, ")
+    assert flow.slope_reason.startswith("dual, ")
     assert flow.sample(2).isfinite().all()
 
 
@@ -327,7 +327,7 @@ def test_a_smaller_last_batch_keeps_the_rows_of_its_rank() -> None:
     case = CASES["points"]
     flow = case.flow(shard=(1, 2))
     flow(case.x, case.c)
-    z = flow.drawn(1, (2,), batch=2 * ROWS).z
+    z = flow.make_draws(1, (2,), batch=2 * ROWS).z
     assert z is not None
     seen: list[Tensor] = []
     flow.net.register_forward_pre_hook(lambda _, given: seen.append(given[0]) if isinstance(given[0], Tensor) else None)
@@ -514,5 +514,5 @@ def test_a_state_has_one_size_and_keeps_the_chosen_slope() -> None:
     assert fresh.shape == kept.shape
     other = case.flow()
     other.set_extra_state(kept)
-    assert other.choice == flow.choice
+    assert other.chosen_slope == flow.chosen_slope
     assert other.get_extra_state().tolist() == kept.tolist()

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dumo.flow.condition import table_of
-from dumo.flow.passes import NONE, Passes, Signature, Table, drawing, generators, heads_of, inner
+from dumo.flow.passes import (
+    NO_CONDITION,
+    ConditionTable,
+    Passes,
+    Signature,
+    generator_states,
+    heads_of,
+    inner,
+    seeded_generators,
+)
 from dumo.types import Needs, UserError
 
 X = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
@@ -86,7 +95,7 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
     rows = torch.randn(4, 5)
     for given, null in (({"text": rows}, {"text": torch.zeros(5)}), (rows, torch.zeros(5))):
         passes = Passes(Short(), TWO, call, labelled=False, table=table_of(given, null, call))
-        passes(X, torch.tensor([0, NONE, 2, 1]), t=T, r=R)
+        passes(X, torch.tensor([0, NO_CONDITION, 2, 1]), t=T, r=R)
     expected = torch.stack([rows[0], torch.zeros(5), rows[2], rows[1]])
     assert torch.equal(seen[0][0], T)
     assert torch.equal(seen[0][1], R)
@@ -97,8 +106,10 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
 
 
 def test_an_argument_without_a_null_keeps_its_row() -> None:
-    table = Table({"text": torch.ones(3, 2), "mask": torch.ones(3, dtype=torch.bool)}, {"text": torch.zeros(1, 2)})
-    taken = table.take(torch.tensor([NONE, 1]))
+    table = ConditionTable(
+        {"text": torch.ones(3, 2), "mask": torch.ones(3, dtype=torch.bool)}, {"text": torch.zeros(1, 2)}
+    )
+    taken = table.take(torch.tensor([NO_CONDITION, 1]))
     assert taken["text"].tolist() == [[0, 0], [1, 1]]
     assert taken["mask"].all()
     assert table.double().rows["text"].dtype == torch.float64
@@ -182,7 +193,7 @@ class Draws(nn.Module):
 
 def test_what_a_network_draws_is_of_the_key_and_generators_stay() -> None:
     net, needs = Draws(), Needs()
-    before = generators(X.device)
+    before = generator_states(X.device)
     passes = Passes(net, needs, Signature.of(net), labelled=False, key=7)
     other = Passes(net, needs, Signature.of(net), labelled=False, key=8)
     (first,) = passes(X, C, t=T)
@@ -190,17 +201,17 @@ def test_what_a_network_draws_is_of_the_key_and_generators_stay() -> None:
         (again,) = passes.of(net)(X, C, t=T)
     assert torch.equal(first, again)
     assert not torch.equal(first, other(X, C, t=T)[0])
-    assert generators(X.device) == before
-    with drawing(7, X.device):
+    assert generator_states(X.device) == before
+    with seeded_generators(7, X.device):
         drawn = torch.rand(4, 3, 2)
     assert torch.equal(first, X + drawn)
 
 
 def test_without_a_key_it_draws_from_the_callers() -> None:
     net = Draws()
-    before = generators(X.device)
+    before = generator_states(X.device)
     Passes(net, Needs(), Signature.of(net), labelled=False)(X, C, t=T)
-    assert generators(X.device) != before
+    assert generator_states(X.device) != before
 
 
 def test_passes_without_gradients_go_past_what_wraps_the_network() -> None:

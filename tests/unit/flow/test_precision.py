@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from dumo.flow.precision import Precision, products, rounded, using
+from dumo.flow.precision import Precision, product_precision, uses_tf32, using
 from dumo.flow.slope import CentralSlope, precision_of
 from dumo.types import UserError
 
@@ -29,10 +29,10 @@ def test_a_gpu_rounds_as_asked_and_then_as_before(precision: Precision, inside: 
     """Settings, of which a machine without a GPU has its own."""
     for around in (("highest", True), ("high", False)):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=around[1]), set_products(around[0]):
-            with suppress(KeyError), products(precision, "cuda"):
+            with suppress(KeyError), product_precision(precision, "cuda"):
                 assert settings() == inside
-                assert rounded("cuda") == (precision == "tf32")
-                assert not rounded("cpu")
+                assert uses_tf32("cuda") == (precision == "tf32")
+                assert not uses_tf32("cpu")
                 raise KeyError
             assert settings()[:2] == around
 
@@ -55,7 +55,7 @@ def test_a_cpu_is_let_be_but_for_autocast() -> None:
 
 
 def test_a_difference_is_refused_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dumo.flow.slope.rounded", lambda kind: True)
+    monkeypatch.setattr("dumo.flow.slope.uses_tf32", lambda kind: True)
     assert precision_of(torch.ones(2, dtype=torch.float64)) == "fp32"
     with pytest.raises(UserError, match="not tf32"):
         CentralSlope().check(precision_of(torch.ones(2)))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dumo.config.load import load
-from dumo.flow.reading import bind, head_of
+from dumo.flow.reading import bind_knobs, head_of
 from dumo.types import Heads
 
 
@@ -17,7 +17,7 @@ def test_bind_sets_knobs_and_leaves_inputs() -> None:
         return (x,)
 
     t = torch.tensor([1.0, 0.5, 0.2])
-    bind(knobbed, w=2.5, low=0.1)(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), t=t)
+    bind_knobs(knobbed, w=2.5, low=0.1)(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), t=t)
     assert list(seen) == ["t", "w", "low"]
     assert torch.equal(seen["t"], t)
     assert torch.equal(seen["w"], torch.full((3,), 2.5))

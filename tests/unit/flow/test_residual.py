@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dumo.flow.residual import adaptive, clipped_share, head_gap
+from dumo.flow.residual import adaptive_l2, clipped_share, head_gap
 
 
 @pytest.mark.parametrize(("p", "c"), [(0.0, 0.01), (0.5, 0.1), (1.0, 0.01), (1.5, 1.0)])
 def test_value_and_gradient(p: float, c: float) -> None:
     """S / (S + c)^p; the weight is held still, so the gradient is 2 e / (S + c)^p."""
     e = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    loss = adaptive(e, p, c)
+    loss = adaptive_l2(e, p, c)
     (grad,) = torch.autograd.grad(loss.sum(), e)
     for i in range(5):
         total = sum(float(a) ** 2 for a in e[i].detach().flatten())
@@ -20,7 +20,7 @@ def test_value_and_gradient(p: float, c: float) -> None:
 
 def test_a_residual_of_zero_is_no_corner() -> None:
     e = torch.zeros(2, 3, requires_grad=True)
-    loss = adaptive(e, 1.0, 0.01)
+    loss = adaptive_l2(e, 1.0, 0.01)
     loss.sum().backward()
     assert not loss.any()
     assert e.grad is not None

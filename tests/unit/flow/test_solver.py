@@ -15,7 +15,19 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from dumo.flow.path import Linear
-from dumo.flow.solver import Euler, Hermite, Heun, Hop, Restart, Solver, able, check, jumps, steps, uniform
+from dumo.flow.solver import (
+    Euler,
+    Hermite,
+    Heun,
+    Hop,
+    Restart,
+    Solver,
+    can_make,
+    check,
+    jump_times,
+    num_steps,
+    uniform_times,
+)
 from dumo.runtime.random import stream
 from dumo.types import Reads, UserError, lift
 
@@ -59,21 +71,21 @@ def solve(solver: Solver, nfe: int, reads: Reads = EXACT, draw: Callable[[int], 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("start", [1.0, 0.999])
 def test_uniform_goes_from_start_to_zero_in_equal_steps(n: int, start: float) -> None:
-    times = torch.tensor(uniform(n, start), dtype=torch.float64)
+    times = torch.tensor(uniform_times(n, start), dtype=torch.float64)
     assert (times[0], times[-1], len(times)) == (start, 0, n + 1)
     torch.testing.assert_close(times.diff(), torch.full((n,), -start / n, dtype=torch.float64), atol=1e-15, rtol=0)
 
 
 @pytest.mark.parametrize(("m", "start"), [(0.3, 1.0), (0.6, 0.999), (0.99, 1.0)])
 def test_jumps_are_a_power_of_the_uniform_grid(m: float, start: float) -> None:
-    assert jumps(1, m, start) == [start]
-    assert jumps(2, m, start) == [start, pytest.approx(m, abs=1e-15)]
-    times = torch.tensor(jumps(12, m, start), dtype=torch.float64)
+    assert jump_times(1, m, start) == [start]
+    assert jump_times(2, m, start) == [start, pytest.approx(m, abs=1e-15)]
+    times = torch.tensor(jump_times(12, m, start), dtype=torch.float64)
     assert times[0] == start
     assert times[6].item() == pytest.approx(m, abs=1e-15)
     assert (times.diff() < 0).all()
     assert times[-1] > 0
-    slopes = (times / start).log()[1:] / torch.tensor(uniform(12)[1:-1], dtype=torch.float64).log()
+    slopes = (times / start).log()[1:] / torch.tensor(uniform_times(12)[1:-1], dtype=torch.float64).log()
     torch.testing.assert_close(slopes, slopes[0].expand(11), atol=1e-12, rtol=0)
 
 
@@ -102,7 +114,7 @@ def test_able_is_what_check_lets_through(solver: Solver) -> None:
             continue
         made.append(nfe)
     assert made == {"heun": [2, 4], "hop": [1, 2, 4]}.get(solver.kind, [1, 2, 3, 4, 5])
-    assert [nfe for nfe in range(-1, 6) if able(solver, halves, nfe)] == made
+    assert [nfe for nfe in range(-1, 6) if can_make(solver, halves, nfe)] == made
 
 
 @pytest.mark.parametrize("m", [0.3, 0.5, 0.8])
@@ -161,13 +173,13 @@ def visited(solver: Solver, nfe: int) -> list[tuple[float, ...]]:
 
 @pytest.mark.parametrize("start", [1.0, 0.999])
 def test_times_of_the_passes(start: float) -> None:
-    grid = uniform(4, start)
+    grid = uniform_times(4, start)
     assert visited(Hop(start=start), 4) == list(pairwise(grid))
-    assert visited(Restart(start=start, m=0.3), 4) == [(t,) for t in jumps(4, 0.3, start)]
+    assert visited(Restart(start=start, m=0.3), 4) == [(t,) for t in jump_times(4, 0.3, start)]
     if start == 1:
         assert visited(Euler(), 4) == [(t,) for t in grid[:-1]]
         assert visited(Heun(), 8) == [(t,) for pair in pairwise(grid) for t in pair]
-        assert visited(Hermite(), 4) == [(t,) for t in jumps(4)]
+        assert visited(Hermite(), 4) == [(t,) for t in jump_times(4)]
 
 
 def test_condition_reaches_the_net() -> None:
@@ -206,7 +218,7 @@ def test_what_it_cannot_do_is_refused(solver: Solver, reads: Reads, nfe: int, sa
 
 def test_check_looks_at_every_number_of_passes() -> None:
     check(Heun(), EXACT, 2, 4)
-    assert steps(Heun(), 4) == 2
+    assert num_steps(Heun(), 4) == 2
     with pytest.raises(UserError, match="nfe = 3"):
         check(Heun(), EXACT, 2, 3, 4)
 

@@ -14,10 +14,10 @@ from contract.case import one_each
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import OF_VELOCITY, Start, Teacher
-from dumo.flow.draw import drawn, noised
+from dumo.flow.draw import add_noise, make_draws
 from dumo.flow.guide import CFG
 from dumo.flow.path import Linear
-from dumo.flow.reading import taught
+from dumo.flow.reading import taught_readings
 from dumo.flow.slope import DualSlope
 from dumo.run.folder import write_run_file
 from dumo.run.net import outline
@@ -143,7 +143,11 @@ def test_a_path_of_another_velocity_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 LEARNS_VELOCITY = sorted(  # kinds that a subject may be taught by; no net of a pipeline takes knobs
-    {o.kind for o in one_each() if taught(o).velocity and o.needs.teacher == FromTeacher() and not o.needs.knobs}
+    {
+        o.kind
+        for o in one_each()
+        if taught_readings(o).velocity and o.needs.teacher == FromTeacher() and not o.needs.knobs
+    }
 )
 
 
@@ -184,8 +188,8 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
 
     c = torch.arange(64) % flow.classes
     x = flow.data(c, torch.Generator().manual_seed(0))
-    draws = drawn(few_step.objective, x.shape[1:], seed=0, step=0, batch=64, prior=0.5)
-    b = noised(draws, Linear(), x, c, flow.classes, teacher=known.velocity)
+    draws = make_draws(few_step.objective, x.shape[1:], seed=0, step=0, batch=64, prior=0.5)
+    b = add_noise(draws, Linear(), x, c, flow.classes, teacher=known.velocity)
     assert b.taught is not None
     assert b.taught.sum() == 32
     wanted = torch.where(b.taught[:, None], flow.velocity(b.x_t, b.c, b.t), b.z - x)

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dumo.flow.precision import rounded_at_random
+from dumo.flow.precision import round_stochastically
 from dumo.runtime.random import bits, philox, stream
 from dumo.training import checkpoint, eightbit
 from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, has_8bit_moments
@@ -66,7 +66,7 @@ def test_bits_are_those_of_a_place() -> None:
 def test_the_mean_of_what_is_rounded_is_the_number(x: float) -> None:
     """It is one of the two neighbours, and within four standard errors in the mean."""
     many = torch.full((2**18,), x)
-    found = rounded_at_random(many, bits("mean", f"{x}", begin=0, count=len(many), device=CPU)).double()
+    found = round_stochastically(many, bits("mean", f"{x}", begin=0, count=len(many), device=CPU)).double()
     exact = float(torch.tensor(x))
     low, high = found.min().item(), found.max().item()
     assert len(found.unique()) <= 2
@@ -140,7 +140,7 @@ def test_without_bitsandbytes_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_no_number_stays_one() -> None:
     """Any NaN, whatever its bits, in a weight and in a moment."""
     odd = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x00800000], dtype=torch.int32).view(torch.float32)
-    found = rounded_at_random(odd, torch.full((5,), 0xFFFF))
+    found = round_stochastically(odd, torch.full((5,), 0xFFFF))
     assert found.isnan().tolist() == [True, True, True, False, False]
     assert found[3:].tolist() == [float("inf"), -float("inf")]
     p = nn.Parameter(torch.ones(16, BLOCK))

@@ -162,7 +162,7 @@ def test_a_run_is_in_its_precision_to_the_end(monkeypatch: pytest.MonkeyPatch) -
         yield
         inside.clear()
 
-    monkeypatch.setattr(loop, "products", noted)
+    monkeypatch.setattr(loop, "product_precision", noted)
     spec, seen = Train(steps=2, batch=4, precision="tf32"), list[int]()
     run(begin(Small(), spec), spec, hooks=[Every(1, lambda *_: seen.append(len(inside)))])
     assert seen == [1, 1]  # the backward pass and the hooks, too
