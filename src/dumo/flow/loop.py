@@ -188,7 +188,9 @@ class LoopFlow(Flow):
 
         Every rank must make the first call, which makes `check`. Raises UserError for what cannot be trained on.
         """
-        if not self.is_checked or (self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy):
+        # what can be wrong
+        is_second_check = self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
+        if not self.is_checked or is_second_check:
             self.check(x, c)
         else:
             require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
@@ -196,17 +198,22 @@ class LoopFlow(Flow):
             raise UserError(f"progress = {progress:g}: give the share of the training that is done, from 0 to 1")
         if z is not None and z.shape != x.shape:
             raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: give noise of the shape of x")
+
+        # the record of this step
         self.shape = self.shape or tuple(x.shape[1:])
         self.rows = max(self.rows, len(x))  # a smaller last batch keeps its rank's rows
         at_step = self.step if step is None else step
         b, keys = self._record(x, c, at_step, progress=progress, z=z)
+
+        # the objective's loss
         key = self._key(at_step) if self.training else None
         passes = self._passes(c, key)
         ref_passes = passes if self.ref is None else passes.of(self.ref.module)
         ref = Frozen(ref_passes)
         masks = dropout.using(keys if self.training else None)
         with masks, seeded_generators(key, x.device), self._in_precision(x):  # a loss of yours may draw
-            terms = require_terms(self.objective.loss(passes, ref, b), len(x), self.objective.kind)
+            returned = self.objective.loss(passes, ref, b)
+            terms = require_terms(returned, len(x), self.objective.kind)
         if step is None and self.training:
             self.step += 1
         self.last = terms.detach()
@@ -218,7 +225,7 @@ class LoopFlow(Flow):
         b, _ = self._record(x, c, at_step)
         return self._passes(c, self._key(at_step) if self.training else None), b
 
-    # ----------------------------------------------------------------------------------------------- the other way
+    # --------------------------------------------------------------------------------------------------- how it is read
 
     def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
         """What the network tells a solver, c being class numbers, with this guidance (None: none) and these knobs."""
@@ -423,7 +430,7 @@ class LoopFlow(Flow):
         rank = self.shard[0] if self.shard else dist.rank()
         return stream(self.seed, at_step, "net", rank).initial_seed()
 
-    # ------------------------------------------------------------------------------------------------ what is read
+    # ---------------------------------------------------------------------------------------- what a reading is made of
 
     def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
         """What these passes tell a solver, with this guidance and these knobs (None: the flow's own)."""
