@@ -1,15 +1,20 @@
 """alpha-Flow (Zhang et al. 2025, arXiv 2510.20771): from flow matching to MeanFlow, by a step that shrinks in training.
 
-A step from t to r is alpha of the way along the velocity, then the rest as the net jumps it. With l = t - alpha (t - r)
-and x_l = x_t - (t - l) v*,
+A step from t to r follows the velocity v* for alpha of the way, down to a time l. The net jumps the rest, with the mean
+velocity u_l = u(x_l, l, r):
 
-    (t - r) u = (t - l) v* + (l - r) u_l    so    u* = alpha v* + (1 - alpha) u_l.
+    l = t - alpha (t - r),        x_l = x_t - (t - l) v*                                    (1)
+    (t - r) u = (t - l) v* + (l - r) u_l        so        u* = alpha v* + (1 - alpha) u_l   (2)
+    u* = v* - (t - r) du/dt                               where alpha = 0                   (3)  (MeanFlow, Eq. 11)
 
-At alpha = 1 it is v*, on rows of r < t too: trajectory flow matching. As alpha vanishes so does the residual,
-u - u* = alpha (u - v* + (l - r) (u - u_l) / (t - l)), whose bracket becomes MeanFlow's: it is in units of a velocity
-whatever alpha, and is what this loss squares. Its floor is divided by alpha^2, and then the gradient is the authors'.
+At alpha = 1, u* is v*, also where r < t: trajectory flow matching. As alpha vanishes, so does the residual u - u* of
+(2). The loss therefore squares it divided by alpha, which is in units of a velocity and tends to the residual of (3):
 
-alpha is a number of the training's progress alone, the same for every rank: so it may decide which passes are made.
+    (u - u*) / alpha = u - v* + (l - r) (u - u_l) / (t - l)                                 (4)
+    c / alpha^2      in place of the c of the adaptive_l2 weight: the gradient is then the authors'  (5)
+
+Unlike DuMo: one head of two times, trained by a schedule. alpha depends on the training's progress alone, which every
+rank knows: so it may decide which passes are made.
 """
 
 from math import log, tanh
@@ -30,10 +35,10 @@ from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, l
 class AlphaFlow(Spec):
     """Mean velocity from t to r, with a share of rows at r = t. Defaults: XL/2 of its `experiments-alphaflow.yaml`."""
 
-    steep: ClassVar[float] = 25.0  # gamma
+    gamma: ClassVar[float] = 25.0  # how steeply alpha falls
     snap: ClassVar[float] = 0.005  # alpha this near to 0 or 1 is that: clamp_value
     clip: ClassVar[float] = 4.0  # bound of u* where alpha > 0 and r < t: clamp_utgt
-    floor: ClassVar[float] = 1e-3  # adaptive_loss_weight_eps
+    floor: ClassVar[float] = 1e-3  # c of the adaptive_l2 weight: adaptive_loss_weight_eps
     kind: Literal["alpha_flow"] = "alpha_flow"
     times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
     drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout
@@ -44,7 +49,7 @@ class AlphaFlow(Spec):
 
     @property
     def gain(self) -> float:
-        """How often the rounding of the net is multiplied."""
+        """The factor by which (4) multiplies the rounding of the net, at most."""
         return 1 / self.snap
 
     @property
@@ -54,11 +59,12 @@ class AlphaFlow(Spec):
 
     @property
     def phases(self) -> tuple[tuple[float, float], ...]:
-        """Where steps cost alike: a progress with alpha = 1, one between, one with 0, and the share of each."""
-        middle, width = (self.begin + self.end) / 2, self.end - self.begin
-        half = min(width / 2, width / self.steep * log(1 / self.snap - 1))
-        found = ((0.0, middle - half), (middle, 2 * half), (1.0, 1 - middle - half))
-        return tuple((progress, share) for progress, share in found if share > 0)
+        """Where steps cost alike, with alpha at 1, between and at 0: a progress inside each phase, and its share."""
+        middle = (self.begin + self.end) / 2
+        width = self.end - self.begin
+        half = min(width / 2, width / self.gamma * log(1 / self.snap - 1))  # of the time between both snaps
+        phases = ((0.0, middle - half), (middle, 2 * half), (1.0, 1 - middle - half))
+        return tuple((progress, share) for progress, share in phases if share > 0)
 
     @model_validator(mode="after")
     def _possible(self) -> "AlphaFlow":
@@ -67,34 +73,46 @@ class AlphaFlow(Spec):
 
     def alpha(self, progress: float) -> float:
         """1 - sigmoid from `begin` to `end`, 1 before and 0 after, snapped at both ends (`get_ratio`)."""
-        if not self.begin <= progress <= self.end:
-            return 1.0 if progress < self.begin else 0.0
-        middle, width = (self.begin + self.end) / 2, max(self.end - self.begin, 1e-9)
-        alpha = 0.5 - 0.5 * tanh(self.steep * (progress - middle) / width / 2)  # 1 - sigmoid, without overflow
-        return 0.0 if alpha < self.snap else 1.0 if alpha > 1 - self.snap else alpha
+        if progress < self.begin:
+            return 1.0
+        if progress > self.end:
+            return 0.0
+        middle = (self.begin + self.end) / 2
+        width = max(self.end - self.begin, 1e-9)
+        alpha = 0.5 - 0.5 * tanh(self.gamma * (progress - middle) / width / 2)  # 1 - sigmoid, without overflow
+        if alpha < self.snap:
+            return 0.0
+        if alpha > 1 - self.snap:
+            return 1.0
+        return alpha
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`AlphaFlowLoss.forward`; its gradient, row by row. Raises UserError where a short step meets bf16."""
         require_precise_passes(b, self.gain, self.kind)
-        alpha, moves = self.alpha(b.progress), b.r < b.t
+        alpha = self.alpha(b.progress)
+        has_step = b.r < b.t
+        floor = torch.full_like(b.t, self.floor)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
-        if alpha:
+        if alpha > 0:
             (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-            off = (u_hat.detach() - self._far(ref, b, v_star, alpha)) / alpha
-            u_star = torch.where(lift(moves, u_hat), u_hat.detach() - off, v_star)
+            residual = (u_hat.detach() - self._u_star(ref, b, v_star, alpha)) / alpha  # (4)
+            u_star = torch.where(lift(has_step, u_hat), u_hat.detach() - residual, v_star)
+            floor = floor.where(~has_step, self.floor / alpha**2)  # (5)
         else:
             (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v_star, moving=b.moving)
-            u_star = v_star - lift(b.t - b.r, b.x_t) * along(v_star)[0]
-        e = u_hat - u_star
-        floor = torch.full_like(b.t, self.floor).where(~moves, self.floor / (alpha or 1) ** 2)
-        return Terms(adaptive_l2(e, 1.0, floor, mean=True), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
+            (du_dt,) = along(v_star)
+            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # (3)
+        error = u_hat - u_star
+        loss = adaptive_l2(error, 1.0, floor, mean=True)
+        return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
-    def _far(self, ref: Frozen, b: Noised, v_star: Sample, alpha: float) -> Sample:
-        """u* for alpha > 0; no pass where alpha = 1, which goes all the way along v*."""
+    def _u_star(self, ref: Frozen, b: Noised, v_star: Sample, alpha: float) -> Sample:
+        """(2), within its bound. At alpha = 1, which goes all the way along v*, no pass is made."""
         u_star = alpha * v_star
         if alpha < 1:
-            u_star = u_star + (1 - alpha) * earlier_mean_velocity(ref, b, v_star, alpha * (b.t - b.r))
+            u_l = earlier_mean_velocity(ref, b, v_star, alpha * (b.t - b.r))  # (1)
+            u_star = u_star + (1 - alpha) * u_l
         return u_star.clamp(-self.clip, self.clip)
 
     def read(self, net: Net) -> Reads:

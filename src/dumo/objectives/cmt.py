@@ -1,12 +1,13 @@
 """CMT (Hu et al. 2025, arXiv 2509.24526): mid-training, on trajectories that a teacher's solver has gone.
 
 Points x_t of one trajectory, from noise z to the data x_0 that the solver makes of it, are all known. So is every mean
-velocity between two of them, and no derivative is asked for:
+velocity between two of them. V is the teacher's velocity:
 
-    u(x_t, t, r) = (x_t - x_r) / (t - r),        v(x_t, t) = V(x_t, t), the teacher's.
+    u(x_t, t, r)* = (x_t - x_r) / (t - r)                                                     (1)
+    v(x_t, t)* = V(x_t, t)                                                                    (2)
 
-It stands between the teacher and the training that is meant: a net that begins there knows long jumps already. `of`
-says for which: meanflow, of u; dumo (ours), of both heads.
+Unlike DuMo, no derivative is asked for. This training comes between the teacher's and the one that is meant: a net that
+begins there knows long jumps already. `of` says for which: meanflow, of u; dumo (ours), of both heads.
 """
 
 from dataclasses import replace
@@ -47,18 +48,22 @@ class CMT(Spec):
         """Its loss of MF in mean squares; of both heads as DuMo weighs them."""
         if self.of == "meanflow":
             (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-            u_loss = mean_square(u_hat - chord(b, b.r))
+            u_loss = mean_square(u_hat - _mean_velocity(b, b.r))  # (1)
             return Terms(u_loss, {"u": u_loss})
         v_hat, u_hat = net(b.x_t, b.c, t=b.t)
-        v_loss, u_loss = mean_square(v_hat - b.v_t), mean_square(u_hat - chord(b, 0 * b.t))
+        v_loss = mean_square(v_hat - b.v_t)  # (2)
+        u_loss = mean_square(u_hat - _mean_velocity(b, 0 * b.t))  # (1), down to the data
         return Terms(self.beta * v_loss + (1 - self.beta) * u_loss, {"v": v_loss, "u": u_loss})
 
     def read(self, net: Net) -> Reads:
         """As the objective that it is for; of one head no velocity, for r = t is not taught."""
-        return DuMo().read(net) if self.of == "dumo" else replace(mean_velocity(net), velocity=None)
+        if self.of == "dumo":
+            return DuMo().read(net)
+        return replace(mean_velocity(net), velocity=None)
 
 
-def chord(b: Noised, r: Time) -> Sample:
-    """The mean velocity of each row's trajectory from t down to r, and v_t where r = t."""
-    same = lift(r == b.t, b.x_t)
-    return torch.where(same, b.v_t, (b.x_t - b.on(r)) / lift(b.t - r, b.x_t).masked_fill(same, 1))
+def _mean_velocity(b: Noised, r: Time) -> Sample:
+    """(1): the mean velocity of each row's trajectory from t down to r, and v_t where r = t."""
+    at_rest = lift(r == b.t, b.x_t)
+    gap = lift(b.t - r, b.x_t).masked_fill(at_rest, 1)
+    return torch.where(at_rest, b.v_t, (b.x_t - b.on(r)) / gap)

@@ -1,21 +1,27 @@
 """Consistency training (CM, iCT; ECT, Geng et al. 2025, arXiv 2406.14548): two points of a path make the same data.
 
-CM is of Song et al. 2023, iCT of Song and Dhariwal 2024. The net's guess at the data is D(x_t, t) = x_t - t u, with u
-the mean velocity down to 0. From t to r < t one goes along v_t, which on the linear path is with the same data and
-noise:
+CM is of Song et al. 2023, iCT of Song and Dhariwal 2024. With u the mean velocity down to 0, the net guesses the data
+as D. A discretization (`Ratio`, `KarrasGrid`, `Equal`) picks r < t; along v_t one goes from x_t to x_r, which on the
+linear path has the same data and noise; and there theta^- must make the same guess:
 
-    x_r = x_t - (t - r) v_t,   D(x_t, t) = sg D(x_r, r),   and at r = 0   D = x_r = x.
+    D(x_t, t) = x_t - t u                                                                     (1)
+    x_r = x_t - (t - r) v_t                                                                   (2)
+    D(x_t, t) = sg D(x_r, r),        and at r = 0        D = x_r = x                          (3)
 
-Divided by t - r this is a secant in place of DuMo's derivative, and at r = 0 it is flow matching:
+Divided by t - r this is DuMo's residual with a secant for its derivative, and at r = 0 it is flow matching:
 
-    (sg D(x_r, r) - D(x_t, t)) / (t - r) = e = u - v_t + r (u - u_r) / (t - r),   about   u - v_t + t du/dt.
+    e = (sg D(x_r, r) - D(x_t, t)) / (t - r) = u - v_t + r (u - u_r) / (t - r)                (4)
+    e  is about  u - v_t + t du/dt
 
-The authors' weight 1 / (sigma_t - sigma_r), with sigma = t / (1 - t), is (1 - t) (1 - r) / (t - r): with it one
-regresses (1 - t) (1 - r) e, of which the length of the step has dropped out. As the loss lives on D, its gradient with
-respect to u has the factor t / (sigma_t - sigma_r) = (1 - t) (1 - r) t / (t - r), which grows as steps get short.
+The loss is of (t - r) e, so it lives on D, as the authors' does, and has their weight, with sigma = t / (1 - t):
 
-LCM (Luo et al. 2023, arXiv 2310.04378) learns from a teacher: with the run's `teacher`, v_t is its velocity, and the
-step that of DDIM, which on the linear path is Euler's.
+    1 / (sigma_t - sigma_r) = (1 - t) (1 - r) / (t - r)                                       (5)
+
+Together one regresses (1 - t) (1 - r) e: the length of the step drops out. The gradient with respect to u still has the
+factor t / (sigma_t - sigma_r), which grows as steps get short.
+
+LCM (Luo et al. 2023, arXiv 2310.04378) learns from a teacher: with the run's `teacher`, v_t is its velocity, and (2)
+is the step of DDIM, which on the linear path is Euler's.
 
 TCM (Lee et al. 2025, arXiv 2410.14895) is a second stage, on times from `low` up alone: all of the net learns what
 one-step sampling asks. Below, D is that of the first stage, which training begins with and keeps as theta^-: the run's
@@ -31,7 +37,7 @@ from pydantic import Field, model_validator
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.slope import require_precise_passes
-from dumo.flow.times import EDM_SD, KARRAS_ROOTS, LogitNormal, Times, karras_root, karras_time
+from dumo.flow.times import EDM_SD, KARRAS_ROOTS, LogitNormal, Times, karras_time, karras_root
 from dumo.runtime.bound import FACTOR, STEPS, require_order
 from dumo.types import (
     STRAIGHT,
@@ -67,8 +73,9 @@ class Ratio(Spec):
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return t and r; r < t, but r = t at t = 0, and at t = 1 unless r = 0."""
         stage = min(int(progress * self.stages), self.stages - 1)
-        left = (1 - self.q ** -(stage + 1) * (1 + NEAR * (-EDM_SD * t / (1 - t)).sigmoid())).clamp(min=0)
-        return t, left * t / (1 - t + left * t).clamp(min=1e-12)
+        sigma = EDM_SD * t / (1 - t)
+        ratio = (1 - self.q ** -(stage + 1) * (1 + NEAR * (-sigma).sigmoid())).clamp(min=0)  # sigma_r / sigma_t
+        return t, ratio * t / (1 - t + ratio * t).clamp(min=1e-12)
 
 
 class KarrasGrid(Spec):
@@ -92,15 +99,18 @@ class KarrasGrid(Spec):
     def steps(self, progress: float) -> int:
         """How many steps there are from the highest level to the lowest."""
         if self.growth == "root":
-            whole = (self.last + 1) ** 2 - self.first**2
-            return max(1, ceil((progress * whole + self.first**2) ** 0.5 - 1))
-        return min(self.first * 2 ** int(progress * (log2(self.last / self.first) + 1)), self.last)
+            growth = (self.last + 1) ** 2 - self.first**2
+            return max(1, ceil((progress * growth + self.first**2) ** 0.5 - 1))
+        doublings = int(progress * (log2(self.last / self.first) + 1))
+        return min(self.first * 2**doublings, self.last)
 
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return the ends of the step that t falls into."""
-        (low, high), n = KARRAS_ROOTS, self.steps(progress)
+        low, high = KARRAS_ROOTS
+        n = self.steps(progress)
         i = ((karras_root(t) - low) / (high - low) * n).floor().clamp(0, n - 1)
-        top, bottom = (karras_time(low + (high - low) * end / n) for end in (i + 1, i))
+        top = karras_time(low + (high - low) * (i + 1) / n)
+        bottom = karras_time(low + (high - low) * i / n)
         return top, torch.where(i > 0, bottom, 0.0)
 
 
@@ -143,16 +153,19 @@ class Consistency(Spec):
 
     @property
     def gain(self) -> float:
-        """How often the rounding of the net is multiplied."""
+        """The factor by which (4) multiplies the rounding of the net, at most."""
         return inf
 
     @property
     def needs(self) -> Needs:
         """Rounding is multiplied by r / (t - r), 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound."""
-        ref = 0.99 if not self.weighted and self.soft is None else None  # CM's goes from 0.9 to 0.9986; ours
-        ref = 1.0 if self.low else ref  # the first stage
-        anywhere = not self.weighted and self.discretization.kind == "equal"  # without a noise level of linear's
-        formulas = STRAIGHT if anywhere else Formulas(unit=True)
+        ref = None
+        if self.low:
+            ref = 1.0  # the first stage
+        elif not self.weighted and self.soft is None:
+            ref = 0.99  # CM's goes from 0.9 to 0.9986; ours
+        has_no_noise_level = not self.weighted and self.discretization.kind == "equal"  # none of the linear path's
+        formulas = STRAIGHT if has_no_noise_level else Formulas(unit=True)
         return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=formulas, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
@@ -162,22 +175,27 @@ class Consistency(Spec):
         net. Raises UserError where short steps meet bf16.
         """
         require_precise_passes(b, self.gain, self.kind)
-        weight, t = torch.ones_like(b.t), b.t
+        t = b.t
+        weight = torch.ones_like(t)
         if self.low:
-            weight, t = weight.masked_fill(t <= self.low, self.boundary), t.clamp(min=self.low)
+            weight = weight.masked_fill(t <= self.low, self.boundary)
+            t = t.clamp(min=self.low)
         t, r = self.discretization(t, b.progress)
-        b = b if t is b.t else b.at(t)
-        step, same = t - r, r == t
+        if t is not b.t:
+            b = b.at(t)
         (u_hat,) = net(b.x_t, b.c, t=t)
-        x_r = b.x_t - lift(step, b.x_t) * b.v_t
+        x_r = b.x_t - lift(t - r, b.x_t) * b.v_t  # (2)
         (u_r,) = ref(x_r, b.c, t=r)
         if self.low:
-            u_r = torch.where(lift(r < self.low, x_r), u_r, frozen(net)(x_r, b.c, t=r)[0])
-        one_over = (1 / step.masked_fill(same, 1)).masked_fill(same, 0)
-        e = u_hat - b.v_t + lift(r * one_over, b.x_t) * (u_hat - u_r)
-        apart = lift(step, b.x_t) * e  # sg D(x_r, r) - D(x_t, t)
-        loss = mean_square(apart) if self.soft is None else huber(apart, self.soft)
-        weight = weight * (1 - t) * (1 - r) * one_over if self.weighted else weight
+            (u_r_of_net,) = frozen(net)(x_r, b.c, t=r)
+            u_r = torch.where(lift(r < self.low, x_r), u_r, u_r_of_net)
+        at_rest = r == t
+        inverse_step = (1 / (t - r).masked_fill(at_rest, 1)).masked_fill(at_rest, 0)
+        e = u_hat - b.v_t + lift(r * inverse_step, b.x_t) * (u_hat - u_r)  # (4)
+        difference = lift(t - r, b.x_t) * e  # sg D(x_r, r) - D(x_t, t), of (3)
+        loss = mean_square(difference) if self.soft is None else huber(difference, self.soft)
+        if self.weighted:
+            weight = weight * (1 - t) * (1 - r) * inverse_step  # (5)
         return Terms(weight * loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:

@@ -1,13 +1,21 @@
 """DuMo and adversarial flow (AFM, Lin et al. 2025, arXiv 2511.22475): the critic is a head of the same trunk.
 
-The mean of the head d at t = 0, the logit D, is to be higher of data than of samples of the same condition, by
-relativistic pairs softplus(D(x') - D(x)); samples climb what the critic descends. Its slopes dD/dx are kept small (R1
-and R2), and so is D(x) + D(x'), which pairs do not see. Both sides descend in one backward pass, by gradient reversal
-(Ganin and Lempitsky 2015, arXiv 1409.7495).
+The logit D(x) is the mean of a head d at t = 0. It is to be higher of data x than of samples x' of the same condition,
+by relativistic pairs; its slopes are kept small (R1 and R2), and so is D(x) + D(x'), which pairs do not see. With e a
+row of noise:
 
-A critic's slope g tells a direction, and its length says little: each row's is brought to root mean square 1 (ours; AFM
-divides by a running mean of the norms). AFM's transport cost, the mean square of x' - z, is left out: which x' a z
-comes to is DuMo's to say.
+    critic's loss = softplus(D(x') - D(x))                                            (1)
+                  + 0.25 [(e . dD/dx)^2 + (e . dD/dx')^2]                             (2)
+                  + 0.01 (D(x) + D(x'))^2                                             (3)
+
+Samples climb (1), which the critic descends. Both happen in one backward pass, by gradient reversal (Ganin and
+Lempitsky 2015, arXiv 1409.7495): it hands x' the opposite of its gradient g, brought to root mean square 1 in each row,
+for the length of a critic's slope says little:
+
+    V = g / (rms(g) + floor)                                                          (4)
+
+Ours is (4); AFM divides by a running mean of the norms. AFM's transport cost, the mean square of x' - z, is left out:
+which x' a z comes to is DuMo's to say.
 """
 
 from dataclasses import replace
@@ -24,16 +32,18 @@ from dumo.flow.slope import rate_of
 from dumo.objectives.pull import Pull
 from dumo.types import Array, Needs, Net, Noised, PerSample, Sample, Terms, lift
 
-WEIGHT, FIT = 0.02, 0.3  # of the pull, and of the critic's own loss; ours
-SLOPES, CENTRE = 0.25, 0.01  # of the squares of its slopes, and of (D(x) + D(x'))^2; AFM
-EVERY = 4  # one in this many rows has these two taken; AFM, of slopes
-FLOOR = 0.01  # the root mean square of g below which samples are moved less; ours
+WEIGHT = 0.02  # of the pull; ours
+FIT = 0.3  # of the critic's own loss; ours
+SLOPES = 0.25  # of (2); AFM
+CENTRE = 0.01  # of (3); AFM
+EVERY = 4  # one in this many rows has (2) and (3) taken; AFM, of slopes
+FLOOR = 0.01  # of (4): the root mean square of g below which samples are moved less; ours
 
 
 class Critic(Pull):
     """DuMo, a head that tells data from its samples, and the pull up that head's slope."""
 
-    own: ClassVar[tuple[str, ...]] = ("d",)
+    own_heads: ClassVar[tuple[str, ...]] = ("d",)
     kind: Literal["critic"] = "critic"
 
     @property
@@ -43,26 +53,42 @@ class Critic(Pull):
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
         """Two passes with gradients, and two of a quarter of the rows, each the price of two, for the exact slopes."""
-        still = (b.z - u).detach()
-        made, tap = reversed_at(b.z - u, WEIGHT / FIT, FLOOR) if self.acts(b) else (still, torch.zeros_like(b.t))
-        real, fake = (logit(net(x, b.c, t=0 * b.t)[2]) for x in (b.x, made))
-        pairs = softplus(fake - real)
-        (d, slope), (d_still, slope_still) = (self.steepness(net, b, x) for x in (b.x, still))
-        slopes = slope.square() + slope_still.square()
-        loss = pairs + tap.to(pairs) + SLOPES * slopes + CENTRE * (d + d_still).square()  # only pairs move samples
-        notes = {"right_d": (real > fake).to(pairs), "margin_d": (real - fake).detach(), "slopes_d": slopes.detach()}
+        samples = b.z - u
+        still = samples.detach()
+        if self.moves_samples(b):
+            moved, tap = reversed_at(samples, WEIGHT / FIT, FLOOR)
+        else:
+            moved = still
+            tap = torch.zeros_like(b.t)
+        d_real = _logit(net(b.x, b.c, t=0 * b.t)[2])
+        d_fake = _logit(net(moved, b.c, t=0 * b.t)[2])
+        pairs = softplus(d_fake - d_real)  # (1), the only term that moves samples
+
+        d_x, slope_x = self._logit_and_slope(net, b, b.x)
+        d_still, slope_still = self._logit_and_slope(net, b, still)
+        slopes = slope_x.square() + slope_still.square()  # (2)
+        centre = (d_x + d_still).square()  # (3)
+
+        loss = pairs + tap.to(pairs) + SLOPES * slopes + CENTRE * centre
+        notes = {
+            "right_d": (d_real > d_fake).to(pairs),
+            "margin_d": (d_real - d_fake).detach(),
+            "slopes_d": slopes.detach(),
+        }
         return Terms(FIT * loss, {"d": pairs}, notes)
 
-    def steepness(self, net: Net, b: Noised, x: Sample) -> tuple[PerSample, PerSample]:
+    def _logit_and_slope(self, net: Net, b: Noised, x: Sample) -> tuple[PerSample, PerSample]:
         """D, and its slope along noise, whose square is |dD/dx|^2 in the mean: of a quarter of the rows, for all."""
-        some = b[::EVERY]
+        quarter = b[::EVERY]
+        x_moving = pair(x[::EVERY], quarter.drawn["d.e"].to(x), recorded=True)
         with dropout.rows(range(0, len(x), EVERY)):
-            head = net(pair(x[::EVERY], some.drawn["d.e"].to(x), recorded=True), some.c, t=0 * some.t)[2]
-        d, slope = logit(primal(head)), logit(rate_of(head))
+            head = net(x_moving, quarter.c, t=0 * quarter.t)[2]
+        d = _logit(primal(head))
+        slope = _logit(rate_of(head))
         return d.repeat_interleave(EVERY), slope.repeat_interleave(EVERY)
 
 
-def logit(head: Array) -> PerSample:
+def _logit(head: Array) -> PerSample:
     """The mean of the head, at least in fp32."""
     head = head.flatten(1)
     return head.mean(1, dtype=torch.promote_types(head.dtype, torch.float32))
@@ -83,14 +109,17 @@ def reversed_at(x: Sample, strength: float, floor: float) -> tuple[Sample, PerSa
 class _Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, strength: float, floor: float) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        ctx.strength, ctx.floor = strength, floor
-        return x.view_as(x), x.new_zeros(len(x))
+        ctx.strength = strength
+        ctx.floor = floor
+        tap = x.new_zeros(len(x))
+        return x.view_as(x), tap
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        slope, scale = grads
-        n = slope[0].numel()
-        g = n * slope
+        x_grad, tap_grad = grads
+        scale = tap_grad.abs()
+        n = x_grad[0].numel()
+        g = n * x_grad
         rms = g.flatten(1).square().mean(1).sqrt()
-        size = (rms + ctx.floor * scale.abs()).clamp(min=torch.finfo(g.dtype).tiny)
-        return -2 * ctx.strength / n * g * lift(scale.abs() / size, g), None, None
+        size = (rms + ctx.floor * scale).clamp(min=torch.finfo(g.dtype).tiny)
+        return -2 * ctx.strength / n * g * lift(scale / size, g), None, None  # (4)

@@ -1,23 +1,27 @@
 """DuMo and Drifting (Deng et al. 2026, arXiv 2602.04770): samples drift to data of their condition, and apart.
 
-Of the rows of a class in a group, sample i sees data y and other samples x at distances d in units of their mean. With
-the kernel exp(-d / R), made a softmax over what i sees (rows) and over who sees it (columns), A+ to data and A- to
-samples are the geometric mean of both softmaxes, and
+Of the rows of a class in a group, sample x_i is drawn to data y_j and held apart from other samples x_k. With d the
+distance from x_i, in units of its mean, and a radius R:
 
-    V_i = sum over j, k of   A+_ij A-_ik (y_j - x_k),
+    A = sqrt(softmax over what i sees * softmax over who sees it),    both of exp(-d / R)     (1)
+    V_i = sum over j, k of   A+_ij A-_ik (y_j - x_k)                                          (2)
 
-which changes its sign when data and samples change places: where both have one law, it is 0 on average. The V of each
-radius R is divided by its root mean square over the rows of the class, and they are added.
+with A+ to data and A- to samples. V changes its sign when data and samples change places: where both have one
+distribution, it is 0 on average. The V of each radius is divided by its root mean square over the rows of the class,
+and they are added.
 
 With guidance omega > 1 samples are apart from data of any class, too: these weigh omega - 1 times as much in all as
-other samples do, and where V rests, samples have the law omega p(x | c) - (omega - 1) p(x).
+other samples do, and where V rests, samples have the density omega p(x | c) - (omega - 1) p(x).
 
-As the authors' `drift_loss.py` but for six things. Theirs compares features of a pretrained net; here the numbers that
-the net is trained on, pixels or latents. A sample of theirs sees the data of its own row, ours does not: so as many
-rows attract as repel, and where the samples are the data themselves V is 0 to rounding, not on average. What a sample
-does not see has affinity 0 here; theirs gives it the least with itself. Of several classes in a batch theirs takes one
-unit and one root mean square over all, ours one of each. V here is in units of the data, not of the distance. And their
-net is shown the strength of guidance, which they draw; ours learns one.
+As the authors' `drift_loss.py` but for six things:
+
+- Theirs compares features of a pretrained net; ours what the net is trained on, pixels or latents.
+- A sample of theirs sees the data of its own row, ours does not: so as many rows attract as repel, and where the
+  samples are the data themselves V is 0 to rounding, not on average.
+- What a sample does not see has affinity 0 here; theirs gives it the least with itself.
+- Of several classes in a batch theirs takes one unit and one root mean square over all, ours one of each.
+- V here is in units of the data, not of the distance.
+- Their net is shown the strength of guidance, which they draw; ours learns one.
 """
 
 from collections.abc import Sequence
@@ -34,12 +38,12 @@ from dumo.objectives.pull import Pull
 from dumo.types import Cond, Needs, Net, Noised, PerSample, Sample, Terms, mean_square
 
 WEIGHT = 0.05  # of the pull; ours
-RADII = 0.02, 0.05, 0.2  # theirs
+RADII = 0.02, 0.05, 0.2  # R, in units of the mean distance; theirs
 AFFINITY = 1e-6  # the least product of both softmaxes; theirs
 LEAST = 1e-4  # of a root mean square that is divided by (their code, as its square)
 FAR = -1e4  # the logarithm of a kernel between rows that do not see one another
 
-Pairs = Float[Tensor, "groups m k"]  # of each row with what it is apart from, then with the data
+Pairs = Float[Tensor, "groups m k"]  # of each of m samples with its k neighbours: what it is held apart from, then data
 
 
 class Drift(Pull):
@@ -71,44 +75,61 @@ def drift(
     Rows of the same c in a group, which are whole, see one another, and with omega > 1 all data of the group.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    mine, other = (a.to(exact).flatten(1).unflatten(0, (-1, group)) for a in (x, y))
-    same, others = _same(c, group).to(exact), 1 - torch.eye(group, dtype=exact, device=x.device)
-    near = same * others
-    apart = [(mine, near)]
+    samples = x.to(exact).flatten(1).unflatten(0, (-1, group))
+    data = y.to(exact).flatten(1).unflatten(0, (-1, group))
+    same_class = _same_class(c, group).to(exact)
+    not_itself = 1 - torch.eye(group, dtype=exact, device=x.device)
+    near = same_class * not_itself  # the weight of each row of the class
+
+    # What a sample is held apart from, then what it is drawn to.
+    neighbours = [samples, data]
+    weights = [near, near]
     if omega > 1:
-        apart += [(other, (omega - 1) * near.mean(2, keepdim=True) * group / (group - 1) * others)]
-    both, weight = (torch.cat(parts, 1 + i) for i, parts in enumerate(zip(*apart, (other, near), strict=True)))
-    far = torch.cdist(mine, both, compute_mode="donot_use_mm_for_euclid_dist")
-    unit = (same @ (far * weight).sum(2, keepdim=True)) / (same @ weight.sum(2, keepdim=True)).clamp(min=1)
+        neighbours.insert(1, data)
+        weights.insert(1, (omega - 1) * near.mean(2, keepdim=True) * group / (group - 1) * not_itself)
+    neighbour = torch.cat(neighbours, 1)
+    weight = torch.cat(weights, 2)
+
+    distance = torch.cdist(samples, neighbour, compute_mode="donot_use_mm_for_euclid_dist")
+    total_weight = (same_class @ weight.sum(2, keepdim=True)).clamp(min=1)
+    unit = (same_class @ (distance * weight).sum(2, keepdim=True)) / total_weight  # the mean distance in the class
     unit = unit.clamp(min=LEAST)
-    total, sizes = torch.zeros_like(mine), torch.zeros_like(unit)
+
+    v = torch.zeros_like(samples)
+    force = torch.zeros_like(unit)
     for radius in radii:
-        v = _force(far / unit / radius, weight, same, both) / unit * mine.shape[2] ** 0.5
-        size = (same @ v.square().mean(2, keepdim=True) / same.sum(2, keepdim=True)).sqrt()
-        total, sizes = total + v / size.clamp(min=LEAST), sizes + size / len(radii)
-    return total.flatten(0, 1).view(x.shape).to(x.dtype), sizes.flatten()
+        v_radius = _v(distance / unit / radius, weight, same_class, neighbour) / unit * samples.shape[2] ** 0.5
+        rms = (same_class @ v_radius.square().mean(2, keepdim=True) / same_class.sum(2, keepdim=True)).sqrt()
+        v = v + v_radius / rms.clamp(min=LEAST)
+        force = force + rms / len(radii)
+    return v.flatten(0, 1).view(x.shape).to(x.dtype), force.flatten()
 
 
-def _same(c: Cond, group: int) -> Bool[Tensor, "groups m m"]:
+def _same_class(c: Cond, group: int) -> Bool[Tensor, "groups m m"]:
     """Which rows of a group have one condition."""
-    rows = (c.flatten(1) if c.ndim > 1 else c[:, None]).unflatten(0, (-1, group))
+    columns = c.flatten(1) if c.ndim > 1 else c[:, None]
+    rows = columns.unflatten(0, (-1, group))
     return (rows[:, :, None] == rows[:, None]).all(-1)
 
 
-def _force(
-    far: Pairs, weight: Pairs, same: Float[Tensor, "groups m m"], both: Float[Tensor, "groups k d"]
+def _v(
+    scaled_distance: Pairs,
+    weight: Pairs,
+    same_class: Float[Tensor, "groups m m"],
+    neighbour: Float[Tensor, "groups k d"],
 ) -> Float[Tensor, "groups m d"]:
-    """V by one radius."""
-    logs = (-far).masked_fill(weight == 0, FAR)
-    a = (logs.softmax(2) * _columns(logs, same)).clamp(min=AFFINITY).sqrt() * weight
+    """V of each sample by one radius, of distances d / R."""
+    logits = (-scaled_distance).masked_fill(weight == 0, FAR)
+    a = (logits.softmax(2) * _column_softmax(logits, same_class)).clamp(min=AFFINITY).sqrt() * weight  # (1)
     repel, attract = a.split([a.shape[2] - a.shape[1], a.shape[1]], 2)
-    pull, push = attract * repel.sum(2, keepdim=True), repel * attract.sum(2, keepdim=True)
-    return torch.cat([-push, pull], 2) @ both  # coefficients of a row sum to 0
+    pull = attract * repel.sum(2, keepdim=True)
+    push = repel * attract.sum(2, keepdim=True)
+    return torch.cat([-push, pull], 2) @ neighbour  # (2); coefficients of a row sum to 0
 
 
-def _columns(logs: Pairs, same: Float[Tensor, "groups m m"]) -> Pairs:
+def _column_softmax(logits: Pairs, same_class: Float[Tensor, "groups m m"]) -> Pairs:
     """The softmax of each column over the rows of a condition, who see it."""
-    first = same.argmax(2, keepdim=True).expand_as(logs)  # a row that stands for its condition
-    most = torch.full_like(logs, FAR).scatter_reduce(1, first, logs, "amax").gather(1, first)
-    e = (logs - most).exp()
-    return e / (same @ e)
+    first = same_class.argmax(2, keepdim=True).expand_as(logits)  # a row that represents its condition
+    largest = torch.full_like(logits, FAR).scatter_reduce(1, first, logits, "amax").gather(1, first)
+    e = (logits - largest).exp()
+    return e / (same_class @ e)

@@ -48,7 +48,8 @@ class DuMoAny(Spec):
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.r)[0])  # lines 8 and 9
             _, du_dt = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
-        v_loss, u_error = mean_square(v_hat - v_star), u_hat - u_star
+        u_error = u_hat - u_star
+        v_loss = mean_square(v_hat - v_star)
         u_loss = adaptive_l2(u_error, self.power, FLOOR) if self.power else mean_square(u_error)  # Eq. 22
         loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
         return Terms(loss, {"v": v_loss, "u": mean_square(u_error)}, {"clipped_share": clipped_share(u_error)})

@@ -1,12 +1,19 @@
 """F2D2 (Ai et al. 2025, arXiv 2512.02636): jumps know how much volume they grow, so likelihood takes a few passes.
 
-    v(x_t, t)      dx_t/dt                          v* = v_t
-    u(x_t, t, r)   (x_t - x_r) / (t - r)            u* = v* - (t - r) du/dt            (MeanFlow, Eq. 11)
-    g(x_t, t, r)   the mean of diag J over [r, t]   g* = e (J e) - (t - r) dg/dt       with J = dv/dx of theta^-
+A head g joins velocity and mean velocity. With J = dv/dx, of theta^-, and e a row of random signs:
 
-(t - r) g is an integral along the flow, whose derivative at t is diag J; random signs e have e_i (J e)_i = J_ii in the
-mean. So log p(x_0) = log N(x_1) + the sum of (s - t) sum_i g_i over jumps from t up to s. A g of the shape of the data
-is ours: theirs is one number a row, and its J is a teacher's.
+    v(x_t, t)      dx_t/dt                          v* = v_t                              (1)
+    u(x_t, t, r)   (x_t - x_r) / (t - r)            u* = v_t - (t - r) du/dt              (2)  (MeanFlow, Eq. 11)
+    g(x_t, t, r)   the mean of diag J over [r, t]   g* = diag J - (t - r) dg/dt           (3)
+    diag J         e_i (J e)_i, in the mean over e                                        (4)
+
+(3) is derived as (2) is: (t - r) g is an integral along the flow, whose derivative in t is diag J. The sum of g over
+a row is the mean of div v, so jumps from t up to s add up to the likelihood:
+
+    log p(x_0) = log N(x_1) + the sum over jumps of (s - t) sum_i g_i                     (5)
+
+Unlike DuMo: u ends at any time r, there is no guidance, and jumps climb to the noise, too. Ours: g has the shape of
+the data, where theirs is one number a row; and J is the net's own, where theirs is a teacher's.
 """
 
 from dataclasses import replace
@@ -38,11 +45,13 @@ from dumo.types import (
     mean_square,
 )
 
-V, U, G = 0.55, 0.35, 0.1  # weights; ours
+V_WEIGHT = 0.55  # of the mean squares of each head in the loss; ours
+U_WEIGHT = 0.35
+G_WEIGHT = 0.1
 
 
 class F2D2(Spec):
-    """Velocity, mean velocity and divergence."""
+    """Velocity, mean velocity and divergence, all regressed on every sample."""
 
     kind: Literal["f2d2"] = "f2d2"
     times: Times = Jumps(both_ways=True)  # ours
@@ -52,8 +61,13 @@ class F2D2(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes; one draw of signs a row, as the authors' code."""
-        own, laws = {"u": ("r",), "g": ("r",)}, {"probe": Signs()}
-        return Needs(heads=("v", "u", "g"), own=own, laws=laws, slope=self.slope, formulas=Formulas(climbs=True))
+        return Needs(
+            heads=("v", "u", "g"),
+            own={"u": ("r",), "g": ("r",)},
+            laws={"probe": Signs()},
+            slope=self.slope,
+            formulas=Formulas(climbs=True),
+        )
 
     @model_validator(mode="after")
     def _climbs(self) -> "F2D2":
@@ -66,18 +80,23 @@ class F2D2(Spec):
         (v_hat, u_hat, g_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=b.v_t, moving=b.moving)
         with torch.no_grad():
             _, du_dt, dg_dt = along(b.v_t)
-            e, jump = b.drawn["probe"].to(b.x_t), lift(b.t - b.r, b.x_t)
-            _, square = diagonal(lambda x, t, c: ref(x, c, t=t, r=b.r)[0], b.x_t, b.t, b.c, e)
-            u_star, g_star = b.v_t - jump * du_dt, square - jump * dg_dt
-        errors = {"v": v_hat - b.v_t, "u": u_hat - u_star, "g": g_hat - g_star}
-        parts = {name: mean_square(e) for name, e in errors.items()}
-        loss = V * parts["v"] + U * parts["u"] + G * parts["g"]
-        return Terms(loss, parts, {f"clipped_share_{name}": clipped_share(errors[name]) for name in ("u", "g")})
+            e = b.drawn["probe"].to(b.x_t)
+            _, diag_j = diagonal(lambda x, t, c: ref(x, c, t=t, r=b.r)[0], b.x_t, b.t, b.c, e)  # (4)
+            gap = lift(b.t - b.r, b.x_t)
+            u_star = b.v_t - gap * du_dt  # (2)
+            g_star = diag_j - gap * dg_dt  # (3)
+        u_error = u_hat - u_star
+        g_error = g_hat - g_star
+        parts = {"v": mean_square(v_hat - b.v_t), "u": mean_square(u_error), "g": mean_square(g_error)}
+        loss = V_WEIGHT * parts["v"] + U_WEIGHT * parts["u"] + G_WEIGHT * parts["g"]
+        notes = {"clipped_share_u": clipped_share(u_error), "clipped_share_g": clipped_share(g_error)}
+        return Terms(loss, parts, notes)
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path, u jumps to any time, and g says how much volume the jump grows."""
 
         def climb(x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
+            """x_s, and the term of (5)."""
             _, u, g = net(x, c, t=t, r=s)
             return x + lift(s - t, x) * u, (s - t) * g.flatten(1).sum(1)
 

@@ -1,13 +1,17 @@
 """FACM (Peng et al. 2025, arXiv 2507.03738): a continuous consistency model, anchored by flow matching in its head.
 
 One net with one head and one time, which is given the time t for the flow map u = (x_t - x_0) / t, and -t for the
-velocity v: in "expanded time" the two tasks are one function of [-1, 1], and meet at t = 0, where u = v. Both are
-taught on every row, each by a pass of its own:
+velocity v: in "expanded time" the two tasks are one function of [-1, 1], and meet at t = 0, where u = v. Unlike DuMo's
+two heads of one pass, each task has a pass of its own, on every row:
 
-    u + t du/dt = v        so        u* = v* - t du/dt,        and the anchor        v(x_t, -t)* = v*
+    v(x_t, -t)* = v*                                            the anchor                        (1)
+    u + t du/dt = v        so        u* = v* - t du/dt                                            (2)
 
-The flow map is led to u* by a part of the way, alpha(t) = 1 - sqrt(1 - t) of the error clipped to [-1, 1], so most
-slowly near the data; an adaptive weight and sin(pi t / 2) weigh the rows.
+The flow map is led to u* by a part of the way, the error clipped to [-1, 1], so most slowly near the data; an adaptive_l2
+weight and sin(pi t / 2) weigh the rows:
+
+    u_next = u - alpha(t) clip(u - u*),        alpha(t) = 1 - sqrt(1 - t)                         (3)
+    loss = |v - v*|^2 + (1 - cos(v, v*)) + sin(pi t / 2) adaptive_l2(u - u_next)                     (4)
 """
 
 from math import pi
@@ -27,7 +31,7 @@ from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, T
 class FACM(Spec):
     """Velocity and flow map of one head: which one, the sign of the time says."""
 
-    power: ClassVar[float] = 0.5  # p of the adaptive weight of u, of mean squares; theirs
+    power: ClassVar[float] = 0.5  # p of the adaptive_l2 weight of u, of mean squares; theirs
     floor: ClassVar[float] = 1e-3  # c of it; theirs
     kind: Literal["facm"] = "facm"
     times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)  # the authors' `losses.py`
@@ -50,20 +54,22 @@ class FACM(Spec):
         (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=v_star)
         with torch.no_grad():
             (du_dt,) = along(v_star)
-            u_star = v_star - lift(b.t, b.x_t) * du_dt
-            u_next = u_hat - self.step(u_hat - u_star, b.t)
-        error, v_loss = u_hat - u_star, mean_square(v_hat - v_star)
+            u_star = v_star - lift(b.t, b.x_t) * du_dt  # (2)
+            u_next = u_hat - self._step(u_hat - u_star, b.t)  # (3)
+        u_error = u_hat - u_star
+        v_loss = mean_square(v_hat - v_star)  # (1)
         anchor = v_loss + cosine_distance(v_hat, v_star) if self.cosine else v_loss
         u_loss = adaptive_l2(u_hat - u_next, self.power, self.floor, mean=True)
-        loss = anchor + (pi / 2 * b.t).sin() * u_loss
-        parts = {"v": v_loss, "u": mean_square(error)}
-        return Terms(loss, parts, {"clipped_share": clipped_share(error, self.clip or 1.0)})
+        loss = anchor + (pi / 2 * b.t).sin() * u_loss  # (4)
+        parts = {"v": v_loss, "u": mean_square(u_error)}
+        return Terms(loss, parts, {"clipped_share": clipped_share(u_error, self.clip or 1.0)})
 
-    def step(self, error: Sample, t: Time) -> Sample:
-        """How far towards its target u is led: by alpha(t) of its error, which is clipped."""
+    def _step(self, error: Sample, t: Time) -> Sample:
+        """By how much u is led towards its target: alpha(t) of its error, which is clipped."""
         if self.clip is not None:
             error = error.clamp(-self.clip, self.clip)
-        return lift(1 - (1 - t).sqrt(), error) * error
+        alpha = 1 - (1 - t).sqrt()
+        return lift(alpha, error) * error
 
     def read(self, net: Net) -> Reads:
         """At -t the slope of the path, at t the jump to the data, x_0 = x_t - t u."""

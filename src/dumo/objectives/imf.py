@@ -2,14 +2,17 @@
 
 MeanFlow's identity holds along the flow, whose velocity v(x_t, t) is the mean of v_t:
 
-    u + (t - r) du/dt = v,      d/dt along v        so        u* = v* - (t - r) du/dt
+    u + (t - r) du/dt = v,      d/dt along v        so        u* = v* - (t - r) du/dt             (1)
 
 Regression finds the mean of v* by itself. The direction of du/dt need not be a draw as well: here it is the velocity V
 that a second head has learned, so the only noise left in the target is that of v*. And the scale w of guidance is an
 input of the net, with the interval [low, high] in which it acts: a user sets these knobs when sampling.
 
-    V = V(x_t, c; w'),      w' = w in the interval, else 1
-    v* = v_t + (1 - 1 / w') (V - V(x_t, null; 1))        settles at        V(null) + w' (E[v_t] - V(null))
+    V = V(x_t, c; w'),      w' = w in the interval, else 1                                        (2)
+    v* = v_t + (1 - 1 / w') (V - V(x_t, null; 1))                                                 (3)
+    v*  settles at  V(null) + w' (E[v_t] - V(null))
+
+Unlike DuMo: u ends at any time r, and only u is read when sampling.
 """
 
 from dataclasses import replace
@@ -49,41 +52,49 @@ class ImprovedMeanFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """MeanFlow's Eq. 9 and 11, along V; both heads under its Eq. 22."""
-        knobs = self.knobs(b)
+        knobs = self._knobs(b)
         with torch.no_grad():
-            v, v_star = self.velocities(ref, b, knobs)
+            v, v_star = self._velocities(ref, b, knobs)
         (u_hat, v_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v, moving=b.moving, **knobs)
         with torch.no_grad():
             du_dt, _ = along(v)
-            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt
-        errors = {"u": u_hat - u_star, "v": v_hat - v_star}
-        loss = sum((adaptive_l2(e, self.power, self.floor) for e in errors.values()), torch.zeros_like(b.t))
-        return Terms(
-            loss, {k: mean_square(e) for k, e in errors.items()}, {"clipped_share": clipped_share(errors["u"])}
-        )
+            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # (1)
+        u_error = u_hat - u_star
+        v_error = v_hat - v_star
+        u_loss = adaptive_l2(u_error, self.power, self.floor)  # MeanFlow, Eq. 22
+        v_loss = adaptive_l2(v_error, self.power, self.floor)
+        parts = {"u": mean_square(u_error), "v": mean_square(v_error)}
+        return Terms(u_loss + v_loss, parts, {"clipped_share": clipped_share(u_error)})
 
-    def knobs(self, b: Noised) -> dict[str, Time]:
+    def _knobs(self, b: Noised) -> dict[str, Time]:
         """The net's inputs for guidance: w log-uniform from 1 on; where r = t, guidance at all times."""
         if self.w is None:
             return {}
-        still = b.r == b.t
-        low, high = b.drawn["low"].masked_fill(still, 0), b.drawn["high"].masked_fill(still, 1)
-        return {"w": (b.drawn["w"] * log(self.w)).exp(), "low": low, "high": high}
+        at_rest = b.r == b.t
+        return {
+            "w": (b.drawn["w"] * log(self.w)).exp(),
+            "low": b.drawn["low"].masked_fill(at_rest, 0),
+            "high": b.drawn["high"].masked_fill(at_rest, 1),
+        }
 
-    def velocities(self, ref: Frozen, b: Noised, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
+    def _velocities(self, ref: Frozen, b: Noised, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
         """V, the net's own velocity as guided as the row is at t, and v*: a pass, and one for the null."""
         if not knobs:
-            return ref(b.x_t, b.c, t=b.t, r=b.t)[1], b.v_t
+            v = ref(b.x_t, b.c, t=b.t, r=b.t)[1]
+            return v, b.v_t
         one = torch.ones_like(b.t)
-        w = knobs["w"].where((knobs["low"] <= b.t) & (b.t <= knobs["high"]), one)
-        v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * one, high=one)[1]
+        inside = (knobs["low"] <= b.t) & (b.t <= knobs["high"])
+        w = knobs["w"].where(inside, one)
+        v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * one, high=one)[1]  # (2)
         with dropout.off():
             v_null = ref(b.x_t, b.null, t=b.t, r=b.t, w=one, low=0 * one, high=one)[1]
-        return v, b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)
+        v_star = b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)  # (3); rows without a label learn v_t
+        return v, v_star
 
     def read(self, net: Net) -> Reads:
         """The u head, at two times; the v head has served in training, as the authors leave it behind.
 
         No velocity where there are knobs: r = t is taught with guidance at all times, not in an interval.
         """
-        return replace(mean_velocity(net), velocity=None) if self.w else mean_velocity(net)
+        reads = mean_velocity(net)
+        return replace(reads, velocity=None) if self.w else reads

@@ -4,10 +4,11 @@ The mean velocity u(x_t, t, r) = (x_t - x_r) / (t - r) obeys, with r at rest, (t
 
     u + (t - r) du/dt = v        so        u* = v* - (t - r) du/dt        (its Eq. 6 and 11)
 
-At r = t this is flow matching. One input, one output: rows that train one do not train the other.
+Unlike DuMo: one input, one output. At r = t this is flow matching, and rows that train one do not train the other.
 
 AYF's Eulerian map distillation (Sabour et al. 2025, arXiv 2506.14603) is this with a teacher's velocity for v*, a
-derivative that grows, u* = v* - k (t - r) du/dt, and a pull e / (rms(e) + c) of the error e = u - u*.
+derivative that grows, u* = v* - k (t - r) du/dt, and a pull e / (rms(e) + c) of the error e = u - u*: set `grown` and
+`normalize`.
 """
 
 from typing import Literal
@@ -24,14 +25,14 @@ from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms,
 
 
 class Line(Spec):
-    """From `first` to `last` in the first share `over` of the training; then at rest."""
+    """A value that goes linearly from `first` to `last` in the first share `over` of the training; then it stays."""
 
     first: float = Field(ge=0)
     last: float = Field(ge=0)
     over: float = Field(default=1.0, gt=0, le=1)
 
     def at(self, progress: float) -> float:
-        """The number when this share of the training is done, in [0, 1]."""
+        """The value when this share of the training is done, in [0, 1]."""
         done = min(1.0, progress / self.over)
         return (1 - done) * self.first + done * self.last
 
@@ -45,13 +46,10 @@ class MeanFlow(Spec):
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # XL/2, Tab. 4; zeta is its kappa
     slope: Slope = JvpSlope()  # Alg. 1
     power: float = Field(default=1.0, ge=0)  # p of Eq. 22
-    floor: float = Field(
-        default=0.01, gt=0
-    )  # c of Eq. 22, as the authors' code on ImageNet; 1e-3 in the text and on CIFAR-10
-    normalize: float | None = Field(
-        default=None, gt=0, exclude_if=lambda c: c is None
-    )  # c of AYF's pull, not of Eq. 22
-    grown: Line | None = Field(default=None, exclude_if=lambda k: k is None)  # k of AYF; None: 1 from the start
+    floor: float = Field(default=0.01, gt=0)  # c of Eq. 22: their code on ImageNet; 1e-3 in the text and on CIFAR-10
+    # c of AYF's pull, not of Eq. 22
+    normalize: float | None = Field(default=None, gt=0, exclude_if=lambda normalize: normalize is None)
+    grown: Line | None = Field(default=None, exclude_if=lambda grown: grown is None)  # k of AYF; None: 1 from the start
 
     @property
     def needs(self) -> Needs:
@@ -74,9 +72,10 @@ class MeanFlow(Spec):
             (du_dt,) = along(v_star)
             k = self.grown.at(b.progress) if self.grown else 1.0
             u_star = v_star - k * lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
-        e = u_hat - u_star
-        loss = normalized_l2(e, self.normalize) if self.normalize else adaptive_l2(e, self.power, self.floor)  # Eq. 22
-        return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
+        error = u_hat - u_star
+        # Eq. 22, or AYF's pull
+        loss = normalized_l2(error, self.normalize) if self.normalize else adaptive_l2(error, self.power, self.floor)
+        return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times (Eq. 12)."""

@@ -1,23 +1,25 @@
 """pi-Flow (Chen et al. 2025, arXiv 2510.14974): one pass gives a policy, a velocity on a segment of time.
 
-Time is cut into equal segments. At the top of one, the heads d0, d1, ... say (x_t - x^_i) / t, with x^_i guesses at the
-data at N even times from the segment's end up to t, between which x^(s) is linear. At any place x of the segment the
-policy goes towards the guess of its time (their DX policy),
+Time is cut into equal segments. A pass at the top t of one has heads d0, d1, ..., from which N guesses at the data are
+read, one for each of N even times from the segment's end up to t. Between these times the guess is linear, and the
+policy goes towards the guess of its time (their DX policy):
 
-    pi(x, s) = (x - x^(s)) / s.
+    x^_i = x_t - t d_i                                                        (1)
+    pi(x, s) = (x - x^(s)) / s                                                (2)
 
 Along a piece on which x^(s) = a + b s, dx/ds = pi(x, s) is solved in closed form, for (x / s)' = -(a + b s) / s^2:
 
-    x_s' = q x_s + a (1 - q) - b s' log q,        q = s' / s,
+    x_s' = q x_s + a (1 - q) - b s' log q,        q = s' / s                  (3)
 
 which at s' = 0 is a. So nothing is stepped: their 128 Euler steps of a whole flow tend to this (ours).
 
 The policy, held still, is rolled out to two times of the segment, and where it arrives it is to go as the teacher does:
 
-    || pi(x_s, s) - sg V(x_s, s) ||^2        x_s on the policy's own way.
+    || pi(x_s, s) - sg V(x_s, s) ||^2        x_s on the policy's own way      (4)
 
-No derivative is taken, and at the exact flow the guesses are the means of the data along the way. Without a teacher
-there is nothing to ask at x_s, which is no point of a path between data and noise that are known: it is refused.
+Unlike DuMo: no derivative is taken, and at the exact flow the guesses are the means of the data along the way. Without
+a teacher there is nothing to ask at x_s, which is no point of a path between data and noise that are known: it is
+refused.
 """
 
 from collections.abc import Sequence
@@ -51,34 +53,38 @@ LEAST = 1e-4  # of a time that is divided by (their code)
 
 @dataclass(frozen=True)
 class Policy:
-    """From x at time t down to `end`; `slopes` are (x - x^_i) / t, the last of them that of t itself."""
+    """pi on a segment, of a pass at x and its top t. The heads d_i are in order of time, the last of them that of t."""
 
     x: Sample
-    slopes: Sequence[Sample]
+    heads: Sequence[Sample]
     t: Time
     end: Time
 
     def velocity(self, x: Sample, s: Time) -> Sample:
-        """pi at x and a time of the segment."""
-        last = len(self.slopes) - 1
-        place = (s - self.end) / (self.t - self.end).clamp(min=LEAST) * last
-        near = (lift((1 - (place - i).abs()).clamp(min=0), x) * h for i, h in enumerate(self.slopes))
-        slope = reduce(add, near)  # the line between two guesses
-        return (x - self.x + lift(self.t, x) * slope) / lift(s.clamp(min=LEAST), x)
+        """pi at x and a time s of the segment."""
+        last = len(self.heads) - 1
+        place = (s - self.end) / (self.t - self.end).clamp(min=LEAST) * last  # from 0 at the end to `last` at t
+        shares = [(1 - (place - i).abs()).clamp(min=0) for i in range(len(self.heads))]  # 0 but for two neighbours
+        d = reduce(add, (lift(share, x) * head for share, head in zip(shares, self.heads, strict=True)))
+        return (x - self.x + lift(self.t, x) * d) / lift(s.clamp(min=LEAST), x)  # (1) and (2)
 
     def roll(self, x: Sample, s: Time, to: Time) -> Sample:
         """Where the policy carries x from time s down to `to`; not beyond the segment."""
-        guesses = [self.x - lift(self.t, x) * h for h in self.slopes]
+        guesses = [self.x - lift(self.t, x) * head for head in self.heads]  # (1)
         pieces = max(1, len(guesses) - 1)
         for i in reversed(range(pieces)):
-            low, high = (self.end + (self.t - self.end) * k / pieces for k in (i, i + 1))
-            one, other = guesses[i], guesses[min(i + 1, len(guesses) - 1)]
-            b = (other - one) / lift((high - low).clamp(min=LEAST / pieces), x)
-            a = one - lift(low, x) * b
-            begins, ends = (torch.minimum(torch.maximum(at, low), high) for at in (s, to))
-            q = ends / torch.where(begins > 0, begins, 1)
-            moved = lift(q, x) * x + lift(1 - q, x) * a - lift(torch.xlogy(ends, q), x) * b
-            x = torch.where(lift(ends < begins, x), moved, x)
+            low = self.end + (self.t - self.end) * i / pieces
+            high = self.end + (self.t - self.end) * (i + 1) / pieces
+            guess_low = guesses[i]
+            guess_high = guesses[min(i + 1, len(guesses) - 1)]  # a single guess is constant
+            b = (guess_high - guess_low) / lift((high - low).clamp(min=LEAST / pieces), x)
+            a = guess_low - lift(low, x) * b
+            # The part of the way from s to `to` that lies on this piece; rows without one stay.
+            start = torch.minimum(torch.maximum(s, low), high)
+            stop = torch.minimum(torch.maximum(to, low), high)
+            q = stop / torch.where(start > 0, start, 1)
+            x_stop = lift(q, x) * x + lift(1 - q, x) * a - lift(torch.xlogy(stop, q), x) * b  # (3)
+            x = torch.where(lift(stop < start, x), x_stop, x)
         return x
 
 
@@ -95,42 +101,45 @@ class PiFlow(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        laws = {"early": self.early, "late": self.late}
-        return Needs(heads=tuple(f"d{i}" for i in range(self.guesses)), laws=laws, teacher=FromTeacher("must"))
+        heads = tuple(f"d{i}" for i in range(self.guesses))
+        return Needs(heads=heads, laws={"early": self.early, "late": self.late}, teacher=FromTeacher("must"))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass. Two states as theirs, and the source itself, at which the record has V already (ours)."""
-        policy = self.policy(net(b.x_t, b.c, t=b.t), b.x_t, b.t)
-        shares = (b.drawn[name].to(b.t) for name in ("early", "late"))
+        policy = self._policy(net(b.x_t, b.c, t=b.t), b.x_t, b.t)
+        parts = {"source": mean_square(policy.heads[-1] - b.v_t)}
+        shares = torch.stack([b.drawn["early"].to(b.t), b.drawn["late"].to(b.t)])
+        early, late = shares.sort(0)[0]
         x, s = b.x_t, b.t
-        parts = {"source": mean_square(policy.slopes[-1] - b.v_t)}
-        for name, share in zip(("early", "late"), torch.stack([*shares]).sort(0)[0], strict=True):
+        for name, share in (("early", early), ("late", late)):
             to = b.t - share * (b.t - policy.end)
             with torch.no_grad():
-                x, s = policy.roll(x, s, to), to
+                x = policy.roll(x, s, to)
+                s = to
                 v = b.path.at(b.x, b.z, s)[1]  # the data's, for a teacher that is mixed with it
-                v = b.teacher(x, s, b.c, v) if b.teacher else v
-            parts[name] = mean_square(policy.velocity(x, s) - v)
+                if b.teacher is not None:
+                    v = b.teacher(x, s, b.c, v)
+            parts[name] = mean_square(policy.velocity(x, s) - v)  # (4)
         return Terms(torch.stack([*parts.values()]).mean(0), parts)
 
-    def policy(self, heads: tuple[Sample, ...], x: Sample, t: Time) -> Policy:
-        """That of a pass at x and t."""
+    def _policy(self, heads: tuple[Sample, ...], x: Sample, t: Time) -> Policy:
+        """The policy of a pass at x and t, the top of a segment."""
         return Policy(x, heads, t, (t - 1 / self.times.steps).clamp(min=0))
 
     def read(self, net: Net) -> Reads:
         """Jumps from the top of a segment to anywhere in it."""
 
         def jump(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
-            return self.policy(net(x, c, t=t), x, t).roll(x, t, s)
+            return self._policy(net(x, c, t=t), x, t).roll(x, t, s)
 
-        whole = self.times.steps == 1
-        return Reads(
-            endpoint=(lambda x, t, c: jump(x, t, 0 * t, c)) if whole else None,  # t = 1 alone is taught
-            flow_map=jump,
-            hops=self._taught,
-        )
+        def endpoint(x: Sample, t: Time, c: Cond) -> Sample:
+            return jump(x, t, 0 * t, c)
 
-    def _taught(self, t: float, s: float) -> bool:
+        one_segment = self.times.steps == 1  # then a pass jumps to the data, from t = 1, which alone is taught
+        return Reads(endpoint=endpoint if one_segment else None, flow_map=jump, hops=self._is_taught)
+
+    def _is_taught(self, t: float, s: float) -> bool:
         """Whether a jump begins at the top of a segment, and ends in it."""
         place = t * self.times.steps
-        return abs(place - round(place)) < 1e-6 and round(place) > 0 and (t - s) * self.times.steps < 1 + 1e-6
+        at_top = abs(place - round(place)) < 1e-6 and round(place) > 0
+        return at_top and (t - s) * self.times.steps < 1 + 1e-6

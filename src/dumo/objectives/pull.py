@@ -1,12 +1,17 @@
 """DuMo without guidance, and a pull: a V by which the net's own one-pass samples move to where the data are.
 
-The regression of u sees one sample at a time, a pull compares the laws of samples and data. The samples
-x' = z - u(z, 1) are regressed on sg(x' + V), so u descends V. What a pull knows it learns by a head of its own on the
-same trunk, from the first step on, of samples that are held still. It moves them from a share `after` of the training
-on, for a map that is still far off gains nothing (ours). So every step uses every head, in one backward pass with one
-optimizer.
+The regression of u sees one sample at a time, a pull compares the distributions of samples and data. It gives samples
+x' a direction V, held still, on which they are regressed; so u descends V:
 
-DuMo's part is without guidance: guided samples have another law than the data.
+    u* = v_t - t du/dt                                                        (1)  DuMo's Alg. 1, line 10
+    x' = z - u(z, 1)                                                          (2)
+    x'* = sg(x' + V)                                                          (3)
+
+`Match`, `Critic` and `Drift` say what V is. What they know they learn by a head of their own on the same trunk, from
+the first step on, of samples that are held still. Samples move from a share `after` of the training on, for a map that
+is still far off gains nothing (ours). So every step uses every head, in one backward pass with one optimizer.
+
+DuMo's part is without guidance: guided samples are distributed otherwise than the data.
 """
 
 from abc import ABC, abstractmethod
@@ -25,9 +30,9 @@ BETA = 0.7  # weight of the velocity in DuMo's part of the loss, Tab. 3
 
 
 class Pull(Spec, ABC):
-    """What `match`, `critic` and `drift` share."""
+    """What `match`, `critic` and `drift` share: DuMo's loss, samples, and `pull`, which each of them defines."""
 
-    own: ClassVar[tuple[str, ...]] = ()  # the heads by which it learns
+    own_heads: ClassVar[tuple[str, ...]] = ()  # by which the pull learns
     after: ClassVar[float] = 0.5  # share of the training from which on it moves samples; ours
     times: Times = Beta(a=2.4, b=2.4)  # as DuMo
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
@@ -36,28 +41,36 @@ class Pull(Spec, ABC):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        phases = tuple(phase for phase in ((0.0, self.after), (self.after, 1 - self.after)) if phase[1])
-        return Needs(heads=("v", "u", *self.own), slope=self.slope, phases=phases)
+        phases = ((0.0, self.after), (self.after, 1 - self.after))
+        phases = tuple((progress, share) for progress, share in phases if share > 0)
+        return Needs(heads=("v", "u", *self.own_heads), slope=self.slope, phases=phases)
 
-    def acts(self, b: Noised) -> bool:
-        """Whether it moves samples in this step."""
+    def moves_samples(self, b: Noised) -> bool:
+        """Whether samples move in this step, by the training's progress."""
         return b.progress >= self.after
 
     @abstractmethod
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
-        """What it adds to the loss, its parts and its notes; u is u(z, 1), with gradients if it `acts`."""
+        """What is added to DuMo's loss, parts and notes; u is u(z, 1), with gradients if it `moves_samples`."""
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """DuMo's Alg. 1, lines 7 to 12, and the pull by one pass more."""
         heads, along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=b.v_t)
+        v_hat, u_hat = heads[:2]
         with torch.no_grad():
-            u_star = b.v_t - lift(b.t, b.x_t) * along(b.v_t)[1]
-        e = heads[1] - u_star
-        parts, notes = {"v": mean_square(heads[0] - b.v_t), "u": mean_square(e)}, {"clipped_share": clipped_share(e)}
-        loss = BETA * parts["v"] + (1 - BETA) * parts["u"]
-        sampled = (net if self.acts(b) else frozen(net))(b.z, b.c, t=torch.ones_like(b.t))
-        pull = self.pull(net, b, sampled[1])
-        return Terms(loss + pull.loss, {**parts, **pull.parts}, {**notes, **pull.notes})
+            du_dt = along(b.v_t)[1]
+            u_star = b.v_t - lift(b.t, b.x_t) * du_dt  # (1)
+        u_error = u_hat - u_star
+        v_loss = mean_square(v_hat - b.v_t)
+        u_loss = mean_square(u_error)
+        loss = BETA * v_loss + (1 - BETA) * u_loss
+
+        sampling_net = net if self.moves_samples(b) else frozen(net)
+        u_noise = sampling_net(b.z, b.c, t=torch.ones_like(b.t))[1]  # of (2)
+        pull = self.pull(net, b, u_noise)
+        parts = {"v": v_loss, "u": u_loss, **pull.parts}
+        notes = {"clipped_share": clipped_share(u_error), **pull.notes}
+        return Terms(loss + pull.loss, parts, notes)
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps to the data."""

@@ -1,12 +1,16 @@
 """RCGM (Sun et al. 2025, its code as TwinFlow has it, arXiv 2512.05150): a short step of data, then N jumps of the net.
 
 One jump u from t to r lands where these land: back by h along v*, then from s = t - h to r in N jumps of equal size, of
-the mean velocities u_i, with displacement I = sum of (t_i - t_(i+1)) u_i:
+the mean velocities u_i. Their displacement is I:
 
-    (t - r) u = h v* + I    so    u* = u - [((t - r) u - I) / h - v*],
+    I = sum of (t_i - t_(i+1)) u_i                                                            (1)
+    (t - r) u = h v* + I                                                                      (2)
+    u - u* = ((t - r) u - I) / h - v*                                                         (3)
 
-in units of a velocity: as h vanishes the bracket becomes MeanFlow's u + (t - r) du/dt - v*, whatever N is. N = 1 is
+(3) is (2) in units of a velocity: as h vanishes it becomes MeanFlow's u + (t - r) du/dt - v*, whatever N is. N = 1 is
 SoFlow with a step of fixed length; with more the far jump is made of shorter ones. Within h of t, r included, u* = v*.
+
+Unlike DuMo: one head of two times, no derivative, and a bound on u - u*.
 """
 
 from typing import ClassVar, Literal
@@ -38,7 +42,7 @@ class RCGM(Spec):
 
     @property
     def gain(self) -> float:
-        """How often the rounding of the net is multiplied."""
+        """The factor by which (3) multiplies the rounding of the net, at most."""
         return 1 / self.step
 
     @property
@@ -51,32 +55,35 @@ class RCGM(Spec):
         """`get_rcgm_target` of `methodes.py`. Raises UserError where a short step meets bf16."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-        e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
-        return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(off, self.clip)})
+        error, unbounded = self._residual(u_hat, ref, b, self._v_star(ref, b))
+        u_loss = mean_square(error)
+        return Terms(u_loss, {"u": u_loss}, {"clipped_share": clipped_share(unbounded, self.clip)})
 
     @torch.no_grad()
-    def aim(self, ref: Frozen, b: Noised) -> Sample:
-        """v*."""
+    def _v_star(self, ref: Frozen, b: Noised) -> Sample:
+        """The guided velocity at x_t."""
         return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
 
-    def residual(self, u_hat: Sample, ref: Frozen, b: Noised, v_star: Sample) -> tuple[Sample, Sample]:
-        """u - u*, with the gradient of u alone, and what it is without its bound."""
+    def _residual(self, u_hat: Sample, ref: Frozen, b: Noised, v_star: Sample) -> tuple[Sample, Sample]:
+        """u - u* within its bound, with the gradient of u alone; and without its bound and gradients."""
         with torch.no_grad():
-            far = lift(b.t - b.r, b.x_t)
-            off = (far * u_hat - self._jump(ref, b, v_star)) / self.step - v_star
-            off = torch.where(far < self.step, u_hat - v_star, off)
-            u_star = u_hat - off.clamp(-self.clip, self.clip)
-        return u_hat - u_star, off
+            gap = lift(b.t - b.r, b.x_t)
+            unbounded = (gap * u_hat - self._displacement(ref, b, v_star)) / self.step - v_star  # (3)
+            unbounded = torch.where(gap < self.step, u_hat - v_star, unbounded)
+            u_star = u_hat - unbounded.clamp(-self.clip, self.clip)
+        return u_hat - u_star, unbounded
 
-    def _jump(self, ref: Frozen, b: Noised, v_star: Sample) -> Sample:
-        """I: the displacement from t - h, or r, to r in N jumps."""
-        now = torch.maximum(b.t - self.step, b.r)
-        x = start = b.x_t - self.step * v_star
-        hop = (now - b.r) / self.order
+    def _displacement(self, ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+        """I of (1): from t - h, or r, to r in N jumps."""
+        start = b.x_t - self.step * v_star
+        x = start
+        t_i = torch.maximum(b.t - self.step, b.r)
+        jump = (t_i - b.r) / self.order
         for _ in range(self.order):
-            then = torch.maximum(now - hop, b.r)
-            x = x - lift(now - then, x) * ref(x, b.c, t=now, r=then)[0]
-            now = then
+            t_next = torch.maximum(t_i - jump, b.r)
+            (u_i,) = ref(x, b.c, t=t_i, r=t_next)
+            x = x - lift(t_i - t_next, x) * u_i
+            t_i = t_next
         return start - x
 
     def read(self, net: Net) -> Reads:

@@ -1,20 +1,23 @@
 """sCT (Lu and Song 2025, arXiv 2410.11081): consistency in continuous time on the trigonometric path.
 
 With theta = pi t / 2 the path is x_t = cos(theta) x + sin(theta) z, and the net gives a direction f on its circle: the
-point that it began at is
+point that it began at is x_0. Along the flow x_0 rests, so its derivative, with x' = dx_t/dtheta and f' = df/dtheta,
+times cos(theta), is 0:
 
-    x_0 = cos(theta) x_t - sin(theta) f
+    x_0 = cos(theta) x_t - sin(theta) f                                                       (1)
+    g = -cos^2 (f - x') - sin cos (x_t + f')                                                  (2)
 
-Along the flow x_0 rests. Its derivative, with x' = dx_t/dtheta and f' = df/dtheta, times cos(theta):
+Where it is not, f is pulled by g, which moves x_0 by -sin(theta) g. The pull is made about as long for every row, and
+the rows are weighed. Here s is learned with the net, so its exp settles at the mean of what it divides, and all times
+count alike (its Sec. 4):
 
-    g = -cos^2 (f - x') - sin cos (x_t + f')        is 0
+    f_next = f + g / (rms(g) + c)                                                             (3)
+    loss = exp(-s) |f - f_next|^2 / tan(theta) + s                                            (4)
 
-and where it is not, f is pulled by g, which moves x_0 by -sin(theta) g. The pull is made about as long for every row,
-g / (rms(g) + c), and the rows are weighed by exp(-s) / tan(theta), where s is learned with the net, with + s in the
-loss: so its exp settles at the mean of what it divides, and all times count alike (its Sec. 4).
+Unlike DuMo: one head on a path of its own, whose loss is of the endpoint's derivative; no velocity is learned apart.
 
 All this is for a net that is a diffusion model already. One that is none is first made one by a long warm-up, in which
-the part with f' grows, and learns better from g as it is, all rows alike (docs/objectives/details.md).
+the part of (2) with f' grows, and learns better from g as it is, all rows alike (docs/objectives/details.md).
 """
 
 from math import pi
@@ -39,7 +42,7 @@ class SCT(Spec):
     drop: float = Field(default=0.0, ge=0, le=1)  # its CIFAR-10 has no labels
     slope: Slope = JvpSlope()  # its App. A
     warmup: float = Field(default=0.03, ge=0, le=1)  # share of training in which sin cos (x_t + f') grows: 10k of 350k
-    weigh: bool = True  # rows by exp(-s) / tan(theta); else all alike, and no s
+    weigh: bool = True  # rows as in (4); else all alike, and no s
 
     @property
     def needs(self) -> Needs:
@@ -53,28 +56,33 @@ class SCT(Spec):
         (f_hat, *gauges), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=b.v_t)
         with torch.no_grad():
             df_dt, *_ = along(b.v_t)
-            g = self.tangent(b, f_hat, df_dt)
-            f_star, f_next = f_hat + g, f_hat + g / lift(mean_square(g).sqrt() + self.floor, g)
-        pull, parts = mean_square(f_hat - f_next), {"f": mean_square(f_hat - f_star)}
+            g = self._tangent(b, f_hat, df_dt)
+            f_star = f_hat + g
+            f_next = f_hat + g / lift(mean_square(g).sqrt() + self.floor, g)  # (3)
+        pull = mean_square(f_hat - f_next)
+        parts = {"f": mean_square(f_hat - f_star)}
         if not self.weigh:
             return Terms(pull, parts)
         (log_variance,) = gauges
         theta = (b.t * pi / 2).clamp(EDGE, pi / 2 - EDGE)
-        loss = (-log_variance).exp() * pull / theta.tan() + log_variance
+        loss = (-log_variance).exp() * pull / theta.tan() + log_variance  # (4)
         return Terms(loss, parts, {"log_variance": log_variance.detach()})
 
-    def tangent(self, b: Noised, f: Sample, df_dt: Sample) -> Sample:
-        """cos(theta) dx_0/dtheta, the part with f' grown to a share of what it is."""
+    def _tangent(self, b: Noised, f: Sample, df_dt: Sample) -> Sample:
+        """(2), cos(theta) dx_0/dtheta, the part with f' grown to a share of what it is."""
         grown = min(1.0, b.progress / self.warmup) if self.warmup else 1.0
-        theta, slow = lift(b.t * pi / 2, f), 2 / pi  # d/dtheta = slow d/dt
-        cos, sin = theta.cos(), theta.sin()
-        return -cos * (cos * (f - slow * b.v_t) + grown * sin * (b.x_t + slow * df_dt))
+        theta = lift(b.t * pi / 2, f)
+        dt_dtheta = 2 / pi
+        cos = theta.cos()
+        sin = theta.sin()
+        return -cos * (cos * (f - dt_dtheta * b.v_t) + grown * sin * (b.x_t + dt_dtheta * df_dt))
 
     def read(self, net: Net) -> Reads:
         """The point where the circle began."""
 
         def endpoint(x: Sample, t: Time, c: Cond) -> Sample:
+            f = net(x, c, t=t)[0]
             theta = lift(t * pi / 2, x)
-            return theta.cos() * x - theta.sin() * net(x, c, t=t)[0]
+            return theta.cos() * x - theta.sin() * f  # (1)
 
         return Reads(endpoint=endpoint)

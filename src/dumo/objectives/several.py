@@ -1,12 +1,13 @@
 """Three heads (Duality Models, arXiv 2602.17682, Sec. 4.3): DuMo's two and a mean velocity, on one trunk.
 
-    v(x_t, t)      dx_t/dt                   v*                       flow matching, Eq. 3
-    u(x_t, t)      (x_t - x_0) / t           v* - t du/dt             DuMo, Alg. 1
-    m(x_t, t, r)   (x_t - x_r) / (t - r)     v* - (t - r) dm/dt       MeanFlow, Eq. 11, for `average`
-                                             the mean of m over both halves of [r, t], for `shortcut`
+    v(x_t, t)      dx_t/dt                   v*                       (1)  flow matching, Eq. 3
+    u(x_t, t)      (x_t - x_0) / t           v* - t du/dt             (2)  DuMo, Alg. 1
+    m(x_t, t, r)   (x_t - x_r) / (t - r)     v* - (t - r) dm/dt       (3)  MeanFlow, Eq. 11, for `average`
+                                             (m_1 + m_2) / 2          (4)  for `shortcut`
 
-One slope along v* gives the derivatives of all heads. Only the output layer of m gets r, so v and u mean what they do
-in DuMo: for any r their losses are DuMo's to the bit.
+with m_1 and m_2 the mean velocities of theta^- over both halves of [r, t]. One slope along v* gives the derivatives of
+all heads. Only the output layer of m gets r, so v and u mean what they do in DuMo: for any r their losses are DuMo's to
+the bit.
 """
 
 from typing import Literal
@@ -23,7 +24,10 @@ from dumo.flow.times import Below, Beta, Times
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 from dumo.types.rows import index
 
-V, U, M = 0.7, 0.15, 0.15  # weights: DuMo's beta, Tab. 3; ours, the paper is silent
+V_WEIGHT = 0.7  # of the mean squares of each head in the loss: DuMo's beta, Tab. 3
+U_WEIGHT = 0.15  # ours, the paper is silent
+M_WEIGHT = 0.15  # ours
+ROWS_TRIED = 1000  # the rows among whose places a distribution of times must have one with r = t; ours
 
 
 class Several(Spec):
@@ -44,8 +48,9 @@ class Several(Spec):
 
     @model_validator(mode="after")
     def _rows_at_rest(self) -> "Several":
-        moving = self.times.moving(1000)
-        if (self.third == "shortcut" or self.apart) and (moving is None or all(moving)):
+        needs_rows_at_rest = self.third == "shortcut" or self.apart
+        moving = self.times.moving(ROWS_TRIED)
+        if needs_rows_at_rest and (moving is None or all(moving)):
             raise ValueError(
                 f"third=shortcut and apart=true need rows with r = t, and times '{self.times.kind}' set none apart: "
                 "use times.kind=dyadic, or pair with a velocity_ratio, or third=average with apart=false"
@@ -59,15 +64,20 @@ class Several(Spec):
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.r)[0])
             _, du_dt, dm_dt = along(v_star)
-            u_star = v_star - lift(b.t, b.x_t) * du_dt  # DuMo's Alg. 1, line 10
-            average = self.third == "average"
-            m_star = v_star - lift(b.t - b.r, b.x_t) * dm_dt if average else halves(ref, b, v_star)  # MeanFlow, Eq. 11
-        errors = {"v": v_hat - v_star, "u": u_hat - u_star, "m": m_hat - m_star}
-        parts = {name: mean_square(e) for name, e in errors.items()}
-        counts = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
-        loss = V * counts * parts["v"] + U * counts * parts["u"] + M * parts["m"]
-        derived = ("u", "m") if average else ("u",)
-        return Terms(loss, parts, {f"clipped_share_{name}": clipped_share(errors[name]) for name in derived})
+            u_star = v_star - lift(b.t, b.x_t) * du_dt  # (2)
+            gap = lift(b.t - b.r, b.x_t)
+            m_star = v_star - gap * dm_dt if self.third == "average" else _halves(ref, b, v_star)  # (3) or (4)
+        u_error = u_hat - u_star
+        m_error = m_hat - m_star
+        parts = {"v": mean_square(v_hat - v_star), "u": mean_square(u_error), "m": mean_square(m_error)}
+        counts = 1
+        if self.apart:
+            counts = (b.r == b.t).to(b.t) / (1 - self.times.moving_share)
+        loss = V_WEIGHT * counts * parts["v"] + U_WEIGHT * counts * parts["u"] + M_WEIGHT * parts["m"]
+        notes = {"clipped_share_u": clipped_share(u_error)}
+        if self.third == "average":
+            notes["clipped_share_m"] = clipped_share(m_error)
+        return Terms(loss, parts, notes)
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path, the u head jumps to the data, the m head to any time."""
@@ -84,19 +94,22 @@ class Several(Spec):
         )
 
 
-def halves(ref: Frozen, b: Noised, v_star: Sample) -> Sample:
-    """m* of Shortcut: the mean of m over both halves of [r, t], which theta^- makes; v* where r = t.
+def _halves(ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+    """m* of (4), the mean of m over both halves of [r, t], by two passes of theta^- in turn; v* where r = t.
 
     As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r in place of the level k: the finest half, a size
     that no row has, is read off between its neighbours, where theirs takes the velocity. Nothing is clipped (ours).
     """
-    place, _ = b.rows_by_step
-    if not place:
+    rows, _ = b.rows_by_step
+    if not rows:
         return v_star
-    m_star, some, i = v_star.clone(), b[place], index(place, v_star.device)
-    middle = (some.t + some.r) / 2
+    i = index(rows, v_star.device)
+    b = b[rows]
+    middle = (b.t + b.r) / 2
     with dropout.rows(i):
-        one = ref(some.x_t, some.c, t=some.t, r=middle)[2]
-        other = ref(some.x_t - lift(some.t - middle, one) * one, some.c, t=middle, r=some.r)[2]
-    m_star[i] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[i])
+        m_1 = ref(b.x_t, b.c, t=b.t, r=middle)[2]
+        x_middle = b.x_t - lift(b.t - middle, m_1) * m_1
+        m_2 = ref(x_middle, b.c, t=middle, r=b.r)[2]
+    m_star = v_star.clone()
+    m_star[i] = ((m_1 + m_2) / 2).to(m_star).where(lift(b.r < b.t, m_1), m_star[i])
     return m_star

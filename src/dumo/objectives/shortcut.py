@@ -1,11 +1,15 @@
 """Shortcut (Frans et al. 2025, arXiv 2410.12557): one step of size d = 2^-k equals two of half the size.
 
-The mean velocity u(x_t, t, k) = (x_t - x_(t-d)) / d of a step is the mean over its halves,
+The mean velocity u(x_t, t, k) = (x_t - x_(t-d)) / d of a step is the mean over its halves:
 
-    u* = (u_1 + u_2) / 2    with   u_1 = u(x_t, t, k + 1),   x' = x_t - d/2 u_1,   u_2 = u(x', t - d/2, k + 1),
+    u_1 = u(x_t, t, k + 1)                                                                    (1)
+    x' = x_t - d/2 u_1,        u_2 = u(x', t - d/2, k + 1)                                    (2)
+    u* = (u_1 + u_2) / 2        where r = t - d,        u* = v_t        where r = t           (3)
 
-so a net that knows steps of one size teaches itself those of twice the size. The finest, k = levels, stand for steps
-of no size: they match the flow, v_t, and the first doubling takes two of Euler's. All else is learned from it.
+So a net that knows steps of one size teaches itself those of twice the size. The finest, k = levels, stand for steps of
+no size: they match the flow, v_t, and the first doubling takes two of Euler's. All else is learned from it.
+
+Unlike DuMo: the net gets the size of the step, and no derivative is taken.
 """
 
 from typing import ClassVar, Literal
@@ -37,30 +41,34 @@ class Shortcut(Spec):
         """Mean squares on all rows; theta^- is an average of 0.999 in its code (`train.ref`)."""
         k = self._level(b.t - b.r)
         (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
-        u_star, (place, _) = b.v_t.clone(), b.rows_by_step
-        if place:
-            i = index(place, k.device)
+        u_star = b.v_t.clone()
+        rows, _ = b.rows_by_step
+        if rows:
+            i = index(rows, k.device)
             with dropout.rows(i):
-                some = self._halves(ref, b[place], k[i]).to(u_star)
-            u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], some, u_star[i])
-        e = mean_square(u_hat - u_star)
-        return Terms(e, {"u": e})
+                u_mean = self._halves(ref, b[rows], k[i]).to(u_star)
+            u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], u_mean, u_star[i])  # (3)
+        u_loss = mean_square(u_hat - u_star)
+        return Terms(u_loss, {"u": u_loss})
 
     @torch.no_grad()
     def _halves(self, ref: Frozen, b: Noised, k: Time) -> Sample:
         """The mean of two steps of half the size, guided where these are the finest."""
-        half, fine = torch.exp2(-k - 1), lift(k == self.times.levels - 1, b.x_t)
+        half = torch.exp2(-k - 1)  # d/2
+        is_first_doubling = lift(k == self.times.levels - 1, b.x_t)
 
         def u(x: Sample, t: Time) -> Sample:
+            """The mean velocity of a step of half the size."""
             (u_c,) = ref(x, b.c, t=t, k=k + 1)
             if self.scale == 1:
                 return u_c
             with dropout.off():
                 (u_null,) = ref(x, b.null, t=t, k=k + 1)
-            return torch.where(fine, u_null + self.scale * (u_c - u_null), u_c)
+            return torch.where(is_first_doubling, u_null + self.scale * (u_c - u_null), u_c)
 
-        u_1 = u(b.x_t, b.t)
-        u_2 = u((b.x_t - lift(half, b.x_t) * u_1).clamp(-self.clip, self.clip), b.t - half)
+        u_1 = u(b.x_t, b.t)  # (1)
+        x_half = (b.x_t - lift(half, b.x_t) * u_1).clamp(-self.clip, self.clip)
+        u_2 = u(x_half, b.t - half)  # (2)
         return ((u_1 + u_2) / 2).clamp(-self.clip, self.clip)
 
     def read(self, net: Net) -> Reads:
@@ -72,13 +80,13 @@ class Shortcut(Spec):
         return Reads(
             velocity=lambda x, t, c: net(x, c, t=t, k=torch.full_like(t, self.times.levels))[0],
             flow_map=flow_map,
-            hops=self._taught,
+            hops=self._is_taught,
         )
 
     def _level(self, step: Time) -> Time:
         """k of a step 2^-k; of none, `levels`."""
         return -step.log2().clamp(min=-self.times.levels).round()
 
-    def _taught(self, t: float, s: float) -> bool:
+    def _is_taught(self, t: float, s: float) -> bool:
         """Whether a step has a size, and a place, that training knew."""
         return any(t - s == 2.0**-k and t * 2.0**k % 1 == 0 for k in range(self.times.levels + 1))

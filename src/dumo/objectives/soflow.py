@@ -1,13 +1,18 @@
 """SoFlow (Luo et al. 2025, arXiv 2512.15657): the jump from t and the jump from a little earlier land in one place.
 
-The solution f(x_t, t, r) = x_t - (t - r) u(x_t, t, r) is x_r whatever t, so it does not change along the flow. With l
-between r and t and x_l = x_t - (t - l) v*, which is on the trajectory up to O((t - l)^2),
+The solution f is x_r whatever t, so it does not change along the flow. With l between r and t and x_l on the trajectory
+up to O((t - l)^2):
 
-    (t - r) u = (t - l) v* + (l - r) u_l    so    u* = v* - (l - r) (u - u_l) / (t - l):
+    f(x_t, t, r) = x_t - (t - r) u(x_t, t, r)                                                 (1)
+    x_l = x_t - (t - l) v*,        u_l = u(x_l, l, r)                                         (2)
+    (t - r) u = (t - l) v* + (l - r) u_l                                                      (3)
+    u* = v* - (l - r) (u - u_l) / (t - l)                                                     (4)
 
-MeanFlow's target with a secant for the derivative, no JVP. In training l goes from near r to near t. At r = t this is
-flow matching. The authors' loss is no square but u times its residual, held still; its gradient, half of that of a
-square, is kept on rows with r < t.
+(4) is MeanFlow's target with a secant for the derivative, no JVP. In training l goes from near r to near t. At r = t
+this is flow matching.
+
+Unlike DuMo: one head of two times. The authors' loss is no square but u times its residual, held still; its gradient,
+half of that of a square, is kept on rows with r < t.
 """
 
 from typing import ClassVar, Literal
@@ -45,7 +50,7 @@ class SoFlow(Spec):
 
     @property
     def gain(self) -> float:
-        """How often the rounding of the net is multiplied."""
+        """The factor by which (4) multiplies the rounding of the net, at most."""
         return 1 / min(self.first, self.last)
 
     @property
@@ -64,21 +69,22 @@ class SoFlow(Spec):
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c))
             d = (self.ratio(b.progress) * (b.t - b.r)).clamp(min=self.gap)  # t - l
-            du_dt = (u_hat - earlier_mean_velocity(ref, b, v_star, d)) / lift(d, b.x_t)
-            u_star = v_star - lift((b.t - d - b.r).clamp(min=0), b.x_t) * du_dt
-        e = u_hat - u_star
+            u_l = earlier_mean_velocity(ref, b, v_star, d)  # (2)
+            du_dt = (u_hat - u_l) / lift(d, b.x_t)
+            u_star = v_star - lift((b.t - d - b.r).clamp(min=0), b.x_t) * du_dt  # (4)
+        error = u_hat - u_star
         half = torch.where(b.r < b.t, 0.5, 1.0)
-        loss = half * adaptive_l2(e, self.power, self.floor, mean=True)
-        return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
+        loss = half * adaptive_l2(error, self.power, self.floor, mean=True)
+        return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
     def _velocity(self, ref: Frozen, b: Noised, c: Cond) -> Sample:
-        """V(c), or V(null) with the share of it that fading leaves, v_t with the rest (`models.py`)."""
+        """V(c) as it is. V(null) fades into v_t as t goes from `fade` to 1 (`models.py`)."""
         (v,) = ref(b.x_t, c, t=b.t, r=b.t)
         if c is not b.null:
             return v
-        s = ((1 - b.t) / (1 - self.fade)).clamp(0, 1)
-        left = torch.where(s < 1, -torch.expm1(-self.decay * s / (1 - s).clamp(min=1e-12)), 1)
-        return b.v_t + lift(left, b.x_t) * (v - b.v_t)
+        s = ((1 - b.t) / (1 - self.fade)).clamp(0, 1)  # 1 until `fade`, 0 at t = 1
+        share = torch.where(s < 1, -torch.expm1(-self.decay * s / (1 - s).clamp(min=1e-12)), 1)
+        return b.v_t + lift(share, b.x_t) * (v - b.v_t)
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""

@@ -1,12 +1,16 @@
 """SplitMeanFlow (Guo et al. 2025, arXiv 2507.16884): a step is the mean of its two parts, wherever it is split.
 
-The displacement (t - r) u = x_t - x_r is that down to s and that from s. With s = (1 - lam) t + lam r these are lam and
-1 - lam of the way, so
+The displacement (t - r) u = x_t - x_r is that from t to s and that from s to r, which are lam and 1 - lam of the way:
 
-    u* = (1 - lam) u_1 + lam u_2    with   u_2 = u(x_t, t, s),   x_s = x_t - (t - s) u_2,   u_1 = u(x_s, s, r).
+    s = (1 - lam) t + lam r                                                                   (1)
+    u_2 = u(x_t, t, s)                                                                        (2)
+    u_1 = u(x_s, s, r),        x_s = x_t - (t - s) u_2                                        (3)
+    u* = (1 - lam) u_1 + lam u_2        where r < t,        u* = v_t        where r = t       (4)
 
-That says nothing of the data. They enter at r = t, where u is the velocity, and the rows there match the flow. There is
-no derivative: with lam = 1/2 on a grid it is a shortcut model.
+The mean of parts says nothing of the data. They enter at r = t, where u is the velocity, and the rows there match the
+flow.
+
+Unlike DuMo there is no derivative, and no guidance: with lam = 1/2 on a grid it is a shortcut model.
 """
 
 from typing import Literal
@@ -43,21 +47,25 @@ class SplitMeanFlow(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Mean squares on all rows: of the identity where r < t, of flow matching where r = t."""
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-        u_star, (jump, _) = b.v_t.clone(), b.rows_by_step
-        if jump:
-            i = index(jump, b.t.device)
+        u_star = b.v_t.clone()
+        rows, _ = b.rows_by_step
+        if rows:
+            i = index(rows, b.t.device)
             with dropout.rows(i):
-                some = self._parts(ref, b[jump]).to(u_star)
-            u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], some, u_star[i])
-        e = u_hat - u_star
-        return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
+                u_mean = self._mean_of_parts(ref, b[rows]).to(u_star)
+            u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], u_mean, u_star[i])  # (4)
+        error = u_hat - u_star
+        u_loss = mean_square(error)
+        return Terms(u_loss, {"u": u_loss}, {"clipped_share": clipped_share(error)})
 
-    def _parts(self, ref: Frozen, b: Noised) -> Sample:
+    def _mean_of_parts(self, ref: Frozen, b: Noised) -> Sample:
         """The mean velocity over both parts of the step."""
-        lam: PerSample = b.drawn["lam"].to(b.t)  # where s stands: 0 is t, 1 is r
-        s, share = (1 - lam) * b.t + lam * b.r, lift(lam, b.x_t)
-        (u_2,) = ref(b.x_t, b.c, t=b.t, r=s)
-        (u_1,) = ref(b.x_t - lift(b.t - s, b.x_t) * u_2, b.c, t=s, r=b.r)
+        lam: PerSample = b.drawn["lam"].to(b.t)  # where s lies: 0 is t, 1 is r
+        s = (1 - lam) * b.t + lam * b.r  # (1)
+        (u_2,) = ref(b.x_t, b.c, t=b.t, r=s)  # (2)
+        x_s = b.x_t - lift(b.t - s, b.x_t) * u_2
+        (u_1,) = ref(x_s, b.c, t=s, r=b.r)  # (3)
+        share = lift(lam, b.x_t)
         return (1 - share) * u_1 + share * u_2
 
     def read(self, net: Net) -> Reads:

@@ -1,12 +1,15 @@
 """TVM (Terminal Velocity Matching, Zhou et al. 2025, arXiv 2511.19797): where a jump lands moves as the flow does.
 
-A jump from t to r, f(x_t, t, r) = x_t - (t - r) u(x_t, t, r), is that of the flow if it stays at t = r, and if its end
-moves along the flow as r does: df/dr = v(f, r). With the net's own u(x, r, r) for v,
+A jump from t to r is that of the flow if it stays at t = r, and if its end moves along the flow as r does. With the
+net's own u(x, r, r) for the velocity at the end, and w the scale of guidance:
 
-    u - (t - r) du/dr = u(f, r, r)        and        u(x_s, s, s) = v*
+    f(x_t, t, r) = x_t - (t - r) u(x_t, t, r)                                                 (1)
+    df/dr = v(f, r)        so        u - (t - r) du/dr = u(f, r, r)                           (2)
+    u(x_s, s, s) = v*,        v* = V(null) + w (v_t - V(null))                                (3)
 
-MeanFlow differentiates where the jump starts, along x_t; this, where it ends, in r alone. The derivative is no target
-here but what is trained: gradients go through it. So at r = t the first says nothing, and only the second teaches.
+Unlike DuMo and MeanFlow, which differentiate where the jump starts, along x_t, this differentiates where it ends, in r
+alone. The derivative is no target here but what is trained: gradients go through it. So at r = t (2) says nothing, and
+only (3) teaches.
 """
 
 from typing import Literal
@@ -29,7 +32,7 @@ class TVM(Spec):
     kind: Literal["tvm"] = "tvm"
     times: Times = Gap()  # `sample_ts` of the authors' `loss.py`
     drop: float = Field(default=0.1, ge=0, le=1)  # their im256_w2.yaml
-    scale: float = Field(default=2.0, ge=1)  # w of v* = w v_t + (1 - w) V(null), and an input of the net; as above
+    scale: float = Field(default=2.0, ge=1)  # w of (3), and an input of the net; their im256_w2.yaml
 
     @property
     def needs(self) -> Needs:
@@ -41,20 +44,22 @@ class TVM(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
         beta = torch.ones_like(b.t).masked_fill(b.kept, 1 / self.scale)
-        knob = {"beta": beta} if self.scale != 1 else {}
-        (u_hat,), (du_dr,) = rated(net, b.x_t, b.c, t=b.t, r=b.r, **knob)
+        knobs = {"beta": beta} if self.scale != 1 else {}
+        (u_hat,), (du_dr,) = rated(net, b.x_t, b.c, t=b.t, r=b.r, **knobs)
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
-            (v_r,) = ref(b.x_t - gap * u_hat, b.c, t=b.r, r=b.r, **knob)
-        terminal = beta**2 * (b.r < b.t) * mean_square(u_hat - gap * du_dr - v_r)
+            f = b.x_t - gap * u_hat  # (1)
+            (v_r,) = ref(f, b.c, t=b.r, r=b.r, **knobs)
+        has_step = b.r < b.t
+        terminal = beta**2 * has_step * mean_square(u_hat - gap * du_dr - v_r)  # (2)
 
         b = b.at(b.drawn["s"])
-        (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t, **knob)
+        (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t, **knobs)
         v_star = b.v_t
         if self.scale != 1:
             with dropout.off():
                 (v_null,) = ref(b.x_t, b.null, t=b.t, r=b.t, beta=torch.ones_like(beta))
-            v_star = v_null + lift(1 / beta, b.x_t) * (b.v_t - v_null)
+            v_star = v_null + lift(1 / beta, b.x_t) * (b.v_t - v_null)  # (3), w = 1 / beta
         flow = beta**2 * mean_square(v_hat - v_star)
         return Terms(terminal + flow, {"terminal": terminal, "flow": flow})
 
@@ -64,7 +69,7 @@ class TVM(Spec):
 
 
 def rated(net: Net, x: Sample, c: Cond, *, r: Time, **inputs: Time) -> tuple[Heads, Heads]:
-    """Heads and their derivatives in r, both with gradients: forward-mode, by dual numbers, and reverse-mode around it.
+    """The net's heads and their derivatives in r, both with gradients: dual numbers, and reverse-mode around them.
 
     The pass costs about two, and so does its backward. Not by `torch.func.jvp`: reverse-mode around that is silently
     wrong through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.

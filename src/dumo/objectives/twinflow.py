@@ -1,13 +1,16 @@
 """TwinFlow (Cheng et al. 2025, arXiv 2512.05150): RCGM, and a twin at negative times that follows the net's samples.
 
-One jump from noise makes x' = z - u(z, 1, 0). Given -t the net learns the velocity of these as it learns that of the
-data given t. Where the two differ, samples and data do: the score is -(x_t + (1 - t) v) / t, so the gradient of the
-divergence KL(samples || data), diffused to t, by x' is along v(x_t, t) - v(x_t, -t), and by u, which has x' = z - u,
+One jump from noise makes a sample x'. Given -t the net learns the velocity of these, diffused by noise z' of their own,
+as it learns that of the data given t. Where the two differ, samples and data do:
 
-    G = v(x_t, -t) - v(x_t, t),
+    x' = z - u(z, 1, 0)                                                                       (1)
+    v(x'_t, -t)* = z' - x',        x'_t = t z' + (1 - t) x'                                   (2)
+    G = v(x'_t, -t) - v(x'_t, t),        held still, which u(z, 1, 0) descends                (3)
 
-held still, that u(z, 1, 0) descends. Both velocities agree on the data's law alone, so without guidance the exact flow
-is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples diffused by new noise.
+For the score is -(x_t + (1 - t) v) / t, so the gradient by x' of KL(samples || data), diffused to t, is along -G, and
+by u, which has x' = z - u, along G. Both velocities agree where samples are distributed as the data alone, so without
+guidance the exact flow is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples
+diffused by new noise.
 """
 
 from dataclasses import replace
@@ -26,9 +29,9 @@ from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_s
 class TwinFlow(RCGM):
     """RCGM on all rows, and at (1, 0), where one jump is made; flow matching; the twin and what it corrects.
 
-    All terms are on all rows, of weight 1, as in the tutorial (`methodes.py`); but the noise of the twin is not
-    that which the sample was made of, as in `twinflow.py`: made so, the velocity of the samples would be that of
-    straight lines from their own noise, which is another law's, and not even the unguided flow would be at rest.
+    All terms are on all rows, of weight 1, as in the tutorial (`methodes.py`). But the noise z' of the twin is drawn
+    anew, as in `twinflow.py`. With the noise that the sample was made of, the velocity of the samples would be that of
+    straight lines from it, which is another distribution's, and not even the unguided flow would be at rest.
     """
 
     signed: ClassVar[bool] = True
@@ -42,22 +45,31 @@ class TwinFlow(RCGM):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step`. Raises UserError where a short step meets bf16."""
         require_precise_passes(b, self.gain, self.kind)
-        (u_hat,), (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.r), net(b.x_t, b.c, t=b.t, r=b.t)
-        one = replace(b.at(1.0), r=torch.zeros_like(b.r))
-        (u_one,) = net(one.x_t, b.c, t=one.t, r=one.r)
-        made = replace(b, x=(one.x_t - u_one).detach(), z=b.drawn["z_twin"].to(b.z), teacher=None)  # not the teacher's
-        fake = made.at(b.t)
-        (v_fake,) = net(fake.x_t, b.c, t=-b.t, r=-b.t)
+        (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
+        at_noise = replace(b.at(1.0), r=torch.zeros_like(b.r))
+        (u_noise,) = net(at_noise.x_t, b.c, t=at_noise.t, r=at_noise.r)
+        x_made = (at_noise.x_t - u_noise).detach()  # (1)
+        samples = replace(b, x=x_made, z=b.drawn["z_twin"].to(b.z), teacher=None)  # a teacher's velocity is the data's
+        twin = samples.at(b.t)
+        (v_twin,) = net(twin.x_t, b.c, t=-b.t, r=-b.t)
 
-        v_star = self.aim(ref, b)
-        e, off = self.residual(u_hat, ref, b, v_star)
-        e_one, _ = self.residual(u_one, ref, one, self.aim(ref, one))
-        pull = descent_error(u_one, self._apart(frozen(net), made.at(b.drawn["t_twin"].to(b.t))))
-        errors = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
-        parts = {name: mean_square(error) for name, error in errors.items()}
-        return Terms(torch.stack([*parts.values()]).sum(0), parts, {"clipped_share": clipped_share(off, self.clip)})
+        v_star = self._v_star(ref, b)
+        u_error, unbounded = self._residual(u_hat, ref, b, v_star)
+        noise_error, _ = self._residual(u_noise, ref, at_noise, self._v_star(ref, at_noise))
+        g = self._velocity_gap(frozen(net), samples.at(b.drawn["t_twin"].to(b.t)))
+        parts = {
+            "u": mean_square(u_error),
+            "flow": mean_square(v_hat - v_star),
+            "one": mean_square(noise_error),
+            "twin": mean_square(v_twin - twin.v_t),  # (2)
+            "rectify": mean_square(descent_error(u_noise, g)),  # (3)
+        }
+        loss = torch.stack([*parts.values()]).sum(0)
+        return Terms(loss, parts, {"clipped_share": clipped_share(unbounded, self.clip)})
 
-    def _apart(self, net: Frozen, b: Noised) -> Sample:
+    def _velocity_gap(self, net: Frozen, b: Noised) -> Sample:
         """G: the twin's velocity less the net's, of samples diffused to t."""
-        (v_fake,), (v_real,) = (net(b.x_t, b.c, t=s, r=s) for s in (-b.t, b.t))
+        (v_fake,) = net(b.x_t, b.c, t=-b.t, r=-b.t)
+        (v_real,) = net(b.x_t, b.c, t=b.t, r=b.t)
         return v_fake - v_real

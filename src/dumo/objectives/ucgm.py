@@ -1,16 +1,22 @@
 """UCGM (Sun et al. 2025, arXiv 2505.07447): one ratio leads from flow matching, 0, to consistency, 1.
 
-The data that a head F = u(x_t, t) points to, f(x_t, t) = x_t - t F, should not change along the flow. Between t and
-ratio t, on the straight line through data and noise, f changes at the rate
+The data that a head F = u(x_t, t) points to should not change along the flow. Between t and s = ratio t, on the
+straight line through data and noise, it changes at the rate -e:
 
-    df/dt  is about  (f_t - f_(ratio t)) / (t - ratio t) = v* - (F_t - ratio F_(ratio t)) / (1 - ratio) =: -e
+    f(x_t, t) = x_t - t F                                                                     (1)
+    e = (f_s - f_t) / (t - s) = (F_t - ratio F_s) / (1 - ratio) - v*                          (2)
+    e = (F_t - v*) + ratio / (1 - ratio) (F_t - F_s)        flow matching and self-alignment (the paper, Eq. 10)
+    e = F_t + t dF/dt - v*        at ratio 1                                                  (3)
 
-and e = (F_t - v*) + ratio / (1 - ratio) (F_t - F_(ratio t)): flow matching and self-alignment (the paper, Eq. 10). As
-the ratio tends to 1 so does e to F_t + t dF/dt - v*, DuMo's residual, which it is at 1. At 0 the net is a velocity, and
-this is the loss, FM+, from which the multi-step nets of UCGM come.
+(3) is the limit of (2), and DuMo's residual. At 0 the net is a velocity, and this is the loss, FM+, from which the
+multi-step nets of UCGM come.
 
-On top of e the authors put a bound, a gain that grows with t, a Huber loss and a weight that falls with t. Where the
-law of v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Each may be left out;
+Unlike DuMo: the authors put a bound on e, a gain that grows with t, a Huber loss and a weight that falls with t:
+
+    F - u* = 4 t / sin(pi t / 2) clip(e)        at ratio 0: e                                 (4)
+    loss = cos(pi t / 2) huber(F - u*)                                                        (5)
+
+Where the law of v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Each may be left out;
 without all of them the loss is the mean square of e.
 
 At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.
@@ -47,32 +53,32 @@ class UCGM(Spec):
 
     @property
     def gain(self) -> float:
-        """How often the rounding of the net is multiplied."""
+        """The factor by which (2) multiplies the rounding of the net."""
         return 0.0 if self.ratio == 1 else self.ratio / (1 - self.ratio)
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
         slope = self.slope if self.ratio == 1 else None
-        return Needs(("t",), ("u",) if self.ratio else ("v",), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
+        head = "u" if self.ratio else "v"
+        return Needs(inputs=("t",), heads=(head,), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where a short step meets bf16."""
-        u_hat, off = self.residual(net, b)
+        u_hat, e = self._residual(net, b)
         with torch.no_grad():
-            u_star = u_hat - self._pull(off, b.t)
-        loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # weight_function
-        return Terms(
-            loss, {"u" if self.ratio else "v": mean_square(off)}, {"clipped_share": clipped_share(off, self.clip)}
-        )
+            u_star = u_hat - self._pull(e, b.t)  # (4)
+        loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # (5), weight_function
+        head = "u" if self.ratio else "v"
+        return Terms(loss, {head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
 
-    def residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
+    def _residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. F is aligned with the weights in training."""
         now = frozen(net)
         if self.ratio == 1:
             (u_hat,), along = self.slope(net, now, b.x_t, b.c, t=b.t, toward=b.v_t)
             (du_dt,) = along(b.v_t)
-            return u_hat, u_hat.detach() + lift(b.t, b.x_t) * du_dt - b.v_t
+            return u_hat, u_hat.detach() + lift(b.t, b.x_t) * du_dt - b.v_t  # (3)
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t)
         with torch.no_grad():
@@ -80,14 +86,15 @@ class UCGM(Spec):
                 return u_hat, u_hat - b.v_t
             x_s = b.x_t - lift((1 - self.ratio) * b.t, b.x_t) * b.v_t
             (u_s,) = now(x_s, b.c, t=self.ratio * b.t)
-            return u_hat, (u_hat - self.ratio * u_s) / (1 - self.ratio) - b.v_t
+            return u_hat, (u_hat - self.ratio * u_s) / (1 - self.ratio) - b.v_t  # (2)
 
-    def _pull(self, off: Sample, t: Time) -> Sample:
+    def _pull(self, e: Sample, t: Time) -> Sample:
         """F - u*: e, at ratio > 0 within its bound and with its gain, 4 t / sin(pi t / 2), which is 8 / pi at t = 0."""
         if not self.ratio:
-            return off
-        off = off.clamp(-self.clip, self.clip)
-        return lift(4 / (QUARTER * torch.sinc(QUARTER / pi * t)), off) * off
+            return e
+        e = e.clamp(-self.clip, self.clip)
+        gain = 4 / (QUARTER * torch.sinc(QUARTER / pi * t))
+        return lift(gain, e) * e
 
     def read(self, net: Net) -> Reads:
         """The jump to the data, x_0 = x_t - t F; at ratio 0 the slope of the path."""
