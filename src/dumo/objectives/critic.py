@@ -5,8 +5,8 @@ by relativistic pairs; its slopes are kept small (R1 and R2), and so is D(x) + D
 row of noise:
 
     critic's loss = softplus(D(x') - D(x))                                            (1)
-                  + 0.25 [(e . dD/dx)^2 + (e . dD/dx')^2]                             (2)
-                  + 0.01 (D(x) + D(x'))^2                                             (3)
+                  + SLOPES [(e . dD/dx)^2 + (e . dD/dx')^2]                           (2)
+                  + CENTRE (D(x) + D(x'))^2                                           (3)
 
 Samples climb (1), which the critic descends. Both happen in one backward pass, by gradient reversal (Ganin and
 Lempitsky 2015, arXiv 1409.7495): it hands x' the opposite of its gradient g, brought to root mean square 1 in each row,

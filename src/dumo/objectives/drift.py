@@ -81,14 +81,15 @@ def drift(
     not_itself = 1 - torch.eye(group, dtype=exact, device=x.device)
     near = same_class * not_itself  # the weight of each row of the class
 
-    # What a sample is held apart from, then what it is drawn to.
-    neighbours = [samples, data]
-    weights = [near, near]
+    # What a sample is held apart from: other samples of its class and, with guidance, other data of any class.
+    apart = [samples]
+    apart_weights = [near]
     if omega > 1:
-        neighbours.insert(1, data)
-        weights.insert(1, (omega - 1) * near.mean(2, keepdim=True) * group / (group - 1) * not_itself)
-    neighbour = torch.cat(neighbours, 1)
-    weight = torch.cat(weights, 2)
+        apart.append(data)
+        apart_weights.append((omega - 1) * near.mean(2, keepdim=True) * group / (group - 1) * not_itself)
+    # Then what it is drawn to: other data of its class.
+    neighbour = torch.cat([*apart, data], 1)
+    weight = torch.cat([*apart_weights, near], 2)
 
     distance = torch.cdist(samples, neighbour, compute_mode="donot_use_mm_for_euclid_dist")
     total_weight = (same_class @ weight.sum(2, keepdim=True)).clamp(min=1)

@@ -66,8 +66,8 @@ class Pull(Spec, ABC):
         loss = BETA * v_loss + (1 - BETA) * u_loss
 
         sampling_net = net if self.moves_samples(b) else frozen(net)
-        u_noise = sampling_net(b.z, b.c, t=torch.ones_like(b.t))[1]  # of (2)
-        pull = self.pull(net, b, u_noise)
+        u_at_noise = sampling_net(b.z, b.c, t=torch.ones_like(b.t))[1]  # of (2)
+        pull = self.pull(net, b, u_at_noise)
         parts = {"v": v_loss, "u": u_loss, **pull.parts}
         notes = {"clipped_share": clipped_share(u_error), **pull.notes}
         return Terms(loss + pull.loss, parts, notes)

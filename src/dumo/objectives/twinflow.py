@@ -1,7 +1,7 @@
 """TwinFlow (Cheng et al. 2025, arXiv 2512.05150): RCGM, and a twin at negative times that follows the net's samples.
 
-One jump from noise makes a sample x'. Given -t the net learns the velocity of these, diffused by noise z' of their own,
-as it learns that of the data given t. Where the two differ, samples and data do:
+One jump from noise makes a sample x'. Given -t the net learns the velocity of samples, diffused by noise z' of their
+own, as it learns that of the data given t. Where the two differ, samples and data do:
 
     x' = z - u(z, 1, 0)                                                                       (1)
     v(x'_t, -t)* = z' - x',        x'_t = t z' + (1 - t) x'                                   (2)
@@ -48,22 +48,22 @@ class TwinFlow(RCGM):
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
         at_noise = replace(b.at(1.0), r=torch.zeros_like(b.r))
-        (u_noise,) = net(at_noise.x_t, b.c, t=at_noise.t, r=at_noise.r)
-        x_made = (at_noise.x_t - u_noise).detach()  # (1)
+        (u_at_noise,) = net(at_noise.x_t, b.c, t=at_noise.t, r=at_noise.r)
+        x_made = (at_noise.x_t - u_at_noise).detach()  # (1)
         samples = replace(b, x=x_made, z=b.drawn["z_twin"].to(b.z), teacher=None)  # a teacher's velocity is the data's
         twin = samples.at(b.t)
         (v_twin,) = net(twin.x_t, b.c, t=-b.t, r=-b.t)
 
         v_star = self._v_star(ref, b)
         u_error, unbounded = self._residual(u_hat, ref, b, v_star)
-        noise_error, _ = self._residual(u_noise, ref, at_noise, self._v_star(ref, at_noise))
+        error_at_noise, _ = self._residual(u_at_noise, ref, at_noise, self._v_star(ref, at_noise))
         g = self._velocity_gap(frozen(net), samples.at(b.drawn["t_twin"].to(b.t)))
         parts = {
             "u": mean_square(u_error),
             "flow": mean_square(v_hat - v_star),
-            "one": mean_square(noise_error),
+            "one": mean_square(error_at_noise),
             "twin": mean_square(v_twin - twin.v_t),  # (2)
-            "rectify": mean_square(descent_error(u_noise, g)),  # (3)
+            "rectify": mean_square(descent_error(u_at_noise, g)),  # (3)
         }
         loss = torch.stack([*parts.values()]).sum(0)
         return Terms(loss, parts, {"clipped_share": clipped_share(unbounded, self.clip)})

@@ -16,7 +16,7 @@ Unlike DuMo: the authors put a bound on e, a gain that grows with t, a Huber los
     F - u* = 4 t / sin(pi t / 2) clip(e)        at ratio 0: e                                 (4)
     loss = cos(pi t / 2) huber(F - u*)                                                        (5)
 
-Where the law of v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Each may be left out;
+Where v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Each may be left out;
 without all of them the loss is the mean square of e.
 
 At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.
@@ -65,14 +65,14 @@ class UCGM(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where a short step meets bf16."""
-        u_hat, e = self._residual(net, b)
+        u_hat, e = self.residual(net, b)
         with torch.no_grad():
             u_star = u_hat - self._pull(e, b.t)  # (4)
         loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # (5), weight_function
         head = "u" if self.ratio else "v"
         return Terms(loss, {head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
 
-    def _residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
+    def residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. F is aligned with the weights in training."""
         now = frozen(net)
         if self.ratio == 1:
