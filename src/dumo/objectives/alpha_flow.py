@@ -11,7 +11,7 @@ At alpha = 1, u* is v*, also where r < t: trajectory flow matching. As alpha van
 (2). The loss therefore squares it divided by alpha, which is in units of a velocity and tends to the residual of (3):
 
     (u - u*) / alpha = u - v* + (l - r) (u - u_l) / (t - l)                                 (4)
-    c / alpha^2      in place of the c of the adaptive_l2 weight: the gradient is then the authors'  (5)
+    c / alpha^2      in place of the c of the adaptive weight: the gradient is then the authors'  (5)
 
 Unlike DuMo: one head of two times, trained by a schedule. alpha depends on the training's progress alone, which every
 rank knows: so it may decide which passes are made.
@@ -38,7 +38,7 @@ class AlphaFlow(Spec):
     gamma: ClassVar[float] = 25.0  # how steeply alpha falls
     snap: ClassVar[float] = 0.005  # alpha this near to 0 or 1 is that: clamp_value
     clip: ClassVar[float] = 4.0  # bound of u* where alpha > 0 and r < t: clamp_utgt
-    floor: ClassVar[float] = 1e-3  # c of the adaptive_l2 weight: adaptive_loss_weight_eps
+    floor: ClassVar[float] = 1e-3  # c of the adaptive weight: adaptive_loss_weight_eps
     kind: Literal["alpha_flow"] = "alpha_flow"
     times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
     drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout

@@ -7,7 +7,7 @@ two heads of one pass, each task has a pass of its own, on every row:
     v(x_t, -t)* = v*                                            the anchor                        (1)
     u + t du/dt = v        so        u* = v* - t du/dt                                            (2)
 
-The flow map is led to u* by a part of the way, the error clipped to [-1, 1], so most slowly near the data; an adaptive_l2
+The flow map is led to u* by a part of the way, the error clipped to [-1, 1], so most slowly near the data; an adaptive
 weight and sin(pi t / 2) weigh the rows:
 
     u_next = u - alpha(t) clip(u - u*),        alpha(t) = 1 - sqrt(1 - t)                         (3)
@@ -31,7 +31,7 @@ from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, T
 class FACM(Spec):
     """Velocity and flow map of one head: which one, the sign of the time says."""
 
-    power: ClassVar[float] = 0.5  # p of the adaptive_l2 weight of u, of mean squares; theirs
+    power: ClassVar[float] = 0.5  # p of the adaptive weight of u, of mean squares; theirs
     floor: ClassVar[float] = 1e-3  # c of it; theirs
     kind: Literal["facm"] = "facm"
     times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)  # the authors' `losses.py`
