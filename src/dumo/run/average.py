@@ -71,7 +71,7 @@ def save_snapshots(folder: Path, state: State, owner: str) -> None:
             )
 
 
-def find_snapshots(folder: Path, spec: Train) -> dict[Profile, Path]:
+def _find_snapshots(folder: Path, spec: Train) -> dict[Profile, Path]:
     """The snapshots of a run's averages, the first step first."""
     snapshots: dict[Profile, Path] = {}
     for ema in spec.ema:
@@ -100,7 +100,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     written = index.written
     assert written, "it has a run.yaml"
     run = written.run
-    snapshots = find_snapshots(folder, run.train)
+    snapshots = _find_snapshots(folder, run.train)
     if not snapshots:
         every = max(1, run.train.steps // 10)
         raise UserError(
@@ -122,7 +122,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
         )
 
     # read them
-    hashes = hash_snapshots(folder, written, snapshots)
+    hashes = _hash_snapshots(folder, written, snapshots)
     snapshot_weights = [checkpoint.load(path) for path in snapshots.values()]
     for path, weights in zip(snapshots.values(), snapshot_weights, strict=True):
         compare(path, weights, frozen.trained(net), "the run", checkpoint.FIT)
@@ -144,7 +144,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     return AverageResult(file, last_step, len(snapshots), error)
 
 
-def hash_snapshots(folder: Path, written: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
+def _hash_snapshots(folder: Path, written: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
     """The SHA-256 of each snapshot, by its path in the run's folder.
 
     Raises UserError for one of another run, step or width. Those from before they said these are taken as their place

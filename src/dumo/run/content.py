@@ -97,14 +97,14 @@ def seen(hashes: Hashes | None) -> dict[str, Tensor]:
     read_here = torch.from_numpy(hashes.seen())
     read_anywhere = dist.largest(read_here)
     if dist.world() > 1:
-        agreement.gather_results(lambda: require_same(hashes, read_here, read_anywhere))
+        agreement.gather_results(lambda: _require_same(hashes, read_here, read_anywhere))
         hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")
     hashes.rest()
     labels = torch.tensor(list(bytes.fromhex(hashes.labels())), dtype=torch.uint8)
     return {"hashes": read_anywhere, "names": hashes.packed, "labels": labels}
 
 
-def require_same(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
+def _require_same(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
     """Raise UserError where another rank has other contents."""
     differs = (read_here != read_anywhere).any(1) & read_here.any(1)
     rows = differs.nonzero().flatten()

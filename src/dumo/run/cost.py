@@ -1,5 +1,10 @@
 """What a step costs, counted, not timed: floating-point operations. Its bytes: `dumo.run.memory`.
 
+    forward_flops    of one pass, for a row
+    step_cost        of a training step, for a row: operations, and forward units
+    forward_units    the units alone
+    by_depth         any count of a net, by its first few blocks
+
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
 are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
 a count is affine in the length of each stretch of such blocks: the first few give that of all.
@@ -30,15 +35,15 @@ from dumo.training.frozen import copied
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
 from dumo.types.outside import name_of
 
-PLAIN = Guide()  # no guidance
-LAW = 1_000_000  # rows that a law is judged by
+NO_GUIDANCE = Guide()
+TIMES = 1_000_000  # times drawn, to see how many lie in the interval of guidance: ours
 FEW = 6  # blocks up to which all are run: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 M = TypeVar("M", bound=nn.Module)
 
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
-    """Floating-point operations of one pass, per row (two per multiply-add)."""
+    """Floating-point operations of one pass forward, per row of this shape (two per multiply-add)."""
     rows = 2
 
     def count(net: nn.Module) -> int:
@@ -48,8 +53,8 @@ def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) ->
 
 
 def heads(net: nn.Module, objective: Objective, shape: Sequence[int], *, rows: int) -> Heads:
-    """What a pass gives, without numbers."""
-    return _pass(short(net), objective, shape, rows)
+    """The outputs of a pass over `rows` rows, on the meta device: their number and shapes, without values."""
+    return _pass(_first_blocks(net), objective, shape, rows)
 
 
 def forward_units(
@@ -61,11 +66,31 @@ def forward_units(
     rows: int | None = None,
     ref: Theta = "self",
 ) -> float:
-    """Floating-point operations of a training step over those of one pass: forward, targets and backward.
+    """The forward units of a training step. Takes and raises as `step_cost`, which counts them."""
+    return step_cost(net, objective, path, shape, rows=rows, ref=ref).units
 
-    Of a batch of `rows` (None: one in which every share of the rows is a whole number of them). The passes of guidance
-    count by the expected share of the rows that need them. Where steps cost more in one part of the training than in
-    another (`phases` of the objective), their mean.
+
+class StepCost(NamedTuple):
+    """What a training step costs for a row: an image, or a point."""
+
+    units: float  # its floating-point operations over those of one pass forward
+    flops: float  # its floating-point operations
+
+
+def step_cost(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int | None = None,
+    ref: Theta = "self",
+) -> StepCost:
+    """Count a training step of `rows` rows of this shape: forward, targets and backward.
+
+    `rows` None: a batch in which every share of the rows is a whole number of them. The passes of guidance count by the
+    expected share of the rows that need them. Where steps cost more in one part of the training than in another
+    (`phases` of the objective), the counts are means. Raises UserError where the loss is not one number per row.
     """
     rows = rows or exact_rows(objective)
     pass_flops = forward_flops(net, objective, shape)
@@ -80,47 +105,34 @@ def forward_units(
         return sum(share * units_at(objective, b) for b, share in phases(objective, path, rows, shape))
 
     guide = objective.needs.guide
-    if not (isinstance(guide, Guide) and guide.active):
-        return mean_units(objective)
-    unguided = mean_units(objective.model_copy(update={"guide": PLAIN}))
-    t, _ = objective.times(LAW, stream("cost"))
-    guided_share = (1 - objective.drop) * guide.inside(t).double().mean().item()  # label kept, time in the interval
-    return unguided + guided_share * (mean_units(objective) - unguided)
-
-
-class StepCost(NamedTuple):
-    """What a training step costs for an image."""
-
-    units: float  # `forward_units`
-    flops: float  # floating-point operations
-
-
-def step_cost(
-    net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self"
-) -> StepCost:
-    """Both counts of a step. Takes and raises as `forward_units`."""
-    units = forward_units(net, objective, path, shape, ref=ref)
-    return StepCost(units, units * forward_flops(net, objective, shape))
+    if isinstance(guide, Guide) and guide.active:
+        unguided = mean_units(objective.model_copy(update={"guide": NO_GUIDANCE}))
+        t, _ = objective.times(TIMES, stream("cost"))
+        guided_share = (1 - objective.drop) * guide.inside(t).double().mean().item()  # label kept, time in the interval
+        units = unguided + guided_share * (mean_units(objective) - unguided)
+    else:
+        units = mean_units(objective)
+    return StepCost(units, units * pass_flops)
 
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
-    """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
+    """How a dual slope comes by its tangent in a step of this objective; None for any other slope."""
     if not isinstance(objective.needs.slope, DualSlope):
         return None
     slope = _NotedSlope()
     b = _draw(objective, path, exact_rows(objective), shape)
-    make_step = step_of(*outlines(short(net), ref), objective.model_copy(update={"slope": slope}), b)
+    make_step = step_of(*outlines(_first_blocks(net), ref), objective.model_copy(update={"slope": slope}), b)
     make_step()
     return slope.ways[-1] if slope.ways else None  # none where no step at this progress takes it
 
 
 class _NotedSlope(DualSlope):
-    """A dual slope that notes its ways."""
+    """A dual slope that notes each way it takes."""
 
     ways: list[Way] = Field(default_factory=list[Way])
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
-        """As every dual slope."""
+        """The way of a dual slope (`DualSlope.way`), which is noted in `ways`."""
         self.ways.append(super().way(net, ref, known=known))
         return self.ways[-1]
 
@@ -134,22 +146,22 @@ def exact_rows(objective: Objective) -> int:
 
 @torch.no_grad()
 def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
-    """One pass on the meta device."""
-    x, c = _nothing(rows, shape)
+    """One pass on the meta device over `rows` rows."""
+    x, c = _meta_batch(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
     with dropout.off():
         return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
 def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
-    """A record of this many rows with memory of its own on the CPU, and no numbers but what is fixed by place."""
+    """A noised batch of this many rows in memory of its own on the CPU, its values undefined."""
     return on_cpu(_draw(objective, path, rows, shape))
 
 
 def step_of(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
-    """Forward, targets and backward, as in training: without dropout, whose masks cost little, and with routing.
+    """A function that makes one step on a batch, forward, targets and backward: with routing, without dropout.
 
-    It raises UserError where the loss is none of one number per row.
+    Dropout's masks cost little. The function raises UserError where the loss is not one number per row.
     """
     rows = len(b.t)
     is_routed = any(getattr(part, "routed", False) for part in net.modules())
@@ -164,29 +176,33 @@ def step_of(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Cal
 
 
 def outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
-    """The net and theta^- without numbers."""
+    """Copies of the net and of theta^- on the meta device."""
     net = copy.deepcopy(net).to("meta")
     return net, frozen(net) if ref == "self" else Frozen(copied(net))
 
 
 def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
-    """A record without numbers, but for what is fixed by place."""
-    x, c = _nothing(rows, shape)
+    """A batch on the meta device, noised; numbers that are fixed by their row's place are there."""
+    x, c = _meta_batch(rows, shape)
     return draw(objective, path, x, c, c, seed=0, step=0)
 
 
 def phases(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
-    """A record without numbers for every part of the training where steps cost alike, with its share of all steps."""
+    """A noised batch on the meta device for each part of the training, with the part's share of all steps.
+
+    Within a part (`Needs.phases`) all steps cost alike.
+    """
     b = _draw(objective, path, rows, shape)
     return [(replace(b, progress=progress), share) for progress, share in objective.needs.phases]
 
 
-def _nothing(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
+def _meta_batch(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
+    """Samples (rows, *shape) and labels (rows,) on the meta device."""
     return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
 
 
 def on_cpu(b: Noised) -> Noised:
-    """The record with memory of its own on the CPU, and no numbers."""
+    """A noised batch of the same shapes in memory of its own on the CPU, its values undefined."""
     own: dict[str, Tensor] = {}
     for field in fields(b):
         value = getattr(b, field.name)
@@ -204,10 +220,12 @@ class Stretch(NamedTuple):
 
 
 def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
-    """A count of a net: of all of it, or, where it is deep, as follows from its first few blocks of each stretch.
+    """Count something of a net by `count`: of all of it, or, where it is deep, by its first few blocks.
 
-    `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks of each
-    stretch, and all are counted unless two more of every stretch add twice what one more of each adds.
+    A deep net is counted with one block of each stretch, and again with one more of it, and the rest is added in
+    proportion. `check`: for counts, as of bytes, in which the ends of a net may outweigh a few blocks. Then the first
+    count has two blocks of each stretch, and the whole net is counted unless two more blocks of every stretch add twice
+    what one more of each adds.
     """
     lengths = [len(stretch.blocks) for stretch in stretches(net)]
     few = 2 if check else 1
@@ -215,7 +233,7 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
         return count(net)
 
     def count_with(more: Sequence[int]) -> int:
-        """Of the net with `more` blocks of each stretch than a few."""
+        """The count with this many blocks more than `few` of each stretch."""
         return count(cut(net, [min(n, few + k) for n, k in zip(lengths, more, strict=True)]))
 
     first = count_with([0] * len(lengths))
@@ -231,7 +249,7 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     return first + sum((n - few) * added for n, added in zip(lengths, of_a_block, strict=True))
 
 
-def short(net: M) -> M:
+def _first_blocks(net: M) -> M:
     """The net with the first block of each stretch alone."""
     return cut(net, [1 for _ in stretches(net)])
 
@@ -245,10 +263,10 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
-    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last,
-    and for the routed ones.
+    """The stretches of a net: runs of alike blocks, of which some may be left out for a count.
 
-    Of a UNet none may be, for each hands on to one on the other side.
+    A pretrained net has them, and one whose `blocks` are all alike but for the last and for the routed ones. A UNet has
+    none: each of its blocks hands on to one on the other side.
     """
     if isinstance(net, Dualized) and net.family.last == "conv_out":
         return []
@@ -261,24 +279,24 @@ def stretches(net: nn.Module) -> list[Stretch]:
         blocks = getattr(net, "blocks", None)
         if isinstance(blocks, nn.ModuleList):
             lists["blocks"] = blocks
-            kinds_but_routed = {kind(block)[1:] for block in [*blocks][:-1]}
+            kinds_but_routed = {_kind(block)[1:] for block in [*blocks][:-1]}
             if len(kinds_but_routed) > 1:
                 return []
-    found: list[Stretch] = []
+    stretches_in_order: list[Stretch] = []
     for path, part in lists.items():
-        for _, alike in groupby(part, kind):
-            found.append(Stretch(path, [*alike]))
-    return found
+        for _, alike in groupby(part, _kind):
+            stretches_in_order.append(Stretch(path, [*alike]))
+    return stretches_in_order
 
 
-def kind(block: nn.Module) -> tuple[object, ...]:
+def _kind(block: nn.Module) -> tuple[object, ...]:
     """What blocks that cost alike have in common: whether they are routed or computed again, class and shapes."""
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
     return getattr(block, "routed", False), type(block), getattr(block, "lean", False), *shapes
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of all matrix products and convolutions, on whatever device they are."""
+    """Floating-point operations of all matrix products and convolutions that `work` makes, on any device."""
     from torch.utils.flop_counter import FlopCounterMode  # takes Triton along: 0.2 s
 
     aten = torch.ops.aten

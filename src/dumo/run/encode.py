@@ -36,7 +36,7 @@ MAX_PART_CHARACTERS = 40  # of --part: ours
 SHARD_ROWS = 1024  # ours
 
 
-class LatentsOfRun(Spec):
+class _LatentsOfRun(Spec):
     """The part of a run that says what images to encode."""
 
     data: Latents
@@ -87,7 +87,7 @@ def encoding_work(
     settings = [*options_as_settings(out, codec, side), *overrides]
     if choose(source).kind != "images":
         run = resolve(load(source, settings))
-        texts = table_of(run.net)
+        texts = _table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:
             raise UserError(
                 f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
@@ -100,7 +100,7 @@ def encoding_work(
         )
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, settings)
-    return EncodingWork(parse(LatentsOfRun, tree).data.found())
+    return EncodingWork(parse(_LatentsOfRun, tree).data.found())
 
 
 def options_as_settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
@@ -184,7 +184,7 @@ def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> N
         encode(data, device=device, bar=bar)
 
 
-def table_of(net: Net) -> Tabled | None:
+def _table_of(net: Net) -> Tabled | None:
     """The table of texts that a net reads, if it reads one."""
     texts = net.texts
     return texts if isinstance(texts, Tabled) else None
@@ -246,7 +246,7 @@ def make_tokens(run: Run) -> None:
 
     Raises UserError where the folder holds those of other captions.
     """
-    spec = table_of(run.net)
+    spec = _table_of(run.net)
     if not isinstance(spec, Learned):
         return
     lock = spec.folder.with_name(f".{spec.folder.name}.lock")

@@ -23,7 +23,7 @@ CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run with
 WRITTEN_FILES = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
 
 
-def require_name(folder: Path) -> None:
+def _require_name(folder: Path) -> None:
     """Raise UserError where a folder's name is no text in UTF-8: no file of weights opens there."""
     if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
@@ -38,7 +38,7 @@ def require_free(folder: Path) -> None:
             f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
             f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
         )
-    if folder.is_dir() and any(path.name != LOCK and not is_half_written(path) for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK and not _is_half_written(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
 
 
@@ -61,11 +61,11 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             f"{steps_done} or more"
         )
     if index.written and not checkpoints:
-        require_no_lost_checkpoint(folder, index.written.run.train)
+        _require_no_lost_checkpoint(folder, index.written.run.train)
     require_same_run(index, run, step, accept=accept)
 
 
-def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
+def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     """Raise UserError where a run's checkpoints were lost, rather than train it anew.
 
     The folder's mark says whether one was written; where the log is gone, too, somebody has cleared the run. Of a run
@@ -90,7 +90,7 @@ def require_no_lost_checkpoint(folder: Path, train: Train) -> None:
         )
 
 
-def is_half_written(path: Path) -> bool:
+def _is_half_written(path: Path) -> bool:
     """Whether a file of a run's folder is what a training that was killed left half-written."""
     prefixes = tuple(f".{name}." for name in WRITTEN_FILES)
     return path.name.startswith(prefixes) and not path.is_dir()
@@ -98,7 +98,7 @@ def is_half_written(path: Path) -> bool:
 
 def remove_half_written(folder: Path) -> None:
     """Remove what a training that was killed left half-written. The folder must be held."""
-    half_written = [path for path in folder.iterdir() if is_half_written(path)]
+    half_written = [path for path in folder.iterdir() if _is_half_written(path)]
     for place in manifest.places(folder):
         half_written += place.glob(".step-*.tmp")
     for path in half_written:
@@ -111,7 +111,7 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
 
     Raises UserError where another process is training there, and, with nothing written, where it holds something else.
     """
-    require_name(folder)
+    _require_name(folder)
     require_free(folder)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

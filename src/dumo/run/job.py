@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from dumo.config import trust
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import DataSource
+from dumo.nets.text import Learned
 from dumo.run import content, cost, encode, examination
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
@@ -87,6 +89,7 @@ class Job:
     validation: Validation
     sheets: Sheets | None
     meter: Meter
+    net_outline: nn.Module  # the net on the meta device, without values
     step_cost: StepCost  # of one image
 
     @property
@@ -140,9 +143,11 @@ def open_job(
         run = resolve(with_absolute_paths(run, run_before))
         torch_device = dist.device(device)
         _require_fit(run, torch_device, sheets)
-        if is_main:
+        reads_tokens = isinstance(run.net.texts, Learned)
+        if reads_tokens and is_main:
             encode.make_tokens(run)
-        run = with_hashes(resolve_remaining(run), run_before)
+            run = resolve_remaining(run)
+        run = with_hashes(run, run_before)
 
         # 3. check it against the folder
         if is_main:
@@ -150,13 +155,15 @@ def open_job(
             remove_half_written(folder)
             stack.enter_context(guard_run_folder(folder))
         stack.enter_context(dist.join())  # from here ranks talk to one another
-        run = resolve_remaining(run)  # on other ranks: with the tokens that rank 0 has made
+        if reads_tokens and not is_main:
+            run = resolve_remaining(run)  # rank 0 has made the tokens by now
 
         # 4. open the data, and examine the derivative
         data = open_data(run.data)
         with threads.fewer_when_busy(torch_device, quiet):
             examination.examine(run, torch_device).require()
-        step_cost = cost.step_cost(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
+        net_outline = outline(run)
+        step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
         meter = Meter(run.train, folder, torch_device, step_cost.flops)
         drawn_sheets = sheets(run, folder, tell) if sheets else None
 
@@ -190,6 +197,7 @@ def open_job(
             validation=validation,
             sheets=drawn_sheets,
             meter=meter,
+            net_outline=net_outline,
             step_cost=step_cost,
         )
 

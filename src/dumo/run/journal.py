@@ -123,7 +123,7 @@ class Journal:
                 row["skipped"]["rows"] = blamed_rows
                 message = f"step {record.step:,} is skipped: {record.skipped}"
                 if blamed_rows:
-                    message += ": " + "; ".join(map(row_text, blamed_rows[:3]))
+                    message += ": " + "; ".join(map(_row_text, blamed_rows[:3]))
                 self.tell(message)
             log.append(self.folder / "metrics.jsonl", row)
 
@@ -209,7 +209,7 @@ class Journal:
         examination.examine_weights(self.run, net, self.device).require()
 
 
-def row_text(row: dict[str, Any]) -> str:
+def _row_text(row: dict[str, Any]) -> str:
     """A row of a batch in words."""
     parts: list[str] = []
     if row["image"] is not None:
@@ -249,7 +249,7 @@ def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Rec
         rates = half_rates(train.optimizer)
     return (
         f"{warning} If the loss's parts grow, stop it, and go on from step {step:,} at {lower_rate}:  "
-        f"{command_at_rates(folder, step, rates)}"
+        f"{_command_at_rates(folder, step, rates)}"
     )
 
 
@@ -257,22 +257,22 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
     """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
     good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
-    command = command_at_rates(folder, good_step, half_rates(train.optimizer))
+    command = _command_at_rates(folder, good_step, half_rates(train.optimizer))
     return f"To go on {place} at half the rate:  {command}"
 
 
-def command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
+def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
     """The command that goes on at these rates, from the checkpoint of a step, or as the folder stands."""
     options: list[str] = []
     if step is not None:
         options += ["--from", str(step)]
     for name, rate in rates.items():
         options += ["--set", f"train.optimizer.{name}={rate:g}"]
-    program = join([*program_words(), "train"])
+    program = join([*_program_words(), "train"])
     return f"{program} {typed(folder)} {join(options)}"
 
 
-def program_words() -> list[str]:
+def _program_words() -> list[str]:
     """How this program was started, in words for a shell."""
     if dist.world() == 1:
         return ["dumo"]
@@ -280,7 +280,7 @@ def program_words() -> list[str]:
     return ["torchrun", "--nproc-per-node", ranks_per_node, "-m", "dumo"]
 
 
-def schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
+def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
     """That the steps already done had the rates of a schedule of another length, where those of this one differ."""
     if train_before.stretched(steps, steps_done):
         length = "shorter" if train_before.steps < steps else "longer"
@@ -407,7 +407,7 @@ class History:
             if change.step == self.step:
                 yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
         if self.train_before and self.train_before.schedule == self.run.train.schedule:
-            yield from schedule_lines(self.train_before, self.run.train.steps, self.step)
+            yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
         versions = dist.versions()
         for name in PROGRAMS:
             version = versions[name]

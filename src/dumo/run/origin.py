@@ -31,13 +31,13 @@ def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place
         return
     written = Written(run, index.written.past if index.written else ())
     lines = trained_run.lines(trained_run.differences_from(written), written)
-    require_no_differences(index.folder, place, lines)
+    _require_no_differences(index.folder, place, lines)
     require_same_code(run, trained_run.run.resolved, index.folder)
 
 
 def require_own_weights(run: Run, index: Index, place: Path) -> None:
     """Raise UserError where weights, as a milestone or a part of another folder's checkpoint, are of another run."""
-    checkpoint = checkpoint_of(place)
+    checkpoint = _checkpoint_of(place)
     if checkpoint and checkpoint.path.resolve().parent == index.checkpoints.folder.resolve():
         require_own_checkpoint(run, index, checkpoint, place)
         return
@@ -47,12 +47,12 @@ def require_own_weights(run: Run, index: Index, place: Path) -> None:
     if owner is not None and owner not in written.identities():
         raise UserError(f"{place} has weights of another run than {index.folder}: take others, or that run's folder")
     changes = later_changes_of_function(written.past, step_of(place, run.train.steps))
-    require_no_differences(index.folder, place, [str(change) for change in changes])
+    _require_no_differences(index.folder, place, [str(change) for change in changes])
     if trained_run:
         require_same_code(run, trained_run.run.resolved, index.folder)
 
 
-def checkpoint_of(place: Path) -> Checkpoint | None:
+def _checkpoint_of(place: Path) -> Checkpoint | None:
     """The checkpoint that a file or a folder is, or is a part of; None: it lies in none."""
     for folder in (place, place.parent):
         if (folder / manifest.NAME).is_file():
@@ -60,7 +60,7 @@ def checkpoint_of(place: Path) -> Checkpoint | None:
     return None
 
 
-def require_no_differences(folder: Path, place: Path, lines: list[str]) -> None:
+def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None:
     """Raise UserError with these lines, if there are any, of how run.yaml is not the run that weights are of."""
     if not lines:
         return
@@ -92,7 +92,7 @@ def require_place(file: Path, identities: Set[str], kind: str, step: int, **fact
             )
 
 
-def last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
+def _last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
     """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
     for checkpoint_step, checkpoint in reversed(index.checkpoints.by_step().items()):
         if step not in (None, checkpoint_step):
@@ -110,7 +110,7 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
     written = index.written
     if written is None:
         return
-    trained_run = last_readable_run(index, step)
+    trained_run = _last_readable_run(index, step)
     resolved = dict(written.run.resolved)
     if trained_run:
         resolved.update(trained_run.run.resolved)

@@ -29,17 +29,17 @@ from dumo.types.outside import TAG, kind_of
 
 def is_own_net(run: Run) -> bool:
     """Whether the net is a module of Python, or of a class from outside."""
-    return isinstance(run.net, Module) or is_from_outside(run.net)
+    return isinstance(run.net, Module) or _is_from_outside(run.net)
 
 
-def is_from_outside(part: Spec) -> bool:
+def _is_from_outside(part: Spec) -> bool:
     """Whether a part of a run is of a class that is not dumo's."""
     return kind_of(part) == TAG
 
 
 def has_own_parts(run: Run) -> bool:
     """Whether the net or the loss is a user's own."""
-    return is_own_net(run) or is_from_outside(run.objective)
+    return is_own_net(run) or _is_from_outside(run.objective)
 
 
 def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
@@ -49,17 +49,17 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     training mode.
     """
     objective = run.objective
-    if is_from_outside(run.net):  # a module of Python was asked when it was built
+    if _is_from_outside(run.net):  # a module of Python was asked when it was built
         with device:
             require_heads(net, objective.needs, run.data.shape, run.data.classes)
     net.train()
     ref = Frozen(net if run.train.ref == "self" else copy.deepcopy(net).eval())
-    b, keys = first_rows(run, device)
+    b, keys = _first_rows(run, device)
     max_difference = max_pass_difference(device, run.train.precision)
     with using(run.train.precision, device), dropout.using(keys):
         if is_own_net(run):
             require_pure_net(net, b, objective.needs, max_difference)
-        if is_from_outside(objective):
+        if _is_from_outside(objective):
             first = require_terms(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
             again = objective.loss(net, ref, b).loss.detach()
             if not outputs_match(first, again, max_difference):
@@ -70,7 +70,7 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
                 )
 
 
-def first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
+def _first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
     """The rows of the first pass of training, of random numbers in place of data, and the keys of their masks."""
     objective = run.objective
     train = run.train

@@ -34,13 +34,13 @@ def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Pat
     to_pixels = ToSquare(data.images.side, data.images.crop)
 
     def read(hashes: Sequence[str]) -> Tensor:
-        pixels = torch.stack([read_pixels(file_of(sha256), to_pixels) for sha256 in hashes])
+        pixels = torch.stack([_read_pixels(file_of(sha256), to_pixels) for sha256 in hashes])
         return codec.encode(picture.from_uint8(pixels))[:, : data.codec.channels].cpu()  # the means
 
     return Sources(data.shape, codec.sha256, read)
 
 
-def read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
+def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
     """The image of a file, uint8 (3, h, w). Raises UserError for what is none."""
     try:
         return to_pixels(file.read_bytes())
@@ -66,7 +66,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
     if texts is None or sampler.conditions.captions is None:
         fix = "give classes (--labels)" if sampler.conditions.count else "leave them out, or train a run with captions"
         raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
-    captions = as_captions(sampler, prompts, source)
+    captions = _as_captions(sampler, prompts, source)
 
     # prompts that are used again count as the last used
     for caption in dict.fromkeys(captions):
@@ -88,7 +88,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
     return torch.tensor([numbers[caption] for caption in captions])
 
 
-def as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) -> list[str]:
+def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) -> list[str]:
     """The prompts as captions: where the run was trained on such, captions that edit the image in `source`.
 
     Raises UserError where the run edits images and there is no source, where it edits none and there is one, and where

@@ -1,7 +1,7 @@
 """Published weights that a run begins with: a velocity of SiT's, or the trunk of a DiT, which predicts noise.
 
-`read` checks that the run's net is the published one (`require_published_net`), loads the file under its authors' names
-(`load_tensors`), checks that it has these layers (`require_layers`), and converts them to our names.
+`read` checks that the run's net is the published one (`_require_published_net`), loads the file under its authors'
+names (`_load_tensors`), checks that it has these layers (`_require_layers`), and converts them to our names.
 """
 
 from pathlib import Path
@@ -35,19 +35,19 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     file = user_path(start.source, "start.source")
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
         raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
-    require_published_net(start, spec, path)
+    _require_published_net(start, spec, path)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in load_tensors(start, file).items():
+    for name, tensor in _load_tensors(start, file).items():
         if not name.startswith(UNUSED):
             tensors[name] = tensor
-    require_layers(start, tensors, net)
+    _require_layers(start, tensors, net)
     state = converted(tensors, net)
     if start.kind == "sit":
         return state
     return {name: weight for name, weight in state.items() if name.startswith(TRUNK)}
 
 
-def require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
+def _require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
     """Raise UserError where a run's net is another function than the published one of its width, or on another path."""
     prefix = f"start.kind {start.kind}: the published net"
     wanted: dict[str, object] = {**PUBLISHED, "attention": ATTENTION_BY_WIDTH.get(spec.width, spec.attention)}
@@ -67,7 +67,7 @@ def require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
         )
 
 
-def load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
+def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of a diffusers folder of a DiT, by the authors' names. Raises UserError as `read`."""
     if not place.is_dir():
         return load(place)
@@ -85,7 +85,7 @@ def load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
     )
 
 
-def require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) -> None:
+def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) -> None:
     """Raise UserError unless the tensors, by the authors' names, are those of a SiT or DiT of the net's sizes."""
     prefix = f"start.source: {start.source} is no SiT or DiT of these sizes,"
     fix = "set net.depth, take the part that holds the model (`ema`), or another file"

@@ -59,12 +59,12 @@ def resolve_remaining(run: Run) -> Run:
 
     Raises UserError as `resolve`.
     """
-    require_velocity_to_teach(run)
-    data = resolve_data(run)
-    net = resolve_text_table(run.net, data)
-    path = resolve_schedule(run.path, net)
+    _require_velocity_to_teach(run)
+    data = _resolve_data(run)
+    net = _resolve_text_table(run.net, data)
+    path = _resolve_schedule(run.path, net)
     resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
-    facts = new_facts(run, resolved_run)
+    facts = _new_facts(run, resolved_run)
     if not facts:
         return run
     check(resolved_run)
@@ -72,7 +72,7 @@ def resolve_remaining(run: Run) -> Run:
     return resolved_run.model_copy(update={"resolved": run.resolved | facts})
 
 
-def resolve_data(run: Run) -> Data:
+def _resolve_data(run: Run) -> Data:
     """The run's data with what their files say. Raises UserError, with the fix where a pipeline's texts lack captions.
 
     Else as `found_data`.
@@ -86,18 +86,18 @@ def resolve_data(run: Run) -> Data:
         raise
 
 
-def resolve_text_table(net: Net, data: Data) -> Net:
+def _resolve_text_table(net: Net, data: Data) -> Net:
     """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
     texts = net.texts
     if not isinstance(texts, Tabled):
         return net
     resolved_net = net.model_copy(update={"texts": texts.found()})
     if texts.identity is None:
-        require_captions(data, texts)
+        _require_captions(data, texts)
     return resolved_net
 
 
-def resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
+def _resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
     """A diffusion's path with the schedule of the net's pipeline; another as it is."""
     if not isinstance(path, Diffusion) or path.schedule is not None or not isinstance(net, Pretrained):
         return path
@@ -107,7 +107,7 @@ def resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
     return path.model_copy(update={"schedule": frame.schedule})
 
 
-def new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
+def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     """What resolving a run has changed, by field, and the hashes of its code where it has none yet."""
     facts: dict[str, object] = {}
     for field_difference in differences(run, resolved_run):
@@ -126,7 +126,7 @@ def new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     return facts
 
 
-def require_velocity_to_teach(run: Run) -> None:
+def _require_velocity_to_teach(run: Run) -> None:
     """Raise UserError where the teacher is a run whose objective has no velocity to learn from.
 
     It is the run of `teacher.source`, or the few-step run under a subject's adapters. A folder that is missing is
@@ -163,7 +163,7 @@ def found_data(data: Data) -> Data:
         raise type(error)(f"{images_field}: {error}") from error
 
 
-def require_captions(data: Data, texts: Tabled) -> None:
+def _require_captions(data: Data, texts: Tabled) -> None:
     """Raise UserError where there is a table of texts that is not of these data's captions."""
     captions = Conditions(data).captions
     names = Conditions(data).names
@@ -206,12 +206,12 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
             return text
         return absolute_path(text, maybe=extra["where"] == "maybe")
 
-    placed_run = in_places(run, place)
+    placed_run = _in_places(run, place)
     given_words: dict[str, JsonValue] = {}
     for field, text in places(placed_run):
         if words[field] != text:
             given_words[field] = words[field]
-    resolved = without_given(run.resolved)
+    resolved = _without_given(run.resolved)
     if given_words:
         resolved[GIVEN] = given_words
     return placed_run.model_copy(update={"resolved": resolved})
@@ -225,7 +225,7 @@ def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     return {field: str(text) for field, text in words.items()}
 
 
-def without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """What was resolved, without the words that places were given in."""
     return {name: value for name, value in resolved.items() if name != GIVEN}
 
@@ -233,8 +233,8 @@ def without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in, of a whole path the last part."""
     words = paths_as_typed(run.resolved)
-    run_as_given = in_places(run, lambda field, text, _: without_path(words.get(field, text)))
-    return run_as_given.model_copy(update={"resolved": without_given(run.resolved)})
+    run_as_given = _in_places(run, lambda field, text, _: without_path(words.get(field, text)))
+    return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
 
 
 def without_path(place: str) -> str:
@@ -250,18 +250,18 @@ def places(spec: Spec) -> list[tuple[str, str]]:
         texts_by_field.append((field, text))
         return text
 
-    in_places(spec, note)
+    _in_places(spec, note)
     return texts_by_field
 
 
-def in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
+def _in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
     """A spec with its places, at any depth, as `change` makes them of field, text, and what the field is marked by."""
     changes: dict[str, object] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         extra = field.json_schema_extra
         if isinstance(value, Spec):
-            new_value: object = in_places(value, change, f"{prefix}{name}.")
+            new_value: object = _in_places(value, change, f"{prefix}{name}.")
         elif isinstance(value, str) and isinstance(extra, dict) and "where" in extra:
             new_value = change(f"{prefix}{name}", value, extra)
         else:

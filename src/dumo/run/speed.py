@@ -80,7 +80,7 @@ class Meter:
         if dist.is_main() and record.step % self.train.log_every == 0:
             self.last = self.measured(record.step)
             log.append(self.path, asdict(self.last))
-        loss = loss_text(record)
+        loss = _loss_text(record)
         return f"{loss}, {self.last}" if self.last else loss
 
     def measured(self, step: int) -> Speed:
@@ -106,7 +106,7 @@ class Meter:
         )
 
 
-def loss_text(record: Record) -> str:
+def _loss_text(record: Record) -> str:
     """The loss, and its parts where it is not the only one: a loss that is weighted by its own size says nothing."""
     if not math.isfinite(record.loss):
         return "step skipped"

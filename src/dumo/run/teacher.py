@@ -106,13 +106,17 @@ class LoadedTeacher:
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
-    """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
+    """Open a run's teacher, guided as its spec says.
+
+    `state` holds the net in training, which is the teacher where `teacher.kind` is base. Raises UserError where the
+    teacher cannot be opened, knows other data, or has no velocity.
+    """
     match teacher.kind:
         case "run":
-            flow, sha256 = run_flow(teacher, run.data, run.path, device)
+            flow, sha256 = _run_flow(teacher, run.data, run.path, device)
             reads = flow.readings(teacher.guide)
         case "python":
-            user_reads, sha256 = call_user_function(teacher, run, device)
+            user_reads, sha256 = _call_user_function(teacher, run, device)
             reads = teacher.guide(user_reads, run.data.classes)
         case "base":
             sha256 = str(state.frozen)
@@ -131,7 +135,7 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
     """
     base_net = BaseNet(net, run.train.precision)
     if not (run.start and run.has_subject):
-        return Flow(BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
+        return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
     few_step = load(run.start.source)
     check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", run.start.source)
     return Flow(base_net, few_step.objective, classes=run.data.classes, knobs=few_step.sample.knobs)
@@ -151,13 +155,13 @@ class BaseNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """As `Net`, without gradients and dropout."""
+        """The heads of the net with its adapters off, each (b, *shape), without gradients and dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
         with generate.eval_mode(self.net), off(), autocast(self.precision, x.device):
             return self.net(x, c, **inputs)
 
 
-class BaseVelocity(nn.Module):
+class _BaseVelocity(nn.Module):
     """The model of a pipeline, at the base of a net, as a net of one head: where r = t, each head is the velocity."""
 
     def __init__(self, base: BaseNet, needs: Needs) -> None:
@@ -171,7 +175,7 @@ class BaseVelocity(nn.Module):
         return bind_knobs(self.base, **self.needs.knobs)(x, c, **dict.fromkeys(times, t))[:1]
 
 
-def run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, str]:
+def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, str]:
     """The flow of another run, and the SHA-256 of its weights.
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
@@ -183,7 +187,7 @@ def run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device)
         )
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run
-    require_same_data(teacher, facts(teacher_run.data, teacher_run.path), facts(data, path))
+    _require_same_data(teacher, _facts(teacher_run.data, teacher_run.path), _facts(data, path))
     check_guided(
         teacher.guide,
         teacher_run.data,
@@ -196,7 +200,7 @@ def run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device)
     return flow, weights.sha256(opened.file)
 
 
-def facts(data: Data, path: FlowPath) -> dict[str, object]:
+def _facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on, by field."""
     codec = data.codec if isinstance(data, Latents) else None
     return {
@@ -209,8 +213,8 @@ def facts(data: Data, path: FlowPath) -> dict[str, object]:
     }
 
 
-def require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], run_facts: Mapping[str, object]) -> None:
-    """Raise UserError where two runs have other data or paths, by their `facts`."""
+def _require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], run_facts: Mapping[str, object]) -> None:
+    """Raise UserError where a teacher and a run differ in a field of their `_facts`."""
     differences: list[str] = []
     for field, here in run_facts.items():
         there = teacher_facts[field]
@@ -225,7 +229,7 @@ def require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], run
         )
 
 
-def call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:
+def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:
     """What the user's function returns, tried on two rows, and the SHA-256 of its source, not of what it calls.
 
     Raises UserError where it cannot be imported, fails, or has no velocity of the shape of x.
@@ -237,7 +241,7 @@ def call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tupl
     x = noise(0, range(2), 0, run.data.shape).to(device)
     t = torch.full((2,), 0.5, device=device)
     c = torch.tensor([0, run.data.classes], device=device)  # the null class, too
-    with importable(Path.cwd()):
+    with _importable(Path.cwd()):
         try:
             function = getattr(importlib.import_module(module), name)
             reads = cast(Reads, function(run, device))
@@ -258,7 +262,7 @@ def call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tupl
 
 
 @contextmanager
-def importable(folder: Path) -> Generator[None]:
+def _importable(folder: Path) -> Generator[None]:
     """Let modules of this folder be imported, as `python -m` does and an installed command does not."""
     sys.path.insert(0, str(folder))
     try:
@@ -344,7 +348,7 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
     def make_shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
         signals.check()
         numbers = index.span(number)
-        tensors = solve_pairs(index, reads, c[list(numbers)], numbers, device)
+        tensors = _solve_pairs(index, reads, c[list(numbers)], numbers, device)
         not_finite = [k for k, x in zip(numbers, tensors["x"], strict=True) if not x.isfinite().all()]
         if not_finite:
             raise UserError(
@@ -368,7 +372,7 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
     return TeacherPairs(**agreement.on_each_rank(load_pairs))
 
 
-def solve_pairs(index: PairsIndex, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+def _solve_pairs(index: PairsIndex, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from.
 
     All on the CPU, by the names of the index's columns. `c` (n,) are the classes of the n pairs of these numbers.

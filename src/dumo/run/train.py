@@ -25,7 +25,7 @@ from dumo.run import teacher
 from dumo.run.job import Job, MakeSheets, open_job
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
-from dumo.run.outlook import misfits, training_summary
+from dumo.run.summary import misfits, training_summary
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.threads import StepThreads
@@ -80,7 +80,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     state = job.state
     if not dist.is_main():
         bar = no_bar
-    for line in lines_before(job):
+    for line in _lines_before(job):
         job.tell(line)
 
     # note it in the folder, once all ranks have read what is there
@@ -97,7 +97,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
             source = job.teacher.training_source(job.data, points, run.path, run.data, job.folder, job.device, bar)
-    step_threads = step_threads_of(job)
+    step_threads = _step_threads_of(job)
     journal = Journal(
         run=run,
         folder=job.folder,
@@ -124,7 +124,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         with (
             step_threads,
             journal.saver,
-            prefetched(run.train, shapes(source, run.train, run.data.shape), source, flow, job.device) as loaders,
+            _prefetched(run.train, shapes(source, run.train, run.data.shape), source, flow, job.device) as loaders,
             bar(f"training {job.folder.name}", run.train.steps) as tick,
         ):
             batch_at, draws_at = loaders
@@ -139,7 +139,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
                 loop.Every(1, lambda state, record: step_threads.begin()),
             ]
             if state.step < run.train.steps:
-                step_threads.choose(trial_step(run.train, state, flow_for, source))
+                step_threads.choose(_trial_step(run.train, state, flow_for, source))
             step_threads.begin()
             loop.train(state, flow, batch_at, run.train, every, journal.due, draws_at)
     except Diverged as error:
@@ -151,11 +151,21 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     return state
 
 
-def lines_before(job: Job) -> list[str]:
+def _lines_before(job: Job) -> list[str]:
     """What is trained on what, in lines; every rank must call it."""
     run = job.run
     state = job.state
-    lines = [training_summary(run, job.folder, job.data.size, state.step, job.device, job.step_cost.units)]
+    lines = [
+        training_summary(
+            run,
+            job.net_outline,
+            job.folder,
+            size=job.data.size,
+            step=state.step,
+            device=job.device,
+            units=job.step_cost.units,
+        )
+    ]
     if isinstance(job.data, Bucketed):
         lines.append(f"images are in {job.data.about}")
     lines.append(f"objective: {method(run.objective)}")
@@ -166,7 +176,7 @@ def lines_before(job: Job) -> list[str]:
     return lines
 
 
-def step_threads_of(job: Job) -> StepThreads:
+def _step_threads_of(job: Job) -> StepThreads:
     """The chooser of the number of threads for steps.
 
     A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
@@ -180,7 +190,7 @@ def step_threads_of(job: Job) -> StepThreads:
     return StepThreads(job.device, job.tell, fixed=fixed, recorded=recorded, step=manifest.step)
 
 
-def trial_step(
+def _trial_step(
     train: Train, state: State, flow_for: Callable[[State], Flow], source: DataSource | teacher.TeacherPairs
 ) -> Callable[[], object]:
     """What makes a step like the training's next one, on a copy of its state, which the first call makes."""
@@ -200,7 +210,7 @@ def trial_step(
 
 
 @contextmanager
-def prefetched(
+def _prefetched(
     train: Train,
     shape: Callable[[int], tuple[int, ...]],
     source: DataSource | teacher.TeacherPairs,

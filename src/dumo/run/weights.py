@@ -137,18 +137,18 @@ def open_run(
     run = index.run(overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
-        require_trained(index, run)
+        _require_trained(index, run)
     while True:
         steps_before = list(index.checkpoints.by_step())
         try:
-            return open_weights(run, index, weights, dist.device(device), fill=fill)
+            return _open_weights(run, index, weights, dist.device(device), fill=fill)
         except (UserError, OSError):
             steps_now = list(index.checkpoints.by_step())
             if steps_now == steps_before:  # else a training has removed what was read
                 raise
 
 
-def require_trained(index: Index, run: Run) -> None:
+def _require_trained(index: Index, run: Run) -> None:
     """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
     assert index.written, "a run's folder has a run.yaml"
     trained_run = index.written.run
@@ -169,7 +169,7 @@ def require_trained(index: Index, run: Run) -> None:
             )
 
 
-def open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
+def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     # find the file
     folder = index.folder
@@ -227,20 +227,20 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     loaders: dict[str, Callable[[], Tensor]] = {}
     for name, read in checkpoint.lazily(file).items():
         if name in trained_weights:
-            loaders[name] = partial(read_single, read)
-    load_state(net, deferred_weights, loaders)
+            loaders[name] = partial(_read_single, read)
+    _load_state(net, deferred_weights, loaders)
     if device is not None:
         deferred_weights.fill(net, device)
     return net.eval(), deferred_weights
 
 
-def read_single(read: Callable[[], Tensor]) -> Tensor:
+def _read_single(read: Callable[[], Tensor]) -> Tensor:
     """What `read` returns, in float32 where it has 16 bits."""
     return to_float32(read())
 
 
 @torch.no_grad()
-def load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str, Callable[[], Tensor]]) -> None:
+def _load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str, Callable[[], Tensor]]) -> None:
     """Load tensors into a net by name. A deferred weight keeps its loader until it is made."""
     weights = net.state_dict()
     for name, load_tensor in loaders.items():
@@ -267,7 +267,7 @@ def sketch(run: Tree) -> tuple[nn.Module, Deferred]:
     """The same net on the CPU, and what makes its weights one by one; one from outside has them."""
     net, deferred_weights = deferred(run)
     if run.has_subject:
-        load_few_step_run(run, net, deferred_weights)
+        _load_few_step_run(run, net, deferred_weights)
     return net, deferred_weights
 
 
@@ -279,7 +279,7 @@ def few_step_run(run: Tree) -> RunFolder:
     start = run.start
     assert start, "a run without one has no subject"
     source = open_run(start.source, device="cpu", fill=False)
-    require_net(source.run, start, run.net, run.path, (*SAME_FUNCTION_FIELDS, *SUBJECT_FIELDS))
+    _require_net(source.run, start, run.net, run.path, (*SAME_FUNCTION_FIELDS, *SUBJECT_FIELDS))
     if start.sha256 not in (None, source.sha256):
         raise UserError(
             f"start.source: {start.source} has other weights ({source.weights}) than when this run began: put back "
@@ -288,7 +288,7 @@ def few_step_run(run: Tree) -> RunFolder:
     return source
 
 
-def load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> None:
+def _load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> None:
     """Load what the few-step run trained into a net (`net.lora.subject`); it is read when the net is made.
 
     Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.
@@ -303,7 +303,7 @@ def load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> 
             f"start: {source.folder} and this run differ in {differing_heads[0]}: take the objective of that run, "
             f"objective.kind={source.run.objective.kind}"
         )
-    load_state(net, deferred_weights, {name: partial(source.made.made, x) for name, x in source_weights.items()})
+    _load_state(net, deferred_weights, {name: partial(source.made.made, x) for name, x in source_weights.items()})
     source_spec = source.run.net
     spec = run.net
     assert isinstance(source_spec, Pretrained)
@@ -345,18 +345,18 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     """
     net, deferred_weights = sketch(run)
     if start.kind == "run":
-        source_weights, source_deferred = open_source_weights(start, run.net, run.path)
+        source_weights, source_deferred = _open_source_weights(start, run.net, run.path)
     else:
         source_weights = published.read(start, run.net, run.path, net)
         source_deferred = Deferred()
-    require_source_heads(start, source_weights)
+    _require_source_heads(start, source_weights)
 
     # take what fits
     weights = net.state_dict()
     loaders: dict[str, Callable[[], Tensor]] = {}
     mismatches: list[str] = []
     for name, weight in weights.items():
-        source_weight = source_weights.get(source_name(name, start.heads))
+        source_weight = source_weights.get(_source_name(name, start.heads))
         if source_weight is not None and source_weight.shape == weight.shape:
             loaders[name] = partial(source_deferred.made, source_weight)
         elif not name.startswith(OPTIONAL_PREFIXES):
@@ -369,11 +369,11 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
             f"start: the nets differ, {mismatches[0]}: take one on data of this shape and number of classes, or set "
             "start=null"
         )
-    load_state(net, deferred_weights, loaders)
+    _load_state(net, deferred_weights, loaders)
     return net, deferred_weights
 
 
-def require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
+def _require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
     """Raise UserError where a head is to begin as one that the source does not have (`start.heads`)."""
     source_heads = dict.fromkeys(name.split(".")[1] for name in source_weights if name.startswith("heads."))
     for source_head in start.heads.values():
@@ -386,7 +386,7 @@ def require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> 
         )
 
 
-def source_name(name: str, heads: Mapping[str, str]) -> str:
+def _source_name(name: str, heads: Mapping[str, str]) -> str:
     """The name that a weight has in the source, where heads begin as others: `heads` is `start.heads`."""
     for head, source_head in heads.items():
         prefix = f"heads.{head}."
@@ -395,21 +395,21 @@ def source_name(name: str, heads: Mapping[str, str]) -> str:
     return name
 
 
-def open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
+def _open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
     """The weights of another run, and what reads them.
 
     Raises UserError where they make another function of this net, or on this path.
     """
     source = open_run(start.source, device="cpu", fill=False)
-    require_net(source.run, start, net, path, SAME_FUNCTION_FIELDS)
+    _require_net(source.run, start, net, path, SAME_FUNCTION_FIELDS)
     return source.net.state_dict(), source.made
 
 
-def require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
+def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
     """Raise UserError where a run has another net or path, but for fields that begin as one of `free_fields`."""
     if "r" not in source.objective.needs.names:  # of r no block knew
         free_fields = (*free_fields, "net.late:")
-    lines = [*difference_lines("net", source.net, net), *difference_lines("path", source.path, path)]
+    lines = [*_difference_lines("net", source.net, net), *_difference_lines("path", source.path, path)]
     mismatches = [line for line in lines if not line.startswith(free_fields)]
     if mismatches:
         raise UserError(
@@ -418,7 +418,7 @@ def require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields
         )
 
 
-def difference_lines(part_name: str, was: Spec, now: Spec) -> list[str]:
+def _difference_lines(part_name: str, was: Spec, now: Spec) -> list[str]:
     """A line for each field in which two parts of a run of this name differ."""
     if type(was) is type(now):
         return [str(field_difference) for field_difference in differences(was, now, f"{part_name}.")]

@@ -133,12 +133,12 @@ def torchrun_rank_and_world() -> tuple[int, int]:
 
     Raises UserError where they are no such numbers.
     """
-    world = environment_integer("WORLD_SIZE", 1, low=1, high=MAX_RANKS)
-    rank = environment_integer("RANK", 0, high=world - 1)
+    world = _environment_integer("WORLD_SIZE", 1, low=1, high=MAX_RANKS)
+    rank = _environment_integer("RANK", 0, high=world - 1)
     return rank, world
 
 
-def environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:
+def _environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:
     """A whole number from the environment. Raises UserError where it is none, or out of [low, high]."""
     text = os.environ.get(name, str(default))
     is_integer = re.fullmatch(r"-?[0-9]{1,18}", text) is not None
@@ -148,7 +148,7 @@ def environment_integer(name: str, default: int, *, low: int = 0, high: int | No
     return int(text)
 
 
-def timeout_seconds() -> float:
+def _timeout_seconds() -> float:
     """Seconds without a sign of a rank, after which it is taken to be gone. Raises UserError for no such number."""
     text = os.environ.get("DUMO_TIMEOUT", str(DEFAULT_TIMEOUT))
     try:
@@ -191,11 +191,11 @@ def join() -> Generator[None, None, None]:
         return
     require_ranks(f"work on {world} ranks")
     gpus = torch.cuda.device_count()
-    local_rank = environment_integer("LOCAL_RANK", 0)
-    timeout = timeout_seconds()
+    local_rank = _environment_integer("LOCAL_RANK", 0)
+    timeout = _timeout_seconds()
     if gpus:
         torch.cuda.set_device(local_rank % gpus)
-    has_own_gpu = gpus >= environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
+    has_own_gpu = gpus >= _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
     global joined, peers
     with signals.default_handlers():  # there is nothing to save yet
         store, rank = meet()
@@ -221,10 +221,10 @@ def join() -> Generator[None, None, None]:
 def meet() -> tuple[Store, int]:
     """An empty store that all ranks share, and the number of this one. Raises UserError, Lost."""
     _, world = torchrun_rank_and_world()
-    environment_integer("MASTER_PORT", 1, low=1, high=65535)
+    _environment_integer("MASTER_PORT", 1, low=1, high=65535)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_TIMEOUT)))
-        return PrefixStore(name_of_this_start(store, rank, world), store), rank
+        return PrefixStore(_name_of_this_start(store, rank, world), store), rank
     except ValueError as error:
         raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
     except torch.distributed.DistError as error:
@@ -255,7 +255,7 @@ def end_start() -> None:
             c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # longer than the heartbeat's
 
 
-def name_of_this_start(store: Store, rank: int, world: int) -> str:
+def _name_of_this_start(store: Store, rank: int, world: int) -> str:
     """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch

@@ -31,11 +31,11 @@ def no_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
     """On stderr: a live bar on a terminal; in a log file, a line a minute."""
     is_live = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return live_bar(title, total) if is_live else lines(title, total)
+    return _live_bar(title, total) if is_live else lines(title, total)
 
 
 @contextmanager
-def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
+def _live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
     """A bar that moves."""
     from rich import progress as parts
     from rich.console import Console

@@ -1,4 +1,8 @@
-"""Work that all ranks do together: what fails on one rank fails on all, with the same error."""
+"""Work that all ranks do together: what fails on one rank fails on all, with the same error.
+
+`gather_results` gives every rank the results of all, `on_each_rank` each its own, and `on_main_rank` all of them that
+of rank 0. Without this, the ranks that did not fail would wait for the failed one in their next collective.
+"""
 
 import errno
 from collections.abc import Callable

@@ -40,7 +40,7 @@ class Gradients:
         """The window after one more step."""
         window: dict[str, tuple[float, ...]] = {}
         for name, norm in norms.items():
-            window[name] = (*self.norms.get(name, ()), rounded(norm))[-WINDOW:]
+            window[name] = (*self.norms.get(name, ()), _rounded(norm))[-WINDOW:]
         new = Gradients(window, steps=min(self.steps + 1, START), calm=min(self.calm + 1, WINDOW))
         return replace(new, calm=0) if new.far_above() else new
 
@@ -67,7 +67,7 @@ def new_bursts(before: Gradients, now: Gradients) -> dict[str, float]:
     return now.far_above() if before.steps >= START and before.calm >= WINDOW else {}
 
 
-def rounded(norm: float) -> float:
+def _rounded(norm: float) -> float:
     """A norm to DIGITS significant digits; 0 where it is not finite."""
     return float(f"{norm:.{DIGITS}g}") if isfinite(norm) else 0.0
 
@@ -80,7 +80,7 @@ def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     modules: dict[str, list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            modules.setdefault(module_of(name), []).append(parameter)
+            modules.setdefault(_module_of(name), []).append(parameter)
     if len(modules) <= MODULES:
         return modules
     by_size = sorted(modules, key=lambda name: sum(parameter.numel() for parameter in modules[name]))
@@ -90,7 +90,7 @@ def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {**modules, REST: rest}
 
 
-def module_of(name: str) -> str:
+def _module_of(name: str) -> str:
     """The module that a parameter is counted to: `blocks` for blocks.3.mlp.weight, `heads.u` for heads.u.out.bias."""
     first, *others = name.removeprefix("model.").split(".")
     if first == "heads" and len(others) > 1:

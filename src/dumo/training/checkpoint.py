@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to resume, bit for bit, in safetensors and JSON only, on any number of ranks.
+"""Checkpoints: what a run needs to resume, to the bit, in safetensors and JSON only, on any number of ranks.
 
     checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  spec.yaml
                                  state.json; where it is trained on files, data.safetensors
@@ -77,7 +77,7 @@ def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
     All ranks together take one copy of it. Every rank must call it. Raises Diverged, on all ranks, if a value is not
     finite.
     """
-    tensors = tensors_of(state)
+    tensors = _tensors_of(state)
     problem = not_finite(tensors)
     if problem:
         raise Diverged(f"step {state.step}: {problem} is not finite, so no checkpoint is written of it.")
@@ -109,13 +109,13 @@ def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
         copies: dict[str, dict[str, Tensor]] = {}
         for part, named in tensors.items():
             written_here = offsets.get(part, named)
-            copies[part] = {name: copy_to_host(named[name], memory, (part, name)) for name in written_here}
+            copies[part] = {name: _copy_to_host(named[name], memory, (part, name)) for name in written_here}
         return copies
 
     return Copy(about, notes, size, agreement.on_each_rank(copy_parts), offsets)
 
 
-def copy_to_host(x: Tensor, memory: HostMemory, key: tuple[str, str]) -> Tensor:
+def _copy_to_host(x: Tensor, memory: HostMemory, key: tuple[str, str]) -> Tensor:
     """This rank's part of a tensor, copied. A buffer that exists is filled many times as fast as a new one."""
     source = layout.local(x.detach())
     buffer = memory.get(key)
@@ -135,7 +135,7 @@ def put(checkpoints: Checkpoints, copy: Copy, keep: int) -> Path:
     target = checkpoints.folder / manifest.folder_of(step)
     exists = agreement.on_main_rank(target.exists)
     if not exists or checkpoints.at(target).fault(together=True):
-        with path_to_write(target, "checkpoint", step, copy.size) as temp_path:
+        with _path_to_write(target, "checkpoint", step, copy.size) as temp_path:
             write(temp_path, copy)
         checkpoints.wrote(target)
     agreement.on_main_rank(lambda: checkpoints.drop(step, keep))
@@ -143,7 +143,10 @@ def put(checkpoints: Checkpoints, copy: Copy, keep: int) -> Path:
 
 
 def mark(folder: Path, state: State, run: str = "") -> Path:
-    """Write the sampled weights, of the first average or the net, as this step's milestone, as `save_weights`."""
+    """Write the sampled weights (of the first average, else the net) as this step's milestone; return its path.
+
+    `run` is the identity of the run. Every rank must call it. Raises as `save_weights`.
+    """
     return save_weights(folder, state, state.shown, "milestone", run)
 
 
@@ -156,8 +159,8 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
     target = folder / f"step-{state.step:08d}.safetensors"
     named = frozen.trained(state.net, module)
     size = sum(tensor.nbytes for tensor in named.values())
-    with path_to_write(target, kind, state.step, size) as temp_path:
-        whole = weights.apart(gathered_on_main_rank(named))
+    with _path_to_write(target, kind, state.step, size) as temp_path:
+        whole = weights.apart(_gathered_on_main_rank(named))
         agreement.on_main_rank(lambda: write_weights(temp_path, whole, kind=kind, step=state.step, run=run, **facts))
     return target
 
@@ -183,7 +186,7 @@ def restore_last_finite(
     """
     while True:
         restore(checkpoint, state)
-        problem = not_finite(tensors_of(state))
+        problem = not_finite(_tensors_of(state))
         if problem is None:
             return checkpoint
         if not or_before:
@@ -198,7 +201,7 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
     tensor that is missing, unknown, or of another shape or dtype; or if the frozen weights differ.
     """
-    tensors = weights_of(state)
+    tensors = _weights_of(state)
     optimizer_state: dict[str, Tensor] = {}
 
     def require_fit() -> manifest.Manifest:
@@ -225,13 +228,13 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     state.gradients = about.gradients
 
 
-def tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
+def _tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint that this rank holds, by part and name."""
-    net, *averages = weights_of(state).items()
+    net, *averages = _weights_of(state).items()
     return dict([net, ("optimizer", flatten(state)), *averages])  # in this order: the first shards the net
 
 
-def weights_of(state: State) -> dict[str, dict[str, Tensor]]:
+def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:
     """The trained weights of the net and of its averages, by part and name."""
     trained = {"net": frozen.trained(state.net)}
     for key, average in state.averages.items():
@@ -266,7 +269,7 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 def write(folder: Path, copy: Copy) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.on_main_rank(folder.mkdir)
-    agreement.on_main_rank(lambda: write_notes(folder, copy.notes))
+    agreement.on_main_rank(lambda: _write_notes(folder, copy.notes))
     if dist.world() == 1:
         for name, named in copy.tensors.items():
             safetensors.torch.save_file(named, folder / f"{name}.safetensors", metadata=ONE_FILE)
@@ -286,7 +289,7 @@ def write(folder: Path, copy: Copy) -> None:
     agreement.on_main_rank(lambda: manifest.write(folder, about))
 
 
-def write_notes(folder: Path, notes: Notes) -> None:
+def _write_notes(folder: Path, notes: Notes) -> None:
     """Write what a checkpoint holds besides its state."""
     if notes.run:
         (folder / manifest.RUN).write_text(notes.run, encoding="utf-8")
@@ -294,7 +297,7 @@ def write_notes(folder: Path, notes: Notes) -> None:
         safetensors.torch.save_file(dict(notes.data), folder / DATA, metadata=ONE_FILE)
 
 
-def gathered_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gathered_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole of each tensor on rank 0, nothing on others. Every rank must call it."""
     if dist.world() == 1:
         return dict(tensors)
@@ -307,7 +310,7 @@ def gathered_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[Path, None, None]:
+def _path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[Path, None, None]:
     """Yield a hidden path to write `size` bytes to, which is renamed to `target` once all of it is on the disk.
 
     Every rank must enter it. Raises UserError if the disk has less room than that; `kind` and `step` are for the
@@ -315,7 +318,7 @@ def path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[Pa
     """
     temp_path = files.temp_path_for(target)
     try:
-        agreement.on_main_rank(lambda: prepare(target, kind, step, size))
+        agreement.on_main_rank(lambda: _prepare(target, kind, step, size))
         try:
             yield temp_path
             agreement.on_main_rank(lambda: files.commit(temp_path, target, durable=True))
@@ -325,11 +328,11 @@ def path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[Pa
             raise
     except Exception as error:
         if files.is_disk_full(error):
-            raise UserError(f"{target.parent}: the disk is full, {not_written(target, kind, step)}") from error
+            raise UserError(f"{target.parent}: the disk is full, {_not_written(target, kind, step)}") from error
         raise
 
 
-def prepare(target: Path, kind: str, step: int, size: int) -> None:
+def _prepare(target: Path, kind: str, step: int, size: int) -> None:
     """Make the folder, and remove half-written files in it.
 
     Raises UserError if there is no room, and as `require_in_place`.
@@ -342,12 +345,12 @@ def prepare(target: Path, kind: str, step: int, size: int) -> None:
     if free < size:
         raise UserError(
             f"{folder}: the {kind} takes {size / 1e9:,.3g} GB and the disk has {free / 1e9:,.3g} GB free, "
-            f"{not_written(target, kind, step)}"
+            f"{_not_written(target, kind, step)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def not_written(target: Path, kind: str, step: int) -> str:
+def _not_written(target: Path, kind: str, step: int) -> str:
     """What a full disk means for the run, and what to do: the end of a message."""
     others = [path.name for path in paths_by_step(target.parent, target.suffix).values() if path != target]
     last = others[-1] if others else f"no {kind}"
@@ -357,11 +360,11 @@ def not_written(target: Path, kind: str, step: int) -> str:
 def write_weights(file: Path, tensors: Mapping[str, Tensor], **facts: object) -> None:
     """Write weights outside a checkpoint, with facts about them and checksums, all in one metadata entry."""
     facts = facts | {SUM: digest.of_tensors(tensors)}
-    facts[FACTS_SUM] = sum_of_facts(facts)
+    facts[FACTS_SUM] = _sum_of_facts(facts)
     safetensors.torch.save_file(dict(tensors), file, metadata={ABOUT: json.dumps(facts, sort_keys=True)})
 
 
-def sum_of_facts(facts: Mapping[str, object]) -> str:
+def _sum_of_facts(facts: Mapping[str, object]) -> str:
     """The checksum of the facts in a file of weights, itself left out."""
     others = {name: value for name, value in facts.items() if name != FACTS_SUM}
     return digest.short(json.dumps(others, sort_keys=True))
@@ -397,7 +400,7 @@ def facts_of(place: Path) -> dict[str, Any]:
         return {}
     if not isinstance(facts, dict):
         return dict(metadata)
-    if facts.get(FACTS_SUM) not in (None, sum_of_facts(facts)):
+    if facts.get(FACTS_SUM) not in (None, _sum_of_facts(facts)):
         raise UserError(
             f"{place}: its metadata does not match its checksum, so it was edited or damaged: take another copy, or "
             "other weights"

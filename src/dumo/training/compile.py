@@ -1,7 +1,8 @@
-"""torch.compile of a net's blocks, or of the whole loss.
+"""torch.compile of a net's blocks, or of the whole loss, as `train.compile` says.
 
-In a guided batch the number of rows that need V(null) changes from step to step: blocks are compiled for the batch and,
-at the second number of rows, once for all numbers. A whole loss passes all rows.
+The loop calls `compile_loss` once, before its first step; `compile_blocks` compiles the blocks of a net alone. In a
+guided batch the number of rows that need V(null) changes from step to step: blocks are compiled for the batch and, at
+the second number of rows, once for all numbers. A whole loss passes all rows.
 """
 
 import os
@@ -18,11 +19,12 @@ COMPILERS = ("g++", "clang++")
 
 
 def compile_loss(net: nn.Module, objective: Objective, choice: Compile) -> Loss:
-    """The loss of an objective. `blocks` compiles the net's blocks in place, `loss` the whole loss, `none` nothing.
+    """The loss to train by: the objective's own, or compiled where `choice` is `loss`.
 
-    Raises UserError if the net has no blocks, or the machine no compiler.
+    Where it is `blocks`, the net's blocks are compiled in place. Raises UserError if the net has no blocks, or
+    the machine no compiler.
     """
-    require_compiler(choice)
+    _require_compiler(choice)
     if choice == "loss":
         return torch.compile(objective.loss, fullgraph=True)
     if choice == "blocks":
@@ -30,7 +32,7 @@ def compile_loss(net: nn.Module, objective: Objective, choice: Compile) -> Loss:
     return objective.loss
 
 
-def require_compiler(choice: Compile) -> None:
+def _require_compiler(choice: Compile) -> None:
     """Raise UserError if `choice` needs a C++ compiler (of `CXX`, or one of COMPILERS) and the machine has none."""
     if choice == "none":
         return

@@ -42,11 +42,11 @@ def require() -> None:
     if not import_bitsandbytes():
         raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install('quantised')}")
     for signed in MOMENTS.values():
-        code_values(signed)
+        _code_values(signed)
 
 
 @cache
-def code_values(signed: bool) -> Tensor:
+def _code_values(signed: bool) -> Tensor:
     """The values of the 256 codes before scaling, in [-1, 1] or [0, 1]: Dettmers et al.'s dynamic ones."""
     from bitsandbytes.functional import create_dynamic_map
 
@@ -87,13 +87,13 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         weight = local(p.detach())
         if not state:
             state["step"] = torch.tensor(0.0)
-            for key in state_keys(p):
+            for key in _state_keys(p):
                 state[key] = torch.zeros_like(self.empty_state(key, p))
         if not weight.numel():  # a parameter with fewer rows than ranks
             state["step"] += 1
             return
-        exp_avg = float_moment(state, "exp_avg")
-        exp_avg_sq = float_moment(state, "exp_avg_sq")
+        exp_avg = _float_moment(state, "exp_avg")
+        exp_avg_sq = _float_moment(state, "exp_avg_sq")
         new_weight = weight.float()  # the weight itself if it is in float32
         beta1, beta2 = group["betas"]
         adamw(
@@ -113,8 +113,8 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        store_moment(state, "exp_avg", exp_avg)
-        store_moment(state, "exp_avg_sq", exp_avg_sq)
+        _store_moment(state, "exp_avg", exp_avg)
+        _store_moment(state, "exp_avg_sq", exp_avg_sq)
         if is_fake(weight):  # it has no values to round
             weight.copy_(new_weight)
         elif weight.dtype in HALVES:
@@ -142,7 +142,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         self.state.update({params[index]: state for index, state in state_dict["state"].items()})
 
 
-def state_keys(p: Tensor) -> list[str]:
+def _state_keys(p: Tensor) -> list[str]:
     """The names of a parameter's state, but for its step."""
     if not has_8bit_moments(p):
         return [*MOMENTS]
@@ -152,23 +152,23 @@ def state_keys(p: Tensor) -> list[str]:
     return keys
 
 
-def float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
+def _float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
     """This rank's part of a moment in float32: the tensor in the state itself, or what its codes stand for."""
     if moment in state:
         return local(state[moment])
     codes = local(state[f"{moment}_codes"])
     scale = local(state[f"{moment}_scale"])
     ops: Any = torch.ops.bitsandbytes
-    values = code_values(MOMENTS[moment]).to(codes.device)
+    values = _code_values(MOMENTS[moment]).to(codes.device)
     return ops.dequantize_blockwise(codes, scale.view(-1), values, BLOCK, torch.float32)
 
 
-def store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
+def _store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
     """Put a moment back as codes, where the state has codes."""
     if moment in state:
         return
     ops: Any = torch.ops.bitsandbytes
-    codes, scale = ops.quantize_blockwise(x, code_values(MOMENTS[moment]).to(x.device), BLOCK)
+    codes, scale = ops.quantize_blockwise(x, _code_values(MOMENTS[moment]).to(x.device), BLOCK)
     local(state[f"{moment}_codes"]).copy_(codes)
     scale += 0 * x.view(-1, BLOCK).sum(1)  # codes have no NaN, so that the scale is one
     local(state[f"{moment}_scale"]).view(-1).copy_(scale)

@@ -70,13 +70,13 @@ class PowerEma(Spec):
         return f"std-{self.std}"
 
 
-def kind_of(average: object) -> str:
+def _kind_of(average: object) -> str:
     """The kind of an average: exponential by default."""
     kind: object = average.get("kind") if isinstance(average, Mapping) else getattr(average, "kind", None)
     return str(kind or "exponential")
 
 
-Average = Annotated[Annotated[Ema, Tag("exponential")] | Annotated[PowerEma, Tag("power")], Discriminator(kind_of)]
+Average = Annotated[Annotated[Ema, Tag("exponential")] | Annotated[PowerEma, Tag("power")], Discriminator(_kind_of)]
 
 
 @cache
@@ -130,14 +130,14 @@ class MovingAverage:
         """
         if self._paired_net is not net:
             self._paired_net = net
-            self._parameters = unshared(self.module, net, "_parameters")
-            self._buffers = unshared(self.module, net, "_buffers")
+            self._parameters = _unshared(self.module, net, "_parameters")
+            self._buffers = _unshared(self.module, net, "_buffers")
 
 
-def unshared(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPair]:
+def _unshared(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPair]:
     """The slots, in a copy and in the net, of the tensors that the two do not share."""
     pairs: list[SlotPair] = []
-    for copy_slot, net_slot in zip(slots(copy, kind), slots(net, kind), strict=True):
+    for copy_slot, net_slot in zip(_slots(copy, kind), _slots(net, kind), strict=True):
         copy_table, copy_name = copy_slot
         net_table, net_name = net_slot
         if copy_table[copy_name] is not net_table[net_name]:
@@ -145,7 +145,7 @@ def unshared(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPai
     return pairs
 
 
-def slots(net: nn.Module, kind: TensorTable) -> list[TensorSlot]:
+def _slots(net: nn.Module, kind: TensorTable) -> list[TensorSlot]:
     """The slots of a net's parameters or buffers, in order; a tensor in two places counts once."""
     by_tensor: dict[int, TensorSlot] = {}
     for module in net.modules():

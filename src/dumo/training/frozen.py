@@ -1,8 +1,8 @@
-"""What is frozen in a net: parameters without gradients, and fixed tables, which are not in its state dict.
+"""What is frozen in a net: parameters without gradients, and fixed tables (buffers outside its state dict).
 
 A net made of a pretrained model may train a few of its weights, or adapters alone. The frozen ones are in memory once:
-averages share them with the net, checkpoints leave them out, and a digest tells whether a run goes on from the weights
-that it began with.
+averages share them with the net (`copied`, `share`), checkpoints hold what is `trained` alone, and a `digest` tells
+whether a run goes on from the frozen weights that it began with (`require`).
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -21,7 +21,7 @@ def frozen_weights(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-def fixed_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _fixed_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own buffers that are not in its state dict, by name."""
     names = module._non_persistent_buffers_set
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
@@ -39,7 +39,7 @@ def copied(net: nn.Module) -> nn.Module:
     """A copy that shares the frozen parameters and fixed tables with the net."""
     shared: dict[int, Tensor] = {id(p): p for p in frozen_weights(net).values()}
     for module in net.modules():
-        for _, table in fixed_tables(module):
+        for _, table in _fixed_tables(module):
             shared[id(table)] = table
     return deepcopy(net, shared)
 
@@ -50,7 +50,7 @@ def share(copy: nn.Module, net: nn.Module) -> None:
         for name, p in net_module.named_parameters(recurse=False, remove_duplicate=False):
             if not p.requires_grad:
                 setattr(copy_module, name, p)
-        for name, table in fixed_tables(net_module):
+        for name, table in _fixed_tables(net_module):
             setattr(copy_module, name, table)
 
 

@@ -73,7 +73,7 @@ def shard(
     """
     if mesh is None:
         if half:
-            convert(net, to_bfloat16)
+            _convert(net, _to_bfloat16)
         return
     weights = weights or Deferred()
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
@@ -88,7 +88,7 @@ def shard(
             return shard
         return shard.copy_(shard_like(weights.made(deferred[name]), shard))
 
-    shard_blocks(net, mesh, reshard=reshard)
+    _shard_blocks(net, mesh, reshard=reshard)
     replace_parameters(net, deferred, make_shard)
 
     net_parameters = dict(net.named_parameters())
@@ -99,15 +99,15 @@ def shard(
         return shard if restored else shard.copy_(net_parameters[name])
 
     for copy in copies:
-        shard_blocks(copy, mesh, reshard=True)
+        _shard_blocks(copy, mesh, reshard=True)
         replace_parameters(copy, deferred_and_trained, copy_shard)
     if half:
-        convert(net, to_bfloat16)
+        _convert(net, _to_bfloat16)
     for copy in copies:  # fully_shard takes what it finds there at the first pass
         share(copy, net)
 
 
-def shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:
+def _shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:
     """Shard a module's blocks, then all else in it; `reshard`: free gathered weights after each forward pass."""
     from torch.distributed.fsdp import fully_shard
 
@@ -119,15 +119,15 @@ def shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> Non
 def replace_parameters(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> None:
     """Replace a sharded module's parameters of these names by what `make` returns for the name and the parameter."""
     name_of: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if name in names}
-    convert(module, lambda x: make(name_of[x], x) if x in name_of else x)
+    _convert(module, lambda x: make(name_of[x], x) if x in name_of else x)
 
 
-def convert(net: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
+def _convert(net: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
     """Replace each parameter and buffer x by f(x), sharded ones too. torch's public casts would convert all of them."""
     net._apply(f)
 
 
-def to_bfloat16(x: Tensor) -> Tensor:
+def _to_bfloat16(x: Tensor) -> Tensor:
     """A trained parameter in bf16; what is frozen, or a buffer, as it is."""
     return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
@@ -147,7 +147,7 @@ def prepare_backward(net: nn.Module, is_last: bool, *, reshard: bool) -> None:
 
     Gathered weights stay gathered from pass to pass, unless `reshard`.
     """
-    modules = sharded_modules(net)
+    modules = _sharded_modules(net)
     if modules:
         root = modules[0]
         root.set_requires_gradient_sync(is_last)
@@ -161,11 +161,11 @@ def frees_gathered_weights(reshard: bool) -> bool:
 
 def release(net: nn.Module) -> None:
     """Free the weights that a pass without a backward pass has gathered: later steps would not update them."""
-    for module in sharded_modules(net):
+    for module in _sharded_modules(net):
         module.reshard()
 
 
-def sharded_modules(net: nn.Module) -> "list[FSDPModule]":
+def _sharded_modules(net: nn.Module) -> "list[FSDPModule]":
     """The sharded modules of a net, the root first; none if it is in one piece."""
     if dist.world() == 1:
         return []
@@ -180,7 +180,7 @@ def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.M
     Every rank must call it.
     """
     trains_in_half = any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
-    if not sharded_modules(net) and not trains_in_half:
+    if not _sharded_modules(net) and not trains_in_half:
         return unwrap(net)
     whole_net = build(next(net.parameters()).device)
     weights = whole_net.state_dict()

@@ -1,4 +1,8 @@
-"""The log of a run: one JSON object per line, so a torn write costs at most the last line.
+"""A run's log, metrics.jsonl and speed.jsonl: one JSON object per line, so a torn write costs at most the last line.
+
+Training calls `append` at each logged step, and `flush` before a checkpoint, which notes the size and hash of the log
+(`listed`). A resumed run takes back the rows after its step (`rewind`), and finds those that are lost (`gaps`).
+Everyone else reads by `read_log`.
 
 JSON has no NaN and no infinity: they are written as null, such as the mean loss of an empty time bin.
 """

@@ -1,4 +1,4 @@
-"""The training loop: a batch, a step, the hooks. All that changes is in `State`.
+"""The training loop: `train` takes a batch, makes a step, and calls the hooks. All that changes is in `State`.
 
 A batch and its random numbers depend on the step's number alone. So N steps, a stop and M more equal N + M steps
 (skipped steps count), and both may be made ahead, by any thread. Everything else (log, checkpoints, samples, a progress
@@ -60,12 +60,12 @@ def train(
                 if state.step % hook.n == 0:
                     hook.f(state, record)
             if record.skipped and state.skips >= spec.max_skips:
-                raise Diverged(divergence_message(record.step, record.skipped, state.skips))
+                raise Diverged(_divergence_message(record.step, record.skipped, state.skips))
             if record.asked is not None and state.step < spec.steps:
                 raise Stopped(record.asked)
 
 
-def divergence_message(step: int, reason: Skipped, num_skipped: int) -> str:
+def _divergence_message(step: int, reason: Skipped, num_skipped: int) -> str:
     """What happened at the last of `num_skipped` skipped steps in a row, and what to try."""
     if num_skipped == 1:
         before = ""

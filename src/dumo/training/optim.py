@@ -1,8 +1,9 @@
-"""Optimizers and learning rate schedules, as values.
+"""Optimizers and learning rate schedules, as values of a run: the fields `train.optimizer` and `train.schedule`.
 
-An optimizer spec holds the peak learning rate, and a call of it on a net builds the optimizer of the trained weights;
-`moments` is how many numbers of 4 bytes it keeps per weight, at least.
-A schedule is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs no scheduler state.
+An optimizer spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) holds the peak learning rate. Called with a net it builds the
+torch optimizer of the trained weights. `moments` is how many numbers of 4 bytes it keeps per weight, at least. A
+schedule (`Constant`, `Cosine`, `WSD`) is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs
+no scheduler state.
 """
 
 import math
@@ -23,8 +24,8 @@ from dumo.types import CHANGES, QUIET, Spec, UserError
 Matrices = Float[Tensor, "parts rows columns"]
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
-ITERATIONS = 5  # iterations: Jordan et al.'s
-EPS = 1e-7  # theirs: the least norm that is divided by
+ITERATIONS = 5  # Newton-Schulz iterations: Jordan et al.'s
+EPS = 1e-7  # the least norm that is divided by: Jordan et al.'s
 ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
 
 
@@ -121,10 +122,10 @@ class Adaptive(Spec, Generic[OptimizerKind]):
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a net's trained weights."""
-        return self.of_these(learned(net))
+        return self.optimizer_of(learned(net))
 
-    def of_these(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters: on a GPU a fused kernel, which rounds unlike a CPU's."""
+    def optimizer_of(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer of some parameters; if all are on a GPU a fused kernel, which rounds unlike a CPU's."""
         fused = True if all(p.is_cuda for p in params) else None
         return self.of(params, self.lr, self.betas, self.eps, self.weight_decay, fused=fused)
 
@@ -200,9 +201,9 @@ class Muon(Spec):
         return MuonOptimizer(matrices_by_parts, rest, **self.model_dump(include={"lr", "momentum", "weight_decay"}))
 
     def _adamw(self, others: list[nn.Parameter], times: Collection[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW of `others`; with `time_lr` those of them that embed times are a group of their own."""
+        """AdamW of the parameters `others`; with `time_lr` those that are in `times`, too, are a second group."""
         lr = self.adamw_lr or self.lr
-        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).of_these(others)
+        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).optimizer_of(others)
         time_parameters = [p for p in others if p in times]
         if self.time_lr and time_parameters:
             (group,) = adamw.param_groups
@@ -254,7 +255,7 @@ class Constant(Spec):
 
     def __call__(self, step: int, steps: int) -> float:
         """The factor of the update that follows `step` done ones; `steps` does not matter."""
-        return warmup_factor(step, self.warmup)
+        return _warmup_factor(step, self.warmup)
 
 
 class Cosine(Spec):
@@ -267,7 +268,7 @@ class Cosine(Spec):
         """The factor of the update that follows `step` done ones, of `steps` in all."""
         done = (step - self.warmup) / max(1, steps - self.warmup)
         done = min(max(done, 0.0), 1.0)
-        return warmup_factor(step, self.warmup) * (1 + math.cos(math.pi * done)) / 2
+        return _warmup_factor(step, self.warmup) * (1 + math.cos(math.pi * done)) / 2
 
 
 class WSD(Spec):
@@ -286,12 +287,12 @@ class WSD(Spec):
         start = max(self.warmup, (1 - self.DECAY) * steps)
         done = (step - start) / max(1, steps - start)
         done = min(max(done, 0.0), 1.0)
-        return warmup_factor(step, self.warmup) * (1 - math.sqrt(done))
+        return _warmup_factor(step, self.warmup) * (1 - math.sqrt(done))
 
 
 LearningRateSchedule = Annotated[Constant | Cosine | WSD, Field(discriminator="kind")]
 
 
-def warmup_factor(step: int, warmup: int) -> float:
+def _warmup_factor(step: int, warmup: int) -> float:
     """Linear warm-up: 1/warmup at the first update, 1 from the end of the warm-up on."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -1,4 +1,4 @@
-"""What steps read and draw, made ahead of them by threads."""
+"""Batches and random numbers of later steps, made by threads while the present step runs: `Prefetch`."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

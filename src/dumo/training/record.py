@@ -1,8 +1,9 @@
 """What a step measures, reduced over ranks in one table of numbers.
 
-The table is reduced once and copied from the device once, the only point where a step waits for its device. It holds
-sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is not finite on one
-rank is not finite in the sum.
+A step calls `measure`, which returns its `Record`; `skip_reason` if a number in it is not finite, and `probe_net` if
+the step is probed. The table is reduced once and copied from the device once, the only point where a step waits for its
+device. It holds sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is
+not finite on one rank is not finite in the sum.
 
 Some steps are probed: do the parts of the loss pull the net the same way, and do its heads agree? A step of length h
 down the gradient g_a of part a changes part b by -h |g_b| cos(g_a, g_b) to first order. So a cosine of 1 means that
@@ -103,9 +104,9 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
     received_signal = signals.poll()
     flags = [received_signal == number for number in signals.SIGNALS]
     flags.append(due and dist.is_main())
-    columns = columns_of(terms)
+    columns = _columns_of(terms)
     squares_here = local_squares([*state.modules.values()])
-    table_here = table_of(t, [*columns.values()], squares_here, norm, flags)
+    table_here = _table_of(t, [*columns.values()], squares_here, norm, flags)
     *sums_by_bin, counts, squares, last_row = dist.mean(table_here).tolist()
     sums = dict(zip(columns, sums_by_bin, strict=True))
     means = {name: sum(row) / sum(counts) for name, row in sums.items()}
@@ -117,7 +118,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
         loss=means["loss"],
         parts={name: means[name] for name in terms.parts},
         notes={name: means[name] for name in terms.notes},
-        bins={name: means_by_bin(row, counts) for name, row in sums.items()},
+        bins={name: _means_by_bin(row, counts) for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
         grad_norms={name: math.sqrt(square) for name, square in zip(state.modules, squares, strict=False)},
@@ -127,7 +128,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
     )
 
 
-def table_of(
+def _table_of(
     t: Time, columns: Sequence[PerSample], squares: Sequence[Tensor], norm: Tensor, flags: Sequence[bool]
 ) -> Tensor:
     """This rank's part of a record, of shape (columns + 3, BINS), on t's device.
@@ -148,12 +149,12 @@ def table_of(
     return table
 
 
-def means_by_bin(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+def _means_by_bin(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
     """The mean of each bin; nan if it is empty."""
     return [total / n if n else math.nan for total, n in zip(sums, counts, strict=True)]
 
 
-def columns_of(terms: Terms) -> dict[str, PerSample]:
+def _columns_of(terms: Terms) -> dict[str, PerSample]:
     """The loss, its parts and notes, by name."""
     return {"loss": terms.loss, **terms.parts, **terms.notes}
 
@@ -168,7 +169,7 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
 
     # which columns are not finite, and in which rows
     broken: dict[str, Tensor] = {}
-    for name, column in columns_of(terms).items():
+    for name, column in _columns_of(terms).items():
         is_broken = ~torch.cat(dist.gathered(column)).isfinite()
         if is_broken.any():
             broken[name] = is_broken
@@ -217,7 +218,7 @@ def compare_gradients(
         return {}, {}
     gradients = [gradient(net, name, loss) for name in names]
     net.zero_grad()
-    shared = [row for row in zip(*gradients, strict=True) if reached_by_all(row)]  # by parameter, then by part
+    shared = [row for row in zip(*gradients, strict=True) if _reached_by_all(row)]  # by parameter, then by part
 
     def product(i: int, j: int) -> float:
         return math.fsum(whole((row[i] * row[j]).sum()).item() for row in shared)  # of a sharded tensor all shards'
@@ -230,7 +231,7 @@ def compare_gradients(
     return dict(zip(names, norms, strict=True)), cosines
 
 
-def reached_by_all(gradients: Iterable[Tensor | None]) -> bool:
+def _reached_by_all(gradients: Iterable[Tensor | None]) -> bool:
     """Whether each part has a gradient of this parameter that is not 0. Every rank must call it."""
     return all(g is not None and bool(whole(g.abs().sum())) for g in gradients)
 

@@ -1,4 +1,4 @@
-"""A thread that writes checkpoints while training continues.
+"""A thread that writes checkpoints while training continues: `Saver.start` begins, `Saver.wait` waits for its end.
 
 A step waits until what is saved is copied to host memory; the thread writes, hashes and flushes that copy. One
 checkpoint is written at a time. The memory of the copy is kept for the next one.

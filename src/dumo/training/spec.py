@@ -1,4 +1,4 @@
-"""How to train, as a value."""
+"""How to train, as a value: `Train`, the field `train` of a run, with the defaults of the paper where it has any."""
 
 from typing import Literal
 
@@ -17,7 +17,7 @@ Compile = Literal["none", "blocks", "loss"]
 class Train(Spec):
     """How to train. Fields marked free or `changes` may change when a run is resumed; `changes` are noted."""
 
-    # In total; schedules stretch with it.
+    # Optimizer steps in total; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
     batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
     # Which noise goes with which data (Pooladian et al. 2023); None: any, as the paper.
@@ -56,7 +56,7 @@ class Train(Spec):
     snapshots: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
 
     @model_validator(mode="after")
-    def _possible(self) -> "Train":
+    def _fits(self) -> "Train":
         keys = [ema.key for ema in self.ema]
         if len({*keys}) < len(keys):
             raise ValueError(f"ema has an average twice: {keys}")
@@ -75,7 +75,7 @@ class Train(Spec):
         return self.optimizer.lr * self.schedule(step, self.steps)
 
     def stretched(self, steps: int, done: int) -> bool:
-        """Whether another length would have given the steps already done other rates."""
+        """Whether a schedule over `steps` steps would have given the `done` steps so far other rates than this one."""
         compared = (done // 2, done - 1)
         return done > 0 and any(self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared)
 

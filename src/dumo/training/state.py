@@ -153,12 +153,12 @@ def empty_optimizer_state(place: Path, state: State, fix: str) -> dict[str, Tens
                 saved_keys.add(key)
                 saved_names.add(name)
         for key, name in product(saved_keys, saved_names):
-            templates[f"{key}.{name}"] = state_template(state.optimizer, key, parameters[name])
+            templates[f"{key}.{name}"] = _state_template(state.optimizer, key, parameters[name])
     compare(place, saved, templates, "the run", fix)
     return {name: torch.empty_like(x, requires_grad=False) for name, x in templates.items()}
 
 
-def state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
+def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
     """A tensor of the shape, type and layout of this entry of an optimizer's state of a parameter."""
     if key == "step":
         return torch.zeros(())

@@ -1,12 +1,14 @@
-"""One optimizer step, and its record.
+"""One optimizer step: `train_step` makes it and returns its `Record`.
+
+Its order: loss and backward pass of each micro-batch; what was measured, over all ranks, in one table; clipping; then
+optimizer and averages. A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
+Who trains makes ahead what a step takes: `flow_of` the net with its objective, `draws_of` the random numbers, `pieces`
+this rank's rows.
 
 The gradient is that of the mean loss over the global batch. A batch is split over ranks, and a rank's rows over its
 passes, in micro-batches of consecutive rows, of nearly equal size, equally many on every rank. A micro-batch adds the
 gradient of its sum over the batch size, and ranks are added up after the last. So the split changes rounding alone, and
 two ranks equal one rank with two passes, to the bit.
-
-`train_step`: loss and backward pass of each micro-batch, the record over ranks, then clipping, optimizer and averages.
-A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -67,12 +69,16 @@ def rows_kept_together(spec: Train, objective: Objective) -> int:
     return lcm(objective.times.group, objective.needs.group, spec.coupling.group if spec.coupling else 1)
 
 
-def split_batch(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
-    """The rows of every pass, by rank: at most `micro_batch` (None: all of a rank's), in whole groups of `group` rows.
+def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
+    """Split a step's batch into passes: for each rank, the rows of the global batch that each of its passes takes.
 
-    Raises UserError if the batch is not a multiple of `group`, a group exceeds `micro_batch`, or there are fewer groups
-    than passes.
+    A pass has at most `train.micro_batch` rows (None: all of a rank's), and never parts rows that belong together.
+    Raises UserError if the batch is not a multiple of a group of such rows, a group exceeds `train.micro_batch`, or
+    there are fewer groups than passes.
     """
+    batch = spec.batch
+    micro_batch = spec.micro_batch
+    group = rows_kept_together(spec, objective)
     if batch % group:
         raise UserError(f"train.batch = {batch} is no multiple of {group}, the rows that belong together: change it")
     if micro_batch is not None and micro_batch < group:
@@ -81,23 +87,17 @@ def split_batch(batch: int, *, ranks: int = 1, micro_batch: int | None = None, g
         )
     groups = batch // group
     max_groups_per_pass = batch if micro_batch is None else micro_batch // group
-    passes = ceil(groups / (max_groups_per_pass * ranks))
-    total_passes = ranks * passes
+    passes_per_rank = ceil(groups / (max_groups_per_pass * ranks))
+    total_passes = ranks * passes_per_rank
     if total_passes > groups:
         content = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
         raise UserError(
-            f"train.batch = {batch} is {content}, too few for {passes} passes on each of {ranks} ranks: raise it, "
-            "or take fewer ranks"
+            f"train.batch = {batch} is {content}, too few for {passes_per_rank} passes on each of {ranks} ranks: raise "
+            "it, or take fewer ranks"
         )
     ends = [groups * i // total_passes * group for i in range(total_passes + 1)]
     rows = [slice(start, end) for start, end in pairwise(ends)]
-    return [rows[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
-
-
-def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
-    """The rows of every pass of a step, by rank. Raises UserError as `split_batch`."""
-    group = rows_kept_together(spec, objective)
-    return split_batch(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=group)
+    return [rows[rank * passes_per_rank : (rank + 1) * passes_per_rank] for rank in range(ranks)]
 
 
 def span(rows: list[slice]) -> slice:
@@ -150,7 +150,7 @@ def train_step(
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
-    record = with_bursts(state, record)
+    record = _with_bursts(state, record)
 
     # the update
     advance(state, record)
@@ -195,7 +195,7 @@ class MicroBatches:
         return slice(rows.start - self.first_row, rows.stop - self.first_row)
 
     def draw(self, rows: slice) -> Noised:
-        """Draw these rows of the global batch."""
+        """Noise these rows of the global batch, with the times and labels drawn for them."""
         local_rows = self.local_rows(rows)
         return self.flow.add_noise(
             self.draws[local_rows],
@@ -226,7 +226,7 @@ def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: boo
 
 
 def pieces(spec: Train, objective: Objective) -> list[slice]:
-    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `split_batch`."""
+    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `passes`."""
     return passes(spec, objective, dist.world())[dist.rank()]
 
 
@@ -240,8 +240,11 @@ def joined(terms: Sequence[Terms]) -> Terms:
     )
 
 
-def with_bursts(state: State, record: Record) -> Record:
-    """Add the norms to the state's window, and peaks and new bursts to the record; not of a skipped step."""
+def _with_bursts(state: State, record: Record) -> Record:
+    """The record with peaks and new bursts of the gradient norms, which are added to the state's window.
+
+    The record of a skipped step is returned unchanged.
+    """
     if record.skipped:
         return record
     before = state.gradients

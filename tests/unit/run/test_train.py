@@ -23,7 +23,7 @@ from dumo.report.sample import solver_of
 from dumo.run import cost, encode
 from dumo.run.job import open_data
 from dumo.run.net import outline
-from dumo.run.outlook import training_summary
+from dumo.run.summary import training_summary
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import agreement, log
@@ -139,8 +139,9 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
 @pytest.mark.nightly
 def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
     def said(run: Run) -> str:
-        units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape)
-        return training_summary(run, tmp_path, 1, 0, torch.device("cpu"), units)
+        net = outline(run)
+        units = cost.forward_units(net, run.objective, run.path, run.data.shape)
+        return training_summary(run, net, tmp_path, size=1, step=0, device=torch.device("cpu"), units=units)
 
     central, dual = (said(tiny("digits-guided", f"objective.slope.kind={kind}")) for kind in ("central", "dual"))
     (units,) = re.findall(r"([\d.]+) F a step \(1 F: one forward pass\)", dual)

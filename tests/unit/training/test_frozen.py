@@ -29,7 +29,7 @@ def whole(spec: Train) -> State:
     averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
     for average in averages.values():
         average.module = deepcopy(net).requires_grad_(False).eval()
-    return State(net, AdamW().of_these([p for p in net.parameters() if p.requires_grad]), averages)
+    return State(net, AdamW().optimizer_of([p for p in net.parameters() if p.requires_grad]), averages)
 
 
 def shared(state: State, average: MovingAverage) -> dict[str, bool]:

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.run import outlook
-from dumo.run.outlook import misfits
+from dumo.run import summary
+from dumo.run.summary import misfits
 
 CPU = torch.device("cpu")
 
 
 def test_what_does_not_fit_says_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     train = load("my-images").train
-    monkeypatch.setattr(outlook, "operations_per_second", lambda here: 1e9)
+    monkeypatch.setattr(summary, "operations_per_second", lambda here: 1e9)
     modes, hours = misfits(train, 1e9 * 3600 * 48, CPU)
     assert modes.endswith("--set train.precision=fp32 --set train.compile=none")
     assert "20,000 steps take 48 hours" in hours

@@ -1,6 +1,10 @@
-"""What a training says before its first step: what is trained on what, and what does not fit this machine."""
+"""The lines that a training shows before its first step.
 
-from collections.abc import Iterator, Sequence
+`training_summary` says what is trained on what, and what a step costs; `misfits` warns of what does not fit this
+machine, each time with the `--set` that does.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,36 +12,39 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data.store import some
-from dumo.flow.path import Path as FlowPath
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets.lowbit import saved
 from dumo.run import cost
-from dumo.run.net import outline
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
-from dumo.types import Objective, UserError
+from dumo.types import UserError
 
 SECONDS_PER_HOUR = 3600.0
 HOURS_PER_DAY = 24.0
 
 
-def training_summary(run: Run, folder: Path, size: int | None, step: int, device: torch.device, units: float) -> str:
-    """What is trained on what, and the forward units of a step, in a line. `size`: of the data, None if endless."""
-    net = outline(run)
+def training_summary(
+    run: Run, net: nn.Module, folder: Path, *, size: int | None, step: int, device: torch.device, units: float
+) -> str:
+    """What is trained on what, and the cost of a step, in a line.
+
+    `net` is on the meta device, `size` the number of rows of the data (None: they are drawn anew), `step` the number of
+    steps done, and `units` the cost of a step in forward passes (`dumo.run.cost`).
+    """
     unit = "images" if len(run.pixels) == 3 else "points"
     return (
-        f"training {folder} on {placed_on(run.train.share, device)}: "
-        f"data {run.data.kind} ({data_text(run, size, unit)}), "
-        f"net {run.net.kind} ({weights_text(net)}), "
-        f"{units:.2f} F a step (1 F: one forward pass{dual_hint(net, run)}), "
+        f"training {folder} on {_layout_text(run.train.share, device)}: "
+        f"data {run.data.kind} ({_data_text(run, size, unit)}), "
+        f"net {run.net.kind} ({_weights_text(net)}), "
+        f"{units:.2f} F a step (1 F: one forward pass{_dual_hint(net, run)}), "
         f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {unit}"
     )
 
 
-def data_text(run: Run, size: int | None, unit: str) -> str:
-    """How many rows there are, and of which classes or captions."""
+def _data_text(run: Run, size: int | None, unit: str) -> str:
+    """How many rows the data have, and of which classes or captions."""
     conditions = run.conditions
     text = f"{size:,} {unit}" if size is not None else f"{unit} drawn anew"
     if not run.data.classes:
@@ -50,34 +57,28 @@ def data_text(run: Run, size: int | None, unit: str) -> str:
     return text
 
 
-def weights_text(net: nn.Module) -> str:
-    """How many parameters there are, and how many learn, if not all."""
+def _weights_text(net: nn.Module) -> str:
+    """How many parameters a net has, and how many are trained, if not all."""
     total = sum(p.numel() for p in net.parameters()) + saved(net)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     text = f"{total:,} parameters"
     return text if trained == total else f"{text}, {trained:,} of them trained"
 
 
-def dual_hint(net: nn.Module, run: Run) -> str:
-    """Where a derivative is a difference of passes: what dual numbers would cost instead."""
-    units = dual_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
-    return f"; objective.slope.kind=dual takes {units:.2f} F, is exact and may run in bf16" if units else ""
-
-
-def dual_units(
-    net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int], *, ref: cost.Theta
-) -> float | None:
-    """What a step would cost with a dual slope, in F; None unless the slope is a central difference."""
-    if not isinstance(objective.needs.slope, CentralSlope):
-        return None
+def _dual_hint(net: nn.Module, run: Run) -> str:
+    """What a step would cost with dual numbers, where the derivative is a central difference of passes; else empty."""
+    if not isinstance(run.objective.needs.slope, CentralSlope):
+        return ""
+    objective = run.objective.model_copy(update={"slope": DualSlope()})
     try:
-        return cost.forward_units(net, objective.model_copy(update={"slope": DualSlope()}), path, shape, ref=ref)
-    except UserError:  # a net of which an operation has no rule
-        return None
+        units = cost.forward_units(net, objective, run.path, run.data.shape, ref=run.train.ref)
+    except UserError:  # an operation of the net has no rule for dual numbers
+        return ""
+    return f"; objective.slope.kind=dual takes {units:.2f} F, is exact and may run in bf16"
 
 
-def placed_on(share: int, device: torch.device) -> str:
-    """The device, and how the weights lie on several ranks."""
+def _layout_text(share: int, device: torch.device) -> str:
+    """The device, and how the weights are split over several ranks."""
     device_name = str(device)
     if device.type == "cuda":
         device_name += f" ({torch.cuda.get_device_name(device)})"
@@ -95,11 +96,11 @@ def placed_on(share: int, device: torch.device) -> str:
 
 
 def misfits(train: Train, operations: float, device: torch.device, step: int = 0) -> Iterator[str]:
-    """Why a run does not fit this machine, a line each with the --set that does.
+    """Yield a line for each reason why a run does not fit this machine, with the --set that does.
 
-    `operations` are what is left after `step`.
+    `operations` are the floating-point operations, on this device, of the steps after `step`.
     """
-    for_gpu: dict[str, str] = {}  # fields that are for a GPU, and what a CPU takes instead
+    for_gpu: dict[str, str] = {}  # fields of `train` that are for a GPU: the value for a CPU
     if train.precision == "bf16":
         for_gpu["precision"] = "fp32"
     if train.compile != "none":
