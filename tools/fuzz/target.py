@@ -20,7 +20,7 @@ from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
 from dumo.report import score
 from dumo.report.compare import compare
-from dumo.run import deviation
+from dumo.run import datanote
 from dumo.training import checkpoint, log, manifest
 from fuzz.mutation import mutated, replaced
 
@@ -70,7 +70,7 @@ def targets() -> list[Target]:
             in_json,
         ),
         Target("evaluation.json", json.dumps(EVALUATION).encode(), judge, in_json),
-        Target("data.json", b'{"sd": 0.5, "rows": 256}', lambda file: deviation.read(file.parent), in_json),
+        Target("data.json", b'{"sd": 0.5, "rows": 256}', lambda file: datanote.read(file.parent), in_json),
         Target("metrics.jsonl", b"".join(map(json_line, range(5))), log.read_log, in_lines, of_lines),
         Target("state.json", MANIFEST.model_dump_json().encode(), state, in_json),
         Target("w.safetensors", tensors, weigh),

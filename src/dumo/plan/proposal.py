@@ -33,7 +33,7 @@ from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
 from dumo.plan import machine, plan, rehearsal
 from dumo.plan.findings import of_captions
-from dumo.run import examination, outside
+from dumo.run import contract, examination
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
@@ -277,8 +277,8 @@ def step_seconds(run: Run, device: torch.device) -> float:
 
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
-    if outside.has_own_parts(run):
-        outside.require_contract(run, examination.drawn_net(run, device), device)
+    if contract.has_own_parts(run):
+        contract.require_contract(run, examination.drawn_net(run, device), device)
     run = run.model_copy(update={"net": examination.readable(run.net)})
     rows = run.train.micro_batch or run.train.batch
     require_room(run, device, run.train.copies, rows)

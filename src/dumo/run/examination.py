@@ -1,4 +1,4 @@
-"""What this machine has, and whether du/dt is du/dt on it: asked before any training rests on it.
+"""Whether a run's du/dt is the derivative on this machine, examined before any training rests on it.
 
 Few-step objectives regress on du/dt. Where that is wrong, training does not crash: the loss falls towards another
 target, and the samples are poor for no reason that a log shows. And it is wrong easily. A difference quotient divides
@@ -32,7 +32,7 @@ from dumo.flow.slope import slope_of
 from dumo.nets import Net, Pretrained
 from dumo.nets.adapter import SUBJECT
 from dumo.nets.text import or_drawn
-from dumo.run import outside
+from dumo.run import contract
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.random import stream
@@ -46,12 +46,12 @@ class ExamplePoint:
     """Where a slope is compared: rows that a net takes, and the direction in which they move."""
 
     x_t: Sample
-    direction: Sample
+    direction: Sample  # dx_t/dt
     c: Cond
     inputs: dict[str, Time]  # t, and what else the net takes
 
     def to(self, device: torch.device) -> "ExamplePoint":
-        """The same on this device."""
+        """A copy on this device."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         return ExamplePoint(self.x_t.to(device), self.direction.to(device), self.c.to(device), inputs)
 
@@ -102,19 +102,19 @@ class Examination:
 
 
 def examine(run: Run, device: torch.device) -> Examination:
-    """The run's slope on its net, cut to two blocks, every parameter drawn.
+    """Examine the run's slope on its net, cut to two blocks, every parameter drawn.
 
-    A user's own net or loss is tried first (`outside.require_contract`). Raises UserError as that and the slope do.
+    A user's own net or loss is tried first (`contract.require_contract`). Raises UserError as that and the slope do.
     """
     net = drawn_net(run, device)
-    if outside.has_own_parts(run):
-        outside.require_contract(run, net, device)
+    if contract.has_own_parts(run):
+        contract.require_contract(run, net, device)
     point = example_point(run.objective, run.path, run.data, run.train.seed, 4)
     return _compare(net, run, point, device, "drawn weights")
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
-    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
+    """Examine the run's slope on a copy of a net in training, in one piece. Raises UserError as the slope does."""
     point = example_point(run.objective, run.path, run.data, run.train.seed, 2)
     return _compare(copy.deepcopy(net), run, point, device, "the weights in training")
 
@@ -135,7 +135,7 @@ def drawn_net(run: Run, device: torch.device) -> nn.Module:
 
 
 def readable(net: Net) -> Net:
-    """The spec, with texts drawn if the net reads a table that is not there yet."""
+    """The spec of a net, with random texts if it reads a table that is not there yet."""
     texts = or_drawn(net.texts)
     if texts is net.texts:
         return net
@@ -143,7 +143,7 @@ def readable(net: Net) -> Net:
 
 
 def short(net: Net) -> Net:
-    """The spec cut to two blocks of each kind; of a pretrained net none of the weights are read."""
+    """The spec of a net with two blocks of each kind; of a pretrained net none of the weights are read."""
     if isinstance(net, Pretrained):
         return net.short(2)
     depth: int | None = getattr(net, "depth", None)
@@ -160,7 +160,7 @@ def short(net: Net) -> Net:
 
 
 def example_point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> ExamplePoint:
-    """Where to look, drawn by the seed: t from 1 / rows up to 1, other times from t down to 0."""
+    """Draw the rows on which a slope is examined, by the seed: t from 1 / rows up to 1, other times from t to 0."""
     needs = objective.needs
     generator = stream(seed, "doctor")
     x, z = torch.randn(2, rows, *data.shape, generator=generator).unbind()
@@ -176,10 +176,10 @@ def example_point(objective: Objective, path: Path, data: Data, seed: int, rows:
 
 
 def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device, weights: str) -> Examination:
-    """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none.
+    """Compare the slope, used as training uses it, with float64. Ranks take the mean, so that all go on or none.
 
-    dumo's nets are the same function in training but for dropped numbers, so they drop nothing here. A user's own is
-    asked in the mode of training, with the masks of a step.
+    dumo's nets are the same function in training but for dropout, so they are compared in evaluation mode. A user's own
+    is in training mode, with the masks of a step. The mode of `net` is changed.
     """
     objective = run.objective
     train = run.train
@@ -190,7 +190,7 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
     point = point.to(device)
     keys = None
     net.eval()
-    if outside.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
+    if contract.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
         net.train()
         keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
     ref = Frozen(net if train.ref == "self" else copy.deepcopy(net).eval())
@@ -204,9 +204,10 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
 def slope_errors(
     objective: Objective, net: nn.Module, ref: Frozen, x: Sample, w: Sample, c: Cond, /, **inputs: Time
 ) -> dict[str, Tensor]:
-    """How far the objective's slope, in the precision around this, is from d/dt in float64, relative, by head.
+    """The relative l2 error of the objective's slope against d/dt in float64, by head, in the precision around it.
 
-    Of its two uses, with the direction w known before the pass and after it, the worse counts.
+    x (b, *shape) moves along w (b, *shape). A slope has two uses, with w known before the pass or after it: the worse
+    error counts.
     """
     slope = slope_of(objective)
     assert slope is not None

@@ -1,4 +1,9 @@
-"""A run's folder while it is trained: locked, refused where it holds another run, guarded, and marked."""
+"""A run's folder while it is trained: locked, refused where it holds another run, guarded, and marked.
+
+`run.job` calls, in this order, `locked_run_folder`, `require_resumable`, `remove_half_written` and `guard_run_folder`.
+The journal then calls `write_run_file` and `mark_no_checkpoint_yet`; at each checkpoint `restore_run_file` and
+`mark_checkpoint_written`.
+"""
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress

@@ -14,8 +14,8 @@ from pathlib import Path
 from dumo.config.load import Difference, Written, differences, run_of
 from dumo.config.source import FILE, Noted, RunText, parse_text, read_file
 from dumo.config.spec import Run
-from dumo.run import deviation
-from dumo.run.deviation import DataNote
+from dumo.run import datanote
+from dumo.run.datanote import DataNote
 from dumo.runtime import dist
 from dumo.training import manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
@@ -110,4 +110,4 @@ class Index:
     @cached_property
     def data_note(self) -> DataNote | None:
         """What data.json says. Raises UserError for a damaged file."""
-        return deviation.read(self.folder)
+        return datanote.read(self.folder)

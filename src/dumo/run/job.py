@@ -29,7 +29,7 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import DataSource
 from dumo.nets.text import Learned
-from dumo.run import content, cost, encode, examination
+from dumo.run import cost, datacheck, encode, examination
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
     guard_run_folder,
@@ -176,7 +176,7 @@ def open_job(
         teacher = _load_teacher(run, state, torch_device)
 
         # 6. compare with what the folder holds
-        changed_data = content.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
+        changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
 
         def compare_history() -> History | None:
             if not dist.is_main():

@@ -1,4 +1,10 @@
-"""What a run writes down as it trains: log, milestones, checkpoints; and what has changed when it goes on."""
+"""What a run writes down as it trains: log, milestones, checkpoints; and what has changed when it goes on.
+
+Before the first step, on rank 0, `History.of` compares run, data and log with what the folder holds, and
+`History.write` brings the folder to the step from which training goes on. Then every rank has a `Journal`. The training
+calls `Journal.open`; the loop calls `Journal.hooks` after each step: log, then milestone, then checkpoint, where they
+are due. A skipped step and a burst are said at once, with what to type (`resume_hint`).
+"""
 
 import os
 import time
@@ -19,7 +25,7 @@ from dumo.config.spec import Run
 from dumo.io.content import Hashes
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
-from dumo.run import average, content, deviation, examination
+from dumo.run import average, datacheck, datanote, examination
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, restore_run_file, write_run_file
 from dumo.run.index import Index
 from dumo.run.net import outline
@@ -47,7 +53,7 @@ COPIES = 4  # of the weights in an examination: in one piece, to be asked, and i
 
 @dataclass
 class Journal:
-    """What a run writes down. Every rank has one, and must call it alike."""
+    """Writes log, milestones and checkpoints. Every rank has one, and must call each method alike."""
 
     run: Run
     folder: Path
@@ -69,11 +75,11 @@ class Journal:
 
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
-        """What the loop calls after its steps, in this order."""
+        """What the loop calls after each step, in this order: log, milestones, checkpoints."""
         return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
 
     def due(self) -> bool:
-        """Whether enough minutes have passed since the last checkpoint for another, by this rank's clock; or it failed.
+        """Whether a checkpoint is due by this rank's clock, or the last one failed to be written.
 
         A failure is of all ranks, so that of the first one brings all to where it is raised.
         """
@@ -83,9 +89,10 @@ class Journal:
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
 
     def open(self, state: State) -> None:
-        """Before the next step: refuse a slope that fails on what was saved unexamined; the milestone of this step.
+        """Bring the folder up to the present step, before the next one.
 
-        Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
+        Examines the slope on weights that were saved unexamined, writes a missing milestone, and, if no step is left,
+        the last checkpoint. Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
         for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
@@ -99,9 +106,10 @@ class Journal:
             self.saver.wait()
 
     def log(self, state: State, record: Record) -> None:
-        """A line of the log, where one is due, as of a step that is judged, was skipped, or at which a burst begins.
+        """Judge the run where that is due, and add a row to the log where one is.
 
-        `tell` is called with a line on a skipped step, and on a burst.
+        A row is due every `log_every` steps, and at a step that was probed, judged or skipped, or at which a burst
+        begins. `tell` is called with a line on a skipped step, and on a burst.
         """
         scores = self.validation.judge(state) if self.validation else {}
         scheduled = state.step % self.run.train.log_every == 0
@@ -128,7 +136,7 @@ class Journal:
             log.append(self.folder / "metrics.jsonl", row)
 
     def blamed_rows(self, step: int, skipped: Skipped) -> list[dict[str, Any]]:
-        """The rows to blame for a skipped step, each with its number in the data set in place of that in the batch."""
+        """The rows to blame for a skipped step, each with its number in the data set, not in the batch."""
         if not skipped.rows:
             return []
         train = self.run.train
@@ -141,16 +149,16 @@ class Journal:
         return rows
 
     def mark(self, state: State, record: Record | None = None) -> None:
-        """The weights that are shown, at a milestone; averages by a power, where a snapshot is due."""
+        """Write the sampled weights at a milestone, and averages by a power where a snapshot is due."""
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
         if self.run.train.snaps(state.step):
             average.save_snapshots(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:
-        """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.
+        """Save a checkpoint where one is due by step or clock, where the run is asked to stop, and at the end.
 
-        Up to the first one its weights are examined before; not where somebody waits for it to stop.
+        Up to the first one the weights are examined before, but not where somebody waits for the run to stop.
         """
         is_asked_to_stop = record.asked is not None
         is_last = state.step == self.run.train.steps
@@ -163,13 +171,13 @@ class Journal:
                 self.saver.wait()
 
     def save(self, state: State) -> None:
-        """A checkpoint of this step, written while the next ones are made; the log up to it is on the disk before."""
+        """Save a checkpoint of this step in a thread, after the log up to it; training goes on meanwhile."""
         self.saver.wait()  # its memory is filled anew
         log_file = self.folder / "metrics.jsonl"
         step = state.step
         logged = agreement.on_each_rank(lambda: log.listed(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
-        notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged, step_threads)
+        notes = checkpoint.Notes(self.text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
@@ -185,7 +193,7 @@ class Journal:
         self.last_saved = time.monotonic()
 
     def restore_run_file(self) -> None:
-        """Before a checkpoint, which is of no use without run.yaml: write that again where it was removed, and say so.
+        """Write run.yaml again where it was removed, and say so: a checkpoint is of no use without it.
 
         Raises UserError where the run's folder is no longer in its place.
         """
@@ -193,9 +201,10 @@ class Journal:
             self.tell(f"warning: {self.folder / FILE} was removed during training, and is written again")
 
     def examine(self, state: State) -> None:
-        """Refuse a slope that is not the derivative at the weights in training; say so where they are too many to look.
+        """Raise UserError if the slope is not the derivative at the weights in training.
 
-        A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
+        Where the device has no room for COPIES of the weights, as of a net of which little is trained, it is not
+        examined, and `tell` is called with a line. Then the self-test of two blocks has to do.
         """
         copies_bytes = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
         device_bytes = agreement.on_main_rank(lambda: dist.memory(self.device))
@@ -229,7 +238,7 @@ def slope_in_time(state: State) -> float | None:
 
 
 def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Record, *, embeds: bool = False) -> str:
-    """That a burst begins, in which module, and what to type before it breaks the training.
+    """The warning that a burst begins: in which module, and what to type before it breaks the training.
 
     `embeds`: whether that module is an embedder of times.
     """
@@ -262,7 +271,7 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
 
 
 def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
-    """The command that goes on at these rates, from the checkpoint of a step, or as the folder stands."""
+    """The command that goes on at these rates, from the checkpoint of `step`; None: as the folder stands."""
     options: list[str] = []
     if step is not None:
         options += ["--from", str(step)]
@@ -281,7 +290,7 @@ def _program_words() -> list[str]:
 
 
 def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
-    """That the steps already done had the rates of a schedule of another length, where those of this one differ."""
+    """Yield a line if the steps already done had other rates, because their schedule had another length."""
     if train_before.stretched(steps, steps_done):
         length = "shorter" if train_before.steps < steps else "longer"
         yield (
@@ -292,7 +301,7 @@ def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterato
 
 @dataclass(frozen=True)
 class History:
-    """What of a folder's run has changed when it goes on after `step`; made and written by one process alone."""
+    """What has changed in a folder's run when it goes on after `step`. Rank 0 alone makes and writes it."""
 
     run: Run
     index: Index
@@ -315,11 +324,12 @@ class History:
         last: Checkpoint | None,
         *,
         accept: bool = False,
-        change: content.Change | None = None,
+        change: datacheck.Change | None = None,
     ) -> "History":
-        """Look, and write nothing. Raises UserError if the data have changed, and that is not accepted (`accept`).
+        """Compare run and data with what the folder holds; nothing is written.
 
-        `change`: how their content has.
+        `last` is the checkpoint that is resumed, `change` how the contents of its data have changed. Raises UserError
+        if the data have another fingerprint, and that is not accepted (`accept`).
         """
         # compare the data
         noted_fingerprint = index.data_note.fingerprint if index.data_note else None
@@ -328,10 +338,10 @@ class History:
         changed = written.changes(run, step) if written else []
         if last and noted_fingerprint is not None and noted_fingerprint != fingerprint:
             if not accept:
-                raise content.refusal(
-                    index.folder, f"fingerprint {noted_fingerprint} in {deviation.FILE}, {fingerprint} now"
+                raise datacheck.changed_data_error(
+                    index.folder, f"fingerprint {noted_fingerprint} in {datanote.FILE}, {fingerprint} now"
                 )
-            change = content.Change(noted_fingerprint, str(fingerprint))
+            change = datacheck.Change(noted_fingerprint, str(fingerprint))
         if change:
             changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
 
@@ -350,9 +360,9 @@ class History:
         )
 
     def write(self, *, rewound: bool = False) -> Iterator[str]:
-        """Bring the folder to this state, and yield what there is to say of it, in lines.
+        """Bring the folder to `step`: rewind it, note run and data. Yields lines for the user.
 
-        `rewound`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
+        The log after the step is always moved aside; with `rewound`, later checkpoints and milestones are removed.
         """
         folder = self.index.folder
         log_file = folder / "metrics.jsonl"
@@ -398,9 +408,7 @@ class History:
             mark_no_checkpoint_yet(folder)
         else:
             mark_checkpoint_written(folder)
-        data_note = deviation.update(
-            folder, self.index.data_note, self.source, self.fingerprint, anew=self.data_changed
-        )
+        data_note = datanote.update(folder, self.index.data_note, self.source, self.fingerprint, anew=self.data_changed)
 
         # say what has changed
         for change in self.changed:

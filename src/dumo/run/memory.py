@@ -46,11 +46,11 @@ class HeldBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all four together."""
         return self.weights + self.gradients + self.optimizer + self.averages
 
     def part(self, share: int) -> "HeldBytes":
-        """What a rank holds where `share` of them hold it between them."""
+        """The bytes of a rank, where `share` ranks hold one copy of everything between them."""
         return HeldBytes(
             weights=self.weights // share,
             gradients=self.gradients // share,
@@ -69,12 +69,12 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
-        """The most at once."""
+        """The most bytes at one time."""
         return self.held.total + self.activations
 
     @property
     def parts(self) -> dict[str, int]:
-        """By what it is."""
+        """Bytes by what they are for: weights, gradients, optimizer, averages, activations."""
         return {**asdict(self.held), "activations": self.activations}
 
 
@@ -93,7 +93,7 @@ class StepBytes(NamedTuple):
 
 
 def of_tensors(tensors: Iterable[Tensor]) -> int:
-    """Bytes of some tensors."""
+    """Bytes of all tensors together."""
     return sum(x.nbytes for x in tensors)
 
 
@@ -217,7 +217,7 @@ def _weights(net: nn.Module) -> tuple[Tensor, ...]:
 def _step_bytes(
     net: nn.Module, objective: Objective, b: Noised, ref: cost.Theta, precision: Precision, *, has_gradients: bool
 ) -> StepBytes:
-    """Bytes before a step and in it, on fake tensors. `has_gradients`: the gradients are there before."""
+    """Follow one step on fake tensors. `has_gradients`: gradients are there before, so they do not count in it."""
     net, theta = cost.outlines(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in {net, theta.module}:

@@ -1,4 +1,8 @@
-"""The net that a run's spec describes: on the meta device, or at step 0."""
+"""The net that a run's spec describes, before any weights of a folder: an outline, or as drawn for step 0.
+
+`outline` makes it on the meta device, to count and to check; `drawn` makes it with its first weights; `deferred` makes
+it without them, with a reader that draws each weight when it is wanted. `dumo.run.weights` loads trained ones.
+"""
 
 import torch
 from torch import nn
@@ -17,7 +21,10 @@ from dumo.types import Taught
 
 
 def flow_in_training(run: Tree, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
-    """The net of a state with the run's objective, as it is trained; `teacher` and `prior` as `flow_of`."""
+    """The net of a state with the run's objective, as it is trained.
+
+    `teacher` replaces the data's velocity, for the share `prior` of a batch's rows (None: for all).
+    """
     return flow_of(state, run.train, run.objective, run.path, run.data.classes, teacher=teacher, prior=prior)
 
 
@@ -45,7 +52,7 @@ def drawn(run: Tree) -> nn.Module:
 
 
 def deferred(run: Tree) -> tuple[nn.Module, Deferred]:
-    """The same net, and what makes its weights one by one; a net from outside has them."""
+    """The net at step 0 without weights, and what makes these one by one; a user's own net has its weights."""
     deferred_weights = Deferred()
     if not isinstance(run.net, DiT | MLP | Pretrained | UNet):
         return drawn(run), deferred_weights

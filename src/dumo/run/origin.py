@@ -3,6 +3,9 @@
 A checkpoint has the run as it was up to its step, with what had changed by then; run.yaml may have been edited since. A
 field that makes another function, training or sample must be the same in both, or be noted as changed at that step or
 later. Files of weights alone have a hash of their run (`dumo.config.load.identity`).
+
+Training calls `require_same_run` before it resumes, and `run_before_step` for what has changed since. Who reads a run's
+weights calls `require_own_checkpoint` or `require_own_weights`; `require_place` is for files of weights in the folder.
 """
 
 from collections.abc import Set
@@ -120,13 +123,13 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
 
     way_out = f"or take them as they are by --accept, which notes them in {FILE}"
     if trained_run:
-        edited = [one for one in trained_run.differences_from(written) if not one.may]
+        edited = [difference for difference in trained_run.differences_from(written) if not difference.may]
         if edited:
             lines = [f"{index.folder / FILE} is not as it was trained:", *trained_run.lines(edited, written)]
             raise UserError("\n  ".join(lines) + f"\nPut these fields back, {way_out}")
-    asked = [one for one in differences(written.run, run) if not one.may]
-    if asked:
-        lines = [f"{index.folder} holds another run:", *map(str, asked)]
+    requested = [difference for difference in differences(written.run, run) if not difference.may]
+    if requested:
+        lines = [f"{index.folder} holds another run:", *map(str, requested)]
         raise UserError("\n  ".join(lines) + f"\nGive another folder with --out, or remove this one, {way_out}")
 
 

@@ -48,7 +48,7 @@ class Sampler:
 
     @property
     def precision(self) -> Precision:
-        """Of the net's passes; decoders stay in float32."""
+        """The precision of the net's passes; decoders stay in float32."""
         return self.flow.precision or "fp32"
 
     @property
@@ -82,8 +82,8 @@ class Sampler:
 
     @property
     def taught(self) -> Reads:
-        """What the objective taught, of no net: for checks."""
-        return taught_readings(self.flow.objective)
+        """The readings that the objective teaches, of no net: for checks."""
+        return taught(self.flow.objective)
 
     @property
     def reads(self) -> Reads:

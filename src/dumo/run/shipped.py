@@ -16,7 +16,7 @@ HERE = Path(__file__).parents[1] / "trained"
 
 
 def names() -> list[str]:
-    """Of all of them."""
+    """The names of the runs that come with dumo, sorted."""
     return sorted(folder.name for folder in HERE.iterdir())
 
 

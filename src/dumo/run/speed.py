@@ -1,4 +1,6 @@
-"""How fast a run trains: said by its bar, and kept in speed.jsonl next to its log.
+"""How fast a run trains: shown by its bar, and kept in speed.jsonl next to its log.
+
+`Meter` measures it: `begin` before the first step, `note` after each. `logged` joins the log's rows with their speeds.
 
 Times are the machine's, not the run's: they have a file of their own, so that a log is the same to the bit wherever and
 however often the run was stopped. It is only ever added to; of a step that was made twice the last row holds.

@@ -1,4 +1,7 @@
-"""A run judged while it trains: the first score of few samples of the weights that are shown, by the run's protocol.
+"""A run judged while it trains: the first score of a few samples of the sampled weights, by the run's protocol.
+
+`Validation` opens what it needs before the first step; the journal calls `judge` after each step, and `tidy` after each
+checkpoint; `outcome` says at the end which weights were the best.
 
 Nothing of the training depends on it, to the bit: samples have streams of their own (`dumo.runtime.random`), and the
 net its mode back. What is judged is opened once, before the first step. Ranks make the samples together, as sheets.
@@ -63,7 +66,9 @@ class Validation:
         spent: Callable[[float], object] = lambda seconds: None,
         identities: Set[str] = frozenset(),
     ) -> None:
-        """Writes nothing. `tell` hears the scores, `spent` the seconds that each took. Every rank must call it.
+        """Open the protocol and its data; nothing is written. Every rank must call it.
+
+        `tell` is called with a line for each score, `spent` with the seconds that it took.
 
         `identities` are those of the run in its folder (`Written.identities`), whose best weights may be there.
 
@@ -173,9 +178,10 @@ class Validation:
             )
 
     def tidy(self, step: int) -> None:
-        """Remove what was the best no more at a step, once its checkpoint stands: no resumed run goes back behind it.
+        """Remove all best weights up to `step` but the last, once the checkpoint of that step is written.
 
-        What has become the best since stays, too: a resumed run forgets it.
+        No resumed run goes back behind that checkpoint. Weights that have become the best since stay: a resumed run
+        removes them.
         """
         files = manifest.paths_by_step(self.folder, ".safetensors")
         up_to_step = [path for file_step, path in files.items() if file_step <= step]

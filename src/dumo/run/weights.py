@@ -1,4 +1,9 @@
-"""A run's net with its weights: drawn, of its own folder, of another run, or of a published file."""
+"""A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
+
+To sample or judge, `open_run` reads a run's folder. To train, `begin` returns the state to begin with: of the last
+checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0, `sketch` the net whose weights
+are read one by one when they are wanted (`dumo.io.deferred`).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +28,7 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.run import deviation, published, shipped
+from dumo.run import datanote, published, shipped
 from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
 from dumo.run.origin import require_own_checkpoint, require_own_weights
@@ -165,12 +170,12 @@ def _require_trained(index: Index, run: Run) -> None:
         if trained_fingerprint not in (None, fingerprint):
             raise UserError(
                 f"data.root: {run.data.root} has other images than {index.folder} was trained on (fingerprint "
-                f"{fingerprint}, and {trained_fingerprint} in {deviation.FILE}): say where those are"
+                f"{fingerprint}, and {trained_fingerprint} in {datanote.FILE}): say where those are"
             )
 
 
 def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
-    """The run with the weights that it shows now, or with others. Raises as `open_run`."""
+    """The run with the weights of its last checkpoint, or of the file `weights`. Raises as `open_run`."""
     # find the file
     folder = index.folder
     hashed_parts = {sampled_part(run.train)} if weights is None else ()
@@ -235,7 +240,7 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
 
 
 def _read_single(read: Callable[[], Tensor]) -> Tensor:
-    """What `read` returns, in float32 where it has 16 bits."""
+    """The tensor that `read` returns, in float32 if it has 16 bits."""
     return to_float32(read())
 
 
@@ -264,7 +269,10 @@ def build(run: Tree, device: torch.device | str = "cpu") -> nn.Module:
 
 
 def sketch(run: Tree) -> tuple[nn.Module, Deferred]:
-    """The same net on the CPU, and what makes its weights one by one; one from outside has them."""
+    """The net at step 0 on the CPU, without weights, and what makes these one by one.
+
+    A user's own net has its weights. Raises UserError as `few_step_run`.
+    """
     net, deferred_weights = deferred(run)
     if run.has_subject:
         _load_few_step_run(run, net, deferred_weights)

@@ -35,7 +35,7 @@ from dumo.training.state import Diverged, State, by_parameter_index, empty_optim
 from dumo.types import UserError
 
 FIT = "resume with the spec that wrote it"  # the fix for weights of another net
-DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.content`)
+DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.datacheck`)
 ONE_FILE = {"format": "pt"}  # metadata of a part: one entry, because two are written in any order
 ABOUT = "dumo"  # the one metadata entry of weights outside a checkpoint: facts about them, as JSON
 SUM = "sum"  # among these facts: the checksum of the tensors

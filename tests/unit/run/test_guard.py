@@ -19,7 +19,7 @@ from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io import digest
-from dumo.run import deviation
+from dumo.run import datanote
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET
 from dumo.run.journal import Journal, burst_text
@@ -305,7 +305,7 @@ def test_from_a_step_that_is_not_there(step: int, run: Path) -> None:
 def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     run, folder, told = tiny("train.steps=2", name="digits"), tmp_path / "run", list[str]()
     train(run, folder)
-    file = folder / deviation.FILE
+    file = folder / datanote.FILE
     now = json.loads(file.read_text())["fingerprint"]
     file.write_text(json.dumps({"sd": 9.0, "rows": 256, "fingerprint": "0123"}))
     with pytest.raises(UserError, match=f"0123 in data.json, {now} now.*--accept"):
@@ -313,11 +313,11 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     train(run, folder, accept=True, tell=told.append)
     assert f"from step 2 on data is {now}, and was '0123'" in told
     assert noted(folder) == [Noted(step=2, field="data", was="0123", now=now, accepted=True)]
-    assert deviation.read(folder).sd == pytest.approx(0.752, abs=0.01)
+    assert datanote.read(folder).sd == pytest.approx(0.752, abs=0.01)
     train(run, folder, tell=told.append)
     file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any
     train(run, folder)
-    assert deviation.read(folder).fingerprint == now
+    assert datanote.read(folder).fingerprint == now
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Whether the data of a run are what its checkpoint was trained on, image by image (`dumo.io.content`).
 
-A checkpoint has, in `data.safetensors`, the hashes of what was read until then, zeros for the rest; what the images are
-called; and a hash of their classes.
+A checkpoint's `data.safetensors` has the hashes of the images that were read until then (zeros for the others), their
+names, and a hash of their classes. `tensors_to_save` returns these for a new checkpoint; `verify_data` compares the
+data with those of the last one, when a run is opened.
 """
 
 import os
@@ -27,17 +28,18 @@ WAY_OUT = "give another folder with --out, or go on with the data as they are by
 
 @dataclass(frozen=True)
 class Change:
-    """How data have changed: a short text of what they were, and of what they are."""
+    """How data have changed, for the note in run.yaml."""
 
-    was: str
-    now: str
+    was: str  # a hash, or the fingerprint, of the data before
+    now: str  # and of the data now
 
 
 def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept: bool, verify: bool) -> Change | None:
-    """Hash what changed since it was read, and from now on expect what the checkpoint was trained on.
+    """Compare the data in `source` with those that the checkpoint `last` was trained on.
 
-    With `verify` all is hashed. Every rank must call it; they share the reading. Returns what is other with `accept`,
-    which raises UserError without, on every rank, with the names.
+    Hashes the images whose files have changed since they were read; with `verify`, all. From then on every image that
+    is read is expected to be as it was. Every rank must call it; they share the reading. Returns the change if there is
+    one, and it is accepted (`accept`); raises UserError on every rank, with the names, if it is not.
     """
     origin = getattr(source, "origin", None)
     if isinstance(origin, Origin):
@@ -69,7 +71,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
         if len(changed):
             problem = f"{content.few(changed.tolist(), hashes.path)} changed"
     if problem and not accept:
-        raise refusal(folder, problem)
+        raise changed_data_error(folder, problem)
     if not accept:
         return None
     hashes.expected = None
@@ -80,32 +82,33 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     return Change(was, now)
 
 
-def refusal(folder: Path, problem: str) -> UserError:
-    """That the data of a run have changed, with the way out."""
+def changed_data_error(folder: Path, problem: str) -> UserError:
+    """The error that the data of a run have changed, with the way out."""
     return UserError(
         f"{folder}: the data are not those that it was trained on ({problem}): put them back as they were, {WAY_OUT}"
     )
 
 
-def seen(hashes: Hashes | None) -> dict[str, Tensor]:
-    """What a checkpoint says of the data: what any rank has read of them. Every rank must call it.
+def tensors_to_save(hashes: Hashes | None) -> dict[str, Tensor]:
+    """The tensors that a checkpoint keeps of the data: hashes of what any rank has read, names, and classes.
 
-    Raises UserError, on all ranks, where two have read other contents of an image.
+    Empty where the data are no files (`hashes` None). Every rank must call it. Raises UserError, on all ranks, where
+    two ranks have read other contents of one image.
     """
     if hashes is None:
         return {}
     read_here = torch.from_numpy(hashes.seen())
     read_anywhere = dist.largest(read_here)
     if dist.world() > 1:
-        agreement.gather_results(lambda: _require_same(hashes, read_here, read_anywhere))
+        agreement.gather_results(lambda: _require_same_contents(hashes, read_here, read_anywhere))
         hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")
     hashes.rest()
     labels = torch.tensor(list(bytes.fromhex(hashes.labels())), dtype=torch.uint8)
     return {"hashes": read_anywhere, "names": hashes.packed, "labels": labels}
 
 
-def _require_same(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
-    """Raise UserError where another rank has other contents."""
+def _require_same_contents(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
+    """Raise UserError where another rank has read other contents of an image that this one has read."""
     differs = (read_here != read_anywhere).any(1) & read_here.any(1)
     rows = differs.nonzero().flatten()
     if rows.numel():

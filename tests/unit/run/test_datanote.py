@@ -7,7 +7,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.io.source import TensorData
-from dumo.run.deviation import FILE, measure, read, update
+from dumo.run.datanote import FILE, measure, read, update
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.types import UserError

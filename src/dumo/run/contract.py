@@ -1,9 +1,10 @@
-"""Whether a net and a loss of a user's own can be trained, tried once before the first step.
+"""Whether a net and a loss of a user's own keep the contract of training, tried once before the first step.
 
-A step makes several passes of one net on the same rows: to learn, to be differentiated, for theta^-. And a run that is
-resumed makes the passes that it would have made. So a net and a loss draw no random numbers of their own and change
-nothing, and a loss has a number for each row. Where that does not hold, a difference of two passes is no derivative, a
-resumed run is another one, or training ends in a traceback: each is a line here instead.
+`require_contract` is the entrance; `has_own_parts` says whether a run needs it. A step makes several passes of one net
+on the same rows: to learn, to be differentiated, for theta^-. And a run that is resumed makes the passes that it would
+have made. So a net and a loss draw no random numbers of their own and change nothing, and a loss has a number for each
+row. Where that does not hold, a difference of two passes is no derivative, a resumed run is another one, or training
+ends in a traceback: each is a line here instead.
 
 A net and a loss are called twice, as the first step calls them, on random numbers in place of data. dumo's own keep all
 this by their tests, and are not tried.

@@ -1,4 +1,7 @@
-"""A folder's data.json: the standard deviation and the fingerprint of the data, measured when training begins."""
+"""A run folder's data.json: the standard deviation and the fingerprint of its data, measured when training begins.
+
+`update` measures and writes it; `read` reads it, to compare the data of a resumed run, and for the run's card.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ class DataNote:
 
 
 def measure(source: DataSource) -> float:
-    """The standard deviation over all numbers of the first rows, as EDM's sigma_data."""
+    """The standard deviation over all numbers of the first ROWS rows, as EDM's sigma_data."""
     x, _ = source.batch(0, ROWS, 0)
     return x.double().std().item()
 
@@ -30,9 +33,10 @@ def measure(source: DataSource) -> float:
 def update(
     folder: Path, before: DataNote | None, source: DataSource, fingerprint: str | None = None, *, anew: bool = False
 ) -> DataNote:
-    """The note of these data; `before` as it is, if it is of data of this fingerprint, else measured and written.
+    """The note of the data in `source`, written to data.json if it is new.
 
-    `fingerprint` is the source's, if it has one. `anew`: measured in any case. Only one process may call it.
+    `before` is the note that is there; if it has the same `fingerprint` (None: the source has none), nothing is
+    measured, unless `anew`. Only one process may call it.
     """
     if (
         before is None

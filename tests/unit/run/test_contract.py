@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import dumo
 from dumo.flow import dropout
 from dumo.flow.precision import Precision
-from dumo.run import cost, outside
+from dumo.run import contract, cost
 from dumo.run.net import outline
 from dumo.types import Heads
 from unit.run.known import same
@@ -114,25 +114,25 @@ def test_outputs_that_differ_by_rounding_match_on_a_gpu(precision: Precision, ro
     first = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     first[0, 0] = 1e-6
     second = first + rounding * torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
-    gpu = outside.max_pass_difference(torch.device("cuda"), precision)
-    cpu = outside.max_pass_difference(torch.device("cpu"), precision)
-    assert outside.outputs_match(first, second, gpu)
-    assert not outside.outputs_match(first, second, cpu)
+    gpu = contract.max_pass_difference(torch.device("cuda"), precision)
+    cpu = contract.max_pass_difference(torch.device("cpu"), precision)
+    assert contract.outputs_match(first, second, gpu)
+    assert not contract.outputs_match(first, second, cpu)
     for max_difference in (gpu, cpu):
-        assert outside.outputs_match(first, first.clone(), max_difference)
-        assert outside.outputs_match(0 * first, 0 * first, max_difference)
-        assert not outside.outputs_match(first, F.dropout(first, 0.1), max_difference)
-        assert not outside.outputs_match(0 * first, second, max_difference)
+        assert contract.outputs_match(first, first.clone(), max_difference)
+        assert contract.outputs_match(0 * first, 0 * first, max_difference)
+        assert not contract.outputs_match(first, F.dropout(first, 0.1), max_difference)
+        assert not contract.outputs_match(0 * first, second, max_difference)
 
 
 @pytest.mark.parametrize("max_difference", [0.0, 1e-4])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_the_same_alone_in_the_same_place(value: float, max_difference: float) -> None:
     first = torch.tensor([1.0, value, 2.0])
-    assert outside.outputs_match(first, first.clone(), max_difference)
+    assert contract.outputs_match(first, first.clone(), max_difference)
     for second in (torch.tensor([1.0, 1.0, 2.0]), torch.tensor([value, 1.0, 2.0]), torch.tensor([1.0, value, 3.0])):
-        assert not outside.outputs_match(first, second, max_difference)
-        assert not outside.outputs_match(second, first, max_difference)
+        assert not contract.outputs_match(first, second, max_difference)
+        assert not contract.outputs_match(second, first, max_difference)
 
 
 @pytest.mark.parametrize("what", RETURNS)
@@ -167,7 +167,7 @@ def test_images_are_no_way_round(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dumos_own_nets_and_losses_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(outside, "require_contract", lambda run, net, device: tried.append(run.objective.kind))
+    monkeypatch.setattr(contract, "require_contract", lambda run, net, device: tried.append(run.objective.kind))
     train(tmp_path / "own")
     assert not tried
     train(tmp_path / "net", Plain())
