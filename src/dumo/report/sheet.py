@@ -54,7 +54,7 @@ class Sheets:
         None where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws them. A sheet
         that is begun is finished, for the next checkpoint is of a later step.
         """
-        if record.asked is None and self.run.train.draws(state.step):
+        if record.asked is None and self.run.train.is_sheet_due(state.step):
             with signals.finished():
                 for nfe in self.run.sample.nfe:
                     self.draw_one(state, nfe)
@@ -62,7 +62,7 @@ class Sheets:
     def open(self, state: State) -> None:
         """Before the next step: the sheets of this one that are due and not there. Every rank must call it."""
         agreement.on_main_rank(lambda: files.sweep(self.folder))
-        if state.step and self.run.train.draws(state.step):
+        if state.step and self.run.train.is_sheet_due(state.step):
             for nfe in self.run.sample.nfe:
                 stem = self.stem(state, nfe)
                 if agreement.on_main_rank(lambda stem=stem: not stem.with_suffix(".png").exists()):

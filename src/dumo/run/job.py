@@ -3,7 +3,7 @@
 `open_job` is the entrance. Every rank goes through its steps:
 
 1. lock the folder (rank 0), and read what it holds into an `Index`
-2. resolve the run: write out what files and machine say of it; rank 0 encodes missing tokens of captions
+2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
 3. check that it fits the machine, its ranks and the folder
 4. open the data, and examine the derivative against float64
 5. begin the state: as drawn, of the last checkpoint, or of `start`

@@ -83,7 +83,7 @@ class Journal:
 
         A failure is of all ranks, so that of the first one brings all to where it is raised.
         """
-        if self.saver.failed:
+        if self.saver.has_failed:
             return True
         minutes = self.run.train.save_minutes
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
@@ -152,7 +152,7 @@ class Journal:
         """Write the sampled weights at a milestone, and averages by a power where a snapshot is due."""
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
-        if self.run.train.snaps(state.step):
+        if self.run.train.is_snapshot_due(state.step):
             average.save_snapshots(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:
@@ -291,7 +291,7 @@ def _program_words() -> list[str]:
 
 def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
     """Yield a line if the steps already done had other rates, because their schedule had another length."""
-    if train_before.stretched(steps, steps_done):
+    if train_before.had_other_rates(steps, steps_done):
         length = "shorter" if train_before.steps < steps else "longer"
         yield (
             f"train.steps is {steps:,}, and was {train_before.steps:,}: the {steps_done:,} steps already done had the "

@@ -1,7 +1,7 @@
 """Published weights that a run begins with: a velocity of SiT's, or the trunk of a DiT, which predicts noise.
 
-`read` checks that the run's net is the published one (`_require_published_net`), loads the file under its authors'
-names (`_load_tensors`), checks that it has these layers (`_require_layers`), and converts them to our names.
+`read` is the entrance. It checks that the run's net is the published one, loads the file under its authors' names,
+checks that it has the net's layers, and converts their names to ours.
 """
 
 from pathlib import Path

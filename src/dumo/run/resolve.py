@@ -1,8 +1,14 @@
-"""What disk and machine say of a run: found once, when it is opened, and recorded in its run.yaml as `resolved`.
+"""What disk and machine say of a run: asked once, when it is opened, and recorded in its run.yaml as `resolved`.
 
-`resolve` fills in classes, captions, schedule and code hashes. So that a run is whole by itself, `with_absolute_paths`
-writes out where things lie, and `with_hashes` pins what is no data, but what samples depend on: autoencoder, pipeline
-and the weights of a subject's run. Where it moves to another machine, fields of places say where things are there.
+When a run is opened for training (`run.job`):
+
+1. `with_absolute_paths` writes out where things lie
+2. `resolve` fills in classes, captions, schedule and code hashes, and checks the net
+3. `resolve_remaining` adds what was made since, the tokens of captions
+4. `with_hashes` pins what samples depend on besides data: autoencoder, pipeline, the weights of a subject's run
+
+So a run is complete by itself. On another machine, fields of places say where things are there; `as_given` turns these
+back into the words that the user typed.
 """
 
 import os
@@ -73,9 +79,9 @@ def resolve_remaining(run: Run) -> Run:
 
 
 def _resolve_data(run: Run) -> Data:
-    """The run's data with what their files say. Raises UserError, with the fix where a pipeline's texts lack captions.
+    """The run's data with what their files say of them.
 
-    Else as `found_data`.
+    Raises UserError as `found_data`, with a fix where a pipeline's texts lack captions.
     """
     try:
         return found_data(run.data)
@@ -98,7 +104,7 @@ def _resolve_text_table(net: Net, data: Data) -> Net:
 
 
 def _resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
-    """A diffusion's path with the schedule of the net's pipeline; another as it is."""
+    """The path with the schedule of the net's pipeline, if it is a diffusion's and has none; another as it is."""
     if not isinstance(path, Diffusion) or path.schedule is not None or not isinstance(net, Pretrained):
         return path
     frame = net.frame
@@ -153,7 +159,10 @@ def _require_velocity_to_teach(run: Run) -> None:
 
 
 def found_data(data: Data) -> Data:
-    """The data with what their files say of them. Raises UserError as `resolve`, after the field of the images."""
+    """The data with what their files say of them: classes, names, captions.
+
+    Raises UserError, which names the field of the images, where the files contradict the spec.
+    """
     if not isinstance(data, Images | Latents):
         return data
     try:
@@ -183,7 +192,7 @@ def _require_captions(data: Data, texts: Tabled) -> None:
 
 
 def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
-    """The run with whole paths in fields that say where something lies; the words given for them are in `resolved`.
+    """The run with absolute paths in fields that say where something lies; the words given for them go to `resolved`.
 
     `before` is the run of the folder it goes on in: what is given in the same words is where it was when that began,
     whatever variables and the working directory say now. What is not there, and may be a name, stays as it is.
@@ -218,7 +227,7 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
 
 
 def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
-    """The words that places were given in, by field, where these are not the whole paths."""
+    """The words that places were given in, by field, where these are not the absolute paths."""
     words = resolved.get(GIVEN)
     if not isinstance(words, dict):
         return {}
@@ -231,14 +240,14 @@ def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def as_given(run: Run) -> Run:
-    """The run with its places in the words that they were given in, of a whole path the last part."""
+    """The run with its places in the words that they were given in; of an absolute path the last part alone."""
     words = paths_as_typed(run.resolved)
     run_as_given = _in_places(run, lambda field, text, _: without_path(words.get(field, text)))
     return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
 
 
 def without_path(place: str) -> str:
-    """The last part of a whole path; another place as it is."""
+    """The last part of an absolute path; another place as it is."""
     return Path(place).name if Path(place).is_absolute() else place
 
 
@@ -255,7 +264,7 @@ def places(spec: Spec) -> list[tuple[str, str]]:
 
 
 def _in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
-    """A spec with its places, at any depth, as `change` makes them of field, text, and what the field is marked by."""
+    """The spec with each of its places, at any depth, replaced by `change(field, text, marks of the field)`."""
     changes: dict[str, object] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
@@ -272,9 +281,9 @@ def _in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str
 
 
 def absolute_path(text: str, *, maybe: bool = False) -> str:
-    """A place as a whole path, with the values of variables; as it is where one is not set.
+    """A place as an absolute path, with the values of variables; as it is where a variable is not set.
 
-    `maybe`: also where nothing is there.
+    `maybe`: the text may be a name, and stays as it is where no file has that path.
     """
     try:
         path = user_path(text, "")
@@ -284,7 +293,10 @@ def absolute_path(text: str, *, maybe: bool = False) -> str:
 
 
 def with_hashes(run: Run, before: Run | None = None) -> Run:
-    """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
+    """The run with hashes of what samples depend on besides data: codec, pipeline, the weights of a subject's run.
+
+    Hashes of the run `before`, which it continues, are kept; the others are taken now.
+    """
     pins_before = pins(before) if before else {}
     new_pins: dict[str, Pin] = {}
     for field, (known_pin, find_pin) in pins(run).items():
@@ -308,7 +320,10 @@ Pin = str | dict[str, str] | None  # a hash, or the facts of a pipeline
 
 
 def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
-    """The hashes that a run has a field for, and what finds each: of a codec that is not here, that of the cache."""
+    """For each field that a run has for a hash: its value, and a function that finds it.
+
+    Of a codec that is not here, the hash in the cache is found.
+    """
     pins_by_field: dict[str, tuple[Pin, Callable[[], Pin]]] = {}
     data = run.data
     if isinstance(data, Latents) and data.codec.kind != "pipeline":

@@ -1,8 +1,16 @@
-"""Train a run: say what is trained, note it in the folder, then step after step.
+"""Train a run: `train` opens its folder and trains it; `train_job` trains what `run.job` has opened.
+
+`train_job`, on every rank:
+
+1. say what is trained on what
+2. note it in the folder, once all ranks have read what is there (`journal.History`)
+3. make a teacher's pairs, if it teaches by pairs
+4. open the journal, and make up for a milestone or a sheet that is missing
+5. choose the number of threads on a CPU, by steps on a copy
+6. train (`training.loop`), with batches and random numbers made ahead
 
 A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
-best/, grids/, samples/, evaluation.json, report.html with its pictures in report/. `run.job` opens it; `train_job`
-trains what was opened; `train` does both.
+best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -70,7 +78,7 @@ def train(
 
 
 def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> State:
-    """Train what was opened, to the last of `train.steps`. Returns the state at the end.
+    """Train an opened run to the last of `train.steps`. Returns the state at the end.
 
     Every rank must call it; rank 0 alone writes and shows progress. `hooks` are called after dumo's own, on every rank.
     Raises Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it;
@@ -80,23 +88,31 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     state = job.state
     if not dist.is_main():
         bar = no_bar
+
+    # 1. say what is trained
     for line in _lines_before(job):
         job.tell(line)
 
-    # note it in the folder, once all ranks have read what is there
+    # 2. note it in the folder, once all ranks have read what is there
     if job.teacher:
         job.teacher.require_same(job.folder)
     dist.barrier()
-    history = job.history
-    for line in agreement.on_each_rank(lambda: [*history.write(rewound=job.goes_back)] if history else []):
+    history = job.history  # None except on rank 0
+
+    def write_history() -> list[str]:
+        return [*history.write(rewound=job.goes_back)] if history else []
+
+    for line in agreement.on_each_rank(write_history):
         job.tell(line)
 
-    # what the loop reads, and what it calls
+    # 3. make a teacher's pairs
     source: DataSource | teacher.TeacherPairs = job.data
     if job.teacher:
         points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
             source = job.teacher.training_source(job.data, points, run.path, run.data, job.folder, job.device, bar)
+
+    # 4. open the journal
     step_threads = _step_threads_of(job)
     journal = Journal(
         run=run,
@@ -113,6 +129,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     journal.open(state)
     if job.sheets:
         job.sheets.open(state)
+
+    # what a step takes, and what is called after it
     prior = run.data.prior if isinstance(run.data, Latents) else None
     teacher_velocity = job.teacher.velocity if job.teacher else None
 
@@ -120,28 +138,36 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         return flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
 
     flow = flow_for(state)
+    first_note = "the first step"
+    if run.train.compile != "none":
+        first_note += ", compiled first"
+    run_hooks = list(journal.hooks)
+    if job.sheets:
+        run_hooks.append(loop.Every(1, job.sheets.draw))
     try:
         with (
             step_threads,
             journal.saver,
-            _prefetched(run.train, shapes(source, run.train, run.data.shape), source, flow, job.device) as loaders,
+            _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
             bar(f"training {job.folder.name}", run.train.steps) as tick,
         ):
-            batch_at, draws_at = loaders
-            tick(state.step, "the first step" + (", compiled first" if run.train.compile != "none" else ""))
+            tick(state.step, first_note)
             job.meter.begin(state.step)
-            every = [
+            all_hooks = [
                 loop.Every(1, lambda state, record: step_threads.end()),
                 loop.Every(1, lambda state, record: tick(state.step, job.meter.note(record))),
-                *journal.hooks,
-                *([loop.Every(1, job.sheets.draw)] if job.sheets else []),
+                *run_hooks,
                 *hooks,
                 loop.Every(1, lambda state, record: step_threads.begin()),
             ]
+
+            # 5. choose the number of threads
             if state.step < run.train.steps:
                 step_threads.choose(_trial_step(run.train, state, flow_for, source))
             step_threads.begin()
-            loop.train(state, flow, batch_at, run.train, every, journal.due, draws_at)
+
+            # 6. train
+            loop.train(state, flow, batch_at, run.train, all_hooks, journal.due, draws_at)
     except Diverged as error:
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
@@ -152,7 +178,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
 
 
 def _lines_before(job: Job) -> list[str]:
-    """What is trained on what, in lines; every rank must call it."""
+    """The lines that say what is trained on what, and what does not fit this machine. Every rank must call it."""
     run = job.run
     state = job.state
     lines = [
@@ -177,7 +203,7 @@ def _lines_before(job: Job) -> list[str]:
 
 
 def _step_threads_of(job: Job) -> StepThreads:
-    """The chooser of the number of threads for steps.
+    """What chooses the number of threads for the steps of a job.
 
     A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
     compiled code is for one number.
@@ -193,7 +219,7 @@ def _step_threads_of(job: Job) -> StepThreads:
 def _trial_step(
     train: Train, state: State, flow_for: Callable[[State], Flow], source: DataSource | teacher.TeacherPairs
 ) -> Callable[[], object]:
-    """What makes a step like the training's next one, on a copy of its state, which the first call makes."""
+    """A function that makes the next step of a training on a copy of its state; its first call makes the copy."""
 
     @cache
     def copied() -> tuple[State, Flow]:
@@ -211,39 +237,34 @@ def _trial_step(
 
 @contextmanager
 def _prefetched(
-    train: Train,
-    shape: Callable[[int], tuple[int, ...]],
-    source: DataSource | teacher.TeacherPairs,
-    flow: Flow,
-    device: torch.device,
+    run: Run, source: DataSource | teacher.TeacherPairs, flow: Flow, device: torch.device
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
-    """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory.
+    """Yield two functions of a step's number, batch_at and draws_at: this rank's rows on the device, and its draws.
 
-    `shape` is that of a step's samples.
+    Threads make both ahead of the step, for a GPU in pinned memory.
     """
+    train = run.train
     rows = span(pieces(train, flow.objective))
-    gpu = device.type == "cuda"
-    own = not isinstance(source, teacher.TeacherPairs)  # a teacher's pairs bring their noise
+    is_gpu = device.type == "cuda"
+    draws_noise = not isinstance(source, teacher.TeacherPairs)  # a teacher's pairs bring their noise
 
-    def read(step: int) -> Batch:
+    def read_batch(step: int) -> Batch:
         parts = source.batch(step, train.batch, train.seed, rows)
-        return [pin(part) for part in parts] if gpu else parts
+        return [pin(part) for part in parts] if is_gpu else parts
 
     def draw(step: int) -> Draws:
-        draws = draws_of(flow, train, step, shape(step), z=own)
-        return draws.pin() if gpu else draws
+        shape = run.data.shape
+        if isinstance(source, Bucketed):
+            shape = source.shape(step, train.batch, train.seed)
+        draws = draws_of(flow, train, step, shape, z=draws_noise)
+        return draws.pin() if is_gpu else draws
 
     with (
-        Prefetch(read, last=train.steps, depth=BATCHES_AHEAD) as batches,
-        Prefetch(draw, last=train.steps) as draws,
+        Prefetch(read_batch, last=train.steps, depth=BATCHES_AHEAD) as batches,
+        Prefetch(draw, last=train.steps) as draws_at,
     ):
-        yield lambda step: [to_device(part, device) for part in batches(step)], draws
 
+        def batch_at(step: int) -> Batch:
+            return [to_device(part, device) for part in batches(step)]
 
-def shapes(
-    source: DataSource | teacher.TeacherPairs, train: Train, square: tuple[int, ...]
-) -> Callable[[int], tuple[int, ...]]:
-    """The shape of a step's samples, by its number."""
-    if isinstance(source, Bucketed):
-        return lambda step: source.shape(step, train.batch, train.seed)
-    return lambda step: square
+        yield batch_at, draws_at

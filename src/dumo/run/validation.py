@@ -63,12 +63,12 @@ class Validation:
         folder: Path,
         state: State,
         tell: Callable[[str], object],
-        spent: Callable[[float], object] = lambda seconds: None,
+        leave_out: Callable[[float], object] = lambda seconds: None,
         identities: Set[str] = frozenset(),
     ) -> None:
         """Open the protocol and its data; nothing is written. Every rank must call it.
 
-        `tell` is called with a line for each score, `spent` with the seconds that it took.
+        `tell` is called with a line for each score, `leave_out` with the seconds that it took.
 
         `identities` are those of the run in its folder (`Written.identities`), whose best weights may be there.
 
@@ -78,7 +78,7 @@ class Validation:
         self.folder = folder / BEST
         self.spec = run.evaluate.validation
         self.tell = tell
-        self.spent = spent
+        self.leave_out = leave_out
         self.identities = {*identities, identity(run)}
         self.every = run.evaluate.every
         if not self.every or state.step // self.every == run.train.steps // self.every:
@@ -117,7 +117,7 @@ class Validation:
             return {}
         finally:
             layout.release(self.sampler.net)
-            self.spent(wall_clock() - started)
+            self.leave_out(wall_clock() - started)
         first = next(iter(all_scores))
         scores = {name: all_scores[name] for name in (first, f"{first}_sd") if name in all_scores}
         score_text = " ± ".join(f"{value:.3g}" for value in scores.values())

@@ -1,4 +1,4 @@
-"""What a device does: the most bytes that it took, how many operations a second.
+"""What a device can do and has taken: its speed, known or measured, and the most bytes of memory so far.
 
 Which device is chosen, and how much memory it has: `dumo.runtime.dist`.
 """
@@ -12,8 +12,8 @@ import torch
 from dumo.runtime.stopwatch import Stopwatch
 
 TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
-SIDE = 1024  # of a matrix that is timed, long enough for the device's own speed to show: ours
-SIDE_ON_GPU = 8192
+SIDE = 1024  # rows of the square matrix that is timed on a CPU, enough for its own speed to show: ours
+SIDE_ON_GPU = 8192  # and on a GPU: ours
 
 
 def known_peak_tflops(device: torch.device) -> float | None:
@@ -26,7 +26,10 @@ def known_peak_tflops(device: torch.device) -> float | None:
 
 @cache
 def operations_per_second(device: torch.device) -> float:
-    """What a product of square matrices makes, on a GPU in bf16: measured, the best of four."""
+    """Floating-point operations a second of a product of square matrices, in bf16 on a GPU, else in float32.
+
+    Measured once in a process: the best of four.
+    """
     on_gpu = device.type == "cuda"
     side = SIDE_ON_GPU if on_gpu else SIDE
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -36,7 +39,7 @@ def operations_per_second(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes so far."""
+    """The most bytes that this process has held so far: of a GPU's allocator, else of resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

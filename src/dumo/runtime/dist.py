@@ -1,7 +1,8 @@
 """Ranks, means over ranks, devices and their memory, versions: which processes work together, and where.
 
-`join` meets the processes that torchrun started. Without torch.distributed there is one rank, number 0, and a mean over
-ranks is the identity.
+Inside `join` the processes that torchrun started work together. `rank` and `world` number them; `mean`, `largest`,
+`gathered` and `barrier` are their collectives, which every rank must call. `device` chooses where a rank computes.
+Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
 """
 
 import math
@@ -41,7 +42,7 @@ group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def rank() -> int:
-    """The number of this process, in [0, world)."""
+    """The number of this process, in [0, world())."""
     return torch.distributed.get_rank() if started() else 0
 
 
@@ -51,7 +52,7 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and talks."""
+    """Whether this process is rank 0, which writes files and shows lines to the user."""
     return rank() == 0
 
 
@@ -129,7 +130,7 @@ def started() -> bool:
 
 
 def torchrun_rank_and_world() -> tuple[int, int]:
-    """(rank, world) as torchrun sets them, for work that needs no process group; (0, 1) without.
+    """(rank, world) as torchrun sets them in the environment, before `join` too; (0, 1) without torchrun.
 
     Raises UserError where they are no such numbers.
     """
@@ -179,7 +180,9 @@ def require_ranks(what: str) -> None:
 
 @contextmanager
 def join() -> Generator[None, None, None]:
-    """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.
+    """Work together with the processes that torchrun started while inside; without torchrun nothing changes.
+
+    Each has a GPU of its own where there is one.
 
     What is on a GPU goes by nccl, all else by gloo; where ranks must share a GPU, which nccl would refuse, all by gloo.
     Raises UserError below torch 2.13, and where what torchrun sets is there in part or odd; `Lost` where another rank
@@ -280,7 +283,10 @@ def _name_of_this_start(store: Store, rank: int, world: int) -> str:
 
 
 def device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one, a rank's own. Raises UserError for a device that is not there."""
+    """The device of this name; 'auto' is the GPU where there is one, of several ranks each rank's own, else the CPU.
+
+    Raises UserError for a device that is not there.
+    """
     if world() > 1 and ":" in name:
         raise UserError(f"device '{name}' is one for all {world()} ranks: use auto, which gives each its own, or cpu")
     if name == "auto":

@@ -1,4 +1,7 @@
-"""What glibc's heap keeps of freed memory: by default up to as much again where weights are made one by one."""
+"""Keep glibc's heap from holding on to freed memory while weights are made: `low_memory_heap`.
+
+By default it may keep as much again as the weights take, where they are made one by one.
+"""
 
 import ctypes
 import os
@@ -14,9 +17,10 @@ LARGEST_KEPT = 32 * MiB  # the largest block that glibc keeps, once it has freed
 
 @contextmanager
 def low_memory_heap() -> Generator[None, None, None]:
-    """Within, freed blocks of 128 KiB and more go back to the system at once; after it, as glibc does by itself.
+    """While inside, freed blocks of 128 KiB and more go back to the system at once; afterwards glibc's default holds.
 
-    A step on a CPU would take more than twice the time. Does nothing where the environment chooses, or without glibc.
+    It is for making weights, not for training: a step on a CPU would take more than twice the time. Does nothing where
+    the environment chooses, or without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or mallopt is None:

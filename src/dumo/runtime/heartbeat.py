@@ -1,10 +1,11 @@
 """The other processes of a run, known by the store that all share: whether they live, why one failed, who is there.
 
-A collective waits for a late process, and cannot tell a late one from one that hangs. So every process gives a sign of
-life there each second, from a thread that takes no part in the work, and looks for the others': the first rank for
-all, the others for the first. A process that gives no sign for long is gone: this one then says which, and ends,
-whatever its main thread waits for. What does not go step by step (samples, shards) may thus wait for others as long as
-they live.
+`dist.join` makes one `Peers` on each rank: `watch` runs the heartbeat, `wait_for_all` waits without a limit of time,
+and `report` and `diagnose` say why a rank failed. A collective waits for a late process, and cannot tell a late one
+from one that hangs. So every process gives a sign of life there each second, from a thread that takes no part in the
+work, and looks for the others': the first rank for all, the others for the first. A process that gives no sign for long
+is gone: this one then says which, and ends, whatever its main thread waits for. What does not go step by step (samples,
+shards) may thus wait for others as long as they live.
 """
 
 import os

@@ -1,4 +1,8 @@
-"""Showing how far a piece of work is: the work reports to a `Bar`, and knows no terminal."""
+"""Showing how far a piece of work is: the work reports to a `Bar`, and knows no terminal.
+
+Bars are `bar` (on stderr), `late` (only for work that takes long) and `no_bar`; `say` prints a line above a live one.
+`number`, `sized`, `span`, `plain` and `inline` turn numbers and texts into what a terminal shows.
+"""
 
 import os
 import re
@@ -36,7 +40,7 @@ def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
 
 @contextmanager
 def _live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
-    """A bar that moves."""
+    """A bar that moves, by rich."""
     from rich import progress as parts
     from rich.console import Console
 
@@ -157,7 +161,7 @@ def plain(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """The same in one line."""
+    """The text with control characters and line breaks spelt out."""
     return plain(text).replace("\n", r"\n")
 
 

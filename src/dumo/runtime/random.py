@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from dumo.types import Cond, Sample
 
-WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # the largest number of 32 bits
 
 
 def stream(*key: int | str) -> Generator:
@@ -45,7 +45,7 @@ def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> 
 
 
 def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:
-    """What stands for a batch of data, on the CPU: normal numbers (rows, *shape), and classes, all 0 of none."""
+    """A random batch in place of data, on the CPU: normal numbers (rows, *shape) and classes (rows,), 0 if none."""
     x = torch.randn(rows, *shape, generator=stream(key, "x"))
     c = torch.randint(max(classes, 1), (rows,), generator=stream(key, "c"))
     return x, c
@@ -68,7 +68,7 @@ def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
 
 
 def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
-    """1 or -1, as likely, of shape (len(rows), *shape): as `keyed`."""
+    """1 or -1, equally likely, of shape (len(rows), *shape); a row depends on the key and its number alone."""
     return torch.where(keyed(*key, rows=rows, shape=shape) < 0, -1.0, 1.0)
 
 

@@ -1,5 +1,7 @@
 """Stopping when asked from outside: a signal is noted, and long work polls for it between its pieces.
 
+The command line enters `listening`. Work that has something to save calls `poll` and saves; other work calls `check`.
+
 A scheduler that takes a machine back says so some seconds before (SIGTERM; SIGUSR1 where it was set to), a terminal
 that is closed by SIGHUP, a person by Ctrl-C. The running work then saves what there is and raises `Stopped`. A second
 signal of the same kind does what it did before: it ends the process at once. A process that works for another one, as a

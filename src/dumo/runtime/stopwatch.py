@@ -1,4 +1,4 @@
-"""How long work takes on a device: the one clock of rehearsals, benches, trials and speeds.
+"""How long work takes on a device: `Stopwatch`, the one clock of rehearsals, benches, trials and speeds.
 
 A GPU works on while Python goes on, so its time is read when all work so far is done. What runs for the first time
 compiles, chooses kernels and fills caches: those rounds do not count.
@@ -42,7 +42,7 @@ class Stopwatch:
         return self.clock()
 
     def seconds(self, work: Work) -> float:
-        """What one call takes."""
+        """Seconds that one call of `work` takes."""
         began = self.now()
         work()
         return self.now() - began
@@ -56,7 +56,7 @@ class Stopwatch:
         bar: Bar = no_bar,
         title: str = "timing",
     ) -> Times:
-        """What each piece of work takes in each round, after those that `warm_up`.
+        """Seconds that each piece of work takes in each round, after `warm_up` rounds that do not count.
 
         All pieces take turns, so that a slow minute slows them alike, and a ratio is taken within a round.
         """
@@ -71,7 +71,7 @@ class Stopwatch:
         return times
 
     def repeat(self, work: Work, duration: float) -> list[float]:
-        """What each call takes, one after the other for this many seconds."""
+        """Seconds of each call of `work`, which is called again and again for `duration` seconds."""
         times: list[float] = []
         began = self.now()
         deadline = began + duration

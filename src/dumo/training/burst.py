@@ -6,7 +6,9 @@ ten times as large. A log with a row in fifty steps cannot show that, so norms a
 
     a module bursts when each of its last LASTS norms is above FACTOR times the median of its last WINDOW norms.
 
-The window is part of a checkpoint, so a resumed run logs and warns as an uninterrupted one.
+A step measures `local_squares` of the net's modules (`parameters_by_module`), adds their norms to the window
+(`Gradients.after`), and asks `new_bursts`. The window is part of a checkpoint, so a resumed run logs and warns as an
+uninterrupted one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +22,12 @@ from torch import Tensor, nn
 from dumo.training.layout import local, shard_count
 
 MODULES = 10  # at most, the smallest are taken together: ours
-REST = "rest"  # the name of those
+REST = "rest"  # the name of the modules that are taken together
 WINDOW = 50  # steps whose norms are kept: ours, the default of `train.log_every`
 START = 100  # steps before the first warning: ours
 LASTS = 4  # steps in a row, for one batch alone may be far off: ours
 FACTOR = 3.0  # times the median: ours
-DIGITS = 4  # of a norm in the window
+DIGITS = 4  # significant ones of a norm in the window: ours
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """AdamW whose two moments take 8 bits each (Dettmers et al. 2022), and weights of 16 bits that are rounded at random.
 
-A step is torch's, in float32, on one parameter's moments at a time. Between steps bitsandbytes keeps them as codes, and
-a scale to each block of 256 numbers: plain tensors, sharded as their parameter, so checkpoints, layouts and counts
-treat them as any other. A block lies within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is
-rounded, are those of one process. A parameter of other rows, or of fewer than 4096 numbers, has its moments in float32.
+`AdamW8bitOptimizer` is the optimizer; `require` asks for bitsandbytes. A step is torch's, in float32, on one
+parameter's moments at a time. Between steps bitsandbytes keeps them as codes, and a scale to each block of 256 numbers:
+plain tensors, sharded as their parameter, so checkpoints, layouts and counts treat them as any other. A block lies
+within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is rounded, are those of one process. A
+parameter of other rows, or of fewer than 4096 numbers, has its moments in float32.
 
 A weight in bf16 has 8 bits, and a step moves it by less than half of the last one: rounded to the nearest it would
 rest. Rounded up or down at random, with the chances that make the mean exact, it moves in the mean as a weight in
@@ -55,7 +56,7 @@ def _code_values(signed: bool) -> Tensor:
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
-    """AdamW (`torch.optim.AdamW`) with memory as above; parameters in bf16 are rounded at random, by `seed`."""
+    """AdamW with moments of 8 bits; parameters in bf16 are rounded at random, keyed by `seed`."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
         """`options` are lr, betas, eps and weight_decay. Raises UserError where bitsandbytes is missing."""
@@ -70,7 +71,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has, and a pickle; torch's knows its own fields alone."""
+        """The fields of a copy and a pickle: torch's method has its own fields alone."""
         return {**super().__getstate__(), "seed": self.seed, "names": self.names}
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         return torch.empty_like(p, dtype=dtype, requires_grad=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would give all state the parameters' type."""
+        """Load the state, each tensor in its own type: torch's method would give all the parameters' type."""
         super().load_state_dict({**state_dict, "state": {}})
         params = [p for group in self.param_groups for p in group["params"]]
         self.state.update({params[index]: state for index, state in state_dict["state"].items()})

@@ -1,4 +1,4 @@
-"""Moving averages of the weights.
+"""Moving averages of the weights: `Ema` by a decay, `PowerEma` by a power; `MovingAverage` holds and updates one.
 
 With decay d, the average after update n is a_n = d a_{n-1} + (1 - d) w_n. The untrained start a_0 still weighs d^n:
 for d = 0.9999 that is 37 % after 10,000 updates. With the ramp d_n = min(d, (1 + n) / (10 + n)) the start weighs
@@ -50,7 +50,7 @@ class Ema(Spec):
 
     @property
     def key(self) -> Key:
-        """Its decay."""
+        """The name of this average in a run's: its decay."""
         return self.decay
 
 
@@ -66,7 +66,7 @@ class PowerEma(Spec):
 
     @property
     def key(self) -> Key:
-        """The name of its width."""
+        """The name of this average in a run's: std- and its width."""
         return f"std-{self.std}"
 
 

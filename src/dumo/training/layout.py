@@ -4,6 +4,10 @@
     share of all ranks     each holds a part, weights are gathered for a pass          (sharded, as FSDP)
     between                parts within a copy, copies averaged with one another       (hybrid, as HSDP)
 
+`shard` lays a net and its averages out over the mesh of `mesh_of`, once, before the first step. A step calls
+`prepare_backward` before each backward pass; a pass without one calls `release` afterwards. `whole`, `local` and
+`gathered` give a tensor, its part on this rank, and a net in one piece.
+
 One process has no mesh, leaves its net unchanged, and never imports torch's sharding, which is slow to import. The
 rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, averages and clipping take as tensors.
 """
@@ -42,7 +46,7 @@ def share_of(requested: int, ranks: int) -> int:
 
 
 def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
-    """All ranks as copies by shares; None for one process. Every rank must call it."""
+    """The mesh of all ranks, copies by shares of `share` ranks; None for one process. Every rank must call it."""
     if dist.world() == 1:
         return None
     from torch.distributed.device_mesh import init_device_mesh
@@ -64,12 +68,16 @@ def shard(
     restored: bool = False,
     half: bool = False,
 ) -> None:
-    """Shard a net over a mesh in place, block by block (`net.blocks`), onto its device, and its averages `copies`.
+    """Shard a net and its averages `copies` over a mesh in place, block by block (`net.blocks`), onto its device.
 
-    Every rank must hold the same values, and copies its part of them. Those that `weights` defers are made one by one,
-    and each rank keeps its part; of trained ones none if they will be `restored`. The averages go on sharing frozen
-    parameters with the net, and begin as it is before its trained parameters are rounded to bf16, if `half`. `reshard`:
-    free gathered weights after each pass, else after the backward pass; an average, which has none, always does.
+    Every rank must hold the same values, and keeps its part of them.
+
+    - `weights`: makes the weights that the net lacks, one by one
+    - `reshard`: free gathered weights after each pass, else after the backward pass; averages always free them
+    - `restored`: trained weights are read from a checkpoint later, so they are not made
+    - `half`: round the net's trained parameters to bf16; averages begin as the net was before
+
+    Averages go on sharing frozen parameters with the net. Without a mesh only `half` does anything.
     """
     if mesh is None:
         if half:
@@ -133,7 +141,7 @@ def _to_bfloat16(x: Tensor) -> Tensor:
 
 
 def outline(net: nn.Module) -> nn.Module:
-    """A copy on the meta device."""
+    """A copy of a net on the meta device, without values."""
     copies: dict[int, Tensor] = {}
     for p in net.parameters():
         copies[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
@@ -214,7 +222,7 @@ def offset_on_rank(x: Tensor) -> int:
 
 
 def empty_rows_like(x: Tensor, width: int) -> Tensor:
-    """An empty tensor in float32, with `width` numbers for each row of another one, and laid out as that."""
+    """An empty float32 tensor with as many rows as `x`, of `width` numbers each, sharded by rows as `x` is."""
     local_rows = torch.empty(local(x).shape[0], width, device=x.device)
     if not hasattr(x, "to_local"):
         return local_rows
@@ -232,7 +240,7 @@ def empty_rows_like(x: Tensor, width: int) -> Tensor:
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all ranks hold whole, sharded like another one of its shape, without communication."""
+    """Shard `x`, which all ranks hold whole, like the tensor `like` of its shape, without communication."""
     if not hasattr(like, "to_local"):
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -70,7 +70,7 @@ class MuonOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has, and a pickle; torch's knows its own fields alone."""
+        """The fields of a copy and a pickle: torch's method has its own fields alone."""
         return {**super().__getstate__(), "rest": self.rest}
 
     @torch.no_grad()

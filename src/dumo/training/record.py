@@ -85,7 +85,7 @@ class Record:
     due: bool = False  # whether a checkpoint is due by rank 0's clock
 
     @property
-    def finite(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether the step may be applied."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 

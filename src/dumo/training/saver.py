@@ -28,7 +28,7 @@ class Saver:
         self._work: Future[object] | None = None
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether the last work has failed: `wait` raises its error."""
         return self._work is not None and self._work.done() and self._work.exception() is not None
 

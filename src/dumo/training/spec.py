@@ -74,7 +74,7 @@ class Train(Spec):
         """The learning rate of the update after `step` done ones."""
         return self.optimizer.lr * self.schedule(step, self.steps)
 
-    def stretched(self, steps: int, done: int) -> bool:
+    def had_other_rates(self, steps: int, done: int) -> bool:
         """Whether a schedule over `steps` steps would have given the `done` steps so far other rates than this one."""
         compared = (done // 2, done - 1)
         return done > 0 and any(self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared)
@@ -85,17 +85,17 @@ class Train(Spec):
         gradient = 0.5 if self.weights == "bfloat16" else 1.0
         return gradient + self.optimizer.moments + len(self.ema)
 
-    def probes(self, step: int) -> bool:
+    def is_probe_due(self, step: int) -> bool:
         """Whether the update after `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
 
-    def snaps(self, step: int) -> bool:
+    def is_snapshot_due(self, step: int) -> bool:
         """Whether averages by a power are kept after this step."""
         if not self.snapshots or not step:
             return False
         return step % self.snapshots == 0 or step == self.steps
 
-    def draws(self, step: int) -> bool:
+    def is_sheet_due(self, step: int) -> bool:
         """Whether samples are drawn after this step."""
         if isinstance(self.sheets, int):
             return step % self.sheets == 0

@@ -1,5 +1,8 @@
 """All that training changes: what a checkpoint holds, and a resumed run needs.
 
+`begin` makes the `State` before the first step; `dumo.training.step` changes it; `dumo.training.checkpoint` saves and
+restores it, the optimizer's part by `flatten` and `by_parameter_index`.
+
 The trend of the error is part of it. A loss may be weighted by its own size, and is then constant or of any sign; its
 parts are mean squares. Their sum over a batch is the error e of a step, and the level a running geometric mean of it,
 
@@ -28,9 +31,9 @@ from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train
 from dumo.types import UserError
 
-DECAY = 0.95
+DECAY = 0.95  # d: ours
 FAR = 10.0  # times the lowest level: ours; guidance, growing targets and noise move it less
-LEAST = 1e-12  # an error below it counts as that: its logarithm would say nothing
+LEAST = 1e-12  # errors below it count as LEAST, for their logarithms would say nothing: ours
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
@@ -46,7 +49,7 @@ class Trend(BaseModel):
     lowest: float | None = None
 
     def after(self, error: float) -> "Trend":
-        """The trend after one more step, of this error >= 0; the same if it is not finite."""
+        """The trend after one more step, of this error >= 0; unchanged if the error is not finite."""
         if not isfinite(error):  # a part that is only logged may be so
             return self
         error = max(error, LEAST)
@@ -93,10 +96,10 @@ def begin(
     *,
     restored: bool = False,
 ) -> State:
-    """The state before the first step; on several ranks it is sharded as the spec says, each rank's on its `device`.
+    """The state before the first step, on `device`; over several ranks it is sharded as the spec says.
 
-    `weights` makes those that the net lacks, and of several ranks each keeps its part; `restored`: what is trained is
-    read from a checkpoint later, and is not filled until then. Raises UserError if all weights of the net are frozen.
+    `weights` makes the weights that the net lacks; each rank keeps its part. `restored`: trained weights are read from
+    a checkpoint later, and are not made. Raises UserError if all weights of the net are frozen.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
@@ -159,7 +162,7 @@ def empty_optimizer_state(place: Path, state: State, fix: str) -> dict[str, Tens
 
 
 def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
-    """A tensor of the shape, type and layout of this entry of an optimizer's state of a parameter."""
+    """A tensor of the shape, type and layout that entry `key` of the optimizer's state has for parameter p."""
     if key == "step":
         return torch.zeros(())
     return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p

@@ -144,9 +144,9 @@ def train_step(
     t = torch.cat(times)
     terms = joined(terms_by_pass)
     lr = spec.rate(state.step)
-    is_probed = spec.probes(state.step)
+    is_probed = spec.is_probe_due(state.step)
     record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=lr, due=due)
-    if not record.finite:
+    if not record.is_finite:
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)

@@ -347,9 +347,9 @@ def test_more_steps_under_a_schedule_that_stretches_are_said(kind: str, says: bo
 
 
 def test_more_steps_before_the_rate_falls_are_those_of_the_longer_schedule() -> None:
-    assert not Train(steps=100, batch=1, schedule=WSD()).stretched(200, 80)
-    assert Train(steps=100, batch=1, schedule=WSD()).stretched(200, 90)
-    assert not Train(steps=100, batch=1, schedule=Cosine()).stretched(200, 0)
+    assert not Train(steps=100, batch=1, schedule=WSD()).had_other_rates(200, 80)
+    assert Train(steps=100, batch=1, schedule=WSD()).had_other_rates(200, 90)
+    assert not Train(steps=100, batch=1, schedule=Cosine()).had_other_rates(200, 0)
 
 
 @pytest.mark.slow

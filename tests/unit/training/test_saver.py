@@ -80,11 +80,11 @@ def test_an_error_is_raised_once() -> None:
     saver = Saver()
     saver.start(fail)
     late = time.monotonic() + 60
-    while not saver.failed and time.monotonic() < late:
+    while not saver.has_failed and time.monotonic() < late:
         pass
     with pytest.raises(OSError, match="full"):
         saver.start(fail)
-    assert not saver.failed
+    assert not saver.has_failed
     with pytest.raises(OSError, match="full"), saver:
         saver.start(fail)
     saver.wait()
