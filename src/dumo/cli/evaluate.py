@@ -72,13 +72,13 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
 
 def cells(rows: "list[Row]") -> list[dict[str, Any]]:
     """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
-    from dumo.training.log import weighted
+    from dumo.training.log import is_weighted
 
     parts: dict[str, None] = {}  # a set in order
     scores: dict[str, None] = {}
     for row in rows:
         row_parts = row.get("parts", {})
-        if weighted(row.get("loss"), row_parts):
+        if is_weighted(row.get("loss"), row_parts):
             parts |= dict.fromkeys(row_parts)
         scores |= dict.fromkeys(name for name in row.get("val", {}) if not name.endswith("_sd"))
     any_skipped = any(row.get("skipped") for row in rows)

@@ -54,7 +54,7 @@ def build(
 
     Raises UserError where it does not fit the shape, or the device lacks the memory for it and this number of rows.
     """
-    size = memory.at_least(outline(net, needs, shape, classes)) + memory.of_rows(rows, shape)
+    size = memory.least_bytes(outline(net, needs, shape, classes)) + memory.row_bytes(rows, shape)
     dist.require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream("bench", "weights").initial_seed())

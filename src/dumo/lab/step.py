@@ -147,9 +147,9 @@ class Setting:
         if self.device.type == "cuda":
             step()  # once before, for what kernels keep
             self.net.zero_grad()
-            size = memory.allocated(step, self.device)
+            size = memory.allocated_bytes(step, self.device)
         else:
-            size = memory.step(*parts, rows=rows, ref=ref, precision=row.precision)
+            size = memory.step_bytes(*parts, rows=rows, ref=ref, precision=row.precision)
         return replace(
             row, way=way.name if way else None, units_counted=units, bytes_before=size.before, bytes=size.peak
         )

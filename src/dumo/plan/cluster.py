@@ -101,11 +101,11 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     share = share_of(train.share, ranks)
     units = units_of(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
-    held = memory.held(net, train)
+    held = memory.held_bytes(net, train)
     step = counted(outline(spec), objective, path, shape, train, ranks)
     parts = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
     peak = sum(parts.values())
-    checkpoint = memory.checkpoint(net, held, ranks)
+    checkpoint = memory.checkpoint_bytes(net, held, ranks)
     hours = None
     if tflops:
         hours = flops / (ranks * tflops * 1e12) / HOUR
@@ -130,13 +130,13 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
 def counted(
     net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int
 ) -> RankStep:
-    """The step of a rank whose passes have the most rows; of one rank alone, an upper bound (`memory.training`).
+    """The step of a rank whose passes have the most rows; of one rank alone, an upper bound (`memory.training_bytes`).
 
     `net` is an outline, and not to be used afterwards.
     """
     if ranks == 1:
         rows = plan.most_rows(train, objective, 1)
-        parts = {"gathered": 0, **memory.training(net, objective, path, shape, train, rows).parts}
+        parts = {"gathered": 0, **memory.training_bytes(net, objective, path, shape, train, rows).parts}
         passes = len(pieces(train, objective))
         return RankStep(rows, passes, memory={name: parts[name] for name in PARTS}, calls={}, sent={})
     with pretended(ranks), warnings.catch_warnings():
@@ -180,7 +180,7 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
     reference = flow_of(state, train, objective, path, 0).reference
     loss = TrackedLoss(state.net, reference, objective, batch, train)
     tracker = FSDPMemTracker(state.net, state.optimizer)
-    tracker.track_inputs(tuple(memory.averages(state)))
+    tracker.track_inputs(tuple(memory.average_tensors(state)))
     pass_traffic = [Traffic() for _ in range(passes)]
     update_traffic = Traffic()
     with tracker:
@@ -300,7 +300,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             run = changed(spec, fields)
             lora = str(run.net.lora)
             if lora not in held:
-                held[lora] = memory.held(outline(run), run.train)
+                held[lora] = memory.held_bytes(outline(run), run.train)
             peaks[name] = least_bytes(run.train, ranks, held[lora]) + encoders
             if peaks[name] <= limit:
                 counted_peaks.add(name)

@@ -35,7 +35,7 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
         if exam.passed:
             self_test = Finding("self-test", "ok", str(exam))
         else:
-            self_test = Finding("self-test", "failing", str(exam), exam.way)
+            self_test = Finding("self-test", "failing", str(exam), exam.fix)
     of_weights = findings.of_weights(run.net, run.data, build_net)
     of_texts = findings.of_texts(run.net, run.data, run.train.seed)
     all_findings = [

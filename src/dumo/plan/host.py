@@ -6,7 +6,7 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
     start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of
                   16 bits twice, for they are in 32 until averages are made
     first step    on a CPU all that `dumo.plan.cluster` counts for a step, but o, which comes with its update
-    save          on a CPU w, a, o and gradients; the copy that is written (`memory.checkpoint`)
+    save          on a CPU w, a, o and gradients; the copy that is written (`memory.checkpoint_bytes`)
     step          on a CPU all that is counted for a step; that copy, whose memory is kept
     resume        as start, with o
     export        of one process: the net that is shown, in float32, and with adapters a copy that they are added to

@@ -84,14 +84,14 @@ def plan(spec: Run) -> dict[str, Any]:
     heads = {name: list(head.shape[1:]) for name, head in zip(head_names, head_rows, strict=False)}
 
     rows = most_rows(train, spec.objective)
-    training = memory.training(net, spec.objective, spec.path, shape, train, rows)
+    training = memory.training_bytes(net, spec.objective, spec.path, shape, train, rows)
     total = training.total
     parts = training.parts
     encoders = of_encoders(spec.net, spec.data.classes)
     if encoders:
         parts["encoders"] = encoders
         total += encoders
-    checkpoint = memory.checkpoint(net, training.held)
+    checkpoint = memory.checkpoint_bytes(net, training.held)
     host_bytes = {name: host(net, train, 1, training.held, checkpoint.copy, total, name) for name in DEVICES}
 
     epoch = images_per_epoch(spec, missing=missing is not None)

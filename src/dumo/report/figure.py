@@ -248,7 +248,7 @@ def _measured(row: log.Row) -> dict[str, object]:
     """The numbers of a row by the titles of their panels, in the order of these."""
     parts = row.get("parts", {})
     numbers: dict[str, object] = {"loss": row.get("loss")}
-    if log.weighted(row.get("loss"), parts):  # else the loss is its only part
+    if log.is_weighted(row.get("loss"), parts):  # else the loss is its only part
         numbers.update(parts)
     numbers["gradient norm"] = row.get("grad_norm")
     for module, norm in highest_norms(row).items():

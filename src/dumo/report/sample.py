@@ -138,7 +138,7 @@ def export(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    sample_bytes = memory.of_rows(count, sampler.pixels)
+    sample_bytes = memory.row_bytes(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
     dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
     c = turned(prompted(sampler, prompts, source), count) if prompts else sampler.conditions.in_turn(count, only)

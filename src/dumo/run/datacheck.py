@@ -41,9 +41,19 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     is read is expected to be as it was. Every rank must call it; they share the reading. Returns the change if there is
     one, and it is accepted (`accept`); raises UserError on every rank, with the names, if it is not.
     """
+    # of a cache of latents: compare with the images that it was made of
     origin = getattr(source, "origin", None)
     if isinstance(origin, Origin):
-        agreement.gather_results(origin.verify if verify else lambda: origin.require(WAIT))
+
+        def compare_with_images() -> None:
+            if verify:
+                origin.verify()
+            else:
+                origin.require(WAIT)
+
+        agreement.gather_results(compare_with_images)
+
+    # hash images here
     hashes = hashes_of(source)
     if hashes is None:
         return None

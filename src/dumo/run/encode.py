@@ -37,7 +37,7 @@ SHARD_ROWS = 1024  # ours
 
 
 class _LatentsOfRun(Spec):
-    """The part of a run that says what images to encode."""
+    """The one part of a run that a folder of images to encode needs: its data."""
 
     data: Latents
 
@@ -104,7 +104,7 @@ def encoding_work(
 
 
 def options_as_settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
-    """What these options set of a recipe, as --set takes it."""
+    """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
     return [f"{field}={value}" for field, value in fields.items() if value is not None]
 
@@ -185,7 +185,7 @@ def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> N
 
 
 def _table_of(net: Net) -> Tabled | None:
-    """The table of texts that a net reads, if it reads one."""
+    """The spec of the table of texts that a net reads; None: it reads none."""
     texts = net.texts
     return texts if isinstance(texts, Tabled) else None
 
@@ -198,7 +198,7 @@ def captions(data: Data) -> Sequence[str]:
 
 
 def reason_not_to_encode(data: Data, spec: Tabled) -> str:
-    """Why no table of the data's captions is made: it would be too large. In a line; empty: it is made.
+    """A line that says why no table of the data's captions is made, because it would be too large; empty: it is made.
 
     Raises as `captions`.
     """
@@ -242,14 +242,14 @@ def encode_texts(
 
 
 def make_tokens(run: Run) -> None:
-    """Make the ids of the captions' tokens where the run reads them and has none: they cost nothing.
+    """Make the table of the captions' token ids, if the run's net reads one and it is missing. That takes no encoder.
 
-    Raises UserError where the folder holds those of other captions.
+    Processes that start together make it once. Raises UserError where the folder holds the tokens of other captions.
     """
     spec = _table_of(run.net)
     if not isinstance(spec, Learned):
         return
     lock = spec.folder.with_name(f".{spec.folder.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock):  # runs that start together make it once
+    with locked(lock):
         encode_texts(run.data, spec)

@@ -83,8 +83,8 @@ class Examination:
         )
 
     @property
-    def way(self) -> str:
-        """What to try where it failed."""
+    def fix(self) -> str:
+        """What to try where the examination failed."""
         other_slope = "jvp" if self.slope == "dual" else "dual"
         fixes = [f"objective.slope.kind={other_slope}"]
         if self.precision != "fp32":
@@ -96,9 +96,9 @@ class Examination:
         return "train with " + ", or ".join(fixes)
 
     def require(self) -> None:
-        """Raise UserError, with the way out, where it failed."""
+        """Raise UserError, with what to try, where the examination failed."""
         if not self.passed:
-            raise UserError(f"{self}. Training on that is training on noise: {self.way}")
+            raise UserError(f"{self}. Training on that is training on noise: {self.fix}")
 
 
 def examine(run: Run, device: torch.device) -> Examination:

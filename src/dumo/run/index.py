@@ -33,7 +33,10 @@ class CheckpointRun(Written):
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> "CheckpointRun | None":
-        """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
+        """The run of a checkpoint; None, with a warning, if it was written before checkpoints held their run.
+
+        Raises UserError if it is damaged.
+        """
         text = checkpoint.run_text
         if text is None:
             if dist.is_main():
@@ -46,25 +49,25 @@ class CheckpointRun(Written):
         return cls(run_of(run_text), run_text.changed, checkpoint.path.name, checkpoint.manifest.step)
 
     def differences_from(self, written: Written) -> list[Difference]:
-        """Where a run.yaml is not this run with the changes that it notes since."""
+        """The differences of a run.yaml from this run with the changes that run.yaml notes since its step."""
         changes_since = [change for change in written.past if change.step >= self.step]
         return [
             *later_changes_of_function(written.past, self.step),
             *differences(self.replayed(changes_since), written.run),
         ]
 
-    def lines(self, found: Sequence[Difference], written: Written) -> list[str]:
-        """Differences from a run.yaml in words."""
+    def lines(self, run_differences: Sequence[Difference], written: Written) -> list[str]:
+        """The differences from a run.yaml in words, a line each."""
         changed_since = {change.field for change in written.past if change.step >= self.step}
         lines: list[str] = []
-        for difference in found:
+        for difference in run_differences:
             here = "as noted" if difference.field in changed_since else f"in checkpoint {self.name}"
             lines.append(difference.between(here, f"in {FILE}"))
         return lines
 
 
 def later_changes_of_function(past: Sequence[Noted], step: int) -> list[Difference]:
-    """What was accepted later, and makes another function of weights of this step."""
+    """The changes, accepted after `step`, of fields that make another function of the weights of that step."""
     return [
         Difference(change.field, change.was, change.now, may=False)
         for change in past

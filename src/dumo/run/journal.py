@@ -374,7 +374,7 @@ class History:
         if self.step == 0 and undone_rows:
             yield (
                 f"{folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
-                f"kept in {log.cut(log_file)}"
+                f"kept in {log.undone_rows_path(log_file)}"
             )
         if rewound:
             removed_steps: set[int] = set()
@@ -387,7 +387,7 @@ class History:
                     f"of steps {steps_text}"
                 )
             if undone_rows:
-                yield f"{undone_rows:,} rows of the log after it are kept in {log.cut(log_file)}"
+                yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
         log.rewind(log_file, self.step)
         if self.step > 0:
             manifest.rewind(folder / BEST, self.step)

@@ -6,12 +6,12 @@
     averages       of the weights, but for what they share with the net
     activations    the most that one piece of a batch takes at one time: what is kept for the backward pass, targets
 
-The first four stay between passes: `held` makes them on the meta device. That takes minutes of 20 B weights, so before
-a net is made `at_least` bounds them from below.
+`training_bytes` counts all of them. The first four stay between passes: `held_bytes` makes them on the meta device.
+That takes minutes of 20 B weights, so before a net is made `least_bytes` bounds them from below.
 
-Activations are counted by following every tensor's storage from the operation that made it until it is freed. That
-needs the operations that a device would run: on meta, attention keeps all its scores, which no fused kernel does. So
-they are followed on fake tensors, which hold no numbers either, but say that they are on the CPU.
+Activations (`activation_bytes`) are counted by following every tensor's storage from the operation that made it until
+it is freed. That needs the operations that a device would run: on meta, attention keeps all its scores, which no fused
+kernel does. So they are followed on fake tensors, which hold no numbers either, but say that they are on the CPU.
 """
 
 import weakref
@@ -92,28 +92,28 @@ class StepBytes(NamedTuple):
     peak: int
 
 
-def of_tensors(tensors: Iterable[Tensor]) -> int:
+def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of all tensors together."""
     return sum(x.nbytes for x in tensors)
 
 
-def of_weights(net: nn.Module) -> int:
+def weight_bytes(net: nn.Module) -> int:
     """Bytes of a net's parameters and buffers."""
-    return of_tensors(_weights(net))
+    return _tensor_bytes(_weights(net))
 
 
-def of_rows(rows: int, shape: Sequence[int]) -> int:
-    """Bytes of samples of a shape, in float32."""
+def row_bytes(rows: int, shape: Sequence[int]) -> int:
+    """Bytes of `rows` samples of a shape, in float32."""
     return rows * prod(shape) * torch.float32.itemsize
 
 
-def at_least(net: nn.Module, copies: float = 0) -> int:
+def least_bytes(net: nn.Module, copies: float = 0) -> int:
     """The least that a net takes with `copies` of its trained weights (`Train.copies`): known at once."""
-    trained = of_tensors(p for p in net.parameters() if p.requires_grad)
-    return of_weights(net) + int(copies * trained)
+    trained = _tensor_bytes(p for p in net.parameters() if p.requires_grad)
+    return weight_bytes(net) + int(copies * trained)
 
 
-def held(net: nn.Module, train: Train) -> HeldBytes:
+def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
     """What training holds between passes. `net` is an outline, which is left with gradients."""
     state = begin(net, train)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -122,14 +122,14 @@ def held(net: nn.Module, train: Train) -> HeldBytes:
     state.optimizer.step()  # its own tensors come with its first step
     optimizer_values = [value for entry in state.optimizer.state.values() for value in entry.values()]
     return HeldBytes(
-        weights=of_weights(net),
-        gradients=of_tensors(trained),
-        optimizer=of_tensors(value for value in optimizer_values if isinstance(value, Tensor)),
-        averages=of_tensors(averages(state)),  # as they begin, before weights are rounded to 16 bits
+        weights=weight_bytes(net),
+        gradients=_tensor_bytes(trained),
+        optimizer=_tensor_bytes(value for value in optimizer_values if isinstance(value, Tensor)),
+        averages=_tensor_bytes(average_tensors(state)),  # as they begin, before weights are rounded to 16 bits
     )
 
 
-def averages(state: State) -> list[Tensor]:
+def average_tensors(state: State) -> list[Tensor]:
     """The averages' tensors, but for those that they share with the net."""
     of_net = {id(x) for x in _weights(state.net)}
     own: list[Tensor] = []
@@ -138,22 +138,25 @@ def averages(state: State) -> list[Tensor]:
     return own
 
 
-def training(
+def training_bytes(
     net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], train: Train, rows: int
 ) -> TrainingBytes:
     """What training takes, `rows` rows at a time. `net` is an outline, which is left with gradients."""
-    held_bytes = held(net, train)
-    activation_bytes = activations(net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision)
-    return TrainingBytes(rows, held_bytes, activation_bytes)
+    held = held_bytes(net, train)
+    activations = activation_bytes(net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision)
+    return TrainingBytes(rows, held, activations)
 
 
-def checkpoint(net: nn.Module, size: HeldBytes, ranks: int = 1) -> CheckpointBytes:
-    """What `dumo.training.saver` copies and writes. `net` is an outline, `size` what its training holds."""
-    whole = size.weights + size.optimizer + size.averages - of_tensors(frozen_weights(net).values())
+def checkpoint_bytes(net: nn.Module, size: HeldBytes, ranks: int = 1) -> CheckpointBytes:
+    """Bytes that `dumo.training.saver` copies and writes, over `ranks` ranks.
+
+    `net` is an outline, `size` what its training holds.
+    """
+    whole = size.weights + size.optimizer + size.averages - _tensor_bytes(frozen_weights(net).values())
     return CheckpointBytes(bytes=whole, copy=ceil(whole / ranks))
 
 
-def activations(
+def activation_bytes(
     net: nn.Module,
     objective: Objective,
     path: Path,
@@ -163,7 +166,7 @@ def activations(
     ref: cost.Theta = "self",
     precision: Precision = "fp32",
 ) -> int:
-    """Bytes that a step of `rows` rows takes on top of weights, gradients and batch, seen as `step` sees them."""
+    """The most bytes of a step of `rows` rows at one time, on top of weights, gradients and batch; on a CPU."""
 
     def peak_at(b: Noised) -> int:
         def count(net: nn.Module) -> int:
@@ -174,7 +177,7 @@ def activations(
     return max(peak_at(b) for b, _ in cost.phases(objective, path, rows, shape))
 
 
-def step(
+def step_bytes(
     net: nn.Module,
     objective: Objective,
     path: Path,
@@ -194,15 +197,15 @@ def step(
     return max(of_phases, key=lambda size: size.peak)
 
 
-def allocated(work: Callable[[], object], device: torch.device) -> StepBytes:
-    """What a GPU's allocator hands out for a piece of work."""
+def allocated_bytes(work: Callable[[], object], device: torch.device) -> StepBytes:
+    """Bytes that a GPU's allocator hands out for a piece of work."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
     return StepBytes(before, torch.cuda.max_memory_allocated(device) - before)
 
 
-def followed(work: Callable[[], object]) -> StepBytes:
+def follow_bytes(work: Callable[[], object]) -> StepBytes:
     """Follow the bytes of all tensors that a piece of work meets, on whatever device they are, fake ones too."""
     with _LiveStorages() as live:
         work()
@@ -226,7 +229,7 @@ def _step_bytes(
         for p in net.parameters():
             p.grad = torch.empty_like(p) if has_gradients and p.requires_grad else None
         with autocast(precision, "cpu"):
-            return followed(cost.step_of(net, theta, objective, cost.on_cpu(b)))
+            return follow_bytes(cost.step_of(net, theta, objective, cost.on_cpu(b)))
 
 
 class _LiveStorages(TorchDispatchMode):

@@ -69,8 +69,8 @@ def require_room(run: Tree, device: torch.device | str, copies: float = 0, rows:
     Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
     (`dumo.run.memory`).
     """
-    batch_bytes = 2 * memory.of_rows(rows, run.data.shape)  # samples and their noise
-    needed_bytes = memory.at_least(outline(run), copies) // share + batch_bytes
+    batch_bytes = 2 * memory.row_bytes(rows, run.data.shape)  # samples and their noise
+    needed_bytes = memory.least_bytes(outline(run), copies) // share + batch_bytes
     if rows:
         content = "weights, gradients, optimizer, averages and a batch take"
         fix = "take a smaller net (net.width, net.depth) or batch (train.batch)"

@@ -24,7 +24,7 @@ from dumo.types import UserError
 
 
 def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Path]) -> Sources | None:
-    """The images that the captions of some data edit, through the data's codec; None: they edit none.
+    """A reader of the images that the captions of some data edit, through the data's codec; None: they edit none.
 
     `file_of` says where an image lies, by its hash. Raises UserError where the codec or an image cannot be read.
     """
@@ -49,7 +49,7 @@ def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
 
 
 def edits(data: Data) -> bool:
-    """Whether its captions edit images."""
+    """Whether the captions of some data edit images."""
     return isinstance(data, Latents) and data.images.source is not None
 
 

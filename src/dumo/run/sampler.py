@@ -1,4 +1,4 @@
-"""A trained net with all that its samples depend on.
+"""A trained net with all that its samples depend on: `Sampler` (`dumo.run.weights.sampler` makes it of a run).
 
 `Sampler.batches` makes a rank's share of the samples, batch by batch, through the net's `Flow`, and decodes them;
 `Sampler.sample` gathers those of all ranks. Sample i depends on the seed, i and its condition, not on ranks or batches.
@@ -91,7 +91,7 @@ class Sampler:
         return self.guided(self.spec.guide)
 
     def guided(self, guide: CFG) -> Reads:
-        """The net as it is sampled, but with this guidance."""
+        """The net as it is sampled, with the knobs and this guidance."""
         return self.flow.readings(guide, self.spec.knobs)
 
     @cached_property
@@ -191,7 +191,10 @@ class Sampler:
 
 
 def rank_indices(count: int) -> range:
-    """The numbers of the samples that this rank makes; all ranks make equally many, so the last may be beyond them."""
+    """The numbers of the samples, of `count`, that this rank makes.
+
+    All ranks make equally many, so the last number may be beyond them.
+    """
     rounds = -(-count // dist.world())
     return range(dist.rank(), rounds * dist.world(), dist.world())
 

@@ -113,7 +113,7 @@ def _loss_text(record: Record) -> str:
     if not math.isfinite(record.loss):
         return "step skipped"
     losses = [f"loss {record.loss:.4f}"]
-    if log.weighted(record.loss, record.parts):
+    if log.is_weighted(record.loss, record.parts):
         losses += [f"{name} {value:.4g}" for name, value in record.parts.items()]
     return ", ".join(losses)
 

@@ -91,10 +91,18 @@ class Validation:
         try:
             self.c = agreement.on_each_rank(lambda: sample_conditions(run.data, self.spec))
             self.evaluator = agreement.on_each_rank(lambda: evaluator_of(self.sampler, self.spec, no_bar))
-            agreement.on_each_rank(lambda: self.sampler.codec and None)
+            agreement.on_each_rank(self.open_codec)
         except UserError as error:
             raise UserError(f"evaluate.every = {self.every}: {error}; or train without it, evaluate.every=0") from error
-        agreement.on_main_rank(lambda: self.best(state.step) and None)
+        agreement.on_main_rank(lambda: self.require_own_best(state.step))
+
+    def open_codec(self) -> None:
+        """Load the codec now, not at the first score. Raises UserError where its weights are missing or others."""
+        _ = self.sampler.codec
+
+    def require_own_best(self, step: int) -> None:
+        """Raise UserError where the best weights up to a step are not what this run wrote."""
+        self.best(step)
 
     def judge(self, state: State) -> Scores:
         """The first score and, where it has one, its `_sd`; none where none is due. Every rank must call it.

@@ -25,7 +25,7 @@ def append(path: Path, row: Row) -> None:
     """Append one line; it is with the operating system on return. Raises UserError as `file.require_in_place`."""
     file.require_in_place(path)
     with path.open("a") as log:
-        log.write(line(row))
+        log.write(_line(row))
 
 
 def flush(path: Path) -> None:
@@ -62,8 +62,11 @@ def read_log(path: Path) -> list[Row]:
     return rows
 
 
-def weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
-    """Whether a loss is something else than its only part. Parts are mean squares, and a loss may be constant."""
+def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
+    """Whether a loss says something else than its parts: there are several, or its only part is another number.
+
+    Parts are mean squares; a loss that is weighted by its own size may be constant.
+    """
     return bool(parts) and list(parts.values()) != [loss]
 
 
@@ -86,24 +89,27 @@ def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Move rows after `step` to the end of `cut`, and drop a torn last line: a resumed run logs those steps again."""
+    """Move the rows after `step` to the end of the file `undone_rows_path`, and drop a torn last line.
+
+    A resumed run logs those steps again.
+    """
     if not path.exists():
         return
     rows = read_log(path)
     undone = [row for row in rows if row["step"] > step]
     if undone:
-        with cut(path).open("a") as log:
-            log.writelines(map(line, undone))
-        flush(cut(path))
-    kept = [row for row in rows if row["step"] <= step]
-    file.write(path, "".join(map(line, kept)).encode(), writer="", durable=True)
+        with undone_rows_path(path).open("a") as log:
+            log.writelines(map(_line, undone))
+        flush(undone_rows_path(path))
+    rows_to_keep = [row for row in rows if row["step"] <= step]
+    file.write(path, "".join(map(_line, rows_to_keep)).encode(), writer="", durable=True)
 
 
-def cut(path: Path) -> Path:
-    """Where rows are kept that were logged and undone: metrics.cut.jsonl."""
+def undone_rows_path(path: Path) -> Path:
+    """The file, next to a log, of the rows that were logged and undone: metrics.cut.jsonl."""
     return path.with_suffix(f".cut{path.suffix}")
 
 
-def line(row: Row) -> str:
-    """The row as a line of strict JSON."""
+def _line(row: Row) -> str:
+    """A row as a line of strict JSON."""
     return json.dumps(finite(row), allow_nan=False) + "\n"

@@ -30,7 +30,7 @@ def counted(spec: Run, ranks: int = RANKS) -> cluster.RankStep:
 
 def held(spec: Run) -> dict[str, int]:
     """Bytes between passes, where each rank holds all."""
-    return asdict(memory.held(outline(spec), spec.train))
+    return asdict(memory.held_bytes(outline(spec), spec.train))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_hours_and_disk() -> None:
     assert facts["flops"] == pytest.approx(plan.plan(spec)["flops"])
     assert facts["hours"] * 3600 * 2e12 == pytest.approx(facts["flops"])
     alone, given = held(spec), (spec.objective, spec.path, spec.data.shape)
-    assert facts["memory"]["peak"] == memory.training(outline(spec), *given, spec.train, 64).total
+    assert facts["memory"]["peak"] == memory.training_bytes(outline(spec), *given, spec.train, 64).total
     assert facts["checkpoint"]["bytes"] == alone["weights"] + alone["optimizer"] + alone["averages"]
     assert facts["checkpoint"]["most"] == 4 * facts["checkpoint"]["bytes"]
     more = cluster.units_of(outline(spec), *given, "self", given_back=True) - facts["units"]

@@ -23,8 +23,8 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
     """Bytes without those of a process itself, where the weights of a rank's step take none."""
     run = load("digits", fields)
     net = outline(run)
-    held = memory.held(net, run.train)
-    found = host(net, run.train, ranks, held, memory.checkpoint(net, held, ranks).copy, 0, device)
+    held = memory.held_bytes(net, run.train)
+    found = host(net, run.train, ranks, held, memory.checkpoint_bytes(net, held, ranks).copy, 0, device)
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
@@ -32,7 +32,7 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
 @pytest.mark.slow
 def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     net = outline(load("digits"))
-    held, largest = memory.held(net, load("digits").train), max(p.nbytes for p in net.parameters())
+    held, largest = memory.held_bytes(net, load("digits").train), max(p.nbytes for p in net.parameters())
     one, four = planned(1, "CPU"), planned(4, "CPU", "train.share=4")
     assert one["start"] == held.weights + held.averages
     assert four["start"] == (held.weights + held.averages) // 4 + largest
@@ -49,7 +49,7 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     pytest.importorskip("peft")
     run = load("sd3-lora", [f"net.lora.frozen={coding}"])
     net = outline(run)
-    held = memory.held(net, run.train)
+    held = memory.held_bytes(net, run.train)
     found = host(net, run.train, 1, held, 0, 0, "GPU")["process"]["export"] - PROCESS
     assert found == held.weights + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
 
@@ -57,7 +57,7 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
 @pytest.mark.slow
 def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
     net = outline(load("digits"))
-    held, written = memory.held(net, load("digits").train), planned(4, "GPU")["save"]
+    held, written = memory.held_bytes(net, load("digits").train), planned(4, "GPU")["save"]
     assert 4 * written == held.weights + held.averages + held.optimizer
     assert planned(1, "GPU")["save"] == 4 * written
     assert planned(4, "GPU")["step"] == written
@@ -68,7 +68,7 @@ def test_a_copy_is_taken_by_a_save_and_stays_for_the_steps_after_it() -> None:
 def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int, first: str) -> None:
     """Of `step` bytes, as later steps take them."""
     run = load("digits", ["train.share=2"])
-    held = memory.held(net := outline(run), run.train)
+    held = memory.held_bytes(net := outline(run), run.train)
     found = host(net, run.train, 2, held, copy := 7, step, "CPU")["process"]
     update, passes = held.part(2).total, step - held.optimizer // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS

@@ -73,7 +73,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
-        monkeypatch.setattr(memory, "activations", lambda *_, **__: 0)
+        monkeypatch.setattr(memory, "activation_bytes", lambda *_, **__: 0)
         monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
         monkeypatch.setattr(cost, "way", lambda *_, **__: None)
         monkeypatch.setattr("dumo.plan.plan.far", lambda _: 0.1)  # of a million draws
@@ -166,7 +166,7 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     if part:
         freeze(monkeypatch)
     spec = load("digits", [*TINY, "train.ema=[{decay: 0.9}, {decay: 0.99}]", "train.ref=0.9"])
-    counted = memory.held(outline(spec), spec.train)
+    counted = memory.held_bytes(outline(spec), spec.train)
     state = step(spec, 2).state
     modules = [state.net, *(average.module for average in state.averages.values())]
     weights = sum(t.nbytes for t in (*state.net.parameters(), *state.net.buffers()))

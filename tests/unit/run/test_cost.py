@@ -182,7 +182,7 @@ def test_a_step_of_a_transformer_by_every_slope(
 def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference_and_grow_as_the_tokens() -> None:
     def peak(slope: Slope, guide: Guide, net: nn.Module, side: int = 32, rows: int = 4) -> int:
         shape = (SHAPE[0], side, side)
-        return memory.step(net, DuMo(guide=guide, slope=slope), Linear(), shape, rows=rows).peak
+        return memory.step_bytes(net, DuMo(guide=guide, slope=slope), Linear(), shape, rows=rows).peak
 
     assert peak(DualSlope(), GUIDED, outline()) < 1.10 * peak(CentralSlope(), GUIDED, outline())  # a tape
     assert peak(DualSlope(), PLAIN, outline()) < 1.00 * peak(CentralSlope(), PLAIN, outline())  # a ride
@@ -236,8 +236,8 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     step(net, b)  # tables that torch fills once
     net.zero_grad()
     every = [replace(b, progress=progress) for progress, _ in objective.needs.phases]
-    real = max((memory.followed(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
-    counted = memory.step(net, objective, Linear(), shape, rows=rows)
+    real = max((memory.follow_bytes(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
+    counted = memory.step_bytes(net, objective, Linear(), shape, rows=rows)
     assert real.before == counted.before
     assert real.peak == pytest.approx(counted.peak, rel=1e-4)  # a mask lives a little longer on one of them
     once, units = rows * forward_flops(one, objective, shape), 0.0  # of bytes a single block would be too small a part
@@ -257,7 +257,7 @@ def test_the_first_blocks_tell_of_all(objective: Objective, checkpoint: bool, mo
 
     def counts() -> tuple[float, ...]:
         given = net, objective, Linear(), shape
-        return forward_flops(net, objective, shape), forward_units(*given), memory.activations(*given, rows=4)
+        return forward_flops(net, objective, shape), forward_units(*given), memory.activation_bytes(*given, rows=4)
 
     whole = counts()
     monkeypatch.setattr(few, "FEW", 3)

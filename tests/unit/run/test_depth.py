@@ -63,7 +63,7 @@ def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> No
     """Of a step that keeps inputs alone; Flux is counted whole."""
     shape = (CHANNELS.get(source, 16), 8, 8)
     whole = net(source, lora=Lora(rank=4), checkpoint=True, depth=5)
-    few, all_ = both(lambda: memory.activations(whole, PLAIN, Linear(), shape, rows=4), monkeypatch)
+    few, all_ = both(lambda: memory.activation_bytes(whole, PLAIN, Linear(), shape, rows=4), monkeypatch)
     assert few == all_
 
 

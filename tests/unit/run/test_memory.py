@@ -53,9 +53,9 @@ def test_the_least_is_of_all_that_is_kept_and_copies_of_what_is_trained() -> Non
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
     net[0].bias.requires_grad_(False)
     kept = 4 * (3 * 4 + 4 + 4 + 4) + 8  # the mean, the variance, and how many batches there were
-    assert memory.of_weights(net) == memory.at_least(net) == kept
-    assert memory.at_least(net, 2.5) == kept + 2.5 * 4 * 3 * 4
-    assert memory.of_rows(5, (3, 2)) == 4 * 5 * 6
+    assert memory.weight_bytes(net) == memory.least_bytes(net) == kept
+    assert memory.least_bytes(net, 2.5) == kept + 2.5 * 4 * 3 * 4
+    assert memory.row_bytes(5, (3, 2)) == 4 * 5 * 6
 
 
 def test_a_part_of_what_is_held() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.training.log import append, cut, gaps, read_log, rewind
+from dumo.training.log import append, gaps, read_log, rewind, undone_rows_path
 from dumo.types import UserError
 
 
@@ -40,10 +40,10 @@ def test_rewind(tmp_path: Path, torn: str) -> None:
     assert read_log(path) == rows[:2]
     append(path, {"step": 3})
     assert [row["step"] for row in read_log(path)] == [1, 2, 3]
-    assert read_log(cut(path)) == rows[2:], "what is undone is kept"
+    assert read_log(undone_rows_path(path)) == rows[2:], "what is undone is kept"
     rewind(path, 2)
-    assert [row["step"] for row in read_log(cut(path))] == [3, 4, 3]
-    assert sorted(tmp_path.iterdir()) == [cut(path), path]
+    assert [row["step"] for row in read_log(undone_rows_path(path))] == [3, 4, 3]
+    assert sorted(tmp_path.iterdir()) == [undone_rows_path(path), path]
 
 
 def test_a_whole_last_line_is_kept_without_its_newline(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.func import jvp
 
 from dumo.config.load import load
 from dumo.nets.embed import SLOPE_TIMES, Scalars
-from dumo.run.memory import held
+from dumo.run.memory import held_bytes
 from dumo.run.net import outline
 from dumo.run.train import train
 from dumo.run.weights import build
@@ -319,7 +319,7 @@ def test_its_memory_is_counted() -> None:
     """One number for each weight of a matrix, two of all else, and a count of steps."""
     run = load("moons", TINY)
     net = outline(run)
-    both = held(net, run.train).optimizer
+    both = held_bytes(net, run.train).optimizer
     most = sum(p.nbytes for p in net.parameters())
     inside = sum(p.nbytes for p in matrices(net))
     assert both == 2 * most - inside + 4 * (len([*net.parameters()]) - len(matrices(net)))
