@@ -25,7 +25,7 @@ def append(path: Path, row: Row) -> None:
     """Append one line; it is with the operating system on return. Raises UserError as `file.require_in_place`."""
     file.require_in_place(path)
     with path.open("a") as log:
-        log.write(_line(row))
+        log.write(to_line(row))
 
 
 def flush(path: Path) -> None:
@@ -99,10 +99,10 @@ def rewind(path: Path, step: int) -> None:
     undone = [row for row in rows if row["step"] > step]
     if undone:
         with undone_rows_path(path).open("a") as log:
-            log.writelines(map(_line, undone))
+            log.writelines(map(to_line, undone))
         flush(undone_rows_path(path))
     rows_to_keep = [row for row in rows if row["step"] <= step]
-    file.write(path, "".join(map(_line, rows_to_keep)).encode(), writer="", durable=True)
+    file.write(path, "".join(map(to_line, rows_to_keep)).encode(), writer="", durable=True)
 
 
 def undone_rows_path(path: Path) -> Path:
@@ -110,6 +110,6 @@ def undone_rows_path(path: Path) -> Path:
     return path.with_suffix(f".cut{path.suffix}")
 
 
-def _line(row: Row) -> str:
+def to_line(row: Row) -> str:
     """A row as a line of strict JSON."""
     return json.dumps(finite(row), allow_nan=False) + "\n"

@@ -14,7 +14,7 @@ from dumo.io import content, seen
 from dumo.io import file as files
 from dumo.io.content import Hashes
 from dumo.io.seen import NAME
-from dumo.run import content as run_content
+from dumo.run import datacheck
 from dumo.runtime import dist
 from dumo.types import UserError
 from unit.data.animals import COUNT, STORES, as_folder, picture
@@ -182,9 +182,9 @@ def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "largest", lambda x: torch.maximum(x, there))
     monkeypatch.setattr("dumo.training.agreement.gather_results", lambda work: [work()])
-    assert torch.equal(run_content.seen(found)["hashes"], there)
+    assert torch.equal(datacheck.tensors_to_save(found)["hashes"], there)
     with pytest.raises(UserError, match="another on another rank"):
         found.see(1, b"other")
     found.expected = None
     with pytest.raises(UserError, match=r"01\.png is another on another rank"):
-        run_content.seen(found)
+        datacheck.tensors_to_save(found)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dumo.run import memory
-from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, followed
+from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, follow_bytes
 
 N = 1000  # numbers of a tensor, four bytes each
 
@@ -19,7 +19,7 @@ def test_bytes_of_a_chain_are_counted_as_by_hand() -> None:
         c = b.exp()  # b and c
         c.exp_()
 
-    assert followed(chain) == StepBytes(before=4 * N, peak=8 * N)
+    assert follow_bytes(chain) == StepBytes(before=4 * N, peak=8 * N)
 
 
 def test_views_do_not_count_twice_and_keep_their_storage() -> None:
@@ -30,8 +30,8 @@ def test_views_do_not_count_twice_and_keep_their_storage() -> None:
         x.exp()
         assert first.numel() == N / 10
 
-    assert followed(views) == StepBytes(before=4 * N, peak=8 * N)
-    assert followed(lambda: (x.view(10, -1), x[3:5])) == StepBytes(before=4 * N, peak=0)
+    assert follow_bytes(views) == StepBytes(before=4 * N, peak=8 * N)
+    assert follow_bytes(lambda: (x.view(10, -1), x[3:5])) == StepBytes(before=4 * N, peak=0)
 
 
 def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None:
@@ -43,7 +43,7 @@ def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None
             y = y.exp()  # saves its result
         y.sum().backward()
 
-    peaks = {n: followed(lambda n=n: depth(n)).peak for n in (1, 2, 3, 7)}
+    peaks = {n: follow_bytes(lambda n=n: depth(n)).peak for n in (1, 2, 3, 7)}
     assert peaks[1] == 4 * (2 * N + 2)  # the result, its gradient; the sum, and its own
     assert peaks[3] - peaks[2] == 4 * N
     assert peaks[7] - peaks[2] == 5 * 4 * N

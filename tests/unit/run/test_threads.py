@@ -135,7 +135,7 @@ def test_a_faster_machine_before_is_no_reason_to_measure_again(
     rows = log.read_log(file)
     for row in rows:
         row["steps_per_second"] = 1e9
-    file.write_text("".join(map(log.line, rows)))
+    file.write_text("".join(map(log.to_line, rows)))
     monkeypatch.setattr(threads, "WINDOW_SECONDS", 0.0)
     monkeypatch.setattr(threads, "WINDOWS", 1)
     monkeypatch.setattr(threads, "MAX_SLOWDOWN", 1e4)
