@@ -83,7 +83,7 @@ class Sampler:
     @property
     def taught(self) -> Reads:
         """The readings that the objective teaches, of no net: for checks."""
-        return taught(self.flow.objective)
+        return taught_readings(self.flow.objective)
 
     @property
     def reads(self) -> Reads:
