@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dumo.data.augment import Edm
 from dumo.data.pixel import ToRectangle, Unreadable
-from dumo.data.store import Store
+from dumo.data.store import Store, store_hashes
 from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
 from dumo.io.source import mirrored, rows_of
@@ -65,7 +65,7 @@ class Album:
         self.flip = flip
         self.augment = augment
         self.skip = skip
-        self.hashes = hashes or Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+        self.hashes = hashes or store_hashes(store)
         self.has_classes = not numbered
         self.use(THREADS)
         self.bad: dict[int, str] = {}  # which cannot be read, and why, by number in the store
@@ -135,7 +135,7 @@ class Album:
     def origins(self, rows: range) -> dict[str, Tensor]:
         """The numbers (n,) and hashes (n, 32) of the images that `rows` gave for a stretch of them."""
         readable = [number for number in self.numbered(torch.tensor(rows)).tolist() if number not in self.bad]
-        return {"image": torch.tensor(readable), HASH: torch.from_numpy(self.hashes.known[readable])}
+        return {"image": torch.tensor(readable), HASH: torch.from_numpy(self.hashes.sha256[readable])}
 
     def fingerprint(self) -> str:
         """Of the store."""
@@ -203,7 +203,7 @@ class Album:
                 tick(min(first + size, len(numbers)), "")
         finally:
             pool.shutdown(cancel_futures=True)
-        self.hashes.rest()
+        self.hashes.save_if_due()
         return pixels, bad
 
     def _decode_chunk(self, numbers: list[int], into: Pixels) -> list[int]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dumo.data.album import HOW_TO_MEND, THREADS, Album, fault
 from dumo.data.pixel import MAX_ASPECT_RATIO, Crop, Size, ToRectangle, covering_size, upright_size
-from dumo.data.store import Store
-from dumo.io.content import Hashes, few
+from dumo.data.store import Store, store_hashes
+from dumo.io.read import first_few
 from dumo.io.source import Bucketed
 from dumo.runtime import signals
 from dumo.runtime.bound import PIXELS
@@ -119,7 +119,7 @@ class Assorted:
         self.crop: Crop = crop
         self.groups = buckets.groups(side)
         self.sizes = buckets.sizes(side)
-        self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+        self.hashes = store_hashes(store)
         self.names = store.labels.names if store.labels else ()
         self.place = torch.full((len(store),), UNREAD)  # the bucket of each image
         self.cropped = torch.zeros(len(store))  # the share of each that is cut off
@@ -145,9 +145,9 @@ class Assorted:
                 tick(chunk.stop - rows.start, "")
         bad = [i for i in rows if self.place[i] == UNREAD]
         if bad:
+            paths = first_few(bad, self.store.path)
             warnings.warn(
-                f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket: {few(bad, self.store.path)}",
-                stacklevel=2,
+                f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket: {paths}", stacklevel=2
             )
 
     def albums(self, rows: range, memory: float = 0.0) -> dict[int, Album]:

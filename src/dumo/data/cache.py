@@ -1,20 +1,27 @@
 """A folder of latents: images that a codec has encoded once, so that training need not.
 
-`open_cache` opens a folder for a codec and for what a run asks of it, `read_index` reads what it says of itself, and
-`crops` what its buckets cut off. `dumo.data.encoding` makes it, `dumo.data.origin` compares it with the images that are
-here. It is a table (`dumo.io.table`) of the columns
+`dumo.data.encoding` makes a cache, `open_cache` opens it for a codec and for what a run asks of it, and
+`dumo.data.origin` compares it with the images that are here. `read_index` reads its index, `crops` what its buckets cut
+off, and `read_captions` the captions of its images.
+
+A cache is a table (`dumo.io.table`) of the columns
 
     x          what `Opened.encode` gives: the moments where the codec has Gaussians, or one draw of them
     flipped    the same of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
-    labels     classes, or the images' numbers in captions.jsonl, which then has each image's caption
+    labels     classes, or the images' numbers in captions.jsonl
     image      the number of each row's image in the source, and
     sha256     the hash of that image's file, so that a cache is refused where its images have changed
 
 Of images in buckets there are, for each bucket, "x 192x320" and "flipped 192x320", with the rows of its images alone,
 and "in 192x320", which is 1 for these rows; "cropped" is the share of each image that was cut off.
+
+captions.jsonl has a line for each image, in the images' order: a JSON list of its captions. So training, and encoding
+the captions, need no images.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,12 +33,16 @@ from torch import Tensor
 from dumo.data.bucket import Crops
 from dumo.data.pixel import Size
 from dumo.encoders import Codec
+from dumo.encoders.caption import Captions
 from dumo.io import table
+from dumo.io.read import is_text_list, parse_json, text_lines
 from dumo.io.table import ShardTable, TableIndex
 from dumo.runtime.bound import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 
 LATENTS = ("x", "flipped")  # columns
+CAPTIONS = "captions.jsonl"  # a file in a cache
+CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
 WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
 
 
@@ -62,17 +73,20 @@ class CacheIndex(CachePlan, TableIndex):
 
     word: ClassVar[str] = "cache"
     codec: dict[str, Any]  # what it does (`Scaled.facts`), and where its weights were
-    weights: str  # SHA-256 of the codec's
+    weights: str  # SHA-256 of the codec's weights
 
     def summary(self) -> str:
-        """The rows and latents of a whole cache, in words."""
+        """The rows and latents of a finished cache, in words."""
         rows = sum(shard.rows for shard in self.shards)
         unread = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
         shape = f"latents of {len(self.sizes)} buckets" if self.sizes else self.columns["x"].shape
         return f"{rows:,} images{unread} as {shape} in {self.dtype}"
 
     def binding(self) -> dict[str, Any]:
-        """The fields in which caches must agree to be one: all but where the codec's weights are, whose hash is one."""
+        """The fields that must be equal in two indices of one cache.
+
+        The codec's fields are among them, each as `codec.name`, without the place of its weights: their hash is.
+        """
         fields = super().binding()
         codec = _without_places(fields.pop("codec"))
         return fields | {f"codec.{name}": value for name, value in codec.items()}
@@ -86,11 +100,11 @@ def read_index(folder: Path) -> CacheIndex | None:
 def open_cache(folder: Path, codec: Codec, max_bytes: float = 0.0, **asked: object) -> ShardTable:
     """Open a cache to read it as the data of a codec.
 
-    `asked` are fields of the plan and the values that they must have; None: any. A cache of both flips serves those who
-    ask for one. One of at most `max_bytes` is read into memory, not mapped. Raises UserError where there is no cache,
-    it is unfinished, a shard is missing or of another size, or it differs from what is asked.
+    `asked` are fields of the plan and the values that they must have; None: any value. A cache of both flips serves a
+    run that asks for one. A cache of at most `max_bytes` is read into memory, not mapped. Raises UserError where there
+    is no cache, it is unfinished, a shard is missing or of another size, or it differs from what is asked.
     """
-    index = table.read_whole(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with dumo encode")
+    index = table.read_finished(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with dumo encode")
     lines: list[str] = []
     for name, value in asked.items():
         cached = getattr(index, name)
@@ -107,7 +121,7 @@ def open_cache(folder: Path, codec: Codec, max_bytes: float = 0.0, **asked: obje
 
 
 def crops(cache: ShardTable, index: CacheIndex) -> Crops:
-    """The bucket of each image of a cache with buckets, and the share of it that was cut off."""
+    """The bucket of each image of a cache with buckets, and the share of the image that was cut off."""
     bucket_parts: list[Tensor] = []
     cropped_parts: list[Tensor] = []
     for number in range(len(index.shards)):
@@ -116,6 +130,42 @@ def crops(cache: ShardTable, index: CacheIndex) -> Crops:
         bucket_parts.append(torch.stack(memberships).long().argmax(0))
         cropped_parts.append(columns["cropped"])
     return Crops.of(index.sizes, torch.cat(bucket_parts), torch.cat(cropped_parts))
+
+
+def dump_captions(captions: Captions) -> bytes:
+    """The content of captions.jsonl, which `read_captions` reads."""
+    texts = captions.texts
+    ids = captions.ids.tolist()
+    lines: list[str] = []
+    for first, end in pairwise([0, *captions.ends.tolist()]):
+        image_texts = [texts[k] for k in ids[first:end] if k < len(texts)]  # len(texts) is no caption
+        lines.append(f"{json.dumps(image_texts, ensure_ascii=False)}\n")
+    return "".join(lines).encode()
+
+
+def read_captions(file: Path) -> Captions:
+    """The captions in a captions.jsonl, by image. Raises UserError where there is no such file, or it is damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} is not there, which has the images' captions: start the same dumo encode again")
+    return Captions.of(_read_texts(file))
+
+
+def require_captions(file: Path, captions: Captions) -> None:
+    """Raise UserError where a captions.jsonl exists that holds other captions."""
+    if file.exists() and file.read_bytes() != dump_captions(captions):
+        raise UserError(
+            f"{file} holds other captions than the images have now: {CAPTIONS_FIX}; runs of the old ones need it"
+        )
+
+
+def _read_texts(file: Path) -> Iterator[list[str]]:
+    """The texts in each line of a captions.jsonl. Raises UserError for a damaged line."""
+    for number, line in enumerate(text_lines(file, CAPTIONS_FIX), 1):
+        where = f"{file} line {number}"
+        texts = parse_json(line, where, CAPTIONS_FIX)
+        if not is_text_list(texts):
+            raise UserError(f"{where} is no list of texts: {CAPTIONS_FIX}")
+        yield texts
 
 
 def _codec_differences(index: CacheIndex, codec: Codec) -> Iterator[str]:

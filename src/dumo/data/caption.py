@@ -100,7 +100,7 @@ class CaptionFiles(Spec):
     """What was written of each image, next to it or in its table; of several captions one is drawn, evenly."""
 
     kind: Literal["files"] = "files"
-    # The columns or keys that captions stand under, by commas; txt, caption: files; auto: the first of NAMES there is.
+    # The columns or keys that captions stand under, by commas; txt, caption: files; auto: the first of CAPTION_NAMES.
     name: str = "auto"
     # The column of the image that each caption edits, of a model that edits; None: it reads texts alone.
     source: str | None = Field(default=None, exclude_if=lambda source: source is None)

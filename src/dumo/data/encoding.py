@@ -14,18 +14,17 @@ from torch import Tensor
 
 from dumo.data.album import HASH, Album
 from dumo.data.bucket import Assorted
-from dumo.data.cache import LATENTS, CacheIndex, CachePlan, read_index
-from dumo.data.origin import NAMES, holds, require_origin
+from dumo.data.cache import CAPTIONS, LATENTS, CacheIndex, CachePlan, dump_captions, read_index, require_captions
+from dumo.data.origin import NAMES, has_cache, require_origin
 from dumo.data.pixel import Size
-from dumo.data.written import LINES, dump_lines, require_lines
 from dumo.encoders.caption import Captions
 from dumo.encoders.codec import Opened
 from dumo.io import table
 from dumo.io.content import hashes_of
+from dumo.io.inventory import HASH_BYTES
 from dumo.io.picture import from_uint8
-from dumo.io.seen import BYTES
 from dumo.io.source import Finite
-from dumo.io.table import Column, Done, Tick
+from dumo.io.table import Column, MakeResult, Tick
 from dumo.runtime import signals
 from dumo.types import UserError
 
@@ -41,7 +40,7 @@ def encode(
     rank: int = 0,
     world: int = 1,
     tick: Tick = lambda done, note: None,
-) -> Done:
+) -> MakeResult:
     """Make those of this rank's shards that are not in `out`, or damaged. Another `batch` may move the last bits.
 
     `captions` of images that are labelled by their numbers are kept next to them; `tick` is called with the images
@@ -54,10 +53,10 @@ def encode(
     if hashes:
         finished = _finished_shards(out, index, rank, world)
         hashes.hash(chain.from_iterable(map(index.span, finished)))
-        if holds(out, index):
+        if has_cache(out, index):
             require_origin(out, hashes, max_bytes=sys.maxsize)
     if captions:
-        require_lines(out / LINES, captions)
+        require_captions(out / CAPTIONS, captions)
 
     def encode_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
         batches = _encode_images(source, codec, index, number, batch, report)
@@ -68,13 +67,13 @@ def encode(
 
     other_files: dict[str, bytes] = {}
     if captions:
-        other_files[LINES] = dump_lines(captions)
+        other_files[CAPTIONS] = dump_captions(captions)
     if hashes:
-        other_files[NAMES] = hashes.packed.numpy().tobytes()
+        other_files[NAMES] = hashes.packed_names.numpy().tobytes()
     done = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
     if hashes:
         hashes.save()
-        if holds(out, index):  # another rank may have seen other images meanwhile
+        if has_cache(out, index):  # another rank may have seen other images meanwhile
             require_origin(out, hashes, max_bytes=0)
     return done
 
@@ -108,7 +107,7 @@ def _index_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> Cach
         columns["cropped"] = Column(dtype="float32")
     if hashes_of(source):
         columns["image"] = Column(dtype="int64")
-        columns[HASH] = Column(dtype="uint8", shape=(BYTES,))
+        columns[HASH] = Column(dtype="uint8", shape=(HASH_BYTES,))
     return CacheIndex(
         **dict(plan),
         codec=codec.codec.facts() | {"weights": codec.codec.weights},

@@ -17,18 +17,20 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from dumo.data.album import Album
+from dumo.data.annotation import captions_of
 from dumo.data.augment import Edm
 from dumo.data.bucket import Assorted, Buckets, Crops
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
+from dumo.data.edit import edit_rows, source_hash
+from dumo.data.metadata import TABLES
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import IMAGE_SUFFIXES, Crop, Size, ToSquare
-from dumo.data.store import Folder, Store, choose, some, walk
+from dumo.data.store import Folder, Store, choose, first_sorted, store_hashes, walk
 from dumo.data.tar import Tar
-from dumo.data.written import TABLES, captions_of, edited, hash_of
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes
+from dumo.io.inventory import FileState
 from dumo.io.read import user_path
-from dumo.io.seen import State
 from dumo.io.source import Bucketed
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError
@@ -260,10 +262,10 @@ class Images(Spec):
         root = user_path(self.root, "data.root")
         source = self.source or ""
         files_by_hash: dict[str, Path] = {}
-        for _, rows in edited(root, self._store(root, None), source):
+        for _, rows in edit_rows(root, self._store(root, None), source):
             for row in rows:
                 file = Path(row.values[source])
-                files_by_hash[hash_of(file)] = file
+                files_by_hash[source_hash(file)] = file
         return files_by_hash
 
     def caption_texts(self) -> tuple[str, ...]:
@@ -283,7 +285,7 @@ class Images(Spec):
             store = self._store_with_classes(root)
         except (UserError, OSError):  # an empty folder where a disk is not mounted
             return None
-        return Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+        return store_hashes(store)
 
     def _store_with_classes(self, root: Path) -> Store:
         """The images, with their classes where the run has some."""
@@ -329,9 +331,9 @@ class Images(Spec):
             missing = set(self.names) - set(store.labels.names)
             added = set(store.labels.names) - set(self.names)
             if missing:
-                changes.append(f"without {some(missing)}")
+                changes.append(f"without {first_sorted(missing)}")
             if added:
-                changes.append(f"with {some(added)}")
+                changes.append(f"with {first_sorted(added)}")
             raise UserError(
                 f"{root} has other classes than the run was made with, {'; '.join(changes) or 'in another order'}: "
                 "name the folders as they were, or begin a new run"
@@ -352,7 +354,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    by_format: dict[str, dict[str, State]] = {"folder": {}, "parquet": {}, "tar": {}}
+    by_format: dict[str, dict[str, FileState]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, state in files.items():
         ending = os.path.splitext(file)[1]
         if ending.lower() in IMAGE_SUFFIXES:
@@ -377,7 +379,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     return store
 
 
-def _open_store(root: Path, format: str, files: dict[str, State], split: str | None, label: str | None) -> Store:
+def _open_store(root: Path, format: str, files: dict[str, FileState], split: str | None, label: str | None) -> Store:
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)

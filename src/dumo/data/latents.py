@@ -21,17 +21,16 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
-from dumo.data.cache import CacheIndex, crops, open_cache, read_index
+from dumo.data.cache import CAPTIONS, CacheIndex, crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.origin import expect_origin, read_names, require_origin
-from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.flow.draw import PRIOR
-from dumo.io.audit import SOON, Audit
+from dumo.io.audit import AT_ONCE_BYTES, Audit
+from dumo.io.inventory import split_names
 from dumo.io.read import user_path
-from dumo.io.seen import split
 from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import ShardTable
 from dumo.runtime import signals
@@ -124,7 +123,7 @@ class Latents(Spec):
             case Templates():
                 counted = {"classes": captions.count(contents.classes), "names": contents.names}
             case CaptionFiles():
-                cached = read_lines(self.folder / LINES)
+                cached = read_captions(self.folder / CAPTIONS)
                 with_digest = captions.model_copy(update={"digest": cached.digest()})
                 counted = {"classes": len(cached), "names": (), "captions": with_digest}
         return self.images.model_copy(update=counted)
@@ -137,7 +136,7 @@ class Latents(Spec):
         with below("data.images"):
             album = self.images.originals()
         if self._cache_contents():
-            expect_origin(self.folder, album.hashes, max_bytes=SOON)
+            expect_origin(self.folder, album.hashes, max_bytes=AT_ONCE_BYTES)
         return album
 
     def rows(self) -> Album | Assorted:
@@ -149,10 +148,10 @@ class Latents(Spec):
         """The captions, by class, or by image as the cache has them. Raises UserError where they are others."""
         if not isinstance(self.captions, CaptionFiles):
             return self.images.all_captions()
-        file = self.folder / LINES
+        file = self.folder / CAPTIONS
         if not file.is_file():
             return self.images.all_captions()
-        cached = read_lines(file)
+        cached = read_captions(file)
         self.captions.require(cached, str(file))
         return cached
 
@@ -238,7 +237,7 @@ class Origin:
             if verify:
                 hashes.forget()
                 hashes.hash(range(len(hashes)))
-            require_origin(self.folder, hashes, max_bytes=SOON)
+            require_origin(self.folder, hashes, max_bytes=AT_ONCE_BYTES)
         except signals.Stopped:  # who trains stops by itself
             pass
         except Exception as error:  # who trains raises it
@@ -281,7 +280,7 @@ class LatentSource:
         packed_names = read_names(self.cache.folder)
         is_prior = torch.empty(0, dtype=torch.bool)
         if packed_names:
-            names = split(packed_names)
+            names = split_names(packed_names)
             images = self._read_column("image").tolist()
             is_prior = torch.tensor([f"/{PRIOR_FOLDER}/" in names[image] for image in images], dtype=torch.bool)
         if is_prior.all() or not is_prior.any():

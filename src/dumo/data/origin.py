@@ -1,7 +1,9 @@
 """Whether a cache was made of the images that are here: by their names, and by the hashes of their files.
 
-`require_origin` compares now, `expect_origin` leaves images to be compared when they are read. `holds` says whether a
-folder has a certain cache at all, and `read_names` reads the names of the images that a cache was made of.
+`require_origin` compares now. `expect_origin` does, too, and leaves the other images to be compared when they are read.
+Both compare the names first, then hashes: those that are known, those of files that changed since they were hashed, and
+those of copies if these are small. `has_cache` says whether a folder has a certain cache at all, and `read_names` reads
+the names of the images that a cache was made of.
 """
 
 from pathlib import Path
@@ -11,21 +13,21 @@ import numpy as np
 from dumo.data.album import HASH
 from dumo.data.cache import CacheIndex, read_index
 from dumo.io import table
-from dumo.io.content import Hashes, moved, unpacked
+from dumo.io.content import Hashes, name_changes, unpack_names
 from dumo.io.table import ELSEWHERE
 from dumo.io.weights import load
 from dumo.types import UserError
 
-NAMES = "names.zlib"  # a file in a cache: the names of its images
+NAMES = "names.zlib"  # a file in a cache: the names of its images, compressed
 
 
 def read_names(folder: Path) -> bytes:
-    """The names of a cache's images, as `Hashes.names`; empty where it does not say."""
+    """The names of a cache's images, as `Hashes.names` has them; b"" where the cache does not say."""
     file = folder / NAMES
-    return unpacked(file.read_bytes()) if file.is_file() else b""
+    return unpack_names(file.read_bytes()) if file.is_file() else b""
 
 
-def holds(folder: Path, index: CacheIndex) -> bool:
+def has_cache(folder: Path, index: CacheIndex) -> bool:
     """Whether a folder has the cache of this index, whatever the images that it was made of."""
     cached = read_index(folder)
     if cached is None:
@@ -40,7 +42,7 @@ def require_origin(folder: Path, hashes: Hashes, *, max_bytes: int) -> None:
     Images whose files changed since they were hashed are hashed now, and copies of files, too, if these have at most
     `max_bytes` together. A folder without a cache passes.
     """
-    _compare(folder, hashes, max_bytes, has_later=False)
+    _compare(folder, hashes, max_bytes, reads_later=False)
 
 
 def expect_origin(folder: Path, hashes: Hashes, *, max_bytes: int) -> None:
@@ -48,11 +50,11 @@ def expect_origin(folder: Path, hashes: Hashes, *, max_bytes: int) -> None:
 
     Raises UserError, now or then, with the name of the image that has changed.
     """
-    _compare(folder, hashes, max_bytes, has_later=True)
+    _compare(folder, hashes, max_bytes, reads_later=True)
 
 
-def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, has_later: bool) -> None:
-    """Compare a cache with the images that are here; `has_later`: the rest is compared when it is read."""
+def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool) -> None:
+    """Compare a cache with the images that are here; `reads_later`: the rest is compared when it is read."""
     cached = read_index(folder)
     if cached is None:
         return
@@ -60,31 +62,35 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, has_later: bool) -
     if HASH not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
     shards = table.written_shards(folder, cached)
-    if cached.fingerprint != hashes.title():
+    if cached.fingerprint != hashes.fingerprint():
         if shards:
             names = read_names(folder)
-            change = "of other names or classes" if names in (b"", hashes.names) else moved(names, hashes.names)
+            change = "of other names or classes"
+            if names not in (b"", hashes.names):
+                change = name_changes(names, hashes.names)
             raise UserError(f"{folder} is of other images than are here, {change}: {fix}")
         return
 
-    # compare with the hashes of images in shards that were made of others, or may have been
-    expected = np.zeros_like(hashes.known)
+    # expect the hashes in shards that were made of other images, or may have been
+    expected = np.zeros_like(hashes.sha256)
     for number, shard in shards.items():
         span = cached.span(number)
-        doubtful = hashes.doubtful(span)
-        differs = shard.of != hashes.digest(span) and (doubtful or has_later)
-        if differs and shard.fault(folder, deep=doubtful) is None:  # what is damaged is refused elsewhere
+        is_doubtful = hashes.is_doubtful(span)
+        differs = shard.of != hashes.digest(span) and (is_doubtful or reads_later)
+        if differs and shard.fault(folder, deep=is_doubtful) is None:  # what is damaged is refused elsewhere
             columns = load(folder / shard.file)
             expected[columns["image"].numpy()] = columns[HASH].numpy()
     hashes.expect(expected, f"is not the image that {folder} was made of: {fix}")
     hashes.hash(hashes.suspect())
     suspect_copies = hashes.suspect(copies=True)
-    if len(suspect_copies) and hashes.size(suspect_copies) <= max_bytes:
+    if len(suspect_copies) and hashes.file_bytes(suspect_copies) <= max_bytes:
         hashes.hash(suspect_copies)
-    changed = hashes.others()
+    changed = hashes.mismatches()
     if len(changed):
         first = int(changed[0])
-        more = f", and {len(changed) - 1:,} more are others" if len(changed) > 1 else ""
+        more = ""
+        if len(changed) > 1:
+            more = f", and {len(changed) - 1:,} more are others"
         raise UserError(
             f"{folder}: {shards[first // cached.shard_rows].file} was made of another {hashes.path(first)} than is "
             f"here{more}: {fix}"

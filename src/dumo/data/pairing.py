@@ -1,11 +1,16 @@
 """Which images have a caption, and which captions have an image.
 
-A row of a table, and a file of text, name their image. Two names are the same where they are in Unicode's form C: macOS
-writes the letter "é" as two characters, most tables have it as one. No other difference is bridged: of names that
-differ in case or in blanks alone, a message shows both.
+`dumo.data.annotation` fills a `Pairing` with what is written of each image, and with orphans: rows of tables and files
+of text without an image. Then
 
-What lacks its other half is counted, and NAMED of it are named in a warning. More than MAX_SHARE is refused. A blank
-text lacks nothing: it says that its image shall have no caption.
+1. `refuse_orphans` and `refuse_uncaptioned` raise where more than MAX_SHARE lack their other half. A blank text lacks
+   nothing: it says that its image shall have no caption;
+2. `warn` counts what is left over, and names the first few;
+3. `texts` gives the captions.
+
+`NameIndex` finds an image by its name in a row. Two names are equal where they are in Unicode's form C: macOS writes
+the letter "é" as two characters, most tables have it as one. No other difference is bridged: of names that differ in
+case or in blanks alone, a message shows both.
 """
 
 import os
@@ -17,12 +22,13 @@ from functools import cache
 from pathlib import Path
 
 from dumo.data.pixel import IMAGE_SUFFIXES
+from dumo.io.read import first_few
 from dumo.types import UserError
 
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
 # somebody wrote captions by hand, a few were forgotten. One who captions half of a set on purpose can say so.
 MAX_SHARE = 0.1
-NAMED = 3
+ORPHAN_TEXTS = 3  # files of text without an image that are never refused: README.txt and its like. Ours
 TEXT_SUFFIXES = (".txt", ".caption", ".json")  # of what is paired by its name; .json in archives alone
 
 ImageCaptions = tuple[str, ...]  # captions of one image
@@ -61,23 +67,26 @@ class Orphan:
 
 @dataclass
 class Pairing:
-    """What is written of each image, and what is written of none."""
+    """What is written of each image of a store, and the orphans."""
 
     captions: list[ImageCaptions | None]  # by image, in the store's order; None: nothing names the image
     name_of: Callable[[int], str]  # the name of image i, for a message
     blank: str  # how one says that an image shall have no caption
+    columns: Sequence[str] = ()  # columns that hold texts, read or not
+
     num_rows: int = 0  # of tables, in all
     orphan_rows: list[Orphan] = field(default_factory=list[Orphan])
+
     num_texts: int = 0  # files of text, in all
     orphan_texts: list[Orphan] = field(default_factory=list[Orphan])
     unread: list[str] = field(default_factory=list[str])  # files of text whose image has a caption elsewhere
-    shared: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # files of text of several images
-    columns: Sequence[str] = ()  # those that hold texts, read or not
+    shared: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # by file of text, its several images
 
     def add_texts(self, images_of_text: Mapping[str, list[str]], orphan_names: Sequence[str]) -> None:
-        """Note the files of text: those that belong to images, and the names of those that belong to none.
+        """Add the images of each file of text, and the names of the files that belong to none.
 
-        Where none belongs to an image, nor nearly, they are other texts than captions, such as README.txt.
+        Where no file belongs to an image, nor nearly, they are other texts than captions, such as README.txt, and no
+        orphans.
         """
         orphans = [Orphan(name) for name in orphan_names]
         if images_of_text or any(self._near_pairs(orphans)):
@@ -96,7 +105,7 @@ class Pairing:
     def refuse_orphans(self, root: Path) -> None:
         """Raise UserError where more than MAX_SHARE of the captions have no image.
 
-        Files of text have other uses, too, such as README.txt: as few as NAMED are never refused.
+        Files of text have other uses, too, such as README.txt: ORPHAN_TEXTS of them are never refused.
         """
         num_orphan_rows = len(self.orphan_rows)
         if num_orphan_rows > MAX_SHARE * self.num_rows:
@@ -105,7 +114,7 @@ class Pairing:
                 "the names, bring the images, or remove these rows"
             )
         num_orphan_texts = len(self.orphan_texts)
-        if num_orphan_texts > NAMED and num_orphan_texts > MAX_SHARE * self.num_texts:
+        if num_orphan_texts > ORPHAN_TEXTS and num_orphan_texts > MAX_SHARE * self.num_texts:
             raise UserError(
                 f"{root}: {self._orphan_text_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: mend "
                 "the names, bring the images, or remove these files"
@@ -121,8 +130,8 @@ class Pairing:
             )
 
     def warn(self, root: Path) -> None:
-        """Warn of what is left over, a line for each kind."""
-        lines: list[str] = []
+        """Warn, once in this process, of images without captions, orphans, and files of text unread or shared."""
+        lines: list[str] = []  # of the message, one for each kind
         if self.orphan_rows:
             lines.append(self._orphan_row_line())
         if self.orphan_texts:
@@ -132,35 +141,38 @@ class Pairing:
         if lines:
             lines[-1] += self._near_pair()
         if self.unread:
-            texts = f"{count(len(self.unread), 'file')} of text"
-            names = first_few(map(repr, self.unread))
+            texts = f"{_count(len(self.unread), 'file')} of text"
+            names = first_few(self.unread, repr)
             lines.append(f"{texts} not read, as the image has a caption in a table, or in a .txt: {names}")
         if self.shared:
             example, images = next(iter(self.shared.items()))
+            texts = f"{_count(len(self.shared), 'file')} of text"
             lines.append(
-                f"{count(len(self.shared), 'file')} of text with several images of one name, which share the captions: "
-                f"'{example}' of {first_few(map(repr, images))}"
+                f"{texts} with several images of one name, which share the captions: "
+                f"'{example}' of {first_few(images, repr)}"
             )
         for line in lines:
             warn_once(f"{root}: {line}")
 
     def _uncaptioned(self) -> list[int]:
+        """The numbers of the images without a caption, blank or not."""
         return [i for i, captions in enumerate(self.captions) if captions is None]
 
     def _uncaptioned_line(self) -> str:
         uncaptioned = self._uncaptioned()
         names = first_few(f"'{self.name_of(i)}'" for i in uncaptioned)
-        return f"{len(uncaptioned):,} of {count(len(self.captions), 'image')} without a caption: {names}"
+        return f"{len(uncaptioned):,} of {_count(len(self.captions), 'image')} without a caption: {names}"
 
     def _orphan_row_line(self) -> str:
-        rows = count(self.num_rows, "row")
+        rows = _count(self.num_rows, "row")
         return f"{len(self.orphan_rows):,} of {rows} without an image: {first_few(self.orphan_rows)}"
 
     def _orphan_text_line(self) -> str:
-        texts = f"{count(self.num_texts, 'file')} of text"
+        texts = f"{_count(self.num_texts, 'file')} of text"
         return f"{len(self.orphan_texts):,} of {texts} without an image: {first_few(self.orphan_texts)}"
 
     def _near_pair(self) -> str:
+        """An orphan and an uncaptioned image of nearly one name, in words; "" where there are none."""
         pair = next(self._near_pairs([*self.orphan_rows, *self.orphan_texts]), None)
         if pair is None:
             return ""
@@ -170,10 +182,10 @@ class Pairing:
     def _near_pairs(self, orphans: Iterable[Orphan]) -> Iterator[tuple[Orphan, str]]:
         """Each orphan with an uncaptioned image of nearly its name: first by whole path, else by file name."""
         images = [self.name_of(i) for i in self._uncaptioned()]
-        by_path = {loose_form(name): name for name in images}
-        by_file_name = {loose_form(name).rpartition("/")[2]: name for name in images}
+        by_path = {_loose_form(name): name for name in images}
+        by_file_name = {_loose_form(name).rpartition("/")[2]: name for name in images}
         for orphan in orphans:
-            path = loose_form(orphan.name)
+            path = _loose_form(orphan.name)
             image = by_path.get(path) or by_file_name.get(path.rpartition("/")[2])
             if image:
                 yield orphan, image
@@ -181,11 +193,11 @@ class Pairing:
 
 @cache
 def warn_once(message: str) -> None:
-    """Warn, once in this process: captions are read when a run is proposed, and again when it is opened."""
+    """Warn once in this process: captions are read when a run is proposed, and again when it is opened."""
     warnings.warn(message, stacklevel=2)
 
 
-def loose_form(name: str) -> str:
+def _loose_form(name: str) -> str:
     """A name without what people get wrong in it: case, blanks, slashes, the endings of images and texts."""
     loose = "".join(normal_form(name).casefold().replace("\\", "/").split())
     stem, ending = os.path.splitext(loose)
@@ -195,13 +207,6 @@ def loose_form(name: str) -> str:
     return loose
 
 
-def first_few(items: Iterable[object]) -> str:
-    """The first NAMED of them, and how many more there are."""
-    texts = [str(item) for item in items]
-    named = ", ".join(texts[:NAMED])
-    return f"{named} and {len(texts) - NAMED:,} more" if len(texts) > NAMED else named
-
-
-def count(number: int, noun: str) -> str:
-    """How many there are, in words."""
+def _count(number: int, noun: str) -> str:
+    """A number with its noun: `1 file`, `1,234 files`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,10 +1,11 @@
-"""Tables of images in the layout of the Hugging Face hub: a column `{bytes, path}`, one of class numbers, as a store.
+"""Tables of images in the layout of the Hugging Face hub: a column of `{bytes, path}`, and one of class numbers.
+
+`Parquet` is the store of the images in some tables; `columns`, `shared_columns` and `text_columns` list what other
+columns it has. `open_table`, `readable` and `decode_rows` read any table of parquet.
 
 A row group is the least that can be read at once, so rows are quick in their order and slow at random: a set too large
-for the memory is better encoded once (or `data.memory` raised) than trained on from here. Groups that were read are
-kept up to a number of bytes; of a larger one, the rows up to the wanted one are gone through, and none are kept.
-
-`Parquet` is the store; below it are functions that read a table, its columns, groups and rows.
+for the memory is better encoded once (or `data.memory` raised) than trained on from here. `Parquet.read` caches the row
+groups that were used last, up to a number of bytes. A larger row group is read up to the wanted row, and not cached.
 """
 
 import json
@@ -22,59 +23,59 @@ import torch
 from torch import Tensor
 
 from dumo.data.pixel import Unreadable
-from dumo.data.store import Labels, counted
+from dumo.data.store import Labels, count_classes
 from dumo.io import digest
-from dumo.io.seen import Files, states_of
+from dumo.io.inventory import ItemFiles, states_of
 from dumo.types import UserError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-KEPT_BYTES = 2**30  # of row groups: ours. The hub writes groups of 100 images
-STREAMED = 64  # rows held at a time of a group that is too large: ours
+CACHE_BYTES = 2**30  # of row groups: ours. The hub writes groups of 100 images
+BATCH_ROWS = 64  # rows held at a time of a row group that is too large to cache: ours
 
 
 class Parquet:
-    """The rows of some tables, one after the other.
+    """The images in the rows of some tables, one table after the other.
 
     `label` names the column of classes. Raises UserError for a file that is no whole table, or has no images.
     """
 
-    def __init__(self, files: Sequence[str], *, label: str | None, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, files: Sequence[str], *, label: str | None, cache_bytes: int = CACHE_BYTES) -> None:
         self.files = files
-        self.kept_bytes = kept_bytes
+        self.cache_bytes = cache_bytes
         self.tables = [open_table(file) for file in files]
-        self.columns = [image_column(file, table) for file, table in zip(files, self.tables, strict=True)]
-        self.groups: list[tuple[int, int]] = []  # the file of each row group, and its number there
+        self.image_columns = [_image_column(file, table) for file, table in zip(files, self.tables, strict=True)]
+        self.groups: list[tuple[int, int]] = []  # the file of each row group, and the group's number there
         group_rows: list[int] = []
         for k, table in enumerate(self.tables):
             for number in range(table.num_row_groups):
                 self.groups.append((k, number))
                 group_rows.append(table.metadata.row_group(number).num_rows)
         file_rows = [table.metadata.num_rows for table in self.tables]
-        self.first_of_group = list(accumulate(group_rows, initial=0))  # row; at the end, that behind the last group
+        self.first_of_group = list(accumulate(group_rows, initial=0))  # image; at the end, the number of images
         self.first_of_file = list(accumulate(file_rows, initial=0))
-        self.within = Files.of(files, states_of(files), file_rows)
+        self.item_files = ItemFiles.of(files, states_of(files), file_rows)
         self.labels = None if label is None else self._labels(label)
-        self.locks = [Lock() for _ in files]  # a table is read by one thread at a time
-        self.kept: OrderedDict[int, Any] = OrderedDict()  # groups, the last used at the end
-        self.keeping = Lock()
+        self.table_locks = [Lock() for _ in files]  # a table is read by one thread at a time
+        self.group_cache: OrderedDict[int, Any] = OrderedDict()  # arrays of bytes, by group; the last used at the end
+        self.cache_lock = Lock()
 
     def __len__(self) -> int:
         return self.first_of_group[-1]
 
     def fingerprint(self) -> str:
-        """Of the files' names, sizes and footers."""
+        """A digest of the files' names, sizes and footers."""
         names = (f"{os.path.basename(file)} {os.path.getsize(file)}" for file in self.files)
-        return digest.short(*names, *(digest.of_bytes(footer(file)) for file in self.files))
+        return digest.short(*names, *(digest.of_bytes(_footer(file)) for file in self.files))
 
     def path(self, i: int) -> str:
-        """The file and the row in it, from 0."""
+        """The file of image i, and its row there, from 0."""
         file, _ = self.groups[self._group_of(i)]
         return f"{self.files[file]} row {i - self.first_of_file[file]}"
 
     def read(self, i: int) -> bytes:
-        """The bytes in row i. Raises OSError or ValueError where there are none."""
+        """The bytes of image i. Raises OSError or ValueError where there are none."""
         from pyarrow import ArrowException  # slow to import
 
         k = self._group_of(i)
@@ -87,35 +88,59 @@ class Parquet:
             raise Unreadable("holds no bytes of an image")
         return data
 
+    def read_column(self, name: str) -> Iterator[Any]:
+        """The arrow column of this name in each file. Raises UserError where a file lacks it, or is damaged."""
+        for file, table in zip(self.files, self.tables, strict=True):
+            if name not in table.schema_arrow.names:
+                raise UserError(f"{file} has no column '{name}', other files have")
+            with readable(file):
+                column = table.read(columns=[name], use_threads=False).column(0)
+            yield column
+
+    def read_texts(self, name: str) -> list[Any]:
+        """A column of all files, as Python's objects. Raises as `read_column`, and UserError for what is not UTF-8."""
+        values: list[Any] = []
+        for file, column in zip(self.files, self.read_column(name), strict=True):
+            values += decode_rows(column, file, 0)
+        return values
+
     def _group_of(self, i: int) -> int:
-        """The row group that image i is in."""
+        """The row group of image i."""
         return bisect_right(self.first_of_group, i) - 1
 
-    def _read_row(self, k: int, row: int) -> Any:  # noqa: ANN401, as `read_row`
-        """The bytes in a row of group k, which is kept if it is not too large. Raises as `read_row`."""
+    def _read_row(self, k: int, row: int) -> Any:  # noqa: ANN401, an untyped scalar
+        """The bytes in a row of row group k, which is cached if it is not too large.
+
+        Raises ArrowException where the group is damaged, OSError or Unreadable where it is shorter than its file says.
+        """
         file, number = self.groups[k]
         table = self.tables[file]
-        column = self.columns[file]
-        with self.locks[file]:
-            with self.keeping:
-                group = self.kept.pop(k, None)
+        column = self.image_columns[file]
+        with self.table_locks[file]:
+            with self.cache_lock:
+                group = self.group_cache.pop(k, None)
             if group is None:
-                if table.metadata.row_group(number).total_byte_size > self.kept_bytes:
-                    return read_row(table, number, column, row)
+                if table.metadata.row_group(number).total_byte_size > self.cache_bytes:
+                    return _read_row_of(table, number, column, row)
                 group = read_group(table, number, column)
-            self._keep(k, group)
+            self._cache(k, group)
         if row >= len(group):
             raise Unreadable("is not there: its file is damaged")
         return group[row]
 
-    def _keep(self, k: int, group: Any) -> None:  # noqa: ANN401, as `read_group`
-        """This group as the one last used, and of the others as many as there is room for."""
-        with self.keeping:
-            self.kept[k] = group
-            while len(self.kept) > 1 and sum(kept.nbytes for kept in self.kept.values()) > self.kept_bytes:
-                self.kept.popitem(last=False)
+    def _cache(self, k: int, group: Any) -> None:  # noqa: ANN401, an untyped array
+        """Cache a row group as the last used, and drop the least recently used ones where the cache is full."""
+        with self.cache_lock:
+            self.group_cache[k] = group
+            while len(self.group_cache) > 1 and self._cached_bytes() > self.cache_bytes:
+                self.group_cache.popitem(last=False)
+
+    def _cached_bytes(self) -> int:
+        """The bytes of all cached row groups."""
+        return sum(group.nbytes for group in self.group_cache.values())
 
     def _labels(self, label: str) -> Labels | None:
+        """The classes in a column; None where no file has it. Raises UserError for a row without a class number."""
         from pyarrow import types  # slow to import
 
         if not any(label in table.schema_arrow.names for table in self.tables):
@@ -133,38 +158,22 @@ class Parquet:
                     "data.label"
                 )
             parts.append(torch.tensor(column.to_numpy(), dtype=torch.long))
-        return counted(torch.cat(parts), self.files[0], class_names(self.tables[0], label))
-
-    def read_column(self, name: str) -> Iterator[Any]:
-        """A column of each file, as arrow has it. Raises UserError where one lacks it, or is damaged."""
-        for file, table in zip(self.files, self.tables, strict=True):
-            if name not in table.schema_arrow.names:
-                raise UserError(f"{file} has no column '{name}', other files have")
-            with whole(file):
-                column = table.read(columns=[name], use_threads=False).column(0)
-            yield column
-
-    def read_texts(self, name: str) -> list[Any]:
-        """A column of all files, as Python's objects. Raises as `read_column`, and UserError for what is not UTF-8."""
-        values: list[Any] = []
-        for file, column in zip(self.files, self.read_column(name), strict=True):
-            values += decoded(column, file, 0)
-        return values
+        return count_classes(torch.cat(parts), self.files[0], _class_names(self.tables[0], label))
 
 
 def columns(store: Parquet) -> list[str]:
-    """What the first table has, for a message."""
+    """The names of the first table's columns, in their order."""
     return list(store.tables[0].schema_arrow.names)
 
 
-def columns_of_all(store: Parquet) -> list[str]:
-    """The columns that every table has, in the order of the first."""
+def shared_columns(store: Parquet) -> list[str]:
+    """The names of the columns that every table has, in the order of the first table."""
     others = [set(table.schema_arrow.names) for table in store.tables[1:]]
     return [name for name in columns(store) if all(name in names for names in others)]
 
 
 def text_columns(store: Parquet) -> list[str]:
-    """The columns of the first table that hold texts, or lists of texts."""
+    """The names of the first table's columns that hold texts, or lists of texts."""
     from pyarrow import types  # slow to import
 
     names: list[str] = []
@@ -175,10 +184,29 @@ def text_columns(store: Parquet) -> list[str]:
     return names
 
 
-def decoded(rows: Any, table: str, first: int) -> list[Any]:  # noqa: ANN401, untyped rows or a column of them
-    """Rows of a table, or a column of them, as Python's objects; `first` is the number of the first.
+def open_table(file: str | Path) -> "ParquetFile":
+    """A table, its rows unread. Raises UserError where it is not whole."""
+    from pyarrow.parquet import ParquetFile  # slow to import
 
-    Raises UserError, with the row, where a text is not UTF-8.
+    with readable(file, "is no whole parquet file"):
+        return ParquetFile(file, memory_map=True, page_checksum_verification=True)
+
+
+@contextmanager
+def readable(file: str | Path, problem: str = "is damaged") -> Generator[None]:
+    """Raise UserError, with the file and the problem, where pyarrow cannot read the file inside."""
+    from pyarrow import ArrowException  # slow to import
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{file} {problem}: {error}; fetch it again, or remove it") from error
+
+
+def decode_rows(rows: Any, table: str, first: int) -> list[Any]:  # noqa: ANN401, untyped rows or a column of them
+    """Rows of a table, or a column of them, as Python's objects; `first` is the number of the first row.
+
+    Raises UserError, with the table and the row, where a text is not UTF-8.
     """
     try:
         return rows.to_pylist()
@@ -194,83 +222,72 @@ def decoded(rows: Any, table: str, first: int) -> list[Any]:  # noqa: ANN401, un
         raise
 
 
-def open_table(file: str | Path) -> "ParquetFile":
-    """A table, its rows unread. Raises UserError where it is not whole."""
-    from pyarrow.parquet import ParquetFile  # slow to import
-
-    with whole(file, "is no whole parquet file"):
-        return ParquetFile(file, memory_map=True, page_checksum_verification=True)
-
-
-@contextmanager
-def whole(file: str | Path, problem: str = "is damaged") -> Generator[None]:
-    """Say of a file that it is not whole, where pyarrow cannot read it: UserError."""
-    from pyarrow import ArrowException  # slow to import
-
-    try:
-        yield
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file} {problem}: {error}; fetch it again, or remove it") from error
-
-
-def image_column(file: str | Path, table: "ParquetFile") -> str:
-    """The dotted name of the bytes. Of several columns of images, `image` is taken. Raises UserError without any."""
-    from pyarrow import types
-
-    bytes_of_column: dict[str, str] = {}  # dotted names
-    for field in table.schema_arrow:
-        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            bytes_of_column[field.name] = f"{field.name}.bytes"
-        elif types.is_binary(field.type) or types.is_large_binary(field.type):
-            bytes_of_column[field.name] = field.name
-    if "image" in bytes_of_column:
-        return bytes_of_column["image"]
-    columns = ", ".join(table.schema_arrow.names)
-    if not bytes_of_column:
-        raise UserError(
-            f"{file} has no column of images {{bytes, path}} (it has {columns}): rename the column to 'image'"
-        )
-    if len(bytes_of_column) > 1:
-        raise UserError(
-            f"{file} has several columns of bytes, none called 'image' (it has {columns}): rename the column to 'image'"
-        )
-    return next(iter(bytes_of_column.values()))
-
-
 def read_group(table: "ParquetFile", group: int, column: str) -> Any:  # noqa: ANN401, an untyped array
-    """The bytes in the rows of a group, with what `image_column` names. Raises ArrowException where it is damaged."""
-    rows = table.read_row_group(group, columns=[column], use_threads=False).column(0)
-    return _bytes(rows.combine_chunks(), column)
+    """The bytes in all rows of a row group. Raises ArrowException where it is damaged.
 
-
-def read_row(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
-    """The bytes in one row of a group too large to be held: the rows before it are read, a few at a time.
-
-    Raises ArrowException where the group is damaged, OSError where it is shorter.
+    `column` is the dotted name of the images' bytes.
     """
-    for part in table.iter_batches(STREAMED, row_groups=[group], columns=[column], use_threads=False):
-        if row < len(part):
-            return _bytes(part.column(0), column)[row]
-        row -= len(part)
+    rows = table.read_row_group(group, columns=[column], use_threads=False).column(0)
+    return _bytes_of(rows.combine_chunks(), column)
+
+
+def _read_row_of(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
+    """The bytes in one row of a row group that is too large to hold: the rows before it are read, a few at a time.
+
+    Raises ArrowException where the row group is damaged, OSError where it is shorter than its file says.
+    """
+    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
+        if row < len(batch):
+            return _bytes_of(batch.column(0), column)[row]
+        row -= len(batch)
     raise OSError(f"row group {group} has fewer rows than the file says")
 
 
-def footer(file: str | Path) -> bytes:
-    """The end of a file, that says where its columns lie, how many values they have and how large they are."""
+def _bytes_of(rows: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
+    """The bytes in rows of the column with this dotted name, which are bytes or structs of them."""
+    return rows.field("bytes") if column.endswith(".bytes") else rows
+
+
+def _image_column(file: str | Path, table: "ParquetFile") -> str:
+    """The dotted name of the images' bytes, `image.bytes`; of several columns of bytes, `image` is taken.
+
+    Raises UserError where there is no such column.
+    """
+    from pyarrow import types  # slow to import
+
+    dotted_names: dict[str, str] = {}  # of bytes, by column
+    for field in table.schema_arrow:
+        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            dotted_names[field.name] = f"{field.name}.bytes"
+        elif types.is_binary(field.type) or types.is_large_binary(field.type):
+            dotted_names[field.name] = field.name
+    if "image" in dotted_names:
+        return dotted_names["image"]
+    available = ", ".join(table.schema_arrow.names)
+    if not dotted_names:
+        raise UserError(
+            f"{file} has no column of images {{bytes, path}} (it has {available}): rename the column to 'image'"
+        )
+    if len(dotted_names) > 1:
+        raise UserError(
+            f"{file} has several columns of bytes, none called 'image' (it has {available}): rename the column to "
+            "'image'"
+        )
+    return next(iter(dotted_names.values()))
+
+
+def _class_names(table: "ParquetFile", label: str) -> list[str]:
+    """The names of the classes in a column, from the hub's metadata; [] where they are not there."""
+    try:
+        return json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _footer(file: str | Path) -> bytes:
+    """The end of a file, which says where its columns lie, how many values they have and how large they are."""
     with Path(file).open("rb") as opened:
         size = opened.seek(-8, os.SEEK_END) + 8
         length = int.from_bytes(opened.read(4), "little")
         opened.seek(max(0, size - 8 - length))
         return opened.read()
-
-
-def _bytes(rows: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
-    return rows.field("bytes") if column.endswith(".bytes") else rows
-
-
-def class_names(table: "ParquetFile", label: str) -> list[str]:
-    """The classes' names, where the hub's metadata have them."""
-    try:
-        return json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return []

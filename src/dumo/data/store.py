@@ -1,7 +1,13 @@
 """Where encoded images lie: files of a folder, rows of a table (`dumo.data.parquet`), members of an archive (`tar`).
 
-A store is opened without decoding any image. `Store` is what all of them offer, `Folder` the one of files; `walk` lists
-files with their states, and `counted` checks labels for all stores.
+A store is opened without decoding any image. `Store` is what all stores offer, `Folder` is that of files. Opening one
+(`dumo.data.image.find`) goes in this order:
+
+1. `walk` lists the files under a root, with their states;
+2. `choose` takes the shards of a split; a folder does so itself;
+3. the store checks its labels with `count_classes`.
+
+`read_regular` and `require_small` guard against what is no image, and `store_hashes` gives the hashes of a store.
 """
 
 import os
@@ -17,12 +23,14 @@ from torch import Tensor
 
 from dumo.data.pixel import Unreadable
 from dumo.io import digest
-from dumo.io.seen import Files, State, state_of
+from dumo.io.content import Hashes
+from dumo.io.inventory import FileState, ItemFiles, state_of
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
 MAX_IMAGE_BYTES = 2**30  # ours. A sparse file, or one that never ends, would fill the memory
+MAX_NAMED = 8  # classes or splits that a message names: ours
 MAX_CLASSES = 10**6  # where they are counted by the largest number: ours. Nets, tables and counts have a row for each
 
 
@@ -43,17 +51,17 @@ class Store(Protocol):
     """Encoded images in a fixed order, to be read from many threads at once."""
 
     def fingerprint(self) -> str:
-        """A short text, another one where images were added, removed, renamed or replaced by some of another size."""
+        """A short text, another one where images were added, removed, renamed or replaced by images of another size."""
         ...
 
     @property
-    def within(self) -> Files:
-        """The files that the images lie in, as they were when it was opened."""
+    def item_files(self) -> ItemFiles:
+        """The files that the images lie in, as they were when the store was opened."""
         ...
 
     @property
     def labels(self) -> Labels | None:
-        """None where there are none, or they are not read."""
+        """The classes; None where there are none, or they are not read."""
         ...
 
     def __len__(self) -> int: ...
@@ -67,53 +75,61 @@ class Store(Protocol):
         ...
 
 
+def store_hashes(store: Store) -> Hashes:
+    """The hashes of a store's images, as far as they are noted."""
+    return Hashes(store.item_files, store.path, store.read, store.labels and store.labels.c)
+
+
 class Folder:
     """Files, given with their states, in the order of their names.
 
-    The class is the folder below the deepest one that holds them all, numbered in the order of its name, however deep
-    the files lie in it. Raises UserError where a split must be chosen, or some files are in no class.
+    Classes are the folders below the deepest folder that holds all files, numbered in the order of their names; a class
+    has all files in its folder, at any depth. Raises UserError where a split must be chosen, or some files are in no
+    class.
     """
 
-    def __init__(self, root: Path, states: Mapping[str, State], *, split: str | None, labelled: bool) -> None:
+    def __init__(self, root: Path, states: Mapping[str, FileState], *, split: str | None, labelled: bool) -> None:
         files = list(states)
         if split is not None:
-            files = in_split(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
+            files = [file for file in files if split in Path(file).relative_to(root).parts[:-1]]
+            _require_split(root, split, files)
         self.files = files
-        self.within = Files.of(files, [states[file] for file in files])
-        above = self.within.above
-        folders = [file.rpartition(os.sep)[0] for file in files]
-        top_of_folder = {folder: _top(folder, above) for folder in set(folders)}
-        tops = [top_of_folder[folder] for folder in folders]
-        top_names = set(tops)
-        if split is None and len(top_names) > 1 and top_names <= SPLITS:
-            raise UserError(f"{above} holds the splits {some(top_names)}: choose one with data.split")
-        self.labels = _labels(above, tops) if labelled else None
+        self.item_files = ItemFiles.of(files, [states[file] for file in files])
+        folder = self.item_files.folder
+        parents = [file.rpartition(os.sep)[0] for file in files]
+        class_folder_of = {parent: _class_folder(parent, folder) for parent in set(parents)}
+        class_folders = [class_folder_of[parent] for parent in parents]
+        names = set(class_folders)
+        if split is None and len(names) > 1 and names <= SPLITS:
+            raise UserError(f"{folder} holds the splits {first_sorted(names)}: choose one with data.split")
+        self.labels = _labels(folder, class_folders) if labelled else None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Of the files' names below the folder that holds them all, and of their sizes when that was opened."""
-        above = len(self.within.above)
-        sizes = self.within.states[:, 0].tolist()
-        return digest.short(*(f"{file[above:]} {size}" for file, size in zip(self.files, sizes, strict=True)))
+        """A digest of the files' names below the folder that holds them all, and of their sizes as they were opened."""
+        start = len(self.item_files.folder)  # of a name below the folder
+        sizes = self.item_files.states[:, 0].tolist()
+        return digest.short(*(f"{file[start:]} {size}" for file, size in zip(self.files, sizes, strict=True)))
 
     def path(self, i: int) -> str:
-        """The file."""
+        """The file of image i."""
         return self.files[i]
 
     def read(self, i: int) -> bytes:
-        """The file's bytes. Raises as `read_regular`."""
+        """The bytes of image i. Raises as `read_regular`."""
         return read_regular(self.files[i])
 
 
-def walk(root: Path) -> dict[str, State]:
-    """All files under `root`, or itself, with their states; by name, hidden ones left out, links followed.
+def walk(root: Path) -> dict[str, FileState]:
+    """All files under a folder, or the one file `root`, with their states.
 
-    A link to nowhere has size -1. Raises UserError where there is nothing, or a link leads to a folder above it.
+    They come in the order of their names; hidden files are left out, links are followed. A link to nowhere has size -1.
+    Raises UserError where there is nothing, or a link leads to a folder above it.
     """
     if root.is_dir():
-        states: dict[str, State] = {}
+        states: dict[str, FileState] = {}
         _walk_folder(str(root), frozenset(), states)
         return states
     if not root.exists():
@@ -122,7 +138,7 @@ def walk(root: Path) -> dict[str, State]:
 
 
 def read_regular(file: str) -> bytes:
-    """The bytes of a file. Raises OSError, and Unreadable for a pipe or a device, and for what no image is as large as.
+    """The bytes of a file. Raises OSError; and Unreadable for more bytes than an image has, for a pipe or a device.
 
     What a pipe holds never comes, or never ends.
     """
@@ -143,11 +159,12 @@ def require_small(size: int) -> None:
 def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
     """The shards of one split, by their names and folders: `data/train-00000-of-00010.parquet` is of `train`.
 
-    Without a split: all, if they are of one. Raises UserError where the split is absent, or must be chosen; or for what
-    is no regular file, for opening a pipe would wait for ever.
+    Without a split: all, if they are of one split. Raises UserError where the split is absent, or must be chosen; or
+    for what is no regular file, for opening a pipe would wait for ever.
     """
     if split is not None:
-        files = in_split(root, split, [file for file in files if split in _tokens(root, file)])
+        files = [file for file in files if split in _words(root, file)]
+        _require_split(root, split, files)
     else:
         splits = {_split_of(root, file) for file in files}
         if len(splits) > 1:
@@ -158,15 +175,11 @@ def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
     return list(files)
 
 
-def in_split(root: Path, split: str, files: list[str]) -> list[str]:
-    """The files of a split, as they are. Raises UserError if there are none."""
-    if not files:
-        raise UserError(f"{root} has no split '{split}': no folder or file of it is called so; change data.split")
-    return files
+def count_classes(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
+    """Count the classes of labels (n,). Raises UserError for a label that is no class, and for too many classes.
 
-
-def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
-    """Labels as they stand in the data, with the classes' names if known. Raises UserError for one that is none."""
+    `root` is where the labels are, for a message; `names` are those of the classes, where they are known.
+    """
     low = int(c.min()) if len(c) else 0
     high = int(c.max()) if len(c) else -1
     no_class = "which is no class: set data.labelled=false, or choose a split"
@@ -182,16 +195,16 @@ def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
     return Labels(c, len(names) or high + 1, tuple(names))
 
 
-def some(items: Iterable[str]) -> str:
-    """The first few of many, in words."""
+def first_sorted(items: Iterable[str]) -> str:
+    """The first few items in their order, and how many more there are: `a, b, c and 2 more`."""
     listed = sorted(items)
-    words = ", ".join(listed[:8])
-    if len(listed) > 8:
-        words += f" and {len(listed) - 8} more"
-    return words
+    text = ", ".join(listed[:MAX_NAMED])
+    if len(listed) > MAX_NAMED:
+        text += f" and {len(listed) - MAX_NAMED} more"
+    return text
 
 
-def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, State]) -> None:
+def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, FileState]) -> None:
     """Add the states of the files in a folder, depth first; `above` are the folders on the way, by device and inode."""
     about_folder = os.stat(folder)
     identity = (about_folder.st_dev, about_folder.st_ino)
@@ -212,32 +225,42 @@ def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[st
 
 
 def _split_of(root: Path, file: str) -> str:
-    """The first split that the file's folders or name say."""
-    for name in _tokens(root, file):
-        if name in SPLITS:
-            return name
+    """The first split that the names of a file's folders and of the file have; `(no split)` where they have none."""
+    for word in _words(root, file):
+        if word in SPLITS:
+            return word
     return "(no split)"
 
 
-def _tokens(root: Path, file: str) -> list[str]:
-    """Folders below the root, then the words of the file's name: what a split may be called by."""
+def _require_split(root: Path, split: str, files: Sequence[str]) -> None:
+    """Raise UserError where a split has no files."""
+    if not files:
+        raise UserError(f"{root} has no split '{split}': no folder or file of it is called so; change data.split")
+
+
+def _words(root: Path, file: str) -> list[str]:
+    """The folders of a file below the root, then the words of its name: one of them may name the split."""
     relative = Path(file).relative_to(root) if Path(file) != root else Path(root.name)
     return [*relative.parts[:-1], *re.split(r"[-_.]", relative.stem)]
 
 
-def _top(folder: str, above: str) -> str:
-    """The first folder below `above` on the way to a folder, '' where they are the same."""
-    return folder.removeprefix(above).lstrip(os.sep).partition(os.sep)[0]
+def _class_folder(parent: str, folder: str) -> str:
+    """The name of the folder directly below `folder` on the way to `parent`; "" where both are one."""
+    return parent.removeprefix(folder).lstrip(os.sep).partition(os.sep)[0]
 
 
-def _labels(above: str, tops: Sequence[str]) -> Labels | None:
-    names = sorted(set(tops))
+def _labels(folder: str, class_folders: Sequence[str]) -> Labels | None:
+    """The classes of files, by the names of their class folders below `folder`; None where all lie in it directly.
+
+    Raises UserError where only some do.
+    """
+    names = sorted(set(class_folders))
     if names == [""]:
         return None
     if names[0] == "":
         raise UserError(
-            f"{above} holds images both in folders ({some(names[1:])}) and outside them, which are of no class: "
-            "set data.labelled=false, or move them"
+            f"{folder} holds images both in folders ({first_sorted(names[1:])}) and outside them, which are of no "
+            "class: set data.labelled=false, or move them"
         )
     number = {name: i for i, name in enumerate(names)}
-    return Labels(torch.tensor([number[top] for top in tops]), len(names), tuple(names))
+    return Labels(torch.tensor([number[name] for name in class_folders]), len(names), tuple(names))

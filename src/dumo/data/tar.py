@@ -1,15 +1,16 @@
 """Webdataset shards: tar archives in which `0001.jpg` and `0001.cls` are one sample, an image and its class number.
 
+`Tar` is the store of the images in some archives. `Tar.texts` gives the captions next to the images.
+
+When the store is opened, each archive has a `Scan`: where its images lie. Finding the members takes a read for each,
+hours for a hundred million. So `scan_archive` goes through them once, and the scan is noted in
+`.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An archive of another size
+or time than noted is scanned again. Where its folder may not be written to, notes lie in the user's cache folder
+(`dumo.io.file.note_places`); where that may not either, the scan is kept in memory.
+
 An archive that was cut short, or has a hole of zeros, looks whole to a reader that stops at the first thing that is no
 header. So it must end as tar ends it: with a block of zeros where the members end, and nothing but zeros after it, no
 more than fill its last record.
-
-Finding the members takes a read for each, hours for a hundred million. So it is done once, and what was found lies in
-`.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An archive of another size
-or time than noted there is looked through again. Where its folder may not be written to, notes lie in the user's cache
-folder (`dumo.io.file.note_places`); where that may not either, what was found is kept in memory.
-
-`Tar` is the store. `look` gives the `Scan` of an archive, as noted or by `scan`, which goes through its members.
 """
 
 import json
@@ -30,43 +31,44 @@ from torch import Tensor
 
 from dumo.data.pairing import normal_form
 from dumo.data.pixel import IMAGE_SUFFIXES, Unreadable
-from dumo.data.store import Labels, counted, require_small
+from dumo.data.store import Labels, count_classes, require_small
 from dumo.io import digest, note
 from dumo.io import file as files
-from dumo.io.seen import Files, states_of
+from dumo.io.inventory import ItemFiles, states_of
 from dumo.runtime import signals
 from dumo.runtime.progress import late
 from dumo.types import UserError
 
 # Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
 RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
-MAX_CLASS_BYTES = 100  # of what says a class
+MAX_CLASS_BYTES = 100  # read of a class number: ours
 MAX_TEXT_BYTES = 2**20  # of a text that goes with an image: ours
+CHUNK_BYTES = 2**20  # read at a time
 FETCH_AGAIN = "fetch it again, or remove it"
-NAME = ".dumo-index"
+NOTE_FOLDER = ".dumo-index"
 MAX_MAPPED = 2**14  # notes mapped at a time, of more the rest is read; Linux allows 65,530 maps. Ours
-UNLABELLED = -(2**63)  # in place of a class
+UNLABELLED = -(2**63)  # in place of a class, where an image has none
 
 
 @dataclass(frozen=True)
 class Scan:
     """Where the images of an archive lie."""
 
-    members: Int64[Tensor, "4 n"]  # of each its beginning, its size, its class, the end of its name
-    names: UInt8[Tensor, " m"]  # one after the other
-    problem: str = ""  # of the labels, if there is one
+    members: Int64[Tensor, "4 n"]  # a column for each image: its beginning, its size, its class, the end of its name
+    names: UInt8[Tensor, " m"]  # of all images, one after the other
+    problem: str = ""  # with the labels, for a message; "": there is none
 
     def __len__(self) -> int:
         return self.members.shape[1]
 
     def name(self, i: int) -> str:
-        """The name of an image in the archive."""
+        """The name of image i in the archive."""
         begin = int(self.members[3, i - 1]) if i else 0
         end = int(self.members[3, i])
         return self.names[begin:end].numpy().tobytes().decode(errors="replace")
 
     def copy(self) -> "Scan":
-        """The same, not mapped."""
+        """A copy in memory, not mapped."""
         return Scan(self.members.clone(), self.names.clone(), self.problem)
 
 
@@ -82,31 +84,31 @@ class Tar:
         with late("looking through tar archives", len(archives)) as tick:
             for k, file in enumerate(archives):
                 signals.check()
-                mapped = look(file)
+                mapped = _noted_scan(file)
                 self.scans.append(mapped if k < MAX_MAPPED else mapped.copy())
                 tick(k + 1, "")
         num_images = [len(scan) for scan in self.scans]
-        self.ends = list(accumulate(num_images))  # behind the last image of each archive
-        self.within = Files.of(archives, states_of(archives), num_images)
+        self.ends = list(accumulate(num_images))  # by archive: the number of the first image after it
+        self.item_files = ItemFiles.of(archives, states_of(archives), num_images)
         self.labels = self._labels() if labelled else None
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def fingerprint(self) -> str:
-        """Of the archives' names and sizes, and of the names, places and classes in them."""
-        above = os.path.commonpath([os.path.dirname(file) for file in self.files])
-        sizes = (f"{os.path.relpath(file, above)} {os.path.getsize(file)}" for file in self.files)
+        """A digest of the archives' names and sizes, and of the names, places and classes in them."""
+        folder = os.path.commonpath([os.path.dirname(file) for file in self.files])
+        sizes = (f"{os.path.relpath(file, folder)} {os.path.getsize(file)}" for file in self.files)
         scans = (digest.of_bytes(scan.members.numpy().tobytes(), scan.names.numpy().data) for scan in self.scans)
         return digest.short(*sizes, *scans)
 
     def path(self, i: int) -> str:
-        """The archive and the member."""
+        """The archive and the member of image i."""
         k, column = self._place(i)
         return f"{self.files[k]} member {self.scans[k].name(column)}"
 
     def read(self, i: int) -> bytes:
-        """The member's bytes. Raises OSError, and Unreadable where the archive has become shorter."""
+        """The bytes of image i. Raises OSError, and Unreadable where the archive has become shorter."""
         k, column = self._place(i)
         start, size = self.scans[k].members[:2, column].tolist()
         require_small(size)
@@ -118,7 +120,7 @@ class Tar:
         return data
 
     def texts(self, suffixes: Sequence[str]) -> "MemberTexts":
-        """What the members of these endings say of each image. All archives are gone through anew.
+        """The members with some endings, `txt` or `TXT`, next to each image. All archives are gone through anew.
 
         Raises UserError for a text of more than MAX_TEXT_BYTES bytes.
         """
@@ -139,7 +141,7 @@ class Tar:
         return k, i - (self.ends[k - 1] if k else 0)
 
     def _labels(self) -> Labels | None:
-        """The classes; None where no image has one."""
+        """The classes; None where no image has one. Raises UserError where only some have one, or it is no number."""
         for scan in self.scans:
             if scan.problem:
                 raise UserError(scan.problem)
@@ -152,7 +154,7 @@ class Tar:
             archive, column = self._place(first)
             key = _key(self.scans[archive].name(column))
             raise UserError(f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false")
-        return counted(c, self.files[0])
+        return count_classes(c, self.files[0])
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,10 @@ class MemberTexts:
     orphans: list[str] = field(default_factory=list[str])  # members of no image
 
     def add(self, file: str, images: Sequence[str], texts: Mapping[str, bytes], suffixes: Sequence[str]) -> None:
-        """Add an archive: the names of its images, and its texts by name. Of other endings they are of no image."""
+        """Add an archive: the names of its images, and its texts by name.
+
+        A text whose ending is not among `suffixes`, such as `TXT`, belongs to no image.
+        """
         texts_by_key: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
         images_by_key: defaultdict[str, list[str]] = defaultdict(list)
         for image in images:
@@ -181,36 +186,36 @@ class MemberTexts:
         self.by_image.extend(texts_by_key.get(normal_form(_key(image)), {}) for image in images)
 
 
-def look(file: str) -> Scan:
-    """Where the images of an archive lie: as noted, else as found now, and noted. Raises as `scan`."""
+def _noted_scan(file: str) -> Scan:
+    """The scan of an archive: as noted, else made now, and noted. Raises as `scan_archive`."""
     about = os.stat(file)
     state = f"{about.st_size} {about.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
-    places = [place / f"{name}.safetensors" for place in files.note_places(Path(folder), NAME)]
+    places = [place / f"{name}.safetensors" for place in files.note_places(Path(folder), NOTE_FOLDER)]
     for place in places:
-        noted = read(place, state)
+        noted = _read_note(place, state)
         if noted is not None:
             return noted
     place = note.best(places)
     if place is None:
-        return scan(file)
+        return scan_archive(file)
     with note.held(place):
-        noted = read(place, state)
+        noted = _read_note(place, state)
         if noted is not None:  # another process was quicker
             return noted
-        scanned = scan(file)
+        scanned = scan_archive(file)
         try:
-            write(place, scanned, state)
+            _write_note(place, scanned, state)
         except OSError as error:
             warnings.warn(
                 f"{place.parent} cannot be written ({error.strerror}): the next start looks again", stacklevel=2
             )
-        noted = read(place, state)
+        noted = _read_note(place, state)
         return scanned if noted is None else noted  # what was read is mapped
 
 
-def read(place: Path, state: str) -> Scan | None:
-    """What was noted of an archive in this state; None where nothing was."""
+def _read_note(place: Path, state: str) -> Scan | None:
+    """The scan that was noted of an archive in a state; None where there is no such note."""
     noted = note.read(place)
     if noted is None:
         return None
@@ -221,13 +226,13 @@ def read(place: Path, state: str) -> Scan | None:
     return Scan(tensors["members"], tensors["names"], problem)
 
 
-def write(place: Path, scan: Scan, state: str) -> None:
-    """Note where the images of an archive lie. Raises OSError."""
+def _write_note(place: Path, scan: Scan, state: str) -> None:
+    """Note the scan of an archive in a state. Raises OSError."""
     note.write(place, {"members": scan.members, "names": scan.names}, json.dumps([state, scan.problem]))
 
 
-def scan(file: str) -> Scan:
-    """Where the images of an archive lie. Raises UserError where it is damaged, OSError where it cannot be read."""
+def scan_archive(file: str) -> Scan:
+    """Go through the members of an archive. Raises UserError where it is damaged, OSError where it cannot be read."""
     starts: list[int] = []  # bytes
     sizes: list[int] = []  # bytes
     names: list[bytes] = []
@@ -244,7 +249,8 @@ def scan(file: str) -> Scan:
         try:
             class_of_key[_key(info.name)] = int(np.int64(int(content)))
         except (ValueError, OverflowError):
-            problem = problem or f"{file} member {info.name} holds no class number: {content[:20]!r}"
+            if not problem:
+                problem = f"{file} member {info.name} holds no class number: {content[:20]!r}"
     classes = [class_of_key.get(key, UNLABELLED) for key in keys]
     name_ends = list(accumulate(map(len, names)))
     members = torch.tensor([starts, sizes, classes, name_ends], dtype=torch.int64)
@@ -252,9 +258,9 @@ def scan(file: str) -> Scan:
 
 
 def _members(file: str, suffixes: Sequence[str], max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Images with None, those that end in one of `suffixes` with what they say, at most `max_bytes` of it.
+    """The members of an archive: images with None, and those with an ending in `suffixes` with their content.
 
-    Raises UserError where the archive does not end as one does.
+    Of the content at most `max_bytes` are read. Raises UserError where the archive does not end as tar ends it.
     """
     try:
         with tarfile.open(file, "r:") as archive:
@@ -297,8 +303,8 @@ def _check_end(file: str, end: int) -> None:
         first_block = archive.read(tarfile.BLOCKSIZE)
         if len(first_block) < tarfile.BLOCKSIZE or any(first_block):  # where tarfile stops without a word
             raise UserError(f"{file} is broken off or damaged at byte {end}: {FETCH_AGAIN}")
-        while piece := archive.read(2**20):
-            if any(piece):
+        while chunk := archive.read(CHUNK_BYTES):
+            if any(chunk):
                 raise UserError(
                     f"{file} goes on after its end at byte {end}: it is damaged ({FETCH_AGAIN}), or is several that "
                     "were laid end to end: write those as one"
@@ -314,6 +320,6 @@ def _check_end(file: str, end: int) -> None:
 
 
 def _key(name: str) -> str:
-    """What an image and its label have in common: the name without its endings."""
+    """What the names of an image, its label and its texts have in common: all but the endings."""
     path = PurePosixPath(name)
     return str(path.with_name(path.name.partition(".")[0]))

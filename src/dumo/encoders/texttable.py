@@ -33,7 +33,7 @@ from dumo.encoders.tokens import Cutter, Tokenizer
 from dumo.io import digest, table
 from dumo.io.audit import Audit
 from dumo.io.read import read_text
-from dumo.io.table import FILE, MAX_MAPPED, REMAKE, Column, Done, TableIndex, Tick
+from dumo.io.table import FILE, MAX_MAPPED, REMAKE, Column, MakeResult, TableIndex, Tick
 from dumo.runtime import signals
 from dumo.types import UserError
 
@@ -256,7 +256,7 @@ class EncodedTexts:
 def open_table(folder: Path) -> EncodedTexts:
     """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
     missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
-    return EncodedTexts(folder, table.read_whole(folder, TextTableIndex, missing))
+    return EncodedTexts(folder, table.read_finished(folder, TextTableIndex, missing))
 
 
 def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str | None = None) -> None:
@@ -317,7 +317,7 @@ def encode(
     world: int = 1,
     device: torch.device | str = "cpu",
     tick: Tick = lambda done, note: None,
-) -> Done:
+) -> MakeResult:
     """Make this rank's shards that are missing or damaged. Another batch may change the last bits.
 
     Warns where texts are cut. Raises UserError where there are no captions, an embedding is too large for the dtype,

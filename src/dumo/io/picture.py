@@ -1,8 +1,14 @@
 """Samples as pictures: the one place where numbers become colours, pictures, PNG and files.
 
-Images in [-1, 1] become eight-bit colours (`to_uint8`), then a sheet (`sheet`) or a picture each (`singles`); points
-become a scatter before the data (`scatter`), and a figure of matplotlib becomes a picture by `from_figure`. Pictures
-are joined with names in grids. At the end stands PNG: bytes (`png`), an address in a page (`embed`), or a file.
+1. Images in [-1, 1] become eight-bit colours (`to_uint8`, and `to_rows` with the channels last); `from_uint8` is the
+   way back.
+2. Colours become pictures of PIL: all in one (`sheet`), or each its own (`singles`). Points are scattered over the data
+   (`scatter`), and a figure of matplotlib is drawn (`from_figure`).
+3. Pictures are joined on a page, with texts: `labelled_grid`, `with_column_names`, `named_blocks`,
+   `captioned_pictures`.
+4. A picture becomes the bytes of a PNG (`png`), an address in a page (`embed`) or a file (`write_picture`,
+   `write_singles`). Colours and points also become arrays in files, as evaluations read them (`write_adm`,
+   `write_points`).
 """
 
 import textwrap
@@ -25,17 +31,17 @@ Pixels = UInt8[Tensor, "n 3 h w"]
 PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
 Points = Float[Tensor, "_ 2"]
 
-# All in pixels, but for counts of lines
-READABLE = 64  # a smaller image is enlarged to at least this height. Ours
-TITLE = 12  # of the letters of a title above an image
-MAX_TITLE_LINES = 3  # ours
+# In pixels, all ours
+MIN_READABLE_HEIGHT = 64  # a smaller image is enlarged to at least this height
+TITLE_SIZE = 12  # of the letters of a title above an image
 NAME_SIZES = (16, 14, 12, 10)  # of the letters of names above a sheet: the first that fits
 GAP = 6  # between the pictures of a grid
 BLOCK_GAP = 28  # between blocks that have their names above them
-CAPTION = 14  # of the letters of a caption below a picture
+CAPTION_SIZE = 14  # of the letters of a caption below a picture
 CAPTION_MARGIN = 18  # between captions
 MIN_CAPTION_WIDTH = 240  # room for its words
 MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
+MAX_TITLE_LINES = 3  # of a title above an image: ours
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -54,12 +60,12 @@ def to_uint8(x: Sample) -> Pixels:
 
 
 def from_uint8(pixels: UInt8[Tensor, "n c h w"]) -> Sample:
-    """Colours 0 .. 255 as numbers -1 .. 1."""
+    """Images of colours 0 .. 255 as numbers -1 .. 1, in float32."""
     return pixels.float().div_(127.5).sub_(1)
 
 
 def to_rows(x: Sample) -> PixelRows:
-    """The same colours as files hold them, channels last, on the CPU. Raises as `to_uint8`."""
+    """Images as colours (n, h, w, 3), as files hold them, on the CPU. Raises as `to_uint8`."""
     return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()
 
 
@@ -77,13 +83,13 @@ def sheet(
     *,
     clear: bool = False,
 ) -> Image.Image:
-    """All images, row after row, `columns` to a row, with white gaps between them.
+    """All images in one picture, row after row, `columns` to a row, with white gaps between them.
 
     Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable. `titles` are
     written above the columns, or, where there are as many as images, above each image. With `clear`, and no titles,
-    gaps and empty cells are transparent: a page may be dark.
+    gaps and empty cells are transparent, for a page may be dark.
     """
-    scale = scale or -(-READABLE // pixels.shape[1])
+    scale = scale or -(-MIN_READABLE_HEIGHT // pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if clear:
         opaque = torch.full_like(cells[..., :1], 255)
@@ -91,7 +97,7 @@ def sheet(
     if not titles:
         return Image.fromarray(_tiled(cells, columns, gap).numpy())
     title_strips = _title_strips(titles, cells.shape[2])
-    if len(title_strips) == len(cells):
+    if len(title_strips) == len(cells):  # a title above each image
         return Image.fromarray(_tiled(torch.cat([title_strips, cells], 1), columns, gap).numpy())
     head = _tiled(title_strips, columns, gap)
     space = head.new_full((gap, *head.shape[1:]), 255)
@@ -101,7 +107,7 @@ def sheet(
 def _tiled(
     cells: UInt8[Tensor, "n h w d"], columns: int, gap: int, blank: Sequence[int] = (255, 255, 255)
 ) -> UInt8[Tensor, "height width d"]:
-    """Pictures of one size as one, with gaps between them; `blank` there, and where the last row is not full."""
+    """Pictures of one size as one picture; `blank` is the colour of the gaps, and of cells without a picture."""
     n, height, width, _ = cells.shape
     rows = -(-n // columns)
     page = torch.tensor(blank, dtype=torch.uint8).repeat(rows * columns, height + gap, width + gap, 1)
@@ -111,23 +117,23 @@ def _tiled(
 
 
 def _title_strips(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
-    """Texts in black on white, each on as many lines as the longest needs, and cut to fit."""
-    letters = font(TITLE)
+    """Texts in black on white, as pictures of one height: that of the text with the most lines."""
+    letters = font(TITLE_SIZE)
     lines_of_each = [_wrapped(text, width, letters) for text in texts]
     most_lines = max(map(len, lines_of_each))
     strips: list[Tensor] = []
     for lines in lines_of_each:
-        strip = Image.new("RGB", (width, TITLE * most_lines + 6), "white")
+        strip = Image.new("RGB", (width, TITLE_SIZE * most_lines + 6), "white")
         pen = ImageDraw.Draw(strip)
         first = most_lines - len(lines)  # short titles stand low, next to their image
         for i, line in enumerate(lines, first):
-            pen.text((width / 2, TITLE * i + TITLE / 2 + 3), line, "black", letters, anchor="mm")
+            pen.text((width / 2, TITLE_SIZE * i + TITLE_SIZE / 2 + 3), line, "black", letters, anchor="mm")
         strips.append(torch.from_numpy(np.array(strip)))
     return torch.stack(strips)
 
 
 def _wrapped(text: str, width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
-    """A text word by word on lines of `width` pixels, the last of them cut where there are too many."""
+    """A text on lines of `width` pixels, MAX_TITLE_LINES at most; a line that is longer is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -139,16 +145,16 @@ def _wrapped(text: str, width: int, letters: ImageFont.FreeTypeFont) -> list[str
 
 
 def _cut(line: str, width: float, letters: ImageFont.FreeTypeFont) -> str:
-    """The line, or its beginning with "…", so that it fits."""
+    """A line, or its beginning with "…" where it has more than `width` pixels."""
     while len(line) > 1 and letters.getlength(line) > width:
         line = line.rstrip("…")[:-1] + "…"
     return line
 
 
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
-    """A panel per title, of `side` inches: the truth in grey, the samples in red (look of the paper's Fig. 3).
+    """A panel per title, of `side` inches: real points in grey, samples in red, as in the paper's Fig. 3.
 
-    The frame is the truth's with a tenth around it; samples that fly farther fall outside of it.
+    The frame is that of the real points with a tenth around it; samples farther off are not shown.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -168,9 +174,9 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
     return from_figure(figure)
 
 
-def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, its Figure is slow to import
-    """A figure of matplotlib as a picture, which is transparent where the figure has no ground (facecolor "none")."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figure is slow to import
+    """Draw a figure of matplotlib; the picture is transparent where the figure has no ground (facecolor "none")."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -181,7 +187,7 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, its Figure is slow
 
 def font(size: int) -> ImageFont.FreeTypeFont:
     """A font of this many pixels: matplotlib's own file, which has Greek and the letters of many scripts."""
-    from matplotlib.font_manager import findfont
+    from matplotlib.font_manager import findfont  # slow to import
 
     return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
@@ -191,7 +197,10 @@ def labelled_grid(
     columns: Sequence[str] = (),
     gap: int = GAP,
 ) -> Image.Image:
-    """Pictures in a grid on white, in cells of the largest's size, the rows' names on the left, the columns' above."""
+    """Pictures in a grid on white, with the rows' names on the left and the columns' names above.
+
+    Cells have the size of the largest picture, and `gap` pixels between them.
+    """
     named_rows = list(rows.items() if isinstance(rows, Mapping) else rows)
     sizes = [picture.size for _, pictures in named_rows for picture in pictures]
     width = max(w for w, _ in sizes)
@@ -223,7 +232,7 @@ def labelled_grid(
 
 
 def with_column_names(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
-    """The sheet on white, names above columns of equal width: one that is too long is written smaller, or cut."""
+    """A sheet on white, with names above columns of equal width; long names are written smaller, or cut."""
     if not names:
         return sheet
     width = sheet.width / len(names)
@@ -266,14 +275,14 @@ def captioned_pictures(captioned: Sequence[tuple[str, Image.Image]], head: str, 
     """Pictures of one size on white, `across` to a row, the caption of each below it, and a line above them all."""
     _, first = captioned[0]
     width = max(MIN_CAPTION_WIDTH, first.width)
-    letters = font(CAPTION)
+    letters = font(CAPTION_SIZE)
     letters_to_a_line = max(1, int(width / letters.getlength("n")))
     texts = [textwrap.fill(caption, letters_to_a_line) for caption, _ in captioned]
     most_lines = max(text.count("\n") + 1 for text in texts)
-    block_height = first.height + (1 + most_lines) * (CAPTION + 4) + CAPTION_MARGIN
+    block_height = first.height + (1 + most_lines) * (CAPTION_SIZE + 4) + CAPTION_MARGIN
     rows = -(-len(texts) // across)
     across = min(across, len(texts))
-    top = CAPTION + CAPTION_MARGIN
+    top = CAPTION_SIZE + CAPTION_MARGIN
     page = Image.new("RGB", (across * (width + CAPTION_MARGIN) - CAPTION_MARGIN, rows * block_height + top), "white")
     pen = ImageDraw.Draw(page)
     pen.text((0, 0), head, "black", letters)
@@ -287,40 +296,44 @@ def captioned_pictures(captioned: Sequence[tuple[str, Image.Image]], head: str, 
 
 
 def png(picture: Image.Image, *, optimize: bool = False) -> bytes:
-    """The bytes of a PNG; `optimize`: as few as can be had, for longer work."""
+    """The bytes of a PNG; `optimize`: fewer bytes, for longer work."""
     buffer = BytesIO()
     picture.save(buffer, format="png", optimize=optimize)
     return buffer.getvalue()
 
 
 def embed(picture: Image.Image) -> str:
-    """The picture as an address that is the picture itself, a PNG of at most `MAX_EMBEDDED_WIDTH`."""
-    shown = picture.copy()
-    shown.thumbnail((MAX_EMBEDDED_WIDTH, 8 * MAX_EMBEDDED_WIDTH))
-    return "data:image/png;base64," + b64encode(png(shown, optimize=True)).decode()
+    """A `data:` address that holds the picture itself, as a PNG of at most MAX_EMBEDDED_WIDTH."""
+    thumbnail = picture.copy()
+    thumbnail.thumbnail((MAX_EMBEDDED_WIDTH, 8 * MAX_EMBEDDED_WIDTH))
+    return "data:image/png;base64," + b64encode(png(thumbnail, optimize=True)).decode()
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """One picture as PNG, whole or not at all; raises as `dumo.io.file.atomic_write`, as the others do."""
+    """Write a picture as PNG, whole or not at all. Raises as `dumo.io.file.atomic_write`."""
     files.write(path, png(picture))
 
 
 def write_singles(folder: Path, pixels: PixelRows, first: int = 0) -> None:
-    """An image a file: 000000.png and so on, counted from `first`."""
+    """Write each image to a file, 000000.png and so on, counted from `first`. Raises as `write_picture`."""
     for i, image in enumerate(pixels.numpy(), start=first):
         write_picture(folder / f"{i:06d}.png", Image.fromarray(image))
 
 
 def write_adm(path: Path, pixels: PixelRows, c: Int[Tensor, " n"]) -> None:
-    """ADM's layout, which its evaluation reads: arr_0 uint8 (n, h, w, 3), arr_1 int64 labels (n,)."""
+    """Write images as ADM's evaluation reads them: arr_0 uint8 (n, h, w, 3), arr_1 int64 labels (n,).
+
+    Raises as `write_picture`.
+    """
     _write_arrays(path, pixels.numpy(), c.numpy())
 
 
 def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"]) -> None:
-    """Points in the same layout: arr_0 float (n, 2), arr_1 int64 labels (n,)."""
+    """Write points in the layout of `write_adm`: arr_0 float (n, 2), arr_1 int64 labels (n,). Raises as it does."""
     _write_arrays(path, points.numpy(), c.numpy())
 
 
 def _write_arrays(path: Path, x: np.ndarray, c: np.ndarray) -> None:
-    with files.atomic_write(path) as half, half.open("wb") as file:  # savez would add an ending to a path
+    """Write arrays arr_0 and arr_1 to a .npz file, whole or not at all."""
+    with files.atomic_write(path) as temp_path, temp_path.open("wb") as file:  # savez would add an ending to a path
         np.savez(file, x, c.astype(np.int64))

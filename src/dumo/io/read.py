@@ -8,10 +8,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dumo.io import file
 from dumo.runtime.bound import BLOCKS
@@ -20,6 +20,7 @@ from dumo.types import UserError
 
 LAYER_COUNT = re.compile("layer|depth|num_.*block")  # keys of configs that number layers
 MAX_FILE_BYTES = 2**26  # ours: a long evaluation has thousands, the names of 20,000 classes are half a million
+FEW = 3  # items that a message names: ours
 
 
 def user_path(text: str, field: str) -> Path:
@@ -41,6 +42,14 @@ def brief(text: object, most: int = 200) -> str:
     """A text cut to `most` characters, for a line."""
     text = str(text)
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def first_few(items: Iterable[Any], name: Callable[[Any], str] = str) -> str:
+    """The names of the first few items, and how many more there are: `a, b, c and 1,234 more`."""
+    items = list(items)
+    text = ", ".join(name(item) for item in items[:FEW])
+    more = len(items) - FEW
+    return f"{text} and {more:,} more" if more > 0 else text
 
 
 def read_text(path: Path, way_out: str, most: int = MAX_FILE_BYTES) -> str:
@@ -94,6 +103,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def is_text_list(value: object) -> TypeGuard[list[str]]:
+    """Whether a value is a list, and all its items are texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def encoding_fault(data: bytes, first_line: int = 1) -> str:
     """Where bytes are not UTF-8, and a program that makes them so. `first_line` is the number of their first line."""
     try:
@@ -122,6 +136,14 @@ def read_json(path: Path, way_out: str, *, infinite: bool = False) -> Any:  # no
         return json.loads(text, parse_constant=(lambda _: None) if infinite else _refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
+
+
+def parse_json(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
+    """The value in a text of JSON. Raises UserError, with the way out, for what is not JSON, or nested too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
 
 
 def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Memory
+from dumo.data.annotation import NoCaptionsError, captions_of
 from dumo.data.caption import CaptionFiles
+from dumo.data.column import AUTO
+from dumo.data.metadata import table_names
 from dumo.data.pixel import ToSquare, Unreadable, short_side
-from dumo.data.store import Store, some
-from dumo.data.written import AUTO, NoCaptionsError, captions_of, table_names
+from dumo.data.store import Store, first_sorted
 from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
 from dumo.plan import machine, plan, rehearsal
@@ -225,9 +227,8 @@ def caption_hint(error: NoCaptionsError) -> str:
         way = f"--set 'data.captions={{kind: files, name: {error.columns[0]}}}'"
         return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
     if error.tables:
-        return (
-            f"none read; a table of captions is called {table_names(error.tables)}, and there is {some(error.tables)}"
-        )
+        there = first_sorted(error.tables)
+        return f"none read; a table of captions is called {table_names(error.tables)}, and there is {there}"
     return ""
 
 

@@ -213,7 +213,7 @@ def render(shown: Mapping[str, Answer]) -> str:
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     cast(dict[str, Any], environment.filters)["embed"] = picture.embed
-    return environment.get_template("answer.html.j2").render(shown=shown, small=picture.READABLE)
+    return environment.get_template("answer.html.j2").render(shown=shown, small=picture.MIN_READABLE_HEIGHT)
 
 
 def error_text(error: Exception, explain: Explain) -> str:

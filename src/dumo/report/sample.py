@@ -21,8 +21,9 @@ from dumo.config.error import require_known
 from dumo.config.load import parse
 from dumo.config.tree import Sampling
 from dumo.data import Data, Images
+from dumo.data.column import CAPTION_NAMES
+from dumo.data.metadata import TABLES
 from dumo.data.pixel import Size
-from dumo.data.written import NAMES, TABLES
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
@@ -193,7 +194,7 @@ def sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None 
         return SheetLayout(columns=8)
     names = names or [conditions.name(k) for k in c.tolist()]
     num_classes = len(set(names))
-    is_small = shown(conditions.data).shape[-1] <= picture.READABLE
+    is_small = shown(conditions.data).shape[-1] <= picture.MIN_READABLE_HEIGHT
     max_columns = 20 if is_small else 10
     columns = 10
     if num_classes <= max_columns:
@@ -252,6 +253,6 @@ def write_captions(folder: Path, texts: Sequence[str]) -> None:
     """Write metadata.csv of the images in a folder, as `picture.write_singles` numbers them."""
     csv_text = StringIO()
     table = csv.writer(csv_text)
-    table.writerow(("file_name", NAMES[0]))
+    table.writerow(("file_name", CAPTION_NAMES[0]))
     table.writerows((f"{i:06d}.png", text) for i, text in enumerate(texts))
     files.write(folder / TABLES[0], csv_text.getvalue().encode())

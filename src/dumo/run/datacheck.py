@@ -16,6 +16,7 @@ from torch import Tensor
 from dumo.data.latents import WAIT, Origin
 from dumo.io import content, digest
 from dumo.io.content import Hashes, hashes_of
+from dumo.io.read import first_few
 from dumo.io.weights import load
 from dumo.runtime import dist
 from dumo.training import agreement
@@ -67,19 +68,19 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
 
     # compare with what the checkpoint was trained on
     trained_on = agreement.on_each_rank(lambda: load(last.path / DATA))
-    names = content.unpacked(trained_on["names"].numpy().tobytes())
+    names = content.unpack_names(trained_on["names"].numpy().tobytes())
     expected = trained_on["hashes"].numpy()
     problem = ""
     if names != hashes.names:
-        problem = f"images are {content.moved(names, hashes.names)}"
-    elif trained_on["labels"].numpy().tobytes().hex() != hashes.labels():
+        problem = f"images are {content.name_changes(names, hashes.names)}"
+    elif trained_on["labels"].numpy().tobytes().hex() != hashes.labels_digest():
         problem = "the classes of the images are others"
     else:
         hashes.expect(expected, f"is not what it was when {folder} was trained on it: put it back as it was, {WAY_OUT}")
         agreement.gather_results(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
-        changed = np.unique(np.concatenate(agreement.gather_results(hashes.others)))
+        changed = np.unique(np.concatenate(agreement.gather_results(hashes.mismatches)))
         if len(changed):
-            problem = f"{content.few(changed.tolist(), hashes.path)} changed"
+            problem = f"{first_few(changed.tolist(), hashes.path)} changed"
     if problem and not accept:
         raise changed_data_error(folder, problem)
     if not accept:
@@ -88,7 +89,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     if not problem:
         return None
     was = digest.of_bytes(names, expected.tobytes())[:16]
-    now = digest.of_bytes(hashes.names, hashes.seen().tobytes())[:16]
+    now = digest.of_bytes(hashes.names, hashes.expected_or_known().tobytes())[:16]
     return Change(was, now)
 
 
@@ -107,14 +108,14 @@ def tensors_to_save(hashes: Hashes | None) -> dict[str, Tensor]:
     """
     if hashes is None:
         return {}
-    read_here = torch.from_numpy(hashes.seen())
+    read_here = torch.from_numpy(hashes.expected_or_known())
     read_anywhere = dist.largest(read_here)
     if dist.world() > 1:
         agreement.gather_results(lambda: _require_same_contents(hashes, read_here, read_anywhere))
         hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")
-    hashes.rest()
-    labels = torch.tensor(list(bytes.fromhex(hashes.labels())), dtype=torch.uint8)
-    return {"hashes": read_anywhere, "names": hashes.packed, "labels": labels}
+    hashes.save_if_due()
+    labels = torch.tensor(list(bytes.fromhex(hashes.labels_digest())), dtype=torch.uint8)
+    return {"hashes": read_anywhere, "names": hashes.packed_names, "labels": labels}
 
 
 def _require_same_contents(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:

@@ -22,7 +22,7 @@ from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
 from dumo.io.read import brief
-from dumo.io.table import Done, TableIndex
+from dumo.io.table import MakeResult, TableIndex
 from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, Tabled
 from dumo.nets.text import Learned
@@ -47,7 +47,7 @@ class EncodeResult:
     """What this rank did in a folder."""
 
     folder: Path
-    done: Done
+    done: MakeResult
     kind: type[TableIndex]
 
     @property
@@ -147,7 +147,7 @@ def encode(
     is_captioned = isinstance(data.captions, CaptionFiles)
     plan_fields = {
         "source": " ".join(word for word in (images.root, images.split) if word),
-        "fingerprint": album.hashes.title(),
+        "fingerprint": album.hashes.fingerprint(),
         "resolution": images.side,
         "sizes": images.sizes,
         "crop": images.crop,
@@ -157,7 +157,7 @@ def encode(
         "flips": images.flip,
     }
     plan = parse(cache.CachePlan, plan_fields | options)
-    rows_to_read = table.share(len(album), plan.shard_rows, rank, world_size)
+    rows_to_read = table.rows_of_rank(len(album), plan.shard_rows, rank, world_size)
     with (
         threads.fewer_when_busy(torch_device, teller(bar)),
         bar(f"encoding {images.root}", rows_to_read) as tick,
@@ -224,7 +224,7 @@ def encode_texts(
     files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
     if isinstance(data, Latents) and data.images.source:
         files_by_hash = data.images.edited()
-    rows_to_read = table.share(len(texts) + 1, shard_rows, rank, world_size)  # the empty text, too
+    rows_to_read = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world_size)  # the empty text, too
     with threads.fewer_when_busy(torch_device, teller(bar)), bar("encoding captions", rows_to_read) as tick:
         done = texttable.encode(
             texts,

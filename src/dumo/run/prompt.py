@@ -14,8 +14,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.data import Data, Latents
+from dumo.data.edit import source_hash
 from dumo.data.pixel import ToSquare, Unreadable
-from dumo.data.written import hash_of
 from dumo.encoders.caption import edit, parted
 from dumo.encoders.texttable import Sources
 from dumo.io import picture
@@ -102,7 +102,7 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
         raise UserError("this run edits none: leave out --source")
     if not source.is_file():
         raise UserError(f"--source {source}: there is no such file")
-    sha256 = hash_of(source)
+    sha256 = source_hash(source)
     return [edit(text, sha256) for text in prompts]
 
 

@@ -29,9 +29,9 @@ from dumo.config.source import CODE, FILE, GIVEN
 from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
 from dumo.data import Data, Images, Latents
+from dumo.data.annotation import NoCaptionsError
 from dumo.data.cache import read_index
 from dumo.data.caption import CaptionFiles
-from dumo.data.written import NoCaptionsError
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.reading import taught_readings

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.data.store import some
+from dumo.data.store import first_sorted
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets.lowbit import saved
 from dumo.run import cost
@@ -53,7 +53,7 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
         return f"{text} with {run.data.classes:,} captions"
     text = f"{text} in {run.data.classes} classes"
     if conditions.names:
-        text = f"{text}: {some(conditions.words)}"
+        text = f"{text}: {first_sorted(conditions.words)}"
     return text
 
 

@@ -364,7 +364,7 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
         shards = [pairs_table.tensors(number) for number in range(index.count)]
         return {name: torch.cat([shard[name] for shard in shards]) for name in index.columns}
 
-    with bar("the teacher's pairs", table.share(index.rows, index.shard_rows, rank, world_size)) as tick:
+    with bar("the teacher's pairs", table.rows_of_rank(index.rows, index.shard_rows, rank, world_size)) as tick:
         # all ranks raise what one of them does: else the others would wait for its shards
         agreement.gather_results(
             lambda: table.make(folder, index, make_shard, rank=rank, world=world_size, tick=tick).missing

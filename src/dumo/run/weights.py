@@ -196,7 +196,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
 
     # load it, and compare with what the checkpoint lists
     net, deferred_weights = load_net(run, file, device if fill else None)
-    frozen.require(frozen.digest(net, deferred_weights.made), last.manifest.frozen, folder)
+    frozen.require(frozen.digest(net, deferred_weights.materialize), last.manifest.frozen, folder)
     listed = last.manifest.files.get(file.name) if weights is None else None
     step = last.manifest.step if weights is None else checkpoint.step_of(file, last.manifest.step)
     return RunFolder(
@@ -311,13 +311,13 @@ def _load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) ->
             f"start: {source.folder} and this run differ in {differing_heads[0]}: take the objective of that run, "
             f"objective.kind={source.run.objective.kind}"
         )
-    _load_state(net, deferred_weights, {name: partial(source.made.made, x) for name, x in source_weights.items()})
+    _load_state(net, deferred_weights, {name: partial(source.made.materialize, x) for name, x in source_weights.items()})
     source_spec = source.run.net
     spec = run.net
     assert isinstance(source_spec, Pretrained)
     assert isinstance(spec, Pretrained)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
-        frozen_digest = frozen.digest(net, deferred_weights.made, without=source_weights)
+        frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
         frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
 
 
@@ -366,7 +366,7 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     for name, weight in weights.items():
         source_weight = source_weights.get(_source_name(name, start.heads))
         if source_weight is not None and source_weight.shape == weight.shape:
-            loaders[name] = partial(source_deferred.made, source_weight)
+            loaders[name] = partial(source_deferred.materialize, source_weight)
         elif not name.startswith(OPTIONAL_PREFIXES):
             mismatches.append(f"{start.source} has no {name} of shape {tuple(weight.shape)}")
     for name in source_weights:

@@ -94,7 +94,7 @@ def shard(
         shard = torch.empty_like(like, device=mesh.device_type)
         if restored and deferred[name].requires_grad:
             return shard
-        return shard.copy_(shard_like(weights.made(deferred[name]), shard))
+        return shard.copy_(shard_like(weights.materialize(deferred[name]), shard))
 
     _shard_blocks(net, mesh, reshard=reshard)
     replace_parameters(net, deferred, make_shard)

@@ -107,7 +107,7 @@ def begin(
     mesh = layout.mesh_of(spec.share, device)
     if weights and mesh is None:
         weights.fill(net, device)
-    frozen_digest = frozen.digest(net, weights.made if weights else torch.detach)
+    frozen_digest = frozen.digest(net, weights.materialize if weights else torch.detach)
     averages = {ema.key: MovingAverage(ema, net) for ema in spec.ema}
     layout.shard(
         net,

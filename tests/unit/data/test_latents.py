@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from autoencoder import taef2
 from dumo.data import Latents
-from dumo.data.written import LINES as FILE
+from dumo.data.cache import CAPTIONS as FILE
 from dumo.run import encode
 from dumo.runtime import threads
 from dumo.types import UserError
 from unit.data.animals import COUNT, SIDE, as_folder
-from unit.data.test_written import FILES, TEXTS, TOLD, as_lines
+from unit.data.test_annotation import FILES, TEXTS, TOLD, as_lines
 from unit.encoders.toy import contents
 
 WORDS = {"captions": {"kind": "templates", "templates": ["a {}", "{n}"], "held": ["one {}"]}}

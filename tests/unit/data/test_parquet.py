@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from dumo.data import parquet
-from dumo.data.parquet import STREAMED, Parquet
+from dumo.data.parquet import BATCH_ROWS, Parquet
 from dumo.types import UserError
 from unit.data.animals import refused, spec
 from unit.data.spy import spied
 
 ROWS, GROUP = 300, 150  # more rows to a group than are streamed at a time
-assert GROUP > 2 * STREAMED
+assert GROUP > 2 * BATCH_ROWS
 
 
 def image(i: int) -> bytes:
@@ -42,7 +42,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("kept", [2**30, 1000])
 def test_rows_are_the_same_however_they_are_read(files: list[str], read: list[int], kept: int) -> None:
-    source = Parquet(files, label=None, kept_bytes=kept)
+    source = Parquet(files, label=None, cache_bytes=kept)
     for i in (0, 599, 149, 150, 64, 63, 299, 300):
         assert source.read(i) == image(i)
     assert bool(read) == (kept > 1000)
@@ -51,11 +51,11 @@ def test_rows_are_the_same_however_they_are_read(files: list[str], read: list[in
 def test_groups_are_kept_up_to_so_many_bytes(files: list[str], read: list[int]) -> None:
     """The one not used for longest goes; going through the rows in order reads each group once."""
     one = GROUP * 1010
-    source = Parquet(files, label=None, kept_bytes=one * 5 // 2)  # two and a half groups
+    source = Parquet(files, label=None, cache_bytes=one * 5 // 2)  # two and a half groups
     for i in range(2 * ROWS):
         source.read(i)
     assert read == [0, 1, 0, 1]
-    assert len(source.kept) == 2
+    assert len(source.group_cache) == 2
     read.clear()
     for i in (300, 450, 300, 0, 300, 450):  # the last but one stays
         source.read(i)
@@ -80,7 +80,7 @@ def test_a_damaged_page_is_found_by_its_sum(files: list[str], kept: int) -> None
     data = bytearray(Path(files[0]).read_bytes())
     data[data.index(image(120)) + 500] ^= 1
     Path(files[0]).write_bytes(data)
-    source = Parquet(files, label=None, kept_bytes=kept)
+    source = Parquet(files, label=None, cache_bytes=kept)
     with pytest.raises(OSError, match="CRC"):
         source.read(140)
     assert source.read(300) == image(300)

@@ -36,7 +36,7 @@ def files(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The archives that are looked through from here on."""
-    return spied(monkeypatch, tar, "scan", lambda file: Path(file).stem)
+    return spied(monkeypatch, tar, "scan_archive", lambda file: Path(file).stem)
 
 
 def numbers(source: Tar) -> list[int]:
@@ -57,7 +57,7 @@ def test_an_index_stands_for_the_archives(files: list[str], looked: list[str]) -
     assert Tar(files, labelled=False).labels is None
     assert looked == NAMES
     mapped = Path("/proc/self/maps").read_text()
-    assert all(str(note) in mapped for note in Path(files[0]).with_name(tar.NAME).iterdir())
+    assert all(str(note) in mapped for note in Path(files[0]).with_name(tar.NOTE_FOLDER).iterdir())
     assert len(again) == 3 * EACH
 
 
@@ -101,7 +101,7 @@ def spoilt(place: Path) -> Iterator[str]:
 def test_a_damaged_index_is_made_again(files: list[str], looked: list[str]) -> None:
     """Any file cut, emptied, gone, or with another number in it."""
     Tar(files, labelled=True)
-    for count, name in enumerate(spoilt(Path(files[0]).parent / tar.NAME), len(NAMES) + 1):
+    for count, name in enumerate(spoilt(Path(files[0]).parent / tar.NOTE_FOLDER), len(NAMES) + 1):
         assert numbers(Tar(files, labelled=True)) == list(range(30))
         assert looked[-1] == name
         assert len(looked) == count
@@ -117,7 +117,7 @@ def test_where_archives_may_not_be_written_beside_the_index_lies_elsewhere(
     for _ in range(2):
         assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES
-    assert not (root / tar.NAME).exists()
+    assert not (root / tar.NOTE_FOLDER).exists()
     assert list(home.glob("dumo/*/dumo-index/c.tar.safetensors"))
     shutil.rmtree(home)
     monkeypatch.setattr("dumo.io.file.writable", lambda place: False)

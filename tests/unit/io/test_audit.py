@@ -13,7 +13,7 @@ from dumo.data.encoding import encode
 from dumo.data.latents import LatentSource
 from dumo.io import audit
 from dumo.io.audit import Audit
-from dumo.io.seen import NAME
+from dumo.io.inventory import NOTE_NAME
 from dumo.types import UserError
 from unit.data.spy import spied
 from unit.encoders.toy import PLAN, POINT, Pictures
@@ -91,7 +91,7 @@ def test_a_large_cache_is_read_through_while_training_begins(
         source.audit.thread.join(60)
         return source
 
-    monkeypatch.setattr(audit, "SOON", 0)
+    monkeypatch.setattr(audit, "AT_ONCE_BYTES", 0)
     change(folder)
     source = late()
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_a_dropped_cache_is_not_read_on(folder: Path, monkeypatch: pytest.Monkey
         return ""
 
     monkeypatch.setattr(audit, "_sha256", slow)
-    monkeypatch.setattr(audit, "SOON", 0)
+    monkeypatch.setattr(audit, "AT_ONCE_BYTES", 0)
     found = Audit(folder, open_cache(folder, POINT.codec).index.shards)
     thread = found.thread
     assert thread is not None
@@ -143,7 +143,7 @@ def test_ranks_of_a_machine_share_the_reading(folder: Path, read: list[str], mon
 @pytest.mark.parametrize("text", ["", "[1]", '{"shard-00000.safetensors": 3}', "{"])
 def test_a_damaged_note_is_no_note(folder: Path, read: list[str], text: str) -> None:
     opened(folder)
-    (folder / NAME).write_text(text)
+    (folder / NOTE_NAME).write_text(text)
     opened(folder)
     assert read[4] == SHARDS[0]
     assert opened(folder).batch(0, 4, 0)[0].shape[0] == 4
@@ -156,4 +156,4 @@ def test_nothing_is_noted_where_that_is_not_allowed(
     for _ in range(2):
         assert torch.equal(opened(folder).batch(0, 4, 0)[0], opened(folder).batch(0, 4, 0)[0])
     assert read == SHARDS * 4
-    assert not (folder / NAME).exists()
+    assert not (folder / NOTE_NAME).exists()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dumo.data.image import find
-from dumo.io import content, seen
+from dumo.io import content, inventory
 from dumo.io import file as files
 from dumo.io.content import Hashes
-from dumo.io.seen import NAME
+from dumo.io.inventory import NOTE_NAME
 from dumo.run import datacheck
 from dumo.runtime import dist
 from dumo.types import UserError
@@ -25,7 +25,7 @@ processes = get_context("fork")
 
 def opened(root: Path, split: str | None = None) -> Hashes:
     store = find(root, split=split)
-    return Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+    return Hashes(store.item_files, store.path, store.read, store.labels and store.labels.c)
 
 
 def whole(root: Path) -> Hashes:
@@ -40,11 +40,11 @@ def test_hashes_are_of_the_bytes_and_come_again_with_the_next_start(form: str, t
     STORES[form](tmp_path)
     found = whole(tmp_path)
     for i in range(COUNT):
-        assert found.known[i].tobytes() == hashlib.sha256(picture(i)).digest()
+        assert found.sha256[i].tobytes() == hashlib.sha256(picture(i)).digest()
     again = opened(tmp_path)
     assert not any(again.pending)
-    assert (again.known == found.known).all()
-    assert (again.names, again.title()) == (found.names, found.title())
+    assert (again.sha256 == found.sha256).all()
+    assert (again.names, again.fingerprint()) == (found.names, found.fingerprint())
 
 
 def test_threads_hash_an_item_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_threads_hash_an_item_once_each(tmp_path: Path, monkeypatch: pytest.Monk
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: found.see(i, picture(i)), items))
     assert set(hashed) == set(range(COUNT))
-    assert (found.known == whole(tmp_path).known).all()
+    assert (found.sha256 == whole(tmp_path).sha256).all()
     before = len(hashed)
     found.see(3, b"not looked at again")
     assert len(hashed) == before
@@ -102,7 +102,7 @@ def test_splits_share_a_note(tmp_path: Path) -> None:
 def test_what_changed_is_told_apart(tmp_path: Path) -> None:
     """Touched, copied, new; each is suspected as it deserves."""
     as_folder(tmp_path)
-    before = whole(tmp_path).known.copy()
+    before = whole(tmp_path).sha256.copy()
     pngs = sorted(tmp_path.rglob("*.png"))
     os.utime(pngs[0])
     was = pngs[1].stat().st_mtime_ns
@@ -116,35 +116,35 @@ def test_what_changed_is_told_apart(tmp_path: Path) -> None:
     assert found.suspect().tolist() == [0, 2]
     assert found.suspect(copies=True).tolist() == [0, 1, 2]
     found.hash(found.suspect())
-    assert found.others().tolist() == [2]
-    assert (found.seen() == before).all()
+    assert found.mismatches().tolist() == [2]
+    assert (found.expected_or_known() == before).all()
     found.see(1, pngs[1].read_bytes())
     again = opened(tmp_path)
-    assert again.status[:4].tolist() == [seen.SAME, seen.COPIED, seen.SAME, seen.SAME]
+    assert again.status[:4].tolist() == [inventory.SAME, inventory.COPIED, inventory.SAME, inventory.SAME]
     again.expect(before, "is another")
-    assert again.others().tolist() == [2]  # it was noted as it is
+    assert again.mismatches().tolist() == [2]  # it was noted as it is
 
 
 def test_another_content_is_refused_each_time_it_is_read(tmp_path: Path) -> None:
     as_folder(tmp_path)
-    before = whole(tmp_path).known.copy()
-    (tmp_path / NAME).unlink()
+    before = whole(tmp_path).sha256.copy()
+    (tmp_path / NOTE_NAME).unlink()
     found = opened(tmp_path)
     found.expect(before, "is another")
     for _ in range(2):
         with pytest.raises(UserError, match=r"ant/01\.png is another"):
             found.see(1, b"other")
     found.see(0, picture(0))
-    assert (found.seen() == before).all()
+    assert (found.expected_or_known() == before).all()
 
 
 @pytest.mark.parametrize("damage", [b"", b"note", None])
 def test_a_damaged_note_is_no_note(damage: bytes | None, tmp_path: Path) -> None:
     as_folder(tmp_path)
     whole(tmp_path)
-    data = bytearray((tmp_path / NAME).read_bytes())
+    data = bytearray((tmp_path / NOTE_NAME).read_bytes())
     data[-3] ^= 1
-    (tmp_path / NAME).write_bytes(data if damage is None else damage)
+    (tmp_path / NOTE_NAME).write_bytes(data if damage is None else damage)
     assert all(opened(tmp_path).pending)
     whole(tmp_path)
     assert not any(opened(tmp_path).pending)
@@ -156,7 +156,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     writable = files.writable
     monkeypatch.setattr(files, "writable", lambda place: root not in place.parents and writable(place))
     whole(root)
-    assert not (root / NAME).exists()
+    assert not (root / NOTE_NAME).exists()
     assert not any(opened(root).pending)
     monkeypatch.setattr("dumo.io.file.writable", lambda place: False)
     os.utime(next(root.rglob("*.png")))
@@ -166,18 +166,24 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_names_of_any_bytes() -> None:
     names = ["/a\nb", "/c d", os.fsdecode(b"/\xff")]
-    assert seen.split(seen.joined(names)) == names
-    assert content.moved(seen.joined(names), seen.joined([*names[:2], "/e"])) == f"{names[2][1:]} gone, e new"
-    assert content.moved(seen.joined(names), seen.joined(names[::-1])) == "they are in another order"
+    assert inventory.split_names(inventory.join_names(names)) == names
+    assert (
+        content.name_changes(inventory.join_names(names), inventory.join_names([*names[:2], "/e"]))
+        == f"{names[2][1:]} gone, e new"
+    )
+    assert (
+        content.name_changes(inventory.join_names(names), inventory.join_names(names[::-1]))
+        == "they are in another order"
+    )
     with pytest.raises(UserError, match="damaged"):
-        content.unpacked(b"no names")
+        content.unpack_names(b"no names")
 
 
 def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint has what any of them has read."""
     as_folder(tmp_path)
-    found, there = opened(tmp_path), torch.from_numpy(whole(tmp_path).known)
-    found.known[:] = 0
+    found, there = opened(tmp_path), torch.from_numpy(whole(tmp_path).sha256)
+    found.sha256[:] = 0
     found.see(0, picture(0))
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "largest", lambda x: torch.maximum(x, there))

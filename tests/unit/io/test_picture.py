@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.io.picture import TITLE, scatter, sheet, to_rows, write_adm, write_picture, write_points, write_singles
+from dumo.io.picture import TITLE_SIZE, scatter, sheet, to_rows, write_adm, write_picture, write_points, write_singles
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -93,7 +93,7 @@ def test_titles_stand_above_columns_or_images() -> None:
         ("a", "several words here", "several words here, and several there", 9 * "several words "), 1
     ):
         each = np.asarray(sheet(pixels, columns=3, scale=16, titles=["a", "b", "c", "d", text]))
-        assert len(each) == len(plain) + 2 * (extra - 2 - TITLE * (3 - min(many, 3)))
+        assert len(each) == len(plain) + 2 * (extra - 2 - TITLE_SIZE * (3 - min(many, 3)))
 
 
 @contextmanager

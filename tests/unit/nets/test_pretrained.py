@@ -439,7 +439,7 @@ def test_weights_that_are_made_one_by_one_are_those_of_a_whole_net(name: str, tm
             assert torch.equal(torch.rand(1), end)
             assert sum(p.numel() for p in net.parameters() if not p.is_meta) < 1000
             assert not weights.unknown_names(net)
-            assert digest(net, weights.made) == digest(whole)
+            assert digest(net, weights.materialize) == digest(whole)
             there = weights.fill(net).state_dict()
             for key, x in whole.state_dict().items():
                 assert x.dtype == there[key].dtype, key

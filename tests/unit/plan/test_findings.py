@@ -10,7 +10,7 @@ from dumo.plan.findings import measure, of_captions
 from dumo.run.resolve import resolve
 from dumo.runtime.random import keyed
 from unit.data.animals import SIDE, as_folder
-from unit.data.test_written import TOLD, as_lines, as_texts
+from unit.data.test_annotation import TOLD, as_lines, as_texts
 
 READ = "net.texts={kind: learned, root: runs/texts/here}"
 

@@ -1,6 +1,6 @@
 """What a proposal says of texts next to images that are not read as captions."""
 
-from dumo.data.written import NoCaptionsError
+from dumo.data.annotation import NoCaptionsError
 from dumo.plan import proposal
 
 

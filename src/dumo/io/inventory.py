@@ -1,0 +1,257 @@
+"""The SHA-256 of items in files: read once, and noted with the size, the time of change and the inode of each file.
+
+A file has one item or several, as an archive of images does. `Inventory` holds the hashes of the items of some files:
+
+1. when it is made, it looks up the notes there are (`dumo.io.note`), in a file next to the items' files. That costs a
+   stat for each file, which is then
+
+       SAME        as noted: so are its hashes
+       COPIED      another inode, and nothing else
+       CHANGED     of another size or time, or of another number of items
+       UNKNOWN     noted by nobody on this machine
+
+2. `add` takes the hash of an item that was read;
+3. `save_if_due` and `save` add the new hashes to the note, which other processes may write, too.
+
+A content that changed in place, with its time set back, is not noticed.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dumo.io import file, note
+
+NOTE_NAME = ".dumo-content.safetensors"
+HASH_BYTES = 32  # of a SHA-256
+SAME, CHANGED, COPIED, UNKNOWN = range(4)  # of several notes the first of these counts
+SAVE_SECONDS = 30.0  # between two saves, or a hundred times what one takes: ours
+NOT_NOTED, OTHER_COUNT = -1, -2  # in place of the size of a file: it is in no note, or had another number of items
+
+FileState = tuple[
+    int, int, int
+]  # by which a file is known again: its size, the time of its last change in ns, its inode
+FileStates = NDArray[np.int64]  # (k, 3), a row for each file
+HashRows = NDArray[np.uint8]  # (n, 32), a SHA-256 for each item; zeros where it is not known
+
+
+def state_of(about: os.stat_result) -> FileState:
+    """The state of a file."""
+    return about.st_size, about.st_mtime_ns, about.st_ino
+
+
+def states_of(paths: Iterable[str]) -> list[FileState]:
+    """The states of some files. Raises OSError where a file does not exist."""
+    return [state_of(os.stat(path)) for path in paths]
+
+
+@dataclass(frozen=True)
+class ItemFiles:
+    """The files that items lie in, in the order of the items."""
+
+    paths: Sequence[str]
+    states: FileStates
+    counts: NDArray[np.int64]  # (k,), items in each
+
+    @classmethod
+    def of(cls, paths: Sequence[str], states: Sequence[FileState], counts: Sequence[int] | None = None) -> "ItemFiles":
+        """Files with their states and numbers of items; None: one item in each."""
+        if counts is None:
+            counts = [1] * len(paths)
+        return cls(paths, np.array(states, np.int64).reshape(-1, 3), np.array(counts, np.int64))
+
+    @cached_property
+    def folder(self) -> str:
+        """The deepest folder that holds all files."""
+        parts = (path.rpartition(os.sep) for path in self.paths)  # several times as fast as dirname
+        return os.path.commonpath({head or separator for head, separator, _ in parts})
+
+    @cached_property
+    def names(self) -> bytes:
+        """The files' paths below `folder`, as `join_names` has them."""
+        return join_names(path[len(self.folder) :] for path in self.paths)
+
+    @cached_property
+    def file_of_item(self) -> NDArray[np.int64]:
+        """The number of each item's file, (n,)."""
+        return np.repeat(np.arange(len(self.paths)), self.counts)
+
+
+class Inventory:
+    """The hashes of the items of some files: those that were noted, and those that are added as items are read."""
+
+    def __init__(self, files: ItemFiles, *, trust_copies: bool = False) -> None:
+        """Look up the notes on files that are the SAME; `trust_copies`: also on those that are COPIED."""
+        self.files = files
+        self.sha256: HashRows = np.zeros((int(files.counts.sum()), HASH_BYTES), np.uint8)
+        self.status = _look_up(files, self.sha256, trust_copies=trust_copies)  # (k,)
+        self.pending = bytearray((~self.sha256.any(1)).astype(np.uint8).tobytes())  # 1: the item is not hashed yet
+        self._num_unsaved = 0
+        self._saved_at = time.monotonic()
+        self._save_seconds = SAVE_SECONDS
+        self._save_lock = Lock()
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.sha256)
+
+    def add(self, i: int, sha256: bytes) -> None:
+        """Add the hash of item i, which was read. May be called from many threads."""
+        self.sha256[i] = np.frombuffer(sha256, np.uint8)
+        self.pending[i] = False
+        self._num_unsaved += 1
+
+    def forget(self) -> None:
+        """Forget all hashes: every item is to be read again."""
+        self.sha256[:] = 0
+        self.pending = bytearray(b"\1" * len(self))
+
+    def known_hashes(self) -> HashRows:
+        """The hashes of all items that are known, as a copy; no row is half-written by a thread that reads."""
+        pending = np.frombuffer(bytes(self.pending), bool)  # before the hashes are read
+        return np.where(pending[:, None], np.uint8(0), self.sha256)
+
+    def save_if_due(self) -> None:
+        """Save new hashes if all items are hashed, or the last save is long ago."""
+        is_due = time.monotonic() > self._saved_at + self._save_seconds
+        if self._num_unsaved and (is_due or not any(self.pending)):
+            self.save()
+
+    def save(self) -> None:
+        """Add new hashes to the note; does nothing where no note may be written."""
+        with self._save_lock:
+            if not self._num_unsaved:
+                return
+            self._num_unsaved = 0
+            began = time.monotonic()
+            place = note.best(file.note_places(Path(self.files.folder), NOTE_NAME))
+            if place is not None:
+                try:
+                    with note.held(place):
+                        note.write(place, _merge(self.files, self.known_hashes(), note.read(place)), "")
+                except OSError:
+                    pass
+            self._saved_at = time.monotonic()
+            self._save_seconds = max(SAVE_SECONDS, 100 * (self._saved_at - began))
+
+
+def join_names(names: Iterable[str]) -> bytes:
+    """Names as bytes, with NUL between them, which no name holds."""
+    return "\0".join(names).encode("utf-8", "surrogateescape")
+
+
+def split_names(names: bytes) -> list[str]:
+    """The names that `join_names` joined."""
+    return names.decode("utf-8", "surrogateescape").split("\0")
+
+
+def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArray[np.int64]:
+    """Fill in the hashes that are noted in any place. Returns the status of each file, (k,): SAME ... UNKNOWN."""
+    status = np.full(len(files.paths), UNKNOWN)
+    for place in file.note_places(Path(files.folder), NOTE_NAME):
+        noted = note.read(place)
+        if noted is None:
+            continue
+        noted_states, noted_hashes = _align(files, noted)
+        equal = noted_states == files.states
+        is_same = equal.all(1)
+        is_copied = equal[:, :2].all(1)
+        is_unknown = noted_states[:, 0] == NOT_NOTED
+        status_here = np.select([is_same, is_copied, is_unknown], [SAME, COPIED, UNKNOWN], CHANGED)
+        is_trusted = is_same | is_copied if trust_copies else is_same
+        takes = np.repeat(is_trusted, files.counts)
+        if takes.all() and not sha256.any():
+            sha256[:] = noted_hashes
+        else:
+            takes &= ~sha256.any(1)
+            sha256[takes] = noted_hashes[takes]
+        status = np.minimum(status, status_here)
+    return status
+
+
+def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
+    """What a note says of files: their states (k, 3), and the hashes of their items (n, 32).
+
+    In place of the size stands NOT_NOTED for a file that is not in the note, and OTHER_COUNT for a file that had
+    another number of items.
+    """
+    tensors, _ = noted
+    noted_names = tensors["names"].numpy().tobytes()
+    noted_states = tensors["states"].numpy()
+    noted_counts = tensors["counts"].numpy()
+    noted_hashes = tensors["hashes"].numpy()
+    if noted_names == files.names:
+        noted_numbers = np.arange(len(files.paths))
+    else:
+        number_of = {name: i for i, name in enumerate(split_names(noted_names))}
+        noted_numbers = np.array([number_of.get(name, -1) for name in split_names(files.names)])
+    is_noted = noted_numbers >= 0
+    has_all_items = is_noted & (noted_counts[noted_numbers] == files.counts)
+    states = np.where(is_noted[:, None], noted_states[noted_numbers], NOT_NOTED)
+    states[is_noted & ~has_all_items, 0] = OTHER_COUNT
+    # The items of a file are neighbours here and in the note: their numbers there are those here, plus a shift.
+    first = np.cumsum(files.counts) - files.counts
+    noted_first = np.cumsum(noted_counts) - noted_counts
+    shifts = np.repeat(noted_first[noted_numbers] - first, files.counts)
+    is_known = np.repeat(has_all_items, files.counts)
+    rows = np.where(is_known, np.arange(len(is_known)) + shifts, 0)
+    return states, np.where(is_known[:, None], noted_hashes[rows], np.uint8(0))
+
+
+def _merge(files: ItemFiles, known: HashRows, noted: note.Note | None) -> dict[str, Tensor]:
+    """The tensors of a note: what is known here, and what was noted of other files, and of items not hashed here."""
+    names = files.names
+    states = files.states
+    counts = files.counts
+    hashes = known
+    if noted is not None:
+        noted_states, noted_hashes = _align(files, noted)
+        is_same = (noted_states == files.states).all(1)
+        is_hashed = np.zeros(len(files.paths), bool)
+        is_hashed[files.file_of_item[known.any(1)]] = True
+        # what a file was stays noted until it is hashed as it is
+        keeps_noted = ~is_same & ~is_hashed & (noted_states[:, 0] >= 0)
+        states = np.where(keeps_noted[:, None], noted_states, states)
+        takes_noted = np.repeat(is_same | keeps_noted, counts)[:, None] & ~known.any(1, keepdims=True)
+        hashes = np.where(takes_noted, noted_hashes, known)
+        others = _other_files(files, noted)
+        if others is not None:
+            other_names, other_states, other_counts, other_hashes = others
+            names = b"\0".join((names, other_names))
+            states = np.concatenate((states, other_states))
+            counts = np.concatenate((counts, other_counts))
+            hashes = np.concatenate((hashes, other_hashes))
+    arrays = {"names": np.frombuffer(names, np.uint8), "states": states, "counts": counts, "hashes": hashes}
+    return {name: torch.from_numpy(np.ascontiguousarray(array).copy()) for name, array in arrays.items()}
+
+
+def _other_files(files: ItemFiles, noted: note.Note) -> tuple[bytes, FileStates, NDArray[np.int64], HashRows] | None:
+    """Names, states, counts and hashes of noted files that exist and are not among `files`: they are of another split.
+
+    None where there are no such files.
+    """
+    tensors, _ = noted
+    noted_names = tensors["names"].numpy().tobytes()
+    if noted_names == files.names:
+        return None
+    own_names = set(split_names(files.names))
+    listed = split_names(noted_names)
+    others: list[int] = []
+    for i, name in enumerate(listed):
+        if name not in own_names and os.path.lexists(files.folder + name):
+            others.append(i)
+    if not others:
+        return None
+    counts = tensors["counts"].numpy()
+    is_other = np.isin(np.repeat(np.arange(len(listed)), counts), others)
+    names = join_names(listed[i] for i in others)
+    return names, tensors["states"].numpy()[others], counts[others], tensors["hashes"].numpy()[is_other]
