@@ -1,7 +1,12 @@
 """A finite set of images as a source: kept decoded where it is small, else decoded when asked for.
 
-`Album.batch` draws rows for a step, reads and decodes their images on threads, mirrors or augments them. Images that
-cannot be read are refused or replaced. Every image that is read is hashed on the way (`dumo.io.content`).
+`Album` offers images in three ways: `batch` for a training step, `reference` to compare samples with, and `rows` to go
+through all once. For a batch it
+
+1. chooses the rows of the step (`dumo.io.source.rows_of`);
+2. reads and decodes their images on threads, and hashes each that is read (`dumo.io.content`). An image that cannot be
+   read is refused, or replaced by the next;
+3. mirrors or augments them.
 """
 
 import os
@@ -28,7 +33,8 @@ from dumo.types import UserError
 HASH = "sha256"  # of a cache: the column of the images' hashes
 MAX_CHUNK = 32  # images that a thread decodes in one go: ours
 CHUNKS_PER_THREAD = 4  # of a batch, at least, so that no thread waits long for another: ours
-THREADS = min(16, os.cpu_count() or 1)
+MAX_THREADS = min(16, os.cpu_count() or 1)  # that decode at once: ours
+MAX_NAMED = 3  # unreadable images that a warning names: ours
 HOW_TO_MEND = "mend or remove it, or leave such images out with data.on_bad=skip"
 
 Pixels = UInt8[Tensor, "n c h w"]
@@ -36,10 +42,10 @@ Order = Int64[Tensor, " n"]
 
 
 class Album:
-    """Images in [-1, 1], each row in one place for good: batches, and whole stretches, are functions of row numbers.
+    """The images of a store, or some of them, in [-1, 1]. Rows have a fixed order.
 
-    Of an image that cannot be read: `skip=False` raises UserError with its path. `skip=True` warns and leaves it out:
-    for good where all are in memory; else whenever it is met, and in a batch the next one takes its place.
+    For an image that cannot be read, `skip=False` raises UserError with its path. `skip=True` warns and leaves it out:
+    for good where all images are in memory; else whenever it is met, and in a batch the next image takes its place.
     """
 
     def __init__(
@@ -55,10 +61,10 @@ class Album:
         only: Order | None = None,
         hashes: Hashes | None = None,
     ) -> None:
-        """Decode all, if it takes at most `memory` bytes.
+        """Decode all images now, if that takes at most `memory` bytes.
 
-        `numbered`: each image is a class of its own. `only`: the numbers of those in the store that are meant; `hashes`
-        of the store, if they are there already.
+        `flip`: mirror half of the images of a batch. `numbered`: each image is a class of its own. `only`: the numbers
+        in the store of the images to offer; None: all. `hashes`: those of the store; None: look them up.
         """
         self.store = store
         self.to_pixels = to_pixels
@@ -67,25 +73,25 @@ class Album:
         self.skip = skip
         self.hashes = hashes or store_hashes(store)
         self.has_classes = not numbered
-        self.use(THREADS)
-        self.bad: dict[int, str] = {}  # which cannot be read, and why, by number in the store
-        self.num_warned = 0  # of those in `bad`
-        self.warning = Lock()
-        self.numbers_of_rows = only  # in the store; None: they are the rows' own
-        self.full_size = self.size  # with those that cannot be read
-        self.kept: Pixels | None = None
+        self.use_threads(MAX_THREADS)
+        self.bad: dict[int, str] = {}  # why an image cannot be read, by its number in the store
+        self.num_warned = 0  # images in `bad` that were warned of
+        self._warning_lock = Lock()
+        self.numbers_in_store = only  # by row; None: both are the same
+        self.full_size = self.size  # with images that cannot be read
+        self.decoded: Pixels | None = None  # all rows; None: they are decoded when asked for
         if self.full_size * prod(to_pixels.shape) <= memory:
-            self._keep()
+            self._decode_all()
 
-    def use(self, threads: int) -> None:
+    def use_threads(self, threads: int) -> None:
         """Decode `threads` images at a time, of all batches together."""
         self.threads = threads
-        self.decoding = Semaphore(threads)
+        self._slots = Semaphore(threads)
 
     @property
     def size(self) -> int:
         """The number of rows."""
-        return len(self.store) if self.numbers_of_rows is None else len(self.numbers_of_rows)
+        return len(self.store) if self.numbers_in_store is None else len(self.numbers_in_store)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,9 +102,9 @@ class Album:
         return self.size
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Epoch after epoch, each in its own order, half of the images mirrored if `flip`.
+        """The rows `rows` of a step's batch: images, with their classes (b,), or what augmented them (b, numbers).
 
-        The second is the classes (rows,), or what was done to augmented images (rows, numbers). A function of its
+        Epoch follows epoch, each in its own order; half of the images are mirrored if `flip`. A function of its
         arguments alone.
         """
         drawn_rows = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
@@ -114,83 +120,84 @@ class Album:
         return self.augment(x, augmentation), augmentation.numbers
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
-        """Their numbers in the store; of an image that cannot be read, its own."""
-        return self.numbered(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
+        """The numbers in the store of a step's rows, (b,), also of images that cannot be read."""
+        return self.store_numbers(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """Every row, where all are in memory; else n of them, the i-th choice. Not mirrored."""
-        if self.kept is not None or n >= self.size:
+        """All images where they are in memory, else the i-th choice of n; with their classes, not mirrored."""
+        if self.decoded is not None or n >= self.size:
             return self.rows(slice(None))
         chosen = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
         return self._read_readable(chosen)
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """A stretch of the rows in their own order, not mirrored: to go through all once. Fewer where some are bad."""
+        """Some rows in their own order, with their classes, not mirrored; without images that cannot be read."""
         return self._read_readable(torch.arange(self.size)[rows])
 
-    def numbered(self, rows: Order) -> Order:
-        """Their numbers in the store: others than the rows' own where images were left out."""
-        return rows if self.numbers_of_rows is None else self.numbers_of_rows[rows]
+    def store_numbers(self, rows: Order) -> Order:
+        """The numbers in the store of some rows, (n,)."""
+        return rows if self.numbers_in_store is None else self.numbers_in_store[rows]
 
     def origins(self, rows: range) -> dict[str, Tensor]:
-        """The numbers (n,) and hashes (n, 32) of the images that `rows` gave for a stretch of them."""
-        readable = [number for number in self.numbered(torch.tensor(rows)).tolist() if number not in self.bad]
+        """The numbers (n,) and hashes (n, 32) of the images that `Album.rows` gave for a range of rows."""
+        readable = [number for number in self.store_numbers(torch.tensor(rows)).tolist() if number not in self.bad]
         return {"image": torch.tensor(readable), HASH: torch.from_numpy(self.hashes.sha256[readable])}
 
     def fingerprint(self) -> str:
-        """Of the store."""
+        """The store's fingerprint."""
         return self.store.fingerprint()
 
     def _read_readable(self, rows: Order) -> tuple[Tensor, Tensor]:
-        """The samples and classes of these rows, without those that cannot be read."""
-        numbers = self.numbered(rows)
-        if self.kept is not None:
-            return from_uint8(self.kept[rows]), self._classes(numbers)
+        """The samples and classes of some rows, without images that cannot be read."""
+        numbers = self.store_numbers(rows)
+        if self.decoded is not None:
+            return from_uint8(self.decoded[rows]), self._classes(numbers)
         pixels, bad = self._decode(numbers)
         self._warn()
         good = _all_but(len(numbers), bad)
         return from_uint8(pixels[good]), self._classes(numbers[good])
 
     def _read_all(self, rows: Order) -> tuple[Pixels, Order]:
-        """The pixels and classes of as many rows, of the next ones where these cannot be read."""
-        if self.kept is not None:
-            return self.kept[rows], self._classes(self.numbered(rows))
-        pixels, bad = self._decode(self.numbered(rows))
+        """The pixels and classes of some rows; an image that cannot be read is replaced by the next that can."""
+        if self.decoded is not None:
+            return self.decoded[rows], self._classes(self.store_numbers(rows))
+        pixels, bad = self._decode(self.store_numbers(rows))
         while bad:
             self._require_any()
             rows[bad] = (rows[bad] + 1) % self.size
-            next_pixels, still_bad = self._decode(self.numbered(rows[bad]))
+            next_pixels, still_bad = self._decode(self.store_numbers(rows[bad]))
             pixels[bad] = next_pixels
             bad = [bad[k] for k in still_bad]
-        return pixels, self._classes(self.numbered(rows))
+        return pixels, self._classes(self.store_numbers(rows))
 
     def _classes(self, numbers: Order) -> Order:
+        """The classes of images, by their numbers in the store."""
         if not self.has_classes:
             return numbers
         if self.store.labels is None:
             return torch.zeros(len(numbers), dtype=torch.long)
         return self.store.labels.c[numbers]
 
-    def _keep(self) -> None:
-        """Decode everything, once; what cannot be read is out."""
+    def _decode_all(self) -> None:
+        """Decode all images into `decoded`, and leave out those that cannot be read."""
         with late("decoding images", self.full_size) as show:
 
             def tick(done: int, note: str) -> None:
                 signals.check()
                 show(done, note)
 
-            numbers = self.numbered(torch.arange(self.full_size))
+            numbers = self.store_numbers(torch.arange(self.full_size))
             pixels, bad = self._decode(numbers, tick)
         self._require_any()
         if bad:
             good = _all_but(len(pixels), bad)
             pixels = pixels[good]
-            self.numbers_of_rows = numbers[good]
-        self.kept = pixels
+            self.numbers_in_store = numbers[good]
+        self.decoded = pixels
         self._warn()
 
     def _decode(self, numbers: Order, tick: Tick = lambda done, note: None) -> tuple[Pixels, list[int]]:
-        """Some images of the store, by their numbers, and which of these, counted from 0, cannot be read."""
+        """The pixels of images, by their numbers in the store, and the indices of those that cannot be read."""
         pixels = torch.zeros(len(numbers), *self.to_pixels.shape, dtype=torch.uint8)
         bad: list[int] = []
         size = max(1, min(MAX_CHUNK, len(numbers) // (CHUNKS_PER_THREAD * self.threads)))
@@ -207,16 +214,16 @@ class Album:
         return pixels, bad
 
     def _decode_chunk(self, numbers: list[int], into: Pixels) -> list[int]:
-        """Decode images into `into`; return which of them, counted from 0, cannot be read."""
+        """Decode images into `into`. Returns the indices of those that cannot be read."""
         bad: list[int] = []
         for i, number in enumerate(numbers):
-            with self.decoding:
+            with self._slots:
                 if number in self.bad or not self._decode_image(number, into[i]):
                     bad.append(i)
         return bad
 
     def _decode_image(self, number: int, into: UInt8[Tensor, "c h w"]) -> bool:
-        """Read, hash and decode an image; whether it can be read. Raises UserError where it may not fail."""
+        """Read, hash and decode an image. Returns whether it can be read; raises UserError if not, unless `skip`."""
         data = None
         try:
             data = self.store.read(number)
@@ -231,16 +238,16 @@ class Album:
         return number not in self.bad
 
     def _warn(self) -> None:
-        """Warn of what could not be read since the last time, in one line."""
-        with self.warning:
+        """Warn of images that could not be read since the last warning, in one line."""
+        with self._warning_lock:
             count = len(self.bad)
-            new = sorted(list(self.bad)[self.num_warned : count])
+            unreported = sorted(list(self.bad)[self.num_warned : count])
             self.num_warned = count
-        if not new:
+        if not unreported:
             return
-        fate = "left out" if self.kept is not None else "left out, in a batch replaced by the next"
-        examples = "; ".join(self.bad[number] for number in new[:3])
-        if len(new) > 3:
+        fate = "left out" if self.decoded is not None else "left out, in a batch replaced by the next"
+        examples = "; ".join(self.bad[number] for number in unreported[:MAX_NAMED])
+        if len(unreported) > MAX_NAMED:
             examples += "; ..."
         warnings.warn(
             f"{count} of {self.full_size} images cannot be read and are {fate}: {examples}",
@@ -254,14 +261,14 @@ class Album:
 
 
 def fault(error: Exception) -> str:
-    """Why an image cannot be read."""
+    """Why an image cannot be read, for a message after its path."""
     if isinstance(error, Unreadable):
         return str(error)
     return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _all_but(n: int, bad: list[int]) -> Bool[Tensor, " n"]:
-    """All of n but these."""
+    """Which of n images are not among the bad ones, given by their indices."""
     good = torch.ones(n, dtype=torch.bool)
     good[bad] = False
     return good

@@ -1,7 +1,10 @@
 """Captions instead of classes: words around the name of an image's class, or what was written of each image.
 
-A condition is then the number of a caption (`dumo.encoders.caption`), and `classes` counts the captions. Where they
-are made of L classes by S templates, and H more that are held out of training,
+`Templates` and `CaptionFiles` are the two specs, `data.captions` of a run. `with_captions` then turns a source whose
+classes are rows of captions into a source of captions (`Captioned`). `dumo.data.annotation` reads what was written.
+
+A condition is the number of a caption (`dumo.encoders.caption`), and `classes` counts the captions. Where captions are
+made of L classes by S templates, and H more templates that are held out of training,
 
     caption s of class l has number l S + s,    held caption h of class l has number L S + l H + h.
 """
@@ -25,14 +28,14 @@ from dumo.io.source import Bucketed, DataSource
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")
-PLACES = ("{}", "{n}")  # for the class's name, for its number
-KEPT = 8  # data sets whose captions are kept: ours
+PLACEHOLDERS = ("{}", "{n}")  # for the class's name, for its number
+CACHED_DATA = 8  # data sets whose captions are cached: ours
 
 
 class Templates(Spec):
     """Sentences around the name of an image's class, `a photo of a {}`, or around its number, `the digit {n}`.
 
-    In training an image has each of those of its class with equal probability, and none that is held out.
+    In training an image has each caption of its class with equal probability, but none that is held out.
     """
 
     kind: Literal["templates"] = "templates"
@@ -43,8 +46,8 @@ class Templates(Spec):
     @model_validator(mode="after")
     def _name_a_class(self) -> "Templates":
         for template in (*self.templates, *self.held):
-            found = BRACED.findall(template)
-            if not found or not set(found) <= set(PLACES):
+            braced = set(BRACED.findall(template))
+            if not braced or not braced <= set(PLACEHOLDERS):
                 raise UserError(
                     f"template '{template}' must hold {{}} where the class's name goes, or {{n}} for its number, and "
                     "no other braces"
@@ -52,39 +55,42 @@ class Templates(Spec):
         return self
 
     def class_names(self, names: Sequence[str]) -> Sequence[str]:
-        """The names of the classes, given those of the data. Raises UserError where there are none, or others."""
+        """The names of the classes in captions; `names` are those of the data, () where they have none.
+
+        Raises UserError where there are none at all, or the spec has another number of names than the data.
+        """
+        if not self.names and not names:
+            raise UserError("the classes of these data have numbers only: give captions.names, one to each")
         if self.names and names and len(names) != len(self.names):
-            wrong = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
-        elif not self.names and not names:
-            wrong = "the classes of these data have numbers only: give captions.names, one to each"
-        else:
-            return self.names or names
-        raise UserError(wrong)
+            raise UserError(f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each")
+        return self.names or names
 
     def of(self, names: Sequence[str]) -> Captions:
-        """All captions, held ones last; row l is of class l.
+        """All captions, those held out last; row l has the captions of class l that are trained on.
 
-        `names` are the data's own. Raises UserError as `class_names`, and where two captions are alike or one is blank.
+        `names` are those of the data's classes. Raises UserError as `class_names`, and where two captions are equal, or
+        one is blank.
         """
         names = self.class_names(names)
-        seen = [_filled(template, name, k) for k, name in enumerate(names) for template in self.templates]
-        held = [_filled(template, name, k) for k, name in enumerate(names) for template in self.held]
-        texts = tuple(text.strip() for text in (*seen, *held))
+        trained = [_fill(template, name, k) for k, name in enumerate(names) for template in self.templates]
+        held = [_fill(template, name, k) for k, name in enumerate(names) for template in self.held]
+        texts = tuple(text.strip() for text in (*trained, *held))
         for text, count in Counter(texts).items():
             if not text or count > 1:
                 what = f"the caption '{text}' twice" if text else "a caption of nothing but blanks"
                 raise UserError(f"captions.templates and the names of the classes make {what}: change one of them")
         ends = len(self.templates) * torch.arange(1, len(names) + 1)
-        return Captions(texts, torch.arange(len(seen)), ends)
+        return Captions(texts, torch.arange(len(trained)), ends)
 
     def count(self, labels: int) -> int:
-        """How many captions `labels` classes have."""
+        """The number of captions of `labels` classes, held out or not."""
         return labels * (len(self.templates) + len(self.held))
 
     def numbers(self, labels: Int64[Tensor, " n"], classes: int, *, held: bool = False) -> Int64[Tensor, " n"]:
-        """A caption for each label: those of its class in turn, of the trained ones, or of those that are held out.
+        """A caption's number (n,) for each label (n,): each class takes its captions in turn.
 
-        Raises UserError where none are.
+        `classes` is the number of classes. `held`: captions that are held out; False: those that are trained on. Raises
+        UserError where no template is held out.
         """
         many = len(self.held if held else self.templates)
         if not many:
@@ -97,20 +103,21 @@ class Templates(Spec):
 
 
 class CaptionFiles(Spec):
-    """What was written of each image, next to it or in its table; of several captions one is drawn, evenly."""
+    """What was written of each image, next to it or in its table. Each caption of an image is drawn equally often."""
 
     kind: Literal["files"] = "files"
-    # The columns or keys that captions stand under, by commas; txt, caption: files; auto: the first of CAPTION_NAMES.
+    # The columns or keys of captions, by commas; txt, caption: files; auto: the first of CAPTION_NAMES there is.
     name: str = "auto"
     # The column of the image that each caption edits, of a model that edits; None: it reads texts alone.
     source: str | None = Field(default=None, exclude_if=lambda source: source is None)
     digest: str | None = None  # of the texts in order, found when the run is made
 
-    def require(self, found: Captions, where: str) -> None:
-        """Raise UserError for other texts than those of the digest."""
-        if self.digest not in (None, found.digest()):
+    def require(self, captions: Captions, where: str) -> None:
+        """Raise UserError for captions of another digest, found at `where`."""
+        digest_now = captions.digest()
+        if self.digest not in (None, digest_now):
             raise UserError(
-                f"{where} has other captions than the run was made with (digest {found.digest()}, captions.digest says "
+                f"{where} has other captions than the run was made with (digest {digest_now}, captions.digest says "
                 f"{self.digest}): put them back as they were, or begin a new run"
             )
 
@@ -118,14 +125,14 @@ class CaptionFiles(Spec):
 Captioning = Annotated[Templates | CaptionFiles, Field(discriminator="kind")]
 
 
-def _filled(template: str, name: str, number: int) -> str:
-    """The caption of a class."""
-    return BRACED.sub(lambda place: name if place[0] == "{}" else str(number), template)
+def _fill(template: str, name: str, number: int) -> str:
+    """The caption of a class with a name and a number."""
+    return BRACED.sub(lambda placeholder: name if placeholder[0] == "{}" else str(number), template)
 
 
-@lru_cache(KEPT)
-def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that have captions
-    """The captions of some data, found once."""
+@lru_cache(CACHED_DATA)
+def cached_captions(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that have captions
+    """The captions of some data, read once in this process."""
     return data.all_captions()
 
 
@@ -133,47 +140,50 @@ def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that h
 class Captioned:
     """A source whose classes are rows of `captions`: numbers of images, or of classes."""
 
-    of: DataSource
+    source: DataSource
     captions: Captions
 
     @property
     def size(self) -> int | None:
         """The number of samples."""
-        return self.of.size
+        return self.source.size
 
     @property
     def hashes(self) -> Hashes | None:
-        """Of the images."""
-        return hashes_of(self.of)
+        """The hashes of the images; None for a source whose samples are no files."""
+        return hashes_of(self.source)
 
     @property
     def origin(self) -> object:
-        """Of latents."""
-        return getattr(self.of, "origin", None)
+        """The images that latents were made of; None for other sources."""
+        return getattr(self.source, "origin", None)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Its samples, each with one of its captions, keyed by the step and the place in the batch."""
-        x, row = self.of.batch(step, batch, seed, rows)
+        """The source's samples, each with one of its captions, drawn by the step and the place in the batch."""
+        x, row = self.source.batch(step, batch, seed, rows)
         return x, self.captions.drawn(row, seed, step, batch=batch, rows=rows)
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """As its own."""
-        return self.of.numbers(step, batch, seed, rows)
+        """The numbers of the source's samples, (b,)."""
+        return self.source.numbers(step, batch, seed, rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """Its own, each with its first caption."""
-        x, row = self.of.reference(n, seed, i)
+        """The source's reference, each sample with its first caption."""
+        x, row = self.source.reference(n, seed, i)
         return x, self.captions.first(row)
 
     def fingerprint(self) -> str | None:
-        """Of the samples, the texts, and their numbers by sample."""
+        """A digest of the samples, the texts, and their numbers by sample; None where samples never end."""
+        of_samples = self.source.fingerprint()
+        if not of_samples:
+            return of_samples
         captions = self.captions
         parts = (captions.digest(), digest.of_tensor(captions.ids), digest.of_tensor(captions.ends))
-        return (own := self.of.fingerprint()) and digest.short(own, *parts)
+        return digest.short(of_samples, *parts)
 
 
-def captioned(source: DataSource | Bucketed, captions: Captions) -> Captioned | Bucketed:
-    """A source of rows of captions as one of captions, in buckets or not."""
+def with_captions(source: DataSource | Bucketed, captions: Captions) -> Captioned | Bucketed:
+    """A source of captions, out of one whose classes are rows of `captions`, in buckets or not."""
     if isinstance(source, Bucketed):
         return replace(source, parts=[Captioned(part, captions) for part in source.parts])
     return Captioned(source, captions)

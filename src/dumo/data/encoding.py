@@ -1,7 +1,14 @@
 """Make a cache (`dumo.data.cache`): a codec encodes images, shard by shard.
 
-`encode` is the entrance. A shard is encoded in the same batches from its own first row, and its draws have a stream of
-their own, so any rank makes the same shard.
+`encode` is the entrance. On each rank it
+
+1. compares what is in the folder with the images and captions that are here;
+2. makes the rank's shards that are missing or damaged: reads images batch by batch, encodes them, and joins the
+   batches to the columns of a shard;
+3. writes captions and the images' names next to the shards, and the images' hashes to the note on their files.
+
+Each shard is encoded in batches from its own first row, and its draws have a random stream of its own: so it does not
+matter which rank makes it.
 """
 
 import sys
@@ -41,12 +48,14 @@ def encode(
     world: int = 1,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
-    """Make those of this rank's shards that are not in `out`, or damaged. Another `batch` may move the last bits.
+    """Make the shards of rank `rank` out of `world` that are missing in the folder `out`, or damaged there.
 
-    `captions` of images that are labelled by their numbers are kept next to them; `tick` is called with the images
-    encoded so far. Raises UserError where `out` holds another cache, other captions or something else, an image or a
-    label is not as planned, a latent is too large for the dtype, or the disk is full, OSError where nothing can be
-    written, Stopped after a signal; finished shards are kept.
+    `captions`, of images whose labels are their numbers, are written to the cache. `batch` is the number of images that
+    are encoded at once; another number may move the last bits. `tick` is called with the images encoded so far.
+
+    Raises UserError where `out` holds another cache, other captions or something else, where an image or a label is not
+    as planned, or a latent is too large for the dtype; OSError where nothing can be written; Stopped after a signal.
+    Finished shards are kept.
     """
     index = _index_of(source, codec, plan)
     hashes = hashes_of(source)
@@ -70,16 +79,16 @@ def encode(
         other_files[CAPTIONS] = dump_captions(captions)
     if hashes:
         other_files[NAMES] = hashes.packed_names.numpy().tobytes()
-    done = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
+    made = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
     if hashes:
         hashes.save()
-        if has_cache(out, index):  # another rank may have seen other images meanwhile
+        if has_cache(out, index):  # another rank may have read other images meanwhile
             require_origin(out, hashes, max_bytes=0)
-    return done
+    return made
 
 
 def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> list[int]:
-    """The numbers of a rank's shards that exist in a folder that holds this cache."""
+    """The numbers of a rank's shards that are in a folder; none where the folder has another cache."""
     cached = read_index(out)
     if cached is None or cached.binding() != index.binding():
         return []
@@ -153,11 +162,11 @@ def _encode_images(
 
 
 def _by_size(source: Finite | Assorted, rows: range, index: CacheIndex) -> Iterator[tuple[Size, Finite, range]]:
-    """These rows of the source, by size: the size, the images of that size, and the rows of these images to encode."""
+    """Some rows of the source, by size: the size, a set of images of that size, and their rows in this set."""
     if not isinstance(source, Assorted):
         yield (index.resolution, index.resolution), source, rows
         return
-    source.look(rows)
+    source.find_buckets(rows)
     for bucket, album in source.albums(rows).items():
         yield source.sizes[bucket], album, range(len(album))
 
@@ -165,9 +174,9 @@ def _by_size(source: Finite | Assorted, rows: range, index: CacheIndex) -> Itera
 def _shard_tensors(
     batches: list[dict[str, Tensor]], codec: Opened, index: CacheIndex, number: int
 ) -> dict[str, Tensor]:
-    """The tensors of a shard, as they are stored. Raises UserError if no image could be read, or for a bad latent.
+    """The tensors of a shard, in the dtypes of its columns.
 
-    That is one with values that are not finite, in the codec's dtype or in the stored one.
+    Raises UserError if no image could be read, or a latent has values that are not finite, by the codec or by the cast.
     """
     span = index.span(number)
     where = f"images {span.start} to {span.stop - 1}"

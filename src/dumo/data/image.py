@@ -1,10 +1,14 @@
 """A user's own images: a folder, hub parquet or webdataset shards, found out by looking.
 
-A spec reads no disk. How many classes there are it says, or `found` counts them once, when a run is opened, and its
-run.yaml records the number with the names. Until then there are none, and `names` is None. Captions, which may replace
-classes (`dumo.data.caption`), are counted in the same way.
+`Images` is the spec, `data` of a run with `kind: images`. It reads no disk until it is asked:
 
-`find` looks what lies under a root and gives a store; `Images.open` makes a source of it, decoded and with captions.
+1. `Images.found` counts classes or captions (`dumo.data.caption`) that the spec does not say, once, when a run is
+   opened. run.yaml records their number and names. Until then there are none, and `names` is None.
+2. `Images.open` makes a source to train on: images decoded, in buckets or not, with classes or captions. `rows`,
+   `originals`, `crops`, `all_captions` and `source_images` are parts of it for other uses.
+
+`find` looks what lies under a root and opens the store. `below` renames fields in the errors of images that are part of
+other data.
 """
 
 import os
@@ -20,7 +24,7 @@ from dumo.data.album import Album
 from dumo.data.annotation import captions_of
 from dumo.data.augment import Edm
 from dumo.data.bucket import Assorted, Buckets, Crops
-from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
+from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES
 from dumo.data.parquet import Parquet, columns
@@ -73,38 +77,42 @@ class Images(Spec):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The buckets; () where there are none."""
+        """The sizes of the buckets, height and width; () where there are none."""
         return self.buckets.sizes(self.side) if self.buckets else ()
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of all samples that are trained on."""
+        """The shapes of samples that are trained on: one for each bucket, or one."""
         return tuple((3, *size) for size in self.sizes) or (self.shape,)
 
     @property
     def labels(self) -> int:
-        """How many classes images have, captions or not; with captions that were written of each, 0."""
+        """The number of classes of the images themselves; 0 with captions that were written of each image."""
         if self.captions is None:
             return self.classes
-        return self.classes // self.captions.count(1) if isinstance(self.captions, Templates) else 0
+        if isinstance(self.captions, Templates):
+            return self.classes // self.captions.count(1)
+        return 0
 
     @field_validator("classes", mode="wrap")
     @classmethod
-    def _to_be_counted(cls, classes: object, count: Callable[[object], object]) -> object:
-        return None if classes is None else count(classes)
+    def _allow_none(cls, classes: object, validate: Callable[[object], object]) -> object:
+        """Let `classes` be None until `_set_names`, which tells "not given" from 0."""
+        return None if classes is None else validate(classes)
 
     @model_validator(mode="after")
-    def _agrees(self) -> "Images":
-        counted = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
+    def _set_names(self) -> "Images":
+        """Leave `names` None where classes or captions are to be counted. Raises as `require_agreement`."""
+        is_given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
         match self.captions:
             case CaptionFiles(digest=digest):
-                known = counted and digest is not None
+                is_counted = is_given and digest is not None
             case Templates(names=names):
-                known = counted and bool(names or self.names)
+                is_counted = is_given and bool(names or self.names)
             case None:
-                known = counted or self.labelled is False
+                is_counted = is_given or self.labelled is False
         # No copy: it would be lost where `Images(...)` is called.
-        object.__setattr__(self, "names", (self.names or ()) if known else None)
+        object.__setattr__(self, "names", (self.names or ()) if is_counted else None)
         object.__setattr__(self, "classes", self.classes or 0)
         self.require_agreement()
         return self
@@ -145,9 +153,9 @@ class Images(Spec):
                 )
 
     def found(self) -> "Images":
-        """The same with the classes and names, or the captions, that the files have; as it is where they are not there.
+        """The spec with the classes and names, or the captions, that the files have; as it is where no files are there.
 
-        Raises UserError where they contradict what is given.
+        Raises UserError where they contradict what the spec says.
         """
         if self.names is not None:
             return self
@@ -171,7 +179,7 @@ class Images(Spec):
         return root if root.exists() else None
 
     def _count_classes(self, root: Path) -> dict[str, Any]:
-        """The fields that say the classes there are, each as often as it has captions."""
+        """The fields `classes` and `names` of the images there are; templates count a class for each caption."""
         labels = self._store(root, self.label).labels
         per_class = 1
         if isinstance(self.captions, Templates):
@@ -183,7 +191,7 @@ class Images(Spec):
         return {"classes": self.classes or per_class * labels.count, "names": labels.names}
 
     def _count_captions(self, root: Path, files: CaptionFiles) -> dict[str, Any]:
-        """The fields that say the captions there are, and their digest."""
+        """The fields `classes`, `names` and `captions`, with the captions there are and their digest."""
         captions = self._read_captions(root, files)
         count = len(captions)
         if self.classes not in (0, count):
@@ -192,14 +200,14 @@ class Images(Spec):
         return {"classes": count, "names": (), "captions": counted}
 
     def _read_captions(self, root: Path, files: CaptionFiles) -> Captions:
-        """The captions of the images. Before a run has a digest of them, images and captions must find each other."""
+        """The captions of the images. Until a run has a digest of them, few may lack an image, or images a caption."""
         store = self._store(root, None)
         captions = captions_of(root, store, files.name, files.source, require_pairs=files.digest is None)
         return Captions.of(captions)
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
-        """Names where there are some; classes that are not known stay to be counted."""
+        """The fields, without `names` where there are none; `classes` is None where they are still to be counted."""
         fields = dump(self)
         if not self.names:
             fields.pop("names", None)
@@ -208,17 +216,17 @@ class Images(Spec):
         return fields
 
     def open(self) -> Album | Bucketed | Captioned:
-        """The images as a source, all decoded if they fit in `memory`, each with its class, or a caption of it.
+        """The images as a source, all decoded if they fit in `memory`, each with its class or a caption.
 
-        Raises UserError where there are none, the files are damaged, the classes or captions are not those expected, or
-        an image cannot be read.
+        Raises UserError where there are no images, files are damaged, classes or captions are not those expected, or an
+        image cannot be read.
         """
         rows = self.rows()
         source = rows.open(self.memory * GIGABYTE) if isinstance(rows, Assorted) else rows
-        return captioned(source, self.all_captions()) if self.captions else source
+        return with_captions(source, self.all_captions()) if self.captions else source
 
     def originals(self) -> Album:
-        """The images with their classes, captions and buckets or not: squares. Raises as `open`."""
+        """The images as squares with their classes, without captions or buckets. Raises as `open`."""
         return self._album(numbered=False)
 
     def rows(self) -> Album | Assorted:
@@ -238,11 +246,14 @@ class Images(Spec):
 
     def crops(self) -> Crops | None:
         """What the buckets leave of the images, by their headers; None without buckets. Raises as `open`."""
-        rows = self.rows() if self.buckets else None
-        return rows.crops() if isinstance(rows, Assorted) else None
+        if not self.buckets:
+            return None
+        rows = self.rows()
+        assert isinstance(rows, Assorted), "there are buckets"
+        return rows.crops()
 
     def all_captions(self) -> Captions:
-        """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
+        """The captions by class, or by image where they were written of each image. Raises as `open`."""
         if isinstance(self.captions, Templates):
             return self.captions.of(self.names or ())
         if not isinstance(self.captions, CaptionFiles):
@@ -257,8 +268,8 @@ class Images(Spec):
         """The column of the image that each caption edits; None: captions are texts alone."""
         return self.captions.source if isinstance(self.captions, CaptionFiles) else None
 
-    def edited(self) -> dict[str, Path]:
-        """The images that are edited, by their hashes. Raises UserError as `open`."""
+    def source_images(self) -> dict[str, Path]:
+        """The images that captions edit, by their hashes. Raises as `open`."""
         root = user_path(self.root, "data.root")
         source = self.source or ""
         files_by_hash: dict[str, Path] = {}
@@ -269,15 +280,15 @@ class Images(Spec):
         return files_by_hash
 
     def caption_texts(self) -> tuple[str, ...]:
-        """All captions by number; () where there are none. Raises UserError as `open`."""
-        return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
+        """The text of each caption, by its number; () where there are none. Raises as `open`."""
+        return cached_captions(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
     def undecoded(self) -> Store:
-        """The images as they lie there, without labels. Raises UserError where there are none."""
+        """The store of the images, without labels. Raises UserError where there are no images."""
         return self._store(user_path(self.root, "data.root"), None)
 
     def hashes(self) -> Hashes | None:
-        """What is known of the images' content; None where they are not on this machine."""
+        """The hashes of the images, as far as they are noted; None where they are not on this machine."""
         root = self._root()
         if root is None:
             return None
@@ -288,17 +299,18 @@ class Images(Spec):
         return store_hashes(store)
 
     def _store_with_classes(self, root: Path) -> Store:
-        """The images, with their classes where the run has some."""
+        """The store of the images, with their classes where the run has some."""
         return self._store(root, self.label if self.labelled and self.labels else None)
 
     def _checked_store(self) -> Store:
-        """The images, with the classes that are expected. Raises UserError where they have others."""
+        """The store of the images, with the classes that are expected. Raises UserError where they have others."""
         root = user_path(self.root, "data.root")
         store = self._store_with_classes(root)
         self._require_classes(root, store)
         return store
 
     def _album(self, *, numbered: bool) -> Album:
+        """The images as squares; `numbered`: each image is a class of its own. Raises as `open`."""
         return Album(
             self._checked_store(),
             ToSquare(self.side, self.crop),
@@ -310,11 +322,11 @@ class Images(Spec):
         )
 
     def _store(self, root: Path, label: str | None) -> Store:
-        """The images, their labels by the column `label`, undecoded."""
+        """The store of the images; `label`: the column of their classes; None: no labels."""
         return find(root, split=self.split, label=label)
 
     def _require_classes(self, root: Path, store: Store) -> None:
-        """Raise UserError for other classes than expected. Where they have no names, the last ones may lack images."""
+        """Raise UserError for other classes than expected. Where classes have no names, the last may lack images."""
         if self.names is None:
             raise UserError(
                 f"{root} was not there when the run was opened, so nobody counted its classes: open it again"
@@ -322,10 +334,10 @@ class Images(Spec):
         if not self.labels:
             return
         if store.labels is None:
-            why = ""
+            reason = ""
             if isinstance(store, Parquet):
-                why = f" (no column '{self.label}' among {', '.join(columns(store))})"
-            raise UserError(f"{root} has no labels{why}, data.classes says {self.classes}: set data.classes=0")
+                reason = f" (no column '{self.label}' among {', '.join(columns(store))})"
+            raise UserError(f"{root} has no labels{reason}, data.classes says {self.classes}: set data.classes=0")
         if self.names and store.labels.names != self.names:
             changes: list[str] = []
             missing = set(self.names) - set(store.labels.names)
@@ -348,6 +360,9 @@ class Images(Spec):
             )
 
 
+FIELDS_OF_IMAGES = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")  # in the text of an error
+
+
 def find(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
     """Look what is under `root`, and open it without decoding. `label`: the column of classes; None: no labels.
 
@@ -361,7 +376,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
             by_format["folder"][file] = state
         elif ending in FORMATS:
             by_format[FORMATS[ending]][file] = state
-    if by_format["folder"]:  # what a table says of them is no table of images
+    if by_format["folder"]:  # metadata.parquet is then a table of captions
         tables = by_format["parquet"]
         by_format["parquet"] = {file: state for file, state in tables.items() if Path(file).name not in TABLES}
     formats = [format for format, listed in by_format.items() if listed]
@@ -380,6 +395,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
 
 
 def _open_store(root: Path, format: str, files: dict[str, FileState], split: str | None, label: str | None) -> Store:
+    """Open the files of a format, with their states, as a store. Takes and raises as `find`."""
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)
@@ -388,13 +404,13 @@ def _open_store(root: Path, format: str, files: dict[str, FileState], split: str
     return Tar(chosen, labelled=label is not None)
 
 
-FIELDS = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")
-
-
 @contextmanager
-def below(where: str) -> Generator[None]:
-    """Let errors name fields of images where they stand, such as data.images, in place of data."""
+def below(field: str) -> Generator[None]:
+    """Name fields of images in errors by where the images are in a run: `data.images.root` for `data.root`.
+
+    `field` is data.images, for example.
+    """
     try:
         yield
     except UserError as error:
-        raise UserError(FIELDS.sub(f"{where}.", str(error))) from error
+        raise UserError(FIELDS_OF_IMAGES.sub(f"{field}.", str(error))) from error

@@ -3,8 +3,9 @@
 A run has the images, the codec and the cache, so that one file says how to make the cache, whether the cache that is
 there is the one meant, how samples are decoded, and what they are compared with.
 
-`Latents.open` opens the cache as a `LatentSource`, which training draws batches from. Meanwhile `Origin` looks whether
-the images that are here are those of the cache.
+`Latents` is the spec. `Latents.found` counts classes or captions, as `Images.found` does. `Latents.open` opens the cache
+as a `LatentSource`, from which training draws batches. Meanwhile two threads look whether it may: `dumo.io.audit`
+whether the cache has changed, and `Origin` whether the images that are here are those of the cache.
 """
 
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 from dumo.data.album import Album
 from dumo.data.bucket import Assorted, Crops
 from dumo.data.cache import CAPTIONS, CacheIndex, crops, open_cache, read_captions, read_index
-from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, captioned, kept
+from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.origin import expect_origin, read_names, require_origin
 from dumo.encoders import Codec
@@ -39,7 +40,7 @@ from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
 PRIOR_FOLDER = PRIOR  # of images that a teacher made, below those of the subject
-WAIT = 10.0  # seconds that training waits until the images were looked at: ours
+WAIT = 10.0  # seconds that training waits for `Origin` before it begins: ours
 
 
 class Latents(Spec):
@@ -63,27 +64,27 @@ class Latents(Spec):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of all latents that are trained on."""
+        """The shapes of latents that are trained on: one for each bucket, or one."""
         return tuple(self.codec.shape(*size) for size in self.images.sizes) or (self.shape,)
 
     @property
     def classes(self) -> int:
-        """Those of the images, or their captions."""
+        """The number of the images' classes, or of their captions."""
         return self.images.classes
 
     @property
     def labels(self) -> int:
-        """How many classes the images have, captions or not."""
+        """The number of classes of the images themselves; 0 with captions that were written of each image."""
         return self.images.labels
 
     @property
     def captions(self) -> Captioning | None:
-        """Those of the images."""
+        """The captions of the images."""
         return self.images.captions
 
     @property
     def folder(self) -> Path:
-        """Where the cache is. Raises UserError for a variable that is not set."""
+        """The cache's folder. Raises UserError for an environment variable that is not set."""
         return user_path(self.root, "data.root")
 
     @model_validator(mode="after")
@@ -101,7 +102,7 @@ class Latents(Spec):
         return self
 
     def found(self) -> "Latents":
-        """The same with the classes or captions that its images have, or, where they are not here, the cache."""
+        """The spec with the classes or captions that its images have, or the cache, where the images are not here."""
         images = self.images.found()
         if images.names is None:
             contents = self._cache_contents()
@@ -110,7 +111,7 @@ class Latents(Spec):
         return self.model_copy(update={"images": images})
 
     def _cache_contents(self) -> CacheIndex | None:
-        """What the cache says of itself; None where there is none, or it is damaged."""
+        """The index of the cache; None where there is none, or it is damaged."""
         with suppress(UserError):  # a damaged cache is refused where it is opened
             return read_index(self.folder)
         return None
@@ -131,7 +132,7 @@ class Latents(Spec):
     def originals(self) -> Album:
         """The images that are encoded, with their classes.
 
-        Raises UserError as opening them does, and where the cache is of others, now or when one is read.
+        Raises UserError as `Images.originals`, and where the cache is of other images, now or when one is read.
         """
         with below("data.images"):
             album = self.images.originals()
@@ -140,12 +141,12 @@ class Latents(Spec):
         return album
 
     def rows(self) -> Album | Assorted:
-        """The images to encode, none kept decoded, each with its row of captions. Raises UserError as `originals`."""
+        """The images to encode, none kept decoded, each with its row of captions. Raises as `Images.rows`."""
         with below("data.images"):
             return self.images.model_copy(update={"memory": 0.0}).rows()
 
     def all_captions(self) -> Captions:
-        """The captions, by class, or by image as the cache has them. Raises UserError where they are others."""
+        """The captions by class, or by image as the cache has them. Raises UserError where they are not the run's."""
         if not isinstance(self.captions, CaptionFiles):
             return self.images.all_captions()
         file = self.folder / CAPTIONS
@@ -156,22 +157,25 @@ class Latents(Spec):
         return cached
 
     def caption_texts(self) -> tuple[str, ...]:
-        """All captions by number; () where there are none. Raises UserError as `all_captions`."""
-        return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
+        """The text of each caption, by its number; () where there are none. Raises as `all_captions`."""
+        return cached_captions(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
     def open(self) -> "LatentSource | Bucketed | Captioned":
-        """The cache. Raises UserError where there is none, or one of other images or of another codec."""
+        """The cache as a source. Raises UserError where there is none, or it is of other images or of another codec."""
         source = LatentSource(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.part_prior(self.prior)
         if self.images.buckets:
             source = source.bucketed()
         if self.captions:
-            return captioned(source, self.all_captions())
+            return with_captions(source, self.all_captions())
         return source
 
     def crops(self) -> Crops | None:
-        """What the buckets left of the images, or will; None without buckets. Raises as `open`."""
+        """What the buckets leave of the images, by the cache, else by their headers; None without buckets.
+
+        Raises as `open`.
+        """
         if not self.images.buckets:
             return None
         index = read_index(self.folder)
@@ -181,7 +185,7 @@ class Latents(Spec):
             return self.images.crops()
 
     def cache(self) -> ShardTable:
-        """The rows as `dumo encode` left them. Raises UserError as `open`."""
+        """The rows of the cache. Raises as `open`."""
         images = self.images
         numbered = isinstance(self.captions, CaptionFiles)
         try:
@@ -202,34 +206,35 @@ class Latents(Spec):
 
 
 class Origin:
-    """Whether the images that are here are those that a cache was made of: a thread looks, while training begins.
+    """Whether the images that are here are those that a cache was made of: a thread compares, while training begins.
 
-    One process of a machine does. Where the images are not here, the cache stands for itself.
+    One process of a machine does. Where the images are not here, there is nothing to compare.
     """
 
     def __init__(self, folder: Path, images: Images) -> None:
         self.folder = folder
         self.images = images
         self.errors: list[Exception] = []  # of the thread
-        self.thread = Thread(target=self._look, name="origin", daemon=True)
+        self.thread = Thread(target=self._compare, name="origin", daemon=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             self.thread.start()
 
     def require(self, wait: float = 0.0) -> None:
-        """Raise UserError where they are others, as soon as that is known; wait for it at most `wait` seconds."""
+        """Raise UserError if the thread found other images; wait for it at most `wait` seconds."""
         if wait and self.thread.is_alive():
             self.thread.join(wait)
         if self.errors:
             raise self.errors[0]
 
     def verify(self) -> None:
-        """Read and hash all of the images now. Raises UserError where they are others."""
+        """Read and hash all images now. Raises UserError where they are others."""
         if self.thread.ident:
             self.thread.join()
-            self._look(verify=True)
+            self._compare(verify=True)
         self.require()
 
-    def _look(self, *, verify: bool = False) -> None:
+    def _compare(self, *, verify: bool = False) -> None:
+        """Compare the images with the cache, and keep the error; `verify`: read all images anew."""
         try:
             hashes = self.images.hashes()
             if hashes is None:
@@ -245,9 +250,9 @@ class Origin:
 
 
 class LatentSource:
-    """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step.
+    """Latents as a source. With a codec that gives Gaussians, each visit draws a latent anew, keyed by the step.
 
-    Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.io.audit`).
+    Raises UserError for a shard that has changed, at once or from `batch` (`dumo.io.audit`).
     """
 
     def __init__(self, cache: ShardTable, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
@@ -256,26 +261,26 @@ class LatentSource:
         self.origin = origin
         self.flip = flip
         self.audit = Audit(cache.folder, cache.index.shards)
-        self.ending = ""  # of the columns' names: which bucket
-        self.cache_rows = torch.arange(len(cache))  # those that are meant
-        # Of images that a teacher made: the share of a batch, their rows, and those of the others.
+        self.suffix = ""  # of the names of columns, where this is the part of a bucket
+        self.cache_rows = torch.arange(len(cache))  # rows of the cache that this source has
+        # The share of a batch that a teacher made, the rows of the teacher's images, and those of the others.
         self.prior: tuple[float, Tensor, Tensor] | None = None
 
-    def part(self, ending: str) -> "LatentSource":
+    def part(self, suffix: str) -> "LatentSource":
         """The rows of a bucket, by the end of their columns' names."""
         part = copy(self)
-        part.ending = ending
-        part.cache_rows = self._read_column(f"in{ending}").nonzero().flatten()
+        part.suffix = suffix
+        part.cache_rows = self._read_column(f"in{suffix}").nonzero().flatten()
         return part
 
     def _read_column(self, name: str) -> Tensor:
-        """A column of all shards."""
+        """A column of all shards, joined."""
         return torch.cat([self.cache.tensors(number)[name] for number in range(len(self.cache.index.shards))])
 
     def part_prior(self, share: float) -> None:
         """Take a share of every batch from the images of a folder PRIOR_FOLDER, the rest from the others.
 
-        Raises UserError where the cache has none, or none but these.
+        Raises UserError where no image, or every image, is in such a folder.
         """
         packed_names = read_names(self.cache.folder)
         is_prior = torch.empty(0, dtype=torch.bool)
@@ -293,7 +298,7 @@ class LatentSource:
         self.prior = share, self.cache_rows[is_prior], self.cache_rows[~is_prior]
 
     def bucketed(self) -> Bucketed:
-        """The same in its buckets."""
+        """The latents in their buckets, as a source whose batches are of one bucket each."""
         contents = self.cache.index
         assert isinstance(contents, CacheIndex)
         parts: list[LatentSource] = []
@@ -311,41 +316,45 @@ class LatentSource:
         return len(self.cache_rows)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
+        """The rows `rows` of a step's batch: latents and classes (b,).
+
+        Epoch follows epoch, each in its own order; half of the images are mirrored if `flip`. Raises UserError where
+        the cache has changed, or is found to be of other images.
+        """
         self.audit.require()
         if self.origin:
             self.origin.require()
         numbers = self.numbers(step, batch, seed, rows)
         flipped = mirrored(step, batch, seed, rows) if self.flip else None
-        moments = self.cache.take(numbers, f"x{self.ending}", f"flipped{self.ending}", flipped)
+        moments = self.cache.take(numbers, f"x{self.suffix}", f"flipped{self.suffix}", flipped)
         x = self._draw(moments, seed, step, "posterior", rows=range(batch)[rows])
         return x, self.cache.take(numbers, "labels")
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
-        """Their numbers in the cache."""
+        """The rows of the cache that a step has, (b,)."""
         if self.prior is None:
             return self.cache_rows[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
         share, prior_rows, other_rows = self.prior
         is_prior = share_of_rows(seed, step, PRIOR, batch, share)
-        places = torch.empty(batch, dtype=torch.long)
+        cache_rows = torch.empty(batch, dtype=torch.long)  # by place in the batch
         for k, (part_rows, in_batch) in enumerate(((prior_rows, is_prior), (other_rows, ~is_prior))):
             part_seed = stream(seed, "prior", k).initial_seed()
             drawn = rows_of(step, int(in_batch.sum()), size=len(part_rows), seed=part_seed)
-            places[in_batch] = part_rows[drawn]
-        return places[rows]
+            cache_rows[in_batch] = part_rows[drawn]
+        return cache_rows[rows]
 
     def fingerprint(self) -> str:
-        """Of the cache."""
+        """The cache's fingerprint."""
         return self.cache.fingerprint()
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
+        """The i-th choice of n latents, or all where there are fewer, with their classes; not mirrored."""
         chosen = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
         numbers = self.cache_rows[chosen]
-        moments = self.cache.take(numbers, f"x{self.ending}")
+        moments = self.cache.take(numbers, f"x{self.suffix}")
         x = self._draw(moments, seed, "reference posterior", i, rows=range(len(moments)))
         return x, self.cache.take(numbers, "labels")
 
     def _draw(self, x: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:
-        """One draw per row, in float32."""
+        """A latent for each row of moments, drawn by the key, in float32."""
         return self.codec.sample(x.float(), *key, rows=rows)

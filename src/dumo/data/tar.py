@@ -196,10 +196,10 @@ def _noted_scan(file: str) -> Scan:
         noted = _read_note(place, state)
         if noted is not None:
             return noted
-    place = note.best(places)
+    place = note.best_place(places)
     if place is None:
         return scan_archive(file)
-    with note.held(place):
+    with note.locked(place):
         noted = _read_note(place, state)
         if noted is not None:  # another process was quicker
             return noted

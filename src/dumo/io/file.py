@@ -1,8 +1,13 @@
 """Files and folders written whole or not at all: under a hidden temporary name next to their own, then renamed.
 
-So what has its name is whole, whenever the process stops. What is `durable` outlives a crash of the machine, too.
-`locked` keeps other processes out; `guard_path` refuses writes below a folder once its path leads elsewhere.
-`note_places` is where to keep what was found out about a user's files.
+So a file that has its name is whole, whenever the process stops. A `durable` one outlives a crash of the machine, too.
+
+- `atomic_write` and `write` write; `commit` renames what was written at `temp_path_for`. `sweep` removes what killed
+  writers left.
+- `check_writable`, `is_writable` and `free_bytes` ask before writing; `is_disk_full` knows the error of a full disk.
+- `locked` keeps other processes out. `guard_path` refuses writes below a folder once its path leads elsewhere
+  (`require_in_place`).
+- `note_places` is where to keep what was found out about a user's files.
 """
 
 import errno
@@ -22,24 +27,24 @@ from safetensors import SafetensorError
 from dumo.io import digest
 from dumo.types import UserError
 
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-PRIVATE = 0o600  # the mode of files that safetensors makes
-DAY = 86_400.0  # seconds
-REMOVED = "old"  # in place of a writer: of what is being removed
-WRITING: set[Path] = set()  # temporary paths that threads of this process are writing now
-GUARDED: dict[Path, int] = {}  # folders that must stay where they are (`guard_path`), each with a descriptor of it
-WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{REMOVED}))\.tmp")
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+PRIVATE_MODE = 0o600  # of files that safetensors makes
+ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
+REMOVED_WRITER = "old"  # in place of a writer, in the name of what is being removed
+_being_written: set[Path] = set()  # temporary paths that threads of this process are writing now
+_guarded: dict[Path, int] = {}  # descriptors of folders that must stay where they are (`guard_path`), by path
+TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{REMOVED_WRITER}))\.tmp")
 
 
 @contextmanager
 def atomic_write(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
-    """Yield a temporary path for a file or a folder, which becomes `path` when all went well, and is removed when not.
+    """Yield a temporary path for a file or a folder. It is renamed to `path` at the end, and removed after an error.
 
     `writer` is different for each that may write this path at once; None: this process. `durable`: wait for the disk.
     Raises OSError, which names `path`, for a full disk or a forbidden folder; what `path` was before then stays.
     """
-    temp_path = temp_path_for(path, writer_id() if writer is None else writer)
-    WRITING.add(temp_path.absolute())
+    temp_path = temp_path_for(path, _writer_id() if writer is None else writer)
+    _being_written.add(temp_path.absolute())
     try:
         require_in_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,54 +52,56 @@ def atomic_write(path: Path, *, writer: int | str | None = None, durable: bool =
         commit(temp_path, path, durable=durable)
     except BaseException as error:
         remove(temp_path)
-        error_of_path = error_naming(path, error, temp_path)
+        error_of_path = _error_of(path, error, temp_path)
         if error_of_path:
             raise error_of_path from error
         raise
     finally:
-        WRITING.discard(temp_path.absolute())
+        _being_written.discard(temp_path.absolute())
 
 
-def error_naming(path: Path, error: BaseException, temp_path: Path) -> OSError | None:
+def _error_of(path: Path, error: BaseException, temp_path: Path) -> OSError | None:
     """The error in writing `temp_path`, as one of `path`; None where it names `path` already, or is of another kind."""
     if is_disk_full(error):
-        number = (error.errno if isinstance(error, OSError) else None) or errno.ENOSPC
-        return OSError(number, f"{os.strerror(number)} ({size(free_bytes(path))} free)", str(path))
+        number = errno.ENOSPC
+        if isinstance(error, OSError) and error.errno:
+            number = error.errno
+        return OSError(number, f"{os.strerror(number)} ({_size_text(free_bytes(path))} free)", str(path))
     if isinstance(error, OSError) and str(error.filename or "").startswith(str(temp_path)):
         return OSError(error.errno, error.strerror, str(path))
     return None
 
 
 def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:
-    """Rename what was written at `temp_path` to `path`, in place of a folder there. `durable`: once it is on the disk.
+    """Rename what was written at `temp_path` to `path`, in place of what is there. `durable`: once it is on the disk.
 
     The umask then decides who may read the files: those of safetensors are private to their owner at first.
     """
     for part in (*temp_path.rglob("*"), temp_path):
-        if part.stat().st_mode & 0o777 == PRIVATE:
-            part.chmod(0o666 & ~umask())
+        if part.stat().st_mode & 0o777 == PRIVATE_MODE:
+            part.chmod(0o666 & ~_umask())
         if durable:
             flush(part)
     if path.is_dir():
-        remove(path.rename(temp_path_for(path, REMOVED)))  # a folder can replace an empty one only
+        remove(path.rename(temp_path_for(path, REMOVED_WRITER)))  # a folder can replace an empty one only
     temp_path.replace(path)
     if durable:
         flush(path.parent)
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
-    """Write a file as `atomic_write` does; the error of a full disk says how many bytes the file needs."""
+    """Write a file whole or not at all. Takes and raises as `atomic_write`; the error of a full disk says the size."""
     try:
         with atomic_write(path, writer=writer, durable=durable) as temp_path:
             temp_path.write_bytes(data)
     except OSError as error:
         if is_disk_full(error):
-            error.strerror = f"{error.strerror}, {size(len(data))} needed"
+            error.strerror = f"{error.strerror}, {_size_text(len(data))} needed"
         raise
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError where a folder, which exists or is to be made, cannot be written. Writes nothing."""
+    """Raise OSError where a folder, which exists or is to be made, cannot be written to. Writes nothing."""
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -106,33 +113,33 @@ def check_writable(folder: Path) -> None:
 def sweep(folder: Path, *, ours: bool = True) -> None:
     """Remove the temporary files in a folder whose writers have stopped; call it before writing there.
 
-    Of another machine's writers only what is a day old goes, for nobody here knows whether they run. `ours` false: the
-    folder is the user's, where a file called `.X.old.tmp` may be theirs.
+    Temporary files of another machine go when they are a day old, for nobody here knows whether their writers run.
+    `ours`: dumo made the folder; False: it is the user's, where a file called `.X.old.tmp` may be theirs.
     """
     for temp_path in folder.glob(".*.tmp"):
-        if not ours and temp_path.name.endswith(f".{REMOVED}.tmp"):
+        if not ours and temp_path.name.endswith(f".{REMOVED_WRITER}.tmp"):
             continue
         with suppress(OSError):  # another process sweeps, too
-            if is_abandoned(temp_path):
+            if _is_abandoned(temp_path):
                 remove(temp_path)
 
 
-def is_abandoned(temp_path: Path) -> bool:
-    """Whether the writer of a temporary file or folder has stopped; of this process, whether no thread writes it."""
-    name = WRITER.fullmatch(temp_path.name)
+def _is_abandoned(temp_path: Path) -> bool:
+    """Whether nobody writes a temporary file or folder any more."""
+    name = TEMP_NAME.fullmatch(temp_path.name)
     if name is None:
         return False
     if name["removed"]:
         return True
-    if name["machine"] != machine():
-        return time.time() - temp_path.stat().st_mtime > DAY
+    if name["machine"] != machine_id():
+        return time.time() - temp_path.stat().st_mtime > ABANDONED_SECONDS
     process = int(name["process"])
     if process == os.getpid():
-        return temp_path.absolute() not in WRITING
-    return not is_running(process)
+        return temp_path.absolute() not in _being_written
+    return not _is_running(process)
 
 
-def is_running(process: int) -> bool:
+def _is_running(process: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
@@ -147,23 +154,23 @@ def is_running(process: int) -> bool:
 def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
     """Hold the lock file `path`, one process at a time; the file is removed at the end.
 
-    The operating system keeps the lock, so a killed process lets go of it. While another holds it: UserError with the
-    words `busy`; None: wait.
+    The operating system keeps the lock, so a killed process lets go of it. Raises UserError, with the words `busy`,
+    while another process holds it; None: wait.
     """
     lock = FileLock(path, timeout=-1 if busy is None else 0)
     try:
         lock.acquire()
     except Timeout as error:
         raise UserError(f"{busy} ({path} is locked)") from error
-    lock_file = path.stat()
+    about_lock = path.stat()
     try:
         yield
     finally:
-        # While it is held: who waits for it sees that it is gone, and makes it again. Where the folder was moved away,
-        # another process may have its own there.
+        # Remove the file while it is locked: who waits for it sees that it is gone, and makes it again. Where the
+        # folder was moved away, another process may have its own lock file there.
         try:
             with suppress(OSError):  # it is gone, or its disk is
-                if os.path.samestat(lock_file, path.stat()):
+                if os.path.samestat(about_lock, path.stat()):
                     path.unlink()
         finally:
             lock.release()
@@ -176,17 +183,17 @@ def guard_path(folder: Path) -> Generator[None, None, None]:
     The folder is kept open, so that its inode number is not reused.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    GUARDED[folder.absolute()] = descriptor
+    _guarded[folder.absolute()] = descriptor
     try:
         yield
     finally:
-        del GUARDED[folder.absolute()]
+        del _guarded[folder.absolute()]
         os.close(descriptor)
 
 
 def require_in_place(path: Path) -> None:
     """Raise UserError where `path`, or a folder above it, is guarded, and was removed, renamed or unmounted since."""
-    for folder, descriptor in [*GUARDED.items()]:
+    for folder, descriptor in [*_guarded.items()]:
         if not path.absolute().is_relative_to(folder):
             continue
         try:
@@ -201,32 +208,32 @@ def require_in_place(path: Path) -> None:
             )
 
 
-def writer_id() -> str:
+def _writer_id() -> str:
     """The name of this process among writers from any machine."""
-    return f"{machine()}-{os.getpid()}"
+    return f"{machine_id()}-{os.getpid()}"
 
 
-def machine() -> str:
+def machine_id() -> str:
     """A hash of this machine's name, of 8 characters."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
-def umask() -> int:
-    """The mode bits that new files do not get."""
+def _umask() -> int:
+    """The bits of the mode that new files do not get."""
     mask = os.umask(0o077)  # it can be read by setting it only
     os.umask(mask)
     return mask
 
 
-def size(count: int) -> str:
-    """Bytes as text: 1.5 GB, 20 MB."""
-    if count >= 1e8:
-        return f"{count / 1e9:,.3g} GB"
-    return f"{count / 1e6:,.3g} MB"
+def _size_text(num_bytes: int) -> str:
+    """A number of bytes as text: 1.5 GB, 20 MB."""
+    if num_bytes >= 1e8:
+        return f"{num_bytes / 1e9:,.3g} GB"
+    return f"{num_bytes / 1e6:,.3g} MB"
 
 
 def temp_path_for(path: Path, writer: int | str = "") -> Path:
-    """The hidden name of a file or folder while it is written or removed; '': there is one writer at a time."""
+    """The hidden path of a file or folder while it is written or removed; `writer` "": there is one at a time."""
     if writer == "":
         return path.with_name(f".{path.name}.tmp")
     return path.with_name(f".{path.name}.{writer}.tmp")
@@ -241,7 +248,7 @@ def remove(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk of a file or folder, which need not exist yet."""
+    """The free bytes on the disk of a file or folder, which need not exist yet."""
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free
 
@@ -257,27 +264,28 @@ def flush(path: Path) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, the quota or the limit on a file's size is used up."""
-    if isinstance(error, SafetensorError):  # carries the number of the system's error as text only
+    if isinstance(error, SafetensorError):  # has the number of the system's error in its text alone
         match = re.search(r"os error (\d+)", str(error))
-        return match is not None and int(match[1]) in DISK_FULL
-    return isinstance(error, OSError) and error.errno in DISK_FULL
+        return match is not None and int(match[1]) in DISK_FULL_ERRORS
+    return isinstance(error, OSError) and error.errno in DISK_FULL_ERRORS
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     """The folder of this user's notes, which need not exist. Raises RuntimeError where the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"
 
 
 def note_places(folder: Path, name: str) -> list[Path]:
-    """Where to look for a note on the files of a folder, and to write it, the best place first.
+    """The places of a note on the files of a folder, the best first: to look for it, and to write it.
 
-    Next to the files, hidden by its name. Else below $XDG_CACHE_HOME, or ~/.cache: in `dumo`, by the folder's path.
+    The first is next to the files; `name` hides it. The other is in `dumo` below $XDG_CACHE_HOME, or ~/.cache, by a
+    hash of the folder's path.
     """
-    return [folder / name, cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
+    return [folder / name, _cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
 
 
-def writable(place: Path) -> bool:
-    """Whether a file may be written there; makes the folders above it."""
+def is_writable(place: Path) -> bool:
+    """Whether a file may be written at a place. Makes the folders above it."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError:

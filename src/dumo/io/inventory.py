@@ -133,10 +133,10 @@ class Inventory:
                 return
             self._num_unsaved = 0
             began = time.monotonic()
-            place = note.best(file.note_places(Path(self.files.folder), NOTE_NAME))
+            place = note.best_place(file.note_places(Path(self.files.folder), NOTE_NAME))
             if place is not None:
                 try:
-                    with note.held(place):
+                    with note.locked(place):
                         note.write(place, _merge(self.files, self.known_hashes(), note.read(place)), "")
                 except OSError:
                     pass

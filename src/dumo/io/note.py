@@ -1,7 +1,8 @@
 """Notes on a user's files: what was found out about them once, so that the next start need not look again.
 
-A note is a safetensors file of tensors and a text, with their SHA-256. It is written whole or not at all, by one
-process at a time, to the best of `dumo.io.file.note_places`. What is not as it was written counts as no note.
+A note is a safetensors file of tensors and a text, with their SHA-256. It is written whole or not at all, to the
+`best_place` of `dumo.io.file.note_places`, by one process at a time: `locked` keeps the others out while one reads the
+note and writes it anew. What is not as it was written counts as no note.
 """
 
 import json
@@ -16,13 +17,13 @@ from torch import Tensor
 from dumo.io import digest, weights
 from dumo.io import file as files
 
-KEY = "note"  # of the file's one entry: two would come in any order
+KEY = "note"  # of the one entry in the file's metadata: two would come in any order
 
 Note = tuple[dict[str, Tensor], str]
 
 
 def read(place: Path) -> Note | None:
-    """The tensors, mapped into memory, and the text; None where there is no whole note."""
+    """The tensors of a note, mapped into memory, and its text; None where there is no whole note."""
     if not os.path.lexists(place):
         return None
     try:
@@ -34,19 +35,22 @@ def read(place: Path) -> Note | None:
 
 
 def write(place: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    """Write a note. Raises OSError."""
+    """Write a note of tensors and a text. Raises OSError."""
     about = {KEY: json.dumps([_digest(tensors, text), text])}
     files.write(place, safetensors.torch.save(dict(tensors), about))
 
 
-def best(places: list[Path]) -> Path | None:
-    """The first of these places where a note may be written; None where none may."""
-    return next(filter(files.writable, places), None)
+def best_place(places: list[Path]) -> Path | None:
+    """The first of some places where a note may be written; None where there is none."""
+    for place in places:
+        if files.is_writable(place):
+            return place
+    return None
 
 
 @contextmanager
-def held(place: Path) -> Generator[None]:
-    """Keep other processes from writing a note meanwhile. Raises OSError."""
+def locked(place: Path) -> Generator[None]:
+    """Keep other processes from writing the note at a place while inside. Raises OSError."""
     with files.locked(place.with_name(f"{place.name}.lock")):
         yield
 

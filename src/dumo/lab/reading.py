@@ -81,7 +81,7 @@ def measure(
     """
     torch_device = dist.device(device)
     source = reading.data.open()
-    decodes = isinstance(source, Album) and source.kept is None
+    decodes = isinstance(source, Album) and source.decoded is None
     counts: Sequence[int | None] = [None]
     if decodes:
         counts = threads or powers(os.cpu_count() or 1)
@@ -94,7 +94,7 @@ def measure(
     with bar("reading", len(counts) * (WARM + batches)) as tick:
         for count in counts:
             if isinstance(source, Album) and count:
-                source.use(count)
+                source.use_threads(count)
             first = len(rates) * (WARM + batches)
             steps = range(first, first + WARM + batches)
             rates.append(speed(source, reading.batch, steps, torch_device, tick))
@@ -153,7 +153,7 @@ def kind(data: Data, source: DataSource) -> str:
     """How a batch is made, as text."""
     if isinstance(source, Album):
         store = type(source.store).__name__.lower()
-        if source.kept is None:
+        if source.decoded is None:
             return f"{store}, decoded at every visit"
         return f"{store}, decoded once, in memory"
     if isinstance(data, Latents):

@@ -223,7 +223,7 @@ def encode_texts(
     texts = captions(data)
     files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
     if isinstance(data, Latents) and data.images.source:
-        files_by_hash = data.images.edited()
+        files_by_hash = data.images.source_images()
     rows_to_read = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world_size)  # the empty text, too
     with threads.fewer_when_busy(torch_device, teller(bar)), bar("encoding captions", rows_to_read) as tick:
         done = texttable.encode(

@@ -336,7 +336,7 @@ def test_skipped_images_are_counted_and_left_out(form: str, tmp_path: Path) -> N
     assert source.size == len(left)
     assert bytes_of(x)[:, 0, 5, 5].tolist() == [20 * i for i in left]
     assert c.tolist() == [label(i) for i in left]
-    assert source.numbered(torch.tensor([left.index(10)])).item() == 10
+    assert source.store_numbers(torch.tensor([left.index(10)])).item() == 10
 
 
 def test_read_on_demand_the_next_image_takes_the_place(tmp_path: Path) -> None:

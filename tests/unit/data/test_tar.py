@@ -113,14 +113,14 @@ def test_where_archives_may_not_be_written_beside_the_index_lies_elsewhere(
     """In the user's cache; where that may not be written either, nowhere."""
     root, home = Path(files[0]).parent, tmp_path / "home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setattr("dumo.io.file.writable", lambda place: root not in place.parents)
+    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: root not in place.parents)
     for _ in range(2):
         assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES
     assert not (root / tar.NOTE_FOLDER).exists()
     assert list(home.glob("dumo/*/dumo-index/c.tar.safetensors"))
     shutil.rmtree(home)
-    monkeypatch.setattr("dumo.io.file.writable", lambda place: False)
+    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: False)
     assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES * 2
 
@@ -129,7 +129,7 @@ def test_an_index_that_cannot_be_written_stops_nothing(files: list[str], monkeyp
     def full(note: Path, found: tar.Scan, state: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tar, "write", full)
+    monkeypatch.setattr(tar, "_write_note", full)
     with pytest.warns(UserWarning, match="cannot be written"):
         assert numbers(Tar(files, labelled=True)) == list(range(30))
 

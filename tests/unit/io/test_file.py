@@ -86,7 +86,7 @@ def test_all_files_are_as_the_umask_wants(tmp_path: Path) -> None:
 
 
 def test_what_is_left_of_the_dead_is_swept(tmp_path: Path) -> None:
-    here, dead, other = file.machine(), 2**22 + 1, "0" * 8  # more than a process may be
+    here, dead, other = file.machine_id(), 2**22 + 1, "0" * 8  # more than a process may be
     gone = [f".a.b.{here}-{dead}.tmp", f".a.{here}-{os.getpid()}.tmp", f".c.{other}-1.tmp", ".a.old.tmp"]
     kept = [f".a.{here}-{os.getppid()}.tmp", f".b.{other}-1.tmp", ".a.3.tmp", ".a.tmp", "a.tmp", ".hidden"]
     for name in (*gone, *kept):

@@ -153,12 +153,12 @@ def test_a_damaged_note_is_no_note(damage: bytes | None, tmp_path: Path) -> None
 def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_folder(root := tmp_path / "images")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    writable = files.writable
-    monkeypatch.setattr(files, "writable", lambda place: root not in place.parents and writable(place))
+    writable = files.is_writable
+    monkeypatch.setattr(files, "is_writable", lambda place: root not in place.parents and writable(place))
     whole(root)
     assert not (root / NOTE_NAME).exists()
     assert not any(opened(root).pending)
-    monkeypatch.setattr("dumo.io.file.writable", lambda place: False)
+    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: False)
     os.utime(next(root.rglob("*.png")))
     assert sum(whole(root).pending) == 0
     assert sum(opened(root).pending) == 1
