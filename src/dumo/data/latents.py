@@ -3,8 +3,8 @@
 A run has the images, the codec and the cache, so that one file says how to make the cache, whether the cache that is
 there is the one meant, how samples are decoded, and what they are compared with.
 
-`Latents` is the spec. `Latents.found` counts classes or captions, as `Images.found` does. `Latents.open` opens the cache
-as a `LatentSource`, from which training draws batches. Meanwhile two threads look whether it may: `dumo.io.audit`
+`Latents` is the spec. `Latents.found` counts classes or captions, as `Images.found` does. `Latents.open` opens the
+cache as a `LatentSource`, from which training draws batches. Meanwhile two threads look whether it may: `dumo.io.audit`
 whether the cache has changed, and `Origin` whether the images that are here are those of the cache.
 """
 

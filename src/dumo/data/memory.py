@@ -1,6 +1,9 @@
-"""Images or points that Python gave to `dumo.train`: an array, or a data set of torch's, held in memory."""
+"""Images or points that Python gave to `dumo.train`: an array, or a data set of torch's, held in memory.
 
-from collections.abc import Iterator
+`Memory.of` reads them: it finds samples, labels and names of classes, brings them to tensors, and remembers these in
+`TABLES` by their digest. `Memory`, the spec, has the digest alone; `Memory.open` looks it up, in the same process.
+"""
+
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,21 +17,20 @@ from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
 CHANNELS = (1, 3)  # of images
-# Keys of a row of Hugging Face datasets.
-IMAGE = ("image", "img", "pixel_values")
-LABEL = ("label", "labels", "fine_label")
-TABLES: dict[str, TensorData] = {}  # by digest, as they were given
+IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
+LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
+TABLES: dict[str, TensorData] = {}  # what this process was given, by digest
 
 
 class Memory(Spec):
-    """Rows in memory, there while the process lives."""
+    """Samples in memory, there while the process lives."""
 
     kind: Literal["memory"] = "memory"
     name: str  # of the type that was given
     shape: tuple[int, ...]  # of a sample
     classes: int = Field(ge=0)
     names: tuple[str, ...] = ()  # of the classes
-    digest: str = Field(json_schema_extra=FREE)  # of all numbers; training goes on with the same alone (data.json)
+    digest: str = Field(json_schema_extra=FREE)  # of all samples; training resumes with the same alone (data.json)
     captions: ClassVar[None] = None
     augment: ClassVar[None] = None
 
@@ -39,21 +41,22 @@ class Memory(Spec):
         Images are (n, channels, height, width), channels last, or grey without channels, as uint8 or floats in
         [-1, 1]; data sets may give PIL images. Points are (n, d). Raises UserError for anything else.
         """
-        x, c, names = read(data)
-        table = TensorData(samples(x), labels(c, len(x)))
+        x, c, names = _read(data)
+        table = TensorData(_samples(x), _labels(c, len(x)))
         classes = 0 if c is None else max(int(table.c.max()) + 1, len(names))
-        TABLES[digest := table.fingerprint()] = table
+        digest = table.fingerprint()
+        TABLES[digest] = table
         return cls(
             name=name_of(type(data)), shape=tuple(table.x.shape[1:]), classes=classes, names=names, digest=digest
         )
 
     @property
     def labels(self) -> int:
-        """How many classes there are: they have no captions."""
+        """The number of classes."""
         return self.classes
 
     def open(self) -> TensorData:
-        """All rows. Raises UserError where this process was not given them."""
+        """All samples. Raises UserError where this process was not given them."""
         if self.digest not in TABLES:
             raise UserError(
                 f"the data are a {self.name} of Python that this process does not have: give the same in Python, "
@@ -62,12 +65,12 @@ class Memory(Spec):
         return TABLES[self.digest]
 
     def originals(self) -> TensorData:
-        """The same."""
+        """All samples: they have no captions. Raises as `open`."""
         return self.open()
 
 
-def read(data: Any) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
-    """Samples, labels or None, and the names of classes. Raises UserError for what is no data."""
+def _read(data: Any) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
+    """Samples, labels or None, and the names of the classes. Raises UserError for what is no data."""
     if isinstance(data, Tensor | np.ndarray):
         return data, None, ()
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
@@ -77,43 +80,53 @@ def read(data: Any) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
             f"data is a {name_of(type(data))}: give a folder, an array, a pair (array, labels), or a data set with a "
             "length and rows"
         )
-    rows = list[Tensor]()
-    found = list[Any]()
-    for x, c in map(pair, elements(data)):
-        rows.append(tensor(x, f"row {len(rows)} of the data"))
-        found.append(c)
-        if rows[-1].shape != rows[0].shape or (c is None) != (found[0] is None):
+    tensors: list[Tensor] = []
+    labels: list[Any] = []
+    for i in range(len(data)):  # not every data set ends by itself
+        sample, label = _sample_and_label(data[i])
+        tensors.append(_tensor(sample, f"row {i} of the data"))
+        labels.append(label)
+        if tensors[i].shape != tensors[0].shape or (label is None) != (labels[0] is None):
             raise UserError(
-                f"row {len(rows) - 1} of the data has shape {tuple(rows[-1].shape)}, row 0 {tuple(rows[0].shape)}, and "
+                f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 {tuple(tensors[0].shape)}, and "
                 "all or none have a label: bring all to one size, or give a folder of images"
             )
-    return torch.stack(rows), None if found[0] is None else found, class_names(data)
+    return torch.stack(tensors), None if labels[0] is None else labels, _class_names(data)
 
 
-def class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
-    """Those that a data set of torchvision's, or of Hugging Face's, knows; () where it knows none."""
-    if names := getattr(data, "classes", ()):
-        return tuple(map(str, names))
+def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """The names of the classes that a data set of torchvision's, or of Hugging Face's, has; () where it has none."""
+    classes = getattr(data, "classes", ())
+    if classes:
+        return tuple(str(name) for name in classes)
     features: Any = getattr(data, "features", None) or {}
-    return next((tuple(getattr(features[key], "names", ())) for key in LABEL if key in features), ())
+    for key in LABEL_KEYS:
+        if key in features:
+            return tuple(getattr(features[key], "names", ()))
+    return ()
 
 
-def elements(data: Any) -> Iterator[Any]:  # noqa: ANN401
-    """The rows of a data set, each once: not all of them end by themselves."""
-    return (data[i] for i in range(len(data)))
-
-
-def pair(row: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    """A sample and its label, or None. Raises UserError for a mapping without an image."""
+def _sample_and_label(row: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """The sample in a row of a data set, and its label or None. Raises UserError for a mapping without an image."""
     if isinstance(row, dict):
-        image = next((row[key] for key in IMAGE if key in row), None)
+        image = _first_of(row, IMAGE_KEYS)
         if image is None:
-            raise UserError(f"a row of the data has {', '.join(map(str, row))}: none is {' or '.join(IMAGE)}")
-        return image, next((row[key] for key in LABEL if key in row), None)
-    return (row[0], row[1]) if isinstance(row, tuple | list) and len(row) == 2 else (row, None)
+            raise UserError(f"a row of the data has {', '.join(map(str, row))}: none is {' or '.join(IMAGE_KEYS)}")
+        return image, _first_of(row, LABEL_KEYS)
+    if isinstance(row, tuple | list) and len(row) == 2:
+        return row[0], row[1]
+    return row, None
 
 
-def tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
+def _first_of(row: dict[Any, Any], keys: tuple[str, ...]) -> Any:  # noqa: ANN401
+    """The value of the first key that a row has; None where it has none."""
+    for key in keys:
+        if key in row:
+            return row[key]
+    return None
+
+
+def _tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
     """An array, picture or list of numbers as a tensor. Raises UserError, with this name, for what holds no numbers."""
     if isinstance(values, Tensor):
         return values
@@ -132,9 +145,9 @@ def tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
         ) from error
 
 
-def samples(x: Tensor | np.ndarray) -> Tensor:
+def _samples(x: Tensor | np.ndarray) -> Tensor:
     """Float32 points (n, d), or images (n, 1 or 3, h, w) in [-1, 1]. Raises UserError for other shapes and ranges."""
-    x = tensor(x, "data")
+    x = _tensor(x, "data")
     if x.ndim == 3:
         x = x.unsqueeze(1)  # grey
     if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS:
@@ -143,13 +156,14 @@ def samples(x: Tensor | np.ndarray) -> Tensor:
         raise UserError(
             f"data has shape {tuple(x.shape)}: give images (n, 1 or 3, height, width), or points (n, numbers)"
         )
-    if x.dtype == torch.uint8 and x.ndim == 4:
+    is_image = x.ndim == 4
+    if x.dtype == torch.uint8 and is_image:
         return from_uint8(x).contiguous()
     if not x.is_floating_point() or not x.isfinite().all():
         raise UserError(f"data holds {x.dtype} or what is no number: give uint8 colours, or finite floats in [-1, 1]")
     low = x.min().item()
     high = x.max().item()
-    if x.ndim == 4 and not (-1 <= low < 0 and high <= 1):
+    if is_image and not (-1 <= low < 0 and high <= 1):
         raise UserError(
             f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "
             "from 0 to 1, or uint8 colours"
@@ -157,8 +171,8 @@ def samples(x: Tensor | np.ndarray) -> Tensor:
     return x.float().contiguous()
 
 
-def labels(c: Any, n: int) -> Tensor:  # noqa: ANN401
-    """Class numbers (n,), all 0 where there are none. Raises UserError for what is no class, or not as many."""
+def _labels(c: Any, n: int) -> Tensor:  # noqa: ANN401
+    """Class numbers (n,), all 0 where `c` is None. Raises UserError for labels that are no classes, or not n."""
     if c is None:
         return torch.zeros(n, dtype=torch.long)
     rule = f"labels are whole numbers from 0, one for each of {n} samples"

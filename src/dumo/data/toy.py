@@ -47,9 +47,9 @@ class Moons(Spec):
 
     def open(self) -> DataSource:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
-        return Endless(self._law, width=4)
+        return Endless(self._points, width=4)
 
-    def _law(self, numbers: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
+    def _points(self, numbers: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
         """Of two normal numbers the direction is uniform: folded up it is a point of the upper moon; the fold is fair.
 
         Two more are the noise.
@@ -99,8 +99,8 @@ class Digits(Spec):
 
     def originals(self) -> TensorData:
         """The same with the digits as classes; without those held out, which it keeps apart (`HeldOutSplit`)."""
-        whole = TensorData(*_load())
-        return HeldOutSplit.of(whole, _held(self.held, whole.c, self.fold)) if self.held else whole
+        full = TensorData(*_load())
+        return HeldOutSplit.of(full, _held_rows(self.held, full.c, self.fold)) if self.held else full
 
 
 @cache
@@ -114,7 +114,7 @@ def _load() -> tuple[Tensor, Tensor]:
     return rows[:, :-1].view(-1, *Digits.shape) / 8 - 1, rows[:, -1].long()
 
 
-def _held(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
+def _held_rows(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
     """n rows, the same in every run: of each class its share, to a row, and of these any.
 
     Folds begin anew after as many as have no row in common.

@@ -22,7 +22,7 @@ from dumo.encoders.tokens import Cutter, cutter
 from dumo.io import digest
 from dumo.io.picture import Pixels
 from dumo.io.read import foreign, read_settings
-from dumo.io.weights import notes, read
+from dumo.io.weights import read, read_metadata
 from dumo.types import UserError
 
 PIECE = 64  # images
@@ -107,7 +107,7 @@ def config_of(folder: Path, files: Sequence[str], field: str, hint: str) -> dict
     if missing:
         raise UserError(f"{field}: {folder} has no {missing}: {hint}")
     config = read_settings(folder / CONFIG, hint)
-    notes(folder / WEIGHTS)  # damaged weights are refused with a line
+    read_metadata(folder / WEIGHTS)  # damaged weights are refused with a line
     return config
 
 

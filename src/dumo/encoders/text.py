@@ -18,7 +18,7 @@ from dumo.encoders.tokens import Cutter, cutter, transformers
 from dumo.flow.precision import Precision, using
 from dumo.io import digest
 from dumo.io.read import foreign, read_settings, user_path
-from dumo.io.weights import notes, read
+from dumo.io.weights import read, read_metadata
 from dumo.runtime.bound import TOKENS
 from dumo.types import PLACE, Spec, UserError
 
@@ -92,7 +92,7 @@ class Encoder(Spec):
                 names = set(read_settings(folder / INDEX, HINT)["weight_map"].values())
                 found = [folder / name for name in sorted(names)]
         for file in found:
-            notes(file)  # refuses damaged ones
+            read_metadata(file)  # refuses damaged ones
         return found
 
     def sha256(self) -> str:

@@ -151,7 +151,7 @@ class Reference:
     def of(cls, data: Data, n: int, seed: int, trained: Data | None = None) -> "Reference":
         """All of a finite data set, or of what of it was held out; or n draws of one without end."""
         if isinstance(data, HeldOutSplit):
-            return cls(data.held.x, data.held.c, trained=data.x)
+            return cls(data.held_out.x, data.held_out.c, trained=data.x)
 
         def redraw(i: int) -> Sample:
             x, _ = data.reference(n, seed, 1 + i)

@@ -31,7 +31,7 @@ from dumo.export.serve import IGNORED_KEYS, has_component, is_whole, served, uns
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
-from dumo.io.weights import apart
+from dumo.io.weights import unshared
 from dumo.nets import DiT, Pretrained
 from dumo.run.weights import RunFolder, build
 from dumo.training.frozen import trained
@@ -99,7 +99,7 @@ def export(
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
         if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # a single file
-            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else apart(net.model().state_dict())
+            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else unshared(net.model().state_dict())
             safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(net, provenance))
             return out
         temporary.mkdir()

@@ -1,9 +1,12 @@
 """Data sets in use: batches to train on, a reference to compare samples with, images in order.
 
-`DataSource` is what training reads; `TensorData`, `Endless` and `Bucketed` are data in memory, drawn data, and data in
-several shapes. `rows_of` and `mirrored` say which rows a step has.
+- `Data`, `DataSource` and `Finite` are what evaluation, training and encoding ask of them.
+- `TensorData`, `HeldOutSplit`, `Endless` and `Bucketed` are data in memory, data with rows held out, drawn data, and
+  data in several shapes. Images and latents have sources of their own (`dumo.data`).
+- `rows_of` and `mirrored` say which rows a step has, and which of its images are mirrored.
 
-Which rows a step sees is endless and without state, so that a run resumes by its step number alone.
+A batch is a function of the step, the batch size, the seed and the rows alone: so a run resumes by its step number, and
+each rank reads its own rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ from dumo.io import digest
 from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Sample
 
-CACHED_ORDERS = 2  # epochs: batches are made ahead across the end of one. Ours
+CACHED_ORDERS = 2  # of epochs: batches are made ahead across the end of an epoch. Ours
 _LOCK = Lock()  # a cache alone would let two threads make one order each
 
 
@@ -30,11 +33,11 @@ class Data(Protocol):
 
     @property
     def size(self) -> int | None:
-        """How many samples there are; None where they never end."""
+        """The number of samples; None where they never end."""
         ...
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """The samples to compare with, x and c: all of a finite set, else n fresh draws, the i-th time."""
+        """The samples x and c to compare with: all or n of a finite set, else n fresh draws; the i-th choice."""
         ...
 
 
@@ -43,9 +46,10 @@ class DataSource(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn.
+        """The samples x and c of the rows `rows` of a step's global batch of `batch` rows.
 
-        A function of its arguments alone, that several threads may call at once.
+        No other rows are read, decoded or drawn. A function of its arguments alone, that several threads may call at
+        once.
         """
         ...
 
@@ -57,7 +61,7 @@ class DataSource(Data, Protocol):
         ...
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """The numbers of these rows in the data set, (b,); None where it never ends."""
+        """The numbers in the data set of a step's rows, (b,); None where it never ends."""
         ...
 
 
@@ -68,7 +72,7 @@ class Finite(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, rows: slice, /) -> tuple[Tensor, Tensor]:
-        """These images, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
+        """Some images, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
         ...
 
 
@@ -94,7 +98,7 @@ class TensorData:
         return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """Every row; n, seed and i do not matter."""
+        """All samples; n, seed and i do not matter."""
         return self.x, self.c
 
     def fingerprint(self) -> str:
@@ -104,49 +108,50 @@ class TensorData:
 
 @dataclass(frozen=True)
 class HeldOutSplit(TensorData):
-    """The rows to train on; `whole` also has the rows held out, `held` has those alone."""
+    """The rows of a data set that are trained on, with the rows that are held out."""
 
-    whole: TensorData
-    held: TensorData
+    full: TensorData  # all rows
+    held_out: TensorData
 
     @classmethod
-    def of(cls, whole: TensorData, held: Int64[Tensor, " k"]) -> "HeldOutSplit":
-        """Split off the rows of these numbers."""
-        is_trained = torch.ones(whole.size, dtype=torch.bool)
+    def of(cls, full: TensorData, held: Int64[Tensor, " k"]) -> "HeldOutSplit":
+        """Hold out the rows with the numbers `held`."""
+        is_trained = torch.ones(full.size, dtype=torch.bool)
         is_trained[held] = False
-        return cls(whole.x[is_trained], whole.c[is_trained], whole, TensorData(whole.x[held], whole.c[held]))
+        held_out = TensorData(full.x[held], full.c[held])
+        return cls(full.x[is_trained], full.c[is_trained], full, held_out)
 
 
 @dataclass(frozen=True)
 class Endless:
-    """A data set that is drawn: a map of `width` normal numbers a row to samples with their class indices.
+    """A data set that is drawn: `sample_map` makes samples and classes of normal numbers (b, width).
 
-    To be the same in any batch, a row must be made of its own numbers alone, by operations that are rounded once, as
-    sums, products, quotients and roots are: what torch rounds otherwise may depend on the place in the batch.
+    For a row to be equal in any batch, it must be made of its own numbers alone, by operations that are rounded once,
+    as sums, products, quotients and roots are: what torch rounds otherwise may depend on the place in the batch.
     """
 
-    law: Callable[[Sample], tuple[Sample, Cond]]
-    width: int
+    sample_map: Callable[[Sample], tuple[Sample, Cond]]
+    width: int  # normal numbers to a row
     size: None = None
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Fresh i.i.d. draws, keyed by (seed, step, row)."""
-        return self.law(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.width]))
+        return self.sample_map(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.width]))
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> None:
         """None: no row comes twice."""
 
     def fingerprint(self) -> None:
-        """None: the run says what they are."""
+        """None: the run's spec says what the samples are."""
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """n fresh i.i.d. draws that no batch has seen."""
-        return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
+        """The i-th choice of n fresh i.i.d. draws that are in no batch."""
+        return self.sample_map(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
 
 
 @dataclass(frozen=True)
 class Bucketed:
-    """Samples of several shapes, each batch of one of them: a source without state, as the others.
+    """Samples of several shapes, each batch of one shape: a source without state.
 
     A part of n rows goes through them epoch after epoch, and makes a batch whenever it has the rows for one: by the end
     of epoch e that is floor(e n / batch) batches. What is left over begins the next one, so a part of less than a batch
@@ -157,9 +162,9 @@ class Bucketed:
     and its batches come in an order of their own, keyed by the seed.
     """
 
-    parts: Sequence[DataSource]  # finite, none is empty
+    parts: Sequence[DataSource]  # one for each shape; finite, none is empty
     shapes: Sequence[tuple[int, ...]]  # of a sample of each part
-    about: str = ""  # in words
+    about: str = ""  # the parts in words
 
     @property
     def size(self) -> int:
@@ -182,7 +187,7 @@ class Bucketed:
         return getattr(self.parts[0], "origin", None)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """A batch of one part."""
+        """The samples x and c of a step's rows, all of one part."""
         k, number = self.turn(step, batch, seed)
         return self.parts[k].batch(number, batch, self.seed(seed, k), rows)
 
@@ -230,9 +235,9 @@ class Bucketed:
 
 
 def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-    """Row numbers (b,) out of `size` of the places `rows` in a step's global batch.
+    """The numbers (b,), below `size`, of the rows at the places `rows` in a step's global batch.
 
-    Each epoch is one permutation, keyed by the seed; the epochs follow one another without a gap.
+    Each epoch is one permutation, keyed by the seed; epochs follow one another without a gap.
     """
     position = torch.arange(step * batch, (step + 1) * batch)[rows]
     epoch = position // size
@@ -244,16 +249,17 @@ def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(
 
 
 def mirrored(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
-    """Which of the rows `rows` of a global step's batch are mirrored: each with probability 1/2."""
+    """Which of the rows `rows` of a step's global batch are mirrored: each with probability 1/2."""
     return (torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5)[rows]
 
 
 def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """An epoch's order, made once: of millions of rows it takes longer than a step."""
+    """The order of an epoch's rows, made once: for millions of rows that takes longer than a step."""
     with _LOCK:
         return _permuted(size, seed, epoch)
 
 
 @lru_cache(CACHED_ORDERS)
 def _permuted(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+    """A permutation of the numbers below `size`, keyed by the seed and the epoch."""
     return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -1,7 +1,12 @@
 """Weights in a safetensors file, or in a folder of shards that ranks wrote (`dumo.io.shards`).
 
-`read` and `load` map them into memory, `outline` has their names and shapes, `fill` copies them into tensors, `compare`
-refuses those of another net. No pickle is read: opening one can run any code.
+- Reading: `load` maps tensors into memory, `read` metadata, too; `outline` gives names, shapes and dtypes, and
+  `read_metadata` no tensors at all. `open_safetensors` is below them.
+- Loading into a net: `compare` refuses the weights of another net, then `fill` copies them into tensors.
+- Writing: `unshared` prepares tensors for safetensors.
+- `sha256` is the checksum of either, `title` its name.
+
+No pickle is read, for opening one can run any code: `conversion` is what a user runs instead.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -17,7 +22,7 @@ from dumo.io.read import brief
 from dumo.runtime import dist
 from dumo.types import UserError
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # endings of pickled weights
 TAKE_ANOTHER = "take another copy of it"
 
 
@@ -25,8 +30,8 @@ TAKE_ANOTHER = "take another copy of it"
 def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Generator[safe_open, None, None]:
     """Open a safetensors file; its header is read, and compared with the file's size.
 
-    Raises UserError for a missing file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle
-    may be converted as it is.
+    Raises UserError for a missing file, a pickle, or a damaged file; `hint` ends its message, and says where to get the
+    file. `convert`: a pickle of these weights may be converted by `conversion`.
     """
     if file.suffix.lower() in PICKLES:  # refused also where it is missing, so that nobody fetches it
         raise UserError(_pickle_refusal(file, hint, convert))
@@ -51,7 +56,7 @@ def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str,
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """The tensors alone, of a file or of a folder of shards. Raises as `read` and `dumo.io.shards.outline`."""
+    """The tensors of a file or a folder of shards by name, mapped. Raises as `read` and `dumo.io.shards.outline`."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -60,7 +65,7 @@ def load(place: Path) -> dict[str, Tensor]:
 
 
 def outline(place: Path) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and dtypes in a file or a folder of shards, numbers unread. Raises as `load`."""
+    """Tensors of the names, shapes and dtypes in a file or a folder of shards, values unread. Raises as `load`."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -70,9 +75,9 @@ def outline(place: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(place: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names in `into`, each whole or a rank's part. Raises as `load`.
+    """Copy the tensors of a file or folder into those of `into`, by name, each whole or a rank's part.
 
-    Names and shapes must be the same: call `compare` before.
+    Names and shapes must agree: call `compare` before. Raises as `load`.
     """
     if not place.is_dir() and dist.world() == 1:
         for name, tensor in load(place).items():
@@ -86,8 +91,8 @@ def fill(place: Path, into: Mapping[str, Tensor]) -> None:
         shards.copy_local_parts(load(place), into)
 
 
-def apart(tensors: Mapping[str, Tensor], local: Callable[[Tensor], Tensor] = torch.detach) -> dict[str, Tensor]:
-    """The same values as safetensors wants them: contiguous, and no two in one memory (tied weights are cloned).
+def unshared(tensors: Mapping[str, Tensor], local: Callable[[Tensor], Tensor] = torch.detach) -> dict[str, Tensor]:
+    """Tensors as safetensors writes them: contiguous, and no two in one memory (tied weights are cloned).
 
     `local` returns the part of a tensor that this process has.
     """
@@ -106,8 +111,8 @@ def title(place: Path) -> str:
     return place.name.removesuffix(".safetensors")
 
 
-def notes(place: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, its tensors left unread; {} of a folder of shards. Raises as `read`."""
+def read_metadata(place: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, its tensors left unread; {} for a folder of shards. Raises as `read`."""
     if place.is_dir():
         return {}
     with open_safetensors(place) as opened:
@@ -115,7 +120,7 @@ def notes(place: Path) -> dict[str, str]:
 
 
 def sha256(place: Path) -> str:
-    """The SHA-256 of a file; of a folder of shards, of the one file that one process would have written."""
+    """The SHA-256 of a file; for a folder of shards, that of the file that one process would have written."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -138,14 +143,14 @@ def compare(
     *,
     dtypes: bool = True,
 ) -> None:
-    """Raise UserError, naming the first that differs, unless both have the same names, shapes and, if `dtypes`, dtypes.
+    """Raise UserError, with the first tensor that differs, unless names, shapes and, if `dtypes`, dtypes agree.
 
-    `found` are a file's tensors, `wanted` those of the net, `owner` what to call it.
+    `found` are the tensors of `file`, `wanted` those of the net, which a message calls `owner`.
     """
     mismatches: list[str] = []
     for name in sorted(found.keys() | wanted.keys()):
-        in_file = _described(found.get(name), dtypes)
-        in_net = _described(wanted.get(name), dtypes)
+        in_file = _describe(found.get(name), dtypes)
+        in_net = _describe(wanted.get(name), dtypes)
         if in_file != in_net:
             mismatches.append(f"{name} is {in_file} in the file, {in_net} in {owner}")
     if mismatches:
@@ -154,7 +159,7 @@ def compare(
 
 
 def conversion(file: str, out: str) -> str:
-    """The line that a user runs, once, to make a safetensors file of published weights."""
+    """The command that a user runs, once, to make the safetensors file `out` of the pickle `file`."""
     return (
         'python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{file}', weights_only=True), '{out}', dict(format='pt'))\""
@@ -162,7 +167,7 @@ def conversion(file: str, out: str) -> str:
 
 
 def _pickle_refusal(file: Path, hint: str, convert: bool) -> str:
-    """Why a pickle is refused, and how to convert it."""
+    """Why a pickle is refused, and, if `convert`, how to convert it; `hint` comes last."""
     lines = [f"{file}: dumo reads no pickle, which can run code."]
     if convert:
         out = file.with_suffix(".safetensors").name
@@ -176,14 +181,14 @@ def _pickle_refusal(file: Path, hint: str, convert: bool) -> str:
 
 
 def _is_pickle(file: Path) -> bool:
-    """Whether a file begins as torch.save or pickle would have it; a whole safetensors file may do so, too."""
+    """Whether a file begins as those of torch.save or pickle; a whole safetensors file may do so, too."""
     with file.open("rb") as stream:
         head = stream.read(4)
     return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5")
 
 
-def _described(tensor: Tensor | None, dtypes: bool) -> str:
-    """Shape and dtype in words."""
+def _describe(tensor: Tensor | None, dtypes: bool) -> str:
+    """A tensor's shape and, if `dtypes`, dtype in words; None: it is absent."""
     if tensor is None:
         return "absent"
     shape = str(tuple(tensor.shape))

@@ -1,9 +1,10 @@
 """YAML as plain values: null, true and false, numbers, texts, lists and mappings; of files and overrides by anybody.
 
-A short text can ask for much: aliases of aliases (a billion laughs), brackets in brackets, numbers of a million digits.
-So the events of a text are counted before any value is made of it. It is YAML 1.1, which PyYAML reads, but for three
-things: 1e-4 is a number, as in YAML 1.2 and JSON; a date is a text; and a name that stands twice in one mapping is
-refused, for one of the two would be lost without a word.
+`parse` reads a text, `dump` writes one. A short text can ask for much: aliases of aliases (a billion laughs), brackets
+in brackets, numbers of a million digits. So `parse` counts the events of a text before it makes any value of it.
+
+It is YAML 1.1, which PyYAML reads, but for three things: 1e-4 is a number, as in YAML 1.2 and JSON; a date is a text;
+and a key that occurs twice in one mapping is refused, for one of the two would be lost without a word.
 """
 
 import re
@@ -16,12 +17,12 @@ from yaml.constructor import ConstructorError, SafeConstructor
 from dumo.io.read import brief
 
 if TYPE_CHECKING:
-    Loader = yaml.SafeLoader
+    FastLoader = yaml.SafeLoader
 else:
-    Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without it
+    FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without it
 
 MAX_DEPTH = 64  # lists and mappings inside one another; a run has 8
-MAX_DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at most
+MAX_DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at max_characters
 MAX_EXPANSION = 100_000  # characters that a text may come to by its aliases, and four times its own
 MAX_SLOW_CHARACTERS = 100_000  # that the Python reader, which is slow, looks at
 TAG = "tag:yaml.org,2002:"
@@ -29,22 +30,25 @@ EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # witho
 
 
 def parse(text: str) -> Any:  # noqa: ANN401, whatever stands there
-    """The values in a text. Raises yaml.YAMLError, in the words of the Python reader, which knows more escapes."""
+    """The values in a text. Raises yaml.YAMLError for what is not YAML, or asks for too much.
+
+    The C reader comes first. What it refuses goes to the Python reader, which knows more escapes.
+    """
     try:
-        return _construct(text, _Quick)
+        return _construct(text, _FastReader)
     except yaml.YAMLError:
         if len(text) > MAX_SLOW_CHARACTERS:
             raise
-        return _construct(text, _Exact)
+        return _construct(text, _SlowReader)
 
 
 def dump(value: object, *, flow: bool = False, width: int = 120) -> str:
-    """Plain values as a text that `parse` reads back; `flow`: in brackets and braces, and keys sorted."""
+    """Plain values as a text that `parse` reads back; `flow`: in brackets and braces, with keys sorted."""
     return yaml.dump(value, Dumper=_Writer, default_flow_style=flow, width=width, sort_keys=flow, allow_unicode=True)
 
 
-def _construct(text: str, reader: "type[_Quick | _Exact]") -> Any:  # noqa: ANN401
-    """The values, made by one of the two readers."""
+def _construct(text: str, reader: "type[_FastReader | _SlowReader]") -> Any:  # noqa: ANN401
+    """The values in a text, by one of the two readers. Raises yaml.YAMLError."""
     try:
         _check_size(text, reader)
         return yaml.load(text, reader)
@@ -52,12 +56,12 @@ def _construct(text: str, reader: "type[_Quick | _Exact]") -> Any:  # noqa: ANN4
         raise yaml.YAMLError(str(error)) from error
 
 
-def _check_size(text: str, reader: "type[_Quick | _Exact]") -> None:
+def _check_size(text: str, reader: "type[_FastReader | _SlowReader]") -> None:
     """Raise yaml.YAMLError where the values would be deeper or larger than anyone means."""
-    sizes: dict[str | None, float] = {}  # characters below an anchor; of one that is still open, endless
-    anchors: list[str | None] = []
-    counts = [0.0]  # characters so far of each list or mapping that is open
-    most = 4 * len(text) + MAX_EXPANSION
+    sizes: dict[str | None, float] = {}  # characters of what has an anchor; infinite while that is open
+    anchors: list[str | None] = []  # of each list or mapping that is open
+    counts = [0.0]  # characters so far: of the whole, then of each list or mapping that is open
+    max_characters = 4 * len(text) + MAX_EXPANSION
     for event in yaml.parse(text, reader):
         if isinstance(event, yaml.AliasEvent):
             counts[-1] += sizes.get(event.anchor, 1)
@@ -74,33 +78,34 @@ def _check_size(text: str, reader: "type[_Quick | _Exact]") -> None:
             counts[-1] += size
         if len(anchors) > MAX_DEPTH:
             raise yaml.YAMLError(f"lists and mappings lie more than {MAX_DEPTH} deep")
-        if counts[-1] > most:
+        if counts[-1] > max_characters:
             raise yaml.YAMLError("its aliases would make far more of it than stands there: write the values out")
 
 
-class _Plain(SafeConstructor):
-    """What both readers make of a node."""
+class _PlainConstructor(SafeConstructor):
+    """How both readers make values of nodes."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping, no name of which stands there twice; what `<<` merges into it may."""
-        seen = set[tuple[str, str]]()
+        """A mapping whose keys are all different; what `<<` merges into it may repeat a key."""
+        keys: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name = (key.tag, key.value)
+            if name in keys:
                 raise _error_at(f"the key {brief(key.value)} stands there twice", key)
-            if name:
-                seen.add(name)
+            keys.add(name)
         return super().construct_mapping(node, deep=deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        """A text; what JSON writes as two halves of a character is put together, and half a one is refused."""
+        """A text; two halves of a character, as JSON writes them, are put together, and one half is refused."""
         text = str(super().construct_scalar(node))
         if text.isascii():
             return text
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
     def number(self, node: yaml.ScalarNode) -> int | float:
-        """An integer or a float, of no more digits than a number needs."""
+        """An integer or a float of at most MAX_DIGITS characters."""
         if len(node.value) > MAX_DIGITS:
             raise _error_at(f"a number of {len(node.value)} characters", node)
         construct = self.construct_yaml_int if node.tag.endswith(":int") else self.construct_yaml_float
@@ -110,7 +115,7 @@ class _Plain(SafeConstructor):
             raise _error_at(f"'{node.value}' is no number", node) from error
 
     def truth(self, node: yaml.ScalarNode) -> bool:
-        """True or false."""
+        """A boolean."""
         if str(node.value).lower() not in self.bool_values:
             raise _error_at(f"'{brief(node.value)}' is neither true nor false", node)
         return self.construct_yaml_bool(node)
@@ -127,22 +132,23 @@ class _Plain(SafeConstructor):
     }
 
 
-class _Quick(_Plain, Loader):
-    """By the C library, ten times as quick, where there is one."""
+class _FastReader(_PlainConstructor, FastLoader):
+    """The reader of the C library, where there is one: ten times as fast."""
 
 
-class _Exact(_Plain, yaml.SafeLoader):
-    """By Python."""
+class _SlowReader(_PlainConstructor, yaml.SafeLoader):
+    """The reader in Python."""
 
 
 class _Writer(yaml.SafeDumper):
-    """Puts a text that would be read as a number in quotes."""
+    """The writer: puts a text in quotes that would be read as a number."""
 
 
 def _error_at(what: str, node: yaml.Node) -> yaml.YAMLError:
-    """An error with the place where it is."""
+    """An error with the line and column of a node."""
     return ConstructorError(None, None, what, node.start_mark)
 
 
-for _class in (_Quick, _Exact, _Writer):
+# in both readers an exponent makes a number, so the writer quotes such a text
+for _class in (_FastReader, _SlowReader, _Writer):
     _class.add_implicit_resolver(f"{TAG}float", EXPONENT, list("-+0123456789"))

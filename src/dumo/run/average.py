@@ -26,7 +26,7 @@ from torch import Tensor
 from dumo.config.load import Written, identity
 from dumo.config.source import FILE
 from dumo.io import file as files
-from dumo.io.weights import apart, compare, sha256
+from dumo.io.weights import compare, sha256, unshared
 from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.origin import require_place
@@ -134,7 +134,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     with files.atomic_write(file) as temp_path:
         checkpoint.write_weights(
             temp_path,
-            apart(average_weights),
+            unshared(average_weights),
             kind="average",
             step=last_step,
             run=identity(run),

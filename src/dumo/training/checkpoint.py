@@ -160,7 +160,7 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
     named = frozen.trained(state.net, module)
     size = sum(tensor.nbytes for tensor in named.values())
     with _path_to_write(target, kind, state.step, size) as temp_path:
-        whole = weights.apart(_gathered_on_main_rank(named))
+        whole = weights.unshared(_gathered_on_main_rank(named))
         agreement.on_main_rank(lambda: write_weights(temp_path, whole, kind=kind, step=state.step, run=run, **facts))
     return target
 
@@ -393,7 +393,7 @@ def facts_of(place: Path) -> dict[str, Any]:
 
     Raises UserError where this metadata does not match its checksum.
     """
-    metadata = weights.notes(place)
+    metadata = weights.read_metadata(place)
     try:
         facts = json.loads(metadata.get(ABOUT, "null"))
     except (ValueError, RecursionError):

@@ -105,17 +105,17 @@ def test_images_held_out_are_in_no_batch() -> None:
     """They are 360 of all, of each class a fifth to a row, the same in every run; no others are missing."""
     whole, split = Digits().open(), Digits(held=360).originals()
     assert isinstance(split, HeldOutSplit)
-    assert (split.size, len(split.held.x), len(split.whole.x)) == (1437, 360, 1797)
+    assert (split.size, len(split.held_out.x), len(split.full.x)) == (1437, 360, 1797)
     x, _ = whole.reference(0, 0)
-    assert torch.equal(split.whole.x, x)
-    both = torch.cat([split.x, split.held.x]).flatten(1)
+    assert torch.equal(split.full.x, x)
+    both = torch.cat([split.x, split.held_out.x]).flatten(1)
     order = [rows.flatten(1).double() @ torch.logspace(0, 3, 64, dtype=torch.float64) for rows in (both, x)]
     assert torch.equal(order[0].sort().values, order[1].sort().values)
-    share = split.held.c.bincount() - split.whole.c.bincount() * 360 / 1797
+    share = split.held_out.c.bincount() - split.full.c.bincount() * 360 / 1797
     assert share.abs().max() < 1
     seen = torch.cat([split.batch(step, 479, 0)[0] for step in range(3)])
     assert torch.equal(seen.sum(0), split.x.sum(0))
-    assert torch.equal(split.held.x, Digits(held=360).originals().held.x)
+    assert torch.equal(split.held_out.x, Digits(held=360).originals().held_out.x)
     with pytest.raises(ValueError, match=r"held = 64 images .* 100"):
         Digits(held=64)
     assert Digits(held=0).model_dump() == {"kind": "digits"}

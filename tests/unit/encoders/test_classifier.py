@@ -41,7 +41,7 @@ BOTH = pytest.mark.parametrize(
 
 def origin(known: Shipped) -> dict[str, str]:
     """What the file says of itself."""
-    return json.loads(weights.notes(known.file)["origin"])
+    return json.loads(weights.read_metadata(known.file)["origin"])
 
 
 def test_shipped_files_are_small_and_say_their_origin() -> None:

@@ -55,8 +55,8 @@ def test_directions_are_signs_of_the_row() -> None:
 def test_it_is_of_what_was_held_out() -> None:
     data = Digits(held=360).originals()
     evaluator = LikelihoodProtocol(samples=360, levels=17).evaluator(Context(lambda: data))
-    assert cells(evaluator.x, data.held.x)
-    assert torch.equal(evaluator.c, data.held.c)
+    assert cells(evaluator.x, data.held_out.x)
+    assert torch.equal(evaluator.c, data.held_out.c)
     assert evaluator.facts["reference"] == "360 samples of the data, never trained on"
 
 

@@ -146,7 +146,7 @@ def test_samples_are_judged_against_what_was_held_out(split: Reference) -> None:
 
 
 def test_of_five_folds_all_digits_are_held_out_but_two() -> None:
-    held = [Digits(held=359, fold=fold).originals().held.x for fold in range(6)]
+    held = [Digits(held=359, fold=fold).originals().held_out.x for fold in range(6)]
     assert len(torch.cat(held[:5]).unique(dim=0)) == len(torch.cat(held[:5])) == 1795
     assert torch.equal(held[5], held[0])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dumo.io.weights import compare, conversion, load, notes
+from dumo.io.weights import compare, conversion, load, read_metadata
 from dumo.types import UserError
 
 
@@ -50,7 +50,7 @@ def test_no_file_and_a_name_of_pickles_are_refused_whatever_it_holds(tmp_path: P
 def test_notes_are_read_without_tensors(tmp_path: Path) -> None:
     for told in ({"step": "3"}, None):
         save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", told)
-        assert notes(tmp_path / "w.safetensors") == (told or {})
+        assert read_metadata(tmp_path / "w.safetensors") == (told or {})
 
 
 def test_the_first_difference_is_named_and_how_many_there_are() -> None:

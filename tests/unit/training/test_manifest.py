@@ -55,7 +55,7 @@ def flip(file: Path) -> None:
     start = 8 + int.from_bytes(data[:8], "little")
     data[(start + len(data)) // 2] ^= 1
     file.write_bytes(data)
-    assert weights.notes(file)  # it still opens
+    assert weights.read_metadata(file)  # it still opens
 
 
 def cut(file: Path) -> None:
