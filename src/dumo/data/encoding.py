@@ -79,12 +79,12 @@ def encode(
         other_files[CAPTIONS] = dump_captions(captions)
     if hashes:
         other_files[NAMES] = hashes.packed_names.numpy().tobytes()
-    made = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
+    result = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
     if hashes:
         hashes.save()
         if has_cache(out, index):  # another rank may have read other images meanwhile
             require_origin(out, hashes, max_bytes=0)
-    return made
+    return result
 
 
 def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> list[int]:

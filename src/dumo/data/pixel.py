@@ -1,7 +1,7 @@
 """From the bytes of an image file to a square of pixels, or a rectangle.
 
-`ToSquare(side, crop)(data)` is the whole way: `upright`, then `flat`, then `cut`. `upright_size` and `short_side` look
-at a header only.
+`ToSquare(side, crop)(data)` makes pixels: the image is turned `upright`, then converted to 8-bit RGB (`flat`), then
+resized and `cut`. `upright_size` and `short_side` read a header only.
 
 Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
 8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
@@ -79,7 +79,7 @@ class ToSquare(ToRectangle):
     """Bytes of an image file to RGB of `side` x `side` pixels."""
 
     def __init__(self, side: int, crop: Crop) -> None:
-        """The same as `ToRectangle(side, side, crop)`."""
+        """Bring images to squares of `side` x `side` pixels, by `crop`."""
         super().__init__(side, side, crop)
 
 
@@ -100,9 +100,9 @@ def short_side(data: bytes) -> int:
 
 
 def upright_size(data: bytes) -> Size:
-    """Height and width once it is upright, by the header alone; of a PNG, whose EXIF may stand last, by all of it.
+    """The height and width of the upright image, by the header alone. Raises Unreadable.
 
-    Raises Unreadable.
+    A PNG is read as a whole, for its EXIF tags may come last.
     """
     with _opened(data) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -114,7 +114,7 @@ def upright_size(data: bytes) -> Size:
 
 
 def flat(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB, over white where it is transparent. Raises Unreadable."""
+    """An image in 8-bit RGB, over white where it is transparent. Raises Unreadable."""
     if image.mode == "F":
         raise Unreadable("has floating-point pixels, whose range is not known: convert it to 8 bits")
     if image.mode.startswith("I"):
@@ -126,12 +126,12 @@ def flat(image: Image.Image) -> Image.Image:
 
 
 def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
-    """The middle of the image, of `size`.
+    """The middle of an image, of `size`.
 
     - `adm`: halve by boxes while both sides are at least twice `size`; bring the image bicubically, up as well as down,
       to the least size that covers `size`; cut the middle out. This is `center_crop_arr` of guided-diffusion (Dhariwal
       & Nichol 2021), by which the ImageNet references were made.
-    - `bicubic`: the same without the halving.
+    - `bicubic`: as `adm`, without the halving.
     - `none`: the image as it is. Raises Unreadable if it is of another size.
     """
     height, width = size
@@ -158,7 +158,7 @@ def covering_size(image_size: Size, target: Size) -> Size:
 
 @contextmanager
 def _opened(data: bytes) -> Generator[Image.Image]:
-    """The image, not yet loaded. Raises Unreadable, for what is raised inside, too."""
+    """Open an image, its pixels unread. Raises Unreadable, also in place of errors inside."""
     if not data:
         raise Unreadable("is empty: it has 0 bytes")
     try:
@@ -176,7 +176,7 @@ def _opened(data: bytes) -> Generator[Image.Image]:
 
 
 def _halved(image: Image.Image, size: Size) -> Image.Image:
-    """The image, halved by boxes while both sides are at least twice `size`."""
+    """An image, halved by boxes while both sides are at least twice `size`."""
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -42,7 +42,7 @@ class Moons(Spec):
 
     @property
     def labels(self) -> int:
-        """The same: points have no captions."""
+        """The number of classes: points have no captions."""
         return self.classes
 
     def open(self) -> DataSource:
@@ -79,7 +79,7 @@ class Digits(Spec):
 
     @property
     def classes(self) -> int:
-        """Ten, or how many captions there are."""
+        """Ten, or the number of captions."""
         return self.captions.count(self.labels) if self.captions else self.labels
 
     @model_validator(mode="after")
@@ -90,7 +90,7 @@ class Digits(Spec):
         return self
 
     def caption_texts(self) -> tuple[str, ...]:
-        """All captions by number; () where there are none."""
+        """The text of each caption, by its number; () where there are none."""
         return self.captions.of(NAMES).texts if self.captions else ()
 
     def open(self) -> DataSource:
@@ -98,7 +98,7 @@ class Digits(Spec):
         return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
 
     def originals(self) -> TensorData:
-        """The same with the digits as classes; without those held out, which it keeps apart (`HeldOutSplit`)."""
+        """The images with the digits as classes; a `HeldOutSplit` where some are held out."""
         full = TensorData(*_load())
         return HeldOutSplit.of(full, _held_rows(self.held, full.c, self.fold)) if self.held else full
 
@@ -115,9 +115,9 @@ def _load() -> tuple[Tensor, Tensor]:
 
 
 def _held_rows(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
-    """n rows, the same in every run: of each class its share, to a row, and of these any.
+    """The rows (n,) of images that are held out, equal in every run: of each class its share, to a row.
 
-    Folds begin anew after as many as have no row in common.
+    Folds have no row in common, until there are no rows left: the next fold is the first again.
     """
     order = torch.randperm(len(c), generator=stream("digits", "held"))
     by_class = order[c[order].argsort(stable=True)]

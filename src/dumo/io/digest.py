@@ -1,4 +1,8 @@
-"""SHA-256 of files, numbers and texts, in hexadecimal."""
+"""SHA-256 of files, tensors and texts, in hexadecimal.
+
+Of files and bytes it is the digest that other programs compute. Of tensors and texts it is ours, and `short` ones have
+64 bits.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +21,7 @@ def of_file(file: Path) -> str:
 
 
 def of_tensor(x: Tensor) -> str:
-    """The digest of a tensor's shape, dtype and numbers."""
+    """The digest of a tensor's shape, dtype and values."""
     return of_bytes(f"{tuple(x.shape)} {x.dtype}".encode(), x.detach().cpu().contiguous().numpy().data)
 
 
@@ -29,14 +33,14 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return short(*texts)
 
 
-def of_samples(tensors: Mapping[str, Tensor], made: Callable[[Tensor], Tensor] = torch.detach) -> str:
+def of_samples(tensors: Mapping[str, Tensor], values_of: Callable[[Tensor], Tensor] = torch.detach) -> str:
     """The digest of large tensors with their names: of each the shape, the dtype and SAMPLED numbers, evenly spread.
 
-    `made` returns the numbers of a tensor that is not made yet.
+    `values_of` returns the values of a tensor that is not made yet.
     """
     parts: list[bytes] = []
     for name, x in sorted(tensors.items()):
-        parts += _sampled(name, made(x))  # in a function, so that one tensor at a time is in memory
+        parts += _sampled(name, values_of(x))  # in a function, so that one tensor at a time is in memory
     return of_bytes(*parts)
 
 

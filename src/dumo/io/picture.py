@@ -70,7 +70,7 @@ def to_rows(x: Sample) -> PixelRows:
 
 
 def singles(x: Sample) -> list[Image.Image]:
-    """A picture of each image, in its own size. Raises as `to_uint8`."""
+    """A picture of each image, not enlarged. Raises as `to_uint8`."""
     return [Image.fromarray(pixels.numpy()) for pixels in to_rows(x)]
 
 
@@ -329,7 +329,7 @@ def write_adm(path: Path, pixels: PixelRows, c: Int[Tensor, " n"]) -> None:
 
 
 def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"]) -> None:
-    """Write points in the layout of `write_adm`: arr_0 float (n, 2), arr_1 int64 labels (n,). Raises as it does."""
+    """Write points: arr_0 float (n, 2), arr_1 int64 labels (n,), as `write_adm` does. Raises as `write_picture`."""
     _write_arrays(path, points.numpy(), c.numpy())
 
 

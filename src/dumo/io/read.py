@@ -1,6 +1,9 @@
 """Paths that a user names, texts and JSON of files; refused with a line where they are not what they should be.
 
-JSON has no NaN and no infinity: they are written as null.
+- `user_path` expands a path. `read_text`, `text_lines` and `decode` read UTF-8; `is_unicode` and `is_text_list` test.
+- `read_json`, `read_settings` and `parse_json` read JSON, `write_json` writes it. JSON has no NaN and no infinity: they
+  are written as null.
+- `foreign` turns whatever other readers raise into UserError. `brief` and `first_few` shorten what a message shows.
 """
 
 import codecs
@@ -26,7 +29,8 @@ FEW = 3  # items that a message names: ours
 def user_path(text: str, field: str) -> Path:
     """The path with its variables' values. Raises UserError, naming the field, for one that is not set, or no path."""
     expanded = os.path.expandvars(text)
-    if unset := re.search(r"\$\{?(\w+)\}?", expanded):
+    unset = re.search(r"\$\{?(\w+)\}?", expanded)
+    if unset:
         raise UserError(f"{field} is {text}, but {unset[1]} is not set: export {unset[1]}=..., or set {field}")
     if not text:
         raise UserError(f"{field} is empty: set it to a path")
@@ -39,7 +43,7 @@ def user_path(text: str, field: str) -> Path:
 
 
 def brief(text: object, most: int = 200) -> str:
-    """A text cut to `most` characters, for a line."""
+    """A text, or its first `most` characters with "…", for a message."""
     text = str(text)
     return text if len(text) <= most else f"{text[:most]}…"
 
@@ -179,8 +183,9 @@ def foreign(what: str, way_out: str) -> Generator[None, None, None]:
     except BaseException as error:
         name = type(error).__name__
         is_system_error = isinstance(error, OSError) and bool(error.strerror)
-        rust = name == "PanicException"  # of tokenizers, which is no Exception
-        if is_system_error or name == "OutOfMemoryError" or not (rust or isinstance(error, Exception)):
+        is_rust_panic = name == "PanicException"  # of tokenizers, which is no Exception
+        is_exception = isinstance(error, Exception) or is_rust_panic
+        if is_system_error or name == "OutOfMemoryError" or not is_exception:
             raise
         message = brief(" ".join(str(error).split()))
         raise UserError(f"{what} ({name}: {message}): {way_out}") from error

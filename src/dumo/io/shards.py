@@ -124,11 +124,11 @@ def _headers(folder: Path) -> tuple[dict[str, Tensor], Metadata]:
         raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
     tensors: dict[str, Tensor] = {}
     for name, storage in metadata.state_dict_metadata.items():
-        tensors[name] = _outlined(folder, name, storage)
+        tensors[name] = _outline_of(folder, name, storage)
     return tensors, metadata
 
 
-def _outlined(folder: Path, name: str, storage: object) -> Tensor:
+def _outline_of(folder: Path, name: str, storage: object) -> Tensor:
     """A tensor of the shape that its parts fill. Raises UserError where they do not."""
     assert isinstance(storage, TensorStorageMetadata), "safetensors holds nothing else"
     parts = sorted(storage.chunks, key=lambda part: part.offsets)
@@ -140,7 +140,7 @@ def _outlined(folder: Path, name: str, storage: object) -> Tensor:
 
 
 def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
-    """Whether two parts of a tensor have numbers in common."""
+    """Whether two parts of a tensor have values in common."""
     for a_begin, a_size, b_begin, b_size in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True):
         if max(a_begin, b_begin) >= min(a_begin + a_size, b_begin + b_size):
             return False
@@ -148,7 +148,7 @@ def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
 
 
 def fill(folder: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of these names into `into`: a whole tensor, or of a `DTensor` this rank's part.
+    """Copy tensors of a folder into those of `into`, by name: a whole tensor, or of a `DTensor` this rank's part.
 
     Each rank reads for itself, whether others call it or not. Names and shapes must be those of `outline`.
     """
@@ -179,7 +179,7 @@ def _readers(tensors: Mapping[str, Tensor], metadata: Metadata) -> dict[str, Cal
     def read(name: str) -> Tensor:
         x = torch.empty_like(tensors[name], device="cpu")
         storage = metadata.state_dict_metadata[name]
-        assert isinstance(storage, TensorStorageMetadata), "`_outlined` has looked"
+        assert isinstance(storage, TensorStorageMetadata), "`_outline_of` has looked"
         for part in storage.chunks:
             path = metadata.storage_data[MetadataIndex(name, part.offsets)].relative_path
             span = tuple(slice(begin, begin + n) for begin, n in zip(part.offsets, part.sizes, strict=True))
@@ -211,7 +211,7 @@ def as_file(folder: Path) -> Iterator[bytes | memoryview]:
 
 
 def copy_local_parts(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into those of the same names; of a `DTensor` each rank copies its part, without others."""
+    """Copy whole tensors into those of `into`, by name; of a `DTensor` each rank copies its part, without others."""
     for name, x in into.items():
         value = tensors[name]
         if isinstance(x, DTensor):

@@ -329,7 +329,7 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
     inputs = index.binding()
     is_empty = existing is not None and not existing.shards and not any(folder.glob("shard-*.json"))
     if existing is not None and is_empty and existing.binding() != inputs:
-        existing = None  # begun, and stopped before anything was made: its inputs bind nobody
+        existing = None  # it was begun, and stopped before a shard was made: its inputs do not matter
     if existing is None:
         is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
         if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 else:
     FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without it
 
+# All ours
 MAX_DEPTH = 64  # lists and mappings inside one another; a run has 8
-MAX_DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at max_characters
-MAX_EXPANSION = 100_000  # characters that a text may come to by its aliases, and four times its own
-MAX_SLOW_CHARACTERS = 100_000  # that the Python reader, which is slow, looks at
-TAG = "tag:yaml.org,2002:"
+MAX_DIGITS = 400  # characters of a number; a double needs 24, and at most 308 digits before the point
+MAX_EXPANSION = 100_000  # characters that aliases may make of a text, beyond four times its own
+MAX_SLOW_CHARACTERS = 100_000  # of a text that the Python reader reads, which is slow
+
+TAG = "tag:yaml.org,2002:"  # of YAML's own types
 EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
 
 
