@@ -311,7 +311,9 @@ def _load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) ->
             f"start: {source.folder} and this run differ in {differing_heads[0]}: take the objective of that run, "
             f"objective.kind={source.run.objective.kind}"
         )
-    _load_state(net, deferred_weights, {name: partial(source.made.materialize, x) for name, x in source_weights.items()})
+    _load_state(
+        net, deferred_weights, {name: partial(source.made.materialize, x) for name, x in source_weights.items()}
+    )
     source_spec = source.run.net
     spec = run.net
     assert isinstance(source_spec, Pretrained)
