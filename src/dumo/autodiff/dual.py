@@ -1,20 +1,25 @@
-"""Dual numbers: a tensor and its tangent, through model code that knows nothing of them.
+"""Dual numbers: a net that is written for tensors runs on tensors that carry their derivative along.
 
-`Dual(p, t)` carries a primal `p`, an ordinary tensor that autograd records as ever, and a tangent `t`, which nobody
+`Dual(p, t)` has a primal `p`, an ordinary tensor that autograd records as ever, and a tangent `t`, which nobody
 records. It is no subclass of Tensor but answers to `__torch_function__`, so a net written with `F.linear`,
-`F.layer_norm` and the like runs on it as it is: every operation does to `p` what it always does, and its rule
-(`dumo.autodiff.rule`) moves `t` along. So the derivative rides on a pass that is made anyway, for the price of one
-more, and the primal and its gradients keep their bits. An operation without a rule has torch's own derivative
-(`dumo.autodiff.general`), or raises: never a silent zero. Where a loss holds the derivative itself, tangents are
-`recorded`, too.
+`F.layer_norm` and the like runs on it as it is. An operation on Duals goes like this:
 
-A Dual whose tangent is None rests. `zeros_like` and its kin give one, for a net may assign to it what moves. Until then
-every operation takes its primal alone, so nothing downstream pays for a tangent of zeros.
+1. `Dual.__torch_function__` finds the operation's rule in `RULES`.
+2. The rule (`dumo.autodiff.rule`) makes the primal by the very call of the net, and names the function that computes
+   the tangent. So the primal and its gradients keep their bits, and the derivative costs one more pass.
+3. `carry` pairs both. It computes the tangent at once, or, where the direction is known only after the pass, keeps what
+   the tangent needs as a `Later` (`dumo.autodiff.tape`).
 
-A tangent may also come `Later`, where the direction is known only after the pass (`dumo.autodiff.tape`). What will
-compute it is kept as data, a function of the module and the tensors it needs, most of which autograd keeps anyway.
-There is no list that everybody writes to: every Dual knows what it came from, so a compiled region or a sharded module,
-which takes Duals and returns Duals, needs to know no more than that.
+An operation without a rule gets torch's own derivative (`differentiate`), or raises NoRule: never a silent zero.
+
+An operand moves if it has a tangent. A Dual whose tangent is None rests: `zeros_like` and its kin give one, for a net
+may assign to it what moves. Until then every operation takes its primal alone, so nothing downstream pays for zeros.
+
+There is no list of operations that everybody writes to: every Dual knows what it came from. So a compiled region or a
+sharded module, which takes Duals and returns Duals, needs to know no more than that.
+
+Entrances: `pair` makes a Dual, `primal` and `tangent` take it apart. Rules use `rule`, `carry`, `differentiate` and
+`refuse_inplace`. `primal_only` is for what recomputes a checkpoint.
 """
 
 import threading
@@ -31,32 +36,50 @@ from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import general
 from dumo.autodiff.error import NoRule as NoRule
-from dumo.autodiff.tape import Later, fit, keep
+from dumo.autodiff.tape import Later, detach_saved, fit_to_primal
 from dumo.types import Array
 
 Rule = Callable[..., Any]
-Name = Callable[..., Any] | str  # a function of torch; as a string where a compiler hands over another object for it
-RULES: dict[Name, Rule] = {}  # by what a net calls; filled by `dumo.autodiff.rule`
-ALONE: set[Name] = set()  # those of them whose first operand alone may move
+_Operation = Callable[..., Any] | str  # a function of torch; its name where a compiler hands over another object for it
+RULES: dict[_Operation, Rule] = {}  # by the operation that a net calls; filled by `rule`
+FIRST_OPERAND_ONLY: set[_Operation] = set()  # operations whose rule lets the first operand alone move
+
+# Dunder methods of Tensor that a rule may be registered for, without the underscores.
+_OPERATORS = (
+    "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem setitem eq ne lt le gt ge"
+)
+# What Python would else do by itself: `x += y` as `x = x + y`, though x may be known by other names; `if x` by its len.
+# Of a Dual that moves it is refused.
+_REFUSED_OPERATORS = (
+    "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
+    "invert floordiv rfloordiv and rand or ror xor rxor"
+)
+_OPERATORS_WITHOUT_RULE = ("pos", "mod", "rmod", "rmatmul")  # Python asks the class for them, not `__getattr__`
+
+METHOD_NAMES: dict[_Operation, list[str]] = {}  # the names that Tensor knows a function by
+for _name in dir(Tensor):
+    _method = getattr(Tensor, _name)
+    if callable(_method) and (not _name.startswith("__") or _name.strip("_") in _OPERATORS.split()):
+        METHOD_NAMES.setdefault(_method, []).append(_name)
 
 
-class _State(threading.local):
-    """What holds in a thread, from its start: a name that came later would make a compiler begin again."""
+class _ThreadState(threading.local):
+    """The state of a thread, whole from its start: a field that came later would make a compiler begin again."""
 
     def __init__(self) -> None:
         self.primal_only = False
 
 
-_state = _State()
+_state = _ThreadState()
 
 
 @dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
 class Dual:
-    """A primal and its tangent, of the same shape and dtype. Typed as the Tensor it stands in for, see `pair`."""
+    """A primal and its tangent, of one shape and dtype. `pair` makes it, typed as the Tensor that it stands in for."""
 
     p: Tensor
-    t: Tensor | Later | None  # None: it rests
-    part: bool = False  # a view of another Dual, which would have to see what is assigned to this one
+    t: Tensor | Later | None  # None: the Dual rests
+    is_view: bool = False  # of another Dual, which would have to see what is assigned to this one
     recorded: bool = False  # autograd records the tangent, too, for a loss that holds the derivative itself
 
     shape = property(lambda self: self.p.shape)
@@ -71,46 +94,51 @@ class Dual:
     __array_priority__ = 1000  # as Tensor's: a number of numpy leaves the operation to what stands on its right
 
     def size(self, *axis: int, **named: int) -> Any:  # noqa: ANN401, a Size or an int, as Tensor.size
-        """As the primal's."""
+        """The primal's size, or that of one axis."""
         return self.p.size(*axis, **named)
 
     def dim(self) -> int:
-        """As the primal's."""
+        """The primal's number of axes."""
         return self.p.ndim
 
     def numel(self) -> int:
-        """As the primal's."""
+        """The primal's number of elements."""
         return self.p.numel()
 
     def is_floating_point(self) -> bool:
-        """As the primal's."""
+        """Whether the primal holds floats."""
         return self.p.is_floating_point()
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> object:
-        """On the primal, whose gradient it is: sharded modules ask for their weights by it."""
+        """Call `hook` with the primal's gradient: sharded modules ask for their weights by it."""
         return self.p.register_hook(hook)
 
     def __len__(self) -> int:
-        """As the primal's."""
+        """The length of the primal's first axis."""
         return len(self.p)
 
     def __iter__(self) -> Iterator[Array]:
-        """Row by row, as Tensor's. Python by itself would ask for rows until one is missing."""
+        """The rows, each a Dual. Python by itself would ask for rows until one is missing."""
         return iter(RULES[Tensor.unbind](self, 0))
 
     def __getattr__(self, name: str) -> object:
-        """What the primal has; of a method without a rule, and of a view such as `.T`, as `differentiate`."""
+        """An attribute of the primal; a method without a rule, or a view such as `.T`, through `differentiate`.
+
+        Raises NoRule for a method that would lose the tangent, such as `detach`.
+        """
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
-        if name in general.LOSES and self.t is not None:
+        has_tangent = self.t is not None
+        if has_tangent and name in general.LOSE_TANGENT:
             raise NoRule(f"Tensor.{name}, which loses the tangent")
         method = getattr(Tensor, name)
         if callable(method):
-            return partial(differentiate if self.t is not None else _still, method, self)
+            call = differentiate if has_tangent else _call_on_primals
+            return partial(call, method, self)
         value = getattr(self.p, name)
-        if self.t is None or not isinstance(value, Tensor):
-            return value
-        return differentiate(attrgetter(name), self)
+        if has_tangent and isinstance(value, Tensor):
+            return differentiate(attrgetter(name), self)
+        return value
 
     @classmethod
     def __torch_function__(
@@ -120,142 +148,162 @@ class Dual:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Hand the call to the function's rule, or to `differentiate` where there is none and an operand moves."""
+        """Hand the call to the function's rule, or to `differentiate` where it has none and an operand moves."""
         kwargs = dict(kwargs) if kwargs else {}
-        if "input" in kwargs:
+        if "input" in kwargs:  # rules name their first operand otherwise
             args = (kwargs.pop("input"), *args)
         name = getattr(function, "__name__", str(function))
-        key = name if name in RULES else function
-        out = kwargs.pop("out", None) if kwargs else None
-        if key not in RULES or out is not None:
-            if out is not None and _move_somewhere((args, kwargs, out)):
+        out = kwargs.pop("out", None)
+        if out is not None:
+            if _tree_has_tangent((args, kwargs, out)):
                 raise NoRule(f"{name} with out")
-            if _move_somewhere((args, kwargs)):
+            return _call_on_primals(function, *args, **kwargs, out=out)
+        key = name if name in RULES else function
+        if key not in RULES:
+            return _call_without_rule(function, args, kwargs)
+        if key in FIRST_OPERAND_ONLY and not (_has_no_dual(args[1:]) and _has_no_dual(kwargs.values())):
+            if _tree_has_tangent((args[1:], kwargs)):
                 return differentiate(function, *args, **kwargs)
-            return _still(function, *args, **kwargs, **({} if out is None else {"out": out}))
-        if key in ALONE and not (_no_dual(args[1:]) and _no_dual(kwargs.values())):
-            if _move_somewhere((args[1:], kwargs)):
-                return differentiate(function, *args, **kwargs)
-            if not _move_somewhere(args[:1]):
-                return _still(function, *args, **kwargs)
+            if not _tree_has_tangent(args[:1]):
+                return _call_on_primals(function, *args, **kwargs)
             args = (args[0], *map(primal, args[1:]))
             kwargs = {name: primal(x) for name, x in kwargs.items()}
         return RULES[key](*args, **kwargs)
 
 
-def _still(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, whatever torch gives
-    """The function where nothing moves. What it does in place to a Dual it gives back as that."""
-    args_, kwargs = tree_map(primal, args), tree_map(primal, kwargs)
-    out = function(*args_, **kwargs)
-    return args[0] if args and out is args_[0] else out
+def _call_on_primals(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, torch's results
+    """Call a function where nothing moves. If it returns its first operand, that operand is returned as the Dual."""
+    primal_args = tree_map(primal, args)
+    primal_kwargs = tree_map(primal, kwargs)
+    out = function(*primal_args, **primal_kwargs)
+    if args and out is primal_args[0]:
+        return args[0]
+    return out
 
 
-def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, whatever torch gives
-    """A call of torch where some operands move and no rule says how: exact, or NoRule (`dumo.autodiff.general`)."""
-    reason = general.fault(function, args, kwargs)
+def _call_without_rule(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """Call a function that has no rule: with torch's derivative where an operand moves."""
+    if _tree_has_tangent((args, kwargs)):
+        return differentiate(function, *args, **kwargs)
+    return _call_on_primals(function, *args, **kwargs)
+
+
+def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, torch's results
+    """Call a function of torch by torch's own derivative of it, which is exact (`dumo.autodiff.general`).
+
+    Some operands move. Raises NoRule where torch has no derivative, where the function writes to an operand or draws
+    random numbers, and where a loss holds the derivative itself.
+    """
+    reason = general.reason_without_tangent(function, args, kwargs)
     if reason:
         raise NoRule(reason)
+    name = general.operation_name(function)
     leaves, spec = tree_flatten((args, kwargs))
-    place = tuple(i for i, x in enumerate(leaves) if isinstance(x, Dual))
-    if any(leaves[i].recorded for i in place):  # torch's own gradient of such a tangent is wrong for some norms
-        raise NoRule(f"{general.name_of(function)}, in a loss that holds the derivative itself")
+    dual_places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Dual))
+    if any(leaves[i].recorded for i in dual_places):  # torch's own gradient of such a tangent is wrong for some norms
+        raise NoRule(f"{name}, in a loss that holds the derivative itself")
     primals = [primal(x) for x in leaves]
-    args_, kwargs_ = tree_unflatten(primals, spec)
-    before = general.state_of(primals)
-    results, results_spec = tree_flatten(function(*args_, **kwargs_))
-    if general.state_of(primals) != before:  # the tangent's own call would write, or draw, once more
-        raise NoRule(f"{general.name_of(function)}, which draws random numbers or changes an operand")
+    primal_args, primal_kwargs = tree_unflatten(primals, spec)
+    state_before = general.side_effects(primals)
+    results, results_spec = tree_flatten(function(*primal_args, **primal_kwargs))
+    if general.side_effects(primals) != state_before:  # the tangent's own call would write, or draw, once more
+        raise NoRule(f"{name}, which draws random numbers or changes an operand")
     if not any(isinstance(result, Tensor) for result in results):  # strides and the like
         return tree_unflatten(results, results_spec)
-    if not any(map(general.differentiable, results)):
-        raise NoRule(f"{general.name_of(function)}, whose result has no derivative")
-    moved = tuple(leaves[i] for i in place)
-    for k, p in enumerate(results):
-        operand = next((leaves[i] for i in place if primals[i] is p), None)
-        if operand is not None:  # not another: what is assigned to the one must be seen in the other
+    if not any(map(general.can_have_tangent, results)):
+        raise NoRule(f"{name}, whose result has no derivative")
+    duals = tuple(leaves[i] for i in dual_places)
+    for k, result in enumerate(results):
+        operand = next((dual for dual in duals if dual.p is result), None)
+        if operand is not None:  # not another Dual: what is assigned to the one must be seen in the other
             results[k] = operand
-        elif general.differentiable(p):
-            call = general.Call(function, spec, place, k)
-            results[k] = carry(p, general.tangent, moved, call, *primals)
-            if isinstance(results[k], Dual):
-                results[k].part = general.shares(p, primals)
+        elif general.can_have_tangent(result):
+            call = general.OperationCall(function, spec, dual_places, k)
+            carried = carry(result, general.tangent, duals, call, *primals)
+            if isinstance(carried, Dual):
+                carried.is_view = general.shares_memory(result, primals)
+            results[k] = carried
     return tree_unflatten(results, results_spec)
 
 
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(self: Dual, *others: object) -> Any:  # noqa: ANN401, as Tensor's
-        if _move_somewhere((self, others)) or not hasattr(Tensor, name):
-            raise NoRule(f"Tensor.{name}")
-        return _still(getattr(Tensor, name), self, *others)
+def _refused_operator(name: str) -> Callable[..., Any]:
+    """A method of Dual that raises NoRule where an operand moves."""
 
-    return refuse
-
-
-# What Python would else do by itself: `x += y` as `x = x + y`, though x may be known by other names; `if x` by its len.
-# Of what moves it is refused.
-REFUSED = (
-    "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
-    "invert floordiv rfloordiv and rand or ror xor rxor"
-)
-for _name in REFUSED.split():
-    setattr(Dual, f"__{_name}__", _refuse(f"__{_name}__"))
-
-
-def _general(name: str) -> Callable[..., Any]:
     def operator(self: Dual, *others: object) -> Any:  # noqa: ANN401, as Tensor's
-        return (differentiate if _move_somewhere((self, others)) else _still)(getattr(Tensor, name), self, *others)
+        if _tree_has_tangent((self, others)) or not hasattr(Tensor, name):
+            raise NoRule(f"Tensor.{name}")
+        return _call_on_primals(getattr(Tensor, name), self, *others)
 
     return operator
 
 
-for _name in ["pos", "mod", "rmod", "rmatmul"]:  # what Python asks the class for
-    setattr(Dual, f"__{_name}__", _general(f"__{_name}__"))
+def _operator_without_rule(name: str) -> Callable[..., Any]:
+    """A method of Dual that takes torch's own derivative where an operand moves."""
+
+    def operator(self: Dual, *others: object) -> Any:  # noqa: ANN401, as Tensor's
+        return _call_without_rule(getattr(Tensor, name), (self, *others), {})
+
+    return operator
+
+
+for _name in _REFUSED_OPERATORS.split():
+    setattr(Dual, f"__{_name}__", _refused_operator(f"__{_name}__"))
+for _name in _OPERATORS_WITHOUT_RULE:
+    setattr(Dual, f"__{_name}__", _operator_without_rule(f"__{_name}__"))
 
 
 def pair(p: Tensor, t: Tensor | Later | None, *, recorded: bool = False) -> Array:
-    """A Dual, typed as what it stands in for: a tensor on its way through a net.
+    """A Dual of a primal and its tangent, typed as the tensor that it stands in for.
 
-    `recorded`: autograd records its tangent, and those that follow from it, as it does primals.
+    `recorded`: autograd records its tangent, and those that follow from it, as it does primals. A loss that holds the
+    derivative itself needs that.
     """
     return cast(Array, Dual(p, t, recorded=recorded))
 
 
 def primal(x: Any) -> Any:  # noqa: ANN401, numbers and None pass through
-    """What an operand is without its tangent."""
+    """The primal of a Dual; anything else as it is."""
     return x.p if isinstance(x, Dual) else x
 
 
 def tangent(x: Any) -> Tensor | Later | None:  # noqa: ANN401, typed as a Tensor where it is a Dual
-    """The tangent of what may be a Dual; None: it does not move."""
+    """The tangent of a Dual; None for one that rests and for anything else."""
     return x.t if isinstance(x, Dual) else None
 
 
 def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], *saved: object) -> Array:
-    """Pair `p` with the tangent `push(*tangents of operands, *saved)`: now if these are known, else later.
+    """Pair `p` with the tangent `push(*tangents of operands, *saved)`: computed now if these are known, else later.
 
     An operand that does not move has tangent None; where none moves, `p` is returned alone. The tangent may have any
-    shape that expands to p's. `push` is a function of a module: it must not close over anything.
+    shape that expands to p's. `push` is a function of a module: it must not close over anything. Raises NoRule where an
+    operand would lose gradients.
     """
-    if not _moves(operands) or _state.primal_only:  # every operation of every net comes by: no generators here
+    if (
+        not _any_has_tangent(operands) or _state.primal_only
+    ):  # every operation of every net comes by: no generators here
         return p
     graded = torch.is_grad_enabled()
-    moved, later, recorded = [], False, False
+    tangents: list[Tensor | Later | None] = []
+    is_later = False
+    recorded = False
     for x in operands:
         if not isinstance(x, Dual) or x.t is None:
-            moved.append(None)
+            tangents.append(None)
             continue
         if not graded and x.p.requires_grad:
             raise NoRule(
                 "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
             )
-        moved.append(_tangent(x.p, x.t))
-        later, recorded = later or isinstance(x.t, Later), recorded or x.recorded
-    if later:
-        return pair(p, Later(p.shape, p.dtype, push, tuple(moved), *keep(saved)))
+        tangents.append(_in_dtype_of(x.p, x.t))
+        is_later = is_later or isinstance(x.t, Later)
+        recorded = recorded or x.recorded
+    if is_later:
+        saved_tensors, writes = detach_saved(saved)
+        return pair(p, Later(p.shape, p.dtype, push, tuple(tangents), saved_tensors, writes))
     if not graded or recorded:
-        return pair(p, fit(push(*moved, *saved), p.shape, p.dtype), recorded=recorded)
+        return pair(p, fit_to_primal(push(*tangents, *saved), p.shape, p.dtype), recorded=recorded)
     with torch.no_grad():
-        return pair(p, fit(push(*moved, *saved), p.shape, p.dtype))
+        return pair(p, fit_to_primal(push(*tangents, *saved), p.shape, p.dtype))
 
 
 @contextmanager
@@ -265,77 +313,70 @@ def primal_only() -> Generator[None, None, None]:
     A state of the thread, not an argument: torch's checkpoint calls a block again by itself, with the inputs of the
     first call, and takes nothing but contexts. One that is forgotten costs time and changes nothing.
     """
-    before, _state.primal_only = _state.primal_only, True
+    was_primal_only = _state.primal_only
+    _state.primal_only = True
     try:
         yield
     finally:
-        _state.primal_only = before
+        _state.primal_only = was_primal_only
 
 
-def _moves(operands: Iterable[object]) -> bool:
+def _any_has_tangent(operands: Iterable[object]) -> bool:
     for x in operands:  # noqa: SIM110, a generator takes three times as long
         if isinstance(x, Dual) and x.t is not None:
             return True
     return False
 
 
-def _no_dual(operands: Iterable[object]) -> bool:
-    for x in operands:  # noqa: SIM110, as above
+def _has_no_dual(operands: Iterable[object]) -> bool:
+    for x in operands:  # noqa: SIM110, a generator takes three times as long
         if isinstance(x, Dual):
             return False
     return True
 
 
-def _move_somewhere(operands: object) -> bool:
-    """Whether one of them moves, or of what they hold."""
-    return tree_any(_is_moving, operands)
+def _tree_has_tangent(operands: object) -> bool:
+    """Whether an operand moves, or anything inside lists and dicts of operands."""
+    return tree_any(_has_tangent, operands)
 
 
-def _is_moving(x: object) -> bool:
+def _has_tangent(x: object) -> bool:
     return isinstance(x, Dual) and x.t is not None
 
 
-def _tangent(p: Tensor, t: Tensor | Later) -> Tensor | Later:
-    """The tangent of an operand, in its dtype: a sharded module may have cast the primal on its way in."""
+def _in_dtype_of(p: Tensor, t: Tensor | Later) -> Tensor | Later:
+    """The tangent of an operand in its primal's dtype: a sharded module may have cast the primal on its way in."""
     if t.dtype == p.dtype:
         return t
-    return Later(p.shape, p.dtype, _cast, (t,), (p.dtype,)) if isinstance(t, Later) else t.to(p.dtype)
+    if isinstance(t, Later):
+        return Later(p.shape, p.dtype, _cast, (t,), (p.dtype,))
+    return t.to(p.dtype)
 
 
 def _cast(dx: Tensor, dtype: torch.dtype) -> Tensor:
     return dx.to(dtype)
 
 
-OPERATORS = (
-    "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem setitem eq ne lt le gt ge"
-)
-
-
-METHODS: dict[Name, list[str]] = {}  # the names that Tensor knows a function by
-for _name in dir(Tensor):
-    if callable(_f := getattr(Tensor, _name)) and (not _name.startswith("__") or _name.strip("_") in OPERATORS.split()):
-        METHODS.setdefault(_f, []).append(_name)
-
-
-def rule(*functions: Name) -> Callable[[Rule], Rule]:
+def rule(*functions: _Operation) -> Callable[[Rule], Rule]:
     """Make the decorated function the rule of these functions of torch; of methods of Tensor, a method of Dual too.
 
-    Where an argument is annotated as Dual, it is the first, and no other may move.
+    A parameter that is annotated as Dual is the first one, and says that no other operand may move.
     """
 
-    def register(f: Rule) -> Rule:
+    def register(tangent_rule: Rule) -> Rule:
+        has_dual_parameter = Dual in tangent_rule.__annotations__.values()
         for function in functions:
-            RULES[function] = f
-            if Dual in f.__annotations__.values():
-                ALONE.add(function)
-            for name in METHODS.get(function, ()):
-                setattr(Dual, name, f)
-        return f
+            RULES[function] = tangent_rule
+            if has_dual_parameter:
+                FIRST_OPERAND_ONLY.add(function)
+            for name in METHOD_NAMES.get(function, ()):
+                setattr(Dual, name, tangent_rule)
+        return tangent_rule
 
     return register
 
 
-def elsewhere(name: str, inplace: bool) -> None:
-    """Raise NoRule where the result is to overwrite the input, which other Duals may be views of."""
+def refuse_inplace(name: str, inplace: bool) -> None:
+    """Raise NoRule where a function is to write its result over its input, which other Duals may be views of."""
     if inplace:
         raise NoRule(f"{name} with inplace=True")

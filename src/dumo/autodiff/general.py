@@ -1,8 +1,12 @@
-"""Operations without a rule: the tangent by `torch.func.jvp` of that one operation, which a net need not survive whole.
+"""The tangent of an operation without a rule, by `torch.func.jvp` of that one operation.
 
-It is exact, and the value keeps its bits and gradient. It costs the operation once more and, of attention, its scores.
-So what nets use often has a rule (`dumo.autodiff.rule`), as has what is to be compiled: a compiler cannot follow this.
-Refused is what would lose the tangent or draw other numbers the second time.
+`dumo.autodiff.dual.differentiate` calls this file: `reason_without_tangent` refuses what would lose the tangent, write
+or draw; `side_effects` before and after the call refuses what did so all the same; `tangent` then calls the operation
+once more, with its tangents, now or when a tape plays. A net as a whole need not survive `torch.func.jvp`.
+
+The tangent is exact, and the value keeps its bits and gradient. The price is the operation once more and, of attention,
+its scores in memory. So what nets use often has a rule (`dumo.autodiff.rule`), as has what is to be compiled: a
+compiler cannot follow this.
 """
 
 import inspect
@@ -18,9 +22,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dumo.autodiff.error import NoRule
 
-LOSES = frozenset(("data", "detach", "detach_", "item", "tolist", "numpy", "grad", "requires_grad_", "retain_grad"))
-DRAWS = frozenset(
-    [
+# Methods of Tensor whose result has no tangent, though the tensor has one.
+LOSE_TANGENT = frozenset(
+    ("data", "detach", "detach_", "item", "tolist", "numpy", "grad", "requires_grad_", "retain_grad")
+)
+# Operations that draw random numbers, beside all whose name has "dropout".
+_DRAW_RANDOM = frozenset(
+    (
         "bernoulli",
         "normal",
         "rrelu",
@@ -30,90 +38,97 @@ DRAWS = frozenset(
         "rand_like",
         "randn_like",
         "randint_like",
-    ]
-)  # and all dropouts
+    )
+)
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of an operation, without its operands: which of them moved, and which result is meant."""
+class OperationCall:
+    """A call of an operation without its operands, and one of the results that it returns."""
 
     function: Callable[..., Any]
     spec: TreeSpec  # of (args, kwargs)
-    place: tuple[int, ...]  # of those that are Duals, among the leaves
-    result: int
+    dual_places: tuple[int, ...]  # of the operands that are Duals, among the leaves of (args, kwargs)
+    result_index: int  # among the leaves of what the operation returns
 
-    def results(self, leaves: list[Any]) -> list[Any]:
-        """What the operation makes of these operands, one after the other."""
+    def result(self, leaves: list[Any]) -> Tensor:
+        """Call the operation with the leaves of (args, kwargs), and return the one result."""
         args, kwargs = tree_unflatten(leaves, self.spec)
-        return tree_flatten(self.function(*args, **kwargs))[0]
+        results = tree_flatten(self.function(*args, **kwargs))[0]
+        return results[self.result_index]
 
 
-def tangent(*rest: Any) -> Tensor:  # noqa: ANN401, operands of any kind
-    """The tangent of one result: `rest` are the tangents of what moves, the call, and its operands."""
-    n = next(i for i, x in enumerate(rest) if isinstance(x, Call))
-    moved = rest[:n]
-    call = rest[n]
-    operands = rest[n + 1 :]
-    place = [i for i, d in zip(call.place, moved, strict=True) if d is not None]
-    tangents = tuple(d for d in moved if d is not None)
+def tangent(*arguments: Any) -> Tensor:  # noqa: ANN401, operands of any kind
+    """The tangent of one result of an operation.
 
-    def result(*some: Tensor) -> Tensor:
+    `arguments` are a tangent for each of the call's Duals (None: it rests), the OperationCall, and the leaves of its
+    operands: what `carry` hands to every function of a tangent. Raises NoRule where torch has no forward derivative.
+    """
+    call_place = next(i for i, x in enumerate(arguments) if isinstance(x, OperationCall))
+    dual_tangents = arguments[:call_place]
+    call = arguments[call_place]
+    operands = arguments[call_place + 1 :]
+    moving_places = [i for i, d in zip(call.dual_places, dual_tangents, strict=True) if d is not None]
+    tangents = tuple(d for d in dual_tangents if d is not None)
+
+    def result(*moving: Tensor) -> Tensor:
         leaves = list(operands)
-        for i, x in zip(place, some, strict=True):
+        for i, x in zip(moving_places, moving, strict=True):
             leaves[i] = x
-        return call.results(leaves)[call.result]
+        return call.result(leaves)
 
     try:
         with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no forward derivative
-            return torch.func.jvp(result, tuple(operands[i] for i in place), tangents)[1]
+            return torch.func.jvp(result, tuple(operands[i] for i in moving_places), tangents)[1]
     except NotImplementedError as error:
-        raise NoRule(f"{name_of(call.function)}, of which torch has no forward derivative") from error
+        raise NoRule(f"{operation_name(call.function)}, of which torch has no forward derivative") from error
 
 
-def fault(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why an operation has no tangent here; None: it has one. Asked before it is called, for it may write."""
-    name = name_of(function)
+def reason_without_tangent(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a call has no tangent here, or None if it has one. Asked before the call, which may write to its operands."""
+    name = operation_name(function)
     if torch.compiler.is_compiling():
         return f"{name} under torch.compile"
-    if name in LOSES:
+    if name in LOSE_TANGENT:
         return f"{name}, which loses the tangent"
     if name.endswith("_") and not name.startswith("__"):  # `w += x`, too: add_
         return f"{name}, in place"
-    names = parameters(function)
-    if "inplace" in names and dict(zip(names, args, strict=False)).get("inplace", kwargs.get("inplace", False)):
-        return f"{name} with inplace=True"
-    if name in DRAWS or "dropout" in name:
+    parameters = _parameter_names(function)
+    if "inplace" in parameters:
+        by_position = dict(zip(parameters, args, strict=False))
+        if by_position.get("inplace", kwargs.get("inplace", False)):
+            return f"{name} with inplace=True"
+    if name in _DRAW_RANDOM or "dropout" in name:
         return f"{name}, which draws random numbers"
     return None
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """An operation's name."""
+def operation_name(function: Callable[..., Any]) -> str:
+    """The name of a function of torch, for messages."""
     return getattr(function, "__name__", str(function))
 
 
 @cache
-def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of an operation's parameters, in order; () where Python does not know them."""
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters, in order; () where Python does not know them."""
     try:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
 
 
-def state_of(operands: Iterable[object]) -> tuple[int, bytes]:
-    """How often operands have been written to, and where torch's generator on the CPU stands."""
+def side_effects(operands: Iterable[object]) -> tuple[int, bytes]:
+    """How often the operands have been written to, and the state of torch's generator on the CPU."""
     writes = sum(x._version for x in operands if isinstance(x, Tensor) and not x.is_inference())
     return writes, torch.get_rng_state().numpy().tobytes()
 
 
-def shares(result: Tensor, operands: Iterable[object]) -> bool:
+def shares_memory(result: Tensor, operands: Iterable[object]) -> bool:
     """Whether a result lies in the memory of an operand."""
-    place = result.untyped_storage().data_ptr()
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == place for x in operands)
+    address = result.untyped_storage().data_ptr()
+    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == address for x in operands)
 
 
-def differentiable(result: object) -> bool:
-    """Whether a result can have a tangent: of numbers of places and of what holds there is none."""
+def can_have_tangent(result: object) -> bool:
+    """Whether a result is a tensor of real or complex floats: indices and truth values have no derivative."""
     return isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())

@@ -1,7 +1,14 @@
-"""A tape: tangents that come later, kept as data, and how they are played.
+"""A tape: tangents that are computed later, kept as data, and the functions that play it.
 
-A `Later` knows the function that will compute it and all that this needs, so a tape is no list that somebody holds, but
-what its ends refer to. It plays once. What is written to before its time has come is refused, as autograd does it.
+Where the direction is known only after the pass, it goes like this:
+
+1. `flow.slope` gives the net's inputs a `Later` without a function. Every operation (`dumo.autodiff.dual.carry`) makes
+   a `Later` of its function, its operands' tangents and `detach_saved` of the other tensors that it needs.
+2. After the pass the direction is known, and is set as the inputs' `value`.
+3. `is_complete` says whether the saved tensors are still there, and raises WrittenTo where one has changed.
+4. `play`, or `compiled_play`, computes the tangents of the outputs. A tape plays once.
+
+A `Later` refers to all that it needs, so nobody holds a list: the tape is what its ends refer to.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,58 +22,65 @@ from dumo.autodiff.error import WrittenTo as WrittenTo
 
 
 class Later:
-    """A tangent still to come: `push(*tangents of moved, *saved)`, of this shape and dtype. Data, never a closure."""
+    """A tangent to be computed later as `push(*tangents of operands, *saved)`. Data, never a closure."""
 
     def __init__(
         self,
         shape: Iterable[int],
         dtype: torch.dtype,
         push: Callable[..., Tensor] | None = None,
-        moved: tuple["Moved", ...] = (),
+        operands: tuple["OperandTangent", ...] = (),
         saved: Sequence[object] = (),
         writes: int | None = None,
     ) -> None:
-        """Without `push` it is an input, whose value is set by hand. `saved` and `writes` are as `keep` gives them."""
-        self.shape, self.dtype, self.push, self.moved, self.saved = tuple(shape), dtype, push, moved, saved
-        self.value: Tensor | None = None
+        """Have a primal's shape and dtype. Without `push` it is an input of the pass, whose value is set by hand.
+
+        `saved` and `writes` are what `detach_saved` returns.
+        """
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.push = push
+        self.operands = operands
+        self.saved = saved
         self.writes = writes
+        self.value: Tensor | None = None  # None: not computed yet
 
 
-Moved = Union[Tensor, Later, None]  # noqa: UP007, what an operand's tangent is; None: it does not move
+OperandTangent = Union[Tensor, Later, None]  # noqa: UP007, evaluated when the file is read; None: the operand rests
 
 
-def keep(saved: Iterable[object]) -> tuple[Sequence[object], int | None]:
-    """These without their graph, and how often their tensors have been written to; None: a compiler does not know."""
-    kept: list[object] = []  # every operation of a tape comes by: one loop, and nothing expensive
+def detach_saved(saved: Iterable[object]) -> tuple[Sequence[object], int | None]:
+    """Detach what a tangent needs, and count the writes to its tensors so far; None: a compiler does not count."""
+    detached: list[object] = []  # every operation of a tape comes by: one loop, and nothing expensive
     writes = None if torch.compiler.is_dynamo_compiling() else 0
     for x in saved:
         if isinstance(x, Tensor):
             x = x.detach()  # which shares the count
             if writes is not None:
                 writes += x._version
-        kept.append(x)
-    return kept, writes
+        detached.append(x)
+    return detached, writes
 
 
 def play(ends: Iterable[Later]) -> None:
-    """Compute these tangents, and before them all that they need, each once; what is no longer needed is let go.
+    """Compute the tangents `ends`, and before them all that they need, each once; let go of what is no longer needed.
 
-    Inputs must have their value. Depth first, by hand: a net is deeper than Python's stack.
+    The inputs of the pass must have their value. Depth first, with a stack of its own: a net is deeper than Python's.
     """
     stack = list(ends)
     with torch.no_grad():
         while stack:
             now = stack[-1]
-            before = [m for m in now.moved if isinstance(m, Later) and m.value is None]
-            if before:
-                stack.extend(before)
+            pending = [operand for operand in now.operands if isinstance(operand, Later) and operand.value is None]
+            if pending:
+                stack.extend(pending)
                 continue
             stack.pop()
             if now.value is None:
                 assert now.push is not None, "an input of the pass was given no tangent"
-                tangents = [_now(m) for m in now.moved]
-                now.value = fit(now.push(*tangents, *now.saved), now.shape, now.dtype)
-                now.moved = now.saved = ()
+                tangents = [_computed(operand) for operand in now.operands]
+                now.value = fit_to_primal(now.push(*tangents, *now.saved), now.shape, now.dtype)
+                now.operands = now.saved = ()
                 now.writes = None
 
 
@@ -76,17 +90,18 @@ def compiled_play() -> Callable[[Iterable[Later]], None]:
     return torch.compile(play, fullgraph=True)
 
 
-def holds(ends: Iterable[Later]) -> bool:
-    """Whether all that these tangents need is still there: sharded weights may have been given back meanwhile.
+def is_complete(ends: Iterable[Later]) -> bool:
+    """Whether all saved tensors that `ends` need are still in memory: sharded weights may have been given back.
 
-    Raises WrittenTo where it is there, but no longer what it was.
+    Raises WrittenTo where a tensor is there, but was written to since.
     """
-    stack, seen = list(ends), set[int]()
+    stack = list(ends)
+    visited = set[int]()
     while stack:
         now = stack.pop()
-        if id(now) in seen:
+        if id(now) in visited:
             continue
-        seen.add(id(now))
+        visited.add(id(now))
         writes = 0
         for x in now.saved:
             if isinstance(x, Tensor):
@@ -95,18 +110,21 @@ def holds(ends: Iterable[Later]) -> bool:
                 writes += x._version
         if now.writes is not None and writes != now.writes:
             raise WrittenTo(getattr(now.push, "__name__", ""))
-        stack.extend(m for m in now.moved if isinstance(m, Later))
+        stack.extend(operand for operand in now.operands if isinstance(operand, Later))
     return True
 
 
-def fit(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tangent in the shape and dtype of its primal."""
-    t = t if t.shape == shape else t.expand(shape)
-    return t if t.dtype == dtype else t.to(dtype)
+def fit_to_primal(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Expand a tangent to its primal's shape, and convert it to its dtype."""
+    if t.shape != shape:
+        t = t.expand(shape)
+    if t.dtype != dtype:
+        t = t.to(dtype)
+    return t
 
 
-def _now(moved: Moved) -> Tensor | None:
-    """A tangent that is known by now; an input's may have been set in another dtype."""
-    if not isinstance(moved, Later) or moved.value is None:
-        return cast(Tensor | None, moved)
-    return fit(moved.value, moved.shape, moved.dtype)
+def _computed(operand: OperandTangent) -> Tensor | None:
+    """The tangent of an operand that is known by now; an input's may have been set in another dtype."""
+    if not isinstance(operand, Later) or operand.value is None:
+        return cast(Tensor | None, operand)
+    return fit_to_primal(operand.value, operand.shape, operand.dtype)

@@ -241,7 +241,7 @@ def _linearize_by_tape(
             raise RuntimeError("along was called twice: a tape plays once, for all heads")
         dx.value = w.detach()
         dt.value = torch.ones_like(t)
-        if not (torch.compiler.is_compiling() or tape.holds(ends)):
+        if not (torch.compiler.is_compiling() or tape.is_complete(ends)):
             warnings.warn(
                 "du/dt takes a pass of its own, so a step is a fifth longer: sharded weights are given back after it. "
                 "Keep them: fully_shard(..., reshard_after_forward=False), in dumo train train.reshard=false",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
 from dumo.autodiff.dual import Dual, carry, pair, primal, primal_only, tangent
-from dumo.autodiff.tape import Later, WrittenTo, holds, play
+from dumo.autodiff.tape import Later, WrittenTo, is_complete, play
 from dumo.types import Array
 
 calls: list[str] = []
@@ -169,7 +169,7 @@ def test_play_goes_deeper_than_the_stack_of_python() -> None:
     for _ in range(2500):
         y = y * 1.001 + 1  # two operations
     x.t.value = torch.ones(2, dtype=torch.float64)
-    assert holds([y.t])
+    assert is_complete([y.t])
     play([y.t])
     assert torch.allclose(y.t.value, torch.full((2,), 1.001**2500, dtype=torch.float64), rtol=1e-11)
 
@@ -188,14 +188,14 @@ def test_holds_sees_weights_that_were_given_back() -> None:
     w, x = torch.randn(3, 4), later(torch.randn(2, 4))
     y = F.gelu(F.linear(x, w))
     z = y * torch.zeros(0, 2, 3).sum()  # empty tensors have no storage, and miss none
-    assert holds([y.t, z.t])
+    assert is_complete([y.t, z.t])
     size = w.untyped_storage().size()
     w.untyped_storage().resize_(0)
-    assert not holds([y.t])
-    assert not holds([z.t, x.t])
-    assert holds([x.t])
+    assert not is_complete([y.t])
+    assert not is_complete([z.t, x.t])
+    assert is_complete([x.t])
     w.untyped_storage().resize_(size)
-    assert holds([y.t])
+    assert is_complete([y.t])
 
 
 @pytest.mark.parametrize("f", [lambda x, w: x * w, lambda x, w: F.linear(x, w), lambda x, w: (x * w).sin()])
@@ -203,10 +203,10 @@ def test_what_was_written_to_is_not_played(f: Callable[[Array, Tensor], Array]) 
     """The tape would take the new numbers for the old: silently wrong."""
     w, x = torch.randn(4, 4), later(torch.randn(4, 4))
     y = f(x, w)
-    assert holds([y.t])
+    assert is_complete([y.t])
     w[0] = 0
     with pytest.raises(WrittenTo, match="written in place to a tensor"):
-        holds([y.t])
+        is_complete([y.t])
 
 
 # Assignment.
@@ -226,7 +226,7 @@ def test_what_was_computed_before_an_assignment_stays() -> None:
     x = later(p)
     rode, taped = f(pair(p, d)), f(x)
     x.t.value = d
-    assert holds(ends(*taped))
+    assert is_complete(ends(*taped))
     play(ends(*taped))
     for a, b, plain, slope in zip(rode, taped, f(p), slopes, strict=True):
         assert torch.equal(a.p, plain)

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
 from dumo.autodiff import dual
-from dumo.autodiff.dual import ALONE, METHODS, RULES, Dual, NoRule
-from dumo.autodiff.tape import Later, holds, play
+from dumo.autodiff.dual import FIRST_OPERAND_ONLY, METHOD_NAMES, RULES, Dual, NoRule
+from dumo.autodiff.tape import Later, is_complete, play
 from dumo.types import Array
 from forked import python
 from meeting import outputs
@@ -302,7 +302,7 @@ def tape(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Ten
     for name, end in later.items():
         end.value = along[name]
     ends = [head.t for head in heads if isinstance(head, Dual) and head.t is not None]
-    assert holds(ends)
+    assert is_complete(ends)
     play(ends)
     return tuple(Dual(h.p, h.t.value) if dual.tangent(h) is not None else h for h in heads)
 
@@ -403,7 +403,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return note
 
-    methods = [name for of in RULES for name in METHODS.get(of, ())]
+    methods = [name for of in RULES for name in METHOD_NAMES.get(of, ())]
     for of, f in list(RULES.items()):
         monkeypatch.setitem(RULES, of, noting(of, f))
     for name in methods:
@@ -413,7 +413,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         given = operands(shapes, call, D)
         for names in subsets(moving(shapes, given)):
             ride(function(call), given, directions(given, names))
-    by_method = {of for of in RULES if set(METHODS.get(of, ())) & called}
+    by_method = {of for of in RULES if set(METHOD_NAMES.get(of, ())) & called}
     assert {str(of) for of in set(RULES) - called - by_method if not isinstance(of, str)} == set()
     assert set(methods) - called == set()
 
@@ -496,8 +496,15 @@ def test_a_block_that_hides_gradients_raises() -> None:
 
 
 def test_a_rule_of_the_first_operand_is_known_as_such() -> None:
-    assert {F.linear, F.conv2d, F.layer_norm, torch.softmax, torch.cos} <= ALONE
-    assert not ALONE & {torch.add, Tensor.mul, torch.cat, torch.einsum, F.scaled_dot_product_attention, torch.where}
+    assert {F.linear, F.conv2d, F.layer_norm, torch.softmax, torch.cos} <= FIRST_OPERAND_ONLY
+    assert not FIRST_OPERAND_ONLY & {
+        torch.add,
+        Tensor.mul,
+        torch.cat,
+        torch.einsum,
+        F.scaled_dot_product_attention,
+        torch.where,
+    }
 
 
 # Points where a formula divides by zero or has a kink.

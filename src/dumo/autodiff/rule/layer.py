@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.autodiff import attention
-from dumo.autodiff.dual import RULES, Dual, NoRule, Rule, carry, differentiate, elsewhere, primal, rule, tangent
+from dumo.autodiff.dual import RULES, Dual, NoRule, Rule, carry, differentiate, primal, refuse_inplace, rule, tangent
 from dumo.autodiff.rule.algebra import leibniz
 from dumo.types import Array
 
@@ -48,7 +48,7 @@ def _convolve(
 @rule(F.relu)
 def relu(x: Dual, inplace: bool = False) -> Array:
     """Raises NoRule in place."""
-    elsewhere("relu", inplace)
+    refuse_inplace("relu", inplace)
     return RULES[torch.relu](x)
 
 
@@ -65,7 +65,7 @@ def _gelu(dx: Tensor, x: Tensor, approximate: str) -> Tensor:
 @rule(F.silu)
 def silu(x: Dual, inplace: bool = False) -> Array:
     """As gelu. Raises NoRule in place."""
-    elsewhere("silu", inplace)
+    refuse_inplace("silu", inplace)
     return carry(F.silu(x.p), _silu, (x,), x.p)
 
 
@@ -79,7 +79,7 @@ def _silu(dx: Tensor, x: Tensor) -> Tensor:
 @rule(F.mish)
 def mish(x: Dual, inplace: bool = False) -> Array:
     """x tanh(s), s = softplus(x): its slope is tanh(s) + x (1 - tanh(s)^2) sigmoid(x). Raises NoRule in place."""
-    elsewhere("mish", inplace)
+    refuse_inplace("mish", inplace)
     return carry(F.mish(x.p), _mish, (x,), x.p)
 
 
@@ -91,7 +91,7 @@ def _mish(dx: Tensor, x: Tensor) -> Tensor:
 @rule(F.leaky_relu)
 def leaky_relu(x: Dual, negative_slope: float = 0.01, inplace: bool = False) -> Array:
     """Raises NoRule in place."""
-    elsewhere("leaky_relu", inplace)
+    refuse_inplace("leaky_relu", inplace)
     return carry(F.leaky_relu(x.p, negative_slope), _leaky_relu, (x,), x.p, negative_slope)
 
 
@@ -102,7 +102,7 @@ def _leaky_relu(dx: Tensor, x: Tensor, negative_slope: float) -> Tensor:
 @rule(F.elu)
 def elu(x: Dual, alpha: float = 1.0, inplace: bool = False) -> Array:
     """Raises NoRule in place."""
-    elsewhere("elu", inplace)
+    refuse_inplace("elu", inplace)
     return carry(F.elu(x.p, alpha), _elu, (x,), x.p, alpha)
 
 
@@ -141,7 +141,7 @@ def _softmax(dx: Tensor, y: Tensor, dim: int) -> Tensor:
 @rule(F.dropout)
 def dropout(x: Dual, p: int | float = 0.5, training: bool = True, inplace: bool = False) -> Array:
     """The tangent meets the same mask. torch's generator moves as it does without a tangent. NoRule in place."""
-    elsewhere("dropout", inplace)
+    refuse_inplace("dropout", inplace)
     if p == 0 or not training:
         return x  # pyright: ignore[reportReturnType]
     mask = F.dropout(torch.ones_like(x.p), p)

@@ -53,15 +53,15 @@ def _linear_map(function: Callable[..., Any]) -> Rule:
             if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
                 raise NoRule(f"{function.__name__} to {out.dtype}")
             moved = carry(out, _again, (x,), again, args, kwargs, None)
-            return _part(moved) if view else moved
-        return tuple(_part(carry(p, _again, (x,), again, args, kwargs, i)) for i, p in enumerate(out))
+            return _mark_view(moved) if view else moved
+        return tuple(_mark_view(carry(p, _again, (x,), again, args, kwargs, i)) for i, p in enumerate(out))
 
     return apply
 
 
-def _part(x: Array) -> Array:
+def _mark_view(x: Array) -> Array:
     if isinstance(x, Dual):
-        x.part = True
+        x.is_view = True
     return x
 
 
@@ -134,7 +134,7 @@ def assign(x: Any, place: Any, value: Any) -> None:
             raise NoRule("Tensor.__setitem__ of what moves to what does not")
         x[place] = primal(value)
         return
-    if x.part:
+    if x.is_view:
         raise NoRule("Tensor.__setitem__ of a view")
     p = x.p.clone()
     p[place] = primal(value)
