@@ -1,4 +1,8 @@
-"""einops takes Duals: it asks its backends whose a tensor is, by type, and knows none of ours."""
+"""Make einops accept Duals, by `teach_einops`.
+
+einops asks each of its backends whether a tensor is of its type, and knows no type of ours. `dumo.jvp` and dual slopes
+call this before a pass; it does nothing unless einops is imported.
+"""
 
 import sys
 from functools import cache
@@ -8,18 +12,18 @@ from dumo.autodiff.dual import Dual
 
 
 def teach_einops() -> None:
-    """Make Duals known to einops, once it is imported."""
+    """Add the type of Duals to einops, if it is imported. A second call does nothing."""
     if "einops" in sys.modules:
-        _backend()
+        _define_backend()
 
 
 @cache
-def _backend() -> type:
-    """The backend, which einops finds among the subclasses of its own."""
+def _define_backend() -> type:
+    """Define a backend, which einops finds among the subclasses of its own."""
     from einops._backends import TorchBackend  # the one place where a type of tensors can be added
 
     class DualBackend(TorchBackend):
-        """Duals answer to torch's functions, so all is done as there."""
+        """The backend of torch, for Duals: they answer to torch's functions."""
 
         framework_name = "dumo"
 

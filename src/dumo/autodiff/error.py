@@ -1,4 +1,4 @@
-"""What a pass of Duals cannot do."""
+"""Errors of a pass of Duals: `NoRule` for an operation without a tangent, `WrittenTo` for a tape that went stale."""
 
 from dumo.types import UserError
 

@@ -3,9 +3,15 @@
     u, du_dt = dumo.jvp(net, (x_t, t), (v, torch.ones_like(t)))
     loss = (u - (v - t * du_dt)).square().mean()            # MeanFlow with r = 0: the target has no gradient
 
-`torch.func.jvp` says the same, where it runs. It has no forward derivative of fused attention, calls a checkpointed
+`torch.func.jvp` computes both, where it runs. It has no forward derivative of fused attention, calls a checkpointed
 block, DistributedDataParallel or a compiled module in ways that these do not take, and records a gradient of the
-tangent that a target does not need. Here the tangent rides on the pass that is made anyway (`dumo.autodiff.dual`).
+tangent that a target does not need. `jvp`, the entrance, goes like this:
+
+1. Check the arguments, and remember what a call changes: random state and buffers (`_CallState`).
+2. Call fn on Duals: the tangent rides on the pass that is made anyway (`dumo.autodiff.dual`).
+3. Where fn fails on Duals, restore the state and make two passes (`_two_passes`): fn as it is, and `torch.func.jvp`.
+
+`make_is_tensor_accept_duals` is also for `dumo.flow.slope`.
 """
 
 import logging
@@ -26,8 +32,8 @@ from dumo.autodiff.einops import teach_einops
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
-ROUNDED = 0.03  # ours: passes in bf16 differ by less, of another mask of dropout by more
-PLAIN = Tensor | Dual | int | float | complex | str | None  # what an output may hold
+MAX_ROUNDING = 0.03  # relative, ours: two passes in bf16 differ by less, with two masks of dropout by more
+_OutputLeaf = Tensor | Dual | int | float | complex | str | None  # what an output may hold
 
 
 def jvp(
@@ -36,7 +42,7 @@ def jvp(
     tangents: Sequence[Tensor | None],
     **kwargs: Any,  # noqa: ANN401, of fn
 ) -> tuple[Any, Any]:
-    """fn(*primals, **kwargs), and its derivative along `tangents`, shaped like primals; None: that one rests.
+    """Return fn(*primals, **kwargs) and its derivative along `tangents`, shaped like primals; None: that one rests.
 
     The value and its gradient are those of the plain call, to the bit. The derivative is exact in the precision of the
     pass and has no gradient; where the output does not move it is zero. Both have the structure of fn's output.
@@ -45,25 +51,25 @@ def jvp(
     `torch.func.jvp` without gradients. Both draw the same random numbers, of torch's generator on the CPU, as the plain
     call; buffers of a module change once. Raises UserError where arguments do not fit, and where that fails, too.
     """
-    require_arguments(primals, tangents)
+    _require_arguments(primals, tangents)
     teach_einops()
-    call_duals_tensors()
-    before = Moment.of(fn)
+    make_is_tensor_accept_duals()
+    before = _CallState.of(fn)
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     try:
-        moving = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
-        out = fn(*moving, **kwargs)
+        operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
+        out = fn(*operands, **kwargs)
     except (NoRule, TypeError, AttributeError, RuntimeError) as error:  # also of code that asks for a Tensor
         before.restore()
         return _two_passes(fn, primals, directions, kwargs, before, error)
     for leaf in tree_flatten(out)[0]:
-        if not isinstance(leaf, PLAIN):
+        if not isinstance(leaf, _OutputLeaf):
             raise UserError(f"dumo.jvp: the function returned a {type(leaf).__name__}: return tensors, tuples or dicts")
-    return tree_map(primal, out), tree_map(_derivative, out)
+    return tree_map(primal, out), tree_map(_tangent_or_zeros, out)
 
 
-def require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> None:
-    """Raise UserError where these are no tensors of floats in pairs of a shape."""
+def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> None:
+    """Raise UserError unless there is a tangent or None for each primal, and both are floats of one shape."""
     if isinstance(primals, Tensor) or isinstance(tangents, Tensor):
         raise UserError("dumo.jvp takes primals and tangents as tuples: dumo.jvp(fn, (x,), (v,))")
     if len(primals) != len(tangents):
@@ -82,40 +88,45 @@ def require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | Non
 
 
 @cache
-def call_duals_tensors() -> None:
-    """From now on torch.is_tensor says yes to a Dual: models of diffusers ask it of times, also when recomputed."""
+def make_is_tensor_accept_duals() -> None:
+    """Make torch.is_tensor return True for a Dual from now on.
+
+    Models of diffusers ask it of times, also when a checkpoint is recomputed.
+    """
     is_tensor = torch.is_tensor
     torch.is_tensor = lambda obj: isinstance(obj, Dual) or is_tensor(obj)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a call of fn changes: torch's generator on the CPU, and the buffers of a module."""
+class _CallState:
+    """What a call of fn may change: torch's generator on the CPU, and the buffers of a module."""
 
     fn: object
     random_state: Tensor
     buffers: list[Tensor]
 
     @classmethod
-    def of(cls, fn: object) -> "Moment":
-        """As it is now."""
+    def of(cls, fn: object) -> "_CallState":
+        """Copy the present state."""
         buffers = [buffer.clone() for buffer in fn.buffers()] if isinstance(fn, nn.Module) else []
         return cls(fn, torch.get_rng_state(), buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """As it was then."""
+        """Write the copied state back."""
         torch.set_rng_state(self.random_state)
         if isinstance(self.fn, nn.Module):
             for buffer, value in zip(self.fn.buffers(), self.buffers, strict=True):
                 buffer.copy_(value)
 
 
-def _derivative(x: object) -> object:
-    """The tangent of an output; zeros of one that rests."""
+def _tangent_or_zeros(x: object) -> object:
+    """The tangent of an output; zeros of a tensor that does not move; anything else as it is."""
     if isinstance(x, Dual) and x.t is not None:
         return x.t
-    return torch.zeros_like(primal(x)) if isinstance(x, Tensor | Dual) else x
+    if isinstance(x, Tensor | Dual):
+        return torch.zeros_like(primal(x))
+    return x
 
 
 def _two_passes(
@@ -123,56 +134,58 @@ def _two_passes(
     primals: Sequence[Tensor],
     directions: Sequence[Tensor | None],
     kwargs: dict[str, Any],
-    before: Moment,
-    error: Exception,
+    before: _CallState,
+    one_pass_error: Exception,
 ) -> tuple[Any, Any]:
-    """The value by the plain call, the derivative by torch; `error` says why not in one pass."""
+    """The value by the plain call, the derivative by torch.func.jvp. `one_pass_error`: why one pass did not do.
+
+    Raises UserError where torch.func.jvp fails, or draws other random numbers than the plain call.
+    """
     points = [p if d is None else p.detach().clone() for p, d in zip(primals, directions, strict=True)]
     value = fn(*primals, **kwargs)  # raises what is no matter of tangents, and may write to primals
-    after = Moment.of(fn)
-    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # which torch.func.jvp does not pass
+    after = _CallState.of(fn)
+    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # torch.func.jvp does not pass the wrapper
     leaves, spec = tree_flatten(value)
-    places = [i for i, d in enumerate(directions) if d is not None]
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    moving_places = [i for i, d in enumerate(directions) if d is not None]
+    tensor_places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    def tensors_along(*some: Tensor) -> tuple[Tensor, ...]:
+    def tensor_outputs(*moving: Tensor) -> tuple[Tensor, ...]:
         operands = list(points)
-        for i, x in zip(places, some, strict=True):
+        for i, x in zip(moving_places, moving, strict=True):
             operands[i] = x.clone()  # it may be written to
         results = tree_flatten(inner(*operands, **kwargs))[0]
-        return tuple(results[i] for i in tensors)
+        return tuple(results[i] for i in tensor_places)
 
-    at = tuple(points[i] for i in places)
-    along = tuple(d for d in directions if d is not None)
+    moving_points = tuple(points[i] for i in moving_places)
+    moving_directions = tuple(d for d in directions if d is not None)
     name = getattr(fn, "__name__", type(fn).__name__)
+    refusal = f"{name} has no derivative: {_first_line(one_pass_error)}; and"
     before.restore()
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            again, slopes = torch.func.jvp(tensors_along, at, along)[:2]
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as failed:
-        raise UserError(
-            f"{name} has no derivative: {_first_line(error)}; and by torch.func.jvp: {_first_line(failed)}"
-        ) from failed
+            repeated_values, derivatives = torch.func.jvp(tensor_outputs, moving_points, moving_directions)[:2]
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as two_pass_error:
+        raise UserError(f"{refusal} by torch.func.jvp: {_first_line(two_pass_error)}") from two_pass_error
     finally:
         after.restore()
-    for i, repeated in zip(tensors, again, strict=True):
-        if _differs(leaves[i].detach(), repeated):
+    for i, repeated_value in zip(tensor_places, repeated_values, strict=True):
+        if _differs(leaves[i].detach(), repeated_value):
             raise UserError(
-                f"{name} has no derivative: {_first_line(error)}; and torch.func.jvp draws other random numbers, as "
-                "it lays tensors out in another way: leave out the dropout, or let it follow contiguous()"
+                f"{refusal} torch.func.jvp draws other random numbers, as it lays tensors out in another way: "
+                "leave out the dropout, or let it follow contiguous()"
             )
-    log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(error))
-    derivative = list(leaves)
-    for i, slope in zip(tensors, slopes, strict=True):
-        derivative[i] = slope
-    return value, tree_unflatten(derivative, spec)
+    log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(one_pass_error))
+    derivative_leaves = list(leaves)
+    for i, derivative in zip(tensor_places, derivatives, strict=True):
+        derivative_leaves[i] = derivative
+    return value, tree_unflatten(derivative_leaves, spec)
 
 
-def _differs(value: Tensor, repeated: Tensor) -> bool:
-    """Whether two passes on the same differ by more than rounding."""
+def _differs(value: Tensor, repeated_value: Tensor) -> bool:
+    """Whether two passes on the same inputs differ by more than rounding."""
     if not value.is_floating_point():
         return False
-    return bool((repeated - value).norm() > ROUNDED * value.norm())
+    return bool((repeated_value - value).norm() > MAX_ROUNDING * value.norm())
 
 
 def _first_line(error: Exception) -> str:

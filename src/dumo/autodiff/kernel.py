@@ -1,6 +1,8 @@
 """The tangent of softmax attention in one Triton kernel: no scores in memory, and one operator to a compiler.
 
-`dumo.autodiff.attention` derives the formula. A program takes a block of queries and walks over blocks of keys,
+`attention_tangent` is the entrance, called by `dumo.autodiff.attention.tangent`, which derives the formula. It chooses
+block sizes that fit into shared memory, and launches `_kernel`, a program for each block of queries. A program walks
+over blocks of keys,
 
     p = 2^(S log2 e - peak),    h = p * s (dq k^T + q dk^T),
     acc += p dv + h v,          m += rowsum h,
@@ -9,7 +11,7 @@ and writes dO = acc - m O. Where the primal's kernel gave its log-sum-exp, that 
 Where it did not, the peak is the largest score so far, and acc and m are divided by the sum of all p at the end.
 No gradient flows through a tangent, so there is no backward kernel. Products are of the inputs' type, sums are fp32.
 
-Importing this file imports Triton. Blocks are looked up and not timed, so a machine gives the same bits each time.
+Importing this file imports Triton. Block sizes are looked up and not timed, so a machine gives the same bits each time.
 """
 # The functions of Triton are no Python: what they take and return has no type here.
 # ruff: noqa: ANN001, ANN202
@@ -25,55 +27,65 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 
-HOPPER = 227 << 10  # bytes of shared memory that a program can have on H100 and H200
-# Queries, keys and loads in flight of a program of WARPS; the first that fits into shared memory is taken (ours).
-BLOCKS, WARPS = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 1)), 8
-
-
-def cover(size: int) -> tuple[int, int, int]:
-    """A head's size, and one or two powers of two from 16 that cover it: 72 takes 64 + 16, where 128 would be waste."""
-    whole = max(16, 1 << (size - 1).bit_length())
-    half = whole // 2
-    rest = max(16, 1 << (size - half - 1).bit_length())
-    return (size, half, rest) if rest < half else (size, whole, 0)
+H100_SHARED_BYTES = 227 << 10  # shared memory that a program can have on H100 and H200
+_NUM_WARPS = 8  # of a program (ours)
+# Queries, keys and loads in flight of a program; the first that fits into shared memory is taken (ours).
+_BLOCK_SIZES = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 1))
+_MIN_WIDTH = 16  # columns of the smallest product of Triton
 
 
-def block(row: int, limit: int) -> tuple[int, int, int]:
-    """The entry of BLOCKS for rows of that many bytes: q and dq stay in memory, and k, dk, v and dv pass through it."""
-    return next((b for b in BLOCKS if (2 * b[0] + 4 * b[1] * b[2]) * row <= limit), BLOCKS[-1])
+def covering_widths(size: int) -> tuple[int, int, int]:
+    """A head's size, and one or two powers of two that cover it: 72 takes 64 + 16, where 128 would be waste.
+
+    Each width is at least 16; the second is 0 where one is enough.
+    """
+    one_width = max(_MIN_WIDTH, 1 << (size - 1).bit_length())
+    half_width = one_width // 2
+    rest_width = max(_MIN_WIDTH, 1 << (size - half_width - 1).bit_length())
+    if rest_width < half_width:
+        return size, half_width, rest_width
+    return size, one_width, 0
+
+
+def _block_sizes(row_bytes: int, shared_bytes: int) -> tuple[int, int, int]:
+    """The first of _BLOCK_SIZES that fits: q and dq stay in shared memory, and k, dk, v and dv pass through it."""
+    for queries, keys, stages in _BLOCK_SIZES:
+        if (2 * queries + 4 * keys * stages) * row_bytes <= shared_bytes:
+            return queries, keys, stages
+    return _BLOCK_SIZES[-1]
 
 
 @triton.jit
 @no_type_check
-def _at(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: tl.constexpr, unit: tl.constexpr):
-    """Addresses of some columns of some rows, and which of them exist."""
+def _addresses(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: tl.constexpr, unit: tl.constexpr):
+    """Addresses of `width` columns of some rows from column `first`, and which of them are inside of (n, d[0])."""
     cols = first + tl.arange(0, width)
-    at = (b * stride[0] + h * stride[1] + rows[:, None] * stride[2]) * unit + cols[None, :] * stride[3]
-    return x + at, (rows[:, None] < n) & (cols[None, :] < d[0])
+    offsets = (b * stride[0] + h * stride[1] + rows[:, None] * stride[2]) * unit + cols[None, :] * stride[3]
+    return x + offsets, (rows[:, None] < n) & (cols[None, :] < d[0])
 
 
 @triton.jit
 @no_type_check
 def _load(x, stride, b, h, rows, n, d: tl.constexpr, unit: tl.constexpr):
-    """Some rows, in the two parts of `cover`, zero outside.
+    """Load some rows in the two parts of `covering_widths`, zero outside of (n, d[0]).
 
     With one part the second repeats the first and is not used.
     """
-    at, there = _at(x, stride, b, h, rows, n, d, 0, d[1], unit)
-    left = tl.load(at, mask=there, other=0.0)
+    addresses, is_inside = _addresses(x, stride, b, h, rows, n, d, 0, d[1], unit)
+    left = tl.load(addresses, mask=is_inside, other=0.0)
     right = left  # Triton 3.6 does not take None inside a tuple
     if d[2] > 0:
-        at, there = _at(x, stride, b, h, rows, n, d, d[1], d[2], unit)
-        right = tl.load(at, mask=there, other=0.0)
+        addresses, is_inside = _addresses(x, stride, b, h, rows, n, d, d[1], d[2], unit)
+        right = tl.load(addresses, mask=is_inside, other=0.0)
     return left, right
 
 
 @triton.jit
 @no_type_check
-def _scores(a, b, s, d: tl.constexpr):
-    """s + a b^T."""
+def _add_scores(a, b, s, d: tl.constexpr):
+    """s + a b^T, of rows in the two parts of `covering_widths`."""
     s = tl.dot(a[0], tl.trans(b[0]), s, input_precision="ieee")
     if d[2] > 0:
         s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
@@ -82,8 +94,8 @@ def _scores(a, b, s, d: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _mix(p, v, acc, e: tl.constexpr):
-    """acc + p v."""
+def _add_mixed(p, v, acc, e: tl.constexpr):
+    """acc + p v, of rows of v in the two parts of `covering_widths`."""
     p = p.to(v[0].dtype)
     left = tl.dot(p, v[0], acc[0], input_precision="ieee")
     right = acc[1]
@@ -94,9 +106,9 @@ def _mix(p, v, acc, e: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _times(acc, share):
-    """Every row of acc times its share."""
-    return acc[0] * share[:, None], acc[1] * share[:, None]
+def _scale_rows(acc, factor):
+    """acc, each row times its factor."""
+    return acc[0] * factor[:, None], acc[1] * factor[:, None]
 
 
 @triton.jit
@@ -105,19 +117,25 @@ def _kernel(
     q, k, v, dq, dk, dv, o, out, qs, ks, vs, dqs, dks, dvs, os, outs, lse, scale, heads, n, m,
     d: tl.constexpr, e: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr, unit: tl.constexpr,
 ):  # fmt: skip
-    """bn of n queries against m keys, bm at a time; d and e `cover` k and v; strides, but the last, count in units."""
-    blocks = tl.cdiv(n, bn)
-    head = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = head // heads, head % heads
-    rows = tl.program_id(0) % blocks * bn + tl.arange(0, bn)
+    """Write dO for bn of n queries against m keys, bm at a time.
+
+    qs, ks ... are the strides of q, k ...; all but the last count in units. d and e are the `covering_widths` of heads
+    of k and v.
+    """
+    num_blocks = tl.cdiv(n, bn)
+    head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    b = head // heads
+    h = head % heads
+    rows = tl.program_id(0) % num_blocks * bn + tl.arange(0, bn)
 
     query = _load(q, qs, b, h, rows, n, d, unit)
     if dq is not None:
-        moved = _load(dq, dqs, b, h, rows, n, d, unit)
+        query_tangent = _load(dq, dqs, b, h, rows, n, d, unit)
     peak = tl.full((bn,), float("-inf"), tl.float32)
     if lse is not None:
         peak = tl.load(lse + head * n + rows, mask=rows < n, other=0.0) * 1.4426950408889634  # log2 e
-    total, mean = tl.zeros((bn,), tl.float32), tl.zeros((bn,), tl.float32)
+    total = tl.zeros((bn,), tl.float32)
+    mean = tl.zeros((bn,), tl.float32)
     left = tl.full((bn, e[1]), 0.0, tl.float32)
     right = tl.full((bn, 16 if e[2] == 0 else e[2]), 0.0, tl.float32)  # unused where one part covers
     acc = left, right
@@ -125,35 +143,39 @@ def _kernel(
     for first in range(0, m, bm):
         cols = first + tl.arange(0, bm)
         key = _load(k, ks, b, h, cols, m, d, unit)
-        s = _scores(query, key, tl.zeros((bn, bm), tl.float32), d) * (scale * 1.4426950408889634)
+        s = _add_scores(query, key, tl.zeros((bn, bm), tl.float32), d) * (scale * 1.4426950408889634)
         s = tl.where(cols[None, :] < m, s, float("-inf"))
         if lse is None:
             top = tl.maximum(peak, tl.max(s, 1))
             fade = tl.exp2(peak - top)
-            peak, total, mean, acc = top, total * fade, mean * fade, _times(acc, fade)
+            peak = top
+            total = total * fade
+            mean = mean * fade
+            acc = _scale_rows(acc, fade)
         p = tl.exp2(s - peak[:, None])
         if lse is None:
             total += tl.sum(p, 1)
         if dv is not None:
-            acc = _mix(p, _load(dv, dvs, b, h, cols, m, e, unit), acc, e)
+            acc = _add_mixed(p, _load(dv, dvs, b, h, cols, m, e, unit), acc, e)
         if dq is not None or dk is not None:
             ds = tl.zeros((bn, bm), tl.float32)
             if dq is not None:
-                ds = _scores(moved, key, ds, d)
+                ds = _add_scores(query_tangent, key, ds, d)
             if dk is not None:
-                ds = _scores(query, _load(dk, dks, b, h, cols, m, d, unit), ds, d)
+                ds = _add_scores(query, _load(dk, dks, b, h, cols, m, d, unit), ds, d)
             ds *= p * scale
             mean += tl.sum(ds, 1)
-            acc = _mix(ds, _load(v, vs, b, h, cols, m, e, unit), acc, e)
+            acc = _add_mixed(ds, _load(v, vs, b, h, cols, m, e, unit), acc, e)
 
     if lse is None:
-        mean, acc = mean / total, _times(acc, 1.0 / total)
-    old = _load(o, os, b, h, rows, n, e, unit)
-    at, there = _at(out, outs, b, h, rows, n, e, 0, e[1], unit)
-    tl.store(at, acc[0] - mean[:, None] * old[0], mask=there)
+        mean = mean / total
+        acc = _scale_rows(acc, 1.0 / total)
+    output = _load(o, os, b, h, rows, n, e, unit)
+    addresses, is_inside = _addresses(out, outs, b, h, rows, n, e, 0, e[1], unit)
+    tl.store(addresses, acc[0] - mean[:, None] * output[0], mask=is_inside)
     if e[2] > 0:
-        at, there = _at(out, outs, b, h, rows, n, e, e[1], e[2], unit)
-        tl.store(at, acc[1] - mean[:, None] * old[1], mask=there)
+        addresses, is_inside = _addresses(out, outs, b, h, rows, n, e, e[1], e[2], unit)
+        tl.store(addresses, acc[1] - mean[:, None] * output[1], mask=is_inside)
 
 
 @torch.library.custom_op("dumo::attention_tangent", mutates_args=())
@@ -161,21 +183,29 @@ def attention_tangent(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, o: Tensor,
     lse: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """dO, laid out as o (b, h, n, e). q, dq: (b, h, n, d); k, dk: (b, h, m, d); v, dv: (b, h, m, e); lse: (b, h, n).
+    """dO, in the shape and layout of o (b, h, n, e).
 
+    q, dq: (b, h, n, d); k, dk: (b, h, m, d); v, dv: (b, h, m, e); lse: (b, h, n).
     All but lse (fp32) are of one type, and of any strides. A tangent that is None is zero: its products are skipped.
     """
-    out, (b, h, n, _) = torch.empty_like(o), q.shape
-    given = (q, k, v, dq, dk, dv, o, out)
-    unit = gcd(8, *(s for x in given if x is not None for s in x.stride()[:3]))  # so that 16 bytes load at once
-    strides = (x if x is None else (*(s // unit for s in x.stride()[:3]), x.stride(3)) for x in given)
-    d, e = cover(q.shape[3]), cover(v.shape[3])
-    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else HOPPER
-    bn, bm, stages = block(max(sum(d[1:]), sum(e[1:])) * q.element_size(), memory)
+    b, h, n, _ = q.shape
+    out = torch.empty_like(o)
+    tensors = (q, k, v, dq, dk, dv, o, out)
+    outer_strides = [stride for x in tensors if x is not None for stride in x.stride()[:3]]
+    unit = gcd(8, *outer_strides)  # the kernel knows that strides divide by it, so that 16 bytes load at once
+    strides = [x if x is None else (*(stride // unit for stride in x.stride()[:3]), x.stride(3)) for x in tensors]
+    d = covering_widths(q.shape[3])
+    e = covering_widths(v.shape[3])
+    shared_bytes = H100_SHARED_BYTES  # to Triton's interpreter and its compiler without a GPU
+    if q.is_cuda:
+        shared_bytes = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    row_bytes = max(sum(d[1:]), sum(e[1:])) * q.element_size()
+    bn, bm, stages = _block_sizes(row_bytes, shared_bytes)
+    num_programs = triton.cdiv(n, bn) * b * h
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _kernel[(triton.cdiv(n, bn) * b * h,)](
-            *given, *strides, lse if lse is None else lse.contiguous(), scale, h, n, k.shape[2],
-            d, e, bn, bm, unit, num_warps=WARPS, num_stages=stages,
+        _kernel[(num_programs,)](
+            *tensors, *strides, lse if lse is None else lse.contiguous(), scale, h, n, k.shape[2],
+            d, e, bn, bm, unit, num_warps=_NUM_WARPS, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -186,9 +216,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, dq: object, dk: object, dv: object, o: Te
 
 
 @register_flop_formula(torch.ops.dumo.attention_tangent)
-def flops(q: Shape, k: Shape, v: Shape, dq: object, dk: object, dv: object, *_: object, **__: object) -> int:
-    """Operations of the products that are made, two per multiply-add; shapes for tensors."""
+def _flops(q: _Shape, k: _Shape, v: _Shape, dq: object, dk: object, dv: object, *_: object, **__: object) -> int:
+    """Floating point operations of the products that are made, two per multiply-add. Takes shapes, not tensors."""
     b, h, n, d = q
-    with_keys = 1 + (dq is not None) + (dk is not None)
-    with_values = (dv is not None) + (dq is not None or dk is not None)
-    return 2 * b * h * n * k[2] * (with_keys * d + with_values * v[3])
+    key_products = 1 + (dq is not None) + (dk is not None)
+    value_products = (dv is not None) + (dq is not None or dk is not None)
+    return 2 * b * h * n * k[2] * (key_products * d + value_products * v[3])

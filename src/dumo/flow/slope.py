@@ -43,7 +43,7 @@ from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import pair, primal
 from dumo.autodiff.einops import teach_einops
-from dumo.autodiff.jvp import call_duals_tensors
+from dumo.autodiff.jvp import make_is_tensor_accept_duals
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import uses_tf32
@@ -192,7 +192,7 @@ class DualSlope(Linearization):
         """The function of (x, c, t=t, **rest) that makes the pass, by tape, ride or passes (`way`)."""
         if not torch.compiler.is_compiling():
             teach_einops()
-            call_duals_tensors()
+            make_is_tensor_accept_duals()
         way = self.way(net, ref, known=toward is not None)
         if way.name == "tape" and moving is None:
             return partial(_linearize_by_tape, partial(self.slopes, ref), net, ref)

@@ -117,7 +117,7 @@ def assembly(capability: int, memory: int, size: int) -> tuple[int, str]:
             return lambda *args, **options: made.append(launched.warmup(*args, grid=grid, **options))
 
     triton.runtime.driver.set_active(Machine())
-    made, launched, kernel._kernel, kernel.HOPPER = [], kernel._kernel, Compile(), memory
+    made, launched, kernel._kernel, kernel.H100_SHARED_BYTES = [], kernel._kernel, Compile(), memory
     x = torch.empty(1, 256, 3, 16, size, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
     kernel.attention_tangent(*x, *x, torch.empty_like(x[0]), None, 0.1)
     kernel._kernel = launched
@@ -162,9 +162,9 @@ def test_the_code_fits_the_machine(code: dict[str, float], machine: str) -> None
 
 @pytest.mark.parametrize("size", [1, 16, 20, 40, 64, 72, 80, 96, 112, 128, 256])
 def test_parts_cover_a_head_with_little_waste(size: int) -> None:
-    from dumo.autodiff.kernel import cover
+    from dumo.autodiff.kernel import covering_widths
 
-    same, *parts = cover(size)
+    same, *parts = covering_widths(size)
     assert same == size
     assert size <= sum(parts) <= max(16, 2 * size)
     assert all(part == 0 or (part >= 16 and part.bit_count() == 1) for part in parts)
