@@ -1,8 +1,13 @@
-"""How well an image fits a text: the cosine of what CLIP (Radford et al. 2021) makes of the two.
+"""CLIP (Radford et al. 2021): how well an image fits a text, as the cosine of their two embeddings.
 
-The model is a folder of the user's own, as transformers saves a CLIPModel. What is done to an image before is fixed
-here, as in the published code, and does not depend on what else is installed: the shorter side resized to the model's
-by Pillow, bicubic, the middle cut out.
+The model is a folder of the user's own, as transformers saves a CLIPModel. `load` checks the folder and reads model,
+tokenizer and colours into a `Clip`; `Clip.cosines` then preprocesses images, cuts texts into tokens, and asks the
+model.
+
+Preprocessing is fixed here, as in the published code, whatever else is installed: Pillow brings the shorter side to the
+model's, bicubic, the middle is cut out, and colours are centred and scaled.
+
+`read_config`, `read_colours` and the colours of OpenAI's CLIP are also for `dumo.encoders.vision`.
 """
 
 from collections.abc import Sequence
@@ -25,107 +30,115 @@ from dumo.io.read import foreign, read_settings
 from dumo.io.weights import read, read_metadata
 from dumo.types import UserError
 
-PIECE = 64  # images
+_IMAGES_PER_BATCH = 64  # ours
 HINT = f"name a folder with {CONFIG}, {WEIGHTS} and the files of a tokenizer, as transformers saves a CLIPModel"
-CUT = "preprocessor_config.json"  # of images
-BOTH = "processor_config.json"  # of images and texts, as of transformers 5
-TOKENIZER = "tokenizer_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+IMAGE_CONFIG = "preprocessor_config.json"  # of the image processor
+_PROCESSOR_CONFIG = "processor_config.json"  # of image processor and tokenizer, as of transformers 5
+_COLOUR_KEYS = ("image_mean", "image_std")  # in either file
 Colour = tuple[float, float, float]  # red, green, blue
-# Of colours: OpenAI's CLIP.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-SD = (0.26862954, 0.26130258, 0.27577711)
-NUMBERS = "image_mean", "image_std"
+COLOUR_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
+COLOUR_DEVIATION = (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP that is read."""
+    """A CLIP, and what its images and texts need before they reach the model."""
 
     folder: Path
     model: Any  # of transformers
-    cut: Cutter
-    side: int
-    mean: Float[Tensor, "3 1 1"]
-    sd: Float[Tensor, "3 1 1"]
+    tokenizer: Cutter
+    side: int  # pixels
+    mean: Float[Tensor, "3 1 1"]  # of colours in [0, 1]
+    deviation: Float[Tensor, "3 1 1"]
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights, in hexadecimal."""
+        """The SHA-256 of the weights, in hexadecimal."""
         return digest.of_file(self.folder / WEIGHTS)
 
     @torch.no_grad()
     def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
-        """Of each image with its text, in float32 on the CPU; texts of too many tokens are cut, with a warning."""
-        found = list[Tensor]()
-        for first in range(0, len(texts), PIECE):
-            part = slice(first, first + PIECE)
-            ids, mask = self.cut(texts[part])
-            inputs = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": self.seen(pixels[part])}
+        """The cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
+        batches = list[Tensor]()
+        for first in range(0, len(texts), _IMAGES_PER_BATCH):
+            batch = slice(first, first + _IMAGES_PER_BATCH)
+            ids, mask = self.tokenizer(texts[batch])
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": mask.long(),
+                "pixel_values": self._preprocess(pixels[batch]),
+            }
             with foreign(f"the CLIP of {self.folder} fails", HINT):
                 output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
-                found.append((output.image_embeds * output.text_embeds).sum(1).float().cpu())  # both of length 1
-        return torch.cat([torch.zeros(0), *found])
+                cosines = (output.image_embeds * output.text_embeds).sum(1)  # both have length 1
+                batches.append(cosines.float().cpu())
+        return torch.cat([torch.zeros(0), *batches])
 
-    def seen(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
-        """Images as the model sees them."""
-        rows = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-        whole = np.stack([np.asarray(fitted(Image.fromarray(row), self.side)) for row in rows])
-        return (torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.sd
+    def _preprocess(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
+        """Resize and crop images, and scale their colours, as the model expects them."""
+        images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        squares = np.stack([np.asarray(_resize_and_crop(Image.fromarray(image), self.side)) for image in images])
+        colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
+        return (colours - self.mean) / self.deviation
 
 
-def fitted(image: Image.Image, side: int) -> Image.Image:
-    """Its shorter side resized to `side`, then the middle `side` by `side`."""
-    w, h = (side * length // min(image.size) for length in image.size)
-    left = (w - side) // 2
-    top = (h - side) // 2
-    return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
+    """Resize the shorter side of an image to `side` pixels, then cut out the middle `side` by `side`."""
+    width, height = (side * length // min(image.size) for length in image.size)
+    left = (width - side) // 2
+    top = (height - side) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
 def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
-    """The CLIP of a folder.
+    """Load the CLIP of a folder onto a device.
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
-    config = config_of(folder, (CONFIG, WEIGHTS, TOKENIZER), field, HINT)
+    config = read_config(folder, (CONFIG, WEIGHTS, _TOKENIZER_CONFIG), field, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
         raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
-    length = model.config.text_config.max_position_embeddings
+    tokenizer = cutter(folder, model.config.text_config.max_position_embeddings)
     side = model.config.vision_config.image_size
-    cut = cutter(folder, length)
-    return Clip(folder, model, cut, side, *colours(folder, (MEAN, SD), HINT))
+    mean, deviation = read_colours(folder, (COLOUR_MEAN, COLOUR_DEVIATION), HINT)
+    return Clip(folder, model, tokenizer, side, mean, deviation)
 
 
-def config_of(folder: Path, files: Sequence[str], field: str, hint: str) -> dict[str, Any]:
-    """The settings of a folder that has these files, config.json first.
+def read_config(folder: Path, files: Sequence[str], field: str, hint: str) -> dict[str, Any]:
+    """Read config.json of a folder, after a check that the folder has all `files`.
 
-    Raises UserError, which names the field, where one is missing, the weights are damaged, or they are a pickle.
+    Raises UserError, which names the field, where a file is missing, the weights are damaged, or they are a pickle.
     """
     missing = next((name for name in files if not (folder / name).is_file()), None)
     if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
-        read(folder / PICKLES[0], convert=False)  # refuses, and says the way out
+        read(folder / PICKLES[0], convert=False)  # raises UserError that says how to convert it
     if missing:
         raise UserError(f"{field}: {folder} has no {missing}: {hint}")
     config = read_settings(folder / CONFIG, hint)
-    read_metadata(folder / WEIGHTS)  # damaged weights are refused with a line
+    read_metadata(folder / WEIGHTS)  # raises UserError if the header is damaged
     return config
 
 
-def colours(
-    folder: Path, usual: tuple[Colour, Colour], hint: str
+def read_colours(
+    folder: Path, default: tuple[Colour, Colour], hint: str
 ) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
-    """Mean and deviation of the colours, as the folder's image processor has them, else as usual.
+    """Read the mean and deviation of colours from the settings of a folder's image processor.
 
-    Raises UserError where one of them is not three numbers.
+    What they do not hold is `default`. Raises UserError where a value is not three numbers.
     """
-    file = next((folder / name for name in (CUT, BOTH) if (folder / name).is_file()), None)
-    known = read_settings(file, hint) if file else {}
-    found = list[Tensor]()
-    inner = known.get("image_processor")
-    known = inner if isinstance(inner, dict) else known
-    for name, numbers in zip(NUMBERS, usual, strict=True):
+    file = next((folder / name for name in (IMAGE_CONFIG, _PROCESSOR_CONFIG) if (folder / name).is_file()), None)
+    settings = read_settings(file, hint) if file else {}
+    image_settings = settings.get("image_processor")
+    if isinstance(image_settings, dict):
+        settings = image_settings
+    colours = list[Tensor]()
+    for key, default_value in zip(_COLOUR_KEYS, default, strict=True):
         try:
-            found.append(torch.tensor(known.get(name, numbers), dtype=torch.float32).view(3, 1, 1))
+            colour = torch.tensor(settings.get(key, default_value), dtype=torch.float32).view(3, 1, 1)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{file}: {name} is not three numbers: {hint}") from error
-    return found[0], found[1]
+            raise UserError(f"{file}: {key} is not three numbers: {hint}") from error
+        colours.append(colour)
+    mean, deviation = colours
+    return mean, deviation

@@ -1,7 +1,9 @@
-"""Images as DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021) see them, as rows of numbers.
+"""Features of images by DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
 
-The model is a folder of the user's own, as transformers saves it. What is done to an image before is fixed here, as in
-the code of those who judge by these features, and does not depend on what else is installed:
+The model is a folder of the user's own, as transformers saves it. `load` checks the folder and reads it into an `Eye`;
+a call of that preprocesses images and returns a row of numbers for each.
+
+Preprocessing is fixed here, as in the code of those who judge by these features, whatever else is installed:
 
 - `dinov2`, as dgm-eval (Stein et al. 2023): the whole image brought to 224 x 224 by Pillow, bicubic, whatever its
   shape; the class token behind the last norm. Positions are interpolated as in the published model, to (16 + 0.1) / 37
@@ -32,38 +34,38 @@ from dumo.io.read import foreign
 from dumo.types import UserError
 
 Kind = Literal["cmmd", "dinov2"]
-SIDE = 224  # pixels that DINOv2 is shown: dgm-eval
-OFFSET = 0.1  # of a patch: facebookresearch/dinov2, hub/backbones.py
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its colours
+_DINOV2_SIDE = 224  # pixels: dgm-eval
+_DINOV2_OFFSET = 0.1  # patches: facebookresearch/dinov2, hub/backbones.py
+IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, in [0, 1]
 
 
 class VisionModel(NamedTuple):
-    """What a kind is: a class of transformers, the model types of the folders that it reads, and its usual colours."""
+    """The model of a kind of features."""
 
-    model: str
-    types: tuple[str, ...]
-    colours: tuple[clip.Colour, clip.Colour]
-    resize: str  # in words
+    model: str  # its class in transformers
+    types: tuple[str, ...]  # `model_type` of the folders that it reads
+    colours: tuple[clip.Colour, clip.Colour]  # mean and deviation, where a folder has none
+    resize: str  # what is done to an image before, in words
 
     @property
     def hint(self) -> str:
-        """The way out."""
+        """What to do where a folder does not fit, for messages."""
         return f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a {self.model}"
 
 
-KNOWN: dict[Kind, VisionModel] = {
-    "dinov2": VisionModel("Dinov2Model", ("dinov2",), IMAGENET, "Pillow, bicubic, the whole image to"),
+VISION_MODELS: dict[Kind, VisionModel] = {
+    "dinov2": VisionModel("Dinov2Model", ("dinov2",), IMAGENET_COLOURS, "Pillow, bicubic, the whole image to"),
     "cmmd": VisionModel(
         "CLIPVisionModelWithProjection",
         ("clip", "clip_vision_model"),
-        (clip.MEAN, clip.SD),
+        (clip.COLOUR_MEAN, clip.COLOUR_DEVIATION),
         "Pillow, bicubic, the middle square to",
     ),
 }
 
 
 class ImageFeatures(NamedTuple):
-    """What statistics read of n images: features alone."""
+    """Features of n images, in the fields that statistics read; no spatial features and no logits."""
 
     pool: Float[Tensor, "n d"]
     spatial: Float[Tensor, "n 0"]
@@ -72,24 +74,24 @@ class ImageFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class Eye:
-    """A model of images that is read."""
+    """A model of images, and what images need before they reach it."""
 
     kind: Kind
     folder: Path
     model: Any  # of transformers
-    side: int
-    mean: Float[Tensor, "3 1 1"]
-    sd: Float[Tensor, "3 1 1"]
+    side: int  # pixels
+    mean: Float[Tensor, "3 1 1"]  # of colours in [0, 1]
+    deviation: Float[Tensor, "3 1 1"]
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """What a report says of it: the model, the hash of its weights, and what is done to an image before."""
-        config, (mean, sd) = self.model.config, (x.flatten().tolist() for x in (self.mean, self.sd))
-        colours = "; ".join(", ".join(f"{number:.4g}" for number in numbers) for numbers in (mean, sd))
+        """For a report: the model, the hash of its weights, and what is done to an image before."""
+        config = self.model.config
+        colours = f"{_colour_text(self.mean)}; {_colour_text(self.deviation)}"
         return {
             "features": f"{type(self.model).__name__} {config.hidden_size} wide, patches of {config.patch_size}",
             "features_sha256": digest.of_file(self.folder / WEIGHTS),
-            "resize": f"{KNOWN[self.kind].resize} {self.side}",
+            "resize": f"{VISION_MODELS[self.kind].resize} {self.side}",
             "rounding": "0 to 255",
             "colours": f"mean and deviation {colours}",
         }
@@ -97,52 +99,66 @@ class Eye:
     @torch.no_grad()
     def __call__(self, pixels: Pixels) -> ImageFeatures:
         """The features of images of any size, in float32."""
-        some = pixels if len(pixels) else pixels.new_zeros(1, 3, 1, 1)  # these models take no batch of none
-        seen = self.seen(some).to(self.model.device)
-        hint = KNOWN[self.kind].hint
+        batch = pixels
+        if len(pixels) == 0:
+            batch = pixels.new_zeros(1, 3, 1, 1)  # these models take no empty batch: its row is cut off below
+        model_input = self.preprocess(batch).to(self.model.device)
+        hint = VISION_MODELS[self.kind].hint
         with using("fp32", self.model.device), foreign(f"the model of {self.folder} fails", hint):
-            out = self.model(pixel_values=seen)
-        x = (normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output)[: len(pixels)]
-        return ImageFeatures(x, x[:, :0], x[:, :0])
+            out = self.model(pixel_values=model_input)
+        features = normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output
+        features = features[: len(pixels)]
+        empty = features[:, :0]
+        return ImageFeatures(features, empty, empty)
 
-    def seen(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
-        """Images as the model sees them."""
-        rows = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-        whole = np.stack([np.asarray(fitted(Image.fromarray(row), self.side, self.kind)) for row in rows])
-        return (torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.sd
+    def preprocess(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
+        """Resize images, and scale their colours, as the model expects them."""
+        images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        squares = np.stack([np.asarray(_to_square(Image.fromarray(image), self.side, self.kind)) for image in images])
+        colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
+        return (colours - self.mean) / self.deviation
 
 
-def fitted(image: Image.Image, side: int, kind: Kind) -> Image.Image:
-    """The image as a square of `side` pixels: of CMMD its middle, else all of it."""
+def _colour_text(colour: Float[Tensor, "3 1 1"]) -> str:
+    return ", ".join(f"{number:.4g}" for number in colour.flatten().tolist())
+
+
+def _to_square(image: Image.Image, side: int, kind: Kind) -> Image.Image:
+    """Resize an image to a square of `side` pixels: for CMMD its middle square, else all of it."""
     if kind == "cmmd":
-        (w, h), short = image.size, min(image.size)
-        left = (w - short) // 2
-        top = (h - short) // 2
+        width, height = image.size
+        short = min(width, height)
+        left = (width - short) // 2
+        top = (height - short) // 2
         image = image.crop((left, top, left + short, top + short))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def load(folder: Path, kind: Kind, field: str, device: torch.device | str = "cpu") -> Eye:
-    """The model of a folder.
+    """Load the model of a folder onto a device.
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
-    known = KNOWN[kind]
-    config = clip.config_of(folder, (CONFIG, WEIGHTS), field, known.hint)
+    known = VISION_MODELS[kind]
+    config = clip.read_config(folder, (CONFIG, WEIGHTS), field, known.hint)
     if config.get("model_type") not in known.types:
         raise UserError(f"{field}: {folder} holds a {config.get('model_type')}, no {known.model}: {known.hint}")
     model = load_model(folder, known.model, field, known.hint)
-    side = SIDE if kind == "dinov2" else model.config.image_size
+    side = _DINOV2_SIDE if kind == "dinov2" else model.config.image_size
     if kind == "dinov2":
-        place(model, side)
-    return Eye(kind, folder, model.to(device), side, *clip.colours(folder, known.colours, known.hint))
+        _interpolate_positions(model, side)
+    mean, deviation = clip.read_colours(folder, known.colours, known.hint)
+    return Eye(kind, folder, model.to(device), side, mean, deviation)
 
 
-def place(model: Any, side: int) -> None:  # noqa: ANN401, of transformers
-    """Bring the positions of a DINOv2 to images of this side, as the published code does it at every pass."""
-    old: Tensor = model.embeddings.position_embeddings.detach()
-    n, m = side // model.config.patch_size, isqrt(old.shape[1] - 1)
+def _interpolate_positions(model: Any, side: int) -> None:  # noqa: ANN401, of transformers
+    """Fit the position embeddings of a DINOv2 to images of `side` pixels, as the published code does at every pass."""
+    positions: Tensor = model.embeddings.position_embeddings.detach()  # (1, 1 + m * m, width), the class token first
+    n = side // model.config.patch_size
+    m = isqrt(positions.shape[1] - 1)
     if n == m:
         return
-    grid = interpolate(old[:, 1:].mT.unflatten(2, (m, m)), scale_factor=(n + OFFSET) / m, mode="bicubic")
-    model.embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1], grid.flatten(2).mT], 1), False)
+    class_token = positions[:, :1]
+    grid = positions[:, 1:].mT.unflatten(2, (m, m))
+    grid = interpolate(grid, scale_factor=(n + _DINOV2_OFFSET) / m, mode="bicubic")
+    model.embeddings.position_embeddings = nn.Parameter(torch.cat([class_token, grid.flatten(2).mT], 1), False)

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.encoders import vision
-from dumo.encoders.vision import KNOWN, Eye, Kind
+from dumo.encoders.vision import VISION_MODELS, Eye, Kind
 from dumo.evaluation import reference
 from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
@@ -58,7 +58,7 @@ class FeatureProtocol(Protocol):
         """What must be named before anything can be judged; None: nothing."""
         if self.model:
             return None
-        return f"a {KNOWN[self.kind].model}, in {FIELD}: {KNOWN[self.kind].hint}"
+        return f"a {VISION_MODELS[self.kind].model}, in {FIELD}: {VISION_MODELS[self.kind].hint}"
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Samples must be images."""

@@ -58,7 +58,7 @@ def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> N
     x, evaluator = images(SAMPLES), judge(folder)
     process = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     seen = process(images=list(to_uint8(x).numpy()), return_tensors="pt")["pixel_values"]
-    ids, mask = evaluator.clip.cut([TEXTS[k] for k in evaluator.c.tolist()])
+    ids, mask = evaluator.clip.tokenizer([TEXTS[k] for k in evaluator.c.tolist()])
     with torch.no_grad():
         told = CLIPModel.from_pretrained(folder).eval()(input_ids=ids, attention_mask=mask.long(), pixel_values=seen)
     cosines = torch.cosine_similarity(told.image_embeds, told.text_embeds).clamp(min=0).double()
@@ -138,7 +138,7 @@ def test_real_images_stand_beside_it_with_their_captions_and_with_others(folder:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 30), "model.safetensors"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model.bin"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
-        (lambda folder: (folder / clip.CUT).write_text('{"image_mean": [1, 2]}'), "image_mean is not three numbers"),
+        (lambda folder: (folder / clip.IMAGE_CONFIG).write_text('{"image_mean": [1, 2]}'), "image_mean is not three"),
     ],
 )
 def test_another_folder_is_refused_with_a_line(

@@ -82,7 +82,7 @@ def theirs(kind: Kind, folder: Path, pixels: Tensor) -> Tensor:
         if kind == "dinov2":
             sides, colours = (
                 {"height": 224, "width": 224},
-                {"image_mean": vision.IMAGENET[0], "image_std": vision.IMAGENET[1]},
+                {"image_mean": vision.IMAGENET_COLOURS[0], "image_std": vision.IMAGENET_COLOURS[1]},
             )
             process = BitImageProcessorPil(size=sides, do_center_crop=False, **colours)
             seen = process(images=rows, return_tensors="pt")["pixel_values"]
@@ -108,10 +108,10 @@ def test_dinov2_sees_all_of_an_image_and_cmmd_the_middle(height: int, width: int
     (one,) = images(1, height=height, width=width).permute(0, 2, 3, 1).numpy()
     whole = Image.fromarray(one).resize((224, 224), Image.Resampling.BICUBIC)
     eye = vision.load(folders["dinov2"], "dinov2", "model")
-    mean, sd = (np.array(numbers) for numbers in vision.IMAGENET)
+    mean, sd = (np.array(numbers) for numbers in vision.IMAGENET_COLOURS)
     wanted = (np.asarray(whole) / 255 - mean) / sd
     pixels = torch.from_numpy(one).permute(2, 0, 1)[None]
-    np.testing.assert_allclose(eye.seen(pixels)[0].permute(1, 2, 0).numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(eye.preprocess(pixels)[0].permute(1, 2, 0).numpy(), wanted, atol=1e-5)
     short, middle = min(height, width), vision.load(folders["cmmd"], "cmmd", "model")
     top, left = (height - short) // 2, (width - short) // 2
     square = pixels[:, :, top : top + short, left : left + short]
@@ -140,7 +140,7 @@ def test_positions_of_dinov2_are_those_of_the_published_model(tmp_path: Path) ->
     torch.testing.assert_close(found[0, 1:].double(), grid.flatten(0, 1), rtol=0, atol=1e-6)
     assert torch.equal(found[0, 0].double(), old[0, 0])
     with torch.no_grad():
-        without = model(eye.seen(pixels)).pooler_output
+        without = model(eye.preprocess(pixels)).pooler_output
     assert 1e-5 < (eye(pixels).pool - without).abs().max() < 0.5
 
 
