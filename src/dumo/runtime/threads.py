@@ -3,13 +3,18 @@
 torch takes one thread a core, and they spin while they wait for one another. So where another process has a core, each
 small operation waits for the scheduler: a step takes ten times as long, and a sheet of samples a hundred times.
 
-`StepThreads` times trial steps before training: one thread, unless all are clearly faster. The number stays for the
-whole run, because it changes how sums round; it is measured again only if steps become several times slower.
-`fewer_when_busy` is for sampling and the like, whose parts differ in cost: it times tiny operations to see whether
-threads wait for a core, at most every RECHECK_SECONDS.
+`StepThreads` is for training. The order of events:
 
-Nothing is changed on a GPU, among several ranks, and where somebody has said how many threads there are: by
-OMP_NUM_THREADS, MKL_NUM_THREADS or torch.set_num_threads.
+1. `run.train` makes one, and enters it around the loop.
+2. `choose` times trial steps with one thread and with all by turns: one thread, unless all are clearly faster.
+3. The loop calls `begin` and `end` around each step. The number stays for the whole run, because it changes how sums
+   round; only if steps become several times slower, steps of the training are compared again.
+
+`fewer_when_busy` is for sampling and the like, whose parts differ in cost. Inside it, the work calls `check` between
+two parts, which times tiny operations to see whether threads wait for a core, at most every RECHECK_SECONDS.
+
+Nothing is changed on a GPU, among several ranks, and where somebody has set the number of threads: by OMP_NUM_THREADS,
+MKL_NUM_THREADS or torch.set_num_threads.
 """
 
 import ctypes
@@ -30,25 +35,26 @@ from dumo.runtime import dist
 from dumo.runtime.stopwatch import Clock, Stopwatch, wall_clock
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-HOW_TO_SET = f"{VARIABLES[0]}=N sets another"
+_HOW_TO_SET = f"{VARIABLES[0]}=N sets another"
 
-# All of these are ours.
-MAX_PAIRS = 10  # steps with one thread, and as many with all of them, by turns
-TRIAL_SECONDS = 5.0  # of trial steps, after which the pairs so far decide
+# Of StepThreads; all are ours.
+MAX_PAIRS = 10  # pairs of steps that are compared: one with one thread, one with all of them
+_TRIAL_SECONDS = 5.0  # of trial steps, after which the pairs so far decide
 MIN_SPEEDUP = 1.15  # times as fast, or several threads are not worth their waiting
-SURE_SPEEDUP = 3.0  # times as fast in the median so far: no more steps need be compared
-MIN_PAIRS = 3  # pairs of which the median is no hiccup of one step
+_SURE_SPEEDUP = 3.0  # times as fast in the median so far: no more steps need be compared
+_MIN_PAIRS = 3  # pairs of which the median is no hiccup of one step
 WINDOW_SECONDS = 2.0  # of steps whose mean is compared with what a step took before
 WINDOWS = 5  # of them: what lasts a few seconds is no reason to change the bits of a run
 MAX_SLOWDOWN = 3.0  # times as long as before, in the median of the last windows: the number is measured again
 MAX_RESUME_SLOWDOWN = 2.0  # times as long as with one thread: a resumed run goes on with one
 
+# Of fewer_when_busy; ours, but for GRAIN.
 GRAIN = 32_768  # elements: torch gives a thread no fewer
-ONE_THREAD_SECONDS = 0.005  # of small operations with one thread
-MANY_THREADS_SECONDS = 0.06  # of them with several: more than a turn of the scheduler
-WAIT_FACTOR = 10.0  # times as long as with one thread: a thread waited. On a busy machine it was several hundred
-BUSY_SHARE = 1 / 3  # of the time goes to operations that waited: the machine is busy
-RECHECK_SECONDS = 10.0  # until the machine is asked again
+_ONE_THREAD_SECONDS = 0.005  # how long small operations are timed with one thread
+_MANY_THREADS_SECONDS = 0.06  # how long with several: more than a turn of the scheduler
+_WAIT_FACTOR = 10.0  # times as long as with one thread: a thread waited. On a busy machine it was several hundred
+_BUSY_SHARE = 1 / 3  # of the time goes to operations that waited: the machine is busy
+RECHECK_SECONDS = 10.0  # until the machine is measured again
 
 _torch_threads: int | None = None  # what torch took by itself, once this is known: dumo sets other numbers later
 
@@ -61,12 +67,12 @@ def may_choose(device: torch.device) -> bool:
         return False
     if any(os.environ.get(name) for name in VARIABLES):
         return False
-    if _torch_threads is None and not set_in_python():
+    if _torch_threads is None and not was_set_in_python():
         _torch_threads = threads
     return threads == _torch_threads
 
 
-def set_in_python() -> bool:
+def was_set_in_python() -> bool:
     """Whether torch.set_num_threads was called in this process.
 
     torch does not say. But it then tells MKL to keep to the number; without MKL, a number other than that of cores was
@@ -80,16 +86,16 @@ def set_in_python() -> bool:
 
 
 def cores() -> int:
-    """The cores that this process may run on."""
+    """The number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class StepThreads:
-    """Chooses the number of threads of a training's steps: `with` it around the loop, and `choose` before the first.
+    """Chooses the number of threads of training steps: enter it around the loop, and call `choose` before the first.
 
-    Steps are compared with one thread and with all by turns: on trial at first, later those of the training.
+    While `number` is None, steps are compared: on trial at first, later those of the training.
     """
 
     def __init__(
@@ -109,32 +115,35 @@ class StepThreads:
         """
         self.tell = tell
         self.step = step
-        self.usual_step_seconds: float | None = None  # as the first windows have it
         self.clock = clock
-        self.on_cpu = device.type == "cpu"
         self.may_change = not fixed and may_choose(device)
         self.all_threads = torch.get_num_threads()
         self.recorded = recorded
-        self.number: int | None = self.all_threads if self.on_cpu else None  # None: not known yet, or not of a CPU
-        self.current = self.all_threads  # in the step that is made now
-        self.warm = False
-        self.seconds: dict[int, list[float]] = {1: [], self.all_threads: []}  # of the steps that are compared
-        self.window: list[float] = []  # seconds of the steps of the window that is not full yet
-        self.windows: deque[float] = deque(maxlen=WINDOWS)  # seconds of a step in the last windows
-        self.became_slow = False  # the number is measured again
-        self.began = 0.0
+        # the choice
+        on_cpu = device.type == "cpu"
+        self.number: int | None = self.all_threads if on_cpu else None  # None: not chosen yet, or not on a CPU
+        self.current = self.all_threads  # threads of the step that is made now
+        # the comparison
+        self.is_warm = False  # the first step is over
+        self.seconds: dict[int, list[float]] = {1: [], self.all_threads: []}  # of compared steps, by number of threads
+        self.step_began = 0.0
+        # the watch over later steps
+        self.usual_step_seconds: float | None = None  # the mean in the first windows
+        self.window: list[float] = []  # seconds of each step in the window that is not full yet
+        self.windows: deque[float] = deque(maxlen=WINDOWS)  # mean seconds of a step in the last windows
+        self.became_slow = False  # the number is chosen again
 
     def __enter__(self) -> "StepThreads":
         if not self.may_change:
             if self.number is not None and self.recorded not in (None, self.number):
                 before = f"{self.recorded} up to step {self.step:,}"
-                self.tell(f"{threads_text(self.number)}, and {before}: numbers may round otherwise")
+                self.tell(f"{_threads_text(self.number)}, and {before}: numbers may round otherwise")
             return self
         self.number = None
         if self.recorded == 1:
             self.number = 1
             self._use(1)
-            self.tell(f"1 thread, as up to step {self.step:,}; {HOW_TO_SET}")
+            self.tell(f"1 thread, as up to step {self.step:,}; {_HOW_TO_SET}")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -142,37 +151,37 @@ class StepThreads:
             self._use(self.all_threads)
 
     def choose(self, try_step: Callable[[], object]) -> None:
-        """Choose by trial steps, where there is a choice. They must leave the training as it is."""
+        """Choose by trial steps, where there is a choice. `try_step` must leave the training as it is."""
         if not self.may_change or self.number is not None:
             return
-        began = self.clock()
+        trial_began = self.clock()
         while self.number is None:
             self.begin()
             try_step()
             self.end()
             has_pair = bool(self.seconds[self.all_threads])
-            if self.number is None and has_pair and self.clock() - began > TRIAL_SECONDS:
+            if self.number is None and has_pair and self.clock() - trial_began > _TRIAL_SECONDS:
                 self._decide()
         self.usual_step_seconds = None  # a step of the training waits for its data, too
 
     def begin(self) -> None:
-        """A step begins, with the data that it waits for."""
-        self.began = self.clock()
+        """Note that a step begins, with the data that it waits for."""
+        self.step_began = self.clock()
 
     def end(self) -> None:
-        """The step is done. The next one may have another number of threads."""
+        """Note that the step is done. The next one may have another number of threads."""
         if not self.may_change or self.number == 1:
             return
-        seconds = self.clock() - self.began
+        seconds = self.clock() - self.step_began
         if self.number is None:
             self._compare(seconds)
         else:
             self._watch(seconds)
 
     def _compare(self, seconds: float) -> None:
-        """Take the next step with the other number, until it is clear which is better."""
-        if not self.warm:  # the first step has more to do
-            self.warm = True
+        """Let the next step have the other number of threads, until it is clear which is faster."""
+        if not self.is_warm:  # the first step has more to do
+            self.is_warm = True
             self._use(1)
             return
         self.seconds[self.current].append(seconds)
@@ -181,26 +190,26 @@ class StepThreads:
             return
         speedup = median(self.seconds[1]) / median(self.seconds[self.all_threads])
         pairs = len(self.seconds[1])
-        all_surely = speedup >= SURE_SPEEDUP  # after one pair: a step with one thread may take minutes
-        one_surely = speedup <= 1 / SURE_SPEEDUP and pairs >= MIN_PAIRS
+        all_surely = speedup >= _SURE_SPEEDUP  # after one pair: a step with one thread may take minutes
+        one_surely = speedup <= 1 / _SURE_SPEEDUP and pairs >= _MIN_PAIRS
         if pairs < MAX_PAIRS and not all_surely and not one_surely:
             self._use(1)
             return
         self._decide()
 
     def _decide(self) -> None:
-        """Take the number that the steps so far speak for, and say so."""
+        """Choose by the compared steps, and say so."""
         all_threads_seconds = median(self.seconds[self.all_threads])
         speedup = median(self.seconds[1]) / all_threads_seconds
-        least = MIN_SPEEDUP
+        min_speedup = MIN_SPEEDUP
         if self.became_slow:  # one thread must win: steps that wait for their data are as slow with either number
-            least = 1 / MIN_SPEEDUP
+            min_speedup = 1 / MIN_SPEEDUP
         elif self.recorded == self.all_threads:
-            least = 1 / MAX_RESUME_SLOWDOWN
-        self.number = self.all_threads if speedup >= least else 1
+            min_speedup = 1 / MAX_RESUME_SLOWDOWN
+        self.number = self.all_threads if speedup >= min_speedup else 1
         self._use(self.number)
         if not self.became_slow:
-            self.tell(f"{self._reason(speedup)}; {HOW_TO_SET}")
+            self.tell(f"{self._reason(speedup)}; {_HOW_TO_SET}")
         elif self.number == 1:
             assert self.usual_step_seconds is not None  # `_watch` found the steps slower
             slowdown = all_threads_seconds / self.usual_step_seconds
@@ -211,17 +220,17 @@ class StepThreads:
         self.usual_step_seconds = all_threads_seconds
 
     def _reason(self, speedup: float) -> str:
-        """Why this number was chosen, before the first step."""
+        """A line for the log: the number, and why it was chosen before the first step."""
         if self.number == self.recorded:
-            return f"{threads_text(self.all_threads)}, as up to step {self.step:,}"
+            return f"{_threads_text(self.all_threads)}, as up to step {self.step:,}"
         if self.number != 1:
-            return f"{threads_text(self.all_threads)}: steps are {speedup:.2g} times as fast as with 1"
+            return f"{_threads_text(self.all_threads)}: steps are {speedup:.2g} times as fast as with 1"
         if speedup < 1:
             return f"1 thread: with {self.all_threads} steps take {1 / speedup:.2g} times as long here"
         return f"1 thread: with {self.all_threads} steps are {speedup:.2f} times as fast, too little"
 
     def _watch(self, seconds: float) -> None:
-        """Compare again where steps have become several times slower."""
+        """Begin a comparison where steps have become several times slower."""
         self.window.append(seconds)
         if sum(self.window) < WINDOW_SECONDS:
             return
@@ -229,10 +238,10 @@ class StepThreads:
         self.window = []
         if len(self.windows) < WINDOWS:
             return
-        now = median(self.windows)
+        step_seconds = median(self.windows)
         if self.usual_step_seconds is None:
-            self.usual_step_seconds = now
-        if now > MAX_SLOWDOWN * self.usual_step_seconds:
+            self.usual_step_seconds = step_seconds
+        if step_seconds > MAX_SLOWDOWN * self.usual_step_seconds:
             self.became_slow = True
             self.number = None
             self.seconds = {1: [], self.all_threads: []}
@@ -244,52 +253,55 @@ class StepThreads:
         torch.set_num_threads(threads)
 
 
-class BusyMachine:
-    """The number of threads of the work inside `fewer_when_busy`."""
+class _BusyMachine:
+    """Sets the number of threads of the work inside `fewer_when_busy`."""
 
     def __init__(self, all_threads: int, tell: Callable[[str], None], clock: Clock) -> None:
         self.all_threads = all_threads
         self.tell = tell
         self.clock = clock
-        self.has_spoken = False
+        self.has_logged = False
 
     def set_threads(self) -> None:
-        """Ask the machine, unless it was asked a moment ago, and go on with as many threads as need not wait."""
+        """Measure how many threads need not wait, unless that was measured a moment ago, and set that number."""
         global _answer
         now = self.clock()
         if _answer is None or now - _answer.at >= RECHECK_SECONDS or _answer.threads > self.all_threads:
-            _answer = BusyAnswer(now, max_threads_without_waiting(self.all_threads))
+            _answer = _BusyAnswer(now, max_threads_without_waiting(self.all_threads))
         threads = _answer.threads
         torch.set_num_threads(threads)
-        if threads < self.all_threads and not self.has_spoken:
-            self.has_spoken = True
-            self.tell(f"{threads_text(threads)}, for {self.all_threads} would wait: the machine is busy; {HOW_TO_SET}")
+        if threads < self.all_threads and not self.has_logged:
+            self.has_logged = True
+            self.tell(
+                f"{_threads_text(threads)}, for {self.all_threads} would wait: the machine is busy; {_HOW_TO_SET}"
+            )
 
 
-class BusyAnswer(NamedTuple):
-    """What the machine said: when, and how many threads need not wait."""
+class _BusyAnswer(NamedTuple):
+    """How many threads need not wait, and when that was measured."""
 
-    at: float
+    at: float  # seconds, of the clock
     threads: int
 
 
-_answer: BusyAnswer | None = None
-_machine: ContextVar[BusyMachine | None] = ContextVar("machine", default=None)
+_answer: _BusyAnswer | None = None
+_machine: ContextVar[_BusyMachine | None] = ContextVar("machine", default=None)
 
 
 @contextmanager
 def fewer_when_busy(
     device: torch.device, tell: Callable[[str], None], *, clock: Clock = wall_clock
 ) -> Generator[None, None, None]:
-    """Do what is inside with fewer threads while other processes have cores of this machine; `tell` hears of it once.
+    """Do what is inside with fewer threads while other processes have cores of this machine.
 
-    The work itself calls `check` between its parts. Afterwards the number is what it was.
+    The work calls `check` between its parts. `tell` is called once, when there are fewer. Afterwards the number is what
+    it was.
     """
     if not may_choose(device):
         yield
         return
     all_threads = torch.get_num_threads()
-    machine = BusyMachine(all_threads, tell, clock)
+    machine = _BusyMachine(all_threads, tell, clock)
     token = _machine.set(machine)
     try:
         machine.set_threads()
@@ -300,33 +312,33 @@ def fewer_when_busy(
 
 
 def check() -> None:
-    """Between two parts of work: see whether the machine is busy, where that is asked for and was not just seen."""
+    """Set the number of threads again, between two parts of work inside `fewer_when_busy`; elsewhere do nothing."""
     machine = _machine.get()
     if machine:
         machine.set_threads()
 
 
-def max_threads_without_waiting(most: int) -> int:
-    """The largest of `most`, a half, a quarter ... of as many threads that need not wait for a core."""
-    x = torch.zeros(most * GRAIN)
-    usual = median(operation_times(x, 1, ONE_THREAD_SECONDS))
-    threads = most
+def max_threads_without_waiting(limit: int) -> int:
+    """The largest of `limit`, limit / 2, limit / 4 ... threads that need not wait for a core; 1 if all wait."""
+    x = torch.zeros(limit * GRAIN)
+    usual_seconds = median(operation_times(x, 1, _ONE_THREAD_SECONDS))
+    threads = limit
     while threads > 1:
-        times = operation_times(x, threads, MANY_THREADS_SECONDS)
-        waited = sum(seconds for seconds in times if seconds > WAIT_FACTOR * usual)
-        if waited < BUSY_SHARE * sum(times):
+        times = operation_times(x, threads, _MANY_THREADS_SECONDS)
+        waited_seconds = sum(seconds for seconds in times if seconds > _WAIT_FACTOR * usual_seconds)
+        if waited_seconds < _BUSY_SHARE * sum(times):
             return threads
         threads //= 2
     return 1
 
 
 def operation_times(x: Tensor, threads: int, duration: float) -> list[float]:
-    """What small operations take with this number of threads, which stays, in seconds, for this long."""
+    """Time small operations on `x` for `duration` seconds: the seconds of each. The number of threads stays set."""
     torch.set_num_threads(threads)
     x.add_(1)  # the threads are there now
     return Stopwatch(x.device).repeat(partial(x.add_, 1), duration)
 
 
-def threads_text(threads: int) -> str:
-    """A number of threads in words."""
+def _threads_text(threads: int) -> str:
+    """A number of threads in words: "1 thread", "2 threads"."""
     return "1 thread" if threads == 1 else f"{threads} threads"

@@ -1,11 +1,15 @@
 """A run's checkpoints on disk: their lists `state.json`, whether their files are as listed, and which are kept.
 
-`state.json` is written last and lists every other file with its size and SHA-256. Nothing else would tell that a shard
-is missing: a reader of shards takes those that are there. A run keeps its newest checkpoints, and the last one from
-before the loss diverged.
+- Writing: `training.checkpoint` writes all other files, makes their entries with `listed`, and calls `write` last.
+  `state.json` so lists every other file with its size and SHA-256. Nothing else would tell that a shard is missing: a
+  reader of shards takes those that exist.
+- Reading: `Checkpoints` are those of one folder. `latest` and `of_step` check files (`Checkpoint.fault`) and return a
+  sound `Checkpoint`, or raise. `fault_of_part` checks one file or folder in a checkpoint.
+- Removing: `Checkpoints.drop` keeps the newest checkpoints, and the last one from before the loss diverged. `rewind`
+  removes what comes after a step.
 
-`Checkpoints` are those of one folder, `Checkpoint` is one of them. Each reads its list once, and remembers what it has
-hashed; who may have seen another process write there makes new ones.
+A `Checkpoint` reads its list once and remembers what it has hashed. Who may have seen another process write in a folder
+makes a new `Checkpoints`.
 """
 
 import os
@@ -27,8 +31,8 @@ from dumo.training.burst import Gradients
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
 
-NAME = "state.json"
-RUN = "spec.yaml"  # the run, in a checkpoint; no folder of a checkpoint is a run's
+NAME = "state.json"  # the list, in a checkpoint
+RUN = "spec.yaml"  # the run as YAML, in a checkpoint; another name than a run's folder has for it
 
 
 class Unseen(UserError):  # noqa: N818, it says what cannot be seen
@@ -36,8 +40,8 @@ class Unseen(UserError):  # noqa: N818, it says what cannot be seen
 
     @classmethod
     def of(cls, place: Path, error: OSError) -> "Unseen":
-        """With the system's reason, or the file that stands where a folder is wanted."""
-        file = next((above for above in (place, *place.parents) if above.is_file()), None)
+        """Make the error of a place: with the system's reason, or the file that is where a folder should be."""
+        file = next((path for path in (place, *place.parents) if path.is_file()), None)
         if isinstance(error, NotADirectoryError) and file:
             fix = "put the folder back, or give another one"
             return cls(f"{place}: {file} is a file, and a folder is wanted there: {fix}")
@@ -45,19 +49,19 @@ class Unseen(UserError):  # noqa: N818, it says what cannot be seen
 
 
 class Listed(BaseModel):
-    """A file that a checkpoint lists."""
+    """The entry of a file in a list: its size and SHA-256."""
 
     bytes: int
     sha256: str
 
     @classmethod
     def of(cls, file: Path) -> "Listed":
-        """As it is now."""
+        """Make the entry of a file as it is now."""
         return cls(bytes=file.stat().st_size, sha256=digest.of_file(file))
 
 
 class Manifest(BaseModel):
-    """A checkpoint's `state.json`."""
+    """The content of a checkpoint's `state.json`."""
 
     step: int
     images: int
@@ -71,32 +75,35 @@ class Manifest(BaseModel):
     cores: int | None = None  # that these threads were chosen on
     log: Listed | None = None  # the rows of the run's log up to this step, from its beginning
     files: dict[str, Listed]  # all but this one, by path inside the checkpoint
-    sum: str | None = None  # of all above; None: of a checkpoint from before it was kept
+    sum: str | None = None  # of all other fields; None: of a checkpoint from before it was kept
 
-    def summed(self) -> str:
-        """The checksum of all other fields."""
-        without = {"sum"}
-        if self.threads is None:  # so that of a checkpoint from before threads were kept stays
-            without |= {"threads", "cores"}
-        if not self.gradients.norms:  # likewise
-            without |= {"gradients"}
-        return digest.short(self.model_dump_json(exclude=without))
+    def checksum(self) -> str:
+        """The value that `sum` must have: a digest of all other fields.
+
+        Fields that older checkpoints lack are left out where they are empty, so the sums of these stay valid.
+        """
+        excluded = {"sum"}
+        if self.threads is None:
+            excluded |= {"threads", "cores"}
+        if not self.gradients.norms:
+            excluded |= {"gradients"}
+        return digest.short(self.model_dump_json(exclude=excluded))
 
 
 def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:
-    """The entries of these files of a folder."""
+    """The entries of `files`, by path inside `folder`."""
     return {file.relative_to(folder).as_posix(): Listed.of(file) for file in files}
 
 
-def write(checkpoint: Path, about: Manifest) -> None:
-    """Write `state.json`. Raises UserError if this rank does not see a file that it lists."""
-    lacking = [name for name in about.files if not (checkpoint / name).is_file()]
-    if lacking:
+def write(checkpoint: Path, manifest: Manifest) -> None:
+    """Write `state.json` with its checksum. Raises UserError if this rank does not see a file that it lists."""
+    missing = [name for name in manifest.files if not (checkpoint / name).is_file()]
+    if missing:
         raise UserError(
-            f"{checkpoint.parent}: the first rank does not see what another wrote ({lacking[0]}): train in a folder on "
+            f"{checkpoint.parent}: the first rank does not see what another wrote ({missing[0]}): train in a folder on "
             "a file system that all ranks share"
         )
-    text = about.model_copy(update={"sum": about.summed()}).model_dump_json(indent=2)
+    text = manifest.model_copy(update={"sum": manifest.checksum()}).model_dump_json(indent=2)
     (checkpoint / NAME).write_text(f"{text}\n", encoding="utf-8")
 
 
@@ -104,34 +111,37 @@ def read(checkpoint: Path) -> Manifest:
     """Read a checkpoint's `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
     file = checkpoint / NAME
     try:
-        about = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-        if about.sum not in (None, about.summed()):
+        manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        if manifest.sum not in (None, manifest.checksum()):
             raise ValueError("its own checksum is another")
-        return about
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{file} is missing or damaged ({what})") from error
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UserError(f"{file} is missing or damaged ({reason})") from error
     except OSError as error:
         raise Unseen.of(file, error) from error
+    return manifest
 
 
 class Checkpoint:
-    """A checkpoint on disk. Its list is read once, and its run; what was hashed is remembered."""
+    """A checkpoint on disk. It reads its list and its run once, and remembers that its files were hashed."""
 
     def __init__(self, path: Path) -> None:
-        """Reads nothing yet."""
+        """Have the folder `path`; nothing is read yet."""
         self.path = path
         self.is_whole = False  # this process wrote it, or has hashed all its files
         self.not_finite: str | None = None  # what is wrong with its numbers, though the files are as listed
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Its `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
+        """The content of `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
         return read(self.path)
 
     @cached_property
     def run_text(self) -> str | None:
-        """The run that it is of, as YAML; None: it is from before checkpoints held one. Raises UserError if damaged."""
+        """The run as YAML; None in a checkpoint from before they held one.
+
+        Raises UserError if the file is missing or damaged, Unseen if it cannot be read.
+        """
         entry = self.manifest.files.get(RUN)
         if entry is None:
             return None
@@ -149,7 +159,7 @@ class Checkpoint:
         return content.decode()
 
     def fault(self, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
-        """What is wrong, naming the file; None if the listed files are there, unchanged, and no others.
+        """What is wrong, naming the file; None if exactly the listed files exist, unchanged.
 
         `parts` (net, ema-0.999; None: all) are hashed; of others only sizes are compared. `together`: all ranks call
         it, share the hashing and get one answer; else each rank hashes for itself. Raises Unseen for what cannot be
@@ -161,36 +171,36 @@ class Checkpoint:
         return next((answer for answer in answers if answer), None)
 
     def is_sound(self) -> bool:
-        """Whether it is whole; it is hashed once, after that only sizes are compared."""
-        if self._fault(()):
+        """Whether all its files are as listed. They are hashed once; after that only sizes are compared."""
+        if self._fault(parts=()):
             return False
         if not self.is_whole:
             self.is_whole = self.fault() is None
         return self.is_whole
 
     def is_good(self) -> bool:
-        """Whether it is whole, and from before the loss diverged."""
+        """Whether it is sound, and from before the loss diverged."""
         return self.is_sound() and self.manifest.trend.good
 
-    def _fault(self, parts: Collection[str] | None, hashed: slice = slice(None)) -> str | None:
-        """As `fault`, hashing only some of the files of `parts`."""
+    def _fault(self, parts: Collection[str] | None, share: slice = slice(None)) -> str | None:
+        """What is wrong, naming the file. Of the files of `parts`, only the `share` of their sorted names is hashed."""
         try:
-            about = self.manifest
+            manifest = self.manifest
         except Unseen:
             raise
         except UserError as error:
             return str(error)
         if self.not_finite:
             return self.not_finite
-        if self.path.name != folder_of(about.step):
-            return f"{self.path / NAME} is of step {about.step}, not of {self.path.name}"
-        problem = _fault_of_sizes(self.path, about.files, _sizes(self.path))
+        if self.path.name != folder_of(manifest.step):
+            return f"{self.path / NAME} is of step {manifest.step}, not of {self.path.name}"
+        problem = _fault_of_sizes(self.path, manifest.files, _sizes(self.path))
         if problem:
             return problem
-        names = sorted(about.files)
+        names = sorted(manifest.files)
         if parts is not None:
             names = [name for name in names if _part(name) in parts or name == RUN]
-        return _fault_of_contents(self, names[hashed])
+        return _fault_of_contents(self, names[share])
 
 
 def _fault_of_sizes(checkpoint: Path, entries: Mapping[str, Listed], sizes: Mapping[str, int]) -> str | None:
@@ -207,7 +217,7 @@ def _fault_of_sizes(checkpoint: Path, entries: Mapping[str, Listed], sizes: Mapp
 
 
 def _fault_of_contents(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
-    """The first of these files whose SHA-256 is not the listed one; None if there is none."""
+    """The first file whose SHA-256 is not the listed one, or None. Raises Unseen for a file that cannot be read."""
     for name in names:
         if name == RUN:
             try:
@@ -219,18 +229,21 @@ def _fault_of_contents(checkpoint: Checkpoint, names: Iterable[str]) -> str | No
             continue
         file = checkpoint.path / name
         try:
-            found = digest.of_file(file)
+            sha256 = digest.of_file(file)
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
             raise Unseen.of(file, error) from error
-        if found != checkpoint.manifest.files[name].sha256:
+        if sha256 != checkpoint.manifest.files[name].sha256:
             return f"{file} is damaged: its SHA-256 is not the one in {NAME}"
     return None
 
 
 def fault_of_part(place: Path) -> str | None:
-    """What is wrong with one part of a checkpoint, a file or a folder; None if nothing, or if there is no list."""
+    """What is wrong with one part of a checkpoint, a file or a folder; None if nothing is, or if there is no list.
+
+    Raises Unseen for what cannot be read.
+    """
     folder = place.parent
     if not (folder / NAME).is_file():
         return None
@@ -248,15 +261,15 @@ def fault_of_part(place: Path) -> str | None:
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each file that belongs in a list, by path inside the checkpoint; hidden files do not."""
+    """The bytes of each file of a checkpoint but its list and hidden files, by path inside the checkpoint."""
 
-    def unseen(error: OSError) -> None:
+    def raise_unseen(error: OSError) -> None:
         raise Unseen.of(checkpoint, error) from error
 
     sizes: dict[str, int] = {}
-    for above, _, names in os.walk(checkpoint, onerror=unseen):
+    for directory, _, names in os.walk(checkpoint, onerror=raise_unseen):
         for name in names:
-            path = Path(above, name)
+            path = Path(directory, name)
             if path.name.startswith(".") and path.suffix != ".safetensors":
                 continue
             try:
@@ -269,35 +282,35 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def _part(name: str) -> str:
-    """The part of a checkpoint that a file is of."""
+    """The part of a checkpoint, such as net or ema-0.999, that a file belongs to."""
     return title(Path(Path(name).parts[0]))
 
 
 class Checkpoints:
-    """The checkpoints in a folder. The folder is listed at every question, a checkpoint's own list read once."""
+    """The checkpoints in a folder. Each call lists the folder anew; the list of a checkpoint is read once."""
 
     def __init__(self, folder: Path) -> None:
-        """Looks at nothing yet."""
+        """Have the folder `folder`; nothing is read yet."""
         self.folder = folder
-        self._known: dict[Path, Checkpoint] = {}
+        self._checkpoints: dict[Path, Checkpoint] = {}
 
     def by_step(self) -> dict[int, Checkpoint]:
-        """Those that are there now, damaged ones included, by step, in order. Raises as `paths_by_step`."""
+        """The checkpoints that exist now, damaged ones included, by step, in order. Raises as `paths_by_step`."""
         return {step: self.at(path) for step, path in paths_by_step(self.folder).items()}
 
     def at(self, path: Path) -> Checkpoint:
-        """The checkpoint of this path."""
-        if path not in self._known:
-            self._known[path] = Checkpoint(path)
-        return self._known[path]
+        """The checkpoint at a path; the one object for it."""
+        if path not in self._checkpoints:
+            self._checkpoints[path] = Checkpoint(path)
+        return self._checkpoints[path]
 
     def wrote(self, path: Path) -> None:
-        """Note that this process has written a checkpoint here, all of it."""
-        self._known[path] = Checkpoint(path)
-        self._known[path].is_whole = True
+        """Note that this process has written the whole checkpoint at `path`, so it need not be hashed."""
+        self._checkpoints[path] = Checkpoint(path)
+        self._checkpoints[path].is_whole = True
 
     def latest(self, parts: Collection[str] | None = None, *, together: bool = False) -> Checkpoint | None:
-        """The last whole one, or None if there is no checkpoint; warns of damaged ones.
+        """The last checkpoint that is whole, or None if there is no checkpoint; warns of damaged ones.
 
         `parts` and `together` are as in `Checkpoint.fault`. Raises UserError if all are damaged.
         """
@@ -323,7 +336,7 @@ class Checkpoints:
         return None
 
     def of_step(self, step: int) -> Checkpoint:
-        """That of a step that has one. Every rank must call it. Raises UserError if it is damaged."""
+        """The checkpoint of a step that has one. Every rank must call it. Raises UserError if it is damaged."""
         checkpoint = self.by_step()[step]
         problem = checkpoint.fault(together=True)
         if problem:
@@ -331,24 +344,25 @@ class Checkpoints:
         return checkpoint
 
     def last_good(self, step: int) -> int | None:
-        """The step of the last good one up to a step; None if there is none."""
+        """The step of the last checkpoint up to `step` that is good (`Checkpoint.is_good`); None if there is none."""
         for checkpoint_step, checkpoint in reversed(self.by_step().items()):
             if checkpoint_step <= step and checkpoint.is_good():
                 return checkpoint_step
         return None
 
     def drop(self, step: int, keep: int) -> None:
-        """Remove those up to a step that come before the last `keep` whole ones.
+        """Remove the checkpoints up to `step`, but for the last `keep` that are sound.
 
-        If none of these is good (`Trend.good`), the last good one before them stays, with a warning.
+        If none of the last `keep` is good (`Trend.good`), the last good one before them stays too, with a warning.
         """
+        still_to_keep = keep
         has_good = False
         for checkpoint_step, checkpoint in reversed(self.by_step().items()):
             if checkpoint_step > step:
                 continue
-            if keep:
+            if still_to_keep:
                 if checkpoint.is_sound():
-                    keep -= 1
+                    still_to_keep -= 1
                     has_good = has_good or checkpoint.manifest.trend.good
             elif not has_good and checkpoint.is_good():
                 has_good = True
@@ -385,7 +399,7 @@ def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
 
 
 def folder_of(step: int) -> str:
-    """What a checkpoint of a step is called."""
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 

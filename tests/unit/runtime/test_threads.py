@@ -25,7 +25,7 @@ torch.set_num_threads(number + 1)
 print(threads.may_choose(cpu))
 threads._torch_threads = None
 torch.set_num_threads(number)
-print(threads.set_in_python(), threads.may_choose(cpu))
+print(threads.was_set_in_python(), threads.may_choose(cpu))
 """
 
 
@@ -234,7 +234,7 @@ def test_compiled_steps_keep_the_number_they_were_compiled_for(machine: Machine)
 @pytest.mark.parametrize("name", threads.VARIABLES)
 def test_a_variable_is_a_users_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(threads, "set_in_python", lambda: False)
+    monkeypatch.setattr(threads, "was_set_in_python", lambda: False)
     monkeypatch.setattr(threads, "_torch_threads", None)
     for variable in threads.VARIABLES:
         monkeypatch.delenv(variable, raising=False)

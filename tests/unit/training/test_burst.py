@@ -61,8 +61,8 @@ def test_the_window_survives_a_checkpoint_and_checkpoints_from_before_stay_whole
     assert Manifest.model_validate_json(stored).gradients == watched
     about = Manifest(step=1, images=1, files={})
     old = about.model_dump_json(exclude={"sum", "threads", "cores", "gradients"})
-    assert about.summed() == digest.short(old)
-    assert about.model_copy(update={"gradients": watched}).summed() != about.summed()
+    assert about.checksum() == digest.short(old)
+    assert about.model_copy(update={"gradients": watched}).checksum() != about.checksum()
 
 
 class Parts(nn.Module):
