@@ -117,7 +117,7 @@ def of_tuned(
         most_frequent = next(iter(sizes))
         exported = replace(exported, sampler=replace(exported.sampler, size=most_frequent))
     sampler = exported.sampler
-    codes = exported.codes
+    codes = exported.class_embeddings
     parts = index or {}
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.frame else EULER])
     return render(
@@ -192,7 +192,7 @@ def pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[
         times = exported.pipeline_times(n)
         keywords = stock.arguments(times, embedded=exported.spec.guidance, scale=exported.sampler.spec.guide.scale)
         arguments = [*condition, *(f"{key}={value}" for key, value in keywords.items())]
-        if stock.seeds_scheduler or exported.hops:
+        if stock.seeds_scheduler or exported.makes_hops:
             arguments.append("generator=torch.Generator().manual_seed(0)")
         calls.append((", ".join(arguments), comment))
     return calls
@@ -206,14 +206,14 @@ def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
     arguments = list[str]()
     if stock.takes_image:
         arguments += ["image=source", f"max_area={height * width}"]
-    if exported.codes:
+    if exported.class_embeddings:
         arguments.append("**embeds")
     else:
         arguments.append(f'prompt="{PROMPT}"')
         if stock.guided_by_negative and is_guided_by(stock, sampler):
             arguments.append('negative_prompt=""')
     arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
-    if exported.source is None:  # then there is no decoder
+    if exported.source_folder is None:  # then there is no decoder
         arguments.append('output_type="latent"')
     return arguments
 
@@ -293,7 +293,7 @@ def header_metadata(exported: ExportedModel, provenance: Provenance) -> dict[str
         "format": "pt",
         "class": exported.model_class,
         "head": exported.head,
-        "onto": f"the export of {provenance.fewstep}" if exported.alone else exported.origin,
+        "onto": f"the export of {provenance.fewstep}" if exported.subject_only else exported.base_name,
         **provenance.facts,
         **{name: json.dumps(value) for name, value in exported.facts.items()},
     }

@@ -62,17 +62,17 @@ def write(
     stock = require_pipeline(exported, lora=True)
     weights: dict[str, Tensor] = {}
     for weight_name, tensor in tensors(exported).items():
-        weights[f"{exported.part}.{weight_name}"] = tensor.to(getattr(torch, dtype))
+        weights[f"{exported.component_name}.{weight_name}"] = tensor.to(getattr(torch, dtype))
     safetensors.torch.save_file(weights, out / FILE, METADATA)
-    if exported.head == "u" and not exported.alone:  # the few-step run's export has one
+    if exported.head == "u" and not exported.subject_only:  # the few-step run's export has one
         write_scheduler(
             out / SCHEDULER,
             exported.solver,
             exported.net.frame,
             takes_times=bool(stock.time_arguments),
-            hops=exported.hops,
+            hops=exported.makes_hops,
         )
-    codes = exported.codes
+    codes = exported.class_embeddings
     if codes:
         safetensors.torch.save_file(codes, out / card.CODES, METADATA)
     (out / "README.md").write_text(card.of_tuned(exported, provenance, stock, name), encoding="utf-8")
@@ -84,7 +84,7 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
     Raises UserError as `write`, and for a class whose layers ComfyUI finds by no name of diffusers.
     """
     require_pipeline(exported, lora=True)
-    if exported.codes:
+    if exported.class_embeddings:
         raise UserError("this run was tuned on codes for classes, and ComfyUI reads texts: take --to lora")
     own_names = COMFYUI.get(exported.model_class)
     if own_names is None:
@@ -94,18 +94,18 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
         )
 
     def comfyui_name(path: str) -> str:
-        if exported.part == UNET:
+        if exported.component_name == UNET:
             return KOHYA + path.replace(".", "_")
         if path in own_names:
             return f"diffusion_model.{own_names[path]}"
-        return f"{exported.part}.{path}"
+        return f"{exported.component_name}.{path}"
 
     weights: dict[str, Tensor] = {}
     for path, a, b, _ in adapter_products(exported):
         name = comfyui_name(path)
         weights[f"{name}.lora_down.weight"] = a
         weights[f"{name}.lora_up.weight"] = b
-        if exported.part == UNET:
+        if exported.component_name == UNET:
             rank = len(a)
             weights[f"{name}.alpha"] = torch.tensor(float(rank))
     for path, old, new in changed_layers(exported):
@@ -143,7 +143,7 @@ def adapter_products(exported: ExportedModel) -> Iterator[Product]:
         layer = adapter_layers.get(id(module))
         if layer is None:
             continue
-        names = [SUBJECT] if exported.alone else layer.active_adapters
+        names = [SUBJECT] if exported.subject_only else layer.active_adapters
         a = [layer.lora_A[name].weight for name in names]
         b = [layer.lora_B[name].weight for name in names]
         yield path, torch.cat(a), torch.cat(b, 1), b[0].new_zeros(len(b[0]))
@@ -154,7 +154,7 @@ def changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]
 
     Raises UserError for a change that is in no linear layer or convolution.
     """
-    if exported.alone:
+    if exported.subject_only:
         return
     net = exported.net
     model: nn.Module = net.stock(exported.head, last=exported.time_layer)

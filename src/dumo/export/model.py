@@ -1,7 +1,13 @@
 """One head of a run's net as a model of its source's class, and the stock pipeline that runs it.
 
-`exported_head` chooses the head and its numbers of passes, and `require_pipeline` refuses what no stock program runs;
-`ExportedModel.model` then has the weights. `PIPELINE_BY_MODEL` says how each pipeline of diffusers is called.
+The order of events in an export (`dumo.export.write`, `dumo.export.lora`):
+
+1. `exported_head` chooses the head and its numbers of passes, and refuses nets that no stock program knows.
+2. `require_pipeline` refuses what no stock pipeline of diffusers runs as the run does.
+3. `ExportedModel.build_model` makes the model with its weights; its other properties are for cards and settings.
+
+`PIPELINE_BY_MODEL` and `PIPELINE_BY_CLASS` say how each pipeline of diffusers is called. `export_forms` is for the
+command line, which proposes `--to`.
 
 A mean velocity u(x_t, t, r) is exported for a list of passes, `nfe`: Restart's, where r = 0, or those of Hop, which are
 the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of time says both times (`dumo.nets.gap`).
@@ -29,16 +35,16 @@ from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
 from dumo.types import UserError
 
-TRAIN_TIMESTEPS = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
-INDEX = "model_index.json"  # of a pipeline
-DEFAULT_PASSES = (1, 2)  # for which an export is fixed where none are given: ours, as on its card
-DEFAULT_HOPS = (2,)  # the same of solver hop, whose pass from t = 1 has one end
+TRAIN_TIMESTEPS = 1000  # t = 1 as schedulers and pipelines count times (their num_train_timesteps)
+INDEX = "model_index.json"  # lists the components of a pipeline
+_DEFAULT_PASSES = (1, 2)  # for which an export is fixed where none are given: ours, as on its card
+_DEFAULT_HOPS = (2,)  # for solver hop, whose pass from t = 1 may have one end only
 Head = Literal["u", "v"]
 
 
 @dataclass(frozen=True)
 class StockPipeline:
-    """How a pipeline of diffusers is called that runs a class of model."""
+    """A pipeline of diffusers that runs a class of model, and how it is called."""
 
     pipeline: str  # its class
     # guidance
@@ -62,7 +68,7 @@ class StockPipeline:
     vllm_class: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
-        """The keywords for passes at these times, guided by `scale`, 1 for none.
+        """The keyword arguments for passes that begin at `times`, guided by `scale`; 1 is no guidance.
 
         `embedded` is the guidance number that the net itself takes. A pipeline without an argument for times is given
         their number, and its scheduler has them (`dumo.export.scheduler.JUMPS`).
@@ -81,14 +87,14 @@ class StockPipeline:
 
     @property
     def parts(self) -> list[str]:
-        """The names of its parts other than model and scheduler."""
+        """The names of the pipeline's components other than model and scheduler."""
         import diffusers  # slow to import, and an extra
 
         pipeline_class = getattr(diffusers, self.pipeline)
         return sorted(component_names(pipeline_class) - {TRANSFORMER, UNET, "scheduler"})
 
 
-KEEP_SIZE = ("use_resolution_binning=False",)
+_KEEP_SIZE = ("use_resolution_binning=False",)
 PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
     "SD3Transformer2DModel": StockPipeline("StableDiffusion3Pipeline"),
     "FluxTransformer2DModel": StockPipeline(
@@ -103,7 +109,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         "SanaPipeline",
         seeds_scheduler=True,
         mask_argument="prompt_attention_mask",
-        extra_arguments=KEEP_SIZE,
+        extra_arguments=_KEEP_SIZE,
         pixels_per_latent=32,
     ),
     "QwenImageTransformer2DModel": StockPipeline(
@@ -127,7 +133,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         "PRXPipeline",
         time_arguments=("timesteps",),
         mask_argument="prompt_attention_mask",
-        extra_arguments=KEEP_SIZE,
+        extra_arguments=_KEEP_SIZE,
         loads_lora=False,
     ),
     "WanTransformer3DModel": StockPipeline(
@@ -149,7 +155,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         indexed_times=True,
         seeds_scheduler=True,
         mask_argument="prompt_attention_mask",
-        extra_arguments=KEEP_SIZE,
+        extra_arguments=_KEEP_SIZE,
         loads_lora=False,
     ),
 }
@@ -168,8 +174,8 @@ PIPELINE_BY_CLASS: dict[str, StockPipeline] = {  # of models whose class is anot
 
 
 def export_forms(spec: Pretrained) -> list[str]:
-    """The forms of `dumo export --to` for this net: a file of weights alone where no stock pipeline runs it."""
-    stock = stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
+    """The values of `dumo export --to` for a net: only a file of weights where no stock pipeline runs it."""
+    stock = _stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]
     if spec.lora is not None and stock.loads_lora:
@@ -177,70 +183,76 @@ def export_forms(spec: Pretrained) -> list[str]:
     return ["diffusers"]
 
 
-def stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
-    """The pipeline that runs a class of model, as its net is called; None where no stock pipeline does."""
+def _stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
+    """The pipeline that runs a class of model with the inputs of the net `spec`; None where no stock pipeline does."""
     # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
     if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
         return None
     model_family = family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
-    return PIPELINE_BY_CLASS.get(model_family.pipeline) or PIPELINE_BY_MODEL.get(model_class)
+    if model_family.pipeline in PIPELINE_BY_CLASS:
+        return PIPELINE_BY_CLASS[model_family.pipeline]
+    return PIPELINE_BY_MODEL.get(model_class)
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """One head of a tuned net: u jumps to the data, v is the velocity of a flow."""
+    """One head of a tuned net, to be exported: u jumps to the data, v is the velocity of a flow."""
 
     sampler: Sampler
     spec: Pretrained
     net: Dualized
     head: Head
-    nfe: tuple[int, ...] = ()  # the numbers of passes that it makes; (): any, of a net of one time
+    nfe: tuple[int, ...] = ()  # the numbers of passes that it can make; (): any number, of a net of one time
     dtype: str = "float32"
-    alone: bool = False  # of adapters on top of a few-step run's, these alone, for that run's export
+    subject_only: bool = False  # without the adapters of the few-step run below it, for use on top of that run's export
 
     @property
-    def hops(self) -> bool:
-        """Whether its passes are Hop's, of a net of two times."""
+    def makes_hops(self) -> bool:
+        """Whether its passes are those of Hop, of a net of two times."""
         return bool(self.nfe) and isinstance(self.sampler.spec.solver, Hop)
 
     @property
-    def passes(self) -> list[tuple[float, float]]:
-        """From where to where each pass goes, (t, r), falling. Raises UserError where one t has two r."""
-        end_of = dict[float, float]()
+    def pass_intervals(self) -> list[tuple[float, float]]:
+        """The times (t, r) from and to which each pass goes, t falling. Raises UserError where one t has two r."""
+        end_by_start: dict[float, float] = {}
         for n in sorted(self.nfe):
-            times = self.sampler.flow.path.near(self.start_times(n))
-            ends = [*times[1:], 0.0] if self.hops else [0.0] * n
-            for t, r in zip(times, ends, strict=True):
-                if end_of.setdefault(t, r) != r:
+            starts = self.sampler.flow.path.near(self._start_times(n))
+            ends = [*starts[1:], 0.0] if self.makes_hops else [0.0] * n
+            for t, r in zip(starts, ends, strict=True):
+                other_r = end_by_start.setdefault(t, r)
+                if other_r != r:
                     raise UserError(
                         f"in {' and '.join(map(str, self.nfe))} passes of solver hop, the one from t = {t:g} goes to r "
-                        f"= {end_of[t]:g} and to r = {r:g}, and a stock model is given t alone: give one --nfe, and "
+                        f"= {other_r:g} and to r = {r:g}, and a stock model is given t alone: give one --nfe, and "
                         "export each to a folder of its own"
                     )
-        return sorted(end_of.items(), reverse=True)
+        return sorted(end_by_start.items(), reverse=True)
 
     @cached_property
-    def fixed(self) -> Fixed | None:
-        """The embedding of both times in that of one; None where it makes any passes. Raises UserError as `passes`."""
+    def _fixed_embedding(self) -> Fixed | None:
+        """The embedding of t that also says r; None where any number of passes is made. Raises as `pass_intervals`."""
         if not self.nfe:
             return None
-        t, r = zip(*self.passes, strict=True)
+        t, r = zip(*self.pass_intervals, strict=True)
         path = self.sampler.flow.path
         if isinstance(path, Diffusion):
             model_times = torch.tensor([float(index) for index in path.indices(t)])
         else:
-            model_times = self.net.own_time(self.scheduler_times(t))
+            model_times = self.net.own_time(self._scheduler_times(t))
         return self.net.fixed(torch.tensor(t), torch.tensor(r), model_times, getattr(torch, self.dtype))
 
     @property
     def time_layer(self) -> nn.Linear | None:
-        """The last layer of the embedder of time, with the gap's; None of a net of one time. Raises as `fixed`."""
-        if self.fixed:
-            return self.fixed.layer
+        """The last layer of the embedder of time, which adds that of t - r; None of a net of one time.
+
+        Raises UserError as `pass_intervals`.
+        """
+        if self._fixed_embedding:
+            return self._fixed_embedding.layer
         return self.net.rest() if self.net.gap else None
 
-    def scheduler_times(self, times: Sequence[float]) -> Tensor:
-        """These times as the pipeline's scheduler passes them to the model, in thousandths."""
+    def _scheduler_times(self, times: Sequence[float]) -> Tensor:
+        """Times in [0, 1] as the pipeline's scheduler passes them to the model, in thousandths."""
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
@@ -252,33 +264,33 @@ class ExportedModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The passes and the fitted embedding, for dumo.json and a file's header; {} where it makes any passes."""
-        if not self.fixed:
+        """For dumo.json and a file's header: passes and errors of the embedding; {} for any number of passes."""
+        if not self._fixed_embedding:
             return {}
-        errors = {name: value for name, value in vars(self.fixed).items() if isinstance(value, float)}
-        return {"passes": self.passes, "embedding": errors}
+        errors = {name: value for name, value in vars(self._fixed_embedding).items() if isinstance(value, float)}
+        return {"passes": self.pass_intervals, "embedding": errors}
 
-    def start_times(self, n: int) -> list[float]:
+    def _start_times(self, n: int) -> list[float]:
         """The times at which n passes begin."""
-        if self.hops:
+        if self.makes_hops:
             return uniform_times(n, self.solver.start)[:-1]
         return self.solver.times(n)
 
     @property
     def model_class(self) -> str:
-        """The model's class."""
+        """The name of the model's class in diffusers."""
         return type(self.net.model).__name__
 
     @property
     def stock(self) -> StockPipeline | None:
-        """The pipeline that runs it; None where no stock pipeline does."""
-        return stock_pipeline(self.model_class, self.spec)
+        """The pipeline of diffusers that runs the model; None where no stock pipeline does."""
+        return _stock_pipeline(self.model_class, self.spec)
 
     @property
     def solver(self) -> Restart:
-        """The jumps of the scheduler: the run's own, or the default where it samples by v.
+        """The solver that the scheduler imitates: the run's own, or the default where the run samples by v.
 
-        Those of Hop have its start. Raises UserError as `dumo.export.scheduler.restart`.
+        Instead of Hop, a Restart that begins at its start. Raises UserError as `dumo.export.scheduler.restart`.
         """
         solver = self.sampler.spec.solver
         if self.nfe and isinstance(solver, Hop):
@@ -286,18 +298,18 @@ class ExportedModel:
         return restart(solver)
 
     def pipeline_times(self, passes: int) -> Sequence[float]:
-        """The times of its jumps as its pipeline counts them: as sigmas, or as indices of a diffusion's table."""
-        times = self.start_times(passes)
+        """The times at which passes begin, as the pipeline counts them: sigmas, or indices of a diffusion's table."""
+        times = self._start_times(passes)
         path = self.sampler.flow.path
         return path.indices(times) if isinstance(path, Diffusion) else times
 
     @property
-    def part(self) -> str:
+    def component_name(self) -> str:
         """The name that diffusers has for the model among a pipeline's components."""
         return self.spec.pipeline.model
 
     @property
-    def source(self) -> Path | None:
+    def source_folder(self) -> Path | None:
         """The folder of the whole pipeline that the model came from; None where it came alone."""
         pipeline = self.spec.pipeline
         if pipeline.is_published or not (pipeline.folder / INDEX).is_file():
@@ -305,30 +317,30 @@ class ExportedModel:
         return pipeline.folder
 
     @property
-    def origin(self) -> str:
-        """The name of what was tuned: on the hub, or that of its folder."""
+    def base_name(self) -> str:
+        """The name of the tuned model: its repository on the Hub, or its folder's name."""
         return self.spec.pipeline.repository or Path(self.spec.pipeline.source).name
 
     @property
-    def codes(self) -> dict[str, Tensor]:
+    def class_embeddings(self) -> dict[str, Tensor]:
         """The trained embeddings of classes, (classes + 1, ...) each, by name; {} where it was tuned on texts."""
         if not isinstance(self.spec.texts, Codes):
             return {}
         return {name: rows.contiguous() for name, rows in self.net.texts.named_buffers()}
 
-    def model(self) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model, its adapters added to their layers, without the name of a folder of this machine."""
+    def build_model(self) -> Any:  # noqa: ANN401, a model of diffusers
+        """Build the model of diffusers: adapters merged into their layers, no path of this machine in its config."""
         model = self.net.stock(self.head, merged=self.spec.lora is not None, last=self.time_layer)
         model.register_to_config(_name_or_path="")
         if self.dtype == "float32":
             return model
-        return cast_copy(model, getattr(torch, self.dtype))
+        return _cast_copy(model, getattr(torch, self.dtype))
 
 
 def exported_head(
     sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...] = (), dtype: str = "float32"
 ) -> ExportedModel:
-    """One head of a run's net, ready to be written. A net of two times is fixed for `nfe`; (): the default passes.
+    """Choose one head of a run's net for export. A net of two times is fixed for `nfe` passes; (): the default.
 
     Raises UserError for a net that no stock program knows, and where `nfe` is given but the head makes any number of
     passes, or cannot make these.
@@ -352,16 +364,16 @@ def exported_head(
             "set kind: restart there, in the run's run.yaml"
         )
     if not nfe:
-        nfe = DEFAULT_HOPS if isinstance(solver, Hop) else DEFAULT_PASSES
+        nfe = _DEFAULT_HOPS if isinstance(solver, Hop) else _DEFAULT_PASSES
     for n in nfe:
         num_steps(solver, n)  # raises where the solver does not make n passes
     return ExportedModel(sampler, spec, net, head, tuple(sorted({*nfe})), dtype)
 
 
 def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPipeline:
-    """The pipeline that runs the model.
+    """Return the pipeline that runs the model.
 
-    Raises UserError where there is none, or none that takes it as a LoRA or is guided as the run is.
+    Raises UserError where there is none, where it loads no `lora`, and where it guides otherwise than the run.
     """
     stock = exported.stock
     if stock is None:
@@ -386,8 +398,8 @@ def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPip
     return stock
 
 
-def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose floating numbers have this precision; the model stays as it is."""
+def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy a model, with its floating-point weights and buffers in `dtype`; the model itself stays as it is."""
     copies: dict[int, object] = {}  # deepcopy takes these for tensors by their id, and copies the modules around them
     for parameter in model.parameters():
         copies[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)

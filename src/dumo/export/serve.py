@@ -37,11 +37,11 @@ def unserved(exported: ExportedModel, *, whole: bool) -> str:
         return "it has no class for a few jumps of this model"
     if exported.head != "u":
         return "it makes jumps of the flow map, and this is a velocity"
-    if exported.nfe and (exported.hops or PASSES not in exported.nfe):
+    if exported.nfe and (exported.makes_hops or PASSES not in exported.nfe):
         return "it makes two jumps to the data, which are not among this list"
     if exported.sampler.spec.guide.active:
         return "it guides no few-step model, and this run is sampled with guidance"
-    if exported.codes:
+    if exported.class_embeddings:
         return "it reads prompts, and this model has codes"
     if not whole:
         return "it needs a folder with all parts"

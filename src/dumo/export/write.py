@@ -89,7 +89,7 @@ def export(
         # a LoRA is rounded alone, without what it is added to
         model_dtype = "float32" if to in ("lora", "comfyui") else dtype
         net = exported_head(sampler, spec, chosen_head, tuple(nfe), model_dtype)
-        net = replace(net, alone=alone)
+        net = replace(net, subject_only=alone)
     path = sampler.flow.path
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
@@ -99,7 +99,7 @@ def export(
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
         if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # a single file
-            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else unshared(net.model().state_dict())
+            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else unshared(net.build_model().state_dict())
             safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(net, provenance))
             return out
         temporary.mkdir()
@@ -167,20 +167,20 @@ def write_folder(
     model, or the source's decoder reads other latents than the run has.
     """
     stock = require_pipeline(exported)
-    source = exported.source
+    source = exported.source_folder
     index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
         exported.spec.pipeline.verify()
         require_own_autoencoder(exported.sampler.data)
-    exported.model().save_pretrained(out / exported.part)
-    index[exported.part] = ["diffusers", exported.model_class]
+    exported.build_model().save_pretrained(out / exported.component_name)
+    index[exported.component_name] = ["diffusers", exported.model_class]
     if exported.head == "u":
         index[SCHEDULER] = write_scheduler(
             out / SCHEDULER,
             exported.solver,
             exported.net.frame,
             takes_times=bool(stock.time_arguments),
-            hops=exported.hops,
+            hops=exported.makes_hops,
         )
     elif source:
         copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
@@ -194,7 +194,7 @@ def write_folder(
     if not unserved(exported, whole=is_whole(index)):
         index |= served(exported)
     write_json(out / INDEX, index)
-    codes = exported.codes
+    codes = exported.class_embeddings
     if codes:
         safetensors.torch.save_file(codes, out / card.CODES, {"format": "pt"})
     readme = card.of_tuned(exported, provenance, stock, out_name, index)

@@ -49,7 +49,7 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
 def test_comfyui_merges_what_dumo_merges(name: str) -> None:
     before, exported = tuned(name)
     file, kind = comfyui(exported), exported.model_class
-    after = native(exported.model().state_dict(), kind)
+    after = native(exported.build_model().state_dict(), kind)
     found = loaded(before, file, kind)
     assert found.keys() == after.keys()
     for key, tensor in after.items():
@@ -61,15 +61,18 @@ def test_comfyui_merges_what_dumo_merges(name: str) -> None:
 def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
     """What both add up to is the model of both; the subject's alone is on top of the few-step model."""
     before, exported = tuned("sd3", subject=2)
-    fused, alone, kind = comfyui(exported), comfyui(replace(exported, alone=True)), exported.model_class
+    fused, alone, kind = comfyui(exported), comfyui(replace(exported, subject_only=True)), exported.model_class
     with without_subject(exported.net.model):
-        few = exported.model().state_dict()
-    after = native(exported.model().state_dict(), kind)
+        few = exported.build_model().state_dict()
+    after = native(exported.build_model().state_dict(), kind)
     for found in (loaded(before, fused, kind), loaded(few, alone, kind)):
         assert all(torch.allclose(found[key], tensor, rtol=0, atol=1e-6) for key, tensor in after.items())
     assert any((tensor - native(few, kind)[key]).abs().max() > 0.01 for key, tensor in after.items())
     assert {key.rpartition(".")[2] for key in alone} == {"weight"}
-    assert {key.partition("lora_")[2] for key in tensors(replace(exported, alone=True))} == {"A.weight", "B.weight"}
+    assert {key.partition("lora_")[2] for key in tensors(replace(exported, subject_only=True))} == {
+        "A.weight",
+        "B.weight",
+    }
 
 
 NO_BIAS = ("flux2",)  # neither its last layer nor its embedder has one
@@ -104,7 +107,7 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
 def test_layers_of_a_unet_have_the_names_that_kohya_gave_them(convolutions: bool) -> None:
     """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""
     before, exported = of_unet(tiny.TINY["sdxl"].model(), SDXL, convolutions=convolutions)
-    file, after = comfyui(exported), exported.model().state_dict()
+    file, after = comfyui(exported), exported.build_model().state_dict()
     assert {"lora_unet_conv_out.diff", "lora_unet_time_embedding_linear_1.diff_b"} <= file.keys()
     assert convolutions == ("lora_unet_down_blocks_0_downsamplers_0_conv.lora_down.weight" in file)
     left = set(file)
@@ -166,7 +169,7 @@ def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:
 
     kind, row = (StableDiffusionXLPipeline, SDXL) if name == "sdxl" else (StableDiffusionPipeline, FAMILIES[UNET])
     before, exported = of_unet(tiny.TINY[name].model(), row, convolutions=True)
-    after, adapted = exported.model(), exported.model()
+    after, adapted = exported.build_model(), exported.build_model()
     rest = {key: x for key, x in before.items() if key.startswith(("conv_out", "time_embedding"))}
     adapted.load_state_dict(rest, strict=False)
     kohya = {key: x for key, x in comfyui(exported).items() if ".diff" not in key}

@@ -61,9 +61,9 @@ def test_a_hop_ends_where_the_next_begins() -> None:
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), flow=SimpleNamespace(path=Linear()))
     none: Any = None
     two = ExportedModel(sampler, spec=none, net=none, head="u", nfe=(2,))
-    assert two.passes == [(1.0, 0.5), (0.5, 0.0)]
+    assert two.pass_intervals == [(1.0, 0.5), (0.5, 0.0)]
     with pytest.raises(UserError, match=r"the one from t = 1 goes to r = 0 and to r = 0\.5"):
-        _ = replace(two, nfe=(1, 2)).passes
+        _ = replace(two, nfe=(1, 2)).pass_intervals
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
