@@ -31,7 +31,7 @@ from dumo.nets.block import (
 )
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
-from dumo.nets.route import Route, through
+from dumo.nets.route import Route, run_blocks
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
             return run_lean(block, h, condition, *text, *places)
 
         split = self.route.split(*h.shape[:2]) if self.route and self.training else None
-        h = through(self.blocks, h, places, step, split)
+        h = run_blocks(self.blocks, h, places, step, split)
         outputs: list[Array] = []
         for name, head in self.heads.items():
             condition = F.silu(conditions[-1] + own[name]) if name in own else e[-1]

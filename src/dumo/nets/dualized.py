@@ -24,7 +24,7 @@ from dumo.nets.embed import require_inputs
 from dumo.nets.family import UNET, Config, Family, Inputs, pack_latents, unpack_latents
 from dumo.nets.gap import Fixed, GapEmbedder, fixed
 from dumo.nets.lowpass import Fit, Slow
-from dumo.nets.route import Route, standing
+from dumo.nets.route import Route, blocks_with_routing
 from dumo.nets.rows import Texts
 from dumo.nets.twin import HeadLayer, Outs, heads_of, set_channels, with_submodules
 from dumo.nets.vp import DiffusionToVelocity
@@ -78,7 +78,7 @@ class Dualized(nn.Module):
                 layer.p = 0.0  # it would draw from torch's global generator
         self.unsaved_buffers: dict[str, list[str]] = {}  # names, by the path of their layer
         for path, layer in model.named_modules():
-            names = twin.unsaved(layer)
+            names = twin.drop_from_state(layer)
             if path and names:
                 self.unsaved_buffers[path] = names
 
@@ -165,7 +165,7 @@ class Dualized(nn.Module):
         split = self.route.split(len(inputs.tokens), image_tokens)
         if split is None:
             return self.model
-        return with_submodules(self.model, standing(self.model, split))
+        return with_submodules(self.model, blocks_with_routing(self.model, split))
 
     def _model_time(self, t: Time) -> Array:
         """t in the model's own unit, of a model of a flow. A few families count time from the noise."""
@@ -277,7 +277,7 @@ class Dualized(nn.Module):
         assert isinstance(head_layer, HeadLayer)
         parts: dict[str, nn.Module] = {self.family.last: head_layer.out}
         for path, names in self.unsaved_buffers.items():
-            parts[path] = twin.saved(self.model.get_submodule(path), names)
+            parts[path] = twin.with_buffers_in_state(self.model.get_submodule(path), names)
         for path, layer in self.model.named_modules():
             if isinstance(layer, Slow):
                 parts[path] = layer.plain()

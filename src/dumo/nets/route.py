@@ -5,6 +5,9 @@ tokens: a guided exact step of XL/2 counts 4.95 F dense, 2.88 with half of them,
 imagenet256-xl2-routed`, and with `--set net.route.share=0.75`). The other tokens wait, and come back as they left.
 There are no new weights. Sampling is dense.
 
+The order of events: `Route.note` marks the blocks of a net once. In each pass `Route.split` draws which tokens skip. A
+DiT then calls `run_blocks`; a model of diffusers runs with the blocks of `blocks_with_routing` instead of its own.
+
 What this assumes:
 
 - Which tokens skip is a function of row and step alone, by the keys of `dumo.flow.dropout`. So every pass of a step has
@@ -29,7 +32,7 @@ from dumo.flow.dropout import Keys, current, hashes, layer_keys
 from dumo.runtime.bound import BLOCKS
 from dumo.types import Array, Spec, UserError
 
-LAYER = 1  # whose keys these are: 0 are those of dropped words (`dumo.nets.text`)
+_KEY_LAYER = 1  # the keys of `dumo.flow.dropout` for routing; 0 are those of dropped words (`dumo.nets.text`)
 
 
 class Route(Spec):
@@ -41,7 +44,7 @@ class Route(Spec):
     last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
 
     def check(self, depth: int) -> None:
-        """Raise UserError where a net of this depth has no block between."""
+        """Raise UserError where a net of `depth` blocks has none between the first and the last."""
         if self.first + self.last >= depth:
             raise UserError(
                 f"net.route leaves no block between the first {self.first} and the last {self.last} of {depth}: lower "
@@ -49,48 +52,53 @@ class Route(Spec):
             )
 
     def note(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-        """Note in each block whether it is routed: parts of a net keep the note, and copies do. Raises as `check`."""
+        """Set `routed` in each block, which parts and copies of a net keep. Raises UserError as `check`."""
         self.check(len(blocks))
         for i, block in enumerate(blocks):
             block.routed = self.first <= i < len(blocks) - self.last  # pyright: ignore[reportArgumentType]
 
-    def split(self, b: int, n: int) -> "Split | None":
-        """How a pass of b rows parts its n tokens; None: all go through. Raises RuntimeError as `current`."""
+    def split(self, b: int, n: int) -> "TokenSplit | None":
+        """Draw which of n tokens skip in each of b rows; None: none does. Raises RuntimeError as `dropout.current`."""
         rows = current(b, route=True)
-        return None if rows is None or not self.share else Split(rows, n, max(1, n - round(self.share * n)))
+        if rows is None or not self.share:
+            return None
+        num_through = max(1, n - round(self.share * n))
+        return TokenSplit(rows, n, num_through)
 
 
-class Split:
+class TokenSplit:
     """Which tokens of a pass go through the routed blocks, and which skip."""
 
-    def __init__(self, rows: Keys, n: int, through: int) -> None:
-        """`through` of the n tokens of each row go through."""
-        order = hashes(layer_keys(rows, LAYER), n).argsort(1)
-        self.there, self.skipping, self.back = order[:, :through], order[:, through:], order.argsort(1)
+    def __init__(self, rows: Keys, n: int, num_through: int) -> None:
+        """`num_through` of the n tokens of each row go through, drawn by the keys of the rows."""
+        order = hashes(layer_keys(rows, _KEY_LAYER), n).argsort(1)
+        self.through = order[:, :num_through]
+        self.skipping = order[:, num_through:]
+        self.inverse = order.argsort(1)
 
     def part(self, h: Array) -> Array:
-        """Of (b, n, width) the tokens that go through, (b, through, width)."""
-        return chosen(h, self.there)
+        """Select the tokens that go through, (b, num_through, width), of h (b, n, width)."""
+        return _select_tokens(h, self.through)
 
     def join(self, h: Array, before: Array) -> Array:
-        """(b, n, width): h (b, through, width), and of `before` (b, n, width) what skipped, at their places."""
-        return chosen(cat([h, chosen(before, self.skipping)], 1), self.back)
+        """Put h (b, num_through, width) back to its places among the tokens of `before` (b, n, width) that skipped."""
+        return _select_tokens(cat([h, _select_tokens(before, self.skipping)], 1), self.inverse)
 
     def places(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Rotary tables (n, size) of the tokens that go through, one for each row: (b, 1, through, size)."""
-        return tuple(table[self.there].unsqueeze(1) for table in tables)
+        """Select from rotary tables (n, size) the rows of tokens that go through: (b, 1, num_through, size) each."""
+        return tuple(table[self.through].unsqueeze(1) for table in tables)
 
 
-def through(
+def run_blocks(
     blocks: nn.ModuleList,
     h: Array,
     places: tuple[Tensor, ...],
     step: Callable[..., Array],
-    split: Split | None,
+    split: TokenSplit | None,
 ) -> Array:
-    """The tokens h (b, n, width) after all blocks, by `step(number of the block, block, h, *places)`.
+    """Run the tokens h (b, n, width) through all blocks, each as `step(its number, block, h, *places)`.
 
-    Dense where `split` is None.
+    `places` are the rotary tables. Where `split` is None, all tokens go through all blocks.
     """
     before = h  # the tokens as they were before the routed blocks
     block_places = places
@@ -111,58 +119,74 @@ def through(
     return h
 
 
-class Routed(nn.Module):
-    """A routed block of a model of diffusers in one pass, in its place: of the image's tokens it gets some.
+class _RoutedBlock(nn.Module):
+    """Stands for a routed block of a model of diffusers in one pass: the block gets the image tokens that go through.
 
-    `ends`: whether it is the first of its kind, which parts the tokens, and whether it is the last, which joins them.
-    What is computed again by checkpointing meets the same split: all is held here, and the block is as it was.
+    What is computed again by checkpointing meets the same split: all is held here, and the block is unchanged.
     """
 
-    def __init__(self, block: nn.Module, split: Split, ends: tuple[bool, bool], before: list[Array]) -> None:
-        """`before` is shared by the blocks of a pass: the tokens that the first of them got."""
+    def __init__(
+        self, block: nn.Module, split: TokenSplit, before: list[Array], *, is_first: bool, is_last: bool
+    ) -> None:
+        """The first routed block parts the tokens, the last joins them. `before`, shared by all, holds all tokens."""
         super().__init__()
-        self.block, self.split, self.ends, self.before = block, split, ends, before
+        self.block = block
+        self.split = split
+        self.before = before
+        self.is_first = is_first
+        self.is_last = is_last
         self.lean = getattr(block, "lean", True)  # as `run_lean`
 
     def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
-        """As the block: by name, or in order, where it is computed again. Text and image, (b, n, width) each."""
-        h, tables = hidden_states, named.get("image_rotary_emb", rest[0] if rest else None)
-        if self.ends[0]:
-            self.before[:], h = [h], self.split.part(h)
-        near = {"image_rotary_emb": tuple(Table(table, self.split) for table in tables)} if tables else {}
-        text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **near)
-        return text, self.split.join(h, *self.before) if self.ends[1] else h
+        """Run the block on image and text, (b, n, width) each, and return text and image.
+
+        The rotary table comes by name, or first in `rest`, where the block is computed again.
+        """
+        h = hidden_states
+        tables = named.get("image_rotary_emb", rest[0] if rest else None)
+        if self.is_first:
+            self.before[:] = [h]
+            h = self.split.part(h)
+        rotary: dict[str, Any] = {}
+        if tables:
+            rotary["image_rotary_emb"] = tuple(_RotaryTablePerRow(table, self.split) for table in tables)
+        text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **rotary)
+        if self.is_last:
+            h = self.split.join(h, *self.before)
+        return text, h
 
 
-class Table:
-    """A rotary table of each row's own, of which code for one (n, size) asks [None, :, None, :], in diffusers."""
+class _RotaryTablePerRow:
+    """A rotary table for each row, in diffusers' code for a single table (n, size), which asks [None, :, None, :]."""
 
-    def __init__(self, table: Tensor, split: Split) -> None:
-        """Of a table (text and n, size): all of the text, and of the image what goes through."""
-        (b, _), n = split.there.shape, split.back.shape[1]
+    def __init__(self, table: Tensor, split: TokenSplit) -> None:
+        """Select from a table (text and n, size) all of the text, and the image tokens that go through."""
+        b = split.through.shape[0]
+        n = split.inverse.shape[1]
         text = table[:-n].expand(b, -1, -1)
-        self.rows = cat([text, table[-n:][split.there]], 1)
+        self.rows = cat([text, table[-n:][split.through]], 1)
 
     def __getitem__(self, _: object) -> Tensor:
-        """(b, tokens, 1, size)."""
+        """The tables (b, tokens, 1, size), whatever the index is."""
         return self.rows.unsqueeze(2)
 
 
-def standing(model: nn.Module, split: Split) -> dict[str, nn.ModuleList]:
-    """The lists of blocks of a model of diffusers, by name, with the routed ones as they are in one pass."""
+def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.ModuleList]:
+    """The lists of blocks of a model of diffusers for one pass, by name, with its routed blocks wrapped."""
     lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
     routed = [block for blocks in lists.values() for block in blocks if block.routed]
-    before = list[Array]()
+    before: list[Array] = []
 
-    def stand(block: nn.Module) -> nn.Module:
-        ends = block is routed[0], block is routed[-1]
-        return Routed(block, split, ends, before) if block.routed else block
+    def wrap(block: nn.Module) -> nn.Module:
+        if not block.routed:
+            return block
+        return _RoutedBlock(block, split, before, is_first=block is routed[0], is_last=block is routed[-1])
 
-    return {name: nn.ModuleList(map(stand, blocks)) for name, blocks in lists.items()}
+    return {name: nn.ModuleList(map(wrap, blocks)) for name, blocks in lists.items()}
 
 
-def chosen(h: Array, index: Tensor) -> Array:
-    """Row by row the tokens of h (b, n, width) at index (b, k): (b, k, width)."""
+def _select_tokens(h: Array, index: Tensor) -> Array:
+    """Select, row by row, the tokens of h (b, n, width) at index (b, k): (b, k, width)."""
     b, n, width = h.shape
     flat = (index + n * torch.arange(b, device=index.device)[:, None]).flatten()
     return h.flatten(0, 1).index_select(0, flat).view(b, -1, width)

@@ -1,5 +1,9 @@
 """Several heads for a model that has one: its last layer, once per head, in the old layer's place.
 
+`HeadLayer` copies the last layer for a head, `Outs` calls those of all heads, and `with_submodules` puts it into the
+model. `heads_of` cuts the output into heads. `set_channels`, `drop_from_state` and `with_buffers_in_state` adapt what
+the model says of itself. `dumo.nets.dualized` calls all of these.
+
 The model's own tail, which makes an image of patches, then makes one with the channels of all heads, so no model is
 forked. Each head starts as a copy of the old layer: all give the model's own output, to the bit.
 """
@@ -28,7 +32,7 @@ class HeadLayer(nn.Module):
 
     @property
     def channels(self) -> int:
-        """The numbers that it gives at a place."""
+        """The number of channels of its output."""
         return self.out.out_channels if isinstance(self.out, nn.Conv2d) else self.out.out_features
 
 
@@ -59,7 +63,7 @@ def bias_or_none(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
 
 
 def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
-    """A model with these parts, by path. It shares everything else, and the old model stays as it is."""
+    """A model with `parts`, by path, as submodules. It shares all else with `model`, which stays as it is."""
     new = copy.copy(model)
     new._modules = dict(model._modules)
     parts_of_child: dict[str, dict[str, nn.Module]] = {}
@@ -74,7 +78,7 @@ def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
     return new
 
 
-def unsaved(layer: nn.Module) -> list[str]:
+def drop_from_state(layer: nn.Module) -> list[str]:
     """Remove a layer's own buffers, fixed numbers in these models, from its state dict; returns their names."""
     buffers = dict(layer.named_buffers(recurse=False, remove_duplicate=False))
     in_state = layer.state_dict() if buffers else {}
@@ -84,8 +88,8 @@ def unsaved(layer: nn.Module) -> list[str]:
     return names
 
 
-def saved(layer: M, names: Collection[str]) -> M:
-    """A layer that shares everything with this one, and has these buffers in its state dict."""
+def with_buffers_in_state(layer: M, names: Collection[str]) -> M:
+    """A layer that shares everything with `layer`, and has the buffers `names` in its state dict."""
     new = copy.copy(layer)
     new._non_persistent_buffers_set = layer._non_persistent_buffers_set - set(names)
     return new

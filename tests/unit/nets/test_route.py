@@ -15,7 +15,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.dit import DiT, Transformer
-from dumo.nets.route import Route, Split
+from dumo.nets.route import Route, TokenSplit
 from dumo.objectives import DuMo
 from dumo.run import cost
 from dumo.run.net import outline
@@ -50,21 +50,21 @@ def apart(a: Heads, b: Heads) -> float:
 def test_tokens_are_drawn_alike() -> None:
     """Each as often as others, and two of them together as chance has it: within five standard errors."""
     rows, n, through = 20_000, 16, 4
-    split = Split(keys(0, 0, rows), n, through)
-    assert torch.equal(torch.cat([split.there, split.skipping], 1).sort(1).values, torch.arange(n).expand(rows, n))
-    seen = torch.zeros(rows, n, dtype=torch.double).scatter(1, split.there, 1.0)
+    split = TokenSplit(keys(0, 0, rows), n, through)
+    assert torch.equal(torch.cat([split.through, split.skipping], 1).sort(1).values, torch.arange(n).expand(rows, n))
+    seen = torch.zeros(rows, n, dtype=torch.double).scatter(1, split.through, 1.0)
     p, both = through / n, through * (through - 1) / (n * (n - 1))
     assert (seen.mean(0) - p).abs().max() < 5 * (p * (1 - p) / rows) ** 0.5
     pairs = (seen.mT @ seen / rows)[~torch.eye(n, dtype=torch.bool)]
     assert (pairs - both).abs().max() < 5 * (both * (1 - both) / rows) ** 0.5
-    later = torch.zeros(rows, n, dtype=torch.double).scatter(1, Split(keys(0, 1, rows), n, through).there, 1.0)
+    later = torch.zeros(rows, n, dtype=torch.double).scatter(1, TokenSplit(keys(0, 1, rows), n, through).through, 1.0)
     assert ((seen * later).sum(1).mean() - through * p).abs() < 5 * (through * p / rows) ** 0.5  # the next step's
 
 
 def test_what_is_parted_is_joined() -> None:
-    split = Split(KEYS, TOKENS, 5)
+    split = TokenSplit(KEYS, TOKENS, 5)
     h = torch.randn(6, TOKENS, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(split.part(h)[2, 3], h[2, split.there[2, 3]])
+    assert torch.equal(split.part(h)[2, 3], h[2, split.through[2, 3]])
     assert torch.equal(split.join(split.part(h), h), h)
     moved = split.join(split.part(h) + 1, h) - h
     assert torch.allclose(moved.sum(1), torch.tensor(5.0))
@@ -74,7 +74,7 @@ def test_what_is_parted_is_joined() -> None:
 def test_a_row_is_what_its_tokens_make_alone(kind: str) -> None:
     """Row by row, by hand: the routed blocks on the row's own tokens, and nothing of the others."""
     net, (x, c, t) = tiny(**KINDS[kind]), points(6, SHAPE)
-    split, seen = Split(KEYS, TOKENS, 8), dict[int, Tensor]()
+    split, seen = TokenSplit(KEYS, TOKENS, 8), dict[int, Tensor]()
     for i, block in enumerate(net.blocks):
         block.register_forward_hook(lambda _, args, out, i=i: seen.update({i: torch.stack([args[0], out])}))
     with using(KEYS):
@@ -82,7 +82,7 @@ def test_a_row_is_what_its_tokens_make_alone(kind: str) -> None:
     assert [seen[i].shape[2] for i in range(5)] == [16, 8, 8, 16, 16]
     assert seen[1].shape[1] == 6
     for row in range(6):
-        there, skipping = split.there[row], split.skipping[row]
+        there, skipping = split.through[row], split.skipping[row]
         assert torch.equal(seen[1][0, row], seen[0][1, row, there])
         before, now = seen[0][1, row], seen[3][0, row]
         assert torch.equal(now[there], seen[2][1, row])
@@ -93,7 +93,7 @@ def test_a_row_is_what_its_tokens_make_alone(kind: str) -> None:
 def test_tokens_keep_their_places(kind: str) -> None:
     """Routed blocks alone are blind to skipping tokens: those may change at will. To the others they give the same."""
     net, (x, c, t) = tiny(first=0, route=Route(share=0.5, first=0, last=1), depth=2, **KINDS[kind]), points(6, SHAPE)
-    split, out = Split(KEYS, TOKENS, 8), list[Tensor]()
+    split, out = TokenSplit(KEYS, TOKENS, 8), list[Tensor]()
     net.blocks[0].register_forward_hook(lambda _, __, h: out.append(h))
     patches = net._patches(x, (4, 4)).clone()
     for row in range(6):
@@ -113,10 +113,10 @@ def test_rotary_places_go_with_their_tokens() -> None:
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(6, TOKENS, 16, generator=g).double(), torch.randn(6, 16, generator=g).double()
     tables = net._positions((4, 4), h.device)
-    split, block = Split(KEYS, TOKENS, 8), net.blocks[1]
+    split, block = TokenSplit(KEYS, TOKENS, 8), net.blocks[1]
     some = block(split.part(h), e, *split.places(tables))
     for row in range(6):
-        there = split.there[row]
+        there = split.through[row]
         alone = block(h[row : row + 1, there], e[row : row + 1], *(table[there] for table in tables))
         assert torch.allclose(some[row], alone[0], rtol=1e-10, atol=1e-12)
 

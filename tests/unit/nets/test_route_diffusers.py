@@ -16,7 +16,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets.dualized import Dualized
-from dumo.nets.route import Route, Split
+from dumo.nets.route import Route, TokenSplit
 from dumo.objectives import DuMo
 from dumo.run import cost
 from dumo.types import Frozen, UserError, frozen
@@ -61,13 +61,13 @@ def test_a_block_sees_some_of_the_image_at_its_places_and_all_of_the_text(name: 
         block.register_forward_hook(lambda _, args, named, out, i=i: seen.update({i: (named, out)}), with_kwargs=True)
     with using(KEYS):
         net(x, c, t=t)
-    split, tables = Split(KEYS, TOKENS, 4), seen[0][0].get("image_rotary_emb", ())
+    split, tables = TokenSplit(KEYS, TOKENS, 4), seen[0][0].get("image_rotary_emb", ())
     for i, n in enumerate([16, 4, 4, 16]):
         named, _ = seen[i]
         assert named["hidden_states"].shape[1] == n
         assert named["encoder_hidden_states"].shape[1] == TEXT
     for row in range(ROWS):
-        there, skipping, one = split.there[row], split.skipping[row], slice(row, row + 1)
+        there, skipping, one = split.through[row], split.skipping[row], slice(row, row + 1)
         before, after = seen[0][1][1][row], seen[3][0]["hidden_states"][row]
         assert torch.equal(seen[1][0]["hidden_states"][row], before[there])
         assert torch.equal(after[there], seen[2][1][1][row])
