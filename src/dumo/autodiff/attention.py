@@ -94,8 +94,7 @@ def tangent(
     """
     if dq is None and dk is None and dv is None:
         return torch.zeros_like(o)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(o.device.type):
         q = q.to(o.dtype)
         k = _per_query_head(k, q, o.dtype)
@@ -106,8 +105,8 @@ def tangent(
         if mask is None and not causal and _has_kernel(q, v):
             from dumo.autodiff.kernel import attention_tangent
 
-            return attention_tangent(q, k, v, dq, dk, dv, o, lse, scale)
-        return _tangent_by_chunks(q, k, v, dq, dk, dv, o, scale, mask, causal)
+            return attention_tangent(q, k, v, dq, dk, dv, o, lse, factor)
+        return _tangent_by_chunks(q, k, v, dq, dk, dv, o, factor, mask, causal)
 
 
 def recorded_tangent(
@@ -126,15 +125,14 @@ def recorded_tangent(
 
     A tangent dq, dk or dv that is None is zero. `o` is the output of `attend(q, k, v, scale, mask, causal)`.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     exact = torch.promote_types(o.dtype, torch.float32)
     with _without_autocast(o.device.type):
         q = q.to(exact)
         k = _per_query_head(k, q, exact)
         v = _per_query_head(v, q, exact)
         exact_o = o.to(exact)
-        p = _weights(scale * q @ k.mT, _visible_keys(mask, causal, slice(None), o, k))
+        p = _weights(factor * q @ k.mT, _visible_keys(mask, causal, slice(None), o, k))
         out = torch.zeros_like(exact_o) if dv is None else p @ _per_query_head(dv, q, exact)
         score_tangents: list[Tensor] = []  # without their factor, the scale
         if dq is not None:
@@ -142,7 +140,7 @@ def recorded_tangent(
         if dk is not None:
             score_tangents.append(q @ _per_query_head(dk, q, exact).mT)
         for ds in score_tangents:
-            h = scale * p * ds
+            h = factor * p * ds
             out = out + h @ v - h.sum(-1, keepdim=True) * exact_o
         return out.to(o.dtype)
 

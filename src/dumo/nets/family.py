@@ -237,9 +237,7 @@ class Family:
     unused_layers: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
     compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
     lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
-    routes: bool = (
-        False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route._RoutedBlock` does
-    )
+    routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route` does
 
     def patch(self, config: Config, channels: int) -> int:
         """The side of a patch. Raises UserError where the model takes samples of other channels."""
