@@ -26,7 +26,7 @@ from dumo.autodiff.error import NoRule
 LOSE_TANGENT = frozenset(
     ("data", "detach", "detach_", "item", "tolist", "numpy", "grad", "requires_grad_", "retain_grad")
 )
-# Operations that draw random numbers, beside all whose name has "dropout".
+# Operations that draw random numbers; those whose name has "dropout" do too.
 _DRAW_RANDOM = frozenset(
     (
         "bernoulli",
