@@ -72,6 +72,7 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
 
 def cells(rows: "list[Row]") -> list[dict[str, Any]]:
     """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
+    from dumo.report import score
     from dumo.training.log import is_weighted
 
     parts: dict[str, None] = {}  # a set in order
@@ -80,7 +81,7 @@ def cells(rows: "list[Row]") -> list[dict[str, Any]]:
         row_parts = row.get("parts", {})
         if is_weighted(row.get("loss"), row_parts):
             parts |= dict.fromkeys(row_parts)
-        scores |= dict.fromkeys(name for name in row.get("val", {}) if not name.endswith("_sd"))
+        scores |= dict.fromkeys(name for name in row.get("val", {}) if not score.is_error(name))
     any_skipped = any(row.get("skipped") for row in rows)
     any_timed = any("speed" in row for row in rows)
 
@@ -249,7 +250,7 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
 
     Without `everything` the scores of the summary alone.
     """
-    from dumo.evaluation.protocol import CLASS_MMD
+    from dumo.evaluation.metric import CLASS_MMD
     from dumo.report import score
 
     if as_json:
@@ -266,7 +267,7 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     for name, scores in score.by_name(report).items():
         shown_scores = scores if everything else score.shortened(scores, columns)
         if shown_scores:
-            out.print(f"{BASELINES.get(name, name)}: {spelt(shown_scores)}", soft_wrap=True)
+            out.print(f"{BASELINES.get(name, name)}: {score.terminal_text(shown_scores)}", soft_wrap=True)
     if score.too_few(report):
         out.print(f"{BASELINES['perfect']}: too few images to tell")
     trained_on = score.biased(rows[0], card)
@@ -280,20 +281,6 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
     out.print(report["file"], soft_wrap=True)
 
 
-def spelt(baseline: dict[str, float]) -> str:
-    """A baseline in words: each score, ± its spread."""
-    texts: list[str] = []
-    for key, value in baseline.items():
-        if key == "splits" or key.endswith("_sd"):
-            continue
-        text = f"{key} {value:.3g}"
-        spread = baseline.get(f"{key}_sd")
-        if spread is not None:
-            text += f" ± {spread:.2g}"
-        texts.append(text)
-    return ", ".join(texts)
-
-
 def compare(
     run_folders: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations.")
@@ -305,6 +292,7 @@ def compare(
 ) -> None:
     """Set the evaluations of several runs side by side, if they were measured alike."""
     from dumo.report import compare as comparison
+    from dumo.report import score
 
     report = comparison.compare(run_folders, anyway=anyway)
     if as_json:
@@ -317,7 +305,7 @@ def compare(
             cell_by_column["best"] = "*" if row["best"] else ""
         rows.append(cell_by_column)
     show_table("* the best of its passes, and what is level with it" if "best" in rows[0] else "", rows)
-    perfect_scores = dict.fromkeys(spelt(perfect) for perfect in report["perfect"].values())
+    perfect_scores = dict.fromkeys(score.terminal_text(perfect) for perfect in report["perfect"].values())
     for text in perfect_scores:
         out.print(f"{BASELINES['perfect']}: {text}", soft_wrap=True)
     for field, value_by_run in report["differs"].items():

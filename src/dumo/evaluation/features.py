@@ -23,7 +23,8 @@ from dumo.encoders.vision import VISION_MODELS, Eye, Kind
 from dumo.evaluation import reference
 from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, perfect
+from dumo.evaluation.metric import Scores
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, perfect
 from dumo.evaluation.reference import Standard, cached
 from dumo.evaluation.statistics import Statistics, gather, statistics_of
 from dumo.io.read import user_path

@@ -19,8 +19,9 @@ from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
+from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import precision_recall
-from dumo.evaluation.protocol import LEAST, Context, Evaluator, NumberedSamples, Protocol, Scores, distance_unit
+from dumo.evaluation.protocol import LEAST, Context, Evaluator, NumberedSamples, Protocol, distance_unit
 from dumo.evaluation.reference import PIECE, STANDARDS, Inception, Standard, cached
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.io.picture import to_uint8

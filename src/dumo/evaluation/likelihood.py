@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Reference, Scores, collect
+from dumo.evaluation.metric import Scores
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Reference, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import bound
 from dumo.runtime.random import keyed

@@ -22,13 +22,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
+from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import nearest_two, precision_recall
 from dumo.evaluation.protocol import (
     Context,
     Measure,
     NumberedSamples,
     Protocol,
-    Scores,
     class_facts,
     collect,
     mmd,

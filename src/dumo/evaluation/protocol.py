@@ -4,13 +4,14 @@ Samples are known by number and come in batches, of several ranks each rank's ow
 evaluator, and all get the same score, whatever came in which batch or where. What a score depends on besides the
 samples is in the evaluator's `facts`, of which a report is made, and by which two reports are known to be of one kind.
 
-`Protocol` is the spec, `Context` what its evaluator is made of, `Evaluator` what that must do. `WholeSet` is an
-evaluator that waits for all samples. What follows are scores that protocols share: which one counts (`headline`), and
-what a perfect sampler would have of them (`perfect`, `distance_unit`).
+`Protocol` is the spec, `Context` what its evaluator is made of, `Evaluator` what that must do. `whole_set` opens an
+evaluator that waits for all samples. What follows is shared by protocols: distances by class (`mmd`, `noise_by_class`),
+and what a perfect sampler would have (`perfect`, `distance_unit`). What a score's name means says
+`dumo.evaluation.metric`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, runtime_checkable
 from typing import Protocol as Interface
@@ -31,6 +32,7 @@ from dumo.evaluation.distance import (
     mmd_deviation,
     shared_classes,
 )
+from dumo.evaluation.metric import CLASS_MMD, Scores
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, HeldOutSplit
@@ -41,12 +43,7 @@ from dumo.types import Cond, Sample, Spec, UserError
 NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Real = Float[Tensor, "_ *_"]
 Tick = Callable[[int, int], object]  # called with how many images of the data have been seen, of how many
-Scores = dict[str, float]  # the first is the one that counts, lower being better, but for those of RISING
 
-OWN = ("auc", "copies", "mmd2", "nearest", "pixel_fd")  # by the numbers of samples themselves, no features
-NUMBERS = "numbers"  # what a loss is trained on that compares by these
-RISING = ("clip_score",)
-CLASS_MMD = "class_mmd"  # leads where both sides have classes
 MAX_PART_ROWS = 5000  # rows of a part between which distances are measured, where `least` allows: ours
 PART_PAIRS = 60  # of parts: the spread is known to a tenth. Ours
 LEAST = 2.5  # rows for each feature: Chong & Forsyth begin at 5,000 for 2,048
@@ -237,37 +234,6 @@ def collect(samples: NumberedSamples, total: int) -> Tensor:
     all_indices = torch.cat(dist.gathered(torch.cat(indices)))
     all_x = torch.cat(dist.gathered(torch.cat(batches)))
     return all_x[ordered(all_indices, total)]
-
-
-def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
-    """The score that counts: `class_mmd`, which alone sees classes, else the first.
-
-    Of a run whose card says what it was trained on, the first of those that are by something else, if there is one.
-    """
-    ranked = sorted(scores, key=lambda score: score != CLASS_MMD)  # a stable order
-    for score in ranked:
-        if not trained_on(score, card or {}):
-            return score
-    return ranked[0]
-
-
-def trained_on(score: str, card: Mapping[str, Any]) -> bool:
-    """Whether a score is by what the run of this card was trained on: then it is no judge of it.
-
-    Features go by a name that stands in what the card calls those of the protocol.
-    """
-    is_by_numbers = score in OWN
-    loss_features = card.get("trained_on", "")
-    if not loss_features:
-        return False
-    if loss_features == NUMBERS:
-        return is_by_numbers
-    return not is_by_numbers and loss_features in card.get("features", "")
-
-
-def rising(score: str) -> bool:
-    """Whether more is better."""
-    return score in RISING
 
 
 def name_of(kind: str, *odd: str) -> str:

@@ -39,6 +39,7 @@ from dumo.evaluation.distance import (
     pixel_frechet,
     two_sample_auc,
 )
+from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import PHOTOS, WIDTH
 from dumo.evaluation.protocol import (
@@ -48,7 +49,6 @@ from dumo.evaluation.protocol import (
     Measure,
     Protocol,
     Reference,
-    Scores,
     distance_unit,
     mmd,
     noise_by_class,

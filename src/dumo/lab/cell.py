@@ -17,7 +17,7 @@ from typing import Any
 
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
-from dumo.evaluation.protocol import headline
+from dumo.evaluation.metric import headline
 from dumo.lab import job
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized

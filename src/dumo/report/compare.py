@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dumo.evaluation.protocol import CLASS_MMD
+from dumo.evaluation.metric import CLASS_MMD
 from dumo.report import score
 from dumo.report.card import FILE, Card, Row, read_report
 from dumo.runtime import typed

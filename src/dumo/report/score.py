@@ -1,9 +1,14 @@
-"""The scores of a run: which one leads, how a value and its error are written, and what is better or worse.
+"""The scores of an evaluation: which one leads, how a value and its error are written, and what is better or worse.
 
-An evaluation is read and checked by `dumo.report.card`. Here its rows are read: `figures` has the scores of a row, the
-one that leads first (`dumo.evaluation.protocol.headline`), `text` a score with its error. `state` and `verdict` compare
-them with baselines, `mark_best` rows with one another. `judgement`, `benchmarks`, `others` and `doubts` set them out
-for a page, with what its reader must know.
+In the order of this file:
+
+1. A row's scores: `figures` has their names, the one that leads first, `summary` and `shortened` some of them.
+2. Better and worse: `state` and `verdict` compare the best row with baselines, `mark_best` rows with one another.
+3. As text: `number`, `spread`, `text`; `terminal_text` for the command line.
+4. For a page: `judgement` reads a run's evaluation.json; `benchmarks`, `others` and `doubts` set it out.
+
+What a score's name means, such as which way is better, says `dumo.evaluation.metric`. Files of evaluations are checked
+by `dumo.report.card`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,24 +21,21 @@ from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
 from dumo.evaluation.distance import Estimate, level
-from dumo.evaluation.protocol import CLASS_MMD, Scores, headline, rising, trained_on
+from dumo.evaluation.metric import CLASS_MMD, METRICS, Scores, headline, metric, rising, trained_on
 from dumo.io.read import read_json
 from dumo.report.card import FILE, Card, Row, checked
 from dumo.runtime import typed
 
 ERROR = "_sd"  # of a score's name: the deviation of that score
 NO_SCORES = ("nfe", "solver")  # of a row
+NUM_SPLITS = "splits"  # of a baseline: how many distances it is the mean of
 UNTRAINED_SHARE = 1 / 2  # of the distance of noise. Ours
 FAR_SHARE = 1 / 20  # of the distance of noise. Ours
 FAR_TIMES = 20  # times a perfect sampler's distance, where noise was not measured. Ours
 MAX_UNTRAINED_PRECISION = 0.02  # where noise was not measured. Ours
 FAR_FROM_NEAREST = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them;
 # ours: on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
-AREAS = ("auc", "auc_features")  # under the curve of a two-sample test
-WORSE = {CLASS_MMD: 1, "accuracy": -1, "nearest": -1, "copies": 1}  # which way
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
-SUMMARY = (CLASS_MMD, "recall", "copies", "nearest")  # next to the score that leads. Precision praises noise, too
-DISTANCES = ("fd", "fd_grey", "fid", "kid", "mmd")  # from data of which there may be too few
 BENCHMARKS = ("clip",)  # evaluations other than the run's own that a page shows
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -77,11 +79,15 @@ def biased(row: Mapping[str, Any], card: Card) -> list[str]:
 
 
 def summary(columns: Sequence[str]) -> list[str]:
-    """Of the scores of a row, the one that leads being the first, those that a summary shows.
+    """Of the scores `columns`, the one that leads being the first, those that a summary shows.
 
-    What has no words here stays.
+    Scores that are not ours are shown, too.
     """
-    return [name for i, name in enumerate(columns) if i == 0 or name in SUMMARY or name not in MERITS]
+    shown: list[str] = []
+    for i, name in enumerate(columns):
+        if i == 0 or metric(name).in_summary or name not in METRICS:
+            shown.append(name)
+    return shown
 
 
 def shortened(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
@@ -101,7 +107,7 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
     """Where a run stands by its best row; rows and baselines as an evaluation has them.
 
     `like the data`: the first score, lower being better, is at most two deviations above a perfect sampler's, and so is
-    what else tells, `class_mmd` among it (`apart`).
+    each that `tells_apart` (`dumo.evaluation.metric`), such as `class_mmd`.
     `untrained`: by the first score at least half as far off as noise; where `noise` is not among the baselines,
     `FAR_TIMES` as far as a perfect sampler, and with a precision of at most `MAX_UNTRAINED_PRECISION`. `far`: by the
     first score or by `class_mmd` over a twentieth of noise, or `FAR_TIMES` as far as a perfect sampler. None: no
@@ -109,22 +115,22 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
     """
     real = baselines.get("perfect") or baselines.get("null")
     noise = baselines.get("noise")
-    scores = best_scores(rows)
+    scores = _best_scores(rows)
     if not real or not scores or rising(next(iter(scores))):
         return None
     score = _first(scores)
-    if is_as_perfect(score, real) and not apart(scores, real):
+    if _is_as_perfect(score, real) and not _worse_scores(scores, real):
         return "like the data"
     if noise:
         if score >= UNTRAINED_SHARE * noise["mean"]:
             return "untrained"
-        return "far" if is_far(score, noise) or lacks_classes(scores, noise) else "near"
+        return "far" if _is_far(score, noise) or _lacks_classes(scores, noise) else "near"
     if score <= FAR_TIMES * (abs(real["mean"]) + 2 * real["sd"]):
         return "near"
     return "untrained" if scores.get("precision", 1.0) <= MAX_UNTRAINED_PRECISION else "far"
 
 
-def best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
+def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
     """The scores of the row with the least `class_mmd`, or, where a row has none, the least first score; {} of none."""
     known = [{name: value for name, value in row.items() if isinstance(value, float)} for row in rows]
     known = [scores for scores in known if scores]
@@ -139,34 +145,34 @@ def _first(scores: Scores) -> float:
     return next(iter(scores.values()))
 
 
-def is_as_perfect(score: float, real: Scores) -> bool:
+def _is_as_perfect(score: float, real: Scores) -> bool:
     """Whether the first score is at most two deviations above a perfect sampler's."""
     return score <= real["mean"] + 2 * real["sd"]
 
 
-def is_far(score: float, noise: Scores) -> bool:
+def _is_far(score: float, noise: Scores) -> bool:
     """Whether by the first score samples are over a twentieth as far off as noise."""
     return score > FAR_SHARE * noise["mean"]
 
 
-def lacks_classes(scores: Scores, noise: Scores) -> bool:
+def _lacks_classes(scores: Scores, noise: Scores) -> bool:
     """Whether by `class_mmd` samples are over a twentieth as far off as noise in place of each class."""
     return CLASS_MMD in scores and CLASS_MMD in noise and scores[CLASS_MMD] > FAR_SHARE * noise[CLASS_MMD]
 
 
-def apart(scores: Scores, real: Scores) -> list[str]:
-    """The scores that are over two deviations worse than those of a perfect sampler, where these are known.
-
-    An area under the curve of a two-sample test that is off either way: below 0.5 are copies, too.
-    """
+def _worse_scores(scores: Scores, real: Scores) -> list[str]:
+    """The scores that are over two deviations worse than those of a perfect sampler, where these are known."""
     worse: list[str] = []
-    for name in (*AREAS, *WORSE):
+    for name, known in METRICS.items():
         deviation = error(real, name)
-        if name not in scores or deviation is None:
+        if not known.tells_apart or name not in scores or deviation is None:
             continue
-        off = scores[name] - real[name]
-        off = abs(off) if name in AREAS else WORSE[name] * off
-        if off > 2 * deviation:
+        excess = scores[name] - real[name]
+        if known.better == "higher":
+            excess = -excess
+        elif known.better == "equal":
+            excess = abs(excess)
+        if excess > 2 * deviation:
             worse.append(name)
     return worse
 
@@ -174,7 +180,7 @@ def apart(scores: Scores, real: Scores) -> list[str]:
 def verdict(judged: Mapping[str, Any]) -> str | None:
     """One sentence on where a run, or images, stand, by the `state` of an evaluation; None where it has none."""
     judged_state = judged.get("state")
-    scores = best_scores(judged["results"])
+    scores = _best_scores(judged["results"])
     baselines = judged["baselines"]
     real = baselines.get("perfect") or baselines.get("null")
     noise = baselines.get("noise")
@@ -185,13 +191,13 @@ def verdict(judged: Mapping[str, Any]) -> str | None:
         return "Like the data: no score is over two deviations worse than a perfect sampler's."
     if judged_state == "untrained" and noise:
         return f"{STATES[judged_state]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
-    if judged_state == "far" and noise and not is_far(scores[lead], noise) and lacks_classes(scores, noise):
+    if judged_state == "far" and noise and not _is_far(scores[lead], noise) and _lacks_classes(scores, noise):
         return (
             f"{STATES[judged_state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
             f"{number(scores[CLASS_MMD])}, of a perfect sampler {text(real, CLASS_MMD)}."
         )
-    worse = apart(scores, real)
-    if not is_as_perfect(scores[lead], real):
+    worse = _worse_scores(scores, real)
+    if not _is_as_perfect(scores[lead], real):
         worse = [lead, *worse]
     begin = STATES.get(str(judged_state), "Near the data, but not like them")
     return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
@@ -226,8 +232,8 @@ def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def too_few(judged: Mapping[str, Any]) -> bool:
     """Whether there were too few images to say what a perfect sampler would have."""
-    row = judged["results"][0]
-    return not judged["baselines"] and first_of(row) in DISTANCES
+    lead = first_of(judged["results"][0])
+    return not judged["baselines"] and metric(lead).needs_many_images
 
 
 # As text
@@ -268,6 +274,20 @@ def text(row: Mapping[str, Any], name: str) -> str:
     return spread(row.get(name), error(row, name))
 
 
+def terminal_text(baseline: Mapping[str, float]) -> str:
+    """The scores of a baseline by their names (`by_name`), each with its error, in a line of the command line."""
+    texts: list[str] = []
+    for name, value in baseline.items():
+        if name == NUM_SPLITS or is_error(name):
+            continue
+        score_text = f"{name} {value:.3g}"
+        deviation = error(baseline, name)
+        if deviation is not None:
+            score_text += f" ± {deviation:.2g}"
+        texts.append(score_text)
+    return ", ".join(texts)
+
+
 # For a page
 
 
@@ -298,7 +318,7 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
         "fresh": _is_of(evaluation, step, weights),
         "words": words,
         "biased": biased_columns,
-        "baseline": first_baseline(evaluation, columns[0]),
+        "baseline": _first_baseline(evaluation, columns[0]),
     }
 
 
@@ -333,7 +353,7 @@ def rows(judged: Judgement, columns: Sequence[str]) -> list[list[tuple[str, int,
     return groups
 
 
-def first_baseline(judged: Judgement, lead: str) -> Judgement | None:
+def _first_baseline(judged: Judgement, lead: str) -> Judgement | None:
     """The first baseline: its title, and `mean` and `sd` of the score that leads; None where there is none."""
     for name, scores in judged["baselines"].items():
         baseline = {"title": word(BASELINES, name).title, **scores}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dumo.config.load import identity
 from dumo.config.spec import Run
-from dumo.evaluation.protocol import Scores, rising
+from dumo.evaluation.metric import Scores, rising
 from dumo.flow.precision import product_precision
 from dumo.run.origin import require_place
 from dumo.run.sampler import rank_indices

@@ -15,7 +15,8 @@ from dumo.config import recipes, word
 from dumo.config.load import load
 from dumo.data import Digits
 from dumo.evaluation import shipped
-from dumo.evaluation.protocol import Reference, headline
+from dumo.evaluation.metric import METRICS, headline
+from dumo.evaluation.protocol import Reference
 from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import page, score
@@ -111,6 +112,10 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     protocol = results["cells"][0]["protocol"]
     assert score.others(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
     assert not score.others(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
+
+
+def test_every_metric_has_words() -> None:
+    assert METRICS.keys() == word.MERITS.keys()
 
 
 @pytest.mark.slow
