@@ -17,7 +17,7 @@ from dumo.data.latents import Latents
 from dumo.encoders.codec import FIELD
 from dumo.io.file import atomic_write
 from dumo.io.read import user_path
-from dumo.lab.cell import leading
+from dumo.lab.cell import leading_score
 from dumo.run.resolve import as_given
 from dumo.run.shipped import HERE
 from dumo.run.weights import RunFolder, open_run
@@ -76,7 +76,7 @@ def card(opened: RunFolder, name: str, sha256: str) -> str:
     """Its README.md, with the numbers of the run's last evaluation."""
     found = json.loads((opened.folder / "evaluation.json").read_text(encoding="utf-8"))
     assert found["step"] == opened.step, "evaluate the run first"
-    score = leading([*found["results"][0]])
+    score = leading_score([*found["results"][0]])
     rows = [f"`{score}` {row[score]:.3g} at {row['nfe']} NFE" for row in found["results"]]
     return CARD.format(
         name=name,

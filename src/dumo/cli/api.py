@@ -28,7 +28,7 @@ from dumo.io.read import brief
 from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live
-from dumo.report.sample import COUNT, guide_of, size_of, solver_of, turned
+from dumo.report.sample import COUNT, guide_of, repeat_conditions, size_of, solver_of
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
 from dumo.run.prompt import prompted
@@ -136,14 +136,14 @@ class TrainedRun:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         if n is not None:
-            n = integer("n", n, 1)
+            n = _integer("n", n, 1)
         c = self._conditions(classes, n, prompts, source, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
         with threads.fewer_when_busy(self.device, teller(bar)):
             x = sampler.sample(
                 c,
-                nfe=self.spec.sample.nfe[0] if nfe is None else integer("nfe", nfe, 1),
-                seed=None if seed is None else integer("seed", seed),
+                nfe=self.spec.sample.nfe[0] if nfe is None else _integer("nfe", nfe, 1),
+                seed=None if seed is None else _integer("seed", seed),
                 solver=solver_of(self.spec.sample, solver),
                 guide=guide,
                 z=None if noise is None else noise.float().cpu(),
@@ -182,14 +182,14 @@ class TrainedRun:
             labels = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else classes
             only = []
             for label in labels:
-                name = label if isinstance(label, str) else str(integer("a class", label, None))
+                name = label if isinstance(label, str) else str(_integer("a class", label, None))
                 only.append(conditions.index(name))
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
         if noise is not None:
-            fits = is_tensor(noise) and noise.shape[1:] == shape
+            fits = _is_tensor(noise) and noise.shape[1:] == shape
             if not fits or not len(noise) or not noise.isfinite().all():
-                got = f"shape {tuple(noise.shape)}" if is_tensor(noise) else brief(repr(noise))
+                got = f"shape {tuple(noise.shape)}" if _is_tensor(noise) else brief(repr(noise))
                 raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
             if n not in (None, len(noise)):
                 raise UserError(f"n = {n}, and noise has {len(noise)} rows: leave out n")
@@ -200,7 +200,7 @@ class TrainedRun:
             noun = "prompts" if prompts is not None else "classes"
             raise UserError(f"n = {n} samples leave out some of {len(only)} {noun}: raise n, or give fewer")
         if prompts is not None:
-            return turned(torch.tensor(only), n)
+            return repeat_conditions(torch.tensor(only), n)
         return conditions.in_turn(n, only)
 
     @property
@@ -213,7 +213,7 @@ class TrainedRun:
         if not self.makes_images:
             kind = self.spec.data.kind
             raise UserError(f"data '{kind}' has points of shape {self.spec.pixels}, not images: plot them instead")
-        if not is_tensor(images):
+        if not _is_tensor(images):
             raise UserError(f"pil takes images as `sample` gives them, a tensor, not a {type(images).__name__}")
         grey = images.ndim == 4 and images.shape[1] == 1
         rows = (Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images))
@@ -233,9 +233,9 @@ class TrainedRun:
         """
         passes: list[int] | None = None
         if nfe is not None:
-            passes = [integer("nfe", value) for value in (nfe if isinstance(nfe, Iterable) else [nfe])]
+            passes = [_integer("nfe", value) for value in (nfe if isinstance(nfe, Iterable) else [nfe])]
         if seed is not None:
-            seed = integer("seed", seed)
+            seed = _integer("seed", seed)
         return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, bar=bar)
 
     def __repr__(self) -> str:
@@ -264,7 +264,7 @@ class TrainedRun:
         return page.write(self.opened, bar, prompts)[-1]
 
 
-def integer(name: str, value: object, least: int | None = 0) -> int:
+def _integer(name: str, value: object, least: int | None = 0) -> int:
     """A whole number, numpy's or torch's too, not below `least`. Raises UserError for anything else, and for a bool."""
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType], what it raises is what is asked
@@ -277,7 +277,7 @@ def integer(name: str, value: object, least: int | None = 0) -> int:
     return number
 
 
-def is_tensor(value: object) -> bool:
+def _is_tensor(value: object) -> bool:
     """Whether it is torch's: a notebook gives numpy's as well."""
     return isinstance(value, Tensor)
 

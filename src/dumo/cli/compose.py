@@ -69,18 +69,18 @@ def compose(
         if data is None and chosen.kind == "images":
             place = str(chosen.word)
             chosen = None
-    elif is_path(data):
+    elif _is_path(data):
         place = str(data)
 
     # the parts, and where they are trained
     plain_parts = {
-        "objective": plain("objective", objective),
+        "objective": _plain_part("objective", objective),
         "net": plain_net(net),
         "data": None if place else plain_data(data),
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
     if folder is None:
-        folder = default_folder(chosen, parts, place)
+        folder = _default_folder(chosen, parts, place)
     if chosen and chosen.kind == "run" and chosen.folder == folder and not parts:
         return Composed(None, changes, folder)
 
@@ -90,10 +90,10 @@ def compose(
     if chosen:
         base_source = chosen.word
     else:
-        recipe = proposal.RECIPE if place else base(parts)
+        recipe = proposal.RECIPE if place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
     base_run = load(base_source)
-    fields = fields_of(parts, base_run)
+    fields = _part_fields(parts, base_run)
     if isinstance(net, nn.Module):
         fields |= OF_A_MODULE
     if fields:
@@ -110,12 +110,12 @@ def compose(
     return Composed(load(base_source, changes) if changes else base_run, changes, folder)
 
 
-def is_path(data: object) -> bool:
+def _is_path(data: object) -> bool:
     """Whether this is where images lie, not the name of a data set."""
     return isinstance(data, Path) or (isinstance(data, str) and data not in TOYS)
 
 
-def plain(name: str, part: object) -> Fields | None:
+def _plain_part(name: str, part: object) -> Fields | None:
     """A part as plain values: of the name of its kind, of a mapping, or of a spec. Raises UserError for another."""
     if part is None:
         return None
@@ -129,58 +129,58 @@ def plain(name: str, part: object) -> Fields | None:
 
 
 def plain_net(net: object) -> Fields | None:
-    """As `plain`; a module of torch is remembered."""
+    """As `_plain_part`; a module of torch is remembered."""
     if isinstance(net, nn.Module):
         net = Module.of(net)
-    return plain("net", net)
+    return _plain_part("net", net)
 
 
 def plain_data(data: object) -> Fields | None:
-    """As `plain`; a place of images is read from there, and rows of Python are remembered."""
-    if is_path(data):
+    """As `_plain_part`; a place of images is read from there, and rows of Python are remembered."""
+    if _is_path(data):
         return {"kind": "images", "root": str(data)}
     if data is not None and not isinstance(data, str | Mapping | Spec):
         data = Memory.of(data)
-    return plain("data", data)
+    return _plain_part("data", data)
 
 
-def base(parts: Fields) -> str:
+def _base_recipe(parts: Fields) -> str:
     """The recipe that parts are put into. Raises UserError where nothing says which."""
     if not parts:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": TOYS[0]})
     if data["kind"] not in TOYS:
-        return proposal.RECIPE if are_images(data) else "moons"
-    twin = twin_of(data["kind"], parts.get("objective", {"kind": ""}))
+        return proposal.RECIPE if _are_images(data) else "moons"
+    twin = _twin_recipe(data["kind"], parts.get("objective", {"kind": ""}))
     return twin if twin in recipes.names() else data["kind"]
 
 
-def are_images(data: Fields) -> bool:
+def _are_images(data: Fields) -> bool:
     """Whether data are images, not points."""
     parsed = parse(Parts, {"data": data}).data
     assert parsed is not None
     return len(parsed.shape) == 3
 
 
-def twin_of(data: str, objective: Fields) -> str:
+def _twin_recipe(data: str, objective: Fields) -> str:
     """The name of the recipe for this objective on toy data, if there is one."""
     return f"{data}-{objective['kind']}".replace("_", "-")
 
 
-def default_folder(chosen: ChosenSource | None, parts: Fields, place: str | None) -> Path:
+def _default_folder(chosen: ChosenSource | None, parts: Fields, place: str | None) -> Path:
     """runs/NAME. Raises UserError where nothing gives a name."""
     if place is not None:
         return folder_of_images(place)
     if chosen and not parts:
         return chosen.folder
     if chosen is None and parts.keys() == {"objective"}:
-        recipe = base(parts)
+        recipe = _base_recipe(parts)
         if recipe not in TOYS:
             return choose(f"{SHIPPED_PREFIX}{recipe}").folder
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 
-def fields_of(parts: Fields, run: Run) -> Fields:
+def _part_fields(parts: Fields, run: Run) -> Fields:
     """The fields that put parts into a run: with other data how these are judged, with another objective a solver.
 
     A part of the run's own kind that is given by name alone stays as the run has it; another objective is as its recipe
@@ -188,10 +188,10 @@ def fields_of(parts: Fields, run: Run) -> Fields:
     """
     fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
     if "data" in fields and fields["data"]["kind"] != run.data.kind:
-        recipe = proposal.RECIPE if are_images(fields["data"]) else "moons"
+        recipe = proposal.RECIPE if _are_images(fields["data"]) else "moons"
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
-        twin = twin_of(TOYS[0], fields["objective"])
+        twin = _twin_recipe(TOYS[0], fields["objective"])
         if fields["objective"].keys() == {"kind"} and twin in recipes.names():
             fields["objective"] = load_recipe(twin).objective.model_dump(mode="json")
         solver = best_solver(taught_readings(objective_of(fields["objective"])))

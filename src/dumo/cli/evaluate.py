@@ -48,14 +48,14 @@ def log(
     if file and not plot:
         raise typer.BadParameter("--out goes with --plot")
     if to:
-        send(runs, to, follow=follow)
+        _send_rows(runs, to, follow=follow)
     elif plot:
-        draw(runs, file)
+        _draw_curves(runs, file)
     else:
-        table(runs, last, as_json=as_json)
+        _show_log(runs, last, as_json=as_json)
 
 
-def table(runs: list[Path], last: int, *, as_json: bool) -> None:
+def _show_log(runs: list[Path], last: int, *, as_json: bool) -> None:
     """The latest rows of each run, on stdout."""
     from dumo.run.speed import logged
 
@@ -65,14 +65,13 @@ def table(runs: list[Path], last: int, *, as_json: bool) -> None:
         return
     for name, rows in rows_by_run.items():
         if rows:
-            show_table(name, cells(rows))
+            show_table(name, _log_cells(rows))
         else:
             out.print(f"{name}: nothing is logged yet", soft_wrap=True)
 
 
-def cells(rows: "list[Row]") -> list[dict[str, Any]]:
+def _log_cells(rows: "list[Row]") -> list[dict[str, Any]]:
     """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
-    from dumo.report import score
     from dumo.training.log import is_weighted
 
     parts: dict[str, None] = {}  # a set in order
@@ -81,7 +80,7 @@ def cells(rows: "list[Row]") -> list[dict[str, Any]]:
         row_parts = row.get("parts", {})
         if is_weighted(row.get("loss"), row_parts):
             parts |= dict.fromkeys(row_parts)
-        scores |= dict.fromkeys(name for name in row.get("val", {}) if not score.is_error(name))
+        scores |= dict.fromkeys(name for name in row.get("val", {}) if not name.endswith("_sd"))
     any_skipped = any(row.get("skipped") for row in rows)
     any_timed = any("speed" in row for row in rows)
 
@@ -100,12 +99,12 @@ def cells(rows: "list[Row]") -> list[dict[str, Any]]:
         if any_timed:
             cell_by_column["images/s"] = number(row.get("speed", {}).get("images_per_second"))
         if any_skipped:
-            cell_by_column["skipped for"] = skipped(row)
+            cell_by_column["skipped for"] = _skipped_text(row)
         table_rows.append(cell_by_column)
     return table_rows
 
 
-def skipped(row: "Row") -> str:
+def _skipped_text(row: "Row") -> str:
     """How many of a skipped step's rows were not finite; empty for a step that was not skipped."""
     reason = row.get("skipped")
     if isinstance(reason, dict) and "count" in reason:
@@ -113,7 +112,7 @@ def skipped(row: "Row") -> str:
     return "yes" if reason else ""
 
 
-def draw(runs: list[Path], file: Path | None) -> None:
+def _draw_curves(runs: list[Path], file: Path | None) -> None:
     """The curves of these runs as a PNG; its path is printed. Raises UserError where nothing is logged yet."""
     from dumo.io.picture import write_picture
     from dumo.report.figure import curves
@@ -130,7 +129,7 @@ def draw(runs: list[Path], file: Path | None) -> None:
     out.print(str(file), soft_wrap=True)
 
 
-def send(runs: list[Path], to: str, *, follow: bool) -> None:
+def _send_rows(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
     from dumo.config.error import require_known
     from dumo.report.feed import feed, nap
@@ -196,7 +195,7 @@ def evaluate(
         of_runs = (run_folder, nfe, seed, solver, weights)
         if any(option is not None for option in of_runs):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
-        judge(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
+        _judge_images(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
@@ -214,7 +213,7 @@ def evaluate(
         show(report, as_json, everything=everything)
 
 
-def judge(
+def _judge_images(
     images: str,
     protocol: str | None,
     against: str | None,
@@ -258,19 +257,19 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
         return
     rows = [*report["results"], *report["contrast"]]
     card = report.get("card") or {}
-    columns = score.figures(rows[0], card)
+    columns = score.score_names(rows[0], card)
     if not everything:
-        columns = score.summary(columns)
-    table_rows = rows if everything else [score.shortened(row, columns) for row in rows]
+        columns = score.summary_names(columns)
+    table_rows = rows if everything else [score.select_scores(row, columns) for row in rows]
     judged = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
     show_table(f"{judged}, protocol {report['protocol']}", table_rows)
-    for name, scores in score.by_name(report).items():
-        shown_scores = scores if everything else score.shortened(scores, columns)
+    for name, scores in score.baselines_by_name(report).items():
+        shown_scores = scores if everything else score.select_scores(scores, columns)
         if shown_scores:
             out.print(f"{BASELINES.get(name, name)}: {score.terminal_text(shown_scores)}", soft_wrap=True)
-    if score.too_few(report):
+    if score.has_too_few_images(report):
         out.print(f"{BASELINES['perfect']}: too few images to tell")
-    trained_on = score.biased(rows[0], card)
+    trained_on = score.trained_on_names(rows[0], card)
     if trained_on:
         out.print(f"no judges of this run, which was trained on what they are by: {', '.join(trained_on)}")
     if CLASS_MMD in card:

@@ -78,7 +78,7 @@ def step(
     from dumo.lab import step
     from dumo.run.resolve import resolve
 
-    begin(threads)
+    _begin_bench(threads)
     overrides = [*(set_ or [])]
     if batch:
         overrides.append(f"train.batch={batch}")
@@ -96,13 +96,13 @@ def step(
     if as_json:
         print(json.dumps(report))
         return
-    show_table(title(report), [step_cells(row) for row in report["rows"]])
+    show_table(_title(report), [_step_cells(row) for row in report["rows"]])
     for row in report["rows"]:
         if row["refused"]:
             out.print(f"{row['slope']} in {row['precision']}: {row['refused']}", soft_wrap=True)
 
 
-def step_cells(row: dict[str, Any]) -> dict[str, str]:
+def _step_cells(row: dict[str, Any]) -> dict[str, str]:
     """A row as text; what is not known is left empty."""
 
     def cell(key: str, form: str, scale: float = 1.0) -> str:
@@ -143,7 +143,7 @@ def sample(
     from dumo.lab import bench
     from dumo.run.resolve import resolve
 
-    begin(threads)
+    _begin_bench(threads)
     report = bench.sample(
         resolve(load(source, set_ or [])),
         nfes=parse_integers(nfe, "--nfe") or (),
@@ -157,7 +157,7 @@ def sample(
     if as_json:
         print(json.dumps(report))
         return
-    show_table(title(report), report["rows"])
+    show_table(_title(report), report["rows"])
     if report["decoder"]:
         out.print(report["decoder"], soft_wrap=True)
 
@@ -181,7 +181,7 @@ def data(
     """Measure images per second that data give, by threads, and compare with what a training step takes."""
     from dumo.lab import reading
 
-    begin(None)
+    _begin_bench(None)
     counts = parse_integers(threads, "--threads")
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
@@ -211,7 +211,7 @@ def data(
     out.print(reading.verdict(report), soft_wrap=True)
 
 
-def begin(threads: int | None) -> None:
+def _begin_bench(threads: int | None) -> None:
     """Refuse several ranks, which would disturb each other; set the number of threads."""
     from dumo.runtime import dist
 
@@ -222,7 +222,7 @@ def begin(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def title(report: dict[str, Any]) -> str:
+def _title(report: dict[str, Any]) -> str:
     """What was measured, and on what."""
     parameters = f"{report['parameters'] / 1e6:.4g} M parameters"
     shape = " x ".join(map(str, report["shape"]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 READS_A_RUN = {"source", "run_folder"}  # the parameters of a command that may name a run
 
 
-def complete_recipe(text: str) -> list[str]:
+def _complete_recipe(text: str) -> list[str]:
     """The recipes whose names begin with `text`. Where there is none, the shell completes files."""
     return [name for name in recipes.names() if name.startswith(text)]
 
@@ -27,14 +27,14 @@ Source = Annotated[
     str,
     typer.Argument(
         help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.",
-        autocompletion=complete_recipe,
+        autocompletion=_complete_recipe,
     ),
 ]
 SourceOrImages = Annotated[
     str,
     typer.Argument(
         help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
-        autocompletion=complete_recipe,
+        autocompletion=_complete_recipe,
     ),
 ]
 Folder = Annotated[

@@ -59,28 +59,28 @@ def data(
     from dumo.plan import catalogue
 
     if name is not None:
-        item = catalogue.described(catalogue.find(name))
+        item = catalogue.describe(catalogue.find(name))
         if as_json:
             print(json.dumps(item))
         else:
-            show_item(item)
+            _show_item(item)
         return
-    items = [catalogue.described(item) for item in catalogue.CATALOGUE]
+    items = [catalogue.describe(item) for item in catalogue.CATALOGUE]
     if as_json:
         print(json.dumps(items))
         return
     for item in items:
-        show_head(item)
+        _show_head(item)
     out.print("\nHow to get one, and where it is looked for:  dumo data NAME", soft_wrap=True)
 
 
-def show_head(item: dict[str, Any]) -> None:
+def _show_head(item: dict[str, Any]) -> None:
     """Print what an item of the catalogue is, and whether it is here, on one line."""
     state = {True: "there", False: "not there", None: "you name it"}[item["there"]]
     out.print(f"{item['name']:16} {state:10} {item['what']}", soft_wrap=True)
 
 
-def show_item(item: dict[str, Any]) -> None:
+def _show_item(item: dict[str, Any]) -> None:
     """Print all that is known of an item of the catalogue."""
     lines = [("from", item["source"])]
     lines += [("get it by", line) for line in item["get"]]
@@ -89,12 +89,12 @@ def show_item(item: dict[str, Any]) -> None:
         lines.append(("sha256", item["sha256"]))
     lines += [("looked at", f"{place['place']}: {place['state']}") for place in item["looked"]]
     lines.append(("recipes", ", ".join(item["recipes"]) or "none of the packaged ones"))
-    show_head(item)
+    _show_head(item)
     for title, text in lines:
         out.print(f"  {title:10} {text}", soft_wrap=True)
 
 
-def load_with_advice(source: str, overrides: list[str] | None) -> "Run":
+def _load_with_advice(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
     from dumo.config.advice import advice
     from dumo.config.load import load
@@ -125,9 +125,9 @@ def show(
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
-    spec = load_with_advice(source, set_)
+    spec = _load_with_advice(source, set_)
     if as_yaml:
-        print(comment(" ".join(["dumo show", typed(source), *set_options(set_)])))
+        print(_comment(" ".join(["dumo show", typed(source), *_set_options(set_)])))
         print(dump(spec, short=not whole), end="")
         return
     facts = show(spec)
@@ -147,27 +147,27 @@ def show(
     slope = facts["slope"]
     if slope:
         lines.append(("slope", f"dual, {slope['text']}: {slope['why']}"))
-    lines += unknown_classes(spec.conditions)
+    lines += _unknown_classes(spec.conditions)
     lines += [("captions", finding.text) for finding in of_captions(spec.data)]
     far = facts["far"]
     lines.append(("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"))
     lines.append(("guidance scale", f"{facts['guidance_scale']:.3g} in training (1 is none)"))
     out.print(dump(spec, short=not whole), soft_wrap=True)
     for name, fact in lines:
-        out.print(comment(f"{name:15} {fact}"), soft_wrap=True)
+        out.print(_comment(f"{name:15} {fact}"), soft_wrap=True)
 
 
-def set_options(overrides: list[str] | None) -> list[str]:
+def _set_options(overrides: list[str] | None) -> list[str]:
     """Overrides as one types them on the command line."""
     return [shlex.quote(f"--set={override}") for override in overrides or []]
 
 
-def comment(text: str) -> str:
+def _comment(text: str) -> str:
     """A line that YAML skips."""
     return "# " + "".join(char if char.isprintable() else " " for char in text)
 
 
-def unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
+def _unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
     """A line that says so, where classes are not known before the data are there."""
     if conditions.known:
         return []
@@ -209,29 +209,29 @@ def dry(
     overrides = [*(set_ or [])]
     if share:
         overrides.append(f"train.share={share}")
-    spec = load_with_advice(source, overrides)
+    spec = _load_with_advice(source, overrides)
     facts = plan.plan(spec)
     cluster: dict[str, Any] | None = None
     if ranks or share or fit or tflops:
-        cluster = plan_ranks(spec, ranks or 1, limit, tflops, device)
+        cluster = _plan_ranks(spec, ranks or 1, limit, tflops, device)
     if not as_json:
-        lines = [*plan.lines(facts, alone=not cluster), *unknown_classes(spec.conditions)]
+        lines = [*plan.lines(facts, alone=not cluster), *_unknown_classes(spec.conditions)]
         if cluster:
-            lines += plan.ranked(cluster, spec.train.keep)
+            lines += plan.rank_lines(cluster, spec.train.keep)
         else:
-            lines += gpu_lines(facts["gpus"], source, set_)
+            lines += _gpu_lines(facts["gpus"], source, set_)
         lines += [host.line((cluster or facts)["host"], name) for name in host.DEVICES]
         if cluster:
-            lines += set_lines(cluster["fields"])
+            lines += _set_lines(cluster["fields"])
         show_lines(lines)
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
         print(json.dumps({**facts, "cluster": cluster, "step": step}))
     elif step:
-        show_lines(plan.rehearsed(step, spec.train.batch))
+        show_lines(plan.rehearsal_lines(step, spec.train.batch))
 
 
-def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
+def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
     """The plan for these ranks, in a layout that fits `limit` bytes, if any; `fields` are what to set for it."""
     from dumo.plan import cluster
     from dumo.runtime import dist
@@ -245,24 +245,24 @@ def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None,
             "know better"
         )
     fields = cluster.fit(spec, ranks, limit, say) if limit else {}
-    return {**cluster.cluster(cluster.changed(spec, fields), ranks, tflops), "fields": fields}
+    return {**cluster.cluster(cluster.with_fields(spec, fields), ranks, tflops), "fields": fields}
 
 
-def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
+def _set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type for a layout that was found."""
     from dumo.plan.cluster import set_arguments
 
     return [("so set", " ".join(f"--set {word}" for word in set_arguments(fields)))] if fields else []
 
 
-def gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> list[tuple[str, str]]:
+def _gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> list[tuple[str, str]]:
     """What to type where a GPU of 80 GiB does not hold the run."""
     if not gpus:
         return []
     command = ["dumo dry", typed(source)]
     if gpus > 1:
         command += ["--ranks", str(gpus)]
-    command += ["--fit 80GiB", *set_options(overrides)]
+    command += ["--fit 80GiB", *_set_options(overrides)]
     return [("GPUs", f"one of 80 GiB is too small; to look for a layout on {gpus}:  {' '.join(command)}")]
 
 
@@ -270,12 +270,12 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
     from dumo.plan import doctor
 
-    spec = load_with_advice(source, set_)
+    spec = _load_with_advice(source, set_)
     diagnosis = doctor.diagnose(spec, device)
     if as_json:
         print(json.dumps(diagnosis))
     else:
-        show_lines(unknown_classes(spec.conditions))
+        show_lines(_unknown_classes(spec.conditions))
         for finding in diagnosis["findings"]:
             out.print(f"{finding['state']:8} {finding['name']}: {finding['text']}", soft_wrap=True)
             if finding["way"]:

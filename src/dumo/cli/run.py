@@ -161,7 +161,7 @@ def train(
             say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
         changes = [f"data.root={source}", *changes]
     elif are_images:
-        run = proposed(source, changes, minutes, device, ask=not yes)
+        run = _propose_run(source, changes, minutes, device, ask=not yes)
     elif chosen.kind != "run" or chosen.folder != folder:
         run = load(chosen.word, changes)
 
@@ -178,25 +178,25 @@ def train(
     )
     with live(folder, track, say) as hooks, opened as job:
         run = job.run
-        with memory_hint(less_memory(run.train, run.net)):
+        with memory_hint(_less_memory_hint(run.train, run.net)):
             state = train_job(job, bar, hooks)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
         soft_wrap=True,
     )
-    err.print("next:  " + "    ".join(next_commands(run, folder)), soft_wrap=True)
-    missing = missing_of_protocol(run)
+    err.print("next:  " + "    ".join(_next_commands(run, folder)), soft_wrap=True)
+    missing = _missing_of_protocol(run)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
-def missing_of_protocol(run: "Run") -> str | None:
+def _missing_of_protocol(run: "Run") -> str | None:
     """What the run's protocol lacks to judge it, in words; None: nothing."""
     return getattr(run.evaluate.protocol, "missing", None)
 
 
-def next_commands(run: "Run", folder: Path) -> list[str]:
+def _next_commands(run: "Run", folder: Path) -> list[str]:
     """What to type once a run is trained."""
     from dumo.nets import Pretrained
 
@@ -206,7 +206,7 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
     if python_path and has_own_class:  # else Python would not find the class
         program = f"PYTHONPATH={typed(python_path)} dumo"
     commands = [f"{program} sample {typed(folder)}"]
-    if not missing_of_protocol(run):
+    if not _missing_of_protocol(run):
         commands.append(f"{program} evaluate {typed(folder)}")
     commands.append(f"{program} report {typed(folder)}")
     if isinstance(run.net, Pretrained):
@@ -219,7 +219,7 @@ def next_commands(run: "Run", folder: Path) -> list[str]:
     return commands
 
 
-def proposed(place: str, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+def _propose_run(place: str, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
     """The run proposed for these images, if the user agrees."""
     from dumo.plan import proposal
     from dumo.runtime import dist
@@ -234,7 +234,7 @@ def proposed(place: str, sets: list[str], minutes: float | None, device: str, *,
     return proposed_run.run
 
 
-def less_memory(train: "Train", net: "Net") -> str:
+def _less_memory_hint(train: "Train", net: "Net") -> str:
     """How a run would train in less memory."""
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
     hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"

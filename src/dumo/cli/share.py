@@ -82,18 +82,18 @@ def export(
     elif exported.is_dir():
         base_folder = None
         if to == "lora" and not alone:
-            base_folder = own_base_folder(opened.run.pipeline)
-        err.print(f"next:  {how_to_try(exported.resolve(), base_folder)}", soft_wrap=True)
+            base_folder = _own_base_folder(opened.run.pipeline)
+        err.print(f"next:  {_how_to_try(exported.resolve(), base_folder)}", soft_wrap=True)
 
 
-def own_base_folder(pipeline: "Pipeline | None") -> Path | None:
+def _own_base_folder(pipeline: "Pipeline | None") -> Path | None:
     """The folder of a model that is not published, by whose name a LoRA's card opens it; None: it is published."""
     if pipeline is None or pipeline.is_published or pipeline.repository:
         return None
     return pipeline.folder.resolve()
 
 
-def how_to_try(folder: Path, base_folder: Path | None) -> str:
+def _how_to_try(folder: Path, base_folder: Path | None) -> str:
     """What to type to run the card of an exported folder, with the base model next to it."""
     command = f"cd {quote(str(folder.parent))}"
     if base_folder and not (folder.parent / base_folder.name).exists():
@@ -117,7 +117,7 @@ def demo(
     This machine alone can reach it; elsewhere, open it through ssh -L 7860:localhost:7860 MACHINE. Without a run it
     takes digits-trained, which comes with dumo.
     """
-    from dumo.report.address import listening, tunnel
+    from dumo.report.address import open_listener, tunnel_text
     from dumo.report.demo import gradio_alone, page, serve
     from dumo.report.live import open_runs
     from dumo.runtime import dist
@@ -125,11 +125,11 @@ def demo(
     dist.require_one_process("dumo demo")
     folders = [run_folder] if other is None else [run_folder, other]
 
-    with listening(port) as listener, gradio_alone():
+    with open_listener(port) as listener, gradio_alone():
         lives = open_runs(folders, set_ or [], weights=weights, device=device, limit=limit)
 
         def tell(url: str) -> None:
             out.print(url, soft_wrap=True)
-            err.print(tunnel(listener), soft_wrap=True)
+            err.print(tunnel_text(listener), soft_wrap=True)
 
         serve(page(lives, explain), listener, tell)

@@ -55,32 +55,32 @@ def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[.
     @wraps(command)
     def run(*words: object, **options: object) -> None:
         try:
-            with signals.listening(acknowledge) if keeps else nullcontext():
+            with signals.listening(_acknowledge) if keeps else nullcontext():
                 command(*words, **options)
         except signals.Stopped as stopped:
-            say(f"{stopped}; {resume_command()}")
+            say(f"{stopped}; {_resume_command()}")
             raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            say(f"stopped; {resume_command()}" if keeps else "stopped")
+            say(f"stopped; {_resume_command()}" if keeps else "stopped")
             raise typer.Exit(STOPPED + signal.SIGINT) from None
 
     return run
 
 
-def acknowledge(number: int) -> None:
+def _acknowledge(number: int) -> None:
     """Tell the person who pressed Ctrl-C that it was heard; print cannot, it may be in the middle of another line."""
     if number == signal.SIGINT and sys.stderr.isatty():
         os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
 
 
-def resume_command() -> str:
+def _resume_command() -> str:
     """How to go on, in words."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes: their commands are not known
         return "the same torchrun on every node goes on from what is kept"
-    return f"the same command goes on from what is kept:  {shlex.join([*program(), *sys.argv[1:]])}"
+    return f"the same command goes on from what is kept:  {shlex.join([*_program(), *sys.argv[1:]])}"
 
 
-def program() -> list[str]:
+def _program() -> list[str]:
     """How this program was started, in words for a shell."""
     if "WORLD_SIZE" not in os.environ:
         return ["dumo"]
@@ -110,8 +110,8 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
     Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after
     all work is done, so ranks leave at once.
     """
-    rank = number_in_environment("RANK", 0)
-    ranks = number_in_environment("WORLD_SIZE", 1)
+    rank = _number_in_environment("RANK", 0)
+    ranks = _number_in_environment("WORLD_SIZE", 1)
     stdout = sys.stdout
     stderr = sys.stderr
     kept_back = StringIO()
@@ -144,7 +144,7 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
         leave(1)
 
 
-def number_in_environment(name: str, default: int) -> int:
+def _number_in_environment(name: str, default: int) -> int:
     """A number that torchrun sets; 0 for what is none, which is refused where it matters."""
     text = os.environ.get(name, str(default))
     return int(text) if text.isdecimal() else 0
@@ -169,7 +169,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
     None where it is a defect, of which the traceback is wanted.
     """
-    if is_out_of_memory(error):
+    if _is_out_of_memory(error):
         message = "out of memory"
         amount = AMOUNT.search(str(error))
         if amount:
@@ -196,7 +196,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, of the machine or of a GPU."""
     match error:
         case OSError():
@@ -215,7 +215,7 @@ def memory_hint(hint: str) -> Generator[None, None, None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if is_out_of_memory(error):
+        if _is_out_of_memory(error):
             error.add_note(hint)
         raise
 
@@ -235,11 +235,11 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     for key in rows[0]:
         table.add_column(inline(key), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(cell, row.values()))
+        table.add_row(*map(_cell, row.values()))
     needed = PlainConsole(width=10_000).measure(table).maximum
     PlainConsole(width=max(out.width, needed)).print(table)
 
 
-def cell(value: object) -> str:
+def _cell(value: object) -> str:
     """A value of a table as text."""
     return f"{value:.4g}" if isinstance(value, float) else inline(str(value))

@@ -109,10 +109,10 @@ def pixel_frechet(x: Images, y: Float[Tensor, "m c _ _"], side: int = SIDE) -> f
 
     Raises `UserError` where a side has no more images than numbers that are compared, c * side^2.
     """
-    return frechet_distance(Moments.of(reduced(x, side)), Moments.of(reduced(y, side)))
+    return frechet_distance(Moments.of(reduce_pixels(x, side)), Moments.of(reduce_pixels(y, side)))
 
 
-def reduced(x: Images, side: int = SIDE) -> Float64[Tensor, "n d"]:
+def reduce_pixels(x: Images, side: int = SIDE) -> Float64[Tensor, "n d"]:
     """The images as rows of c * side^2 numbers, the means over areas; as they are where they are no larger."""
     size = (min(side, x.shape[2]), min(side, x.shape[3]))
     pooled = [adaptive_avg_pool2d(images.double(), size) for images in x.cpu().split(256)]

@@ -81,7 +81,7 @@ class FeatureProtocol(Protocol):
         facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
         real = cached(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
-        width = kernel_width(self.kind, real.rows) if len(real.rows) >= 2 else 0.0
+        width = _kernel_width(self.kind, real.rows) if len(real.rows) >= 2 else 0.0
         if not width:
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
@@ -135,7 +135,7 @@ class FeatureEvaluator:
         return {"perfect": perfect(self.kind, same_class, rows, self.total, self.width)}
 
 
-def kernel_width(kind: Kind, rows: Tensor) -> float:
+def _kernel_width(kind: Kind, rows: Tensor) -> float:
     """That of the kernel, by the rows of real images: rounded, so that no last bit of a machine is in it."""
     if kind == "cmmd":
         return WIDTH

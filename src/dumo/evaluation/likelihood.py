@@ -69,7 +69,7 @@ class LikelihoodProtocol(Protocol):
             "features": f"none: log density, div v by {directions}; {noise}",
         }
         if levels:
-            x = dequantised(x, levels, seed)
+            x = dequantise(x, levels, seed)
         return LikelihoodEvaluator(self, x, data.c[:total], levels, seed, facts)
 
 
@@ -111,7 +111,7 @@ class LikelihoodEvaluator:
         return {}
 
 
-def dequantised(x: Sample, levels: int, seed: int) -> Sample:
+def dequantise(x: Sample, levels: int, seed: int) -> Sample:
     """Samples of `levels` levels from -1 to 1, each with the noise of its row. Raises UserError for other levels."""
     k = (x + 1) / 2 * (levels - 1)
     if (k - k.round()).abs().max() > 1e-2:

@@ -89,7 +89,7 @@ class NpzImages:
         image_bytes = prod(self.shape[1:])
         if stop <= first:
             return torch.empty(0, 3, *self.shape[1:3], dtype=torch.uint8)
-        with self.lock, reading(f"{self.path} is damaged at image {first}"):
+        with self.lock, _explain_faults(f"{self.path} is damaged at image {first}"):
             if self.file is None or first < self.next_image:
                 self._open()
             assert self.file is not None, "it is open now"
@@ -113,9 +113,9 @@ class NpzImages:
     def _open(self) -> tuple[int, ...]:
         """Open the file before its first image; the shape of all."""
         self.close()
-        self.file = open_array(self.path, IMAGES)
+        self.file = _open_array(self.path, IMAGES)
         self.next_image = 0
-        shape, fortran_order, dtype = read_header(self.path, self.file)
+        shape, fortran_order, dtype = _read_header(self.path, self.file)
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise UserError(
                 f"{self.path}: {IMAGES} is {dtype} of shape {shape}, not images, uint8 (n, height, width, 3)"
@@ -131,7 +131,7 @@ class NpzImages:
 
 def keys(path: Path) -> list[str]:
     """The names of its arrays. Raises UserError where it is no .npz."""
-    with reading(f"{path} is no .npz"):
+    with _explain_faults(f"{path} is no .npz"):
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError("no file")
         with zipfile.ZipFile(path) as file:
@@ -140,12 +140,12 @@ def keys(path: Path) -> list[str]:
 
 def array(path: Path, key: str, kinds: str, shape: tuple[int, ...], what: str) -> np.ndarray:
     """An array of this shape whose type is of numpy's `kinds`, finite; `what` it should be, for a message."""
-    with open_array(path, key) as file:
-        file_shape, fortran_order, dtype = read_header(path, file)
+    with _open_array(path, key) as file:
+        file_shape, fortran_order, dtype = _read_header(path, file)
         problem = f"{path}: {key} is {dtype} of shape {file_shape}"
         if file_shape != shape or dtype.kind not in kinds:  # before it is read, for a header can claim any size
             raise UserError(f"{problem}, not {what} of shape {shape}")
-        with reading(f"{path}: {key} cannot be read"):
+        with _explain_faults(f"{path}: {key} cannot be read"):
             data = file.read(prod(shape) * dtype.itemsize)
             rest = file.read(1)
             values = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
@@ -156,23 +156,23 @@ def array(path: Path, key: str, kinds: str, shape: tuple[int, ...], what: str) -
     return values
 
 
-def open_array(path: Path, key: str) -> zipfile.ZipExtFile:
+def _open_array(path: Path, key: str) -> zipfile.ZipExtFile:
     """One array of the file, open for reading."""
     names = keys(path)
     if key not in names:
         raise UserError(f"{path} has no {key}, only {', '.join(names) or 'nothing'}: it is not in ADM's layout")
-    with reading(f"{path} is no .npz"), zipfile.ZipFile(path) as file:
+    with _explain_faults(f"{path} is no .npz"), zipfile.ZipFile(path) as file:
         return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
 
 
-def read_header(path: Path, file: zipfile.ZipExtFile) -> Header:
+def _read_header(path: Path, file: zipfile.ZipExtFile) -> Header:
     """What array comes next."""
-    with reading(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
+    with _explain_faults(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
         return HEADER_READERS[np.lib.format.read_magic(file)](file)
 
 
 @contextmanager
-def reading(fault: str) -> Generator[None, None, None]:
+def _explain_faults(fault: str) -> Generator[None, None, None]:
     """Raise UserError, as this fault, for all that reading a bad file raises."""
     try:
         yield

@@ -33,9 +33,9 @@ from dumo.evaluation.protocol import (
     collect,
     mmd,
     noise_by_class,
-    parts,
     perfect_by_class,
-    summary,
+    random_parts,
+    summarize,
 )
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
@@ -97,7 +97,7 @@ class PhotosEvaluator:
         pairs: list[tuple[Rows, Rows]] = []
         for k in range(SPLITS):
             draws = stream(KIND, "parts", k)
-            disjoint = parts(self.real_c, len(self.real) // self.half, draws)
+            disjoint = random_parts(self.real_c, len(self.real) // self.half, draws)
             a = pick(disjoint[0], self.half, draws)
             b = pick(disjoint[1], self.half, draws)
             pairs.append((self.real[a], self.real[b]))
@@ -145,9 +145,9 @@ class PhotosEvaluator:
             precisions.append(precision)
             recalls.append(recall)
         return {
-            "pixel_fd": summary(pixel_distances)["mean"],
-            "precision": summary(precisions)["mean"],
-            "recall": summary(recalls)["mean"],
+            "pixel_fd": summarize(pixel_distances)["mean"],
+            "precision": summarize(precisions)["mean"],
+            "recall": summarize(recalls)["mean"],
         }
 
     def _copies(self, fake: Rows, *, same: bool = False) -> float:
@@ -201,7 +201,7 @@ def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
         yield x, c, min(stop, len(data)), len(data)
 
 
-def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
+def _open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     """Look at the data, on the CPU, whatever the device. Raises `UserError` for fewer than `FEWEST` images."""
     data = context.data()
     rows: list[Rows] = []
@@ -236,5 +236,5 @@ PHOTOS = Measure(
     fewest=FEWEST,
     judges="images of 1 or 3 channels",
     fits=lambda shape, classes: len(shape) == 3 and shape[0] in (1, 3),
-    open=open,
+    open=_open,
 )

@@ -180,7 +180,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class WholeSet:
+class _WholeSet:
     """An evaluator that waits for all samples."""
 
     c: Int64[Tensor, " n"]
@@ -207,17 +207,17 @@ def whole_set(
     real: Callable[[Reference, int, Cond], dict[str, Scores]],
     *,
     by_class: bool = True,
-) -> Callable[[Protocol, Context], WholeSet]:
+) -> Callable[[Protocol, Context], _WholeSet]:
     """How a protocol opens that compares all samples with all of the data, or as many draws of them."""
 
-    def open(protocol: Protocol, context: Context) -> WholeSet:
+    def open(protocol: Protocol, context: Context) -> _WholeSet:
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         evaluator_facts = facts() | reference.facts(context.seed)
         c = protocol.classes_of(context)
         if by_class:
             evaluator_facts |= class_facts(c, reference.c)
-        return WholeSet(c, reference, evaluator_facts, measure, real)
+        return _WholeSet(c, reference, evaluator_facts, measure, real)
 
     return open
 
@@ -283,7 +283,7 @@ def distance_unit(
     values: list[float] = []
     for i in range(rounds):
         for count in (few, 2 * few):
-            rows = parts(c, count, stream(kind, "parts", count, i))
+            rows = random_parts(c, count, stream(kind, "parts", count, i))
             for a, b in zip(rows[::2], rows[1::2], strict=False):
                 values.append(distance(a, b) / (1 / len(a) + 1 / len(b)))
     mean, sd = mean_sd(values)
@@ -297,7 +297,7 @@ def mmd(
 
     Without classes, and where no class has two images on both sides, there is no `class_mmd`.
     """
-    if not judged_by_class(c, d):
+    if not _is_judged_by_class(c, d):
         pooled = gaussian_mmd(fake, real, width)
         return {"mmd": pooled.value, "mmd_sd": pooled.error}
     whole = gaussian_mmd(fake, real, width, c, d)
@@ -310,7 +310,7 @@ def mmd(
     }
 
 
-def judged_by_class(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> bool:
+def _is_judged_by_class(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> bool:
     """Whether samples of classes c and data of classes d have classes, and one of them two images on both sides."""
     return bool((c != c[0]).any()) and bool(shared_classes(c, d))
 
@@ -333,7 +333,7 @@ def noise_by_class(
     z: Float[Tensor, "b f"], real: Float[Tensor, "m f"], width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]
 ) -> Scores:
     """`class_mmd` of noise z in place of the samples of each class; {} where samples are not judged by class."""
-    if not judged_by_class(c, d):
+    if not _is_judged_by_class(c, d):
         return {}
     classes = shared_classes(c, d)
     distances = [gaussian_mmd(z, real[d == k], width).value for k in classes]
@@ -373,19 +373,19 @@ def perfect_by_class(
     c: Int64[Tensor, " n"], real: Float[Tensor, "m f"], width: float, d: Int64[Tensor, " m"]
 ) -> Scores:
     """`class_mmd` of a perfect sampler whose samples have classes c, with its deviation; {} where none is measured."""
-    if not judged_by_class(c, d):
+    if not _is_judged_by_class(c, d):
         return {}
     return {CLASS_MMD: 0.0, f"{CLASS_MMD}_sd": class_mmd_deviation(c, real, width, d)}
 
 
-def parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:
+def random_parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:
     """The rows of c in disjoint random parts, of as many rows and as many of each class, give or take one."""
     order = torch.randperm(len(c), generator=generator)
     order = order[c[order].argsort(stable=True)]
     return [order[i::count] for i in range(count)]
 
 
-def summary(values: Sequence[float]) -> Scores:
+def summarize(values: Sequence[float]) -> Scores:
     """Mean, unbiased sd and number of some distances."""
     mean, sd = mean_sd(values)
     return {"mean": mean, "sd": sd, "splits": float(len(values))}

@@ -153,13 +153,13 @@ def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
 
     Raises `UserError` where the protocol of this name says another number.
     """
-    total, sha256 = hashed(_pieces(album))
+    total, sha256 = hash_images(_pieces(album))
     if standard.real not in (None, total):
         raise UserError(f"protocol {name} compares with {standard.real} images, here are {total}: give them all, once")
     return {"reference": f"{total:,} images of the data", "reference_sha256": sha256}
 
 
-def hashed(mine: Iterable[Batch]) -> tuple[int, str]:
+def hash_images(mine: Iterable[Batch]) -> tuple[int, str]:
     """How many images all ranks have, each its share, and the SHA-256 of their pixels in the order of their numbers."""
     hashes = [torch.empty(0, 32, dtype=torch.uint8)]
     numbers = [torch.empty(0, dtype=torch.long)]

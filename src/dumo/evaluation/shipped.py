@@ -99,7 +99,7 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
         "precision": precision,
         "recall": recall,
         "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
-        "nearest": nearness(fake, real, trained),
+        "nearest": _nearness(fake, real, trained),
         **accuracy(cifar10.classify(fake), c),
     }
 
@@ -113,27 +113,27 @@ def baselines_cifar10(reference: Reference, samples: int, asked: Cond | None = N
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
     if asked is None:
-        asked = with_shares_of(c, samples)
+        asked = _classes_with_shares(c, samples)
     perfect_scores = perfect(KIND, c, real, samples, WIDTH, MAX_REAL, asked)
-    perfect_scores |= null_auc("auc_features", samples, min(samples, len(real)))
-    perfect_scores |= null_accuracy(cifar10.classify(real), c, samples)
-    perfect_scores |= null_nearness(real, trained, samples)
+    perfect_scores |= _null_auc("auc_features", samples, min(samples, len(real)))
+    perfect_scores |= _null_accuracy(cifar10.classify(real), c, samples)
+    perfect_scores |= _null_nearness(real, trained, samples)
     z = features_of(noise(0, range(MIN_CIFAR10), 0, reference.x.shape[1:]))
-    return {"perfect": perfect_scores, "noise": of_noise(z, real[:MAX_REAL], WIDTH, asked, c[:MAX_REAL])}
+    return {"perfect": perfect_scores, "noise": _noise_scores(z, real[:MAX_REAL], WIDTH, asked, c[:MAX_REAL])}
 
 
-def with_shares_of(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
+def _classes_with_shares(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
     """Classes of a number of samples, with about the shares of d."""
     return d[torch.arange(samples) * len(d) // samples]
 
 
-def of_noise(z: Features, real: Real, width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " _"]) -> Scores:
+def _noise_scores(z: Features, real: Real, width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " _"]) -> Scores:
     """`mmd` of noise in place of samples, as `mean`, with its standard error, and `class_mmd` where that is judged."""
     distance = gaussian_mmd(z, real, width)
     return {"mean": distance.value, "sd": distance.error, **noise_by_class(z, real, width, c, d)}
 
 
-def null_auc(name: str, samples: int, real: int) -> Scores:
+def _null_auc(name: str, samples: int, real: int) -> Scores:
     """That of `two_sample_auc` where both sides are of one law."""
     return {name: 0.5, f"{name}_sd": auc_sd(samples, real)}
 
@@ -145,7 +145,7 @@ def accuracy(read: Cond, c: Cond) -> Scores:
     return {"accuracy": (read == c.cpu()).double().mean().item()}
 
 
-def null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
+def _null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
     """That of real images, and how much that of as many new ones as there are samples is off."""
     scores = accuracy(read, c)
     if "accuracy" in scores:
@@ -154,24 +154,24 @@ def null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
     return scores
 
 
-def nearness(fake: Real, real: Real, trained: Real | None) -> float:
+def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
     """The mean distance of samples from the nearest image that was trained on, over that of real images: copies have 0.
 
     Of images held out from the `trained`; where these are the reference itself, of each from the nearest other.
     """
     distances, _ = nearest(real if trained is None else trained, fake)
-    return (distances.mean() / real_distances(real, trained).mean()).item()
+    return (distances.mean() / _real_distances(real, trained).mean()).item()
 
 
-def null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
+def _null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
     """1, and how much that of new real images is off."""
-    distances = real_distances(real, trained)
+    distances = _real_distances(real, trained)
     relative_sd = (distances.std() / distances.mean()).item()
     return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / samples + 1 / len(distances)) ** 0.5}
 
 
 @lru_cache(maxsize=MAX_KNOWN)  # by tensor: one evaluation asks once for each number of passes
-def real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
+def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
     """How far real images are from the nearest that was trained on, other than themselves."""
     some = torch.arange(len(real))[:: -(-len(real) // MAX_REAL)]
     if trained is None:
@@ -222,7 +222,7 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
         "recall": recall,
         "auc": two_sample_auc(real, filed, stream("digits", "auc")),
         "pixel_fd": pixel_frechet(filed, real),
-        "nearest": nearness(filed, real, reference.trained),
+        "nearest": _nearness(filed, real, reference.trained),
         **accuracy(digits.classify(fake_features), c),
     }
 
@@ -237,7 +237,7 @@ def baselines_digits(reference: Reference, samples: int, asked: Cond | None = No
     c = reference.c.cpu()
     real = digits.features(x)
     if asked is None:
-        asked = with_shares_of(c, samples)
+        asked = _classes_with_shares(c, samples)
 
     def pixel_distance(a: Tensor, b: Tensor) -> float:
         return pixel_frechet(x[a], x[b])
@@ -246,14 +246,14 @@ def baselines_digits(reference: Reference, samples: int, asked: Cond | None = No
     if "fd" in perfect_scores:
         perfect_scores["fd_grey"] = perfect_scores["fd"]
         perfect_scores["fd_grey_sd"] = perfect_scores["fd_sd"]
-    perfect_scores |= null_auc("auc", samples, len(x))
+    perfect_scores |= _null_auc("auc", samples, len(x))
     pixel_unit = distance_unit(c, pixel_distance, "digits", LEAST * x[0].numel())
     if pixel_unit:
         perfect_scores |= pixel_unit.at(samples, len(x), "pixel_fd")
-    perfect_scores |= null_accuracy(digits.classify(real), c, samples)
-    perfect_scores |= null_nearness(x, reference.trained, samples)
+    perfect_scores |= _null_accuracy(digits.classify(real), c, samples)
+    perfect_scores |= _null_nearness(x, reference.trained, samples)
     z = digits.features(_grey(noise(0, range(MIN_DIGITS), 0, x.shape[1:])))
-    return {"perfect": perfect_scores, "noise": of_noise(z, real, WIDTH_DIGITS, asked, c)}
+    return {"perfect": perfect_scores, "noise": _noise_scores(z, real, WIDTH_DIGITS, asked, c)}
 
 
 def _grey(x: Sample) -> Sample:
@@ -290,7 +290,7 @@ def _widths(x: Sample) -> list[float]:
     return [w * sd for w in WIDTHS]
 
 
-def facts_of(classifier: Classifier, of: str) -> dict[str, str]:
+def _facts_of(classifier: Classifier, of: str) -> dict[str, str]:
     """The features of a classifier, and the hash of its weights."""
     return {"features": f"{classifier.width} of dumo's classifier of {of}", "features_sha256": classifier.sha256}
 
@@ -306,14 +306,14 @@ MEASURES: dict[Shipped, Measure] = {
         fewest=MIN_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
         judges="images of shape (3, 32, 32) in 10 classes or none",
         fits=lambda shape, classes: shape == (3, 32, 32) and classes in (0, 10),
-        open=whole_set(lambda: facts_of(cifar10, "CIFAR-10") | FACTS_CIFAR10, score_cifar10, baselines_cifar10),
+        open=whole_set(lambda: _facts_of(cifar10, "CIFAR-10") | FACTS_CIFAR10, score_cifar10, baselines_cifar10),
     ),
     "digits": Measure(
         samples=2000,
         fewest=MIN_DIGITS,
         judges="samples of shape (1, 8, 8) in 10 classes or none",
         fits=lambda shape, classes: shape == (1, 8, 8) and classes in (0, 10),
-        open=whole_set(lambda: facts_of(digits, "digits"), score_digits, baselines_digits),
+        open=whole_set(lambda: _facts_of(digits, "digits"), score_digits, baselines_digits),
     ),
     "photos": PHOTOS,
     "toy": Measure(

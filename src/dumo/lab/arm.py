@@ -6,7 +6,7 @@ from PIL import Image
 
 from dumo.config.word import MERITS, word
 from dumo.io import picture
-from dumo.lab.cell import Result, Row, by_arm, main_score
+from dumo.lab.cell import Result, Row, group_by_arm, main_score
 from dumo.report import chart, score
 from dumo.runtime.progress import passes_text
 
@@ -24,9 +24,9 @@ def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
 
 def samples(results: Sequence[Result]) -> Image.Image:
     """What the first seed of every arm makes in its fewest passes, two of a class, below its score: the best first."""
-    lead = score.figures(results[0].report["results"][0])[0]
+    lead = score.score_names(results[0].report["results"][0])[0]
     sheets: list[tuple[float, str, Image.Image]] = []
-    for first, *_ in by_arm(results):
+    for first, *_ in group_by_arm(results):
         fewest = first.report["results"][0]
         arm = next(iter(first.cell.labels.values()))
         sheets.append((fewest[lead], f"{arm}, {score.number(fewest[lead])}", _sheet(first, fewest["nfe"])))

@@ -71,7 +71,7 @@ def fill(net: nn.Module) -> nn.Module:
     return net
 
 
-class SampleCase(NamedTuple):
+class _SampleCase(NamedTuple):
     """One way to sample that is timed."""
 
     precision: Precision
@@ -93,15 +93,15 @@ def sample(
     """Times of batches of samples by the run's net, its weights random. Raises UserError for passes out of reach."""
     torch_device = dist.device(device)
     shape = tuple(shape or run.data.shape)
-    cases: list[SampleCase] = []
+    cases: list[_SampleCase] = []
     for precision in precisions_of(precisions, torch_device):
         for nfe in nfes:
-            cases.append(SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
+            cases.append(_SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
     module = build(examination.readable(run.net), run.objective.needs, shape, run.data.classes, torch_device, batch)
     reads = reading(run.objective, module, run.sample.knobs)
     c = generate.labels_in_turn(batch, run.data.classes)
 
-    def make_samples(case: SampleCase) -> generate.Samples:
+    def make_samples(case: _SampleCase) -> generate.Samples:
         batches = generate.sample_batches(
             module,
             reads,
@@ -120,7 +120,7 @@ def sample(
     works: list[Work] = []
     for case in cases:
         works.append(partial(make_samples, case))
-    decode, missing = decoding(run.data, shape, batch, torch_device)
+    decode, missing = _decoder(run.data, shape, batch, torch_device)
     if decode:
         works.append(decode)
     seconds = Stopwatch.for_bench(torch_device).rounds(works, rounds, bar=bar, title="sampling")
@@ -153,7 +153,7 @@ def sample(
     }
 
 
-def decoding(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Work | None, str | None]:
+def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Work | None, str | None]:
     """A decoder of a batch of noise, in float32; None without a codec, or why its weights are missing."""
     if not isinstance(data, Latents):
         return None, None

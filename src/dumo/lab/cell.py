@@ -24,7 +24,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from dumo.report import compare
-from dumo.report.evaluate import evaluate, standing
+from dumo.report.evaluate import current_report, evaluate
 from dumo.report.sheet import Sheets
 from dumo.run import encode
 from dumo.run.resolve import resolve
@@ -67,25 +67,25 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
             encode.make_tokens(cell.spec)
         ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
         if jobs > 1:
-            finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
+            _finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         for cell in ready:
             done[cell.name] = finish(cell, folder, device=device, bar=bar)
     results = [done[cell.name] for cell in cells]
     cards: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
-        cards.setdefault(judged_by(result), {})[result.cell.name] = result.report["card"]
+        cards.setdefault(_protocol_of(result), {})[result.cell.name] = result.report["card"]
     for comparable in cards.values():
-        compare.alike(comparable)
+        compare.require_comparable(comparable)
     return results
 
 
-def judged_by(result: Result) -> tuple[str, str | None, int]:
+def _protocol_of(result: Result) -> tuple[str, str | None, int]:
     """The protocol, and the split and fold of the data that is its reference: cells of one table share them."""
     spec = result.cell.spec
     return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
 
 
-def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
+def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
     """Finish cells in processes of their own. Where one is killed the others are finished all the same.
 
     Raises `Lost` then, with its name.
@@ -94,7 +94,7 @@ def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
     lost: list[str] = []
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
         work = partial(finish, cells=folder, device=device, bar=no_bar)
-        finished = job.side_by_side(work, cells, jobs=jobs, threads=threads)
+        finished = job.run_side_by_side(work, cells, jobs=jobs, threads=threads)
         for done, (cell, error) in enumerate(finished, 1):
             if error:
                 lost.append(f"{cell.name}: {error}")
@@ -113,7 +113,7 @@ def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
     folder = cells / f"{cell.name}-{training_hash}"
     train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
     trained = open_run(folder, device=device)
-    report = standing(trained) or evaluate(trained, bar=bar)
+    report = current_report(trained) or evaluate(trained, bar=bar)
     return Result(cell, trained, report)
 
 
@@ -134,12 +134,12 @@ def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
             update[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
         source = done.get(cell.weights)
-        folder = save_model(source, parent, cell.cut) if source else existing_folder(cell.weights)
+        folder = _save_model(source, parent, cell.cut) if source else _existing_folder(cell.weights)
         update["pipeline"] = Pipeline(source=str(folder))
     return replace(cell, spec=cell.spec.model_copy(update=update))
 
 
-def existing_folder(folder: str) -> Path:
+def _existing_folder(folder: str) -> Path:
     """A folder of diffusers that no cell makes. Raises UserError where it is missing."""
     path = Path(folder)
     if not path.is_dir():
@@ -147,7 +147,7 @@ def existing_folder(folder: str) -> Path:
     return path
 
 
-def save_model(result: Result, parent: Path, cut: float | None) -> Path:
+def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
     """Save the model of a cell for diffusers, with v's head; `cut`: behind a low-pass fitted to its outputs."""
     folder = parent / (result.cell.name if cut is None else f"{result.cell.name}-{cut:g}")
     if (folder / "config.json").exists():
@@ -155,13 +155,13 @@ def save_model(result: Result, parent: Path, cut: float | None) -> Path:
     net = result.trained.net
     if cut is not None:
         run = result.trained.run
-        net = low_pass(run.objective, run.data, save_model(result, parent, None), cut)
+        net = _low_pass(run.objective, run.data, _save_model(result, parent, None), cut)
     assert isinstance(net, Dualized)
     net.stock("v").save_pretrained(folder)
     return folder
 
 
-def low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
+def _low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
     """The model of a folder, its time embedder cut at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
     spec = Pretrained(texts=Codes(), lowpass=limit).within(Pipeline(source=str(folder)))
     net = spec.build(objective.needs, data.shape, data.classes)
@@ -169,7 +169,7 @@ def low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Du
     return net
 
 
-def by_arm(results: Sequence[Result]) -> list[list[Result]]:
+def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
     """The results of each arm, which differ in their seed alone."""
     arms: dict[str, list[Result]] = {}
     for result in results:
@@ -178,29 +178,29 @@ def by_arm(results: Sequence[Result]) -> list[list[Result]]:
     return list(arms.values())
 
 
-def averaged(results: Sequence[Result], more: Callable[[Result], Row] = lambda result: {}) -> list[Row]:
+def average_by_arm(results: Sequence[Result], more: Callable[[Result], Row] = lambda result: {}) -> list[Row]:
     """A row per arm and number of passes: its columns, `more` of its first seed, means over seeds, one sd."""
     table: list[Row] = []
-    for seeds in by_arm(results):
+    for seeds in group_by_arm(results):
         columns = seeds[0].cell.labels | more(seeds[0])
-        for rows in zip(*(by_passes(result.report) for result in seeds), strict=True):
-            table.append(columns | over_seeds(rows))
+        for rows in zip(*(rows_by_passes(result.report) for result in seeds), strict=True):
+            table.append(columns | _average_rows(rows))
     return table
 
 
-def by_passes(report: Row) -> list[Row]:
+def rows_by_passes(report: Row) -> list[Row]:
     """The rows of a report by number of passes; Euler's where there is no other."""
     known = {row["nfe"] for row in report["results"]}
     return [*report["results"], *(row for row in report["contrast"] if row["nfe"] not in known)]
 
 
-def over_seeds(rows: Sequence[Row]) -> Row:
+def _average_rows(rows: Sequence[Row]) -> Row:
     """One row of equal rows of several seeds: the main score first, then `fd` where that is another, each with sd.
 
     `error` is the standard error of the mean of the main one (`error_of_mean`).
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
-    main = [name for name in dict.fromkeys((leading(names), "fd")) if name in names]
+    main = [name for name in dict.fromkeys((leading_score(names), "fd")) if name in names]
     averages: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
     for name in main:
         values = [row[name] for row in rows]
@@ -238,18 +238,18 @@ def from_cells(stored: Row) -> list[Row]:
     rows: list[Row] = []
     for cells in cells_by_arm.values():
         protocol = next(iter(cells.values()))["protocol"]
-        for same in zip(*map(by_passes, cells.values()), strict=True):
+        for same in zip(*map(rows_by_passes, cells.values()), strict=True):
             by_seed = dict(zip(cells, same, strict=True))
-            rows.append({**over_seeds(same), "by_seed": by_seed, "protocol": protocol})
+            rows.append({**_average_rows(same), "by_seed": by_seed, "protocol": protocol})
     return [row | again for row, again in zip(stored["table"], rows, strict=True)]
 
 
 def main_score(row: Row) -> str:
     """The main score of an averaged row, also of one from before `mmd` was measured."""
-    return leading([key for key in row if f"{key}_sd" in row or key == "fd_grey"])
+    return leading_score([key for key in row if f"{key}_sd" in row or key == "fd_grey"])
 
 
-def leading(scores: Sequence[str]) -> str:
+def leading_score(scores: Sequence[str]) -> str:
     """The main score: `mmd`, or `fd_grey` of digits from before it was measured, or the protocol's own."""
     for name in ("mmd", "fd_grey"):
         if name in scores:
@@ -262,11 +262,11 @@ def markdown(title: str, table: Sequence[Row]) -> str:
     head = list(table[0])
     lines = [head, ["---"] * len(head)]
     for row in table:
-        lines.append([cell_text(value) for value in row.values()])
+        lines.append([_cell_text(value) for value in row.values()])
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"# {title}\n\n{body}\n"
 
 
-def cell_text(value: object) -> str:
+def _cell_text(value: object) -> str:
     """A value in a cell of a table: floats by four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -30,7 +30,7 @@ class Worker:
         """Start it with this number of cores."""
         self.pipe, worker_end = processes.Pipe()
         self.process = processes.Process(target=serve, args=(work, worker_end, threads))
-        with safe_path():
+        with _safe_path():
             self.process.start()
         worker_end.close()  # so that the pipe ends with the process
         self.piece: object = None
@@ -47,14 +47,14 @@ class Worker:
             error, trace = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return Lost(f"its process {exit_text(self.process.exitcode or 0)}")
+            return Lost(f"its process {_exit_text(self.process.exitcode or 0)}")
         if error is not None:
             error.__cause__ = RuntimeError(trace)  # where it arose
         return error
 
 
 @contextmanager
-def safe_path() -> Generator[None, None, None]:
+def _safe_path() -> Generator[None, None, None]:
     """Meanwhile a Python that starts imports no module of the folder we are in, as with -P.
 
     Once it has started, multiprocessing gives it this process's own path.
@@ -70,7 +70,7 @@ def safe_path() -> Generator[None, None, None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def exit_text(code: int) -> str:
+def _exit_text(code: int) -> str:
     """An exit code in words."""
     if code >= 0:
         return f"ended with exit code {code}"
@@ -95,7 +95,7 @@ def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
                 pipe.send((error, traceback.format_exc()))
 
 
-def side_by_side(
+def run_side_by_side(
     work: Callable[[T], object], pieces: Sequence[T], *, jobs: int, threads: int
 ) -> Iterator[tuple[T, Lost | None]]:
     """Do `work` of each piece, `jobs` at a time; yield each when it is done, or lost because its process was killed.
@@ -122,13 +122,13 @@ def side_by_side(
                     worker.send(waiting.pop())
                 else:
                     workers.remove(worker)
-                    end([worker])
+                    _end([worker])
                 yield piece, error  # pyright: ignore[reportReturnType], a T that was sent
     finally:
-        end(workers)
+        _end(workers)
 
 
-def end(workers: Sequence[Worker]) -> None:
+def _end(workers: Sequence[Worker]) -> None:
     """Stop these and wait for them. A second Ctrl-C kills them."""
     try:
         for worker in workers:

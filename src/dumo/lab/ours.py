@@ -21,8 +21,8 @@ from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels_in_turn
 from dumo.io import picture, weights
 from dumo.lab import arm
-from dumo.lab.cell import Result, Row, averaged, by_arm, by_passes, error_of_mean, main_score
-from dumo.lab.paper import far
+from dumo.lab.cell import Result, Row, average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
+from dumo.lab.paper import far_column
 from dumo.lab.plan import Cost, Plan
 from dumo.report import chart, gallery
 from dumo.run.judge import training_data
@@ -41,7 +41,7 @@ SCORES = ("nfe", "mmd", "mmd_sd", "error", "fd", "fd_sd", "fd_grey", "fd_grey_sd
 
 def fair_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row per combination and number of passes."""
-    return averaged(results, far)
+    return average_by_arm(results, far_column)
 
 
 def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
@@ -53,14 +53,14 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
         of_passes = [row for row in table if row["nfe"] == nfe]
         for row in sorted(of_passes, key=lambda row: row[score]):
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
-            points.setdefault(line, {})[heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
+            points.setdefault(line, {})[_heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
         title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
         names = [TWO_HEADS, ADAPTIVE, ONE_HEAD]
         charts[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
     return charts
 
 
-def heads_name(row: Row) -> str:
+def _heads_name(row: Row) -> str:
     """The name in a chart of a row's heads and metric."""
     if row["heads"] == "two":
         return TWO_HEADS
@@ -74,7 +74,7 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
     templates that it never saw: low where texts are understood.
     """
     rows: list[Row] = []
-    for same in by_arm(results):
+    for same in group_by_arm(results):
         run = same[0].trained.run
         real = class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
         by_class: Row = {"class_fd": fmean(class_fd(one.trained.sampler, run.evaluate, real) for one in same)}
@@ -84,7 +84,7 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
             by_class["class_fd_held"] = fmean(held)
         columns = {name: same[0].cell.labels[name] for name in (*plan.columns, "steps")}
         columns |= {"MFLOP_per_pass": round(Cost(same[0].cell.spec).flops / 1e6, 2)}
-        for row in averaged(same):
+        for row in average_by_arm(same):
             apart = by_class if row["nfe"] == 1 else dict.fromkeys(by_class)
             rows.append({**columns, **{name: row.get(name) for name in SCORES}, **apart, "seeds": row["seeds"]})
     return rows
@@ -122,7 +122,7 @@ def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Pat
     And what the stock pipeline makes of the first one that was tuned, once exported.
     """
     files: list[Path] = []
-    for one, *_ in by_arm(results):  # a picture each, for each has steps of its own
+    for one, *_ in group_by_arm(results):  # a picture each, for each has steps of its own
         files.append(folder / f"pretrained-{one.cell.name.rpartition('-')[0]}.png")
         rows = {reading.name: row for reading, row in gallery.trajectories(one.trained).items()}
         picture.write_picture(files[-1], gallery.side_by_side(rows))
@@ -171,29 +171,29 @@ def best_table(plan: Plan, results: list[Result]) -> list[Row]:
     `even_at` is the budget at which an arm is as near in one pass as the first is at a budget of 1: read off between
     its own budgets, straight where both axes are logarithms; None beyond them.
     """
-    rows = averaged(results)
+    rows = average_by_arm(results)
     table: list[Row] = []
     for row in rows:
         even_at = None
         if row["nfe"] == 1:
-            even_at = even(curve(rows, row["arm"]), level(rows))
+            even_at = even_budget(_curve(rows, row["arm"]), _level(rows))
         table.append(row | {"even_at": even_at})
     return table
 
 
-def curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
+def _curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
     """The curve of one arm."""
     score = main_score(rows[0])
     own = [row for row in rows if (row["arm"], row["nfe"]) == (name, nfe)]
     return sorted(chart.CurvePoint(row["budget"], row[score], row[f"{score}_sd"]) for row in own)
 
 
-def level(rows: Sequence[Row], nfe: int = 1) -> float:
+def _level(rows: Sequence[Row], nfe: int = 1) -> float:
     """The distance of the first arm at a budget of 1."""
-    return next(y for budget, y, _ in curve(rows, rows[0]["arm"], nfe) if budget == 1)
+    return next(y for budget, y, _ in _curve(rows, rows[0]["arm"], nfe) if budget == 1)
 
 
-def even(points: Curve, to: float) -> float | None:
+def even_budget(points: Curve, to: float) -> float | None:
     """The budget at which a curve comes down to this distance; None where it does not."""
     for (a, high, _), (b, low, _) in pairwise(points):
         if low <= to <= high and low < high:
@@ -208,7 +208,7 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     curves: dict[tuple[str, int], dict[int, list[chart.CurvePoint]]] = {}  # by arm and number of passes, then by seed
     for result in results:
         labels_of_cell = result.cell.labels
-        for row in by_passes(result.report):
+        for row in rows_by_passes(result.report):
             by_seed = curves.setdefault((labels_of_cell["arm"], row["nfe"]), {})
             point = chart.CurvePoint(labels_of_cell["budget"], row[score], row[f"{score}_sd"])
             by_seed.setdefault(result.cell.spec.train.seed, []).append(point)
@@ -242,9 +242,9 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
             f"What a budget buys, {passes_text(nfe)}",
             f"counted operations, over those of {steps:,} steps of {paper}",
             chart.score_label(main_score(table[0])),
-            {name: curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
+            {name: _curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
             log_x=True,
-            level=chart.Level(level(table, nfe), f"{paper} at 1"),
+            level=chart.Level(_level(table, nfe), f"{paper} at 1"),
         )
         for nfe in passes
     }

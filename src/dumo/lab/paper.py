@@ -18,7 +18,7 @@ from dumo.config.spec import Run
 from dumo.config.word import MERITS, word
 from dumo.flow import generate
 from dumo.io import picture
-from dumo.lab.cell import Result, Row, averaged, main_score
+from dumo.lab.cell import Result, Row, average_by_arm, main_score
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.plan import machine
 from dumo.plan import plan as counts
@@ -50,9 +50,9 @@ SPARING = "MeanFlow, guided, central where r < t"
 PAPER = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
 
 
-def far(one: Result) -> Row:
+def far_column(one: Result) -> Row:
     """P(t - r > 0.9), the share of rows where one-step sampling is taught, as a column."""
-    return {"far": round(counts.far(one.cell.spec.objective), 6)}
+    return {"far": round(counts.far_share(one.cell.spec.objective), 6)}
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -99,7 +99,7 @@ def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row per pair: the distance, its logarithm, and the share of rows where one-step sampling is taught."""
     return [
         of | {"log": log(of[main_score(of)]), "paper_log_fid_b2_10k": LOWEST.get((of["theta_1"], of["theta_2"]))}
-        for of in averaged(results, far)
+        for of in average_by_arm(results, far_column)
     ]
 
 
@@ -115,18 +115,18 @@ def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row per objective, reading, step and number of passes: the first of the protocol's distances to the data."""
     rows: list[Row] = []
     for result in results:
-        for distances in distances_by_milestone(result):
+        for distances in _distances_by_milestone(result):
             rows.append({"objective": result.cell.labels["objective"], **distances})
     return rows
 
 
-def distances_by_milestone(result: Result) -> Iterator[Row]:
+def _distances_by_milestone(result: Result) -> Iterator[Row]:
     """How near samples come to the data after each milestone, by reading and number of passes."""
     trained = result.trained
     spec = trained.run
     evaluator = evaluator_of(trained.sampler, spec.evaluate, no_bar)
     c = spec.evaluate.protocol.labels(spec.data.classes)
-    for step, file in gallery.stages(trained.folder, trained.step).items():
+    for step, file in gallery.milestone_files(trained.folder, trained.step).items():
         milestone = gallery.open_at(trained, step, file)
         for reading in gallery.choose_modes(milestone.sampler, None, JUDGED):
             for n in JUDGED:
@@ -153,7 +153,7 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     """Every distance over DuMo's in one pass; and where one pass is over three of these, why."""
-    rows = averaged(results)
+    rows = average_by_arm(results)
     score = main_score(rows[0])
     first = rows[0][score]
     table: list[Row] = []
@@ -188,7 +188,7 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
         for cell, taken in zip(same, seconds, strict=True):
             facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
             trained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")
-            results.append(Result(cell, trained, {"card": timing(cell, torch_device), **facts}))
+            results.append(Result(cell, trained, {"card": _timing_facts(cell, torch_device), **facts}))
     return results
 
 
@@ -197,7 +197,7 @@ def parameters(cell: Cell) -> int:
     return sum(p.numel() for p in outline(cell.spec).parameters())
 
 
-class ZeroRate(Constant):
+class _ZeroRate(Constant):
     """A schedule whose learning rate is zero at every step."""
 
     def __call__(self, step: int, steps: int) -> float:
@@ -207,7 +207,7 @@ class ZeroRate(Constant):
 
 def step(spec: Run, device: torch.device) -> Callable[[], object]:
     """A training step on random numbers, in the middle of the training; the rate is zero, so it cannot diverge."""
-    changes = {"steps": 2 * MIDDLE, "schedule": ZeroRate(), "micro_batch": None, "clip": None, "probe_every": 0}
+    changes = {"steps": 2 * MIDDLE, "schedule": _ZeroRate(), "micro_batch": None, "clip": None, "probe_every": 0}
     train = spec.train.model_copy(update=changes)
     rows = train.batch
     classes = spec.data.classes
@@ -223,7 +223,7 @@ def step(spec: Run, device: torch.device) -> Callable[[], object]:
     return once
 
 
-def timing(cell: Cell, device: torch.device) -> dict[str, Any]:
+def _timing_facts(cell: Cell, device: torch.device) -> dict[str, Any]:
     """How the steps of a cell were timed: rounds, rows, precision and machine."""
     return {
         "rounds": cell.labels["rounds"],

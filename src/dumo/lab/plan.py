@@ -171,13 +171,13 @@ class Plan(Spec):
     def cells(self, scale: str) -> "Iterator[Cell]":
         """All runs of the plan, arm by arm, seed by seed."""
         at = self.at(scale)
-        for outer, outer_settings in combinations(at.vary):
+        for outer, outer_settings in _combinations(at.vary):
             budget = Budget(self, at, outer.get("budget", 1.0))
             for arm in at.arms or self.arms:
                 case = {"scale": scale, **outer}
                 if not all(case[name] in values for name, values in arm.only.items()):
                     continue
-                for inner, inner_settings in combinations(arm.vary):
+                for inner, inner_settings in _combinations(arm.vary):
                     settings = (*outer_settings, *arm.set, *inner_settings)
                     yield from self._cells(arm, at, budget, outer | inner, settings, scale)
 
@@ -245,7 +245,7 @@ class Cell:
     cut: float | None = None
 
 
-def combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Every combination of values, with its settings."""
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -299,7 +299,7 @@ def read(name: str) -> Plan:
     tree = parse((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
     tree.pop("let", None)  # anchors
     for part in (tree, *tree["scales"].values()):
-        part["arms"] = [with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]
+        part["arms"] = [_with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]
     plan = Plan(name=name, **tree)
     if plan.arms_of is None:
         return plan
@@ -308,7 +308,7 @@ def read(name: str) -> Plan:
     return plan.model_copy(update={"arms": (*plan.arms, *other_arms)})
 
 
-def with_labels(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def _with_labels(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     """An arm, its columns in a mapping of their own."""
     labels = {name: arm[name] for name in columns if name in arm}
     return {"labels": labels, **{name: value for name, value in arm.items() if name not in columns}}

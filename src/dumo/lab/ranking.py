@@ -80,12 +80,12 @@ def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
     None are where the best one is not: a worse one that is known better would seem to win.
     """
     best = min(arms, key=lambda arm: arm.mean)
-    if not is_precise(best):
+    if not _is_precise(best):
         return [False] * len(arms)
-    return [is_precise(arm) and is_level(arm, best) for arm in arms]
+    return [_is_precise(arm) and is_level(arm, best) for arm in arms]
 
 
-def is_precise(arm: ArmScore) -> bool:
+def _is_precise(arm: ArmScore) -> bool:
     """Whether the standard error is at most a quarter of the mean."""
     return arm.error <= MAX_RELATIVE_ERROR * arm.mean
 

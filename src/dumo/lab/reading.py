@@ -33,7 +33,7 @@ WARM = BATCHES_AHEAD + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
 
 
-class DataOnly(Spec):
+class _DataOnly(Spec):
     """The part of a run that names the data."""
 
     data: Data
@@ -62,7 +62,7 @@ def reading_of(
         return DataBenchmark(run.data, batch or run.train.batch, Cost(run))
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
-    return DataBenchmark(found_data(parse(DataOnly, tree).data), batch or 256, None)
+    return DataBenchmark(found_data(parse(_DataOnly, tree).data), batch or 256, None)
 
 
 def measure(
@@ -88,7 +88,7 @@ def measure(
     if step_seconds:
         seconds, origin = step_seconds, "given"
     else:
-        seconds, origin = step_seconds_of(reading, torch_device)
+        seconds, origin = _step_seconds(reading, torch_device)
     needed = reading.batch / seconds if seconds else None
     rates: list[float] = []
     with bar("reading", len(counts) * (WARM + batches)) as tick:
@@ -134,7 +134,7 @@ def speed(source: DataSource, batch: int, steps: range, device: torch.device, ti
         return batch * (len(steps) - WARM) / (watch.now() - began)
 
 
-def step_seconds_of(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:
+def _step_seconds(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
     peak = known_peak_tflops(device)
     cost = reading.cost

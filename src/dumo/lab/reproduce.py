@@ -16,18 +16,18 @@ from dumo.config.error import require_known
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import arm, cell, ours, paper
-from dumo.lab.cell import Result, Row, averaged, markdown
+from dumo.lab.cell import Result, Row, average_by_arm, markdown
 from dumo.lab.plan import SCALES, Plan, read
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 
 
-def ranking(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
+def _ranking_chart(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """The arms, the best on top."""
     return {plan.name: arm.ranking(plan.title, table)}
 
 
-def samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
+def _sample_pictures(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """A picture of what all arms make, for a plan with `samples`."""
     if not plan.samples:
         return []
@@ -36,7 +36,7 @@ def samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     return [path]
 
 
-def none(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
+def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """No chart."""
     return {}
 
@@ -45,28 +45,28 @@ def none(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 class View:
     """How the results of a plan are shown."""
 
-    table: Callable[[Plan, list[Result]], list[Row]] = lambda plan, results: averaged(results)
-    charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = ranking
-    draw: Callable[[Plan, list[Result], Path], list[Path]] = samples  # pictures that take the nets
+    table: Callable[[Plan, list[Result]], list[Row]] = lambda plan, results: average_by_arm(results)
+    charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart
+    draw: Callable[[Plan, list[Result], Path], list[Path]] = _sample_pictures  # pictures that take the nets
     finish: Callable[..., list[Result]] = cell.finish_all
 
 
 VIEWS = {
     "best": View(ours.best_table, ours.best_charts),
     "best-latents": View(ours.best_table, ours.best_charts),
-    "best-pixels": View(ours.best_table, none),
+    "best-pixels": View(ours.best_table, _no_charts),
     "fair": View(ours.fair_table, ours.fair_charts),
-    "fig3": View(paper.fig3_table, none, paper.fig3_draw),
+    "fig3": View(paper.fig3_table, _no_charts, paper.fig3_draw),
     "fig4a": View(charts=paper.fig4a_charts),
     "fig4b": View(paper.fig4b_table, paper.fig4b_charts, finish=paper.fig4b_finish),
     "fig4c": View(paper.fig4c_table, paper.fig4c_charts),
-    "fig5": View(paper.fig5_table, none, paper.fig5_draw),
-    "flow-first": View(charts=none),
-    "pretrained": View(charts=none, draw=ours.pretrained_draw),
+    "fig5": View(paper.fig5_table, _no_charts, paper.fig5_draw),
+    "flow-first": View(charts=_no_charts),
+    "pretrained": View(charts=_no_charts, draw=ours.pretrained_draw),
     "scaling": View(ours.scaling_table, partial(ours.best_charts, passes=(1, 2, 4, 50))),
-    "two-times": View(charts=none),
-    "unet": View(charts=none),
-    "words": View(ours.words_table, none, ours.words_draw),
+    "two-times": View(charts=_no_charts),
+    "unet": View(charts=_no_charts),
+    "words": View(ours.words_table, _no_charts, ours.words_draw),
     "zoo": View(paper.zoo_table),
 }
 

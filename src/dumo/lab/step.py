@@ -176,7 +176,7 @@ def measure(
     shape = tuple(shape or run.data.shape)
     batch = run.train.batch
     known_precisions = bench.precisions_of(precisions, torch_device)
-    todo = list(variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
+    todo = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
     setting = prepare(run, shape, torch_device, compile)
     tried = [setting.attempt(row, objective) for row, objective in todo]
     steps = [step for _, step in tried if step]
@@ -215,7 +215,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     return Setting(run.path, run.train, classes, shape, device, compile, outline, net, ref)
 
 
-def variants(
+def _variants(
     objective: Objective,
     time_scale: float,
     slopes: Sequence[str] | None,
@@ -239,13 +239,13 @@ def variants(
         for name in chosen:
             slope = own if own and own.kind == name else SLOPES[name]()
             row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
-            row = replace(row, refused=refusal(slope, precision, time_scale))
+            row = replace(row, refused=_refusal(slope, precision, time_scale))
             if isinstance(slope, CentralSlope):
-                slope = Unchecked(h=slope.h)
+                slope = _UncheckedSlope(h=slope.h)
             yield row, objective.model_copy(update={"slope": slope})
 
 
-def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
+def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
     """Why training would not take this slope."""
     try:
         slope.check(precision, time_scale)
@@ -321,7 +321,7 @@ class PlainStep(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Every head is the velocity; knobs rest at zero."""
-        heads = net(b.x_t, b.c, **inputs_of(self.of, b))[: len(self.of.needs.heads)]
+        heads = net(b.x_t, b.c, **_net_inputs(self.of, b))[: len(self.of.needs.heads)]
         return Terms(sum((mean_square(head - b.v_t) for head in heads), torch.zeros_like(b.t)))
 
     def read(self, net: Net) -> Reads:
@@ -329,14 +329,14 @@ class PlainStep(Spec):
         return self.of.read(net)
 
 
-class Unchecked(CentralSlope):
+class _UncheckedSlope(CentralSlope):
     """The central difference that refuses nothing: what training refuses is measured here all the same."""
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Accept all."""
 
 
-def inputs_of(objective: Objective, b: Noised) -> dict[str, Time]:
+def _net_inputs(objective: Objective, b: Noised) -> dict[str, Time]:
     """What a net of this objective takes by name: the times of the rows, and knobs at zero."""
     times = {"t": b.t, "r": b.r}
     return {name: times.get(name, torch.zeros_like(b.t)) for name in objective.needs.names}
@@ -346,6 +346,6 @@ def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) ->
     """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope."""
     if objective.needs.slope is None:
         return None
-    errors = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **inputs_of(objective, b))
+    errors = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **_net_inputs(objective, b))
     head = "u" if "u" in errors else objective.needs.heads[-1]
     return errors[head].item()

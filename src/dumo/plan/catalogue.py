@@ -176,19 +176,19 @@ def find(name: str) -> Item:
     return known[name]
 
 
-def described(item: Item) -> dict[str, Any]:
-    """The fields of an item, the recipes that need it, and the state of each of its places (`state_of`)."""
+def describe(item: Item) -> dict[str, Any]:
+    """The fields of an item, the recipes that need it, and the state of each of its places (`_state_of`)."""
     looked: list[dict[str, str]] = []
     for number, place in enumerate(item.places):
         sha256 = item.sha256 if number == 0 else None
-        looked.append({"place": place, "state": state_of(place, sha256)})
+        looked.append({"place": place, "state": _state_of(place, sha256)})
     is_there = None
     if looked:
         is_there = all(place["state"] == "there" for place in looked)
-    return {**asdict(item), "recipes": list(needing(item)), "looked": looked, "there": is_there}
+    return {**asdict(item), "recipes": list(recipes_needing(item)), "looked": looked, "there": is_there}
 
 
-def state_of(place: str, sha256: str | None = None) -> str:
+def _state_of(place: str, sha256: str | None = None) -> str:
     """`there`, or why not: a variable is not set, a path is missing, the contents are others."""
     if place.startswith(HUB):
         return _state_in_hub_cache(place.removeprefix(HUB))
@@ -203,17 +203,17 @@ def state_of(place: str, sha256: str | None = None) -> str:
     return "there"
 
 
-def needing(item: Item) -> Iterator[str]:
+def recipes_needing(item: Item) -> Iterator[str]:
     """The names of recipes that have the item's mark, themselves or by their bases."""
     marks = item.mark.split("|") if item.mark else []
     for name in recipes.names():
-        text = whole_text(name)
+        text = _whole_text(name)
         if any(mark in text for mark in marks):
             yield name
 
 
 @cache
-def whole_text(recipe: str) -> str:
+def _whole_text(recipe: str) -> str:
     """A recipe over its bases, as text."""
     return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}").tree)
 

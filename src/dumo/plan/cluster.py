@@ -1,6 +1,6 @@
 """What a run takes on many ranks, counted without them, and the first layout that keeps within a memory.
 
-`cluster` has the facts of a layout, `counted` one rank's step, `fit` tries layouts.
+`cluster` has the facts of a layout, `count_step` one rank's step, `fit` tries layouts.
 
 One rank's step is made on tensors without numbers, in a group of ranks that are not there, so that nothing is sent.
 
@@ -99,11 +99,11 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     check_pieces(train, objective, ranks)
     net = outline(spec)
     share = share_of(train.share, ranks)
-    units = units_of(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
+    units = step_units(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
     held = memory.held_bytes(net, train)
-    step = counted(outline(spec), objective, path, shape, train, ranks)
-    parts = {**step.memory, "encoders": plan.of_encoders(spec.net, spec.data.classes)}
+    step = count_step(outline(spec), objective, path, shape, train, ranks)
+    parts = {**step.memory, "encoders": plan.encoder_bytes(spec.net, spec.data.classes)}
     peak = sum(parts.values())
     checkpoint = memory.checkpoint_bytes(net, held, ranks)
     hours = None
@@ -127,7 +127,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     }
 
 
-def counted(
+def count_step(
     net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int
 ) -> RankStep:
     """The step of a rank whose passes have the most rows; of one rank alone, an upper bound (`memory.training_bytes`).
@@ -139,19 +139,19 @@ def counted(
         parts = {"gathered": 0, **memory.training_bytes(net, objective, path, shape, train, rows).parts}
         passes = len(pieces(train, objective))
         return RankStep(rows, passes, memory={name: parts[name] for name in PARTS}, calls={}, sent={})
-    with pretended(ranks), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 'dual' says what `units_of` counts
+    with fake_ranks(ranks), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 'dual' says what `step_units` counts
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake:
             net.to_empty(device="cpu")
         state = begin(net, train)
         with fake:
             batch = cost.blank(objective, path, plan.most_rows(train, objective), shape)
-            return tracked(state, objective, path, batch, train)
+            return _track_step(state, objective, path, batch, train)
 
 
 @contextmanager
-def pretended(ranks: int) -> Generator[None, None, None]:
+def fake_ranks(ranks: int) -> Generator[None, None, None]:
     """A group of `ranks` ranks, of which only this process, the first, exists. Raises UserError inside a real one."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -164,7 +164,7 @@ def pretended(ranks: int) -> Generator[None, None, None]:
         torch.distributed.destroy_process_group()
 
 
-def tracked(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> RankStep:
+def _track_step(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> RankStep:
     """The second step of the first rank: passes of this batch, and the update.
 
     Two passes stand for all: one between the first and the last gathers what the last does, and sends no gradients.
@@ -175,10 +175,10 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
     passes = min(len(cuts), 2)
     for p in state.net.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
-    update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
+    _update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
     state.optimizer.zero_grad()
     reference = flow_of(state, train, objective, path, 0).reference
-    loss = TrackedLoss(state.net, reference, objective, batch, train)
+    loss = _TrackedLoss(state.net, reference, objective, batch, train)
     tracker = FSDPMemTracker(state.net, state.optimizer)
     tracker.track_inputs(tuple(memory.average_tensors(state)))
     pass_traffic = [Traffic() for _ in range(passes)]
@@ -189,7 +189,7 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
             with traffic:
                 loss().backward()
         with update_traffic:
-            update(state)
+            _update(state)
 
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     bytes_by_kind = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
@@ -208,14 +208,14 @@ def tracked(state: State, objective: Objective, path: Path, batch: Noised, train
     return RankStep(len(batch.t), len(cuts), parts, +calls, +sent)
 
 
-def update(state: State) -> None:
+def _update(state: State) -> None:
     """Update weights and averages by the gradients."""
     state.optimizer.step()
     for average in state.averages.values():
         average.update(state.net, 1)
 
 
-class TrackedLoss(nn.Module):
+class _TrackedLoss(nn.Module):
     """The loss of a pass as a module: the tracker takes a net that is called once, or from inside another module."""
 
     def __init__(self, net: nn.Module, ref: Frozen, objective: Objective, batch: Noised, train: Train) -> None:
@@ -253,7 +253,7 @@ class Traffic(TorchDispatchMode):
         return output
 
 
-class ReshardedDualSlope(DualSlope):
+class _ReshardedDualSlope(DualSlope):
     """A dual slope of resharded weights: its tape cannot be replayed without them, so it makes another pass."""
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
@@ -264,7 +264,7 @@ class ReshardedDualSlope(DualSlope):
         return way
 
 
-def units_of(
+def step_units(
     net: nn.Module,
     objective: Objective,
     path: Path,
@@ -275,7 +275,7 @@ def units_of(
 ) -> float:
     """Forward units of a step (`cost.forward_units`), where weights may be `given_back` after each pass."""
     if given_back and isinstance(objective.needs.slope, DualSlope):
-        objective = objective.model_copy(update={"slope": ReshardedDualSlope()})
+        objective = objective.model_copy(update={"slope": _ReshardedDualSlope()})
     return cost.forward_units(net, objective, path, shape, ref=ref)
 
 
@@ -288,7 +288,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     held = dict[str, HeldBytes]()  # by the LoRA, whose base has other bits in other layouts
     peaks = dict[str, int]()  # bytes on a rank of each layout that was tried
     counted_peaks = set[str]()  # the layouts whose whole step was counted; of others the peak is a lower bound
-    encoders = plan.of_encoders(spec.net, spec.data.classes)
+    encoders = plan.encoder_bytes(spec.net, spec.data.classes)
 
     def peak_text(name: str) -> str:
         peak = sized(peaks[name], 1024)
@@ -297,28 +297,28 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     def fits(fields: Fields) -> bool:
         name = " ".join(set_arguments(fields)) or "as it is"
         if name not in peaks:
-            run = changed(spec, fields)
+            run = with_fields(spec, fields)
             lora = str(run.net.lora)
             if lora not in held:
                 held[lora] = memory.held_bytes(outline(run), run.train)
-            peaks[name] = least_bytes(run.train, ranks, held[lora]) + encoders
+            peaks[name] = _least_bytes(run.train, ranks, held[lora]) + encoders
             if peaks[name] <= limit:
                 counted_peaks.add(name)
-                step = counted(outline(run), run.objective, run.path, run.data.shape, run.train, ranks)
+                step = count_step(outline(run), run.objective, run.path, run.data.shape, run.train, ranks)
                 peaks[name] = sum(step.memory.values()) + encoders
             tell(f"{name}: {peak_text(name)}")
         return peaks[name] <= limit
 
     try:
-        can_checkpoint = spec.net.checkpoint is False and bool(changed(spec, {"net.checkpoint": True}))
+        can_checkpoint = spec.net.checkpoint is False and bool(with_fields(spec, {"net.checkpoint": True}))
     except UserError:  # blocks would forget a mask
         can_checkpoint = False
     min_rows = 1 if isinstance(spec.net, Pretrained) else MIN_ROWS
-    all_layouts = list(layouts(spec.train, ranks, can_checkpoint=can_checkpoint))
-    for base_fields, layout_fields in product(bases(spec.net.lora, spec.train.precision), all_layouts):
+    all_layouts = list(_layout_fields(spec.train, ranks, can_checkpoint=can_checkpoint))
+    for base_fields, layout_fields in product(_base_fields(spec.net.lora, spec.train.precision), all_layouts):
         fields = base_fields | layout_fields
-        train = changed(spec, fields).train
-        first, *smaller = [fields | rows for rows in halved(train, spec.objective, ranks, min_rows)]
+        train = with_fields(spec, fields).train
+        first, *smaller = [fields | rows for rows in _row_fields(train, spec.objective, ranks, min_rows)]
         if fits(first):
             return first
         if smaller and fits(smaller[-1]):  # else none of them fits
@@ -331,7 +331,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     )
 
 
-def bases(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
+def _base_fields(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
     """The fields to set for the frozen base of a LoRA: none, and then those of fewer bits."""
     yield {}
     if lora is None:
@@ -341,14 +341,14 @@ def bases(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
             yield {"net.lora.frozen": coding}
 
 
-def least_bytes(train: Train, ranks: int, held: HeldBytes) -> int:
+def _least_bytes(train: Train, ranks: int, held: HeldBytes) -> int:
     """Bytes that a rank holds at the end of a forward pass, without activations: known without running one."""
     kept = held.weights + held.optimizer + held.averages
     gathered = held.weights if ranks > 1 and not train.reshard else 0
     return kept // share_of(train.share, ranks) + gathered
 
 
-def layouts(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Fields]:
+def _layout_fields(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Fields]:
     """The fields to set, without rows at a time; first none, and then what takes less memory.
 
     `can_checkpoint`: blocks could be computed again in the backward pass, and are not yet.
@@ -369,7 +369,7 @@ def layouts(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Field
         yield fields
 
 
-def halved(train: Train, objective: Objective, ranks: int, min_rows: int = MIN_ROWS) -> Iterator[Fields]:
+def _row_fields(train: Train, objective: Objective, ranks: int, min_rows: int = MIN_ROWS) -> Iterator[Fields]:
     """Rows at a time: as many as now, then half of them down to `min_rows`, where the batch can be cut so."""
     yield {}
     rows = plan.most_rows(train, objective, ranks) // 2
@@ -382,7 +382,7 @@ def halved(train: Train, objective: Objective, ranks: int, min_rows: int = MIN_R
         rows //= 2
 
 
-def changed(spec: Run, fields: Fields) -> Run:
+def with_fields(spec: Run, fields: Fields) -> Run:
     """The run with these fields set."""
     tree = spec.model_dump(mode="json")
     override(tree, set_arguments(fields))

@@ -29,7 +29,7 @@ from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.table import Embedded
 from dumo.nets.text import Drawn, or_drawn
-from dumo.plan.machine import Finding, judged
+from dumo.plan.machine import Finding, ok_or_warning
 from dumo.runtime.random import random_batch, stream
 from dumo.types import UserError, lift
 
@@ -76,7 +76,7 @@ def of_captions(data: Data) -> list[Finding]:
     way = ""
     if without_caption > MAX_WITHOUT_CAPTION * images:
         way = "write captions of more images, or leave out those without"
-    return [judged("captions", text, way)]
+    return [ok_or_warning("captions", text, way)]
 
 
 def of_buckets(data: Data) -> list[Finding]:
@@ -100,7 +100,7 @@ def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     if isinstance(or_drawn(texts), Drawn):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
     try:
-        separability = measured(texts.table(data.classes), data, seed)
+        separability = _measure_table(texts.table(data.classes), data, seed)
     except UserError as error:
         return [Finding("texts", "failing", "not there, or not those of this run", str(error))]
     if separability is None:
@@ -108,11 +108,11 @@ def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     way = ""
     if separability.is_low:
         way = "take an encoder that tells these captions apart, such as a larger one, or one of language"
-    return [judged("texts", str(separability), way)]
+    return [ok_or_warning("texts", str(separability), way)]
 
 
 @dataclass(frozen=True)
-class Separability:
+class _Separability:
     """How well the embeddings of captions can be separated, as this file's header defines it."""
 
     captions: int
@@ -140,7 +140,7 @@ class Separability:
         return text
 
 
-def measure(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> Separability:
+def measure(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> _Separability:
     """The separability of n >= 2 embeddings; `group` is the image or class that each caption is of."""
     distances = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
     mean = distances.sum() / (len(x) * (len(x) - 1))
@@ -148,25 +148,25 @@ def measure(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -
     gap = float(nearest.median() / mean)
     twins = int((nearest <= TWIN_DISTANCE * mean).sum())
     if group is None:
-        return Separability(len(x), gap, twins, None, None)
+        return _Separability(len(x), gap, twins, None, None)
     siblings = group.bincount()[group] - 1  # other captions of the same image or class
     has_siblings = siblings > 0
     if not bool(has_siblings.any()):
-        return Separability(len(x), gap, twins, None, None)
+        return _Separability(len(x), gap, twins, None, None)
     accuracy = (group[neighbour] == group)[has_siblings].double().mean()
     chance = siblings[has_siblings].double().mean() / (len(x) - 1)
-    return Separability(len(x), gap, twins, float(accuracy), float(chance))
+    return _Separability(len(x), gap, twins, float(accuracy), float(chance))
 
 
-def measured(table: EncodedTexts, data: Data, seed: int) -> Separability | None:
+def _measure_table(table: EncodedTexts, data: Data, seed: int) -> _Separability | None:
     """The separability of up to MAX_COMPARED captions of a table, drawn by key; None of fewer than two."""
     drawn = torch.randperm(data.classes, generator=stream(seed, "separability"))[:MAX_COMPARED].sort().values
     if len(drawn) < 2:
         return None
-    return measure(embedded(table, drawn.tolist()), groups(data)[drawn])
+    return measure(_embeddings(table, drawn.tolist()), _groups(data)[drawn])
 
 
-def embedded(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
+def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
     """The pooled embedding of these rows, or the mean of their tokens."""
     embeddings: list[Tensor] = []
     for i in range(0, len(rows), 64):
@@ -177,7 +177,7 @@ def embedded(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
     return torch.cat(embeddings).float()
 
 
-def groups(data: Data) -> Int64[Tensor, " n"]:
+def _groups(data: Data) -> Int64[Tensor, " n"]:
     """The class, or the first image, that each caption is of."""
     captions = Conditions(data).captions
     if isinstance(captions, Templates):
@@ -201,12 +201,12 @@ def of_weights(spec: Net, data: Data, build: Callable[[Net], nn.Module]) -> list
     if not (isinstance(spec, Pretrained) and spec.weights == "source"):
         return []
     try:
-        return pretrained(spec, data, build)
+        return _pretrained_findings(spec, data, build)
     except UserError as error:
         return [Finding("weights", "failing", "not there, or not to be differentiated", str(error))]
 
 
-def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
+def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
     """The findings of `of_weights`. Raises UserError as the net's `build`."""
     net = build(spec).eval()
     assert isinstance(net, Dualized)
@@ -235,11 +235,11 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
             with original_model as original:
                 change = float((v - original(x, c, t=t, **other_times)[0]).norm() / v.norm())
             text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
-            findings.append(judged("low-pass", text, TEACH_AGAIN if change > MAX_CHANGE else ""))
+            findings.append(ok_or_warning("low-pass", text, TEACH_AGAIN if change > MAX_CHANGE else ""))
     rates = [float(rate) for rate in (lift(t, v) * dv_dt).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)]
     text = ", ".join(f"{rate:.2g} at {time:g}" for time, rate in zip(TIMES, rates, strict=True))
     way = ""
     if max(rates) > MAX_RATE:
         way = "net.lowpass=10, or less: u may diverge where v changes so quickly"
-    findings.append(judged("|t dv/dt| / |v|", text, way))
+    findings.append(ok_or_warning("|t dv/dt| / |v|", text, way))
     return findings

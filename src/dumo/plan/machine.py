@@ -52,7 +52,7 @@ def look(device: torch.device) -> list[Finding]:
     return findings
 
 
-def judged(name: str, text: str, way: str) -> Finding:
+def ok_or_warning(name: str, text: str, way: str) -> Finding:
     """A warning where there is a way out to show."""
     return Finding(name, "warning" if way else "ok", text, way)
 
@@ -64,7 +64,7 @@ def hardware(device: torch.device) -> Finding:
         name = torch.cuda.get_device_name(device)
     sees_no_gpu = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if sees_no_gpu else ""
-    return judged("device", f"{device}: {name}, {dist.memory(device) / GIB:.1f} GiB", way)
+    return ok_or_warning("device", f"{device}: {name}, {dist.memory(device) / GIB:.1f} GiB", way)
 
 
 def kernels(device: torch.device) -> Finding:
@@ -79,7 +79,7 @@ def kernels(device: torch.device) -> Finding:
     way = ""
     if len(names) <= 1:
         way = "attention takes memory by the square of the tokens: a newer torch or GPU has others"
-    return judged("attention", ", ".join(names) or "none", way)
+    return ok_or_warning("attention", ", ".join(names) or "none", way)
 
 
 def dtypes(device: torch.device) -> Finding:
@@ -104,14 +104,14 @@ def dtypes(device: torch.device) -> Finding:
     for name, dtype in DTYPES.items():
         if not fault(partial(multiply, dtype)):
             names.append(name)
-    return judged("dtypes", ", ".join(names), way)
+    return ok_or_warning("dtypes", ", ".join(names), way)
 
 
 def triton(device: torch.device) -> Finding:
     """Triton, which compiles kernels for GPUs."""
     version = installed("triton")
     is_missed = device.type == "cuda" and not version
-    return judged("triton", version or "none", install("triton") if is_missed else "")
+    return ok_or_warning("triton", version or "none", install("triton") if is_missed else "")
 
 
 def compiler(device: torch.device) -> Finding:
@@ -133,7 +133,7 @@ def disk() -> Finding:
     """The free space of the disk that runs/ is on."""
     free = shutil.disk_usage(".").free / GIB
     way = "free some: a run keeps two checkpoints" if free < LITTLE else ""
-    return judged("disk", f"{free:.1f} GiB free here, where runs/ goes", way)
+    return ok_or_warning("disk", f"{free:.1f} GiB free here, where runs/ goes", way)
 
 
 def extras() -> list[Finding]:

@@ -51,12 +51,12 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
         "slope": None if way is None else {**way._asdict(), "text": way.text},
-        "far": far(run.objective) if jumps else None,
+        "far": far_share(run.objective) if jumps else None,
         "guidance_scale": run.guided.scale,
     }
 
 
-def far(objective: Objective) -> float:
+def far_share(objective: Objective) -> float:
     """P(t - r > 0.9), of a million draws: the share of the rows where one-step sampling is taught."""
     t, r = objective.times(1_000_000, stream("show"))
     return (t - r > 0.9).double().mean().item()
@@ -87,14 +87,14 @@ def plan(spec: Run) -> dict[str, Any]:
     training = memory.training_bytes(net, spec.objective, spec.path, shape, train, rows)
     total = training.total
     parts = training.parts
-    encoders = of_encoders(spec.net, spec.data.classes)
+    encoders = encoder_bytes(spec.net, spec.data.classes)
     if encoders:
         parts["encoders"] = encoders
         total += encoders
     checkpoint = memory.checkpoint_bytes(net, training.held)
     host_bytes = {name: host(net, train, 1, training.held, checkpoint.copy, total, name) for name in DEVICES}
 
-    epoch = images_per_epoch(spec, missing=missing is not None)
+    epoch = _images_per_epoch(spec, missing=missing is not None)
     side = None
     if isinstance(spec.net, Pretrained):
         side = spec.net.side or None
@@ -116,12 +116,12 @@ def plan(spec: Run) -> dict[str, Any]:
         "validation": validation(spec, shown["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
-        "texts": rows_of_text(spec.net.texts, spec.data) if isinstance(spec.net.texts, Embedded) else None,
+        "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, Embedded) else None,
         "missing_data": missing,
     }
 
 
-def images_per_epoch(run: Run, *, missing: bool) -> int | None:
+def _images_per_epoch(run: Run, *, missing: bool) -> int | None:
     """The images of the training data, as their cache or else the protocol's standard tells; None: not known."""
     if isinstance(run.data, Latents) and not missing:
         contents = read_index(run.data.folder)
@@ -184,7 +184,7 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     return {"images": images, "bytes_per_image": bytes_per_image, "bytes": total}
 
 
-def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
+def _text_rows(texts: Embedded, data: Data) -> dict[str, Any]:
     """Bytes of the rows of a caption at most, and of all, if their number is known.
 
     `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
@@ -207,7 +207,7 @@ def rows_of_text(texts: Embedded, data: Data) -> dict[str, Any]:
     }
 
 
-def of_encoders(net: Net, captions: int) -> int:
+def encoder_bytes(net: Net, captions: int) -> int:
     """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
     texts = net.texts
     if not (isinstance(texts, PipelineTexts) and texts.is_online(captions)):
@@ -232,15 +232,15 @@ def missing_data(data: Data) -> str | None:
 
 
 def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
-    """What a plan says; of work and memory where one process trains `alone`, else `ranked` does."""
-    yield "parameters", parameter_counts(facts)
-    yield "inputs", shapes(facts["inputs"])
+    """What a plan says; of work and memory where one process trains `alone`, else `rank_lines` does."""
+    yield "parameters", _parameter_text(facts)
+    yield "inputs", _shapes_text(facts["inputs"])
     default_side = facts["side"]
     if default_side:
         side = facts["pixels"][1]
         if side != default_side:
             yield "size", f"{side} x {side} pixels; the pipeline's default is {default_side} x {default_side}"
-    outputs = shapes(facts["heads"])
+    outputs = _shapes_text(facts["heads"])
     if facts["tokens"]:
         outputs += f"; {facts['tokens']} tokens"
     yield "outputs", outputs
@@ -274,11 +274,11 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
             storage += f", {cached['bytes'] / GB:,.1f} GB of {cached['images']:,} images"
         yield "cache", storage
     if facts["texts"]:
-        yield "texts", caption_storage(facts["texts"])
+        yield "texts", _caption_text(facts["texts"])
     yield "data", facts["missing_data"] or "there"
 
 
-def parameter_counts(facts: Mapping[str, Any]) -> str:
+def _parameter_text(facts: Mapping[str, Any]) -> str:
     """The parameters of a net, and, where they are not all, those that are trained, and fixed tables, in millions."""
     parameters = facts["parameters"]
     trained = facts["parameters_trained"]
@@ -291,7 +291,7 @@ def parameter_counts(facts: Mapping[str, Any]) -> str:
     return text
 
 
-def caption_storage(texts: Mapping[str, Any]) -> str:
+def _caption_text(texts: Mapping[str, Any]) -> str:
     """What the rows of captions take, and whether a table holds them or encoders make them in training."""
     text = f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most"
     if texts["bytes"]:
@@ -307,7 +307,7 @@ def caption_storage(texts: Mapping[str, Any]) -> str:
     return text
 
 
-def ranked(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
+def rank_lines(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
     """What a plan for ranks says."""
     ranks = facts["ranks"]
     share = facts["share"]
@@ -341,7 +341,7 @@ def ranked(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
     yield "hours", f"{number(facts['hours'])} on {gpus} of {number(facts['tflops'])} TFLOP/s"
 
 
-def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
+def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     """What a rehearsal found."""
     yield "rehearsed", f"one step of {step['rows']} rows of random numbers, on {step['machine']}"
     yield "slope here", step["examination"]
@@ -356,7 +356,7 @@ def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     yield "the run", hours
 
 
-def shapes(named: Mapping[str, list[int]]) -> str:
+def _shapes_text(named: Mapping[str, list[int]]) -> str:
     """'x 4x32x32, t': shapes of a row; a single number has none."""
     texts: list[str] = []
     for name, shape in named.items():

@@ -1,6 +1,6 @@
 """A run for a folder of images: what fits the images, the machine and the time there is, measured before it trains.
 
-`propose` looks at the images (`look_at`), chooses fields for them, times a step (`step_seconds`), and sets the steps.
+`propose` looks at the images (`_look_at`), chooses fields for them, times a step (`step_seconds`), and sets the steps.
 
 The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
 float32, for as many steps as there are minutes for. What is proposed is set in the run like any other field, and
@@ -66,7 +66,7 @@ TEXTS = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}  # ours, as ci
 MAX_CAPTION_BYTES = 128  # that are read: ours
 
 
-class ImagesOnly(Spec):
+class _ImagesOnly(Spec):
     """The part of a run that says what images to look at."""
 
     data: Data
@@ -150,20 +150,20 @@ def propose(
         fields["data.root"] = place
 
     # the images, and the fields that fit them
-    tree = {"data": set_fields(fields, ()).data.model_dump(mode="json")}
+    tree = {"data": _set_fields(fields, ()).data.model_dump(mode="json")}
     override(tree, [text for text in sets if text.startswith("data")])
-    data = parse(ImagesOnly, tree).data
+    data = parse(_ImagesOnly, tree).data
     if isinstance(data, Memory):
         images = ImagesFound(data.open().size, headers=0, bad=0, side=min(data.shape[1:]), decode_seconds=0.0)
-        fields |= machine_fields(torch_device, data.shape[-1])
+        fields |= _machine_fields(torch_device, data.shape[-1])
     elif isinstance(data, Images):
-        images, image_fields = examine(data, torch_device, sets, bar)
+        images, image_fields = _examine(data, torch_device, sets, bar)
         fields |= image_fields
     else:
         raise UserError(f"{place} is a place of images, and data.kind={data.kind} reads none: leave it out")
 
     # the seconds of a step
-    run = resolve(set_fields(fields, sets))
+    run = resolve(_set_fields(fields, sets))
     with bar("timing a step", 1) as tick, threads.fewer_when_busy(torch_device, quiet):  # training reports the number
         validation = plan.validation(run)
         step = step_seconds(run, torch_device)
@@ -179,31 +179,31 @@ def propose(
         steps = max(MIN_STEPS, int((60 * minutes - prepare) / (SLACK * step)))
         fields["train.steps"] = steps
         fields["train.schedule.warmup"] = min(steps // WARMUP_SHARE, MAX_WARMUP)
-    run = resolve(set_fields(fields, sets))
+    run = resolve(_set_fields(fields, sets))
     proposed = {field: value for field, value in fields.items() if field != "data.root"}
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: proposed}})
     return Proposal(run, images, machine.hardware(torch_device).text, step, prepare)
 
 
-def machine_fields(device: torch.device, side: int) -> dict[str, Any]:
+def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
     """Fields for a device, and images of this side: a smaller net on a CPU, on a GPU the recipe's own."""
     if device.type != "cpu":
         return {}
     return {**ON_A_CPU, "net": {**NET, "attend": [side // 4]}}
 
 
-def examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar) -> tuple[ImagesFound, dict[str, Any]]:
+def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar) -> tuple[ImagesFound, dict[str, Any]]:
     """Look at files of images, and choose fields for them: size, net, captions. Raises UserError as `propose`."""
     try:
         store = images.undecoded()
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {FILE}: {error}") from error
-    found = look_at(store, ToSquare(images.side, images.crop), bar)
-    side = side_to_train(found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
-    fields: dict[str, Any] = {"data.side": side, **machine_fields(device, side)}
-    why_not_read = why_captions_are_not_read(images, sets)
+    found = _look_at(store, ToSquare(images.side, images.crop), bar)
+    side = _side_to_train(found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
+    fields: dict[str, Any] = {"data.side": side, **_machine_fields(device, side)}
+    why_not_read = _why_captions_are_not_read(images, sets)
     try:
-        captions = written(images, store, needed=not why_not_read)
+        captions = read_captions(images, store, needed=not why_not_read)
     except NoCaptionsError as error:
         if not why_not_read:
             found = replace(found, captions=caption_hint(error))
@@ -218,7 +218,7 @@ def examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar)
             f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
             "out by --set data.captions=null"
         )
-    return found, fields | caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
+    return found, fields | _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
 
 
 def caption_hint(error: NoCaptionsError) -> str:
@@ -232,7 +232,7 @@ def caption_hint(error: NoCaptionsError) -> str:
     return ""
 
 
-def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
+def read_captions(images: Images, store: Store, *, needed: bool) -> Captions | None:
     """The captions of the images; None where they are damaged, and not needed.
 
     Raises NoCaptionsError where there are none; UserError for damaged ones, or those of other images, if `needed`.
@@ -249,7 +249,7 @@ def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
     return Captions.of(texts)
 
 
-def why_captions_are_not_read(images: Images, sets: Sequence[str]) -> str:
+def _why_captions_are_not_read(images: Images, sets: Sequence[str]) -> str:
     """The field of `sets` by which a run does not read the captions of its images, as text; "": none."""
     reads_captions = isinstance(images.captions, CaptionFiles)
     for text in sets:
@@ -260,7 +260,7 @@ def why_captions_are_not_read(images: Images, sets: Sequence[str]) -> str:
     return ""
 
 
-def caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
+def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
     """Fields of a net that reads these captions."""
     length = min(MAX_CAPTION_BYTES, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
     root = Path("runs/texts") / f"{folder_of_images(place).name}-{captions.digest()}"
@@ -288,7 +288,7 @@ def step_seconds(run: Run, device: torch.device) -> float:
     return step.of_batch(run.train.batch)
 
 
-def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
+def _set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
     """The recipe with these fields, and then the user's own."""
     recipe = load_recipe(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()])
     tree = recipe.model_dump(mode="json")
@@ -296,7 +296,7 @@ def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
     return parse(Run, tree)
 
 
-def look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
+def _look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
     """Read the headers of some images, evenly spread, and decode a few. Raises UserError where none can be read."""
     places = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))
@@ -324,6 +324,6 @@ def look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound
     )
 
 
-def side_to_train(shorter_side: float, most: int) -> int:
+def _side_to_train(shorter_side: float, most: int) -> int:
     """The pixels of a side to train at: those of the images' shorter side, between MIN_SIDE and `most`."""
     return max(MIN_SIDE, min(most, int(shorter_side) // SIDE_STEP * SIDE_STEP))

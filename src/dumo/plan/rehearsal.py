@@ -89,7 +89,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         place = machine.hardware(torch_device).text
         fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {place}: {fix}") from error
-    sample_nfe, sample_seconds = make_sample(sampler(spec, step.state.shown), clock)
+    sample_nfe, sample_seconds = _make_sample(sampler(spec, step.state.shown), clock)
     step_seconds = step.of_batch(spec.train.batch)
     return Rehearsal(
         machine=machine.hardware(torch_device).text,
@@ -157,7 +157,7 @@ def make_step(
     return TimedStep(state, records[-1], rows, pass_seconds, update_seconds)
 
 
-def make_sample(sampler: Sampler, clock: Clock = wall_clock) -> tuple[int, float]:
+def _make_sample(sampler: Sampler, clock: Clock = wall_clock) -> tuple[int, float]:
     """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
     spec = sampler.spec
     watch = Stopwatch(sampler.device, clock)

@@ -32,7 +32,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 @contextmanager
-def listening(port: int) -> Generator[socket.socket, None, None]:
+def open_listener(port: int) -> Generator[socket.socket, None, None]:
     """A socket that this machine alone can reach; port 0: any that is free. Raises UserError where it is taken."""
     try:
         listener = socket.create_server((HOST, port))
@@ -50,7 +50,7 @@ def url(listener: socket.socket) -> str:
     return f"http://{HOST}:{listener.getsockname()[1]}"
 
 
-def tunnel(listener: socket.socket) -> str:
+def tunnel_text(listener: socket.socket) -> str:
     """How to open the page on another machine."""
     port = listener.getsockname()[1]
     return f"on another machine:  ssh -L {port}:localhost:{port} {socket.gethostname()}    then open http://localhost:{port}"
@@ -65,31 +65,31 @@ def guard(app: App) -> App:
         if scope["type"] != "http":  # the page opens no websocket
             return await send({"type": "websocket.close", "code": 1008})
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        problem = refusal(headers)
+        problem = _refusal(headers)
         if problem:
-            return await reply(send, 403, problem)
+            return await _reply(send, 403, problem)
         path = scope["path"]
         if scope["method"] == "POST" and path == ASK_PATH:
-            question = await read_question(receive)
+            question = await _read_question(receive)
             if question is None:
-                return await reply(
+                return await _reply(
                     send, 400, "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
                 )
-            return await app(scope, replay(question, receive), send)
+            return await app(scope, _replay(question, receive), send)
         if scope["method"] in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
             return await app(scope, receive, send)
-        return await reply(send, 404, "not found")
+        return await _reply(send, 404, "not found")
 
     return answer
 
 
-async def reply(send: Send, status: int, text: str) -> None:
+async def _reply(send: Send, status: int, text: str) -> None:
     """Answer with a line of text."""
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
     await send({"type": "http.response.body", "body": text.encode()})
 
 
-def refusal(headers: Mapping[str, str]) -> str:
+def _refusal(headers: Mapping[str, str]) -> str:
     """Why a request is not answered; empty where it is."""
     host = headers.get("host", "")
     try:
@@ -107,7 +107,7 @@ def refusal(headers: Mapping[str, str]) -> str:
     return ""
 
 
-async def read_question(receive: Receive) -> bytes | None:
+async def _read_question(receive: Receive) -> bytes | None:
     """A question as JSON, written anew so that Gradio reads what was checked; None where it is none of the page's."""
     body = b""
     while True:
@@ -123,10 +123,10 @@ async def read_question(receive: Receive) -> bytes | None:
         question = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return json.dumps(question).encode() if is_plain(question) else None
+    return json.dumps(question).encode() if _is_plain(question) else None
 
 
-def is_plain(question: object) -> bool:
+def _is_plain(question: object) -> bool:
     """Whether a question holds texts and numbers alone: a dictionary can name a file, which Gradio would copy."""
     if not isinstance(question, dict):
         return False
@@ -139,7 +139,7 @@ def is_plain(question: object) -> bool:
     return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
+def _replay(body: bytes, receive: Receive) -> Receive:
     """Receive this body, and then what else comes."""
     bodies = [body]
 

@@ -1,6 +1,6 @@
 """What the demo answers: rows of pictures with their words, of one run or of several.
 
-`make`, `passes`, `interpolation` and `neighbours` answer for one run; `together` asks several, one after the other.
+`make`, `passes`, `interpolation` and `neighbours` answer for one run; `answer_runs` asks several, one after the other.
 What takes long is answered in parts: each answer holds what there was before, and more. Nothing here knows a browser
 or a server.
 """
@@ -32,7 +32,7 @@ SAMPLES = 8  # with their nearest images
 MAX_SEED_DIGITS = 18  # ours
 
 
-def between(a: Fresh, b: Fresh, steps: int) -> Fresh:
+def noises_between(a: Fresh, b: Fresh, steps: int) -> Fresh:
     """Noises from that of a to that of b, one row each, at equal angles, both ends among them.
 
     They lie on a quarter circle, cos(s pi/2) a + sin(s pi/2) b, so that each is N(0, I) as a and b are: ours. Slerp
@@ -82,7 +82,7 @@ class Answer:
 Answers = Callable[..., Iterator[Answer]]  # of a run, and what a person chose
 
 
-def together(lives: Sequence[InteractiveRun], answers: Answers, *chosen: object) -> Iterator[dict[str, Answer]]:
+def answer_runs(lives: Sequence[InteractiveRun], answers: Answers, *chosen: object) -> Iterator[dict[str, Answer]]:
     """The answer of each run by its name, one run after the other, each as far as it is.
 
     Where a run cannot answer and another can, its line says why. Raises UserError where none can.
@@ -109,7 +109,7 @@ def make(
 ) -> Iterator[Answer]:
     """Samples 0 to n - 1 of a seed, as `dumo sample` and `run.sample` make them. Raises UserError as `passes`."""
     c = live.conditions(what, n)
-    seed_number = seed_of(seed)
+    seed_number = parse_seed(seed)
     mode = live.mode(letter)
     made = live.make(mode, nfe, c, live.fresh(seed_number, n), live.guide(guidance))
     conditions = live.sampler.conditions
@@ -117,11 +117,11 @@ def make(
     notes = [str(i) for i in range(n)]
     if conditions.count and len(set(condition_names)) > 1:
         notes = condition_names
-    cells = [AnswerCell(image, note) for image, note in zip(pictures(live, made.x), notes, strict=True)]
+    cells = [AnswerCell(image, note) for image, note in zip(_pictures(live, made.x), notes, strict=True)]
     images = "1 image" if n == 1 else f"{n} images"
     yield Answer(
         [AnswerRow("", cells, across=1 + isqrt(n - 1))],
-        f"{images}, {passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all.",
+        f"{images}, {passes_text(made.nfe)} each, {_seconds_text(made.seconds)} for all.",
         sheet(made.x, c, conditions, condition_names),
         script(live, what, seed_number, guidance, n, nfe, mode),
     )
@@ -160,7 +160,7 @@ def passes(live: InteractiveRun, what: str, seed: str, guidance: float) -> Itera
     until = time.monotonic() + live.limit
     n = 1 if live.sampler.is_image else POINTS
     c = live.conditions(what, n)
-    fresh = live.fresh(seed_of(seed), n)
+    fresh = live.fresh(parse_seed(seed), n)
     guide = live.guide(guidance)
     line = ""
     untaught = [taught for letter, taught in TAUGHT_BY_LETTER.items() if letter not in live.modes]
@@ -169,23 +169,23 @@ def passes(live: InteractiveRun, what: str, seed: str, guidance: float) -> Itera
     cells = {letter: [AnswerCell(None)] * len(PASSES) for letter in live.modes}
     for letter, mode in live.modes.items():
         for i, nfe in enumerate(PASSES):
-            cells[letter][i] = attempt(live, mode, nfe, c, fresh, guide, until)
-            rows = [AnswerRow(title(live.modes[letter]), list(row)) for letter, row in cells.items()]
+            cells[letter][i] = _sample_cell(live, mode, nfe, c, fresh, guide, until)
+            rows = [AnswerRow(_mode_title(live.modes[letter]), list(row)) for letter, row in cells.items()]
             yield Answer(rows, line)
 
 
-def title(mode: SamplingMode) -> str:
+def _mode_title(mode: SamplingMode) -> str:
     """What it follows, and how: 'jumps: u (Restart)'."""
     return f"{TAUGHT_BY_LETTER[mode.letter]}: {mode.letter} ({solver_title(mode.solver)})"
 
 
-def attempt(
+def _sample_cell(
     live: InteractiveRun, mode: SamplingMode, nfe: int, c: Tensor, fresh: Fresh, guide: CFG, until: float
 ) -> AnswerCell:
     """A sample as a cell, with its passes and time, or why there is none."""
     try:
         made = live.make(mode, nfe, c, fresh, guide, until)
-        return AnswerCell(pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {seconds_text(made.seconds)}")
+        return AnswerCell(_pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {_seconds_text(made.seconds)}")
     except UserError as error:
         return AnswerCell(None, f"{passes_text(nfe)}: {error}")
 
@@ -195,15 +195,15 @@ def interpolation(
 ) -> Iterator[Answer]:
     """Samples along the way from the noise of a seed to that of another. Raises UserError as `passes`, and for one."""
     c = live.conditions(what).expand(STEPS)
-    a = seed_of(seed)
-    b = seed_of(other)
+    a = parse_seed(seed)
+    b = parse_seed(other)
     if a == b:
         raise UserError(f"both seeds are {a}: there is no way between them, give another one")
-    noises = between(live.fresh(a), live.fresh(b), STEPS)
+    noises = noises_between(live.fresh(a), live.fresh(b), STEPS)
     made = live.make(live.mode(letter), nfe, c, noises, live.guide(guidance))
     notes = [f"seed {a}", *(f"{k}/{STEPS - 1}" for k in range(1, STEPS - 1)), f"seed {b}"]
-    cells = [AnswerCell(image, note) for image, note in zip(pictures(live, made.x), notes, strict=True)]
-    cost = f"{passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all."
+    cells = [AnswerCell(image, note) for image, note in zip(_pictures(live, made.x), notes, strict=True)]
+    cost = f"{passes_text(made.nfe)} each, {_seconds_text(made.seconds)} for all."
     meaning = f"Noises at equal angles on the quarter circle from that of seed {a} to that of seed {b}."
     yield Answer([AnswerRow("", cells)], f"{cost} {meaning}")
 
@@ -211,9 +211,9 @@ def interpolation(
 def neighbours(live: InteractiveRun, what: str, seed: str, guidance: float, letter: str, nfe: int) -> Iterator[Answer]:
     """The first samples of a seed, and below each the nearest image of the data. Raises UserError as `passes`."""
     c = live.conditions(what, SAMPLES)
-    noises = live.fresh(seed_of(seed), SAMPLES)
+    noises = live.fresh(parse_seed(seed), SAMPLES)
     made = live.make(live.mode(letter), nfe, c, noises, live.guide(guidance))
-    samples = AnswerRow("samples", [AnswerCell(image, str(i)) for i, image in enumerate(pictures(live, made.x))])
+    samples = AnswerRow("samples", [AnswerCell(image, str(i)) for i, image in enumerate(_pictures(live, made.x))])
     try:
         real, size = live.data
         spacing = live.spacing
@@ -222,12 +222,12 @@ def neighbours(live: InteractiveRun, what: str, seed: str, guidance: float, lett
         return
     distances, places = nearest(real, made.x)
     cells: list[AnswerCell] = []
-    for image, distance in zip(pictures(live, real[places]), distances.tolist(), strict=True):
+    for image, distance in zip(_pictures(live, real[places]), distances.tolist(), strict=True):
         cells.append(AnswerCell(image, f"distance {distance:.2f}"))
-    yield Answer([samples, AnswerRow("nearest", cells)], distance_text(len(real), size, spacing))
+    yield Answer([samples, AnswerRow("nearest", cells)], _distance_text(len(real), size, spacing))
 
 
-def distance_text(rows: int, size: int | None, spacing: float) -> str:
+def _distance_text(rows: int, size: int | None, spacing: float) -> str:
     """What a distance is, among how many images, and how far these lie from one another."""
     if rows == size:
         among = f"all {rows:,}"
@@ -242,7 +242,7 @@ def distance_text(rows: int, size: int | None, spacing: float) -> str:
     )
 
 
-def pictures(live: InteractiveRun, x: Sample) -> list[Image.Image]:
+def _pictures(live: InteractiveRun, x: Sample) -> list[Image.Image]:
     """Samples as pictures: one each, of points one for all. Raises UserError where they are no finite numbers."""
     if live.sampler.is_image:
         return picture.singles(x)
@@ -250,7 +250,7 @@ def pictures(live: InteractiveRun, x: Sample) -> list[Image.Image]:
     return [picture.scatter(points, {"": x})]
 
 
-def seed_of(text: str) -> int:
+def parse_seed(text: str) -> int:
     """A seed as it was typed. Raises UserError for what is none."""
     seed = text.strip()
     if not (seed.isascii() and seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
@@ -260,6 +260,6 @@ def seed_of(text: str) -> int:
     return int(seed)
 
 
-def seconds_text(seconds: float) -> str:
+def _seconds_text(seconds: float) -> str:
     """'12 ms', '3.4 s'."""
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

@@ -30,7 +30,7 @@ from dumo.io import digest, file, picture
 from dumo.io.read import brief, finite, read_json, write_json
 from dumo.report import evaluate
 from dumo.report.card import Card, card
-from dumo.report.sample import said_of, with_options
+from dumo.report.sample import sampling_changes, with_options
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -142,24 +142,24 @@ def make(
     sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
     c = prompted(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
     solver_kind = sampler.spec.solver.kind
-    name_parts = [source.stem, *said_of(opened, sampler.spec)]
+    name_parts = [source.stem, *sampling_changes(opened, sampler.spec)]
     opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
 
     cards: dict[int, Card] = {}
     places: dict[int, Path] = {}
     for n in sampler.spec.nfe:
         judged = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
-        cards[n] = card(judged, facts_of(layout, source, prompts), len(c)) | own_fields(layout, len(c))
+        cards[n] = card(judged, _facts(layout, source, prompts), len(c)) | _own_fields(layout, len(c))
         places[n] = folder / "-".join([layout.name, solver_kind, f"nfe{n}", *name_parts])
-        require_same_card(places[n], cards[n])
+        _require_same_card(places[n], cards[n])
 
     for n, place in places.items():
-        missing = missing_prompts(layout, place, prompts)
+        missing = _missing_prompts(layout, place, prompts)
         if dist.is_main():
-            write_json(card_file(place), {"card": cards[n]})
+            write_json(_card_file(place), {"card": cards[n]})
         with bar(f"sampling, {solver_kind} at {n}", IMAGES_PER_PROMPT * len(missing)) as tick:
             numbers_of_rank = missing[dist.rank() :: dist.world()]
-            for done, (i, pixels) in enumerate(images_of(sampler, c, n, numbers_of_rank), 1):
+            for done, (i, pixels) in enumerate(_images_by_prompt(sampler, c, n, numbers_of_rank), 1):
                 signals.check()
                 layout.write(place, prompts[i], pixels)
                 tick(min(done * dist.world(), len(missing)) * IMAGES_PER_PROMPT, "")
@@ -167,7 +167,7 @@ def make(
     return list(places.values())
 
 
-def images_of(
+def _images_by_prompt(
     sampler: Sampler, c: torch.Tensor, nfe: int, numbers: Sequence[int]
 ) -> Iterator[tuple[int, picture.PixelRows]]:
     """The images of the prompts of these numbers, prompt by prompt."""
@@ -186,7 +186,7 @@ def images_of(
             del waiting[:IMAGES_PER_PROMPT]
 
 
-def missing_prompts(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
+def _missing_prompts(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
     """The numbers of the prompts some of whose files are missing, as rank 0 sees it, before any rank writes."""
     files_by_prompt = [[place / name for name in layout.files(prompt.name)] for prompt in prompts]
     if dist.is_main():
@@ -198,7 +198,7 @@ def missing_prompts(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> l
     return (~complete).nonzero()[:, 0].tolist()
 
 
-def facts_of(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
+def _facts(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
     """What measures images of these prompts."""
     return {
         "features": f"the evaluator of {layout.name}, as published",
@@ -208,7 +208,7 @@ def facts_of(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[st
     }
 
 
-def own_fields(layout: Layout, total: int) -> Card:
+def _own_fields(layout: Layout, total: int) -> Card:
     """The fields of a card in which a benchmark differs from the run's protocol."""
     n = IMAGES_PER_PROMPT
     protocol = layout.name
@@ -221,17 +221,17 @@ def own_fields(layout: Layout, total: int) -> Card:
     }
 
 
-def card_file(place: Path) -> Path:
+def _card_file(place: Path) -> Path:
     """Where the card of a folder of images lies."""
     return place.parent / f"{place.name}.json"
 
 
-def require_same_card(place: Path, images_card: Card) -> None:
+def _require_same_card(place: Path, images_card: Card) -> None:
     """Raise UserError where a folder holds images that were made otherwise, or nobody knows how."""
     if not place.exists():
         return
     fix = "give another --out, or remove it"
-    path = card_file(place)
+    path = _card_file(place)
     written = read_json(path, f"nothing says what made its images; {fix}")
     if not isinstance(written, dict) or not isinstance(written.get("card"), dict):
         raise UserError(f"{path} is no card of images: nothing says what made them; {fix}")

@@ -30,13 +30,13 @@ Card = dict[str, Any]
 Number = float | None  # null: it was no finite number
 
 
-class ReportPart(BaseModel):
+class _ReportPart(BaseModel):
     """A part of a report; what is not looked at here stays as it is."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class ScoreRow(ReportPart):
+class _ScoreRow(_ReportPart):
     """Samples of one number of passes, and their scores by name."""
 
     __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
@@ -44,7 +44,7 @@ class ScoreRow(ReportPart):
     solver: str
 
 
-class Baseline(ReportPart):
+class _Baseline(_ReportPart):
     """The first score, and others, of what is no sample: new real data, or noise."""
 
     __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
@@ -52,41 +52,41 @@ class Baseline(ReportPart):
     sd: float = Field(ge=0)
 
 
-class CodecFacts(ReportPart):
+class _CodecFacts(_ReportPart):
     """The codec of a card."""
 
     kind: str
     sha256: str | None
 
 
-class CardFacts(ReportPart):
+class _CardFacts(_ReportPart):
     """A report card, as it is read back."""
 
     solver: dict[str, JsonValue]
-    codec: CodecFacts | None
+    codec: _CodecFacts | None
     nfe: list[int] = []
     contrast: list[int] = []
 
 
-class AnyReport(ReportPart):
+class _AnyReport(_ReportPart):
     """An evaluation, of whatever."""
 
     protocol: str = ""
-    baselines: dict[str, Baseline] = {}
+    baselines: dict[str, _Baseline] = {}
     state: str | None = None
 
 
-class RunReport(AnyReport):
+class _RunReport(_AnyReport):
     """An evaluation of a run."""
 
     step: int
     weights: str = ""
-    results: list[ScoreRow] = Field(min_length=1)
-    contrast: list[ScoreRow]
-    card: CardFacts | None = None
+    results: list[_ScoreRow] = Field(min_length=1)
+    contrast: list[_ScoreRow]
+    card: _CardFacts | None = None
 
 
-class ImagesReport(AnyReport):
+class _ImagesReport(_AnyReport):
     """An evaluation of images that others made (`dumo.report.images`)."""
 
     images: str  # where they are
@@ -112,14 +112,14 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
         "weights": opened.weights,
         "weights_sha256": opened.sha256,
         "step": opened.step,
-        "ema": decay_of(opened.file),
+        "ema": _ema_decay(opened.file),
         **settings(opened.sampler, run.evaluate),
         "device": opened.device.type,
         "versions": dist.versions(),
     }
 
 
-def decay_of(weights: Path) -> float | None:
+def _ema_decay(weights: Path) -> float | None:
     """The decay of the average that a file of weights has, by its title; None: no average, or not known."""
     _, ema, decay = title(weights).partition("ema-")
     is_number = decay.replace(".", "", 1).isdecimal()
@@ -151,12 +151,12 @@ def settings(sampler: Sampler, evaluation: Evaluation) -> Card:
         "knobs": {**objective.needs.knobs, **spec.knobs},
         "precision": sampler.precision,
         "nfe": sorted(set(evaluation.nfe)),
-        "contrast": contrast(sampler, evaluation),
+        "contrast": contrast_passes(sampler, evaluation),
         "seed": evaluation.seed,
     }
 
 
-def contrast(sampler: Sampler, evaluation: Evaluation) -> list[int]:
+def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
     """Passes of the solver of the contrast."""
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return [evaluation.protocol.passes]
@@ -170,16 +170,18 @@ def contrast_solver(protocol: MetricProtocol) -> Solver:
     return Heun() if isinstance(protocol, LikelihoodProtocol) else Euler()
 
 
-def checked(report: Mapping[str, Any], path: Path, fix: str, model: type[AnyReport] = RunReport) -> dict[str, Any]:
+def validate_report(
+    report: Mapping[str, Any], path: Path, fix: str, model: type[_AnyReport] = _RunReport
+) -> dict[str, Any]:
     """The same, with all parts of a report, whole numbers among the scores as floats. Raises UserError for another."""
     try:
         validated = model.model_validate(report)
     except ValidationError as error:
-        raise UserError(f"{path} is damaged, {first_fault(error)}: {fix}") from error
+        raise UserError(f"{path} is damaged, {_first_fault(error)}: {fix}") from error
     return {**report, **validated.model_dump(include=model.model_fields.keys() - {"card", "state"})}
 
 
-def first_fault(error: ValidationError) -> str:
+def _first_fault(error: ValidationError) -> str:
     """The first fault, and where it is, in words."""
     first = error.errors(include_url=False)[0]
     place = brief(".".join(map(str, first["loc"])))
@@ -194,7 +196,7 @@ def read_report(path: Path, *, images: bool = False) -> dict[str, Any]:
     if not isinstance(report, dict) or report.get("card") is None:
         raise UserError(f"{path} has no report card: {fix}")
     if images and "images" in report:
-        return checked(report, path, "judge the images again, dumo evaluate --images", ImagesReport)
-    report = checked(report, path, fix)
+        return validate_report(report, path, "judge the images again, dumo evaluate --images", _ImagesReport)
+    report = validate_report(report, path, fix)
     report["card"].setdefault("precision", "fp32")  # of a report from before it could be another
     return report

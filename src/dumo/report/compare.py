@@ -30,7 +30,7 @@ MEASURED = (
 OF_RUNS = ("codec", "seed")  # of how samples are made and decoded; of images that others made nobody knows
 
 
-def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:
+def differing_fields(cards: Sequence[Card]) -> dict[str, list[Any]]:
     """What measured otherwise: the fields that are not the same on all cards, each with its value on every card."""
     measures = [_measure(card) for card in cards]
     runs = [i for i, card in enumerate(cards) if "images" not in card]
@@ -44,9 +44,9 @@ def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:
     return differs
 
 
-def alike(cards: Mapping[str, Card]) -> None:
+def require_comparable(cards: Mapping[str, Card]) -> None:
     """Refuse cards, by name, that were measured otherwise. Raises UserError with the fields side by side."""
-    differs = differing(list(cards.values()))
+    differs = differing_fields(list(cards.values()))
     if differs:
         lines = [f"{field}: {_side_by_side(cards, values)}" for field, values in differs.items()]
         raise UserError(
@@ -68,8 +68,8 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     reports = {source: read_report(_file(source), images=True) for source in sources}
     cards = {source: report["card"] for source, report in reports.items()}
     if not anyway:
-        alike(cards)
-    differs = differing(list(cards.values()))
+        require_comparable(cards)
+    differs = differing_fields(list(cards.values()))
     varied_settings = _varied_settings(list(cards.values()))
     any_trained_on = any("trained_on" in card for card in cards.values())
 
@@ -82,7 +82,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
             head[field] = shortened(values[i])
         tail: Row = {}
         if any_trained_on:
-            tail["trained_on"] = ", ".join(score.biased(first_row, card)) or None
+            tail["trained_on"] = ", ".join(score.trained_on_names(first_row, card)) or None
         solver = card.get("solver", {})
         own_settings = {name: solver.get(name) for name in varied_settings}
         other_settings = dict.fromkeys(varied_settings)
@@ -94,7 +94,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
         lead = CLASS_MMD
     rows = score.mark_best(rows, lead)
     columns = dict.fromkeys(name for row in rows for name in row)
-    known_perfect = {source: perfect(report) for source, report in reports.items()}
+    known_perfect = {source: perfect_scores(report) for source, report in reports.items()}
     return {
         "rows": [{name: row.get(name) for name in columns} for row in rows],
         "differs": {field: dict(zip(cards, values, strict=True)) for field, values in differs.items()},
@@ -109,9 +109,9 @@ def _varied_settings(cards: Sequence[Card]) -> list[str]:
     return [name for name in sorted(names) if len({str(solver.get(name)) for solver in solvers}) > 1]
 
 
-def perfect(report: Row) -> Row:
+def perfect_scores(report: Row) -> Row:
     """What a perfect sampler would have of a report's scores, by name, with errors; {} where that is not known."""
-    scores: Row = dict(score.by_name(report).get("perfect", {}))
+    scores: Row = dict(score.baselines_by_name(report).get("perfect", {}))
     return {name: value for name, value in scores.items() if value is not None}
 
 

@@ -27,7 +27,7 @@ import torch
 from dumo.io import picture
 from dumo.report import answer
 from dumo.report.address import guard, url
-from dumo.report.answer import Answer, Answers, together
+from dumo.report.answer import Answer, Answers, answer_runs
 from dumo.report.chart import Chart
 from dumo.report.figure import validation_charts
 from dumo.report.gallery import TAUGHT_BY_LETTER
@@ -70,13 +70,13 @@ def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     seed = partial(gr.Textbox, max_lines=1)  # text: what is no number is answered in words
     reading = partial(gr.Radio, ways, value=ways[0][1], label="by", visible=len(ways) > 1)
     passes = partial(gr.Slider, 1, MOST, nfe, step=1, precision=0, label="passes")
-    tab = partial(button, lives, explain)
+    tab = partial(_add_button, lives, explain)
     with gr.Blocks(title=f"{names} · dumo", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         with gr.Row():
             for live in lives:
-                gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(about(live))}</p>{validation(live)}")
+                gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(_run_line(live))}</p>{validation(live)}")
         with gr.Row():
-            given = [condition(first), seed(f"{first.sampler.spec.seed}", label="seed"), guidance(lives)]
+            given = [_condition_field(first), seed(f"{first.sampler.spec.seed}", label="seed"), _guidance_field(lives)]
         if first.sampler.is_image:
             with gr.Tab("Make"):
                 with gr.Row():
@@ -97,7 +97,7 @@ def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     return blocks.queue(max_size=WAITING)
 
 
-def about(live: InteractiveRun) -> str:
+def _run_line(live: InteractiveRun) -> str:
     """A run in a line."""
     numbers, here = sum(p.numel() for p in live.opened.net.parameters()), live.opened.device
     device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
@@ -119,7 +119,7 @@ def validation(live: InteractiveRun) -> str:
     return f"<details><summary>as it trained</summary>{pictures}</details>"
 
 
-def condition(live: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
+def _condition_field(live: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
     """What an image shows: a prompt where the run reads captions, else a class from a list, or all of them in turn.
 
     Where classes are too many for a list it is typed, by name or number; where there are none the field is hidden.
@@ -136,7 +136,7 @@ def condition(live: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
     return gr.Textbox("", label=label, max_lines=1, visible=conditions.count > 0)
 
 
-def guidance(lives: Sequence[InteractiveRun]) -> "gr.Slider":
+def _guidance_field(lives: Sequence[InteractiveRun]) -> "gr.Slider":
     """The scale of guidance; grey, with the reason, where no run can be guided."""
     import gradio as gr
 
@@ -147,7 +147,7 @@ def guidance(lives: Sequence[InteractiveRun]) -> "gr.Slider":
     return gr.Slider(low, high, own, step=STEP, label="guidance scale", info=why, interactive=free, min_width=280)
 
 
-def button(
+def _add_button(
     lives: Sequence[InteractiveRun], explain: Explain, answers: Answers, *inputs: "Component", keeps: bool = False
 ) -> None:
     """A button, and below it the answers, each instead of the one before; `keeps`: with downloads.
@@ -157,14 +157,14 @@ def button(
     import gradio as gr
 
     pressed, place = gr.Button("Make", variant="primary"), gr.HTML()
-    outputs, fill = downloads() if keeps else ((), lambda shown, folder: {})
+    outputs, fill = _add_downloads() if keeps else ((), lambda shown, folder: {})
 
     def work(*given: object) -> Iterator[dict["Component", object]]:
         try:
             if HALF.search("".join(text for text in given if isinstance(text, str))):
                 raise UserError("a text has half a character, which cannot be read: type it anew")
             with TemporaryDirectory(prefix="dumo-demo-") as folder:  # Gradio copies what it needs at every yield
-                for shown in together(lives, answers, *given):
+                for shown in answer_runs(lives, answers, *given):
                     yield {place: render(shown), **fill(shown, Path(folder))}
         except Exception as error:
             raise gr.Error(error_text(error, explain), print_exception=False) from None
@@ -172,7 +172,7 @@ def button(
     pressed.click(work, [*inputs], [place, *outputs], concurrency_id="device", concurrency_limit=1)
 
 
-def downloads() -> "tuple[Sequence[Component], Callable[[Mapping[str, Answer], Path], dict[Component, object]]]":
+def _add_downloads() -> "tuple[Sequence[Component], Callable[[Mapping[str, Answer], Path], dict[Component, object]]]":
     """Pictures in files and Python to copy, none yet; and what makes them of an answer, by way of a folder."""
     import gradio as gr
 

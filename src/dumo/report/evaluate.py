@@ -1,7 +1,7 @@
 """A run judged by its protocol: samples for every number of passes, scored against the data, with their report card.
 
 `with_options` takes the run as it is to be judged. `evaluate` opens its evaluator, has a `row` measured for each number
-of passes, and writes the report (`write`), merged with the rows that are there. `standing` is that report, read back.
+of passes, and writes the report (`write`), merged with the rows that are there.
 
 What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
 of passes: it collects their rows. Judged in another way, or of other weights, it is another file, named after what
@@ -63,13 +63,13 @@ def evaluate(
     sweep(opened.folder)
     opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
     with threads.fewer_when_busy(opened.device, teller(bar)):
-        path, report = measured(opened, bar)
+        path, report = _judge(opened, bar)
     if dist.is_main():
         write(path, report)
     return report
 
 
-def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
+def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     """The report of a run as it is to be judged, and where it belongs. Raises as `evaluate`."""
     run = opened.run
     sampler = opened.sampler
@@ -78,7 +78,7 @@ def measured(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     passes = settings(sampler, run.evaluate)
     evaluator = evaluator_of(sampler, run.evaluate, bar)
     c = sample_conditions(run.data, run.evaluate)
-    path = opened.folder / name_of(opened)
+    path = opened.folder / _file_name(opened)
     solver = run.sample.solver
     other_solver = contrast_solver(protocol)
     report: dict[str, Any] = {
@@ -139,7 +139,7 @@ def row(
     return {"nfe": counted_passes.pop(), "solver": solver.kind, **scores}
 
 
-def standing(opened: RunFolder) -> dict[str, Any] | None:
+def current_report(opened: RunFolder) -> dict[str, Any] | None:
     """What evaluating the run again would only repeat; None where it has not been evaluated so."""
     try:
         report = read_report(opened.folder / FILE)
@@ -152,21 +152,21 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
         **settings(opened.sampler, opened.run.evaluate),
     }
     wanted_passes = {field: wanted_card.pop(field) for field in ROWS.values()}
-    rows = {part: by_passes(report, part) for part in ROWS}
+    rows = {part: _rows_by_passes(report, part) for part in ROWS}
     for field, value in wanted_card.items():
         if report["card"].get(field) != value:
             return None
     for part, field in ROWS.items():
         if any(n not in rows[part] for n in wanted_passes[field]):
             return None
-    return with_rows(report, rows, wanted_passes)
+    return _with_rows(report, rows, wanted_passes)
 
 
-def name_of(opened: RunFolder) -> str:
+def _file_name(opened: RunFolder) -> str:
     """The name of a report: evaluation.json where the run is as its own spec has it, else with what differs."""
     run_as_saved = opened.run_as_saved
-    saved_fields = fields(run_as_saved.sample, run_as_saved.evaluate)
-    opened_fields = fields(opened.run.sample, opened.run.evaluate)
+    saved_fields = _deciding_fields(run_as_saved.sample, run_as_saved.evaluate)
+    opened_fields = _deciding_fields(opened.run.sample, opened.run.evaluate)
     return "-".join(["evaluation", *changes(opened, saved_fields, opened_fields)]) + ".json"
 
 
@@ -184,7 +184,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
             return
         if _measure(earlier) == _measure(report):
             if "images" not in report:
-                report = merged(earlier, report)
+                report = _merge_rows(earlier, report)
             write_json(path, report)
             return
         aside = path.stem
@@ -197,17 +197,17 @@ def write(path: Path, report: dict[str, Any]) -> None:
         write_json(path, report)
 
 
-def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def _merge_rows(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """The report with what rows the earlier one has of other passes, in order of passes."""
     rows: dict[str, dict[int, Row]] = {}
     passes: dict[str, list[int]] = {}
     for part, field in ROWS.items():
-        rows[part] = {**by_passes(before, part), **by_passes(report, part)}
+        rows[part] = {**_rows_by_passes(before, part), **_rows_by_passes(report, part)}
         passes[field] = sorted(rows[part])
-    return with_rows(report, rows, passes)
+    return _with_rows(report, rows, passes)
 
 
-def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
+def _with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
     """The report with the rows of these passes in place of its own."""
     parts: dict[str, list[Row]] = {}
     for part, field in ROWS.items():
@@ -216,7 +216,7 @@ def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: d
     return {**report, **parts, "state": verdict, "card": {**report["card"], **passes}}
 
 
-def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
+def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
     """The rows of a part by their passes, as the card has them; guidance makes the net count more."""
     passes = report["card"].get(ROWS[part], [])
     if len(passes) != len(report[part]):
@@ -231,7 +231,7 @@ def _measure(report: dict[str, Any]) -> str:
     return json.dumps(finite(measure), sort_keys=True)
 
 
-def fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
+def _deciding_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
     """What of a spec decides an evaluation, but for its passes: a report collects the rows of all."""
     sample = sampling.model_dump(mode="json")
     evaluate = evaluation.model_dump(mode="json")

@@ -54,7 +54,7 @@ class Feed:
         self.tracker_name = tracker_name
         self.config = read(folder).tree
         self.tracker: Tracker | None = None
-        sent = read_sent(folder).get(tracker_name, {})
+        sent = _read_sent(folder).get(tracker_name, {})
         self.key: str = sent.get("key") or token_hex(4)
         self.last_step: int = sent.get("step", -1)
 
@@ -74,7 +74,7 @@ class Feed:
 
     def write_sent(self) -> None:
         """Note in tracked.json what this tracker was sent."""
-        sent_by_tracker = read_sent(self.folder)
+        sent_by_tracker = _read_sent(self.folder)
         sent_by_tracker[self.tracker_name] = {"key": self.key, "step": self.last_step}
         file.write(self.folder / FILE, json.dumps(sent_by_tracker, indent=2).encode(), writer="")
 
@@ -85,7 +85,7 @@ class Feed:
             self.tracker = None
 
 
-def read_sent(folder: Path) -> dict[str, Any]:
+def _read_sent(folder: Path) -> dict[str, Any]:
     """What each tracker was sent, by its name: the key of its run, and the last step. Raises UserError for no JSON."""
     path = folder / FILE
     if not path.exists():

@@ -63,7 +63,7 @@ def _norm_charts(rows: Sequence[log.Row]) -> Iterator[Chart]:
     """Gradient norms by module, in one chart; none of a log from before they were measured."""
     curves: dict[str, Points] = {}
     for row in rows:
-        for name, value in highest_norms(row).items():
+        for name, value in _highest_norms(row).items():
             if value:
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(row["step"])
@@ -251,7 +251,7 @@ def _measured(row: log.Row) -> dict[str, object]:
     if log.is_weighted(row.get("loss"), parts):  # else the loss is its only part
         numbers.update(parts)
     numbers["gradient norm"] = row.get("grad_norm")
-    for module, norm in highest_norms(row).items():
+    for module, norm in _highest_norms(row).items():
         numbers[f"gradient norm, {module}"] = norm
     numbers[TIME_SLOPE] = row.get("time_slope")
     numbers["learning rate"] = row.get("lr")
@@ -264,7 +264,7 @@ def _measured(row: log.Row) -> dict[str, object]:
     return numbers
 
 
-def highest_norms(row: log.Row) -> dict[str, float | None]:
+def _highest_norms(row: log.Row) -> dict[str, float | None]:
     """The gradient norm of each module, the largest of the last steps; none in logs from before it was measured."""
     return row.get("grad_peaks") or row.get("grad_norms") or {}
 

@@ -64,12 +64,12 @@ def sampling_modes(sampler: Sampler, along: Euler | Heun | None = None) -> dict[
     modes: dict[str, SamplingMode] = {}
     for solver in (sampler.spec.solver, Restart(), Hop()):
         if solver.uses != "velocity" and getattr(sampler.taught, solver.uses):
-            head = head_name(head_of(objective, solver.uses))
+            head = _head_name(head_of(objective, solver.uses))
             heads = f"{head} heads" if " and " in head else f"{head} head"
             modes["u"] = SamplingMode("u", head, f"{heads}, jumps ({solver.kind})", solver)
             break
     if sampler.taught.velocity:
-        head = head_name(head_of(objective, "velocity"))
+        head = _head_name(head_of(objective, "velocity"))
         if head == "v":
             origin = "v head"
         elif "r" in objective.needs.inputs:
@@ -81,7 +81,7 @@ def sampling_modes(sampler: Sampler, along: Euler | Heun | None = None) -> dict[
     return modes
 
 
-def head_name(head: str) -> str:
+def _head_name(head: str) -> str:
     """A head as a reader knows it."""
     return word.HEADS.get(head, head)
 
@@ -111,7 +111,7 @@ def trajectories(
     step, mode, label or nfe that is not there.
     """
     sampler = opened.sampler
-    files = stages(opened.folder, opened.step, steps)
+    files = milestone_files(opened.folder, opened.step, steps)
     modes = choose_modes(sampler, letters, nfe)
     passes = nfe or reachable_passes(PASSES, sampler, modes)
     default_count = COUNT if sampler.is_image else POINTS
@@ -119,16 +119,16 @@ def trajectories(
     behind = None if sampler.is_image else data_points(sampler.data, sampler.spec.seed)
     panels: dict[SamplingMode, dict[int, Image.Image]] = {mode: {} for mode in modes}
     with bar("sampling trajectories", len(files) * len(modes) * sum(passes)) as tick:
-        tick_more = summed(tick)
+        tick_more = _tick_by_piece(tick)
         for step, file in files.items():
             earlier = open_at(opened, step, file).sampler
             for mode in modes:
                 note = f"step {step:,}, {mode.title}"
-                panels[mode][step] = panel(earlier, mode, passes, c, seed, behind, tick_more, note)
+                panels[mode][step] = _draw_panel(earlier, mode, passes, c, seed, behind, tick_more, note)
     return panels
 
 
-def panel(
+def _draw_panel(
     sampler: Sampler,
     mode: SamplingMode,
     nfe: Sequence[int],
@@ -178,7 +178,7 @@ def class_grids(
     None: u if taught, else v. Raises UserError as `trajectories`, and where there are no classes.
     """
     sampler = opened.sampler
-    files = stages(opened.folder, opened.step, (opened.step,) if steps == () else steps)
+    files = milestone_files(opened.folder, opened.step, (opened.step,) if steps == () else steps)
     modes = choose_modes(sampler, letters or sorted(sampling_modes(sampler))[:1], nfe)
     passes = nfe or reachable_passes((1,), sampler, modes)
     data = sampler.data
@@ -187,17 +187,17 @@ def class_grids(
     chosen = range(data.classes) if classes is None else labels_in_turn(len(classes), data.classes, classes).tolist()
     grids: dict[tuple[SamplingMode, int, int], Image.Image] = {}
     with bar("sampling class grids", len(files) * len(modes) * sum(passes)) as tick:
-        tick_more = summed(tick)
+        tick_more = _tick_by_piece(tick)
         for step, file in files.items():
             earlier = open_at(opened, step, file).sampler
             for mode in modes:
                 for n in passes:
-                    grids[mode, step, n] = class_grid(earlier, step, mode, n, chosen, count, seed)
+                    grids[mode, step, n] = _draw_class_grid(earlier, step, mode, n, chosen, count, seed)
                     tick_more(n, f"step {step:,}, {mode.title}, {n}")
     return grids
 
 
-def class_grid(
+def _draw_class_grid(
     sampler: Sampler, step: int, mode: SamplingMode, nfe: int, classes: Sequence[int], count: int, seed: int | None
 ) -> Image.Image:
     """A block of `count` images per class; image i of class k is number k * count + i, whatever else is drawn."""
@@ -232,7 +232,7 @@ def write_trajectories(folder: Path, panels: Panels) -> list[Path]:
             path = folder / f"{mode.letter}-step-{step:08d}.png"
             pictures[path] = side_by_side({mode.name: {step: image}})
     pictures[folder / "trajectories.png"] = side_by_side({mode.name: row for mode, row in panels.items()})
-    return write_pictures(pictures)
+    return _write_pictures(pictures)
 
 
 def write_class_grids(folder: Path, grids: ClassGrids) -> list[Path]:
@@ -240,17 +240,17 @@ def write_class_grids(folder: Path, grids: ClassGrids) -> list[Path]:
     pictures: dict[Path, Image.Image] = {}
     for (mode, step, n), image in grids.items():
         pictures[folder / f"classes-{mode.letter}-nfe{n}-step-{step:08d}.png"] = image
-    return write_pictures(pictures)
+    return _write_pictures(pictures)
 
 
-def write_pictures(pictures: Mapping[Path, Image.Image]) -> list[Path]:
+def _write_pictures(pictures: Mapping[Path, Image.Image]) -> list[Path]:
     """Write each picture into its file; return the paths."""
     for path, image in pictures.items():
         picture.write_picture(path, image)
     return list(pictures)
 
 
-def stages(folder: Path, last: int, steps: Sequence[int] | None = None) -> dict[int, Path | None]:
+def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None) -> dict[int, Path | None]:
     """The milestones, and the checkpoint of step `last` (None), by step; of these steps only, where they are given.
 
     Raises UserError for a step that was not kept.
@@ -304,7 +304,7 @@ def full_columns(n: int) -> int:
     return next(k for k in range(1, n + 1) if n % k == 0 and k * k >= n)
 
 
-def summed(tick: Tick) -> Tick:
+def _tick_by_piece(tick: Tick) -> Tick:
     """A tick to be called with each piece of work, for one that wants the sum."""
     done = 0
 

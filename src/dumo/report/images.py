@@ -18,7 +18,7 @@ from dumo.data.store import Labels
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
-from dumo.evaluation.reference import Inception, hashed
+from dumo.evaluation.reference import Inception, hash_images
 from dumo.evaluation.shipped import Shipped
 from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
@@ -27,7 +27,7 @@ from dumo.io.source import Data
 from dumo.report import score
 from dumo.report.card import Card
 from dumo.report.evaluate import write
-from dumo.report.place import Batch, PlacedImages, agree, look, require_there
+from dumo.report.place import Batch, PlacedImages, have_same_classes, open_images, require_path
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, Tick, no_bar, teller
@@ -39,16 +39,16 @@ KINDS = sorted(
 )  # protocols of images without captions
 
 
-class ProtocolOnly(Spec):
+class _ProtocolOnly(Spec):
     """What of an evaluation has a meaning for images that are there."""
 
     protocol: MetricProtocol
 
 
-class ImagesSettings(Spec):
+class _ImagesSettings(Spec):
     """The fields that --set may give: of the protocol, and of the data that are the reference."""
 
-    evaluate: ProtocolOnly
+    evaluate: _ProtocolOnly
     data: Images | None = None
 
 
@@ -71,16 +71,18 @@ def judge(
     place = user_path(images, "--images")
     path = out or Path(f"{place.resolve().name}.evaluation.json")
     check_writable(path.parent)
-    tree = settings(kind, against, fields)
-    found = look(place, "--images")
-    protocol = protocol_of(tree, found, str(place))
+    tree = _settings_tree(kind, against, fields)
+    found = open_images(place, "--images")
+    protocol = _protocol_for(tree, found, str(place))
     channels, classes = fitting(protocol, found, str(place))
     if why := protocol.missing:
         raise UserError(f"protocol {protocol.kind} needs {why.replace('named in', 'named by --against, or in')}")
-    data, spec, labels = reference(protocol, tree, against, found, classes)
+    data, spec, labels = _reference(protocol, tree, against, found, classes)
     total, classes = protocol.total, labels.count if labels else 0
     with bar("reading the images", total) as tick:
-        _, sha256 = hashed((index, to_uint8(x)) for index, x in counted(found.judged(total, channels), total, tick))
+        _, sha256 = hash_images(
+            (index, to_uint8(x)) for index, x in _count_images(found.judged(total, channels), total, tick)
+        )
 
     def real() -> Data:
         assert data is not None, "the protocol reads a file of its own"
@@ -92,7 +94,7 @@ def judge(
             c = labels.c[found.chosen(total)] if labels else None
             evaluator = protocol.evaluator(Context(real, classes, device=here, tick=seen, c=c))
         with bar("judging", total) as tick:
-            scores = evaluator.score(counted(found.judged(total, channels), total, tick))
+            scores = evaluator.score(_count_images(found.judged(total, channels), total, tick))
     report: dict[str, Any] = {
         "images": str(place),
         "file": str(path),
@@ -120,7 +122,7 @@ def judge(
     return report
 
 
-def counted(batches: Iterator[Batch], total: int, tick: Tick) -> Iterator[Batch]:
+def _count_images(batches: Iterator[Batch], total: int, tick: Tick) -> Iterator[Batch]:
     """The same, and how many images have come; of other ranks as many again."""
     done = 0
     for index, x in batches:
@@ -130,14 +132,14 @@ def counted(batches: Iterator[Batch], total: int, tick: Tick) -> Iterator[Batch]
         tick(min(done, total), "")
 
 
-def settings(kind: str, against: str | None, fields: Sequence[str]) -> dict[str, Any]:
-    """The tree of `ImagesSettings`, with the protocol and a reference of ADM's; what is not known yet is not there."""
+def _settings_tree(kind: str, against: str | None, fields: Sequence[str]) -> dict[str, Any]:
+    """The tree of `_ImagesSettings`, with the protocol and a reference of ADM's; what is not known yet is not there."""
     tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
     override(tree, fields)
     if (odd := tree.keys() - {"evaluate", "data"}) or not isinstance(tree["data"], dict):
         field = min(odd or ["data"])
         raise UserError(f"--set {field}: of images set fields of evaluate.protocol, or fields of data, the reference")
-    protocol = parse(ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
     require_known("protocol of images", protocol.kind, KINDS)
     own = "the digits that ship" if protocol.kind == "digits" else None
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
@@ -149,11 +151,11 @@ def settings(kind: str, against: str | None, fields: Sequence[str]) -> dict[str,
     return tree
 
 
-def protocol_of(tree: dict[str, Any], found: PlacedImages, place: str) -> Any:  # noqa: ANN401, a union of protocols
+def _protocol_for(tree: dict[str, Any], found: PlacedImages, place: str) -> Any:  # noqa: ANN401, a union of protocols
     """The protocol, of as many samples as there are images unless it is set. Raises UserError for too few."""
     there, wanted = len(found.source), tree["evaluate"]["protocol"].setdefault("samples", len(found.source))
     try:
-        protocol = parse(ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+        protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
     except UserError as error:
         raise UserError(f"{place} has {there:,} images: {error}") from error
     if protocol.total > there:
@@ -177,7 +179,7 @@ def fitting(protocol: MetricProtocol, found: PlacedImages, place: str) -> tuple[
     )
 
 
-def reference(
+def _reference(
     protocol: MetricProtocol, tree: dict[str, Any], against: str | None, found: PlacedImages, classes: int
 ) -> tuple[Data | None, Card | None, Labels | None]:
     """What images are compared with, what a card says of it, and the images' classes, None where they do not count.
@@ -193,26 +195,26 @@ def reference(
         raise UserError(f"protocol {protocol.kind} compares with real images: say where, --against FOLDER or FILE.npz")
     place, (_, height, width) = user_path(against, "--against"), found.shape
     if place.suffix == ".npz" and not tree["data"]:
-        real = look(place, "--against")
+        real = open_images(place, "--against")
         if real.shape != found.shape:
             size = f"{real.shape[2]} x {real.shape[1]} pixels, and those that are judged {width} x {height}"
             raise UserError(f"{place} has images of {size}: give a reference of that size, or a folder of images")
-        if photos and isinstance(real.source, NpzImages) and not agree(labels, real.labels):
+        if photos and isinstance(real.source, NpzImages) and not have_same_classes(labels, real.labels):
             labels = real.source.c = None
         return real.source, {"root": str(place)}, labels
     if height != width:
         size = f"{found.name(0)} is {width} x {height} pixels, and a folder's images are brought to squares"
         raise UserError(f"{size}: give the reference as an .npz of that size")
     given = {"kind": "images", "root": against, "side": height, **tree["data"]}
-    spec = data_of(tree, given)
-    if photos and not agree(labels, Labels(torch.empty(0), spec.labels, spec.names or ())):
-        labels, spec = None, data_of(tree, {**given, "labelled": False, "classes": 0})
+    spec = _reference_images(tree, given)
+    if photos and not have_same_classes(labels, Labels(torch.empty(0), spec.labels, spec.names or ())):
+        labels, spec = None, _reference_images(tree, {**given, "labelled": False, "classes": 0})
     return spec.originals(), spec.model_dump(mode="json"), labels
 
 
-def data_of(tree: dict[str, Any], data: dict[str, Any]) -> Images:
+def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
     """The images of a reference. Raises UserError where they are not there, or the fields do not fit."""
-    spec = parse(ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
+    spec = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert spec is not None, "it is given"
-    require_there(user_path(spec.root, "--against"), "--against")
+    require_path(user_path(spec.root, "--against"), "--against")
     return spec.found()

@@ -25,7 +25,7 @@ from dumo.io.read import brief
 from dumo.io.yaml import parse
 from dumo.report.gallery import TAUGHT_BY_LETTER, SamplingMode, sampling_modes
 from dumo.report.page import data_rows
-from dumo.report.sample import DATA_POINTS, guide_of, turned
+from dumo.report.sample import DATA_POINTS, guide_of, repeat_conditions
 from dumo.run import shipped
 from dumo.run.judge import training_data
 from dumo.run.prompt import edits, prompted
@@ -130,7 +130,7 @@ class InteractiveRun:
             raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {MAX_PROMPT_LETTERS:,} at most")
         if self.sampler.texts:
             self.sampler.texts.forget(KEPT_PROMPTS - 1)
-        return turned(prompted(self.sampler, [text]), n)
+        return repeat_conditions(prompted(self.sampler, [text]), n)
 
     def fresh(self, seed: int, images: int = 1) -> Fresh:
         """The draws of the first images of a seed, as `dumo sample --seed` and `run.sample(seed=...)` make them."""
@@ -164,7 +164,7 @@ class InteractiveRun:
             eval_mode(net),
             counting_passes(net) as rows_per_pass,
             in_precision(net, sampler.precision, device),
-            stopped_after(net, until),
+            _stop_after(net, until),
         ):
             _, x = integrate(reads, sampler.flow.path, mode.solver, c.to(device), nfe, fresh)
         x = sampler.decode(x.cpu())
@@ -208,7 +208,7 @@ def open_runs(
     lives: list[InteractiveRun] = []
     for folder, place, name in zip(folders, places, short_names(places), strict=True):
         opened = open_run(folder, sets, weights=weights, device=device)
-        live = InteractiveRun(opened, name, load_call(place, sets, weights, device), limit)
+        live = InteractiveRun(opened, name, _load_call(place, sets, weights, device), limit)
         if edits(live.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
         if lives:
@@ -228,7 +228,7 @@ def short_names(places: Sequence[Path]) -> list[str]:
     raise AssertionError("the paths are different")
 
 
-def load_call(place: Path, sets: Sequence[str], weights: str | None, device: str) -> str:
+def _load_call(place: Path, sets: Sequence[str], weights: str | None, device: str) -> str:
     """The Python that opens a run as it is open here."""
     arguments = [repr(str(place))]
     if sets:
@@ -257,7 +257,7 @@ def require_fit(live: InteractiveRun, other: InteractiveRun) -> None:
 
 
 @contextmanager
-def stopped_after(net: nn.Module, until: float) -> Generator[None, None, None]:
+def _stop_after(net: nn.Module, until: float) -> Generator[None, None, None]:
     """Raise UserError before a pass through the net that begins later than this."""
 
     def check_time(*_: object) -> None:

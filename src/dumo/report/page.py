@@ -74,7 +74,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
 
     # samples
     with threads.fewer_when_busy(sampler.device, teller(bar)):
-        texts = prompt_sheet(sampler, prompts, bar)
+        texts = _prompt_sheet(sampler, prompts, bar)
         made = make(sampler, bar)
 
     # pictures
@@ -82,7 +82,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     for name, by_passes in made.items():
         drawn[name] = {n: draw(sampler, x, real) for n, x in by_passes.items()}
     sheets = drawn.pop(SHEET)
-    names = class_names(sampler)
+    names = _class_names(sampler)
     pictures = {f"nfe{n}": picture.with_column_names(sheet, names) for n, sheet in sheets.items()}
     pictures["trajectories"] = all_trajectories(sampler, drawn)
     data_sheet = None
@@ -129,13 +129,13 @@ def render(opened: RunFolder, **parts: object) -> str:
     facts = show(run)
     judged = cast(Any, parts["judged"])
     near = cast(Any, parts["near"])
-    shipped = score.shipped(run.evaluate.protocol, run.data)
+    shipped = score.shipped_results(run.evaluate.protocol, run.data)
     results = recipes.results(shipped) if shipped else None
     others = None
     if results:
         others = score.others(results, judged, opened.step, facts["forward_units_per_step"])
     return (
-        environment()
+        _template_environment()
         .get_template("report.html.j2")
         .render(
             run=run,
@@ -150,12 +150,12 @@ def render(opened: RunFolder, **parts: object) -> str:
             others=others,
             doubts=score.doubts(run.train.steps, opened.step, judged, near),
             score=score,
-            names=class_names(sampler),
-            data_name=data_name(sampler),
+            names=_class_names(sampler),
+            data_name=_data_name(sampler),
             word=word,
             method=word.method(run.objective),
             spread=score.spread,
-            too_few=score.too_few,
+            too_few=score.has_too_few_images,
             yaml=dump(run),
             versions=dist.versions(),
             **parts,
@@ -163,7 +163,7 @@ def render(opened: RunFolder, **parts: object) -> str:
     )
 
 
-def environment() -> jinja2.Environment:
+def _template_environment() -> jinja2.Environment:
     """Where the template is, and its filters."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
@@ -173,11 +173,11 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = cast(dict[str, Any], environment.filters)
-    filters.update(number=score.number, large=score.large, embed=picture.embed, sentence=sentence)
+    filters.update(number=score.number, large=score.large, embed=picture.embed, sentence=_sentence)
     return environment
 
 
-def sentence(title: str) -> str:
+def _sentence(title: str) -> str:
     """With a capital letter at its start, the others as they are."""
     return title[:1].upper() + title[1:]
 
@@ -190,26 +190,26 @@ def columns(sampler: Sampler) -> list[int]:
     return [c for c in conditions for _ in range(COLUMNS // count)]
 
 
-def num_columns(sampler: Sampler) -> int:
+def _num_columns(sampler: Sampler) -> int:
     """How many columns a sheet has."""
     return len(columns(sampler)) or COLUMNS
 
 
-def class_names(sampler: Sampler) -> list[str]:
+def _class_names(sampler: Sampler) -> list[str]:
     """What the classes of a sheet are called, each over as many columns as it has."""
     if not sampler.is_image:
         return []
     return [sampler.conditions.name(c) for c in dict.fromkeys(columns(sampler))]
 
 
-def data_name(sampler: Sampler) -> str:
+def _data_name(sampler: Sampler) -> str:
     """What the data are called: their kind, or the folder that images are in."""
     images = shown_data(sampler.data)
     return Path(images.root).name.lstrip("$") if isinstance(images, Images) else sampler.data.kind
 
 
 @dataclass(frozen=True)
-class SamplingJob:
+class _SamplingJob:
     """Samples for the page: what they are called, and how they are made."""
 
     name: str
@@ -218,27 +218,27 @@ class SamplingJob:
     c: Tensor
 
 
-def sampling_jobs(sampler: Sampler) -> list[SamplingJob]:
+def _sampling_jobs(sampler: Sampler) -> list[_SamplingJob]:
     """A sheet for each of the run's numbers of passes, then trajectories, a row of a sheet each (points: as many)."""
     if sampler.is_image:
-        count = ROWS * num_columns(sampler)
+        count = ROWS * _num_columns(sampler)
         classes = columns(sampler)
     else:
         count = POINTS
         classes = range(min(sampler.data.classes, COLUMNS))
     sheet_c = labels_in_turn(count, sampler.data.classes, classes or None)
-    row_c = sheet_c[: num_columns(sampler)] if sampler.is_image else sheet_c
-    jobs = [SamplingJob(SHEET, sampler.spec.solver, n, sheet_c) for n in sampler.spec.nfe]
+    row_c = sheet_c[: _num_columns(sampler)] if sampler.is_image else sheet_c
+    jobs = [_SamplingJob(SHEET, sampler.spec.solver, n, sheet_c) for n in sampler.spec.nfe]
     modes = sampling_modes(sampler).values()
     passes = reachable_passes(PASSES, sampler, modes)
     for mode in modes:
-        jobs += [SamplingJob(mode.title, mode.solver, n, row_c) for n in passes]
+        jobs += [_SamplingJob(mode.title, mode.solver, n, row_c) for n in passes]
     return jobs
 
 
 def make(sampler: Sampler, bar: Bar) -> dict[str, dict[int, Sample]]:
     """The samples of the page, by name and number of passes, image i always from the same noise."""
-    jobs = sampling_jobs(sampler)
+    jobs = _sampling_jobs(sampler)
     made: dict[str, dict[int, Sample]] = {}
     done = 0
     with bar("sampling for the report", sum(job.nfe for job in jobs)) as tick:
@@ -254,7 +254,7 @@ def draw(sampler: Sampler, x: Sample, real: Real) -> Image.Image:
     """Samples as a picture: a sheet with clear gaps, for a page may be dark, or red points before the grey truth."""
     if not sampler.is_image:
         return picture.scatter(real, {"": x})
-    return picture.sheet(picture.to_rows(x), num_columns(sampler), gap=picture.GAP, clear=True)
+    return picture.sheet(picture.to_rows(x), _num_columns(sampler), gap=picture.GAP, clear=True)
 
 
 def by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
@@ -262,7 +262,7 @@ def by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
     of_each_class = [x[c == label] for label in dict.fromkeys(columns(sampler))]
     if not any(map(len, of_each_class)):
         return x[: ROWS * COLUMNS]
-    width = num_columns(sampler) // len(of_each_class)  # columns of a class
+    width = _num_columns(sampler) // len(of_each_class)  # columns of a class
     full_rows = [len(images) // width for images in of_each_class if len(images)]
     rows = max(1, min(ROWS, *full_rows))
     grey = torch.zeros_like(x[:1]).expand(rows * width, *x.shape[1:])
@@ -298,7 +298,7 @@ def proximity(sampler: Sampler, x: Sample, real: Real) -> dict[str, Any]:
     compared = {"samples": distances[:counted]}
     if held_out:
         compared[word.REAL], _ = nearest(real[order[held_out:]], real[order[:held_out]])
-    shown = num_columns(sampler)
+    shown = _num_columns(sampler)
     return {
         "samples": draw(sampler, x[:shown], real),
         "found": draw(sampler, real[places[:shown]], real),
@@ -325,7 +325,7 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class PromptSheet:
+class _PromptSheet:
     """Prompts at these numbers of passes, each with its images side by side: a prompt keeps its noise."""
 
     passes: tuple[int, ...]
@@ -337,7 +337,7 @@ class PromptSheet:
         return picture.captioned_pictures(self.shown, head)
 
 
-def prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> PromptSheet | None:
+def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> _PromptSheet | None:
     """What the net makes of these prompts, or, where none are given, of captions of its data; None: it reads no texts.
 
     Raises UserError as `dumo.run.prompt.prompted`.
@@ -360,4 +360,4 @@ def prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_ba
             tick(done, "")
     by_prompt = torch.stack(by_passes, 1)
     strips = [picture.sheet(pixels, len(passes), gap=picture.GAP) for pixels in by_prompt]
-    return PromptSheet(passes, list(zip(names_of(sampler, c), strips, strict=True)))
+    return _PromptSheet(passes, list(zip(names_of(sampler, c), strips, strict=True)))

@@ -34,7 +34,7 @@ SKIPPING = ", or leave such images out with data.on_bad=skip"  # of images that 
 
 
 @dataclass(frozen=True)
-class Same(ToRectangle):
+class SameSize(ToRectangle):
     """RGB at the size of the first image, `width` x `height`."""
 
     first: str
@@ -67,7 +67,7 @@ class PlacedImages:
         for first in range(dist.rank() * PIECE, len(numbers), dist.world() * PIECE) or [len(numbers)]:
             signals.check()
             some = numbers[first : first + PIECE]
-            with plainly("--images"):
+            with _errors_by_option("--images"):
                 x = self.source.rows(slice(first, first + PIECE))[0][some >= 0]
             if channels == 1 and len(odd := (x != x[:, :1]).flatten(1).any(1).nonzero()):
                 place = first + int((some >= 0).nonzero()[odd[0]])
@@ -80,40 +80,40 @@ class PlacedImages:
         return order[:total].sort().values
 
 
-def agree(one: Labels | None, other: Labels | None) -> bool:
+def have_same_classes(one: Labels | None, other: Labels | None) -> bool:
     """Whether both have the same classes: as many, of the same names where both have names."""
     if one is None or other is None:
         return False
     return one.count == other.count and (one.names == other.names or () in (one.names, other.names))
 
 
-def look(place: Path, option: str) -> PlacedImages:
+def open_images(place: Path, option: str) -> PlacedImages:
     """The images of an .npz, a folder or a table. Raises UserError where there are none, or the first is unreadable."""
-    require_there(place, option)
+    require_path(place, option)
     if (place / FILE).is_file():
         raise UserError(f"{place} is a run's folder: dumo evaluate {place} judges it, {option} images that are made")
     if place.suffix == ".npz":
         source = NpzImages(place)
         labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
         return PlacedImages(source, (3, *source.shape[1:3]), labels, lambda i: f"image {i} of {place}")
-    with plainly(option):
-        store = stored(place)
+    with _errors_by_option(option):
+        store = _open_store(place)
         try:
             width, height = upright(store.read(0)).size
         except (OSError, ValueError) as error:
             raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
-        to_pixels = Same(height, width, "none", store.path(0))
+        to_pixels = SameSize(height, width, "none", store.path(0))
         source = Album(store, to_pixels, flip=False, skip=False, memory=MEMORY)
     return PlacedImages(source, to_pixels.shape, store.labels, store.path)
 
 
-def require_there(place: Path, option: str) -> None:
+def require_path(place: Path, option: str) -> None:
     """Raise UserError where there is nothing."""
     if not place.exists():
         raise UserError(f"there is no folder or file {place}: say with {option} where the images are")
 
 
-def stored(place: Path) -> Store:
+def _open_store(place: Path) -> Store:
     """The images, with their classes where these are in order."""
     try:
         return find(place)
@@ -122,7 +122,7 @@ def stored(place: Path) -> Store:
 
 
 @contextmanager
-def plainly(option: str) -> Generator[None]:
+def _errors_by_option(option: str) -> Generator[None]:
     """Errors of a run's data as those of images that are named by an option."""
     try:
         yield

@@ -1,7 +1,7 @@
 """Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
 
 `with_options` takes the run's sampler with what a user asked for; `export` makes the samples and names their files;
-`write` writes one set of them. How a sheet is laid out, `sheet_layout`, and the data behind a scatter, `data_points`,
+`write` writes one set of them. How a sheet is laid out, `_sheet_layout`, and the data behind a scatter, `data_points`,
 are the same wherever samples are drawn.
 """
 
@@ -40,7 +40,7 @@ from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Sample, UserError
 
 
-def turned(c: Tensor, count: int) -> Tensor:
+def repeat_conditions(c: Tensor, count: int) -> Tensor:
     """These conditions in turn, `count` in all."""
     return c[torch.arange(count) % len(c)]
 
@@ -142,10 +142,14 @@ def export(
     sample_bytes = memory.row_bytes(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
     dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
-    c = turned(prompted(sampler, prompts, source), count) if prompts else sampler.conditions.in_turn(count, only)
+    c = (
+        repeat_conditions(prompted(sampler, prompts, source), count)
+        if prompts
+        else sampler.conditions.in_turn(count, only)
+    )
 
     # what of the samples is not as the run has it, for the names of the files
-    name_parts = said_of(opened, sampler.spec)
+    name_parts = sampling_changes(opened, sampler.spec)
     if only:
         name_parts.append(word("labels", only))
     if prompts:
@@ -170,7 +174,7 @@ def export(
     return written
 
 
-def said_of(opened: RunFolder, spec: Sampling) -> list[str]:
+def sampling_changes(opened: RunFolder, spec: Sampling) -> list[str]:
     """What of a sampling is not the run's own, but for the solver's kind, as parts of a name."""
     run_fields = sampling(opened.run_as_saved.sample)
     run_fields["solver.kind"] = spec.solver.kind  # no change: every name begins with it
@@ -178,20 +182,20 @@ def said_of(opened: RunFolder, spec: Sampling) -> list[str]:
 
 
 @dataclass(frozen=True)
-class SheetLayout:
+class _SheetLayout:
     """How many columns a sheet has, and what is written above them, or above each image."""
 
     columns: int
     titles: Sequence[str] = ()
 
 
-def sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> SheetLayout:
+def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> _SheetLayout:
     """The layout of a sheet of these conditions; `names` are theirs, where the data have others.
 
     A column holds one class where classes come in turn and are few; elsewhere every image has its own title.
     """
     if not conditions.count:
-        return SheetLayout(columns=8)
+        return _SheetLayout(columns=8)
     names = names or [conditions.name(k) for k in c.tolist()]
     num_classes = len(set(names))
     is_small = shown(conditions.data).shape[-1] <= picture.MIN_READABLE_HEIGHT
@@ -201,12 +205,12 @@ def sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None 
         columns = num_classes * max(1, 8 // num_classes)
     columns = min(columns, len(names))
     in_turn = all(name == names[i % columns] for i, name in enumerate(names))
-    return SheetLayout(columns, names[:columns] if in_turn else names)
+    return _SheetLayout(columns, names[:columns] if in_turn else names)
 
 
 def sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
     """Images of these conditions as a sheet with titles. Raises UserError as `picture.to_uint8`."""
-    layout = sheet_layout(c, conditions, names)
+    layout = _sheet_layout(c, conditions, names)
     return picture.sheet(picture.to_rows(x), layout.columns, titles=layout.titles)
 
 
@@ -230,7 +234,7 @@ def write(
         case "images":
             picture.write_singles(stem, picture.to_rows(x))
             if names and conditions.captions:
-                write_captions(stem, names)
+                _write_captions(stem, names)
             return stem
         case "npz":
             path = stem.with_name(f"{stem.name}.npz")
@@ -249,7 +253,7 @@ def write(
             return path
 
 
-def write_captions(folder: Path, texts: Sequence[str]) -> None:
+def _write_captions(folder: Path, texts: Sequence[str]) -> None:
     """Write metadata.csv of the images in a folder, as `picture.write_singles` numbers them."""
     csv_text = StringIO()
     table = csv.writer(csv_text)

@@ -2,7 +2,7 @@
 
 In the order of this file:
 
-1. A row's scores: `figures` has their names, the one that leads first, `summary` and `shortened` some of them.
+1. A row's scores: `score_names`, the one that leads first; `summary_names` and `select_scores` leave some out.
 2. Better and worse: `state` and `verdict` compare the best row with baselines, `mark_best` rows with one another.
 3. As text: `number`, `spread`, `text`; `terminal_text` for the command line.
 4. For a page: `judgement` reads a run's evaluation.json; `benchmarks`, `others` and `doubts` set it out.
@@ -23,7 +23,7 @@ from dumo.evaluation import MetricProtocol
 from dumo.evaluation.distance import Estimate, level
 from dumo.evaluation.metric import CLASS_MMD, METRICS, Scores, headline, metric, rising, trained_on
 from dumo.io.read import read_json
-from dumo.report.card import FILE, Card, Row, checked
+from dumo.report.card import FILE, Card, Row, validate_report
 from dumo.runtime import typed
 
 ERROR = "_sd"  # of a score's name: the deviation of that score
@@ -61,7 +61,7 @@ def first_of(row: Mapping[str, Any]) -> str:
     return next(name for name in row if name not in NO_SCORES)
 
 
-def figures(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
+def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
     """The scores in a row: its numbers, errors left out; first the one that leads, for a run of this card."""
     names: list[str] = []
     for name, value in row.items():
@@ -72,13 +72,13 @@ def figures(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
     return [lead, *(name for name in names if name != lead)]
 
 
-def biased(row: Mapping[str, Any], card: Card) -> list[str]:
+def trained_on_names(row: Mapping[str, Any], card: Card) -> list[str]:
     """The scores of a row that are by what the run of this card was trained on."""
     names = [name for name, value in row.items() if isinstance(value, float) and not is_error(name)]
     return [name for name in names if trained_on(name, card)]
 
 
-def summary(columns: Sequence[str]) -> list[str]:
+def summary_names(columns: Sequence[str]) -> list[str]:
     """Of the scores `columns`, the one that leads being the first, those that a summary shows.
 
     Scores that are not ours are shown, too.
@@ -90,7 +90,7 @@ def summary(columns: Sequence[str]) -> list[str]:
     return shown
 
 
-def shortened(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
+def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
     """A row, or a baseline, with these scores alone and their errors, in their order."""
     short = {name: row[name] for name in NO_SCORES if name in row}
     for column in columns:
@@ -219,7 +219,7 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
 # Baselines
 
 
-def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def baselines_by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The baselines, with the first score by its name in place of `mean` and `sd`."""
     lead = first_of(judged["results"][0])
     names: dict[str, str] = {"mean": lead, "sd": lead + ERROR}
@@ -230,7 +230,7 @@ def by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return named
 
 
-def too_few(judged: Mapping[str, Any]) -> bool:
+def has_too_few_images(judged: Mapping[str, Any]) -> bool:
     """Whether there were too few images to say what a perfect sampler would have."""
     lead = first_of(judged["results"][0])
     return not judged["baselines"] and metric(lead).needs_many_images
@@ -275,7 +275,7 @@ def text(row: Mapping[str, Any], name: str) -> str:
 
 
 def terminal_text(baseline: Mapping[str, float]) -> str:
-    """The scores of a baseline by their names (`by_name`), each with its error, in a line of the command line."""
+    """A baseline of `baselines_by_name` in a line for the terminal: each score with its error."""
     texts: list[str] = []
     for name, value in baseline.items():
         if name == NUM_SPLITS or is_error(name):
@@ -301,18 +301,18 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
     if not path.is_file():
         return None
     fix = f"run dumo evaluate {typed(folder)} again"
-    evaluation = checked(read_json(path, fix), path, fix)
+    evaluation = validate_report(read_json(path, fix), path, fix)
     card = evaluation.get("card") or {}
     first_row = evaluation["results"][0]
-    columns = figures(first_row, card)
-    biased_columns = biased(first_row, card)
+    columns = score_names(first_row, card)
+    biased_columns = trained_on_names(first_row, card)
     words = merits(columns)
     for name in biased_columns:
         words[name] = replace(words[name], better=f"{words[name].better}; trained on")
     return {
         **evaluation,
         "columns": columns,
-        "summary": summary(columns),
+        "summary": summary_names(columns),
         "verdict": verdict(evaluation),
         "left_out": card.get(CLASS_MMD),
         "fresh": _is_of(evaluation, step, weights),
@@ -336,9 +336,9 @@ def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
         if path.name.split("-")[1] not in BENCHMARKS:
             continue
         fix = f"remove it, or run dumo evaluate {typed(folder)} again"
-        evaluation = checked(read_json(path, fix), path, fix)
+        evaluation = validate_report(read_json(path, fix), path, fix)
         if _is_of(evaluation, step, weights):
-            columns = figures(evaluation["results"][0])
+            columns = score_names(evaluation["results"][0])
             texts = rows(evaluation, columns)
             judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": texts})
     return judgements
@@ -367,10 +367,10 @@ def _first_baseline(judged: Judgement, lead: str) -> Judgement | None:
 def baselines(judged: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """A row per baseline: its name, what it is, its cells."""
     words = {name: word(BASELINES, name) for name in judged["baselines"]}
-    return [(words[name].title, words[name].meaning, cells(judged, name, columns)) for name in words]
+    return [(words[name].title, words[name].meaning, baseline_cells(judged, name, columns)) for name in words]
 
 
-def cells(judged: Judgement, name: str, columns: Sequence[str]) -> list[str]:
+def baseline_cells(judged: Judgement, name: str, columns: Sequence[str]) -> list[str]:
     """A baseline as a row of a table of these scores, blank where it does not say."""
     scores = judged["baselines"][name]
     lead = first_of(judged["results"][0])
@@ -390,7 +390,7 @@ def words_of(judged: Judgement, columns: Iterable[str]) -> list[Word]:
     return [judged["words"][name] for name in columns]
 
 
-def shipped(protocol: MetricProtocol, data: Data) -> str | None:
+def shipped_results(protocol: MetricProtocol, data: Data) -> str | None:
     """The name of the packaged results that are of such data, if there are any."""
     if protocol.kind == "toy" and data.kind != "moons":
         return None

@@ -39,7 +39,7 @@ class Sheets:
         self.run = run
         self.folder = folder / "sheets"
         self.tell = tell
-        self.c = classes(run.conditions)
+        self.c = sheet_conditions(run.conditions)
         data = run.data
         if run.train.sheets and isinstance(data, Latents):
 
@@ -114,7 +114,7 @@ class Sheets:
             self.tell(f"warning: no sheet {stem.name}: {error}")
 
 
-def classes(conditions: Conditions) -> Tensor:
+def sheet_conditions(conditions: Conditions) -> Tensor:
     """The condition of each sample: all classes in turn, or, where there are more than images, some from end to end."""
     is_image = len(shown(conditions.data).shape) == 3
     num_samples = COUNT if is_image else POINTS

@@ -52,7 +52,7 @@ def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None
 
 def test_sheets_and_samples_have_captions_of_classes_in_turn() -> None:
     run = words()
-    assert sheet.classes(run.conditions).equal(run.conditions.in_turn(64))
+    assert sheet.sheet_conditions(run.conditions).equal(run.conditions.in_turn(64))
     assert named(run, run.conditions.in_turn(12))[9:] == ["a nine", "0", "1"]
     assert run.conditions.in_turn(3, [29, 4]).tolist() == [29, 4, 29]
 

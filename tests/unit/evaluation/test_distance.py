@@ -17,7 +17,7 @@ from dumo.evaluation.distance import (
     mmd2,
     null_spread,
     pixel_frechet,
-    reduced,
+    reduce_pixels,
     two_sample_auc,
 )
 from dumo.runtime.random import stream
@@ -174,8 +174,8 @@ def test_images_are_reduced_to_means_of_areas() -> None:
     large = x.repeat_interleave(16, 2).repeat_interleave(16, 3)
     checks = torch.ones(64, 64, dtype=D)
     checks[::2, 1::2], checks[1::2, ::2] = -1, -1
-    assert torch.allclose(reduced(large + checks, 4), x.flatten(1))
-    assert torch.equal(reduced(x.float()), x.float().double().flatten(1))  # small ones stay as they are
+    assert torch.allclose(reduce_pixels(large + checks, 4), x.flatten(1))
+    assert torch.equal(reduce_pixels(x.float()), x.float().double().flatten(1))  # small ones stay as they are
 
 
 # The Inception Score.

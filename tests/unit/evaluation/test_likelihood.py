@@ -7,7 +7,7 @@ import torch
 
 from dumo.data import Digits
 from dumo.evaluation import Context, LikelihoodProtocol
-from dumo.evaluation.likelihood import LikelihoodEvaluator, dequantised
+from dumo.evaluation.likelihood import LikelihoodEvaluator, dequantise
 from dumo.io.source import TensorData
 from dumo.types import UserError
 
@@ -34,11 +34,11 @@ def test_a_density_that_knows_nothing_takes_the_bits_of_a_level() -> None:
 
 
 def test_noise_keeps_levels_and_is_each_row_s_own() -> None:
-    x = dequantised(LEVELS, 17, 0)
+    x = dequantise(LEVELS, 17, 0)
     assert cells(x, LEVELS)
-    assert torch.equal(dequantised(LEVELS[:2], 17, 0), x[:2])
-    assert not torch.equal(dequantised(LEVELS, 17, 1), x)
-    within = ((dequantised(LEVELS.repeat(100, 1, 1, 1), 17, 0) + 1) / 2 * 17).frac()
+    assert torch.equal(dequantise(LEVELS[:2], 17, 0), x[:2])
+    assert not torch.equal(dequantise(LEVELS, 17, 1), x)
+    within = ((dequantise(LEVELS.repeat(100, 1, 1, 1), 17, 0) + 1) / 2 * 17).frac()
     assert within.mean() == pytest.approx(0.5, abs=0.01)
     assert within.var() == pytest.approx(1 / 12, abs=0.003)
 

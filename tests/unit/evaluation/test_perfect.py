@@ -15,7 +15,7 @@ from dumo.evaluation.distance import (
     mean_sd,
     two_sample_auc,
 )
-from dumo.evaluation.protocol import LEAST, DistanceUnit, distance_unit, parts
+from dumo.evaluation.protocol import LEAST, DistanceUnit, distance_unit, random_parts
 from dumo.runtime.random import stream
 
 SD = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.5, 0.2], dtype=torch.float64)  # of a Gaussian of six features
@@ -97,7 +97,7 @@ def test_parts_are_disjoint_and_alike_and_too_few_tell_nothing() -> None:
     c = torch.cat([torch.zeros(40), torch.ones(9), torch.full((1,), 2)]).long()[
         torch.randperm(50, generator=stream("c"))
     ]
-    some = parts(c, 4, stream("parts"))
+    some = random_parts(c, 4, stream("parts"))
     assert torch.cat(some).sort()[0].equal(torch.arange(50))
     assert {len(one) for one in some} == {12, 13}
     assert all(c[one].bincount(minlength=2)[1] in (2, 3) for one in some)

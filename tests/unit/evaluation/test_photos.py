@@ -15,7 +15,7 @@ from dumo.data import Digits
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, places_of_classes
-from dumo.evaluation.protocol import Reference, parts
+from dumo.evaluation.protocol import Reference, random_parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
@@ -198,7 +198,7 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
     perfect = judged["baselines"]["perfect"]
     assert found["pixel_fd"] < 1.5 * perfect["pixel_fd"]
     assert judged["state"] in ("far", "untrained")
-    summary = score.summary(score.figures(judged["results"][0]))
+    summary = score.summary_names(score.score_names(judged["results"][0]))
     assert summary == ["class_mmd", "recall", "copies"]
     assert found["class_mmd"] > 10 * perfect["class_mmd_sd"]
     sentence = score.verdict(judged)
@@ -228,7 +228,7 @@ def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator
 def test_only_new_digits_are_like_the_data(fault: str) -> None:
     """The five faults of docs/reproduce.md: of 600 digits, none seen in training, judged against 600 others."""
     x, c = Digits().originals().reference(0, 0)
-    some, real, trained = parts(c, 3, stream("thirds"))
+    some, real, trained = random_parts(c, 3, stream("thirds"))
     y, d = x[some], c[some].clone()
     if fault == "noise":
         y = y + 0.2 * torch.randn(y.shape, generator=stream("noise"))

@@ -64,7 +64,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
 
 def test_a_killed_process_is_known_by_its_work_and_the_others_go_on() -> None:
     pieces = ["a", "SIGKILL", "b", "c", "d"]
-    done = dict(job.side_by_side(work, pieces, jobs=2, threads=1))
+    done = dict(job.run_side_by_side(work, pieces, jobs=2, threads=1))
     lost = done.pop("SIGKILL")
     assert isinstance(lost, Lost)
     assert str(lost) == "its process was ended by SIGKILL, as where memory is used up"
@@ -94,14 +94,14 @@ def long_work(folder: Path) -> Callable[[str], None]:
 
 def test_one_that_fails_stops_the_others_which_save(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this is wrong"):
-        list(job.side_by_side(long_work(tmp_path), ["long", "wrong", "never"], jobs=2, threads=1))
+        list(job.run_side_by_side(long_work(tmp_path), ["long", "wrong", "never"], jobs=2, threads=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.began", "long.saved"]
     assert nobody_is_left()
 
 
 def test_a_defect_shows_where_it_arose() -> None:
     with pytest.raises(KeyError) as raised:
-        list(job.side_by_side(work, ["defect"], jobs=2, threads=1))
+        list(job.run_side_by_side(work, ["defect"], jobs=2, threads=1))
     assert "in work" in str(raised.value.__cause__)
 
 
@@ -122,7 +122,7 @@ def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
         long_work(tmp_path)(name)
 
     with signals.listening(), pytest.raises(signals.Stopped):
-        list(job.side_by_side(interrupted, ["long", "all", "never"], jobs=2, threads=1))
+        list(job.run_side_by_side(interrupted, ["long", "all", "never"], jobs=2, threads=1))
     assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["all.saved", "long.saved"]
     assert nobody_is_left()
 
@@ -131,7 +131,7 @@ def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
     """Its parent was killed."""
 
     def alone() -> None:
-        list(job.side_by_side(long_work(tmp_path), ["long"], jobs=2, threads=1))
+        list(job.run_side_by_side(long_work(tmp_path), ["long"], jobs=2, threads=1))
 
     process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()

@@ -45,18 +45,18 @@ def test_a_table_is_means_over_seeds() -> None:
         for arm, far in (("a", 1), ("b", 5))
         for seed in (0, 2)
     ]
-    first, second, third, _ = cell.averaged(done)
+    first, second, third, _ = cell.average_by_arm(done)
     keys = ["arm", "nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
     assert list(first) == keys
-    lacking = cell.averaged(
+    lacking = cell.average_by_arm(
         [result({"arm": "a"}, seed, [row(1, 2.0, auc=auc)]) for seed, auc in enumerate((0.5, None))]
     )
     assert lacking[0]["auc"] is None  # a score that one cell has not
     assert (first["fd_grey"], first["fd_grey_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
     assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
-    assert cell.averaged(done[:1])[0]["fd_grey_sd"] is None
+    assert cell.average_by_arm(done[:1])[0]["fd_grey_sd"] is None
     report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
-    assert [one["fd_grey"] for one in cell.by_passes(report)] == [1.0, 2.0, 3.0]  # Euler's where there is no other
+    assert [one["fd_grey"] for one in cell.rows_by_passes(report)] == [1.0, 2.0, 3.0]  # Euler's where there is no other
     assert cell.main_score(first) == cell.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
     assert cell.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
 
@@ -95,8 +95,13 @@ def test_steps_are_compared_within_rounds() -> None:
 @pytest.mark.parametrize("budget", [1 / 3, 0.5, 1.0, 2.7, 3.0])
 def test_a_curve_is_read_off_between_its_points(power: float, budget: float) -> None:
     points: ours.Curve = [(at, at**-power, None) for at in (1 / 3, 1.0, 3.0)]
-    assert ours.even(points, budget**-power) == pytest.approx(budget, rel=1e-9)
-    assert ours.even(points, 100.0) is ours.even(points, 0.001) is ours.even(points[:1], points[0][1]) is None
+    assert ours.even_budget(points, budget**-power) == pytest.approx(budget, rel=1e-9)
+    assert (
+        ours.even_budget(points, 100.0)
+        is ours.even_budget(points, 0.001)
+        is ours.even_budget(points[:1], points[0][1])
+        is None
+    )
 
 
 def test_budgets_are_compared_with_the_first_arm() -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dumo.config import recipes
 from dumo.plan import catalogue
-from dumo.plan.catalogue import CATALOGUE, described, find, needing
+from dumo.plan.catalogue import CATALOGUE, describe, find, recipes_needing
 from e2e.shell import call, refused
 from recipe import recipe
 
@@ -32,7 +32,7 @@ def test_every_variable_that_a_recipe_reads_is_told() -> None:
 
 @pytest.mark.slow
 def test_a_recipe_is_named_by_what_it_needs() -> None:
-    named = {name: {*needing(find(name))} for name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained")}
+    named = {name: {*recipes_needing(find(name))} for name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained")}
     for name in ("imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae", "sana"):
         spec = recipe(name)
         inception = "inception" if hasattr(spec.evaluate.protocol, "frechet") else None
@@ -41,23 +41,23 @@ def test_a_recipe_is_named_by_what_it_needs() -> None:
 
 
 def test_what_stands_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "needing", lambda item: iter(()))  # seconds
+    monkeypatch.setattr(catalogue, "recipes_needing", lambda item: iter(()))  # seconds
     taef2 = find("taef2")
-    assert described(taef2)["looked"][0]["state"] == "the variable is not set"
+    assert describe(taef2)["looked"][0]["state"] == "the variable is not set"
     monkeypatch.setenv("DUMO_DATA", str(tmp_path))
-    assert "not there" in described(taef2)["looked"][0]["state"]
+    assert "not there" in describe(taef2)["looked"][0]["state"]
     (tmp_path / "taef2").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "taef2" / "taef2.safetensors")
-    assert "another file: the sha256" in described(taef2)["looked"][0]["state"]
+    assert "another file: the sha256" in describe(taef2)["looked"][0]["state"]
     (tmp_path / "imagenet-sample").mkdir()
-    assert [described(item)["there"] for item in CATALOGUE] == [
+    assert [describe(item)["there"] for item in CATALOGUE] == [
         item.name == "imagenet-sample" if item.places else None for item in CATALOGUE
     ]
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     one = call("data", "cifar10")
-    monkeypatch.setattr(catalogue, "needing", lambda item: iter(()))  # seconds
+    monkeypatch.setattr(catalogue, "recipes_needing", lambda item: iter(()))  # seconds
     every = call("data", "--json")
     assert (every.code, every.err, one.code) == (0, "", 0)
     assert [item["name"] for item in every.json] == [item.name for item in CATALOGUE]

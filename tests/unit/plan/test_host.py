@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.config.load import load
 from dumo.io.deferred import Deferred
-from dumo.plan.cluster import Traffic, pretended
+from dumo.plan.cluster import Traffic, fake_ranks
 from dumo.plan.host import PROCESS, host
 from dumo.run import memory
 from dumo.run.net import outline
@@ -97,7 +97,7 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
         weights.replace(p, partial(make, name, p))
     wanted: dict[str, Any] = {name: p.nbytes for name, p in net.named_parameters()}
     assert sum(p.numel() for p in net.parameters()) > 20e9
-    with pretended(8):
+    with fake_ranks(8):
         mesh, copy = layout.mesh_of(8, torch.device("cpu")), copied(net).requires_grad_(False)
         monkeypatch.setattr(layout, "replace_parameters", put)
         with Traffic() as sent:

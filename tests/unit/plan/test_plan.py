@@ -76,7 +76,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(memory, "activation_bytes", lambda *_, **__: 0)
         monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
         monkeypatch.setattr(cost, "way", lambda *_, **__: None)
-        monkeypatch.setattr("dumo.plan.plan.far", lambda _: 0.1)  # of a million draws
+        monkeypatch.setattr("dumo.plan.plan.far_share", lambda _: 0.1)  # of a million draws
     spec = recipe(name)
     if name in HEAVY:
         assert isinstance(spec.net, Pretrained)

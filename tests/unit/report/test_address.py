@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dumo.report import address
-from dumo.report.address import guard, listening
+from dumo.report.address import guard, open_listener
 from dumo.types import UserError
 
 QUESTION = {"data": ["", "0", 1, True, None], "fn_index": 0, "trigger_id": 14, "session_hash": "x"}
@@ -104,10 +104,10 @@ def test_a_question_holds_plain_values_alone() -> None:
 
 
 def test_this_machine_alone_is_listened_to() -> None:
-    with listening(0) as listener:
+    with open_listener(0) as listener:
         host, port = listener.getsockname()
         assert host == "127.0.0.1"
         assert address.url(listener) == f"http://127.0.0.1:{port}"
-        assert f"ssh -L {port}:localhost:{port} " in address.tunnel(listener)
-        with pytest.raises(UserError, match=f"port {port} .*--port"), listening(port):
+        assert f"ssh -L {port}:localhost:{port} " in address.tunnel_text(listener)
+        with pytest.raises(UserError, match=f"port {port} .*--port"), open_listener(port):
             pass

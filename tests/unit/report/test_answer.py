@@ -16,7 +16,7 @@ from dumo.cli.terminal import explain
 from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import answer, live
-from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, between, together
+from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, answer_runs, noises_between
 from dumo.report.demo import error_text, render, validation, write
 from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
 from dumo.run.index import Index
@@ -162,10 +162,10 @@ def test_points_are_a_scatter(moons: InteractiveRun) -> None:
 
 
 def test_a_seed_that_is_none_is_refused_in_a_line() -> None:
-    assert [answer.seed_of(text) for text in ("0", " 7\n", "007", "9" * 18)] == [0, 7, 7, 10**18 - 1]
+    assert [answer.parse_seed(text) for text in ("0", " 7\n", "007", "9" * 18)] == [0, 7, 7, 10**18 - 1]
     for text in NONSENSE:
         with pytest.raises(UserError, match="give a whole number") as found:
-            answer.seed_of(text)
+            answer.parse_seed(text)
         assert len(str(found.value)) < 160
 
 
@@ -256,20 +256,20 @@ def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: Interactiv
 @pytest.mark.slow
 def test_two_runs_answer_one_after_the_other(digits: InteractiveRun, flow: InteractiveRun) -> None:
     """From the same noise; what one cannot make is its line, and no error while another can."""
-    parts = [*together([digits, flow], answer.passes, "3", "0", 1)]
+    parts = [*answer_runs([digits, flow], answer.passes, "3", "0", 1)]
     assert [[*part] for part in parts] == [["digits"]] * 8 + [["digits", "flow"]] * 4
     assert parts[-1]["digits"] == parts[7]["digits"]
-    *_, last = together([flow, digits], answer.make, "3", "0", 1, 4, 1, "u")
+    *_, last = answer_runs([flow, digits], answer.make, "3", "0", 1, 4, 1, "u")
     assert (last["flow"].rows, last["flow"].line) == ([], "objective flow_matching teaches no jumps")
     assert len(last["digits"].rows[0].cells) == 4
     with pytest.raises(UserError, match="seed 'x'"):
-        next(together([digits, flow], answer.passes, "3", "x", 1))
+        next(answer_runs([digits, flow], answer.passes, "3", "x", 1))
     with pytest.raises(UserError, match="teaches no reading"):
-        next(together([digits], answer.make, "3", "0", 1, 4, 1, "w"))
+        next(answer_runs([digits], answer.make, "3", "0", 1, 4, 1, "w"))
 
 
 def test_two_grids_stand_next_to_each_other(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
-    *_, shown = together([digits, free], answer.make, "3", "0", 1, 4, 1, "u")
+    *_, shown = answer_runs([digits, free], answer.make, "3", "0", 1, 4, 1, "u")
     archive, grid = write(shown, tmp_path)
     assert read(grid).shape[1] > 2 * np.asarray(shown["digits"].sheet).shape[1]
     with ZipFile(archive) as files:
@@ -315,7 +315,7 @@ def test_between_two_noises_lies_noise() -> None:
     """Each of mean 0 and deviation 1, in every draw, and neighbours are equally far apart."""
     a, b = (lambda k, name=name: torch.randn(1, 200_000, generator=stream(name, k)) for name in "ab")
     for k in (0, 1):
-        rows = between(a, b, 5)(k)
+        rows = noises_between(a, b, 5)(k)
         torch.testing.assert_close(rows[[0, -1]], torch.cat([a(k), b(k)]), atol=1e-6, rtol=0)
         torch.testing.assert_close(rows.std(1), torch.ones(5), atol=0.01, rtol=0)
         gaps = rows.diff(dim=0).norm(dim=1)

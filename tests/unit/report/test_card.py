@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dumo.report.card import checked
-from dumo.report.compare import alike, compare, differing, shortened
+from dumo.report.card import validate_report
+from dumo.report.compare import compare, differing_fields, require_comparable, shortened
 from dumo.report.score import mark_best
 from dumo.types import UserError
 from fuzz.target import EVALUATION
@@ -48,27 +48,27 @@ FIELDS = ("protocol", "samples", "features", "features_sha256", "reference", "re
 def test_every_measure_that_differs_is_refused_and_named(field: str) -> None:
     value = {"kind": "taef2", "sha256": "e" * 64} if field == "codec" else "another"
     other = CARD | {field: value}
-    assert list(differing([CARD, other, CARD])) == [field]
+    assert list(differing_fields([CARD, other, CARD])) == [field]
     with pytest.raises(UserError, match=rf"not measured alike(.|\n)*  {field}: .* in a, c; .* in b\n.*--anyway"):
-        alike({"a": CARD, "b": other, "c": CARD})
+        require_comparable({"a": CARD, "b": other, "c": CARD})
 
 
 @pytest.mark.parametrize("field", ["weights", "weights_sha256", "step", "ema", "solver", "data"])
 def test_what_is_compared_may_differ(field: str) -> None:
-    alike({"a": CARD, "b": CARD | {field: "another"}})
+    require_comparable({"a": CARD, "b": CARD | {field: "another"}})
 
 
 def test_a_codec_is_known_by_its_weights() -> None:
     codec = CARD["codec"]
-    alike({"a": CARD, "b": CARD | {"codec": codec | {"scale": 1.2, "shift": 0.0}}})  # as cards had it
+    require_comparable({"a": CARD, "b": CARD | {"codec": codec | {"scale": 1.2, "shift": 0.0}}})  # as cards had it
     for other in (None, codec | {"kind": "sd-vae"}):
-        assert list(differing([CARD, CARD | {"codec": other}])) == ["codec"]
+        assert list(differing_fields([CARD, CARD | {"codec": other}])) == ["codec"]
 
 
 def test_data_without_a_hash_is_compared_by_what_it_is() -> None:
     draws = {key: value for key, value in CARD.items() if key != "reference_sha256"}
-    alike({"a": draws, "b": draws})
-    assert list(differing([draws, draws | {"data": {"kind": "moons"}}])) == ["data"]
+    require_comparable({"a": draws, "b": draws})
+    assert list(differing_fields([draws, draws | {"data": {"kind": "moons"}}])) == ["data"]
 
 
 def test_a_table_of_runs(tmp_path: Path) -> None:
@@ -155,15 +155,15 @@ def test_what_is_wrong_is_named(place: str, value: object) -> None:
         holder = holder[int(part) if isinstance(holder, list) else part]
     holder[parts[-1]] = value
     with pytest.raises(UserError, match=rf"^a\.json is damaged, {place}.*: evaluate again$"):
-        checked(found, Path("a.json"), "evaluate again")
+        validate_report(found, Path("a.json"), "evaluate again")
 
 
 def test_a_whole_one_stays_as_it_is_and_a_score_that_was_none_stays_none() -> None:
-    found = checked(EVALUATION, Path("a.json"), "way out")
+    found = validate_report(EVALUATION, Path("a.json"), "way out")
     assert found == EVALUATION
     assert found["contrast"][0] == {"nfe": 1, "solver": "euler", "fd_grey": 5.5, "fd": None, "fd_sd": 0.5}
     old = {name: EVALUATION[name] for name in ("step", "card", "results", "contrast")}
-    assert checked(old, Path("a.json"), "way out") == old | {"weights": "", "protocol": "", "baselines": {}}
+    assert validate_report(old, Path("a.json"), "way out") == old | {"weights": "", "protocol": "", "baselines": {}}
 
 
 def test_what_is_level_with_the_best_of_its_passes_is_marked() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dumo.config.load import load
-from dumo.report.card import contrast, read_report
+from dumo.report.card import contrast_passes, read_report
 from dumo.report.compare import compare
-from dumo.report.evaluate import evaluate, standing
+from dumo.report.evaluate import current_report, evaluate
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run, sampler
 from dumo.types import UserError
@@ -67,7 +67,7 @@ def test_precision_is_that_of_training_unless_another_is_asked_for(folder: Path)
     assert asked.precision == "bf16"
     (file := folder / "evaluation.json").write_text(file.read_text().replace('"precision": "fp32",', ""))
     assert read_report(file)["card"]["precision"] == "fp32"
-    assert standing(open_folder(folder)) is not None
+    assert current_report(open_folder(folder)) is not None
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_rows_of_other_passes_are_collected(folder: Path) -> None:
     """So what was judged at one pass, then at others, is what a comparison and a report show."""
     one = evaluate(open_folder(folder), nfe=[1])
     assert one["file"] == str(folder / "evaluation.json")
-    assert standing(open_folder(folder)) is None  # its own spec asks for two passes as well
+    assert current_report(open_folder(folder)) is None  # its own spec asks for two passes as well
     three = evaluate(open_folder(folder), nfe=[3])
     assert [row["nfe"] for row in three["results"]] == [3]  # what was asked
     whole = evaluate(open_folder(folder))
@@ -131,7 +131,7 @@ def test_rows_of_other_passes_are_collected(folder: Path) -> None:
     assert kept["results"] == [*whole["results"], *three["results"]]
     assert kept["contrast"] == [*whole["contrast"], three["contrast"][-1]]
     assert (kept["card"]["nfe"], kept["card"]["contrast"]) == ([1, 2, 3], [1, 2, 3])
-    assert standing(open_folder(folder)) == whole
+    assert current_report(open_folder(folder)) == whole
     assert [row["nfe"] for row in compare([str(folder)])["rows"]] == [1, 2, 3] * 2
     assert files(folder) == {"evaluation.json"}
 
@@ -170,15 +170,15 @@ def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
 
 @pytest.mark.nightly
 def test_what_stands_is_known_to_be_what_is_asked(folder: Path) -> None:
-    assert standing(open_folder(folder)) is None
+    assert current_report(open_folder(folder)) is None
     report = evaluate(open_folder(folder))
-    assert standing(open_folder(folder)) == report
+    assert current_report(open_folder(folder)) == report
     for more in ("sample.solver.m=0.3", "evaluate.seed=1", "evaluate.nfe=[1, 3]", "evaluate.contrast=[4]"):
-        assert standing(open_folder(folder, more)) is None
+        assert current_report(open_folder(folder, more)) is None
     for more in ("evaluate.nfe=[2]", "evaluate.contrast=[]"):  # less than stands is known, too
-        assert standing(open_folder(folder, more)) == evaluate(open_folder(folder, more))
+        assert current_report(open_folder(folder, more)) == evaluate(open_folder(folder, more))
     (folder / "evaluation.json").write_text(json.dumps({"step": 4}))  # of a version without cards
-    assert standing(open_folder(folder)) is None
+    assert current_report(open_folder(folder)) is None
 
 
 def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
@@ -189,7 +189,7 @@ def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
         ("digits-flow-matching", ["evaluate.contrast=[1, 50]"], []),  # its own solver is the contrast
     ):
         run = load(recipe, words)
-        assert contrast(sampler(run, nn.Identity()), run.evaluate) == passes
+        assert contrast_passes(sampler(run, nn.Identity()), run.evaluate) == passes
 
 
 @pytest.mark.slow

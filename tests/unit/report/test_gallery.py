@@ -52,7 +52,7 @@ def shown(one: RunFolder, number: int, label: int, **asked: object) -> np.ndarra
 
 def stages(one: RunFolder, steps: list[int] | None = None) -> dict[int, Path | None]:
     """Those of a run's folder."""
-    return gallery.stages(one.folder, one.step, steps)
+    return gallery.milestone_files(one.folder, one.step, steps)
 
 
 def made_of(recipe: str, *fields: str) -> Sampler:

@@ -16,12 +16,12 @@ from dumo.data.pixel import Unreadable
 from dumo.encoders import inception
 from dumo.evaluation import ShippedProtocol
 from dumo.evaluation import images as by_inception
-from dumo.evaluation.reference import PIECE, STANDARDS, hashed
+from dumo.evaluation.reference import PIECE, STANDARDS, hash_images
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
-from dumo.report.compare import alike, compare
+from dumo.report.compare import compare, require_comparable
 from dumo.report.images import fitting, judge
-from dumo.report.place import PlacedImages, Same, look
+from dumo.report.place import PlacedImages, SameSize, open_images
 from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of
@@ -57,7 +57,7 @@ def write(folder: str, n: int, *, classes: int = 0, side: int = 8, base: int = 0
 def pixels(found: PlacedImages) -> tuple[torch.Tensor, str]:
     """All images of a place, and their hash."""
     batches = [(index, to_uint8(x)) for index, x in found.judged(len(found.source), 3)]
-    return torch.cat([x for _, x in batches]), hashed(batches)[1]
+    return torch.cat([x for _, x in batches]), hash_images(batches)[1]
 
 
 def test_a_folder_a_table_an_archive_and_an_npz_are_one(here: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_folder_a_table_an_archive_and_an_npz_are_one(here: Path) -> None:
     places = [here / "npz.npz", *(here / name for name in STORES)]
     for name, make in STORES.items():
         make(here / name)
-    seen = [(found, *pixels(found)) for found in (look(place, "--images") for place in places)]
+    seen = [(found, *pixels(found)) for found in (open_images(place, "--images") for place in places)]
     for found, x, sha256 in seen:
         assert np.array_equal(to_rows(x / 127.5 - 1).numpy(), wanted)
         assert sha256 == seen[0][2]
@@ -95,7 +95,7 @@ def encoded(image: Image.Image) -> bytes:
 
 
 def test_images_are_read_as_the_fields_evaluators_do_and_grey_of_16_bits_is_rounded() -> None:
-    to_pixels = Same(8, 8, "none", "first.png")
+    to_pixels = SameSize(8, 8, "none", "first.png")
     grey = Image.fromarray(DRAWS.integers(0, 256, (8, 8), dtype=np.uint8))
     for image in (grey, grey.convert("P"), grey.convert("1"), grey.convert("CMYK").convert("RGB")):
         data = encoded(image)
@@ -141,7 +141,7 @@ def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
 def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     """Class by class as a run is judged; the classes of an .npz have no names."""
     made, real = write("made", 30, classes=2, base=40), write("real", 30, classes=2)
-    found, labels = look(made, "--images"), look(real, "--against").labels
+    found, labels = open_images(made, "--images"), open_images(real, "--against").labels
     assert labels is not None
     x, _ = pixels(found)
     write_adm(Path("made.npz"), to_rows(x / 127.5 - 1), labels.c)
@@ -153,7 +153,7 @@ def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     assert reports[0]["results"] == reports[1]["results"] != reports[2]["results"]
     assert [report["card"]["labels"] for report in reports] == ["2 classes of the images"] * 2 + ["none"]
     # a reference of the same size as a file of pixels: what it is compared with is the same
-    x, _ = pixels(look(real, "--against"))
+    x, _ = pixels(open_images(real, "--against"))
     write_adm(Path("real.npz"), to_rows(x / 127.5 - 1), labels.c)
     again = judge("made", against="real.npz", out=Path("again.json"))
     assert again["results"] == reports[0]["results"]
@@ -168,7 +168,7 @@ def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     assert report["results"][0]["accuracy"] > 0.98
     assert report["card"]["reference"] == "1,797 samples of the data"
     write_adm(Path("two.npz"), to_rows(table.x[:600]), table.c[:600] % 2)
-    assert fitting(ShippedProtocol(kind="digits"), look(Path("two.npz"), "--images"), "two.npz") == (1, 0)
+    assert fitting(ShippedProtocol(kind="digits"), open_images(Path("two.npz"), "--images"), "two.npz") == (1, 0)
     assert "accuracy" not in judge("two.npz", "digits")["results"][0]
 
 
@@ -186,7 +186,7 @@ def test_colour_is_no_grey() -> None:
 def test_ranks_take_pieces_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pieces, so that no batch rounds otherwise; a rank without one gives an empty one, for others wait."""
     np.savez("many.npz", DRAWS.integers(0, 256, (2 * PIECE + 5, 4, 4, 3), dtype=np.uint8))
-    found = look(Path("many.npz"), "--images")
+    found = open_images(Path("many.npz"), "--images")
     alone = [index.tolist() for index, _ in found.judged(99, 3)]
     assert [i for piece in alone for i in piece] == [*range(99)]
     monkeypatch.setattr(dist, "world", lambda: 4)
@@ -204,12 +204,12 @@ def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> Non
     card = judge("made", against="real")["card"]
     run = card | {"codec": {"kind": "taesd", "sha256": "c" * 64}, "seed": 3, "solver": {"kind": "euler"}, "step": 4}
     del run["images"]
-    alike({"run": run, "made": card})
+    require_comparable({"run": run, "made": card})
     for field in ("protocol", "features_sha256", "reference_sha256", "rounding"):
         with pytest.raises(UserError, match=rf"(?s)not measured alike.*  {field}: .* in run; .* in made"):
-            alike({"run": run | {field: "another"}, "made": card})
+            require_comparable({"run": run | {field: "another"}, "made": card})
     with pytest.raises(UserError, match="  seed: 3 in run; None in made; 4 in other"):
-        alike({"run": run, "made": card, "other": run | {"seed": 4}})
+        require_comparable({"run": run, "made": card, "other": run | {"seed": 4}})
 
     (here / "run").mkdir()
     rows = {"results": [{"nfe": 1, "solver": "euler", "kid": 2.0}], "contrast": []}
@@ -258,7 +258,7 @@ def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.Monke
     report = judge("made", "folder", against="real", fields=fields)
     assert ("fid" in report["results"][0]) == frechet
     assert report["protocol"] == "folder" + " (no Fréchet distances)" * (not frechet)
-    x, _ = pixels(look(Path("made"), "--images"))
+    x, _ = pixels(open_images(Path("made"), "--images"))
     fake = gather(statistics_of(net, [(torch.arange(30), x)], 30), 30)
     assert report["card"]["data"]["side"] == 8  # a reference is brought to the size of what is judged
     assert report["results"][0]["is"] == pytest.approx(fake.score.value()[0], rel=1e-12)
@@ -271,7 +271,7 @@ def test_features_of_a_folder_are_torch_fidelitys() -> None:
         for i, image in enumerate(recipe.images(size).permute(0, 2, 3, 1)):
             Path(f"{size}").mkdir(exist_ok=True)
             Image.fromarray(image.numpy()).save(f"{size}/{i}.png")
-        x, _ = pixels(look(Path(f"{size}"), "--images"))
+        x, _ = pixels(open_images(Path(f"{size}"), "--images"))
         found, golden = recipe.summary(recipe.net()(x).pool), recipe.golden()[str(size)]["2048"]
         assert found["shape"] == golden["shape"]
         assert found["norm"] == pytest.approx(golden["norm"], rel=1e-4)

@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.flow.generate import join_batches
 from dumo.flow.solver import Heun
-from dumo.report.evaluate import evaluate, likelihoods, standing
+from dumo.report.evaluate import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run, sampler
@@ -41,7 +41,7 @@ def test_jumps_stand_beside_the_flow(folder: Path) -> None:
     assert all(1.5 < row["bits"] < 3 for row in (*report["results"], *report["contrast"]))  # about N(0, I)
     assert (report["protocol"], report["baselines"], report["state"]) == ("likelihood (300 samples)", {}, None)
     assert (report["card"]["labels"], report["card"]["contrast"]) == ("those of the data", [4])
-    assert standing(run) is None
+    assert current_report(run) is None
     euler = evaluate(opened(folder, "evaluate.protocol.probes=0"), solver="euler", nfe=[4])
     assert euler["results"][0]["nfe"] == 8  # two axes
 

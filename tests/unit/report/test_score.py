@@ -31,7 +31,7 @@ PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
 def judged(lead: float = 0.5, **more: Any) -> score.Judgement:  # noqa: ANN401, what a report holds
     """An evaluation of digits, as it is read."""
     row = {"nfe": 1, "solver": "restart", "fd_grey": lead, "fd": 0.1, "kid": 0.01, "kid_sd": 0.02, "auc": 0.7, **more}
-    columns = score.figures(row)
+    columns = score.score_names(row)
     return {
         "results": [row],
         "contrast": [],
@@ -51,20 +51,20 @@ def near(samples: float, real: float) -> score.Judgement:
 def test_the_first_leads() -> None:
     assert headline({"mmd": 1, "fd_grey": 2}) == "mmd"
     row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "fd_grey": 2.0, "kid": None, "state": "untrained"}
-    assert score.figures(row) == ["mmd", "fd_grey", "kid"]
+    assert score.score_names(row) == ["mmd", "fd_grey", "kid"]
 
 
 def test_what_sees_classes_leads_and_a_summary_has_no_precision() -> None:
     row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "class_mmd": 2.0, "class_mmd_sd": 0.5}
     row |= {"precision": 0.9, "recall": 0.1, "pixel_fd": 1.0, "copies": 0.0}
-    columns = score.figures(row)
+    columns = score.score_names(row)
     assert columns == ["class_mmd", "mmd", "precision", "recall", "pixel_fd", "copies"]
-    assert score.summary(columns) == ["class_mmd", "recall", "copies"]
-    short = score.shortened(row, score.summary(columns))
+    assert score.summary_names(columns) == ["class_mmd", "recall", "copies"]
+    short = score.select_scores(row, score.summary_names(columns))
     assert list(short) == ["nfe", "solver", "class_mmd", "class_mmd_sd", "recall", "copies"]
-    assert score.summary(score.figures({"fid": 0.5, "their_score": 0.6})) == ["fid", "their_score"]
+    assert score.summary_names(score.score_names({"fid": 0.5, "their_score": 0.6})) == ["fid", "their_score"]
     baselines = {"perfect": {"mean": 0.0, "sd": 0.1, "class_mmd": 0.5}}
-    named = score.by_name({"results": [row], "baselines": baselines})
+    named = score.baselines_by_name({"results": [row], "baselines": baselines})
     assert named == {"perfect": {"mmd": 0.0, "mmd_sd": 0.1, "class_mmd": 0.5}}
 
 
@@ -73,11 +73,11 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
     features = {"features": "32 of dumo's classifier of digits"}
     row = {"nfe": 1, "fd_grey": 1.0, "fd": 1.0, "kid": 1.0, "kid_sd": 1.0, "auc": 0.7, "pixel_fd": 2.0}
     by_numbers, by_features = features | {"trained_on": "numbers"}, features | {"trained_on": "classifier of digits"}
-    assert [score.figures(row, card)[0] for card in (features, by_numbers)] == ["fd_grey", "fd_grey"]
-    assert [score.biased(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd"]]
-    assert score.biased(row, by_features) == ["fd_grey", "fd", "kid"]
-    assert score.figures(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd"]
-    assert score.biased(row, features | {"trained_on": "Inception"}) == []
+    assert [score.score_names(row, card)[0] for card in (features, by_numbers)] == ["fd_grey", "fd_grey"]
+    assert [score.trained_on_names(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd"]]
+    assert score.trained_on_names(row, by_features) == ["fd_grey", "fd", "kid"]
+    assert score.score_names(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd"]
+    assert score.trained_on_names(row, features | {"trained_on": "Inception"}) == []
     assert headline({"mmd2": 1.0}, by_numbers) == "mmd2"
 
 
@@ -105,7 +105,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     marked, plain = pages
     assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "mmd"], 0.5)
     assert (plain["columns"], plain["baseline"]["mean"]) == (["mmd", "auc"], 0.2)
-    assert score.cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert score.baseline_cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
     assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
     results = recipes.results("zoo")
     assert results is not None
@@ -136,12 +136,12 @@ def test_every_figure_of_ours_has_words() -> None:
 
 
 def test_a_baseline_stands_under_what_it_is_of() -> None:
-    assert score.cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
+    assert score.baseline_cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
     (told,) = score.baselines(judged(), judged()["columns"])
-    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect", judged()["columns"]))
-    assert [score.too_few(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
+    assert (told[0], told[2]) == ("a perfect sampler", score.baseline_cells(judged(), "perfect", judged()["columns"]))
+    assert [score.has_too_few_images(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
     for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
-        assert score.shipped(load(recipe).evaluate.protocol, load(recipe).data) == name
+        assert score.shipped_results(load(recipe).evaluate.protocol, load(recipe).data) == name
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_codec_that_is_not_there_is_refused_before_the_first_step(tmp_path: Pa
 
 
 def test_of_many_classes_some_from_end_to_end() -> None:
-    assert sheet.classes(load("digits").conditions).tolist() == [i % 10 for i in range(64)]
-    many = sheet.classes(load("imagenet256-xl2").conditions).tolist()
+    assert sheet.sheet_conditions(load("digits").conditions).tolist() == [i % 10 for i in range(64)]
+    many = sheet.sheet_conditions(load("imagenet256-xl2").conditions).tolist()
     assert (many[0], many[-1], len(set(many))) == (0, 984, 64)
-    assert sheet.classes(load("moons").conditions).tolist() == [0] * 2000
+    assert sheet.sheet_conditions(load("moons").conditions).tolist() == [0] * 2000

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dumo.io import shards
-from dumo.plan.cluster import pretended
+from dumo.plan.cluster import fake_ranks
 from dumo.training import checkpoint
 from dumo.training.manifest import Checkpoints
 from dumo.training.saver import Saver
@@ -55,7 +55,7 @@ def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [1, 2, 4])
 def test_what_ranks_hold_alike_they_share_out(share: int) -> None:
     """Each of four copies a quarter, however many hold the same."""
-    with pretended(4):
+    with fake_ranks(4):
         mesh = init_device_mesh("cpu", (4 // share, share))
         places = [Replicate(), Shard(0)]
         x = {f"{n}": distribute_tensor(torch.zeros(4 * n, 3), mesh, places) for n in (10, 9, 8, 7, 6, 5, 4, 3)}
