@@ -1,4 +1,9 @@
-"""How it goes and how good it is: logs as tables, as curves and on their way to trackers; evaluate and compare."""
+"""Commands on runs that train or have trained: `log`, `evaluate` and `compare`.
+
+Each checks its options, calls what does the work, in `dumo.report`, and prints what comes back: `log` rows or curves of
+logs, or how many rows a tracker was sent; `evaluate` scores, of a run or of images that others made; `compare` a table.
+Tables go to stdout, as does --json. Imports that take long stand in the functions that need them.
+"""
 
 import json
 from pathlib import Path
@@ -13,8 +18,8 @@ from dumo.runtime.progress import bar
 if TYPE_CHECKING:
     from dumo.training.log import Row
 
-LAST = 10  # rows of the table of a log
-BASELINES = {  # in words
+LAST = 10  # rows of a run in the table of a log. Ours
+BASELINES = {  # what the terminal calls them
     "perfect": "a perfect sampler",
     "null": "a perfect sampler",
     "noise": "noise",

@@ -1,4 +1,7 @@
-"""The front door from a training loop of one's own: `dumo.Flow`."""
+"""The front door from a training loop of one's own: `dumo.Flow`.
+
+It is `dumo.flow.loop.LoopFlow`, with an objective that may be given by its name.
+"""
 
 from collections.abc import Mapping
 from typing import Any

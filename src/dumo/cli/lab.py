@@ -1,4 +1,7 @@
-"""The lab: figures and tables made again; training steps, sampling and reading data measured on this machine."""
+"""Commands of the lab: `reproduce` makes a figure or table again; `step`, `sample` and `data` are `dumo bench`.
+
+Each checks its options, calls its namesake in `dumo.lab`, and prints the report as a table, or as JSON.
+"""
 
 import json
 from pathlib import Path

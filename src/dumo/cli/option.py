@@ -1,4 +1,8 @@
-"""What several commands share: option types, the decorator that adds --trust-code, and parsers of option values."""
+"""What several commands share: types of options, `with_trust_code`, and parsers of option values.
+
+Types come first (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that option, with its help.
+`with_trust_code` adds --trust-code to a command. The parsers raise typer's BadParameter, or UserError.
+"""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,8 @@
-"""Before anything is trained: what there is and what to fetch, what a run takes, what this machine can do."""
+"""Commands before anything is trained: `recipes`, `data`, `show`, `dry` and `doctor`.
+
+`recipes` and `data` list what there is and what to fetch. The others load a run, with advice on stderr, and print what
+it is (`show`), what it takes (`dry`), and whether this machine can train it (`doctor`), as counted by `dumo.plan`.
+"""
 
 import json
 import shlex

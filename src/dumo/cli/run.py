@@ -1,4 +1,8 @@
-"""From images to samples: encode, train, sample, draw."""
+"""Commands that make things: `encode`, `train`, `sample`, `average`, `grid` and `report`, in the order of use.
+
+Each checks its options, opens a recipe or a run, calls what does the work, prints the paths of what was written on
+stdout, and says on stderr what to type next.
+"""
 
 import os
 import sys

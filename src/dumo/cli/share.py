@@ -1,4 +1,8 @@
-"""What others use: a net as files of stock programs, and a page to play with it."""
+"""Commands for others: `export` writes a net as files of stock programs, `demo` serves a page to play with runs.
+
+`export` refuses what cannot be written, opens the run on the CPU, writes (`dumo.export`), uploads where that is asked,
+and says what to type next. `demo` opens the port, then the runs (`dumo.report.live`), and serves until a signal.
+"""
 
 from pathlib import Path
 from shlex import quote

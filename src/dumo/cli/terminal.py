@@ -1,4 +1,11 @@
-"""What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr; and exit codes."""
+"""What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr; and exit codes.
+
+Around every command, as the program sets them up: `reopen_streams` before anything is written, `rank_0_speaks` under
+torchrun, `plain_warnings`, and `stoppable` for signals. An error ends in `explain`: its line and its exit code.
+
+For commands: `out` and `err` to write on, `show_lines` and `show_table`, and `memory_hint`, which says how the work
+would take less memory.
+"""
 
 import errno
 import faulthandler

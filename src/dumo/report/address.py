@@ -1,5 +1,9 @@
 """Where the demo is served, and what is answered there: what its own page asks, on this machine.
 
+`open_listener` opens the port, `url` and `tunnel_text` say how to reach it, and `guard` wraps the app that answers.
+For each request `guard` asks in this order: is it HTTP, is it for this machine (`_refusal`), is it a question of the
+page (`_read_question`) or a file of it? Else the answer is 404.
+
 A page of another site that is open in the same browser can send requests here, and by its own name, once that leads to
 this machine (DNS rebinding), read the answers. So only requests to a name of this machine are answered (Host), and of a
 page's requests only those of its own pages (Origin).
@@ -90,7 +94,7 @@ async def _reply(send: Send, status: int, text: str) -> None:
 
 
 def _refusal(headers: Mapping[str, str]) -> str:
-    """Why a request is not answered; empty where it is."""
+    """Why a request with these headers is not answered, in a sentence; "" where it is answered."""
     host = headers.get("host", "")
     try:
         name = urlsplit(f"//{host}").hostname or ""
@@ -108,7 +112,7 @@ def _refusal(headers: Mapping[str, str]) -> str:
 
 
 async def _read_question(receive: Receive) -> bytes | None:
-    """A question as JSON, written anew so that Gradio reads what was checked; None where it is none of the page's."""
+    """The body of a question as JSON, written anew so that Gradio reads what was checked; None where it is refused."""
     body = b""
     while True:
         message = await receive()
@@ -140,7 +144,7 @@ def _is_plain(question: object) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Receive this body, and then what else comes."""
+    """A `receive` that gives this body first, and then what else comes from `receive`."""
     bodies = [body]
 
     async def receive_again() -> Message:

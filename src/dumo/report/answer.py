@@ -175,14 +175,14 @@ def passes(live: InteractiveRun, what: str, seed: str, guidance: float) -> Itera
 
 
 def _mode_title(mode: SamplingMode) -> str:
-    """What it follows, and how: 'jumps: u (Restart)'."""
+    """A mode by what it follows, and how: 'jumps: u (Restart)'."""
     return f"{TAUGHT_BY_LETTER[mode.letter]}: {mode.letter} ({solver_title(mode.solver)})"
 
 
 def _sample_cell(
     live: InteractiveRun, mode: SamplingMode, nfe: int, c: Tensor, fresh: Fresh, guide: CFG, until: float
 ) -> AnswerCell:
-    """A sample as a cell, with its passes and time, or why there is none."""
+    """One sample as a cell, with its passes and seconds; where it cannot be made, the reason alone."""
     try:
         made = live.make(mode, nfe, c, fresh, guide, until)
         return AnswerCell(_pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {_seconds_text(made.seconds)}")
@@ -261,5 +261,5 @@ def parse_seed(text: str) -> int:
 
 
 def _seconds_text(seconds: float) -> str:
-    """'12 ms', '3.4 s'."""
+    """Seconds as text: '12 ms', '3.4 s'."""
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

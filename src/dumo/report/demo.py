@@ -1,5 +1,8 @@
 """The demo: a page to play with runs, and its server, which this machine alone reaches, and which ends at a signal.
 
+`gradio_alone` imports Gradio, `page` lays out the page of some runs, and `serve` serves it. When a person presses a
+button, `answer_runs` asks each run in turn (`dumo.report.answer`), and `render` makes HTML of what there is so far.
+
 An answer is HTML that holds its pictures: nothing is fetched from elsewhere. What a person typed is escaped in it, and
 in what says that it was wrong. Only what is downloaded lies in files, for a while, in a folder that goes at the end.
 Gradio is imported in functions: it reads the environment as it is imported (`gradio_alone`).
@@ -13,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -43,14 +47,17 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 MENU = 1000  # classes that are listed; of more, one is typed: ours
-IMAGES, COUNT = 64, 16  # to make: at most, and at first: ours
-MOST = 100  # passes: ours
-STRONGEST, STEP = 10, 0.1  # of the scale of guidance, where the run's own is not above: ours
-KEPT = 3600  # seconds that files can be downloaded: ours
-WAITING = 64  # questions in the queue; more are refused: ours
-FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the machine's own: no theme's is fetched
+MAX_IMAGES = 64  # to make at once: ours
+COUNT = 16  # images to make, unless another number is chosen: ours
+MAX_PASSES = 100  # ours
+MAX_GUIDANCE = 10  # of the scale of guidance, where the run's own is not above: ours
+GUIDANCE_STEP = 0.1  # ours
+DOWNLOAD_SECONDS = 3600  # that files can be downloaded: ours
+MAX_QUESTIONS = 64  # in the queue; more are refused: ours
+FONT = ["system-ui", "sans-serif"]  # the machine's own: no theme's is fetched
+MONO = ["ui-monospace", "monospace"]
 INK = "*body_text_color"  # of what stands below a label: why guidance is grey must be readable
-HALF = re.compile("[\ud800-\udfff]")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 WAIT = 0.1  # seconds between two looks for a signal
 GRACE = 1  # seconds that open connections have then: ours
 Explain = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
@@ -66,12 +73,14 @@ def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     for letter, taught in TAUGHT_BY_LETTER.items():
         if any(letter in live.modes for live in lives):
             ways.append((f"{taught}: {letter}", letter))
-    nfe = max(1, min(first.sampler.spec.nfe[0], MOST))
+    nfe = max(1, min(first.sampler.spec.nfe[0], MAX_PASSES))
     seed = partial(gr.Textbox, max_lines=1)  # text: what is no number is answered in words
     reading = partial(gr.Radio, ways, value=ways[0][1], label="by", visible=len(ways) > 1)
-    passes = partial(gr.Slider, 1, MOST, nfe, step=1, precision=0, label="passes")
+    passes = partial(gr.Slider, 1, MAX_PASSES, nfe, step=1, precision=0, label="passes")
     tab = partial(_add_button, lives, explain)
-    with gr.Blocks(title=f"{names} · dumo", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
+    with gr.Blocks(
+        title=f"{names} · dumo", analytics_enabled=False, delete_cache=(DOWNLOAD_SECONDS, DOWNLOAD_SECONDS)
+    ) as blocks:
         with gr.Row():
             for live in lives:
                 gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(_run_line(live))}</p>{validation(live)}")
@@ -80,7 +89,7 @@ def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
         if first.sampler.is_image:
             with gr.Tab("Make"):
                 with gr.Row():
-                    count = gr.Slider(1, IMAGES, COUNT, step=1, precision=0, label="images")
+                    count = gr.Slider(1, MAX_IMAGES, COUNT, step=1, precision=0, label="images")
                     more = count, passes(), reading()
                 tab(answer.make, *given, *more, keeps=True)
         with gr.Tab("Passes"):
@@ -94,14 +103,17 @@ def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
                 with gr.Row():
                     more = reading(), passes()
                 tab(answer.neighbours, *given, *more)
-    return blocks.queue(max_size=WAITING)
+    return blocks.queue(max_size=MAX_QUESTIONS)
 
 
 def _run_line(live: InteractiveRun) -> str:
-    """A run in a line."""
-    numbers, here = sum(p.numel() for p in live.opened.net.parameters()), live.opened.device
-    device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
-    return f"{live.opened.run.about}. Step {live.opened.step:,}, {numbers:,} parameters, on {device}."
+    """A run in a line: what it is about, its step, parameters and device."""
+    opened = live.opened
+    parameters = sum(p.numel() for p in opened.net.parameters())
+    device_name = "the processor"
+    if opened.device.type == "cuda":
+        device_name = torch.cuda.get_device_name(opened.device)
+    return f"{opened.run.about}. Step {opened.step:,}, {parameters:,} parameters, on {device_name}."
 
 
 def validation(live: InteractiveRun) -> str:
@@ -140,11 +152,22 @@ def _guidance_field(lives: Sequence[InteractiveRun]) -> "gr.Slider":
     """The scale of guidance; grey, with the reason, where no run can be guided."""
     import gradio as gr
 
-    own, reasons = lives[0].sampler.spec.guide.scale, dict.fromkeys(live.unguided for live in lives)
-    free = "" in reasons
-    why = "1: none; else every pass is two" if free else html.escape("; ".join(reasons))
-    low, high = min(own, 1), max(own, STRONGEST)
-    return gr.Slider(low, high, own, step=STEP, label="guidance scale", info=why, interactive=free, min_width=280)
+    scale = lives[0].sampler.spec.guide.scale
+    refusals = dict.fromkeys(live.unguided for live in lives)  # "" of a run that can be guided
+    can_guide = "" in refusals
+    hint = "1: none; else every pass is two"
+    if not can_guide:
+        hint = html.escape("; ".join(refusals))
+    return gr.Slider(
+        min(scale, 1),
+        max(scale, MAX_GUIDANCE),
+        scale,
+        step=GUIDANCE_STEP,
+        label="guidance scale",
+        info=hint,
+        interactive=can_guide,
+        min_width=280,
+    )
 
 
 def _add_button(
@@ -156,52 +179,73 @@ def _add_button(
     """
     import gradio as gr
 
-    pressed, place = gr.Button("Make", variant="primary"), gr.HTML()
-    outputs, fill = _add_downloads() if keeps else ((), lambda shown, folder: {})
+    pressed = gr.Button("Make", variant="primary")
+    place = gr.HTML()
+    downloads = _add_downloads() if keeps else None
 
-    def work(*given: object) -> Iterator[dict["Component", object]]:
+    def work(*chosen: object) -> Iterator[dict["Component", object]]:
         try:
-            if HALF.search("".join(text for text in given if isinstance(text, str))):
+            texts = [text for text in chosen if isinstance(text, str)]
+            if HALF_CHARACTER.search("".join(texts)):
                 raise UserError("a text has half a character, which cannot be read: type it anew")
             with TemporaryDirectory(prefix="dumo-demo-") as folder:  # Gradio copies what it needs at every yield
-                for shown in answer_runs(lives, answers, *given):
-                    yield {place: render(shown), **fill(shown, Path(folder))}
+                for shown in answer_runs(lives, answers, *chosen):
+                    updates: dict[Component, object] = {place: render(shown)}
+                    if downloads:
+                        updates |= downloads.fill(shown, Path(folder))
+                    yield updates
         except Exception as error:
             raise gr.Error(error_text(error, explain), print_exception=False) from None
 
+    outputs = downloads.components if downloads else ()
     pressed.click(work, [*inputs], [place, *outputs], concurrency_id="device", concurrency_limit=1)
 
 
-def _add_downloads() -> "tuple[Sequence[Component], Callable[[Mapping[str, Answer], Path], dict[Component, object]]]":
-    """Pictures in files and Python to copy, none yet; and what makes them of an answer, by way of a folder."""
+@dataclass(frozen=True)
+class _Downloads:
+    """Components to download pictures from and to copy Python from; `fill` updates them, by files in a folder."""
+
+    components: "Sequence[Component]"
+    fill: "Callable[[Mapping[str, Answer], Path], dict[Component, object]]"
+
+
+def _add_downloads() -> _Downloads:
+    """Add buttons for pictures in files, and a field of Python to copy, without any yet."""
     import gradio as gr
 
     with gr.Row():
-        images, grid = (gr.DownloadButton(label, interactive=False) for label in ("Images (zip)", "Grid (png)"))
-    label = "the Python that makes them"
-    code = gr.Code(language="python", label=label, interactive=False, show_line_numbers=False, visible=False)
+        images = gr.DownloadButton("Images (zip)", interactive=False)
+        grid = gr.DownloadButton("Grid (png)", interactive=False)
+    code = gr.Code(
+        language="python",
+        label="the Python that makes them",
+        interactive=False,
+        show_line_numbers=False,
+        visible=False,
+    )
 
     def fill(shown: Mapping[str, Answer], folder: Path) -> dict["Component", object]:
         archive, sheet = write(shown, folder)
+        scripts = [answered.script for answered in shown.values()]
         return {
             images: gr.DownloadButton(value=archive, interactive=True),
             grid: gr.DownloadButton(value=sheet, interactive=True),
-            code: gr.Code("\n".join(["import dumo\n", *(one.script for one in shown.values())]), visible=True),
+            code: gr.Code("\n".join(["import dumo\n", *scripts]), visible=True),
         }
 
-    return (images, grid, code), fill
+    return _Downloads((images, grid, code), fill)
 
 
 def write(shown: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
     """The pictures of answers, by the runs' names, as an archive of files, and their sheets as one picture."""
     archive = folder / "images.zip"
     with ZipFile(archive, "w") as files:
-        for name, one in shown.items():
-            cells = [cell for row in one.rows for cell in row.cells]
+        for name, answered in shown.items():
+            cells = [cell for row in answered.rows for cell in row.cells]
             for i, cell in enumerate(cells):
                 if cell.picture:
                     files.writestr(f"{name}-{i:06d}.png", picture.png(cell.picture))
-    sheets = {name: one.sheet for name, one in shown.items() if one.sheet}
+    sheets = {name: answered.sheet for name, answered in shown.items() if answered.sheet}
     names = list(sheets) if len(shown) > 1 else ()
     grid = folder / "grid.png"
     picture.write_picture(grid, picture.labelled_grid([("", list(sheets.values()))], names))
@@ -220,10 +264,12 @@ def error_text(error: Exception, explain: Explain) -> str:
     """What a person reads of an error; of a defect no more than that the terminal has its trace."""
     if isinstance(error, Stopped):
         return "this page is being closed"
-    if (found := explain(error)) is None:
+    explanation = explain(error)
+    if explanation is None:
         logging.getLogger(__name__).error("a defect", exc_info=error)
         return "this failed by a defect of dumo: the terminal says where"
-    return html.escape(found[0])
+    text, _ = explanation
+    return html.escape(text)
 
 
 @contextmanager

@@ -1,7 +1,13 @@
 """A run judged by its protocol: samples for every number of passes, scored against the data, with their report card.
 
-`with_options` takes the run as it is to be judged. `evaluate` opens its evaluator, has a `row` measured for each number
-of passes, and writes the report (`write`), merged with the rows that are there.
+`evaluate` is the entrance:
+
+1. `with_options` takes the run as it is to be judged.
+2. `_judge` opens the run's evaluator, has a `row` of scores for each number of passes, and adds the card.
+3. `write` writes the report, with the rows of other passes that the file has.
+
+`current_report` reads it back, unless judging again would give something new. `complete_report` also serves images
+that others made (`dumo.report.images`).
 
 What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
 of passes: it collects their rows. Judged in another way, or of other weights, it is another file, named after what
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from dumo.config.tree import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
+from dumo.evaluation.metric import Scores
 from dumo.evaluation.protocol import Evaluator
 from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.guide import CFG
@@ -28,7 +35,7 @@ from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.report import score
-from dumo.report.card import FILE, Row, card, contrast_solver, read_report, settings
+from dumo.report.card import FILE, Card, Row, card, contrast_solver, read_report, settings
 from dumo.report.name import Fields, changes, flat
 from dumo.report.sample import solver_of
 from dumo.run.judge import evaluator_of, sample_conditions
@@ -81,7 +88,7 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     path = opened.folder / _file_name(opened)
     solver = run.sample.solver
     other_solver = contrast_solver(protocol)
-    report: dict[str, Any] = {
+    head: dict[str, Any] = {
         "run": str(opened.folder),
         "file": str(path),
         "step": opened.step,
@@ -90,14 +97,30 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
         "samples": len(c),
         "seed": seed,
         "solver": solver.model_dump(),
-        "results": [row(sampler, evaluator, solver, n, c, seed, bar) for n in passes["nfe"]],
-        "contrast": [row(sampler, evaluator, other_solver, n, c, seed, bar) for n in passes["contrast"]],
-        "baselines": evaluator.baselines(),
-        "card": card(opened, evaluator.facts, len(c)),
-        "versions": dist.versions(),
     }
-    report["state"] = score.state(report["results"], report["baselines"])
+    report = complete_report(
+        head,
+        results=[row(sampler, evaluator, solver, n, c, seed, bar) for n in passes["nfe"]],
+        contrast=[row(sampler, evaluator, other_solver, n, c, seed, bar) for n in passes["contrast"]],
+        baselines=evaluator.baselines(),
+        card=card(opened, evaluator.facts, len(c)),
+    )
     return path, report
+
+
+def complete_report(
+    head: Row, *, results: list[Row], contrast: list[Row], baselines: dict[str, Scores], card: Card
+) -> dict[str, Any]:
+    """A report: `head` says what was judged, and where the report belongs; the scores say where it stands (`state`)."""
+    return {
+        **head,
+        "results": results,
+        "contrast": contrast,
+        "baselines": baselines,
+        "card": card,
+        "versions": dist.versions(),
+        "state": score.state(results, baselines),
+    }
 
 
 def with_options(

@@ -5,6 +5,8 @@ grey becomes three equal channels, and of 16-bit colours pillow gives the high b
 rounded to 8 bits, as protocols round samples, where theirs clips it, almost all to white; and transparency lies over
 white. No image is resized or cropped, for the way it is done moves a FID (Parmar et al. 2022, arXiv 2104.11222): all
 must have one size.
+
+`open_images` opens a place. `PlacedImages.batches` then gives this rank's share of the images, one piece at a time.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -43,8 +45,11 @@ class SameSize(ToRectangle):
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or one of another size."""
         image = flat(upright(data))
         if image.size != (self.width, self.height):
-            size, wanted = f"{image.width} x {image.height} pixels", f"{self.width} x {self.height}"
-            raise Unreadable(f"is {size}, and {self.first} is {wanted}: images are judged at one size, none is resized")
+            size = f"{image.width} x {image.height} pixels"
+            first_size = f"{self.width} x {self.height}"
+            raise Unreadable(
+                f"is {size}, and {self.first} is {first_size}: images are judged at one size, none is resized"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -57,25 +62,31 @@ class PlacedImages:
     labels: Labels | None
     name: Callable[[int], str]
 
-    def judged(self, total: int, channels: int) -> Iterator[Batch]:
-        """This rank's share of those that are judged: numbers and images in [-1, 1] of `channels`.
+    def batches(self, total: int, channels: int) -> Iterator[Batch]:
+        """This rank's share of `total` images: numbers (n,) and images (n, channels, height, width) in [-1, 1].
 
-        The pieces are the same however many ranks there are, and a rank without one has an empty piece.
+        The pieces are the same however many ranks there are, and a rank without one has an empty piece. Raises
+        UserError for an image in colour where `channels` is 1.
         """
-        numbers = torch.full((len(self.source),), -1)
-        numbers[self.chosen(total)] = torch.arange(total)
-        for first in range(dist.rank() * PIECE, len(numbers), dist.world() * PIECE) or [len(numbers)]:
+        not_chosen = -1
+        number_of_row = torch.full((len(self.source),), not_chosen)
+        number_of_row[self.chosen_rows(total)] = torch.arange(total)
+        first_rows = range(dist.rank() * PIECE, len(number_of_row), dist.world() * PIECE) or [len(number_of_row)]
+        for first in first_rows:
             signals.check()
-            some = numbers[first : first + PIECE]
+            numbers = number_of_row[first : first + PIECE]
+            is_chosen = numbers != not_chosen
             with _errors_by_option("--images"):
-                x = self.source.rows(slice(first, first + PIECE))[0][some >= 0]
-            if channels == 1 and len(odd := (x != x[:, :1]).flatten(1).any(1).nonzero()):
-                place = first + int((some >= 0).nonzero()[odd[0]])
-                raise UserError(f"{self.name(place)} is in colour, and this protocol judges grey images")
-            yield some[some >= 0], x[:, :channels]
+                x, _ = self.source.rows(slice(first, first + PIECE))
+            x = x[is_chosen]
+            if channels == 1 and (x != x[:, :1]).any():
+                is_coloured = (x != x[:, :1]).flatten(1).any(1)
+                row = first + int(is_chosen.nonzero()[is_coloured][0])
+                raise UserError(f"{self.name(row)} is in colour, and this protocol judges grey images")
+            yield numbers[is_chosen], x[:, :channels]
 
-    def chosen(self, total: int) -> Tensor:
-        """The rows that are judged, in their order: all, or a random choice, for files often lie in order of class."""
+    def chosen_rows(self, total: int) -> Tensor:
+        """The rows (total,) that are judged, in order: all, or a random choice, for files often lie by class."""
         order = torch.randperm(len(self.source), generator=stream("images"))
         return order[:total].sort().values
 

@@ -56,7 +56,7 @@ def write(folder: str, n: int, *, classes: int = 0, side: int = 8, base: int = 0
 
 def pixels(found: PlacedImages) -> tuple[torch.Tensor, str]:
     """All images of a place, and their hash."""
-    batches = [(index, to_uint8(x)) for index, x in found.judged(len(found.source), 3)]
+    batches = [(index, to_uint8(x)) for index, x in found.batches(len(found.source), 3)]
     return torch.cat([x for _, x in batches]), hash_images(batches)[1]
 
 
@@ -187,12 +187,12 @@ def test_ranks_take_pieces_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pieces, so that no batch rounds otherwise; a rank without one gives an empty one, for others wait."""
     np.savez("many.npz", DRAWS.integers(0, 256, (2 * PIECE + 5, 4, 4, 3), dtype=np.uint8))
     found = open_images(Path("many.npz"), "--images")
-    alone = [index.tolist() for index, _ in found.judged(99, 3)]
+    alone = [index.tolist() for index, _ in found.batches(99, 3)]
     assert [i for piece in alone for i in piece] == [*range(99)]
     monkeypatch.setattr(dist, "world", lambda: 4)
     for rank in range(4):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        [(index, x)] = found.judged(99, 3)
+        [(index, x)] = found.batches(99, 3)
         assert index.tolist() == (alone[rank] if rank < 3 else [])
         assert x.shape == (len(index), 3, 4, 4)
 
