@@ -3,7 +3,11 @@
 A finished cell is not run again, a stopped one resumes, one with another recipe starts anew. Cells that begin from
 others of their plan come after these; in their specs the other's name takes the place of its folder.
 
-A table has a row per arm and number of passes, with means and deviations over seeds.
+`finish_all` makes all cells of a plan: while some are left, it takes those whose sources are done, has caches and
+tables of texts made, and finishes them (`finish`), side by side where several jobs are wanted.
+
+A table has a row per arm and number of passes, with means and deviations over seeds: `average_by_arm` makes it of
+results, `from_cells` of stored ones. `main_score` is the score that a table leads with, `markdown` writes the table.
 """
 
 import os

@@ -1,4 +1,8 @@
-"""Our own plans: their tables, charts and pictures, where these are special. The plans are YAML."""
+"""Our own plans: their tables, charts and pictures, where these are special. The plans are YAML.
+
+Functions are named after the plan and what they make: `fair_table`, `words_draw`, `best_charts`. The views of
+`dumo.lab.reproduce` say which plan has which.
+"""
 
 import subprocess
 import sys
@@ -155,14 +159,21 @@ def by_stock(one: Result, folder: Path) -> Image.Image:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # of the noise between two passes
         z = noise(0, range(n), 0, run.data.shape)
-        made = [
-            pipe(**tokens, latents=z, sigmas=sigmas, guidance_scale=1.0, height=side, width=side, output_type="latent")
-            for sigmas in ([1.0], [1.0, m])
-        ]
+        latents: list[torch.Tensor] = []
+        for sigmas in ([1.0], [1.0, m]):
+            output = pipe(
+                **tokens,
+                latents=z,
+                sigmas=sigmas,
+                guidance_scale=1.0,
+                height=side,
+                width=side,
+                output_type="latent",
+            )
+            latents.append(output.images)
     names = [run.conditions.name(c) for c in range(n)]
-    return picture.sheet(
-        picture.to_rows(trained.sampler.decode(torch.cat([out.images for out in made]))), n, titles=names
-    )
+    pixels = picture.to_rows(trained.sampler.decode(torch.cat(latents)))
+    return picture.sheet(pixels, n, titles=names)
 
 
 def best_table(plan: Plan, results: list[Result]) -> list[Row]:

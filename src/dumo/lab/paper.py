@@ -1,8 +1,11 @@
 """Figures and tables of the paper: their tables, charts and pictures, where these are special. The plans are YAML.
 
+Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`. The views of
+`dumo.lab.reproduce` say which plan has which.
+
 Figure 4b says what a training step costs, by size and objective. Nothing is trained: nets are as drawn, data are noise.
 All objectives of one size take turns, round by round, and the median over rounds of a ratio within each compares them:
-a slow minute slows all alike. A step is whole: targets, backward pass, optimizer and average.
+a slow minute slows all the same. A step is whole: targets, backward pass, optimizer and average.
 """
 
 from collections.abc import Callable, Iterator, Sequence

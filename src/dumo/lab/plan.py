@@ -9,6 +9,9 @@
     arms:
       - {objective: DuMo, recipe: digits, set: [objective.beta=$share], vary: {share: [0.0, 0.1]}}
 
+`read` reads a plan, and `Plan.cells` gives its runs at a scale, arm by arm: settings are put together, the first arm
+sets the `Budget`, and each arm gets as many steps as it pays for.
+
 Equal cost is equal counted passes, in forward units, or operations, where nets differ: steps times what a step costs.
 An objective that needs more passes a step gets fewer steps. At the paper's size arms have equal steps, as there.
 """
@@ -186,23 +189,26 @@ class Plan(Spec):
     ) -> "Iterator[Cell]":
         """The runs of one arm, at one value of each axis."""
         recipe = at.recipes.get(arm.recipe, arm.recipe)
-        sets = (*self.set, *at.set, *(training_of(arm.by, recipe) if arm.by else ()), *sets)
+        training = training_of(arm.by, recipe) if arm.by else ()
+        sets = (*self.set, *at.set, *training, *sets)
 
-        def spec(seed: int | None) -> Run:
+        def load_spec(seed: int | None) -> Run:
             values = {**at.values, **axes, "seed": seed}
             return resolve(load_recipe(recipe, [Template(text).safe_substitute(values) for text in sets]))
 
         seeds = arm.seeds or at.seeds or (None,)
-        run = spec(seeds[0])
+        run = load_spec(seeds[0])
         steps = budget.steps(Cost(run), run.train.steps, arm, smoke=scale == "smoke")
         labels = {name: axes.get(name, arm.labels.get(name)) for name in self.columns} | {"steps": steps}
         if at.cost != "steps":
             labels["F_per_step"] = round(Cost(run).units, 2)
-        titles = [value for name, value in labels.items() if name in axes or isinstance(value, str)]
-        name = arm.name or slug("-".join(f"{one:g}" if isinstance(one, float) else str(one) for one in titles))
+        name = arm.name or _cell_name(labels, axes)
+        depends_on_seed = any("$seed" in text for text in sets)
         for seed in seeds:
-            run = spec(seed) if any("$seed" in text for text in sets) else run
-            seed = run.train.seed if seed is None else seed
+            if depends_on_seed:
+                run = load_spec(seed)
+            if seed is None:
+                seed = run.train.seed
             train = run.train.model_copy(update={"steps": steps, "seed": seed})
             weights = arm.weights and Template(arm.weights).safe_substitute(seed=seed)
             yield Cell(f"{name}-{seed}", run.model_copy(update={"train": train}), labels, weights, arm.cut)
@@ -250,6 +256,15 @@ def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         yield chosen, [word for name, value in chosen.items() for word in axes[name][value]]
+
+
+def _cell_name(labels: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
+    """A name for the cells of an arm, of those of its labels that are texts or values of axes."""
+    parts: list[str] = []
+    for name, value in labels.items():
+        if name in axes or isinstance(value, str):
+            parts.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return slug("-".join(parts))
 
 
 def slug(text: str) -> str:

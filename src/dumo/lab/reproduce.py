@@ -1,4 +1,8 @@
-"""`dumo reproduce`: a plan made, and its table, pictures and results.json written."""
+"""`dumo reproduce`: a plan made, and its table, pictures and results.json written.
+
+`reproduce` reads the plan, has its cells trained and measured (`dumo.lab.cell`), and shows the results by the plan's
+`View`: a table, charts of the table, and pictures that take the nets. A plan that is not in `VIEWS` has the usual view.
+"""
 
 import os
 import platform
