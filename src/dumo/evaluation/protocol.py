@@ -197,7 +197,7 @@ class _WholeSet:
         return self.measure(x, self.c, self.reference)
 
     def baselines(self) -> dict[str, Scores]:
-        """Those of the measure."""
+        """The measure's own: scores of a perfect sampler, and of noise, by name."""
         return self.real(self.reference, len(self.c), self.c)
 
 
@@ -386,6 +386,6 @@ def random_parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:
 
 
 def summarize(values: Sequence[float]) -> Scores:
-    """Mean, unbiased sd and number of some distances."""
+    """Mean, unbiased sd and number of distances, as `mean`, `sd` and `splits`."""
     mean, sd = mean_sd(values)
     return {"mean": mean, "sd": sd, "splits": float(len(values))}

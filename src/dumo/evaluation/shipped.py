@@ -1,5 +1,9 @@
 """Named ways to judge samples by features that ship with the package, or by none: nothing is fetched.
 
+`ShippedProtocol` is the spec, `MEASURES` what each name fixes. For each there is a `score_...`, of samples, and a
+`baselines_...`, of a perfect sampler and of noise, which `whole_set` calls once all samples are there. `photos` has a
+file of its own.
+
 No number is an FID: distances are in features of dumo's own classifiers, comparable with each other and with no
 published number. Each protocol's own draws are keyed by its name: the same samples and data have the same score.
 
@@ -134,7 +138,7 @@ def _noise_scores(z: Features, real: Real, width: float, c: Int64[Tensor, " n"],
 
 
 def _null_auc(name: str, samples: int, real: int) -> Scores:
-    """That of `two_sample_auc` where both sides are of one law."""
+    """The area `name` and its deviation where samples and real images are of one law: what a perfect sampler has."""
     return {name: 0.5, f"{name}_sd": auc_sd(samples, real)}
 
 
@@ -146,7 +150,7 @@ def accuracy(read: Cond, c: Cond) -> Scores:
 
 
 def _null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
-    """That of real images, and how much that of as many new ones as there are samples is off."""
+    """The accuracy of real images, and the deviation of that of `samples` new ones; {} without classes."""
     scores = accuracy(read, c)
     if "accuracy" in scores:
         p = (scores["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's, which is never 1
@@ -164,7 +168,7 @@ def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
 
 
 def _null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
-    """1, and how much that of new real images is off."""
+    """`nearest` of new real images, which is 1, and its deviation for a number of `samples`."""
     distances = _real_distances(real, trained)
     relative_sd = (distances.std() / distances.mean()).item()
     return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / samples + 1 / len(distances)) ** 0.5}

@@ -56,7 +56,7 @@ Extractor = Callable[[Pixels], ExtractedFeatures]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What n images come to."""
+    """The statistics of n images: moments of both kinds of features, sums of the Inception Score, and features."""
 
     pool: Moments
     spatial: Moments

@@ -1,6 +1,7 @@
 """What recipes and protocols need in addition to the package: what it is, its source, how to fetch it, if it is here.
 
-Nothing is fetched. A hash stands here only where it was counted from the file itself.
+`CATALOGUE` has the items, `find` one of them by name, and `describe` what is known of it, here and now. Nothing is
+fetched. A hash stands here only where it was counted from the file itself.
 """
 
 from collections.abc import Iterator

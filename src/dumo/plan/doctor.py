@@ -1,4 +1,8 @@
-"""What this machine has, whether a run's parts fit it, and whether its slope is the derivative here: `dumo doctor`."""
+"""What this machine has, whether a run's parts fit it, and whether its slope is the derivative here: `dumo doctor`.
+
+`diagnose` examines the slope first, then looks at the machine (`dumo.plan.machine`), and at the run's weights,
+captions, buckets and texts (`dumo.plan.findings`). Its findings are lines, in that order, the self-test last.
+"""
 
 from dataclasses import asdict
 from typing import Any

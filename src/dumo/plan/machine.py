@@ -1,4 +1,8 @@
-"""What a machine has that training can use: found by trying it, since a library that is there may still not run."""
+"""What a machine has that training can use: found by trying it, since a library that is there may still not run.
+
+`look` has all of it, a `Finding` for each thing: versions, device, threads, ranks, kernels, dtypes, compilers, disk and
+extras. `hardware` alone also names the machine in reports.
+"""
 
 import os
 import platform
@@ -24,7 +28,7 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 DTYPES = {"fp16": torch.float16, "fp64": torch.float64}
-LITTLE = 1.0  # ours: GiB of free disk that are worth a warning
+MIN_FREE = 1.0  # GiB of free disk, below which there is a warning: ours
 GIB = 2**30
 
 
@@ -132,7 +136,7 @@ def compiler(device: torch.device) -> Finding:
 def disk() -> Finding:
     """The free space of the disk that runs/ is on."""
     free = shutil.disk_usage(".").free / GIB
-    way = "free some: a run keeps two checkpoints" if free < LITTLE else ""
+    way = "free some: a run keeps two checkpoints" if free < MIN_FREE else ""
     return ok_or_warning("disk", f"{free:.1f} GiB free here, where runs/ goes", way)
 
 
@@ -148,7 +152,7 @@ def extras() -> list[Finding]:
 
 
 def fault(work: Callable[[], object]) -> str:
-    """The first line of what goes wrong, '' where nothing does."""
+    """Do `work`; return the first line of what goes wrong, "" where nothing does."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

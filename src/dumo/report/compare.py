@@ -1,4 +1,7 @@
-"""Several runs in one table, if they were judged alike.
+"""Several runs in one table, if they were judged in the same way.
+
+`compare` reads the evaluations, refuses those that were measured otherwise (`require_comparable`), and sets their rows
+below one another, the best of each number of passes marked.
 
 Two numbers may stand in one table if what measured them is the same (`MEASURED`); what made the samples, the weights,
 the solver and its settings, may differ, for that is what is compared. A codec counts to the measure: who decodes in
@@ -27,7 +30,7 @@ MEASURED = (
     "codec",
     "seed",
 )
-OF_RUNS = ("codec", "seed")  # of how samples are made and decoded; of images that others made nobody knows
+OF_RUNS = ("codec", "seed")  # say how a run makes and decodes samples; of images that others made nobody knows
 
 
 def differing_fields(cards: Sequence[Card]) -> dict[str, list[Any]]:

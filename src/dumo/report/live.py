@@ -1,7 +1,8 @@
 """Runs that are sampled while a person waits, by any mode, noise and guidance, and stopped where it takes long.
 
 `open_runs` opens runs, checks that they fit next to each other (the same data in the same shape, with the same classes)
-and samples each once. `InteractiveRun.make` then makes samples.
+and samples each once. `InteractiveRun.make` then makes samples: it checks that the solver can make these passes, goes
+through the net, which is stopped where the time is over, and decodes.
 """
 
 import time

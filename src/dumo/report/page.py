@@ -1,8 +1,8 @@
 """A run as one page: what it makes, by which head, how near to the data, how it was trained and how it is judged.
 
-`write` makes the samples, draws them, compares them with the data, and renders the page; report/ has the pictures
-alone. The page is one file that needs no other, no script and no network. Numbers are made here, words stand in the
-template.
+`write` is the entrance. It reads log, evaluation and data from disk, makes samples (`make`), draws them (`draw`),
+compares them with the data (`proximity`), and renders the page; report/ has the pictures alone. The page is one file
+that needs no other, no script and no network. Numbers are made here, words stand in the template.
 """
 
 from collections.abc import Mapping, Sequence
@@ -178,7 +178,7 @@ def _template_environment() -> jinja2.Environment:
 
 
 def _sentence(title: str) -> str:
-    """With a capital letter at its start, the others as they are."""
+    """A title with a capital letter at its start; other letters stay."""
     return title[:1].upper() + title[1:]
 
 
@@ -203,7 +203,7 @@ def _class_names(sampler: Sampler) -> list[str]:
 
 
 def _data_name(sampler: Sampler) -> str:
-    """What the data are called: their kind, or the folder that images are in."""
+    """A name for the data: their kind, or the folder that images are in."""
     images = shown_data(sampler.data)
     return Path(images.root).name.lstrip("$") if isinstance(images, Images) else sampler.data.kind
 

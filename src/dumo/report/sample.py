@@ -1,8 +1,8 @@
 """Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
 
-`with_options` takes the run's sampler with what a user asked for; `export` makes the samples and names their files;
-`write` writes one set of them. How a sheet is laid out, `_sheet_layout`, and the data behind a scatter, `data_points`,
-are the same wherever samples are drawn.
+`export` is the entrance: it takes the run's sampler with what a user asked for (`with_options`), decides the
+conditions and the names of files, makes the samples, and writes each set of them (`write`). Wherever samples are drawn,
+`sheet` lays them out, and `data_points` are the data behind a scatter.
 """
 
 import csv
@@ -41,7 +41,7 @@ from dumo.types import Sample, UserError
 
 
 def repeat_conditions(c: Tensor, count: int) -> Tensor:
-    """These conditions in turn, `count` in all."""
+    """The conditions c (n,) in turn, `count` in all."""
     return c[torch.arange(count) % len(c)]
 
 
