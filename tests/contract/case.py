@@ -4,7 +4,6 @@ Those of `contract.outside` stand for what users write: they are tested as ours 
 """
 
 from collections.abc import Iterator
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
 from dumo.types import Frozen, Noised, Spec, Terms
+from dumo.types.family import members as members
 
 # What a net has of these is set so.
 SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2, "multipliers": (1, 2), "attend": (2,)}
@@ -28,11 +28,6 @@ GIVEN = {  # what a spec cannot do without
     "module": {"name": "mine:Net", "layout": "none", "weights": "none"},
     "latents": {"root": "elsewhere", "images": {"kind": "images", **SOME}, "codec": {"kind": "taef2"}},
 }
-
-
-def members(union: object) -> tuple[type[Spec], ...]:
-    """The specs of a union that is told apart by kind."""
-    return tuple(one for one in get_args(get_args(union)[0]) if one.model_fields["kind"].annotation is not str)
 
 
 def kind(spec: type[Spec] | Spec) -> str:

@@ -22,11 +22,12 @@ from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.nets import Module
 from dumo.objectives import Objective
-from dumo.types import PINNED
+from dumo.types import PINNED, Spec
+from dumo.types.family import SpecFamily, members
 from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
 from recipe import recipe
 
-OBJECTIVES = get_args(get_args(Objective)[0])
+OBJECTIVES = members(Objective)
 ROOT = Path(__file__).parents[2]
 TUTORIAL = "own-objective.md"  # its kind is not in the union
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != TUTORIAL)]
@@ -55,19 +56,22 @@ SHARED = ("times", "drop")  # of an objective: what every one draws, and users t
 @cache
 def classes() -> tuple[type[BaseModel], ...]:
     """Every spec that a run may hold."""
-    found = dict.fromkeys(PYTHON)
+    found = dict.fromkeys((Spec, *PYTHON))
 
     def walk(annotation: Any) -> None:  # noqa: ANN401, a type
         if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
             found[annotation] = None
             for field in annotation.model_fields.values():
                 if field.json_schema_extra != PINNED:
-                    walk(field.annotation)
+                    walk(field.rebuild_annotation())
+        if isinstance(annotation, SpecFamily):
+            for member in annotation.members():
+                walk(member)
         for part in get_args(annotation):
             walk(part)
 
     walk(Run)
-    return tuple(one for one in found if one not in PYTHON)
+    return tuple(one for one in found if one not in (Spec, *PYTHON))
 
 
 def examples() -> Iterator[tuple[str, Run]]:

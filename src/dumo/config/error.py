@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from dumo.config.foreign import ours
 from dumo.io.read import brief
 from dumo.types import UserError
+from dumo.types.family import family_of
 from dumo.types.outside import TAG
 
 Location = tuple[int | str, ...]
@@ -77,7 +78,7 @@ class _Field:
 
     path: str  # dotted, without pydantic's tags
     parent: type[BaseModel] | None  # the model that lacks or rejects the last name of the path
-    models: list[type[BaseModel]]  # that may stand there
+    has_kind: bool  # whether a spec with a `kind` may stand there
 
 
 def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
@@ -111,7 +112,7 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
             for json_word, plain_word in PLAIN_WORDS.items():
                 message = message.replace(json_word, plain_word)
             message = f"{path}: {message}; got {brief(repr(value))}"
-            if isinstance(value, str) and any("kind" in model.model_fields for model in field.models):
+            if isinstance(value, str) and field.has_kind:
                 message += f"; write {path}.kind={brief(value)}"
             elif isinstance(value, float) and error["type"] == "int_type" and value.is_integer():
                 message += f"; write {value:.0f}"
@@ -127,25 +128,39 @@ def _locate(loc: Location, root: type[BaseModel]) -> _Field:
         if part == TAG:  # a class from outside: what follows is its own
             annotation = Any
             continue
-        models = list(_models(annotation))
-        tagged = [m for m in models if part in get_args(m.model_fields["kind"].annotation)] if len(models) > 1 else []
-        if tagged:
-            annotation = tagged[0]
+        member = _member(annotation, part)
+        if member:
+            annotation = member
             continue
+        models = list(_models(annotation))
         if isinstance(part, str) and not models and annotation is not Any:
             continue  # a choice of a union of plain types
         names.append(str(part))
         parent = models[0] if models else None
         field = parent.model_fields.get(str(part)) if parent and isinstance(part, str) else None
         if field:
-            annotation = field.annotation
+            annotation = field.rebuild_annotation()
         elif not isinstance(part, int) and annotation is not Any:
             annotation = None  # no field of ours
-    return _Field(".".join(map(brief, names)), parent, [*_models(annotation)])
+    has_kind = bool(family_of(annotation)) or any("kind" in model.model_fields for model in _models(annotation))
+    return _Field(".".join(map(brief, names)), parent, has_kind)
+
+
+def _member(annotation: object, tag: int | str) -> type[BaseModel] | None:
+    """The spec that this tag chooses, where an annotation is a union told apart by kind."""
+    family = family_of(annotation)
+    if family is not None:
+        return family.load(str(tag)) if tag in family.names else None
+    models = list(_models(annotation))
+    if len(models) > 1:
+        for model in models:
+            if tag in get_args(model.model_fields["kind"].annotation):
+                return model
+    return None
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:
-    """The spec types that an annotation names."""
+    """The spec types that an annotation names, without the members of a `SpecFamily`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Union, UnionType, Annotated, tuple, list):

@@ -3,13 +3,29 @@
 Touches your images, read only, and the caches that it makes. Knows no net and no objective.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from dumo.data.image import Images as Images
-from dumo.data.latents import Latents as Latents
-from dumo.data.memory import Memory as Memory
-from dumo.data.toy import Digits as Digits
-from dumo.data.toy import Moons as Moons
-from dumo.types.outside import DataSpec, OpenTo
+from dumo.types import Spec
+from dumo.types.family import SpecFamily, lazy_names
+from dumo.types.outside import DataSpec
 
-Data = Annotated[Digits | Images | Latents | Memory | Moons | DataSpec, OpenTo(DataSpec)]
+MEMBERS = {  # by kind
+    "digits": "dumo.data.toy:Digits",
+    "images": "dumo.data.image:Images",
+    "latents": "dumo.data.latents:Latents",
+    "memory": "dumo.data.memory:Memory",
+    "moons": "dumo.data.toy:Moons",
+}
+FAMILY = SpecFamily(MEMBERS, DataSpec)
+
+if TYPE_CHECKING:
+    from dumo.data.image import Images as Images
+    from dumo.data.latents import Latents as Latents
+    from dumo.data.memory import Memory as Memory
+    from dumo.data.toy import Digits as Digits
+    from dumo.data.toy import Moons as Moons
+
+    Data = Digits | Images | Latents | Memory | Moons | DataSpec
+else:
+    Data = Annotated[Spec, FAMILY]
+    __getattr__ = lazy_names(__name__, MEMBERS.values())

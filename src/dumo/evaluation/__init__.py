@@ -13,18 +13,38 @@ number of samples first, shows in its name. It is used in this order:
 Touches reference statistics. Knows no net and no run.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from dumo.types import Spec
+from dumo.types.family import SpecFamily, lazy_names
 
-from dumo.evaluation.clip import ClipProtocol as ClipProtocol
-from dumo.evaluation.features import FeatureProtocol as FeatureProtocol
-from dumo.evaluation.images import ImageProtocol as ImageProtocol
-from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
-from dumo.evaluation.protocol import Context as Context
-from dumo.evaluation.protocol import Reference as Reference
-from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
+MEMBERS = {  # by kind
+    "clip-score": "dumo.evaluation.clip:ClipProtocol",
+    "cmmd": "dumo.evaluation.features:FeatureProtocol",
+    "dinov2": "dumo.evaluation.features:FeatureProtocol",
+    "adm-imagenet256-50k": "dumo.evaluation.images:ImageProtocol",
+    "adm-imagenet512-50k": "dumo.evaluation.images:ImageProtocol",
+    "cifar10-train50k": "dumo.evaluation.images:ImageProtocol",
+    "folder": "dumo.evaluation.images:ImageProtocol",
+    "likelihood": "dumo.evaluation.likelihood:LikelihoodProtocol",
+    "cifar10-features": "dumo.evaluation.shipped:ShippedProtocol",
+    "digits": "dumo.evaluation.shipped:ShippedProtocol",
+    "photos": "dumo.evaluation.shipped:ShippedProtocol",
+    "toy": "dumo.evaluation.shipped:ShippedProtocol",
+}
+FAMILY = SpecFamily(MEMBERS)
+OTHERS = ("dumo.evaluation.protocol:Context", "dumo.evaluation.protocol:Reference")
 
-MetricProtocol = Annotated[
-    ClipProtocol | FeatureProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol, Field(discriminator="kind")
-]
+if TYPE_CHECKING:
+    from dumo.evaluation.clip import ClipProtocol as ClipProtocol
+    from dumo.evaluation.features import FeatureProtocol as FeatureProtocol
+    from dumo.evaluation.images import ImageProtocol as ImageProtocol
+    from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
+    from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
+    from dumo.evaluation.protocol import Context as Context
+    from dumo.evaluation.protocol import Reference as Reference
+
+    MetricProtocol = ClipProtocol | FeatureProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol
+else:
+    MetricProtocol = Annotated[Spec, FAMILY]
+    __getattr__ = lazy_names(__name__, (*MEMBERS.values(), *OTHERS))

@@ -29,7 +29,8 @@ from dumo.flow.path import Path
 from dumo.runtime import signals
 from dumo.runtime.bound import PASSES
 from dumo.types import QUIET, Cond, Reads, Sample, Spec, Time, UserError, lift
-from dumo.types.outside import OpenTo, SolverSpec
+from dumo.types.family import SpecFamily
+from dumo.types.outside import SolverSpec
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
@@ -192,7 +193,17 @@ def best_solver(reads: Reads) -> Hop | Restart | Euler:
     return next(solver() for reading, solver in _BEST.items() if getattr(reads, reading) is not None)
 
 
-Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, OpenTo(SolverSpec)]
+FAMILY = SpecFamily(
+    {
+        "euler": "dumo.flow.solver:Euler",
+        "heun": "dumo.flow.solver:Heun",
+        "restart": "dumo.flow.solver:Restart",
+        "hop": "dumo.flow.solver:Hop",
+        "hermite": "dumo.flow.solver:Hermite",
+    },
+    SolverSpec,
+)
+Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, FAMILY]
 
 
 def _last(xs: Iterable[Sample]) -> Sample:

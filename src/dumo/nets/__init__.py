@@ -3,13 +3,29 @@
 Touches weights, read only. Knows no data and no objective by name.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from dumo.nets.dit import DiT as DiT
-from dumo.nets.mlp import MLP as MLP
-from dumo.nets.module import Module as Module
-from dumo.nets.pretrained import Pretrained as Pretrained
-from dumo.nets.unet import UNet as UNet
-from dumo.types.outside import NetSpec, OpenTo
+from dumo.types import Spec
+from dumo.types.family import SpecFamily, lazy_names
+from dumo.types.outside import NetSpec
 
-Net = Annotated[DiT | MLP | Module | Pretrained | UNet | NetSpec, OpenTo(NetSpec)]
+MEMBERS = {  # by kind
+    "dit": "dumo.nets.dit:DiT",
+    "mlp": "dumo.nets.mlp:MLP",
+    "module": "dumo.nets.module:Module",
+    "diffusers": "dumo.nets.pretrained:Pretrained",
+    "unet": "dumo.nets.unet:UNet",
+}
+FAMILY = SpecFamily(MEMBERS, NetSpec)
+
+if TYPE_CHECKING:
+    from dumo.nets.dit import DiT as DiT
+    from dumo.nets.mlp import MLP as MLP
+    from dumo.nets.module import Module as Module
+    from dumo.nets.pretrained import Pretrained as Pretrained
+    from dumo.nets.unet import UNet as UNet
+
+    Net = DiT | MLP | Module | Pretrained | UNet | NetSpec
+else:
+    Net = Annotated[Spec, FAMILY]
+    __getattr__ = lazy_names(__name__, MEMBERS.values())

@@ -11,57 +11,16 @@ import sys
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema, to_json
+from pydantic import Field
 from torch import nn
 
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Path, Reads, Sample, Spec, Terms, UserError
 
 TAG = "module:Class"
-
-
-@dataclass(frozen=True)
-class OpenTo:
-    """In the annotation of a union of specs: its members, and classes from outside of this base or below a member."""
-
-    base: type[Spec]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
-        """The union by kind, and one choice more."""
-        union = get_args(source)
-        members = {
-            kind: handler.generate_schema(member)
-            for member in union
-            if member is not self.base
-            for kind in get_args(member.model_fields["kind"].annotation)
-        }
-        takes = core_schema.typed_dict_schema(
-            {"kind": core_schema.typed_dict_field(core_schema.str_schema(pattern=":"))}, extra_behavior="allow"
-        )
-        outside = core_schema.no_info_plain_validator_function(
-            lambda value: read(value, union, self.base), json_schema_input_schema=takes
-        )
-        return core_schema.tagged_union_schema({**members, TAG: outside}, discriminator=kind_of)
-
-
-def read(value: Any, union: tuple[type[Spec], ...], base: type[Spec]) -> Spec:  # noqa: ANN401, a spec or a tree
-    """The spec that a tree describes, or that is given. Raises UserError where it does not keep the contract."""
-    cls = type(value) if isinstance(value, Spec) else imported(value["kind"])
-    if not issubclass(cls, union):
-        raise UserError(
-            f"kind '{name_of(cls)}' is not of its family: make it a class of dumo.types.outside.{base.__name__}"
-        )
-    if isinstance(value, Spec):
-        return value
-    try:
-        return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
-    except TypeError as error:  # it is abstract
-        raise UserError(f"kind '{name_of(cls)}': {error}") from error
 
 
 def kind_of(value: object) -> str | None:
