@@ -67,7 +67,7 @@ def encode(
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
     from dumo.config.source import choose
-    from dumo.data import Latents
+    from dumo.data import is_latents
     from dumo.run import encode
     from dumo.runtime import dist
 
@@ -77,7 +77,7 @@ def encode(
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     with memory_hint(f"set --batch lower (now {batch})"), ranks:
         shards = encode.parse_part(part)
-        if isinstance(work.data, Latents):
+        if is_latents(work.data):
             options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
             latents = encode.encode(
                 work.data,
@@ -202,7 +202,7 @@ def _missing_of_protocol(run: "Run") -> str | None:
 
 def _next_commands(run: "Run", folder: Path) -> list[str]:
     """What to type once a run is trained."""
-    from dumo.nets import Pretrained
+    from dumo.nets import is_pretrained
 
     program = "dumo"
     python_path = os.environ.get("PYTHONPATH")
@@ -213,7 +213,7 @@ def _next_commands(run: "Run", folder: Path) -> list[str]:
     if not _missing_of_protocol(run):
         commands.append(f"{program} evaluate {typed(folder)}")
     commands.append(f"{program} report {typed(folder)}")
-    if isinstance(run.net, Pretrained):
+    if is_pretrained(run.net):
         from dumo.export.model import export_forms
 
         for form in export_forms(run.net):

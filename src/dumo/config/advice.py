@@ -6,7 +6,7 @@ from math import log
 from dumo.config.change import shown
 from dumo.config.tree import Tree
 from dumo.flow.path import Path
-from dumo.nets import Net, Pretrained
+from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
 from dumo.training.ema import Ema
 from dumo.training.spec import Train
@@ -25,7 +25,7 @@ def advice(run: Tree, sd: float | None = None) -> list[str]:
 
 def of_size(net: Net, pixels: Sequence[int]) -> list[str]:
     """A pretrained model is tuned at a size that is far from its pipeline's."""
-    side = net.side if isinstance(net, Pretrained) else None
+    side = net.side if is_pretrained(net) else None
     if not side or 1 / LARGER <= pixels[1] / side <= LARGER:
         return []
     return [

@@ -8,24 +8,23 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.config.error import nearest
-from dumo.data import Data, Digits, Images, Latents, Memory, Moons
+from dumo.data import Data, ShownData, has_images, is_images, is_latents
 from dumo.data.caption import CaptionFiles, Captioning, Templates
 from dumo.encoders.caption import parted
 from dumo.flow import generate
 from dumo.io.read import brief
 from dumo.types import UserError
-from dumo.types.outside import DataSpec
 
 
-def shown(data: Data) -> Digits | Images | Memory | Moons | DataSpec:
+def shown(data: Data) -> ShownData:
     """The images or points that are shown: of latents, the images that were encoded."""
-    return data.images if isinstance(data, Latents) else data
+    return data.images if is_latents(data) else data
 
 
 def squares(data: Data) -> Data:
     """The data without buckets: of latents the images, for a cache of buckets has not all of them as squares."""
     images = shown(data)
-    if isinstance(images, Images) and images.buckets:
+    if is_images(images) and images.buckets:
         return images.model_copy(update={"buckets": None})
     return data
 
@@ -54,10 +53,11 @@ class Conditions:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes, or the captions; () if they have none."""
-        if self.captions is None or isinstance(self.data, Memory | Moons | DataSpec):
-            return shown(self.data).names or ()
+        data = self.data
+        if data.captions is None:
+            return shown(data).names or ()
         try:
-            return self.data.caption_texts()
+            return data.caption_texts()
         except UserError:  # images and captions may not be on this machine
             return ()
 
@@ -99,7 +99,7 @@ class Conditions:
         match self.captions:
             case Templates() as captions:
                 return captions.numbers(labels, self.data.labels, held=held)
-            case CaptionFiles() if isinstance(self.data, Images | Latents):
+            case CaptionFiles() if has_images(self.data):
                 captions = self.data.all_captions()
                 num_images = len(captions.ends)
                 n = len(labels)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dumo.config.conditions import Conditions, shown
 from dumo.config.tree import Tree
-from dumo.data import Data, Images, Latents
+from dumo.data import Data, has_images, is_images, is_latents
 from dumo.data.caption import Templates
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import VELOCITIES
@@ -220,15 +220,15 @@ def quoted(names: Collection[str]) -> str:
 
 def captions_field(data: Data) -> str:
     """The field of the images' captions."""
-    return "data.images.captions" if isinstance(data, Latents) else "data.captions"
+    return "data.images.captions" if is_latents(data) else "data.captions"
 
 
 def buckets_field(data: Data) -> str | None:
     """The field of the images' several sizes; None: they have one."""
     images = shown(data)
-    if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
+    if not (has_images(data) and is_images(images) and images.buckets):
         return None
-    return "data.images.buckets" if isinstance(data, Latents) else "data.buckets"
+    return "data.images.buckets" if is_latents(data) else "data.buckets"
 
 
 def ways_to_captions(data: Data) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from dumo.config.teacher import Teacher
 from dumo.config.tree import Tree
-from dumo.data import Data, Latents
+from dumo.data import Data, is_latents
 from dumo.objectives import Objective
 from dumo.training.spec import Train
 from dumo.types import FromTeacher
@@ -25,7 +25,7 @@ def subject(run: Tree) -> Iterator[str]:
 
 def prior(data: Data, teacher: Teacher | None, objective: Objective, train: Train) -> Iterator[str]:
     """Images for a teacher to answer without one, in no row of a batch, or for an objective that learns otherwise."""
-    share = data.prior if isinstance(data, Latents) else None
+    share = data.prior if is_latents(data) else None
     if not share:
         return
     if not teacher or teacher.pairs or objective.needs.teacher != FromTeacher():

@@ -7,20 +7,19 @@ from pydantic import Field, JsonValue
 
 from dumo.config.conditions import Conditions, shown
 from dumo.config.teacher import Start, Teacher
-from dumo.data import Data, Digits, Images, Memory, Moons
+from dumo.data import Data, ShownData
 from dumo.encoders.pipeline import Pipeline, with_pipeline
-from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
+from dumo.evaluation import MetricProtocol, is_of_inception, is_shipped
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
-from dumo.nets import Net, Pretrained
+from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
 from dumo.runtime.bound import PASSES, SAMPLES, STEPS
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
-from dumo.types.outside import DataSpec
 
 FEW = 500  # samples of a run in training, where its protocol judges as few: ours
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
@@ -56,9 +55,9 @@ class Evaluation(Spec):
     @property
     def fewest(self) -> int:
         """Samples that the protocol judges at least, without Fréchet distances of Inception's features."""
-        if isinstance(self.protocol, ImageProtocol):
+        if is_of_inception(self.protocol):
             return self.protocol.standard.subset
-        if isinstance(self.protocol, ShippedProtocol):
+        if is_shipped(self.protocol):
             return self.protocol.measure.fewest
         return 2
 
@@ -71,7 +70,7 @@ class Evaluation(Spec):
         """
         count = self.few or max(self.fewest, min(self.protocol.total, FEW))
         fields = {"samples": count}
-        if isinstance(self.protocol, ImageProtocol):
+        if is_of_inception(self.protocol):
             fields["frechet"] = False
         protocol = self.protocol.model_copy(update=fields)
         return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
@@ -123,7 +122,7 @@ class Tree(Spec):
     __str__ = __repr__
 
     @property
-    def images(self) -> Digits | Images | Memory | Moons | DataSpec:
+    def images(self) -> ShownData:
         """The images or points that are shown: of latents, the images that were encoded."""
         return shown(self.data)
 
@@ -146,7 +145,7 @@ class Tree(Spec):
     def has_subject(self) -> bool:
         """Whether adapters are trained on top of what another run trained, which `start` names and is frozen."""
         net = self.net
-        if self.start is None or not isinstance(net, Pretrained) or net.weights != "source":
+        if self.start is None or not is_pretrained(net) or net.weights != "source":
             return False
         return bool(net.lora and net.lora.subject)
 

@@ -6,7 +6,7 @@ Touches your images, read only, and the caches that it makes. Knows no net and n
 from typing import TYPE_CHECKING, Annotated
 
 from dumo.types import Spec
-from dumo.types.family import SpecFamily, lazy_names
+from dumo.types.family import SpecFamily, is_instance_of, lazy_names
 from dumo.types.outside import DataSpec
 
 MEMBERS = {  # by kind
@@ -19,13 +19,32 @@ MEMBERS = {  # by kind
 FAMILY = SpecFamily(MEMBERS, DataSpec)
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from dumo.data.image import Images as Images
     from dumo.data.latents import Latents as Latents
     from dumo.data.memory import Memory as Memory
     from dumo.data.toy import Digits as Digits
     from dumo.data.toy import Moons as Moons
 
-    Data = Digits | Images | Latents | Memory | Moons | DataSpec
+    ShownData = Digits | Images | Memory | Moons | DataSpec
+    Data = ShownData | Latents
 else:
     Data = Annotated[Spec, FAMILY]
+    ShownData = Spec
     __getattr__ = lazy_names(__name__, MEMBERS.values())
+
+
+def is_images(data: object) -> "TypeIs[Images]":
+    """Whether data are images of files."""
+    return is_instance_of(data, "dumo.data.image:Images")
+
+
+def is_latents(data: object) -> "TypeIs[Latents]":
+    """Whether data are encoded images."""
+    return is_instance_of(data, "dumo.data.latents:Latents")
+
+
+def has_images(data: object) -> "TypeIs[Images | Latents]":
+    """Whether data are images of files, as pixels or encoded."""
+    return is_images(data) or is_latents(data)

@@ -16,7 +16,7 @@ Touches reference statistics. Knows no net and no run.
 from typing import TYPE_CHECKING, Annotated
 
 from dumo.types import Spec
-from dumo.types.family import SpecFamily, lazy_names
+from dumo.types.family import SpecFamily, is_instance_of, lazy_names
 
 MEMBERS = {  # by kind
     "clip-score": "dumo.evaluation.clip:ClipProtocol",
@@ -36,15 +36,32 @@ FAMILY = SpecFamily(MEMBERS)
 OTHERS = ("dumo.evaluation.protocol:Context", "dumo.evaluation.protocol:Reference")
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from dumo.evaluation.clip import ClipProtocol as ClipProtocol
     from dumo.evaluation.features import FeatureProtocol as FeatureProtocol
     from dumo.evaluation.images import ImageProtocol as ImageProtocol
     from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
-    from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
     from dumo.evaluation.protocol import Context as Context
     from dumo.evaluation.protocol import Reference as Reference
+    from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
 
     MetricProtocol = ClipProtocol | FeatureProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol
 else:
     MetricProtocol = Annotated[Spec, FAMILY]
     __getattr__ = lazy_names(__name__, (*MEMBERS.values(), *OTHERS))
+
+
+def is_of_inception(protocol: object) -> "TypeIs[ImageProtocol]":
+    """Whether a protocol judges by Inception's features."""
+    return is_instance_of(protocol, "dumo.evaluation.images:ImageProtocol")
+
+
+def is_of_likelihood(protocol: object) -> "TypeIs[LikelihoodProtocol]":
+    """Whether a protocol judges by the likelihood of the data."""
+    return is_instance_of(protocol, "dumo.evaluation.likelihood:LikelihoodProtocol")
+
+
+def is_shipped(protocol: object) -> "TypeIs[ShippedProtocol]":
+    """Whether a protocol judges by what comes with dumo."""
+    return is_instance_of(protocol, "dumo.evaluation.shipped:ShippedProtocol")

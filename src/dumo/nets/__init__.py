@@ -6,7 +6,7 @@ Touches weights, read only. Knows no data and no objective by name.
 from typing import TYPE_CHECKING, Annotated
 
 from dumo.types import Spec
-from dumo.types.family import SpecFamily, lazy_names
+from dumo.types.family import SpecFamily, is_instance_of, lazy_names
 from dumo.types.outside import NetSpec
 
 MEMBERS = {  # by kind
@@ -19,7 +19,10 @@ MEMBERS = {  # by kind
 FAMILY = SpecFamily(MEMBERS, NetSpec)
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from dumo.nets.dit import DiT as DiT
+    from dumo.nets.dualized import Dualized
     from dumo.nets.mlp import MLP as MLP
     from dumo.nets.module import Module as Module
     from dumo.nets.pretrained import Pretrained as Pretrained
@@ -29,3 +32,13 @@ if TYPE_CHECKING:
 else:
     Net = Annotated[Spec, FAMILY]
     __getattr__ = lazy_names(__name__, MEMBERS.values())
+
+
+def is_pretrained(net: object) -> "TypeIs[Pretrained]":
+    """Whether a net's spec is that of a pipeline's model."""
+    return is_instance_of(net, "dumo.nets.pretrained:Pretrained")
+
+
+def is_dualized(net: object) -> "TypeIs[Dualized]":
+    """Whether a net is a pipeline's model with two heads."""
+    return is_instance_of(net, "dumo.nets.dualized:Dualized")

@@ -32,8 +32,8 @@ from dumo.nets.block import (
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.route import Route, run_blocks
-from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
+from dumo.nets.textfamily import Text
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 

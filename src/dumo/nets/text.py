@@ -13,7 +13,7 @@ Where a table does not exist yet, `or_drawn` gives `Drawn`, random texts of the 
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int, Int64
@@ -126,9 +126,6 @@ def _draw_encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformer
         dropout_rate=0.0,
     )
     return library.T5EncoderModel(config).encoder
-
-
-Text = Annotated[Learned | PipelineTexts | TextTable, Field(discriminator="kind")]
 
 
 class Drawn(Spec):

@@ -20,7 +20,7 @@ from dumo.config.conditions import Conditions, shown
 from dumo.config.error import require_known
 from dumo.config.load import parse
 from dumo.config.tree import Sampling
-from dumo.data import Data, Images
+from dumo.data import Data, is_images
 from dumo.data.column import CAPTION_NAMES
 from dumo.data.metadata import TABLES
 from dumo.data.pixel import Size
@@ -96,7 +96,7 @@ def size_of(data: Data, text: str | None) -> Size | None:
         return None
     images = shown(data)
     trained_sizes = ()
-    if isinstance(images, Images):
+    if is_images(images):
         trained_sizes = images.sizes or (images.shape[1:],)
     size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
     if text in size_by_text:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown
 from dumo.config.spec import Run
-from dumo.data import Latents
+from dumo.data import is_latents
 from dumo.flow import generate
 from dumo.io import file as files
-from dumo.report.sample import write
 from dumo.run.sampler import gather_samples, rank_indices
 from dumo.run.weights import sampler
 from dumo.runtime import dist, signals
@@ -41,7 +40,7 @@ class Sheets:
         self.tell = tell
         self.c = sheet_conditions(run.conditions)
         data = run.data
-        if run.train.sheets and isinstance(data, Latents):
+        if run.train.sheets and is_latents(data):
 
             def open_codec() -> None:
                 data.codec.open(torch.device("cpu"))
@@ -105,6 +104,8 @@ class Sheets:
 
     def attempt(self, make_samples: Callable[[], Sample], state: State, nfe: int) -> None:
         """Write a sheet, or say why there is none: that is no reason to end a run."""
+        from dumo.report.sample import write
+
         run = self.run
         stem = self.stem(state, nfe)
         try:

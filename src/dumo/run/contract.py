@@ -20,8 +20,6 @@ from dumo.flow import dropout
 from dumo.flow.check import MAX_DIFFERENCE, outputs_match, require_pure_net, require_terms
 from dumo.flow.draw import add_noise, make_draws
 from dumo.flow.precision import Precision, using
-from dumo.nets import Module
-from dumo.nets.module import require_heads
 from dumo.runtime.random import random_batch
 from dumo.training.step import pieces
 from dumo.types import Frozen, Noised, Spec, UserError
@@ -30,7 +28,7 @@ from dumo.types.outside import TAG, kind_of
 
 def is_own_net(run: Run) -> bool:
     """Whether the net is a module of Python, or of a class from outside."""
-    return isinstance(run.net, Module) or _is_from_outside(run.net)
+    return run.net.kind == "module" or _is_from_outside(run.net)
 
 
 def _is_from_outside(part: Spec) -> bool:
@@ -51,6 +49,8 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     """
     objective = run.objective
     if _is_from_outside(run.net):  # a module of Python was asked when it was built
+        from dumo.nets.module import require_heads
+
         with device:
             require_heads(net, objective.needs, run.data.shape, run.data.classes)
     net.train()

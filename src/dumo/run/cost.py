@@ -28,8 +28,7 @@ from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Path
 from dumo.flow.slope import DualSlope, Way
-from dumo.nets import twin
-from dumo.nets.dualized import Dualized
+from dumo.nets import is_dualized
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
@@ -256,6 +255,8 @@ def _first_blocks(net: M) -> M:
 
 def cut(net: M, lengths: Sequence[int]) -> M:
     """The net with this many first blocks of each stretch. All parts are shared, and the net is left as it is."""
+    from dumo.nets import twin
+
     kept: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
         kept.setdefault(stretch.path, []).extend(stretch.blocks[:n])
@@ -268,10 +269,10 @@ def stretches(net: nn.Module) -> list[Stretch]:
     A pretrained net has them, and one whose `blocks` are all alike but for the last and for the routed ones. A UNet has
     none: each of its blocks hands on to one on the other side.
     """
-    if isinstance(net, Dualized) and net.family.last == "conv_out":
+    if is_dualized(net) and net.family.last == "conv_out":
         return []
     lists: dict[str, nn.ModuleList] = {}
-    if isinstance(net, Dualized):
+    if is_dualized(net):
         for name, part in net.model.named_children():
             if isinstance(part, nn.ModuleList):
                 lists[f"model.{name}"] = part

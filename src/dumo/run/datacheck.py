@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dumo.data.latents import WAIT, Origin
 from dumo.io import content, digest
 from dumo.io.content import Hashes, hashes_of
 from dumo.io.read import first_few
@@ -23,6 +22,7 @@ from dumo.training import agreement
 from dumo.training.checkpoint import DATA
 from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
+from dumo.types.family import is_instance_of
 
 WAY_OUT = "give another folder with --out, or go on with the data as they are by --accept"
 
@@ -44,7 +44,8 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     """
     # of a cache of latents: compare with the images that it was made of
     origin = getattr(source, "origin", None)
-    if isinstance(origin, Origin):
+    if is_instance_of(origin, "dumo.data.latents:Origin"):
+        from dumo.data.latents import WAIT
 
         def compare_with_images() -> None:
             if verify:

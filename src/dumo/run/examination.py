@@ -29,9 +29,7 @@ from dumo.flow.derivative import LIMIT
 from dumo.flow.path import Path
 from dumo.flow.precision import using
 from dumo.flow.slope import slope_of
-from dumo.nets import Net, Pretrained
-from dumo.nets.adapter import SUBJECT
-from dumo.nets.text import or_drawn
+from dumo.nets import Net, is_pretrained
 from dumo.run import contract
 from dumo.run.weights import build
 from dumo.runtime import dist
@@ -125,7 +123,7 @@ def drawn_net(run: Run, device: torch.device) -> nn.Module:
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
-            if f".{SUBJECT}." in name:
+            if _is_of_subject(run.net, name):
                 noise = 0.1 * noise  # three parts of a layer would add up to more
             if p.ndim > 1:
                 p.copy_(noise / p[0].numel() ** 0.5)
@@ -134,8 +132,23 @@ def drawn_net(run: Run, device: torch.device) -> nn.Module:
     return net
 
 
+def _is_of_subject(net: Net, name: str) -> bool:
+    """Whether the weight of this name is of a subject's adapters."""
+    if not net.lora:
+        return False
+
+    from dumo.nets.adapter import SUBJECT
+
+    return f".{SUBJECT}." in name
+
+
 def readable(net: Net) -> Net:
     """The spec of a net, with random texts if it reads a table that is not there yet."""
+    if net.texts is None:
+        return net
+
+    from dumo.nets.text import or_drawn
+
     texts = or_drawn(net.texts)
     if texts is net.texts:
         return net
@@ -144,7 +157,7 @@ def readable(net: Net) -> Net:
 
 def short(net: Net) -> Net:
     """The spec of a net with two blocks of each kind; of a pretrained net none of the weights are read."""
-    if isinstance(net, Pretrained):
+    if is_pretrained(net):
         return net.short(2)
     depth: int | None = getattr(net, "depth", None)
     if depth is None:

@@ -28,8 +28,7 @@ from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import DataSource
-from dumo.nets.text import Learned
-from dumo.run import cost, datacheck, encode, examination
+from dumo.run import cost, datacheck, examination
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
     guard_run_folder,
@@ -143,9 +142,11 @@ def open_job(
         run = resolve(with_absolute_paths(run, run_before))
         torch_device = dist.device(device)
         _require_fit(run, torch_device, sheets)
-        reads_tokens = isinstance(run.net.texts, Learned)
+        reads_tokens = run.net.texts is not None and run.net.texts.kind == "learned"
         if reads_tokens and is_main:
-            encode.make_tokens(run)
+            from dumo.run.encode import make_tokens
+
+            make_tokens(run)
             run = resolve_remaining(run)
         run = with_hashes(run, run_before)
 

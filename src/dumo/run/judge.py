@@ -12,13 +12,10 @@ from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown, squares
 from dumo.config.tree import Evaluation
-from dumo.data import Data, Images, Latents, Moons
-from dumo.encoders.caption import parted
-from dumo.evaluation import Context, LikelihoodProtocol
+from dumo.data import Data, Moons, is_images, is_latents
+from dumo.evaluation import Context, is_of_likelihood
 from dumo.evaluation.protocol import Evaluator
-from dumo.flow.likelihood import climb_of
 from dumo.io.source import DataSource
-from dumo.run.encode import captions
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals, threads
 from dumo.runtime.progress import Bar, Tick
@@ -44,7 +41,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
         return images, sample_conditions(data, evaluation), _plain_texts(data)
 
     with bar_while_reading(bar) as tick:
-        if isinstance(evaluation.protocol, LikelihoodProtocol):
+        if is_of_likelihood(evaluation.protocol):
             require_likelihood(sampler)
         context = Context(
             data=open_reference,
@@ -70,6 +67,9 @@ def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
 
 def _plain_texts(data: Data) -> list[str]:
     """The texts of the data's captions, without hashes of images. Raises UserError where there are no captions."""
+    from dumo.encoders.caption import parted
+    from dumo.run.encode import captions
+
     return [parted(caption)[0] for caption in captions(data)]
 
 
@@ -91,7 +91,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
     if split is None:
         return training_data(data)
     images = shown(data)
-    if not isinstance(images, Images):
+    if not is_images(images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
     split_images = images.model_copy(update={"split": split})
     try:
@@ -105,7 +105,9 @@ def require_likelihood(sampler: Sampler) -> None:
 
     A solver climbs if it can go from data to noise.
     """
-    if isinstance(sampler.data, Latents):
+    from dumo.flow.likelihood import climb_of
+
+    if is_latents(sampler.data):
         raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
     if sampler.conditions.captions:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")

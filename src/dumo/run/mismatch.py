@@ -6,6 +6,7 @@ fault that one of the functions below it yields. Checks that need neither are in
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,15 +14,16 @@ from dumo.config.check import require
 from dumo.config.conditions import Conditions, shown
 from dumo.config.need import buckets_field, captions_field
 from dumo.config.tree import Tree
-from dumo.data import Data, Images, Latents
+from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion, Path
 from dumo.flow.slope import DualSlope, slope_of
-from dumo.nets import Net, Pretrained
-from dumo.nets.dualized import Dualized
-from dumo.nets.table import Embedded, PipelineTexts
+from dumo.nets import Net, is_dualized, is_pretrained
 from dumo.run.net import outline
 from dumo.training.spec import Train
 from dumo.types import Needs, UserError
+
+if TYPE_CHECKING:
+    from dumo.data import Images, Latents
 
 
 def check_built(run: Tree) -> None:
@@ -40,7 +42,8 @@ def check_built(run: Tree) -> None:
 def _editing_faults(data: Data, spec: Net) -> Iterator[str]:
     """Images to edit without a model that edits, and such a model without images."""
     source = getattr(Conditions(data).captions, "source", None)
-    family = spec.texts.family if isinstance(spec.texts, PipelineTexts) else None
+    texts = spec.texts
+    family = texts.family if texts and texts.kind == "pipeline" else None
     edits = family is not None and family.edits
     model = family.pipeline if family else f"net '{spec.kind}'"
     field = f"{captions_field(data)}.source"
@@ -53,7 +56,7 @@ def _editing_faults(data: Data, spec: Net) -> Iterator[str]:
 def _patch_faults(data: Data, net: nn.Module) -> Iterator[str]:
     """Buckets of sides that the net's patches do not divide."""
     images = shown(data)
-    if not isinstance(data, Images | Latents) or not isinstance(images, Images):
+    if not has_images(data) or not is_images(images):
         return
     if images.buckets is None:
         return
@@ -67,7 +70,7 @@ def _patch_faults(data: Data, net: nn.Module) -> Iterator[str]:
         )
 
 
-def _bucket_sides(data: Images | Latents) -> list[int]:
+def _bucket_sides(data: "Images | Latents") -> list[int]:
     """The heights and widths of what the net takes, bucket by bucket."""
     sides: list[int] = []
     for shape in data.shapes:
@@ -77,7 +80,7 @@ def _bucket_sides(data: Images | Latents) -> list[int]:
 
 def _position_faults(data: Data, net: nn.Module) -> Iterator[str]:
     """Images of more patches along a side than a pretrained model has positions for."""
-    if not isinstance(net, Dualized) or net.max_patches is None:
+    if not is_dualized(net) or net.max_patches is None:
         return
     max_patches = net.max_patches
     longest = max(data.shape[1:])  # in latents, or pixels where there is no codec
@@ -85,14 +88,14 @@ def _position_faults(data: Data, net: nn.Module) -> Iterator[str]:
     pixels_per_patch = net.patch * max(pixels) // longest
     patches = longest // net.patch
     if patches > max_patches:
-        field = "data.images.side" if isinstance(data, Latents) else "data.side"
+        field = "data.images.side" if is_latents(data) else "data.side"
         size = " x ".join(f"{side:,}" for side in pixels)
         yield (
             f"pipeline has a model with positions for {max_patches} patches a side, and images of {size} pixels have "
             f"{patches}: set {field}={max_patches * pixels_per_patch} or less"
         )
     bucket_field = buckets_field(data)
-    if bucket_field and isinstance(data, Images | Latents):
+    if bucket_field and has_images(data):
         bucket_patches = max(side // net.patch for side in _bucket_sides(data))
         if bucket_patches > max_patches:
             yield (
@@ -103,7 +106,7 @@ def _position_faults(data: Data, net: nn.Module) -> Iterator[str]:
 
 def _schedule_faults(path: Path, spec: Net) -> Iterator[str]:
     """A model of a diffusion on another path than its own, or that path with another net."""
-    diffusion = spec.frame if isinstance(spec, Pretrained) else None  # None: the net has learned no diffusion
+    diffusion = spec.frame if is_pretrained(spec) else None  # None: the net has learned no diffusion
     if isinstance(path, Diffusion) and diffusion is None:
         yield (
             "path.kind = diffusion needs a pipeline's model which learned noise (epsilon or v prediction), and this "
@@ -122,14 +125,16 @@ def _compiler_faults(train: Train, needs: Needs, spec: Net, net: nn.Module, clas
     """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
     is_compiled = train.compile != "none"
     has_dual_slope = isinstance(needs.slope, DualSlope)
-    has_uncompiled_blocks = isinstance(net, Dualized) and not net.family.compiles
+    has_uncompiled_blocks = is_dualized(net) and not net.family.compiles
     if is_compiled and has_dual_slope and has_uncompiled_blocks:
         yield (
             f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model together with "
             "slope 'dual': set train.compile=none"
         )
     texts = spec.texts
-    if train.compile == "loss" and isinstance(texts, Embedded) and texts.is_mapped(classes):
+    if train.compile != "loss" or texts is None or texts.kind == "codes" or texts.kind == "learned":
+        return
+    if texts.is_mapped(classes):
         yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"

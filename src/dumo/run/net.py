@@ -10,14 +10,14 @@ from torch import nn
 from dumo.config.tree import Tree
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
-from dumo.nets import MLP, DiT, Pretrained, UNet
-from dumo.nets.live import OnlineTexts
+from dumo.nets import is_pretrained
 from dumo.run import memory
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.training.state import State
 from dumo.training.step import flow_of
 from dumo.types import Taught
+from dumo.types.outside import NetSpec
 
 
 def flow_in_training(run: Tree, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
@@ -34,7 +34,7 @@ def outline(run: Tree, *, short: bool = False) -> nn.Module:
     `short`: only the first blocks of a pretrained net, which takes long.
     """
     spec = run.net
-    if short and isinstance(spec, Pretrained):
+    if short and is_pretrained(spec):
         spec = spec.short(1)
     with torch.device("meta"):
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
@@ -45,16 +45,19 @@ def drawn(run: Tree) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
-    for module in net.modules():
-        if isinstance(module, OnlineTexts):
-            module.captions = run.conditions.names
+    if run.net.texts:
+        from dumo.nets.live import OnlineTexts
+
+        for module in net.modules():
+            if isinstance(module, OnlineTexts):
+                module.captions = run.conditions.names
     return net
 
 
 def deferred(run: Tree) -> tuple[nn.Module, Deferred]:
     """The net at step 0 without weights, and what makes these one by one; a user's own net has its weights."""
     deferred_weights = Deferred()
-    if not isinstance(run.net, DiT | MLP | Pretrained | UNet):
+    if isinstance(run.net, NetSpec):
         return drawn(run), deferred_weights
     with deferred_weights:
         net = drawn(run)

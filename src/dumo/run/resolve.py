@@ -14,7 +14,7 @@ back into the words that the user typed.
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from pydantic import JsonValue
 from pydantic.config import JsonDict
@@ -28,20 +28,20 @@ from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE, FILE, GIVEN
 from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
-from dumo.data import Data, Images, Latents
-from dumo.data.annotation import NoCaptionsError
-from dumo.data.cache import read_index
+from dumo.data import Data, has_images, is_latents
 from dumo.data.caption import CaptionFiles
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.reading import taught_readings
 from dumo.io import digest
 from dumo.io.read import user_path
-from dumo.nets import Net, Pretrained
-from dumo.nets.table import Tabled
+from dumo.nets import Net, is_pretrained
 from dumo.run.mismatch import check_built
 from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
+
+if TYPE_CHECKING:
+    from dumo.nets.table import Tabled
 
 S = TypeVar("S", bound=Spec)
 
@@ -83,19 +83,22 @@ def _resolve_data(run: Run) -> Data:
 
     Raises UserError as `found_data`, with a fix where a pipeline's texts lack captions.
     """
+    texts = run.net.texts
+    if texts is None or texts.kind != "pipeline":
+        return found_data(run.data)
+
+    from dumo.data.annotation import NoCaptionsError
+
     try:
         return found_data(run.data)
     except NoCaptionsError as error:
-        texts = run.net.texts
-        if texts and texts.kind == "pipeline":
-            raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
-        raise
+        raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
 
 
 def _resolve_text_table(net: Net, data: Data) -> Net:
     """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
     texts = net.texts
-    if not isinstance(texts, Tabled):
+    if texts is None or texts.kind == "codes":
         return net
     resolved_net = net.model_copy(update={"texts": texts.found()})
     if texts.identity is None:
@@ -105,7 +108,7 @@ def _resolve_text_table(net: Net, data: Data) -> Net:
 
 def _resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
     """The path with the schedule of the net's pipeline, if it is a diffusion's and has none; another as it is."""
-    if not isinstance(path, Diffusion) or path.schedule is not None or not isinstance(net, Pretrained):
+    if not isinstance(path, Diffusion) or path.schedule is not None or not is_pretrained(net):
         return path
     frame = net.frame
     if not frame:
@@ -120,8 +123,9 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
         facts[field_difference.field] = field_difference.now
     texts = run.net.texts
     resolved_texts = resolved_run.net.texts
-    if isinstance(texts, Tabled) and isinstance(resolved_texts, Tabled) and resolved_texts.identity != texts.identity:
-        facts["net.texts.identity"] = resolved_texts.identity
+    identity = getattr(resolved_texts, "identity", None)
+    if identity != getattr(texts, "identity", None):
+        facts["net.texts.identity"] = identity
     path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
         facts["path.schedule"] = path.schedule.model_dump(mode="json")
@@ -163,16 +167,16 @@ def found_data(data: Data) -> Data:
 
     Raises UserError, which names the field of the images, where the files contradict the spec.
     """
-    if not isinstance(data, Images | Latents):
+    if not has_images(data):
         return data
     try:
         return data.found()
     except UserError as error:
-        images_field = "data.images" if isinstance(data, Latents) else "data"
+        images_field = "data.images" if is_latents(data) else "data"
         raise type(error)(f"{images_field}: {error}") from error
 
 
-def _require_captions(data: Data, texts: Tabled) -> None:
+def _require_captions(data: Data, texts: "Tabled") -> None:
     """Raise UserError where there is a table of texts that is not of these data's captions."""
     captions = Conditions(data).captions
     names = Conditions(data).names
@@ -326,7 +330,8 @@ def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
     """
     pins_by_field: dict[str, tuple[Pin, Callable[[], Pin]]] = {}
     data = run.data
-    if isinstance(data, Latents) and data.codec.kind != "pipeline":
+    if is_latents(data) and data.codec.kind != "pipeline":
+        from dumo.data.cache import read_index
 
         def find_codec_hash() -> str | None:
             cache = read_index(data.folder)

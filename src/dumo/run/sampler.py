@@ -7,6 +7,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,19 +15,21 @@ from torch import Tensor, nn
 
 from dumo.config.conditions import Conditions, shown
 from dumo.config.tree import Sampling
-from dumo.data import Data, Latents
-from dumo.data.pixel import Size
-from dumo.encoders.codec import Opened
+from dumo.data import Data, is_latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
-from dumo.nets.rows import Texts
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Reads, Sample, UserError
+
+if TYPE_CHECKING:
+    from dumo.data.pixel import Size
+    from dumo.encoders.codec import Opened
+    from dumo.nets.rows import Texts
 
 Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
@@ -39,7 +42,7 @@ class Sampler:
     data: Data
     spec: Sampling
     rows: int = generate.BATCH  # of a pass
-    size: Size | None = None  # one of the data's buckets; None: the square
+    size: "Size | None" = None  # one of the data's buckets; None: the square
 
     @property
     def net(self) -> nn.Module:
@@ -71,7 +74,7 @@ class Sampler:
         """The shape of what the net makes."""
         if self.size is None:
             return self.data.shape
-        if isinstance(self.data, Latents):
+        if is_latents(self.data):
             return self.data.codec.shape(*self.size)
         return self.pixels
 
@@ -95,20 +98,22 @@ class Sampler:
         return self.flow.readings(guide, self.spec.knobs)
 
     @cached_property
-    def codec(self) -> Opened | None:
+    def codec(self) -> "Opened | None":
         """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
 
         Raises UserError where they are missing or others than those meant.
         """
-        return self.data.codec.open(self.device) if isinstance(self.data, Latents) else None
+        return self.data.codec.open(self.device) if is_latents(self.data) else None
 
     def decode(self, x: Sample) -> Decoded:
         """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
         return x if self.codec is None else self.codec.decode(x).cpu()
 
     @property
-    def texts(self) -> Texts | None:
+    def texts(self) -> "Texts | None":
         """The part of the net that has a row for every condition."""
+        from dumo.nets.rows import Texts
+
         for module in self.net.modules():
             if isinstance(module, Texts):
                 return module

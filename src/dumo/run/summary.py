@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.data.store import first_sorted
 from dumo.flow.slope import CentralSlope, DualSlope
-from dumo.nets.lowbit import saved
+from dumo.nets import is_dualized
 from dumo.run import cost
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
@@ -53,13 +52,19 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
         return f"{text} with {run.data.classes:,} captions"
     text = f"{text} in {run.data.classes} classes"
     if conditions.names:
+        from dumo.data.store import first_sorted
+
         text = f"{text}: {first_sorted(conditions.words)}"
     return text
 
 
 def _weights_text(net: nn.Module) -> str:
     """How many parameters a net has, and how many are trained, if not all."""
-    total = sum(p.numel() for p in net.parameters()) + saved(net)
+    total = sum(p.numel() for p in net.parameters())
+    if is_dualized(net):  # some of its weights may be codes and scales
+        from dumo.nets.lowbit import saved
+
+        total += saved(net)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     text = f"{total:,} parameters"
     return text if trained == total else f"{text}, {trained:,} of them trained"

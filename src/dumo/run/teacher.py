@@ -24,7 +24,7 @@ from dumo.config.load import load
 from dumo.config.source import FILE as RUN
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
-from dumo.data import Data, Latents
+from dumo.data import Data, is_latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.path import Path as FlowPath
@@ -35,7 +35,6 @@ from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
 from dumo.io.source import DataSource, TensorData, rows_of
 from dumo.io.table import Column, TableIndex
-from dumo.objectives.flow_matching import FlowMatching
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, say
@@ -135,6 +134,8 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
     """
     base_net = BaseNet(net, run.train.precision)
     if not (run.start and run.has_subject):
+        from dumo.objectives.flow_matching import FlowMatching
+
         return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
     few_step = load(run.start.source)
     check_guided(teacher.guide, few_step.data, few_step.objective, few_step.guided, "teacher.guide", run.start.source)
@@ -202,7 +203,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
 def _facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on, by field."""
-    codec = data.codec if isinstance(data, Latents) else None
+    codec = data.codec if is_latents(data) else None
     return {
         "data.shape": data.shape,
         "data.classes": data.classes,

@@ -23,12 +23,12 @@ import torch
 from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.config.word import method
-from dumo.data import Latents
+from dumo.data import is_latents
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.io.content import hashes_of
 from dumo.io.source import Bucketed, DataSource
-from dumo.nets.dualized import Dualized
+from dumo.nets import is_dualized
 from dumo.run import teacher
 from dumo.run.job import Job, MakeSheets, open_job
 from dumo.run.journal import Journal, resume_hint
@@ -131,7 +131,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         job.sheets.open(state)
 
     # what a step takes, and what is called after it
-    prior = run.data.prior if isinstance(run.data, Latents) else None
+    prior = run.data.prior if is_latents(run.data) else None
     teacher_velocity = job.teacher.velocity if job.teacher else None
 
     def flow_for(state: State) -> Flow:
@@ -197,7 +197,7 @@ def _lines_before(job: Job) -> list[str]:
     lines.append(f"objective: {method(run.objective)}")
     images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
     lines += misfits(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
-    if isinstance(state.net, Dualized) and not job.resumed_from:
+    if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.fits)
     return lines
 

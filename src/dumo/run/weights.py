@@ -19,16 +19,15 @@ from dumo.config.load import FILE, Difference, Written, difference, differences
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.config.tree import Tree
-from dumo.data import Images
+from dumo.data import is_images
 from dumo.flow.flow import Flow
 from dumo.flow.generate import BATCH
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
-from dumo.nets import Net, Pretrained
-from dumo.nets.dualized import Dualized
-from dumo.run import datanote, published, shipped
+from dumo.nets import Net, is_dualized, is_pretrained
+from dumo.run import datanote, shipped
 from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
 from dumo.run.origin import require_own_checkpoint, require_own_weights
@@ -163,7 +162,7 @@ def _require_trained(index: Index, run: Run) -> None:
             f"{index.folder} is already trained, so these fields cannot be changed here:\n  "
             + "\n  ".join(differing_fields)
         )
-    if isinstance(run.data, Images) and run.data != trained_run.data:
+    if is_images(run.data) and run.data != trained_run.data:
         undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
         trained_fingerprint = index.data_note.fingerprint if index.data_note else None
         fingerprint = undecoded.open().fingerprint()
@@ -316,8 +315,8 @@ def _load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) ->
     )
     source_spec = source.run.net
     spec = run.net
-    assert isinstance(source_spec, Pretrained)
-    assert isinstance(spec, Pretrained)
+    assert is_pretrained(source_spec)
+    assert is_pretrained(spec)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
         frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
         frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
@@ -339,7 +338,7 @@ def begin(
         net, deferred_weights = sketch(run)
     else:
         net = build(run, device)
-    if isinstance(net, Dualized) and not (run.start or last):
+    if is_dualized(net) and not (run.start or last):
         net.refit(deferred_weights)
     state = begin_training(net, run.train, device, deferred_weights, restored=last is not None)
     if last:
@@ -357,6 +356,8 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     if start.kind == "run":
         source_weights, source_deferred = _open_source_weights(start, run.net, run.path)
     else:
+        from dumo.run import published
+
         source_weights = published.read(start, run.net, run.path, net)
         source_deferred = Deferred()
     _require_source_heads(start, source_weights)

@@ -7,6 +7,7 @@ For a field of such an annotation pydantic calls `_validate`, which reads the ki
 it. Errors are those of a tagged union, with the kind in their location. `members` imports all.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -29,6 +30,13 @@ def import_name(name: str) -> Any:  # noqa: ANN401, what the name says
     """Import `module:Class`."""
     module, _, class_name = name.partition(":")
     return getattr(import_module(module), class_name)
+
+
+def is_instance_of(value: object, name: str) -> bool:
+    """Whether a value is of class `module:Class`, without importing that: before it is imported, no value is."""
+    module_name, _, class_name = name.partition(":")
+    module = sys.modules.get(module_name)
+    return module is not None and isinstance(value, getattr(module, class_name))
 
 
 def lazy_names(package: str, names: Iterable[str]) -> Callable[[str], Any]:
