@@ -6,7 +6,8 @@ stdout, and says on stderr what to type next.
 
 import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ from dumo.runtime.progress import bar, no_bar, say
 if TYPE_CHECKING:
     from dumo.config.spec import Run
     from dumo.nets import Net
+    from dumo.training.loop import Every
     from dumo.training.spec import Train
 
 
@@ -147,7 +149,6 @@ def train(
     """
     from dumo.config.load import FILE, load
     from dumo.config.source import choose
-    from dumo.report.feed import live
     from dumo.report.sheet import Sheets
     from dumo.run.job import open_job
     from dumo.run.train import train_job
@@ -180,7 +181,7 @@ def train(
         verify=verify,
         sheets=Sheets,
     )
-    with live(folder, track, say) as hooks, opened as job:
+    with _tracked(folder, track) as hooks, opened as job:
         run = job.run
         with memory_hint(_less_memory_hint(run.train, run.net)):
             state = train_job(job, bar, hooks)
@@ -193,6 +194,16 @@ def train(
     missing = _missing_of_protocol(run)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["Sequence[Every]"]:
+    """The hooks by which a training sends its log to a tracker; none without one."""
+    if tracker_name is None:
+        return nullcontext(())
+
+    from dumo.report.feed import live
+
+    return live(folder, tracker_name, say)
 
 
 def _missing_of_protocol(run: "Run") -> str | None:

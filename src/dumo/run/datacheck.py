@@ -44,7 +44,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     """
     # of a cache of latents: compare with the images that it was made of
     origin = getattr(source, "origin", None)
-    if is_instance_of(origin, "dumo.data.latents:Origin"):
+    if origin is not None and is_instance_of(origin, "dumo.data.latents:Origin"):
         from dumo.data.latents import WAIT
 
         def compare_with_images() -> None:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -41,7 +41,6 @@ from dumo.run.journal import History
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
-from dumo.run.teacher import LoadedTeacher, open_teacher
 from dumo.run.validation import Validation
 from dumo.run.weights import begin
 from dumo.runtime import dist, threads
@@ -52,6 +51,9 @@ from dumo.training.manifest import Checkpoint
 from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import UserError
+
+if TYPE_CHECKING:
+    from dumo.run.teacher import LoadedTeacher
 
 Tell = Callable[[str], None]  # shows the user a line
 
@@ -84,7 +86,7 @@ class Job:
     resumed_from: Checkpoint | None  # None: a fresh start
     goes_back: bool  # a step was asked for: later checkpoints are removed
     history: History | None  # what has changed since the folder was written; None except on rank 0
-    teacher: LoadedTeacher | None
+    teacher: "LoadedTeacher | None"
     validation: Validation
     sheets: Sheets | None
     meter: Meter
@@ -229,9 +231,11 @@ def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> N
     check_pieces(run.train, run.objective, ranks)
 
 
-def _load_teacher(run: Run, state: State, device: torch.device) -> LoadedTeacher | None:
+def _load_teacher(run: Run, state: State, device: torch.device) -> "LoadedTeacher | None":
     """The run's teacher; None: it has none. Raises UserError, on all ranks, where it cannot be opened."""
     spec = run.teacher
     if spec is None:
         return None
+    from dumo.run.teacher import open_teacher
+
     return agreement.on_each_rank(lambda: open_teacher(spec, run, state, device))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shlex import join
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,12 +25,11 @@ from dumo.config.spec import Run
 from dumo.io.content import Hashes
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
-from dumo.run import average, datacheck, datanote, examination
+from dumo.run import datacheck, datanote, examination
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, restore_run_file, write_run_file
 from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.origin import run_before_step
-from dumo.run.teacher import TeacherPairs
 from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
 from dumo.runtime import dist, signals, typed
@@ -44,6 +43,9 @@ from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
+
+if TYPE_CHECKING:
+    from dumo.run.teacher import TeacherPairs
 
 SECONDS_PER_MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
@@ -59,7 +61,7 @@ class Journal:
     folder: Path
     device: torch.device
     checkpoints: Checkpoints
-    source: DataSource | TeacherPairs
+    source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
@@ -153,6 +155,8 @@ class Journal:
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
         if self.run.train.is_snapshot_due(state.step):
+            from dumo.run import average
+
             average.save_snapshots(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:

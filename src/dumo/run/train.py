@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +30,6 @@ from dumo.flow.flow import Flow
 from dumo.io.content import hashes_of
 from dumo.io.source import Bucketed, DataSource
 from dumo.nets import is_dualized
-from dumo.run import teacher
 from dumo.run.job import Job, MakeSheets, open_job
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
@@ -43,7 +43,11 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.state import begin as begin_state
 from dumo.training.step import Batch, draws_of, pieces, span, train_step
+from dumo.types.family import is_instance_of
 from dumo.types.rows import pin, to_device
+
+if TYPE_CHECKING:
+    from dumo.run.teacher import TeacherPairs
 
 
 def train(
@@ -106,7 +110,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         job.tell(line)
 
     # 3. make a teacher's pairs
-    source: DataSource | teacher.TeacherPairs = job.data
+    source: DataSource | TeacherPairs = job.data
     if job.teacher:
         points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
@@ -217,7 +221,7 @@ def _step_threads_of(job: Job) -> StepThreads:
 
 
 def _trial_step(
-    train: Train, state: State, flow_for: Callable[[State], Flow], source: DataSource | teacher.TeacherPairs
+    train: Train, state: State, flow_for: Callable[[State], Flow], source: "DataSource | TeacherPairs"
 ) -> Callable[[], object]:
     """A function that makes the next step of a training on a copy of its state; its first call makes the copy."""
 
@@ -237,7 +241,7 @@ def _trial_step(
 
 @contextmanager
 def _prefetched(
-    run: Run, source: DataSource | teacher.TeacherPairs, flow: Flow, device: torch.device
+    run: Run, source: "DataSource | TeacherPairs", flow: Flow, device: torch.device
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
     """Yield two functions of a step's number, batch_at and draws_at: this rank's rows on the device, and its draws.
 
@@ -246,7 +250,7 @@ def _prefetched(
     train = run.train
     rows = span(pieces(train, flow.objective))
     is_gpu = device.type == "cuda"
-    draws_noise = not isinstance(source, teacher.TeacherPairs)  # a teacher's pairs bring their noise
+    draws_noise = not is_instance_of(source, "dumo.run.teacher:TeacherPairs")  # a teacher's pairs bring their noise
 
     def read_batch(step: int) -> Batch:
         parts = source.batch(step, train.batch, train.seed, rows)

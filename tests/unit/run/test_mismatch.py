@@ -12,7 +12,7 @@ from dumo.run import mismatch
 @pytest.mark.parametrize("shape", [(4, 32, 96), (4, 96, 32)])
 def test_the_longer_side_is_counted(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Images need not be squares: those of 96 pixels and patches of 2 have 48 a side."""
-    monkeypatch.setattr(mismatch, "Dualized", SimpleNamespace)
+    monkeypatch.setattr(mismatch, "is_dualized", lambda net: True)
     net = cast(Any, SimpleNamespace(max_patches=40, patch=2))
     data = Memory(name="array", shape=shape, classes=0, digest="")
     _, height, width = shape
