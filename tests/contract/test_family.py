@@ -4,6 +4,7 @@ import ast
 import sys
 from pathlib import Path
 from subprocess import run
+from types import ModuleType
 from typing import get_args
 
 import pytest
@@ -34,17 +35,22 @@ def test_a_table_has_every_kind_of_its_members(family: SpecFamily) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-def test_a_type_checker_sees_the_members_of_the_table(package: object) -> None:
+def test_a_type_checker_sees_the_members_of_the_table(package: ModuleType) -> None:
     """What is imported for it alone is the classes of the table, each of which the package gives."""
-    source = Path(str(getattr(package, "__file__", ""))).read_text(encoding="utf-8")
     exported = set[str]()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(package.__name__):
             exported |= {f"{node.module}:{alias.name}" for alias in node.names if alias.asname}
-    table = set(getattr(package, "FAMILY").names.values())
-    assert table <= exported <= table | set(getattr(package, "OTHERS", ()))
+    table = {*package.FAMILY.names.values()}
+    assert table <= exported <= table | {*getattr(package, "OTHERS", ())}
     for name in exported:
-        assert is_instance_of(getattr(package, name.partition(":")[2]), "builtins:type")
+        assert isinstance(getattr(package, name.partition(":")[2]), type)
+
+
+def test_a_value_is_of_a_class_that_is_not_imported_for_it() -> None:
+    assert is_instance_of(DuMo(), "dumo.objectives.dumo:DuMo")
+    assert not is_instance_of(DuMo(), "dumo.objectives.meanflow:MeanFlow")
+    assert not is_instance_of(DuMo(), "dumo.not_there:Class")
 
 
 def test_an_unknown_name_of_a_package_is_an_attribute_error() -> None:

@@ -62,7 +62,6 @@ if TYPE_CHECKING:
     from dumo.objectives.tvm import TVM as TVM
     from dumo.objectives.twinflow import TwinFlow as TwinFlow
     from dumo.objectives.ucgm import UCGM as UCGM
-
     from dumo.types import Objective as Objective
 else:
     Objective = Annotated[Spec, FAMILY]
