@@ -193,7 +193,7 @@ def _part_fields(parts: Fields, run: Run) -> Fields:
     if "objective" in fields:
         twin = _twin_recipe(TOYS[0], fields["objective"])
         if fields["objective"].keys() == {"kind"} and twin in recipes.names():
-            fields["objective"] = load_recipe(twin).objective.model_dump(mode="json")
+            fields["objective"] = load_recipe(twin).model_dump(mode="json")["objective"]
         solver = best_solver(taught_readings(objective_of(fields["objective"])))
         fields["sample.solver"] = {"kind": solver.kind}
     return fields

@@ -147,7 +147,7 @@ def _locate(loc: Location, root: type[BaseModel]) -> _Field:
 
 
 def _member(annotation: object, tag: int | str) -> type[BaseModel] | None:
-    """The spec that this tag chooses, where an annotation is a union told apart by kind."""
+    """The spec that this tag chooses, where an annotation is a union by kind."""
     family = family_of(annotation)
     if family is not None:
         return family.load(str(tag)) if tag in family.names else None

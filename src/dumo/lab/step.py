@@ -188,7 +188,7 @@ def measure(
     rows = compare(tried, seconds, batch, seconds_at_peak)
     return {
         "net": run.net.model_dump(),
-        "objective": run.objective.model_dump(mode="json"),
+        "objective": run.model_dump(mode="json")["objective"],
         "shape": shape,
         "batch": batch,
         "parameters": sum(p.numel() for p in setting.net.parameters()),

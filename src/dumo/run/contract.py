@@ -22,7 +22,7 @@ from dumo.flow.draw import add_noise, make_draws
 from dumo.flow.precision import Precision, using
 from dumo.runtime.random import random_batch
 from dumo.training.step import pieces
-from dumo.types import Frozen, Noised, Spec, UserError
+from dumo.types import Frozen, Noised, UserError
 from dumo.types.outside import TAG, kind_of
 
 
@@ -31,7 +31,7 @@ def is_own_net(run: Run) -> bool:
     return run.net.kind == "module" or _is_from_outside(run.net)
 
 
-def _is_from_outside(part: Spec) -> bool:
+def _is_from_outside(part: object) -> bool:
     """Whether a part of a run is of a class that is not dumo's."""
     return kind_of(part) == TAG
 

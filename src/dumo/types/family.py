@@ -133,7 +133,7 @@ def family_of(annotation: object) -> SpecFamily | None:
 
 
 def members(union: object) -> tuple[type[Spec], ...]:
-    """The specs of a union that is told apart by kind, but for the base of classes from outside; all are imported."""
+    """The specs of a union by kind, but for the base of classes from outside; all are imported."""
     family = family_of(union)
     if family is not None:
         return family.members()
