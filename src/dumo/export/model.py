@@ -229,7 +229,7 @@ class ExportedModel:
         return sorted(end_by_start.items(), reverse=True)
 
     @cached_property
-    def _fixed_embedding(self) -> Fixed | None:
+    def fixed_embedding(self) -> Fixed | None:
         """The embedding of t that also says r; None where any number of passes is made. Raises as `pass_intervals`."""
         if not self.nfe:
             return None
@@ -247,8 +247,8 @@ class ExportedModel:
 
         Raises UserError as `pass_intervals`.
         """
-        if self._fixed_embedding:
-            return self._fixed_embedding.layer
+        if self.fixed_embedding:
+            return self.fixed_embedding.layer
         return self.net.rest() if self.net.gap else None
 
     def _scheduler_times(self, times: Sequence[float]) -> Tensor:
@@ -265,9 +265,9 @@ class ExportedModel:
     @property
     def facts(self) -> dict[str, Any]:
         """For dumo.json and a file's header: passes and errors of the embedding; {} for any number of passes."""
-        if not self._fixed_embedding:
+        if not self.fixed_embedding:
             return {}
-        errors = {name: value for name, value in vars(self._fixed_embedding).items() if isinstance(value, float)}
+        errors = {name: value for name, value in vars(self.fixed_embedding).items() if isinstance(value, float)}
         return {"passes": self.pass_intervals, "embedding": errors}
 
     def _start_times(self, n: int) -> list[float]:
