@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from autoencoder import taef2
 from dumo.config import recipes
-from dumo.io import content, seen
+from dumo.io import content, inventory
 from e2e.shell import call, refused, sets, together
 from tiers import tiered
 from unit.data.animals import archive
@@ -168,7 +168,7 @@ def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
             shutil.rmtree("../images")
             Path("copy").rename("../images")
         elif change == "forgotten":
-            Path("../images", seen.NAME).unlink()
+            Path("../images", inventory.NOTE_NAME).unlink()
         assert call("train", run, *sets(f"train.steps={2 * k}")).code == 0
         assert len(hashed) == (0 if change == "none" else COUNT), change
     assert noted(run) == []
@@ -251,7 +251,7 @@ def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None
     os.utime(file, ns=(was, was))
     refused("train", "run", *sets("train.steps=5"), "--verify", named=(f"another {file.resolve()} than",))
     refused("evaluate", "run", "--nfe", 1, named=(f"another {file.resolve()} than",))
-    Path("../images", seen.NAME).unlink()
+    Path("../images", inventory.NOTE_NAME).unlink()
     assert f"{file.resolve()} is not the image that" in call("evaluate", "run", "--nfe", 1).err
     file.unlink()
     refused("train", "run", *sets("train.steps=5"), named=("class0/00.bmp gone",))

@@ -6,7 +6,7 @@ not mix, and a loss has a number for each row. du/dt is `dumo.flow.derivative`'s
 
 `LoopFlow.check` calls these in order: `require_teachable` and `require_parameters` before any pass; then, on the first
 `rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `require_terms` looks at every
-loss. `dumo.run.outside` calls some of them for nets and objectives of users.
+loss. `dumo.run.contract` calls some of them for nets and objectives of users.
 """
 
 from collections.abc import Mapping

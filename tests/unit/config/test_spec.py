@@ -165,7 +165,7 @@ def test_reading_a_recipe_opens_nothing_but_dumos_own_texts_and_makes_no_net(tmp
     """Of a published model a config is such a text."""
     package = str(Path(dumo.__file__).parent)
     clean = {name: value for name, value in os.environ.items() if name != "FEW_STEPS"}  # a base of `personal`
-    words = [sys.executable, "-c", READ_ALL, package]
+    words = [sys.executable, "-B", "-c", READ_ALL, package]  # -B: no compiled modules are written
     done = subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

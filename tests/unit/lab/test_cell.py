@@ -143,7 +143,7 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Cost, "units", 4.0)
     monkeypatch.setattr(cell, "finish", finish)
-    monkeypatch.setattr(cell, "compare", SimpleNamespace(alike=lambda cards: None))
+    monkeypatch.setattr(cell, "compare", SimpleNamespace(require_comparable=lambda cards: None))
     cells = list(read("stages").cells("smoke"))
     names = [one.name for one in cells]
     done = cell.finish_all(cells[::-1], tmp_path, jobs=1, device="cpu", bar=no_bar)

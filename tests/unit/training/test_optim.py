@@ -337,7 +337,7 @@ def slope_growth(optimizer: Optimizer, chosen: str) -> float:
 
     Adam's first step is its rate times the sign of the gradient, the worst one that of the slope itself.
     """
-    net = build(load("dumo-best-latents", ["net.depth=1"])).double()
+    net = build(load("dumo-best-latents", ["net.depth=1", "net.route=null"])).double()
     (scalars,) = (module for module in net.modules() if isinstance(module, Scalars))
     t = torch.tensor(SLOPE_TIMES, dtype=torch.float64)
 
