@@ -201,7 +201,7 @@ def reference(file: Path) -> None:
     adm.WIDTH, adm.SPATIAL_WIDTH, before = WIDE, NARROW, (adm.WIDTH, adm.SPATIAL_WIDTH)
     try:
         found = adm.read_adm(file, count=20)
-        if found.kept.shape[:3] == (3, 4, 4):
+        if found.image_file.shape[:3] == (3, 4, 4):
             list(found.images(2))
     finally:
         adm.WIDTH, adm.SPATIAL_WIDTH = before

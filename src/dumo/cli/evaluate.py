@@ -238,7 +238,7 @@ def _judge_images(
         is_main = dist.is_main()
         report = others.judge(
             images,
-            protocol or others.DEFAULT,
+            protocol or others.DEFAULT_KIND,
             against=against,
             fields=fields,
             out=file,

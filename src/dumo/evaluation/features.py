@@ -25,7 +25,7 @@ from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
 from dumo.evaluation.metric import Scores
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, perfect
-from dumo.evaluation.reference import Standard, cached
+from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, gather, statistics_of
 from dumo.io.read import user_path
 from dumo.io.source import Finite
@@ -37,8 +37,9 @@ FIELD = "evaluate.protocol.model"
 WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
 MEDIAN_ROWS = 2000  # real images, of which a median distance is taken: ours
 STANDARDS: dict[Kind, Standard] = {
-    "dinov2": Standard(50_000, None, None, None, 1000),
-    "cmmd": Standard(30_000, None, None, None, 1000),  # of COCO's captions, theirs
+    "dinov2": Standard(samples=50_000, size=None, classes=None, reference_images=None, subset=1000),
+    # 30,000 samples, as the authors take of COCO's captions
+    "cmmd": Standard(samples=30_000, size=None, classes=None, reference_images=None, subset=1000),
 }
 
 
@@ -80,7 +81,7 @@ class FeatureProtocol(Protocol):
             raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
         facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
-        real = cached(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
+        real = load_or_compute(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
         width = _kernel_width(self.kind, real.rows) if len(real.rows) >= 2 else 0.0
         if not width:
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")

@@ -22,7 +22,7 @@ from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import LEAST, Context, Evaluator, NumberedSamples, Protocol, distance_unit
-from dumo.evaluation.reference import PIECE, STANDARDS, Inception, Standard, cached
+from dumo.evaluation.reference import PIECE, STANDARDS, InceptionKind, Standard, load_or_compute
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
@@ -39,7 +39,7 @@ PART_PAIRS = 6  # pairs of parts of the reference: few, for each takes seconds
 class ImageProtocol(Protocol):
     """Images in colour, decoded, by the features of Inception, whose weights lie where $DUMO_INCEPTION says."""
 
-    kind: Inception
+    kind: InceptionKind
     samples: int | None = Field(default=None, ge=1, le=bound.SAMPLES)  # None: as many as the name says
     frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
     reference: str | None = Field(default=None, json_schema_extra=PLACE)  # ADM's file; None: the run's own data
@@ -64,11 +64,18 @@ class ImageProtocol(Protocol):
     @property
     def missing(self) -> str | None:
         """What must be fetched before anything can be judged here; None: nothing."""
+        return self.missing_files("in evaluate.protocol.reference")
+
+    def missing_files(self, reference_option: str) -> str | None:
+        """What must be fetched before anything can be judged here; None: nothing.
+
+        `reference_option` says where the user may name ADM's file.
+        """
         file = inception.place()
         if not file or not file.is_file():
             return "the weights of Inception: dumo data inception says how to get them"
         if self.standard.url and self.reference is None:
-            return "ADM's reference, named in evaluate.protocol.reference: see dumo data adm"
+            return f"ADM's reference, named {reference_option}: see dumo data adm"
         return None
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
@@ -94,9 +101,9 @@ class ImageProtocol(Protocol):
     def evaluator(self, context: Context) -> Evaluator:
         """Compares samples with ADM's file where the name says so, else with all images of the data, then opened.
 
-        What the reference comes to is kept for the next time (`cached`). With several ranks every one asks the same.
-        Raises `UserError` for missing or wrong weights, a file that is not the reference meant, and for more or fewer
-        images than the name says.
+        The reference's statistics are cached (`load_or_compute`). Every rank must call this. Raises `UserError` for
+        missing or wrong weights, a file that is not the reference meant, and for more or fewer images than the name
+        says.
         """
         standard = self.standard
         extractor = inception.load(None, context.device)
@@ -110,7 +117,7 @@ class ImageProtocol(Protocol):
             "resize": f"TensorFlow 1, bilinear, to {SIZE}",
             "rounding": "0 to 255",
         }
-        real = cached({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
+        real = load_or_compute({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
         return ImageEvaluator(self.kind, standard, self.total, self.frechet, extractor, real, facts, context.device)
 
     def _adm_reference(self, extractor: Extractor, context: Context) -> tuple[dict[str, str], Callable[[], Statistics]]:

@@ -52,10 +52,11 @@ READ_ERRORS = (  # what a bad file raises
 class NpzImages:
     """Images of an .npz in ADM's layout, in their order: a finite set, to be gone through.
 
-    `c` is their classes (n,), None where the file has none. Raises UserError for another file.
+    `c` is their classes (n,), None where the file has none, or `with_classes` is false. Raises UserError for another
+    file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, with_classes: bool = True) -> None:
         self.path = path
         self.lock = Lock()
         self.file: zipfile.ZipExtFile | None = None
@@ -63,7 +64,8 @@ class NpzImages:
         count, height, width, colours = self._open()
         self.close()
         self.shape: tuple[int, int, int, int] = (count, height, width, colours)
-        self.c = self._classes() if LABELS in keys(path) else None
+        has_classes = with_classes and LABELS in keys(path)
+        self.c = self._classes() if has_classes else None
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -1,15 +1,23 @@
 """Statistics of the data that samples are compared with: of ADM's file, or of all images of a run's own data.
 
-Images are read in pieces, every rank its share of them, and none is held. A hash of all their pixels says which data it
-was; it takes a small part of the time that the network takes. What was counted once is kept, in a folder that may be
-emptied at any time: the name of a file is a hash of what it is of, which the file itself repeats (the data's pixels,
-the network's weights, the protocol), so what has changed or is damaged is counted anew.
+A protocol of images gets its reference in three steps:
 
-ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published: mean and covariance of the features of a whole
-training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images, `arr_0`, for
-precision and recall (`dumo.evaluation.npz`). How many images the moments are of it does not say; the protocol does.
+1. The facts: `adm_facts` of a file that `adm_file` opens, or `album_facts` of a run's data. They hold a hash of the
+   file or of all pixels, so they say which data it is. Hashing takes a small part of the time that the network takes.
+2. `load_or_compute` looks in the cache for the statistics that belong to these facts.
+3. Where there are none, it calls `adm_statistics` or `album_statistics`, and writes what they return to the cache.
 
-`cached` returns statistics that are kept, or has them counted: by `adm_statistics` or `album_statistics`.
+The cache is a folder that may be emptied at any time. A file's name is a hash of its key (the data's pixels, the
+network's weights, the protocol), which the file itself repeats. So statistics of changed data, and damaged files, are
+computed anew. Images are read batch by batch, every rank its share of them, and none is held in memory.
+
+ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published (`read_adm`): mean and covariance of the
+features of a whole training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images,
+`arr_0`, for precision and recall (`dumo.evaluation.npz`). It does not say how many images the moments are of; the
+protocol does.
+
+Others also use `STANDARDS`, which says what each protocol's name fixes, and `hash_images` and `with_progress`, which
+take batches of any images.
 """
 
 import json
@@ -49,121 +57,168 @@ from dumo.io.source import Finite
 from dumo.runtime import dist
 from dumo.types import UserError
 
-Inception = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
+InceptionKind = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
 
-ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
-PIECE = 64  # images
-TRAIN = 1_281_167  # images of ImageNet-1k's training set, of which ADM's moments are
+CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's folder
+PIECE = 64  # images that are read, and put through the network, at a time: ours
+IMAGENET_TRAIN_IMAGES = 1_281_167  # in the training set of ImageNet-1k, of which ADM's files have the moments
 
-VARIABLE = "DUMO_CACHE"  # of the environment: the folder where statistics are kept
+_ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
 
 class Standard(NamedTuple):
-    """What a name fixes of distances in Inception's features; None where the data decides."""
+    """What a protocol's name fixes; None where the data decides."""
 
     samples: int
     size: int | None  # pixels a side
     classes: int | None
-    real: int | None  # images of the reference
+    reference_images: int | None  # how many: in ADM's file, or of the data
     subset: int  # rows per subset of the kernel distance
-    url: str | None = None  # of ADM's file, which then is the reference; None: images are
+    url: str | None = None  # of ADM's file, which then is the reference; None: the run's data is
 
 
-STANDARDS: dict[Inception, Standard] = {
-    "adm-imagenet256-50k": Standard(50_000, 256, 1000, 10_000, 1000, f"{ADM_URL}/256/VIRTUAL_imagenet256_labeled.npz"),
-    "adm-imagenet512-50k": Standard(50_000, 512, 1000, 10_000, 1000, f"{ADM_URL}/512/VIRTUAL_imagenet512.npz"),
-    "cifar10-train50k": Standard(50_000, 32, 10, 50_000, 1000),
-    "folder": Standard(10_000, None, None, None, 100),
+STANDARDS: dict[InceptionKind, Standard] = {
+    "adm-imagenet256-50k": Standard(
+        samples=50_000,
+        size=256,
+        classes=1000,
+        reference_images=10_000,
+        subset=1000,
+        url=f"{_ADM_URL}/256/VIRTUAL_imagenet256_labeled.npz",
+    ),
+    "adm-imagenet512-50k": Standard(
+        samples=50_000,
+        size=512,
+        classes=1000,
+        reference_images=10_000,
+        subset=1000,
+        url=f"{_ADM_URL}/512/VIRTUAL_imagenet512.npz",
+    ),
+    "cifar10-train50k": Standard(samples=50_000, size=32, classes=10, reference_images=50_000, subset=1000),
+    "folder": Standard(samples=10_000, size=None, classes=None, reference_images=None, subset=100),
 }
 
 
 @dataclass(frozen=True)
 class AdmReference:
-    """A reference file: the moments are in memory, the images on disk."""
+    """A reference file of ADM: the moments are in memory, the images stay on disk."""
 
     path: Path
-    pool: Moments  # of the FID's features
-    spatial: Moments  # of the sFID's
-    kept: NpzImages  # some of those that the moments are of
+    pool: Moments  # of the FID's features, over the whole training set
+    spatial: Moments  # of the sFID's features, over the whole training set
+    image_file: NpzImages  # the images that the file holds, a part of the training set
 
     def images(self, batch: int = 64) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
-        """The images in their order, colours 0 .. 255, channels first. Raises `UserError` where the file ends early."""
-        for first in range(0, len(self.kept), batch):
-            yield self.kept.pixels(first, min(first + batch, len(self.kept)))
+        """The images in their order, `batch` at a time. Raises `UserError` where the file ends early."""
+        for first in range(0, len(self.image_file), batch):
+            yield self.image_file.pixels(first, min(first + batch, len(self.image_file)))
 
 
-def folder() -> Path:
-    """Where `VARIABLE` says, else ~/.cache/dumo."""
-    return user_path(os.environ.get(VARIABLE) or "~/.cache/dumo", VARIABLE)
+def load_or_compute(key: Mapping[str, str], compute: Callable[[], Statistics]) -> Statistics:
+    """The statistics of what `key` describes: from the cache if every rank can read them there, else computed.
 
-
-def cached(of: Mapping[str, str], count: Callable[[], Statistics]) -> Statistics:
-    """The statistics of what `of` says: as they were kept if every rank can read them, else counted and kept.
-
-    Every rank must call it. Warns where they cannot be written.
+    Computed statistics are written to the cache. Every rank must call this, since `compute` needs them all. Warns where
+    the cache cannot be written.
     """
-    key = digest.of_bytes(json.dumps(dict(of), sort_keys=True).encode())[:16]
-    path = folder() / f"statistics-{key}.safetensors"
-    kept_statistics = load_statistics(path, of)
-    is_kept = dist.gathered(torch.tensor([kept_statistics is not None]))
-    if kept_statistics is not None and all(bool(of_rank) for of_rank in is_kept):
-        return kept_statistics
-    statistics = count()
+    key_hash = digest.of_bytes(json.dumps(dict(key), sort_keys=True).encode())[:16]
+    path = _cache_folder() / f"statistics-{key_hash}.safetensors"
+    loaded_statistics = load_statistics(path, key)
+    rank_flags = dist.gathered(torch.tensor([loaded_statistics is not None]))
+    is_loaded_on_all = all(bool(flag) for flag in rank_flags)
+    if loaded_statistics is not None and is_loaded_on_all:
+        return loaded_statistics
+
+    statistics = compute()
     try:
         if dist.is_main():
             with files.atomic_write(path) as temp_path:
-                save_statistics(temp_path, statistics, of)
-    except (OSError, SafetensorError) as error:  # the statistics are good, if not kept
+                save_statistics(temp_path, statistics, key)
+    except (OSError, SafetensorError) as error:  # the statistics are good all the same
         warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)
     return statistics
 
 
+def _cache_folder() -> Path:
+    """The folder that `CACHE_VARIABLE` names, else ~/.cache/dumo."""
+    return user_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dumo", CACHE_VARIABLE)
+
+
 def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
-    """ADM's file. Raises `UserError` where it is none, or is of other images than the protocol of this name says."""
-    file = read_adm(path, count=TRAIN)
-    if file.kept.shape[:3] != (standard.real, standard.size, standard.size):
+    """ADM's file for the protocol called `name`, which fixes `standard`.
+
+    Raises `UserError` where the file is damaged, or holds images of another number or size than the standard says.
+    """
+    file = read_adm(path, count=IMAGENET_TRAIN_IMAGES)
+    if file.image_file.shape[:3] != (standard.reference_images, standard.size, standard.size):
         raise UserError(
-            f"{path} has images of shape {file.kept.shape}, protocol {name} compares with {standard.real} of"
-            f" {standard.size}x{standard.size}: give the file {standard.url}"
+            f"{path} has images of shape {file.image_file.shape}, protocol {name} compares with"
+            f" {standard.reference_images} of {standard.size}x{standard.size}: give the file {standard.url}"
         )
     return file
 
 
 def adm_facts(file: AdmReference) -> dict[str, str]:
-    """What a report says of the file."""
+    """What a report says of ADM's file: its name and its hash."""
     return {"reference": file.path.name, "reference_sha256": digest.of_file(file.path)}
 
 
 def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None = None) -> Statistics:
-    """Its images as the network sees them, its moments as they are published."""
-    batches = _counted(_rank_images(file), len(file.kept), tick)
-    of_images = gather(statistics_of(extractor, batches))
-    return replace(of_images, pool=file.pool, spatial=file.spatial)
+    """Features of the file's images as the extractor sees them, with the moments that the file publishes.
+
+    Every rank must call it. `tick` is called with how many images are done, of how many.
+    """
+    batches = with_progress(_adm_batches(file), len(file.image_file), tick)
+    image_statistics = gather(statistics_of(extractor, batches))
+    return replace(image_statistics, pool=file.pool, spatial=file.spatial)
 
 
-def _rank_images(file: AdmReference) -> Iterator[Batch]:
-    """This rank's share of the file's images, with their numbers."""
+def _adm_batches(file: AdmReference) -> Iterator[Batch]:
+    """This rank's share of the file's images, in batches of numbers (n,) and images (n, 3, height, width)."""
     for piece, x in enumerate(file.images(PIECE)):
         if piece % dist.world() == dist.rank():
             yield piece * PIECE + torch.arange(len(x)), x
 
 
 def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
-    """How many images there are, and the hash of their pixels in their order.
+    """What a report says of a run's data: how many images there are, and a hash of their pixels in their order.
 
-    Raises `UserError` where the protocol of this name says another number.
+    Every rank must call it. Raises `UserError` where the protocol called `name` compares with another number of images.
     """
-    total, sha256 = hash_images(_pieces(album))
-    if standard.real not in (None, total):
-        raise UserError(f"protocol {name} compares with {standard.real} images, here are {total}: give them all, once")
+    total, sha256 = hash_images(_album_batches(album))
+    if standard.reference_images not in (None, total):
+        raise UserError(
+            f"protocol {name} compares with {standard.reference_images} images, here are {total}: give them all, once"
+        )
     return {"reference": f"{total:,} images of the data", "reference_sha256": sha256}
 
 
-def hash_images(mine: Iterable[Batch]) -> tuple[int, str]:
-    """How many images all ranks have, each its share, and the SHA-256 of their pixels in the order of their numbers."""
+def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
+    """The statistics of all images of a run's data, each known by its row.
+
+    Every rank must call it. `tick` is called with how many images are done, of how many.
+    """
+    batches = ((rows, x) for rows, x in _album_batches(album) if len(x))
+    return gather(statistics_of(extractor, with_progress(batches, len(album), tick)))
+
+
+def _album_batches(album: Finite) -> Iterator[Batch]:
+    """This rank's share of the images, in batches of rows (n,) and pixels (n, 3, height, width). Some may be empty."""
+    images_per_rank = -(-len(album) // dist.world())
+    batch_size = min(PIECE, images_per_rank)  # so every rank has a share of few images
+    for first in range(dist.rank() * batch_size, len(album), dist.world() * batch_size):
+        x, _ = album.rows(slice(first, first + batch_size))
+        pixels = to_uint8(x)
+        yield torch.arange(first, first + len(pixels)), pixels
+
+
+def hash_images(batches: Iterable[Batch]) -> tuple[int, str]:
+    """How many images all ranks have, and the SHA-256 of their pixels in the order of their numbers.
+
+    `batches` are this rank's share, as numbers and images. Every rank must call it.
+    """
     hashes = [torch.empty(0, 32, dtype=torch.uint8)]
     numbers = [torch.empty(0, dtype=torch.long)]
-    for index, images in mine:
+    for index, images in batches:
         image_hashes = bytearray()
         for image in images:
             sha256 = digest.of_bytes(f"{tuple(image.shape)}".encode(), image.numpy().tobytes())
@@ -175,23 +230,13 @@ def hash_images(mine: Iterable[Batch]) -> tuple[int, str]:
     return len(all_numbers), digest.of_bytes(all_hashes[ordered(all_numbers)].numpy().tobytes())
 
 
-def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
-    """The statistics of all images, known by their rows."""
-    batches = ((index, x) for index, x in _pieces(album) if len(x))
-    return gather(statistics_of(extractor, _counted(batches, len(album), tick)))
+def with_progress(
+    batches: Iterable[tuple[Tensor, Tensor]], total: int, tick: Tick | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches unchanged. After each one, `tick` is called with how many images are done, of `total`.
 
-
-def _pieces(album: Finite) -> Iterator[Batch]:
-    """Of all pieces in turn this rank's: the numbers of its images, and the images. Some may have none."""
-    piece = min(PIECE, -(-len(album) // dist.world()))  # a share for each rank
-    for first in range(dist.rank() * piece, len(album), dist.world() * piece):
-        x, _ = album.rows(slice(first, first + piece))
-        pixels = to_uint8(x)
-        yield torch.arange(first, first + len(pixels)), pixels
-
-
-def _counted(batches: Iterator[Batch], total: int, tick: Tick | None) -> Iterator[Batch]:
-    """The same batches; `tick` is called with how many images have come, of other ranks as many again."""
+    The other ranks are taken to be as far as this one.
+    """
     done = 0
     for index, x in batches:
         yield index, x
@@ -201,19 +246,27 @@ def _counted(batches: Iterator[Batch], total: int, tick: Tick | None) -> Iterato
 
 
 def read_adm(path: Path | str, *, count: int) -> AdmReference:
-    """Read and check a reference whose moments are of `count` images. Raises `UserError` for any other file."""
+    """Read and check a file of ADM whose moments are of `count` images. Raises `UserError` for any other file."""
     path = Path(path)
 
-    def moments(suffix: str, width: int) -> Moments:
-        mean = _floats(path, f"mu{suffix}", width)
-        covariance = _floats(path, f"sigma{suffix}", width, width)
+    def read_moments(suffix: str, width: int) -> Moments:
+        mean = _read_floats(path, f"mu{suffix}", width)
+        covariance = _read_floats(path, f"sigma{suffix}", width, width)
         return Moments(count, mean, covariance * (count - 1))
 
-    return AdmReference(path, moments("", WIDTH), moments("_s", SPATIAL_WIDTH), NpzImages(path))
+    return AdmReference(
+        path=path,
+        pool=read_moments("", WIDTH),
+        spatial=read_moments("_s", SPATIAL_WIDTH),
+        image_file=NpzImages(path),
+    )
 
 
-def _floats(path: Path, key: str, *shape: int) -> Tensor:
-    """An array of finite floats of this shape, symmetric if it is a matrix, in float64."""
+def _read_floats(path: Path, key: str, *shape: int) -> Tensor:
+    """The file's array `key` in float64.
+
+    Raises `UserError` unless its values are finite floats of this shape, and a matrix is symmetric.
+    """
     array = npz.array(path, key, "f", shape, "finite floats")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
         raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")

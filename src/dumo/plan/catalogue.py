@@ -17,7 +17,7 @@ from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
 from dumo.encoders.pipeline import PUBLISHED, Pipeline
 from dumo.encoders.taesd import SHA256, Taef2
-from dumo.evaluation.reference import STANDARDS, TRAIN
+from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, STANDARDS
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
 from dumo.runtime import install
@@ -90,7 +90,7 @@ CATALOGUE = (
     ),
     Item(
         "imagenet",
-        f"ImageNet-1k's training set, {TRAIN:,} images in 1,000 classes",
+        f"ImageNet-1k's training set, {IMAGENET_TRAIN_IMAGES:,} images in 1,000 classes",
         "https://image-net.org/download.php, with an account: ILSVRC2012_img_train.tar, 138 GB",
         (
             "mkdir -p $IMAGENET/train && tar -xf ILSVRC2012_img_train.tar -C $IMAGENET/train && cd $IMAGENET/train",

@@ -14,7 +14,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.cache import CachePlan, read_index
-from dumo.evaluation.reference import TRAIN, Standard
+from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
@@ -130,7 +130,7 @@ def _images_per_epoch(run: Run, *, missing: bool) -> int | None:
     standard: Standard | None = getattr(run.evaluate.protocol, "standard", None)  # a set of images by its name
     if standard is None:
         return None
-    return TRAIN if standard.url else standard.real
+    return IMAGENET_TRAIN_IMAGES if standard.url else standard.reference_images
 
 
 def validation(run: Run, units: float | None = None) -> dict[str, Any] | None:

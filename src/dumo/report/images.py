@@ -1,13 +1,19 @@
 """Images that others made, judged by a protocol: the numbers and the card that samples of a run would have.
 
-`judge` is the entrance. It opens the images (`dumo.report.place`), decides the protocol by their number and shape,
-finds the real images to compare with, has the protocol score them, and writes the report (`dumo.report.evaluate`).
+`judge` is the entrance; `dumo evaluate --images` calls it. In this order it
 
-Images of a reference are brought to the size of those that are judged as a run's data are (`dumo.data.pixel.cut`). So
-both references have one hash, and a run and images stand in one table.
+1. opens the images (`dumo.report.place`), and completes the protocol by their number and shape;
+2. finds the real images that are the reference, or the file that the protocol has for it;
+3. hashes the pixels of the images that are judged;
+4. has the protocol score them;
+5. writes the report (`dumo.report.evaluate`).
+
+The images of a reference folder are cropped and resized to the size of those that are judged, in the way of a run's
+data (`dumo.data.pixel.cut`). So the same folder has the same hash as a run's reference and as a reference here, and
+both reports can stand in one table.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +28,8 @@ from dumo.data.store import Labels
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
-from dumo.evaluation.reference import Inception, hash_images
+from dumo.evaluation.protocol import Tick as ImageTick
+from dumo.evaluation.reference import InceptionKind, hash_images, with_progress
 from dumo.evaluation.shipped import Shipped
 from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
@@ -30,26 +37,26 @@ from dumo.io.read import user_path
 from dumo.io.source import Data
 from dumo.report.card import Card
 from dumo.report.evaluate import complete_report, write
-from dumo.report.place import Batch, PlacedImages, have_same_classes, open_images, require_path
+from dumo.report.place import ImageSet, have_same_classes, open_images, require_path
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, Tick, no_bar, teller
 from dumo.types import Spec, UserError
 
-DEFAULT = "photos"
-KINDS = sorted(
-    {*get_args(Inception), *get_args(Shipped), *get_args(vision.Kind)} - {"toy"}
-)  # protocols of images without captions
+DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
+KINDS = sorted(  # the protocols that judge images without captions
+    {*get_args(InceptionKind), *get_args(Shipped), *get_args(vision.Kind)} - {"toy"}
+)
 
 
 class _ProtocolOnly(Spec):
-    """What of an evaluation has a meaning for images that are there."""
+    """The part of a run's `evaluate` that applies to existing images."""
 
     protocol: MetricProtocol
 
 
 class _ImagesSettings(Spec):
-    """The fields that --set may give: of the protocol, and of the data that are the reference."""
+    """The fields that --set may change: of the protocol, and of the data that are the reference."""
 
     evaluate: _ProtocolOnly
     data: Images | None = None
@@ -57,7 +64,7 @@ class _ImagesSettings(Spec):
 
 def judge(
     images: str,
-    kind: str = DEFAULT,
+    kind: str = DEFAULT_KIND,
     *,
     against: str | None = None,
     fields: Sequence[str] = (),
@@ -65,52 +72,60 @@ def judge(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Judge the images of a place by the protocol `kind`, against those of another; write the report, and return it.
+    """Judge images by the protocol `kind`, write the report, and return it.
 
-    `fields` are a run's, as --set gives them. All images are judged, and the protocol's name says where these are not
-    its number. Several ranks share the work, and the first writes. Raises UserError, and writes nothing, where a place
-    holds no images or those the protocol does not judge, and where the reference is missing or of no use.
+    `images` is a folder or a file of images to judge, `against` one of real images to compare them with. `fields` are
+    changes to a run's fields as --set gives them, such as "evaluate.protocol.samples=1000". `out` is the report's file;
+    its default is named after `images` and lies in the working folder.
+
+    All images are judged. Where their number is not the protocol's own, its name in the report says so. Several ranks
+    share the work, and the first one writes. Raises UserError, and writes nothing, where there are no images or none
+    that the protocol can judge, and where the reference is missing or does not fit.
     """
     place = user_path(images, "--images")
     path = out or Path(f"{place.resolve().name}.evaluation.json")
     check_writable(path.parent)
 
-    # the images, the protocol, and what it compares with
+    # the images, and the protocol that judges them
     tree = _settings_tree(kind, against, fields)
-    placed = open_images(place, "--images")
-    protocol = _protocol_for(tree, placed, str(place))
-    channels, classes = fitting(protocol, placed, str(place))
-    missing = protocol.missing
+    image_set = open_images(place, "--images")
+    protocol = _protocol_for(tree, image_set, str(place))
+    channels, num_classes = judged_channels_and_classes(protocol, image_set, str(place))
+    missing = _missing_files(protocol)
     if missing:
-        missing = missing.replace("named in", "named by --against, or in")
         raise UserError(f"protocol {protocol.kind} needs {missing}")
-    reference = _reference(protocol, tree, against, placed, classes)
-    labels = reference.labels
-    classes = labels.count if labels else 0
 
-    # their hash
+    # what they are compared with; the labels are left out where the reference has other classes
+    labels = image_set.labels if num_classes else None
+    reference = _find_reference(protocol, tree, against, image_set, labels)
+    labels = reference.labels
+    num_classes = labels.count if labels else 0
+
+    # the hash of the images
     total = protocol.total
     with bar("reading the images", total) as tick:
-        pixels = ((index, to_uint8(x)) for index, x in _count_images(placed.batches(total, channels), total, tick))
-        _, sha256 = hash_images(pixels)
+        batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
+        _, sha256 = hash_images((index, to_uint8(x)) for index, x in batches)
 
-    # their scores
+    # the scores
     torch_device = dist.device(device)
     with threads.fewer_when_busy(torch_device, teller(bar)):
         with bar_while_reading(bar) as reading_tick:
-            c = labels.c[placed.chosen_rows(total)] if labels else None
-            context = Context(reference.open, classes, device=torch_device, tick=reading_tick, c=c)
+            c = labels.c[image_set.chosen_rows(total)] if labels else None
+            context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)
             evaluator = protocol.evaluator(context)
         with bar("judging", total) as tick:
-            scores = evaluator.score(_count_images(placed.batches(total, channels), total, tick))
+            batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
+            scores = evaluator.score(batches)
 
+    # the report
     card: Card = {
         "protocol": protocol.name,
         "samples": total,
         **evaluator.facts,
-        "images": f"{total:,} of {len(placed.source):,} images in {place}",
+        "images": f"{total:,} of {len(image_set.source):,} images in {place}",
         "images_sha256": sha256,
-        "labels": f"{classes} classes of the images" if classes else "none",
+        "labels": f"{num_classes} classes of the images" if num_classes else "none",
         "data": reference.spec,
         "device": torch_device.type,
         "versions": dist.versions(),
@@ -122,21 +137,22 @@ def judge(
     return report
 
 
-def _count_images(batches: Iterator[Batch], total: int, tick: Tick) -> Iterator[Batch]:
-    """The batches as they are; `tick` is called with how many images have come, of other ranks as many again."""
-    done = 0
-    for index, x in batches:
-        yield index, x
+def _update_bar(tick: Tick) -> ImageTick:
+    """What to call after each batch: it adapts the number of threads to the machine's load, and moves the bar."""
+
+    def update(done: int, total: int) -> None:
         threads.check()
-        done += len(index) * dist.world()
-        tick(min(done, total), "")
+        tick(done, "")
+
+    return update
 
 
 def _settings_tree(kind: str, against: str | None, fields: Sequence[str]) -> dict[str, Any]:
-    """The tree of `_ImagesSettings`: the protocol, ADM's reference where it takes one, and `fields`.
+    """The settings as a tree of `_ImagesSettings`: the protocol, changed by `fields`, and fields of the data.
 
-    How many images there are is not known yet. Raises UserError for fields that images do not have, a protocol that
-    judges none, and a reference where the protocol has its own.
+    A protocol that compares with ADM's file gets `against` as its reference. The number of samples may still be
+    missing. Raises UserError for fields that images do not have, a protocol that does not judge images, and a reference
+    where the protocol has its own.
     """
     tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
     override(tree, fields)
@@ -150,7 +166,7 @@ def _settings_tree(kind: str, against: str | None, fields: Sequence[str]) -> dic
     protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
     require_known("protocol of images", protocol.kind, KINDS)
 
-    # the reference that the protocol fixes
+    # some protocols have a reference of their own
     own_reference = None
     if protocol.kind == "digits":
         own_reference = "the digits that ship"
@@ -165,9 +181,12 @@ def _settings_tree(kind: str, against: str | None, fields: Sequence[str]) -> dic
     return tree
 
 
-def _protocol_for(tree: dict[str, Any], placed: PlacedImages, place: str) -> Any:  # noqa: ANN401, a union of protocols
-    """The protocol, of as many samples as there are images unless it is set. Raises UserError for too few."""
-    count = len(placed.source)
+def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: str) -> Any:  # noqa: ANN401, a union of protocols
+    """The protocol of the tree; unless the tree says how many samples it judges, it judges all images.
+
+    Raises UserError where there are fewer images than that, or too few for the protocol.
+    """
+    count = len(image_set.source)
     samples = tree["evaluate"]["protocol"].setdefault("samples", count)
     try:
         protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
@@ -180,63 +199,71 @@ def _protocol_for(tree: dict[str, Any], placed: PlacedImages, place: str) -> Any
     return protocol
 
 
-def fitting(protocol: MetricProtocol, placed: PlacedImages, place: str) -> tuple[int, int]:
-    """How many channels of the images the protocol judges, and in how many classes. Raises UserError for none."""
-    count = placed.labels.count if placed.labels else 0
+def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, place: str) -> tuple[int, int]:
+    """The number of channels and of classes by which the protocol can judge the images.
+
+    All 3 channels if it can, else 1; all classes if it can, else 0. Raises UserError where it judges neither 3 channels
+    nor 1 of images of this size.
+    """
+    num_classes = image_set.labels.count if image_set.labels else 0
     for channels in (3, 1):
-        shape = (channels, *placed.shape[1:])
+        shape = (channels, *image_set.shape[1:])
         if protocol.unfit(shape, 0):
             continue
-        judges_classes = not protocol.unfit(shape, count)
-        return channels, count if judges_classes else 0
-    _, height, width = placed.shape
+        judges_classes = not protocol.unfit(shape, num_classes)
+        return channels, num_classes if judges_classes else 0
+    _, height, width = image_set.shape
     raise UserError(
-        f"{place} has {len(placed.source):,} images of {width} x {height} pixels, such as {placed.name(0)}: protocol "
-        f"{protocol.kind} {protocol.unfit(placed.shape, 0)}"
+        f"{place} has {len(image_set.source):,} images of {width} x {height} pixels, such as {image_set.name(0)}: "
+        f"protocol {protocol.kind} {protocol.unfit(image_set.shape, 0)}"
     )
+
+
+def _missing_files(protocol: MetricProtocol) -> str | None:
+    """What must be fetched or named before the protocol can judge images; None: nothing."""
+    if isinstance(protocol, ImageProtocol):
+        return protocol.missing_files("by --against, or in evaluate.protocol.reference")
+    return protocol.missing
 
 
 @dataclass(frozen=True)
 class _ImagesReference:
-    """What images are compared with, as a card has it, and the classes of those that are judged.
+    """What images are compared with, and the labels by which they are judged."""
 
-    `data` and `spec` are None where the protocol has a file of its own, `labels` where classes do not count.
-    """
-
-    data: Data | None
-    spec: Card | None
-    labels: Labels | None
+    data: Data | None  # None where the protocol reads a file of its own
+    spec: Card | None  # the data as the report's card describes them; None where `data` is
+    labels: Labels | None  # of the images that are judged; None where they are judged without classes
 
     def open(self) -> Data:
-        """The data. A protocol that has a file of its own does not ask for it."""
+        """The data. A protocol that reads a file of its own never calls this."""
         assert self.data is not None, "the protocol reads a file of its own"
         return self.data
 
 
-def _reference(
-    protocol: MetricProtocol, tree: dict[str, Any], against: str | None, placed: PlacedImages, classes: int
+def _find_reference(
+    protocol: MetricProtocol, tree: dict[str, Any], against: str | None, image_set: ImageSet, labels: Labels | None
 ) -> _ImagesReference:
-    """What the images are compared with. Photos are judged by class only where both have the same classes.
+    """What `image_set`, whose classes are `labels`, is compared with.
 
-    Raises UserError where --against is missing, or names images of another size.
+    The protocol `photos` judges by class only where images and reference have the same classes. Raises UserError where
+    --against is missing, or names images of another size.
     """
-    labels = placed.labels if classes else None
     if protocol.kind == "digits":
         return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), labels)
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
         return _ImagesReference(None, None, labels)
     if against is None:
         raise UserError(f"protocol {protocol.kind} compares with real images: say where, --against FOLDER or FILE.npz")
-    by_shared_classes = protocol.kind == DEFAULT
+    by_shared_classes = protocol.kind == DEFAULT_KIND
     place = user_path(against, "--against")
     if place.suffix == ".npz" and not tree["data"]:
-        return _npz_reference(place, placed, labels, by_shared_classes=by_shared_classes)
+        return _npz_reference(place, image_set, labels, by_shared_classes=by_shared_classes)
 
-    # files of images, as a run's data
-    _, height, width = placed.shape
+    # files of images, which are read as a run's data are
+    _, height, width = image_set.shape
     if height != width:
         raise UserError(
-            f"{placed.name(0)} is {width} x {height} pixels, and a folder's images are brought to squares: give the "
+            f"{image_set.name(0)} is {width} x {height} pixels, and a folder's images are brought to squares: give the "
             "reference as an .npz of that size"
         )
     data_fields = {"kind": "images", "root": against, "side": height, **tree["data"]}
@@ -250,22 +277,29 @@ def _reference(
 
 
 def _npz_reference(
-    place: Path, placed: PlacedImages, labels: Labels | None, *, by_shared_classes: bool
+    place: Path, image_set: ImageSet, labels: Labels | None, *, by_shared_classes: bool
 ) -> _ImagesReference:
-    """An .npz as the reference. Raises UserError where its images have another size than those that are judged."""
-    real = open_images(place, "--against")
-    if real.shape != placed.shape:
-        _, height, width = placed.shape
-        size = f"{real.shape[2]} x {real.shape[1]} pixels, and those that are judged {width} x {height}"
-        raise UserError(f"{place} has images of {size}: give a reference of that size, or a folder of images")
-    if by_shared_classes and isinstance(real.source, NpzImages) and not have_same_classes(labels, real.labels):
+    """The images of an .npz as the reference; `by_shared_classes`: without classes unless both have the same.
+
+    Raises UserError where they have another size than those that are judged.
+    """
+    reference_set = open_images(place, "--against")
+    if reference_set.shape != image_set.shape:
+        _, reference_height, reference_width = reference_set.shape
+        _, height, width = image_set.shape
+        raise UserError(
+            f"{place} has images of {reference_width} x {reference_height} pixels, and those that are judged {width} x "
+            f"{height}: give a reference of that size, or a folder of images"
+        )
+    source = reference_set.source
+    if by_shared_classes and not have_same_classes(labels, reference_set.labels):
         labels = None
-        real.source.c = None
-    return _ImagesReference(real.source, {"root": str(place)}, labels)
+        source = NpzImages(place, with_classes=False)
+    return _ImagesReference(source, {"root": str(place)}, labels)
 
 
 def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
-    """The images of a reference. Raises UserError where they are not there, or the fields do not fit."""
+    """The reference's images, opened by the fields `data`. Raises UserError where they are missing, or a field is bad."""
     spec = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert spec is not None, "it is given"
     require_path(user_path(spec.root, "--against"), "--against")

@@ -6,7 +6,8 @@ rounded to 8 bits, as protocols round samples, where theirs clips it, almost all
 white. No image is resized or cropped, for the way it is done moves a FID (Parmar et al. 2022, arXiv 2104.11222): all
 must have one size.
 
-`open_images` opens a place. `PlacedImages.batches` then gives this rank's share of the images, one piece at a time.
+`open_images` opens a folder or file as an `ImageSet`. Its `batches` give this rank's share of the images.
+`have_same_classes` compares the classes of two sets, `require_path` refuses a path where nothing is.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -29,10 +30,10 @@ from dumo.runtime import dist, signals
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-Batch = tuple[Tensor, Tensor]  # numbers, and images in [-1, 1]
+Batch = tuple[Tensor, Tensor]  # numbers (n,), and images (n, channels, height, width) in [-1, 1]
 
 MEMORY = 2 * GIGABYTE  # of pixels that are kept decoded, as of a run's data
-SKIPPING = ", or leave such images out with data.on_bad=skip"  # of images that are judged none is left out
+SKIPPING = ", or leave such images out with data.on_bad=skip"  # advice that is no use here: none may be left out
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,19 @@ class SameSize(ToRectangle):
 
 
 @dataclass(frozen=True)
-class PlacedImages:
-    """The images of a place: a source of them, their shape, classes where they have some, and what each is called."""
+class ImageSet:
+    """The images of a folder or file."""
 
-    source: Album | NpzImages
-    shape: tuple[int, ...]
-    labels: Labels | None
-    name: Callable[[int], str]
+    source: Album | NpzImages  # reads them by row
+    shape: tuple[int, ...]  # of one: 3, height, width
+    labels: Labels | None  # None where they have no classes
+    name: Callable[[int], str]  # of the image in a row, for messages
 
     def batches(self, total: int, channels: int) -> Iterator[Batch]:
         """This rank's share of `total` images: numbers (n,) and images (n, channels, height, width) in [-1, 1].
 
-        The pieces are the same however many ranks there are, and a rank without one has an empty piece. Raises
-        UserError for an image in colour where `channels` is 1.
+        Batches hold the same images however many ranks there are. A rank that gets no images yields an empty batch.
+        Raises UserError for an image in colour where `channels` is 1.
         """
         not_chosen = -1
         number_of_row = torch.full((len(self.source),), not_chosen)
@@ -86,19 +87,19 @@ class PlacedImages:
             yield numbers[is_chosen], x[:, :channels]
 
     def chosen_rows(self, total: int) -> Tensor:
-        """The rows (total,) that are judged, in order: all, or a random choice, for files often lie by class."""
+        """The rows (total,) that are judged, in order: all, or a random choice, since files often lie by class."""
         order = torch.randperm(len(self.source), generator=stream("images"))
         return order[:total].sort().values
 
 
 def have_same_classes(one: Labels | None, other: Labels | None) -> bool:
-    """Whether both have the same classes: as many, of the same names where both have names."""
+    """Whether both have as many classes, and by the same names where both name them. False where either has none."""
     if one is None or other is None:
         return False
     return one.count == other.count and (one.names == other.names or () in (one.names, other.names))
 
 
-def open_images(place: Path, option: str) -> PlacedImages:
+def open_images(place: Path, option: str) -> ImageSet:
     """The images of an .npz, a folder or a table. Raises UserError where there are none, or the first is unreadable."""
     require_path(place, option)
     if (place / FILE).is_file():
@@ -106,7 +107,7 @@ def open_images(place: Path, option: str) -> PlacedImages:
     if place.suffix == ".npz":
         source = NpzImages(place)
         labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
-        return PlacedImages(source, (3, *source.shape[1:3]), labels, lambda i: f"image {i} of {place}")
+        return ImageSet(source, (3, *source.shape[1:3]), labels, lambda i: f"image {i} of {place}")
     with _errors_by_option(option):
         store = _open_store(place)
         try:
@@ -115,17 +116,17 @@ def open_images(place: Path, option: str) -> PlacedImages:
             raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
         to_pixels = SameSize(height, width, "none", store.path(0))
         source = Album(store, to_pixels, flip=False, skip=False, memory=MEMORY)
-    return PlacedImages(source, to_pixels.shape, store.labels, store.path)
+    return ImageSet(source, to_pixels.shape, store.labels, store.path)
 
 
 def require_path(place: Path, option: str) -> None:
-    """Raise UserError where there is nothing."""
+    """Raise UserError where `place`, which the command line's `option` names, does not exist."""
     if not place.exists():
         raise UserError(f"there is no folder or file {place}: say with {option} where the images are")
 
 
 def _open_store(place: Path) -> Store:
-    """The images, with their classes where these are in order."""
+    """The images of a folder or table, with their classes; without them where the classes cannot be read."""
     try:
         return find(place)
     except UserError:
@@ -134,7 +135,7 @@ def _open_store(place: Path) -> Store:
 
 @contextmanager
 def _errors_by_option(option: str) -> Generator[None]:
-    """Errors of a run's data as those of images that are named by an option."""
+    """Raise the errors of a run's data again, naming the command line's `option` in place of fields of data."""
     try:
         yield
     except UserError as error:

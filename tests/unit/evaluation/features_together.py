@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dumo.evaluation.reference import VARIABLE
+from dumo.evaluation.reference import CACHE_VARIABLE
 from dumo.report.images import judge
 from meeting import meeting
 
@@ -24,6 +24,6 @@ def judged(out: str) -> dict[str, Any]:
 def main(number: str, file: str) -> None:
     """This rank's part."""
     torch.set_num_threads(1)
-    os.environ[VARIABLE] = "cache"
+    os.environ[CACHE_VARIABLE] = "cache"
     with meeting(file, int(number)):
         judged("together.json")

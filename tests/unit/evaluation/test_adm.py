@@ -41,7 +41,7 @@ def written(path: Path, compress: bool = False, **changes: np.ndarray | None) ->
 def test_is_read_as_written(tmp_path: Path, compress: bool) -> None:
     kept = arrays()
     file = read_adm(written(tmp_path / "a.npz", compress, **kept), count=COUNT)
-    assert file.kept.shape == IMAGES.shape
+    assert file.image_file.shape == IMAGES.shape
     for moments, suffix in ((file.pool, ""), (file.spatial, "_s")):
         assert moments.count == COUNT
         assert np.array_equal(moments.mean.numpy(), kept[f"mu{suffix}"])

@@ -44,7 +44,7 @@ class Endless:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is kept beyond a test."""
-    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(reference.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

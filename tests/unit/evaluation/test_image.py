@@ -53,7 +53,7 @@ def counted(pixels: Tensor) -> Statistics:
 
 
 def test_names_lock_what_the_papers_do() -> None:
-    assert [(k, v.samples, v.size, v.classes, v.real) for k, v in STANDARDS.items()] == [
+    assert [(k, v.samples, v.size, v.classes, v.reference_images) for k, v in STANDARDS.items()] == [
         ("adm-imagenet256-50k", 50_000, 256, 1000, 10_000),
         ("adm-imagenet512-50k", 50_000, 512, 1000, 10_000),
         ("cifar10-train50k", 50_000, 32, 10, 50_000),
@@ -161,7 +161,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
 def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Path, tiny: ImageProtocol) -> None:
     file = adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
     real = adm_statistics(extractor, file)
-    assert real.pool.count == real.spatial.count == reference.TRAIN == 1_281_167
+    assert real.pool.count == real.spatial.count == reference.IMAGENET_TRAIN_IMAGES == 1_281_167
     torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
     assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
@@ -175,7 +175,7 @@ def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
     """A small network in Inception's place, and an empty cache."""
     net = Peephole()
     monkeypatch.setattr(inception, "load", lambda path, device: net)
-    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(reference.CACHE_VARIABLE, str(tmp_path / "cache"))
     return net
 
 
@@ -240,10 +240,10 @@ def test_where_nothing_can_be_kept_the_numbers_stand(
     tmp_path: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "file/folder"))
+    monkeypatch.setenv(reference.CACHE_VARIABLE, str(tmp_path / "file/folder"))
     with pytest.warns(UserWarning, match="cannot be written .* counted again next time"):
         opened(FOLDER, images(N))
-    monkeypatch.setenv(reference.VARIABLE, "$NOWHERE/cache")
+    monkeypatch.setenv(reference.CACHE_VARIABLE, "$NOWHERE/cache")
     with pytest.raises(UserError, match="NOWHERE is not set"):
         opened(FOLDER, images(N))
 

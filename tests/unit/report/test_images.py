@@ -20,8 +20,8 @@ from dumo.evaluation.reference import PIECE, STANDARDS, hash_images
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.report.compare import compare, require_comparable
-from dumo.report.images import fitting, judge
-from dumo.report.place import PlacedImages, SameSize, open_images
+from dumo.report.images import judge, judged_channels_and_classes
+from dumo.report.place import ImageSet, SameSize, open_images
 from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of
@@ -54,7 +54,7 @@ def write(folder: str, n: int, *, classes: int = 0, side: int = 8, base: int = 0
     return Path(folder)
 
 
-def pixels(found: PlacedImages) -> tuple[torch.Tensor, str]:
+def pixels(found: ImageSet) -> tuple[torch.Tensor, str]:
     """All images of a place, and their hash."""
     batches = [(index, to_uint8(x)) for index, x in found.batches(len(found.source), 3)]
     return torch.cat([x for _, x in batches]), hash_images(batches)[1]
@@ -168,7 +168,8 @@ def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     assert report["results"][0]["accuracy"] > 0.98
     assert report["card"]["reference"] == "1,797 samples of the data"
     write_adm(Path("two.npz"), to_rows(table.x[:600]), table.c[:600] % 2)
-    assert fitting(ShippedProtocol(kind="digits"), open_images(Path("two.npz"), "--images"), "two.npz") == (1, 0)
+    found = open_images(Path("two.npz"), "--images")
+    assert judged_channels_and_classes(ShippedProtocol(kind="digits"), found, "two.npz") == (1, 0)
     assert "accuracy" not in judge("two.npz", "digits")["results"][0]
 
 
