@@ -1,7 +1,14 @@
-"""`dumo reproduce`: a plan made, and its table, pictures and results.json written.
+"""`dumo reproduce`: train and measure all cells of a plan, and write its table, pictures and results.json.
 
-`reproduce` reads the plan, has its cells trained and measured (`dumo.lab.cell`), and shows the results by the plan's
-`View`: a table, charts of the table, and pictures that take the nets. A plan that is not in `VIEWS` has the usual view.
+`reproduce` is the entrance. In this order it
+
+1. reads the plan, and its `View`, which says how results are shown (`VIEWS`; the default is `View()`);
+2. has the cells of the plan trained and measured (`dumo.lab.cell`), or takes those that are finished;
+3. makes the table, charts of the table (`write_charts`, which tests also call on stored tables), and pictures that need
+   the trained nets;
+4. writes table.md and results.json, which says by which command, when, and on what machine and device it was made.
+
+A new plan needs a line in `VIEWS` only where the default view does not fit.
 """
 
 import os
@@ -22,17 +29,22 @@ from dumo.io.read import write_json
 from dumo.lab import arm, cell, ours, paper
 from dumo.lab.cell import Result, Row, average_by_arm, markdown
 from dumo.lab.plan import SCALES, Plan, read
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.runtime.progress import Bar, no_bar
 
 
+def _average_table(plan: Plan, results: list[Result]) -> list[Row]:
+    """A row for each arm and number of passes: means over seeds."""
+    return average_by_arm(results)
+
+
 def _ranking_chart(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """The arms, the best on top."""
+    """The arms, the best on top, by the name of the chart's file."""
     return {plan.name: arm.ranking(plan.title, table)}
 
 
-def _sample_pictures(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """A picture of what all arms make, for a plan with `samples`."""
+def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
+    """Write a picture of what all arms make; return its path. Nothing for a plan without `samples`."""
     if not plan.samples:
         return []
     path = folder / f"{plan.name}-samples.png"
@@ -47,15 +59,15 @@ def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 @dataclass(frozen=True)
 class View:
-    """How the results of a plan are shown."""
+    """How the results of a plan are made and shown."""
 
-    table: Callable[[Plan, list[Result]], list[Row]] = lambda plan, results: average_by_arm(results)
-    charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart
-    draw: Callable[[Plan, list[Result], Path], list[Path]] = _sample_pictures  # pictures that take the nets
-    finish: Callable[..., list[Result]] = cell.finish_all
+    table: Callable[[Plan, list[Result]], list[Row]] = _average_table
+    charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart  # of the table, by the file's name
+    draw: Callable[[Plan, list[Result], Path], list[Path]] = _draw_samples  # writes pictures that need the nets
+    finish: Callable[..., list[Result]] = cell.finish_all  # trains and measures the cells
 
 
-VIEWS = {
+VIEWS = {  # by the name of the plan
     "best": View(ours.best_table, ours.best_charts),
     "best-latents": View(ours.best_table, ours.best_charts),
     "best-pixels": View(ours.best_table, _no_charts),
@@ -78,28 +90,29 @@ VIEWS = {
 def reproduce(
     name: str, scale: str, folder: Path | None = None, *, jobs: int = 1, device: str = "auto", bar: Bar = no_bar
 ) -> dict[str, Any]:
-    """Run a plan, `jobs` cells at a time, and write results.json, table.md and its pictures.
+    """Run a plan, `jobs` cells at a time; write results.json, table.md and its pictures; return results.json's content.
 
-    Raises UserError for an unknown name, or a scale that it does not have.
+    `folder` is by default runs/reproduce/NAME-SCALE. Raises UserError for an unknown name, or a scale that the plan
+    does not have.
     """
+    command = _command(name, scale, folder, jobs, device)
     plan = read(name)
     view = VIEWS.get(name, View())
     require_known("scale", scale, SCALES)
-    plan.at(scale)
-    folder = folder or Path("runs/reproduce") / f"{name}-{scale}"
+    plan.at(scale)  # raises UserError where the plan has no such scale
+    if folder is None:
+        folder = Path("runs/reproduce") / f"{name}-{scale}"
     file.check_writable(folder)
     results = view.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = view.table(plan, results)
-    pictures = [*write_charts(plan, view, table, folder), *view.draw(plan, results, folder)]
-    command = f"dumo reproduce {name} --scale {scale}"
-    if jobs > 1:
-        command += f" --jobs {jobs}"
+    charts = write_charts(plan, view, table, folder)
+    pictures = [*charts, *view.draw(plan, results, folder)]
     report = {
         "name": name,
         "scale": scale,
         "title": plan.title,
-        "origin": origin(command),
+        "origin": _origin(command, device),
         "table": table,
         "cells": [{"cell": result.cell.name, **result.report} for result in results],
         "files": [str(path) for path in (*pictures, folder / "table.md", folder / "results.json")],
@@ -119,13 +132,25 @@ def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list
     return paths
 
 
-def origin(command: str) -> dict[str, Any]:
-    """Where and when results were made."""
+def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str) -> str:
+    """The command that makes these results again. Options are left out where they are the default."""
+    command = f"dumo reproduce {name} --scale {scale}"
+    if folder is not None:
+        command += f" --out {typed(folder)}"
+    if jobs > 1:
+        command += f" --jobs {jobs}"
+    if device != "auto":
+        command += f" --device {device}"
+    return command
+
+
+def _origin(command: str, device: str) -> dict[str, Any]:
+    """How, when and on what results were made; `device` as `--device` names it."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": dist.device(device).type,
         "versions": dist.versions(),
     }

@@ -299,7 +299,7 @@ def _npz_reference(
 
 
 def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
-    """The reference's images, opened by the fields `data`. Raises UserError where they are missing, or a field is bad."""
+    """The images of a reference, opened by the fields `data`. Raises UserError for missing images or a bad field."""
     spec = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert spec is not None, "it is given"
     require_path(user_path(spec.root, "--against"), "--against")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from PIL import Image
 
 from dumo.config.load import load
@@ -60,6 +61,29 @@ def test_cells_side_by_side_are_those_one_after_another(
     assert apart["origin"]["command"].endswith("--jobs 2")
     assert apart["table"] == reproduce.reproduce("two", "smoke", tmp_path / "in turn")["table"]
     assert steps
+
+
+@pytest.mark.parametrize(
+    ("device", "jobs", "options", "device_type"),
+    [("cpu", 1, "--device cpu", "cpu"), ("auto", 2, "--jobs 2", "cuda")],
+)
+def test_results_name_the_device_and_all_options_of_their_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, jobs: int, options: str, device_type: str
+) -> None:
+    """Of a machine with a GPU, which `--device cpu` leaves alone."""
+    folder = tmp_path / "two words"
+    view = reproduce.View(
+        table=lambda plan, results: [{"arm": "a"}],
+        charts=lambda plan, table: {},
+        draw=lambda plan, results, folder: [],
+        finish=lambda cells, folder, **options: [],
+    )
+    monkeypatch.setitem(reproduce.VIEWS, "two", view)
+    monkeypatch.setattr(reproduce, "read", lambda name: two())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = reproduce.reproduce("two", "smoke", folder, jobs=jobs, device=device)
+    assert report["origin"]["device"] == device_type
+    assert report["origin"]["command"] == f"dumo reproduce two --scale smoke --out '{folder}' {options}"
 
 
 def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(tmp_path: Path, steps: list[int]) -> None:
