@@ -1,8 +1,8 @@
 """Named ways to judge samples by features that ship with the package, or by none: nothing is fetched.
 
-`ShippedProtocol` is the spec, `MEASURES` what each name fixes. For each there is a `score_...`, of samples, and a
-`baselines_...`, of a perfect sampler and of noise, which `whole_set` calls once all samples are there. `photos` has a
-file of its own.
+`ShippedProtocol` is the spec, and the entrance; `MEASURES` has what each name fixes. For each name there are two
+functions, `score_...` of samples and `baselines_...` of a perfect sampler and of noise. The evaluator calls them once
+all samples have come (`dumo.evaluation.protocol.whole_set`). `photos` has a file of its own. Others use `features_of`.
 
 No number is an FID: distances are in features of dumo's own classifiers, comparable with each other and with no
 published number. Each protocol's own draws are keyed by its name: the same samples and data have the same score.
@@ -17,9 +17,10 @@ The first score, `mmd`, has no bias: a perfect sampler's is 0 at any size. It se
 Kernels are as wide as two real images are apart, at the median. A Fréchet distance to few images is larger than to
 many, whatever is judged: so all scores stand next to what a perfect sampler would have.
 
-`digits`: three measures see no features. If images were held out of training, samples are judged against these.
+`digits`: the measures `auc`, `pixel_fd` and `nearest` see no features. If images were held out of training, samples
+are judged against these.
 
-`toy`: points of a law that can be drawn from without end, by MMD^2 in the points' own space.
+`toy`: points of a distribution that can be drawn from without end, by MMD^2 in the points' own space.
 """
 
 from functools import lru_cache
@@ -64,29 +65,31 @@ from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-MIN_CIFAR10 = 1000  # images
-MIN_DIGITS = 500  # images
-WIDTH_DIGITS = 8.0  # of the kernel: two digits are 8.0 apart, at the median
-MAX_REAL = 10_000  # real images that kernels and neighbours take
+MIN_CIFAR10 = 1000  # images that cifar10-features judges at least, and compares with
+MIN_DIGITS = 500  # images that digits judges at least
+WIDTH_DIGITS = 8.0  # of the kernel of digits: two of them are 8.0 apart, at the median
+MAX_REAL = 10_000  # real images that kernels and neighbours take at most
 KIND = "cifar10-features"
-MAX_KNOWN = 2  # references of which features are kept
+MAX_CACHED = 2  # references whose features are kept for this process
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels of toy, in sd of the data
 Shipped = Literal["cifar10-features", "digits", "photos", "toy"]
 Features = Float[Tensor, "_ f"]
 Real = Float[Tensor, "_ *_"]
-known: dict[bytes, Features] = {}  # by the digest of the pixels, for this process; 26 MB for 50,000 images
+feature_cache: dict[bytes, Features] = {}  # by a hash of the pixels; 26 MB for 50,000 images
 
 
 def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`mmd`, `class_mmd`, `fd`, `precision`, `recall`, `auc_features`, `nearest`, and `accuracy`: the share read as c.
+    """The scores of samples x (n, 3, 32, 32) that were asked for classes c (n,).
 
-    The kernel distances have standard errors, `mmd_sd` and `class_mmd_sd`.
+    They are `mmd` and `class_mmd` with their standard errors, `fd`, `precision`, `recall`, `auc_features`, `nearest`,
+    and `accuracy`, the share that the classifier reads as c. Where all of c are equal, as without classes, there is no
+    `accuracy`.
 
-    Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
-    protocol: so both sides cover space alike, and 50,000 of them would take minutes; `mmd` compares with `MAX_REAL`.
-    The area is `two_sample_auc` of the features. Where all of c are equal, as without classes, there is no `accuracy`.
-    The area's halves depend on the order of x, nothing else does. The features of a reference are computed once in a
-    process. Raises `UserError` if the reference is fewer than `MIN_CIFAR10`.
+    `mmd` compares with `MAX_REAL` images of the reference. `precision`, `recall` and `auc_features`, which is
+    `two_sample_auc` of the features, compare with as many images as there are samples, drawn by the protocol: so both
+    sides cover space alike, and 50,000 images would take minutes. The order of x decides how `auc_features` halves it,
+    and nothing else. The features of a reference are computed once in a process. Raises `UserError` if the reference
+    has fewer than `MIN_CIFAR10` images.
     """
     fake = features_of(x)
     real = cached_features(reference.x)
@@ -94,159 +97,165 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
     if len(real) < MIN_CIFAR10:
         raise UserError(f"protocol {KIND} compares with {MIN_CIFAR10} images or more, here are {len(real)}: add some")
     order = torch.randperm(len(real), generator=stream(KIND, "neighbours"))
-    some = real[order[: len(x)]]
-    many = order[:MAX_REAL]
-    precision, recall = precision_recall(some, fake, NEIGHBOURS)
+    real_subset = real[order[: len(x)]]
+    kernel_rows = order[:MAX_REAL]
+    precision, recall = precision_recall(real_subset, fake, NEIGHBOURS)
     return {
-        **mmd(fake, real[many], WIDTH, c, reference.c[many]),
+        **mmd(fake, real[kernel_rows], WIDTH, c, reference.c[kernel_rows]),
         "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
         "precision": precision,
         "recall": recall,
-        "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
+        "auc_features": two_sample_auc(real_subset, fake, stream(KIND, "auc")),
         "nearest": _nearness(fake, real, trained),
-        **accuracy(cifar10.classify(fake), c),
+        **_accuracy(cifar10.classify(fake), c),
     }
 
 
-def baselines_cifar10(reference: Reference, samples: int, asked: Cond | None = None) -> dict[str, Scores]:
-    """`perfect`: what a perfect sampler, of new real images, would have of all scores but precision and recall.
+def baselines_cifar10(reference: Reference, samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """What a perfect sampler, of new real images, would have of all scores but precision and recall, and of noise.
 
-    `asked` are the classes of the samples; None: classes with the shares of the reference.
+    `samples` is their number, `sample_c` (n,) their classes; None: classes with the shares of the reference. The
+    baselines are called `perfect` and `noise`.
     """
     c = reference.c.cpu()
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
-    if asked is None:
-        asked = _classes_with_shares(c, samples)
-    perfect_scores = perfect(KIND, c, real, samples, WIDTH, MAX_REAL, asked)
+    if sample_c is None:
+        sample_c = _classes_with_shares(c, samples)
+    perfect_scores = perfect(KIND, c, real, samples, WIDTH, MAX_REAL, sample_c)
     perfect_scores |= _null_auc("auc_features", samples, min(samples, len(real)))
     perfect_scores |= _null_accuracy(cifar10.classify(real), c, samples)
     perfect_scores |= _null_nearness(real, trained, samples)
     z = features_of(noise(0, range(MIN_CIFAR10), 0, reference.x.shape[1:]))
-    return {"perfect": perfect_scores, "noise": _noise_scores(z, real[:MAX_REAL], WIDTH, asked, c[:MAX_REAL])}
+    return {"perfect": perfect_scores, "noise": _noise_scores(z, real[:MAX_REAL], WIDTH, sample_c, c[:MAX_REAL])}
 
 
 def _classes_with_shares(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
-    """Classes of a number of samples, with about the shares of d."""
+    """Classes (`samples`,) in about the same shares as in d (m,)."""
     return d[torch.arange(samples) * len(d) // samples]
 
 
 def _noise_scores(z: Features, real: Real, width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " _"]) -> Scores:
-    """`mmd` of noise in place of samples, as `mean`, with its standard error, and `class_mmd` where that is judged."""
+    """The scores of noise, by its features z: `mmd` as `mean` and `sd`, and `class_mmd` where classes are judged."""
     distance = gaussian_mmd(z, real, width)
     return {"mean": distance.value, "sd": distance.error, **noise_by_class(z, real, width, c, d)}
 
 
 def _null_auc(name: str, samples: int, real: int) -> Scores:
-    """The area `name` and its deviation where samples and real images are of one law: what a perfect sampler has."""
+    """The area `name` of a perfect sampler, and its deviation, by the numbers of samples and of real images."""
     return {name: 0.5, f"{name}_sd": auc_sd(samples, real)}
 
 
-def accuracy(read: Cond, c: Cond) -> Scores:
-    """The share that is read as c; none where all of c are equal."""
+def _accuracy(predicted_c: Cond, c: Cond) -> Scores:
+    """The share of images whose predicted class is c; {} where all of c are equal."""
     if not (c != c[0]).any():
         return {}
-    return {"accuracy": (read == c.cpu()).double().mean().item()}
+    return {"accuracy": (predicted_c == c.cpu()).double().mean().item()}
 
 
-def _null_accuracy(read: Cond, c: Cond, samples: int) -> Scores:
+def _null_accuracy(predicted_c: Cond, c: Cond, samples: int) -> Scores:
     """The accuracy of real images, and the deviation of that of `samples` new ones; {} without classes."""
-    scores = accuracy(read, c)
+    scores = _accuracy(predicted_c, c)
     if "accuracy" in scores:
-        p = (scores["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's, which is never 1
+        p = (scores["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's estimate, which is never 1
         scores["accuracy_sd"] = (p * (1 - p) * (1 / samples + 1 / len(c))) ** 0.5
     return scores
 
 
 def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
-    """The mean distance of samples from the nearest image that was trained on, over that of real images: copies have 0.
+    """The mean distance of samples to their nearest training image, over that of real images: copies have 0.
 
-    Of images held out from the `trained`; where these are the reference itself, of each from the nearest other.
+    `trained` are the training images, and `real` was held out; None: `real` was trained on, and the distance of a real
+    image is that to its nearest other one.
     """
     distances, _ = nearest(real if trained is None else trained, fake)
     return (distances.mean() / _real_distances(real, trained).mean()).item()
 
 
 def _null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
-    """`nearest` of new real images, which is 1, and its deviation for a number of `samples`."""
+    """The score `nearest` of new real images, which is 1, and its deviation for this number of samples."""
     distances = _real_distances(real, trained)
     relative_sd = (distances.std() / distances.mean()).item()
     return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / samples + 1 / len(distances)) ** 0.5}
 
 
-@lru_cache(maxsize=MAX_KNOWN)  # by tensor: one evaluation asks once for each number of passes
+@lru_cache(maxsize=MAX_CACHED)  # by tensor: an evaluation calls it once for each number of passes
 def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
-    """How far real images are from the nearest that was trained on, other than themselves."""
-    some = torch.arange(len(real))[:: -(-len(real) // MAX_REAL)]
+    """The distance of real images to their nearest training image other than themselves; of `MAX_REAL` at most."""
+    step = -(-len(real) // MAX_REAL)
+    measured_rows = torch.arange(len(real))[::step]
     if trained is None:
-        return nearest_other(real, some)
-    distances, _ = nearest(trained, real[some])
+        return nearest_other(real, measured_rows)
+    distances, _ = nearest(trained, real[measured_rows])
     return distances
 
 
 def features_of(x: Sample) -> Features:
-    """The features of images after they are clamped and rounded to 8 bits, in pieces."""
+    """The features (n, f) of images (n, 3, 32, 32) after they are clamped and rounded to 8 bits."""
     return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(PIECE)])
 
 
 def cached_features(x: Sample) -> Features:
-    """As `features_of`, kept for the next time that the same images are the reference."""
+    """The features of a reference, as `features_of` has them, computed once for the same pixels."""
     pixels_hash = blake2b()
     for part in x.split(PIECE):
         pixels_hash.update(to_uint8(part).cpu().contiguous().numpy().data)
     key = pixels_hash.digest()
-    if key not in known:
+    if key not in feature_cache:
         features = features_of(x)
-        while len(known) >= MAX_KNOWN:
-            oldest = next(iter(known))
-            del known[oldest]
-        known[key] = features
-    return known[key]
+        while len(feature_cache) >= MAX_CACHED:
+            oldest = next(iter(feature_cache))
+            del feature_cache[oldest]
+        feature_cache[key] = features
+    return feature_cache[key]
 
 
 def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`mmd`, `class_mmd`, `fd_grey`, `fd`, `precision`, `recall`, `auc`, `pixel_fd`, `nearest` and `accuracy`.
+    """The scores of samples x (n, 1, 8, 8) that were asked for classes c (n,).
 
-    `fd`, precision, recall and accuracy judge samples as the net makes them. The others judge them as a file holds
-    them: clamped to [-1, 1] and rounded to the 17 levels of the data. So does what counts, `mmd`: half of the pixels of
-    a digit are at the end of the range, where clamped noise is no longer noise but a shift. `accuracy` is the share
-    read as c; `auc` that of `two_sample_auc` of pixels, 0.5 where samples cannot be distinguished from digits.
+    They are `mmd` and `class_mmd` with their standard errors, `fd_grey`, `fd`, `precision`, `recall`, `auc`,
+    `pixel_fd`, `nearest` and `accuracy`. `auc` is `two_sample_auc` of pixels, 0.5 where samples cannot be distinguished
+    from digits; `accuracy` is the share that the classifier reads as c.
+
+    `fd`, `precision`, `recall` and `accuracy` judge samples as the net makes them. The others, the score that leads
+    among them, judge them as a file holds them, clamped to [-1, 1] and rounded to the 17 levels of the data: half of
+    the pixels of a digit are at the end of the range, where clamped noise is no longer noise but a shift.
     """
     real = reference.x
-    filed = _grey(x)
+    rounded = _grey(x)
     fake_features = digits.features(x)
-    filed_features = digits.features(filed)
+    rounded_features = digits.features(rounded)
     real_features = digits.features(real)
     precision, recall = precision_recall(real_features, fake_features, NEIGHBOURS)
     return {
-        **mmd(filed_features, real_features, WIDTH_DIGITS, c, reference.c),
-        "fd_grey": frechet_distance(Moments.of(filed_features), Moments.of(real_features)),
+        **mmd(rounded_features, real_features, WIDTH_DIGITS, c, reference.c),
+        "fd_grey": frechet_distance(Moments.of(rounded_features), Moments.of(real_features)),
         "fd": frechet_distance(Moments.of(fake_features), Moments.of(real_features)),
         "precision": precision,
         "recall": recall,
-        "auc": two_sample_auc(real, filed, stream("digits", "auc")),
-        "pixel_fd": pixel_frechet(filed, real),
-        "nearest": _nearness(filed, real, reference.trained),
-        **accuracy(digits.classify(fake_features), c),
+        "auc": two_sample_auc(real, rounded, stream("digits", "auc")),
+        "pixel_fd": pixel_frechet(rounded, real),
+        "nearest": _nearness(rounded, real, reference.trained),
+        **_accuracy(digits.classify(fake_features), c),
     }
 
 
-def baselines_digits(reference: Reference, samples: int, asked: Cond | None = None) -> dict[str, Scores]:
-    """`perfect`: what a perfect sampler, of new digits, would have of all scores but precision and recall.
+def baselines_digits(reference: Reference, samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """What a perfect sampler, of new digits, would have of all scores but precision and recall, and of noise.
 
-    `asked` are the classes of the samples; None: classes with the shares of the reference. Digits are grey already, so
-    `fd_grey` and `fd` are one there.
+    `samples` is their number, `sample_c` (n,) their classes; None: classes with the shares of the reference. The
+    baselines are called `perfect` and `noise`. Digits have the data's grey levels already, so `fd_grey` equals `fd`.
     """
     x = reference.x
     c = reference.c.cpu()
     real = digits.features(x)
-    if asked is None:
-        asked = _classes_with_shares(c, samples)
+    if sample_c is None:
+        sample_c = _classes_with_shares(c, samples)
 
     def pixel_distance(a: Tensor, b: Tensor) -> float:
         return pixel_frechet(x[a], x[b])
 
-    perfect_scores = perfect("digits", c, real, samples, WIDTH_DIGITS, c=asked)
+    perfect_scores = perfect("digits", c, real, samples, WIDTH_DIGITS, c=sample_c)
     if "fd" in perfect_scores:
         perfect_scores["fd_grey"] = perfect_scores["fd"]
         perfect_scores["fd_grey_sd"] = perfect_scores["fd_sd"]
@@ -257,30 +266,30 @@ def baselines_digits(reference: Reference, samples: int, asked: Cond | None = No
     perfect_scores |= _null_accuracy(digits.classify(real), c, samples)
     perfect_scores |= _null_nearness(x, reference.trained, samples)
     z = digits.features(_grey(noise(0, range(MIN_DIGITS), 0, x.shape[1:])))
-    return {"perfect": perfect_scores, "noise": _noise_scores(z, real, WIDTH_DIGITS, asked, c)}
+    return {"perfect": perfect_scores, "noise": _noise_scores(z, real, WIDTH_DIGITS, sample_c, c)}
 
 
 def _grey(x: Sample) -> Sample:
-    """The nearest of the 17 grey levels 0..16 that the data has, as -1..1."""
+    """The samples with each pixel at the nearest of the 17 grey levels that the data has from -1 to 1."""
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
 
 
 def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """`mmd2`, unbiased, of the mean of Gaussian kernels of `WIDTHS` sd of the data; c is not read.
+    """The score `mmd2` of points x (n, d): unbiased, by Gaussian kernels of `WIDTHS` sd of the data; c is not read.
 
-    Raises `UserError` if the data are not as many.
+    Raises `UserError` if the reference does not have n points.
     """
-    if len(reference.x) != len(x):  # the null is of as many points on both sides
+    if len(reference.x) != len(x):  # the baseline is of as many points on both sides
         raise UserError(
             f"protocol toy compares {len(x)} points with as many, here are {len(reference.x)}: draw as many"
         )
     return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _widths(reference.x))}
 
 
-def baselines_toy(reference: Reference, samples: int, asked: Cond | None = None) -> dict[str, Scores]:
-    """`null`: mean and sd of `mmd2` between independent draws of the data; classes are not read.
+def baselines_toy(reference: Reference, samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """The baseline `null`: mean and sd of `mmd2` between independent draws of the data; classes are not read.
 
-    Raises `UserError` without `redraw`.
+    Raises `UserError` where the reference cannot be drawn anew.
     """
     if reference.redraw is None:
         raise UserError("protocol toy needs a data set that can be drawn anew: choose another protocol")
@@ -294,9 +303,9 @@ def _widths(x: Sample) -> list[float]:
     return [w * sd for w in WIDTHS]
 
 
-def _facts_of(classifier: Classifier, of: str) -> dict[str, str]:
-    """The features of a classifier, and the hash of its weights."""
-    return {"features": f"{classifier.width} of dumo's classifier of {of}", "features_sha256": classifier.sha256}
+def _facts_of(classifier: Classifier, data_name: str) -> dict[str, str]:
+    """What a report says of a classifier that was trained on the data of this name."""
+    return {"features": f"{classifier.width} of dumo's classifier of {data_name}", "features_sha256": classifier.sha256}
 
 
 FACTS_CIFAR10 = {
@@ -342,13 +351,13 @@ class ShippedProtocol(Protocol):
 
     @property
     def standard_samples(self) -> int:
-        """As many as the name says."""
+        """How many samples the name fixes."""
         return self.measure.samples
 
     @field_validator("samples")
     @classmethod
-    def _has_enough(cls, samples: int | None, known: Any) -> int | None:  # noqa: ANN401, pydantic's own, which beartype refuses
-        kind: Shipped = known.data["kind"]
+    def _has_enough(cls, samples: int | None, info: Any) -> int | None:  # noqa: ANN401, pydantic's own, which beartype refuses
+        kind: Shipped = info.data["kind"]
         if samples is not None and samples < MEASURES[kind].fewest:
             raise ValueError(f"protocol {kind} judges {MEASURES[kind].fewest} samples or more")
         return samples

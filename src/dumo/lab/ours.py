@@ -1,7 +1,8 @@
 """Our own plans: their tables, charts and pictures, where these are special. The plans are YAML.
 
 Functions are named after the plan and what they make: `fair_table`, `words_draw`, `best_charts`. The views of
-`dumo.lab.reproduce` say which plan has which.
+`dumo.lab.reproduce` say which plan has which, and call them: `_table` makes rows of the results of cells, `_charts`
+draws the table, `_draw` writes pictures that need the nets, and returns their paths.
 """
 
 import subprocess
@@ -34,12 +35,14 @@ from dumo.run.sampler import Sampler
 from dumo.runtime.progress import passes_text
 from dumo.runtime.random import noise
 
-FEATURES = {"digits": digits.features, "cifar10-features": features_of}
-MAX_SAMPLES = 4000  # of a class FD, 400 a class: ours
-Curve = Sequence[tuple[float, float, float | None]]  # budget, distance, its deviation
+FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
+MAX_SAMPLES = 4000  # that a class FD takes in all, 400 of each of 10 classes: ours
+Curve = Sequence[tuple[float, float, float | None]]  # points of budget, distance, and the distance's deviation
+# the names of heads and metric in the charts of `fair`
 TWO_HEADS = "two heads"
 ADAPTIVE = "one head, MeanFlow's metric"
 ONE_HEAD = "one head"
+# the columns of `words` that averages give
 SCORES = ("nfe", "mmd", "mmd_sd", "error", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
 
 
@@ -49,13 +52,13 @@ def fair_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """A line per law, two heads and one on it, the best on top; a picture per number of passes."""
+    """A chart per number of passes: a line per distribution of times, with a mark for each choice of heads."""
     charts: dict[str, Image.Image] = {}
     score = main_score(table[0])
     for nfe in dict.fromkeys(row["nfe"] for row in table):
         points: dict[str, dict[str, chart.Dot]] = {}
-        of_passes = [row for row in table if row["nfe"] == nfe]
-        for row in sorted(of_passes, key=lambda row: row[score]):
+        rows = [row for row in table if row["nfe"] == nfe]
+        for row in sorted(rows, key=lambda row: row[score]):  # the best on top
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
             points.setdefault(line, {})[_heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
         title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
@@ -65,79 +68,97 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 
 def _heads_name(row: Row) -> str:
-    """The name in a chart of a row's heads and metric."""
+    """What a chart calls the heads and the metric of a row."""
     if row["heads"] == "two":
         return TWO_HEADS
     return ADAPTIVE if row["metric"] == "adaptive" else ONE_HEAD
 
 
 def words_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per data, condition and number of passes: means over seeds, and the class FD of one pass.
+    """A row per data, condition and number of passes: means over seeds, and of one pass the class FD.
 
-    That is the mean distance of each class's samples to its own images, by captions of the training and, `held`, by
-    templates that it never saw: low where texts are understood.
+    The class FD is the mean distance of each class's samples to its own images; it is low where texts are understood.
+    `class_fd` is by captions of the training, `class_fd_held` by templates that were held out of it.
     """
     rows: list[Row] = []
-    for same in group_by_arm(results):
-        run = same[0].trained.run
-        real = class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
-        by_class: Row = {"class_fd": fmean(class_fd(one.trained.sampler, run.evaluate, real) for one in same)}
-        by_class["class_fd_held"] = None
+    for seeds in group_by_arm(results):
+        first = seeds[0]
+        run = first.trained.run
+        real_moments = class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
+        class_fds: dict[str, float | None] = {"class_fd": _mean_class_fd(seeds, run.evaluate, real_moments)}
+        class_fds["class_fd_held"] = None
         if run.conditions.captions is not None:
-            held = (class_fd(one.trained.sampler, run.evaluate, real, held=True) for one in same)
-            by_class["class_fd_held"] = fmean(held)
-        columns = {name: same[0].cell.labels[name] for name in (*plan.columns, "steps")}
-        columns |= {"MFLOP_per_pass": round(Cost(same[0].cell.spec).flops / 1e6, 2)}
-        for row in average_by_arm(same):
-            apart = by_class if row["nfe"] == 1 else dict.fromkeys(by_class)
-            rows.append({**columns, **{name: row.get(name) for name in SCORES}, **apart, "seeds": row["seeds"]})
+            class_fds["class_fd_held"] = _mean_class_fd(seeds, run.evaluate, real_moments, held=True)
+        columns = {name: first.cell.labels[name] for name in (*plan.columns, "steps")}
+        columns["MFLOP_per_pass"] = round(Cost(first.cell.spec).flops / 1e6, 2)
+        for averages in average_by_arm(seeds):
+            scores = {name: averages.get(name) for name in SCORES}
+            measured_fds = class_fds if averages["nfe"] == 1 else dict.fromkeys(class_fds)
+            rows.append({**columns, **scores, **measured_fds, "seeds": averages["seeds"]})
     return rows
 
 
-def class_fd(sampler: Sampler, spec: Evaluation, real: Sequence[Moments], *, held: bool = False) -> float:
-    """The mean over classes of the Fréchet distance of their samples, of one pass, to their images, `real`."""
+def _mean_class_fd(
+    results: Sequence[Result], spec: Evaluation, real_moments: Sequence[Moments], *, held: bool = False
+) -> float:
+    """The class FD (`class_fd`), in the mean of several runs."""
+    return fmean(class_fd(result.trained.sampler, spec, real_moments, held=held) for result in results)
+
+
+def class_fd(sampler: Sampler, spec: Evaluation, real_moments: Sequence[Moments], *, held: bool = False) -> float:
+    """The mean over classes of the Fréchet distance between one-pass samples and images, by their `real_moments`.
+
+    `held`: the samples are asked for by templates that were held out of the training.
+    """
     classes = sampler.data.labels
     c = labels_in_turn(min(MAX_SAMPLES, 2 * len(spec.protocol.labels(classes))), classes)
     samples = sampler.sample(sampler.conditions.of(c, held=held), nfe=1, seed=spec.seed).x
     features = FEATURES[spec.protocol.kind](samples)
-    distances = [frechet_distance(Moments.of(features[c == k]), moments) for k, moments in enumerate(real)]
+    distances = [frechet_distance(Moments.of(features[c == k]), moments) for k, moments in enumerate(real_moments)]
     return fmean(distances)
 
 
 def class_moments(data: Data, kind: str, batch: int) -> list[Moments]:
-    """The moments of the data's images by class, of the features of a kind of protocol."""
+    """The moments of each class of the data, in the features of the protocol `kind`."""
     x, c = training_data(data).reference(batch, 0)
     features = FEATURES[kind](x)
     return [Moments.of(features[c == k]) for k in range(data.labels)]
 
 
 def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """What the first seeds make in one pass, a picture for each of the data."""
-    files: list[Path] = []
-    for data in dict.fromkeys(one.cell.labels["data"] for one in results):
-        files.append(folder / f"words-{data}-samples.png")
-        picture.write_picture(files[-1], arm.samples([one for one in results if one.cell.labels["data"] == data]))
-    return files
+    """Write a picture for each data set: samples of every arm's first seed in one pass."""
+    paths: list[Path] = []
+    for data in dict.fromkeys(result.cell.labels["data"] for result in results):
+        results_of_data = [result for result in results if result.cell.labels["data"] == data]
+        path = folder / f"words-{data}-samples.png"
+        picture.write_picture(path, arm.samples(results_of_data))
+        paths.append(path)
+    return paths
 
 
 def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Trajectories of the base and of the first seed of each way: before, during and after (as Figs. 5 and 6).
+    """Write trajectories of the first seed of each arm, before, during and after its training (as Figs. 5 and 6).
 
-    And what the stock pipeline makes of the first one that was tuned, once exported.
+    And a picture of what diffusers' own pipeline makes of the first arm that was tuned, `results[1]`, once exported.
     """
-    files: list[Path] = []
-    for one, *_ in group_by_arm(results):  # a picture each, for each has steps of its own
-        files.append(folder / f"pretrained-{one.cell.name.rpartition('-')[0]}.png")
-        rows = {reading.name: row for reading, row in gallery.trajectories(one.trained).items()}
-        picture.write_picture(files[-1], gallery.side_by_side(rows))
-    files.append(folder / "pretrained-stock.png")
-    picture.write_picture(files[-1], by_stock(results[1], folder / "exported"))
-    return files
+    paths: list[Path] = []
+    for first, *_ in group_by_arm(results):  # a picture each, for each arm has milestones of its own
+        arm_name, _, _ = first.cell.name.rpartition("-")
+        path = folder / f"pretrained-{arm_name}.png"
+        panels_by_mode = {mode.name: panels for mode, panels in gallery.trajectories(first.trained).items()}
+        picture.write_picture(path, gallery.side_by_side(panels_by_mode))
+        paths.append(path)
+    path = folder / "pretrained-stock.png"
+    picture.write_picture(path, sample_by_diffusers(results[1], folder / "exported"))
+    return [*paths, path]
 
 
-def by_stock(one: Result, folder: Path) -> Image.Image:
-    """An image of each class by diffusers' own pipeline of an export, in one pass and in two; rows are passes."""
-    trained = one.trained
+def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
+    """Images of all classes by diffusers' own pipeline: a row in one pass, and a row in two.
+
+    The run is exported to `folder` first, unless that exists.
+    """
+    trained = result.trained
     diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
     if not folder.exists():
         # -P: no module of the folder we are in is imported there
@@ -179,8 +200,8 @@ def by_stock(one: Result, folder: Path) -> Image.Image:
 def best_table(plan: Plan, results: list[Result]) -> list[Row]:
     """What a budget buys: a row per arm, budget and number of passes.
 
-    `even_at` is the budget at which an arm is as near in one pass as the first is at a budget of 1: read off between
-    its own budgets, straight where both axes are logarithms; None beyond them.
+    `even_at` is the budget at which an arm is as near to the data in one pass as the first arm is at a budget of 1. It
+    is interpolated between the arm's budgets, linearly in logarithms; None outside them.
     """
     rows = average_by_arm(results)
     table: list[Row] = []
@@ -193,10 +214,10 @@ def best_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def _curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
-    """The curve of one arm."""
+    """The points of the arm `name` at one number of passes, by budget."""
     score = main_score(rows[0])
-    own = [row for row in rows if (row["arm"], row["nfe"]) == (name, nfe)]
-    return sorted(chart.CurvePoint(row["budget"], row[score], row[f"{score}_sd"]) for row in own)
+    arm_rows = [row for row in rows if (row["arm"], row["nfe"]) == (name, nfe)]
+    return sorted(chart.CurvePoint(row["budget"], row[score], row[f"{score}_sd"]) for row in arm_rows)
 
 
 def _level(rows: Sequence[Row], nfe: int = 1) -> float:
@@ -204,16 +225,19 @@ def _level(rows: Sequence[Row], nfe: int = 1) -> float:
     return next(y for budget, y, _ in _curve(rows, rows[0]["arm"], nfe) if budget == 1)
 
 
-def even_budget(points: Curve, to: float) -> float | None:
+def even_budget(points: Curve, distance: float) -> float | None:
     """The budget at which a curve comes down to this distance; None where it does not."""
     for (a, high, _), (b, low, _) in pairwise(points):
-        if low <= to <= high and low < high:
-            return exp(log(a) + log(b / a) * log(high / to) / log(high / low))
+        if low <= distance <= high and low < high:
+            return exp(log(a) + log(b / a) * log(high / distance) / log(high / low))
     return None
 
 
 def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The same with `slope`, the power of the budget by which the distance changes, and its standard error."""
+    """The table of `best_table`, with two columns more: `slope` and its standard error, `slope_error`.
+
+    The slope is the power of the budget that the distance grows with, the mean over seeds.
+    """
     rows = best_table(plan, results)
     score = main_score(rows[0])
     curves: dict[tuple[str, int], dict[int, list[chart.CurvePoint]]] = {}  # by arm and number of passes, then by seed
@@ -233,7 +257,7 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def power(points: Curve) -> tuple[float, float]:
-    """Of a curve y = x^slope the slope by least squares where both axes are logarithms, and its error by those of y."""
+    """The slope of a curve y = x^slope, by least squares of log y on log x, and its error, from the deviations of y."""
     x = [log(budget) for budget, _, _ in points]
     y = [log(distance) for _, distance, _ in points]
     mean = fmean(x)
@@ -244,18 +268,21 @@ def power(points: Curve) -> tuple[float, float]:
 
 
 def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) -> dict[str, Image.Image]:
-    """Distance against budget, a chart per number of passes, ours first, and where the paper's recipe is at 1."""
+    """Distance against budget, a chart per number of passes; a dashed line is the paper's recipe at a budget of 1.
+
+    The table's first arm is the paper's recipe, its second ours. Arms whose name begins with + are left out.
+    """
     arms = list(dict.fromkeys(row["arm"] for row in table if not row["arm"].startswith("+")))
     paper, ours, *rivals = arms
-    steps = plan.at("laptop").steps
-    return {
-        f"{plan.name}-nfe{nfe}": chart.curves(
+    x_label = f"counted operations, over those of {plan.at('laptop').steps:,} steps of {paper}"
+    charts: dict[str, Image.Image] = {}
+    for nfe in passes:
+        charts[f"{plan.name}-nfe{nfe}"] = chart.curves(
             f"What a budget buys, {passes_text(nfe)}",
-            f"counted operations, over those of {steps:,} steps of {paper}",
+            x_label,
             chart.score_label(main_score(table[0])),
             {name: _curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
             log_x=True,
             level=chart.Level(_level(table, nfe), f"{paper} at 1"),
         )
-        for nfe in passes
-    }
+    return charts

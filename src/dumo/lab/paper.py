@@ -1,7 +1,9 @@
 """Figures and tables of the paper: their tables, charts and pictures, where these are special. The plans are YAML.
 
-Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`. The views of
-`dumo.lab.reproduce` say which plan has which.
+Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`, `fig4b_finish`. The
+views of `dumo.lab.reproduce` say which plan has which, and call them: `_finish` trains or times the cells, `_table`
+makes rows of their results, `_charts` draws the table, `_draw` writes pictures that need the nets. `far_column` also
+serves `dumo.lab.ours`.
 
 Figure 4b says what a training step costs, by size and objective. Nothing is trained: nets are as drawn, data are noise.
 All objectives of one size take turns, round by round, and the median over rounds of a ratio within each compares them:
@@ -40,38 +42,41 @@ from dumo.training.state import begin
 from dumo.training.step import flow_of, train_step
 from dumo.types import UserError
 
-JUDGED = (1, 2, 50)  # passes of Fig. 5: few, and as many as the velocity needs
-LOWEST = {(2.0, 2.0): 4.06}  # of Fig. 4c, Sec. 4.4
-FAR = 3.0  # times the first arm's distance, beyond which the zoo says why
-MIDDLE = 10**6  # steps behind the one that is timed, and before the end: ours
-LARGE = 10**8  # parameters, above which a CPU is not timed: ours
-# objectives of Fig. 4b, by their column
-PLAIN = "Flow matching"
+FIG5_PASSES = (1, 2, 50)  # passes that Fig. 5 is judged at: few, and as many as the velocity needs
+FIG4C_LOG_FID = {(2.0, 2.0): 4.06}  # by (theta_1, theta_2): the paper's lowest value of Fig. 4c, Sec. 4.4
+FAR_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
+TIMED_STEP = 10**6  # the number of the step that is timed, and how many follow it: ours
+MAX_CPU_PARAMETERS = 10**8  # nets with more are not timed on a CPU: ours
+# the objectives of Fig. 4b, as the column `objective` names them
+FLOW_MATCHING = "Flow matching"
 DUMO = "DuMo, guided, central"
 MEANFLOW = "MeanFlow, guided, central on all rows"
-SPARING = "MeanFlow, guided, central where r < t"
-PAPER = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
+MEANFLOW_FEWER_ROWS = "MeanFlow, guided, central where r < t"
+PAPER_SPEEDS = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
 
 
-def far_column(one: Result) -> Row:
-    """P(t - r > 0.9), the share of rows where one-step sampling is taught, as a column."""
-    return {"far": round(counts.far_share(one.cell.spec.objective), 6)}
+def far_column(result: Result) -> Row:
+    """P(t - r > 0.9), the share of rows where one-step sampling is taught, as the column `far`."""
+    return {"far": round(counts.far_share(result.cell.spec.objective), 6)}
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per cell: MMD^2 of one-step samples, with the sd of its null."""
-    return [
-        {
-            **one.cell.labels,
-            "mmd2": one.report["results"][0]["mmd2"],
-            "null_sd": one.report["baselines"]["null"]["sd"],
-        }
-        for one in results
-    ]
+    """A row per cell: MMD^2 of one-step samples, and its deviation between two draws of the data."""
+    rows: list[Row] = []
+    for result in results:
+        report = result.report
+        rows.append(
+            {
+                **result.cell.labels,
+                "mmd2": report["results"][0]["mmd2"],
+                "null_sd": report["baselines"]["null"]["sd"],
+            }
+        )
+    return rows
 
 
 def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """A panel per cell as the paper's: grey truth, red one-step samples; and a legend."""
+    """Write fig3.png, a panel per cell as in the paper: the data in grey, one-step samples in red; and a legend."""
     real, _ = results[0].trained.run.data.open().reference(4000, 0)
     panels: dict[str, Image.Image] = {}
     for result in results:
@@ -87,35 +92,38 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def fig4a_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """Two curves, share on the velocity to the right, distance upwards."""
+    """A curve per objective: the share of training on the velocity to the right, the distance upwards."""
     score = main_score(table[0])
     points: dict[str, list[chart.CurvePoint]] = {}
-    for of in table:
-        what = "β of its loss" if of["objective"] == "DuMo" else "velocity ratio of its rows"
-        point = chart.CurvePoint(of["share_on_velocity"], of[score], of.get(f"{score}_sd"))
-        points.setdefault(f"{of['objective']}, {what}", []).append(point)
+    for averages in table:
+        objective = averages["objective"]
+        varied = "β of its loss" if objective == "DuMo" else "velocity ratio of its rows"
+        point = chart.CurvePoint(averages["share_on_velocity"], averages[score], averages.get(f"{score}_sd"))
+        points.setdefault(f"{objective}, {varied}", []).append(point)
     label = chart.score_label(score)
     return {"fig4a": chart.curves("Share on the velocity, one pass", "share on the velocity", label, points)}
 
 
 def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row per pair: the distance, its logarithm, and the share of rows where one-step sampling is taught."""
-    return [
-        of | {"log": log(of[main_score(of)]), "paper_log_fid_b2_10k": LOWEST.get((of["theta_1"], of["theta_2"]))}
-        for of in average_by_arm(results, far_column)
-    ]
+    rows: list[Row] = []
+    for averages in average_by_arm(results, far_column):
+        thetas = (averages["theta_1"], averages["theta_2"])
+        log_distance = log(averages[main_score(averages)])
+        rows.append({**averages, "log": log_distance, "paper_log_fid_b2_10k": FIG4C_LOG_FID.get(thetas)})
+    return rows
 
 
 def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """The grid, theta_1 to the right, theta_2 upwards, in colours and numbers; the lowest is bold."""
     score = main_score(table[0])
-    values = {(of["theta_1"], of["theta_2"]): log(of[score]) for of in table}
+    values = {(averages["theta_1"], averages["theta_2"]): log(averages[score]) for averages in table}
     scale = f"log of the {word(MERITS, score).title} (lower is better)"
     return {"fig4c": chart.heat_map("t ~ Beta(θ₁, θ₂), one pass", "θ₁", "θ₂", values, scale)}
 
 
 def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per objective, reading, step and number of passes: the first of the protocol's distances to the data."""
+    """A row per objective, sampling mode, step and number of passes: the protocol's first distance to the data."""
     rows: list[Row] = []
     for result in results:
         for distances in _distances_by_milestone(result):
@@ -124,29 +132,29 @@ def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def _distances_by_milestone(result: Result) -> Iterator[Row]:
-    """How near samples come to the data after each milestone, by reading and number of passes."""
+    """A row for each milestone of a run, sampling mode and number of passes, with the first distance to the data."""
     trained = result.trained
     spec = trained.run
     evaluator = evaluator_of(trained.sampler, spec.evaluate, no_bar)
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.milestone_files(trained.folder, trained.step).items():
         milestone = gallery.open_at(trained, step, file)
-        for reading in gallery.choose_modes(milestone.sampler, None, JUDGED):
-            for n in JUDGED:
-                scores = row(milestone.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
+        for mode in gallery.choose_modes(milestone.sampler, None, FIG5_PASSES):
+            for nfe in FIG5_PASSES:
+                scores = row(milestone.sampler, evaluator, mode.at(nfe), nfe, c, spec.evaluate.seed)
                 passes_solver_distance = islice(scores.items(), 3)
-                yield {"reading": reading.letter, "step": step, **dict(passes_solver_distance)}
+                yield {"reading": mode.letter, "step": step, **dict(passes_solver_distance)}
 
 
 def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Trajectories of all readings in one picture, class grids of each objective, and each panel by itself."""
+    """Write fig5.png, trajectories of all objectives by all modes; and each objective's panels and class grids."""
     files: list[Path] = []
     rows: dict[str, Any] = {}
     for result in results:
         title = result.cell.labels["objective"]
         panels = gallery.trajectories(result.trained)
-        for reading, panel in panels.items():
-            rows[f"{title},\n{reading.name}"] = panel
+        for mode, panel in panels.items():
+            rows[f"{title},\n{mode.name}"] = panel
         grids = gallery.class_grids(result.trained, None, nfe=(1, 2))
         files += gallery.write_trajectories(folder / title.lower(), panels)
         files += gallery.write_class_grids(folder / title.lower(), grids)
@@ -155,7 +163,7 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """Every distance over DuMo's in one pass; and where one pass is over three of these, why."""
+    """The average rows, with each distance over that of DuMo in one pass, and why it is over `FAR_RATIO` times it."""
     rows = average_by_arm(results)
     score = main_score(rows[0])
     first = rows[0][score]
@@ -163,39 +171,44 @@ def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     for averages in rows:
         ratio = averages[score] / first
         why = ""
-        if averages["nfe"] == 1 and ratio > FAR:
+        if averages["nfe"] == 1 and ratio > FAR_RATIO:
             why = plan.why.get(averages["objective"], "not known")
         table.append(averages | {"over_dumo_1_pass": ratio, "why": why})
     return table
 
 
 def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
-    """Time the steps of all cells, size by size.
+    """Time the steps of all cells, size by size; nothing is trained.
 
-    Raises UserError for several at a time, and for nets of the paper's size without a GPU.
+    Raises UserError for several jobs, and for nets of the paper's size without a GPU.
     """
     torch_device = dist.device(device)
     if jobs > 1:
         raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
-    largest = max(parameters(cell) for cell in cells)
-    if torch_device.type == "cpu" and largest > LARGE:
+    largest = max(_num_parameters(cell) for cell in cells)
+    if torch_device.type == "cpu" and largest > MAX_CPU_PARAMETERS:
         raise UserError(
             f"scale 'paper' of fig4b has nets of up to {largest / 1e6:.0f} M parameters: it needs a GPU; use laptop"
         )
     results: list[Result] = []
     for size in dict.fromkeys(cell.labels["size"] for cell in cells):
-        same = [cell for cell in cells if cell.labels["size"] == size]
-        steps = [step(cell.spec, torch_device) for cell in same]
-        watch = Stopwatch.for_bench(torch_device)
-        seconds = watch.rounds(steps, same[0].labels["rounds"], bar=bar, title=f"steps of size {size}")
-        for cell, taken in zip(same, seconds, strict=True):
-            facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
-            trained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")
-            results.append(Result(cell, trained, {"card": _timing_facts(cell, torch_device), **facts}))
+        cells_of_size = [cell for cell in cells if cell.labels["size"] == size]
+        steps = [_prepare_step(cell.spec, torch_device) for cell in cells_of_size]
+        rounds = cells_of_size[0].labels["rounds"]
+        seconds = Stopwatch.for_bench(torch_device).rounds(steps, rounds, bar=bar, title=f"steps of size {size}")
+        for cell, cell_seconds in zip(cells_of_size, seconds, strict=True):
+            report = {
+                "card": _timing_facts(cell, torch_device),
+                "parameters": _num_parameters(cell),
+                "F_per_step": Cost(cell.spec).units,
+                "seconds": cell_seconds.tolist(),
+            }
+            untrained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")
+            results.append(Result(cell, untrained, report))
     return results
 
 
-def parameters(cell: Cell) -> int:
+def _num_parameters(cell: Cell) -> int:
     """The number of parameters of a cell's net."""
     return sum(p.numel() for p in outline(cell.spec).parameters())
 
@@ -208,22 +221,32 @@ class _ZeroRate(Constant):
         return 0.0
 
 
-def step(spec: Run, device: torch.device) -> Callable[[], object]:
-    """A training step on random numbers, in the middle of the training; the rate is zero, so it cannot diverge."""
-    changes = {"steps": 2 * MIDDLE, "schedule": _ZeroRate(), "micro_batch": None, "clip": None, "probe_every": 0}
-    train = spec.train.model_copy(update=changes)
+def _prepare_step(spec: Run, device: torch.device) -> Callable[[], object]:
+    """A function that makes a training step on random data, in the middle of the training.
+
+    The learning rate is zero, so that many steps cannot diverge.
+    """
+    train = spec.train.model_copy(
+        update={
+            "steps": 2 * TIMED_STEP,
+            "schedule": _ZeroRate(),
+            "micro_batch": None,
+            "clip": None,
+            "probe_every": 0,
+        }
+    )
     rows = train.batch
     classes = spec.data.classes
     state = begin(build(spec, device), train)
     flow = flow_of(state, train, spec.objective, spec.path, classes)
-    state.step = MIDDLE
+    state.step = TIMED_STEP
     x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(device)
     c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(device)
 
-    def once() -> None:
+    def make_step() -> None:
         train_step(state, flow, (x, c), train)
 
-    return once
+    return make_step
 
 
 def _timing_facts(cell: Cell, device: torch.device) -> dict[str, Any]:
@@ -239,40 +262,49 @@ def _timing_facts(cell: Cell, device: torch.device) -> dict[str, Any]:
 
 
 def fig4b_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per size and objective: counted units, units by time, and steps per second, over others' in each round."""
-    taken = {(one.cell.labels["size"], one.cell.labels["objective"]): one.report for one in results}
+    """A row per size and objective: cost of a step in forward passes, as counted and by time, and steps per second.
+
+    Times are divided round by round, before the median is taken.
+    """
+    reports: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        labels = result.cell.labels
+        reports[labels["size"], labels["objective"]] = result.report
     rows: list[Row] = []
-    for (size, name), report in taken.items():
-        plain = torch.tensor(taken[size, PLAIN]["seconds"])
-        meanflow = torch.tensor(taken[size, MEANFLOW]["seconds"])
-        own = torch.tensor(report["seconds"])
-        low, ratio, high = quartiles(own / plain)
+    for (size, objective), report in reports.items():
+        seconds = torch.tensor(report["seconds"])
+        flow_matching = reports[size, FLOW_MATCHING]
+        flow_matching_seconds = torch.tensor(flow_matching["seconds"])
+        meanflow_seconds = torch.tensor(reports[size, MEANFLOW]["seconds"])
+        low, ratio, high = quartiles(seconds / flow_matching_seconds)
         rows.append(
             {
                 "size": size,
-                "objective": name,
+                "objective": objective,
                 "parameters": report["parameters"],
                 "F_per_step": report["F_per_step"],
-                "F_by_time": ratio * taken[size, PLAIN]["F_per_step"],
-                "steps_per_second": 1 / own.median().item(),
+                "F_by_time": ratio * flow_matching["F_per_step"],
+                "steps_per_second": 1 / seconds.median().item(),
                 "time_over_flow_matching": ratio,
                 "low": low,
                 "high": high,
-                "speed_over_guided_meanflow": (meanflow / own).median().item(),
-                "paper_speed_over_meanflow_xl": PAPER.get(name),
+                "speed_over_guided_meanflow": (meanflow_seconds / seconds).median().item(),
+                "paper_speed_over_meanflow_xl": PAPER_SPEEDS.get(objective),
             }
         )
     return rows
 
 
 def fig4b_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """The paper's bars, steps per second of the two by size; and all objectives, a line each."""
+    """The paper's bars, steps per second of DuMo and MeanFlow by size; and times of all objectives, a line each."""
     bars: dict[str, dict[str, float]] = {}
     dots: dict[str, dict[str, chart.Dot]] = {}
-    for of in table:
-        dots.setdefault(of["objective"], {})[of["size"]] = chart.Dot(of["time_over_flow_matching"], None)
-        if of["objective"] in (DUMO, MEANFLOW, SPARING):
-            bars.setdefault(of["size"], {})[of["objective"]] = of["steps_per_second"]
+    for timing in table:
+        size = timing["size"]
+        objective = timing["objective"]
+        dots.setdefault(objective, {})[size] = chart.Dot(timing["time_over_flow_matching"], None)
+        if objective in (DUMO, MEANFLOW, MEANFLOW_FEWER_ROWS):
+            bars.setdefault(size, {})[objective] = timing["steps_per_second"]
     return {
         "fig4b": chart.bars("Training steps", "size of the net", "steps per second", bars),
         "fig4b-all": chart.dots("Time of a training step", "time over flow matching's", dots),

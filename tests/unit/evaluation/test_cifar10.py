@@ -12,7 +12,7 @@ from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation import shipped as protocol
 from dumo.evaluation.protocol import Reference
 from dumo.evaluation.shipped import baselines_cifar10 as baselines
-from dumo.evaluation.shipped import cached_features, features_of, known
+from dumo.evaluation.shipped import cached_features, feature_cache, features_of
 from dumo.evaluation.shipped import score_cifar10 as score
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
@@ -133,7 +133,7 @@ def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:
 def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     monkeypatch.setattr(protocol, "features_of", lambda x: read.append(len(x)) or features_of(x))
-    known.clear()
+    feature_cache.clear()
     first, second, third = blobs.x[:20], blobs.x[20:50], blobs.x[50:90]
     assert torch.equal(cached_features(first), features_of(first))
     assert torch.equal(cached_features(first.clone()), features_of(first))
@@ -144,4 +144,4 @@ def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPa
     changed[0, 0, 0, 0] *= -1
     assert not torch.equal(cached_features(changed), features_of(first))
     cached_features(third)
-    assert len(known) == protocol.MAX_KNOWN
+    assert len(feature_cache) == protocol.MAX_CACHED

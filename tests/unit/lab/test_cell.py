@@ -214,7 +214,7 @@ def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = read("fig4b")
     monkeypatch.setattr(reproduce, "read", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
     results = reproduce.reproduce("fig4b", "smoke", tmp_path, device="cpu")
-    names = [paper.PLAIN, paper.DUMO, paper.MEANFLOW, paper.SPARING]
+    names = [paper.FLOW_MATCHING, paper.DUMO, paper.MEANFLOW, paper.MEANFLOW_FEWER_ROWS]
     assert [row["objective"] for row in results["table"]] == names
     plain, dumo, meanflow, sparing = (row["F_per_step"] for row in results["table"])
     assert meanflow > dumo > sparing > plain

@@ -31,5 +31,5 @@ def test_no_module_of_the_working_folder_is_imported_by_an_export(
     monkeypatch.setattr(ours.subprocess, "run", run_help)
     result = cast(Any, SimpleNamespace(trained=SimpleNamespace(folder=tmp_path / "run")))
     with pytest.raises(Ended):
-        ours.by_stock(result, tmp_path / "exported")
+        ours.sample_by_diffusers(result, tmp_path / "exported")
     assert trap.sprung(tmp_path) == []

@@ -79,7 +79,7 @@ def test_the_zoo_says_why_an_arm_is_far() -> None:
 
 def test_steps_are_compared_within_rounds() -> None:
     """A round that is slow for all changes no ratio."""
-    cost = {paper.PLAIN: 1.0, paper.DUMO: 2.0, paper.MEANFLOW: 4.0}
+    cost = {paper.FLOW_MATCHING: 1.0, paper.DUMO: 2.0, paper.MEANFLOW: 4.0}
     facts = {"parameters": 7, "F_per_step": 3.0}
     done = [
         result({"size": "s", "objective": name}, 0, [], seconds=[each * slow for slow in (1, 1, 10)], **facts)
