@@ -4,9 +4,12 @@ The features are those of the shipped classifier of CIFAR-10 on images reduced t
 number is an FID, or to be compared with one. With them come measures that no network sees: pixels as Gaussians
 (`dumo.evaluation.distance`), and whether samples are copies of the images that the net was trained on.
 
-With few images every number is rough, and most depend on how many there are; kernel distances do not. For the others
-samples are compared with a random half of the images, as many with as many, of the same classes, and what a perfect
-sampler, of new images, would have is found between one half and the other, of the same classes too: means over `SPLITS`
+`PHOTOS` is the entrance: the measure by which `dumo.evaluation.shipped` makes the protocol. Its `_open` looks at the
+data, and `PhotosEvaluator` scores samples.
+
+With few images every number is rough, and most depend on how many there are; kernel distances do not. The others
+compare samples with a random half of the images, equally many of both, in the same classes. What a perfect sampler, of
+new images, would have is found between one half and the other, in the same classes too. All are means over `SPLITS`
 splits. Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of large sets every k-th image
 is taken, so that at most `MAX_IMAGES` are.
 """
@@ -44,52 +47,52 @@ from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
 KIND = "photos"
-FEWEST = 20  # images
-PIECE = 64  # images at a time
-MAX_IMAGES = 5000  # images that are looked at
-MAX_COMPARED = 1000  # images of a comparison at most
-SPLITS = 10
+MIN_IMAGES = 20  # of the data, and samples that are judged at least: ours
+PIECE = 64  # images that are read at a time: ours
+MAX_IMAGES = 5000  # of the data that are looked at: ours
+MAX_COMPARED = 1000  # images on either side of a comparison: ours
+SPLITS = 10  # random halves of the data over which scores are averaged: ours
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-THUMB = 16  # pixels a side, where neighbours are sought. Ours
-COPY = 1 / 3  # of the distance to the next image: nearer than this to one is a copy of it. Ours
-ROUGH = 500  # images: with fewer the spread is said to be large
+THUMB = 16  # pixels a side of the thumbnails in which neighbours are sought: ours
+COPY_RATIO = 1 / 3  # a copy is nearer to one image than this share of its distance to the next one: ours
+ROUGH = 500  # images: a report of fewer says that the spread is large. Ours
 
-Rows = Float[Tensor, "_ _"]
-Cond = Int64[Tensor, " _"]
+Rows = Float[Tensor, "_ _"]  # of images, each its features and its thumbnail (`rows_of`)
+Cond = Int64[Tensor, " _"]  # classes of images
 
 
 @dataclass(frozen=True)
 class PhotosEvaluator:
-    """Scores samples against images; of both it keeps `rows_of` them."""
+    """Scores samples against the images of the data."""
 
     c: Cond  # of the samples
-    real: Rows
-    real_c: Cond
+    real: Rows  # of the data
+    real_c: Cond  # of the data
     shape: tuple[int, ...]  # of an image
     facts: dict[str, str]
 
     @property
     def half(self) -> int:
-        """How many are compared with as many."""
+        """How many images are on either side of a comparison."""
         return min(len(self.real) // 2, len(self.c), MAX_COMPARED)
 
     def score(self, samples: NumberedSamples) -> Scores:
         """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
-        `copies` is the share of samples whose distance to one image, mirrored or not, is less than `COPY` of that to
-        the next. Raises `UserError` where samples are missing.
+        `copies` is the share of samples whose distance to the nearest image, mirrored or not, is less than `COPY_RATIO`
+        of that to the next one. Raises `UserError` where samples are missing.
         """
         fake = collect(((index, rows_of(x)) for index, x in samples), len(self.c))
         pairs: list[tuple[Rows, Rows]] = []
         for k in range(SPLITS):
-            real_places = self._half(k)
-            fake_places = places_of_classes(self.real_c[real_places], self.c, stream(KIND, "samples", k))
-            pairs.append((fake[fake_places], self.real[real_places]))
-        return {**self._mmd(fake, self.c), **self._mean(pairs), "copies": self._copies(fake)}
+            real_indices = self._random_half(k)
+            fake_indices = indices_of_classes(self.real_c[real_indices], self.c, stream(KIND, "samples", k))
+            pairs.append((fake[fake_indices], self.real[real_indices]))
+        return {**self._mmd(fake, self.c), **self._mean_scores(pairs), "copies": self._share_of_copies(fake)}
 
     def baselines(self) -> dict[str, Scores]:
-        """All scores of new real images, `perfect`, and of noise: the first of them as `mean` with its `sd`."""
+        """The scores of new real images, `perfect`, and of noise; the first one is called `mean`, its error `sd`."""
         return {"perfect": self._perfect(), "noise": self._noise()}
 
     def _perfect(self) -> Scores:
@@ -97,24 +100,24 @@ class PhotosEvaluator:
         pairs: list[tuple[Rows, Rows]] = []
         for k in range(SPLITS):
             draws = stream(KIND, "parts", k)
-            disjoint = random_parts(self.real_c, len(self.real) // self.half, draws)
-            a = pick(disjoint[0], self.half, draws)
-            b = pick(disjoint[1], self.half, draws)
+            parts = random_parts(self.real_c, len(self.real) // self.half, draws)  # disjoint
+            a = pick(parts[0], self.half, draws)
+            b = pick(parts[1], self.half, draws)
             pairs.append((self.real[a], self.real[b]))
         features = _features(self.real)
-        copies = self._copies(self.real, same=True)
+        copies = self._share_of_copies(self.real, same=True)
         copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.c))
         return {
             "mean": 0.0,
             "sd": mmd_deviation(len(self.c), features, WIDTH, self.real_c),
             **perfect_by_class(self.c, features, WIDTH, self.real_c),
-            **self._mean(pairs),
+            **self._mean_scores(pairs),
             "copies": copies,
             "copies_sd": copies_variance**0.5,
         }
 
     def _noise(self) -> Scores:
-        """The scores of noise."""
+        """The scores of noise in place of samples."""
         z = torch.cat([rows_of(noise(0, [i], 0, self.shape)) for i in range(self.half)])
         no_class = torch.zeros(len(z), dtype=torch.long)
         distance = self._mmd(z, no_class)
@@ -122,19 +125,19 @@ class PhotosEvaluator:
             "mean": distance["mmd"],
             "sd": distance["mmd_sd"],
             **noise_by_class(_features(z), _features(self.real), WIDTH, self.c, self.real_c),
-            **self._mean([(z, self.real[self._half(k)]) for k in range(SPLITS)]),
+            **self._mean_scores([(z, self.real[self._random_half(k)]) for k in range(SPLITS)]),
         }
 
     def _mmd(self, fake: Rows, c: Cond) -> Scores:
-        """Of all samples and all images."""
+        """The kernel distances between all samples, of classes c, and all images."""
         return mmd(_features(fake), _features(self.real), WIDTH, c, self.real_c)
 
-    def _half(self, k: int) -> Cond:
-        """Rows of the half of the k-th split, as many as are compared."""
+    def _random_half(self, k: int) -> Int64[Tensor, " _"]:
+        """The indices of the images that the k-th split compares with samples."""
         return torch.randperm(len(self.real), generator=stream(KIND, "halves", k))[: self.half]
 
-    def _mean(self, pairs: Sequence[tuple[Rows, Rows]]) -> Scores:
-        """Means over pairs of samples and images, each as many."""
+    def _mean_scores(self, pairs: Sequence[tuple[Rows, Rows]]) -> Scores:
+        """`pixel_fd`, `precision` and `recall`, in the mean over pairs of equally many samples and images."""
         side = min(SIDE, isqrt((self.half - 1) // self.shape[0]))
         pixel_distances: list[float] = []
         precisions: list[float] = []
@@ -150,42 +153,50 @@ class PhotosEvaluator:
             "recall": summarize(recalls)["mean"],
         }
 
-    def _copies(self, fake: Rows, *, same: bool = False) -> float:
-        """The share of copies; `same`: of images that have a double among the others."""
+    def _share_of_copies(self, fake: Rows, *, same: bool = False) -> float:
+        """The share of samples that are copies of images.
+
+        `same`: the samples are the images themselves, and a copy is one that has a double among the others.
+        """
         nearest, second = nearest_two(self._thumbs(self.real), self._thumbs(fake), same=same).unbind(1)
-        return (nearest < COPY * second).double().mean().item()
+        return (nearest < COPY_RATIO * second).double().mean().item()
 
     def _thumbs(self, rows: Rows) -> Float[Tensor, "n c h w"]:
+        """The thumbnails of these rows."""
         return rows[:, cifar10.width :].view(len(rows), self.shape[0], THUMB, THUMB)
 
 
 def rows_of(x: Sample) -> Rows:
-    """What is kept of images: the features, then a thumbnail of `THUMB` a side, after rounding to 8 bits."""
+    """What scores need of images x (n, c, h, w), rounded to 8 bits: the features, then a thumbnail, flattened."""
     images = from_uint8(to_uint8(x.cpu()))
     thumbs = adaptive_avg_pool2d(images[:, : x.shape[1]], (THUMB, THUMB))
     features = cifar10.features(adaptive_avg_pool2d(images, (32, 32)))
     return torch.cat([features, thumbs.flatten(1)], 1)
 
 
-def places_of_classes(wanted: Cond, c: Cond, generator: Generator) -> Cond:
-    """Random places in c that have these classes: none twice, but where a class is wanted more often than c has it."""
-    places = torch.empty_like(wanted)
+def indices_of_classes(wanted: Cond, c: Cond, generator: Generator) -> Cond:
+    """Random indices i (n,) with c[i] equal to the classes `wanted` (n,).
+
+    An index comes twice only where a class is wanted more often than c has it. Raises `UserError` where c has none.
+    """
+    indices = torch.empty_like(wanted)
     for k in wanted.unique():
         candidates = (c == k).nonzero()[:, 0]
-        wanted_at = (wanted == k).nonzero()[:, 0]
+        positions = (wanted == k).nonzero()[:, 0]
         if not len(candidates):
             raise UserError(f"protocol {KIND}: no sample is of class {int(k)}: judge more samples than classes")
         order = torch.randperm(len(candidates), generator=generator)
-        places[wanted_at] = candidates[order[torch.arange(len(wanted_at)) % len(candidates)]]
-    return places
+        indices[positions] = candidates[order[torch.arange(len(positions)) % len(candidates)]]
+    return indices
 
 
 def _features(rows: Rows) -> Rows:
+    """The features of these rows."""
     return rows[:, : cifar10.width]
 
 
-def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
-    """Images with their classes, of a large set every k-th, and how many are behind them, of how many."""
+def _read_images(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
+    """Images in batches, of a large set every k-th: images, their classes, and how many rows are done, of how many."""
     if not isinstance(data, Finite):
         x, c = data.reference(MAX_IMAGES, seed)
         yield x[:MAX_IMAGES], c[:MAX_IMAGES], len(x), len(x)
@@ -202,20 +213,20 @@ def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
 
 
 def _open(protocol: Protocol, context: Context) -> PhotosEvaluator:
-    """Look at the data, on the CPU, whatever the device. Raises `UserError` for fewer than `FEWEST` images."""
+    """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_IMAGES` images."""
     data = context.data()
     rows: list[Rows] = []
     classes: list[Tensor] = []
     shape: tuple[int, ...] = ()
-    for x, c, done, total in _pieces(data, context.seed):
+    for x, c, done, total in _read_images(data, context.seed):
         shape = tuple(x.shape[1:])
         rows.append(rows_of(x))
         classes.append(c)
         if context.tick:
             context.tick(done, total)
     real = torch.cat(rows)
-    if len(real) < FEWEST:
-        raise UserError(f"protocol {KIND} needs {FEWEST} images or more, here are {len(real)}: add some")
+    if len(real) < MIN_IMAGES:
+        raise UserError(f"protocol {KIND} needs {MIN_IMAGES} images or more, here are {len(real)}: add some")
     facts = {
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
         "features_sha256": cifar10.sha256,
@@ -233,7 +244,7 @@ def _open(protocol: Protocol, context: Context) -> PhotosEvaluator:
 
 PHOTOS = Measure(
     samples=500,
-    fewest=FEWEST,
+    fewest=MIN_IMAGES,
     judges="images of 1 or 3 channels",
     fits=lambda shape, classes: len(shape) == 3 and shape[0] in (1, 3),
     open=_open,

@@ -4,10 +4,11 @@ Samples are known by number and come in batches, of several ranks each rank's ow
 evaluator, and all get the same score, whatever came in which batch or where. What a score depends on besides the
 samples is in the evaluator's `facts`, of which a report is made, and by which two reports are known to be of one kind.
 
-`Protocol` is the spec, `Context` what its evaluator is made of, `Evaluator` what that must do. `whole_set` opens an
-evaluator that waits for all samples. What follows is shared by protocols: distances by class (`mmd`, `noise_by_class`),
-and what a perfect sampler would have (`perfect`, `distance_unit`). What a score's name means says
-`dumo.evaluation.metric`.
+`Protocol` is the base of all specs, `Context` what an evaluator is made of, `Evaluator` what each evaluator must do.
+
+The rest serves the protocols of this subpackage: `whole_set` and `collect` wait for all samples; `Reference` is the
+data to compare with; `mmd`, `noise_by_class` and `class_facts` measure by class; `perfect`, `perfect_by_class` and
+`distance_unit` say what a perfect sampler would have. `dumo.evaluation.metric` says what the name of a score means.
 """
 
 from abc import ABC, abstractmethod
@@ -42,7 +43,7 @@ from dumo.types import Cond, Sample, Spec, UserError
 
 NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Real = Float[Tensor, "_ *_"]
-Tick = Callable[[int, int], object]  # called with how many images of the data have been seen, of how many
+Tick = Callable[[int, int], object]  # called with how many images of the data are done, of how many
 
 MAX_PART_ROWS = 5000  # rows of a part between which distances are measured, where `least` allows: ours
 PART_PAIRS = 60  # of parts: the spread is known to a tenth. Ours
@@ -59,30 +60,30 @@ class Evaluator(Interface):
         ...
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """Each of the samples once. Raises UserError where some are missing, come twice, or cannot be judged."""
+        """The scores by name. Raises UserError where samples are missing, come twice, or cannot be judged."""
         ...
 
     def baselines(self) -> dict[str, Scores]:
-        """The first of the scores, as `mean` and `sd`, and others by name, where nothing differs: `perfect`."""
+        """Scores to compare with, such as those of a perfect sampler, `perfect`; the first score as `mean` and `sd`."""
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluator is made of: the data, which are opened when it is, and where and how to look at them."""
+    """What an evaluator is made of: the data, how they are labelled, and where to compute."""
 
-    data: Callable[[], Data]
+    data: Callable[[], Data]  # opens the data
     classes: int = 0
     seed: int = 0
     device: torch.device | str = "cpu"
     tick: Tick | None = None
-    captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # data by captions, those of samples, texts
+    captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # the data, captions of samples, all texts
     c: Cond | None = None  # the classes of samples that others made; None: those of the protocol
-    trained: Callable[[], Data] | None = None  # what was trained on, where `data` was held out
+    trained: Callable[[], Data] | None = None  # opens what was trained on, where `data` was held out of it
 
 
 class Protocol(Spec, ABC):
-    """A named way to judge samples. `kind` fixes all but what the other fields say, which shows in the name."""
+    """A named way to judge samples. `kind` fixes all that no other field changes; changes show in the name."""
 
     kind: Any  # a literal; here for its place, the first
     samples: int | None = Field(default=None, ge=2, le=bound.SAMPLES)  # None: as many as the name says
@@ -90,15 +91,15 @@ class Protocol(Spec, ABC):
     @property
     @abstractmethod
     def standard_samples(self) -> int:
-        """As many as the name says."""
+        """How many samples the name fixes."""
 
     @abstractmethod
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why this cannot judge samples of a shape, that of a decoded one, in classes; "": it can."""
+        """Why this cannot judge samples of this decoded shape in this number of classes; "" where it can."""
 
     @abstractmethod
     def evaluator(self, context: Context) -> Evaluator:
-        """An evaluator of this data. Raises `UserError` where they, or what it needs, are missing or damaged."""
+        """An evaluator for these data. Raises `UserError` where the data, or files it needs, are missing or damaged."""
 
     @property
     def total(self) -> int:
@@ -107,12 +108,12 @@ class Protocol(Spec, ABC):
 
     @property
     def name(self) -> str:
-        """`kind`, with what is odd."""
+        """`kind`, followed by what is not as it says (`odd`)."""
         return name_of(self.kind, *self.odd)
 
     @property
     def odd(self) -> list[str]:
-        """Whatever is not as the name says."""
+        """What differs from what `kind` fixes, in words."""
         return [] if self.total == self.standard_samples else [f"{self.total} samples"]
 
     @property
@@ -141,12 +142,12 @@ class Reference:
 
     x: Sample
     c: Cond
-    redraw: Callable[[int], Sample] | None = None  # the i-th fresh draw of as many rows; None: `x` is all there is
-    trained: Real | None = None  # what was trained on, where `x` was held out; None: `x` itself
+    redraw: Callable[[int], Sample] | None = None  # makes the i-th new draw of as many rows; None: `x` is all there is
+    trained: Real | None = None  # what was trained on, where `x` was held out of it; None: `x` itself
 
     @classmethod
     def of(cls, data: Data, n: int, seed: int, trained: Data | None = None) -> "Reference":
-        """All of a finite data set, or of what of it was held out; or n draws of one without end."""
+        """All rows of a finite data set, or those that it holds out; n draws of a data set without end."""
         if isinstance(data, HeldOutSplit):
             return cls(data.held_out.x, data.held_out.c, trained=data.x)
 
@@ -161,7 +162,7 @@ class Reference:
         return cls(x, c, redraw=None if data.size else redraw, trained=trained_x)
 
     def facts(self, seed: int) -> dict[str, str]:
-        """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
+        """What a report says of the reference. Draws differ in their last bits between machines, so have no hash."""
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
         which = "of the data" if self.trained is None else "held out, never trained on"
@@ -170,24 +171,24 @@ class Reference:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a name fixes whose features ship with the package."""
+    """What the name of a protocol fixes whose features ship with the package."""
 
-    samples: int
-    fewest: int  # samples
-    judges: str  # in words
-    fits: Callable[[tuple[int, ...], int], bool]  # of a decoded sample's shape and the number of classes
-    open: Callable[[Protocol, Context], Evaluator]
+    samples: int  # how many are judged
+    fewest: int  # samples that may be judged at least
+    judges: str  # which samples, in words
+    fits: Callable[[tuple[int, ...], int], bool]  # takes a decoded sample's shape and the number of classes
+    open: Callable[[Protocol, Context], Evaluator]  # makes the evaluator
 
 
 @dataclass(frozen=True)
-class _WholeSet:
+class _WholeSetEvaluator:
     """An evaluator that waits for all samples."""
 
-    c: Int64[Tensor, " n"]
+    c: Int64[Tensor, " n"]  # of the samples
     reference: Reference
     facts: dict[str, str]
     measure: Callable[[Sample, Cond, Reference], Scores]
-    real: Callable[[Reference, int, Cond], dict[str, Scores]]  # baselines, of a number of samples and their classes
+    measure_baselines: Callable[[Reference, int, Cond], dict[str, Scores]]  # takes the samples' number and classes
 
     def score(self, samples: NumberedSamples) -> Scores:
         """All samples by the measure. Raises UserError unless each came once, and is finite."""
@@ -197,33 +198,39 @@ class _WholeSet:
         return self.measure(x, self.c, self.reference)
 
     def baselines(self) -> dict[str, Scores]:
-        """The measure's own: scores of a perfect sampler, and of noise, by name."""
-        return self.real(self.reference, len(self.c), self.c)
+        """The scores of a perfect sampler and of noise, as the measure has them."""
+        return self.measure_baselines(self.reference, len(self.c), self.c)
 
 
 def whole_set(
     facts: Callable[[], dict[str, str]],
     measure: Callable[[Sample, Cond, Reference], Scores],
-    real: Callable[[Reference, int, Cond], dict[str, Scores]],
+    measure_baselines: Callable[[Reference, int, Cond], dict[str, Scores]],
     *,
     by_class: bool = True,
-) -> Callable[[Protocol, Context], _WholeSet]:
-    """How a protocol opens that compares all samples with all of the data, or as many draws of them."""
+) -> Callable[[Protocol, Context], _WholeSetEvaluator]:
+    """The `open` of a measure that compares all samples with all of the data, or with as many draws of them.
 
-    def open(protocol: Protocol, context: Context) -> _WholeSet:
+    `facts` says what a report has of the features. `by_class`: the report also names classes that do not count.
+    """
+
+    def open_evaluator(protocol: Protocol, context: Context) -> _WholeSetEvaluator:
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         evaluator_facts = facts() | reference.facts(context.seed)
         c = protocol.classes_of(context)
         if by_class:
             evaluator_facts |= class_facts(c, reference.c)
-        return _WholeSet(c, reference, evaluator_facts, measure, real)
+        return _WholeSetEvaluator(c, reference, evaluator_facts, measure, measure_baselines)
 
-    return open
+    return open_evaluator
 
 
 def collect(samples: NumberedSamples, total: int) -> Tensor:
-    """All samples of all ranks, in the order of their numbers. Raises UserError unless each came once."""
+    """All samples of all ranks, (total, *d), in the order of their numbers. Every rank must call it.
+
+    Raises UserError unless each of the numbers 0 .. total - 1 came once.
+    """
     indices: list[Tensor] = []
     batches: list[Tensor] = []
     for index, x in samples:
@@ -237,7 +244,7 @@ def collect(samples: NumberedSamples, total: int) -> Tensor:
 
 
 def name_of(kind: str, *odd: str) -> str:
-    """A protocol that is not as its name says is another one, and must not pass for it."""
+    """The name of a protocol: its kind, and in brackets what differs from it, for then it is another protocol."""
     return f"{kind} ({', '.join(odd)})" if odd else kind
 
 

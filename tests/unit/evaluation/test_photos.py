@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, pad
 from dumo.data import Digits
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
-from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, places_of_classes
+from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, indices_of_classes
 from dumo.evaluation.protocol import Reference, random_parts
 from dumo.evaluation.shipped import baselines_digits, score_digits
 from dumo.io.picture import from_uint8
@@ -101,7 +101,7 @@ def test_samples_are_compared_with_images_of_their_classes() -> None:
     fresh[dark] = -fresh[dark].abs()
     perfect = evaluator.baselines()["perfect"]
     assert abs(scores(evaluator, fresh)["mmd"] - perfect["mean"]) < 3 * perfect["sd"]
-    rows = places_of_classes(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
+    rows = indices_of_classes(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
     assert torch.tensor([0, 1, 0, 1])[rows].tolist() == [1, 1, 0, 1]
     assert set(rows[[0, 1]].tolist()) == {1, 3}  # each once before one is taken again
 
