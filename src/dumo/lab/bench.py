@@ -1,7 +1,12 @@
-"""`dumo bench sample`: samples per second; and the net that benches run (`dumo.runtime.stopwatch` times it).
+"""`dumo bench sample`: samples per second; and the net that benches run.
 
-Samples are timed from noise that the CPU draws to numbers in its memory. Latents must be decoded too, which at one pass
-may take longer than the net: that is measured by itself.
+`sample` is the entrance. It builds the run's net with random weights, times batches of samples by each precision and
+number of passes (`dumo.runtime.stopwatch`), and a decoder if the data are latents, and returns the report.
+
+Samples are timed from noise that the CPU draws to samples in its memory. Latents must be decoded too, which at one pass
+may take longer than the net, so decoding is timed by itself.
+
+`dumo.lab.step` also uses `precisions_of`, `outline` and `build`.
 """
 
 from collections.abc import Sequence
@@ -27,11 +32,11 @@ from dumo.runtime.random import stream
 from dumo.runtime.stopwatch import Stopwatch, Work, quartiles
 from dumo.types import Needs, Reads, UserError
 
-JUMPS = 4  # passes up to which a restart makes sense: later ones add error (docs/reproduce.md)
+MAX_JUMP_PASSES = 4  # passes up to which a restart makes sense: more of them add error (docs/reproduce.md)
 
 
 def precisions_of(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
-    """The precisions by name. Raises UserError for an unknown one, or one that this device does not have."""
+    """The precisions of these names. Raises UserError for an unknown one, or one that this device does not have."""
     for name in names:
         require_known("precision", name, get_args(Precision))
         if name == "tf32" and device.type != "cuda":
@@ -40,7 +45,7 @@ def precisions_of(names: Sequence[str], device: torch.device) -> tuple[Precision
 
 
 def outline(net: Net, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A net for samples of any shape, without numbers. Raises UserError where it does not fit the shape."""
+    """The net for samples of this shape, on the meta device. Raises UserError where it does not fit the shape."""
     if min(shape) < 1:
         raise UserError(f"a sample of shape {shape} has nothing in it: every side is at least 1")
     with torch.device("meta"):
@@ -50,9 +55,9 @@ def outline(net: Net, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.
 def build(
     net: Net, needs: Needs, shape: tuple[int, ...], classes: int, device: torch.device, rows: int = 1
 ) -> nn.Module:
-    """The net as it starts, its zeros filled; always the same.
+    """The net with weights as training starts, and parameters that are all zero drawn (`fill`); the same every time.
 
-    Raises UserError where it does not fit the shape, or the device lacks the memory for it and this number of rows.
+    Raises UserError where it does not fit the shape, or the device lacks memory for the net and `rows` samples.
     """
     size = memory.least_bytes(outline(net, needs, shape, classes)) + memory.row_bytes(rows, shape)
     dist.require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
@@ -62,7 +67,7 @@ def build(
 
 
 def fill(net: nn.Module) -> nn.Module:
-    """Draw the parameters that are all zero: a net that starts at zero has no derivative to be wrong about."""
+    """Draw the parameters that are all zero, in place: a net that starts at zero has no derivative to measure."""
     g = stream("bench", "fill")
     for p in net.parameters():
         if not p.any():
@@ -90,7 +95,11 @@ def sample(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Times of batches of samples by the run's net, its weights random. Raises UserError for passes out of reach."""
+    """Time batches of samples by the run's net with random weights; return the report.
+
+    `nfes` are numbers of passes, `shape` that of a sample (None: the data's). Raises UserError for a precision or a
+    number of passes that the device or the solver does not have.
+    """
     torch_device = dist.device(device)
     shape = tuple(shape or run.data.shape)
     cases: list[_SampleCase] = []
@@ -129,13 +138,13 @@ def sample(
     for case, net_seconds in zip(cases, seconds, strict=False):
         decoded_per_second = None
         if decode_seconds is not None:
-            decoded_per_second = rate(batch / (net_seconds + decode_seconds))["images_per_second"]
+            decoded_per_second = _rate(batch / (net_seconds + decode_seconds))["images_per_second"]
         rows.append(
             {
                 "nfe": case.nfe,
                 "solver": case.solver.kind,
                 "precision": case.precision,
-                **rate(batch / net_seconds),
+                **_rate(batch / net_seconds),
                 "decoded_per_second": decoded_per_second,
             }
         )
@@ -154,7 +163,10 @@ def sample(
 
 
 def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Work | None, str | None]:
-    """A decoder of a batch of noise, in float32; None without a codec, or why its weights are missing."""
+    """A function that decodes a batch of noise, and None; or None, and why the codec cannot be opened.
+
+    Both are None where the data are no latents.
+    """
     if not isinstance(data, Latents):
         return None, None
     try:
@@ -165,14 +177,19 @@ def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.devic
     return lambda: codec.decode(x).cpu(), None
 
 
-def solver(own: Solver, reads: Reads, nfe: int) -> Solver:
-    """The run's own, or Euler steps where that one makes no sense. Raises UserError where neither does."""
-    chosen = Euler() if nfe % own.passes or (own.uses == "endpoint" and nfe > JUMPS) else own
+def solver(run_solver: Solver, reads: Reads, nfe: int) -> Solver:
+    """The run's solver, or Euler's where that cannot make `nfe` passes, or makes no sense at so many jumps.
+
+    Raises UserError where Euler's cannot make them either.
+    """
+    chosen = run_solver
+    if nfe % run_solver.passes or (run_solver.uses == "endpoint" and nfe > MAX_JUMP_PASSES):
+        chosen = Euler()
     check(chosen, reads, nfe)
     return chosen
 
 
-def rate(images_per_second: Tensor) -> dict[str, float]:
-    """Median and quartiles."""
+def _rate(images_per_second: Tensor) -> dict[str, float]:
+    """The median and the quartiles of the rates of several rounds."""
     low, median, high = quartiles(images_per_second)
     return {"images_per_second": median, "low": low, "high": high}

@@ -1,8 +1,10 @@
-"""`dumo bench data`: images per second that a source gives and a training step takes: whether the device would wait.
+"""`dumo bench data`: images per second that data give and a training step takes: whether the device would wait.
+
+`reading_of` says what is read, `measure` measures it and returns the report, `verdict` puts the report into a sentence.
 
 Batches are made as training makes them, ahead of a step that takes no time, by several numbers of threads, of rows that
 were not read before. A few are made before the clock starts, and as many are begun when it stops, so that neither
-counts. Only those are in memory, however large the data set is.
+counts. Only a few batches are in memory at a time, however large the data set is.
 """
 
 import os
@@ -41,19 +43,20 @@ class _DataOnly(Spec):
 
 @dataclass(frozen=True)
 class DataBenchmark:
-    """What is read, in batches of which size, and what a run costs that reads it, if there is one."""
+    """What `dumo bench data` measures."""
 
     data: Data
-    batch: int
-    cost: Cost | None
+    batch: int  # images
+    cost: Cost | None  # of the run that reads the data; None: there is no run
 
 
 def reading_of(
     source: str, overrides: Sequence[str] = (), *, batch: int | None = None, side: int | None = None
 ) -> DataBenchmark:
-    """A recipe's data at its batch; or images of a folder or file, of `side` pixels (256), in batches of 256.
+    """The data of a recipe or run, or the images of a folder or file.
 
-    Raises UserError as loading does, and for a side with a recipe.
+    `batch` is by default the recipe's, or 256; `side`, the pixels that images are brought to, 256. Raises UserError as
+    loading does, and for a side with a recipe.
     """
     if choose(source).kind != "images":
         if side is not None:
@@ -74,10 +77,11 @@ def measure(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Measure each number of threads that decode (None: 1, 2, 4 ... all), `batches` batches each.
+    """Measure images per second by the number of threads that decode; return the report.
 
-    `step_seconds`: what a step takes; None: counted, where the run and the GPU's peak are known. Raises UserError as
-    opening the data does.
+    `threads` None: 1, 2, 4 ... all cores. Each number of threads reads `batches` batches. `step_seconds` is the time of
+    a training step; None: counted, where the run and the GPU's peak are known. Raises UserError as opening the data
+    does.
     """
     torch_device = dist.device(device)
     source = reading.data.open()
@@ -85,9 +89,9 @@ def measure(
     counts: Sequence[int | None] = [None]
     if decodes:
         counts = threads or powers(os.cpu_count() or 1)
-    if step_seconds:
-        seconds, origin = step_seconds, "given"
-    else:
+    seconds = step_seconds
+    origin = "given"
+    if not seconds:
         seconds, origin = _step_seconds(reading, torch_device)
     needed = reading.batch / seconds if seconds else None
     rates: list[float] = []
@@ -98,9 +102,13 @@ def measure(
             first = len(rates) * (WARM + batches)
             steps = range(first, first + WARM + batches)
             rates.append(speed(source, reading.batch, steps, torch_device, tick))
+    rows: list[dict[str, Any]] = []
+    for count, rate in zip(counts, rates, strict=True):
+        must_wait = None if needed is None else rate < needed
+        rows.append({"threads": count, "images_per_second": rate, "waits": must_wait})
     return {
         "data": reading.data.model_dump(mode="json"),
-        "kind": kind(reading.data, source),
+        "kind": _reading_text(reading.data, source),
         "images": source.size,
         "shape": list(reading.data.shape),
         "batch": reading.batch,
@@ -111,15 +119,12 @@ def measure(
         "machine": machine.hardware(torch_device).text,
         "cores": os.cpu_count(),
         "versions": dist.versions(),
-        "rows": [
-            {"threads": count, "images_per_second": rate, "waits": None if needed is None else rate < needed}
-            for count, rate in zip(counts, rates, strict=True)
-        ],
+        "rows": rows,
     }
 
 
 def speed(source: DataSource, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
-    """Images per second over these steps, the first `WARM` of them not counted."""
+    """Images per second over these steps, of which the first `WARM` are not timed."""
     watch = Stopwatch(device)
     began = 0.0
     last = steps.stop + BATCHES_AHEAD
@@ -144,13 +149,13 @@ def _step_seconds(reading: DataBenchmark, device: torch.device) -> tuple[float |
     return seconds, f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
 
 
-def powers(most: int) -> list[int]:
-    """1, 2, 4 ... and `most` itself."""
-    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
+def powers(limit: int) -> list[int]:
+    """The powers of two below `limit`, and `limit` itself: 1, 2, 4, 6."""
+    return [*(2**k for k in range(limit.bit_length()) if 2**k < limit), limit]
 
 
-def kind(data: Data, source: DataSource) -> str:
-    """How a batch is made, as text."""
+def _reading_text(data: Data, source: DataSource) -> str:
+    """How a batch is made, in words."""
     if isinstance(source, Album):
         store = type(source.store).__name__.lower()
         if source.decoded is None:
@@ -162,7 +167,7 @@ def kind(data: Data, source: DataSource) -> str:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """Whether the device would wait for its data, and what to do."""
+    """A sentence on a report of `measure`: whether the device would wait for its data, and what to do."""
     best = max(report["rows"], key=lambda row: row["images_per_second"])
     rate = best["images_per_second"]
     needed = report["images_per_second_needed"]
@@ -173,7 +178,7 @@ def verdict(report: dict[str, Any]) -> str:
     rates = f"a step takes {needed:,.0f} images/s ({report['step_seconds_are']}), and here are {rate:,.0f}"
     if rate >= needed:
         return f"the device does not wait: {rates}"
-    way = "put them on a faster disk"
+    fix = "put them on a faster disk"
     if "decoded at" in report["kind"]:
-        way = "encode them once (dumo encode), or raise data.memory"
-    return f"the device waits {1 - rate / needed:.0%} of the time: {rates}: {way}, or take more cores"
+        fix = "encode them once (dumo encode), or raise data.memory"
+    return f"the device waits {1 - rate / needed:.0%} of the time: {rates}: {fix}, or take more cores"

@@ -2,9 +2,11 @@
 
     sheets/step-00001000-nfe1.png
 
-They change nothing of the training: samples have streams of their own (`dumo.runtime.random`), and the net its mode.
-Ranks make them together, each some of the images, so that no rank needs all weights. What a stop leaves out is drawn
-when the run goes on from that step.
+`Sheets` is the entrance. `dumo.run.train` calls its `open` before the first step, and its `draw` after each step.
+
+Sheets change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the net
+gets its mode back. Ranks make them together, each some of the images, so that no rank needs all weights. Sheets that a
+stop leaves out are drawn when the run resumes from that step.
 """
 
 from collections.abc import Callable
@@ -26,18 +28,21 @@ from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import Sample
 
-COUNT = 64  # images
-POINTS = 2000  # of a scatter
+COUNT = 64  # images on a sheet: ours
+POINTS = 2000  # samples of a scatter: ours
 
 
 class Sheets:
-    """Draws where `train.sheets` says so. Raises UserError on all ranks where the codec cannot be opened."""
+    """Draws sheets after the steps that `train.sheets` names."""
 
-    def __init__(self, run: Run, folder: Path, tell: Callable[[str], object]) -> None:
-        """`tell` is called with the reason why a sheet is missing."""
+    def __init__(self, run: Run, folder: Path, log_line: Callable[[str], object]) -> None:
+        """`log_line` is called with the reason why a sheet is missing.
+
+        Every rank must call it. Raises UserError on all ranks where the codec cannot be opened.
+        """
         self.run = run
         self.folder = folder / "sheets"
-        self.tell = tell
+        self.log_line = log_line
         self.c = sheet_conditions(run.conditions)
         data = run.data
         if run.train.sheets and is_latents(data):
@@ -48,40 +53,40 @@ class Sheets:
             agreement.on_main_rank(open_codec)  # a codec that is missing is seen now, not after weeks
 
     def draw(self, state: State, record: Record) -> None:
-        """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it.
+        """Draw a sheet for each of the run's numbers of passes, if this step has sheets. Every rank must call it.
 
-        None where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws them. A sheet
-        that is begun is finished, for the next checkpoint is of a later step.
+        Draws nothing where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws the
+        sheets later. Sheets that are begun are finished, since the next checkpoint is of a later step.
         """
         if record.asked is None and self.run.train.is_sheet_due(state.step):
             with signals.finished():
                 for nfe in self.run.sample.nfe:
-                    self.draw_one(state, nfe)
+                    self._draw_one(state, nfe)
 
     def open(self, state: State) -> None:
-        """Before the next step: the sheets of this one that are due and not there. Every rank must call it."""
+        """Draw the sheets of the step that the run resumes from, where they are missing. Every rank must call it."""
         agreement.on_main_rank(lambda: files.sweep(self.folder))
         if state.step and self.run.train.is_sheet_due(state.step):
             for nfe in self.run.sample.nfe:
-                stem = self.stem(state, nfe)
+                stem = self._stem(state, nfe)
                 if agreement.on_main_rank(lambda stem=stem: not stem.with_suffix(".png").exists()):
-                    self.draw_one(state, nfe)
+                    self._draw_one(state, nfe)
 
-    def draw_one(self, state: State, nfe: int) -> None:
-        """The sheet of one number of passes. Every rank must call it."""
+    def _draw_one(self, state: State, nfe: int) -> None:
+        """Draw the sheet of one number of passes. Every rank must call it."""
         if dist.world() == 1:
-            self.attempt(lambda: self.made(state, nfe), state, nfe)
+            self._try_to_write(lambda: self.sample(state, nfe), state, nfe)
             return
-        samples = self.made(state, nfe)  # outside the attempt: what fails on one rank fails all, which wait for it
+        samples = self.sample(state, nfe)  # an error here must reach all ranks, which wait for one another
         if dist.is_main():
-            self.attempt(lambda: samples, state, nfe)
+            self._try_to_write(lambda: samples, state, nfe)
 
-    def stem(self, state: State, nfe: int) -> Path:
+    def _stem(self, state: State, nfe: int) -> Path:
         """A sheet's file, without its ending."""
         return self.folder / f"step-{state.step:08d}-nfe{nfe}"
 
-    def made(self, state: State, nfe: int) -> Sample:
-        """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
+    def sample(self, state: State, nfe: int) -> Sample:
+        """The samples of a sheet, not decoded, on the CPU of every rank. All ranks make equally many passes."""
         run = self.run
         net = state.shown
         indices = rank_indices(len(self.c))  # of this rank's images
@@ -102,21 +107,24 @@ class Sheets:
         layout.release(net)
         return gather_samples(batches, run.data.shape).x[: len(self.c)]
 
-    def attempt(self, make_samples: Callable[[], Sample], state: State, nfe: int) -> None:
-        """Write a sheet, or say why there is none: that is no reason to end a run."""
+    def _try_to_write(self, make_samples: Callable[[], Sample], state: State, nfe: int) -> None:
+        """Write a sheet, or log why there is none: a missing sheet is no reason to end a run."""
         from dumo.report.sample import write
 
         run = self.run
-        stem = self.stem(state, nfe)
+        stem = self._stem(state, nfe)
         try:
             pixels = sampler(run, state.shown).decode(make_samples())
             write(pixels, self.c, stem, "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
-            self.tell(f"warning: no sheet {stem.name}: {error}")
+            self.log_line(f"warning: no sheet {stem.name}: {error}")
 
 
 def sheet_conditions(conditions: Conditions) -> Tensor:
-    """The condition of each sample: all classes in turn, or, where there are more than images, some from end to end."""
+    """The condition (n,) of each sample on a sheet.
+
+    All classes or captions in turn; where there are more of them than samples, evenly spaced ones.
+    """
     is_image = len(shown(conditions.data).shape) == 3
     num_samples = COUNT if is_image else POINTS
     num_classes = conditions.data.labels

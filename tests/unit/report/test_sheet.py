@@ -64,7 +64,7 @@ def test_a_stop_leaves_the_same_sheets(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("step", [4, 6])  # the last one ends by itself
-@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Sheets, "made")])
+@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Sheets, "sample")])
 def test_a_signal_in_a_step_with_a_sheet_loses_none(
     where: object, what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
