@@ -46,8 +46,8 @@ Points = Float[Tensor, "n d"]
 Images = Float[Tensor, "n c h w"]
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (n, d), (m, d) -> (n, m)
 
-SIDE = 8  # pixels: at most this many a side are compared. Ours
-NULL = 2000  # rows, of whose pairs the deviation of no difference is known to a hundredth. Ours
+SIDE = 8  # pixels a side that images are reduced to at most, where pixels are compared: ours
+NULL_ROWS = 2000  # rows from whose pairs a deviation of no difference is computed, to a hundredth: ours
 BLOCK = 2**19  # numbers per block of a kernel: 4 MB, about a processor's cache
 
 
@@ -113,16 +113,16 @@ def pixel_frechet(x: Images, y: Float[Tensor, "m c _ _"], side: int = SIDE) -> f
 
 
 def reduce_pixels(x: Images, side: int = SIDE) -> Float64[Tensor, "n d"]:
-    """The images as rows of c * side^2 numbers, the means over areas; as they are where they are no larger."""
+    """The images as rows of c * side^2 means over areas of their pixels; smaller images keep their size."""
     size = (min(side, x.shape[2]), min(side, x.shape[3]))
     pooled = [adaptive_avg_pool2d(images.double(), size) for images in x.cpu().split(256)]
     return torch.cat(pooled).flatten(1)
 
 
 def mmd2(x: Points, y: Float[Tensor, "m d"], widths: Sequence[float]) -> float:
-    """Unbiased MMD^2 of the mean of Gaussian kernels exp(-|a - b|^2 / 2 w^2) over the widths w > 0, in float64.
+    """Unbiased MMD^2 by the mean of the Gaussian kernels exp(-|a - b|^2 / 2 w^2) of these widths w > 0, in float64.
 
-    Dimensionless, at most 2. There are 2 points or more on each side.
+    It has no unit, and is at most 2. Each side needs 2 points or more.
     """
     centre = y.double().mean(0)  # kernels see differences only, and small numbers cancel less
     return _unbiased(x.double() - centre, y.double() - centre, _gaussians(widths))
@@ -136,7 +136,7 @@ class Estimate(NamedTuple):
 
 
 def level(estimates: Sequence[Estimate]) -> list[bool]:
-    """Which are the least, or at most two standard errors of the difference above it: these are level."""
+    """Whether each estimate is level with the least: at most two standard errors of the difference above it."""
     least = min(estimates)
     is_level: list[bool] = []
     for estimate in estimates:
@@ -150,8 +150,8 @@ def gaussian_mmd(
 ) -> Estimate:
     """Unbiased MMD^2 times 1000 of a Gaussian kernel of this width, of rows x of classes c to y of classes d.
 
-    Times 1000 as in Jayasumana et al. 2024 (CMMD). The classes are weighed as y has them; they do not count where one
-    of y has fewer than two rows on a side. There are 2 rows or more on each side.
+    Times 1000 as in Jayasumana et al. 2024 (CMMD). Classes have the weights of their shares in y; classes are ignored
+    where one of y has fewer than two rows on a side. Each side needs 2 rows or more.
     """
     ones_x, ones_y, shares = _class_ones(c, len(x), d, len(y))
     centre = y.double().mean(0)
@@ -172,7 +172,7 @@ def _mean_and_variance(
     other_counts: Float64[Tensor, " k"],
     shares: Float64[Tensor, " k"],
 ) -> tuple[float, float]:
-    """The mean of h over the rows of one side, and its part of the variance, as the header of this file has them.
+    """The mean of h over the rows of one side, and that side's part of the variance (see the top of this file).
 
     `within` and `between` are the sums of the kernel over the rows of each class, of this side and the other; `ones`
     says which class a row has, `other_counts` how many rows of the other side have it.
@@ -185,12 +185,13 @@ def _mean_and_variance(
 
 
 def mmd_deviation(n: int, y: Float[Tensor, "m d"], width: float, d: Int64[Tensor, " m"] | None = None) -> float:
-    """The deviation of `gaussian_mmd` where n rows x are of the law of y, and nothing differs.
+    """The deviation of `gaussian_mmd` of n rows x that have the distribution of y, so that nothing differs.
 
     Its variance is 2 (1/n + 1/m)^2 E k(y, y')^2 of the kernel less its means over each row and column (Gretton et al.
-    2012, Theorem 12), within each class, where there are classes (ours). The mean is over pairs of `NULL` rows at most.
+    2012, Theorem 12), within each class, where there are classes (ours). The mean is over pairs of `NULL_ROWS` rows at
+    most.
     """
-    step = -(-len(y) // NULL)
+    step = -(-len(y) // NULL_ROWS)
     some = (y[::step].double() - y.double().mean(0)) / width
     some_d = None if d is None else d[::step]
     ones, _, _ = _class_ones(some_d, len(some), some_d, len(some))
@@ -219,7 +220,7 @@ def class_mmd(
 
 
 def class_mmd_deviation(c: Int64[Tensor, " n"], y: Float[Tensor, "m d"], width: float, d: Int64[Tensor, " m"]) -> float:
-    """The deviation of `class_mmd` where samples of classes c have the law of y in each class, and nothing differs.
+    """The deviation of `class_mmd` of samples of classes c that have the distribution of y in each class.
 
     A class of fewer than four rows, too few for U-centring, is taken to scatter as all rows together do.
     """
@@ -244,14 +245,14 @@ def shared_classes(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> list[int]:
 
 
 def class_shares(d: Int64[Tensor, " m"], classes: Sequence[int]) -> list[float]:
-    """The shares of these classes in d, of their sum."""
+    """The share of each of these classes among the rows of d that have one of them."""
     counts = [int((d == k).sum()) for k in classes]
     return [count / sum(counts) for count in counts]
 
 
 def _centred_square(rows: Points) -> float:
-    """E k~(y, y')^2 of rows in units of the width, of `NULL` of them at most, without bias. It takes 4 rows."""
-    some = rows[:: -(-len(rows) // NULL)]
+    """E k~(y, y')^2 without bias, from `NULL_ROWS` rows at most, in units of the kernel's width. It needs 4 rows."""
+    some = rows[:: -(-len(rows) // NULL_ROWS)]
     n = len(some)
     kernel = (-torch.cdist(some, some).square() / 2).exp().fill_diagonal_(0)
     means = kernel.sum(1) / (n - 2)
@@ -282,8 +283,8 @@ def _class_ones(
 def _class_sums(
     x: Tensor, y: Tensor, ones_x: Tensor, ones_y: Tensor
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"]]:
-    """The sums of exp(-|x_i - y_j|^2 / 2) over the rows y of each class, for every x, and the same the other way."""
-    block_rows = _rows(len(y))
+    """Sums of the kernel exp(-|x_i - y_j|^2 / 2) by class: (n, k) for every x over rows y, (m, k) for every y over x."""
+    block_rows = _block_rows(len(y))
     half_squares = y.square().sum(1) / 2
     sums_x: list[Tensor] = []
     sums_y = torch.zeros_like(ones_y)
@@ -298,7 +299,7 @@ def _class_sums(
 def null_spread(
     draw: Callable[[int], Points], widths: Sequence[float], count: int, *, pairs: int = 50, rows: int = 1000
 ) -> tuple[float, float]:
-    """Mean and sd of `mmd2` between two independent sets of `count` points of one law: what is no difference.
+    """Mean and sd of `mmd2` between two independent sets of `count` points of one distribution: no difference.
 
     `draw(i)` gives the i-th independent set, of at least min(rows, count) points. Under the null n MMD^2 has a law
     that depends on n no more (Gretton et al. 2012, Theorem 12), so `pairs` pairs of sets of `rows` points, a hundredth
@@ -356,15 +357,16 @@ def _cubic(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unbiased(x: Tensor, y: Tensor, kernel: Kernel) -> float:
-    """Gretton et al. 2012, Eq. 3, for two sets of possibly different sizes."""
-    n, m = len(x), len(y)
-    between = sum(kernel(part, y).sum().item() for part in x.split(_rows(m)))
+    """Unbiased MMD^2 of rows x and y by a kernel (Gretton et al. 2012, Eq. 3); the sizes may differ."""
+    n = len(x)
+    m = len(y)
+    between = sum(kernel(part, y).sum().item() for part in x.split(_block_rows(m)))
     return _within(x, kernel) / (n * (n - 1)) + _within(y, kernel) / (m * (m - 1)) - 2 * between / (n * m)
 
 
 def _within(x: Tensor, kernel: Kernel) -> float:
     """The sum of k(x_i, x_j) over i != j, each block off the diagonal once."""
-    rows = _rows(len(x))
+    rows = _block_rows(len(x))
     total = 0.0
     for first in range(0, len(x), rows):
         part = x[first : first + rows]
@@ -374,8 +376,8 @@ def _within(x: Tensor, kernel: Kernel) -> float:
     return total
 
 
-def _rows(columns: int) -> int:
-    """Rows of a block of this many columns."""
+def _block_rows(columns: int) -> int:
+    """How many rows a block of this many columns has."""
     return max(1, BLOCK // columns)
 
 
@@ -391,11 +393,12 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
-    """The mean area over both ways round of one random split in halves, in [0, 1].
+    """The area under the curve of a classifier between real and fake rows, in [0, 1]; 0.5 where nothing differs.
 
-    The machine is scikit-learn's own: C = 1, a Gaussian kernel whose width comes from the spread of the rows. Its time
-    grows as the square of the rows: half a second for 4,000 of 64 numbers. It takes 4 rows or more on each
-    side: two to learn, two to order.
+    The rows are split in random halves; one half trains the classifier and the other is ordered, then the other way
+    round, and the two areas are averaged. The classifier is scikit-learn's support vector machine as it comes: C = 1, a
+    Gaussian kernel whose width comes from the spread of the rows. Its time grows as the square of the rows: half a
+    second for 4,000 of 64 numbers. Each side needs 4 rows or more.
     """
     from sklearn.metrics import roc_auc_score  # slow to import
     from sklearn.svm import SVC
@@ -412,9 +415,9 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
 
 
 def auc_sd(samples: int, real: int) -> float:
-    """The deviation of `two_sample_auc` from 0.5 where both are of one law (Mann & Whitney 1947), of one way round.
+    """The deviation of `two_sample_auc` from 0.5 where both sides have one distribution (Mann & Whitney 1947).
 
-    Both ways agree, for they see the same difference between the halves: so the mean of both has it too.
+    It is that of one area; the mean of the two areas has it too, for both see the same difference between the halves.
     """
     n = samples // 2
     m = real // 2
@@ -422,7 +425,7 @@ def auc_sd(samples: int, real: int) -> float:
 
 
 def _with_labels(real: Tensor, fake: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as one set, and which of them are fake, as 1."""
+    """Rows (n + m, d) of both sets, real ones first, and their labels (n + m,): 0 real, 1 fake."""
     rows = torch.cat([real, fake]).numpy()
     is_fake = np.repeat([0, 1], [len(real), len(fake)])
     return rows, is_fake
@@ -450,9 +453,9 @@ class InceptionScore:
         return InceptionScore(self.count + other.count, self.entropy + other.entropy, self.mass + other.mass)
 
     def value(self) -> tuple[float, float]:
-        """Mean and sd over the splits, the sd that of these splits themselves. There are images."""
-        full = self.count > 0
-        count = self.count[full]
-        marginal = torch.special.entr(self.mass[full] / count[:, None]).sum(1)
-        scores = (marginal - self.entropy[full] / count).exp()
+        """The mean of the score over the splits, and their sd as a whole population. One split has images at least."""
+        has_images = self.count > 0
+        count = self.count[has_images]
+        marginal_entropy = torch.special.entr(self.mass[has_images] / count[:, None]).sum(1)
+        scores = (marginal_entropy - self.entropy[has_images] / count).exp()
         return scores.mean().item(), scores.std(correction=0).item()

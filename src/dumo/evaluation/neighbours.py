@@ -1,12 +1,15 @@
 """Precision and recall by nearest neighbours, and the nearest data of a sample.
 
+`precision_recall` compares two sets of features. `nearest`, `nearest_other` and `nearest_two` are distances to the
+nearest rows or images. All are exact, as said below.
+
 A set of points stands for the region it covers: a ball around each, out to its k-th nearest neighbour in the set.
 Precision is the share of fakes in the region of the data, recall the share of data in the region of the fakes
 (Kynkäänniemi et al. 2019, Eqs. 1, 2). Blur and noise lower precision, missing modes lower recall.
 
-What counts are distances by differences, in float64. Of all pairs, 50,000 with 50,000 of 2048 features, they take hours
-on a CPU. So products of matrices in float32 say first which pairs matter, by |x|^2 + |c|^2 - 2 x.c, and only those that
-their rounding leaves open are measured: the answers are those of measuring all, to the last one.
+Distances are computed from differences, in float64. Of all pairs, 50,000 with 50,000 of 2048 features, that takes hours
+on a CPU. So products of matrices in float32 first estimate all distances, by |x|^2 + |c|^2 - 2 x.c, and only the pairs
+that their rounding leaves open are measured: every answer equals that of measuring all pairs.
 
 Rows are taken about the mean of the centres, in units of the longest, so that nothing over- or underflows. Let X, C be
 the longest row and centre, R the largest radius, u = 2^-24 and g(n) = n u / (1 - n u). A sum of d + 1 products, in any
@@ -29,14 +32,17 @@ Real = Float[Tensor, "n *d"]
 Fake = Float[Tensor, "m *d"]
 Images = Float[Tensor, "n c h w"]
 
-BLOCK = 512  # rows per block of distances
+BLOCK = 512  # rows per block of distances: ours
 SPARE = 12  # rows measured besides the k nearest, so that rounding seldom leaves one of them open: ours
-MAX_PAIRS = 4096  # measured at a time
+MAX_PAIRS = 4096  # pairs that are measured at a time: ours
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"  # a copy is at distance 0, not at the root of a rounding error
 
 
 def precision_recall(real: Real, fake: Fake, k: int = 3) -> tuple[float, float]:
-    """Shares in [0, 1]; k = 3 is the source's. Raises `UserError` if a side has no k-th neighbour."""
+    """Precision and recall, shares in [0, 1], by the k-th nearest neighbours; k = 3 is the authors' choice.
+
+    Raises `UserError` if a side has no more than k rows.
+    """
     if k >= min(len(real), len(fake)):
         raise UserError(
             f"{k} neighbours need more than {k} rows, here are {len(real)} and {len(fake)}: give more samples"
@@ -55,16 +61,16 @@ def nearest(real: Real, fake: Fake) -> tuple[Float64[Tensor, " m"], Int64[Tensor
 
 
 def nearest_other(x: Real, rows: Int64[Tensor, " m"]) -> Float64[Tensor, " m"]:
-    """How far these rows of x are from the nearest other row. Needs 2 rows at least."""
+    """The distance (m,) of the given rows of x to their nearest other row of x, which has 2 rows at least."""
     x = x.flatten(1)
     distances, _ = _nearest(x[rows], x, 2)
     return distances[:, 1]  # the row itself, at 0, comes first
 
 
 def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = False) -> Float64[Tensor, "m 2"]:
-    """How far each fake is from the nearest real image and from the next one, by their pixels, mirrored or not.
+    """The distances (m, 2) of each fake to the nearest and to the next real image, mirrored or not, by their pixels.
 
-    `same`: the fakes are the real images, and each leaves out itself. Needs 2 other images at least.
+    `same`: the fakes are the real images, and each leaves out itself. There must be 2 other images at least.
     """
     x = real.double().flatten(1)
     mirrored = real.flip(-1).double().flatten(1)
@@ -79,9 +85,9 @@ def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = Fa
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """Distance of every row to its k-th nearest other row; the row itself, at 0, comes first."""
+    """The distance (n,) of every row to its k-th nearest other row."""
     distances, _ = _nearest(x, x, k + 1)
-    return distances[:, k]
+    return distances[:, k]  # the row itself, at 0, comes first
 
 
 def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +111,7 @@ def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _share(x: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of the rows of x that lie in a ball."""
+    """The share of the rows of x that lie in a ball around one of the centres, of the radius of that centre."""
     is_inside: list[Tensor] = []
     for part, gaps, max_error, _ in _estimates(x, centres, radii):
         inside = gaps.amin(1) < -max_error

@@ -1,9 +1,9 @@
 """Statistics of a set of images, of the features that a network extracts: moments, sums and features.
 
 `statistics_of` counts a rank's batches, `gather` merges those of all ranks; `save_statistics` and `load_statistics`
-keep them. Images are known by number, so it does not matter which batch or which rank an image came in. Moments and
-sums are in float64 and merge (`dumo.evaluation.distance`). The features themselves are kept too, in float32, for
-kernels and neighbours: 50,000 of 2048 take 400 MB.
+write and read them. Images are known by number, so it does not matter in which batch or on which rank an image came.
+Moments and sums are in float64 and can be merged (`dumo.evaluation.distance`). The features themselves are kept too, in
+float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
 """
 
 import sys
@@ -29,25 +29,25 @@ Index = Int64[Tensor, " n"]
 Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and images; batches differ in size
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score, as ADM's evaluation has them
-CHECKSUM = "sha256"  # in the notes of kept statistics: of all their tensors
+CHECKSUM = "sha256"  # the note of a file of statistics that has the hash of all its tensors
 
 
 class ExtractedFeatures(Interface):
-    """What a network reads off n images: rows of numbers, of which `spatial` and `logits` may have none."""
+    """What a network extracts from n images, in n rows each; `spatial` and `logits` may have no columns."""
 
     @property
     def pool(self) -> Tensor:
-        """The features."""
+        """The features of the FID, named after Inception's last pooling layer."""
         ...
 
     @property
     def spatial(self) -> Tensor:
-        """Of the sFID."""
+        """The features of the sFID."""
         ...
 
     @property
     def logits(self) -> Tensor:
-        """Of the Inception Score."""
+        """The logits of the Inception Score."""
         ...
 
 
@@ -58,14 +58,14 @@ Extractor = Callable[[Pixels], ExtractedFeatures]
 class Statistics:
     """The statistics of n images: moments of both kinds of features, sums of the Inception Score, and features."""
 
-    pool: Moments
-    spatial: Moments
+    pool: Moments  # of the FID's features
+    spatial: Moments  # of the sFID's features
     score: InceptionScore
     rows: Float32[Tensor, "n d"]  # the features of image `index[i]`
     index: Index
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """Both sets of images; the numbers of the one must not be of the other."""
+        """The statistics of both sets of images together; no image may be in both."""
         return Statistics(
             self.pool + other.pool,
             self.spatial + other.spatial,
@@ -76,7 +76,7 @@ class Statistics:
 
 
 def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | None = None) -> Statistics:
-    """This rank's share of `total` images, each batch with its numbers in [0, total).
+    """The statistics of this rank's share of `total` images, in batches of their numbers in [0, total) and pixels.
 
     Where the total is not known before, the Inception Score is of one split. Raises `UserError` without any image.
     """
@@ -125,17 +125,17 @@ def gather(mine: Statistics, total: int | None = None) -> Statistics:
     return replace(merged, rows=merged.rows[order], index=torch.arange(len(order)))
 
 
-def save_statistics(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
-    """Keep statistics as safetensors, with what it is of, such as the data and the sha256 of the network."""
+def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, str]) -> None:
+    """Write statistics as safetensors. `key` says what they are of: the data, the sha256 of the network."""
     parts = {name: x.contiguous() for name, x in _pack(statistics).items()}
-    save_file(parts, path, {**of, CHECKSUM: digest.of_tensors(parts)})
+    save_file(parts, path, {**key, CHECKSUM: digest.of_tensors(parts)})
 
 
-def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics | None:
-    """Statistics that were kept; None where there are none, or they are damaged, or of something else than `of`."""
+def load_statistics(path: Path, key: Mapping[str, str]) -> Statistics | None:
+    """Read statistics from a file; None where it is missing, damaged, or has another `key`."""
     try:
         parts, notes = weights.read(path)
-        if notes != {**of, CHECKSUM: digest.of_tensors(parts)}:
+        if notes != {**key, CHECKSUM: digest.of_tensors(parts)}:
             return None
         return _unpack(parts)
     except (UserError, OSError, KeyError):
@@ -173,7 +173,7 @@ def _unpack(parts: Mapping[str, Tensor]) -> Statistics:
 
 
 def ordered(index: Int64[Tensor, " n"], total: int | None = None) -> Int64[Tensor, " n"]:
-    """The places of the numbers in their order.
+    """The permutation (n,) that sorts the numbers `index` (n,).
 
     Raises UserError unless each of 0 .. total - 1 came once; without a total, if a number came twice.
     """

@@ -178,7 +178,7 @@ def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.devic
 
 
 def solver(run_solver: Solver, reads: Reads, nfe: int) -> Solver:
-    """The run's solver, or Euler's where that cannot make `nfe` passes, or makes no sense at so many jumps.
+    """The run's solver, or Euler's where that cannot make `nfe` passes, or makes no sense at this number of jumps.
 
     Raises UserError where Euler's cannot make them either.
     """

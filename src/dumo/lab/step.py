@@ -1,8 +1,16 @@
 """`dumo bench step`: a training step by every slope: what it computes, how long it takes, its memory and its error.
 
-A step is the forward pass, the targets and the backward pass, without the optimizer, on random numbers. Its yardstick
-is the plain flow-matching step of the same net in the same precision: three forward units (3 F), four where the blocks
-are computed again in the backward pass (checkpointing). A slope's error is that against the true derivative.
+`measure` is the entrance. In this order it
+
+1. lists a row for every slope and precision (`_variants`), and first of each precision the plain step (`PlainStep`);
+2. builds the net once for all rows (`prepare`, which returns a `Setting`);
+3. judges and counts each row, and makes its step ready (`Setting.attempt`);
+4. times all steps in turn, and compares them (`compare`).
+
+A step is the forward pass, the targets and the backward pass, without the optimizer, on random data. Its yardstick is
+the plain flow-matching step of the same net in the same precision: three forward passes (3 F), four where the blocks
+are computed again in the backward pass (checkpointing). A slope is a way to take du/dt; its error is relative to the
+true derivative (`slope_error`).
 """
 
 import copy
@@ -49,29 +57,30 @@ from dumo.types import (
 )
 
 Work = Callable[[], None]
-COMPILE = ("none", "blocks", "loss")
-PLAIN = "none"  # the yardstick, in the column of slopes
+COMPILE = ("none", "blocks", "loss")  # what may be compiled
+PLAIN = "none"  # the name of the plain step in the column of slopes
+# the class of each slope, by its kind
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
-COMPARED = 8  # rows, at least, on which du/dt is judged
+MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
 
 
 @dataclass(frozen=True)
 class Row:
-    """One slope in one precision. None: not available, or not measured. `refused`: why training would not do it."""
+    """The measures of one slope in one precision. None: not available, or not measured."""
 
     slope: str
     precision: Precision
     compile: str
     way: str | None = None  # how dual numbers get the tangent: tape, ride or pass
-    refused: str | None = None
-    units_counted: float | None = None  # F
-    units_timed: float | None = None  # F: median, then the quartiles
-    units_low: float | None = None
-    units_high: float | None = None
-    milliseconds: float | None = None  # median
+    refused: str | None = None  # why training would not take this slope
+    units_counted: float | None = None  # operations, in forward passes F
+    units_timed: float | None = None  # time, in forward passes F: the median
+    units_low: float | None = None  # and the lower quartile
+    units_high: float | None = None  # and the upper quartile
+    milliseconds: float | None = None  # the median
     images_per_second: float | None = None
-    bytes_before: int | None = None  # there before the step: weights, batch
-    bytes: int | None = None  # most of the step's own alive at one time
+    bytes_before: int | None = None  # in use before the step: weights, batch
+    bytes: int | None = None  # the most that the step itself has in use at one time
     bytes_over_central: float | None = None
     error: float | None = None  # of du/dt, relative
     share_of_peak: float | None = None  # counted operations per second over the GPU's bf16 peak
@@ -79,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of one table share."""
+    """What all rows of one table share: the net, and how it is trained."""
 
     path: Path
     train: Train
@@ -87,58 +96,61 @@ class Setting:
     shape: tuple[int, ...]
     device: torch.device
     compile: str
-    outline: nn.Module  # the net without numbers
+    outline: nn.Module  # the net on the meta device
     net: nn.Module
     ref: Frozen  # theta^-, as in training
 
     def attempt(self, row: Row, objective: Objective) -> tuple[Row, Work | None]:
-        """The row with all that needs no clock, and the step to time: None where it cannot be made."""
+        """The row with all measures but times, and the step to time; None for a step that cannot be made."""
         try:
-            step = self.step(row, objective)
-            return self.count(self.judge(row, objective), objective, step), step
+            step = self.make_step(row, objective)
+            judged_row = self.judge(row, objective)
+            return self.count(judged_row, objective, step), step
         except (UserError, torch.OutOfMemoryError) as error:
             if row.slope == PLAIN:
                 raise
             return replace(row, refused=str(error).splitlines()[0]), None
 
-    def record(self, objective: Objective, rows: int) -> Noised:
-        """Random numbers and labels, drawn for training."""
+    def draw_batch(self, objective: Objective, rows: int) -> Noised:
+        """A batch of random data and labels, noised as the objective is trained."""
         x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, self.classes))
         return draw(objective, self.path, x, c, self.classes, seed=0, step=0)
 
-    def step(self, row: Row, objective: Objective) -> Work:
-        """One training step, ready to be made."""
-        b = self.record(objective, self.train.batch)
-        loss = torch.compile(objective.loss, fullgraph=True, dynamic=False) if row.compile == "loss" else objective.loss
+    def make_step(self, row: Row, objective: Objective) -> Work:
+        """A function that makes one training step."""
+        b = self.draw_batch(objective, self.train.batch)
+        loss = objective.loss
+        if row.compile == "loss":
+            loss = torch.compile(objective.loss, fullgraph=True, dynamic=False)
 
         def step() -> None:
             self.net.zero_grad()
-            with product_precision(row.precision, self.device), self.eager(row), self.keyed(len(b.t)):
+            with product_precision(row.precision, self.device), self.compile_mode(row), self.dropout_keys(len(b.t)):
                 with autocast(row.precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
 
         return step
 
-    def eager(self, row: Row) -> AbstractContextManager[object]:
-        """Inside, blocks that were compiled for other rows run as they were written."""
+    def compile_mode(self, row: Row) -> AbstractContextManager[object]:
+        """Within it, compiled blocks run compiled if the row is of a compiled net, and eagerly if it is not."""
         return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
 
-    def keyed(self, rows: int) -> AbstractContextManager[None]:
-        """Inside, passes of this number of rows drop and route, as in training."""
+    def dropout_keys(self, rows: int) -> AbstractContextManager[None]:
+        """Within it, passes of this number of rows drop out and route as in training."""
         return dropout.using(dropout.keys(0, 0, rows).to(self.device))
 
     def judge(self, row: Row, objective: Objective) -> Row:
-        """The row with the error of its slope. A loss that is compiled whole is judged as it was written."""
+        """The row with the error of its slope. A loss that is compiled as a whole is judged without that."""
         if row.slope == PLAIN:
             return row
-        least = cost.exact_rows(objective)
-        b = self.record(objective, least * max(COMPARED // least, 1))
-        with using(row.precision, self.device), self.eager(row), self.keyed(len(b.t)):
+        least = cost.exact_rows(objective)  # the batch has a multiple of these
+        b = self.draw_batch(objective, least * max(MIN_JUDGED_ROWS // least, 1))
+        with using(row.precision, self.device), self.compile_mode(row), self.dropout_keys(len(b.t)):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def count(self, row: Row, objective: Objective, step: Work) -> Row:
-        """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
+        """The row with its way, operations and bytes. Bytes are counted on a CPU; on a GPU the allocator says them."""
         parts = self.outline, objective, self.path, self.shape
         rows = self.train.batch
         ref = self.train.ref
@@ -167,25 +179,25 @@ def measure(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Measures of each slope (None: all) in each precision at the run's batch, and of the yardstick, `none`, always.
+    """Measure each slope in each precision at the run's batch, and always the plain step, `none`; return the report.
 
-    A slope that training refuses is measured all the same where it can be, and its row says why. Raises UserError for
-    a slope, precision or way to compile that this run or device does not have.
+    `slopes` None: all. A slope that training refuses is measured all the same where it can be, and its row says why.
+    Raises UserError for a slope, precision or way to compile that this run or device does not have.
     """
     torch_device = dist.device(device)
     shape = tuple(shape or run.data.shape)
     batch = run.train.batch
     known_precisions = bench.precisions_of(precisions, torch_device)
-    todo = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
+    variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
     setting = prepare(run, shape, torch_device, compile)
-    tried = [setting.attempt(row, objective) for row, objective in todo]
-    steps = [step for _, step in tried if step]
+    attempts = [setting.attempt(row, objective) for row, objective in variants]
+    steps = [step for _, step in attempts if step]
     seconds = Stopwatch.for_bench(torch_device).rounds(steps, rounds, bar=bar, title="training steps")
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
     peak = peak_tflops or known_peak_tflops(torch_device)
     seconds_at_peak = batch * flops / (1e12 * peak) if peak else None
-    rows = compare(tried, seconds, batch, seconds_at_peak)
+    rows = compare(attempts, seconds, batch, seconds_at_peak)
     return {
         "net": run.net.model_dump(),
         "objective": run.model_dump(mode="json")["objective"],
@@ -202,7 +214,7 @@ def measure(
 
 
 def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> Setting:
-    """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
+    """Build the net; with `compile` "blocks", compile its blocks. Raises UserError where it has no blocks."""
     require_known("way to compile", compile, COMPILE)
     needs = run.objective.needs
     classes = run.data.classes
@@ -222,31 +234,36 @@ def _variants(
     precisions: Sequence[Precision],
     compile: str,
 ) -> Iterator[tuple[Row, Objective]]:
-    """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
-    own = slope_of(objective)
+    """For each precision the plain step, then every slope: the row without measures, and the objective.
+
+    Raises UserError for an unknown slope, or any where the objective has none.
+    """
+    objective_slope = slope_of(objective)
     if slopes is not None:
-        chosen = [name for name in slopes if name != PLAIN]
-    elif own is not None:
-        chosen = list(SLOPES)
+        slope_names = [name for name in slopes if name != PLAIN]
+    elif objective_slope is not None:
+        slope_names = list(SLOPES)
     else:
-        chosen = []
-    for name in chosen:
+        slope_names = []
+    for name in slope_names:
         require_known("slope", name, [*SLOPES, PLAIN])
-        if own is None:
+        if objective_slope is None:
             raise UserError(f"objective '{objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed")
     for precision in precisions:
         yield Row(PLAIN, precision, compile), PlainStep(of=objective)
-        for name in chosen:
-            slope = own if own and own.kind == name else SLOPES[name]()
-            row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
-            row = replace(row, refused=_refusal(slope, precision, time_scale))
+        for name in slope_names:
+            slope = SLOPES[name]()
+            if objective_slope and objective_slope.kind == name:
+                slope = objective_slope  # with the run's own settings
+            row_compile = "none" if name == "jvp" else compile  # inductor fails on jvp (torch 2.13)
+            row = Row(name, precision, row_compile, refused=_refusal(slope, precision, time_scale))
             if isinstance(slope, CentralSlope):
                 slope = _UncheckedSlope(h=slope.h)
             yield row, objective.model_copy(update={"slope": slope})
 
 
 def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
-    """Why training would not take this slope."""
+    """Why training would not take this slope; None where it would."""
     try:
         slope.check(precision, time_scale)
     except UserError as error:
@@ -255,16 +272,17 @@ def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:
 
 
 def compare(
-    tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, seconds_at_peak: float | None
+    attempts: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, seconds_at_peak: float | None
 ) -> Iterator[Row]:
-    """The rows with their times over their yardstick's, and their bytes over central's.
+    """The rows with their times in forward passes of the plain step, and their bytes over those of `central`.
 
+    `attempts` are the rows with their steps, `seconds` (steps, rounds) the times of all steps that are not None.
     `seconds_at_peak`: what a forward pass of the batch would take at the GPU's peak.
     """
-    central_bytes = {row.precision: row.bytes for row, _ in tried if row.slope == "central"}
+    central_bytes = {row.precision: row.bytes for row, _ in attempts if row.slope == "central"}
     unit_seconds = seconds[0]
     seconds_of_steps = iter(seconds)
-    for row, step in tried:
+    for row, step in attempts:
         central = central_bytes.get(row.precision)
         if row.bytes and central:
             row = replace(row, bytes_over_central=row.bytes / central)
@@ -296,54 +314,54 @@ class PlainStep(Spec):
 
     @property
     def kind(self) -> str:
-        """The yardstick's name."""
+        """The plain step's name."""
         return PLAIN
 
     @property
     def needs(self) -> Needs:
         """The net of the other objective."""
-        its: Needs = self.of.needs
-        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.own, formulas=its.formulas)
+        needs: Needs = self.of.needs
+        return Needs(needs.inputs, needs.heads, needs.gauges, needs.knobs, needs.own, formulas=needs.formulas)
 
     @property
     def times(self) -> TimeLaw:
-        """As the other objective."""
+        """The times that the other objective draws."""
         return self.of.times
 
     @property
     def drop(self) -> float:
-        """As the other objective."""
+        """The share of labels that the other objective drops."""
         return self.of.drop
 
     def __iter__(self) -> Iterator[tuple[str, object]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The fields of the other objective, so that the same numbers are drawn."""
+        """The fields of the other objective, so that batches are drawn as for it."""
         return iter(self.of)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """Every head is the velocity; knobs rest at zero."""
+        """The loss of every head against the velocity v_t; knobs are zero."""
         heads = net(b.x_t, b.c, **_net_inputs(self.of, b))[: len(self.of.needs.heads)]
         return Terms(sum((mean_square(head - b.v_t) for head in heads), torch.zeros_like(b.t)))
 
     def read(self, net: Net) -> Reads:
-        """As the other objective."""
+        """How the other objective reads its net."""
         return self.of.read(net)
 
 
 class _UncheckedSlope(CentralSlope):
-    """The central difference that refuses nothing: what training refuses is measured here all the same."""
+    """The central difference without its checks: what training refuses is measured here all the same."""
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Accept all."""
 
 
 def _net_inputs(objective: Objective, b: Noised) -> dict[str, Time]:
-    """What a net of this objective takes by name: the times of the rows, and knobs at zero."""
+    """The inputs (n,) that a net of this objective takes by name: the times of the rows, and knobs at zero."""
     times = {"t": b.t, "r": b.r}
     return {name: times.get(name, torch.zeros_like(b.t)) for name in objective.needs.names}
 
 
 def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
-    """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope."""
+    """The relative error of du/dt along v_t, on the rows of a batch; None for an objective without a slope."""
     if objective.needs.slope is None:
         return None
     errors = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **_net_inputs(objective, b))
