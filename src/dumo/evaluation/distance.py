@@ -283,7 +283,7 @@ def _class_ones(
 def _class_sums(
     x: Tensor, y: Tensor, ones_x: Tensor, ones_y: Tensor
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"]]:
-    """Sums of the kernel exp(-|x_i - y_j|^2 / 2) by class: (n, k) for every x over rows y, (m, k) for every y over x."""
+    """Sums of exp(-|x_i - y_j|^2 / 2) by class: (n, k) for every x over the rows y, (m, k) for every y over x."""
     block_rows = _block_rows(len(y))
     half_squares = y.square().sum(1) / 2
     sums_x: list[Tensor] = []

@@ -18,6 +18,7 @@ from dumo.report.card import FILE, Card, Row, read_report
 from dumo.runtime import typed
 from dumo.types import UserError
 
+# the fields of a card that say how samples were measured
 MEASURED = (
     "protocol",
     "samples",
@@ -30,11 +31,11 @@ MEASURED = (
     "codec",
     "seed",
 )
-OF_RUNS = ("codec", "seed")  # say how a run makes and decodes samples; of images that others made nobody knows
+OF_RUNS = ("codec", "seed")  # fields that only runs have: nobody knows them of images that others made
 
 
 def differing_fields(cards: Sequence[Card]) -> dict[str, list[Any]]:
-    """What measured otherwise: the fields that are not the same on all cards, each with its value on every card."""
+    """The fields of the measure that are not the same on all cards, each with its values in the order of the cards."""
     measures = [_measure(card) for card in cards]
     runs = [i for i, card in enumerate(cards) if "images" not in card]
     fields = dict.fromkeys(field for measure in measures for field in measure)
@@ -82,7 +83,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
         card = report["card"]
         head: Row = {"run": report.get("images", source), "step": report.get("step")}
         for field, values in differs.items():
-            head[field] = shortened(values[i])
+            head[field] = shorten_hashes(values[i])
         tail: Row = {}
         if any_trained_on:
             tail["trained_on"] = ", ".join(score.trained_on_names(first_row, card)) or None
@@ -118,13 +119,13 @@ def perfect_scores(report: Row) -> Row:
     return {name: value for name, value in scores.items() if value is not None}
 
 
-def shortened(value: object) -> str:
-    """A value of a card in a table: hashes cut short."""
+def shorten_hashes(value: object) -> str:
+    """A value of a card as text for a table, with hashes cut to 8 characters."""
     return " ".join(word[:8] if len(word) == 64 else word for word in str(value).split())
 
 
 def _side_by_side(cards: Mapping[str, Card], values: Sequence[Any]) -> str:
-    """'0 in a, b; 1 in c'."""
+    """Each value with the names of the cards that have it: '0 in a, b; 1 in c'."""
     names: dict[str, list[str]] = {}
     for name, value in zip(cards, values, strict=True):
         names.setdefault(str(value), []).append(name)
@@ -132,7 +133,7 @@ def _side_by_side(cards: Mapping[str, Card], values: Sequence[Any]) -> str:
 
 
 def _measure(card: Card) -> Card:
-    """What of a card is measure. Where the reference has no hash, the data are in its place."""
+    """The fields of a card that say how samples were measured, and the data where the reference has no hash."""
     measure = {field: card[field] for field in MEASURED if field in card}
     codec = measure.get("codec")
     if codec:

@@ -45,8 +45,8 @@ from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import UserError
 
-PLACES = ("protocol.reference", "protocol.model")  # of files; which ones, the card says
-ROWS = {"results": "nfe", "contrast": "contrast"}  # parts of a report, and where its card has their passes
+PATH_FIELDS = ("protocol.reference", "protocol.model")  # no part of a file's name: the card has their files' hashes
+ROWS = {"results": "nfe", "contrast": "contrast"}  # the parts of a report that are rows: their passes on the card
 
 
 def evaluate(
@@ -163,7 +163,7 @@ def row(
 
 
 def current_report(opened: RunFolder) -> dict[str, Any] | None:
-    """What evaluating the run again would only repeat; None where it has not been evaluated so."""
+    """The report of the run, if evaluating it again would give the same; None where it would give something new."""
     try:
         report = read_report(opened.folder / FILE)
     except UserError:
@@ -186,7 +186,7 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
 
 
 def _file_name(opened: RunFolder) -> str:
-    """The name of a report: evaluation.json where the run is as its own spec has it, else with what differs."""
+    """The name of a report: evaluation.json, or, where options differ from the run's spec, with these in it."""
     run_as_saved = opened.run_as_saved
     saved_fields = _deciding_fields(run_as_saved.sample, run_as_saved.evaluate)
     opened_fields = _deciding_fields(opened.run.sample, opened.run.evaluate)
@@ -221,7 +221,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
 
 
 def _merge_rows(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """The report with what rows the earlier one has of other passes, in order of passes."""
+    """The report with the rows that the earlier one, `before`, has of other passes, in order of passes."""
     rows: dict[str, dict[int, Row]] = {}
     passes: dict[str, list[int]] = {}
     for part, field in ROWS.items():
@@ -240,7 +240,10 @@ def _with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: 
 
 
 def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
-    """The rows of a part by their passes, as the card has them; guidance makes the net count more."""
+    """The rows of a part by their passes as the card has them, since with guidance a row counts more passes.
+
+    {} where the card does not match the rows.
+    """
     passes = report["card"].get(ROWS[part], [])
     if len(passes) != len(report[part]):
         return {}
@@ -248,14 +251,14 @@ def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
 
 
 def _measure(report: dict[str, Any]) -> str:
-    """All that is on a card but which rows there are and where the weights lie: their hash is on it."""
+    """The card as text, without its passes and the path of the weights, whose hash it has."""
     left_out = (*ROWS.values(), "weights")
     measure = {field: value for field, value in report["card"].items() if field not in left_out}
     return json.dumps(finite(measure), sort_keys=True)
 
 
 def _deciding_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
-    """What of a spec decides an evaluation, but for its passes: a report collects the rows of all."""
+    """The fields that decide an evaluation, without its passes, since a report collects rows of all passes."""
     sample = sampling.model_dump(mode="json")
     evaluate = evaluation.model_dump(mode="json")
     protocol = evaluate.pop("protocol")
@@ -267,7 +270,7 @@ def _deciding_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
         "evaluate": evaluate,
         "sample": {"precision": sample["precision"]},
     }
-    left_out = [*PLACES, *(f"evaluate.{field}" for field in ROWS.values())]
+    left_out = [*PATH_FIELDS, *(f"evaluate.{field}" for field in ROWS.values())]
     return {field: value for field, value in flat(parts).items() if field not in left_out}
 
 

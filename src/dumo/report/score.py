@@ -5,10 +5,11 @@ In the order of this file:
 1. A row's scores: `score_names`, the one that leads first; `summary_names` and `select_scores` leave some out.
 2. Better and worse: `state` and `verdict` compare the best row with baselines, `mark_best` rows with one another.
 3. As text: `number`, `spread`, `text`; `terminal_text` for the command line.
-4. For a page: `judgement` reads a run's evaluation.json; `benchmarks`, `others` and `doubts` set it out.
+4. For a page: `judgement` reads a run's evaluation.json; `benchmarks`, `others` and `doubts` set it out. The template
+   of the page, report.html.j2, calls this file by the name `score`, so its functions are public where it does.
 
-What a score's name means, such as which way is better, says `dumo.evaluation.metric`. Files of evaluations are checked
-by `dumo.report.card`.
+`dumo.evaluation.metric` says what the name of a score means, such as which way is better. `dumo.report.card` checks
+files of evaluations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,16 +27,18 @@ from dumo.io.read import read_json
 from dumo.report.card import FILE, Card, Row, validate_report
 from dumo.runtime import typed
 
-ERROR = "_sd"  # of a score's name: the deviation of that score
-NO_SCORES = ("nfe", "solver")  # of a row
-NUM_SPLITS = "splits"  # of a baseline: how many distances it is the mean of
-UNTRAINED_SHARE = 1 / 2  # of the distance of noise. Ours
-FAR_SHARE = 1 / 20  # of the distance of noise. Ours
-FAR_TIMES = 20  # times a perfect sampler's distance, where noise was not measured. Ours
-MAX_UNTRAINED_PRECISION = 0.02  # where noise was not measured. Ours
-FAR_FROM_NEAREST = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them;
-# ours: on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
-SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
+ERROR = "_sd"  # the ending of a name whose value is the error of a score: mmd_sd
+NO_SCORES = ("nfe", "solver")  # what a row has besides scores
+NUM_SPLITS = "splits"  # what a baseline calls the number of distances that it is the mean of
+# where a run stands, all ours
+UNTRAINED_SHARE = 1 / 2  # of the distance of noise, from which a run counts as untrained
+FAR_SHARE = 1 / 20  # of the distance of noise, beyond which samples are far from the data
+FAR_TIMES = 20  # times a perfect sampler's distance, beyond which they are far, where noise was not measured
+MAX_UNTRAINED_PRECISION = 0.02  # of an untrained run, where noise was not measured
+# times the distance of real images to their nearest, beyond which samples are not like them: on digits it is 4.1 after
+# 20 steps, 1.9 after 500, 1.2 after 5,000
+FAR_FROM_NEAREST = 1.5
+SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # by protocol: the packaged results of it
 BENCHMARKS = ("clip",)  # evaluations other than the run's own that a page shows
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -57,12 +60,12 @@ def error(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def first_of(row: Mapping[str, Any]) -> str:
-    """The first score of a row, which a baseline's `mean` is of."""
+    """The name of a row's first score, whose value a baseline calls `mean`."""
     return next(name for name in row if name not in NO_SCORES)
 
 
 def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
-    """The scores in a row: its numbers, errors left out; first the one that leads, for a run of this card."""
+    """The names of the scores in a row, without errors; the one that leads, for a run of this card, comes first."""
     names: list[str] = []
     for name, value in row.items():
         is_number = value is None or isinstance(value, int | float)
@@ -73,31 +76,28 @@ def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
 
 
 def trained_on_names(row: Mapping[str, Any], card: Card) -> list[str]:
-    """The scores of a row that are by what the run of this card was trained on."""
+    """The names of the scores in a row that measure what the run of this card was trained on."""
     names = [name for name, value in row.items() if isinstance(value, float) and not is_error(name)]
     return [name for name in names if trained_on(name, card)]
 
 
 def summary_names(columns: Sequence[str]) -> list[str]:
-    """Of the scores `columns`, the one that leads being the first, those that a summary shows.
-
-    Scores that are not ours are shown, too.
-    """
-    shown: list[str] = []
+    """The names among `columns`, of which the first leads, that a summary shows. It also shows unknown scores."""
+    names: list[str] = []
     for i, name in enumerate(columns):
         if i == 0 or metric(name).in_summary or name not in METRICS:
-            shown.append(name)
-    return shown
+            names.append(name)
+    return names
 
 
 def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
-    """A row, or a baseline, with these scores alone and their errors, in their order."""
-    short = {name: row[name] for name in NO_SCORES if name in row}
+    """A row, or a baseline, with only the scores `columns` and their errors, in the order of `columns`."""
+    selected = {name: row[name] for name in NO_SCORES if name in row}
     for column in columns:
         for name in (column, column + ERROR):
             if name in row:
-                short[name] = row[name]
-    return short
+                selected[name] = row[name]
+    return selected
 
 
 # Better and worse
@@ -131,17 +131,24 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores of the row with the least `class_mmd`, or, where a row has none, the least first score; {} of none."""
-    known = [{name: value for name, value in row.items() if isinstance(value, float)} for row in rows]
-    known = [scores for scores in known if scores]
-    if not known:
+    """The scores of the row with the least `class_mmd`, or, where a row has none, the least first score.
+
+    {} where no row has scores.
+    """
+    rows_of_scores: list[Scores] = []
+    for row in rows:
+        scores = {name: value for name, value in row.items() if isinstance(value, float)}
+        if scores:
+            rows_of_scores.append(scores)
+    if not rows_of_scores:
         return {}
-    if all(CLASS_MMD in scores for scores in known):
-        return min(known, key=lambda scores: scores[CLASS_MMD])
-    return min(known, key=_first)
+    if all(CLASS_MMD in scores for scores in rows_of_scores):
+        return min(rows_of_scores, key=lambda scores: scores[CLASS_MMD])
+    return min(rows_of_scores, key=_first)
 
 
 def _first(scores: Scores) -> float:
+    """The value of the first score."""
     return next(iter(scores.values()))
 
 
@@ -204,13 +211,16 @@ def verdict(judged: Mapping[str, Any]) -> str | None:
 
 
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
-    """The rows, with `best`: the least of its number of passes, or level with it (`level`), where errors are known."""
-    known = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
-    if not known or rising(lead):
+    """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
+
+    Rows that lack the score or its error are not best. Where all rows do, or more is better, no row gets `best`.
+    """
+    comparable = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
+    if not comparable or rising(lead):
         return list(rows)
-    best: set[int] = set()
-    for nfe in {row.get("nfe") for row in known}:
-        same = [row for row in known if row.get("nfe") == nfe]
+    best: set[int] = set()  # by id
+    for nfe in {row.get("nfe") for row in comparable}:
+        same = [row for row in comparable if row.get("nfe") == nfe]
         ties = level([Estimate(row[lead], row[lead + ERROR]) for row in same])
         best |= {id(row) for row, tie in zip(same, ties, strict=True) if tie}
     return [row | {"best": id(row) in best} for row in rows]
@@ -292,10 +302,11 @@ def terminal_text(baseline: Mapping[str, float]) -> str:
 
 
 def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
-    """What `dumo evaluate` wrote in a run's folder, or None.
+    """The evaluation that `dumo evaluate` wrote into a run's folder, with what a page says of it; None without one.
 
-    `fresh`: of these weights; `columns`: its figures, the one that leads first, and `summary`, some of them; `verdict`:
-    a sentence; `left_out`: which classes do not count, if any. Raises UserError if it is damaged.
+    `fresh`: whether it is of this step and these weights; `columns`: its scores, the one that leads first; `summary`:
+    some of them; `verdict`: a sentence; `left_out`: which classes do not count, if any; `biased`: the scores that the
+    run was trained on; `baseline`: the first one. Raises UserError if the file is damaged.
     """
     path = folder / FILE
     if not path.is_file():
@@ -323,6 +334,7 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
 
 
 def _is_of(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
+    """Whether an evaluation is of this step and this file of weights."""
     return (evaluation["step"], evaluation["weights"]) == (step, weights)
 
 
@@ -345,7 +357,7 @@ def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
 
 
 def rows(judged: Judgement, columns: Sequence[str]) -> list[list[tuple[str, int, list[str]]]]:
-    """The results and the contrast, each with its solver, passes and cells."""
+    """The rows of the results, then those of the contrast, each row as its solver, its passes and its cells."""
     groups: list[list[tuple[str, int, list[str]]]] = []
     for part in (judged["results"], judged["contrast"]):
         if part:
@@ -365,13 +377,13 @@ def _first_baseline(judged: Judgement, lead: str) -> Judgement | None:
 
 
 def baselines(judged: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """A row per baseline: its name, what it is, its cells."""
+    """A row for each baseline: its title, its meaning, its cells."""
     words = {name: word(BASELINES, name) for name in judged["baselines"]}
     return [(words[name].title, words[name].meaning, baseline_cells(judged, name, columns)) for name in words]
 
 
 def baseline_cells(judged: Judgement, name: str, columns: Sequence[str]) -> list[str]:
-    """A baseline as a row of a table of these scores, blank where it does not say."""
+    """The cells of a baseline in a table of the scores `columns`, "" where it lacks a score."""
     scores = judged["baselines"][name]
     lead = first_of(judged["results"][0])
     texts: list[str] = []
@@ -386,7 +398,7 @@ def baseline_cells(judged: Judgement, name: str, columns: Sequence[str]) -> list
 
 
 def words_of(judged: Judgement, columns: Iterable[str]) -> list[Word]:
-    """The words for these scores."""
+    """The titles and meanings of these scores."""
     return [judged["words"][name] for name in columns]
 
 
@@ -458,11 +470,12 @@ def _is_judged_as(judged: Judgement, cell: Row, lead: str) -> bool:
 
 
 def _held_out(judged: Mapping[str, Any]) -> int:
-    """How many images of the data were held out."""
+    """How many images of the data were held out of training; 0 where the card does not say."""
     return (judged.get("card") or {}).get("data", {}).get("held", 0)
 
 
 def _row_of_others(name: str, steps: int, cost: float | None, *, own: bool = False) -> Row:
+    """A row of `others`, without its scores. `own`: it is the run's own."""
     return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "error": {}}
 
 

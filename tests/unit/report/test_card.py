@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dumo.report.card import validate_report
-from dumo.report.compare import compare, differing_fields, require_comparable, shortened
+from dumo.report.compare import compare, differing_fields, require_comparable, shorten_hashes
 from dumo.report.score import mark_best
 from dumo.types import UserError
 from fuzz.target import EVALUATION
@@ -116,7 +116,7 @@ def test_anyway_shows_what_differs(tmp_path: Path) -> None:
     found = compare([a, b], anyway=True)
     assert found["differs"]["seed"] == {a: 0, b: 1}
     assert [(row["seed"], row["reference_sha256"]) for row in found["rows"][::2]] == [("0", "b" * 8), ("1", "e" * 8)]
-    assert shortened(f"taef2 {'c' * 64}") == "taef2 cccccccc"
+    assert shorten_hashes(f"taef2 {'c' * 64}") == "taef2 cccccccc"
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
