@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dumo.encoders.pipeline import UNET
 from dumo.export import card
 from dumo.export.model import ExportedModel, require_pipeline
-from dumo.export.scheduler import SCHEDULER, write_scheduler
+from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler
 from dumo.nets.adapter import SUBJECT, adapters
 from dumo.nets.twin import bias_or_none
 from dumo.types import UserError
@@ -65,12 +65,12 @@ def write(
         weights[f"{exported.component_name}.{weight_name}"] = tensor.to(getattr(torch, dtype))
     safetensors.torch.save_file(weights, out / FILE, METADATA)
     if exported.head == "u" and not exported.subject_only:  # the few-step run's export has one
-        write_scheduler(
+        write_flow_map_scheduler(
             out / SCHEDULER,
             exported.solver,
             exported.net.frame,
             takes_times=bool(stock.time_arguments),
-            hops=exported.makes_hops,
+            makes_hops=exported.makes_hops,
         )
     codes = exported.class_embeddings
     if codes:

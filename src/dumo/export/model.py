@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.encoders.pipeline import TRANSFORMER, UNET, component_names
-from dumo.export.scheduler import restart
+from dumo.export.scheduler import restart_for_scheduler
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Net, Pretrained
@@ -71,7 +71,7 @@ class StockPipeline:
         """The keyword arguments for passes that begin at `times`, guided by `scale`; 1 is no guidance.
 
         `embedded` is the guidance number that the net itself takes. A pipeline without an argument for times is given
-        their number, and its scheduler has them (`dumo.export.scheduler.JUMPS`).
+        their number, and its scheduler has them (`dumo.export.shipped.jumps`).
         """
         values = {"sigmas": times, "timesteps": times}
         if not self.indexed_times:
@@ -290,12 +290,12 @@ class ExportedModel:
     def solver(self) -> Restart:
         """The solver that the scheduler imitates: the run's own, or the default where the run samples by v.
 
-        Instead of Hop, a Restart that begins at its start. Raises UserError as `dumo.export.scheduler.restart`.
+        Instead of Hop, a Restart that begins at its start. Raises UserError where no scheduler imitates the solver.
         """
         solver = self.sampler.spec.solver
         if self.nfe and isinstance(solver, Hop):
             return Restart(m=solver.start / 2, start=solver.start)
-        return restart(solver)
+        return restart_for_scheduler(solver)
 
     def pipeline_times(self, passes: int) -> Sequence[float]:
         """The times at which passes begin, as the pipeline counts them: sigmas, or indices of a diffusion's table."""

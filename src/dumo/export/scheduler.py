@@ -1,5 +1,8 @@
 """The scheduler of an exported model, by which a stock pipeline makes the passes of a run.
 
+`write_flow_map_scheduler` writes that of a flow map u, `write_velocity_scheduler` that of a velocity v. Before either,
+`restart_for_scheduler` says which of our solvers the scheduler imitates, or refuses.
+
 A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a pipeline must add fresh noise. Stock
 `FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`:
 
@@ -15,6 +18,8 @@ A net of a diffusion gives its own kind of output still, noise or v, from x_vp a
 the same jumps: c_skip = .25 / (.25 + (c t)^2) is below 1e-9 where its `timestep_scaling` c is large.
 
 Passes of Hop are Euler steps along a mean velocity, x_s = x_t - (t - s) u(x_t, t, s).
+
+A pipeline that takes no times gets a scheduler with a class of its own, `shipped/jumps.py`, which has them.
 """
 
 import json
@@ -25,32 +30,19 @@ from dumo.io.read import read_settings, write_json
 from dumo.nets.vp import DiffusionToVelocity, settings
 from dumo.types import UserError
 
-SCHEDULER = "scheduler"  # its folder
+SCHEDULER = "scheduler"  # the folder of a pipeline's scheduler
 CONFIG = "scheduler_config.json"  # the file in it
-LCM = "LCMScheduler"  # of a diffusion's flow map
-TIMESTEP_SCALING = 1e4  # c above, so that c_skip is .25 / 1e8 at index 1
-EULER = "FlowMatchEulerDiscreteScheduler"
-JUMP_SCHEDULER = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
-JUMPS = '''"""Times of jumps to the data, for a pipeline that takes none: the first START, the second of two M."""
-
-from math import log2
-
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-START, M = {start!r}, {m!r}
-
-
-class JumpScheduler(FlowMatchEulerDiscreteScheduler):
-    def set_timesteps(self, num_inference_steps=None, device=None, **given):
-        n = num_inference_steps
-        times = [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]
-        super().set_timesteps(device=device, **given or {{"sigmas": times}})
-'''
+SHIPPED = Path(__file__).parent / "shipped"  # code that is copied into exports
+LCM = "LCMScheduler"  # the class of diffusers for the flow map of a diffusion
+EULER = "FlowMatchEulerDiscreteScheduler"  # the class of diffusers for all on the linear path
 Entry = list[str]  # of model_index.json: library or file, and class
+JUMP_SCHEDULER: Entry = ["jumps", "JumpScheduler"]  # of shipped/jumps.py, which has its times
+_SHIPPED_TIMES = "START, M = 1.0, 0.5"  # the line of shipped/jumps.py that is written with the run's times
+_TIMESTEP_SCALING = 1e4  # c above, so that c_skip is .25 / 1e8 at index 1: ours
 
 
-def restart(solver: Solver) -> Restart:
-    """The solver if it is Restart, which schedulers can make, and the default Restart for one without jumps.
+def restart_for_scheduler(solver: Solver) -> Restart:
+    """Return the Restart that a scheduler imitates: the solver itself, or the default for a solver without jumps.
 
     Raises UserError for Hermite, whose noise between two passes no scheduler adds.
     """
@@ -62,39 +54,38 @@ def restart(solver: Solver) -> Restart:
     return solver if isinstance(solver, Restart) else Restart()
 
 
-def write_scheduler(
+def write_flow_map_scheduler(
     folder: Path,
     solver: Restart,
     frame: DiffusionToVelocity | None = None,
     *,
     takes_times: bool = True,
-    hops: bool = False,
+    makes_hops: bool = False,
 ) -> Entry:
     """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
-    `takes_times`: the pipeline has an argument for them; else a class of its own has them. `frame` is that of a model
-    of a diffusion. `hops`: it makes the steps of a mean velocity, and adds no noise.
+    Of a model of a diffusion, `frame` has the table, and all else is passed over. `takes_times`: the pipeline has an
+    argument for times; if it has none, the scheduler has those of `solver`. `makes_hops`: the passes are steps of a
+    mean velocity, without fresh noise between them.
     """
     if frame:
-        from diffusers.schedulers.scheduling_lcm import LCMScheduler
+        return _write_lcm(folder, frame)
+    entry = _write_flow_match(folder, stochastic_sampling=not makes_hops)
+    if not makes_hops:
+        check_scheduler(folder)  # what is not set above has the defaults of the diffusers that is installed
+    if not takes_times:
+        entry = _add_times(folder, solver)
+    return entry
 
-        scheduler = LCMScheduler(
-            **settings(frame), original_inference_steps=frame.schedule.steps, timestep_scaling=TIMESTEP_SCALING
-        )
-        scheduler.save_pretrained(folder)
-        return ["diffusers", LCM]
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=not hops).save_pretrained(folder)
-    if not hops:
-        check_scheduler(folder)
-    if takes_times:
-        return ["diffusers", EULER]
-    file, class_name = JUMP_SCHEDULER
-    (folder / f"{file}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    write_json(folder / CONFIG, config | {"_class_name": class_name})
-    return JUMP_SCHEDULER
+def write_velocity_scheduler(folder: Path, frame: DiffusionToVelocity | None = None) -> Entry:
+    """Write the scheduler of a velocity into `folder`; return its entry in model_index.json.
+
+    It makes Euler steps, or of a model of a diffusion, whose table is in `frame`, the steps of DDIM.
+    """
+    if frame:
+        return _write_ddim(folder, frame)
+    return _write_flow_match(folder, stochastic_sampling=False)
 
 
 def check_scheduler(folder: Path) -> None:
@@ -110,14 +101,43 @@ def check_scheduler(folder: Path) -> None:
             )
 
 
-def write_euler(folder: Path, frame: DiffusionToVelocity | None = None) -> Entry:
-    """Write the scheduler of a velocity, with Euler steps, or DDIM's of a diffusion's `frame`; return its entry."""
-    if frame:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-        DDIMScheduler(**settings(frame), clip_sample=False, timestep_spacing="trailing").save_pretrained(folder)
-        return ["diffusers", "DDIMScheduler"]
+def _write_flow_match(folder: Path, *, stochastic_sampling: bool) -> Entry:
+    """Write a scheduler of Euler steps, or with `stochastic_sampling` one of jumps to the data and fresh noise."""
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic_sampling)
+    scheduler.save_pretrained(folder)
     return ["diffusers", EULER]
+
+
+def _add_times(folder: Path, solver: Restart) -> Entry:
+    """Put the class that has its times next to the config of a scheduler in `folder`, which then names that class."""
+    file, class_name = JUMP_SCHEDULER
+    code = (SHIPPED / f"{file}.py").read_text(encoding="utf-8")
+    code = code.replace(_SHIPPED_TIMES, f"START, M = {solver.start!r}, {solver.m!r}")
+    (folder / f"{file}.py").write_text(code, encoding="utf-8")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, config | {"_class_name": class_name})
+    return JUMP_SCHEDULER
+
+
+def _write_lcm(folder: Path, frame: DiffusionToVelocity) -> Entry:
+    """Write a scheduler that makes the jumps of a diffusion's flow map."""
+    from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+    scheduler = LCMScheduler(
+        **settings(frame),
+        original_inference_steps=frame.schedule.steps,
+        timestep_scaling=_TIMESTEP_SCALING,
+    )
+    scheduler.save_pretrained(folder)
+    return ["diffusers", LCM]
+
+
+def _write_ddim(folder: Path, frame: DiffusionToVelocity) -> Entry:
+    """Write a scheduler that follows the velocity of a diffusion."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    scheduler = DDIMScheduler(**settings(frame), clip_sample=False, timestep_spacing="trailing")
+    scheduler.save_pretrained(folder)
+    return ["diffusers", "DDIMScheduler"]

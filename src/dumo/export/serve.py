@@ -54,7 +54,7 @@ def unserved(exported: ExportedModel, *, whole: bool) -> str:
 def served(exported: ExportedModel) -> dict[str, Any]:
     """The keys of model_index.json by which vLLM-Omni makes the run's jumps.
 
-    Its solver `sde` is diffusers' scheduler of `write_scheduler` at these times, without guidance.
+    Its solver `sde` is diffusers' scheduler of `write_flow_map_scheduler` at these times, without guidance.
     """
     times = [round(TRAIN_TIMESTEPS * t) for t in exported.solver.times(PASSES)]
     block: dict[str, Any] = {"num_inference_steps": PASSES, "denoising_timesteps": times, "solver": "sde"}

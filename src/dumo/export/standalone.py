@@ -22,7 +22,7 @@ from dumo.data import Latents
 from dumo.encoders import Taef2
 from dumo.export import card
 from dumo.export.model import Head
-from dumo.export.scheduler import restart
+from dumo.export.scheduler import SHIPPED, restart_for_scheduler
 from dumo.flow.solver import Euler
 from dumo.io.read import write_json
 from dumo.nets.dit import PUBLISHED, DiT
@@ -31,7 +31,6 @@ from dumo.runtime import version
 from dumo.runtime.random import random_batch
 from dumo.types import Sample, UserError
 
-SHIPPED = Path(__file__).parent / "shipped"
 TRANSFORMER = "dumo_dit"  # a file, and not `dit`: diffusers has a pipeline of this name
 VAE = "dumo_taef2"
 KNOWN_TIMES = ("t", "r")  # the times that the shipped net embeds
@@ -146,8 +145,11 @@ def write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
 
 
 def pipeline_settings(sampler: Sampler, head: Head) -> Json:
-    """The fields of the shipped pipeline's `__init__`: head, times, and the latents' scale. Raises as `restart`."""
-    solver = restart(sampler.spec.solver) if head == "u" else Euler()
+    """The fields of the shipped pipeline's `__init__`: head, times, and the latents' shift and scale.
+
+    Raises UserError for a solver whose jumps the pipeline does not make.
+    """
+    solver = restart_for_scheduler(sampler.spec.solver) if head == "u" else Euler()
     settings: Json = {"head": head, **solver.model_dump(mode="json", exclude={"kind"})}
     data = sampler.data
     if isinstance(data, Latents):

@@ -26,7 +26,7 @@ from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET
 from dumo.export import card, lora, standalone
 from dumo.export.model import INDEX, ExportedModel, Head, exported_head, require_pipeline
-from dumo.export.scheduler import SCHEDULER, write_euler, write_scheduler
+from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
 from dumo.export.serve import IGNORED_KEYS, has_component, is_whole, served, unserved
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
@@ -175,17 +175,17 @@ def write_folder(
     exported.build_model().save_pretrained(out / exported.component_name)
     index[exported.component_name] = ["diffusers", exported.model_class]
     if exported.head == "u":
-        index[SCHEDULER] = write_scheduler(
+        index[SCHEDULER] = write_flow_map_scheduler(
             out / SCHEDULER,
             exported.solver,
             exported.net.frame,
             takes_times=bool(stock.time_arguments),
-            hops=exported.makes_hops,
+            makes_hops=exported.makes_hops,
         )
     elif source:
         copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
-        index[SCHEDULER] = write_euler(out / SCHEDULER, exported.net.frame)
+        index[SCHEDULER] = write_velocity_scheduler(out / SCHEDULER, exported.net.frame)
     for name in other_parts(index):
         if source and parts != "none":
             copy_part(source / name, out / name, parts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dumo.config.load import load
 from dumo.export.lora import product
 from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel
-from dumo.export.scheduler import CONFIG, check_scheduler, restart, write_scheduler
+from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
 from dumo.export.write import read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jump_times
@@ -32,7 +32,7 @@ def test_the_scheduler_makes_restarts_steps(tmp_path: Path) -> None:
     """x_s = (1 - s) (x_t - t u) + s z, to the bit, at any number of times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    assert write_scheduler(tmp_path, SOLVER)[0] == "diffusers"
+    assert write_flow_map_scheduler(tmp_path, SOLVER)[0] == "diffusers"
     stock = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     stock.set_timesteps(sigmas=(times := SOLVER.times(4)))
     g = torch.Generator().manual_seed(0)
@@ -49,7 +49,7 @@ def test_the_scheduler_of_hops_makes_eulers_steps(tmp_path: Path) -> None:
     """x_s = x_t - (t - s) u, without noise."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    write_scheduler(tmp_path, SOLVER, hops=True)
+    write_flow_map_scheduler(tmp_path, SOLVER, makes_hops=True)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     scheduler.set_timesteps(sigmas=[1.0, 0.25])
     x, u = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_the_scheduler_of_a_diffusion_makes_restarts_jumps(prediction: str, pass
     said = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
     frame = framed(said | {"prediction_type": prediction})
     path = Diffusion(schedule=frame.schedule)
-    assert write_scheduler(tmp_path, SOLVER, frame)[1] == "LCMScheduler"
+    assert write_flow_map_scheduler(tmp_path, SOLVER, frame)[1] == "LCMScheduler"
     stock = LCMScheduler.from_pretrained(tmp_path)
     z = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -98,18 +98,18 @@ def test_the_scheduler_of_a_diffusion_makes_restarts_jumps(prediction: str, pass
 
 @pytest.mark.parametrize("wrong", [{"stochastic_sampling": False}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
 def test_a_scheduler_of_other_steps_is_refused(wrong: dict[str, object], tmp_path: Path) -> None:
-    write_scheduler(tmp_path, SOLVER)
+    write_flow_map_scheduler(tmp_path, SOLVER)
     check_scheduler(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text("utf-8"))
     (tmp_path / CONFIG).write_text(json.dumps(config | wrong), encoding="utf-8")
     with pytest.raises(UserError, match=next(iter(wrong))):
         check_scheduler(tmp_path)
     with pytest.raises(UserError, match="kind: restart"):
-        restart(Hermite())  # which no scheduler makes
+        restart_for_scheduler(Hermite())  # which no scheduler makes
 
 
 def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Path) -> None:
-    module, name = write_scheduler(tmp_path, SOLVER, takes_times=False)
+    module, name = write_flow_map_scheduler(tmp_path, SOLVER, takes_times=False)
     spec = importlib.util.spec_from_file_location(module, tmp_path / f"{module}.py")
     assert spec
     assert spec.loader

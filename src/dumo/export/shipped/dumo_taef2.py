@@ -1,4 +1,10 @@
-"""The decoder of taef2, a tiny autoencoder for FLUX.2's latents (github.com/madebyollin/taesd, MIT)."""
+"""The decoder of taef2, a tiny autoencoder for FLUX.2's latents (github.com/madebyollin/taesd, MIT).
+
+`DumoTaef2.decode` is what a pipeline calls. This file lies in an exported model, next to the decoder's weights, and
+dumo need not be installed there: it needs torch and diffusers alone. dumo keeps it in export/shipped, and
+export/standalone.py copies it and writes the weights. They fit by the order of layers in `DumoTaef2.decoder`, which
+must be that of `Tiny.decoder` in dumo's encoders/taesd.py.
+"""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -8,10 +14,10 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Three convolutions and a skip; with `pool`, a branch of group norm before them."""
+    """relu(y + conv(relu(conv(relu(conv y))))), where y is x, or x plus a branch with a group norm if `pool`."""
 
     def __init__(self, width: int, pool: bool) -> None:
-        """For `width` channels."""
+        """Take `width` channels, and give as many."""
         super().__init__()
         layers = [layer for _ in range(3) for layer in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
         self.conv = nn.Sequential(*layers[:-1])
@@ -27,19 +33,19 @@ class Block(nn.Module):
 
 
 class Clamp(nn.Module):
-    """3 tanh(x / 3)."""
+    """3 tanh(x / 3), a soft bound on latents."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
+        """Bound each number of x; the shape stays."""
         return 3 * torch.tanh(x / 3)
 
 
 class DumoTaef2(ModelMixin, ConfigMixin):
-    """Three times twice the side."""
+    """A stack of blocks with three upsamplings, each of which doubles height and width."""
 
     @register_to_config
     def __init__(self, channels: int = 32, width: int = 64) -> None:
-        """For latents of this many channels."""
+        """Take latents of `channels` channels; the layers between them and the image have `width`."""
         super().__init__()
         layers: list[nn.Module] = [Clamp(), nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
         for pool in (True, False, False):
@@ -48,5 +54,5 @@ class DumoTaef2(ModelMixin, ConfigMixin):
         self.decoder = nn.Sequential(*layers, Block(width, False), nn.Conv2d(width, 3, 3, padding=1))
 
     def decode(self, latents: Tensor) -> DecoderOutput:
-        """Images, about in [-1, 1], eight times as large."""
+        """Decode latents (b, channels, h, w) to images (b, 3, 8 h, 8 w), about in [-1, 1]."""
         return DecoderOutput(sample=self.decoder(latents) * 2 - 1)
