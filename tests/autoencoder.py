@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dumo.encoders.taesd import Tiny
+from dumo.encoders.taesd import TinyAutoencoder
 from dumo.runtime.random import stream
 
 
@@ -21,5 +21,5 @@ def filled(net: nn.Module) -> nn.Module:
 def taef2(file: Path) -> Path:
     """Write random weights in taef2's layout, in half precision."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.half() for name, p in filled(Tiny(32)).state_dict().items()}, file)
+    save_file({name: p.half() for name, p in filled(TinyAutoencoder(32)).state_dict().items()}, file)
     return file

@@ -2,6 +2,9 @@
 
 Madebyollin's TAESD (github.com/madebyollin/taesd, MIT) is distilled from large autoencoders. Its FLUX.2 variant, taef2,
 has 32 channels and 2.68 M parameters, and blocks at the lowest resolution that see a wider view through a pool branch.
+
+`Taef2` is the spec of the codec, and `Taef2.open` reads the weights into a `TinyAutoencoder`. They fit by the order of
+its layers. An export copies a decoder of the same order, `export/shipped/dumo_taef2.py`.
 """
 
 from collections.abc import Mapping
@@ -14,7 +17,7 @@ from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Publishe
 from dumo.io.read import user_path
 from dumo.io.weights import compare, load, whole_digest
 
-WIDTH = 64
+WIDTH = 64  # channels inside the net
 SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # of taef2.safetensors
 HINT = f"It is taef2 of github.com/madebyollin/taesd; say where you keep it with --set {FIELD}=..."
 
@@ -32,88 +35,111 @@ class Taef2(Scaled):
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """Read the weights. Raises UserError where they are missing, damaged or of another net."""
         file = user_path(self.weights, FIELD)
-        self.require(found := whole_digest(file, HINT))
+        sha256 = whole_digest(file, HINT)
+        self.require(sha256)
         with torch.device("meta"):
-            net = Tiny(self.channels)
-        compare(file, weights := load(file), net.state_dict(), "the codec", "these are other weights", dtypes=False)
+            net = TinyAutoencoder(self.channels)
+        weights = load(file)
+        compare(file, weights, net.state_dict(), "the codec", "these are other weights", dtypes=False)
         net.load_state_dict(weights, assign=True)
-        return Opened(self, net.to(device, torch.float32).eval().requires_grad_(False), found, torch.device(device))
+        net = net.to(device, torch.float32).eval().requires_grad_(False)
+        return Opened(self, net, sha256, torch.device(device))
 
 
-class Tiny(nn.Module):
-    """Encoder and decoder; a latent pixel sees and makes 8x8 pixels and their surroundings."""
+class TinyAutoencoder(nn.Module):
+    """Encoder and decoder. A pixel of the latent stands for 8 x 8 pixels of the image."""
 
     def __init__(self, channels: int) -> None:
+        """For latents of `channels` channels."""
         super().__init__()
         self.encoder = nn.Sequential(
-            conv(3, WIDTH),
+            _conv(3, WIDTH),
             TaesdBlock(),
-            conv(WIDTH, WIDTH, stride=2),
-            *blocks(),
-            conv(WIDTH, WIDTH, stride=2),
-            *blocks(),
-            conv(WIDTH, WIDTH, stride=2),
-            *blocks(pool=True),
-            conv(WIDTH, channels),
+            _halving_conv(),
+            *_three_blocks(),
+            _halving_conv(),
+            *_three_blocks(),
+            _halving_conv(),
+            *_three_blocks(has_pool=True),
+            _conv(WIDTH, channels),
         )
         self.decoder = nn.Sequential(
             Clamp(),
-            conv(channels, WIDTH),
+            _conv(channels, WIDTH),
             nn.ReLU(),
-            *blocks(pool=True),
-            *upsample(),
-            *blocks(),
-            *upsample(),
-            *blocks(),
-            *upsample(),
+            *_three_blocks(has_pool=True),
+            *_upsampling(),
+            *_three_blocks(),
+            *_upsampling(),
+            *_three_blocks(),
+            *_upsampling(),
             TaesdBlock(),
-            conv(WIDTH, 3),
+            _conv(WIDTH, 3),
         )
 
     def encode(self, images: Images) -> Moments:
-        """The latent; there are no deviations."""
+        """Encode images (b, 3, 8 h, 8 w) in [-1, 1] to latents (b, channels, h, w), without deviations."""
         return self.encoder((images + 1) / 2)
 
     def decode(self, raw: Latent) -> Images:
-        """Images, about in [-1, 1]."""
+        """Decode latents (b, channels, h, w) to images (b, 3, 8 h, 8 w), about in [-1, 1]."""
         return self.decoder(raw) * 2 - 1
 
 
 class TaesdBlock(nn.Module):
-    """relu(y + conv(relu(conv(relu(conv y))))), where y is x, plus the pool branch of x if there is one."""
+    """relu(y + conv(relu(conv(relu(conv y))))), where y is x, or x plus its pool branch."""
 
-    def __init__(self, pool: bool = False) -> None:
+    def __init__(self, has_pool: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Sequential(conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH))
-        wide = 4 * WIDTH
-        branch = (nn.Conv2d(WIDTH, wide, 1, bias=False), nn.GroupNorm(4, wide), nn.ReLU())
-        self.pool = nn.Sequential(*branch, nn.Conv2d(wide, WIDTH, 1, bias=False)) if pool else None
+        self.conv = nn.Sequential(
+            _conv(WIDTH, WIDTH),
+            nn.ReLU(),
+            _conv(WIDTH, WIDTH),
+            nn.ReLU(),
+            _conv(WIDTH, WIDTH),
+        )
+        self.pool = _pool_branch() if has_pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x and the result are (b, 64, h, w)."""
+        """Map x (b, WIDTH, h, w) to the same shape."""
         if self.pool is not None:
             x = x + self.pool(x)
         return torch.relu(self.conv(x) + x)
 
 
 class Clamp(nn.Module):
-    """3 tanh(x / 3): a soft bound on what is decoded."""
+    """3 tanh(x / 3): a soft bound on latents that are decoded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
+        """Bound each number of x; the shape stays."""
         return 3 * torch.tanh(x / 3)
 
 
-def blocks(pool: bool = False) -> list[TaesdBlock]:
-    """Three of a kind."""
-    return [TaesdBlock(pool) for _ in range(3)]
+def _three_blocks(has_pool: bool = False) -> list[TaesdBlock]:
+    return [TaesdBlock(has_pool) for _ in range(3)]
 
 
-def upsample() -> list[nn.Module]:
-    """Twice the side."""
-    return [nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)]
+def _pool_branch() -> nn.Sequential:
+    """A group norm at four times the width, which sees all of an image. It keeps the shape (b, WIDTH, h, w)."""
+    wide = 4 * WIDTH
+    return nn.Sequential(
+        nn.Conv2d(WIDTH, wide, 1, bias=False),
+        nn.GroupNorm(4, wide),
+        nn.ReLU(),
+        nn.Conv2d(wide, WIDTH, 1, bias=False),
+    )
 
 
-def conv(a: int, b: int, *, stride: int = 1, bias: bool | None = None) -> nn.Conv2d:
-    """A 3x3 convolution; those that halve the side have no bias."""
-    return nn.Conv2d(a, b, 3, stride=stride, padding=1, bias=stride == 1 if bias is None else bias)
+def _upsampling() -> list[nn.Module]:
+    """Layers that double height and width."""
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
+
+
+def _halving_conv() -> nn.Conv2d:
+    """A 3 x 3 convolution that halves height and width."""
+    return nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False)
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 3 x 3 convolution from `inputs` to `outputs` channels that keeps height and width."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1)

@@ -22,7 +22,7 @@ from dumo.encoders import Codec, DcAe, PipelineVae, SdVae, Taef2
 from dumo.encoders import codec as codecs
 from dumo.encoders.autoencoder import CONFIG, WEIGHTS
 from dumo.encoders.pipeline import Pipeline
-from dumo.encoders.taesd import Tiny
+from dumo.encoders.taesd import TinyAutoencoder
 from dumo.runtime.random import keyed, stream
 from dumo.types import UserError
 from tiers import tiered
@@ -128,7 +128,7 @@ def test_restore_is_the_inverse_of_normalise(codec: Codec) -> None:
 @pytest.mark.slow
 def test_tiny_has_the_published_layout(tiny: Path) -> None:
     """The count of taef2's parameters, and where a pixel's change reaches: 8 x 8 pixels and their surroundings."""
-    net = Tiny(32)
+    net = TinyAutoencoder(32)
     assert sum(p.numel() for p in net.parameters()) == 2_677_027
     assert {key.split(".")[0] for key in net.state_dict()} == {"encoder", "decoder"}
     assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "TaesdBlock"]
@@ -139,7 +139,7 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
     (x * torch.ones(1, requires_grad=True)).sum().backward()  # and what comes can be trained on
     assert codec.decode(x).shape == (2, 3, 16, 16)
     with torch.no_grad():
-        raw = Tiny(32).requires_grad_(False)
+        raw = TinyAutoencoder(32).requires_grad_(False)
         raw.load_state_dict({name: p.float() for name, p in load_file(tiny).items()})
         torch.testing.assert_close(x, raw.encode(images(16)) * 1.2)
         torch.testing.assert_close(codec.decode(x), raw.decode(x / 1.2).clamp(-1, 1))
@@ -216,7 +216,7 @@ def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(tmp_path: Path) -> None
 
 def other(file: Path) -> None:
     """Weights of one more output channel."""
-    save_file(Tiny(33).state_dict(), file)
+    save_file(TinyAutoencoder(33).state_dict(), file)
 
 
 @pytest.mark.parametrize(

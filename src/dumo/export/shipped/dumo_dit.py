@@ -1,4 +1,8 @@
-"""A Diffusion Transformer with several heads. It needs torch and diffusers alone.
+"""A Diffusion Transformer with several heads: `DumoDiT`, which a pipeline calls at each pass.
+
+This file lies in an exported model, next to the weights, and dumo need not be installed there: it needs torch and
+diffusers alone. dumo keeps it in export/shipped; export/standalone.py copies it, writes the weights, and refuses a
+model whose output is not, bit by bit, that of dumo's own net (nets/dit.py).
 
 Time runs from t = 0, an image, to t = 1, noise: x_t = (1 - t) x + t z. Head u jumps to the image, x = x_t - t u; head v
 is the velocity dx_t/dt of the flow.
@@ -17,7 +21,7 @@ WAVES = 128  # frequencies of the embedding of time
 
 
 def norm(h: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the last axis."""
+    """Scale h (..., width) to mean 0 and variance 1 over the last axis."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6)
 
 
@@ -25,7 +29,7 @@ class Block(nn.Module):
     """Attention and perceptron, each modulated and gated by the condition."""
 
     def __init__(self, width: int, attention: int) -> None:
-        """`attention` heads."""
+        """For tokens of `width` numbers; `attention` is the number of attention heads."""
         super().__init__()
         self.attention = attention
         self.modulation = nn.Linear(width, 6 * width)
@@ -35,7 +39,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """h (b, tokens, width), e (b, width)."""
+        """Map tokens h (b, tokens, width) to the same shape, given the condition e (b, width)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
         a = norm(h) * (1 + scale_1) + shift_1
         q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -45,22 +49,22 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """An output layer: modulated norm, then linear."""
+    """An output layer: a norm, modulated by the condition, then a linear layer."""
 
     def __init__(self, width: int, out: int) -> None:
-        """From `width` to `out` numbers per token."""
+        """Map tokens of `width` numbers to `out` numbers each."""
         super().__init__()
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """h (b, tokens, width), e (b, width); returns (b, tokens, out)."""
+        """Map tokens h (b, tokens, width) to (b, tokens, out), given the condition e (b, width)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
         return self.out(norm(h) * (1 + scale) + shift)
 
 
 class DumoDiT(ModelMixin, ConfigMixin):
-    """The net. Its embeddings of time all take t: where it learned of a second time r, r is 0."""
+    """The net. All its embeddings of time take t: a net that learned of a second time r is used at r = 0."""
 
     @register_to_config
     def __init__(
@@ -76,7 +80,7 @@ class DumoDiT(ModelMixin, ConfigMixin):
         time_names: Sequence[str] = ("t",),
         head_names: Sequence[str] = ("v", "u"),
     ) -> None:
-        """For square images of `side` pixels; 0 classes: no label."""
+        """For square images of `side` pixels, or latents of that side; `classes` 0: it takes no label."""
         super().__init__()
         self.patch = patch
         self.grid = side // patch  # patches on a side
@@ -91,7 +95,10 @@ class DumoDiT(ModelMixin, ConfigMixin):
         self.heads = nn.ModuleDict({name: Head(width, channels * patch**2) for name in head_names})
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor, head: str = "u") -> Tensor:
-        """x (b, channels, side, side), t (b,), c (b,) class indices, `classes` being none; returns one head, as x."""
+        """Return the output of `head`, of the shape of x (b, channels, side, side), at times t (b,).
+
+        c (b,) are labels; the index `classes` is for no label.
+        """
         b = len(x)
         g = self.grid
         p = self.patch

@@ -3,7 +3,7 @@
 `DumoTaef2.decode` is what a pipeline calls. This file lies in an exported model, next to the decoder's weights, and
 dumo need not be installed there: it needs torch and diffusers alone. dumo keeps it in export/shipped, and
 export/standalone.py copies it and writes the weights. They fit by the order of layers in `DumoTaef2.decoder`, which
-must be that of `Tiny.decoder` in dumo's encoders/taesd.py.
+must be that of `TinyAutoencoder.decoder` in dumo's encoders/taesd.py.
 """
 
 import torch

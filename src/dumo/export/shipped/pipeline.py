@@ -1,4 +1,9 @@
-"""Images of classes in one or two passes of a DumoDiT. It needs torch and diffusers alone."""
+"""Images of classes in one or a few passes of a DumoDiT: a pipeline, which diffusers opens and calls.
+
+This file lies in an exported model, and dumo need not be installed there: it needs torch and diffusers alone. dumo
+keeps it in export/shipped; export/standalone.py copies it, and writes the arguments of `DumoPipeline` to
+model_index.json.
+"""
 
 from collections.abc import Sequence
 from math import log2
@@ -12,7 +17,7 @@ from torch import Tensor
 
 
 class DumoPipeline(DiffusionPipeline):
-    """By head u: each pass jumps to the image, and before the next one fresh noise is added. By v: Euler steps."""
+    """With head u each pass jumps to the image, and fresh noise is added before the next. With v: Euler steps."""
 
     _optional_components = ["vae"]  # noqa: RUF012, as diffusers has it
 
@@ -26,7 +31,7 @@ class DumoPipeline(DiffusionPipeline):
         shift: float | list[float] = 0.0,
         scale: float | list[float] = 1.0,
     ) -> None:
-        """The first time is `start`, that of the second of two jumps `m`. The net learned (latent - shift) scale."""
+        """The first pass is at time `start`, and the second of two at `m`. The net learned (latent - shift) scale."""
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(head=head, m=m, start=start, shift=shift, scale=scale)
@@ -42,10 +47,11 @@ class DumoPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """One image per label; the number of classes is the label of none.
+        """Make one image per label; for none, the label is the number of classes.
 
-        The generator draws all noise but what is given: `latents` to start from, `noises` between two passes.
-        `output_type` is pil, np or pt, or latent: what the net makes, in float32.
+        The generator draws the noise that is not given: `latents` (b, channels, side, side) at the start, and one of
+        the same shape in `noises` before each later pass. `output_type` is pil, np or pt, or latent for what the net
+        makes, in float32.
         """
         net = self.transformer
         n = num_inference_steps
@@ -66,7 +72,7 @@ class DumoPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def times(self, n: int) -> list[float]:
-        """The times at which n passes begin; of Euler steps also the end of the last."""
+        """The times at which n passes begin; for Euler steps also the time at which the last one ends."""
         start = self.config["start"]
         m = self.config["m"]
         if self.config["head"] == "v":
@@ -74,7 +80,7 @@ class DumoPipeline(DiffusionPipeline):
         return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
     def images(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401, as diffusers gives them
-        """What the net made, decoded."""
+        """Decode what the net made, x (b, channels, side, side), to images as `output_type` says."""
         shift = torch.tensor(self.config["shift"], device=x.device)
         scale = torch.tensor(self.config["scale"], device=x.device)
         x = x / scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
