@@ -75,7 +75,7 @@ def test_a_table_that_is_made_meanwhile_is_read(tabled: Case, tmp_path: Path, mo
     named = ("another texts", "--set pipeline.source=")
     monkeypatch.chdir(tmp_path)
     refused("train", "run", "--from", 2, *sets(f"pipeline.source={model}"), named=named)
-    monkeypatch.setattr(PromptReader, "row", None)
+    monkeypatch.setattr(PromptReader, "read_row", None)
     must(call("train", "run", "--from", 2, *sets(f"net.texts.root={tabled.folder / 'texts'}")))
     assert_same(tmp_path / "run", tabled)
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.encoders.text import CONFIG, PICKLES, WEIGHTS, load_model
-from dumo.encoders.tokens import Cutter, cutter
+from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
 from dumo.io import digest
 from dumo.io.picture import Pixels
 from dumo.io.read import foreign, read_settings
@@ -47,7 +47,7 @@ class Clip:
 
     folder: Path
     model: Any  # of transformers
-    tokenizer: Cutter
+    tokenizer: LoadedTokenizer
     side: int  # pixels
     mean: Float[Tensor, "3 1 1"]  # of colours in [0, 1]
     deviation: Float[Tensor, "3 1 1"]
@@ -100,7 +100,7 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
     if config.get("model_type") != "clip" or "vision_config" not in config:
         raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
-    tokenizer = cutter(folder, model.config.text_config.max_position_embeddings)
+    tokenizer = load_tokenizer(folder, model.config.text_config.max_position_embeddings)
     side = model.config.vision_config.image_size
     mean, deviation = read_colours(folder, (COLOUR_MEAN, COLOUR_DEVIATION), HINT)
     return Clip(folder, model, tokenizer, side, mean, deviation)

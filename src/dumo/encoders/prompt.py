@@ -4,6 +4,8 @@ What a pipeline puts around a text, how it pads and cuts, which encoders it asks
 is in that method. It is called for one text at a time, for some pipelines pad to the longest of several, and with a
 list of its own, for some write into it. Of the pipeline there are the text encoders and tokenizers alone: the
 transformer is its config, on the meta device, and there is no autoencoder.
+
+`Prompts` is the spec, and `Prompts.open` loads the encoders into a `PromptReader`, which is called with texts.
 """
 
 import copy
@@ -21,12 +23,12 @@ from torch.nn.functional import pad
 
 from dumo.encoders.pipeline import HINT, TRANSFORMER, Pipeline, component_names
 from dumo.encoders.text import Embeddings, quietly
-from dumo.encoders.tokens import transformers
+from dumo.encoders.tokens import import_transformers
 from dumo.io.read import foreign
 from dumo.runtime import import_bitsandbytes, install
 from dumo.types import PLACE, Spec, UserError
 
-KEPT = ("tokens", "mask", "pooled")
+_COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
 
 
 class Prompts(Spec):
@@ -40,28 +42,35 @@ class Prompts(Spec):
     padded: bool = False  # tokens that the mask leaves out are read, too, so they are kept, with the mask
 
     def model_type(self) -> str:
-        """What reads the texts, in a word."""
+        """The name of what reads the texts: the pipeline's class."""
         return self.pipeline
 
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
-        """The encoders with their weights. Raises UserError where a part is missing or cannot be loaded."""
+        """Load the encoders onto a device. Raises UserError where a part is missing or cannot be loaded."""
         folder = Pipeline(source=self.source)
         sha256 = folder.texts_hash()
         pipeline_class, pipe = self._load(folder)
         text_parts = [getattr(pipe, name) for name in folder.text_parts]
         encoders = [part for part in text_parts if isinstance(part, nn.Module)]
-        read = PromptReader(self, pipe, defaults(pipeline_class), sha256, encoders, torch.device("cpu"))
-        read.to(torch.device(device))
-        return read
+        reader = PromptReader(
+            spec=self,
+            pipe=pipe,
+            arguments=defaults(pipeline_class),
+            sha256=sha256,
+            encoders=encoders,
+            device=torch.device("cpu"),
+        )
+        reader.to(torch.device(device))
+        return reader
 
     def _load(self, folder: Pipeline) -> tuple[Any, Any]:
-        """The class of the pipeline, and the pipeline, with its transformer on the meta device."""
+        """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
         import_bitsandbytes()
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
             raise UserError(f"net.texts needs diffusers: {install('pretrained')}") from error
-        transformers("net.texts")
+        import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
         problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"
         with foreign(problem, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
@@ -87,7 +96,7 @@ class PromptReader:
 
     spec: Prompts
     pipe: Any  # of diffusers
-    given: dict[str, Any]  # arguments of encode_prompt
+    arguments: dict[str, Any]  # of encode_prompt, besides the prompt and the device
     sha256: str  # of encoders and tokenizers
     encoders: Sequence[nn.Module]
     device: torch.device
@@ -101,39 +110,63 @@ class PromptReader:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Embeddings:
-        """The texts on the CPU, padded with zeros to the longest here; the empty text is the negative prompt."""
-        with foreign(f"net.texts: the pipeline in {self.spec.source} fails", HINT):
-            return stacked([self.row(text) for text in texts], padded=self.spec.padded)
+        """Return the embeddings of texts, on the CPU, padded with zeros to the longest of them.
 
-    def row(self, text: str) -> dict[str, Tensor]:
+        The empty text is what the pipeline takes for no negative prompt. Raises UserError where the pipeline fails.
+        """
+        with foreign(f"net.texts: the pipeline in {self.spec.source} fails", HINT):
+            rows = [self.read_row(text) for text in texts]
+            return _stack_rows(rows, keeps_padding=self.spec.padded)
+
+    def read_row(self, text: str) -> dict[str, Tensor]:
         """What the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), as far as it takes them."""
-        names = self.spec.encodes.split()
-        guided = {"do_classifier_free_guidance": not text} if "do_classifier_free_guidance" in self.known else {}
-        found = self.pipe.encode_prompt(prompt=[text], device=self.device, **copy.deepcopy(self.given), **guided)
-        sign = "-" if not text and any(name.startswith("-") for name in names) else ""
-        parts = {name: found[names.index(sign + name)] for name in KEPT if sign + name in names}
-        return {name: part[0].cpu() for name, part in parts.items() if part is not None}
+        arguments = copy.deepcopy(self.arguments)  # some pipelines write into it
+        if "do_classifier_free_guidance" in self._argument_names:
+            arguments["do_classifier_free_guidance"] = not text  # else there is no negative prompt
+        outputs = self.pipe.encode_prompt(prompt=[text], device=self.device, **arguments)
+        output_names = self.spec.encodes.split()  # those of the negative prompt begin with "-"
+        has_negatives = any(name.startswith("-") for name in output_names)
+        sign = "-" if not text and has_negatives else ""
+        row: dict[str, Tensor] = {}
+        for column in _COLUMNS:
+            if sign + column not in output_names:
+                continue
+            output = outputs[output_names.index(sign + column)]
+            if output is not None:
+                row[column] = output[0].cpu()
+        return row
 
     @cached_property
-    def known(self) -> set[str]:
+    def _argument_names(self) -> set[str]:
         """The names of the arguments of encode_prompt."""
         return {*inspect.signature(self.pipe.encode_prompt).parameters}
 
 
-def defaults(kind: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
+def defaults(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
     """What the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
-    called, takes = (inspect.signature(method).parameters for method in (kind.__call__, kind.encode_prompt))
-    found = {name: p.default for name, p in called.items() if name in takes and p.default is not p.empty}
-    found |= {"prompt_2": None, "prompt_3": None} if "prompt_3" in takes else {}
-    return {name: value for name, value in found.items() if name not in ("self", "prompt", "device")}
+    call_parameters = inspect.signature(pipeline_class.__call__).parameters
+    encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
+    arguments: dict[str, Any] = {}
+    for name, parameter in call_parameters.items():
+        has_default = parameter.default is not parameter.empty
+        if has_default and name in encode_parameters and name not in ("prompt", "device"):
+            arguments[name] = parameter.default
+    return arguments
 
 
-def stacked(rows: Sequence[dict[str, Tensor]], *, padded: bool = False) -> Embeddings:
-    """Rows in a batch. Tokens behind the last that a mask keeps are left out, but where they are read, too."""
-    masks = [row["mask"].bool() if "mask" in row else torch.ones(len(row["tokens"]), dtype=torch.bool) for row in rows]
-    lengths = [len(mask) if padded else int(mask.nonzero()[-1]) + 1 for mask in masks]
+def _stack_rows(rows: Sequence[dict[str, Tensor]], *, keeps_padding: bool = False) -> Embeddings:
+    """Stack rows into a batch (b, l, d), with zeros behind each row's tokens.
+
+    Unless `keeps_padding`, tokens behind the last that a row's mask keeps are left out.
+    """
+    masks: list[Tensor] = []
+    lengths: list[int] = []
+    for row in rows:
+        mask = row["mask"].bool() if "mask" in row else torch.ones(len(row["tokens"]), dtype=torch.bool)
+        masks.append(mask)
+        lengths.append(len(mask) if keeps_padding else int(mask.nonzero()[-1]) + 1)
     longest = max(lengths, default=0)
     tokens = [pad(row["tokens"][:n], (0, 0, 0, longest - n)) for row, n in zip(rows, lengths, strict=True)]
-    mask = torch.stack([pad(mask[:n], (0, longest - n)) for mask, n in zip(masks, lengths, strict=True)])
+    padded_masks = [pad(mask[:n], (0, longest - n)) for mask, n in zip(masks, lengths, strict=True)]
     pooled = torch.stack([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
-    return Embeddings(torch.stack(tokens), mask, pooled)
+    return Embeddings(torch.stack(tokens), torch.stack(padded_masks), pooled)

@@ -1,4 +1,8 @@
-"""Texts through a pretrained text encoder, from a folder of transformers: an embedding for every token."""
+"""Texts through a pretrained text encoder, from a folder of transformers: an embedding for every token.
+
+`Encoder` is the spec: it finds the folder, checks the files and hashes the weights. `Encoder.open` loads them into an
+`EncoderModel`, which is called with texts. `load_model` and `quietly` also load the models of other files here.
+"""
 
 import re
 from collections.abc import Generator, Sequence
@@ -14,7 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dumo.encoders.tokens import Cutter, cutter, transformers
+from dumo.encoders.tokens import LoadedTokenizer, import_transformers, load_tokenizer
 from dumo.flow.precision import Precision, using
 from dumo.io import digest
 from dumo.io.read import foreign, read_settings, user_path
@@ -26,14 +30,16 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-CLASSES = {  # of transformers, by the model_type of config.json: the encoder alone, where there is a decoder or a tower
+# Classes of transformers by the model_type of config.json: those that load the text encoder alone, without the decoder
+# of T5 and the images' half of CLIP.
+_CLASS_BY_MODEL_TYPE = {
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
     "clip_text_model": "CLIPTextModel",
     "clip": "CLIPTextModel",
 }
-PROJECTED = "CLIPTextModelWithProjection"
+_PROJECTED = "CLIPTextModelWithProjection"  # embeds the whole text as CLIP compares it with images
 HINT = f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a text encoder"
 
 
@@ -42,8 +48,8 @@ class Embeddings:
     """Texts as a net reads them."""
 
     tokens: Shaped[Tensor, "b l *d"]  # embeddings, or ids
-    mask: Bool[Tensor, "b l"]  # which of them are there
-    pooled: Float[Tensor, "b p"] | None
+    mask: Bool[Tensor, "b l"]  # False on padding
+    pooled: Float[Tensor, "b p"] | None  # of each whole text
 
 
 class Encoder(Spec):
@@ -68,48 +74,56 @@ class Encoder(Spec):
             raise ValueError("a template holds {} once, where the text goes")
         return template
 
-    def cutter(self) -> Cutter:
-        """The tokenizer. Raises UserError as `folder`, and where there is none."""
-        return cutter(tokenizer_folder(self.folder()), self.length + self.skip, self.template)
+    def tokenizer(self) -> LoadedTokenizer:
+        """Load the tokenizer. Raises UserError as `folder`, and where there is none."""
+        return load_tokenizer(_tokenizer_folder(self.folder()), self.length + self.skip, self.template)
 
     def folder(self) -> Path:
         """The encoder's folder. Raises UserError where there is none, or its weights are a pickle."""
         path = user_path(self.source, "net.texts.encoder.source")
-        found = next((f for f in (path, path / "text_encoder") if (f / CONFIG).is_file()), None)
-        if found and ((found / WEIGHTS).is_file() or (found / INDEX).is_file()):
-            return found
-        if found and any((found / pickle).is_file() for pickle in PICKLES):
-            read(found / PICKLES[0], convert=False)  # refuses it
-        why = "has no weights" if found else f"has no {CONFIG}" if path.is_dir() else "is no folder"
-        raise UserError(f"net.texts.encoder.source: {found or self.source} {why}: {HINT}")
+        if not path.is_dir():
+            raise UserError(f"net.texts.encoder.source: {self.source} is no folder: {HINT}")
+        folder = path
+        if not (folder / CONFIG).is_file():
+            folder = path / "text_encoder"  # of a pipeline
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"net.texts.encoder.source: {self.source} has no {CONFIG}: {HINT}")
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+            return folder
+        if any((folder / pickle).is_file() for pickle in PICKLES):
+            read(folder / PICKLES[0], convert=False)  # raises UserError that says how to convert it
+        raise UserError(f"net.texts.encoder.source: {folder} has no weights: {HINT}")
 
     def files(self) -> list[Path]:
         """The files of the weights. Raises UserError as `folder`, and for damaged ones."""
         folder = self.folder()
-        found = [folder / WEIGHTS]
-        if not found[0].is_file():
+        files = [folder / WEIGHTS]
+        if not files[0].is_file():
             with foreign(f"{folder / INDEX} lists no files", HINT):
                 names = set(read_settings(folder / INDEX, HINT)["weight_map"].values())
-                found = [folder / name for name in sorted(names)]
-        for file in found:
-            read_metadata(file)  # refuses damaged ones
-        return found
+                files = [folder / name for name in sorted(names)]
+        for file in files:
+            read_metadata(file)  # raises UserError if the header is damaged
+        return files
 
     def sha256(self) -> str:
         """The hash of the weights, in hexadecimal; of several files, of all their hashes. Raises as `files`."""
-        found = [digest.of_file(file) for file in self.files()]
-        return found[0] if len(found) == 1 else digest.of_bytes(*(sha256.encode() for sha256 in found))
+        hashes = [digest.of_file(file) for file in self.files()]
+        if len(hashes) == 1:
+            return hashes[0]
+        return digest.of_bytes(*(sha256.encode() for sha256 in hashes))
 
     def model_type(self) -> str:
-        """Its name in config.json. Raises as `folder`."""
+        """The name of the encoder's architecture in config.json. Raises as `folder`."""
         return str(read_settings(self.folder() / CONFIG, HINT).get("model_type"))
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
-        """The encoder with its weights. Raises UserError as `files`, and where transformers cannot load it."""
+        """Load the encoder onto a device. Raises UserError as `files`, and where transformers cannot load it."""
         folder = self.folder()
-        _ = self.files()
-        cut = self.cutter()
-        return EncoderModel(self, cut, model(folder, self.pooled).to(device), torch.device(device))
+        _ = self.files()  # raises UserError for damaged ones before transformers reads them
+        tokenizer = self.tokenizer()
+        model = _load_encoder(folder, self.pooled).to(device)
+        return EncoderModel(self, tokenizer, model, torch.device(device))
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class EncoderModel:
     """A text encoder with its weights and its tokenizer."""
 
     spec: Encoder
-    cut: Cutter
+    tokenizer: LoadedTokenizer
     model: Any  # of transformers
     device: torch.device
 
@@ -128,59 +142,68 @@ class EncoderModel:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Embeddings:
-        """The texts in float32 on the CPU, padded to the longest here, or with `pad` to the spec's length.
+        """Return the embeddings of texts, in float32 on the CPU.
+
+        They are padded to the longest of these texts, or with the spec's `pad` to its length.
 
         Warns where texts are cut. Raises UserError where `skip` leaves no token of a text.
         """
         spec = self.spec
-        ids, mask = self.cut(texts, whole=spec.pad)
+        ids, mask = self.tokenizer(texts, fills_length=spec.pad)
         inputs: dict[str, Tensor] = {"input_ids": ids.to(self.device)}
-        inputs |= {} if spec.pad else {"attention_mask": mask.long().to(self.device)}
+        if spec.pad:
+            mask = torch.ones_like(mask)  # padding is read and kept as tokens are
+        else:
+            inputs["attention_mask"] = mask.long().to(self.device)
         with using(spec.precision, self.device), foreign(f"net.texts: the encoder of {spec.source} fails", HINT):
             out = self.model(**inputs, output_hidden_states=spec.layer != -1)
-        states = out.last_hidden_state if spec.layer == -1 else self.hidden(out)
-        mask = torch.ones_like(mask) if spec.pad else mask
+        states = out.last_hidden_state if spec.layer == -1 else self._hidden_states(out)
         tokens = states[:, spec.skip :].float().cpu()
         mask = mask[:, spec.skip :]
         if not bool(mask.any(1).all()):
             raise UserError(f"net.texts.encoder.skip={spec.skip} leaves nothing of a short text: set it lower")
-        return Embeddings(tokens, mask, self.pooled(out) if spec.pooled else None)
+        pooled = self._pooled(out) if spec.pooled else None
+        return Embeddings(tokens, mask, pooled)
 
-    def hidden(self, out: Any) -> Tensor:  # noqa: ANN401, an output of transformers
+    def _hidden_states(self, out: Any) -> Float[Tensor, "b l d"]:  # noqa: ANN401, an output of transformers
         """The states of the spec's `layer`. Raises UserError where there are fewer layers."""
         states: tuple[Tensor, ...] = out.hidden_states
         if -self.spec.layer > len(states):
             raise UserError(f"net.texts.encoder.layer={self.spec.layer}: the encoder has {len(states) - 1} layers")
         return states[self.spec.layer]
 
-    def pooled(self, out: Any) -> Tensor:  # noqa: ANN401, as `hidden`
-        """The embedding of the whole text. Raises UserError where the encoder makes none."""
+    def _pooled(self, out: Any) -> Float[Tensor, "b p"]:  # noqa: ANN401, an output of transformers
+        """The embedding of each whole text. Raises UserError where the encoder makes none."""
         for name in ("text_embeds", "pooler_output"):
-            if isinstance(x := getattr(out, name, None), Tensor):
-                return x.float().cpu()
+            pooled = getattr(out, name, None)
+            if isinstance(pooled, Tensor):
+                return pooled.float().cpu()
         raise UserError(
             f"net.texts.encoder.pooled: {self.spec.source} makes no embedding of a whole text, as CLIP's does: set it "
             "to false"
         )
 
 
-def model(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transformers
-    """The encoder of a folder, in evaluation mode. Raises UserError where it cannot be loaded whole."""
+def _load_encoder(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transformers
+    """Load the encoder of a folder, in evaluation mode; with `pooled`, one that embeds whole texts, too.
+
+    Raises UserError where it cannot be loaded whole.
+    """
     config = read_settings(folder / CONFIG, HINT)
-    name = CLASSES.get(str(config.get("model_type")), "AutoModel")
-    if pooled and PROJECTED in str(config.get("architectures")):
-        name = PROJECTED
-    return load_model(folder, name, "net.texts", HINT)
+    class_name = _CLASS_BY_MODEL_TYPE.get(str(config.get("model_type")), "AutoModel")
+    if pooled and _PROJECTED in str(config.get("architectures")):
+        class_name = _PROJECTED
+    return load_model(folder, class_name, "net.texts", HINT)
 
 
-def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: ANN401, as `model`
-    """A model of transformers, of the class of this name, in evaluation mode, in float32.
+def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
+    """Load a model of this class of transformers, in evaluation mode, in float32.
 
     Raises UserError, which names the field and ends in the hint, where it cannot be loaded whole.
     """
-    known = getattr(transformers(field), name)
+    model_class = getattr(import_transformers(field), class_name)
     with foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
-        found, info = known.from_pretrained(
+        model, info = model_class.from_pretrained(
             folder,
             output_loading_info=True,
             use_safetensors=True,
@@ -188,14 +211,15 @@ def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: 
             trust_remote_code=False,
             dtype=torch.float32,
         )
-        if missing := sorted(info["missing_keys"]):
+        missing = sorted(info["missing_keys"])
+        if missing:
             raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
-        return found.eval()
+        return model.eval()
 
 
 @contextmanager
 def quietly(library: str = "transformers") -> Generator[None, None, None]:
-    """Inside, this or diffusers shows no bars and does not list what a file has besides the encoder."""
+    """Make a library, transformers or diffusers, show neither progress bars nor warnings inside the block."""
     logging = import_module(f"{library}.utils.logging")
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
@@ -209,8 +233,10 @@ def quietly(library: str = "transformers") -> Generator[None, None, None]:
             logging.enable_progress_bar()
 
 
-def tokenizer_folder(folder: Path) -> Path:
-    """The encoder's own folder, or in a pipeline the one next to it (text_encoder_2, tokenizer_2)."""
-    if (folder / "tokenizer_config.json").is_file() or not re.fullmatch(r"text_encoder(_\d)?", folder.name):
+def _tokenizer_folder(folder: Path) -> Path:
+    """The folder of the tokenizer: the encoder's, or in a pipeline the one next to it (text_encoder_2, tokenizer_2)."""
+    if (folder / "tokenizer_config.json").is_file():
+        return folder
+    if not re.fullmatch(r"text_encoder(_\d)?", folder.name):
         return folder
     return folder.with_name(folder.name.replace("text_encoder", "tokenizer"))

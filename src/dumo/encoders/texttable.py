@@ -29,7 +29,7 @@ from torch import Tensor
 from dumo.encoders.caption import parted
 from dumo.encoders.prompt import PromptReader, Prompts
 from dumo.encoders.text import Embeddings, Encoder, EncoderModel
-from dumo.encoders.tokens import Cutter, Tokenizer
+from dumo.encoders.tokens import LoadedTokenizer, Tokenizer
 from dumo.io import digest, table
 from dumo.io.audit import Audit
 from dumo.io.read import read_text
@@ -57,7 +57,7 @@ class TextTableIndex(TableIndex):
         cls,
         captions: Sequence[str],
         encoder: Reader,
-        read: EncoderModel | PromptReader | Cutter,
+        read: EncoderModel | PromptReader | LoadedTokenizer,
         shard_rows: int,
         sources: "Sources | None" = None,
     ) -> "TextTableIndex":
@@ -351,12 +351,12 @@ def encode(
     return table.make(out, contents, encode_shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
 
 
-def embeddings(read: EncoderModel | PromptReader | Cutter, texts: Sequence[str]) -> Embeddings:
+def embeddings(read: EncoderModel | PromptReader | LoadedTokenizer, texts: Sequence[str]) -> Embeddings:
     """The embeddings of texts, padded; ids where there is no encoder."""
     texts = [parted(text)[0] for text in texts]
-    if not isinstance(read, Cutter):
+    if not isinstance(read, LoadedTokenizer):
         return read(texts)
-    ids, mask = read(texts, whole=False)
+    ids, mask = read(texts, fills_length=False)
     return Embeddings(ids, mask, None)
 
 

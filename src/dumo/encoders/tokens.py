@@ -1,4 +1,8 @@
-"""Texts as tokens: bytes, which need no file, or as the tokenizer of a folder cuts them."""
+"""Texts as tokens: bytes, which need no file, or as the tokenizer of a folder cuts them.
+
+`Tokenizer` is the spec of bytes, and `Tokenizer.open` loads them; `load_tokenizer` loads that of a folder. Either gives
+a `LoadedTokenizer`, which is called with texts. `import_transformers` is for other files that need the library.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -30,13 +34,13 @@ class Tokenizer(Spec):
     kind: Literal["tokens"] = "tokens"
     length: int = Field(default=64, ge=1, le=TOKENS)  # tokens of a text at most; longer texts are cut, with a warning
 
-    def open(self) -> "Cutter":
-        """Ready to cut texts. Raises UserError where transformers is missing."""
-        return Cutter(transformers("net.texts").ByT5Tokenizer(extra_ids=0), self.length)
+    def open(self) -> "LoadedTokenizer":
+        """Load the tokenizer of bytes. Raises UserError where transformers is missing."""
+        return LoadedTokenizer(import_transformers("net.texts").ByT5Tokenizer(extra_ids=0), self.length)
 
 
 @dataclass(frozen=True)
-class Cutter:
+class LoadedTokenizer:
     """A tokenizer of transformers, and how it is used."""
 
     model: Any  # of transformers
@@ -46,48 +50,65 @@ class Cutter:
     @cached_property
     def sha256(self) -> str:
         """The hash of the tokens and their numbers."""
-        known: dict[str, int] = self.model.get_vocab()
-        return digest.of_bytes(*(f"{n} {token}\n".encode() for token, n in sorted(known.items())))
+        ids_by_token: dict[str, int] = self.model.get_vocab()
+        return digest.of_bytes(*(f"{n} {token}\n".encode() for token, n in sorted(ids_by_token.items())))
 
-    def __call__(self, texts: Sequence[str], *, whole: bool = True) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
-        """Tokens, and which are there; l is `length` if `whole`, else that of the longest text here.
+    def __call__(
+        self, texts: Sequence[str], *, fills_length: bool = True
+    ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
+        """Return the ids of tokens, and a mask that is False on padding.
+
+        l is `length` if `fills_length`, else the number of tokens of the longest of these texts.
 
         Warns where texts are cut. Raises UserError for a text without any token.
         """
         filled = [self.template.replace("{}", text) for text in texts]
-        padded = {"padding": "max_length" if whole else "longest", "padding_side": "right", "return_tensors": "pt"}
         with foreign("net.texts: the tokenizer fails", HINT):
             lengths = [len(ids) for ids in self.model(filled, verbose=False)["input_ids"]]
-            found = self.model(filled, truncation=True, max_length=self.length, **padded)
-            ids = found["input_ids"]
-            mask = found["attention_mask"].bool()
-        self._warn(texts, lengths)
+            encoded = self.model(
+                filled,
+                truncation=True,
+                max_length=self.length,
+                padding="max_length" if fills_length else "longest",
+                padding_side="right",
+                return_tensors="pt",
+            )
+            ids = encoded["input_ids"]
+            mask = encoded["attention_mask"].bool()
+        self._warn_of_cuts(texts, lengths)
         if not bool(mask.any(1).all()):
             raise UserError("net.texts: a text has no token, not even one of its end: choose another tokenizer")
         return ids, mask
 
-    def _warn(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Name the texts that are cut."""
-        if long := [brief(text, 60) for text, n in zip(texts, lengths, strict=True) if n > self.length]:
-            more = f" and {len(long) - 1} more" if len(long) > 1 else ""
-            warnings.warn(f"'{long[0]}'{more}: more than {self.length} tokens, and cut there", stacklevel=3)
+    def _warn_of_cuts(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
+        """Warn of the texts that are cut, given how many tokens each text has before that."""
+        cut_texts = [text for text, length in zip(texts, lengths, strict=True) if length > self.length]
+        if not cut_texts:
+            return
+        subject = f"'{brief(cut_texts[0], 60)}'"
+        if len(cut_texts) > 1:
+            subject += f" and {len(cut_texts) - 1} more"
+        warnings.warn(f"{subject}: more than {self.length} tokens, and cut there", stacklevel=3)
 
 
-def cutter(folder: Path, length: int, template: str = "{}") -> Cutter:
-    """The tokenizer of a folder. Raises UserError where there is none, or transformers is missing."""
-    known = transformers("net.texts").AutoTokenizer
+def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTokenizer:
+    """Load the tokenizer of a folder. Raises UserError where there is none, or transformers is missing."""
+    tokenizer_class = import_transformers("net.texts").AutoTokenizer
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         raise UserError(f"net.texts: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
     with foreign(f"net.texts: {folder} holds no tokenizer that can be read", HINT):
-        model = known.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if model.pad_token is None:
             model.pad_token = model.eos_token
-        return Cutter(model, length, template)
+        return LoadedTokenizer(model, length, template)
 
 
-def transformers(field: str) -> Any:  # noqa: ANN401, a module
-    """The library, slow to import, and an extra. Raises UserError, which names the field, where it is missing."""
+def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
+    """Import the library transformers, which is slow to import and an extra.
+
+    Raises UserError, which names the `field` of a run that needs it, where it is missing.
+    """
     try:
         return import_module("transformers")
     except ImportError as error:

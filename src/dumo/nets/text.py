@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, transformers
+from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, import_transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
 from dumo.nets.rows import Rows, Source, TextRows, Texts
@@ -115,7 +115,7 @@ def _word_of_token(ids: Int[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
 
 def _draw_encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformers
     """A T5 encoder with weights drawn from torch's generator, without dropout, which would draw from it as well."""
-    library = transformers("net.texts.kind learned")
+    library = import_transformers("net.texts.kind learned")
     config = library.T5Config(
         vocab_size=VOCABULARY,
         d_model=spec.width,

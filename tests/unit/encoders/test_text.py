@@ -36,12 +36,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_what_transformers_gives(t5: Path, clip: Path) -> None:
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    ids, mask = Tokenizer(length=30).open()(TEXTS, whole=False)
+    ids, mask = Tokenizer(length=30).open()(TEXTS, fills_length=False)
     wanted = T5EncoderModel.from_pretrained(t5)(ids, attention_mask=mask.long()).last_hidden_state
     assert torch.equal(Encoder(source=str(t5)).open()(TEXTS).tokens, wanted)
 
     spec = Encoder(source=str(clip), pooled=True, layer=-2, pad=True, length=12)
-    ids, _ = spec.cutter()(TEXTS)
+    ids, _ = spec.tokenizer()(TEXTS)
     stock = CLIPTextModelWithProjection.from_pretrained(clip)(ids, output_hidden_states=True)
     found = spec.open()(TEXTS)
     assert torch.equal(found.tokens, stock.hidden_states[-2])
