@@ -142,9 +142,9 @@ class PipelineVae(PipelineSpec, Model):
         """As `Scaled.digest`."""
         return None if self.pipeline.is_published else super().digest()
 
-    def require(self, found: str) -> None:
+    def require(self, sha256: str) -> None:
         """As `Scaled.require`."""
-        self.pipeline.require("vae.weights", found)
+        self.pipeline.require("vae.weights", sha256)
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """As `Model.open`. Raises UserError, with the command that brings it, where it is missing."""

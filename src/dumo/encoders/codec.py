@@ -3,6 +3,9 @@
 With shift s and scale a, both numbers or one per channel, a net learns x = (raw - s) a, and raw = x / a + s is decoded.
 Where the encoder gives a Gaussian per pixel, its moments stand one after the other along the channels: the mean, which
 is mapped as x is, then the standard deviation, which is multiplied by a.
+
+`Scaled` is the spec that each codec extends with an `open` of its own, which returns an `Opened`: that encodes images
+and decodes latents with an `Autoencoder`. `Published` has a codec's numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,51 +27,55 @@ Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard dev
 Latent = Float[Tensor, "b l y x"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # in a folder of diffusers
-FIELD = "data.codec.weights"
-PIECE = 2**20  # pixels at a time: 16 images of 256 x 256. Ours
+FIELD = "data.codec.weights"  # the field of a run, for messages
+PIECE = 2**20  # pixels at a time, 16 images of 256 x 256: ours
 
 
 class Published(NamedTuple):
     """What an autoencoder was published with."""
 
-    weights: str  # where they are
-    channels: int  # of the latent
-    factor: int  # pixels along an axis for each of the latent's
-    scale: float | tuple[float, ...]  # multiplies the encoder's output, less the shift
-    shift: float | tuple[float, ...] = 0.0  # both one per channel, or one for all
+    weights: str  # a file, a folder, or a model of the Hugging Face hub
+    channels: int  # of a latent
+    factor: int  # how many times the height and width of a latent an image has
+    scale: float | tuple[float, ...]  # multiplies the encoder's output, less the shift: one number, or one per channel
+    shift: float | tuple[float, ...] = 0.0  # one number, or one per channel
 
 
 class Scaled(Spec):
     """A published autoencoder, before its weights are read."""
 
     gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel, else a point
-    variants: ClassVar[Mapping[str, Published]]  # the first by default; of "" where there is one alone
-    # Where they are: as published, if not given; environment variables and ~ are expanded.
+    variants: ClassVar[Mapping[str, Published]]  # by name, the default first; a codec without variants has ""
+    # Where the weights are, by default as published; environment variables and ~ are expanded.
     weights: str = Field(default="", json_schema_extra=MAYBE_PLACE)
-    # Of the weights: found when a run begins, so that it decodes by these alone.
+    # The hash of the weights, written when a run begins: from then on it encodes and decodes by these alone.
     sha256: str | None = Field(default=None, exclude_if=lambda sha256: sha256 is None, json_schema_extra=PINNED)
 
     @model_validator(mode="before")
     @classmethod
-    def _as_published(cls, given: Any) -> Any:  # noqa: ANN401, whatever was given is checked after this
-        if not isinstance(given, dict):
-            return given
-        found = cls.variants.get(str(given.get("variant", next(iter(cls.variants), ""))))
-        return {"weights": found.weights} | given if found else given
+    def _add_published_weights(cls, fields: Any) -> Any:  # noqa: ANN401, of any type: pydantic checks it after this
+        """Add the place of the published weights where the fields name none."""
+        if not isinstance(fields, dict):
+            return fields
+        default_variant = next(iter(cls.variants), "")
+        published = cls.variants.get(str(fields.get("variant", default_variant)))
+        if published is None:
+            return fields
+        return {"weights": published.weights} | fields
 
     @property
     def published(self) -> Published:
-        """The variant."""
+        """The numbers of the variant that is set."""
         return self.variants[getattr(self, "variant", "")]
 
     @property
     def channels(self) -> int:
-        """Of the latent."""
+        """The channels of a latent."""
         return self.published.channels
 
     @property
     def factor(self) -> int:
-        """Pixels along an axis for each of the latent's."""
+        """How many times the height and width of a latent an image has."""
         return self.published.factor
 
     def digest(self) -> str | None:
@@ -80,61 +87,71 @@ class Scaled(Spec):
         file = place / WEIGHTS if place.is_dir() else place
         return digest.of_file(file) if file.is_file() else None
 
-    def require(self, found: str) -> None:
+    def require(self, sha256: str) -> None:
         """Raise UserError for weights of another SHA-256 than those that the run began with."""
-        if self.sha256 not in (None, found):
+        if self.sha256 not in (None, sha256):
             raise UserError(
-                f"{FIELD}: {self.weights} has SHA-256 {found}, and this run has {self.sha256}: put those weights back, "
-                f"or say where they are with --set {FIELD}=..."
+                f"{FIELD}: {self.weights} has SHA-256 {sha256}, and this run has {self.sha256}: put those weights "
+                f"back, or say where they are with --set {FIELD}=..."
             )
 
     def facts(self) -> dict[str, Any]:
-        """What it does, wherever its weights lie."""
+        """The fields that say what the codec computes, wherever its weights lie."""
         return self.model_dump(exclude={"weights", "sha256"})
 
     def shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """The latent of images of these pixels; squares, if no width is given.
+        """The shape (channels, height, width) of the latent of an image, square if `width` is None; in pixels.
 
-        Raises UserError where they do not divide evenly.
+        Raises UserError where height or width does not divide by the codec's factor.
         """
-        sides = height, height if width is None else width
-        for side in sides:
+        if width is None:
+            width = height
+        for side in (height, width):
             if side % self.factor:
                 raise UserError(
                     f"{side} pixels do not divide by {self.factor}, as {self.about} needs: resize the images"
                 )
-        return self.channels, sides[0] // self.factor, sides[1] // self.factor
+        return self.channels, height // self.factor, width // self.factor
 
     def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
-        """One draw per row of Gaussians, by the key and the row's number; what is no Gaussian comes back as it is."""
+        """Draw a latent from each row's Gaussians, with random numbers of the key and the row's number in `rows`.
+
+        Moments of a codec without Gaussians are latents already, and come back as they are.
+        """
         if moments.shape[1] == self.channels:
             return moments
         mean, deviation = moments.split(self.channels, 1)
         return mean + deviation * keyed(*key, rows=rows, shape=mean.shape[1:]).to(mean)
 
     def normalise(self, raw: Moments) -> Moments:
-        """What the encoder gave, as a net learns it."""
-        mean, *deviation = raw.split(self.channels, 1)
-        shift, scale = self._columns(raw)
-        return torch.cat([(mean - shift) * scale, *(d * scale for d in deviation)], 1)
+        """Map what the encoder gave to what a net learns."""
+        mean, *deviations = raw.split(self.channels, 1)  # no deviation, or one
+        shift, scale = self._shift_and_scale(raw)
+        normalised = [(mean - shift) * scale]
+        for deviation in deviations:
+            normalised.append(deviation * scale)
+        return torch.cat(normalised, 1)
 
     def restore(self, x: Moments) -> Moments:
-        """The inverse of `normalise`."""
-        mean, *deviation = x.split(self.channels, 1)
-        shift, scale = self._columns(x)
-        return torch.cat([mean / scale + shift, *(d / scale for d in deviation)], 1)
+        """Map what a net learns to what the encoder gave: the inverse of `normalise`."""
+        mean, *deviations = x.split(self.channels, 1)  # no deviation, or one
+        shift, scale = self._shift_and_scale(x)
+        restored = [mean / scale + shift]
+        for deviation in deviations:
+            restored.append(deviation / scale)
+        return torch.cat(restored, 1)
 
     @property
     def about(self) -> str:
         """The codec in a few words, for messages."""
-        return " ".join(filter(None, ("codec", getattr(self, "kind", ""), getattr(self, "variant", ""))))
+        words = ["codec", getattr(self, "kind", ""), getattr(self, "variant", "")]
+        return " ".join(word for word in words if word)
 
-    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and scale, (channels, 1, 1), of the dtype and on the device of a tensor."""
-        numbers = self.published.shift, self.published.scale
-        both = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in numbers)
-        shift, scale = (v.expand(self.channels)[:, None, None] for v in both)
-        return shift, scale
+    def _shift_and_scale(self, like: Tensor) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
+        """Shift and scale of each channel, of the dtype and on the device of the tensor `like`."""
+        shift = torch.tensor(self.published.shift, dtype=like.dtype, device=like.device)
+        scale = torch.tensor(self.published.scale, dtype=like.dtype, device=like.device)
+        return shift.expand(self.channels)[:, None, None], scale.expand(self.channels)[:, None, None]
 
 
 @runtime_checkable
@@ -142,17 +159,17 @@ class Autoencoder(Protocol):
     """An encoder and a decoder, on one device, in float32."""
 
     def encode(self, images: Images) -> Moments:
-        """The latent, or the means and standard deviations of its Gaussians, before any normalisation."""
+        """Encode images to latents, or to means and standard deviations of Gaussians, before any normalisation."""
         ...
 
     def decode(self, raw: Latent) -> Images:
-        """Images, about in [-1, 1]."""
+        """Decode latents to images, about in [-1, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A codec with its weights, ready to work. Records no gradient."""
+    """A codec with its weights. It takes images and latents a few at a time, and records no gradient."""
 
     codec: Scaled
     net: Autoencoder
@@ -161,19 +178,30 @@ class Opened:
 
     @torch.no_grad()
     def encode(self, images: Images) -> Moments:
-        """Images in [-1, 1] as x, or as the moments of x, of mean 0 and deviation 1 or near. Raises as `shape` does."""
-        self.codec.shape(*images.shape[2:])
-        few = max(1, PIECE // (images.shape[2] * images.shape[3]))
-        parts = (self.net.encode(part.to(self.device, torch.float32)) for part in images.split(few))
-        return torch.cat([self.codec.normalise(part).contiguous() for part in parts])
+        """Encode images in [-1, 1] to x, or the moments of x, near mean 0 and deviation 1.
+
+        Raises UserError where height or width does not divide by the codec's factor.
+        """
+        height, width = images.shape[2:]
+        self.codec.shape(height, width)  # raises
+        images_at_once = max(1, PIECE // (height * width))
+        encoded: list[Tensor] = []
+        for part in images.split(images_at_once):
+            raw = self.net.encode(part.to(self.device, torch.float32))
+            encoded.append(self.codec.normalise(raw).contiguous())
+        return torch.cat(encoded)
 
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:
-        """Images in [-1, 1], what overshoots is cut off; a few at a time, whatever the memory."""
-        few = max(1, PIECE // (self.codec.factor**2 * x.shape[2] * x.shape[3]))
-        parts = (self.net.decode(self.codec.restore(part.to(self.device, torch.float32))) for part in x.split(few))
-        return torch.cat([part.clamp(-1, 1) for part in parts])
+        """Decode x to images, clamped to [-1, 1]."""
+        height, width = x.shape[2:]
+        latents_at_once = max(1, PIECE // (self.codec.factor**2 * height * width))
+        decoded: list[Tensor] = []
+        for part in x.split(latents_at_once):
+            raw = self.codec.restore(part.to(self.device, torch.float32))
+            decoded.append(self.net.decode(raw).clamp(-1, 1))
+        return torch.cat(decoded)
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        """As the codec's `shape`."""
+        """The shape of the latent of a square image of `side` pixels. Raises as `Scaled.shape`."""
         return self.codec.shape(side)
