@@ -13,6 +13,9 @@ the same to the last bits.
 
 The weights are published as a pickle, and dumo reads none, for a pickle can run anything. Who wants a FID makes a
 safetensors file of it once, by `MAKE`, which also notes the SHA-256 of its source.
+
+`load` checks the file and loads it into an `Inception`, which is called with images and gives `InceptionFeatures`;
+`place` says where the file should be, and `facts` what a report says of a loaded network.
 """
 
 import os
@@ -31,8 +34,8 @@ from dumo.io.picture import Pixels
 from dumo.io.weights import compare, read
 from dumo.types import UserError
 
-SIZE = 299
-CLASSES = 1008
+SIZE = 299  # pixels along each side of the network's input
+CLASSES = 1008  # of the published network
 WIDTH = 2048  # features of the FID
 PLANES = 7  # channels of the sFID's map (Nash et al. 2021), so that it has about as many numbers as the FID
 SPATIAL_WIDTH = 17 * 17 * PLANES
@@ -49,7 +52,7 @@ MAKE = (
 
 
 class InceptionFeatures(NamedTuple):
-    """What one pass reads off. Numbers are means over a map, but for `spatial` and `logits`."""
+    """Features of n images, from one pass. Each is a mean over a map, but for `spatial` and `logits`."""
 
     f64: Float[Tensor, "n 64"]
     f192: Float[Tensor, "n 192"]
@@ -60,13 +63,13 @@ class InceptionFeatures(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A step of a branch: convolution without bias, normalisation, ReLU. Size-keeping unless `valid`."""
+    """A step of a branch: convolution without bias, normalisation, ReLU."""
 
-    name: str
-    out: int
-    kernel: int | tuple[int, int] = 1
+    name: str  # of its weights in the published file
+    out: int  # channels
+    kernel: int | tuple[int, int] = 1  # pixels: a side, or height and width
     stride: int = 1
-    valid: bool = False
+    valid: bool = False  # without padding; else there is as much as keeps height and width, at stride 1
 
 
 Pool = Callable[[Tensor], Tensor]  # a step without weights
@@ -108,8 +111,8 @@ def _middle(inner: int) -> tuple[Branch, ...]:
 
 def _coarse(pool: Pool) -> tuple[Branch, ...]:
     """A block on the 8 x 8 map; its two 3 x 3 branches end in a row and a column side by side."""
-    three = [Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1))]
-    double = [Conv("branch3x3dbl_3a", 384, (1, 3)), Conv("branch3x3dbl_3b", 384, (3, 1))]
+    three = [Conv("branch3x3_2a", 384, kernel=(1, 3)), Conv("branch3x3_2b", 384, kernel=(3, 1))]
+    double = [Conv("branch3x3dbl_3a", 384, kernel=(1, 3)), Conv("branch3x3dbl_3b", 384, kernel=(3, 1))]
     return (
         (Conv("branch1x1", 320),),
         (Conv("branch3x3_1", 384), three),
@@ -120,20 +123,20 @@ def _coarse(pool: Pool) -> tuple[Branch, ...]:
 
 STEM = (
     (
-        Conv("Conv2d_1a_3x3", 32, 3, 2, True),
-        Conv("Conv2d_2a_3x3", 32, 3, 1, True),
-        Conv("Conv2d_2b_3x3", 64, 3),
+        Conv("Conv2d_1a_3x3", 32, kernel=3, stride=2, valid=True),
+        Conv("Conv2d_2a_3x3", 32, kernel=3, valid=True),
+        Conv("Conv2d_2b_3x3", 64, kernel=3),
         _halve,
     ),
-    (Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, 3, 1, True), _halve),
+    (Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, kernel=3, valid=True), _halve),
 )
 BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_5b": _fine(32),
     "Mixed_5c": _fine(64),
     "Mixed_5d": _fine(64),
     "Mixed_6a": (
-        (Conv("branch3x3", 384, 3, 2, True),),
-        (*_chain("branch3x3dbl", (64, 1), (96, 3)), Conv("branch3x3dbl_3", 96, 3, 2, True)),
+        (Conv("branch3x3", 384, kernel=3, stride=2, valid=True),),
+        (*_chain("branch3x3dbl", (64, 1), (96, 3)), Conv("branch3x3dbl_3", 96, kernel=3, stride=2, valid=True)),
         (_halve,),
     ),
     "Mixed_6b": _middle(128),
@@ -141,8 +144,11 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_6d": _middle(160),
     "Mixed_6e": _middle(192),
     "Mixed_7a": (
-        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 2, True)),
-        (*_chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1))), Conv("branch7x7x3_4", 192, 3, 2, True)),
+        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, kernel=3, stride=2, valid=True)),
+        (
+            *_chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1))),
+            Conv("branch7x7x3_4", 192, kernel=3, stride=2, valid=True),
+        ),
         (_halve,),
     ),
     "Mixed_7b": _coarse(_average),
@@ -232,17 +238,25 @@ class Inception(nn.Module):
 
 
 def _build(module: nn.Module, branch: Branch, width: int) -> int:
-    """Add the weights of a branch on `width` channels to a module, by their names; the channels that come out."""
+    """Add the weights of a branch on `width` channels to a module, by their names.
+
+    Returns the number of channels that come out.
+    """
     for step in branch:
-        convs = step if isinstance(step, list) else [step] if isinstance(step, Conv) else []
+        if isinstance(step, Conv):
+            convs = [step]
+        elif isinstance(step, list):
+            convs = step
+        else:
+            continue  # no weights, and as many channels
         for conv in convs:
             module.add_module(conv.name, InceptionUnit(conv, width))
-        width = sum(conv.out for conv in convs) or width
+        width = sum(conv.out for conv in convs)
     return width
 
 
 def _run(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
-    """One step after another, with the weights in this module."""
+    """Pass x (n, c, h, w) through one step of a branch after another, with the weights in a module."""
     for step in branch:
         if isinstance(step, Conv):
             x = module.get_submodule(step.name)(x)
@@ -255,23 +269,25 @@ def _run(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
 
 def resize_tf1(x: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
     """Stretch or shrink to `size` x `size`: tf.image.resize_bilinear of TensorFlow 1 with its defaults."""
-    return _along(_along(x, size, 3), size, 2)
+    return _resize_axis(_resize_axis(x, size, 3), size, 2)
 
 
-def _along(x: Tensor, size: int, dim: int) -> Tensor:
-    """Along one axis: a + (b - a) w, of the neighbours a before and b after, the last of which repeats."""
+def _resize_axis(x: Tensor, size: int, dim: int) -> Tensor:
+    """Resize one axis: a + (b - a) share, of the neighbours a before and b after, the last of which repeats."""
     n = x.shape[dim]
     position = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
     low = position.long()
     share = (position - low).to(x).view(-1, *(1,) * (3 - dim))
-    a, b = (x.index_select(dim, i.to(x.device)) for i in (low, (low + 1).clamp(max=n - 1)))
+    high = (low + 1).clamp(max=n - 1)
+    a = x.index_select(dim, low.to(x.device))
+    b = x.index_select(dim, high.to(x.device))
     return a + (b - a) * share
 
 
 def place(path: Path | str | None = None) -> Path | None:
     """Where the weights should be: `path`, or where `VARIABLE` says."""
-    found = path or os.environ.get(VARIABLE)
-    return Path(found) if found else None
+    path = path or os.environ.get(VARIABLE)
+    return Path(path) if path else None
 
 
 def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> Inception:
@@ -280,14 +296,17 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
     Checked are the name and shape of every weight, that all are finite float32, and that the file says it was made
     (`MAKE`) of a source of the published `SHA256`. `origin` repeats what it says. Raises `UserError`.
     """
-    found = place(path)
-    if not found or not found.is_file():
-        said = f"{found} is no file" if found else f"no path is given and {VARIABLE} is not set"
-        raise UserError(f"no weights of Inception for the FID: {said}.\n{_way()}")
+    file = place(path)
+    if file is None:
+        raise UserError(
+            f"no weights of Inception for the FID: no path is given and {VARIABLE} is not set.\n{_how_to_get_weights()}"
+        )
+    if not file.is_file():
+        raise UserError(f"no weights of Inception for the FID: {file} is no file.\n{_how_to_get_weights()}")
     with torch.device("meta"):
         net = Inception()
-    weights, origin = read(found, _way(), convert=False)
-    _check(net, origin, weights, found)
+    weights, origin = read(file, _how_to_get_weights(), convert=False)
+    _require_published(net, origin, weights, file)
     net.load_state_dict(weights, assign=True)
     net.origin = origin
     return net.to(device)
@@ -295,25 +314,34 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
 
 def facts(net: nn.Module) -> dict[str, str]:
     """What a report says of a network that was loaded: what it was made of, and the hash of the weights that it has."""
-    weights = sorted(net.state_dict().items())
-    said = digest.of_bytes(*(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes() for name, w in weights))
+    parts: list[bytes] = []
+    for name, weight in sorted(net.state_dict().items()):
+        parts.append(f"{name} {tuple(weight.shape)}".encode() + weight.cpu().numpy().tobytes())
     source = getattr(net, "origin", {}).get("sha256", "unknown")
-    return {"features": f"Inception of December 2015, of a file of sha256 {source}", "features_sha256": said}
+    return {
+        "features": f"Inception of December 2015, of a file of sha256 {source}",
+        "features_sha256": digest.of_bytes(*parts),
+    }
 
 
-def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights that are not those of the published file, as far as can be seen."""
-    for name in [name for name in weights if name.endswith("num_batches_tracked")]:
-        del weights[name]
-    other = f"these are not Inception's weights.\n{_way()}"
-    compare(path, weights, net.state_dict(), "Inception", other)
-    odd = [name for name, w in weights.items() if not w.isfinite().all()]
+def _require_published(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], file: Path) -> None:
+    """Raise UserError for weights that are not those of the published file, as far as can be seen.
+
+    Counters of batches are removed from `weights`, for the network has none.
+    """
+    for name in list(weights):
+        if name.endswith("num_batches_tracked"):
+            del weights[name]
+    fix = f"these are not Inception's weights.\n{_how_to_get_weights()}"
+    compare(file, weights, net.state_dict(), "Inception", fix)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{file}: {name} is not finite: {fix}")
     source = origin.get("sha256", "nothing")
-    if odd or source != SHA256:
-        made = f"{path} says it was made of a file of sha256 {source}, not {SHA256}.\n{_way()}"
-        raise UserError(f"{path}: {odd[0]} is not finite: {other}" if odd else made)
+    if source != SHA256:
+        raise UserError(f"{file} says it was made of a file of sha256 {source}, not {SHA256}.\n{_how_to_get_weights()}")
 
 
-def _way() -> str:
-    """How to get the weights."""
+def _how_to_get_weights() -> str:
+    """What to do to get the weights, for messages."""
     return f"Fetch {URL}, run in its folder\n  {MAKE}\nand set {VARIABLE} to inception.safetensors."
