@@ -7,7 +7,8 @@ features / n and half the data set is 898 rows; 64 double that bias and see blur
 is trained without label smoothing, which draws the features of a class together (Müller et al. 2019) and so hides
 whether an image of a class is a good one.
 
-tools/train_classifier.py makes the shipped files again.
+`digits` and `cifar10` are the classifiers with the weights that come with the package: ask them for `features` and
+`classify`. tools/train_classifier.py makes the files of weights again; their names of layers are file format.
 """
 
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ Images = Float[Tensor, "n c h w"]
 Features = Float[Tensor, "n f"]
 Labels = Int64[Tensor, " n"]
 
-PIECE = 500  # images at a time through a net
+PIECE = 500  # images at a time through a net: ours
 
 
 class DigitsClassifier(nn.Module):
-    """Of 8x8 grey images: three convolutions, 8x8 -> 4x4 -> 2x2, and a layer of features before its nonlinearity."""
+    """A net for grey images (n, 1, 8, 8): three convolutions, to 8x8, 4x4 and 2x2, then a linear layer of features.
+
+    Features are taken before the nonlinearity that follows them.
+    """
 
     width: ClassVar[int] = 32  # features
 
@@ -50,20 +54,20 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.width, 10)
 
     def features(self, x: Images) -> Features:
-        """Of images in [-1, 1]."""
+        """The features of images in [-1, 1], before `head`."""
         return self.norm(self.trunk(x))
 
     def logits(self, f: Features) -> Float[Tensor, "n 10"]:
-        """A logit per class, of features."""
+        """A logit per class, given features (n, width)."""
         return self.head(F.silu(f))
 
     def forward(self, x: Images) -> Float[Tensor, "n 10"]:
-        """A logit per class."""
+        """A logit per class, given images in [-1, 1]."""
         return self.logits(self.features(x))
 
 
 class Residual(nn.Module):
-    """x plus two convolutions of it (He et al. 2016)."""
+    """A residual block (He et al. 2016): relu(x + conv(relu(conv x)))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -71,12 +75,12 @@ class Residual(nn.Module):
         self.two = _conv(width, width)
 
     def forward(self, x: Float[Tensor, "n w h h"]) -> Float[Tensor, "n w h h"]:
-        """The same shape, not negative."""
+        """Map x (n, width, h, h) to the same shape; no number is negative."""
         return F.relu(x + self.two(F.relu(self.one(x))))
 
 
 class Cifar10(nn.Module):
-    """Of 32x32 RGB images: residual blocks at 16x16, 8x8 and 4x4, and their mean over the image.
+    """A net for RGB images (n, 3, 32, 32): residual blocks at 16x16, 8x8 and 4x4, then the mean over the image.
 
     16 M multiply-adds an image, so that a processor reads thousands of images a second.
     """
@@ -100,16 +104,16 @@ class Cifar10(nn.Module):
         self.head = nn.Linear(self.width, 10)
 
     def features(self, x: Images) -> Features:
-        """Of images in [-1, 1]."""
+        """The features of images in [-1, 1], before `head`."""
         x = x.contiguous(memory_format=torch.channels_last)  # a third quicker on a processor
         return self.norm(self.trunk(x).mean((2, 3)))
 
     def logits(self, f: Features) -> Float[Tensor, "n 10"]:
-        """A logit per class, of features."""
+        """A logit per class, given features (n, width)."""
         return self.head(f)
 
     def forward(self, x: Images) -> Float[Tensor, "n 10"]:
-        """A logit per class."""
+        """A logit per class, given images in [-1, 1]."""
         return self.logits(self.features(x))
 
 
@@ -127,7 +131,7 @@ class Shipped:
 
     @cached_property
     def net(self) -> DigitsClassifier | Cifar10:
-        """The net."""
+        """The net with its weights, read at first use."""
         with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
             net = self.kind()
         net.load_state_dict({name: w.float() for name, w in weights.load(self.file).items()}, assign=True)
@@ -135,7 +139,7 @@ class Shipped:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file of the weights; it goes with every number that was measured with them."""
+        """The SHA-256 of the file of weights; it goes with every number that was measured with them."""
         return digest.of_file(self.file)
 
     def features(self, x: Images) -> Features:
@@ -151,7 +155,7 @@ digits = Shipped(DigitsClassifier, Path(__file__).with_name("digits.safetensors"
 cifar10 = Shipped(Cifar10, Path(__file__).with_name("cifar10.safetensors"))
 
 
-def _conv(before: int, after: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:
-    """A convolution, normalised."""
-    conv = nn.Conv2d(before, after, size, stride, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(after))
+def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:
+    """A convolution from `inputs` to `outputs` channels, then a batch normalisation."""
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))

@@ -9,6 +9,8 @@ README.md          the model card
 The code lies in `shipped`, which is no package of dumo: it is copied as it is. diffusers copies such files into one
 flat folder, and of what they import from each other the first level alone, so each stands by itself. That it computes
 what dumo does is not taken on trust: before anything is written both nets are compared.
+
+`write` is the entrance: it refuses runs that the shipped code does not know, compares, and writes.
 """
 
 import shutil
@@ -31,10 +33,10 @@ from dumo.runtime import version
 from dumo.runtime.random import random_batch
 from dumo.types import Sample, UserError
 
-TRANSFORMER = "dumo_dit"  # a file, and not `dit`: diffusers has a pipeline of this name
-VAE = "dumo_taef2"
-KNOWN_TIMES = ("t", "r")  # the times that the shipped net embeds
-COMPARED_TIMES = (0.3, 0.9)  # at which both nets are compared: ours
+_TRANSFORMER = "dumo_dit"  # of shipped/dumo_dit.py; not `dit`, for diffusers has a pipeline of this name
+_VAE = "dumo_taef2"  # of shipped/dumo_taef2.py
+_KNOWN_TIMES = ("t", "r")  # the times that the shipped net embeds
+_COMPARED_TIMES = (0.3, 0.9)  # at which both nets are compared: ours
 Json = dict[str, Any]
 
 
@@ -53,21 +55,21 @@ def write(
     Raises UserError for an option of the net or a guidance that the shipped code does not know, and where it computes
     anything else than dumo.
     """
-    require_known_run(sampler, spec)
-    net = shipped_net(sampler, spec)
-    require_same_output(sampler, net, head)
+    _require_known_run(sampler, spec)
+    net = _shipped_net(sampler, spec)
+    _require_same_output(sampler, net, head)
     nn.Module.to(net, getattr(torch, dtype))  # diffusers' own would warn that no layer stays in float32
     net.save_pretrained(out / "transformer")
-    shutil.copy(SHIPPED / f"{TRANSFORMER}.py", out / "transformer")
+    shutil.copy(SHIPPED / f"{_TRANSFORMER}.py", out / "transformer")
     shutil.copy(SHIPPED / "pipeline.py", out)
     index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": version()}
-    index["transformer"] = [TRANSFORMER, "DumoDiT"]
-    index["vae"] = write_decoder(sampler, out / "vae")
-    write_json(out / "model_index.json", index | pipeline_settings(sampler, head))
+    index["transformer"] = [_TRANSFORMER, "DumoDiT"]
+    index["vae"] = _write_decoder(sampler, out / "vae")
+    write_json(out / "model_index.json", index | _pipeline_settings(sampler, head))
     (out / "README.md").write_text(card.of_own(sampler, provenance, spec.kind, name, head), encoding="utf-8")
 
 
-def require_known_run(sampler: Sampler, spec: DiT) -> None:
+def _require_known_run(sampler: Sampler, spec: DiT) -> None:
     """Raise UserError for a run that the shipped code does not know."""
     way_out = "which the exported code does not know: sample it by dumo sample"
     needs = sampler.flow.objective.needs
@@ -79,7 +81,7 @@ def require_known_run(sampler: Sampler, spec: DiT) -> None:
     if spec.texts:
         raise UserError(f"net.texts is set, {way_out}")
     for name in needs.names:
-        if name not in KNOWN_TIMES:
+        if name not in _KNOWN_TIMES:
             raise UserError(f"its net takes {name}, {way_out}")
     for name in needs.own:
         raise UserError(f"its head {name} takes more than the others, {way_out}")
@@ -87,7 +89,7 @@ def require_known_run(sampler: Sampler, spec: DiT) -> None:
         raise UserError(f"sample.guide.scale is {guide.scale:g}, {way_out}")
 
 
-def shipped_net(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of diffusers
+def _shipped_net(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of diffusers
     """The shipped net with the run's weights."""
     from dumo.export.shipped.dumo_dit import DumoDiT
 
@@ -99,7 +101,7 @@ def shipped_net(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of
         if not name.startswith("gauges.")
     }
     fields = spec.model_dump(include={"patch", "width", "depth", "attention", "time_scale"})
-    times = [time for time in KNOWN_TIMES if f"times.{time}.0.weight" in state]
+    times = [time for time in _KNOWN_TIMES if f"times.{time}.0.weight" in state]
     heads = [*sampler.flow.objective.needs.heads]
     shipped = DumoDiT(channels, side, data.classes, **fields, time_names=times, head_names=heads)
     shipped.load_state_dict(state)
@@ -107,24 +109,24 @@ def shipped_net(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of
 
 
 @torch.no_grad()
-def require_same_output(sampler: Sampler, net: Any, head: Head) -> None:  # noqa: ANN401
+def _require_same_output(sampler: Sampler, net: Any, head: Head) -> None:  # noqa: ANN401
     """Raise UserError where the shipped net and dumo's reading of its own are not the same to the bit."""
     data = sampler.data
-    read = sampler.reads.endpoint if head == "u" else sampler.reads.velocity
+    reading = sampler.reads.endpoint if head == "u" else sampler.reads.velocity
     x, c = random_batch("export", 2, data.shape, data.classes)
-    for time in COMPARED_TIMES:
+    for time in _COMPARED_TIMES:
         t = x.new_full((2,), time)
         shipped: Sample = net(x, t, c, head)
         if head == "u":  # to the point that the flow map jumps to
             shipped = x - t[:, None, None, None] * shipped
-        if read is None or not torch.equal(read(x, t, c), shipped):
+        if reading is None or not torch.equal(reading(x, t, c), shipped):
             raise UserError(
                 f"objective '{sampler.flow.objective.kind}' reads its head {head} in another way than "
                 "the exported code, x_t - t u or the velocity v: sample it by dumo sample"
             )
 
 
-def write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
+def _write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
     """Write the decoder, if there is one; return its entry in model_index.json. Raises as `Sampler.codec`."""
     data = sampler.data
     if not isinstance(data, Latents):
@@ -140,11 +142,11 @@ def write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
     tiny = DumoTaef2(data.codec.channels)
     tiny.load_state_dict({name: w for name, w in net.state_dict().items() if name.startswith("decoder.")})
     tiny.save_pretrained(folder)
-    shutil.copy(SHIPPED / f"{VAE}.py", folder)
-    return [VAE, "DumoTaef2"]
+    shutil.copy(SHIPPED / f"{_VAE}.py", folder)
+    return [_VAE, "DumoTaef2"]
 
 
-def pipeline_settings(sampler: Sampler, head: Head) -> Json:
+def _pipeline_settings(sampler: Sampler, head: Head) -> Json:
     """The fields of the shipped pipeline's `__init__`: head, times, and the latents' shift and scale.
 
     Raises UserError for a solver whose jumps the pipeline does not make.
