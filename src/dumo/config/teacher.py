@@ -59,7 +59,7 @@ class Teacher(Spec):
 
 
 class Start(Spec):
-    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.dit`)."""
+    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.dit_convert`)."""
 
     # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
     kind: Literal["run", "sit", "dit"] = "run"

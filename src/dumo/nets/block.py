@@ -3,8 +3,12 @@
 Modern blocks are those of LightningDiT (Yao et al. 2025): RMS norms (Zhang & Sennrich 2019), query and key norms
 (Dehghani et al. 2023), SwiGLU with as many parameters (Shazeer 2020), and rotary positions.
 
-`Stream` has the layers, `Block` calls them, `Preserving` is a block that keeps magnitudes (EDM2). `run_lean` calls a
-block with activation checkpointing, where `make_lean` noted it.
+- `Stream` has the layers, `Block` calls them in order: h + gate * attention, then h + gate * perceptron. The condition
+  gives each of the two a shift, a scale and a gate. `dumo.nets.textblock` has the block that reads a text.
+- `Preserving` is a block that keeps magnitudes (EDM2). After each training step `normalize_rows` restores its weights.
+- For activation checkpointing `mark_recomputed` marks blocks once, and `run_as_marked` calls one in each pass.
+
+In all shapes b is the batch, tokens the number of tokens and size the width of one attention head.
 """
 
 from collections.abc import Iterable
@@ -18,22 +22,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from dumo.autodiff.dual import Dual, primal_only
-from dumo.nets.embed import turn
+from dumo.nets.embed import apply_rotary
 from dumo.types import Array
 
-EPS = 1e-6  # DiT's
+EPS = 1e-6  # of all norms (DiT)
 
 
 class BlockSizes(NamedTuple):
-    """The sizes and the kind of a block."""
+    """The sizes and options of a block, as `DiT` has them."""
 
     width: int
-    attention: int  # heads
+    attention: int  # the number of attention heads
     modern: bool = False
-    qk_norm: bool = False  # modern blocks have it anyway
+    qk_norm: bool = False  # modern blocks have these norms anyway
 
     def qk_norm_layer(self) -> nn.RMSNorm | None:
-        """A norm of queries or keys, with a weight for each number of an attention head."""
+        """Make a norm of queries or keys, with a weight for each number of an attention head; None: there is none."""
         if not (self.modern or self.qk_norm):
             return None
         return nn.RMSNorm(self.width // self.attention, eps=EPS)
@@ -51,7 +55,7 @@ class Stream(nn.Module):
     """The layers of a block for one stream of tokens. Their gates start at zero (adaLN-zero)."""
 
     def __init__(self, sizes: BlockSizes) -> None:
-        """The perceptron is four times as wide as the block."""
+        """Make the layers. The perceptron is four times as wide as the block, or `swiglu_width` if modern."""
         super().__init__()
         width = sizes.width
         self.modern = sizes.modern
@@ -67,47 +71,53 @@ class Stream(nn.Module):
 
     @property
     def zero_layers(self) -> tuple[nn.Linear, ...]:
-        """Layers that start at zero."""
+        """The layers that start at zero."""
         return (self.modulation,)
 
     @property
     def fused(self) -> dict[str, int]:
-        """Layers that hold several matrices, row blocks of one, and how many: Muon orthogonalizes each by itself."""
+        """The number of matrices, one above the other, in the weight of a layer. Muon orthogonalizes each by itself."""
         return {"modulation": 6, "qkv": 3, "up": 2 if self.modern else 1}
 
-    def modulations(self, e: Array) -> tuple[Modulation, Modulation]:
-        """The modulation of attention and that of the perceptron, from the condition e (b, width)."""
-        parts = self.modulation(e).unsqueeze(1).chunk(6, -1)
+    def modulations(self, condition: Array) -> tuple[Modulation, Modulation]:
+        """Return the modulation of attention and that of the perceptron, from the condition (b, width)."""
+        parts = self.modulation(condition).unsqueeze(1).chunk(6, -1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
-    def add_attention(self, h: Array, m: Modulation, *places: Array) -> Array:
-        """h after attention."""
-        return h + m.gate * self.attend(self.layer_input(h, m), *places)
+    def add_attention(self, h: Array, m: Modulation, *rotary: Array) -> Array:
+        """Add gated attention to h (b, tokens, width)."""
+        a = self.attend(self.layer_input(h, m), *rotary)
+        return h + m.gate * a
 
     def add_perceptron(self, h: Array, m: Modulation) -> Array:
-        """h after the perceptron."""
-        return h + m.gate * self.perceive(self.layer_input(h, m))
+        """Add the gated perceptron to h (b, tokens, width)."""
+        a = self.perceive(self.layer_input(h, m))
+        return h + m.gate * a
 
     def layer_input(self, h: Array, m: Modulation) -> Array:
-        """The input of a layer: h normalized and modulated."""
+        """Normalize and modulate h (b, tokens, width): the input of attention or of the perceptron."""
         return modulated(h, m.shift, m.scale, rms=self.modern)
 
-    def attend(self, a: Array, *places: Array) -> Array:
-        """Self-attention over the tokens."""
-        return self.out(attention_of(*self.project(a, *places)))
+    def attend(self, a: Array, *rotary: Array) -> Array:
+        """Apply self-attention over the tokens of a (b, tokens, width); returns this shape."""
+        q, k, v = self.project(a, *rotary)
+        return self.out(multi_head_attention(q, k, v))
 
-    def project(self, a: Array, *places: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, each (b, attention, tokens, size)."""
+    def project(self, a: Array, *rotary: Array) -> tuple[Array, Array, Array]:
+        """Return queries, keys and values, each (b, attention, tokens, size), of a (b, tokens, width).
+
+        `rotary` are the tables of `rotary_tables`, or nothing.
+        """
         q, k, v = split_heads(self.qkv(a), 3, self.attention)
         q = normalize_qk(q, self.q_norm, v)
         k = normalize_qk(k, self.k_norm, v)
-        if places:  # rotary
-            q = turn(q, *places)
-            k = turn(k, *places)
+        if rotary:
+            q = apply_rotary(q, *rotary)
+            k = apply_rotary(k, *rotary)
         return q, k, v
 
     def perceive(self, a: Array) -> Array:
-        """The perceptron, token by token."""
+        """Apply the perceptron to each token of a (b, tokens, width); returns this shape."""
         if not self.modern:
             return self.down(F.gelu(self.up(a), approximate="tanh"))
         gate, up = self.up(a).chunk(2, -1)
@@ -117,93 +127,104 @@ class Stream(nn.Module):
 class Block(Stream):
     """A block whose tokens attend to each other alone."""
 
-    def forward(self, h: Array, e: Array, *places: Array) -> Array:
-        """h (b, tokens, width); e (b, width), already through its SiLU; places: the tables of `turns`, or nothing."""
-        of_attention, of_perceptron = self.modulations(e)
-        h = self.add_attention(h, of_attention, *places)
-        return self.add_perceptron(h, of_perceptron)
+    def forward(self, h: Array, condition: Array, *rotary: Array) -> Array:
+        """Return h (b, tokens, width) after attention and the perceptron.
+
+        The condition (b, width) has had its SiLU. `rotary` are the tables of `rotary_tables`, or nothing.
+        """
+        attention_modulation, perceptron_modulation = self.modulations(condition)
+        h = self.add_attention(h, attention_modulation, *rotary)
+        return self.add_perceptron(h, perceptron_modulation)
 
 
 def normalize(h: Array, *, rms: bool = False) -> Array:
-    """Over the last axis, without weights: mean 0 and variance 1, or with `rms` mean square 1."""
-    return F.rms_norm(h, h.shape[-1:], eps=EPS) if rms else F.layer_norm(h, h.shape[-1:], eps=EPS)
+    """Normalize the last axis, without weights: to mean 0 and variance 1, or with `rms` to mean square 1."""
+    if rms:
+        return F.rms_norm(h, h.shape[-1:], eps=EPS)
+    return F.layer_norm(h, h.shape[-1:], eps=EPS)
 
 
 def modulated(h: Array, shift: Array, scale: Array, *, rms: bool = False) -> Array:
-    """h (b, tokens, width), normalized, then scaled and shifted, each (b, 1, width)."""
+    """Normalize h (b, tokens, width), then scale and shift it, by (b, 1, width) each."""
     return normalize(h, rms=rms) * (1 + scale) + shift
 
 
 def split_heads(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
-    """(b, tokens, parts * width) -> `parts` tensors (b, attention, tokens, size)."""
+    """Split a (b, tokens, parts * width) into `parts` tensors (b, attention, tokens, size)."""
     size = a.shape[-1] // (parts * attention)
     return a.view(*a.shape[:2], parts, attention, size).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def normalize_qk(a: Array, norm: nn.Module | None, like: Array) -> Array:
-    """Queries or keys through their norm, if they have one, in the type of the values."""
+    """Apply a norm, if there is one, to queries or keys; returns them in the type of `like`, the values."""
     return a if norm is None else norm(a).to(like.dtype)
 
 
-def attention_of(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Attention, its heads side by side: (b, tokens, width). `mask` (b, keys) says which keys are there."""
-    key_mask = None if mask is None else mask[:, None, None]  # here: jvp carries no view into a compiled block
+def multi_head_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """Attend with queries, keys and values (b, attention, tokens, size); returns (b, tokens, attention * size).
+
+    `mask` (b, keys) is True for the keys that are read; None: all are.
+    """
+    # The view of the mask is made here, because jvp carries no view into a compiled block.
+    key_mask = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, key_mask).transpose(1, 2).flatten(2)
 
 
 def swiglu_width(width: int) -> int:
-    """Hidden numbers of a gated perceptron: 8/3 width, so that its three matrices have the size of the plain one's two.
+    """Return the hidden width of a gated perceptron: 8/3 width, rounded to a multiple of 8 for the GPU's matrix units.
 
-    Rounded to a multiple of 8, for the matrix units of a GPU.
+    Its three matrices then have as many numbers as the two of a plain perceptron that is 4 width wide.
     """
     return 8 * round(width / 3)
 
 
-def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
-    """The block's output. `lean`: keep its inputs alone, and compute the rest again in the backward pass.
-
-    That is activation checkpointing (Chen et al. 2016).
-    """
-    if not lean or not torch.is_grad_enabled():
-        return block(*inputs)
-    recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=noop_context_fn if recorded else _recompute)
+# Activation checkpointing (Chen et al. 2016): a block's inputs are kept, and the rest is computed again in the backward
+# pass. True: of all blocks; n: of every n-th, from the first on.
+Checkpointing = bool | Annotated[int, Field(ge=2)]
 
 
-Lean = bool | Annotated[int, Field(ge=2)]  # true: all blocks are computed again; n: every n-th, from the first on
-
-
-def make_lean(blocks: Iterable[nn.Module], every: Lean) -> None:
-    """Note in each block whether it is computed again: copies of a net, and parts of it, keep the note."""
+def mark_recomputed(blocks: Iterable[nn.Module], every: Checkpointing) -> None:
+    """Set `recomputed` in each block: whether it is checkpointed. Copies of a net, and parts of it, keep the mark."""
     for i, block in enumerate(blocks):
-        block.lean = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
+        block.recomputed = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
 
 
-def run_lean(block: nn.Module, *inputs: Array | None) -> Array:
-    """`run`, as the block's note has it (`make_lean`); a function for diffusers' enable_gradient_checkpointing."""
-    return run(block, *inputs, lean=bool(getattr(block, "lean", True)))
+def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
+    """Return the block's output, with checkpointing if the block is marked so, or has no mark, and gradients are on.
+
+    diffusers' `enable_gradient_checkpointing` takes this function.
+    """
+    recomputed = bool(getattr(block, "recomputed", True))
+    if not recomputed or not torch.is_grad_enabled():
+        return block(*inputs)
+    is_recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
+    contexts = noop_context_fn if is_recorded else _without_tangents
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _recompute() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Tangents on a block are known by the time it is computed again, unless they were recorded."""
+def _without_tangents() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a block's first pass and of its second, which computes no tangents.
+
+    No one asks for them again, unless they were recorded for gradients.
+    """
     return nullcontext(), primal_only()
 
 
 Magnitude = Literal["free", "preserved"]
-# Roots of E[f(x)^2], x ~ N(0, 1).
-GELU = 0.652
-SWIGLU = 0.596  # EDM2, Eq. 81
+# The root of E[f(x)^2] of an activation f, x ~ N(0, 1).
+GELU_RMS = 0.652
+SWIGLU_RMS = 0.596  # EDM2, Eq. 81
 
 
-class Unit(nn.Linear):
-    """A linear layer without bias, of whose rows only the directions count."""
+class UnitRowLinear(nn.Linear):
+    """A linear layer without bias that divides each row of its weight by the row's length."""
 
-    def __init__(self, into: int, out: int) -> None:
-        """From `into` to `out` numbers."""
-        super().__init__(into, out, bias=False)
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Map `in_features` numbers to `out_features`."""
+        super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Array) -> Array:
-        """input (..., into); returns (..., out)."""
+        """Take input (..., in_features), and return (..., out_features)."""
         return F.linear(input, F.normalize(self.weight, dim=1))
 
 
@@ -214,9 +235,9 @@ class Preserving(Block):
     that:
 
     - A linear layer has no bias and uses its rows at length 1 (Sec. 2.3): uncorrelated inputs of mean square 1 give
-      outputs of mean square 1. The gradient is orthogonal to a row, so a step makes it longer; `shorten` after each
-      step brings it back to 1. EDM2's rows have length sqrt(inputs); with 1 the learning rates of the other nets fit
-      (ours).
+      outputs of mean square 1. The gradient is orthogonal to a row, so a step makes it longer; after each step
+      `normalize_rows` brings it back to 1. EDM2's rows have length sqrt(inputs); with 1 the learning rates of the other
+      nets fit (ours).
     - An activation is divided by the root of its mean square over N(0, 1) (Sec. 2.4, Eq. 81).
     - A sum of h and a branch a is divided by the growth of its magnitude (Eq. 88): with a gate g for EDM2's fixed
       weights, (h + g a) / sqrt(1 + g^2). EDM2 has g = 3/7; here the condition sets it, and it starts at 0, as
@@ -228,37 +249,39 @@ class Preserving(Block):
     """
 
     def __init__(self, sizes: BlockSizes) -> None:
-        """`Block` with units for its linear layers, except those that start at zero."""
+        """Make a `Block` and replace its linear layers by `UnitRowLinear`, except those that start at zero."""
         super().__init__(sizes)
         for name, layer in [*self.named_children()]:
             if isinstance(layer, nn.Linear) and layer not in self.zero_layers:
-                setattr(self, name, Unit(layer.in_features, layer.out_features))
+                setattr(self, name, UnitRowLinear(layer.in_features, layer.out_features))
 
-    def add_attention(self, h: Array, m: Modulation, *places: Array) -> Array:
-        """h after attention."""
-        return blend(h, self.attend(self.layer_input(h, m), *places), m.gate)
+    def add_attention(self, h: Array, m: Modulation, *rotary: Array) -> Array:
+        """Blend h (b, tokens, width) with attention."""
+        a = self.attend(self.layer_input(h, m), *rotary)
+        return blend(h, a, m.gate)
 
     def add_perceptron(self, h: Array, m: Modulation) -> Array:
-        """h after the perceptron."""
-        return blend(h, self.perceive(self.layer_input(h, m)), m.gate)
+        """Blend h (b, tokens, width) with the perceptron."""
+        a = self.perceive(self.layer_input(h, m))
+        return blend(h, a, m.gate)
 
     def layer_input(self, h: Array, m: Modulation) -> Array:
-        """The input of a layer: h modulated, then normalized."""
+        """Modulate h (b, tokens, width), then normalize it: the input of attention or of the perceptron."""
         return normalize(h * (1 + m.scale) + m.shift, rms=self.modern)
 
     def perceive(self, a: Array) -> Array:
-        """The perceptron, token by token."""
-        return super().perceive(a) / (SWIGLU if self.modern else GELU)
+        """Apply the perceptron to each token of a (b, tokens, width); returns this shape."""
+        return super().perceive(a) / (SWIGLU_RMS if self.modern else GELU_RMS)
 
 
 def blend(h: Array, a: Array, gate: Array) -> Array:
-    """h + gate a over sqrt(1 + gate^2), its magnitude where h and a have mean square 1 and are uncorrelated."""
+    """Return (h + gate a) / sqrt(1 + gate^2): of mean square 1 where h and a are, and are uncorrelated."""
     return (h + gate * a) / (1 + gate * gate) ** 0.5
 
 
 @torch.no_grad()
-def shorten(net: nn.Module) -> None:
-    """Scale the rows of all units to length 1, in place."""
+def normalize_rows(net: nn.Module) -> None:
+    """Scale the rows of all `UnitRowLinear` layers of a net to length 1, in place."""
     for layer in net.modules():
-        if isinstance(layer, Unit):
+        if isinstance(layer, UnitRowLinear):
             layer.weight.copy_(F.normalize(layer.weight, dim=1))

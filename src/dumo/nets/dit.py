@@ -2,50 +2,62 @@
 
 The trunk is DiT's; each further head costs one more output layer with its own modulation: 2.7 M of XL/2's 675 M.
 
-`late` is Decoupled MeanFlow's (Lee et al. 2025, arXiv 2510.24474): the first blocks read x_t at time t, and the blocks
-after them turn that into the step to r. One embedding serves both times, so at r = t the net is one of a velocity
-alone, and can start as a trained one.
+`DiT` is the spec; `DiT.build` makes the module, a `Transformer`. The order of events in a pass (`Transformer.forward`):
+
+1. The image is scaled (`dumo.nets.precondition`), cut into patches and embedded: h, one token per patch.
+2. Positions are added to h, or are rotary tables for the attention of every block.
+3. Times, knobs and the class or text are summed to an embedding. What layers read is its SiLU, the condition.
+4. The blocks (`dumo.nets.block`) change h. Some tokens may skip some of them in training (`dumo.nets.route`).
+5. Each head makes an image of h.
+
+With `late`, as in Decoupled MeanFlow (Lee et al. 2025, arXiv 2510.24474), the first blocks read x_t at time t, and the
+blocks after them turn that into the step to r. One embedding serves both times, so at r = t the net is one of a
+velocity alone, and can start as a trained one.
+
+Published weights are converted in `dumo.nets.dit_convert`.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_serializer
-from torch import Tensor, cat, device, equal, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dumo.nets.block import (
     Block,
     BlockSizes,
-    Lean,
+    Checkpointing,
     Magnitude,
     Preserving,
     Stream,
-    Unit,
-    make_lean,
+    UnitRowLinear,
+    mark_recomputed,
     modulated,
     normalize,
-    run_lean,
-    shorten,
+    normalize_rows,
+    run_as_marked,
 )
-from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, side_of, turns
-from dumo.nets.precondition import Precondition, framed
+from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, rotary_tables, side_of
+from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.nets.route import Route, run_blocks
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.nets.textfamily import Text
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-# fields of DiT's own nets
+# The fields that the nets of the DiT paper have, whose weights are published.
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
+# width, depth and attention heads (DiT, Tab. 1)
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 class DiT(Spec):
-    """A DiT by its sizes. The defaults are XL/2: patch 2, width 1152, depth 28, attention 16; `size` names others."""
+    """The sizes and options of a DiT. The defaults are those of XL/2; `DiT.size` gives others by name."""
 
     kind: Literal["dit"] = "dit"
+    # Callers ask every net's spec for these two. A DiT reads no numbers of an augmentation, and takes no adapters.
     augment: ClassVar[int] = 0
     lora: ClassVar[None] = None
     patch: int = Field(default=2, ge=1, le=PIXELS)
@@ -64,20 +76,23 @@ class DiT(Spec):
     route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
     texts: Text | None = None  # the embeddings of the data's captions; None: a class has a learned label
     # Keep each block's input alone, and compute the rest again in the backward pass.
-    checkpoint: Lean = Field(default=False, json_schema_extra=QUIET)
+    checkpoint: Checkpointing = Field(default=False, json_schema_extra=QUIET)
 
     @classmethod
-    def size(cls, name: str, **others: Any) -> "DiT":  # noqa: ANN401, any field
-        """S, B, L or XL of DiT's Tab. 1, with `others` among the fields: `DiT.size("B", patch=4)`."""
+    def size(cls, name: str, **fields: Any) -> "DiT":  # noqa: ANN401, any field
+        """Return the DiT of size S, B, L or XL (DiT, Tab. 1), with other fields as given: `DiT.size("B", patch=4)`.
+
+        Raises UserError for another name.
+        """
         if name not in SIZES:
             raise UserError(f"there is no DiT of size '{name}': it is one of {', '.join(SIZES)}")
         width, depth, attention = SIZES[name]
-        return cls(width=width, depth=depth, attention=attention, **others)
+        return cls(width=width, depth=depth, attention=attention, **fields)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Transformer":
-        """A net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
+        """Make a net with the inputs, heads and gauges of `needs` for square images of `shape`, (channels, side, side).
 
-        Raises UserError where the sizes do not fit one another or the images.
+        With 0 classes it reads no label. Raises UserError where the sizes do not fit one another or the images.
         """
         side = side_of(shape, self.kind)
         if side % self.patch:
@@ -103,7 +118,7 @@ class DiT(Spec):
 
     @model_serializer(mode="wrap")
     def _serialized(self, serialize: Callable[["DiT"], dict[str, Any]]) -> dict[str, Any]:
-        """Without `texts` where there are none."""
+        """Leave out `texts` where it is None: run.yaml then has no such line."""
         fields = serialize(self)
         if not self.texts:
             fields.pop("texts", None)
@@ -111,10 +126,10 @@ class DiT(Spec):
 
 
 class DiTHead(nn.Module):
-    """An output layer: modulated norm, then linear, zero at the start."""
+    """The output layer of one head: a modulated norm, then a linear layer. It gives zeros at the start."""
 
     def __init__(self, width: int, out: int, *, rms: bool = False) -> None:
-        """From `width` to `out` numbers per token; `rms`: which norm."""
+        """Map `width` numbers per token to `out`. The norm is an RMS norm with `rms`, else a layer norm."""
         super().__init__()
         self.rms = rms
         self.modulation = nn.Linear(width, 2 * width)
@@ -125,17 +140,18 @@ class DiTHead(nn.Module):
         """Layers that start at zero."""
         return self.modulation, self.out
 
-    def forward(self, h: Array, e: Array) -> Array:
-        """h (b, tokens, width), e (b, width), already through its SiLU; returns (b, tokens, out)."""
-        shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
+    def forward(self, h: Array, condition: Array) -> Array:
+        """Take h (b, tokens, width) and the condition (b, width), and return (b, tokens, out)."""
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
         return self.out(modulated(h, shift, scale, rms=self.rms))
 
 
 class Transformer(nn.Module):
     """The net of a `DiT` spec."""
 
-    positions: Tensor  # waves, added to the tokens
-    cos: Tensor  # rotary positions
+    # buffers, for the grid that the net was built for: `positions`, or both of the others
+    positions: Tensor  # (tokens, width), added to the tokens
+    cos: Tensor  # (tokens, size of an attention head / 2), rotary
     sin: Tensor
 
     def __init__(self, spec: DiT, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
@@ -143,7 +159,7 @@ class Transformer(nn.Module):
         super().__init__()
         width = spec.width
         channels, side, _ = shape
-        patch_numbers = channels * spec.patch**2
+        numbers_per_patch = channels * spec.patch**2
         self.patch = spec.patch
         self.grid = side // spec.patch
         self.precondition: Precondition = spec.precondition
@@ -151,7 +167,7 @@ class Transformer(nn.Module):
         self.late = spec.late
 
         # patches and their positions
-        self.embed = nn.Linear(patch_numbers, width)
+        self.embed = nn.Linear(numbers_per_patch, width)
         self.rotary = spec.modern
         self.position_width = width // spec.attention if self.rotary else width
         position_tables = self._make_positions(self.grid, self.grid)
@@ -159,8 +175,10 @@ class Transformer(nn.Module):
             self.register_buffer(name, table, persistent=not self.rotary)
 
         # times, knobs and conditions
-        summed = tuple(name for name in needs.shared if self.late is None or name != "r")
-        self.scalars = Scalars(summed, width, spec.time_scale)
+        embedded = needs.shared
+        if self.late is not None:  # r has the embedding of t
+            embedded = tuple(name for name in needs.shared if name != "r")
+        self.scalars = Scalars(embedded, width, spec.time_scale)
         self.own = HeadEmbeddings(needs, width, spec.time_scale)
         self.text = TextEmbedder(spec.texts.build(classes), width) if spec.texts else None
         self.label = label_table(classes, width) if classes and not self.text else None
@@ -172,99 +190,135 @@ class Transformer(nn.Module):
             block_class = Preserving
         else:
             block_class = Block
-        sizes = BlockSizes(width, spec.attention, spec.modern, spec.qk_norm)
-        self.blocks = nn.ModuleList(block_class(sizes) for _ in range(spec.depth))
-        self.heads = nn.ModuleDict({name: DiTHead(width, patch_numbers, rms=spec.modern) for name in needs.heads})
+        block_sizes = BlockSizes(width, spec.attention, modern=spec.modern, qk_norm=spec.qk_norm)
+        self.blocks = nn.ModuleList(block_class(block_sizes) for _ in range(spec.depth))
+        self.heads = nn.ModuleDict({name: DiTHead(width, numbers_per_patch, rms=spec.modern) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = bool(spec.checkpoint)
-        make_lean(self.blocks, spec.checkpoint)
+        mark_recomputed(self.blocks, spec.checkpoint)
         self.route = spec.route
         if self.route:
             self.route.note(self.blocks)
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        shared, own = self.own(**inputs)
-        x, to_output = framed(self.precondition, x, shared["t"])
+        """Return the heads, shaped like x (b, channels, height, width), then the gauges, (b,), in the needs' order.
+
+        c is (b,), and so is each of the inputs that the needs name. Raises TypeError for other inputs.
+        """
+        shared_inputs, head_embeddings = self.own(**inputs)
+
+        # tokens and their positions
+        x, to_output = apply_precondition(self.precondition, x, shared_inputs["t"])
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         h: Array = self.embed(self._patches(x, grid))
-        places = self._positions(grid, x.device)
-        if not self.rotary:  # rotary ones turn queries and keys
-            h = h + places[0]
-            places = ()
+        position_tables = self._positions(grid, x.device)
+        block_tables: tuple[Tensor, ...] = ()
+        if self.rotary:
+            block_tables = position_tables  # they turn the queries and keys of every block
+        else:
+            h = h + position_tables[0]
         if self.preserved:
             h = normalize(h, rms=True)
-        text: tuple[Array | None, ...] = ()
-        vector: Array | None = None
+
+        # the condition: of times, knobs, and a text or class
+        text_inputs: tuple[Array | None, ...] = ()  # of every block
+        label: Array | None = None
         if self.text is not None:
-            vector, y, mask = self.text(c)
-            text = (y, mask)
+            label, text_tokens, text_mask = self.text(c)
+            text_inputs = (text_tokens, text_mask)
         elif self.label is not None:
-            vector = self.label(c)
-        conditions = [s if vector is None else s + vector for s in self._times(shared)]
-        e = [F.silu(condition) for condition in conditions]  # of the first blocks, and with `late` of the others
+            label = self.label(c)
+        embedding, late_embedding = self._embeddings(shared_inputs, label)
+        condition = F.silu(embedding)
+        late_condition = condition if self.late is None else F.silu(late_embedding)
 
-        def step(i: int, block: nn.Module, h: Array, *places: Array) -> Array:
-            condition = e[0] if self.late is None or i < self.late else e[-1]
-            return run_lean(block, h, condition, *text, *places)
+        # blocks
+        def run_block(i: int, block: nn.Module, h: Array, *tables: Array) -> Array:
+            block_condition = condition if self.late is None or i < self.late else late_condition
+            return run_as_marked(block, h, block_condition, *text_inputs, *tables)
 
-        split = self.route.split(*h.shape[:2]) if self.route and self.training else None
-        h = run_blocks(self.blocks, h, places, step, split)
+        split = None
+        if self.route and self.training:
+            split = self.route.split(*h.shape[:2])
+        h = run_blocks(self.blocks, h, block_tables, run_block, split)
+
+        # heads
         outputs: list[Array] = []
         for name, head in self.heads.items():
-            condition = F.silu(conditions[-1] + own[name]) if name in own else e[-1]
-            outputs.append(to_output(self._image(head(h, condition), grid)))
+            head_condition = late_condition
+            if name in head_embeddings:
+                head_condition = F.silu(late_embedding + head_embeddings[name])
+            outputs.append(to_output(self._image(head(h, head_condition), grid)))
         if self.gauges:
-            outputs += self.gauges(**shared)
+            outputs += self.gauges(**shared_inputs)
         return tuple(outputs)
 
-    def _times(self, shared: dict[str, Time]) -> tuple[Array, ...]:
-        """The embedding of times and knobs; with `late` also that of the last blocks, where r replaces t."""
+    def _embeddings(self, shared_inputs: dict[str, Time], label: Array | None) -> tuple[Array, Array]:
+        """Embed times, knobs and the label (b, width): for the first blocks, and for later blocks and the heads.
+
+        Both are (b, width), and the same tensor without `late`. With `late` the first has t and not r, and the second
+        has r for t.
+        """
         if self.late is None:
-            return (self.scalars(**shared),)
-        first = {name: number for name, number in shared.items() if name != "r"}
-        return self.scalars(**first), self.scalars(**first | {"t": shared["r"]})
+            embedding = self.scalars(**shared_inputs)
+            if label is not None:
+                embedding = embedding + label
+            return embedding, embedding
+        early_inputs = {name: number for name, number in shared_inputs.items() if name != "r"}
+        late_inputs = early_inputs | {"t": shared_inputs["r"]}
+        embedding = self.scalars(**early_inputs)
+        late_embedding = self.scalars(**late_inputs)
+        if label is not None:
+            embedding = embedding + label
+            late_embedding = late_embedding + label
+        return embedding, late_embedding
 
     def after_step(self) -> None:
-        """Where magnitudes are preserved, scale rows back to length 1. Training calls it after each update."""
+        """Scale rows back to length 1, where magnitudes are preserved. Training calls this after each update."""
         if self.preserved:
-            shorten(self)
+            normalize_rows(self)
 
     @property
     def position_buffers(self) -> tuple[str, ...]:
-        """The buffers that hold positions on the grid that the net was built for."""
+        """The names of the buffers with the positions of the grid that the net was built for."""
         return ("cos", "sin") if self.rotary else ("positions",)
 
-    def _positions(self, grid: tuple[int, int], device: device) -> tuple[Tensor, ...]:
-        """The positions on a grid, (tokens, numbers) each: those that are held, or of images in buckets its own."""
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+        """Return the position tables of a grid, (tokens, numbers) each: the buffers, or new ones for another grid.
+
+        Images in buckets have grids of several shapes.
+        """
         if grid == (self.grid, self.grid):
             return tuple(self.get_buffer(name) for name in self.position_buffers)
         return self._make_positions(*grid, device)
 
-    def _make_positions(self, rows: int, columns: int, device: device | None = None) -> tuple[Tensor, ...]:
+    def _make_positions(self, rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        """Return the cosines and sines of rotary positions, or one table of waves."""
         if self.rotary:
-            return turns(rows, columns, self.position_width, device)
+            return rotary_tables(rows, columns, self.position_width, device)
         return (grid_waves(rows, columns, self.position_width, device),)
 
     def _patches(self, x: Array, grid: tuple[int, int]) -> Array:
-        """(b, ch, height, width) -> (b, tokens, ch p p)."""
+        """Cut images (b, ch, height, width) into patches of p x p, (b, tokens, ch p p)."""
         b, ch = x.shape[:2]
         rows, columns = grid
         p = self.patch
         return x.reshape(b, ch, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _image(self, y: Array, grid: tuple[int, int]) -> Array:
-        """(b, tokens, ch p p) -> (b, ch, height, width)."""
+        """Join patches (b, tokens, ch p p) to images (b, ch, height, width)."""
         rows, columns = grid
         p = self.patch
         return y.view(y.shape[0], rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _initialize(self) -> None:
-        """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero."""
-        for layer in (self.embed, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))):
+        """Initialize as DiT does: Xavier for every linear layer of the trunk, zero for modulations and heads."""
+        trunk_layers = [self.embed]
+        trunk_layers += [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
+        for layer in trunk_layers:
             nn.init.xavier_uniform_(layer.weight)
-            if not isinstance(layer, Unit):
+            if not isinstance(layer, UnitRowLinear):
                 nn.init.zeros_(layer.bias)
         for module in (*self.blocks.modules(), *self.heads.modules()):
             if isinstance(module, Stream | DiTHead):
@@ -272,99 +326,3 @@ class Transformer(nn.Module):
                     nn.init.zeros_(layer.weight)
                     nn.init.zeros_(layer.bias)
         self.after_step()
-
-
-NAMES = {  # of facebookresearch/DiT and willisma/SiT, models.py
-    r"x_embedder\.proj\.": "embed.",
-    r"pos_embed$": "positions",
-    r"t_embedder\.mlp\.": "scalars.embedders.t.",
-    r"y_embedder\.embedding_table\.": "label.",
-    r"blocks\.(\d+)\.adaLN_modulation\.1\.": r"blocks.\1.modulation.",
-    r"blocks\.(\d+)\.attn\.qkv\.": r"blocks.\1.qkv.",
-    r"blocks\.(\d+)\.attn\.proj\.": r"blocks.\1.out.",
-    r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.up.",
-    r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.down.",
-    r"final_layer\.adaLN_modulation\.1\.": "heads.v.modulation.",
-    r"final_layer\.linear\.": "heads.v.out.",
-}
-DIFFUSERS = {  # names of its DiTTransformer2DModel, to the authors'
-    r"pos_embed\.proj\.": "x_embedder.proj.",
-    r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.": "t_embedder.mlp.0.",
-    r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.": "t_embedder.mlp.2.",
-    r"transformer_blocks\.0\.norm1\.emb\.class_embedder\.": "y_embedder.",
-    r"transformer_blocks\.(\d+)\.norm1\.linear\.": r"blocks.\1.adaLN_modulation.1.",
-    r"transformer_blocks\.(\d+)\.attn1\.qkv\.": r"blocks.\1.attn.qkv.",
-    r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.": r"blocks.\1.attn.proj.",
-    r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.": r"blocks.\1.mlp.fc1.",
-    r"transformer_blocks\.(\d+)\.ff\.net\.2\.": r"blocks.\1.mlp.fc2.",
-    r"proj_out_1\.": "final_layer.adaLN_modulation.1.",
-    r"proj_out_2\.": "final_layer.linear.",
-}
-UNUSED = "projectors."  # of REPA: for its training loss alone
-
-
-def our_name(name: str, names: Mapping[str, str] = NAMES) -> str | None:
-    """Our name for a published one; None: our net has no such layer."""
-    for pattern, ours in names.items():
-        if re.match(pattern, name):
-            return re.sub(pattern, ours, name)
-    return None
-
-
-def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Weights under our names; those of layers that our net lacks are left out."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        ours = our_name(name, names)
-        if ours is not None:
-            state[ours] = tensor
-    return state
-
-
-def of_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DiT as diffusers saves it, under its authors' names. Every block holds embeddings there, equal to the first's.
-
-    Raises UserError where they differ.
-    """
-    for name, tensor in weights.items():
-        name_in_first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
-        if not equal(tensor, weights[name_in_first]):
-            raise UserError(f"start.source: {name} is not {name_in_first}, and a DiT embeds once: take another one")
-    fused = dict(weights)
-    for query_name in weights:
-        if ".attn1.to_q." in query_name:
-            parts = [fused.pop(query_name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
-            fused[query_name.replace("to_q", "qkv")] = cat(parts)
-    return renamed(fused, DIFFUSERS)
-
-
-def converted(weights: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor]:
-    """The weights of a published SiT (Ma et al. 2024) or DiT under our names, for a net of time scale 1.
-
-    From names that `our_name` knows. The trunks are the same function: patches, sinusoids, order of queries, keys and
-    values, modulations. The weights absorb three differences:
-
-    - SiT counts time from noise to data, s = 1 - t, and outputs dx/ds, so v(x_t, t) = -F(x_t, 1 - t). The sign goes
-      into the last layer, and the time into the first layer of its embedding, by
-      cos w(1 - t) = cos w cos wt + sin w sin wt,  sin w(1 - t) = sin w cos wt - cos w sin wt.
-      REPA (Yu et al. 2025), whose files have the same names, counts time as we do.
-    - The outputs of a patch have the order row, column, channel; here it is channel, row, column.
-    - A learned sigma is the second half of the output channels; SiT's own forward pass drops it, and so do we.
-    """
-    state = renamed(weights, NAMES)
-    state["embed.weight"] = state["embed.weight"].flatten(1)
-    if "positions" in state:
-        state["positions"] = state["positions"].squeeze(0)
-    else:
-        state["positions"] = net.positions  # fixed sinusoids
-    channels = net.embed.in_features // net.patch**2
-    for name in ("heads.v.out.weight", "heads.v.out.bias"):
-        rows = state[name].unflatten(0, (net.patch, net.patch, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
-        state[name] = -rows
-    first = "scalars.embedders.t.0.weight"
-    of_cos, of_sin = state[first].double().chunk(2, 1)
-    w = net.scalars.frequencies.double().to(of_cos.device)
-    cos = w.cos()
-    sin = w.sin()
-    state[first] = cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1).to(state[first])
-    return state

@@ -26,7 +26,7 @@ from dumo.nets.gap import Fixed, GapEmbedder, fixed
 from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.route import Route, blocks_with_routing
 from dumo.nets.rows import Texts
-from dumo.nets.twin import HeadLayer, Outs, heads_of, set_channels, with_submodules
+from dumo.nets.twin import HeadLayer, JoinedHeads, set_channels, split_into_heads, with_submodules
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
@@ -115,7 +115,7 @@ class Dualized(nn.Module):
 
         if family.mask_reader:
             model.get_submodule(family.mask_reader).register_forward_pre_hook(readable_mask)
-        model.set_submodule(family.last, self._outs([head.out for head in self._heads]))
+        model.set_submodule(family.last, self._joined([head.out for head in self._heads]))
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.fits = ()
@@ -127,15 +127,15 @@ class Dualized(nn.Module):
         require_inputs(self.names, inputs)
         times = [inputs[name] for name in self.names]
         if not (self.family.one_by_one and self.texts.several):
-            return self._heads_of(x, c, *times)
+            return self._predict(x, c, *times)
         heads_by_row: list[Heads] = []
         for i in range(dist.calls(self, len(c))):  # another rank may have more rows
             first = min(i, len(c) - 1)
             row = slice(first, first + 1)
-            heads_by_row.append(self._heads_of(x[row], c[row], *(time[row] for time in times)))
+            heads_by_row.append(self._predict(x[row], c[row], *(time[row] for time in times)))
         return tuple(torch.cat(head)[: len(c)] for head in zip(*heads_by_row, strict=True))  # repeats are cut off
 
-    def _heads_of(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
+    def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
         """The heads of rows that may share a pass."""
         if self.frame:
             x_in, time, to_velocity = self.frame(x, t)
@@ -150,7 +150,7 @@ class Dualized(nn.Module):
             out = out[:, : inputs.x.shape[1]]
         if self.family.packed:
             out = unpack_latents(out, inputs.grid, self.patch)
-        heads = heads_of(out, len(self.heads))
+        heads = split_into_heads(out, len(self.heads))
         if self.frame:  # a learned variance is cut off
             heads = tuple(head[:, : x.shape[1]] for head in heads)
         return tuple(to_velocity(head) for head in heads)
@@ -253,7 +253,7 @@ class Dualized(nn.Module):
             return
         originals: dict[str, nn.Module] = dict(zip(self.trained_paths, self.old, strict=True))
         last = originals[self.family.last]
-        originals[self.family.last] = self._outs([last] * len(self.heads))
+        originals[self.family.last] = self._joined([last] * len(self.heads))
         trained = {path: self.model.get_submodule(path) for path in originals}
         gap = self.gap
         with adapter.off(self.model):
@@ -386,8 +386,8 @@ class Dualized(nn.Module):
     def _heads(self) -> list[HeadLayer]:
         return [head for head in self.heads.values() if isinstance(head, HeadLayer)]
 
-    def _outs(self, layers: Sequence[nn.Module]) -> Outs:
-        return Outs(layers, self.channels if self.family.channels_last else None)
+    def _joined(self, layers: Sequence[nn.Module]) -> JoinedHeads:
+        return JoinedHeads(layers, self.channels if self.family.channels_last else None)
 
     @property
     def channels(self) -> int:

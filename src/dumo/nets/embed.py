@@ -1,4 +1,15 @@
-"""Embeddings of numbers: of the times and knobs that an objective names, of classes, and of places on a grid."""
+"""Embeddings that the nets of dumo share: of times and knobs, of classes, and of positions on a grid.
+
+A net makes these when it is built, and calls them in each pass:
+
+- `HeadEmbeddings` splits the inputs into those that all heads share and those of single heads, which it embeds.
+  `Scalars` embeds the shared ones, and `Gauges` makes learned numbers of them.
+- `label_table` has a row for each class.
+- `grid_waves` are positions that are added to the tokens. `rotary_tables` are positions that `apply_rotary` puts into
+  queries and keys.
+
+`side_of` and `require_inputs` check what a net is built for and called with.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
@@ -12,13 +23,13 @@ from torch.func import functional_call, jvp
 from dumo.types import Array, Needs, Time, UserError
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
-PERIOD = 10_000.0  # DiT: the slowest wave is nearly PERIOD times as slow as the quickest
-SLOPE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which `Scalars.slope` is taken: ours
-ROTARY_PERIOD = 100.0  # Heo et al. 2024: the same of rotary positions
+PERIOD = 10_000.0  # DiT: the quickest wave is nearly this many times as quick as the slowest
+SLOPE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the times t at which `Scalars.slope` is taken (ours)
+ROTARY_PERIOD = 100.0  # as PERIOD, of rotary positions (Heo et al. 2024)
 
 
 class Scalars(nn.Module):
-    """The sum of one embedding per input. Inputs enter raw, times `time_scale`, and r enters as the gap t - r.
+    """Embeds numbers, and sums the embeddings. Inputs enter raw, times `time_scale`, and r enters as the gap t - r.
 
     The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
     derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
@@ -28,17 +39,21 @@ class Scalars(nn.Module):
     frequencies: Tensor
 
     def __init__(self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES) -> None:
-        """One two-layer perceptron of `width` per name (DiT's timestep embedder), over waves of `count` frequencies."""
+        """Make a two-layer perceptron of `width` for each name (DiT's timestep embedder).
+
+        It reads cosines and sines of the input at `count` frequencies.
+        """
         super().__init__()
         self.names = names
-        falling = torch.exp(-log(PERIOD) * torch.arange(count) / count)
-        self.register_buffer("frequencies", time_scale * falling, persistent=False)
+        decay = torch.exp(-log(PERIOD) * torch.arange(count) / count)
+        self.register_buffer("frequencies", time_scale * decay, persistent=False)
         self.embedders = nn.ModuleDict({name: _embedder(2 * count, width) for name in names})
 
     def forward(self, shift: Array | None = None, /, **inputs: Time) -> Array:
-        """Return (b, width); `shift` (b, 2 count), if given, is added to the waves of every input.
+        """Embed the inputs, (b,) each, and return (b, width).
 
-        Raises TypeError for other inputs than the net was built for.
+        `shift` (b, 2 count), if given, is added to the waves of every input. Raises TypeError for other inputs than the
+        net was built for.
         """
         require_inputs(self.names, inputs)
         if "r" in inputs:
@@ -51,12 +66,15 @@ class Scalars(nn.Module):
 
     @torch.no_grad()
     def slope(self, weights: Mapping[str, Tensor]) -> float:
-        """How fast the embedding of time turns: the root mean square of de/dt over that of e, at SLOPE_TIMES.
+        """Return how fast the embedding e of time turns: the root mean square of de/dt over that of e, at SLOPE_TIMES.
 
-        With `weights` by their names here, for a sharded net has none in one piece. e is the embedding of t and, where
-        there is one, of the gap t - r at r = 0: du/dt has de/dt as a factor. KeyError if there is no t.
+        `weights` are this module's, by name, which the caller gathers because a sharded net has none in one piece. e is
+        the embedding of t plus, where there is one, that of the gap t - r at r = 0. du/dt has de/dt as a factor. Raises
+        KeyError if there is no t.
         """
-        precise = {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in weights.items()}
+        precise: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            precise[name] = weight.to(torch.promote_types(weight.dtype, torch.float32))
         first_weight = precise["embedders.t.0.weight"]
         t = torch.tensor(SLOPE_TIMES, device=first_weight.device, dtype=first_weight.dtype)
 
@@ -64,24 +82,28 @@ class Scalars(nn.Module):
             parts: list[Tensor] = []
             for name in ("t", "r"):
                 prefix = f"embedders.{name}."
-                own_weights = {full.removeprefix(prefix): w for full, w in precise.items() if full.startswith(prefix)}
-                if own_weights:
-                    parts.append(functional_call(self.embedders[name], own_weights, (self._waves(t),)))
+                embedder_weights: dict[str, Tensor] = {}
+                for full_name, weight in precise.items():
+                    if full_name.startswith(prefix):
+                        embedder_weights[full_name.removeprefix(prefix)] = weight
+                if embedder_weights:
+                    parts.append(functional_call(self.embedders[name], embedder_weights, (self._waves(t),)))
             return torch.stack(parts).sum(0)
 
         e, de_dt = jvp(embedding, (t,), (torch.ones_like(t),))  # pyright: ignore[reportAssignmentType]
         return (de_dt.norm() / e.norm()).item()
 
     def _waves(self, number: Array) -> Array:
+        """Return the cosines, then the sines, (b, 2 count), of a number (b,) at all frequencies."""
         angles = number[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 class HeadEmbeddings(nn.Module):
-    """An embedding for each head that has inputs of its own: of the time and of those inputs (ours)."""
+    """Embeds the inputs that only one head reads, together with t, for each head that has such inputs (ours)."""
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
-        """Embeddings of `width`. There are no parameters where all heads have the same inputs."""
+        """Make a `Scalars` of `width` for each such head. Where all heads have the same inputs, there are none."""
         super().__init__()
         self.shared = needs.shared
         self.names = needs.names
@@ -90,28 +112,28 @@ class HeadEmbeddings(nn.Module):
         )
 
     def forward(self, **inputs: Time) -> tuple[dict[str, Time], dict[str, Array]]:
-        """Return the inputs that all heads share, and an embedding (b, width) for each head with its own.
+        """Return the inputs that all heads share, (b,) each, and the embeddings (b, width) by head.
 
         Raises TypeError for other inputs than the net was built for.
         """
         require_inputs(self.names, inputs)
         shared = {name: inputs[name] for name in self.shared}
-        own: dict[str, Array] = {}
+        embeddings: dict[str, Array] = {}
         for head, scalars in self.heads.items():
             if isinstance(scalars, Scalars):
-                own_inputs = {name: inputs[name] for name in scalars.names}
-                own[head] = scalars(**own_inputs)
-        return shared, own
+                head_inputs = {name: inputs[name] for name in scalars.names}
+                embeddings[head] = scalars(**head_inputs)
+        return shared, embeddings
 
 
 def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
-    """Raise TypeError where the inputs have other names than these."""
+    """Raise TypeError unless the names of a net's inputs are `names`."""
     if set(inputs) != set(names):
         raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
 
 
 def _embedder(features: int, width: int) -> nn.Sequential:
-    """DiT: both weights from N(0, 0.02^2)."""
+    """Make a perceptron of two layers, with weights from N(0, 0.02^2) (DiT)."""
     layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
     for layer in layers:
         if isinstance(layer, nn.Linear):
@@ -121,62 +143,68 @@ def _embedder(features: int, width: int) -> nn.Sequential:
 
 
 def label_table(classes: int, width: int) -> nn.Embedding:
-    """One row per class and one for the null class, index `classes`; N(0, 0.02^2) (DiT)."""
+    """Make a table with one row per class and one for the null class, index `classes`, from N(0, 0.02^2) (DiT)."""
     table = nn.Embedding(classes + 1, width)
     nn.init.normal_(table.weight, std=0.02)
     return table
 
 
 def grid_waves(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Fixed sine and cosine positions of a grid, (rows columns, width), width a multiple of 4 (DiT).
+    """Return fixed positions of a grid: sines and cosines (rows columns, width), width a multiple of 4 (DiT).
 
-    A grid of another shape has other places in the same waves: patches next to each other differ as they do elsewhere.
+    The waves do not depend on the shape of the grid, so neighbouring patches differ alike in all images.
     """
-    places = _count(max(rows, columns), device)
+    indices = _count(max(rows, columns), device)
     count = width // 4
-    angles = places[:, None] * torch.exp(-log(PERIOD) * _count(count, device) / count)
+    angles = indices[:, None] * torch.exp(-log(PERIOD) * _count(count, device) / count)
     waves = torch.cat([angles.sin(), angles.cos()], -1)
     return _on_grid(waves, rows, columns).float()
 
 
-def turns(rows: int, columns: int, size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Rotary positions (Su et al. 2021): cosines and sines of angles on a grid, each (rows columns, size / 2).
+def rotary_tables(rows: int, columns: int, size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Return rotary positions of a grid (Su et al. 2021): cosines and sines of angles, each (rows columns, size / 2).
 
-    Of a head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al. 2024,
-    "axial"). A pair turned by a p at place p, times one turned by a q at place q, depends on p - q alone: attention
-    sees how far apart two tokens are and in which direction, but not where they are.
+    Of an attention head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al.
+    2024, "axial"). The product of a pair turned by a p at position p and one turned by a q at position q depends on
+    p - q alone: attention sees how far apart two tokens are and in which direction, but not where they are.
     """
-    places = _count(max(rows, columns), device)
+    indices = _count(max(rows, columns), device)
     count = size // 4
     frequencies = torch.exp(-log(ROTARY_PERIOD) * _count(count, device) / count)
-    angles = _on_grid(places[:, None] * frequencies, rows, columns)
+    angles = _on_grid(indices[:, None] * frequencies, rows, columns)
     return angles.cos().float(), angles.sin().float()
 
 
 def _count(n: int, device: torch.device | None) -> Tensor:
-    """0 ... n - 1, in float64 where the device has it."""
+    """Return 0 ... n - 1, in float64 where the device has it."""
     has_float64 = device is None or device.type != "mps"
     return torch.arange(n, dtype=torch.float64 if has_float64 else torch.float32, device=device)
 
 
-def _on_grid(places: Tensor, rows: int, columns: int) -> Tensor:
-    """What a place has by its column, then by its row, (rows columns, 2 n), of a table (places, n)."""
-    by_column = places[:columns].repeat(rows, 1)
-    by_row = places[:rows].repeat_interleave(columns, 0)
+def _on_grid(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Return for each position of a grid the table's row for its column, then that for its row.
+
+    The table is (max(rows, columns), n); the result is (rows columns, 2 n).
+    """
+    by_column = table[:columns].repeat(rows, 1)
+    by_row = table[:rows].repeat_interleave(columns, 0)
     return torch.cat([by_column, by_row], -1)
 
 
-def turn(a: Array, cos: Array, sin: Array) -> Array:
-    """Turn a (b, heads, tokens, size) by the tables of `turns`: number i and number i + size / 2 are a pair."""
-    one, other = a.chunk(2, -1)
-    return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(a.dtype)
+def apply_rotary(a: Array, cos: Array, sin: Array) -> Array:
+    """Turn queries or keys a (b, heads, tokens, size) by the tables of `rotary_tables`; returns their shape and type.
+
+    The numbers i and i + size / 2 are a pair.
+    """
+    first, second = a.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(a.dtype)
 
 
 class Gauges(nn.Module):
-    """One learned number per row and gauge, from times and knobs alone; zero at the start (ours)."""
+    """Makes one number per row and gauge from times and knobs alone. All are zero at the start (ours)."""
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
-        """One linear layer over an embedding of its own, so the trunk stays as it is without gauges."""
+        """Make a linear layer over an embedding of its own, so the trunk does not depend on the gauges."""
         super().__init__()
         self.embed = Scalars(needs.shared, width, time_scale)
         self.out = nn.Linear(width, len(needs.gauges))
@@ -184,12 +212,15 @@ class Gauges(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, **inputs: Time) -> tuple[Array, ...]:
-        """Return one (b,) tensor per gauge."""
+        """Return one tensor (b,) per gauge, from the shared inputs, (b,) each."""
         return self.out(self.embed(**inputs)).unbind(1)
 
 
 def side_of(shape: Sequence[int], kind: str) -> int:
-    """The side of square images of this shape. Raises UserError for other samples, which net `kind` does not take."""
+    """Return the side of images of `shape`, (channels, side, side). Raises UserError for samples of other shapes.
+
+    `kind` is the net's, which the message names.
+    """
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(f"net '{kind}' takes square images, not samples of shape {tuple(shape)}: use net.kind mlp")
     return shape[1]

@@ -1,4 +1,8 @@
-"""A residual perceptron, for points in the plane."""
+"""A residual perceptron, for points in the plane.
+
+`MLP` is the spec; `MLP.build` makes the module, a `Perceptron`. A pass embeds the point, adds the embeddings of times
+and class, runs the residual layers, and then each head.
+"""
 
 from math import prod
 from typing import ClassVar, Literal
@@ -14,9 +18,10 @@ from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
 
 class MLP(Spec):
-    """`depth` residual layers of `width`; times and label are added to the input's embedding."""
+    """The sizes of a perceptron: `depth` residual layers of `width`."""
 
     kind: Literal["mlp"] = "mlp"
+    # Callers ask every net's spec for these five. A perceptron has none of what they set.
     precondition: ClassVar[Precondition] = "none"
     texts: ClassVar[None] = None
     augment: ClassVar[int] = 0
@@ -27,7 +32,7 @@ class MLP(Spec):
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Perceptron":
-        """A net with the inputs, heads and gauges of `needs` for samples of `shape`; 0 classes: no label."""
+        """Make a net with the inputs, heads and gauges of `needs` for samples of `shape`; 0 classes: no label."""
         return Perceptron(self, needs, shape, classes)
 
 
@@ -51,13 +56,23 @@ class Perceptron(nn.Module):
             nn.init.zeros_(head.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        shared, own = self.own(**inputs)
-        h: Array = self.embed(x.flatten(1)) + self.scalars(**shared)
+        """Return the heads, shaped like x (b, ...), then the gauges, (b,) each, in the order of the needs.
+
+        c is (b,), and so is each of the inputs that the needs name. Raises TypeError for other inputs.
+        """
+        shared_inputs, head_embeddings = self.own(**inputs)
+        h: Array = self.embed(x.flatten(1)) + self.scalars(**shared_inputs)
         if self.label is not None:
             h = h + self.label(c)
         for layer in self.layers:
             h = h + layer(F.silu(h))
-        last = F.silu(h)
-        heads = (head(F.silu(h + own[k]) if k in own else last).view(x.shape) for k, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ())
+        shared_features = F.silu(h)
+        outputs: list[Array] = []
+        for name, head in self.heads.items():
+            features = shared_features
+            if name in head_embeddings:
+                features = F.silu(h + head_embeddings[name])
+            outputs.append(head(features).view(x.shape))
+        if self.gauges:
+            outputs += self.gauges(**shared_inputs)
+        return tuple(outputs)

@@ -33,8 +33,11 @@ EARLIEST = 0.05  # pMF's code, `pmfDiT.py`
 VELOCITIES = ("v", "u", "m")  # the heads that may be preconditioned
 
 
-def framed(kind: Precondition, x: Sample, t: Time) -> tuple[Array, Callable[[Array], Array]]:
-    """Return the layers' input at time t, and a function from their output to a head, both shaped like x."""
+def apply_precondition(kind: Precondition, x: Sample, t: Time) -> tuple[Array, Callable[[Array], Array]]:
+    """Return the layers' input for x (b, ...) at time t (b,), and the function from their output to a head.
+
+    All are shaped like x.
+    """
     if kind == "none":
         return x, lambda y: y
     past = lift(t, x).to(x.dtype)

@@ -17,7 +17,7 @@ from dumo.io import weights
 from dumo.io.deferred import leaf, unnoted
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
-from dumo.nets.block import Lean, make_lean, run_lean
+from dumo.nets.block import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import MAX_FREQUENCY, Family, family
 from dumo.nets.precondition import Precondition
@@ -63,7 +63,7 @@ class Pretrained(PipelineSpec):
     # Captions as the pipeline reads them; or codes for the classes, for who asks for them.
     texts: Annotated[PipelineTexts | Codes, Field(discriminator="kind")]
     # Keep each block's input alone, and compute the rest again in the backward pass.
-    checkpoint: Lean = Field(default=False, json_schema_extra=QUIET)
+    checkpoint: Checkpointing = Field(default=False, json_schema_extra=QUIET)
 
     @property
     def time_scale(self) -> float:
@@ -163,10 +163,10 @@ class Pretrained(PipelineSpec):
                 f"net.checkpoint = {self.checkpoint} leaves blocks out, and of a UNet all are computed again or none: "
                 "set net.checkpoint=true"
             )
-        model.enable_gradient_checkpointing(run_lean)
+        model.enable_gradient_checkpointing(run_as_marked)
         for part in model.children():
             if isinstance(part, nn.ModuleList):
-                make_lean(part, self.checkpoint)
+                mark_recomputed(part, self.checkpoint)
 
     def text_rows(self, family: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
         """The rows of text, or codes. Raises UserError as `PipelineTexts.build`, and for codes that edit images."""

@@ -84,7 +84,7 @@ class TokenSplit:
         """Put h (b, num_through, width) back to its places among the tokens of `before` (b, n, width) that skipped."""
         return _select_tokens(cat([h, _select_tokens(before, self.skipping)], 1), self.inverse)
 
-    def places(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def select_rotary(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Select from rotary tables (n, size) the rows of tokens that go through: (b, 1, num_through, size) each."""
         return tuple(table[self.through].unsqueeze(1) for table in tables)
 
@@ -92,28 +92,29 @@ class TokenSplit:
 def run_blocks(
     blocks: nn.ModuleList,
     h: Array,
-    places: tuple[Tensor, ...],
-    step: Callable[..., Array],
+    rotary: tuple[Tensor, ...],
+    run_block: Callable[..., Array],
     split: TokenSplit | None,
 ) -> Array:
-    """Run the tokens h (b, n, width) through all blocks, each as `step(its number, block, h, *places)`.
+    """Run the tokens h (b, n, width) through all blocks, and return this shape.
 
-    `places` are the rotary tables. Where `split` is None, all tokens go through all blocks.
+    Block i is called as `run_block(i, block, h, *tables)`. The tables are those of `rotary`, (n, size) each, for the
+    tokens that the block gets. Where `split` is None, all tokens go through all blocks.
     """
     before = h  # the tokens as they were before the routed blocks
-    block_places = places
+    block_tables = rotary
     inside = False
     for i, block in enumerate(blocks):
         if split and block.routed and not inside:
             inside = True
             before = h
             h = split.part(h)
-            block_places = split.places(places)
+            block_tables = split.select_rotary(rotary)
         elif split and inside and not block.routed:
             inside = False
             h = split.join(h, before)
-            block_places = places
-        h = step(i, block, h, *block_places)
+            block_tables = rotary
+        h = run_block(i, block, h, *block_tables)
     if split and inside:
         h = split.join(h, before)
     return h
@@ -135,7 +136,7 @@ class _RoutedBlock(nn.Module):
         self.before = before
         self.is_first = is_first
         self.is_last = is_last
-        self.lean = getattr(block, "lean", True)  # as `run_lean`
+        self.recomputed = getattr(block, "recomputed", True)  # as `block.run_as_marked`
 
     def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
         """Run the block on image and text, (b, n, width) each, and return text and image.

@@ -1,11 +1,16 @@
-"""Several heads for a model that has one: its last layer, once per head, in the old layer's place.
+"""Several heads for a model of diffusers that has one: its last layer is replaced by one layer per head, joined.
 
-`HeadLayer` copies the last layer for a head, `Outs` calls those of all heads, and `with_submodules` puts it into the
-model. `heads_of` cuts the output into heads. `set_channels`, `drop_from_state` and `with_buffers_in_state` adapt what
-the model says of itself. `dumo.nets.dualized` calls all of these.
+The order of events, all of it in `dumo.nets.dualized`:
 
-The model's own tail, which makes an image of patches, then makes one with the channels of all heads, so no model is
-forked. Each head starts as a copy of the old layer: all give the model's own output, to the bit.
+1. `drop_from_state` takes the model's fixed buffers out of its state dict.
+2. `HeadLayer` copies the last layer, once per head. `JoinedHeads` calls all copies and takes the last layer's place,
+   and `set_channels` tells the model how many channels it now has. The model's own code, which makes an image of
+   patches, then makes one with the channels of all heads. Each copy gives the model's own output at first, to the bit.
+3. After a pass, `split_into_heads` cuts the output into heads.
+4. For an export, `with_submodules` makes a model with a single head and `with_buffers_in_state` undoes step 1. Both
+   share all weights with the model that they are given, and leave it as it is.
+
+`with_submodules` serves `dumo.run.cost`, too. `bias_or_none` is for all who read a layer's bias.
 """
 
 import copy
@@ -21,50 +26,65 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class HeadLayer(nn.Module):
-    """A head's own last layer."""
+    """The last layer of one head."""
 
     out: nn.Linear | nn.Conv2d
 
     def __init__(self, out: nn.Linear | nn.Conv2d) -> None:
-        """A copy of the layer, with gradients."""
+        """Copy the model's last layer. The copy is trained."""
         super().__init__()
         self.out = copy.deepcopy(out).requires_grad_(True)
 
     @property
     def channels(self) -> int:
-        """The number of channels of its output."""
+        """The size of its output: the channels of a convolution, or the numbers that a linear layer has per token."""
         return self.out.out_channels if isinstance(self.out, nn.Conv2d) else self.out.out_features
 
 
-class Outs(nn.Module):
-    """The last layers of all heads, as one layer. It has no parameters of its own: the net holds the heads."""
+class JoinedHeads(nn.Module):
+    """The last layers of all heads, called as one layer. It has no parameters: the net registers the heads."""
 
-    layers: tuple[nn.Module, ...]
+    layers: tuple[nn.Module, ...]  # a tuple, which nn.Module does not register
 
     def __init__(self, layers: Sequence[nn.Module], channels: int | None) -> None:
-        """`channels` of a head, where they are a patch's last axis."""
+        """Take one layer per head.
+
+        `channels` is the number of channels of one head, if a token's output has the channels last, (place, channel).
+        It is None if the channels come first.
+        """
         super().__init__()
         self.layers = tuple(layers)
         self.channels = channels
 
     def forward(self, h: Array) -> Array:
-        """h (..., width), or (b, width, h, w) of a UNet; returns as many numbers of a place, heads times."""
-        outs = [layer(h) for layer in self.layers]
+        """Join the heads' outputs along the channels.
+
+        A linear layer takes h (..., width) and gives (..., n) per head; this returns (..., heads * n). A convolution
+        takes h (b, width, rows, columns) and gives (b, n, rows, columns); this returns (b, heads * n, rows, columns).
+        """
+        outputs = [layer(h) for layer in self.layers]
         if isinstance(self.layers[0], nn.Conv2d):
-            return torch.cat(outs, 1)
+            return torch.cat(outputs, 1)
         if self.channels is None:
-            return torch.cat(outs, -1)
-        return torch.cat([out.unflatten(-1, (-1, self.channels)) for out in outs], -1).flatten(-2)
+            return torch.cat(outputs, -1)
+        # (..., places * channels) to (..., places, channels) for each head, joined at each place of the patch
+        outputs_by_place = [out.unflatten(-1, (-1, self.channels)) for out in outputs]
+        joined = torch.cat(outputs_by_place, -1)
+        return joined.flatten(-2)
 
 
 def bias_or_none(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
-    """A layer's bias; None where it was made without. torch types it as always there."""
+    """Return a layer's bias, or None if it has none. torch's types say that there always is one."""
     return cast("nn.Parameter | None", layer.bias)
 
 
 def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
-    """A model with `parts`, by path, as submodules. It shares all else with `model`, which stays as it is."""
+    """Return a copy of a model in which the submodules at the paths of `parts` are replaced.
+
+    The copy shares everything else with `model`, hooks too, so register none on it. `model` stays as it is.
+    """
     new = copy.copy(model)
+    # A shallow copy shares its table of submodules. With one of its own, setattr registers a part in the copy alone.
     new._modules = dict(model._modules)
     parts_of_child: dict[str, dict[str, nn.Module]] = {}
     for path, part in parts.items():
@@ -79,7 +99,7 @@ def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
 
 
 def drop_from_state(layer: nn.Module) -> list[str]:
-    """Remove a layer's own buffers, fixed numbers in these models, from its state dict; returns their names."""
+    """Take a layer's own buffers out of its state dict, and return their names. In these models they never change."""
     buffers = dict(layer.named_buffers(recurse=False, remove_duplicate=False))
     in_state = layer.state_dict() if buffers else {}
     names = [name for name in buffers if name in in_state]
@@ -89,21 +109,29 @@ def drop_from_state(layer: nn.Module) -> list[str]:
 
 
 def with_buffers_in_state(layer: M, names: Collection[str]) -> M:
-    """A layer that shares everything with `layer`, and has the buffers `names` in its state dict."""
+    """Return a copy of a layer whose state dict has the buffers `names`. It shares everything else with `layer`."""
     new = copy.copy(layer)
+    # torch lists here the buffers that a state dict leaves out. register_buffer would edit the list of `layer`, which
+    # a shallow copy shares; a new set changes the copy alone.
     new._non_persistent_buffers_set = layer._non_persistent_buffers_set - set(names)
     return new
 
 
 def set_channels(model: Any, where: str, channels: int) -> None:  # noqa: ANN401, a model of diffusers
-    """Set the number of output channels where a model reads it: in an "attribute", its "config", or nowhere."""
+    """Set the number of output channels where a model reads it: in an "attribute", its "config", or nowhere ("")."""
     if where == "attribute":
         model.out_channels = channels
     elif where == "config":
         model.register_to_config(out_channels=channels)
 
 
-def heads_of(out: Array | list[Array], heads: int) -> tuple[Array, ...]:
-    """A model's output, one frame where it is a video, cut into its heads."""
-    image = torch.stack(out) if isinstance(out, list) else out
-    return (image.squeeze(2) if image.ndim == 5 else image).chunk(heads, 1)
+def split_into_heads(out: Array | list[Array], num_heads: int) -> tuple[Array, ...]:
+    """Cut a model's output into its heads, each (b, channels, rows, columns).
+
+    out: (b, num_heads * channels, rows, columns), or a list of its rows without b. A model of videos has an axis of one
+    frame after the channels, which is dropped.
+    """
+    images = torch.stack(out) if isinstance(out, list) else out
+    if images.ndim == 5:
+        images = images.squeeze(2)
+    return images.chunk(num_heads, 1)

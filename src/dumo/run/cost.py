@@ -293,7 +293,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
 def _kind(block: nn.Module) -> tuple[object, ...]:
     """What blocks that cost alike have in common: whether they are routed or computed again, class and shapes."""
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
-    return getattr(block, "routed", False), type(block), getattr(block, "lean", False), *shapes
+    return getattr(block, "routed", False), type(block), getattr(block, "recomputed", False), *shapes
 
 
 def flops(work: Callable[[], object]) -> int:

@@ -13,7 +13,8 @@ from dumo.flow.path import Path as FlowPath
 from dumo.io.read import read_settings, user_path
 from dumo.io.weights import load
 from dumo.nets import Net
-from dumo.nets.dit import PUBLISHED, SIZES, UNUSED, DiT, Transformer, converted, of_diffusers, our_name
+from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
+from dumo.nets.dit_convert import UNUSED_PREFIX, convert, from_diffusers, our_name
 from dumo.nets.embed import FREQUENCIES
 from dumo.types import UserError
 
@@ -38,10 +39,10 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     _require_published_net(start, spec, path)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _load_tensors(start, file).items():
-        if not name.startswith(UNUSED):
+        if not name.startswith(UNUSED_PREFIX):
             tensors[name] = tensor
     _require_layers(start, tensors, net)
-    state = converted(tensors, net)
+    state = convert(tensors, net)
     if start.kind == "sit":
         return state
     return {name: weight for name, weight in state.items() if name.startswith(TRUNK)}
@@ -76,7 +77,7 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
         if (folder / CONFIG_FILE).is_file():
             model_class = read_settings(folder / CONFIG_FILE, CONFIG_FIX).get("_class_name", "nothing")
             if start.kind == "dit" and model_class == DIFFUSERS_CLASS:
-                return of_diffusers(load(folder / WEIGHTS_FILE))
+                return from_diffusers(load(folder / WEIGHTS_FILE))
             break
     raise UserError(
         f"start.source: {place} is a folder of {model_class}. A sit is one safetensors file under its authors' names, "

@@ -12,7 +12,7 @@ from contract.case import randomise
 from dumo.config.load import load
 from dumo.nets.block import Block, BlockSizes, swiglu_width
 from dumo.nets.dit import DiT, DiTHead, Transformer
-from dumo.nets.embed import turn, turns
+from dumo.nets.embed import apply_rotary, rotary_tables
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.run.cost import forward_flops
 from dumo.run.net import outline as outline_of_run
@@ -177,8 +177,8 @@ def test_turned_scores_depend_on_the_offset_alone() -> None:
     side, size = 4, 8
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(size, generator=g).expand(1, 1, side**2, size) for _ in range(2))
-    tables = turns(side, side, size)
-    scores = (turn(q, *tables) @ turn(k, *tables).mT).view(side, side, side, side)
+    tables = rotary_tables(side, side, size)
+    scores = (apply_rotary(q, *tables) @ apply_rotary(k, *tables).mT).view(side, side, side, side)
     seen: dict[tuple[int, int], float] = {}
     for a, b, c, d in product(range(side), repeat=4):
         score = seen.setdefault((a - c, b - d), scores[a, b, c, d].item())

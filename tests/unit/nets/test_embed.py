@@ -5,7 +5,7 @@ from math import cos, sin
 import pytest
 import torch
 
-from dumo.nets.embed import Gauges, Scalars, grid_waves, label_table, turns
+from dumo.nets.embed import Gauges, Scalars, grid_waves, label_table, rotary_tables
 from dumo.types import Needs
 
 
@@ -70,7 +70,9 @@ def test_waves_of_places() -> None:
         for column in range(3):
             by_hand = [f(n * q) for n in (column, row) for f in (sin, cos) for q in (1.0, 0.01)]
             assert waves[3 * row + column].tolist() == pytest.approx(by_hand, abs=1e-6)
-    for found, whole in zip((grid_waves(2, 3, 8), *turns(2, 3, 8)), (waves, *turns(3, 3, 8)), strict=True):
+    oblong_tables = (grid_waves(2, 3, 8), *rotary_tables(2, 3, 8))
+    square_tables = (waves, *rotary_tables(3, 3, 8))
+    for found, whole in zip(oblong_tables, square_tables, strict=True):
         assert torch.equal(found, whole[:6])  # of an oblong, the first rows of the square
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from contract.case import randomise
 from dumo.flow.path import Linear
-from dumo.nets.block import BlockSizes, Modulation, Preserving, Unit, blend
+from dumo.nets.block import BlockSizes, Modulation, Preserving, UnitRowLinear, blend
 from dumo.nets.dit import DiT
 from dumo.objectives import DuMo
 from dumo.training.optim import AdamW
@@ -33,7 +33,7 @@ def size(x: Tensor) -> float:
 
 
 def test_a_unit_keeps_the_mean_square_whatever_its_weights() -> None:
-    layer = randomise(Unit(64, 256)).double()
+    layer = randomise(UnitRowLinear(64, 256)).double()
     x = drawn(4000, 64)
     y = layer(x)
     assert size(y) == pytest.approx(1, abs=0.02)
@@ -42,7 +42,7 @@ def test_a_unit_keeps_the_mean_square_whatever_its_weights() -> None:
 
 
 def test_its_gradient_is_orthogonal_to_its_rows() -> None:
-    layer = randomise(Unit(8, 5)).double()
+    layer = randomise(UnitRowLinear(8, 5)).double()
     (layer(drawn(20, 8)) * drawn(20, 5, seed=1)).sum().backward()
     weight = layer.get_parameter("weight")
     assert weight.grad is not None
@@ -100,6 +100,6 @@ def test_rows_have_length_1_after_a_step() -> None:
     assert any(not torch.equal(before, layer.weight) for before, layer in zip(start, units(net), strict=True))
 
 
-def units(net: torch.nn.Module) -> list[Unit]:
+def units(net: torch.nn.Module) -> list[UnitRowLinear]:
     """All layers of a net whose rows have no length."""
-    return [layer for layer in net.modules() if isinstance(layer, Unit)]
+    return [layer for layer in net.modules() if isinstance(layer, UnitRowLinear)]

@@ -114,7 +114,7 @@ def test_rotary_places_go_with_their_tokens() -> None:
     h, e = torch.randn(6, TOKENS, 16, generator=g).double(), torch.randn(6, 16, generator=g).double()
     tables = net._positions((4, 4), h.device)
     split, block = TokenSplit(KEYS, TOKENS, 8), net.blocks[1]
-    some = block(split.part(h), e, *split.places(tables))
+    some = block(split.part(h), e, *split.select_rotary(tables))
     for row in range(6):
         there = split.through[row]
         alone = block(h[row : row + 1, there], e[row : row + 1], *(table[there] for table in tables))

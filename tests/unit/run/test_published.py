@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.nets.dit import of_diffusers
+from dumo.nets.dit_convert import from_diffusers
 from dumo.nets.embed import grid_waves
 from dumo.run.train import train
 from dumo.run.weights import build, init_from, open_run
@@ -134,7 +134,7 @@ def test_diffusers_dit_says_the_same(diffusers_dit: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     theirs = DiTTransformer2DModel.from_pretrained(diffusers_dit).double().eval()
-    weights = of_diffusers(load_file(diffusers_dit / "diffusion_pytorch_model.safetensors"))
+    weights = from_diffusers(load_file(diffusers_dit / "diffusion_pytorch_model.safetensors"))
     file = diffusers_dit / "authors.safetensors"
     save_file(weights, file)
     run = run_from(file)
