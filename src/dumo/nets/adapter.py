@@ -11,6 +11,9 @@ trained, and all else that the few-step run trained is frozen.
 Frozen linear layers may be kept in fewer bits (`dumo.nets.lowbit`); norms, tables and all that is trained stay in
 float32. Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes of
 a machine share them until each has taken its part, or has coded them layer by layer.
+
+`dumo.nets.dualized` calls `adapt` when a net is made, `off` and `without_subject` around a pass of the untuned model,
+and `merge` for an export. `adapters` finds the layers that peft put in.
 """
 
 import re
@@ -27,104 +30,117 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import QUIET, Spec, UserError
 
-# Adapters by their names in peft.
-FEW_STEP = "default"
-SUBJECT = "subject"  # the one on top of it
-MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)  # in the path of a layer whose input is the time alone
+# The names of adapters in peft, and so in the names of their parameters.
+FEW_STEP = "default"  # of the few-step run
+SUBJECT = "subject"  # on top of it
+# Matches the path of a layer whose input is the time alone, in all models of `dumo.nets.family`.
+MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)
 
 
 class Lora(Spec):
     """Adapters of the attention and the perceptrons of every block, and of its convolutions."""
 
-    rank: int = Field(default=64, ge=1, le=CHANNELS)  # TwinFlow
+    rank: int = Field(default=64, ge=1, le=CHANNELS)  # the default is TwinFlow's
     frozen: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # the type of frozen linear layers
-    convolutions: bool = Field(default=False, json_schema_extra=QUIET)  # those of a UNet's blocks, too (LCM-LoRA)
+    # Whether convolutions of a UNet's blocks have adapters, too (LCM-LoRA).
+    convolutions: bool = Field(default=False, json_schema_extra=QUIET)
     # The rank of adapters on top of those of the run that `start` names, which is frozen; None: there are none.
     subject: int | None = Field(default=None, ge=1, le=CHANNELS, json_schema_extra=QUIET)
 
     @property
     def coding(self) -> Coding | None:
-        """How frozen layers are coded; None: they are numbers."""
+        """How frozen layers are coded; None: they are floating-point numbers."""
         return self.frozen if self.frozen in ("int8", "nf4") else None
 
 
 def adapt(
-    model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], idle: Sequence[str], trained: Sequence[str]
+    model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], unused: Sequence[str], trained: Sequence[str]
 ) -> None:
-    """Add adapters to a model, in place, and freeze everything else.
+    """Add adapters to the layers of a model's blocks, in place, and freeze everything else.
 
-    Layers at or below the paths `idle` get none, nor do those at or below `trained`, which stay in float32. Raises
-    UserError where peft is missing, or what codes need.
+    Layers at or below the paths `unused` get none, nor do those at or below `trained`, which stay in float32. Raises
+    UserError where peft is missing, or bitsandbytes for codes.
     """
     import_bitsandbytes()
     try:
         import peft
     except ImportError as error:
         raise UserError(f"net.lora needs peft: {install('pretrained')}") from error
-    left = tuple(f"{path}." for path in (*idle, *trained))
-    names = [name for name in targets(model, blocks, lora) if not f"{name}.".startswith(left)]
-    ranks = {FEW_STEP: lora.rank} | ({SUBJECT: lora.subject} if lora.subject else {})
+    excluded = tuple(f"{path}." for path in (*unused, *trained))
+    paths = [path for path in _target_paths(model, blocks, lora) if not f"{path}.".startswith(excluded)]
+    ranks = {FEW_STEP: lora.rank}
+    if lora.subject:
+        ranks[SUBJECT] = lora.subject
+
+    # in fewer bits, before peft wraps the layers
     if lora.frozen == "bfloat16":
         halve(model, trained)
     elif lora.coding:
         quantise(model, blocks, trained, lora.coding)
+
     model.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # a second adapter is meant
         for name, rank in ranks.items():
-            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=paths)
             peft.inject_adapter_in_model(config, model, adapter_name=name)
     for layer in adapters(model):
         layer.set_adapter([*ranks])
 
 
-def targets(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> Iterator[str]:
-    """The names of the linear layers of the blocks, without their modulations, and of convolutions if wanted."""
-    inside = {id(layer) for block in blocks for layer in block.modules()}
-    kinds = (nn.Linear, nn.Conv2d) if lora.convolutions else nn.Linear
-    for name, layer in model.named_modules():
-        if isinstance(layer, kinds) and id(layer) in inside and not MODULATION.search(name):
-            yield name
+def _target_paths(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> Iterator[str]:
+    """Yield the paths of the blocks' linear layers, without modulations, and of convolutions if `lora` says so."""
+    layers_of_blocks = {id(layer) for block in blocks for layer in block.modules()}
+    layer_classes = (nn.Linear, nn.Conv2d) if lora.convolutions else nn.Linear
+    for path, layer in model.named_modules():
+        if isinstance(layer, layer_classes) and id(layer) in layers_of_blocks and not MODULATION.search(path):
+            yield path
 
 
 def adapters(model: nn.Module) -> list[Any]:
-    """The layers of peft, as peft types them."""
+    """Return the layers of a model that peft has wrapped. peft types them as Any."""
     return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 
 
 @contextmanager
 def without_subject(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, the adapters on top add nothing. peft's own switch would also change which parameters are trained."""
+    """Inside, a subject's adapters add nothing, and those of the few-step run do.
+
+    peft's own switch would also change which parameters are trained, so this sets the private field behind it.
+    """
     layers = adapters(model)
-    before = [layer.active_adapter for layer in layers]
+    active_before = [layer.active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [FEW_STEP]
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._active_adapter = was
+        for layer, active in zip(layers, active_before, strict=True):
+            layer._active_adapter = active
 
 
 @contextmanager
 def off(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, adapters add nothing. peft's own switch would also change which parameters are trained."""
+    """Inside, no adapter adds anything.
+
+    peft's own switch would also change which parameters are trained, so this sets the private field behind it.
+    """
     layers = adapters(model)
-    before = [layer.disable_adapters for layer in layers]
+    disabled_before = [layer.disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        for layer, is_disabled in zip(layers, disabled_before, strict=True):
+            layer._disable_adapters = is_disabled
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters to their layers, in place and in float32, and drop them."""
-    nn.Module.float(model)  # diffusers' own warns that no layer may stay in half precision
-    for name, layer in [*model.named_modules()]:
-        if hasattr(layer, "lora_A"):  # as `adapters`
+    """Add the adapters to the weights of their layers, in place and in float32, and remove them."""
+    nn.Module.float(model)  # diffusers' own method warns that no layer may stay in half precision
+    for path, layer in [*model.named_modules()]:
+        if hasattr(layer, "lora_A"):  # as in `adapters`
             adapted: Any = layer
             adapted.merge()
-            model.set_submodule(name, adapted.get_base_layer())
+            model.set_submodule(path, adapted.get_base_layer())

@@ -3,8 +3,15 @@
 The model keeps its class. The parts that are exchanged keep their names and shapes: its last layer (`dumo.nets.twin`),
 its time embedder (`dumo.nets.lowpass`), layers with adapters (`dumo.nets.adapter`).
 
-A pass (`Dualized.forward`) puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with what its
-`Family` says, and reads the heads off its last layer. `Dualized.base` is the untuned model, `stock` the one to export.
+A pass (`Dualized.forward`) puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with the
+arguments that its `Family` makes of them, and cuts the output of its last layer into heads.
+
+What else is called from outside:
+
+- `refit`, once, after weights are loaded and before the first step;
+- `base`, for the untuned model as a teacher;
+- `stock`, `fixed`, `rest` and `own_time`, for exports;
+- `blocks`, `regions` and `max_patches`, which sharding, compiling and checks read.
 """
 
 import copy
@@ -23,7 +30,7 @@ from dumo.nets.adapter import Lora
 from dumo.nets.embed import require_inputs
 from dumo.nets.family import UNET, Config, Family, Inputs, pack_latents, unpack_latents
 from dumo.nets.gap import Fixed, GapEmbedder, fixed
-from dumo.nets.lowpass import Fit, Slow
+from dumo.nets.lowpass import Fit, MaskedLinear
 from dumo.nets.route import Route, blocks_with_routing
 from dumo.nets.rows import Texts
 from dumo.nets.twin import HeadLayer, JoinedHeads, set_channels, split_into_heads, with_submodules
@@ -56,10 +63,11 @@ class Dualized(nn.Module):
         gap: bool = False,
         route: Route | None = None,
     ) -> None:
-        """Takes the model over; every head is a copy of its last layer.
+        """Take over the model, which is changed in place. Every head is a copy of its last layer.
 
-        `lowpass_limit` is in rad per unit of t; None: waves stay as they are. `frame` is that of a model of a
-        diffusion. With `gap` it takes r, too: the model has an embedder of time.
+        `patch` is the side of a patch. `guidance` is the number that a distilled model embeds. `lowpass_limit` is in
+        rad per unit of t; None: waves of time stay as they are. `frame` says how a model of a diffusion is a velocity;
+        None: it learned one. With `gap` the net takes r, too, for which the model must have an embedder of time.
 
         Raises UserError as `adapter.adapt` and `Route.note`.
         """
@@ -114,7 +122,7 @@ class Dualized(nn.Module):
         self.gap = GapEmbedder(self._embedder, max_frequency) if gap else None
 
         if family.mask_reader:
-            model.get_submodule(family.mask_reader).register_forward_pre_hook(readable_mask)
+            model.get_submodule(family.mask_reader).register_forward_pre_hook(_with_readable_mask)
         model.set_submodule(family.last, self._joined([head.out for head in self._heads]))
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
@@ -123,7 +131,10 @@ class Dualized(nn.Module):
                 p.requires_grad_(f".{adapter.SUBJECT}." in name)
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x (b, c, h, w), at t (b,), and r, for rows c (b,) of the texts."""
+        """Return the heads, shaped like x (b, channels, h, w), for rows c (b,) of the texts.
+
+        The inputs are times, (b,) each: t, and r if there is a gap. Raises TypeError for other inputs.
+        """
         require_inputs(self.names, inputs)
         times = [inputs[name] for name in self.names]
         if not (self.family.one_by_one and self.texts.several):
@@ -136,7 +147,7 @@ class Dualized(nn.Module):
         return tuple(torch.cat(head)[: len(c)] for head in zip(*heads_by_row, strict=True))  # repeats are cut off
 
     def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
-        """The heads of rows that may share a pass."""
+        """Return the heads of rows that may share a pass of the model. Shapes are those of `forward`."""
         if self.frame:
             x_in, time, to_velocity = self.frame(x, t)
         else:
@@ -156,7 +167,7 @@ class Dualized(nn.Module):
         return tuple(to_velocity(head) for head in heads)
 
     def _routed_model(self, inputs: Inputs) -> Any:  # noqa: ANN401, of diffusers
-        """The model; in training, where it routes, with blocks that see some of the image's tokens."""
+        """Return the model; in training with routing, one whose blocks see some of the image's tokens."""
         if not self.route or not self.training:
             return self.model
         image_tokens = prod(inputs.grid)
@@ -168,20 +179,20 @@ class Dualized(nn.Module):
         return with_submodules(self.model, blocks_with_routing(self.model, split))
 
     def _model_time(self, t: Time) -> Array:
-        """t in the model's own unit, of a model of a flow. A few families count time from the noise."""
+        """Return t (b,) in the unit of a model that learned a flow. A few families count time from the noise."""
         if self.family.backward:
             t = 1 - t
         scale = self.family.clock(self.config)
         return t if scale == 1 else scale * t
 
     def _to_velocity(self, out: Array) -> Array:
-        """The velocity noise - data of what a model of a flow gives."""
+        """Return the velocity noise - data, from the output of a model that learned a flow."""
         return -out if self.family.backward else out
 
     def refit(self, weights: Deferred | None = None) -> None:
         """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds.
 
-        `weights` makes theirs, if they are not made yet.
+        `weights` loads their weights first, where those are still deferred.
         """
         if not self.fits:
             return
@@ -204,7 +215,7 @@ class Dualized(nn.Module):
 
     @property
     def max_patches(self) -> int | None:
-        """How many patches along an axis it has positions for; None: as many as there are."""
+        """The number of patches along an axis that the model has positions for; None: there is no limit."""
         axes = self.config.get("axes_lens")  # of text, rows and columns
         if axes:
             return min(axes[1:])
@@ -218,7 +229,7 @@ class Dualized(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The members of the model's own lists, and the middle of a UNet: they are sharded one by one."""
+        """The modules that are sharded one by one: those in the model's own lists, and the middle of a UNet."""
         blocks: list[nn.Module] = []
         for part in self.model.children():
             if isinstance(part, nn.ModuleList):
@@ -230,17 +241,22 @@ class Dualized(nn.Module):
 
     @property
     def regions(self) -> list[nn.Module]:
-        """What is compiled one by one: blocks; those of a UNet are too deep to trace, so the transformers in them."""
+        """The modules that are compiled one by one: the blocks, or the transformers in a UNet's blocks.
+
+        A UNet's blocks are too deep to trace.
+        """
         if type(self.model).__name__ != UNET:
             return self.blocks
-        compiled = self.model._repeated_blocks  # diffusers' own choice
-        return [part for part in self.model.modules() if type(part).__name__ in compiled] or self.blocks
+        compiled_classes = self.model._repeated_blocks  # the names of the classes that diffusers' own compiling takes
+        transformers = [part for part in self.model.modules() if type(part).__name__ in compiled_classes]
+        return transformers or self.blocks
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:
-        """Inside, every head gives the output of the untuned model, for any r. Raises UserError without adapters.
+        """Inside, every head gives the output of the untuned model, for any r.
 
-        With adapters on top of a few-step run's, the net is that run's, head by head.
+        With adapters of a subject on top of a few-step run's, the net inside is that run's, head by head. Raises
+        UserError where the net has no adapters.
         """
         if not self.old:
             raise UserError(
@@ -268,10 +284,11 @@ class Dualized(nn.Module):
                     self.model.set_submodule(path, part)
 
     def stock(self, head: str, *, merged: bool = False, last: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
-        """The model with one head as its last layer, of its own class and shapes; weights are shared.
+        """Return the model with one head as its last layer. Its class and shapes are diffusers'; weights are shared.
 
-        `merged`: adapters are added to their layers, in a copy, in float32. `last`: that of the embedder of time, which
-        has the gap's. Raises KeyError for an unknown head.
+        With `merged` it is a copy in float32, with adapters added to their layers. `last`, if given, replaces the last
+        layer of the embedder of time, and contains the gap's embedding (`fixed`, `rest`). Raises KeyError for an
+        unknown head.
         """
         head_layer = self.heads[head]
         assert isinstance(head_layer, HeadLayer)
@@ -279,23 +296,27 @@ class Dualized(nn.Module):
         for path, names in self.unsaved_buffers.items():
             parts[path] = twin.with_buffers_in_state(self.model.get_submodule(path), names)
         for path, layer in self.model.named_modules():
-            if isinstance(layer, Slow):
+            if isinstance(layer, MaskedLinear):
                 parts[path] = layer.plain()
         if last is not None:
             parts[self.last_of_time] = last
         model = with_submodules(self.model, parts)
         set_channels(model, self.family.out_channels, self.channels)
         if merged:
-            copies = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True), False) for p in model.parameters()}
-            model = copy.deepcopy(model, copies)  # a copy in bf16 first would be memory for nothing
+            # deepcopy takes these copies for its own: one in bf16 first would be memory for nothing
+            copies: dict[int, nn.Parameter] = {}
+            for p in model.parameters():
+                copies[id(p)] = nn.Parameter(p.detach().to(torch.float32, copy=True), False)
+            model = copy.deepcopy(model, copies)
             adapter.merge(model)
         return model
 
     @torch.no_grad()
     def fixed(self, t: Time, r: Time, stock: Tensor, dtype: torch.dtype = torch.float32) -> Fixed:
-        """The embedding of passes from t to r, (k,) each, by the model alone at its own times `stock`, (k,).
+        """Fit the last layer of the embedder of time to passes from t to r, (k,) each.
 
-        Raises UserError as `dumo.nets.gap.fixed`.
+        With it the model alone, at its own times `stock` (k,), has the embedding that this net has at t and r. Weights
+        are for `dtype`. Raises UserError as `dumo.nets.gap.fixed`.
         """
         assert self.gap is not None
         embedder = self._embedder
@@ -306,12 +327,12 @@ class Dualized(nn.Module):
 
     @torch.no_grad()
     def rest(self) -> nn.Linear:
-        """The embedder's last layer for r = t, a velocity, at every t: its bias takes up G(0).
+        """Return the last layer of the embedder of time for r = t, a velocity, at every t.
 
-        Raises UserError where there is no bias.
+        The gap's embedding is then the same for all t, and is added to the bias. Raises UserError where there is none.
         """
         assert self.gap is not None
-        last = copy.deepcopy(lowpass.layers(self._embedder)[2])
+        last = copy.deepcopy(lowpass.linear_layers(self._embedder)[2])
         bias = twin.bias_or_none(last)
         if bias is None:
             raise UserError(
@@ -322,34 +343,34 @@ class Dualized(nn.Module):
         return last
 
     def own_time(self, thousandths: Tensor) -> Tensor:
-        """The model's own times, (k,), of a scheduler's, as its pipeline tells it."""
+        """Convert a scheduler's times (k,), from 0 to 1000, to the model's own, as its pipeline does."""
         if self.family.backward:
             return (1000.0 - thousandths) / 1000.0
         return thousandths / (1000.0 / self.family.clock(self.config))
 
     def _waves(self, time: Tensor) -> Tensor:
-        """What the embedder of time reads at the model's own times (k,), as the model computes it, (k, waves)."""
+        """Return what the embedder of time reads, (k, waves), at the model's own times (k,). The model computes it."""
         return torch.cat([self._waves_at(single) for single in time[:, None]])
 
     def _waves_at(self, time: Tensor) -> Tensor:
-        """Of one time (1,): the model is stopped there, so what else it reads is zeros."""
+        """Return the waves (1, waves) at one time (1,): run the model on zeros, up to its embedder of time."""
         inputs = self._zeros_at(time)
 
         def stop(_: nn.Module, args: tuple[object, ...]) -> None:
-            raise Reached(args[0])
+            raise _EmbedderReached(args[0])
 
         handle = self._embedder.register_forward_pre_hook(stop)
         try:
             with self._unrounded(inputs):
                 self.model(**self.family.arguments(inputs), return_dict=False)
-        except Reached as reached:
+        except _EmbedderReached as reached:
             return reached.args[0]
         finally:
             handle.remove()
         raise AssertionError("no pass without an embedding of time")
 
     def _zeros_at(self, time: Tensor) -> Inputs:
-        """Inputs of one row of 2 x 2 patches and one token, zeros but for the model's own time (1,)."""
+        """Make the inputs of one row of 2 x 2 patches and one token: zeros but for the model's own time (1,)."""
         family = self.family
         texts = self.texts
         weight = self._heads[0].out.weight  # whose device and type the inputs have
@@ -391,15 +412,17 @@ class Dualized(nn.Module):
 
     @property
     def channels(self) -> int:
-        """The channels of a head: those of a sample, and of a variance where one was learned."""
+        """The number of channels of a head: those of a sample, and of a variance where the model learned one."""
         return self._heads[0].channels // self.patch**2
 
     def _inputs(self, x: Sample, c: Cond, time: Array) -> Inputs:
-        """The inputs of a pass in the model's own layout, and at its own time."""
+        """Put x (b, channels, h, w), the texts of c (b,) and the model's own time (b,) in the model's layout."""
         family = self.family
         tokens, mask, pooled = self.texts(c)
         source = self.texts.sources(c)
-        lengths = self.texts.lengths(c) if family.one_by_one or family.takes_lists else None
+        lengths: tuple[int, ...] | None = None
+        if family.one_by_one or family.takes_lists:
+            lengths = self.texts.lengths(c)
         if family.one_by_one and lengths and mask is not None:  # all rows here have as many tokens
             tokens = tokens[:, : lengths[0]]
             mask = None
@@ -417,14 +440,17 @@ class Dualized(nn.Module):
         )
 
     def _guidance(self, tokens: Tensor) -> Tensor | None:
-        """The embedded number of a distilled model, (b,), in its own unit; None: it embeds none."""
+        """Return the guidance that a distilled model embeds, (b,), in its own unit; None: it embeds none."""
         if self.guidance is None:
             return None
         return tokens.new_full((len(tokens),), self.guidance * self.family.guidance_scale(self.config))
 
     @contextmanager
     def _unrounded(self, inputs: Inputs) -> Generator[None, None, None]:
-        """Inside, the time embedder gets unrounded numbers: in bf16 the model would round t to 8 bits."""
+        """Inside, the part that takes time and guidance gets them unrounded. In bf16 the model would round t to 8 bits.
+
+        A hook puts them in the place of the part's first arguments.
+        """
         if not self.family.time_part:
             yield
             return
@@ -455,7 +481,7 @@ class Dualized(nn.Module):
             handle.remove()
 
     def _unused_layers(self) -> list[str]:
-        """The paths of the layers that do not reach the output."""
+        """Return the paths of the layers that have no effect on the output."""
         if not self.family.unused_layers:
             return []
         last_block = str(self.config["num_layers"] - 1)
@@ -463,19 +489,19 @@ class Dualized(nn.Module):
         return [path for path, _ in self.model.named_modules() if pattern.fullmatch(path)]
 
     def _embedders(self) -> list[str]:
-        """The paths of the perceptrons that embed time."""
-        end = self.family.embedder
-        if not end:
+        """Return the paths of the perceptrons that embed time."""
+        path_end = self.family.embedder
+        if not path_end:
             return []
-        return [path for path, _ in self.model.named_modules() if f".{path}".endswith(f".{end}")]
+        return [path for path, _ in self.model.named_modules() if f".{path}".endswith(f".{path_end}")]
 
 
-class Reached(Exception):  # noqa: N818, no error
-    """A pass has come to a part that reads the argument."""
+class _EmbedderReached(Exception):  # noqa: N818, no error
+    """Stops a pass of `_waves_at` where the model calls its embedder of time. The argument is what that reads."""
 
 
-def readable_mask(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
-    """On the meta device, where a mask has no numbers: one that keeps all tokens."""
+def _with_readable_mask(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
+    """Replace a mask on the meta device, which has no values, by one that keeps all tokens. A hook before a module."""
     x, mask = args
     if mask.is_meta:
         mask = torch.ones(mask.shape, dtype=torch.long, device="cpu")

@@ -4,6 +4,9 @@
     int8       8 bits        of each output a scale: W = scale * code / 127
     nf4        4.5 bits      of every 64 numbers a scale: W = scale * quantile[code] (QLoRA, arXiv 2305.14314)
 
+`dumo.nets.adapter` calls `halve` or `quantise` when a net is made: they put a `HalfLinear` or a `CodedLinear` in the
+place of linear layers. `saved` says by how much the parameters of a net are fewer than its weights.
+
 Codes are of weights alone: a pass makes W of a layer, multiplies by it in the precision of the pass and lets it go, and
 the backward pass makes it again. So primal, tangent and gradient are those of the linear layer with this W. Codes and
 scales come and go by operators of bitsandbytes. They are frozen parameters, which ranks share as any other.
@@ -26,40 +29,42 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.types import Array, UserError
 
 Coding = Literal["int8", "nf4"]
-BLOCK = 64  # numbers of a scale of nf4 (QLoRA)
+BLOCK = 64  # the numbers that share a scale in nf4 (QLoRA)
 
 
-class Half(nn.Linear):
+class HalfLinear(nn.Linear):
     """A frozen layer with bf16 weights. Without autocast it computes in the precision of its input."""
 
-    compute_dtype = torch.float32  # of the adapters that peft makes for it
+    compute_dtype = torch.float32  # peft reads it: the type of the adapters that it makes for this layer
 
     def __init__(self, layer: nn.Linear) -> None:
-        """Takes over the layer's numbers, rounded where they are not bf16."""
+        """Copy the layer's parameters in bf16, which shares memory where they are bf16 already."""
         super().__init__(layer.in_features, layer.out_features, bias_or_none(layer) is not None, device="meta")
         for name, p in layer.named_parameters():
             self.register_parameter(name, nn.Parameter(p.detach().bfloat16(), False))
 
     def forward(self, input: Array) -> Array:
-        """input (..., in_features)."""
+        """Take input (..., in_features), and return (..., out_features)."""
         if autocast_dtype(input.device.type) is not None:
             return super().forward(input)
         bias = bias_or_none(self)
-        return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        if bias is not None:
+            bias = bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-class Coded(nn.Linear):
-    """A frozen layer whose weight is codes, and `scales` of them; `origin` is a digest of what was coded, and how.
+class CodedLinear(nn.Linear):
+    """A frozen layer whose weight is codes, with `scales`. Its bias is in float32.
 
-    Its bias is in float32.
+    `origin` is a digest of the weight that was coded, and of how.
     """
 
-    compute_dtype = torch.float32  # as Half's
+    compute_dtype = torch.float32  # peft reads it: the type of the adapters that it makes for this layer
     scales: nn.Parameter
     origin: nn.Parameter
 
     def __init__(self, layer: nn.Linear, coding: Coding) -> None:
-        """Codes the layer's weight, on the device where it lies."""
+        """Code the layer's weight, on the device where it lies."""
         weight = layer.weight.detach()
         bias = bias_or_none(layer)
         super().__init__(layer.in_features, layer.out_features, bias is not None, device="meta")
@@ -72,29 +77,32 @@ class Coded(nn.Linear):
 
     @property
     def saved(self) -> int:
-        """By how many numbers the weight is longer than what is there for it."""
-        return self.in_features * self.out_features - sum(p.numel() for p in (self.weight, self.scales, self.origin))
+        """The numbers of the weight, less those of codes, scales and origin."""
+        stored = sum(p.numel() for p in (self.weight, self.scales, self.origin))
+        return self.in_features * self.out_features - stored
 
     def forward(self, input: Array) -> Array:
-        """input (..., in_features)."""
+        """Take input (..., in_features), and return (..., out_features)."""
         x = primal(input)
         bias = bias_or_none(self)
         size = (self.out_features, self.in_features)
-        out = product(x, self.weight, self.scales, size, bias)
-        return carry(out, product, (input,), self.weight, self.scales, size)
+        out = _multiply(x, self.weight, self.scales, size, bias)
+        return carry(out, _multiply, (input,), self.weight, self.scales, size)  # a tangent has no bias
 
 
-def product(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None = None) -> Array:
-    """x W^T + bias, in the precision of autocast, else of x (..., in)."""
+def _multiply(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None = None) -> Array:
+    """Return x W^T + bias, in the precision of autocast, else of x (..., in). W has `size`, (out, in)."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x = x.to(dtype)
-    function = _Product if torch.compiler.is_compiling() else _Pushed
-    return function.apply(x, codes, scales, size, None if bias is None else bias.to(x.dtype))
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    function = _Product if torch.compiler.is_compiling() else _ProductWithJvp
+    return function.apply(x, codes, scales, size, bias)
 
 
 class _Product(torch.autograd.Function):
-    """The product keeps codes and scales for the backward pass, where autograd would keep W."""
+    """The product x W^T + bias. It keeps codes and scales for the backward pass, where autograd would keep W."""
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -108,21 +116,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        (gradient,), (codes, scales) = gradients, ctx.saved_tensors
-        return gradient @ decoded(codes, scales, ctx.size, gradient.dtype), None, None, None, None
+        (gradient,) = gradients
+        codes, scales = ctx.saved_tensors
+        x_gradient = gradient @ decoded(codes, scales, ctx.size, gradient.dtype)
+        return x_gradient, None, None, None, None
 
 
-class _Pushed(_Product):
-    """The product with a rule for torch.func.jvp, with which a compiler refuses a function."""
+class _ProductWithJvp(_Product):
+    """The product with a rule for torch.func.jvp. torch.compile refuses a function that has one."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401
-        (dx, *_, bias), (codes, scales) = tangents, ctx.saved_tensors
+        dx, *_, bias = tangents
+        codes, scales = ctx.saved_tensors
         return F.linear(dx, decoded(codes, scales, ctx.size, dx.dtype), bias)
 
 
 def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight (out, in)."""
+    """Return the codes and scales of a weight (out, in), in the layout of bitsandbytes."""
     ops: Any = torch.ops.bitsandbytes
     if coding == "int8":
         return ops.int8_vectorwise_quant(weight)[:2]
@@ -130,58 +141,73 @@ def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 
 def origin(weight: Tensor, coding: Coding) -> Tensor:
-    """A SHA-256 of a weight, as the digest of what is frozen takes it, and of how it is coded; (32,)."""
-    blank = torch.empty(32, dtype=torch.uint8, device=weight.device)
-    return derived(
-        lambda x: torch.tensor([*bytes.fromhex(digest.of_samples({coding: x}))], dtype=torch.uint8), weight, blank
-    )
+    """Return a SHA-256 of a weight and of how it is coded, (32,). A run's digest of its frozen weights takes it."""
+
+    def hash_weight(x: Tensor) -> Tensor:
+        sha256 = digest.of_samples({coding: x})
+        return torch.tensor([*bytes.fromhex(sha256)], dtype=torch.uint8)
+
+    outline = torch.empty(32, dtype=torch.uint8, device=weight.device)
+    return derived(hash_weight, weight, outline)
 
 
 def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) of codes and scales; a net in float64 has its scales in it."""
+    """Return the weight, of `size` (out, in), that codes and scales stand for.
+
+    The scales are in float64 where the net is.
+    """
     ops: Any = torch.ops.bitsandbytes
     if codes.dtype == torch.int8:
         return ops.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
-    made = torch.float32 if dtype == torch.float64 else dtype
+    decoding_dtype = torch.float32 if dtype == torch.float64 else dtype
     blocks = (scales.numel(), BLOCK)  # on some CPUs bitsandbytes 0.50 errs where rows are no multiples of a block
-    return ops.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", blocks, made).view(size).to(dtype)
+    return ops.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", blocks, decoding_dtype).view(size).to(dtype)
 
 
 def halve(model: nn.Module, without: Sequence[str]) -> None:
-    """Keep a model's linear layers in bf16, in place; the rest, and all at or below the paths `without`, in float32."""
-    _exchange(model, without, Half)
+    """Put a model's linear layers in bf16, in place; the rest, and all at or below the paths `without`, in float32."""
+    _exchange(model, without, HalfLinear)
 
 
 def quantise(model: nn.Module, blocks: Sequence[nn.Module], without: Sequence[str], coding: Coding) -> None:
-    """Keep the linear layers of a model's blocks as codes, in place, one after another; the rest as `halve` does.
+    """Code the linear layers of a model's blocks, in place, one after another.
 
-    Of nf4, layers that blocks of numbers do not divide stay in float32. Raises UserError where bitsandbytes is missing.
+    The rest, and all at or below the paths `without`, is put in float32; so are, for nf4, layers whose numbers are no
+    multiple of `BLOCK`. Raises UserError where bitsandbytes is missing.
     """
     if not import_bitsandbytes():
         raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install('quantised')}")
     inside = {id(layer) for block in blocks for layer in block.modules()}
 
-    def coded(layer: nn.Linear) -> Coded | None:
-        divided = coding == "int8" or layer.weight.numel() % BLOCK == 0
-        return Coded(layer, coding) if divided and id(layer) in inside else None
+    def code(layer: nn.Linear) -> CodedLinear | None:
+        if id(layer) not in inside:
+            return None
+        if coding == "nf4" and layer.weight.numel() % BLOCK != 0:
+            return None
+        return CodedLinear(layer, coding)
 
-    _exchange(model, without, coded)
+    _exchange(model, without, code)
 
 
 def saved(net: nn.Module) -> int:
-    """By how many numbers the weights of a net are more than its parameters, some of which are codes and scales."""
-    return sum(layer.saved for layer in net.modules() if isinstance(layer, Coded))
+    """Return the numbers of a net's weights, less those of its parameters, some of which are codes and scales."""
+    return sum(layer.saved for layer in net.modules() if isinstance(layer, CodedLinear))
 
 
 def _exchange(model: nn.Module, without: Sequence[str], make: Callable[[nn.Linear], nn.Linear | None]) -> None:
-    """Put what `make` makes of it, if anything, where a linear layer is; set all but halved layers to float32.
+    """Replace linear layers by what `make` returns, unless it is None, and put all but halved layers in float32.
 
-    Nothing is made of layers at or below the paths `without`.
+    Layers at or below the paths `without` are not replaced.
     """
-    left = tuple(f"{path}." for path in without)
+    prefixes = tuple(f"{path}." for path in without)
     for name, layer in [*model.named_modules()]:
-        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left) and (new := make(layer)) is not None:
-            model.set_submodule(name, new)
+        if not isinstance(layer, nn.Linear) or f"{name}.".startswith(prefixes):
+            continue
+        new_layer = make(layer)
+        if new_layer is not None:
+            model.set_submodule(name, new_layer)
     for layer in model.modules():
-        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if type(layer) is not Half else ():
+        if type(layer) is HalfLinear:
+            continue
+        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             x.data = to_float32(x.data)

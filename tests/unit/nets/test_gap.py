@@ -127,8 +127,8 @@ def test_quick_waves_of_the_gap_are_cut_and_its_first_layer_is_that_of_t(folder:
     assert net.gap is not None
     own = net.model.get_submodule("time_text_embed.timestep_embedder")
     net.refit()
-    (_, mine, last), (_, theirs, _) = lowpass.layers(net.gap.layers), lowpass.layers(own)
-    assert isinstance(mine, lowpass.Slow)
+    (_, mine, last), (_, theirs, _) = lowpass.linear_layers(net.gap.layers), lowpass.linear_layers(own)
+    assert isinstance(mine, lowpass.MaskedLinear)
     assert torch.equal(mine.weight, theirs.weight)
     assert mine.weight is not theirs.weight
     assert not last.weight.any()
@@ -137,8 +137,8 @@ def test_quick_waves_of_the_gap_are_cut_and_its_first_layer_is_that_of_t(folder:
     s = torch.tensor([0.5], requires_grad=True)
     spread = torch.autograd.functional.jacobian(lambda s: net.gap(s)[0], s).norm()  # pyright: ignore[reportOptionalCall]
     whole = copy.deepcopy(net.gap)
-    quick = lowpass.layers(whole.layers)[1]
-    assert isinstance(quick, lowpass.Slow)
+    quick = lowpass.linear_layers(whole.layers)[1]
+    assert isinstance(quick, lowpass.MaskedLinear)
     quick.keep.fill_(True)
     assert torch.autograd.functional.jacobian(lambda s: whole(s)[0], s).norm() > 10 * spread
 
@@ -215,7 +215,7 @@ def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str
         assert apart(asked(name, model, x, c, t), wanted) < 1e-5
         assert apart(asked(name, net.stock("u", merged=lora is not None), x, c, t), wanted) > 1e-4
         assert apart(asked(name, model, x, c, t), net(x, c, t=t, r=r + 0.15)[0]) > 1e-4
-    layer = lowpass.layers(net.model.get_submodule(net._embedders()[0]))[2]
+    layer = lowpass.linear_layers(net.model.get_submodule(net._embedders()[0]))[2]
     assert torch.linalg.matrix_rank((found.layer.weight - layer.weight).detach(), rtol=1e-4) <= found.passes == 3
 
 

@@ -15,7 +15,7 @@ from dumo.autodiff.dual import pair, primal, tangent
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.lowbit import BLOCK, Coded, Coding, decoded, encode, import_bitsandbytes, quantise, saved
+from dumo.nets.lowbit import BLOCK, CodedLinear, Coding, decoded, encode, import_bitsandbytes, quantise, saved
 from dumo.training.frozen import digest
 from dumo.types import Frozen, UserError
 from forked import ENVIRONMENT
@@ -40,7 +40,7 @@ def layer(high: int = 40, wide: int = 96, seed: int = 0) -> nn.Linear:
     return made
 
 
-def weight(coded: Coded, dtype: torch.dtype = torch.float64) -> Tensor:
+def weight(coded: CodedLinear, dtype: torch.dtype = torch.float64) -> Tensor:
     """What the codes stand for."""
     return decoded(coded.weight, coded.scales, (coded.out_features, coded.in_features), dtype)
 
@@ -71,7 +71,7 @@ def test_codes_stand_for_the_nearest_weights(monkeypatch: pytest.MonkeyPatch, sh
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_every_derivative_is_of_the_layer_with_that_weight(coding: Coding) -> None:
-    coded = Coded(layer(), coding)
+    coded = CodedLinear(layer(), coding)
     w, bias = weight(coded), coded.bias.double()
     g = torch.Generator().manual_seed(1)
     x, dx, dy = (torch.randn(3, n, generator=g) for n in (96, 96, 40))
@@ -94,7 +94,7 @@ def test_every_derivative_is_of_the_layer_with_that_weight(coding: Coding) -> No
 @pytest.mark.parametrize("coding", CODINGS)
 def test_no_pass_keeps_the_weight(coding: Coding) -> None:
     """In bf16, too, in which it computes."""
-    coded, kept = Coded(layer(), coding), list[Tensor]()
+    coded, kept = CodedLinear(layer(), coding), list[Tensor]()
     x = torch.randn(3, 96, requires_grad=True)
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         out = coded(x)
@@ -118,7 +118,7 @@ def test_a_coded_net_is_that_of_the_weights_its_codes_stand_for(folder: Saved, n
             p.data = 0.1 * torch.randn(p.shape, generator=g)
     exact, count = copy.deepcopy(net).double(), 0
     for path, coded in [*exact.named_modules()]:
-        if isinstance(coded, Coded):
+        if isinstance(coded, CodedLinear):
             plain = nn.Linear(coded.in_features, coded.out_features, device="meta")
             plain.weight, plain.bias = nn.Parameter(weight(coded), False), coded.bias
             exact.set_submodule(path, plain)
@@ -156,10 +156,10 @@ def test_the_digest_is_of_what_was_coded_and_how(coding: Coding) -> None:
 
     net, found = of(blocks(), coding)
     assert found == of(blocks(), coding)[1] != of(blocks(seed=1), coding)[1]
-    one, two = (digest(nn.Sequential(Coded(layer(), of))) for of in CODINGS)
+    one, two = (digest(nn.Sequential(CodedLinear(layer(), of))) for of in CODINGS)
     assert one != two
     coded = net.get_submodule("block.0")
-    assert isinstance(coded, Coded)
+    assert isinstance(coded, CodedLinear)
     coded.weight.data[0] ^= 1
     assert digest(net) == found
     coded.bias.data[0] += 1
@@ -171,7 +171,7 @@ def test_layers_of_blocks_are_coded_and_counted_as_what_they_stand_for(coding: C
     """Of nf4, those that its blocks divide; what lies at or below some paths stays, and all else is in float32."""
     net, before = blocks().bfloat16(), sum(p.numel() for p in blocks().parameters())
     quantise(net, [net.get_submodule("block")], (), coding)
-    kinds = [type(net.get_submodule(path)) is Coded for path in ("first", "block.0", "block.1")]
+    kinds = [type(net.get_submodule(path)) is CodedLinear for path in ("first", "block.0", "block.1")]
     assert kinds == [False, True, coding == "int8"]
     assert sum(p.numel() for p in net.parameters()) + saved(net) == before
     assert {p.dtype for p in net.parameters()} <= {torch.float32, torch.uint8, torch.int8}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import transformers_tiny as tiny
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
-from dumo.nets.lowpass import Fit, Slow, cut, frequencies, layers, refit, waves
+from dumo.nets.lowpass import Fit, MaskedLinear, cut, frequencies, linear_layers, refit, waves
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from tiers import tiered
@@ -37,7 +37,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
     for path in net._embedders():
         embedder = model.get_submodule(path)
         if smooth:
-            slow(layers(embedder)[1], turn)
+            slow(linear_layers(embedder)[1], turn)
         if limit is not None:
             lowpass(embedder, turn, limit)
     return net
@@ -60,7 +60,7 @@ def test_waves_are_those_that_the_model_makes(name: str) -> None:
     x, c, t = batch()
     count = 1 - t if net.family.backward else t
     for path in net._embedders():
-        _, first, _ = layers(net.model.get_submodule(path))
+        _, first, _ = linear_layers(net.model.get_submodule(path))
         seen: list[Tensor] = []
         first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         net(x, c, t=t)
@@ -92,8 +92,8 @@ def test_what_is_cut_stays_cut() -> None:
     assert (fit.kept, fit.waves, fit.limit) == (128, 256, 10.0)
     assert fit.error is not None
     assert f"{100 * fit.error:.2g} %" in str(fit)
-    first = layers(net.model.get_submodule(path))[1]
-    assert isinstance(first, Slow)
+    first = linear_layers(net.model.get_submodule(path))[1]
+    assert isinstance(first, MaskedLinear)
     quick = frequencies(first.in_features, 1000.0) > 10
     assert quick.sum() == len(quick) // 2
     assert not first.weight[:, quick].any()

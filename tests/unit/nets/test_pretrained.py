@@ -22,7 +22,7 @@ from dumo.io.deferred import Deferred
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.lowbit import Half
+from dumo.nets.lowbit import HalfLinear
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, Shortcut
 from dumo.training.compile import compile_blocks
@@ -403,7 +403,7 @@ def test_what_is_stored_in_bf16_is_rounded_nowhere(tmp_path: Path, name: str) ->
     whole, half = both(tmp_path, name, torch.bfloat16)
     assert same(passed(whole, low=False), passed(half, low=False))
     for name, p in half.named_parameters():
-        rests = isinstance(half.get_submodule(name.rpartition(".")[0]), Half)
+        rests = isinstance(half.get_submodule(name.rpartition(".")[0]), HalfLinear)
         assert p.dtype == (torch.bfloat16 if rests else torch.float32), name
         assert not (rests and p.requires_grad)
     assert all(b.dtype != torch.bfloat16 for b in half.buffers())
