@@ -1,7 +1,10 @@
 """The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
 
-`family` finds the one of a config.json; `dumo.nets.dualized` calls models by it, `dumo.encoders.prompt` encodes texts.
-A family holds what no config does. Models of a diffusion (`Family.diffusion`) are read by `dumo.nets.vp`. Every other
+`family` is the entrance: it finds the `Family` of a config.json, or refuses the model. `dumo.nets.dualized` calls the
+model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.prompt` encodes texts by it. To add a model,
+add an entry to `FAMILIES`, and a function of arguments if no other fits.
+
+A family holds what no config says. Models of a diffusion (`Family.diffusion`) are read by `dumo.nets.vp`. Every other
 model here learned the velocity noise - data on the linear path, with data at t = 0 and noise at t = 1; Z-Image and
 Lumina 2 count time from the noise and give data - noise (`Family.backward`).
 
@@ -20,7 +23,7 @@ from dumo.autodiff.dual import primal
 from dumo.types import Array, Sample, UserError
 
 Config = Mapping[str, Any]  # a model's config.json
-Arguments = dict[str, Any]  # of its forward, by name
+Arguments = dict[str, Any]  # of a model's forward, by name
 
 MAX_FREQUENCY = 1000.0  # rad per unit of t, of the quickest wave: nearly every time embedding reads 1000 t
 
@@ -48,7 +51,7 @@ class Inputs:
 
 
 def plain(a: Inputs) -> Arguments:
-    """The arguments of most models."""
+    """Return the arguments that most models take."""
     return {"hidden_states": a.x, "timestep": a.time, "encoder_hidden_states": a.tokens}
 
 
@@ -183,14 +186,14 @@ def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
 
 
 def pack_latents(x: Sample, grid: tuple[int, int], p: int) -> Array:
-    """(b, c, h, w) -> (b, n, c p p), patches row by row, as the pipelines pack."""
+    """Pack x (b, c, h, w) into patches of p x p, (b, n, c p p), row by row, as the pipelines do."""
     b, c = x.shape[:2]
     rows, columns = grid
     return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
 
 
 def unpack_latents(y: Array, grid: tuple[int, int], p: int) -> Array:
-    """The inverse of `pack_latents`."""
+    """Unpack patches y (b, n, c p p) to (b, c, h, w), as `pack_latents` packs them."""
     b = y.shape[0]
     rows, columns = grid
     return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)
@@ -240,7 +243,7 @@ class Family:
     routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route` does
 
     def patch(self, config: Config, channels: int) -> int:
-        """The side of a patch. Raises UserError where the model takes samples of other channels."""
+        """Return the side of a patch. Raises UserError where the model takes samples of other channels."""
         in_channels: int = config["in_channels"]
         if self.packed:
             p = isqrt(in_channels // channels)
@@ -259,24 +262,24 @@ class Family:
         return patch[-1] if isinstance(patch, list | tuple) else patch  # Wan's: frames, rows, columns
 
     def pooled_width(self, config: Config) -> int:
-        """The numbers of pooled text; 0: it takes none. SDXL embeds six sizes with them."""
+        """Return the numbers of pooled text; 0: the model takes none. SDXL embeds six sizes with them."""
         if not self.pooled_text_width:
             return 0
         return config[self.pooled_text_width] - 6 * (config.get("addition_time_embed_dim") or 0)
 
 
 def latent_side(config: Config) -> int:
-    """The default side, in pixels, by a config that says it in latents of 8 pixels."""
+    """Return the default side in pixels, from a config that has it in latents of 8 pixels."""
     return 8 * config.get("sample_size", 128)
 
 
 def thousand(config: Config) -> float:
-    """A clock from 0 to 1000."""
+    """Return 1000: the model's time runs from 0 to 1000."""
     return 1000.0
 
 
 def sana_clock(config: Config) -> float:
-    """1000, and what the config multiplies it by."""
+    """Return 1000 times the factor that the config has."""
     return 1000.0 * config.get("timestep_scale", 1.0)
 
 
@@ -485,40 +488,42 @@ PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pi
 
 
 def family(config: Config, pipeline: str = "") -> Family:
-    """The family of a model's config.json, and of the class of its pipeline, if it has one.
+    """Return the family of a model, by its config.json and the class of its pipeline; "": it has none.
 
-    Raises UserError, with the way out, for a model that is none of them, and for a variant of one: a pipeline that
-    makes images of more than a text.
+    Raises UserError, with the way out, for a model of no family, and for a variant of one: a pipeline that makes images
+    of more than a text.
     """
-    kind = class_of(config)
-    if kind == FLUX and pipeline == KONTEXT.pipeline:
+    model_class = class_of(config)
+    if model_class == FLUX and pipeline == KONTEXT.pipeline:
         return KONTEXT
-    if kind == PIXART:
-        refuse_sizes(config)
-    found = unet_family(config) if kind == UNET else FAMILIES.get(kind)
-    if found is None:
+    if model_class == PIXART:
+        _refuse_sizes(config)
+    model_family = _unet_family(config) if model_class == UNET else FAMILIES.get(model_class)
+    if model_family is None:
         short_names = (name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
-        raise UserError(f"pipeline has a {kind}, which dumo was not tested with: take one of {', '.join(short_names)}")
-    newer_name = pipeline.replace("Text2Img", "")
-    if newer_name in ("", found.pipeline):
-        return found
+        raise UserError(
+            f"pipeline has a {model_class}, which dumo was not tested with: take one of {', '.join(short_names)}"
+        )
+    newer_name = pipeline.replace("Text2Img", "")  # Lumina2Text2ImgPipeline became Lumina2Pipeline
+    if newer_name in ("", model_family.pipeline):
+        return model_family
     purposes = [purpose for word, purpose in PIPELINE_PURPOSES.items() if word in pipeline]
     purpose = purposes[0] if purposes else "is no pipeline that dumo knows"
     raise UserError(
         f"pipeline is a {pipeline}, which {purpose}: dumo trains what makes an image of a text alone. Take the folder "
-        f"of a {found.pipeline}"
+        f"of a {model_family.pipeline}"
     )
 
 
 def class_of(config: Config) -> str:
-    """The class of a model; PixArt was published under an older one's name."""
-    kind = str(config.get("_class_name"))
-    if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
+    """Return the class of a model in diffusers. PixArt was published under the name of an older class."""
+    model_class = str(config.get("_class_name"))
+    if model_class == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
         return PIXART
-    return kind
+    return model_class
 
 
-def refuse_sizes(config: Config) -> None:
+def _refuse_sizes(config: Config) -> None:
     """Raise UserError for a PixArt that reads sizes, as one of 1024 pixels does where its config says nothing."""
     reads_sizes = config.get("use_additional_conditions")
     if reads_sizes is None:
@@ -530,8 +535,8 @@ def refuse_sizes(config: Config) -> None:
         )
 
 
-def unet_family(config: Config) -> Family:
-    """The family of a UNet by its config. Raises UserError for one that reads more than a text and sizes."""
+def _unet_family(config: Config) -> Family:
+    """Return the family of a UNet by its config. Raises UserError for one that reads more than a text and sizes."""
     in_channels = config.get("in_channels")
     out_channels = config.get("out_channels")
     if in_channels != out_channels:

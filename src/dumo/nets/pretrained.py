@@ -1,7 +1,13 @@
 """A published model, from a folder as diffusers saves it, to be tuned (docs/pretrained.md).
 
-`Pretrained.build` finds the model's `Family`, makes the model from its config.json and weights, checks that fields,
-objective and data fit it, and hands all to `Dualized`. Weights are mapped from their files until they are used.
+`Pretrained` is the spec. The order of events in `Pretrained.build`:
+
+1. `dumo.nets.family` finds the model's `Family`, or refuses the model.
+2. `Pretrained.model` makes the model from its config.json and weights, which are mapped from their files until used.
+3. `_require_fit` and others check that fields, objective and data fit the model.
+4. `text_rows` opens the texts, and `Dualized` takes over all of it.
+
+`Pretrained.short` is a smaller model for checks that read no weights.
 """
 
 import warnings
@@ -32,9 +38,9 @@ from dumo.types import QUIET, Needs, UserError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
-HEADS = ("v", "u", "m")  # velocities and flow maps
+HEADS = ("v", "u", "m")  # of an objective: velocities and flow maps
 TIMES = ("t", "r")
-DEPTHS = (  # keys of a config: numbers of blocks
+DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
     "num_layers",
     "num_single_layers",
     "num_mmdit_layers",
@@ -102,7 +108,7 @@ class Pretrained(PipelineSpec):
         return shortened.within(self._pipeline)
 
     def uncoded(self) -> "Pretrained":
-        """The same with a base as it is stored, where that is coded: in bf16, if it is, else in float32."""
+        """Return a spec whose frozen weights are not coded: in bf16 if their file is, else in float32."""
         if self.lora is None or self.lora.coding is None:
             return self
         frozen = "float32"
@@ -112,11 +118,11 @@ class Pretrained(PipelineSpec):
         return self.model_copy(update={"lora": lora})
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
-        """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
+        """Make a net with the heads of `needs`, for images or latents of `shape`; on the meta device without weights.
 
         Raises UserError where the model, its weights, the data or the objective do not fit one another.
         """
-        require_known(needs)
+        _require_known(needs)
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)
@@ -264,7 +270,7 @@ class Shortened(Pretrained):
 
     def build_config(self, config: Config) -> Config:
         """The source's config, with fewer blocks."""
-        return {key: self._cut(value) if key in DEPTHS else value for key, value in config.items()}
+        return {key: self._cut(value) if key in DEPTH_KEYS else value for key, value in config.items()}
 
     def _cut(self, blocks: Any) -> Any:  # noqa: ANN401, a number, a list of them, or null
         if isinstance(blocks, list | tuple):
@@ -272,7 +278,7 @@ class Shortened(Pretrained):
         return min(blocks, self.depth) if blocks else blocks
 
 
-def require_known(needs: Needs) -> None:
+def _require_known(needs: Needs) -> None:
     """Raise UserError where an objective needs more than velocities and flow maps at two times."""
     unknown = [f"head '{name}'" for name in needs.heads if name not in HEADS]
     unknown += [f"input '{name}'" for name in needs.names if name not in TIMES]

@@ -1,7 +1,10 @@
 """Rows of text by number: what a net that reads text looks up for a condition c.
 
-They come from a table that `dumo encode` makes (`dumo.nets.table`), from an encoder that is trained with the net
-(`dumo.nets.text`), or they are codes that stand for classes.
+They come from a table that `dumo encode` makes (`dumo.nets.table`), from a pipeline's encoders (`dumo.nets.live`), from
+an encoder that is trained with the net (`dumo.nets.text`), or they are codes that stand for classes (`codes`).
+
+`Texts` is what a net calls: `forward`, and for some models `sources` and `lengths`. A sampler calls `append` to add
+prompts, and `forget` to drop old ones. `Rows` are texts in memory.
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +27,12 @@ Opener = Callable[[torch.device], Reader]
 
 
 class TextSizes(NamedTuple):
-    """Those of rows."""
+    """The sizes of rows of text."""
 
-    length: int  # tokens at most
-    width: int
-    pooled: int
-    masked: bool
+    length: int  # tokens of a row at most
+    width: int  # numbers of a token
+    pooled: int  # numbers of the pooled embedding; 0: there is none
+    masked: bool  # whether rows may be padded
     dtype: torch.dtype
 
 
@@ -67,15 +70,16 @@ class Texts(nn.Module, ABC):
         raise UserError("this net was trained on rows whose encoder is not known, so it reads no prompts: give labels")
 
     def forget(self, most: int) -> None:
-        """Keep that many prompts, the last of `prompts`: the rows of others go, and what is left has new numbers."""
-        if len(self.prompts) > most:
-            first = min(self.prompts.values())
-            kept = [*self.prompts][len(self.prompts) - most :]
-            self.keep(first, [self.prompts[text] for text in kept])
-            self.prompts = {text: first + i for i, text in enumerate(kept)}
+        """Keep the last `most` prompts. The rows of others are dropped, and those left have new numbers."""
+        if len(self.prompts) <= most:
+            return
+        first = min(self.prompts.values())
+        last_prompts = [*self.prompts][len(self.prompts) - most :]
+        self.keep(first, [self.prompts[text] for text in last_prompts])
+        self.prompts = {text: first + i for i, text in enumerate(last_prompts)}
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Of the rows from the first on, keep these, in this order."""
+        """Keep all rows before number `first`, and behind them only `rows`, in this order."""
         for name, x in [*self.named_buffers(recurse=False)]:
             setattr(self, name, torch.cat([x[:first], x[[*rows]]]))
 
@@ -170,23 +174,27 @@ class Codes(Spec):
 
 
 def codes(classes: int, width: int, pooled: int) -> Rows:
-    """A token for each class, and one for none, from N(0, 1): the same in every run."""
-    tokens = drawn("tokens", classes + 1, width)[:, None]
-    return Rows(tokens, None, drawn("pooled", classes + 1, pooled) if pooled else None)
+    """Make a token (width,) for each class and one for none, from N(0, 1), which are the same in every run.
+
+    With `pooled` > 0 each has a pooled embedding (pooled,), too.
+    """
+    tokens = _draw_codes("tokens", classes + 1, width)[:, None]
+    pooled_codes = _draw_codes("pooled", classes + 1, pooled) if pooled else None
+    return Rows(tokens, None, pooled_codes)
 
 
-def drawn(name: str, rows: int, width: int) -> Tensor:
-    """N(0, 1), (rows, width); on the meta device without numbers."""
+def _draw_codes(name: str, rows: int, width: int) -> Tensor:
+    """Draw (rows, width) from N(0, 1), by the name; on the meta device without values."""
     if torch.get_default_device().type == "meta":
         return torch.empty(rows, width)
     return keyed("codes", name, rows=range(rows), shape=(width,))
 
 
 def widened(x: Tensor, length: int) -> Tensor:
-    """Tokens (b, l, d) or a mask (b, l), padded to this length."""
+    """Pad tokens (b, l, d) or a mask (b, l) with zeros to l = `length`."""
     return F.pad(x, (*[0] * (2 * x.ndim - 4), 0, length - x.shape[1]))
 
 
 def full(x: Tensor) -> Tensor:
-    """x in float32, where it is in half precision."""
+    """Return x in float32 where it is in half precision, else as it is."""
     return x.float() if x.element_size() == 2 else x
