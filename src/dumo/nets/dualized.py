@@ -449,7 +449,7 @@ class Dualized(nn.Module):
     def _unrounded(self, inputs: Inputs) -> Generator[None, None, None]:
         """Inside, the part that takes time and guidance gets them unrounded. In bf16 the model would round t to 8 bits.
 
-        A hook puts them in the place of the part's first arguments.
+        A hook replaces the part's first arguments by them.
         """
         if not self.family.time_part:
             yield

@@ -4,8 +4,8 @@
     int8       8 bits        of each output a scale: W = scale * code / 127
     nf4        4.5 bits      of every 64 numbers a scale: W = scale * quantile[code] (QLoRA, arXiv 2305.14314)
 
-`dumo.nets.adapter` calls `halve` or `quantise` when a net is made: they put a `HalfLinear` or a `CodedLinear` in the
-place of linear layers. `saved` says by how much the parameters of a net are fewer than its weights.
+`dumo.nets.adapter` calls `halve` or `quantise` when a net is made: they replace linear layers by `HalfLinear` or
+`CodedLinear`. `saved` says by how much the parameters of a net are fewer than its weights.
 
 Codes are of weights alone: a pass makes W of a layer, multiplies by it in the precision of the pass and lets it go, and
 the backward pass makes it again. So primal, tangent and gradient are those of the linear layer with this W. Codes and

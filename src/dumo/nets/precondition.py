@@ -20,6 +20,8 @@ D = F, which a net of many pixels learns more easily than noise; all heads are s
     head = (x_t - F) / max(t, 0.05).
 
 Below t = 0.05, pMF's bound, F is not the data, but x_t - 0.05 times the head.
+
+`apply_precondition` is what a net calls, once per pass.
 """
 
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from dumo.autodiff.dual import primal
 from dumo.types import Array, Sample, Time, lift
 
 Precondition = Literal["none", "edm", "data"]
-EARLIEST = 0.05  # pMF's code, `pmfDiT.py`
+EARLIEST = 0.05  # the least t that divides, with `data` (pMF's code, `pmfDiT.py`)
 VELOCITIES = ("v", "u", "m")  # the heads that may be preconditioned
 
 
@@ -40,11 +42,11 @@ def apply_precondition(kind: Precondition, x: Sample, t: Time) -> tuple[Array, C
     """
     if kind == "none":
         return x, lambda y: y
-    past = lift(t, x).to(x.dtype)
+    time = lift(t, x).to(x.dtype)
     if kind == "data":
-        near = (primal(past) < EARLIEST).to(x.dtype)
-        least = near * EARLIEST + (1 - near) * past
-        return x, lambda y: (x - y) / least
-    n = (past * past + (1 - past) * (1 - past)) ** 0.5
-    skip = (2 * past - 1) / (n * n) * x
+        is_early = (primal(time) < EARLIEST).to(x.dtype)  # 0 or 1
+        divisor = is_early * EARLIEST + (1 - is_early) * time  # max(t, EARLIEST), with the tangent of t above it
+        return x, lambda y: (x - y) / divisor
+    n = (time * time + (1 - time) * (1 - time)) ** 0.5
+    skip = (2 * time - 1) / (n * n) * x
     return x / n, lambda y: skip - y / n

@@ -30,7 +30,7 @@ from dumo.nets.precondition import Precondition
 from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
-from dumo.nets.vp import DiffusionToVelocity, framed
+from dumo.nets.vp import DiffusionToVelocity, read_scheduler
 from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
 from dumo.types import QUIET, Needs, UserError
@@ -85,10 +85,13 @@ class Pretrained(PipelineSpec):
 
     @property
     def frame(self) -> DiffusionToVelocity | None:
-        """How a model of a diffusion is a velocity; None: it learned one. Raises UserError as `family` and `framed`."""
+        """How a model of a diffusion is a velocity; None: it learned one.
+
+        Raises UserError as `family` and `read_scheduler`.
+        """
         if not self.family.diffusion:
             return None
-        return framed(self.pipeline.config("scheduler"))
+        return read_scheduler(self.pipeline.config("scheduler"))
 
     @property
     def side(self) -> int:

@@ -29,7 +29,7 @@ from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 EPS = 1e-6  # added to the variance in group norms (Song et al.)
-EMBED = 4  # the embedding is this many times as wide as the net
+EMBED_RATIO = 4  # the width of the embedding over that of the net (Song et al.)
 SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two (Song et al.)
 
 
@@ -173,19 +173,19 @@ class ResidualBlock(nn.Module):
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
             self.out = nn.Conv2d(out_channels, out_channels, 1)
 
-    def forward(self, h: Array, e: Array, keys: Keys | None = None) -> Array:
+    def forward(self, h: Array, condition: Array, keys: Keys | None = None) -> Array:
         """Return (b, out_channels, side, side), the side halved or doubled if the block resamples.
 
-        h: (b, in_channels, side, side). e: the condition (b, embed_width), already through its SiLU. keys: dropout keys
-        per row, or None for no dropout.
+        h: (b, in_channels, side, side). condition: (b, embed_width), after its SiLU. keys: dropout keys per row, or
+        None for no dropout.
         """
-        a = self.conv_1(self._resampled(F.silu(self.norm_1(h))))
-        a = a + self.shift(e)[:, :, None, None]
+        a = self.conv_1(self._resample(F.silu(self.norm_1(h))))
+        a = a + self.shift(condition)[:, :, None, None]
         a = F.silu(self.norm_2(a))
         if keys is not None:
             a = drop(a, keys, self.dropout)
         a = self.conv_2(a)
-        h = (self.skip(self._resampled(h)) + a) * SKIP_SCALE
+        h = (self.skip(self._resample(h)) + a) * SKIP_SCALE
         if not self.attends:
             return h
         return (h + self.attend(h)) * SKIP_SCALE
@@ -197,7 +197,8 @@ class ResidualBlock(nn.Module):
         a = F.scaled_dot_product_attention(q, k, v)
         return self.out(a.transpose(2, 3).reshape(b, channels, side, side))
 
-    def _resampled(self, h: Array) -> Array:
+    def _resample(self, h: Array) -> Array:
+        """Halve or double the side of h (b, channels, side, side), or return it as it is."""
         if self.resample == "half":
             return F.avg_pool2d(h, 2)
         if self.resample == "double":
@@ -232,7 +233,7 @@ class UNetModule(nn.Module):
         """See `UNet.build`."""
         super().__init__()
         width = spec.width
-        embed_width = EMBED * width
+        embed_width = EMBED_RATIO * width
         channels, side, _ = shape
         self.block_specs = tuple(block_specs(spec, side))
         last_channels = self.block_specs[-1].out_channels
@@ -249,9 +250,13 @@ class UNetModule(nn.Module):
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        shared, head_embeddings = self.own(**inputs)
-        e = F.silu(self.scalars(self._condition(x, c), **shared))
+        """Return the heads, shaped like x (b, channels, side, side), then the gauges, (b,), in the needs' order.
+
+        c is (b,), or (b, augment) numbers of augmentations. Each of the inputs is (b,). Raises TypeError for inputs
+        that the needs do not name.
+        """
+        shared_inputs, head_embeddings = self.own(**inputs)
+        condition = F.silu(self.scalars(self._wave_shift(x, c), **shared_inputs))
         keys = None
         if self.training and self.dropout:
             keys = dropout.current(x.shape[0])
@@ -261,16 +266,16 @@ class UNetModule(nn.Module):
             if block_spec.takes_skip:
                 h = torch.cat([h, skips.pop()], 1)
             block_keys = None if keys is None else dropout.layer_keys(keys, i)
-            h = block(h, e, block_keys)
+            h = block(h, condition, block_keys)
             if block_spec.keeps_output:
                 skips.append(h)
         outputs = [head(h, head_embeddings.get(name)) for name, head in self.heads.items()]
         if self.gauges is not None:
-            outputs += self.gauges(**shared)
+            outputs += self.gauges(**shared_inputs)
         return tuple(outputs)
 
-    def _condition(self, x: Sample, c: Cond) -> Array | None:
-        """What is added to the waves of time: the row of a class, the numbers of an augmentation, or nothing."""
+    def _wave_shift(self, x: Sample, c: Cond) -> Array | None:
+        """Return what is added to the waves of time, (b, width), for a class or an augmentation; None: nothing is."""
         if self.label is not None:
             return self.label(c)
         if self.augment is None or c.ndim < 2:

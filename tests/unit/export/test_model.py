@@ -21,7 +21,7 @@ from dumo.export.write import read_index, require_own_autoencoder, require_vacan
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jump_times
 from dumo.nets.family import FAMILIES
-from dumo.nets.vp import framed
+from dumo.nets.vp import read_scheduler
 from dumo.types import Reads, UserError
 
 SOLVER = Restart(m=0.7, start=0.99)
@@ -73,7 +73,7 @@ def test_the_scheduler_of_a_diffusion_makes_restarts_jumps(prediction: str, pass
     from diffusers import LCMScheduler
 
     said = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-    frame = framed(said | {"prediction_type": prediction})
+    frame = read_scheduler(said | {"prediction_type": prediction})
     path = Diffusion(schedule=frame.schedule)
     assert write_flow_map_scheduler(tmp_path, SOLVER, frame)[1] == "LCMScheduler"
     stock = LCMScheduler.from_pretrained(tmp_path)

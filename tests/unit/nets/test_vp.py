@@ -13,7 +13,7 @@ from dumo.autodiff.dual import pair, primal, tangent
 from dumo.flow.path import Diffusion
 from dumo.flow.schedule import Clock, Schedule
 from dumo.flow.solver import Restart
-from dumo.nets.vp import DiffusionToVelocity, Prediction, framed
+from dumo.nets.vp import DiffusionToVelocity, Prediction, read_scheduler
 from dumo.types import Reads, UserError, lift
 
 SD: dict[str, Any] = {
@@ -123,7 +123,7 @@ def exact(law: Law, x: Tensor, t: Tensor, last: float) -> Tensor:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_velocity_endpoint_and_slope_are_exact(config: str, law: str) -> None:
     """In float64 to 1e-9, on the whole range of the schedule."""
-    frame, f = framed(CONFIGS[config]), LAWS[law]
+    frame, f = read_scheduler(CONFIGS[config]), LAWS[law]
     x, t = points(frame)
     last = frame.schedule.last
     v = exact(f, x, t, last)
@@ -141,7 +141,7 @@ def test_velocity_endpoint_and_slope_are_exact(config: str, law: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_slopes_hold_in_float32(config: str, law: str) -> None:
     """Along the flow to both ends: that of the output to 1e-6 of float64's, that of a velocity, v or u, to 1e-5."""
-    frame, f = framed(CONFIGS[config]), LAWS[law]
+    frame, f = read_scheduler(CONFIGS[config]), LAWS[law]
     x, t = points(frame)
     v, net, velocity = exact(f, x, t, frame.schedule.last), knowing(f, frame), shared(f, frame)
     for function, most in ((lambda x, t: net(*frame(x, t)[:2]), 1e-6), (velocity, 1e-5)):
@@ -156,7 +156,7 @@ def test_slopes_hold_in_float32(config: str, law: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_in_float32_and_by_dual_numbers(config: str) -> None:
     """A smooth net of the input and the index alone, along any direction, in both types and by both ways."""
-    frame = framed(CONFIGS[config])
+    frame = read_scheduler(CONFIGS[config])
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         scaled, index, out = frame(x, t)
@@ -179,7 +179,7 @@ def test_in_float32_and_by_dual_numbers(config: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_jumps_land_where_those_of_the_schedule_do(config: str, law: str) -> None:
     """Two jumps of Restart by the endpoint, against x_vp = a x_0 + s z from x_vp = z, by the table's own numbers."""
-    frame, f = framed(CONFIGS[config]), LAWS[law]
+    frame, f = read_scheduler(CONFIGS[config]), LAWS[law]
     path, net = Diffusion(schedule=frame.schedule), shared(LAWS[law], frame)
     reads = Reads(endpoint=lambda x, t, c: x - lift(t, x) * net(x, t))
     g = torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ def test_jumps_land_where_those_of_the_schedule_do(config: str, law: str) -> Non
 
 
 def test_numbers_of_the_frame_are_no_weights_and_follow_no_type() -> None:
-    frame = framed(SD)
+    frame = read_scheduler(SD)
     assert not frame.state_dict()
     assert frame.clock.pieces.dtype == torch.float64
     assert frame.steepest == pytest.approx(
@@ -222,15 +222,15 @@ def test_numbers_of_the_frame_are_no_weights_and_follow_no_type() -> None:
 def test_what_says_no_velocity_is_refused(change: dict[str, Any], why: str) -> None:
     config = {key: value for key, value in (SD | change).items() if value is not ...}
     with pytest.raises(UserError, match=why):
-        framed(config)
-    assert isinstance(framed(SD).prediction, str)
+        read_scheduler(config)
+    assert isinstance(read_scheduler(SD).prediction, str)
 
 
 def test_kinds_of_predictions() -> None:
-    kinds: list[Prediction] = [framed(CONFIGS[name]).prediction for name in ("epsilon", "v")]
+    kinds: list[Prediction] = [read_scheduler(CONFIGS[name]).prediction for name in ("epsilon", "v")]
     assert kinds == ["epsilon", "v_prediction"]
-    cosine = framed(V | {"beta_schedule": "squaredcos_cap_v2"})  # v says something of the data to the last
+    cosine = read_scheduler(V | {"beta_schedule": "squaredcos_cap_v2"})  # v says something of the data to the last
     assert cosine.schedule.kind == "squaredcos_cap_v2"
-    linear = framed(SD | {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})  # of DiT and PixArt
+    linear = read_scheduler(SD | {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})  # of DiT and PixArt
     assert linear.prediction == "epsilon"
-    assert framed(SD).schedule == Schedule(kind="scaled_linear", start=0.00085, end=0.012)
+    assert read_scheduler(SD).schedule == Schedule(kind="scaled_linear", start=0.00085, end=0.012)
