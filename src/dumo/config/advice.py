@@ -1,4 +1,8 @@
-"""Where a run departs from its sources: lines to read before it trains."""
+"""Advice on a run before it trains: where it departs from its sources. Nothing here refuses a run.
+
+`advice` is the entrance. It compares the images' size with the pipeline's, theta^- with that of the objective's source,
+and the data's standard deviation with the one that constants were chosen for.
+"""
 
 from collections.abc import Sequence
 from math import log
@@ -11,31 +15,37 @@ from dumo.objectives import Objective
 from dumo.training.ema import Ema
 from dumo.training.spec import Train
 
-LARGER = 2.0  # factor between sides that is still near: ours
-FAR = 1.2  # factor between standard deviations that is still near: ours
+MAX_SIDE_RATIO = 2.0  # of an image's side to the pipeline's, either way, about which nothing is said: ours
+MAX_SD_RATIO = 1.2  # of the data's standard deviation to that of the path, either way: ours
 
 
 def advice(run: Tree, sd: float | None = None) -> list[str]:
-    """A line per finding, each with the --set that follows the source; `sd` is the data's, if it was measured."""
-    lines = [*of_size(run.net, run.pixels), *of_reference(run.objective, run.train)]
+    """A line for each departure, with the --set that follows the source; [] if there is none.
+
+    `sd` is the standard deviation of the data, in their own unit; None or 0: not measured, and not compared.
+    """
+    lines = [*_size_advice(run.net, run.pixels), *_reference_advice(run.objective, run.train)]
     if sd:
-        lines += of_deviation(run.objective, run.net, run.path, sd)
+        lines += _deviation_advice(run.objective, run.net, run.path, sd)
     return lines
 
 
-def of_size(net: Net, pixels: Sequence[int]) -> list[str]:
-    """A pretrained model is tuned at a size that is far from its pipeline's."""
+def _size_advice(net: Net, pixels: Sequence[int]) -> list[str]:
+    """A line where a pretrained model is tuned on images far larger or smaller than its pipeline makes, else [].
+
+    `pixels` is the shape of an image: channels, height, width.
+    """
     side = net.side if is_pretrained(net) else None
-    if not side or 1 / LARGER <= pixels[1] / side <= LARGER:
+    if not side or 1 / MAX_SIDE_RATIO <= pixels[1] / side <= MAX_SIDE_RATIO:
         return []
     return [
-        f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}: "
-        f"as the pipeline, data.images.side={side}"
+        f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}. "
+        f"As the pipeline:  --set data.images.side={side}"
     ]
 
 
-def of_reference(objective: Objective, train: Train) -> list[str]:
-    """theta^- is the weights in training, while the objective's source takes an average of them."""
+def _reference_advice(objective: Objective, train: Train) -> list[str]:
+    """A line where theta^- is the weights in training, and the objective's source averages them; else []."""
     decay = objective.needs.ref
     if decay is None or train.ref != "self":
         return []
@@ -49,14 +59,17 @@ def of_reference(objective: Objective, train: Train) -> list[str]:
     ]
 
 
-def of_deviation(objective: Objective, net: Net, path: Path, sd: float) -> list[str]:
-    """Constants are for data of standard deviation 1, and these data have another in units of `path.sd`."""
+def _deviation_advice(objective: Objective, net: Net, path: Path, sd: float) -> list[str]:
+    """A line where constants of the objective or net are for data of standard deviation 1, and these differ; else [].
+
+    The data's deviation is `sd / path.sd`, since the path divides them by `path.sd`.
+    """
     owners: list[str] = []
     if objective.needs.formulas.unit:
         owners.append(f"objective '{objective.kind}'")
     if net.precondition != "none":
         owners.append(f"net.precondition '{net.precondition}'")
-    if not owners or abs(log(sd / path.sd)) <= log(FAR):
+    if not owners or abs(log(sd / path.sd)) <= log(MAX_SD_RATIO):
         return []
     units = "" if path.sd == 1 else f" in units of path.sd = {path.sd:g}"
     return [

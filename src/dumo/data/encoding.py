@@ -79,7 +79,9 @@ def encode(
         other_files[CAPTIONS] = dump_captions(captions)
     if hashes:
         other_files[NAMES] = hashes.packed_names.numpy().tobytes()
-    result = table.make(out, index, encode_shard, rank=rank, world=world, of=images_hash, others=other_files, tick=tick)
+    result = table.make(
+        out, index, encode_shard, rank=rank, world=world, source_hash=images_hash, extra_files=other_files, tick=tick
+    )
     if hashes:
         hashes.save()
         if has_cache(out, index):  # another rank may have read other images meanwhile

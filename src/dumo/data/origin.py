@@ -76,7 +76,7 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
     for number, shard in shards.items():
         span = cached.span(number)
         is_doubtful = hashes.is_doubtful(span)
-        differs = shard.of != hashes.digest(span) and (is_doubtful or reads_later)
+        differs = shard.source_hash != hashes.digest(span) and (is_doubtful or reads_later)
         if differs and shard.fault(folder, deep=is_doubtful) is None:  # what is damaged is refused elsewhere
             columns = load(folder / shard.file)
             expected[columns["image"].numpy()] = columns[HASH].numpy()

@@ -348,7 +348,9 @@ def encode(
         return in_stored_types(whole, types)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
-    return table.make(out, contents, encode_shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
+    return table.make(
+        out, contents, encode_shard, rank=rank, world=world, extra_files={CAPTIONS: lines.encode()}, tick=tick
+    )
 
 
 def embeddings(read: EncoderModel | PromptReader | LoadedTokenizer, texts: Sequence[str]) -> Embeddings:

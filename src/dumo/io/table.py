@@ -17,8 +17,11 @@ What is in a shard depends on the inputs and its number alone, and every file is
 not matter who made a shard, or how often that was interrupted. All shards but the last hold as many rows of the source,
 less those that the source left out.
 
-`read_finished` reads the index of a finished table, `read` of any. `require` compares its files with it. `ShardTable`
-then reads rows; shards are mapped into memory, so a table may be larger than it.
+To read a table, `read_finished` reads the index of a finished one, and `read` of any, finished or not. `require`
+compares the files with the index. `ShardTable` then reads rows, or whole shards; shards are mapped into memory, so a
+table may be larger than it. `written_shards` and `rows_of_rank` say what is done, and what a rank has to do.
+
+The fields of `TableIndex`, `Column` and `Shard` are the keys of the JSON files: a new name there is a new format.
 """
 
 import json
@@ -49,22 +52,26 @@ from dumo.types import Spec, UserError
 
 FILE = "index.json"
 MAX_MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
+# The fixes that messages end with.
 REMAKE = "start the same dumo encode again, which re-makes what is damaged"
 ELSEWHERE = "encode into another folder, or remove this one"
 
 Tick = Callable[[int, str], None]  # is called with the rows of the source that this rank has read, and a note
-Tensors = Mapping[str, Tensor]
+ColumnBytes = NDArray[np.uint8]  # (entries, bytes of an entry): numpy has no bfloat16
+Tensors = Mapping[str, Tensor]  # the columns of a shard, by name
+MakeShard = Callable[[int, Callable[[int], None]], Tensors]  # (number, callback with the rows read so far) -> columns
 
 
 class Column(Spec):
-    """A column of a table: in each shard, a tensor of one entry for each row, or of as many as `lengths` says."""
+    """A column of a table. In each shard it is a tensor (entries, *shape), with the entries of the first row first."""
 
-    dtype: str
+    dtype: str  # as torch and numpy both name it
     shape: tuple[int, ...] = ()  # of an entry
-    lengths: str = Field(default="", exclude_if=not_)  # the column that has the number of entries of each row; "": one
+    # The name of the column with the number of entries of each row; "": each row has one entry.
+    lengths: str = Field(default="", exclude_if=not_)
 
     def fits(self, tensors: Tensors, name: str, rows: int) -> bool:
-        """Whether the tensor of this name is the column of a shard of this many rows."""
+        """Whether a shard of this many rows has this column under this name, with its dtype and shape."""
         x = tensors.get(name)
         if x is None:
             return False
@@ -85,10 +92,10 @@ class Shard(Spec):
     rows: int
     size: int  # bytes
     sha256: str
-    of: str = ""  # a hash of what its rows were made of, where that is known
+    source_hash: str = Field(default="", alias="of")  # of the images or texts its rows were made of; "": unknown
 
     def fault(self, folder: Path, *, deep: bool) -> str | None:
-        """What is wrong with the file, for a message; None: nothing. `deep`: its checksum is compared, too."""
+        """What is wrong with the file, in words that follow its name; None: nothing. `deep` compares its checksum."""
         file = folder / self.file
         if not file.is_file():
             return "is not there"
@@ -101,11 +108,11 @@ class Shard(Spec):
 
 
 class TableIndex(Spec):
-    """The contents of index.json. The fields of a subclass are the inputs of the rows."""
+    """The contents of index.json. A subclass adds the inputs that its rows were made of as fields."""
 
-    word: ClassVar[str] = "table"  # what the folder is called
-    remake: ClassVar[str] = REMAKE  # what to do about a damaged shard
-    repaired: ClassVar[bool] = True  # whether `make` makes a changed shard again, else refuses it
+    word: ClassVar[str] = "table"  # what messages call the folder
+    remake: ClassVar[str] = REMAKE  # the fix that messages about a damaged shard end with
+    repaired: ClassVar[bool] = True  # whether `make` makes a changed shard again; False: it raises UserError
     format: Literal[2] = 2
     columns: dict[str, Column]
     rows: int = Field(ge=0)  # of the source
@@ -115,11 +122,11 @@ class TableIndex(Spec):
 
     @property
     def count(self) -> int:
-        """The number of shards of the finished table."""
+        """The number of shards that the table has once it is finished."""
         return -(-self.rows // self.shard_rows)
 
     def span(self, number: int) -> range:
-        """The rows of the source in a shard."""
+        """The numbers of the source's rows that the shard of this number is made of."""
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
 
     def summary(self) -> str:
@@ -127,7 +134,7 @@ class TableIndex(Spec):
         return f"{self.rows:,} rows"
 
     def binding(self) -> dict[str, Any]:
-        """The inputs of the rows: where they are others, a table is not continued."""
+        """The inputs of the rows, as plain values: a table is resumed only where they are equal."""
         return self.model_dump(mode="json", exclude={"inputs": True, "shards": True})
 
     def inputs_digest(self) -> str:
@@ -142,44 +149,52 @@ K = TypeVar("K", bound=TableIndex)
 class MakeResult:
     """What `make` did on a rank."""
 
-    made: int  # shards
-    damaged: tuple[str, ...]  # files that were made again, and what was wrong with them
+    made: int  # the number of shards that this rank made
+    damaged: tuple[str, ...]  # a line for each file that was made again: its name, and what was wrong with it
     missing: int  # shards that other ranks have yet to make; 0: the table is finished
 
 
 @dataclass(frozen=True)
 class ShardTable:
-    """The rows of a finished table."""
+    """A finished table, to read rows (`take`) or whole shards (`tensors`) of."""
 
     folder: Path
     index: TableIndex
-    memory: float = 0.0  # bytes; shards of no more in all are read into memory, not mapped
+    memory: float = 0.0  # bytes; a table of at most this size is read into memory, a larger one is mapped
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def take(
-        self, rows: Int64[Tensor, " b"], column: str, other: str = "", where: Bool[Tensor, " b"] | None = None
+        self,
+        rows: Int64[Tensor, " b"],
+        column: str,
+        other_column: str = "",
+        takes_other: Bool[Tensor, " b"] | None = None,
     ) -> Tensor:
-        """The entries of some rows in a column, (b, *shape); where `where` is true, in the column `other`.
+        """The entries (b, *shape) of rows, from `column`, or from `other_column` where `takes_other` is true.
 
-        Both columns have one shape. In a column with lengths each row must have one entry. Raises IndexError for a row
-        that the table does not have, UserError for a damaged shard.
+        Both columns have one shape and one `lengths`. In a column with lengths each of the rows must have one entry.
+        Raises IndexError for a row that the table does not have, UserError for a damaged shard.
         """
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
         layout = self.index.columns[column]
-        taken = np.empty((len(rows), prod(layout.shape) * layout.torch_dtype.itemsize), np.uint8)
-        takes_other = [False] * len(rows) if where is None else where.tolist()
-        for i, (row, is_other) in enumerate(zip(rows.tolist(), takes_other, strict=True)):
+        entry_bytes = np.empty((len(rows), prod(layout.shape) * layout.torch_dtype.itemsize), np.uint8)
+        from_other = [False] * len(rows) if takes_other is None else takes_other.tolist()
+        for i, (row, is_other) in enumerate(zip(rows.tolist(), from_other, strict=True)):
             number = bisect_right(self.ends, row)
-            shard = self.shard(number)
-            entry = row - self.ends[number]  # negative: counted from the shard's end
-            if layout.lengths:
-                entry = int(shard[layout.lengths][:entry].sum())
-            name = other if is_other else column
-            taken[i] = shard[name][entry]
-        return torch.from_numpy(taken).view(layout.torch_dtype).view(-1, *layout.shape)
+            columns = self._load_bytes(number)
+            row_from_end = row - self.ends[number]  # negative: counted from the shard's end
+            entry = self._first_entry(columns, layout.lengths, row_from_end) if layout.lengths else row_from_end
+            name = other_column if is_other else column
+            entry_bytes[i] = columns[name][entry]
+        return torch.from_numpy(entry_bytes).view(layout.torch_dtype).view(-1, *layout.shape)
+
+    def _first_entry(self, columns: Mapping[str, ColumnBytes], lengths_column: str, row: int) -> int:
+        """The place of a row's first entry: the number of entries of all rows before it in its shard."""
+        lengths = columns[lengths_column].view(self.index.columns[lengths_column].dtype)
+        return int(lengths[:row].sum())
 
     def fingerprint(self) -> str:
         """A digest of all shards' rows and checksums."""
@@ -191,22 +206,19 @@ class ShardTable:
         return list(accumulate(shard.rows for shard in self.index.shards))
 
     @cached_property
-    def shard(self) -> Callable[[int], dict[str, NDArray[np.uint8]]]:
-        """A function that loads a shard by its number: the entries of each column, as bytes.
-
-        Shards are mapped into memory where all of them take more than `memory` bytes, else read.
-        """
+    def _load_bytes(self) -> Callable[[int], dict[str, ColumnBytes]]:
+        """A function from a shard's number to its columns. It keeps what it loaded."""
         is_mapped = sum(shard.size for shard in self.index.shards) > self.memory
 
         @lru_cache(MAX_MAPPED if is_mapped else None)
-        def loaded(number: int) -> dict[str, NDArray[np.uint8]]:
-            columns: dict[str, NDArray[np.uint8]] = {}
+        def load_bytes(number: int) -> dict[str, ColumnBytes]:
+            columns: dict[str, ColumnBytes] = {}
             for name, x in self.tensors(number).items():
-                row_bytes = x.reshape(len(x), prod(x.shape[1:])).view(torch.uint8).numpy()
-                columns[name] = row_bytes if is_mapped else row_bytes.copy()
+                column_bytes = x.reshape(len(x), prod(x.shape[1:])).view(torch.uint8).numpy()
+                columns[name] = column_bytes if is_mapped else column_bytes.copy()
             return columns
 
-        return loaded
+        return load_bytes
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """The columns of a shard, mapped into memory. Raises UserError where they are not as the index says."""
@@ -271,71 +283,80 @@ def rows_of_rank(rows: int, shard_rows: int, rank: int, world: int) -> int:
 def make(
     folder: Path,
     index: TableIndex,
-    shard: Callable[[int, Callable[[int], None]], Tensors],
+    make_shard: MakeShard,
     *,
     rank: int = 0,
     world: int = 1,
-    of: Callable[[int], str] = lambda number: "",
-    others: Mapping[str, bytes] | None = None,
+    source_hash: Callable[[int], str] = lambda number: "",
+    extra_files: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
     """Make this rank's shards that are missing or damaged.
 
-    `shard` returns the tensors of a shard by its number, and calls back with the number of rows of the source that it
-    has read; `of` then returns a hash of what these rows were made of, by the shard's number. `others` are other files
-    of the folder, by name. `tick` is called with the rows that this rank has read, and a note.
+    `make_shard` takes the number of a shard and returns its columns, first one with an entry for each row; it calls
+    back with the number of rows of the source that it has read so far. `source_hash` is then called with the same
+    number, and returns a hash of what these rows were made of. `extra_files` are more files of the folder: their bytes
+    by name. `tick` is called with the number of the source's rows that this rank has read, and a note.
 
     Raises UserError where the folder holds something else, or a shard has changed and is not to be repaired; OSError
-    where the disk is full, or nothing can be written; and as `shard`. Finished shards are kept.
+    where the disk is full, or nothing can be written; and as `make_shard`. Finished shards are kept.
     """
     files.check_writable(folder)
     _claim(folder, index, rank)
     _sweep(folder, rank, world)
     shards = written_shards(folder, index)
-    made = 0
+    num_made = 0
     rows_done = 0
     damaged: list[str] = []
     for number in range(rank, index.count, world):
-        written = shards.get(number)
-        title = _stem(number)
-        fault = written.fault(folder, deep=True) if written else None
-        if written and fault:
-            if not index.repaired and (folder / written.file).exists():
-                raise UserError(f"{folder}: {written.file} {fault}: {index.remake}")
-            damaged.append(f"{written.file} {fault}")
-            title = f"{written.file} {fault}, made again"
-            written = None
-        if written is None:
-
-            def progress(rows_read: int, rows_done: int = rows_done, title: str = title) -> None:
-                threads.check()
-                tick(rows_done + rows_read, title)
-
-            tensors = shard(number, progress)
+        note = _stem(number)
+        is_intact = False
+        if number in shards:
+            file = shards[number].file
+            fault = shards[number].fault(folder, deep=True)
+            if fault is None:
+                is_intact = True
+            elif index.repaired or not (folder / file).exists():
+                damaged.append(f"{file} {fault}")
+                note = f"{file} {fault}, made again"
+            else:
+                raise UserError(f"{folder}: {file} {fault}: {index.remake}")
+        if not is_intact:
+            tensors = make_shard(number, _progress_of_shard(tick, rows_done, note))
             _claim(folder, index, rank)  # raises where another took the folder, as long as it was empty
-            _store_shard(folder, number, tensors, rank, of(number))
-            made += 1
+            _store_shard(folder, number, tensors, rank, source_hash(number))
+            num_made += 1
         rows_done += len(index.span(number))
-        tick(rows_done, title)
-    for name, data in (others or {}).items():
+        tick(rows_done, note)
+    for name, data in (extra_files or {}).items():
         files.write(folder / name, data, writer=rank, durable=True)
     missing = _finish(folder, index, rank)
-    return MakeResult(made, tuple(damaged), missing)
+    return MakeResult(num_made, tuple(damaged), missing)
+
+
+def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int], None]:
+    """The callback of a shard: it adds `rows_before`, the rows of the shards before, and stops after a signal."""
+
+    def report(rows_read: int) -> None:
+        threads.check()
+        tick(rows_before + rows_read, note)
+
+    return report
 
 
 def _claim(folder: Path, index: TableIndex, rank: int) -> None:
     """Write an index into an empty folder, or resume a table of equal inputs. Raises UserError for other folders."""
     existing = read(folder, type(index))
     inputs = index.binding()
-    is_empty = existing is not None and not existing.shards and not any(folder.glob("shard-*.json"))
-    if existing is not None and is_empty and existing.binding() != inputs:
+    has_shards = existing is not None and (existing.shards or any(folder.glob("shard-*.json")))
+    if existing is not None and existing.binding() != inputs and not has_shards:
         existing = None  # it was begun, and stopped before a shard was made: its inputs do not matter
     if existing is None:
         is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
         if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
             raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
-        index = index.model_copy(update={"inputs": index.inputs_digest()})
-        files.write(folder / FILE, _dump(index), writer=rank, durable=True)
+        claimed = index.model_copy(update={"inputs": index.inputs_digest()})
+        files.write(folder / FILE, _dump(claimed), writer=rank, durable=True)
         return
     existing_inputs = existing.binding()
     differences: list[str] = []
@@ -352,19 +373,19 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
 
 def written_shards(folder: Path, index: TableIndex) -> dict[int, Shard]:
     """The shards that were written, by number: from their .json files, else from index.json."""
-    notes: dict[int, Shard] = {}
+    unlisted: dict[int, Shard] = {}
     for number in range(index.count):
         try:
-            notes[number] = Shard.model_validate_json((folder / f"{_stem(number)}.json").read_bytes())
+            unlisted[number] = Shard.model_validate_json((folder / f"{_stem(number)}.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             continue
-    existing = read(folder, type(index))  # after the notes: they are removed once it lists them
+    existing = read(folder, type(index))  # after the .json files, which are removed once it lists the shards
     listed = dict(enumerate(existing.shards)) if existing else {}
-    return listed | notes
+    return listed | unlisted
 
 
 def _finish(folder: Path, index: TableIndex, rank: int) -> int:
-    """List all shards in index.json once all are there, and remove their .json files. Returns how many are missing."""
+    """List all shards in index.json once all are there, and remove their .json files. Returns the number missing."""
     shards = written_shards(folder, index)
     intact: list[Shard] = []
     for number in range(index.count):
@@ -372,7 +393,9 @@ def _finish(folder: Path, index: TableIndex, rank: int) -> int:
         if shard and not shard.fault(folder, deep=False):
             intact.append(shard)
     if len(intact) == index.count:
-        existing = read(folder, type(index)) or index  # by another rank, which may name another place of the weights
+        existing = (
+            read(folder, type(index)) or index
+        )  # another rank wrote it, and may name another place of the weights
         finished = _dump(existing.model_copy(update={"shards": tuple(intact)}))
         files.write(folder / FILE, finished, writer=rank, durable=True)
         for number in range(index.count):
@@ -382,17 +405,19 @@ def _finish(folder: Path, index: TableIndex, rank: int) -> int:
 
 def _dump(index: TableIndex) -> bytes:
     """The bytes of index.json."""
-    return (index.model_dump_json(indent=1) + "\n").encode()
+    return (index.model_dump_json(indent=1, by_alias=True) + "\n").encode()
 
 
-def _store_shard(folder: Path, number: int, tensors: Tensors, rank: int, of: str) -> None:
-    """Write a shard, then its .json file; `of` is a hash of what its rows were made of."""
+def _store_shard(folder: Path, number: int, tensors: Tensors, rank: int, source_hash: str) -> None:
+    """Write a shard, then its .json file. The first tensor has an entry for each row."""
     data = safetensors.torch.save(dict(tensors))
     file = f"{_stem(number)}.safetensors"
     rows = len(next(iter(tensors.values())))
-    note = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data), of=of)
+    shard = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data), of=source_hash)
     files.write(folder / file, data, writer=rank, durable=True)
-    files.write(folder / f"{_stem(number)}.json", note.model_dump_json().encode(), writer=rank, durable=True)
+    files.write(
+        folder / f"{_stem(number)}.json", shard.model_dump_json(by_alias=True).encode(), writer=rank, durable=True
+    )
 
 
 def _sweep(folder: Path, rank: int, world: int) -> None:

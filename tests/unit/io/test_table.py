@@ -1,0 +1,37 @@
+"""A table whose rows have several entries, or none: `take` counts the entries before a row."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.io import table
+from dumo.io.table import Column, ShardTable, TableIndex
+
+LENGTHS = [300, 1, 0, 70_000, 1]  # one byte of an int64 does not hold them
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_entries_before_a_row_are_counted_in_the_type_of_the_lengths(tmp_path: Path, dtype: str) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=getattr(torch, dtype))
+
+    def make_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
+        return {"lengths": lengths, "x": torch.arange(sum(LENGTHS), dtype=torch.float32)}
+
+    columns = {"lengths": Column(dtype=dtype), "x": Column(dtype="float32", lengths="lengths")}
+    index = TableIndex(columns=columns, rows=len(LENGTHS), shard_rows=len(LENGTHS))
+    assert table.make(tmp_path, index, make_shard).missing == 0
+    finished = ShardTable(tmp_path, table.read_finished(tmp_path, TableIndex, "is no table"))
+    assert finished.take(torch.tensor([4, 1]), "x").tolist() == [70_301, 300]
+
+
+def test_the_hash_of_the_source_keeps_its_key_in_the_files(tmp_path: Path) -> None:
+    index = TableIndex(columns={"x": Column(dtype="uint8")}, rows=1)
+    table.make(
+        tmp_path, index, lambda *_: {"x": torch.zeros(1, dtype=torch.uint8)}, source_hash=lambda number: f"h{number}"
+    )
+    assert '"of": "h0"' in (tmp_path / table.FILE).read_text()
+    (shard,) = table.read_finished(tmp_path, TableIndex, "is no table").shards
+    assert shard.source_hash == "h0"
