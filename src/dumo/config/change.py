@@ -1,6 +1,7 @@
 """Change a run's tree of plain values: a file's changes to its base (`merge`), and --set (`override`; ADR 0002).
 
 Both keep one rule: a part with another `kind` begins with that kind's defaults; fields of the old kind are dropped.
+`shown` is a value as one would type it after the `=`.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ from dumo.io.read import brief
 from dumo.io.yaml import dump, parse
 from dumo.types import UserError
 
-Parts = tuple[str, ...]  # of a dotted path
+FieldPath = tuple[str, ...]  # the names in a dotted path
 
 
 def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """The base with the changes of a file, as a new tree. `where` is the dotted path to both.
+    """The base with the changes of a file, as a new tree. `where` is the dotted path to both, with a dot at its end.
 
     Mappings are merged key by key; anything else, an empty mapping and another kind replace what was there. Raises
     UserError if fields are given to a value of the base that has none.
@@ -29,7 +30,7 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
             raise UserError(
                 f"{where}{key} is {brief(shown(old))} in the base, a value without fields: write them out there"
             )
-        if isinstance(new, dict) and new and isinstance(old, dict) and not _another(old, new.get("kind")):
+        if isinstance(new, dict) and new and isinstance(old, dict) and not _has_other_kind(old, new.get("kind")):
             merged[key] = merge(old, new, f"{where}{key}.")
         else:
             merged[key] = new
@@ -37,13 +38,13 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
 
 
 def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
-    """Set values in place, each from `a.b=c`; of two for the same field the last one holds.
+    """Set fields of the tree in place, each by a text `a.b=c`. Of two texts for one field the last one counts.
 
-    Higher parts of the tree are set first, and a part's `kind` before its other fields, so the order does not matter
-    else. Raises UserError for a text without `=`, a path that leads nowhere, or two that contradict each other.
+    Otherwise their order does not matter: short paths are set before long ones, and a part's `kind` before its other
+    fields. Raises UserError for a text without `=`, a path that leads nowhere, or two that contradict each other.
     """
     values = dict(_split(text) for text in texts)
-    for path in sorted(values, key=lambda path: (len(path), path[-1] != "kind")):
+    for path in sorted(values, key=_order):
         for length in range(1, len(path)):
             parent = path[:length]
             if parent in values and values[parent] is None:
@@ -59,13 +60,18 @@ def shown(value: object) -> str:
     return dump(to_jsonable_python(value), flow=True, width=10_000).removesuffix("...\n").strip()
 
 
-def _another(part: dict[str, Any], kind: object) -> bool:
-    """Whether `kind` is another one than the part's."""
+def _order(path: FieldPath) -> tuple[int, bool]:
+    """A sort key: short paths first, and of paths of one length those to a `kind`."""
+    return len(path), path[-1] != "kind"
+
+
+def _has_other_kind(part: dict[str, Any], kind: object) -> bool:
+    """Whether `kind` is given, and the part has a kind that is another."""
     return kind is not None and part.get("kind", kind) != kind
 
 
-def _split(text: str) -> tuple[Parts, object]:
-    """The parts of the path and the value of 'a.b=c'."""
+def _split(text: str) -> tuple[FieldPath, object]:
+    """The path and the value of a text 'a.b=c'. Raises UserError for a text that is not written so."""
     dotted, sign, right = text.partition("=")
     if not sign or not dotted:
         raise UserError(f"--set {brief(text)}: write it as a.b=c, for example --set train.steps=2000")
@@ -75,33 +81,33 @@ def _split(text: str) -> tuple[Parts, object]:
         raise UserError(f"--set {brief(text)}: '{brief(right)}' is not a YAML value") from error
 
 
-def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
-    """Set one value in place; another kind drops the other fields of its part."""
+def _put(tree: dict[str, Any], path: FieldPath, value: object) -> None:
+    """Set the value at a path in place. Setting another kind drops the other fields of its part."""
     node: Any = tree
     for i, parent in enumerate(path[:-1]):
         node = _step(node, parent, ".".join(path[: i + 1]))
     last = path[-1]
     if isinstance(node, list):
-        node[_place(node, last, ".".join(path))] = value
+        node[_list_index(node, last, ".".join(path))] = value
         return
-    if last == "kind" and _another(node, value):
+    if last == "kind" and _has_other_kind(node, value):
         node.clear()
     node[last] = value
 
 
 def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree
-    """One level down; a missing level is made, and left to validation."""
+    """The part of `node` under `key`; a missing one is made, and left to validation. `path` leads to it, for errors."""
     if isinstance(node, dict) and node.get(key) is None:  # missing, or null
         node[key] = {}
-    child = node[_place(node, key, path)] if isinstance(node, list) else node[key]
+    child = node[_list_index(node, key, path)] if isinstance(node, list) else node[key]
     if not isinstance(child, dict | list):
         raise UserError(f"{path} is {brief(shown(child))}, a value without fields of its own")
     return child
 
 
-def _place(node: list[Any], key: str, path: str) -> int:
-    """The index into a list that the last part of a path says."""
-    if key not in [str(place) for place in range(len(node))]:
+def _list_index(node: list[Any], key: str, path: str) -> int:
+    """The index into a list that `key`, the last part of a path, says. Raises UserError for what is none."""
+    if key not in [str(i) for i in range(len(node))]:
         fix = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
         raise UserError(f"{brief(path)}: this is a list of {len(node)}; {fix}")
     return int(key)

@@ -1,15 +1,20 @@
 """Check that the values of a run fit together, when it is read; `dumo.run.mismatch` checks what takes a net or files.
 
-`check` goes through all rules and raises the first line. A rule is a function that yields a line per mismatch, with the
-fix. Names that one part asks of another are `dumo.config.need`'s.
+`check` is the entrance for a whole run: it goes through all rules in order, and raises the first mismatch. A rule,
+`_..._faults`, yields a line for each mismatch, with the fix. `dumo.config.need` has the rules by which one part of a
+run asks names of another, `dumo.config.subject` those of a subject.
+
+Three checks are also called by themselves, for what is known after a run is read: `check_pieces` with the number of
+ranks, `check_guided` with the guidance of one request, and `require` with faults that others find.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+from dumo.config import need
 from dumo.config.conditions import Conditions, shown
-from dumo.config.need import BY_KNOBS, faults, has_classes
-from dumo.config.subject import prior, subject
+from dumo.config.need import BY_KNOBS, has_classes
+from dumo.config.subject import prior_faults, subject_faults
 from dumo.config.teacher import Start, Teacher
 from dumo.config.tree import Evaluation, Tree
 from dumo.data import Data
@@ -27,38 +32,39 @@ from dumo.types import TimeLaw, UserError
 
 
 def check(run: Tree) -> None:
-    """Raise UserError for the first mismatch between the values of a run; no net is made and no file is read."""
+    """Raise UserError for the first mismatch between the values of a run. Makes no net and reads no file."""
     data = run.data
     net = run.net
     objective = run.objective
     train = run.train
     require(
-        faults(run),
-        unconditional(data, objective, run.sample.guide, run.teacher),
-        augmentation(data, net, objective),
-        precision(objective, net, train),
+        need.faults(run),
+        _editing_faults(data, objective, run.sample.guide, run.teacher),
+        _augmentation_faults(data, net, objective),
+        _precision_faults(objective, net, train),
     )
     check_pieces(train, objective)
     check_guided(run.sample.guide, data, objective, run.guided)
     require(
-        teaching(run.teacher, objective, data, train),
-        beginning(run.start, objective, train),
-        subject(run),
-        prior(data, run.teacher, objective, train),
+        _teacher_faults(run.teacher, objective, data, train),
+        _start_faults(run.start, objective, train),
+        subject_faults(run),
+        prior_faults(data, run.teacher, objective, train),
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
     run.evaluate.protocol.check(run.pixels, data.labels)
-    require(validation(run.evaluate))
+    require(_validation_faults(run.evaluate))
 
 
 def require(*faults: Iterable[str]) -> None:
-    """Raise UserError with the first fault, if there is one."""
-    for fault in chain.from_iterable(faults):
-        raise UserError(fault)
+    """Raise UserError with the first of these lines, if there is one. Later rules do not run."""
+    first_fault = next(chain.from_iterable(faults), None)
+    if first_fault is not None:
+        raise UserError(first_fault)
 
 
-def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teacher | None) -> Iterator[str]:
-    """Images to edit, and something that leaves out the condition: a model that edits always has one."""
+def _editing_faults(data: Data, objective: Objective, sampled: CFG, teacher: Teacher | None) -> Iterator[str]:
+    """A model that edits images always has one as its condition: nothing may leave the condition out."""
     if not getattr(Conditions(data).captions, "source", None):
         return
     trained = GuidanceScale.of(objective.needs)
@@ -78,8 +84,8 @@ def unconditional(data: Data, objective: Objective, sampled: CFG, teacher: Teach
         )
 
 
-def validation(evaluation: Evaluation) -> Iterator[str]:
-    """Judging in training by what makes no samples, or by too few, and a best step of none that are judged."""
+def _validation_faults(evaluation: Evaluation) -> Iterator[str]:
+    """Judging in training needs a protocol that judges samples, enough of them, and some steps to choose a best of."""
     kind = evaluation.protocol.kind
     if evaluation.best and not evaluation.every:
         yield "evaluate.best keeps the best of the steps that are judged, and none is: set evaluate.every to some steps"
@@ -92,8 +98,8 @@ def validation(evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
-    """Augmentation for which the net has no input, or one of another size."""
+def _augmentation_faults(data: Data, net: Net, objective: Objective) -> Iterator[str]:
+    """The net must take as many numbers as describe an image's augmentation, and training must not drop them."""
     augment = shown(data).augment
     numbers = augment.numbers if augment else 0
     if numbers != net.augment:
@@ -113,8 +119,11 @@ def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
         )
 
 
-def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
-    """Frozen weights that every pass would cast up, and an objective that amplifies rounding errors."""
+def _precision_faults(objective: Objective, net: Net, train: Train) -> Iterator[str]:
+    """Frozen weights in bfloat16 need passes in bf16, and an objective that amplifies rounding needs precise passes.
+
+    Raises UserError by itself for the second.
+    """
     lora = net.lora
     if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
         yield (
@@ -125,7 +134,11 @@ def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
 
 
 def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
-    """Raise UserError if ranks cannot cut the batch into passes with all kinds of rows, or a field takes one rank."""
+    """Raise UserError where these ranks cannot share the training.
+
+    Each pass must have rows with r < t and rows with r = t, if the batch has both; `train.share` must divide the ranks;
+    and `train.compile=loss` takes one rank.
+    """
     times = objective.times
     passes_by_rank = passes(train, objective, ranks)
     moving = times.moving(train.batch)
@@ -134,28 +147,31 @@ def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
             kinds = set(moving[rows])
             if len(kinds) == 1:
                 num_rows = rows.stop - rows.start
-                raise UserError(pass_of_one_kind(train, times, ranks, num_rows, moving=kinds.pop()))
+                raise UserError(_one_kind_message(train, times, ranks, num_rows, moving=kinds.pop()))
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
         raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
 
 
-def pass_of_one_kind(train: Train, times: TimeLaw, ranks: int, rows: int, *, moving: bool) -> str:
-    """Why a pass of this number of rows is refused: all of them have r < t (`moving`), or all r = t."""
-    law = f"'{getattr(times, 'kind', type(times).__name__)}'"
+def _one_kind_message(train: Train, times: TimeLaw, ranks: int, rows: int, *, moving: bool) -> str:
+    """The message that refuses a pass of this number of rows: all have r < t (`moving`), or all have r = t."""
+    time_law = f"'{getattr(times, 'kind', type(times).__name__)}'"
     if isinstance(times, Jumps | Pair):
-        law += f", velocity_ratio {times.velocity_ratio:g}"
+        time_law += f", velocity_ratio {times.velocity_ratio:g}"
     batch = f"train.batch = {train.batch}"
     fix = "raise train.batch"
     if train.micro_batch:
         batch += f", train.micro_batch = {train.micro_batch}"
         fix += " or train.micro_batch"
-    place = "1 rank"
+    rank_count = "1 rank"
     if ranks > 1:
-        place = f"{ranks} ranks"
+        rank_count = f"{ranks} ranks"
         fix += ", or take fewer ranks"
     missing = "r = t" if moving else "r < t"
-    return f"{batch} on {place} has a pass of {rows} rows without one with {missing} (objective.times {law}): {fix}"
+    return (
+        f"{batch} on {rank_count} has a pass of {rows} rows without one with {missing} (objective.times {time_law}): "
+        f"{fix}"
+    )
 
 
 def check_guided(
@@ -166,9 +182,10 @@ def check_guided(
     name: str = "sample.guide",
     source: str = "",
 ) -> None:
-    """Raise UserError for guidance of a net that never saw a missing label, or that is guided already.
+    """Raise UserError for guidance of a net that never trained without a label, or that is guided already.
 
-    `trained` is its guidance in training, `name` the field that asks, `source` the run if it is read for another.
+    `trained` is the net's guidance in training. Messages name the field `name` that asks for guidance, and the run
+    `source` that the net is of; "": the run that is read.
     """
     guide.check(data.kind, has_classes(data), objective.drop, trained, name=name, whose=source)
     if guide.active and objective.needs.knobs:
@@ -179,10 +196,10 @@ def check_guided(
         )
 
 
-def teaching(teacher: Teacher | None, objective: Objective, data: Data, train: Train) -> Iterator[str]:
-    """A coupling that would part a teacher's pairs, and guidance of a teacher that is double or without classes.
+def _teacher_faults(teacher: Teacher | None, objective: Objective, data: Data, train: Train) -> Iterator[str]:
+    """A teacher's pairs must stay together, and guidance must come from the teacher or the objective, not from both.
 
-    What the teacher can do is checked when it is opened.
+    Raises UserError by itself for guidance without classes. What the teacher can do is checked when it is opened.
     """
     if not teacher:
         return
@@ -202,8 +219,8 @@ def teaching(teacher: Teacher | None, objective: Objective, data: Data, train: T
         )
 
 
-def beginning(start: Start | None, objective: Objective, train: Train) -> Iterator[str]:
-    """An objective that learns from the net that training begins with, without a start."""
+def _start_faults(start: Start | None, objective: Objective, train: Train) -> Iterator[str]:
+    """An objective that learns from the net that training begins with needs a start, and train.ref=1 to keep it."""
     if objective.needs.ref == 1 and not (start and train.ref == 1):
         yield (
             f"objective '{objective.kind}' with low learns from the net that training begins with: set start.source to "

@@ -1,4 +1,7 @@
-"""Hashes of the code of classes from outside, by which a run knows that it is still the same program."""
+"""Hashes of the code of classes from outside (`module:Class`): a run resumes only with the code that it began with.
+
+`codes_of` hashes what a spec uses, for `resolved` in run.yaml; `require_same_code` compares with it later.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +14,10 @@ from dumo.types.outside import TAG, code, kind_of
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
-    """The name of every class from outside in a spec, at any depth, and a hash of its code."""
+    """The name of each class from outside in a spec, at any depth, with the hash of its code; None: no source is there.
+
+    What is no spec has none.
+    """
     if isinstance(part, Spec):
         if kind_of(part) == TAG:
             yield getattr(part, "kind", ""), code(part)
@@ -20,10 +26,15 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
 
 
 def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Path) -> None:
-    """Raise UserError if a class from outside is not as it was when the run in this folder began, by what it found."""
-    was = resolved.get(CODE)
-    for name, now in codes_of(spec):
-        if isinstance(was, dict) and was.get(name) != now:
+    """Raise UserError where the code of a class from outside has changed since the run in `folder` began.
+
+    `resolved` has the hashes of that time under `code`; without them nothing is compared.
+    """
+    hash_by_name = resolved.get(CODE)
+    if not isinstance(hash_by_name, dict):
+        return
+    for name, code_hash in codes_of(spec):
+        if hash_by_name.get(name) != code_hash:
             raise UserError(
                 f"{name} is not the code that {folder} was trained with: bring that back, or train in another folder"
             )

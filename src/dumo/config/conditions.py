@@ -1,4 +1,8 @@
-"""The classes or captions that a net is conditioned on: their names, their numbers, and those of samples."""
+"""The classes or captions that a net is conditioned on: their names, their numbers, and the conditions of samples.
+
+`Conditions` has them for a data set. A condition c is a number: of a class, or of a caption in the order of the data;
+the number after the last one means no condition. `shown` and `squares` say which images a data set is of.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +21,15 @@ from dumo.types import UserError
 
 
 def shown(data: Data) -> ShownData:
-    """The images or points that are shown: of latents, the images that were encoded."""
+    """The data that people look at: images or points as they are, and for latents the images that were encoded."""
     return data.images if is_latents(data) else data
 
 
 def squares(data: Data) -> Data:
-    """The data without buckets: of latents the images, for a cache of buckets has not all of them as squares."""
+    """The data as squares of one size: without buckets, if they have some.
+
+    Latents in buckets become their images, because the cache does not hold each image as a square.
+    """
     images = shown(data)
     if is_images(images) and images.buckets:
         return images.model_copy(update={"buckets": None})
@@ -31,28 +38,28 @@ def squares(data: Data) -> Data:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Those of a data set. Condition `count` means none."""
+    """The conditions of a data set, numbered from 0 to `count` - 1. Number `count` means no condition."""
 
     data: Data
 
     @property
     def count(self) -> int:
-        """How many conditions there are: classes, or captions."""
+        """The number of conditions: of classes, or of captions."""
         return self.data.classes
 
     @property
     def known(self) -> bool:
-        """False if classes are still to be counted."""
+        """Whether the classes are known; False before they are counted in the data."""
         return bool(self.count) or shown(self.data).names is not None
 
     @property
     def captions(self) -> Captioning | None:
-        """The captions that replace classes, if any."""
+        """The captions that the net reads instead of classes; None: it reads classes."""
         return self.data.captions
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the classes, or the captions; () if they have none."""
+        """The names of the classes, or the captions; () if there are none, or their files are not here."""
         data = self.data
         if data.captions is None:
             return shown(data).names or ()
@@ -63,18 +70,18 @@ class Conditions:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The names as one reads them: captions without the hashes of what they edit."""
+        """The names for people: captions without the hashes of the images that they edit."""
         return tuple(parted(name)[0] for name in self.names)
 
     def name(self, c: int) -> str:
-        """The name of a class: its folder's, or the caption, else its number."""
+        """What condition c is called: the class's name or the caption, else its number."""
         if self.captions and c == self.count:
             return "no caption"
         names = self.names
         return parted(names[c])[0] if c < len(names) else str(c)
 
     def index(self, text: str) -> int:
-        """The number of a class, given its name or number. Raises UserError if there is none."""
+        """The number of the class or caption with this name or number. Raises UserError if there is none."""
         names = self.names
         label = text.strip()
         if label in names:
@@ -91,10 +98,12 @@ class Conditions:
         raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {self.count - 1}{fix}")
 
     def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
-        """The condition of samples of these classes: the class, or a caption of it, its templates in turn.
+        """The conditions (n,) of samples of these classes.
 
-        `held`: of the templates that are held out. Captions that were written for each image have no classes: of these,
-        one of every k-th image, or of all in turn. Raises UserError if nothing is held out, or captions are missing.
+        Without captions they are the classes themselves. With templates each is a caption of the class, by its
+        templates in turn; `held` takes the templates that are held out. Captions that were written for each image have
+        no classes: then they are those of n images spread evenly over the data, or of all images in turn where n is
+        larger, whatever the labels are. Raises UserError if nothing is held out, or captions are missing.
         """
         match self.captions:
             case Templates() as captions:
@@ -109,9 +118,9 @@ class Conditions:
                 return labels
 
     def in_turn(self, count: int, only: Sequence[int] | None = None) -> Int64[Tensor, " n"]:
-        """The conditions of `count` samples: `only` these in turn; None: all classes in turn, or captions of them.
+        """The conditions (count,) of `count` samples: those of `only` in turn, or without it of all classes in turn.
 
-        Raises UserError for one out of range, or no samples.
+        Raises UserError for a condition out of range, or where `count` is 0.
         """
         if only:
             return generate.labels_in_turn(count, self.count, only)

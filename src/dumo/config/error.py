@@ -1,7 +1,8 @@
 """Say pydantic's errors as lines to act on: the dotted path, what is wrong, the nearest valid name.
 
 `explain` writes a line for each error; `_locate` follows pydantic's location through the specs, so that a line can name
-the field, what it may hold, and the names that are valid there.
+the field, what it may hold, and the names that are valid there. `require_known`, `nearest` and `nearest_few` say the
+valid names for any choice, in all of dumo.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,13 +21,13 @@ from dumo.types.family import family_of
 from dumo.types.outside import TAG
 
 Location = tuple[int | str, ...]
-MISSING = {  # what belongs into a field that has no default
+MISSING = {  # by dotted path: what belongs into a field that has no default
     "data.root": ": where the images are, or the folder of latents that dumo encode writes",
     "pipeline.source": ": a folder of diffusers, or a published name (docs/pretrained.md)",
     "net.texts.root": ": the folder that dumo encode writes the table of captions into, e.g. runs/texts/mine",
     "teacher.source": ": the folder of a run that has a velocity",
 }
-REMOVED = {  # fields of older runs
+REMOVED = {  # by dotted path: what to write instead of a field of older runs
     "net.source": "pipeline names the folder now, of the model, its autoencoder, texts and scheduler: pipeline=DIR",
     "net.config": "pipeline has the hashes of its parts now: remove it",
 }
@@ -36,7 +37,7 @@ PLAIN_WORDS = {"a valid array": "a list", "an object": "a mapping of names to va
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line per mistake, up to MAX_ERROR_LINES."""
+    """Pydantic's error as lines, one per mistake, up to MAX_ERROR_LINES; `root` is the spec that was validated."""
     details = error.errors(include_url=False)
     parents = {detail["loc"][:-1] for detail in details}
     lines: list[str] = []
@@ -50,39 +51,39 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """A hint: the nearest of the valid names, or all of them."""
-    close = get_close_matches(brief(name), names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
+    """A hint: the one of the valid names that is nearest, or all of them where none is near."""
+    near_names = get_close_matches(brief(name), names, n=1)
+    return f"did you mean '{near_names[0]}'?" if near_names else f"valid: {', '.join(names)}"
 
 
 def require_known(what: str, name: str, known: Iterable[str]) -> None:
-    """Raise UserError, with the nearest valid name, where there is no thing of this name."""
+    """Raise UserError where `name` is not known, with the nearest known name. `what` is a noun: "recipe"."""
     names = [*known]
     if name not in names:
         raise UserError(f"there is no {what} '{name}'; {nearest(name, names)}")
 
 
 def nearest_few(name: str, names: list[str]) -> str:
-    """A hint of up to three near names, where all would be too many; empty if none is near."""
-    close = [f"'{near}'" for near in get_close_matches(brief(name), names, n=3, cutoff=0.5)]
-    if not close:
+    """A hint of up to three near names, for where all names would be too many; "" if none is near."""
+    quoted = [f"'{near_name}'" for near_name in get_close_matches(brief(name), names, n=3, cutoff=0.5)]
+    if not quoted:
         return ""
-    if len(close) == 1:
-        return f"did you mean {close[0]}? "
-    return f"did you mean {', '.join(close[:-1])} or {close[-1]}? "
+    if len(quoted) == 1:
+        return f"did you mean {quoted[0]}? "
+    return f"did you mean {', '.join(quoted[:-1])} or {quoted[-1]}? "
 
 
 @dataclass(frozen=True)
 class _Field:
-    """Where an error is."""
+    """The field that an error is about."""
 
     path: str  # dotted, without pydantic's tags
-    parent: type[BaseModel] | None  # the model that lacks or rejects the last name of the path
-    has_kind: bool  # whether a spec with a `kind` may stand there
+    parent: type[BaseModel] | None  # the model whose field the last name of the path is, or is not
+    has_kind: bool  # whether its value may be a spec with a `kind`
 
 
 def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
-    """What to say of one error."""
+    """The line for one of pydantic's errors."""
     field = _locate(error["loc"], root)
     path = field.path
     value = error["input"]
@@ -106,7 +107,8 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
             return f"{path}: missing{MISSING.get(path, '')}"
         case "value_error":
             message = str(error.get("ctx", {})["error"])
-            return message if not path or message.startswith(f"{path} ") else f"{path}: {message}"
+            names_field = message.startswith(f"{path} ")
+            return message if not path or names_field else f"{path}: {message}"
         case _:
             message = error["msg"][0].lower() + error["msg"][1:]
             for json_word, plain_word in PLAIN_WORDS.items():
@@ -120,7 +122,7 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _locate(loc: Location, root: type[BaseModel]) -> _Field:
-    """The field of a location, in which pydantic also names the tags of unions."""
+    """The field at pydantic's location, which also has the tags of unions among its names."""
     names: list[str] = []
     annotation: Any = root
     parent: type[BaseModel] | None = None
@@ -147,7 +149,7 @@ def _locate(loc: Location, root: type[BaseModel]) -> _Field:
 
 
 def _member(annotation: object, tag: int | str) -> type[BaseModel] | None:
-    """The spec that this tag chooses, where an annotation is a union by kind."""
+    """The spec that a tag chooses, where an annotation is a union by kind; None: it is none, or has no such tag."""
     family = family_of(annotation)
     if family is not None:
         return family.load(str(tag)) if tag in family.names else None

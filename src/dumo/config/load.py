@@ -1,7 +1,11 @@
 """Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML.
 
-`load` reads the text (`dumo.config.source`), sets the overrides, fills in what was found when the run was opened, and
-validates (`parse`). `dump` is its inverse. `differences` compares two runs, `Written` a run with its own past.
+`load` is the entrance. In this order it reads the text (`dumo.config.source`), sets the overrides, fills in what was
+found when the run was first opened (`resolved`), and validates the tree (`parse`). `load_recipe` reads a shipped recipe
+by name, `run_of` a text that is read already.
+
+`dump` is the inverse of `load`, and `summary` a shorter tree for people. `differences` compares two runs. `Written` is
+a run with the changes that were made to it while it trained, and `identity` a hash of what may not change.
 """
 
 import json
@@ -41,18 +45,18 @@ S = TypeVar("S", bound=Spec)
 
 @dataclass(frozen=True)
 class Difference:
-    """A field in which two runs differ."""
+    """A field in which two runs differ. Its values are JSON values."""
 
     field: str  # its dotted path
-    was: object  # a JSON value
+    was: object
     now: object
-    may: bool  # whether it may change when a run is resumed
+    may: bool  # whether the field may change when a run is resumed
 
     def __str__(self) -> str:
         return self.between("there", "asked")
 
     def between(self, there: str, here: str) -> str:
-        """In words, with a name for each of the two."""
+        """A line: the field, and both values, each followed by a word for whose it is."""
         return f"{self.field}: {shown(self.was)} {there}, {shown(self.now)} {here}"
 
 
@@ -66,25 +70,25 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
-    """The run that a text says, with these fields changed. Raises as `load`."""
+    """The run that a text describes, with `overrides` set. Raises as `load`."""
     tree = deepcopy(text.tree)
     override(tree, overrides)
-    fill(tree, tree.get(RESOLVED))
+    _fill(tree, tree.get(RESOLVED))
     return parse(Run, tree, text.name)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
-    """Read the recipe of this name, whatever lies under it here. Raises as `load`."""
+    """Read the shipped recipe of this name, also where a file or folder here has the name. Raises as `load`."""
     return load(f"{SHIPPED_PREFIX}{name}", overrides)
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
-    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
+    """Validate a tree of plain values as a spec. Types are as strict as in JSON: "2" is no number, 2.0 no integer.
 
-    So it does where the tree names code that nobody agrees to run (`dumo.config.trust`), before that is imported.
-    Values are strict as in JSON: neither true nor a text is a number, and 2.0 is no integer.
+    Raises UserError, one line per mistake, each after `name` if that is a file's; and, before any code is imported, for
+    code that the tree names and nobody agrees to run (`dumo.config.trust`).
     """
-    trust.require(trust.classes(tree), name)
+    trust.require(trust.named_classes(tree), name)
     try:
         return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
     except PydanticSerializationError as error:  # the name of a field: YAML refuses such values
@@ -94,21 +98,24 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
         raise UserError("\n".join(prefix + line for line in explain(error, spec).splitlines())) from error
 
 
-def fill(tree: dict[str, Any], resolved: object) -> None:
-    """Put what was found when a run was opened into its fields, but where one is given. The tree is changed."""
+def _fill(tree: dict[str, Any], resolved: object) -> None:
+    """Set, in place, the fields of a tree that are missing or null to what was found when the run was first opened.
+
+    `resolved` has these values by dotted path; anything but a mapping is left to validation.
+    """
     if not isinstance(resolved, dict):
         return
     for field, value in resolved.items():
-        if field in (CODE, GIVEN, PROPOSED):  # records, of no field
+        if field in (CODE, GIVEN, PROPOSED):  # records of the run, no fields
             continue
         *parents, name = str(field).split(".")
-        part = part_at(tree, parents)
+        part = _part_at(tree, parents)
         if part is not None and part.get(name) is None:
             part[name] = value
 
 
-def part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
-    """The mapping at a path of names; None: there is none."""
+def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+    """The mapping at a path of names in a tree; None: there is none."""
     part: Any = tree
     for name in path:
         part = part.get(name) if isinstance(part, dict) else None
@@ -116,15 +123,18 @@ def part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
 
 
 def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
-    """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
+    """The complete run as YAML, which `load` reads back: its format, `changed`, the fields, and `resolved`.
+
+    `short` writes its `summary` instead, without `resolved`.
+    """
     written: dict[str, Any] = {KEY: FORMAT}
     if changed:
         written[CHANGED] = [change.model_dump(mode="json", exclude_defaults=True) for change in changed]
     tree = summary(run) if short else run.model_dump(mode="json")
     resolved = tree.pop(RESOLVED, {})
-    for field in resolved:  # they are written once, below
+    for field in resolved:  # written under `resolved` alone
         *parents, name = field.split(".")
-        part = part_at(tree, parents)
+        part = _part_at(tree, parents)
         if part is not None:
             part.pop(name, None)
     written |= tree
@@ -134,43 +144,47 @@ def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str
 
 
 def summary(part: BaseModel) -> dict[str, Any]:
-    """A spec as plain values, for people: without defaults that are marked quiet, null or empty.
+    """A spec as plain values, for people: without fields at a default that is null, empty or marked quiet.
 
     `parse` reads it back as the same spec.
     """
     tree = part.model_dump(mode="json")
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if value == default_of(field) and (marks_of(field).get("quiet") or value in (None, "", (), {})):
+        if value == _default_of(field) and (_marks_of(field).get("quiet") or value in (None, "", (), {})):
             tree.pop(name, None)
         elif name in tree and isinstance(value, BaseModel):
             tree[name] = summary(value)
         elif name in tree and isinstance(value, tuple):
-            for place, item in enumerate(cast(tuple[object, ...], value)):
+            for i, item in enumerate(cast(tuple[object, ...], value)):
                 if isinstance(item, BaseModel):
-                    tree[name][place] = summary(item)
+                    tree[name][i] = summary(item)
     return tree
 
 
-def marks_of(field: FieldInfo) -> Mapping[str, Any]:
-    """What a field is marked as, for its run: quiet, free, changes, pinned, where (`dumo.types`)."""
+def _marks_of(field: FieldInfo) -> Mapping[str, Any]:
+    """The marks of a field (`dumo.types`): quiet, free, changes, pinned, where."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
-def default_of(field: FieldInfo) -> object:
+def _default_of(field: FieldInfo) -> object:
     """A field's default; pydantic's PydanticUndefined where it has none."""
     return field.get_default(call_default_factory=True)
 
 
 def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
-    """A line per field that differs and is not free to change."""
+    """`differences` as lines: one for each field that differs and is not free to change."""
     return map(str, differences(old, new, prefix))
 
 
 def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool = False) -> Iterator[Difference]:
-    """The fields that differ and are not free, field by field in parts of the same kind."""
+    """The fields of two specs that differ and are not free to change.
+
+    Parts of one class are compared field by field, others whole. `prefix` stands before each path; `may`: the fields
+    are those of a part that may change.
+    """
     for name, field in type(old).model_fields.items():
-        marks = marks_of(field)
+        marks = _marks_of(field)
         was = getattr(old, name)
         now = getattr(new, name)
         if marks.get("free") or (marks.get("pinned") and was is None):
@@ -184,38 +198,39 @@ def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool =
 
 @dataclass(frozen=True)
 class Written:
-    """A run as it was written down, with what had changed in it while it trained."""
+    """A run as its run.yaml has it, with the changes that were made to it while it trained."""
 
     run: Run
-    past: Sequence[Noted]
+    past: Sequence[Noted]  # the changes, in order
 
     @classmethod
     def of(cls, text: RunText) -> "Written":
-        """As a text says. Raises as `load`."""
+        """The run that a text describes, and the changes that the text lists. Raises as `load`."""
         return cls(run_of(text), text.changed)
 
     def changes(self, now: Run, step: int) -> list[Noted]:
-        """The changes to note in a run.yaml, if it goes on after `step` as `now`.
+        """The changes that run.yaml has to list if the run goes on after `step` as `now`.
 
-        Changes of later steps are noted at this one, since those steps are made anew. Before the first step there are
-        none.
+        Changes after `step` are listed at `step`, since later steps are trained anew. [] where no step is trained yet.
         """
         if step == 0:
             return []
         earlier = [change for change in self.past if change.step < step]
-        later = [change for change in self.past if change.step >= step]
-        for new in differences(self.run, now):
-            later.append(Noted(step=step, field=new.field, was=new.was, now=new.now, accepted=not new.may))
+        changes_from_here = [change for change in self.past if change.step >= step]
+        for diff in differences(self.run, now):
+            change = Noted(step=step, field=diff.field, was=diff.was, now=diff.now, accepted=not diff.may)
+            changes_from_here.append(change)
 
         # one change for each field, from what it was at first to what it is now
         change_by_field: dict[str, Noted] = {}
-        for change in later:
+        for change in changes_from_here:
             first = change_by_field.get(change.field, change)
             change_by_field[change.field] = change.model_copy(update={"step": step, "was": first.was})
-        return [*earlier, *(change for change in change_by_field.values() if change.was != change.now)]
+        merged = [change for change in change_by_field.values() if change.was != change.now]
+        return [*earlier, *merged]
 
     def replayed(self, changes: Sequence[Noted], *, back: bool = False) -> Run:
-        """The run after these changes, in order; `back`: before them."""
+        """The run with these changes applied in order; with `back`, with them undone from the last to the first."""
         if not changes:
             return self.run
         tree = self.run.model_dump(mode="json")
@@ -227,7 +242,7 @@ class Written:
         return parse(Run, tree)
 
     def identities(self) -> set[str]:
-        """The `identity` of the run, now and before each change that was accepted."""
+        """The `identity` of the run as it is now, and as it was before each change that --accept allowed."""
         identities = {identity(self.run)}
         for step in {change.step for change in self.past if change.accepted}:
             changes_since = [change for change in self.past if change.step >= step]
@@ -236,18 +251,23 @@ class Written:
 
 
 def identity(spec: BaseModel) -> str:
-    """A hash of what no run may change while it trains: of a snapshot's metadata, to know whose it is.
+    """A hash of the fields that may not change while a run trains. A snapshot's metadata say by it whose it is.
 
-    Fields at their defaults do not count, so that fields to come leave it as it is.
+    Fields at their defaults do not count, so that a field that a later dumo adds leaves the hash as it is.
     """
     return digest.of_bytes(json.dumps(_fixed(spec), sort_keys=True).encode())
 
 
 def _fixed(part: BaseModel) -> dict[str, Any]:
-    """The fields of a spec that are neither free, nor may change, nor are at their defaults."""
-    tree = dict[str, Any]()
+    """The fields of a spec that may not change and are not at their defaults, as plain values."""
+    tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if not marks_of(field).keys() & {"free", "changes", "where"} and value != default_of(field):
-            tree[name] = _fixed(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
+        may_change = bool(_marks_of(field).keys() & {"free", "changes", "where"})
+        if may_change or value == _default_of(field):
+            continue
+        if isinstance(value, BaseModel):
+            tree[name] = _fixed(value)
+        else:
+            tree[name] = to_jsonable_python(value)
     return tree

@@ -1,7 +1,10 @@
-"""What the parts of a run ask of one another: every name that one asks for must be among those that another has.
+"""What the parts of a run ask of one another: every name that one part asks for must be among those that another has.
 
-A function per subject yields its `Need`s; `faults` has a line for each name that is missing, and `dumo.config.check`
-raises the first.
+`faults` is the entrance: it goes through all needs and yields a line for each name that is missing, of which
+`dumo.config.check` raises the first. Each `_..._needs` below yields the needs of one subject. A fact that is true or
+false counts as a name that is there or not ("captions", "classes"), so that a condition is a need like any other.
+
+Others also use `BY_KNOBS`, `has_classes`, `captions_field`, `buckets_field` and `ways_to_captions`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,17 +18,17 @@ from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import VELOCITIES
 from dumo.objectives import Objective
 
-ANY_SIZE = ("dit", "diffusers")  # the nets that take samples of any size
-BY_KNOBS = GuidanceScale(field="objective.w", off="objective.w=null")  # iMF's, by a field of its own
+NETS_OF_ANY_SIZE = ("dit", "diffusers")  # kinds of nets that take samples of several sizes
+BY_KNOBS = GuidanceScale(field="objective.w", off="objective.w=null")  # of iMF, whose scales are drawn up to this field
 
 
 @dataclass(frozen=True)
 class Need:
-    """Names that one part of a run asks for, and those that another has."""
+    """The names that one part of a run asks for, and the names that another part has."""
 
     asks: Collection[str]
     has: Collection[str]
-    fault: Callable[[str], str]  # a line for a name that is missing, with the way out
+    fault: Callable[[str], str]  # from a name that is missing to a line that says so, with the fix
 
     def faults(self) -> Iterator[str]:
         """A line for each name that is missing."""
@@ -35,25 +38,35 @@ class Need:
 
 
 def faults(run: Tree) -> Iterator[str]:
-    """A line for each name that a part of the run asks for in vain."""
-    for needs_of in (captions, sizes, formulas, preconditioning, classes, teaching, inputs, heads):
-        for need in needs_of(run):
+    """A line for each name that a part of the run asks for and no other part has, subject by subject."""
+    subjects = (
+        _caption_needs,
+        _size_needs,
+        _formula_needs,
+        _precondition_needs,
+        _class_needs,
+        _teacher_needs,
+        _knob_needs,
+        _head_needs,
+    )
+    for needs_of_subject in subjects:
+        for need in needs_of_subject(run):
             yield from need.faults()
 
 
-def captions(run: Tree) -> Iterator[Need]:
-    """Captions, and who reads them."""
+def _caption_needs(run: Tree) -> Iterator[Need]:
+    """Captions must be given exactly where the net reads them, and where the protocol or its split asks for them."""
     data = run.data
     texts = run.net.texts
     captioning = Conditions(data).captions
     has_held_out = isinstance(captioning, Templates) and bool(captioning.held)
     field = captions_field(data)
-    data_has = names_of({"captions": bool(captioning), "held-out templates": has_held_out})
-    net_reads = names_of({"captions": texts is not None and texts.kind != "codes"})
-    protocol_reads = names_of({"captions": run.evaluate.protocol.kind == "clip-score"})
-    judged_by = names_of({"held-out templates": run.evaluate.captions == "held"})
+    data_has = _true_names({"captions": bool(captioning), "held-out templates": has_held_out})
+    net_reads = _true_names({"captions": texts is not None and texts.kind != "codes"})
+    protocol_reads = _true_names({"captions": run.evaluate.protocol.kind == "clip-score"})
+    judging_asks = _true_names({"held-out templates": run.evaluate.captions == "held"})
 
-    def unpaired(_: str) -> str:
+    def captions_fault(_: str) -> str:
         if texts is not None and texts.kind == "pipeline":
             return f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
         data_captions = "some" if captioning else "none"
@@ -63,8 +76,8 @@ def captions(run: Tree) -> Iterator[Need]:
             f"{data_captions}, and net '{run.net.kind}' reads {net_captions}"
         )
 
-    yield Need(net_reads, data_has, unpaired)
-    yield Need(names_of({"captions": bool(captioning)}), net_reads, unpaired)
+    yield Need(net_reads, data_has, captions_fault)
+    yield Need(_true_names({"captions": bool(captioning)}), net_reads, captions_fault)
     yield Need(
         protocol_reads,
         data_has,
@@ -74,7 +87,7 @@ def captions(run: Tree) -> Iterator[Need]:
         ),
     )
     yield Need(
-        judged_by,
+        judging_asks,
         data_has,
         lambda _: (
             f"evaluate.captions=held asks for templates that are held out, and {field}.held names none: name some, or "
@@ -83,36 +96,36 @@ def captions(run: Tree) -> Iterator[Need]:
     )
 
 
-def sizes(run: Tree) -> Iterator[Need]:
-    """Images of several sizes, for which a net must be made; a teacher's pairs are squares."""
+def _size_needs(run: Tree) -> Iterator[Need]:
+    """Images of several sizes need a net that takes them, and no teacher's pairs, which are squares."""
     net = run.net
     teacher = run.teacher
     field = buckets_field(run.data)
-    several = names_of({"several sizes": field is not None})
+    asks = _true_names({"several sizes": field is not None})
     yield Need(
-        several,
-        names_of({"several sizes": net.kind in ANY_SIZE}),
+        asks,
+        _true_names({"several sizes": net.kind in NETS_OF_ANY_SIZE}),
         lambda _: f"net '{net.kind}' is made for one size, and {field} has several: set {field}=null, or net.kind=dit",
     )
     yield Need(
-        several,
-        names_of({"several sizes": not (teacher and teacher.pairs)}),
+        asks,
+        _true_names({"several sizes": not (teacher and teacher.pairs)}),
         lambda _: f"teacher.pairs are squares, and {field} has other shapes: set {field}=null, or teacher.pairs=null",
     )
 
 
-def formulas(run: Tree) -> Iterator[Need]:
-    """A path, and jumps up to the noise, that the objective must have formulas for."""
+def _formula_needs(run: Tree) -> Iterator[Need]:
+    """The objective must have formulas for the run's path, and for jumps up to the noise where its times make some."""
     objective = run.objective
     formulas = objective.needs.formulas
     yield Need(
         [run.path.kind],
         formulas.paths,
-        lambda path: f"objective '{objective.kind}' has its formulas for path {quoted(formulas.paths)}, not '{path}'",
+        lambda path: f"objective '{objective.kind}' has its formulas for path {_quoted(formulas.paths)}, not '{path}'",
     )
     yield Need(
-        names_of({"jumps up": objective.times.climbs}),
-        names_of({"jumps up": formulas.climbs}),
+        _true_names({"jumps up": objective.times.climbs}),
+        _true_names({"jumps up": formulas.climbs}),
         lambda _: (
             f"objective.times.both_ways makes jumps up to the noise, for which objective '{objective.kind}' has no "
             "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
@@ -120,32 +133,32 @@ def formulas(run: Tree) -> Iterator[Need]:
     )
 
 
-def preconditioning(run: Tree) -> Iterator[Need]:
-    """What a net is preconditioned for: velocities on the linear path, at positive times."""
+def _precondition_needs(run: Tree) -> Iterator[Need]:
+    """A preconditioned net gives velocities on the linear path, at positive times: the run must ask for no more."""
     precondition = run.net.precondition
     objective = run.objective
     if precondition == "none":
         return
-    asks = names_of({f"the negative times of objective '{objective.kind}'": objective.needs.signed})
+    asks = _true_names({f"the negative times of objective '{objective.kind}'": objective.needs.signed})
     asks += [f"path '{run.path.kind}'", *(f"head '{head}'" for head in sorted(objective.needs.heads))]
     yield Need(
         asks,
         ["path 'linear'", *(f"head '{head}'" for head in VELOCITIES)],
         lambda name: (
-            f"net.precondition '{precondition}' is made for velocities (heads {quoted(VELOCITIES)}) on path 'linear', "
+            f"net.precondition '{precondition}' is made for velocities (heads {_quoted(VELOCITIES)}) on path 'linear', "
             f"not for {name}: set net.precondition=none"
         ),
     )
 
 
-def classes(run: Tree) -> Iterator[Need]:
-    """Classes, which guidance in training asks for."""
-    trained = trained_guidance(run.objective)
+def _class_needs(run: Tree) -> Iterator[Need]:
+    """Guidance in training needs classes to guide by."""
+    trained = _trained_guidance(run.objective)
     if trained is None:
         return
     yield Need(
         ["classes"],
-        names_of({"classes": has_classes(run.data)}),
+        _true_names({"classes": has_classes(run.data)}),
         lambda _: (
             f"{trained.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set "
             f"{trained.off}"
@@ -153,12 +166,12 @@ def classes(run: Tree) -> Iterator[Need]:
     )
 
 
-def teaching(run: Tree) -> Iterator[Need]:
-    """A teacher's velocity or trajectories, which the objective may have to learn from, and may be unable to."""
+def _teacher_needs(run: Tree) -> Iterator[Need]:
+    """The teacher must give the velocity or trajectories that the objective learns from, and nothing it cannot use."""
     objective = run.objective
     teacher = run.teacher
     needs = objective.needs.teacher
-    gives = names_of(
+    gives = _true_names(
         {
             "velocity": teacher is not None and not teacher.pairs,
             "trajectories": teacher is not None and bool(teacher.pairs),
@@ -181,7 +194,7 @@ def teaching(run: Tree) -> Iterator[Need]:
     )
     yield Need(
         gives,
-        names_of({"velocity": needs.velocity != "no", "trajectories": True}),
+        _true_names({"velocity": needs.velocity != "no", "trajectories": True}),
         lambda name: (
             f"objective '{objective.kind}' learns from no {name}, so a teacher's says nothing to it: set "
             "teacher.pairs, or teacher=null"
@@ -189,42 +202,40 @@ def teaching(run: Tree) -> Iterator[Need]:
     )
 
 
-def inputs(run: Tree) -> Iterator[Need]:
-    """Inputs that sampling sets, of those that the objective lets be set."""
-    return named_by_field("sample.knobs", run.sample.knobs, run.objective.needs.knobs, run.objective.kind, "knob")
+def _knob_needs(run: Tree) -> Iterator[Need]:
+    """The knobs that sampling sets must be among the objective's."""
+    return _field_needs("sample.knobs", run.sample.knobs, run.objective.needs.knobs, run.objective.kind, "knob")
 
 
-def heads(run: Tree) -> Iterator[Need]:
-    """Heads that begin as others, of those that the objective has."""
-    started = run.start.heads if run.start else ()
-    return named_by_field("start.heads", started, run.objective.needs.heads, run.objective.kind, "head")
+def _head_needs(run: Tree) -> Iterator[Need]:
+    """The heads that `start.heads` gives weights to must be among the objective's."""
+    started_heads = run.start.heads if run.start else ()
+    return _field_needs("start.heads", started_heads, run.objective.needs.heads, run.objective.kind, "head")
 
 
-def named_by_field(
-    field: str, asks: Collection[str], has: Collection[str], objective: str, noun: str
-) -> Iterator[Need]:
-    """Names that a field gives, of those that an objective has."""
+def _field_needs(field: str, asks: Collection[str], has: Collection[str], objective: str, noun: str) -> Iterator[Need]:
+    """The names that a field gives must be among those that an objective has; `noun` says what they name."""
     valid = f"its {noun}s are {', '.join(has)}" if has else f"it has none: set {field}={{}}"
     yield Need(asks, has, lambda name: f"{field}.{name}: objective '{objective}' has no such {noun}, {valid}")
 
 
-def names_of(facts: Mapping[str, bool]) -> list[str]:
-    """The names of what is so."""
-    return [name for name, holds in facts.items() if holds]
+def _true_names(facts: Mapping[str, bool]) -> list[str]:
+    """The names of the facts that are true, in order."""
+    return [name for name, is_true in facts.items() if is_true]
 
 
-def quoted(names: Collection[str]) -> str:
-    """'a' or 'b'."""
+def _quoted(names: Collection[str]) -> str:
+    """The names in quotation marks, as alternatives: 'a' or 'b'."""
     return " or ".join(f"'{name}'" for name in names)
 
 
 def captions_field(data: Data) -> str:
-    """The field of the images' captions."""
+    """The dotted path of the field that holds the images' captions."""
     return "data.images.captions" if is_latents(data) else "data.captions"
 
 
 def buckets_field(data: Data) -> str | None:
-    """The field of the images' several sizes; None: they have one."""
+    """The dotted path of the field by which images have several sizes; None: all have one size."""
     images = shown(data)
     if not (has_images(data) and is_images(images) and images.buckets):
         return None
@@ -232,7 +243,7 @@ def buckets_field(data: Data) -> str | None:
 
 
 def ways_to_captions(data: Data) -> str:
-    """How a pretrained model comes to texts."""
+    """A message's end: three ways to give a pretrained model the captions that it reads."""
     field = captions_field(data)
     return (
         f"Give them, --set {field}.kind=files, or make them of the classes' names, --set '{field}={{kind: templates, "
@@ -241,16 +252,19 @@ def ways_to_captions(data: Data) -> str:
     )
 
 
-def trained_guidance(objective: Objective) -> GuidanceScale | None:
-    """What guides in training, whose scale may be 1 in all; None: nothing does."""
+def _trained_guidance(objective: Objective) -> GuidanceScale | None:
+    """The guidance that is trained into the net, by the objective's guide or its knobs; None: there is none.
+
+    A guide may be active although its scale is 1.
+    """
     needs = objective.needs
     trained = GuidanceScale.of(needs)
-    guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
-    if guided:
+    is_guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
+    if is_guided:
         return trained
     return BY_KNOBS if needs.knobs else None
 
 
 def has_classes(data: Data) -> bool:
-    """Whether there are classes; those that are not counted yet are taken for some."""
+    """Whether the data have classes or captions. Data whose classes are not counted yet pass as having some."""
     return data.classes > 0 or not Conditions(data).known

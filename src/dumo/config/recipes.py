@@ -1,7 +1,7 @@
-"""Packaged recipes, a YAML file per run, and the results that came of some of them.
+"""The recipes that dumo ships, a YAML file per run, and the results that were published with some of them.
 
-A recipe may name a `base` and what it changes of it (ADR 0002; `dumo.config.source` reads it).
-Imports no torch.
+`names` lists them and `text` gives one; `GROUPS` has them by purpose. A recipe may name a `base` and what it changes of
+it (ADR 0002): `dumo.config.source` reads it so. Imports no torch.
 """
 
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-HERE = files("dumo") / "recipes"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten times as quick, where there is one
-LISTED = {  # by purpose, in order
+FOLDER = files("dumo") / "recipes"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten times as quick, where there is one
+_GROUP_TEXT = {  # by purpose, in the order in which `dumo recipes` lists them
     "Start here": "digits moons",
     "Your own images": "my-images my-images-256 my-images-buckets",
     "A pretrained transformer": "sd3-lora sana flux-lora z-image qwen-image-lora qwen-image",
@@ -37,45 +37,45 @@ LISTED = {  # by purpose, in order
         imagenet512-xl4 imagenet512-xl4-meanflow imagenet512-xl4-dual
         imagenet512-xl1-dcae imagenet512-xl1-dcae-dual""",
 }
-GROUPS = {purpose: tuple(listed.split()) for purpose, listed in LISTED.items()}
+GROUPS = {purpose: tuple(text_names.split()) for purpose, text_names in _GROUP_TEXT.items()}
 
 
 def names() -> list[str]:
-    """Every recipe's name, in order."""
-    return sorted(file.name.removesuffix(".yaml") for file in HERE.iterdir() if file.name.endswith(".yaml"))
+    """The names of all recipes, sorted."""
+    return sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir() if file.name.endswith(".yaml"))
 
 
 def text(name: str) -> str:
     """The text of a recipe. Raises KeyError where there is none."""
     if name not in names():
         raise KeyError(name)
-    return (HERE / f"{name}.yaml").read_text(encoding="utf-8")
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def about(name: str) -> str:
-    """The line in which a recipe says what it is."""
+    """The line in which a recipe says what it is; "" where it says nothing."""
     return _line(name, "about") or ""
 
 
 def base(name: str) -> str | None:
-    """The recipe that this one changes, if any."""
+    """The name of the recipe that this one changes; None: it stands alone."""
     return _line(name, "base")
 
 
 def _line(name: str, key: str) -> str | None:
-    """What one line of a recipe says, without the time that all of it takes to read."""
+    """The value of a top-level key that stands on one line, without parsing the whole recipe; None: there is none."""
     for line in text(name).splitlines():
         if line.startswith(f"{key}: "):
             return parse_yaml(line)[key]
     return None
 
 
-def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
-    """YAML of this package as plain values; what others write, `dumo.io.yaml` reads."""
-    return yaml.load(text, LOADER)
+def parse_yaml(text: str) -> Any:  # noqa: ANN401, a YAML tree
+    """Parse YAML that dumo ships, as plain values. For YAML that others write use `dumo.io.yaml`."""
+    return yaml.load(text, _LOADER)
 
 
 def results(name: str) -> dict[str, Any] | None:
-    """Results shipped with the package: what `dumo reproduce NAME` wrote, with its origin; None if none were."""
-    file = HERE / "results" / f"{name}.json"
+    """The shipped results of a recipe, as `dumo reproduce NAME` wrote them, with their origin; None: there are none."""
+    file = FOLDER / "results" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

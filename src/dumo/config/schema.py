@@ -7,25 +7,28 @@ from dumo.config.spec import Run
 
 
 def schema() -> dict[str, Any]:
-    """Of a file that may have a base and say only what it changes: no field is required."""
-    tree = cast("dict[str, Any]", _loosened(Run.model_json_schema()))
+    """The JSON schema of a recipe. No field is required, since a file may have a base and say only what it changes."""
+    tree = cast("dict[str, Any]", _loosen(Run.model_json_schema()))
     tree["title"] = "A recipe of dumo"
     tree["properties"]["base"] = {"type": "string", "description": "A recipe's name, or a file or run's folder here."}
-    tree["properties"] |= {KEY: {"type": "integer"}, CHANGED: {"type": "array"}}  # of a run.yaml
+    tree["properties"] |= {KEY: {"type": "integer"}, CHANGED: {"type": "array"}}  # keys of a run.yaml
     return tree
 
 
-def _loosened(part: object) -> object:
-    """The same without required fields, any of the kinds where none is named, and null where it is the default."""
+def _loosen(part: object) -> object:
+    """A part of a schema, and all parts in it, with fewer rules.
+
+    No field is required, a part that names no `kind` may be of any, and null is valid where it is the default.
+    """
     if isinstance(part, list):
-        return [_loosened(item) for item in cast("list[object]", part)]
+        return [_loosen(item) for item in cast("list[object]", part)]
     if not isinstance(part, dict):
         return part
     loosened: dict[str, object] = {}
     for key, value in cast("dict[str, object]", part).items():
         if key in ("required", "discriminator"):
             continue
-        loosened["anyOf" if key == "oneOf" else key] = _loosened(value)
+        loosened["anyOf" if key == "oneOf" else key] = _loosen(value)
     if "type" in loosened and loosened.get("default", ...) is None:
         loosened["type"] = [loosened["type"], "null"]
     return loosened

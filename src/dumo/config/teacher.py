@@ -1,15 +1,15 @@
-"""Where a teacher's velocity comes from, and what is made of it.
+"""The specs of a teacher and of a start: other trained weights that a run learns from, or begins with.
 
 A teacher stands in for the data's own velocity: an objective that learns from v_t = dx_t/dt, given data and noise,
-learns with `teacher` from V(x_t, t, c), guided as `guide` says. So sCT becomes sCD, and MeanFlow and FACM their
-distilled selves. Rows that lost their label have the teacher's velocity without one.
+learns with `teacher` from V(x_t, t, c), guided as `guide` says. So sCT becomes sCD, and MeanFlow and FACM become their
+distilled forms. Rows that lost their label have the teacher's velocity without one.
 
-The teacher of kind `base` is the net in training itself with its adapters off, the model that it began as: no second
-net is held. Under a subject's adapters (`net.lora.subject`) that is a few-step run, which is read as its own objective
+The teacher of kind `base` is the net in training with its adapters off, the model that it began as: no second net is
+in memory. Under a subject's adapters (`net.lora.subject`) that is a few-step run, which is read as its own objective
 says: some of these teach jumps alone, and have no velocity for others to learn.
 
-With `pairs` the teacher is asked once, for whole trajectories: its samples x are paired with the noise z that they come
-from, and these are what is trained on (Reflow, Liu et al. 2023; Re-MeanFlow).
+With `pairs` the teacher makes samples once, before training: each sample x is paired with the noise z that it comes
+from, and the run trains on these pairs (Reflow, Liu et al. 2023; Re-MeanFlow).
 """
 
 from math import ceil
@@ -23,17 +23,21 @@ from dumo.objectives import Objective
 from dumo.runtime.bound import SAMPLES
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec
 
-OF_VELOCITY = ("dumo", "meanflow", "facm", "flow_matching")  # objectives to name where one without is refused
+OF_VELOCITY = ("dumo", "meanflow", "facm", "flow_matching")  # some objectives that learn a velocity, for messages
 
 
 class Pairs(Spec):
     """Samples of the teacher with their noise, made before the first step and kept in the run's folder."""
 
-    solver: ClassVar[Heun] = Heun()  # ours
+    solver: ClassVar[Heun] = Heun()  # that makes them: ours
     count: int = Field(default=50_000, ge=1, le=SAMPLES)  # ours; Reflow's on CIFAR-10 is a million
 
     def passes(self, points: int | None) -> int:
-        """Passes of the teacher for each: 16 steps (ours), or more if an objective learns from `points` equal ones."""
+        """Passes through the teacher for each pair.
+
+        The solver makes at least 16 steps (ours), as a multiple of `points`, the number of equal steps of a trajectory
+        whose ends the objective learns from (None or 0: it learns from none).
+        """
         points = points or 1
         return self.solver.passes * points * ceil(16 / points)
 
@@ -42,13 +46,14 @@ class Teacher(Spec):
     """A trained net: that of a run's folder, what a function of the user's returns, or the one that adapters tune."""
 
     kind: Literal["run", "python", "base"] = "run"
-    # A run's folder; module:function, which takes the run and the device and returns `dumo.types.Reads`; of base, none.
-    source: str = Field(default="", json_schema_extra=MAYBE_PLACE)  # its weights are known by their hash
-    guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # of the teacher, as in sampling
+    # run: a run's folder; python: module:function, which takes the run and the device and returns `dumo.types.Reads`;
+    # base: "". The place is free to change, because the weights there are known by their hash.
+    source: str = Field(default="", json_schema_extra=MAYBE_PLACE)
+    guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # guides the teacher's velocity, as in sampling
     pairs: Pairs | None = None  # learn from whole trajectories instead
 
     @model_validator(mode="after")
-    def _named(self) -> "Teacher":
+    def _check_source(self) -> "Teacher":
         if self.kind != "base" and not self.source:
             raise ValueError(
                 "source is missing: name a run's folder, or set teacher.kind=base for the net's adapters off"
@@ -59,19 +64,21 @@ class Teacher(Spec):
 
 
 class Start(Spec):
-    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.dit_convert`)."""
+    """Weights that training begins with: a run's, or published ones of a DiT (`dumo.nets.dit_convert`)."""
 
-    # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
+    # run: all weights that both nets have by name; sit: all weights, for it learned a velocity; dit: its trunk alone, for
+    # it learned to predict noise
     kind: Literal["run", "sit", "dit"] = "run"
-    # A run's folder; of sit and dit a safetensors file, under the names of their authors.
+    # run: a run's folder; sit and dit: a safetensors file, with the names that its authors gave the weights.
     source: str = Field(json_schema_extra={"where": "maybe"})
-    heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}
-    # Of the source's weights where they stay part of the net, under `net.lora.subject`; found when the run begins.
+    # Heads that begin with the weights of another head of the source: {u: v} begins u as the source's v.
+    heads: dict[str, str] = Field(default_factory=dict[str, str])
+    # A hash of the source's weights, where they stay part of the net under `net.lora.subject`; found when a run begins.
     sha256: str | None = Field(default=None, exclude_if=lambda known: known is None, json_schema_extra=PINNED)
 
 
 def no_velocity(field: str, run: str, objective: Objective) -> str:
-    """Why a run is refused as a teacher: its objective has no reading of a velocity."""
+    """The message that refuses `run` as a teacher, given in `field`: its `objective` has no reading of a velocity."""
     return (
         f"{field}: the run {run} has no velocity to teach, because its objective '{objective.kind}' learns jumps "
         f"alone: take a run of an objective that learns a velocity, such as {', '.join(OF_VELOCITY)}"

@@ -3,6 +3,9 @@
 A run's file may come from somebody else, and what it names would be imported, and run. So a person has to agree first:
 by naming it on the command line, by --trust-code (from Python trust_code=True), or by a yes on the terminal. Consent
 holds in this process alone. A module that is imported already needs none.
+
+`require` is the gate: it raises for a name without consent. `named_classes` and `named_teachers` find the names in a
+tree of plain values. `accept` and `trusting` give consent.
 """
 
 import os
@@ -19,14 +22,14 @@ from dumo.runtime import signals
 from dumo.runtime.progress import inline
 from dumo.types import UserError
 
-NAME = re.compile(r"[\w.]+:[\w.]+")
-trusts_all = False  # inside `trusting`
-accepted_names = set[str]()  # that were typed, or agreed to on the terminal
+CODE_NAME = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
+trusts_all = False  # whether all code is trusted, inside `trusting`
+accepted_names = set[str]()  # module:attribute, as typed on the command line or agreed to on the terminal
 
 
 @contextmanager
 def trusting(yes: bool = True) -> Generator[None, None, None]:
-    """Inside, all code that runs name is trusted, if so; else what was before."""
+    """Trust all code that runs name while this context lasts; with `yes` False, trust no more than before."""
     global trusts_all
     trusted_before = trusts_all
     trusts_all = trusted_before or yes
@@ -37,48 +40,52 @@ def trusting(yes: bool = True) -> Generator[None, None, None]:
 
 
 def accept(overrides: Sequence[str]) -> None:
-    """Trust the code that a person names in `a.b=c`, in this process."""
+    """Trust the code that these texts `a.b=c` name, in this process: a person typed them."""
     for override in overrides:
-        accepted_names.update(NAME.findall(override))
+        accepted_names.update(CODE_NAME.findall(override))
 
 
 def require(named: Iterable[tuple[str, Sequence[str]]], source: str) -> None:
     """Raise UserError for code that nobody agreed to run. A person at a terminal is asked first.
 
-    `named` has names, module:attribute, and the folders where Python will look for each; `source` is what names them.
+    `named` has pairs of a name, module:attribute, and the folders where Python will look for its module. `source` says
+    in the message what names them.
     """
     for name, folders in named:
         module = name.partition(":")[0]
         if trusts_all or name in accepted_names or module in sys.modules:
             continue
-        places = ", ".join(str(file) for file in files(module, folders))
+        places = ", ".join(str(file) for file in _module_files(module, folders))
         if not places:
             places = "no file on Python's path: put PYTHONPATH=. before the command"
         message = f"{source or 'it'} runs code: {brief(name)} ({places})"
-        if not agreed(f"{message}. Run it?"):
+        if not ask_consent(f"{message}. Run it?"):
             raise UserError(
                 f"{message}. Read it, and where you trust it give --trust-code, or from Python trust_code=True"
             )
         accepted_names.add(name)
 
 
-def classes(tree: object) -> Iterator[tuple[str, Sequence[str]]]:
-    """The classes from outside that a tree of plain values names, and where Python will look for them."""
-    for part in mappings(tree):
+def named_classes(tree: object) -> Iterator[tuple[str, Sequence[str]]]:
+    """The classes from outside that a tree names, each with the folders where Python will look for its module."""
+    for part in _mappings(tree):
         kind = str(part.get("kind"))
         module, colon, _ = kind.partition(":")
         if module and colon:
             yield kind, sys.path
 
 
-def teachers(tree: object) -> Iterator[tuple[str, Sequence[str]]]:
-    """The functions that it names, which training alone imports, from the working folder too."""
-    for part in mappings(tree):
+def named_teachers(tree: object) -> Iterator[tuple[str, Sequence[str]]]:
+    """The teachers' functions that a tree names, each with the folders where Python will look for its module.
+
+    Training alone imports them, from the working folder, too.
+    """
+    for part in _mappings(tree):
         if part.get("kind") == "python":
             yield str(part.get("source")), [str(Path.cwd()), *sys.path]
 
 
-def mappings(tree: object) -> Iterator[dict[str, Any]]:
+def _mappings(tree: object) -> Iterator[dict[str, Any]]:
     """All mappings in a tree, at any depth."""
     if isinstance(tree, dict):
         yield tree
@@ -88,11 +95,14 @@ def mappings(tree: object) -> Iterator[dict[str, Any]]:
     else:
         return
     for part in parts:
-        yield from mappings(part)
+        yield from _mappings(part)
 
 
-def files(module: str, folders: Sequence[str]) -> list[Path]:
-    """The files that an import of a module runs, but for those that they import; nothing is imported to find them."""
+def _module_files(module: str, folders: Sequence[str]) -> list[Path]:
+    """The files that an import of `module` runs: its packages' and its own, without what these import in turn.
+
+    Finds them in `folders` without importing anything.
+    """
     module_files: list[Path] = []
     search_folders = [*folders]
     names = module.split(".")
@@ -109,8 +119,8 @@ def files(module: str, folders: Sequence[str]) -> list[Path]:
     return module_files
 
 
-def agreed(question: str) -> bool:
-    """Whether a person agrees, on a terminal; ranks cannot ask."""
+def ask_consent(question: str) -> bool:
+    """Ask the person at the terminal, and return whether they say yes. False without a terminal, or under torchrun."""
     if os.environ.get("WORLD_SIZE", "1") != "1" or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(inline(question), "[y/N] ", end="", file=sys.stderr, flush=True)

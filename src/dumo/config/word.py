@@ -1,6 +1,7 @@
 """The words of a report (words.yaml): what a measured number is called, which way is better, and what it says.
 
-Nothing that a file of numbers calls a thing stands on the page by that key: what has no words here is at least spaced.
+`word` looks up a key in one of the tables below, `watched` a note of a training step, `merits` the columns of a table
+of scores, and `method` an objective. A report shows no key as a file has it: one without words is shown with spaces.
 """
 
 import re
@@ -13,38 +14,38 @@ from typing import NamedTuple
 from dumo.io.yaml import parse
 from dumo.types import Objective
 
-FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")
+FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")  # of an objective's module: Name (source): what it does.
 
 
 @dataclass(frozen=True)
 class Word:
-    """A title for the head of a column, which way is better, and a sentence."""
+    """What a report says of a number."""
 
-    title: str
-    better: str = ""
-    meaning: str = ""
+    title: str  # the head of its column
+    better: str = ""  # which way is better, as words.yaml has it; "": neither
+    meaning: str = ""  # a sentence
 
 
 WORDS = parse(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
 
-def words_of(section: str) -> dict[str, Word]:
-    """A section of words.yaml, by key."""
+def _words_of(section: str) -> dict[str, Word]:
+    """The words of a section of words.yaml, by key."""
     return {key: Word(**fields) for key, fields in WORDS[section].items()}
 
 
-MERITS = words_of("merits")  # by column of a table
-BASELINES = words_of("baselines")
-WATCHED = words_of("watched")  # notes of a step
-BEFORE = words_of("before")["fd"]
+MERITS = _words_of("merits")  # by score
+BASELINES = _words_of("baselines")  # by what is judged in place of the run
+WATCHED = _words_of("watched")  # by note of a training step
+BEFORE = _words_of("before")["fd"]  # of the distance before rounding to grey values
 REAL = BASELINES["halves"].title
-STATES: dict[str, str] = WORDS["states"]
+STATES: dict[str, str] = WORDS["states"]  # by verdict of an evaluation
 NETS: dict[str, str] = WORDS["nets"]  # by kind
 HEADS: dict[str, str] = WORDS["heads"]  # of more than DuMo's v and u
 
 
 def word(words: Mapping[str, Word], key: str) -> Word:
-    """The words for a key; its own, spaced, where there are none."""
+    """The words for a key; where it has none, a title that is the key with spaces."""
     return words.get(key) or Word(key.replace("_", " "))
 
 
@@ -56,18 +57,21 @@ class Method(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        """All of it, as its module says it."""
+        """The first line of its module; the name alone where no source is known."""
         return f"{self.name} ({self.source}): {self.what}" if self.source else self.name
 
 
 def method(objective: Objective) -> Method:
-    """By the first line of its module, `Name (source): what it does.`; of one that has no such line its kind."""
+    """The method of an objective, read from the first line of its module, `Name (source): what it does.`
+
+    Where the module has no such line, the name is the objective's kind.
+    """
     first_line = FIRST_LINE.match(sys.modules[type(objective).__module__].__doc__ or "")
     return Method(*first_line.groups()) if first_line else Method(objective.kind)
 
 
 def watched(name: str) -> Word:
-    """The words for a note, or for that of a part: `right_d` is `right`, of d."""
+    """The words for a note of a training step. `right_d` is the note `right` of the part d: "<title of right>, d"."""
     note, _, part = name.rpartition("_")
     if name in WATCHED or note not in WATCHED:
         return word(WATCHED, name)
@@ -75,7 +79,10 @@ def watched(name: str) -> Word:
 
 
 def merits(columns: list[str]) -> dict[str, Word]:
-    """The words for the columns of a table; `fd` next to `fd_grey` is the same before rounding."""
+    """The words for the columns of a table of scores, by column.
+
+    `fd` and `fd_grey` are one distance, before and after rounding: where both are there, the words of `fd` say so.
+    """
     word_by_column = {key: word(MERITS, key) for key in columns}
     if {"fd", "fd_grey"} <= word_by_column.keys():
         word_by_column["fd"] = BEFORE

@@ -236,7 +236,7 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
     Raises UserError where it cannot be imported, fails, or has no velocity of the shape of x.
     """
     module, _, name = teacher.source.partition(":")
-    trust.require(trust.teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
+    trust.require(trust.named_teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
     if dist.is_main():
         say(f"teacher.source: this run executes {teacher.source}")
     x = noise(0, range(2), 0, run.data.shape).to(device)

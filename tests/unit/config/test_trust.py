@@ -78,7 +78,7 @@ def test_consent_is_for_this_process(name: str, how: str, monkeypatch: pytest.Mo
             return True
 
         with monkeypatch.context() as patch:
-            patch.setattr(trust, "agreed", say_yes)
+            patch.setattr(trust, "ask_consent", say_yes)
             assert taken()
             assert taken()
         [question] = questions
@@ -107,10 +107,10 @@ def test_the_question(
         def readline(self) -> str:
             return said
 
-    assert not trust.agreed("x")
+    assert not trust.ask_consent("x")
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert trust.agreed("runs code\x1b[2J. Run it?") == yes
+    assert trust.ask_consent("runs code\x1b[2J. Run it?") == yes
     assert capsys.readouterr().err == "runs code\\x1b[2J. Run it? [y/N] "
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not trust.agreed("x")
+    assert not trust.ask_consent("x")
