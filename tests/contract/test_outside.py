@@ -10,7 +10,7 @@ import dumo
 from contract import outside
 from dumo.config.load import load
 from dumo.run.resolve import resolve
-from dumo.types.outside import code
+from dumo.types.outside import code_hash
 
 RUN = {
     "objective": {"kind": "contract.outside:Outside"},
@@ -39,7 +39,7 @@ def test_a_run_of_four_classes_from_outside_is_trained_sampled_and_judged(tmp_pa
 @pytest.mark.slow
 def test_code_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dumo.train("digits", RUN, out=tmp_path / "run", device="cpu")
-    monkeypatch.setattr("dumo.config.code.code", lambda spec: "other")
+    monkeypatch.setattr("dumo.config.code.code_hash", lambda spec: "other")
     for go_on in (lambda: dumo.load(tmp_path / "run"), lambda: dumo.train(tmp_path / "run", RUN)):
         with pytest.raises(dumo.UserError, match=r"contract.outside:.* is not the code that .* was trained with"):
             go_on()
@@ -62,7 +62,7 @@ def test_code_is_known_by_what_it_does(text: str, same: bool, tmp_path: Path, mo
         with monkeypatch.context() as patch:
             patch.syspath_prepend(tmp_path / str(i))
             patch.delitem(__import__("sys").modules, "own", raising=False)
-            found.append(code(__import__("own").Own()))
+            found.append(code_hash(__import__("own").Own()))
             patch.delitem(__import__("sys").modules, "own")
     assert (found[0] == found[1]) == same
     assert None not in found
@@ -93,4 +93,4 @@ def test_a_field_of_a_class_from_outside_is_refused_by_its_path() -> None:
 
 def test_a_run_without_such_classes_records_none() -> None:
     assert resolve(load("moons")).resolved == {}
-    assert code(copy.copy(outside.Once())) == code(outside.Bars()), "both are of one file"
+    assert code_hash(copy.copy(outside.Once())) == code_hash(outside.Bars()), "both are of one file"

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from dumo.config.source import CODE
 from dumo.types import Spec, UserError
-from dumo.types.outside import TAG, code, kind_of
+from dumo.types.outside import TAG, code_hash, kind_of
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
@@ -20,7 +20,7 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
     """
     if isinstance(part, Spec):
         if kind_of(part) == TAG:
-            yield getattr(part, "kind", ""), code(part)
+            yield getattr(part, "kind", ""), code_hash(part)
         for name in type(part).model_fields:
             yield from codes_of(getattr(part, name))
 
@@ -33,8 +33,8 @@ def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Pat
     hash_by_name = resolved.get(CODE)
     if not isinstance(hash_by_name, dict):
         return
-    for name, code_hash in codes_of(spec):
-        if hash_by_name.get(name) != code_hash:
+    for name, hash_now in codes_of(spec):
+        if hash_by_name.get(name) != hash_now:
             raise UserError(
                 f"{name} is not the code that {folder} was trained with: bring that back, or train in another folder"
             )

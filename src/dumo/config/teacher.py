@@ -66,8 +66,8 @@ class Teacher(Spec):
 class Start(Spec):
     """Weights that training begins with: a run's, or published ones of a DiT (`dumo.nets.dit_convert`)."""
 
-    # run: all weights that both nets have by name; sit: all weights, for it learned a velocity; dit: its trunk alone, for
-    # it learned to predict noise
+    # run: all weights that both nets have by name; sit: all weights, because it learned a velocity; dit: its trunk
+    # alone, because it learned to predict noise
     kind: Literal["run", "sit", "dit"] = "run"
     # run: a run's folder; sit and dit: a safetensors file, with the names that its authors gave the weights.
     source: str = Field(json_schema_extra={"where": "maybe"})

@@ -2,6 +2,10 @@
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 
+In the order of a training step: a `TimeLaw` draws (t, r), which go into a minibatch, `Noised`, with what else an
+objective asks for in its `Needs`; an `Objective` makes `Terms` of it with a `Net`; and of the trained net it makes
+`Reads`, which a solver calls.
+
 Touches modules that you name (`outside`), and nothing else. Knows no other subpackage.
 """
 
@@ -31,17 +35,17 @@ Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
-FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
-CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
-QUIET: JsonDict = {"quiet": True}  # it is not shown where it stands at its default
-MACHINE: JsonDict = FREE | QUIET  # of the machine, and of what is kept
-# It says where something lies, and is made an absolute path when a run begins (`dumo.run.resolve.with_absolute_paths`);
-# `maybe`: if that is there, for else it is a name. What lies there is known by its content, so the place itself is
-# mostly free.
+# Marks of a spec's fields, in their JSON schema.
+FREE: JsonDict = {"free": True}  # the field may change when a run is resumed
+CHANGES: JsonDict = {"changes": True}  # the field may change, too, and run.yaml lists from which step on
+QUIET: JsonDict = {"quiet": True}  # the field is not shown at its default
+MACHINE: JsonDict = FREE | QUIET  # for fields of the machine, and of what a run keeps on disk
+# The field is a path, and is made absolute when a run begins (`dumo.run.resolve.with_absolute_paths`); with `maybe`
+# only if something lies there, because else it is a name. What lies there is known by its hash, so most paths are FREE.
 WHERE: JsonDict = {"where": "always"}
 PLACE: JsonDict = FREE | WHERE
 MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}
-PINNED: JsonDict = {"pinned": True}  # the hash of what lies there, from when the run began; None: of a run before
+PINNED: JsonDict = {"pinned": True}  # the field is a hash, taken when the run began; None in runs of an older dumo
 
 
 class UserError(ValueError):
@@ -165,13 +169,16 @@ class Needs:
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The names of what every head gets: inputs, then knobs."""
+        """The names of the inputs that every head gets: `inputs`, then `knobs`."""
         return (*self.inputs, *self.knobs)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all that a pass gets: what is shared, then the inputs of some heads alone."""
-        return tuple(dict.fromkeys((*self.shared, *(name for own in self.own.values() for name in own))))
+        """The names of all inputs of a pass: those of every head, then those of some heads alone."""
+        names = [*self.shared]
+        for inputs in self.own.values():
+            names.extend(inputs)
+        return tuple(dict.fromkeys(names))
 
 
 @runtime_checkable
@@ -207,15 +214,21 @@ class Noised:
 
     @property
     def known(self) -> tuple[Time, Rows] | None:
-        """t and kept where they may be asked without waiting for a device: on the CPU. None: they are not there."""
-        return (self.t, self.kept) if type(self.t) is Tensor and self.t.device.type == "cpu" else self.host
+        """t and kept on the CPU, where to read them waits for no device; None: they are on a device alone."""
+        if type(self.t) is Tensor and self.t.device.type == "cpu":
+            return self.t, self.kept
+        return self.host
 
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
-        """The same rows at another time, where any may move; with other data, or other noise, if given."""
+        """These rows at time s, where any of them may move; with data x and noise z instead of their own, if given."""
         host = None
         if not isinstance(s, Tensor):
-            host, s = self.host and (torch.full_like(self.host[0], s), self.host[1]), torch.full_like(self.t, s)
-        x, z = self.x if x is None else x, self.z if z is None else z
+            if self.host is not None:
+                host_t, host_kept = self.host
+                host = (torch.full_like(host_t, s), host_kept)
+            s = torch.full_like(self.t, s)
+        x = self.x if x is None else x
+        z = self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
         v_s = self.velocity(x_s, s, v_s)
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
@@ -224,11 +237,13 @@ class Noised:
         """The velocity to learn at x and s, where the data's own is v: the teacher's, on the rows that it answers."""
         if self.teacher is None:
             return v
-        found = self.teacher(x, s, self.c, v)
-        return found if self.taught is None else torch.where(lift(self.taught, v), found, v)
+        teacher_v = self.teacher(x, s, self.c, v)
+        if self.taught is None:
+            return teacher_v
+        return torch.where(lift(self.taught, v), teacher_v, v)
 
     def on(self, s: Time) -> Sample:
-        """x_s of each row's trajectory, of which s is a time; of the path where there is none."""
+        """x_s on each row's trajectory, where s is one of its equally spaced times; without a trajectory on the path."""
         if self.trail is None:
             return self.path.at(self.x, self.z, s)[0]
         place = (s * (self.trail.shape[1] - 1)).round().long()
@@ -236,21 +251,38 @@ class Noised:
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:
-        """The places of the rows that may move, and of the others; all and all if `moving` is None."""
+        """The places of the rows that may move, and of those that may rest; both are all rows if `moving` is None."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_step(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
-        """Some of the rows, fixed by position so that shapes are static; of those that a tensor names any may move."""
-        moving, host = (None, None) if isinstance(rows, Tensor) else (self.moving, self.host)
-        if moving is not None and not isinstance(rows, Tensor):
-            moving = moving[rows] if isinstance(rows, slice) else tuple(moving[i] for i in rows)
+        """Some of the rows. Their places are fixed before a pass, so that shapes are static.
+
+        Of rows that a tensor names any may move, since only the device knows which they are.
+        """
+        moving = self.moving
+        host = self.host
+        places: slice | Tensor
+        if isinstance(rows, Tensor):
+            places = rows
+            moving = None
+            host = None
+        elif isinstance(rows, slice):
+            places = rows
+            moving = None if moving is None else moving[rows]
+        else:
+            places = index(rows, self.t.device)
+            moving = None if moving is None else tuple(moving[i] for i in rows)
         if host is not None:
             host = host[0][rows], host[1][rows]
-        some = rows if isinstance(rows, slice) else rows if isinstance(rows, Tensor) else index(rows, self.t.device)
-        cut = {f.name: v[some] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **cut, moving=moving, drawn={k: v[some] for k, v in self.drawn.items()}, host=host)
+        tensors: dict[str, Any] = {}
+        for record_field in fields(self):
+            value = getattr(self, record_field.name)
+            if isinstance(value, Tensor):
+                tensors[record_field.name] = value[places]
+        drawn = {name: value[places] for name, value in self.drawn.items()}
+        return replace(self, **tensors, moving=moving, drawn=drawn, host=host)
 
 
 @dataclass(frozen=True)
@@ -262,8 +294,9 @@ class Terms:
     notes: Mapping[str, PerSample] = field(default_factory=dict)  # no part of the loss, without gradients
 
     def detach(self) -> "Terms":
-        """The same, detached from the graph."""
-        parts, notes = ({name: row.detach() for name, row in rows.items()} for rows in (self.parts, self.notes))
+        """These terms, detached from the graph."""
+        parts = {name: rows.detach() for name, rows in self.parts.items()}
+        notes = {name: rows.detach() for name, rows in self.notes.items()}
         return Terms(self.loss.detach(), parts, notes)
 
 
@@ -309,7 +342,7 @@ class Objective(Protocol):
         ...
 
     def model_copy(self, *, update: Mapping[str, Any]) -> "Objective":
-        """The same with other fields, unchecked, as pydantic gives it."""
+        """This spec with other values for some fields, unchecked, as pydantic copies it."""
         ...
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

@@ -19,7 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, SchemaValidator, core_schema, to_json
 
 from dumo.types import Spec, UserError
-from dumo.types.outside import TAG, imported, kind_of, name_of
+from dumo.types.outside import TAG, import_class, kind_of, name_of
 
 OUTSIDE_SCHEMA = core_schema.typed_dict_schema(  # what a JSON schema says of a class from outside
     {"kind": core_schema.typed_dict_field(core_schema.str_schema(pattern=":"))}, extra_behavior="allow"
@@ -107,7 +107,7 @@ class SpecFamily:
     def _from_outside(self, value: Any) -> Spec:  # noqa: ANN401, a spec or a tree
         """The spec of a class from outside. Raises UserError where that does not keep the contract of `base`."""
         assert self.base is not None
-        cls = type(value) if isinstance(value, Spec) else imported(value["kind"])
+        cls = type(value) if isinstance(value, Spec) else import_class(value["kind"])
         is_below_member = any(name_of(parent) in self.names.values() for parent in cls.__mro__)
         if not (is_below_member or issubclass(cls, self.base)):
             raise UserError(

@@ -1,6 +1,9 @@
-"""Classes of a user's own in a run: where a `kind` may stand, `module:Class` names any class that Python can import.
+"""Classes of a user's own in a run: a `kind` may be `module:Class`, the name of any class that Python can import.
 
-It has a base below, or a spec of ours, and its `kind` is that name.
+The class derives from a base below (`ObjectiveSpec`, `NetSpec`, `DataSpec`, `SolverSpec`) or from a spec of dumo's, and
+its `kind` is its name. `import_class` imports it, `code_hash` hashes its code, and `kind_of` tells a class from outside
+from one of dumo's by TAG.
+
 A module is sought on Python's path alone, which holds the current folder for `python -m dumo`, not for `dumo`: a run's
 folder that came from somebody else brings no code.
 """
@@ -20,58 +23,64 @@ from torch import nn
 
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Path, Reads, Sample, Spec, Terms, UserError
 
-TAG = "module:Class"
+TAG = "module:Class"  # the choice of a union that stands for all classes from outside
 
 
 def kind_of(value: object) -> str | None:
-    """Which choice of a union a tree or a spec is; None: it does not say."""
-    if isinstance(value, dict) and "kind" not in value:
-        return None
-    kind: object = value["kind"] if isinstance(value, dict) else getattr(value, "kind", None)
-    return TAG if isinstance(kind, str) and ":" in kind else str(kind) if isinstance(value, dict | Spec) else None
+    """The choice of a union that a tree or spec is: its kind, or TAG for a class from outside; None: it has no kind."""
+    kind: object
+    if isinstance(value, dict):
+        if "kind" not in value:
+            return None
+        kind = value["kind"]
+    else:
+        kind = getattr(value, "kind", None)
+    if isinstance(kind, str) and ":" in kind:
+        return TAG
+    return str(kind) if isinstance(value, dict | Spec) else None
 
 
 def name_of(cls: type) -> str:
-    """`module:Class`."""
+    """The name of a class as a `kind` writes it, `module:Class`."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def imported(name: str) -> type[Spec]:
-    """The class of a name. Raises UserError where there is none, or it is no spec of this name."""
-    module, _, path = name.partition(":")
+def import_class(name: str) -> type[Spec]:
+    """Import the class `module:Class`. Raises UserError if there is none, or it is no spec whose `kind` is the name."""
+    module, _, attributes = name.partition(":")
     try:
-        found: Any = import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        cls: Any = import_module(module)
+        for attribute in attributes.split("."):
+            cls = getattr(cls, attribute)
     except Exception as error:  # a module of somebody else may raise anything
         way = "where its file is in this folder, put PYTHONPATH=. before the command"
         if module == "__main__":
             way = "a class of a notebook or script is there while that runs: move it to a file"
         raise UserError(f"kind '{name}' cannot be imported ({type(error).__name__}: {error}): {way}") from error
-    if not (isinstance(found, type) and issubclass(found, Spec)):
+    if not (isinstance(cls, type) and issubclass(cls, Spec)):
         raise UserError(f"kind '{name}' is no dumo.types.Spec: make it a class of that base")
-    field = found.model_fields.get("kind")
+    field = cls.model_fields.get("kind")
     if field is None or (field.default, *get_args(field.annotation)) != (name, name):
         raise UserError(f'kind \'{name}\': the class must say so, kind: Literal["{name}"] = "{name}"')
-    return found
+    return cls
 
 
-def code(spec: Spec) -> str | None:
-    """A hash of a spec's module, comments and layout aside; of the class alone in a notebook. None: no source is there.
+def code_hash(spec: Spec) -> str | None:
+    """A hash of the code of a spec's module, without comments and layout; None: no source is there.
 
-    A class of a package is known by the module that defines it, not by what that imports.
+    In a notebook it is of the class alone. It does not cover what the module imports.
     """
     cls = type(spec)
     try:
-        whole = cls if cls.__module__ == "__main__" else sys.modules[cls.__module__]
-        tree = ast.parse(textwrap.dedent(inspect.getsource(whole)))
+        source_object = cls if cls.__module__ == "__main__" else sys.modules[cls.__module__]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(source_object)))
     except (OSError, TypeError, SyntaxError):
         return None
     return sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
 class ObjectiveSpec(Spec, ABC):
-    """The base of an objective from outside."""
+    """The base of an objective from outside. See `dumo.types.Objective`."""
 
     kind: str
     times: Any  # the law of (t, r): any of `dumo.flow.times`, or a `TimeLaw` of one's own
@@ -92,7 +101,7 @@ class ObjectiveSpec(Spec, ABC):
 
 
 class NetSpec(Spec, ABC):
-    """The base of a net from outside. What is set here dumo's own nets may choose."""
+    """The base of a net from outside. The class variables are options that dumo's own nets have and these have not."""
 
     kind: str
     precondition: ClassVar[str] = "none"
@@ -119,7 +128,7 @@ class DataSpec(Spec, ABC):
 
     @property
     def labels(self) -> int:
-        """How many classes there are: they have no captions."""
+        """The number of classes of the labels: all classes, since these data have no captions."""
         return self.classes
 
     @abstractmethod
@@ -127,7 +136,7 @@ class DataSpec(Spec, ABC):
         """A source (`dumo.io.source.DataSource`), such as a `TensorData` of rows in memory."""
 
     def originals(self) -> Any:  # noqa: ANN401
-        """The same."""
+        """All samples with their classes, as `open` gives them: they have no captions."""
         return self.open()
 
 

@@ -1,6 +1,7 @@
-"""Rows by their place in a batch, and how what the CPU knows of them gets to a device: nobody waits for it.
+"""Rows by their place in a batch, and how what the CPU knows of them gets to a device without waiting.
 
-What is chosen by place is known before any pass: so shapes are static, and every rank makes the same passes.
+`spread_evenly` picks rows and `split_by_step` parts them, by place alone: that is known before any pass, so shapes are
+static, and every rank makes the same passes. `index`, `to_device` and `pin` send what was picked to a device.
 """
 
 from collections.abc import Sequence
@@ -14,20 +15,22 @@ from torch import Tensor
 
 
 def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """The places of the rows that move, and of those that do not."""
-    return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
+    """The places of the rows that move, and of those that do not, each in order."""
+    moving_places = [i for i, is_moving in enumerate(moving) if is_moving]
+    resting_places = [i for i, is_moving in enumerate(moving) if not is_moving]
+    return moving_places, resting_places
 
 
 def spread_evenly(n: int, share: float) -> tuple[bool, ...]:
-    """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
-    so_far = [floor(i * share + 1e-9) for i in range(n + 1)]
-    return tuple(before < after for before, after in pairwise(so_far))
+    """Whether each of the first n rows is picked: a share of them, in [0, 1], evenly spread, whatever n is."""
+    picked_before = [floor(i * share + 1e-9) for i in range(n + 1)]  # 0.29 * 100 is just below 29
+    return tuple(before < after for before, after in pairwise(picked_before))
 
 
 def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:
-    """Places as an index on a device. To a GPU it is sent once, for most places are the same at every step.
+    """Places of rows as an index (k,) on a device. A GPU keeps it, because most steps ask for the same places.
 
-    A list as an index would be sent anew, and waited for, by every operation.
+    Without it every operation that is indexed by a list would send the list anew, and wait for it.
     """
     if device.type == "cuda" and not torch.compiler.is_compiling():
         return _index(tuple(rows), device)
@@ -36,15 +39,20 @@ def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:
 
 @lru_cache(maxsize=64)
 def _index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " k"]:
+    """The index on a GPU; no inference tensor, since passes with gradients use it, too."""
     with torch.inference_mode(False):
         return to_device(torch.tensor(rows, dtype=torch.long), device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting: on its way to a GPU it lies in pinned memory."""
-    return (pin(x) if device.type == "cuda" else x).to(device, non_blocking=True)
+    """Send a tensor of the CPU to a device without waiting; to a GPU through pinned memory."""
+    if device.type == "cuda":
+        x = pin(x)
+    return x.to(device, non_blocking=True)
 
 
 def pin(x: Tensor) -> Tensor:
-    """A tensor of the CPU in pinned memory, from which a GPU reads by itself; others as they are."""
-    return x.pin_memory() if x.device.type == "cpu" and not x.is_pinned() else x
+    """A tensor of the CPU in pinned memory, which a GPU reads by itself; one that is pinned or elsewhere as it is."""
+    if x.device.type == "cpu" and not x.is_pinned():
+        return x.pin_memory()
+    return x
