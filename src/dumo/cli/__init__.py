@@ -1,9 +1,9 @@
-"""The command line. torch is imported inside the commands, so that help answers at once.
+"""The command line: `main` runs a command, and leaves with its exit code. COMMANDS lists them.
 
 Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C). Progress goes
-to stderr, answers to stdout.
+to stderr, answers to stdout. torch is imported inside the commands, so that help answers at once.
 
-Touches the terminal. All that it does is done below.
+This subpackage alone touches the terminal; the work of a command is done by the subpackages below it.
 """
 
 import sys
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 
 def show_version(version: bool) -> None:
-    """With `version`, print it and leave."""
+    """Print the version and leave, where --version is given."""
     if version:
         print(f"dumo {runtime.version()}")
         raise typer.Exit
@@ -42,10 +42,16 @@ def options(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """The options before a command."""
 
 
-PLANS = (preflight.recipes, preflight.show, preflight.dry, preflight.doctor, preflight.data)  # they keep nothing
+PLANS = (
+    preflight.recipes,
+    preflight.show,
+    preflight.dry,
+    preflight.doctor,
+    preflight.data,
+)  # a signal ends these at once: they keep nothing
 COMMANDS = (
     *PLANS,
     run.encode,
@@ -67,7 +73,7 @@ class Command(TyperCommand):
     """A command that answers an option of another trainer with ours."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401, typer's own
-        """As typer. Raises UserError for such an option."""
+        """Parse as typer does. Raises UserError for an option of another trainer, with dumo's name for it."""
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
@@ -97,7 +103,7 @@ def main() -> NoReturn:
 
 
 def exit_code() -> int:
-    """Run the command; its exit code."""
+    """Run the command, print the line of an error that is known, and return the exit code. Raises other errors."""
     code = 0
     try:
         try:

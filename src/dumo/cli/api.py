@@ -1,6 +1,7 @@
 """The front door from Python: `import dumo`, then `dumo.load`, `dumo.train` and `dumo.recipe`.
 
 Each does what the command of its name does, with Python's values instead of flags. What is wrong raises `UserError`.
+`train` and `load` return a `TrainedRun`; `recipe` returns the spec of a run, trained or not.
 """
 
 import operator
@@ -62,7 +63,7 @@ class TrainedRun:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The run's folder."""
         return self.opened.folder
 
     @property
@@ -187,8 +188,9 @@ class TrainedRun:
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
         if noise is not None:
-            fits = _is_tensor(noise) and noise.shape[1:] == shape
-            if not fits or not len(noise) or not noise.isfinite().all():
+            has_shape = _is_tensor(noise) and noise.shape[1:] == shape
+            is_valid = has_shape and len(noise) > 0 and bool(noise.isfinite().all())
+            if not is_valid:
                 got = f"shape {tuple(noise.shape)}" if _is_tensor(noise) else brief(repr(noise))
                 raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
             if n not in (None, len(noise)):
@@ -278,7 +280,7 @@ def _integer(name: str, value: object, least: int | None = 0) -> int:
 
 
 def _is_tensor(value: object) -> bool:
-    """Whether it is torch's: a notebook gives numpy's as well."""
+    """Whether a value is a tensor of torch; a notebook may give an array of numpy where the types say Tensor."""
     return isinstance(value, Tensor)
 
 
@@ -301,7 +303,8 @@ def load(
     safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
     there is one. `trust_code`: run the code that the folder names (`dumo.config.trust`).
     """
-    plain_data(data)  # remembered
+    # both are remembered under their hash, by which run.yaml names them
+    plain_data(data)
     plain_net(net)
     file = None if weights is None else str(weights)
     with trusting(trust_code):
@@ -385,7 +388,7 @@ def train(
 
 
 def _settings(changes: Changes | None) -> list[str]:
-    """The changes as `--set` takes them."""
+    """Changes as texts `a.b=c`, as `--set` takes them. Raises UserError for a value that YAML does not have."""
     settings: list[str] = []
     for field, value in (changes or {}).items():
         try:

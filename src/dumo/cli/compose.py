@@ -1,7 +1,8 @@
 """A run from the parts that a notebook has: data, a network, an objective, by name or as objects.
 
-`compose` decides what a source names, turns the parts into plain values, and puts them into the run of the source, or
-of the recipe that suits them.
+`compose` is the entrance. In this order it decides what the source names, turns the parts into plain values, decides
+the folder, and puts the parts into the run of the source, or of the recipe that suits them. `plain_net` and
+`plain_data` also remember a module or an array, for the code that opens the run later in this process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,10 @@ from dumo.runtime.progress import Bar
 from dumo.types import Spec, UserError
 
 Fields = dict[str, Any]  # by dotted path, as plain values
-TOYS = ("digits", "moons")  # data that recipes are named after
-# Ours: of a module no blocks are known, which are what Muon updates and what is compiled; the rates are those of moons.
-OF_A_MODULE: Fields = {
+TOYS = ("digits", "moons")  # kinds of data after which recipes are named
+# How a module of the user's is trained: ours. Its blocks are not known, which Muon would update and torch compile; the
+# rates are those of moons.
+MODULE_FIELDS: Fields = {
     "train.compile": "none",
     "train.optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99]},
 }
@@ -39,8 +41,8 @@ OF_A_MODULE: Fields = {
 class Composed:
     """What to train, and where: `dumo.run.job.open_job` takes all three."""
 
-    run: Run | None  # None: the one that the folder holds, with the changes
-    changes: Sequence[str]  # a.b=c
+    run: Run | None  # None: the run that the folder holds, with `changes`
+    changes: Sequence[str]  # each a.b=c
     folder: Path
 
 
@@ -56,10 +58,11 @@ def compose(
     device: str,
     bar: Bar,
 ) -> Composed:
-    """A run and its folder: a recipe, or what the folder holds, with these parts instead of its own.
+    """The run to train and its folder: the run that `source` names, with the given parts instead of its own.
 
-    Without a source the data say what it is based on: for images a run is proposed, as by `dumo train FOLDER`; points
-    are trained on as moons are; an objective's name finds its recipe. Raises UserError.
+    Without a source the parts choose one: for images a run is proposed, as by `dumo train FOLDER`; for points it is the
+    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: runs/NAME. Raises
+    UserError where the parts do not fit, or nothing gives a name.
     """
     # what was named: a recipe, a file or a run (`chosen`), or a place of images
     chosen: ChosenSource | None = None
@@ -95,7 +98,7 @@ def compose(
     base_run = load(base_source)
     fields = _part_fields(parts, base_run)
     if isinstance(net, nn.Module):
-        fields |= OF_A_MODULE
+        fields |= MODULE_FIELDS
     if fields:
         fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
     changes = [*(f"{field}={shown(value)}" for field, value in fields.items()), *changes]
@@ -111,12 +114,12 @@ def compose(
 
 
 def _is_path(data: object) -> bool:
-    """Whether this is where images lie, not the name of a data set."""
+    """Whether data are given as a path of images, not as the name of a data set."""
     return isinstance(data, Path) or (isinstance(data, str) and data not in TOYS)
 
 
 def _plain_part(name: str, part: object) -> Fields | None:
-    """A part as plain values: of the name of its kind, of a mapping, or of a spec. Raises UserError for another."""
+    """A part as plain values, from the name of its kind, a mapping, or a spec. Raises UserError for anything else."""
     if part is None:
         return None
     if isinstance(part, Mapping):
@@ -129,14 +132,20 @@ def _plain_part(name: str, part: object) -> Fields | None:
 
 
 def plain_net(net: object) -> Fields | None:
-    """As `_plain_part`; a module of torch is remembered."""
+    """A net as plain values. A module of torch is remembered under its hash, for the code that opens the run in this process.
+
+    Raises UserError for what is no net.
+    """
     if isinstance(net, nn.Module):
         net = Module.of(net)
     return _plain_part("net", net)
 
 
 def plain_data(data: object) -> Fields | None:
-    """As `_plain_part`; a place of images is read from there, and rows of Python are remembered."""
+    """Data as plain values. A path is a place of images; arrays and data sets are remembered under their hash.
+
+    Raises UserError for what is no data.
+    """
     if _is_path(data):
         return {"kind": "images", "root": str(data)}
     if data is not None and not isinstance(data, str | Mapping | Spec):
@@ -145,30 +154,33 @@ def plain_data(data: object) -> Fields | None:
 
 
 def _base_recipe(parts: Fields) -> str:
-    """The recipe that parts are put into. Raises UserError where nothing says which."""
+    """The name of the recipe that parts are put into without a source. Raises UserError if there are no parts."""
     if not parts:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": TOYS[0]})
     if data["kind"] not in TOYS:
         return proposal.RECIPE if _are_images(data) else "moons"
-    twin = _twin_recipe(data["kind"], parts.get("objective", {"kind": ""}))
-    return twin if twin in recipes.names() else data["kind"]
+    objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {"kind": ""}))
+    return objective_recipe if objective_recipe in recipes.names() else data["kind"]
 
 
 def _are_images(data: Fields) -> bool:
-    """Whether data are images, not points."""
+    """Whether data are images, by the shape of a sample; else they are points."""
     parsed = parse(Parts, {"data": data}).data
     assert parsed is not None
     return len(parsed.shape) == 3
 
 
-def _twin_recipe(data: str, objective: Fields) -> str:
-    """The name of the recipe for this objective on toy data, if there is one."""
+def _objective_recipe(data: str, objective: Fields) -> str:
+    """The name that a recipe of this objective on toy data has; there may be none."""
     return f"{data}-{objective['kind']}".replace("_", "-")
 
 
 def _default_folder(chosen: ChosenSource | None, parts: Fields, place: str | None) -> Path:
-    """runs/NAME. Raises UserError where nothing gives a name."""
+    """The folder runs/NAME, where no folder is given: by the place of images, the source, or an objective's recipe.
+
+    Raises UserError where none of these gives a name.
+    """
     if place is not None:
         return folder_of_images(place)
     if chosen and not parts:
@@ -181,19 +193,20 @@ def _default_folder(chosen: ChosenSource | None, parts: Fields, place: str | Non
 
 
 def _part_fields(parts: Fields, run: Run) -> Fields:
-    """The fields that put parts into a run: with other data how these are judged, with another objective a solver.
+    """The fields to set in a run so that it has these parts.
 
-    A part of the run's own kind that is given by name alone stays as the run has it; another objective is as its recipe
-    on digits has it, unguided, where there is one.
+    Other data bring the protocol that judges them, and another objective brings a solver. A part given by the name of
+    the run's own kind changes nothing. An objective given by name alone is as its recipe on digits has it, unguided,
+    where there is one.
     """
     fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
     if "data" in fields and fields["data"]["kind"] != run.data.kind:
         recipe = proposal.RECIPE if _are_images(fields["data"]) else "moons"
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
-        twin = _twin_recipe(TOYS[0], fields["objective"])
-        if fields["objective"].keys() == {"kind"} and twin in recipes.names():
-            fields["objective"] = load_recipe(twin).model_dump(mode="json")["objective"]
+        objective_recipe = _objective_recipe(TOYS[0], fields["objective"])
+        if fields["objective"].keys() == {"kind"} and objective_recipe in recipes.names():
+            fields["objective"] = load_recipe(objective_recipe).model_dump(mode="json")["objective"]
         solver = best_solver(taught_readings(objective_of(fields["objective"])))
         fields["sample.solver"] = {"kind": solver.kind}
     return fields

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dumo.training.log import Row
 
 LAST = 10  # rows of a run in the table of a log. Ours
-BASELINES = {  # what the terminal calls them
+BASELINES = {  # by key in a report: what the terminal calls it
     "perfect": "a perfect sampler",
     "null": "a perfect sampler",
     "noise": "noise",
@@ -61,7 +61,7 @@ def log(
 
 
 def _show_log(runs: list[Path], last: int, *, as_json: bool) -> None:
-    """The latest rows of each run, on stdout."""
+    """Print the `last` rows of each run's log."""
     from dumo.run.speed import logged
 
     rows_by_run = {str(run): logged(run)[-last:] for run in runs}
@@ -76,7 +76,11 @@ def _show_log(runs: list[Path], last: int, *, as_json: bool) -> None:
 
 
 def _log_cells(rows: "list[Row]") -> list[dict[str, Any]]:
-    """Rows as a table has them: no part that is the loss itself; of skipped steps how many rows were to blame."""
+    """Rows of a log as rows of a table, by column.
+
+    Parts of the loss are columns only where they are not the loss itself. A skipped step shows how many rows were to
+    blame.
+    """
     from dumo.training.log import is_weighted
 
     parts: dict[str, None] = {}  # a set in order
@@ -118,7 +122,7 @@ def _skipped_text(row: "Row") -> str:
 
 
 def _draw_curves(runs: list[Path], file: Path | None) -> None:
-    """The curves of these runs as a PNG; its path is printed. Raises UserError where nothing is logged yet."""
+    """Draw the curves of these runs into a PNG, and print its path. Raises UserError where nothing is logged yet."""
     from dumo.io.picture import write_picture
     from dumo.report.figure import curves
     from dumo.run.speed import logged
@@ -135,7 +139,7 @@ def _draw_curves(runs: list[Path], file: Path | None) -> None:
 
 
 def _send_rows(runs: list[Path], to: str, *, follow: bool) -> None:
-    """All rows that the tracker was not sent yet; what was is said on stderr."""
+    """Send a tracker the rows that it does not have yet, and say on stderr how many. `follow`: go on until Ctrl-C."""
     from dumo.config.error import require_known
     from dumo.report.feed import feed, nap
     from dumo.report.tracker import TRACKERS
@@ -197,8 +201,8 @@ def evaluate(
     from dumo.runtime.progress import no_bar
 
     if images is not None:
-        of_runs = (run_folder, nfe, seed, solver, weights)
-        if any(option is not None for option in of_runs):
+        run_options = (run_folder, nfe, seed, solver, weights)
+        if any(option is not None for option in run_options):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
         _judge_images(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
         return
@@ -230,15 +234,15 @@ def _judge_images(
     everything: bool,
 ) -> None:
     """Judge images that others made, and print what came out."""
-    from dumo.report import images as others
+    from dumo.report import images as image_report
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 
     with dist.join():
         is_main = dist.is_main()
-        report = others.judge(
+        report = image_report.judge(
             images,
-            protocol or others.DEFAULT_KIND,
+            protocol or image_report.DEFAULT_KIND,
             against=against,
             fields=fields,
             out=file,
@@ -250,9 +254,9 @@ def _judge_images(
 
 
 def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> None:
-    """Print an evaluation: a table, the baselines, the verdict, and the file.
+    """Print an evaluation: a table of scores, the baselines, the verdict, and the report's file.
 
-    Without `everything` the scores of the summary alone.
+    Without `everything` the table has the scores of the summary alone.
     """
     from dumo.evaluation.metric import CLASS_MMD
     from dumo.report import score

@@ -106,7 +106,7 @@ def step(
 
 
 def _step_cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row as text; what is not known is left empty."""
+    """A measured row as cells of a table, by column; a cell is empty where its number is not known."""
 
     def cell(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row[key] is None else format(scale * row[key], form)
@@ -215,7 +215,7 @@ def data(
 
 
 def _begin_bench(threads: int | None) -> None:
-    """Refuse several ranks, which would disturb each other; set the number of threads."""
+    """Set the number of threads of torch, if given. Raises UserError under several ranks, which disturb each other."""
     from dumo.runtime import dist
 
     dist.require_one_process("dumo bench")
@@ -226,7 +226,7 @@ def _begin_bench(threads: int | None) -> None:
 
 
 def _title(report: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """The title of a table: what was measured, and on which machine."""
     parameters = f"{report['parameters'] / 1e6:.4g} M parameters"
     shape = " x ".join(map(str, report["shape"]))
     machine = f"{report['machine']}, {report['threads']} threads, {report['rounds']} rounds"

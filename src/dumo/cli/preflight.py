@@ -99,7 +99,7 @@ def _show_item(item: dict[str, Any]) -> None:
 
 
 def _load_with_advice(source: str, overrides: list[str] | None) -> "Run":
-    """The run, and on stderr what of it is not as its sources have it."""
+    """Load and resolve a run, and say on stderr where it departs from its sources. Raises UserError as `load`."""
     from dumo.config.advice import advice
     from dumo.config.load import load
     from dumo.run.resolve import resolve
@@ -162,7 +162,7 @@ def show(
 
 
 def _set_options(overrides: list[str] | None) -> list[str]:
-    """Overrides as one types them on the command line."""
+    """Overrides `a.b=c` as words to type on the command line."""
     return [shlex.quote(f"--set={override}") for override in overrides or []]
 
 
@@ -172,7 +172,7 @@ def _comment(text: str) -> str:
 
 
 def _unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
-    """A line that says so, where classes are not known before the data are there."""
+    """A line that says that the classes are not known yet; [] where they are."""
     if conditions.known:
         return []
     counted = "captions" if conditions.captions else "a class per folder"
@@ -236,7 +236,10 @@ def dry(
 
 
 def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
-    """The plan for these ranks, in a layout that fits `limit` bytes, if any; `fields` are what to set for it."""
+    """The plan for these ranks, in a layout that keeps within `limit` bytes on each, if that is given.
+
+    `fields` of the plan are what to set for the layout. `tflops` None: a share of this GPU's peak, where it is known.
+    """
     from dumo.plan import cluster
     from dumo.runtime import dist
     from dumo.runtime.device import known_peak_tflops
@@ -253,14 +256,17 @@ def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None
 
 
 def _set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """What to type for a layout that was found."""
+    """A line with the --set of a layout that was found; [] where nothing has to be set."""
     from dumo.plan.cluster import set_arguments
 
     return [("so set", " ".join(f"--set {word}" for word in set_arguments(fields)))] if fields else []
 
 
 def _gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> list[tuple[str, str]]:
-    """What to type where a GPU of 80 GiB does not hold the run."""
+    """A line with what to type where a GPU of 80 GiB does not hold the run; [] where it does.
+
+    `gpus` is the number of GPUs on which to look for a layout; None: one holds the run.
+    """
     if not gpus:
         return []
     command = ["dumo dry", typed(source)]

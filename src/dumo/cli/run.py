@@ -207,12 +207,12 @@ def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["
 
 
 def _missing_of_protocol(run: "Run") -> str | None:
-    """What the run's protocol lacks to judge it, in words; None: nothing."""
+    """What this machine lacks to judge the run by its protocol, in words; None: nothing."""
     return getattr(run.evaluate.protocol, "missing", None)
 
 
 def _next_commands(run: "Run", folder: Path) -> list[str]:
-    """What to type once a run is trained."""
+    """The commands to type once a run is trained, in order of use."""
     from dumo.nets import is_pretrained
 
     program = "dumo"
@@ -235,7 +235,10 @@ def _next_commands(run: "Run", folder: Path) -> list[str]:
 
 
 def _propose_run(place: str, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
-    """The run proposed for these images, if the user agrees."""
+    """Propose a run for the images at `place`, and return it once the user agrees.
+
+    Raises BadParameter without a terminal to `ask` on, Exit where the answer is no, UserError where no run fits.
+    """
     from dumo.plan import proposal
     from dumo.runtime import dist
 
@@ -250,7 +253,7 @@ def _propose_run(place: str, sets: list[str], minutes: float | None, device: str
 
 
 def _less_memory_hint(train: "Train", net: "Net") -> str:
-    """How a run would train in less memory."""
+    """A hint, for an error: what to set so that a run trains in less memory."""
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
     hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
     if net.checkpoint is False:

@@ -34,19 +34,19 @@ from dumo.runtime.progress import inline, plain, say
 
 
 class PlainConsole(Console):
-    """A console that shows the control characters of what it is given, and obeys none."""
+    """A console that shows the control characters of a text, and obeys none."""
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401, as rich has them
-        """Every string on its way to the terminal."""
+        """Render a string as rich does, with its control characters made visible."""
         return super().render_str(plain(text), **options)
 
 
 out = PlainConsole(markup=False, emoji=False)  # what users typed is shown as they typed it
 err = PlainConsole(markup=False, emoji=False, highlight=False, stderr=True)
 
-STOPPED = 128  # the exit code of what a signal ends, and the signal's number
-PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
-LAST_LINES = 30  # that it says after that: a traceback's end
+STOPPED = 128  # the exit code of a command that a signal ends is this and the signal's number
+PATIENCE = 5.0  # seconds that a failed rank waits, so that rank 0 may print the same error first: ours
+LAST_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
 MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
 MORE = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
@@ -81,14 +81,14 @@ def _acknowledge(number: int) -> None:
 
 
 def _resume_command() -> str:
-    """How to go on, in words."""
+    """A line's end that says how to go on after a stop."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes: their commands are not known
         return "the same torchrun on every node goes on from what is kept"
     return f"the same command goes on from what is kept:  {shlex.join([*_program(), *sys.argv[1:]])}"
 
 
 def _program() -> list[str]:
-    """How this program was started, in words for a shell."""
+    """The words of a command line with which this program was started: dumo, or torchrun with its ranks."""
     if "WORLD_SIZE" not in os.environ:
         return ["dumo"]
     return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]
@@ -218,7 +218,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_hint(hint: str) -> Generator[None, None, None]:
-    """Say how this work would take less memory, where there is too little."""
+    """Add a hint to an error of too little memory: how the work inside would take less."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

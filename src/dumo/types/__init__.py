@@ -243,7 +243,7 @@ class Noised:
         return torch.where(lift(self.taught, v), teacher_v, v)
 
     def on(self, s: Time) -> Sample:
-        """x_s on each row's trajectory, where s is one of its equally spaced times; without a trajectory on the path."""
+        """x_s on each row's trajectory, where s is one of its equally spaced times; without one, on the path."""
         if self.trail is None:
             return self.path.at(self.x, self.z, s)[0]
         place = (s * (self.trail.shape[1] - 1)).round().long()
