@@ -132,7 +132,7 @@ def _plain_part(name: str, part: object) -> Fields | None:
 
 
 def plain_net(net: object) -> Fields | None:
-    """A net as plain values. A module of torch is remembered under its hash, for the code that opens the run in this process.
+    """A net as plain values. A module of torch is remembered under its hash, for who opens the run in this process.
 
     Raises UserError for what is no net.
     """
