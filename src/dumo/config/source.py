@@ -1,7 +1,8 @@
 """Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
-`choose` decides what a word means, `read` gives its plain values; `dumo.config.load` makes them a run. A run.yaml,
-which training writes complete, says its format (ADR 0003); files that people write need none.
+`choose` decides what a word of the command line means: a recipe, a file, a run or images. `read` gives the plain values
+that a source says; `dumo.config.load` makes them a run. `read_file` and `parse_text` do so for a file and its text. A
+run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none.
 """
 
 import errno
@@ -25,8 +26,8 @@ from dumo.io.yaml import parse
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
-SHIPPED_PREFIX = "dumo:"  # before the name of a recipe or a trained run: that which dumo brings, whatever lies here
-TABLES = (".parquet", ".tar")  # files of images
+SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one that dumo ships, whatever lies here
+IMAGE_FILES = (".parquet", ".tar")  # suffixes of files that hold images
 KEY = "format"  # the first key of a run.yaml
 FORMAT = 2  # what `dumo.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
@@ -34,13 +35,13 @@ RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run 
 CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
 PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.plan.proposal`
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
-EITHER = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # a base that a variable may name
+BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
 MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
-TO_GIVE = "give a run's folder, a recipe or a YAML file"
+SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
 
 
 class Noted(BaseModel):
-    """A field of a run that was changed while it trained: the steps after `step` have it as it is now."""
+    """A change of a field while a run trained, as run.yaml lists it: the steps after `step` have the value `now`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,21 +49,21 @@ class Noted(BaseModel):
     field: str  # its dotted path, or data: their fingerprint
     was: Any
     now: Any
-    accepted: bool = False  # by --accept: it is none of those that may change
+    accepted: bool = False  # whether it took --accept, because the field is not one that may change
 
     @property
     def of_data(self) -> bool:
-        """Whether it is the fingerprint of the data, and no field."""
+        """Whether the change is of the data's fingerprint, not of a field."""
         return self.field == "data" and not isinstance(self.was, dict)
 
 
 @dataclass(frozen=True)
 class RunText:
-    """What a source says of a run: plain values over those of its bases."""
+    """What a source says of a run, merged over its bases."""
 
-    tree: dict[str, Any]
-    name: str  # for errors
-    changed: tuple[Noted, ...] = ()  # while it trained, in order
+    tree: dict[str, Any]  # plain values
+    name: str  # of the source, for errors
+    changed: tuple[Noted, ...] = ()  # the changes while the run trained, in order
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class ChosenSource:
     """What the word that names a run was taken for. A path that does not exist is a file, which `read` refuses."""
 
     kind: Literal["recipe", "file", "run", "images"]
-    word: str | Path  # as `read` takes it; of images where they lie
-    folder: Path  # where it is trained, unless another is given
+    word: str | Path  # what to give to `read`; for images their place
+    folder: Path  # the folder to train in, unless another is given
 
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
@@ -87,10 +88,10 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     if recipe is not None:
         return ChosenSource("recipe", source, Path("runs") / recipe)
     if not str(source):
-        raise UserError(f"the source is empty: {TO_GIVE}, or a folder of images")
+        raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
-        if path.suffix in TABLES:
+        if path.suffix in IMAGE_FILES:
             return ChosenSource("images", source, folder_of_images(source))
         if path.name == FILE:
             return ChosenSource("run", source, path.parent)
@@ -102,12 +103,12 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
 
 
 def folder_of_images(place: str | Path) -> Path:
-    """runs/NAME, by the name of the folder or file of images."""
+    """The folder runs/NAME to train in, by the name of the folder or file of images."""
     return Path("runs") / user_path(str(place), "the images").resolve().stem
 
 
 def recipe_of(source: str | Path) -> str | None:
-    """The name of the recipe that a source means; None: it is a path, as is every Path under which something lies.
+    """The name of the recipe that a source means; None: it is a path. A `Path` that exists is always a path.
 
     Raises UserError where ./NAME holds a run or images: then either may be meant.
     """
@@ -117,7 +118,7 @@ def recipe_of(source: str | Path) -> str | None:
 
 
 def shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
-    """The one of these names, of what dumo brings, that a source means; None: it is a path.
+    """The one of `names`, of what dumo ships, that a source means; None: it is a path.
 
     Raises UserError where ./NAME holds a run (with `images`, also images): then either may be meant.
     """
@@ -125,7 +126,7 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
     if name not in names:
         return None
     if name == source:
-        content = _content_of(Path(source), images=images)
+        content = _find_content(Path(source), images=images)
         if content is not None:
             raise UserError(
                 f"{source} may be what dumo brings by this name, or the folder here, which holds {content}: write "
@@ -135,16 +136,16 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
 
 
 def read(source: str | Path) -> RunText:
-    """What a source says, over its bases. Raises UserError."""
+    """What a source says, over its bases. Raises UserError where there is none, or it cannot be read."""
     recipe = recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
-        return RunText(_over_base(_packaged(recipe), name, None), name)
-    file = _file(Path(source))
+        return RunText(_over_base(_recipe_tree(recipe), name, None), name)
+    file = _run_file(Path(source))
     if file is not None:
         return read_file(file)
     if os.path.isdir(source):  # False for a name that is too long
-        raise UserError(f"{source} is a folder without a {FILE}: {TO_GIVE}")
+        raise UserError(f"{source} is a folder without a {FILE}: {SOURCE_FIX}")
     raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
 
 
@@ -162,13 +163,13 @@ def parse_text(text: str, file: Path) -> RunText:
 def _yaml_text(file: Path) -> str:
     """The text of a YAML file. Raises UserError for another suffix, and as `read_text`."""
     if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file} is no YAML file: {TO_GIVE}")
-    return read_text(file, TO_GIVE, MAX_BYTES)
+        raise UserError(f"{file} is no YAML file: {SOURCE_FIX}")
+    return read_text(file, SOURCE_FIX, MAX_BYTES)
 
 
 def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[Noted]]:
     """The tree that a file's text holds, and what had changed in it. Raises UserError."""
-    tree = _mapping(text, str(file))
+    tree = _parse_mapping(text, str(file))
     changed = _take_changed(tree, str(file))
     _take_format(tree, file)
     return tree, changed
@@ -195,7 +196,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     ${NAME:-recipe}, as a shell reads it: what lies where the variable says, from here, or the recipe where it is unset.
     """
     word = base if isinstance(base, str) else shown(base)
-    variable = EITHER.fullmatch(word)
+    variable = BASE_VARIABLE.fullmatch(word)
     if variable:
         word = os.environ.get(variable[1]) or variable[2]
         base = word
@@ -204,8 +205,8 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
-            return _packaged(recipe), f"recipe {recipe}", None
-        base_file = _file(file.parent / user_path(base, "base")) if file else None
+            return _recipe_tree(recipe), f"recipe {recipe}", None
+        base_file = _run_file(file.parent / user_path(base, "base")) if file else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
             tree.pop(RESOLVED, None)  # of that run's files
@@ -215,7 +216,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     )
 
 
-def _content_of(folder: Path, *, images: bool) -> str | None:
+def _find_content(folder: Path, *, images: bool) -> str | None:
     """What a folder holds that may be a source: a run, or images if these count; None: neither."""
     if (folder / FILE).is_file():
         return "a run"
@@ -226,12 +227,12 @@ def _content_of(folder: Path, *, images: bool) -> str | None:
     for _, _, names in os.walk(folder):
         for name in names:
             ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or ending in TABLES:
+            if ending in IMAGE_SUFFIXES or ending in IMAGE_FILES:
                 return "images"
     return None
 
 
-def _file(path: Path) -> Path | None:
+def _run_file(path: Path) -> Path | None:
     """The file that a path names, or the run.yaml of a folder; None where there is none, or can be none."""
     try:
         file = path / FILE if path.is_dir() else path
@@ -265,17 +266,19 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
         ) from error
 
 
-def _packaged(name: str) -> dict[str, Any]:
-    """The tree of a recipe, to be changed."""
-    return deepcopy(_parsed(name))
+def _recipe_tree(name: str) -> dict[str, Any]:
+    """The tree of a shipped recipe, as a copy that the caller may change."""
+    return deepcopy(_parse_recipe(name))
 
 
 @cache
-def _parsed(name: str) -> dict[str, Any]:
-    return _mapping(recipes.text(name), f"recipe {name}")
+def _parse_recipe(name: str) -> dict[str, Any]:
+    """The tree of a shipped recipe, which no caller may change."""
+    return _parse_mapping(recipes.text(name), f"recipe {name}")
 
 
-def _mapping(text: str, name: str) -> dict[str, Any]:
+def _parse_mapping(text: str, name: str) -> dict[str, Any]:
+    """The mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
     try:
         tree = parse(text)
     except yaml.YAMLError as error:
@@ -286,4 +289,5 @@ def _mapping(text: str, name: str) -> dict[str, Any]:
 
 
 def _hint(name: str) -> str:
+    """The end of a message that there is no recipe of this name: the nearest names, and how to list all."""
     return f"{nearest_few(name, recipes.names())}`dumo recipes` lists all"

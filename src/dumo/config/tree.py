@@ -1,4 +1,8 @@
-"""The parts of a run, as one tree of specs; `dumo.config.check` sees whether they fit together."""
+"""The parts of a run, as one tree of specs: `Tree`, with `Sampling` and `Evaluation`.
+
+`dumo.config.spec.Run` is a `Tree` whose parts were checked against one another (`dumo.config.check`). Each field is a
+key of run.yaml.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,7 +25,7 @@ from dumo.runtime.bound import PASSES, SAMPLES, STEPS
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
 
-FEW = 500  # samples of a run in training, where its protocol judges as few: ours
+FEW = 500  # samples by which a run in training is judged, where its protocol judges so few: ours
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
 
 
@@ -54,7 +58,7 @@ class Evaluation(Spec):
 
     @property
     def fewest(self) -> int:
-        """Samples that the protocol judges at least, without Fréchet distances of Inception's features."""
+        """The fewest samples that the protocol judges, where Fréchet distances of Inception's features are left out."""
         if is_of_inception(self.protocol):
             return self.protocol.standard.subset
         if is_shipped(self.protocol):
@@ -63,10 +67,10 @@ class Evaluation(Spec):
 
     @property
     def validation(self) -> "Evaluation":
-        """How a run in training is judged: at the first number of passes, by few samples.
+        """How a run is judged in training: at the first number of passes, by few samples.
 
-        Of the next seed, so that the noise by which a best step is chosen is not that of the final numbers. Inception
-        judges without Fréchet distances, which take thousands.
+        The seed is the next one, so that the noise that chooses a best step is not the noise of the final numbers.
+        Protocols of Inception's features leave out Fréchet distances, which take thousands of samples.
         """
         count = self.few or max(self.fewest, min(self.protocol.total, FEW))
         fields = {"samples": count}
@@ -77,7 +81,7 @@ class Evaluation(Spec):
 
 
 class Parts(Spec):
-    """Some parts of a run, as Python gives them."""
+    """Some parts of a run, to validate what Python gives by itself (`dumo.config.load.parse`)."""
 
     objective: Objective | None = None
     data: Data | None = None
@@ -110,7 +114,7 @@ class Tree(Spec):
             object.__setattr__(self, name, with_pipeline(getattr(self, name), self.pipeline))
 
     def model_copy(self: T, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> T:
-        """As pydantic's; the parts that read the pipeline read that of the copy."""
+        """Copy as pydantic does. The parts that read the pipeline then read the copy's."""
         run_copy = super().model_copy(update=update, deep=deep)
         run_copy.model_post_init(None)
         return run_copy
@@ -133,7 +137,7 @@ class Tree(Spec):
 
     @property
     def reads(self) -> Reads:
-        """The readings that the objective will teach, of no net yet."""
+        """The readings that the objective will teach a net. They are not for sampling: there is no net yet."""
         return taught_readings(self.objective)
 
     @property
