@@ -22,7 +22,9 @@ def of_file(file: Path) -> str:
 
 def of_tensor(x: Tensor) -> str:
     """The digest of a tensor's shape, dtype and values."""
-    return of_bytes(f"{tuple(x.shape)} {x.dtype}".encode(), x.detach().cpu().contiguous().numpy().data)
+    header = f"{tuple(x.shape)} {x.dtype}"
+    values = x.detach().cpu().flatten().view(torch.uint8)  # bytes, for NumPy has no bfloat16
+    return of_bytes(header.encode(), values.numpy().data)
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:

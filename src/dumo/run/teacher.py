@@ -253,13 +253,14 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
                 v = user_velocity(x, t, c)
             if v.shape != x.shape:
                 raise TypeError(f"the velocity of x of shape {tuple(x.shape)} has shape {tuple(v.shape)}")
+            source_code = inspect.getsource(function)
         except Exception as error:
             problem = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
                 f"teacher.source = {teacher.source}: {problem}. Give module:function, importable from here, that takes "
                 "(run, device) and returns a dumo.types.Reads, whose velocity takes (x, t, c)"
             ) from error
-    return reads, digest.of_bytes(inspect.getsource(function).encode())
+    return reads, digest.of_bytes(source_code.encode())
 
 
 @contextmanager

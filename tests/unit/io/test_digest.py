@@ -15,7 +15,7 @@ def test_texts_that_are_parted_elsewhere_are_others() -> None:
 
 def test_numbers_of_another_shape_or_type_are_others() -> None:
     x = torch.zeros(2, 3)
-    same = [x, x.T, x.flatten(), x.double(), x.long()]
+    same = [x, x.T, x.flatten(), x.double(), x.long(), x.half(), x.bfloat16()]
     assert len({digest.of_tensor(one) for one in same}) == len(same)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def line(run: Run, device: torch.device) -> Reads:
 def shift(run: Run, device: torch.device) -> Reads:
     """A velocity that is (1, -2) everywhere: of data that are noise moved by (-1, 2)."""
     return Reads(velocity=lambda x, t, c: torch.tensor([1.0, -2.0]).expand_as(x))
+
+
+without_source = partial(line)  # a run notes a hash of its teacher's source
 
 
 def mute(run: Run, device: torch.device) -> Reads:

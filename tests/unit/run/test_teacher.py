@@ -331,6 +331,7 @@ def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch:
         ("unit.run.known:line_of_one", r"unit.run.known:line_of_one: TypeError: .*that takes \(run, device\)"),
         ("unit.run.known:failing", r"unit.run.known:failing: KeyError: 'x'. .*dumo.types.Reads"),
         ("unit.run.known:CPU", "not callable"),
+        ("unit.run.known:without_source", r"unit.run.known:without_source: TypeError: .*partial"),
         (".known:line", "relative import"),
         ("os.path:join", "os.path:join: TypeError"),
         ("unit.run.known:flat", r"velocity of x of shape \(2, 2\) has shape \(2, 1\)"),
