@@ -36,6 +36,7 @@ from dumo.flow.reading import taught_readings
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.nets import Net, is_pretrained
+from dumo.nets.textfamily import is_tabled
 from dumo.run.mismatch import check_built
 from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
@@ -98,7 +99,7 @@ def _resolve_data(run: Run) -> Data:
 def _resolve_text_table(net: Net, data: Data) -> Net:
     """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
     texts = net.texts
-    if texts is None or texts.kind == "codes":
+    if not is_tabled(texts):
         return net
     resolved_net = net.model_copy(update={"texts": texts.found()})
     if texts.identity is None:
@@ -123,9 +124,8 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
         facts[field_difference.field] = field_difference.now
     texts = run.net.texts
     resolved_texts = resolved_run.net.texts
-    identity = getattr(resolved_texts, "identity", None)
-    if identity != getattr(texts, "identity", None):
-        facts["net.texts.identity"] = identity
+    if is_tabled(texts) and is_tabled(resolved_texts) and resolved_texts.identity != texts.identity:
+        facts["net.texts.identity"] = resolved_texts.identity
     path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
         facts["path.schedule"] = path.schedule.model_dump(mode="json")

@@ -41,8 +41,7 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
     for variable in re.findall(r"\$(\w+)", whole(name)):
         monkeypatch.delenv(variable, raising=False)
     tree, run, base, about = read(name).tree, load(name), recipes.base(name), recipes.about(name)
-    left_out = {".net.route"} if getattr(run.net, "route", None) is None else set()  # null where a base routes tokens
-    assert keys(summary(run)) <= keys(tree) <= keys(run.model_dump(mode="json")) | left_out
+    assert keys(summary(run)) <= keys(tree) <= keys(run.model_dump(mode="json"))
     assert (base, base == name) == (recipes.parse_yaml(recipes.text(name)).get("base"), False)
     if base:
         assert len(recipes.text(name).splitlines()) <= len(dump(run, short=True).splitlines())
