@@ -34,7 +34,7 @@ PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.
 EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's constants
     "Run": ("resolved",),  # what was found when a run was opened
     "TextTable": ("identity",),
-    "Learned": ("identity",),
+    "LearnedTexts": ("identity",),
     "PipelineTexts": ("identity", "memory", "budget"),
     "SdVae": ("variant",),  # of older runs and caches: there is one
     "Train": ("seed", "sheets", "save_minutes", "keep", "max_skips", "milestones", "share", "reshard", "log_every"),

@@ -137,7 +137,7 @@ class Dualized(nn.Module):
         """
         require_inputs(self.names, inputs)
         times = [inputs[name] for name in self.names]
-        if not (self.family.one_by_one and self.texts.several):
+        if not (self.family.one_by_one and self.texts.lengths_differ):
             return self._predict(x, c, *times)
         heads_by_row: list[Heads] = []
         for i in range(dist.calls(self, len(c))):  # another rank may have more rows

@@ -1,11 +1,13 @@
 """Rows of text that a pipeline's encoders make while the net is used: what a table would hold that is too large.
 
-A row has the bits of a table's, so whatever surrounds the caller must not reach the encoders. Autocast and derivatives
-are of a thread: a thread of its own encodes, text by text. Attention's kernels and the rounding of products are of the
-process: they are as `dumo encode` has them while the caller waits. For that it does wait: rows that were made behind a
-step's back would have other bits where a slope or an examination takes another kernel. On one GPU both take turns.
+`OnlineTexts` looks up the texts of a condition c; `TextEncoders` makes their rows, and keeps those that it made last.
 
-`OnlineTexts` looks up the texts of a condition c; `Encoders` makes their rows, and keeps those that it made last.
+A row has the bits of a table's, so whatever surrounds the caller must not reach the encoders:
+
+- Autocast and derivatives belong to a thread. So a thread of its own encodes, text by text.
+- Attention's kernels and the rounding of products belong to the process. So the caller waits, and meanwhile they are as
+  `dumo encode` has them. Rows made behind a step's back would have other bits, where a slope or an examination takes
+  another kernel. On one GPU both would take turns anyhow.
 """
 
 from collections import OrderedDict
@@ -22,47 +24,50 @@ from torch.nn.utils.rnn import pad_sequence
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.texttable import in_stored_types, unpadded
 from dumo.flow.precision import product_precision
-from dumo.nets.rows import Source, TextRows, Texts, TextSizes
+from dumo.nets.rows import SourceLatents, TextRows, Texts, TextSizes
 from dumo.types import Cond, UserError
 
+# all kernels of attention, as where nothing restricts them
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-Row = dict[str, Tensor]  # tokens (l, d); pooled (p,) and mask (l,), as in a table
+StoredRow = dict[str, Tensor]  # tokens (l, d); pooled (p,) and mask (l,) where a table would have them
 
 
-class Encoders:
-    """The text encoders of a pipeline, and the `most` rows that they made last."""
+class TextEncoders:
+    """The text encoders of a pipeline, and the `max_rows` rows that they made last."""
 
-    def __init__(self, by: Prompts, most: int) -> None:
-        """Opens the encoders. Raises UserError as `Prompts.open`."""
-        self.read = by.open()
-        self.most = most
+    def __init__(self, spec: Prompts, max_rows: int) -> None:
+        """Open the encoders. Raises UserError as `Prompts.open`."""
+        self.read = spec.open()
+        self.max_rows = max_rows
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
-        self.rows = OrderedDict[str, Row]()
+        self.rows = OrderedDict[str, StoredRow]()  # by text, the last used at the end
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Encoders":
-        """Itself: a net and its averages share them."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TextEncoders":
+        """Return itself: a net and its averages share the encoders."""
         return self
 
-    def __call__(self, texts: Sequence[str], device: torch.device) -> list[Row]:
-        """The rows of texts, on the CPU, made on this device where they are not there. Raises UserError as `row`."""
+    def __call__(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
+        """Return the rows of texts, on the CPU. Those that are not kept are made on `device`, in the thread.
+
+        Raises UserError where an encoder fails, or its values are not finite.
+        """
         return self.thread.submit(self._rows_of, texts, device).result()
 
-    def _rows_of(self, texts: Sequence[str], device: torch.device) -> list[Row]:
-        """As a call, in the thread."""
+    def _rows_of(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
         self.read.to(device)
-        rows: list[Row] = []
+        rows: list[StoredRow] = []
         with sdpa_kernel(KERNELS), product_precision("fp32", device):
             for text in texts:
                 if text not in self.rows:
-                    self.rows[text] = self.row(text)
+                    self.rows[text] = self._encode(text)
                 self.rows.move_to_end(text)
                 rows.append(self.rows[text])
-        while len(self.rows) > self.most:
+        while len(self.rows) > self.max_rows:
             self.rows.popitem(last=False)
         return rows
 
-    def row(self, text: str) -> Row:
-        """One row. Raises UserError where an encoder fails, or its numbers are not finite."""
+    def _encode(self, text: str) -> StoredRow:
+        """Make one row. Raises UserError where an encoder fails, or its values are not finite."""
         spec = self.read.spec
         row = unpadded(self.read([text]), masks=spec.padded)
         del row["lengths"]
@@ -72,46 +77,48 @@ class Encoders:
         return in_stored_types(row, types)
 
 
-OPEN = WeakValueDictionary[str, Encoders]()  # by what they are: nets of one process share them
+# by spec, hash of the weights and number of rows: nets of one process share encoders
+_OPEN_ENCODERS = WeakValueDictionary[str, TextEncoders]()
+
+
+def _shared_encoders(spec: Prompts, sha256: str, max_rows: int) -> TextEncoders:
+    """The encoders of this spec, opened at first use. Raises UserError as `Prompts.open`."""
+    key = f"{spec.model_dump_json()} {sha256} {max_rows}"
+    encoders = _OPEN_ENCODERS.get(key)
+    if encoders is None:
+        encoders = TextEncoders(spec, max_rows)
+        _OPEN_ENCODERS[key] = encoders
+    return encoders
 
 
 class OnlineTexts(Texts):
-    """Rows of captions, then of no caption, then of prompts, from encoders; padded to the longest of a pass."""
+    """Rows of captions, then of no caption, then of prompts, from encoders; padded to the longest of a pass.
 
-    like: Tensor  # its device and type are those of the rows
+    Whoever knows the data sets `captions`, in their order, before the first pass.
+    """
 
-    def __init__(self, by: Prompts, sha256: str, sizes: TextSizes, count: int, *, most: int) -> None:
-        """`captions` are set by who knows the data. Raises UserError as `Prompts.open`."""
+    like: Tensor  # an empty buffer: rows get its device and dtype, which follow the net's
+
+    def __init__(self, spec: Prompts, sha256: str, sizes: TextSizes, count: int, *, max_rows: int) -> None:
+        """Open the encoders, for `count` captions. Raises UserError as `Prompts.open`.
+
+        `sha256` is the hash of the encoders' weights; `max_rows`, how many rows they keep.
+        """
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)
-        key = f"{by.model_dump_json()} {sha256} {most}"
-        self.encoders = OPEN.get(key) or OPEN.setdefault(key, Encoders(by, most))
+        self.encoders = _shared_encoders(spec, sha256, max_rows)
         self.count = count
         self.captions: tuple[str, ...] = ()
-        self.added: list[str] = []  # prompts
+        self.added: list[str] = []  # the texts of prompts
         self.length = sizes.length
         self.width = sizes.width
         self.pooled_width = sizes.pooled
         self.masked = sizes.masked
-        self.several = self.masked
-
-    def text(self, k: int) -> str:
-        """Text number k. Raises UserError for a caption that is not on this machine."""
-        if k >= self.count:
-            return ["", *self.added][k - self.count]
-        if len(self.captions) != self.count:
-            raise UserError(
-                "net.texts: the data's captions are not on this machine, and their rows lie in no table: set data.root"
-            )
-        return self.captions[k]
-
-    def rows(self, c: Cond) -> list[Row]:
-        """The rows of c (b,), on the CPU. Waits for the device of c. Raises UserError as `Encoders.row`."""
-        return self.encoders([self.text(k) for k in c.tolist()], self.like.device)
+        self.lengths_differ = self.masked
 
     def forward(self, c: Cond) -> TextRows:
-        """The rows of c (b,), in float32. Raises as `rows`."""
-        rows = self.rows(c)
+        """Return the rows of c (b,), in the type of the net. Raises UserError as `TextEncoders`."""
+        rows = self._rows_of(c)
         tokens = pad_sequence([row["tokens"] for row in rows], batch_first=True).to(self.like)
         mask = None
         if self.masked:
@@ -123,16 +130,34 @@ class OnlineTexts(Texts):
         return tokens, mask, pooled
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
-        """As `Texts.lengths`."""
-        return tuple(len(row["tokens"]) for row in self.rows(c)) if self.masked else None
+        """Return the number of tokens of each row of c (b,); None where there is no mask."""
+        return tuple(len(row["tokens"]) for row in self._rows_of(c)) if self.masked else None
 
-    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
-        """Raises UserError as `Encoders.row`."""
+    def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
+        """Encode prompts, and return the number of the first. Raises UserError as `TextEncoders`."""
         self.encoders(texts, self.like.device)
+        first = self.count + 1 + len(self.added)
         self.added += texts
-        return self.count + 1 + len(self.added) - len(texts)
+        return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """As `Texts.keep`."""
-        texts = [self.text(k) for k in rows]
+        """Keep all texts before number `first`, and behind them only `rows`, in this order."""
+        texts = [self._text_of(number) for number in rows]
         self.added = [*self.added[: first - self.count - 1], *texts]
+
+    def _rows_of(self, c: Cond) -> list[StoredRow]:
+        """The rows of c (b,), on the CPU. Waits for the device of c."""
+        texts = [self._text_of(number) for number in c.tolist()]
+        return self.encoders(texts, self.like.device)
+
+    def _text_of(self, number: int) -> str:
+        """The text of a row. Raises UserError for a caption that is not on this machine."""
+        if number > self.count:
+            return self.added[number - self.count - 1]
+        if number == self.count:
+            return ""  # no caption
+        if len(self.captions) != self.count:
+            raise UserError(
+                "net.texts: the data's captions are not on this machine, and their rows lie in no table: set data.root"
+            )
+        return self.captions[number]

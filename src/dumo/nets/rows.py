@@ -1,10 +1,11 @@
 """Rows of text by number: what a net that reads text looks up for a condition c.
 
-They come from a table that `dumo encode` makes (`dumo.nets.table`), from a pipeline's encoders (`dumo.nets.live`), from
-an encoder that is trained with the net (`dumo.nets.text`), or they are codes that stand for classes (`codes`).
+The rows come from a table that `dumo encode` makes (`dumo.nets.table`), from a pipeline's encoders (`dumo.nets.live`),
+from an encoder that is trained with the net (`dumo.nets.text`), or they are codes that stand for classes (`codes`).
 
-`Texts` is what a net calls: `forward`, and for some models `sources` and `lengths`. A sampler calls `append` to add
-prompts, and `forget` to drop old ones. `Rows` are texts in memory.
+`Texts` is what a net calls: `forward` in every pass, and for some models `sources` and `lengths`. A sampler calls
+`append` to add prompts behind the rows of the training, and `forget` to drop old prompts. `Rows` are texts in memory.
+`pad_tokens` and `half_to_float32` are for other kinds of texts.
 """
 
 from abc import ABC, abstractmethod
@@ -20,61 +21,62 @@ from dumo.runtime.random import keyed
 from dumo.types import Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]
-TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]  # tokens; which there are; pooled
-Source = Float[Tensor, "b c h w"]  # latents of images that are edited
-Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
-Opener = Callable[[torch.device], Reader]
+# tokens; a mask, True where there is a token (None: everywhere); the pooled embedding (None: the model takes none)
+TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]
+SourceLatents = Float[Tensor, "b c h w"]  # latents of images that texts edit
+TextReader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
+ReaderOpener = Callable[[torch.device], TextReader]  # opens a reader on a device
 
 
 class TextSizes(NamedTuple):
     """The sizes of rows of text."""
 
-    length: int  # tokens of a row at most
-    width: int  # numbers of a token
-    pooled: int  # numbers of the pooled embedding; 0: there is none
-    masked: bool  # whether rows may be padded
+    length: int  # the most tokens of a row
+    width: int  # channels of a token
+    pooled: int  # channels of the pooled embedding; 0: there is none
+    masked: bool  # whether rows have a mask, because some may be padded
     dtype: torch.dtype
 
 
 class Texts(nn.Module, ABC):
-    """Rows of text by number: one per class or caption, then one for none, then those of prompts (`append`)."""
+    """Rows of text by number: one for each class or caption, then one for none, then those of prompts (`append`)."""
 
-    width: int  # numbers of a token
-    pooled_width: int  # numbers of the pooled embedding; 0: there is none
+    width: int  # channels of a token
+    pooled_width: int  # channels of the pooled embedding; 0: there is none
     length: int  # tokens of a row, with padding
-    masked: bool = True  # whether rows may be padded; False: every token is there
-    several: bool = False  # whether rows may differ in their number of tokens, without padding
+    masked: bool = True  # whether rows have a mask; False: every token is there
+    lengths_differ: bool = False  # whether rows differ in their number of tokens, without padding
 
     def __init__(self) -> None:
-        """Without prompts."""
+        """Begin without prompts."""
         super().__init__()
-        self.prompts: dict[str, int] = {}  # the numbers of prompts; the caller of `append` keeps them
+        self.prompts: dict[str, int] = {}  # the number of each prompt's row; the caller of `append` writes it
 
     @abstractmethod
     def forward(self, c: Cond) -> TextRows:
-        """The rows of c (b,): tokens, mask (None: every token is there), pooled."""
+        """Return tokens (b, l, d), mask (b, l) or None, and pooled embeddings (b, p) or None, of rows c (b,)."""
 
-    def sources(self, c: Cond) -> Source | None:
-        """The images that c (b,) edit, as latents; None: they edit none."""
+    def sources(self, c: Cond) -> SourceLatents | None:
+        """Return the latents (b, c, h, w) of the images that rows c (b,) edit; None where texts edit none."""
         return None
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
-        """The tokens of the rows of c (b,), without padding; None: not masked, or on no device."""
+        """Return the number of tokens of each row of c (b,), without padding; None where there is no mask."""
         return None
 
-    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
-        """Add a row per text, and per image that it edits, behind all others; return the number of the first.
+    def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
+        """Add a row for each text, with the image that it edits, behind all others; return the first one's number.
 
         Raises UserError where no encoder is known, or it is another than that of the rows.
         """
         raise UserError("this net was trained on rows whose encoder is not known, so it reads no prompts: give labels")
 
-    def forget(self, most: int) -> None:
-        """Keep the last `most` prompts. The rows of others are dropped, and those left have new numbers."""
-        if len(self.prompts) <= most:
+    def forget(self, max_prompts: int) -> None:
+        """Drop the rows of all prompts but the last `max_prompts`, and number the others anew."""
+        if len(self.prompts) <= max_prompts:
             return
         first = min(self.prompts.values())
-        last_prompts = [*self.prompts][len(self.prompts) - most :]
+        last_prompts = [*self.prompts][len(self.prompts) - max_prompts :]
         self.keep(first, [self.prompts[text] for text in last_prompts])
         self.prompts = {text: first + i for i, text in enumerate(last_prompts)}
 
@@ -97,74 +99,106 @@ class Rows(Texts):
         tokens: Tensor,
         mask: Tensor | None,
         pooled: Tensor | None,
-        reader: Opener | None = None,
+        reader: ReaderOpener | None = None,
         source: Tensor | None = None,
     ) -> None:
-        """One row per class, and the last for none. `reader` opens, on a device, the reader of prompts."""
+        """Hold a row for each class, and the last for none. `reader` opens the reader of prompts; None: there is none.
+
+        tokens (n, l, d); mask (n, l) or None; pooled (n, p) or None; source (n, c, h, w) or None.
+        """
         super().__init__()
-        for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled), ("source", source)):
-            self.register_buffer(name, rows, persistent=False)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("pooled", pooled, persistent=False)
+        self.register_buffer("source", source, persistent=False)
         self.width = tokens.shape[2]
         self.length = tokens.shape[1]
         self.masked = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
         self.reader = reader
+        self._min_length = self.length  # without prompts
         self._update_lengths()
 
     def forward(self, c: Cond) -> TextRows:
-        """The rows of c (b,), in float32 where they are stored in half precision."""
+        """Return the rows of c (b,), in float32 where they are stored in half precision."""
         mask = self.mask
         pooled = self.pooled
         return (
-            full(self.tokens[c]),
+            half_to_float32(self.tokens[c]),
             None if mask is None else mask[c],
-            None if pooled is None else full(pooled[c]),
+            None if pooled is None else half_to_float32(pooled[c]),
         )
 
-    def sources(self, c: Cond) -> Source | None:
-        """As `Texts.sources`, in float32."""
-        return None if self.source is None else full(self.source[c])
+    def sources(self, c: Cond) -> SourceLatents | None:
+        """Return the latents (b, c, h, w) of the images that rows c (b,) edit, in float32; None: they edit none."""
+        return None if self.source is None else half_to_float32(self.source[c])
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
-        """As `Texts.lengths`."""
+        """Return the number of tokens of each row of c (b,); None where there is no mask, or on the meta device."""
         if self._lengths is None:
             return None
         return tuple(self._lengths[i] for i in c.tolist())
 
-    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
-        """Raises as `Texts.append`, and as the encoder does when it is opened."""
+    def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
+        """Read texts, add their rows behind all others, and return the first one's number.
+
+        `source` (b, c, h, w): an image for each text, where rows edit images. Raises UserError where there is no
+        reader, it cannot be opened, or `source` is missing or superfluous.
+        """
         if self.reader is None:
             return super().append(texts)
-        first = len(self.tokens)
+        if self.source is not None and source is None:
+            raise UserError("these rows edit images, and the prompts have none: give an image for each prompt")
+        if self.source is None and source is not None:
+            raise UserError("these rows edit no images, and the prompts have some: leave the images out")
         read = self.reader(self.tokens.device)
-        new_tokens, new_mask, new_pooled = read(texts)
+        tokens, mask, pooled = read(texts)
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+
+        first = len(self.tokens)
+        self.length = max(self.length, tokens.shape[1])  # a prompt may be longer than all captions
+        self.tokens = self._join_padded(self.tokens, tokens)
+        if self.mask is not None:
+            self.mask = self._join_padded(self.mask, mask)
+        if self.pooled is not None:
+            assert pooled is not None  # the reader is that of the rows
+            self.pooled = torch.cat([self.pooled, pooled.to(self.pooled)])
         if self.source is not None and source is not None:
             self.source = torch.cat([self.source, source.to(self.source)])
-        self.length = max(self.length, new_tokens.shape[1])  # a prompt may be longer than all captions
-        self.tokens = self._longer(self.tokens, new_tokens)
-        if self.mask is not None and new_mask is not None:
-            self.mask = self._longer(self.mask, new_mask)
-        if self.pooled is not None and new_pooled is not None:
-            self.pooled = torch.cat([self.pooled, new_pooled.to(self.pooled)])
         self._update_lengths()
         return first
 
-    def _longer(self, old: Tensor, new: Tensor) -> Tensor:
-        """Tokens or masks with new rows behind the old ones, padded to the length of all."""
-        return torch.cat([widened(old, self.length), widened(new.to(old), self.length)])
-
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """As `Texts.keep`."""
+        """Keep all rows before number `first`, and behind them only `rows`; drop the padding of those that go."""
         super().keep(first, rows)
+        self._drop_padding()
         self._update_lengths()
 
+    def _join_padded(self, old: Tensor, new: Tensor) -> Tensor:
+        """Tokens or masks, the new rows behind the old ones, all padded to `self.length`."""
+        return torch.cat([pad_tokens(old, self.length), pad_tokens(new.to(old), self.length)])
+
+    def _drop_padding(self) -> None:
+        """Shorten all rows to the longest, but not below the length without prompts."""
+        is_used = self.tokens[:, self._min_length :].any(-1)
+        if self.mask is not None:
+            is_used |= self.mask[:, self._min_length :]
+        used_columns = is_used.any(0).nonzero()
+        self.length = self._min_length
+        if len(used_columns):
+            self.length += int(used_columns.max()) + 1
+        self.tokens = self.tokens[:, : self.length].contiguous()
+        if self.mask is not None:
+            self.mask = self.mask[:, : self.length].contiguous()
+
     def _update_lengths(self) -> None:
-        """After rows came or went."""
+        """Count tokens anew, after rows came or went."""
         mask = self.mask
         self._lengths: tuple[int, ...] | None = None
         if mask is not None and not mask.is_meta:
             self._lengths = tuple(mask.sum(1).tolist())
-        self.several = len(set(self._lengths or ())) > 1
+        self.lengths_differ = len(set(self._lengths or ())) > 1
 
 
 class Codes(Spec):
@@ -190,11 +224,12 @@ def _draw_codes(name: str, rows: int, width: int) -> Tensor:
     return keyed("codes", name, rows=range(rows), shape=(width,))
 
 
-def widened(x: Tensor, length: int) -> Tensor:
+def pad_tokens(x: Tensor, length: int) -> Tensor:
     """Pad tokens (b, l, d) or a mask (b, l) with zeros to l = `length`."""
-    return F.pad(x, (*[0] * (2 * x.ndim - 4), 0, length - x.shape[1]))
+    num_axes_behind = x.ndim - 2  # `F.pad` takes two numbers for each axis, the last one first
+    return F.pad(x, (*[0, 0] * num_axes_behind, 0, length - x.shape[1]))
 
 
-def full(x: Tensor) -> Tensor:
+def half_to_float32(x: Tensor) -> Tensor:
     """Return x in float32 where it is in half precision, else as it is."""
     return x.float() if x.element_size() == 2 else x

@@ -1,15 +1,14 @@
-"""What a net may read as text (`Text`), and a text encoder that is trained with the net.
+"""Texts that a net reads as token ids, through a T5 encoder that is trained with it; and drawn texts, for estimates.
 
-A spec's `build` makes the module that turns numbers of captions into tokens. There are three: `PipelineTexts` and
-`TextTable`, whose tokens a pretrained encoder has written into a table (`dumo.nets.table`), and `Learned`:
-
-1. `Learned.build` reads token ids from a table, and draws the weights of a T5 (Raffel et al. 2020) over bytes.
-2. `TokenTexts.forward` reads a batch's captions at every pass, in training without some of their words. The encoder is
-   part of the net: optimizer, averages and checkpoints hold its weights.
+1. `LearnedTexts`, the spec, has a table of token ids (`dumo.nets.table.TableTexts`). Its `build` reads the ids, and
+   draws the weights of a T5 (Raffel et al. 2020) over bytes.
+2. `TokenTexts`, the module, reads a batch's captions at every pass, in training without some of their words. The
+   encoder is part of the net: optimizer, averages and checkpoints hold its weights.
 
 A caption does not depend on t, so derivatives along the flow do not pass through it.
 
-Where a table does not exist yet, `or_drawn` gives `Drawn`, random texts of the same sizes, for a cost or a derivative.
+Where a table of any kind does not exist yet, `or_drawn` gives `DrawnTexts`, random texts of its sizes, by which a cost
+or a derivative is examined.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from torch.nn import functional as F
 from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, import_transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
-from dumo.nets.rows import Rows, Source, TextRows, Texts
-from dumo.nets.table import PipelineTexts, Tabled, TextTable
+from dumo.nets.rows import Rows, SourceLatents, TextRows, Texts
+from dumo.nets.table import PipelineTexts, TableTexts, TextTable
 from dumo.runtime.bound import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
 from dumo.types import Cond, Spec
@@ -35,7 +34,7 @@ _MLP_RATIO = 4  # the perceptron's width over the encoder's (Raffel et al. 2020)
 _DRAWN_ROWS = 16  # of random texts, instead of a table (ours)
 
 
-class Learned(Tabled):
+class LearnedTexts(TableTexts):
     """A T5 encoder of these sizes, which is trained with the net; its token ids come from a table."""
 
     kind: Literal["learned"] = "learned"
@@ -50,16 +49,16 @@ class Learned(Tabled):
         """The tokenizer."""
         return self.tokenizer
 
-    def build(self, classes: int) -> "TokenTexts":
-        """Build the encoder, with the ids of `classes` captions and of the empty one; on the meta device without files.
+    def build(self, captions: int) -> "TokenTexts":
+        """Build the encoder, with the ids of all captions and of the empty one; on the meta device without files.
 
         Raises UserError where there is no table, it is of other captions or another tokenizer, or transformers is
         missing.
         """
-        shape = (classes + 1, self.tokenizer.length)
+        shape = (captions + 1, self.tokenizer.length)
         if torch.get_default_device().type == "meta":
             return TokenTexts(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
-        ids, mask, _ = self.table(classes).padded()
+        ids, mask, _ = self.open_table(captions).padded()
         return TokenTexts(self, ids.int(), mask)
 
 
@@ -69,7 +68,7 @@ class TokenTexts(Texts):
     ids: Tensor  # (n, l), int32
     mask: Tensor  # (n, l), bool: False where a shorter text has no token
 
-    def __init__(self, spec: Learned, ids: Tensor, mask: Tensor) -> None:
+    def __init__(self, spec: LearnedTexts, ids: Tensor, mask: Tensor) -> None:
         """Raises UserError where transformers is missing."""
         super().__init__()
         self.tokenizer = spec.tokenizer
@@ -99,7 +98,7 @@ class TokenTexts(Texts):
         kept_words = dropout.keep_mask(rows, mask.shape[1:], self.drop)
         return mask & kept_words.gather(1, _word_of_token(ids)) | is_last
 
-    def append(self, texts: Sequence[str], source: Source | None = None) -> int:
+    def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
         """Add the ids of texts, and return the row of the first. Raises UserError as `Tokenizer.open`."""
         first_row = len(self.ids)
         ids, mask = self.tokenizer.open()(texts)
@@ -113,7 +112,7 @@ def _word_of_token(ids: Int[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
     return (ids == SPACE).cumsum(1)
 
 
-def _draw_encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformers
+def _draw_encoder(spec: LearnedTexts) -> Any:  # noqa: ANN401, a model of transformers
     """A T5 encoder with weights drawn from torch's generator, without dropout, which would draw from it as well."""
     library = import_transformers("net.texts.kind learned")
     config = library.T5Config(
@@ -128,62 +127,81 @@ def _draw_encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformer
     return library.T5EncoderModel(config).encoder
 
 
-class Drawn(Spec):
+class DrawnTexts(Spec):
     """Random texts of the sizes of other texts, whose table does not exist yet; in no recipe.
 
     Row i has 1 + i tokens, modulo the length.
     """
 
     kind: Literal["drawn"] = "drawn"
-    of: PipelineTexts | TextTable | Learned  # has the sizes
+    of: PipelineTexts | TextTable | LearnedTexts  # has the sizes
 
-    def build(self, classes: int, source: tuple[int, ...] = ()) -> "RepeatedTexts":
-        """Build _DRAWN_ROWS texts, and images of shape `source` that they edit; on the meta device without values."""
+    def build(self, captions: int, source_shape: tuple[int, ...] = ()) -> "RepeatedTexts":
+        """Draw _DRAWN_ROWS texts, which stand for any number of captions; on the meta device without values.
+
+        `source_shape` is the shape of the latents of images that texts edit; (): they edit none.
+        """
         if torch.get_default_device().type == "meta":
-            return RepeatedTexts(self._build_meta(source))
-        generator = stream("texts")
-        length = self.of.tokenizer.length if isinstance(self.of, Learned) else self.of.sizes.length
-        token_counts = torch.arange(_DRAWN_ROWS) % length + 1
-        mask = torch.arange(length) < token_counts[:, None]
-        if isinstance(self.of, Learned):
-            ids = torch.randint(VOCABULARY, mask.shape, generator=generator)
-            return RepeatedTexts(TokenTexts(self.of, ids.int(), mask))
-        sizes = self.of.sizes
-        tokens = torch.randn(*mask.shape, sizes.width, generator=generator)
-        pooled = torch.randn(_DRAWN_ROWS, sizes.pooled, generator=generator) if sizes.pooled else None
-        edited = torch.randn(_DRAWN_ROWS, *source, generator=generator) if source else None
-        return RepeatedTexts(Rows(tokens, mask if sizes.masked else None, pooled, source=edited))
+            return RepeatedTexts(self._outline(source_shape))
+        if isinstance(self.of, LearnedTexts):
+            return RepeatedTexts(self._draw_ids(self.of))
+        return RepeatedTexts(self._draw_embeddings(self.of, source_shape))
 
-    def _build_meta(self, source: tuple[int, ...]) -> Texts:
+    def _outline(self, source_shape: tuple[int, ...]) -> Texts:
+        """The rows of the other texts, on the meta device."""
         captions = _DRAWN_ROWS - 1  # the last row is the empty caption
         if isinstance(self.of, PipelineTexts):
-            return self.of.build(captions, source)
+            return self.of.build(captions, source_shape)
         return self.of.build(captions)
+
+    @staticmethod
+    def _draw_ids(spec: LearnedTexts) -> "TokenTexts":
+        """Random token ids, and the encoder that reads them."""
+        mask = _draw_mask(spec.tokenizer.length)
+        ids = torch.randint(VOCABULARY, mask.shape, generator=stream("texts"))
+        return TokenTexts(spec, ids.int(), mask)
+
+    @staticmethod
+    def _draw_embeddings(spec: PipelineTexts | TextTable, source_shape: tuple[int, ...]) -> Rows:
+        """Random embeddings from N(0, 1), and images to edit where there are some."""
+        generator = stream("texts")
+        sizes = spec.sizes
+        mask = _draw_mask(sizes.length)
+        tokens = torch.randn(*mask.shape, sizes.width, generator=generator)
+        pooled = torch.randn(_DRAWN_ROWS, sizes.pooled, generator=generator) if sizes.pooled else None
+        source = torch.randn(_DRAWN_ROWS, *source_shape, generator=generator) if source_shape else None
+        return Rows(tokens, mask if sizes.masked else None, pooled, source=source)
+
+
+def _draw_mask(length: int) -> Bool[Tensor, "n l"]:
+    """The mask of _DRAWN_ROWS texts of at most `length` tokens: text i has 1 + i modulo the length."""
+    token_counts = torch.arange(_DRAWN_ROWS) % length + 1
+    return torch.arange(length) < token_counts[:, None]
 
 
 class RepeatedTexts(Texts):
     """_DRAWN_ROWS texts, repeated for any number of captions."""
 
-    def __init__(self, of: Texts) -> None:
-        """Have the width and length of the texts `of`."""
+    def __init__(self, texts: Texts) -> None:
+        """Hold the texts, which have _DRAWN_ROWS rows."""
         super().__init__()
-        self.of = of
-        self.width = of.width
-        self.pooled_width = of.pooled_width
-        self.length = of.length
-        self.masked = of.masked
+        self.texts = texts
+        self.width = texts.width
+        self.pooled_width = texts.pooled_width
+        self.length = texts.length
+        self.masked = texts.masked
 
     def forward(self, c: Cond) -> TextRows:
-        """The texts of row c modulo the number of rows, c (b,)."""
-        return self.of(c % _DRAWN_ROWS)
+        """Return the rows of c (b,) modulo the number of rows."""
+        return self.texts(c % _DRAWN_ROWS)
 
-    def sources(self, c: Cond) -> Source | None:
-        """The images that row c modulo the number of rows edits, c (b,); None where there are none."""
-        return self.of.sources(c % _DRAWN_ROWS)
+    def sources(self, c: Cond) -> SourceLatents | None:
+        """Return the images (b, c, h, w) that rows c (b,), modulo the number of rows, edit; None: they edit none."""
+        return self.texts.sources(c % _DRAWN_ROWS)
 
 
 def or_drawn(texts: object) -> object:
-    """`Drawn` for the spec of texts whose table does not exist; any other spec as it is."""
-    if isinstance(texts, PipelineTexts | TextTable | Learned) and not (texts.folder / FILE).exists():
-        return Drawn(of=texts)
+    """`DrawnTexts` for the spec of texts whose table does not exist; any other spec as it is."""
+    if isinstance(texts, PipelineTexts | TextTable | LearnedTexts) and not (texts.folder / FILE).exists():
+        return DrawnTexts(of=texts)
     return texts

@@ -1,6 +1,7 @@
-"""The specs of texts that a net may read. Each is imported when its kind is read, for all but one need an encoder.
+"""The family of texts that a net may read: `Text` is the type of a spec's field, and FAMILY finds a spec by its kind.
 
-`is_tabled`, `is_embedded` and `is_learned` ask for a class of texts and import none.
+A class is imported when its kind is read, because encoders take long to import. `has_table`, `has_embeddings` and
+`is_learned_texts` say what a spec is without importing any.
 """
 
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ from dumo.types.family import SpecFamily, is_instance_of
 
 FAMILY = SpecFamily(
     {  # by kind
-        "learned": "dumo.nets.text:Learned",
+        "learned": "dumo.nets.text:LearnedTexts",
         "pipeline": "dumo.nets.table:PipelineTexts",
         "table": "dumo.nets.table:TextTable",
     }
@@ -19,24 +20,24 @@ FAMILY = SpecFamily(
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-    from dumo.nets.table import Embedded, PipelineTexts, Tabled, TextTable
-    from dumo.nets.text import Learned
+    from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts, TextTable
+    from dumo.nets.text import LearnedTexts
 
-    Text = Learned | PipelineTexts | TextTable
+    Text = LearnedTexts | PipelineTexts | TextTable
 else:
     Text = Annotated[Spec, FAMILY]
 
 
-def is_tabled(texts: object) -> "TypeIs[Tabled]":
-    """Whether texts are read from a table of captions, of embeddings or of tokens."""
-    return is_instance_of(texts, "dumo.nets.table:Tabled")
+def has_table(texts: object) -> "TypeIs[TableTexts]":
+    """Whether texts lie in a table, of embeddings or of token ids."""
+    return is_instance_of(texts, "dumo.nets.table:TableTexts")
 
 
-def is_embedded(texts: object) -> "TypeIs[Embedded]":
-    """Whether texts are read from a table of embeddings."""
-    return is_instance_of(texts, "dumo.nets.table:Embedded")
+def has_embeddings(texts: object) -> "TypeIs[EmbeddedTexts]":
+    """Whether texts lie in a table of embeddings."""
+    return is_instance_of(texts, "dumo.nets.table:EmbeddedTexts")
 
 
-def is_learned(texts: object) -> "TypeIs[Learned]":
-    """Whether an encoder of the net's own reads tokens of captions."""
-    return is_instance_of(texts, "dumo.nets.text:Learned")
+def is_learned_texts(texts: object) -> "TypeIs[LearnedTexts]":
+    """Whether texts go, as token ids, through an encoder that is trained with the net."""
+    return is_instance_of(texts, "dumo.nets.text:LearnedTexts")

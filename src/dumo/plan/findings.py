@@ -27,8 +27,8 @@ from dumo.data.caption import Templates
 from dumo.encoders.texttable import EncodedTexts
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.table import Embedded
-from dumo.nets.text import Drawn, or_drawn
+from dumo.nets.table import EmbeddedTexts
+from dumo.nets.text import DrawnTexts, or_drawn
 from dumo.plan.machine import Finding, ok_or_warning
 from dumo.runtime.random import random_batch, stream
 from dumo.types import UserError, lift
@@ -93,14 +93,14 @@ def of_buckets(data: Data) -> list[Finding]:
 def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     """How well a table of texts separates captions; [] of nets that read no texts."""
     texts = net.texts
-    if not isinstance(texts, Embedded):
+    if not isinstance(texts, EmbeddedTexts):
         return []
     if texts.is_online(data.classes):
         return [Finding("texts", "ok", "encoded in training, without a table")]
-    if isinstance(or_drawn(texts), Drawn):
+    if isinstance(or_drawn(texts), DrawnTexts):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
     try:
-        separability = _measure_table(texts.table(data.classes), data, seed)
+        separability = _measure_table(texts.open_table(data.classes), data, seed)
     except UserError as error:
         return [Finding("texts", "failing", "not there, or not those of this run", str(error))]
     if separability is None:

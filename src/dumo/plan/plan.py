@@ -18,7 +18,7 @@ from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
-from dumo.nets.table import Embedded, PipelineTexts
+from dumo.nets.table import EmbeddedTexts, PipelineTexts
 from dumo.plan.host import DEVICES, host
 from dumo.run import cost, memory
 from dumo.run.net import outline
@@ -116,7 +116,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "validation": validation(spec, shown["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
-        "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, Embedded) else None,
+        "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, EmbeddedTexts) else None,
         "missing_data": missing,
     }
 
@@ -184,7 +184,7 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     return {"images": images, "bytes_per_image": bytes_per_image, "bytes": total}
 
 
-def _text_rows(texts: Embedded, data: Data) -> dict[str, Any]:
+def _text_rows(texts: EmbeddedTexts, data: Data) -> dict[str, Any]:
     """Bytes of the rows of a caption at most, and of all, if their number is known.
 
     `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
@@ -193,17 +193,17 @@ def _text_rows(texts: Embedded, data: Data) -> dict[str, Any]:
     pipeline_texts = texts if isinstance(texts, PipelineTexts) else None
     edits_images = pipeline_texts is not None and pipeline_texts.family.edits
     source = data.shape if edits_images else ()
-    bytes_per_caption = texts.bytes(0, source)
+    bytes_per_caption = texts.memory_bytes(0, source)
     most = None
     if pipeline_texts is not None and not edits_images:
         most = max(0, int(pipeline_texts.budget * GB / bytes_per_caption) - 1)
     return {
         "captions": captions,
         "bytes_per_caption": bytes_per_caption,
-        "bytes": None if captions is None else texts.bytes(captions, source),
+        "bytes": None if captions is None else texts.memory_bytes(captions, source),
         "live": texts.is_online(data.classes),
         "most": most,
-        "encoders": None if pipeline_texts is None else pipeline_texts.encoders,
+        "encoders": None if pipeline_texts is None else pipeline_texts.encoder_bytes,
     }
 
 
@@ -212,7 +212,7 @@ def encoder_bytes(net: Net, captions: int) -> int:
     texts = net.texts
     if not (isinstance(texts, PipelineTexts) and texts.is_online(captions)):
         return 0
-    return texts.encoders or 0
+    return texts.encoder_bytes or 0
 
 
 def missing_data(data: Data) -> str | None:

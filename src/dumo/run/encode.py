@@ -24,8 +24,8 @@ from dumo.io.file import locked
 from dumo.io.read import brief
 from dumo.io.table import MakeResult, TableIndex
 from dumo.nets import Net
-from dumo.nets.table import PipelineTexts, Tabled
-from dumo.nets.text import Learned
+from dumo.nets.table import PipelineTexts, TableTexts
+from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import sources
 from dumo.run.resolve import resolve
 from dumo.runtime import dist, threads
@@ -74,7 +74,7 @@ class EncodingWork:
     """What there is to encode: the images of latents, the captions of data for a table of texts, or both."""
 
     data: Data
-    texts: Tabled | None = None
+    texts: TableTexts | None = None
 
 
 def encoding_work(
@@ -184,10 +184,10 @@ def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> N
         encode(data, device=device, bar=bar)
 
 
-def _table_of(net: Net) -> Tabled | None:
+def _table_of(net: Net) -> TableTexts | None:
     """The spec of the table of texts that a net reads; None: it reads none."""
     texts = net.texts
-    return texts if isinstance(texts, Tabled) else None
+    return texts if isinstance(texts, TableTexts) else None
 
 
 def captions(data: Data) -> Sequence[str]:
@@ -197,19 +197,19 @@ def captions(data: Data) -> Sequence[str]:
     return data.caption_texts()
 
 
-def reason_not_to_encode(data: Data, spec: Tabled) -> str:
+def reason_not_to_encode(data: Data, spec: TableTexts) -> str:
     """A line that says why no table of the data's captions is made, because it would be too large; empty: it is made.
 
     Raises as `captions`.
     """
     if not isinstance(spec, PipelineTexts):
         return ""
-    return spec.too_large(len(captions(data)))
+    return spec.reason_without_table(len(captions(data)))
 
 
 def encode_texts(
     data: Data,
-    spec: Tabled,
+    spec: TableTexts,
     *,
     batch: int = 32,
     shard_rows: int = SHARD_ROWS,
@@ -247,7 +247,7 @@ def make_tokens(run: Run) -> None:
     Processes that start together make it once. Raises UserError where the folder holds the tokens of other captions.
     """
     spec = _table_of(run.net)
-    if not isinstance(spec, Learned):
+    if not isinstance(spec, LearnedTexts):
         return
     lock = spec.folder.with_name(f".{spec.folder.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)

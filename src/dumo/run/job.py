@@ -28,7 +28,7 @@ from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import DataSource
-from dumo.nets.textfamily import is_learned
+from dumo.nets.textfamily import is_learned_texts
 from dumo.run import cost, datacheck, examination
 from dumo.run.cost import StepCost
 from dumo.run.folder import (
@@ -145,7 +145,7 @@ def open_job(
         run = resolve(with_absolute_paths(run, run_before))
         torch_device = dist.device(device)
         _require_fit(run, torch_device, sheets)
-        reads_tokens = is_learned(run.net.texts)
+        reads_tokens = is_learned_texts(run.net.texts)
         if reads_tokens and is_main:
             from dumo.run.encode import make_tokens
 

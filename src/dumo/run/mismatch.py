@@ -18,7 +18,7 @@ from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion, Path
 from dumo.flow.slope import DualSlope, slope_of
 from dumo.nets import Net, is_dualized, is_pretrained
-from dumo.nets.textfamily import is_embedded
+from dumo.nets.textfamily import has_embeddings
 from dumo.run.net import outline
 from dumo.training.spec import Train
 from dumo.types import Needs, UserError
@@ -133,7 +133,7 @@ def _compiler_faults(train: Train, needs: Needs, spec: Net, net: nn.Module, clas
             "slope 'dual': set train.compile=none"
         )
     texts = spec.texts
-    if train.compile == "loss" and is_embedded(texts) and texts.is_mapped(classes):
+    if train.compile == "loss" and has_embeddings(texts) and texts.is_mapped(classes):
         yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"

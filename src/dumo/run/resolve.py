@@ -36,13 +36,13 @@ from dumo.flow.reading import taught_readings
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.nets import Net, is_pretrained
-from dumo.nets.textfamily import is_tabled
+from dumo.nets.textfamily import has_table
 from dumo.run.mismatch import check_built
 from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
-    from dumo.nets.table import Tabled
+    from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
 
@@ -99,9 +99,9 @@ def _resolve_data(run: Run) -> Data:
 def _resolve_text_table(net: Net, data: Data) -> Net:
     """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
     texts = net.texts
-    if not is_tabled(texts):
+    if not has_table(texts):
         return net
-    resolved_net = net.model_copy(update={"texts": texts.found()})
+    resolved_net = net.model_copy(update={"texts": texts.with_identity()})
     if texts.identity is None:
         _require_captions(data, texts)
     return resolved_net
@@ -124,7 +124,7 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
         facts[field_difference.field] = field_difference.now
     texts = run.net.texts
     resolved_texts = resolved_run.net.texts
-    if is_tabled(texts) and is_tabled(resolved_texts) and resolved_texts.identity != texts.identity:
+    if has_table(texts) and has_table(resolved_texts) and resolved_texts.identity != texts.identity:
         facts["net.texts.identity"] = resolved_texts.identity
     path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
@@ -176,7 +176,7 @@ def found_data(data: Data) -> Data:
         raise type(error)(f"{images_field}: {error}") from error
 
 
-def _require_captions(data: Data, texts: "Tabled") -> None:
+def _require_captions(data: Data, texts: "TableTexts") -> None:
     """Raise UserError where there is a table of texts that is not of these data's captions."""
     captions = Conditions(data).captions
     names = Conditions(data).names
@@ -187,7 +187,7 @@ def _require_captions(data: Data, texts: "Tabled") -> None:
         data_digest = digest.short(*names)
     if not captions or not data_digest:  # the data are not here
         return
-    table_digest = texts.digest()
+    table_digest = texts.captions_digest()
     if table_digest not in (None, data_digest):
         raise UserError(
             f"net.texts.root: {texts.folder} is of other captions (digest {table_digest}) than the data's "

@@ -26,7 +26,7 @@ def both(name: str, place: Path) -> tuple[OnlineTexts, Texts]:
     assert isinstance(live, OnlineTexts)
     live.captions = CAPTIONS
     encode(CAPTIONS, spec.reader_spec, spec.folder, shard_rows=2)
-    tabled = spec.found().build(len(CAPTIONS))
+    tabled = spec.with_identity().build(len(CAPTIONS))
     assert isinstance(tabled, Rows), "a table that is there is read"
     return live, tabled
 
@@ -53,7 +53,7 @@ def test_rows_are_those_of_a_table_whatever_surrounds_the_call(name: str, tmp_pa
 
 def test_prompts_come_and_go_and_few_rows_are_kept(tmp_path: Path) -> None:
     live, tabled = both("SD3", tmp_path)
-    live.encoders.most = 2
+    live.encoders.max_rows = 2
     for texts in (live, tabled):
         first = texts.append(["a cat", "a bird", "a cow"])
         texts.prompts = {"a cat": first, "a bird": first + 1, "a cow": first + 2}

@@ -17,7 +17,7 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Texts
 from dumo.nets.table import TextTable
-from dumo.nets.text import Learned, TokenTexts
+from dumo.nets.text import LearnedTexts, TokenTexts
 from dumo.types import Frozen, Needs, UserError
 from unit.nets.given import drawn, points
 
@@ -124,7 +124,7 @@ def test_a_table_of_something_else_is_refused(spec: TextTable, tmp_path: Path) -
 
 
 def test_a_run_keeps_to_the_table_that_was_there(spec: TextTable) -> None:
-    again = TextTable.model_validate(spec.model_dump() | {"identity": None}).found()
+    again = TextTable.model_validate(spec.model_dump() | {"identity": None}).with_identity()
     assert again.identity is not None
     assert TextTable(root="nowhere", encoder=spec.encoder, width=16).identity is None
 
@@ -135,14 +135,14 @@ WORDS = ("a seven", "a three", "4")
 SHAPE, VU = (1, 4, 4), Needs(heads=("v", "u"))
 
 
-def learned(folder: Path, length: int = 9) -> Learned:
+def learned(folder: Path, length: int = 9) -> LearnedTexts:
     """A tiny encoder over the bytes of WORDS."""
     tokenizer = Tokenizer(length=length)
     encode(WORDS, tokenizer, folder)
-    return Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=2)
+    return LearnedTexts(root=str(folder), tokenizer=tokenizer, width=8, depth=2)
 
 
-def built(texts: Learned) -> Transformer:
+def built(texts: LearnedTexts) -> Transformer:
     """A net of it."""
     return drawn(DiT(patch=2, width=8, depth=2, attention=2, texts=texts), VU, SHAPE, len(WORDS))
 

@@ -18,7 +18,7 @@ from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Heun, Restart
 from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
-from dumo.nets.table import Tabled
+from dumo.nets.table import TableTexts
 from dumo.report.sample import solver_of
 from dumo.run import cost, encode
 from dumo.run.job import open_data
@@ -170,7 +170,7 @@ def test_runs_that_start_together_make_their_table_one_after_the_other(
 ) -> None:
     inside, most, make = 0, list[int](), encode.encode_texts
 
-    def slowly(data: Data, spec: Tabled) -> encode.EncodeResult:
+    def slowly(data: Data, spec: TableTexts) -> encode.EncodeResult:
         nonlocal inside
         inside += 1
         most.append(inside)

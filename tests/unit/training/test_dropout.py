@@ -13,7 +13,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT, Net, UNet
 from dumo.nets.route import Route
-from dumo.nets.text import Learned
+from dumo.nets.text import LearnedTexts
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
@@ -32,7 +32,7 @@ def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net
     if request.param == "unet":
         return lambda p: UNet(**SMALL, dropout=p)
     encode(CAPTIONS, tokenizer := Tokenizer(length=8), tmp_path)
-    texts = Learned(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1)
+    texts = LearnedTexts(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1)
     return lambda p: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": p}))
 
 

@@ -22,7 +22,7 @@ from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
 from dumo.nets.rows import Rows
-from dumo.nets.text import Learned
+from dumo.nets.text import LearnedTexts
 from dumo.objectives import DuMo, MeanFlow
 from dumo.run.teacher import BaseNet
 from dumo.runtime import dist
@@ -75,7 +75,7 @@ def reader(way: str, place: Path) -> nn.Module:
     """A DiT that reads texts: by an encoder that learns too, or given ones."""
     tokenizer, texts = Tokenizer(length=8), place / "texts"
     encode(CAPTIONS, tokenizer, texts)
-    learned = Learned(root=str(texts), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
+    learned = LearnedTexts(root=str(texts), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
     net = DiT(patch=2, width=8, depth=3, attention=2, qk_norm=True)
     net = net.model_copy(update={"texts": learned if way == "learned" else Given()})
     return net.build(OBJECTIVE.needs, GREY, len(CAPTIONS))

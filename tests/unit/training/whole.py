@@ -23,7 +23,7 @@ from dumo.flow.path import Linear, Trig
 from dumo.lab.step import PlainStep
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
-from dumo.nets.text import Learned
+from dumo.nets.text import LearnedTexts
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train
@@ -77,7 +77,7 @@ def texts() -> dict[str, DiT]:
     """Nets that read texts, given ones and by an encoder that learns too, for the classes of digits."""
     folder, tokenizer = Path("texts"), Tokenizer(length=8)
     encode([str(k) for k in range(10)], tokenizer, folder)
-    learned = Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
+    learned = LearnedTexts(root=str(folder), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
     tiny = DiT(patch=2, width=8, depth=2, attention=2)
     return {name: tiny.model_copy(update={"texts": of}) for name, of in (("learned", learned), ("given", Given()))}
 
