@@ -34,13 +34,13 @@ def texts_of(case: Case) -> Texts:
 
 
 def test_the_card_makes_dumos_edits(case: Case) -> None:
-    assert max(case.misses("full", case.folder / "out")) < 1
+    assert max(case.errors_over_limits("full", case.folder / "out")) < 1
 
 
 def test_an_edit_depends_on_its_image(case: Case) -> None:
     sampler, other = case.opened.sampler, case.folder / "before" / "0.png"
     noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
-    one, two = (case.dumo([noise], c=prompted(sampler, [PROMPT], image)) for image in (case.image, other))
+    one, two = (case.dumo_image([noise], c=prompted(sampler, [PROMPT], image)) for image in (case.image, other))
     assert (one - two).norm() / one.norm() > 0.01
 
 

@@ -78,10 +78,10 @@ def test_the_card_of_an_exported_pipeline_makes_dumos_images(
     In one pass, two and four, with words, at the trained size; guided, where a pass reads the row of no text, too.
     """
     case = sd3 if name == "SD3" else tiny_runs.case(tmp_path, name, *FULL)
-    assert max(case.misses("full", case.folder / "out" if case is sd3 else case.export("out"))) < 1
-    if case.guidable and case is not sd3:
+    assert max(case.errors_over_limits("full", case.folder / "out" if case is sd3 else case.export("out"))) < 1
+    if case.can_guide and case is not sd3:
         case.guide(GUIDED)
-        assert max(case.misses("guided", case.export("guided"), GUIDED)) < 1
+        assert max(case.errors_over_limits("guided", case.export("guided"), GUIDED)) < 1
 
 
 def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> torch.Tensor:  # noqa: ANN401
@@ -128,7 +128,7 @@ def test_a_server_makes_dumos_images(
     pipe = case.pipeline(out)
     assert KEY not in caplog.text
     noises = [torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(2)]
-    mine = case.dumo(noises)
+    mine = case.dumo_image(noises)
     assert (as_served(pipe, block, noises) - mine).norm() / mine.norm() < LIMITS["full"]
     assert (as_served(pipe, block | {"solver": "ode"}, noises) - mine).norm() / mine.norm() > 0.1
     pipe.save_pretrained(tmp_path / "saved")  # which keeps what diffusers knows
@@ -162,10 +162,10 @@ def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: 
 def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
     case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
-    assert max(case.misses("merged", case.export("merged"))) < 1
+    assert max(case.errors_over_limits("merged", case.export("merged"))) < 1
     if case.stock.loads_lora:
         out = case.folder / "out" if case is tuned else case.export("out", "--to", "lora")
-        assert max(case.misses("lora", out)) < 1
+        assert max(case.errors_over_limits("lora", out)) < 1
 
 
 @pytest.mark.nightly
@@ -182,10 +182,10 @@ def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Cas
 @pytest.mark.parametrize("name", ["SD1", "SDXL"])
 def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) -> None:
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
-    assert max(case.misses("merged", case.export("merged"))) < 1
+    assert max(case.errors_over_limits("merged", case.export("merged"))) < 1
     out = case.export("out", "--to", "lora")
     assert any("conv1.lora_A" in key for key in load_file(out / lora.FILE))
-    assert max(case.misses("lora", out)) < 1
+    assert max(case.errors_over_limits("lora", out)) < 1
 
 
 @pytest.mark.nightly
@@ -198,7 +198,7 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
     """
     case = Case.of(name, tmp_path, *LORA, *TWO, "sample.solver={kind: restart, m: 0.7}")
     out = case.export("jumps", "--nfe", "1,2,4")
-    assert max(case.off(out, nfe=(1, 2, 4))) < LIMITS["merged"]
+    assert max(case.image_errors(out, nfe=(1, 2, 4))) < LIMITS["merged"]
     said = json.loads((out / "dumo.json").read_text())
     assert [r for _, r in said["passes"]] == [0, 0, 0, 0]
     assert said["embedding"]["error"] < 1e-6 < said["embedding"]["half"] < 0.02
@@ -210,7 +210,7 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
         return
     case = replace(case)  # which samples otherwise
     for n, to in ((2, "diffusers"), (4, "lora" if case.stock.loads_lora else "diffusers")):
-        assert max(case.off(case.export(f"hops{n}", "--nfe", n, "--to", to), nfe=(n,))) < LIMITS["merged"]
+        assert max(case.image_errors(case.export(f"hops{n}", "--nfe", n, "--to", to), nfe=(n,))) < LIMITS["merged"]
     assert "1 to 0.5, 0.5 to 0 |" in (tmp_path / "hops2" / "README.md").read_text()
 
 
@@ -236,7 +236,7 @@ def test_which_generator_draws_the_noise_between_passes(
 ) -> None:
     case = sd3 if name == "SD3" else tiny_runs.case(tmp_path, name, *FULL)
     pipe = case.pipeline(case.folder / "out" if case is sd3 else case.export("out"))
-    assert case.seeded(pipe) == case.stock.seeds_scheduler
+    assert case.seeds_scheduler(pipe) == case.stock.seeds_scheduler
 
 
 @pytest.mark.nightly
@@ -258,15 +258,15 @@ def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another; unloaded, it is the model's own."""
     whole, pipe = load_file(tuned.folder / "out" / lora.FILE), tuned.pipeline()
-    own = tuned.made(pipe, 1)
+    own = tuned.pipeline_latent(pipe, 1)
     pipe.load_lora_weights(whole)
-    image = tuned.made(pipe, 1)
+    image = tuned.pipeline_latent(pipe, 1)
     for part in ("transformer_blocks", "proj_out", "timestep_embedder"):
         pipe.unload_lora_weights()
         pipe.load_lora_weights({name: 0 * x if part in name else x for name, x in whole.items()})
-        assert (tuned.made(pipe, 1) - image).abs().max() > 1e-4, part
+        assert (tuned.pipeline_latent(pipe, 1) - image).abs().max() > 1e-4, part
     pipe.unload_lora_weights()
-    assert torch.equal(tuned.made(pipe, 1), own)
+    assert torch.equal(tuned.pipeline_latent(pipe, 1), own)
 
 
 def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
@@ -305,7 +305,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     pipe = sd3.pipeline(sd3.export("velocity", "--head", "v"))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    image = sd3.made(pipe, 1, sigmas=[1, 0.75, 0.5, 0.25], latents=z)
+    image = sd3.pipeline_latent(pipe, 1, sigmas=[1, 0.75, 0.5, 0.25], latents=z)
     sampler = sd3.opened.sampler
     c = prompted(sampler, [PROMPT])
     ours = integrate(sampler.reads, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
@@ -387,7 +387,7 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     assert load_file(out / "codes.safetensors")["tokens"].shape[1] == 1
     pushed = write.export(case.opened, tmp_path / "pushed", name="owner/name", parts="none") / "README.md"
     assert 'load_file(snapshot_download("owner/name") + "/codes.safetensors")' in pushed.read_text("utf-8")
-    assert max(case.misses("full", out, c=torch.tensor([0]))) < 1
+    assert max(case.errors_over_limits("full", out, c=torch.tensor([0]))) < 1
 
 
 @pytest.mark.nightly

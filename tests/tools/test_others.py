@@ -4,7 +4,8 @@ import pytest
 
 from dumo.export import write
 from dumo.types import UserError
-from fuzz.foreign import Folder, folders, tried
+from fuzz.folder import ModelFolder, folder_trials, model_folders
+from fuzz.judge import try_all
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KNOWN = {  # each ended in a traceback, or never
@@ -26,12 +27,12 @@ KNOWN = {  # each ended in a traceback, or never
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("kind", [kind for kind in folders() if kind.name in KNOWN], ids=lambda kind: kind.name)
-def test_folders_of_others(kind: Folder) -> None:
-    ends, found = tried(kind, 4, KNOWN[kind.name])
-    assert not found
-    assert ends.total() >= 4 + len(KNOWN[kind.name]) - 1
-    assert ends["refused"] > len(KNOWN[kind.name]) / 2
+@pytest.mark.parametrize("kind", [kind for kind in model_folders() if kind.name in KNOWN], ids=lambda kind: kind.name)
+def test_folders_of_others(kind: ModelFolder) -> None:
+    tally = try_all(folder_trials(kind, 4, KNOWN[kind.name]))
+    assert not tally.faults
+    assert tally.ends.total() >= 4 + len(KNOWN[kind.name]) - 1
+    assert tally.ends["refused"] > len(KNOWN[kind.name]) / 2
 
 
 def test_a_part_of_a_pipeline_is_no_path() -> None:

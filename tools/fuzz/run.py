@@ -1,54 +1,77 @@
-"""Change what dumo reads, thousands of times, and see that it takes it or says what is wrong.
+"""Change what dumo reads, thousands of times, and see that it takes each change or says in a line what is wrong.
 
-    python tools/fuzz/run.py [--count 10000] [--only NAME] [--seed 0]
+    python tools/fuzz/run.py files [--count 10000] [--only NAME]     files that dumo reads (fuzz/file.py)
+    python tools/fuzz/run.py folders [--count N] [--only NAME]       folders of models by others; N: of each, not all
+    python tools/fuzz/run.py commands [--count 600]                  options of commands, and changed files of a run
 
-An input is known by the seed, its kind and its number: what is found can be made again. Exit code 1 where anything was.
+`--seed 0`: with seed, name and number a trial can be made again. Each fault is printed; the exit code is then 1.
 """
 
 import argparse
-import random
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
-from fuzz.judge import GOOD, wrong
-from fuzz.target import Target, targets
+from fuzz.judge import Trial, try_all
+
+Group = tuple[str, Iterator[Trial]]  # a name to print, and its trials
 
 
-def tried(target: Target, numbers: range, seed: int = 0) -> tuple[Counter[str], list[str]]:
-    """How often each end was seen, and a line for every one that should not be."""
-    ends, found = Counter[str](), dict[tuple[str, str], str]()
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / target.name
-        for number in numbers:
-            file.write_bytes(target.input(random.Random(f"{seed}/{target.name}/{number}")))
-            end, words = wrong(lambda: target.read(file))
-            ends[end] += 1
-            if end not in GOOD:
-                found.setdefault((end, words[-40:]), f"{target.name} {number}: {end}: {words[:400]}")
-    return ends, list(found.values())
+def file_groups(only: str, count: int | None, seed: int) -> Iterator[Group]:
+    """A group for each file that dumo reads; `count`: of all together."""
+    from fuzz.file import file_trials, targets
+
+    chosen = [target for target in targets() if only in target.name]
+    per_target = -(-(count or 10_000) // max(len(chosen), 1))  # rounded up
+    for target in chosen:
+        yield target.name, file_trials(target, range(per_target), seed)
+
+
+def folder_groups(only: str, count: int | None, seed: int) -> Iterator[Group]:
+    """A group for each kind of model folder; `count`: of each, drawn; None: all changes."""
+    from fuzz.folder import folder_trials, model_folders, silence_libraries
+
+    silence_libraries()
+    for kind in model_folders():
+        if only in kind.name:
+            yield kind.name, folder_trials(kind, count, seed=seed)
+
+
+def command_groups(only: str, count: int | None, seed: int) -> Iterator[Group]:
+    """The options, and then `count` changed files of a run."""
+    from fuzz.command import changed_file_trials, option_trials, trained_run
+
+    with trained_run():
+        for name, trials in (("options", option_trials()), ("run files", changed_file_trials(count or 600, seed))):
+            if only in name:
+                yield name, trials
+
+
+GROUPS = {"files": file_groups, "folders": folder_groups, "commands": command_groups}
 
 
 def main() -> int:
-    """All targets, in turn."""
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--count", type=int, default=10_000)
-    asked.add_argument("--only", default="")
-    asked.add_argument("--seed", type=int, default=0)
-    options = asked.parse_args()
-    some = [target for target in targets() if options.only in target.name]
-    started, all_found = time.perf_counter(), list[str]()
-    for target in some:
-        ends, found = tried(target, range(-(-options.count // len(some))), options.seed)
-        print(f"{target.name:45} {', '.join(f'{end} {n}' for end, n in ends.most_common())}", flush=True)
-        print(*found, sep="\n", end="\n" * bool(found))
-        all_found += found
-    print(f"{len(all_found)} found, {time.perf_counter() - started:.0f} s")
-    return 1 if all_found else 0
+    """Run the trials of one kind, group by group; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=GROUPS)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--only", default="", help="groups whose name holds this")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    start = time.perf_counter()
+    num_trials = 0
+    num_faults = 0
+    for name, trials in GROUPS[options.kind](options.only, options.count, options.seed):
+        tally = try_all(trials)
+        print(f"{name:45} {tally}", *tally.faults, sep="\n", flush=True)
+        num_trials += tally.ends.total()
+        num_faults += len(tally.faults)
+    print(f"{num_faults} faults in {num_trials:,} trials, {time.perf_counter() - start:.0f} s")
+    return int(num_faults > 0)
 
 
 if __name__ == "__main__":

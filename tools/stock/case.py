@@ -1,8 +1,11 @@
-"""A family's way from a folder of diffusers to images, by the command line alone, and the images of what comes out.
+"""A family's way from a folder of diffusers to images, by the command line, and how far these are from dumo's.
 
-A complete tiny pipeline is made on the spot, and three captioned photographs. `dumo` encodes, examines, trains two
-steps, samples and exports. Then the Python block of the exported card runs as it stands in a process that cannot import
-dumo; noise and image are recorded there (recorder.py), and dumo makes the image of the same noise.
+1. `Case.of` makes a complete tiny pipeline and three captioned photographs, and types `dumo encode` and `train`.
+2. `Case.export` types `dumo export`.
+3. `Case.image_errors` runs the Python block of the exported card as it stands, in a process that cannot import dumo;
+   noise and images are recorded there (`recorder.py`). Then dumo makes images of the same noise, to compare.
+
+Tests of exports use this as well, so what they share is public.
 """
 
 import ast
@@ -37,105 +40,127 @@ from pipelines import PIPELINES, SIDE, save
 from transformers_tiny import TINY
 
 CAPTIONS = ("a red bird on a branch", "two cats on a sofa, one of them asleep", "a dog")
+RECIPE = "sd3-lora"
+# fields of run.yaml that cases set
 LORA = ("net.lora={rank: 4}",)
 FULL = ("net.lora=null",)
 EDITED = ["data.images.captions.source=source", "data.images.flip=false", "objective.drop=0"]
 CODES = ("net.texts={kind: codes}", "data.images.captions=null", "objective.drop=0")  # a random one for each class
+SHORT = (
+    "train.precision=fp32",
+    "train.steps=2",
+    "train.batch=4",
+    "train.micro_batch=4",
+    "train.share=1",
+    "train.schedule.warmup=0",
+    "evaluate.protocol.samples=20",
+    "net.checkpoint=false",
+    "objective.guide.zeta=0",
+)
 # |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
 LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
-FOUR = 1e-5  # of four passes, where rounding adds up
-ROUNDED = {  # of four passes, by pipelines that round times otherwise than dumo
+FOUR_PASSES_LIMIT = 1e-5  # where rounding adds up
+FOUR_PASSES_LIMITS = {  # of pipelines that round times otherwise than dumo
     "CogView4": 1e-3,  # to whole thousandths
     "Z-Image": 2e-5,  # (1000 - 1000 t) / 1000 for 1 - t: 1.2e-5 where guided, 3e-6 if dumo's net is given that, too
 }
 GUIDED = 2.0  # the scale of guidance, for which a pass reads the row of no text, too
-QUICK = {"Chroma", "Z-Image"}  # without low-pass: the first has none, and the other's takes long to fit
-SHORT = (
-    "train.precision=fp32", "train.steps=2", "train.batch=4", "train.micro_batch=4", "train.share=1",
-    "train.schedule.warmup=0", "evaluate.protocol.samples=20", "net.checkpoint=false", "objective.guide.zeta=0",
-)  # fmt: skip
+WITHOUT_LOWPASS = {"Chroma", "Z-Image"}  # the first has none, and the other's takes long to fit
 RECORDER = Path(__file__).with_name("recorder.py")
 
 
 @cache
-def recorder() -> "subprocess.Popen[str]":
-    """A Python that runs cards' blocks until this process ends."""
-    env = {**ENVIRONMENT, "PYTHONPATH": ""}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-P", RECORDER], env=env, stdin=pipe, stdout=pipe, text=True)
+def _start_recorder() -> "subprocess.Popen[str]":
+    """Start the Python that runs cards' blocks, once; it runs until this process ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", RECORDER],
+        env={**ENVIRONMENT, "PYTHONPATH": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     atexit.register(process.communicate)
     return process
 
 
-def photographs(folder: Path) -> Path:
-    """Three, of noise, with a caption each."""
-    folder.mkdir(parents=True)
+def _write_noise_image(file: Path, height: int, width: int, g: torch.Generator) -> None:
+    """Write an image of random pixels."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.randint(256, (height, width, 3), generator=g, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(file)
+
+
+def _write_photographs(folder: Path) -> None:
+    """Write an image for each of CAPTIONS, with its caption beside it."""
     g = torch.Generator().manual_seed(0)
-    for i, text in enumerate(CAPTIONS):
-        pixels = torch.randint(256, (SIDE + 8, SIDE, 3), generator=g, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
-    return folder
+    for i, caption in enumerate(CAPTIONS):
+        _write_noise_image(folder / f"{i}.png", SIDE + 8, SIDE, g)
+        (folder / f"{i}.txt").write_text(caption, encoding="utf-8")
 
 
-def edits(folder: Path) -> None:
-    """Each photograph as an edit of another image, and one to edit."""
+def _write_edits(folder: Path) -> None:
+    """Write what each photograph is an edit of, a table that says so, and source.png, which prompts edit."""
     g = torch.Generator().manual_seed(1)
-    for name in ("source", *("before/" + str(i) for i in range(len(CAPTIONS)))):
-        pixels = torch.randint(256, (SIDE, SIDE, 3), generator=g, dtype=torch.uint8)
-        (place := folder / f"{name}.png").parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(place)
-    rows = (f'{i}.png,"{text}",../before/{i}.png' for i, text in enumerate(CAPTIONS))
-    (folder / "photos" / "metadata.csv").write_text("\n".join(["file_name,text,source", *rows]), encoding="utf-8")
+    lines = ["file_name,text,source"]
+    _write_noise_image(folder / "source.png", SIDE, SIDE, g)
+    for i, caption in enumerate(CAPTIONS):
+        _write_noise_image(folder / "before" / f"{i}.png", SIDE, SIDE, g)
+        lines.append(f'{i}.png,"{caption}",../before/{i}.png')
+    (folder / "photos" / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
 def must(done: Done) -> Done:
-    """A command that ended well."""
+    """A command, which must have ended well."""
     assert done.code == 0, done
     return done
 
 
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return float((a - b).norm() / b.norm())
+
+
 @dataclass(frozen=True)
 class Case:
-    """A family's run in `folder`, tuned from the pipeline of its name in `home`."""
+    """A run in `folder`, tuned from the tiny pipeline `name`, which lies with photographs and tables in `home`."""
 
-    name: str
+    name: str  # of PIPELINES
     folder: Path
-    home_elsewhere: Path | None = None
+    shared_home: Path | None = None  # where other runs share the pipeline, photographs and tables; None: `folder`
 
     @classmethod
     def of(cls, name: str, folder: Path, *fields: str, verbs: Sequence[str] = ("encode", "train")) -> "Case":
-        """A run, `fields` set in addition to what every one here has."""
+        """Make pipeline and photographs, and run the commands `verbs`, with `fields` set beside those of every case."""
         case = cls(name, folder)
         save(name, case.source)
-        photographs(folder / "photos")
+        _write_photographs(folder / "photos")
         if case.stock.takes_image:
-            edits(folder)
+            _write_edits(folder)
         for verb in verbs:
             if verb == "train":
                 case.train(*fields)
             else:
-                must(call(verb, "sd3-lora", *case.typed(*fields)))
+                must(call(verb, RECIPE, *case.options(*fields)))
         return case
 
     def train(self, *fields: str) -> None:
-        """Train the run."""
-        must(call("train", "sd3-lora", "--out", self.run, *self.typed(*fields)))
+        """Train the run, with `fields` set beside those of every case."""
+        must(call("train", RECIPE, "--out", self.run, *self.options(*fields)))
 
-    def typed(self, *fields: str) -> list[str]:
-        """What is typed of the run, `fields` set in addition to what every one here has."""
+    def options(self, *fields: str) -> list[str]:
+        """The options `--set` of the run, with `fields` beside those of every case."""
         if CODES[0] not in fields:
             fields = (*fields, f"net.texts.root={self.home / 'texts'}", "net.texts.dtype=float32")
         return sets(*self.fields, *SHORT, *fields)
 
     @property
     def home(self) -> Path:
-        """Where the pipeline, photographs and tables lie."""
-        return self.home_elsewhere or self.folder
+        """The folder of pipeline, photographs and tables."""
+        return self.shared_home or self.folder
 
     @property
     def source(self) -> Path:
-        """The pipeline that is tuned."""
+        """The folder of the pipeline that is tuned."""
         return self.home / self.name
 
     @property
@@ -145,129 +170,165 @@ class Case:
 
     @property
     def fields(self) -> list[str]:
-        """What a person sets, and what is particular about a family."""
-        found = [
-            f"pipeline={self.source}", f"data.root={self.home / 'latents'}", f"data.images.side={SIDE}",
+        """The fields that a person sets, and those that this family asks for."""
+        tiny = PIPELINES[self.name].tiny
+        fields = [
+            f"pipeline={self.source}",
+            f"data.root={self.home / 'latents'}",
+            f"data.images.side={SIDE}",
             f"data.images.root={self.home / 'photos'}",
-        ]  # fmt: skip
-        found += ["net.guidance=3.5"] * PIPELINES[self.name].tiny.startswith(("flux-guided", "flux2"))
-        found += EDITED * self.stock.takes_image
-        found += ["path.kind=diffusion"] * FAMILIES[TINY[PIPELINES[self.name].tiny].kind].diffusion
-        return found + ["net.lowpass=null"] * (self.name in QUICK)
+        ]
+        if tiny.startswith(("flux-guided", "flux2")):
+            fields.append("net.guidance=3.5")
+        if self.stock.takes_image:
+            fields += EDITED
+        if FAMILIES[TINY[tiny].kind].diffusion:
+            fields.append("path.kind=diffusion")
+        if self.name in WITHOUT_LOWPASS:
+            fields.append("net.lowpass=null")
+        return fields
 
     @property
     def image(self) -> Path | None:
-        """What prompts edit, if anything."""
+        """The image that prompts edit; None: they edit none."""
         return self.home / "source.png" if self.stock.takes_image else None
 
     @property
-    def guidable(self) -> bool:
-        """Whether its pipeline guides as dumo does; a run of edits has no condition of none to guide away from."""
+    def stock(self) -> StockPipeline:
+        """How diffusers' pipeline of this family is called."""
+        row = PIPELINES[self.name]
+        return PIPELINE_BY_CLASS.get(row.pipeline) or PIPELINE_BY_MODEL[TINY[row.tiny].kind]
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether its pipeline guides as dumo does; a run of edits has no empty condition to guide away from."""
         return self.stock.guide_argument is not None and not self.stock.rescales_guidance and not self.stock.takes_image
 
     def guide(self, scale: float) -> None:
-        """Sample with this scale of guidance from now on."""
+        """Let the run be sampled with this scale of guidance from now on."""
         must(call("train", self.run, *sets(f"sample.guide.scale={scale}")))
 
-    def export(self, out: str, *words: object) -> Path:
-        """What `dumo export` makes of the run."""
-        must(call("export", self.run, self.folder / out, *words))
+    def export(self, out: str, *options: object) -> Path:
+        """Export the run to a folder `out` beside it; return the folder."""
+        must(call("export", self.run, self.folder / out, *options))
         return self.folder / out
 
     @cached_property
     def opened(self) -> RunFolder:
-        """The run."""
+        """The run, opened on the CPU."""
         return open_run(str(self.run), device="cpu")
 
-    def dumo(
+    # ------------------------------------------------------------------------------------------ the card's images
+
+    def image_errors(
+        self, out: Path, scale: float = 1.0, c: Tensor | None = None, nfe: Sequence[int] = (1, 2, 4)
+    ) -> list[float]:
+        """The relative errors of the images that the card in `out` makes, from dumo's: one for each number of passes.
+
+        scale: of guidance.
+        c: conditions (1,); None: of the card's prompt.
+        nfe: the numbers of passes of the card's calls, in their order.
+        """
+        errors: list[float] = []
+        for passes, (image, noises) in zip(nfe, self._run_card(out), strict=True):
+            expected = self.dumo_image(noises[:passes], scale, c, passes)
+            errors.append(relative_error(image.clamp(-1, 1), expected))
+        return errors
+
+    def errors_over_limits(self, kind: str, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
+        """The errors of one, two and four passes over the limits of `kind`, of LIMITS: above 1 they are wrong."""
+        limit = LIMITS[kind]
+        limits = (limit, limit, FOUR_PASSES_LIMITS.get(self.name, FOUR_PASSES_LIMIT))
+        return [error / limit for error, limit in zip(self.image_errors(out, scale, c), limits, strict=True)]
+
+    def dumo_image(
         self, noises: Sequence[Tensor], scale: float = 1.0, c: Tensor | None = None, passes: int | None = None
     ) -> Tensor:
-        """The image that dumo makes of a prompt, or of c, and of this noise; None: a pass for each."""
+        """The image (1, 3, h, w) that dumo makes, of a pipeline's noise: one tensor for each pass that draws.
+
+        c: conditions (1,); None: of the card's prompt. passes: None: as many as noises.
+        """
         sampler = self.opened.sampler
-        guide = sampler.spec.guide.model_copy(update={"scale": scale})
-        reads, c = sampler.guided(guide), prompted(sampler, [PROMPT], self.image) if c is None else c
-        drawn = [self.latent(noise) for noise in noises]
-        x = integrate(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(drawn), lambda k: drawn[k])[1]
+        reads = sampler.guided(sampler.spec.guide.model_copy(update={"scale": scale}))
+        if c is None:
+            c = prompted(sampler, [PROMPT], self.image)
+        z = [self._unpack_noise(noise) for noise in noises]
+        _, x = integrate(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(z), z.__getitem__)
         return sampler.decode(x)
 
-    def latent(self, noise: Tensor) -> Tensor:
-        """Noise of a pipeline, which may be packed into tokens, as dumo's, (1, c, h, w)."""
-        channels, high, wide = self.opened.sampler.data.shape
+    def _unpack_noise(self, noise: Tensor) -> Tensor:
+        """A pipeline's noise, which may be packed into tokens, as dumo's, (1, c, h, w)."""
+        channels, height, width = self.opened.sampler.data.shape
         net = self.opened.net
         assert isinstance(net, Dualized)
         if noise.ndim == 3:
-            return unpack_latents(noise, (high // net.patch, wide // net.patch), net.patch)
-        return noise.reshape(1, channels, high, wide)
+            return unpack_latents(noise, (height // net.patch, width // net.patch), net.patch)
+        return noise.reshape(1, channels, height, width)
 
-    def block(self, out: Path) -> list[tuple[Tensor, list[Tensor]]]:
-        """What the Python block of a card makes, verbatim: an image in [-1, 1] and its noise, call by call."""
-        text = (out / "README.md").read_text(encoding="utf-8")
-        block, made, printed = (self.folder / name for name in ("block.py", "made.safetensors", "printed.txt"))
-        found = re.search(r"```py\n(.*?)```", text, re.S)
-        assert found, text
-        block.write_text(found[1], encoding="utf-8")
-        if self.image and not (beside := self.folder / self.image.name).exists():
-            shutil.copy(self.image, beside)  # what a card of a model that edits opens
-        process = recorder()
+    def _run_card(self, out: Path) -> list[tuple[Tensor, list[Tensor]]]:
+        """Run the Python block of the card in `out`; return each call's image, (1, 3, h, w) in [-1, 1], and noises."""
+        card = (out / "README.md").read_text(encoding="utf-8")
+        block = re.search(r"```py\n(.*?)```", card, re.S)
+        assert block, card
+        block_file = self.folder / "block.py"
+        record_file = self.folder / "made.safetensors"
+        printed_file = self.folder / "printed.txt"
+        block_file.write_text(block[1], encoding="utf-8")
+        if self.image:  # a card of a model that edits opens it by its name
+            image_copy = self.folder / self.image.name
+            if not image_copy.exists():
+                shutil.copy(self.image, image_copy)
+
+        process = _start_recorder()
         assert process.stdin
         assert process.stdout
-        process.stdin.write(json.dumps([*map(str, (block, made, self.folder, printed))]) + "\n")
+        task = [str(block_file), str(record_file), str(self.folder), str(printed_file)]
+        process.stdin.write(json.dumps(task) + "\n")
         process.stdin.flush()
-        assert process.stdout.readline() == "0\n", f"{found[1]}\n{printed.read_text(encoding='utf-8')[-3000:]}"
-        there, images = load_file(made), list[tuple[Tensor, list[Tensor]]]()
-        for n in range(sum(key.endswith("image") for key in there)):
-            noises = sorted((int(key.split(".")[1]), x) for key, x in there.items() if re.fullmatch(rf"{n}\.\d+", key))
-            images.append((there[f"{n}.image"].reshape(-1, 3, SIDE, SIDE), [x for _, x in noises]))
-        return images
+        exit_code = process.stdout.readline()
+        assert exit_code == "0\n", f"{block[1]}\n{printed_file.read_text(encoding='utf-8')[-3000:]}"
 
-    def off(
-        self, out: Path, scale: float = 1.0, c: Tensor | None = None, nfe: Sequence[int] = (1, 2, 4)
-    ) -> list[float]:
-        """How far the card's images, of these passes, are from dumo's, |a - b| / |b| of their pixels, call by call."""
-        differences = list[float]()
-        for passes, (image, noises) in zip(nfe, self.block(out), strict=True):
-            mine = self.dumo(noises[:passes], scale, c, passes)
-            differences.append(float((image.clamp(-1, 1) - mine).norm() / mine.norm()))
-        return differences
+        record = load_file(record_file)
+        calls: list[tuple[Tensor, list[Tensor]]] = []
+        for n in range(sum(name.endswith("image") for name in record)):
+            num_noises = sum(name.startswith(f"{n}.") for name in record) - 1
+            noises = [record[f"{n}.{k}"] for k in range(num_noises)]
+            calls.append((record[f"{n}.image"].reshape(-1, 3, SIDE, SIDE), noises))
+        return calls
 
-    def misses(self, kind: str, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
-        """`off` of one, two and four passes, each in proportion to its limit."""
-        few = LIMITS[kind]
-        limits = few, few, ROUNDED.get(self.name, FOUR)
-        return [a / limit for a, limit in zip(self.off(out, scale, c), limits, strict=True)]
+    # ------------------------------------------------------------------------------- diffusers' pipeline, in here
 
     def pipeline(self, out: Path | None = None) -> Any:  # noqa: ANN401, of diffusers
-        """The stock pipeline of a folder that was exported, or of what was tuned, in this process."""
+        """The stock pipeline of an exported folder; None: of the folder that was tuned."""
         import diffusers
 
         pipe = diffusers.DiffusionPipeline.from_pretrained(out or self.source, trust_remote_code=True)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    @property
-    def stock(self) -> StockPipeline:
-        """How its pipeline is called."""
-        row = PIPELINES[self.name]
-        return PIPELINE_BY_CLASS.get(row.pipeline) or PIPELINE_BY_MODEL[TINY[row.tiny].kind]
-
-    def call(self, passes: int | None = None) -> dict[str, Any]:
-        """The arguments of so many passes; None: what a person who says nothing gives."""
-        more = {word.split("=")[0]: ast.literal_eval(word.split("=")[1]) for word in self.stock.extra_arguments}
-        found = {"prompt": PROMPT, "height": SIDE, "width": SIDE, **more}
-        found |= {"image": Image.open(self.image), "max_area": SIDE**2} if self.image else {}
+    def pipeline_arguments(self, passes: int | None = None) -> dict[str, Any]:
+        """The arguments of a call in this number of passes; None: of a person who says nothing of passes."""
+        arguments: dict[str, Any] = {"prompt": PROMPT, "height": SIDE, "width": SIDE}
+        for word in self.stock.extra_arguments:
+            name, _, value = word.partition("=")
+            arguments[name] = ast.literal_eval(value)
+        if self.image:
+            arguments |= {"image": Image.open(self.image), "max_area": SIDE**2}
         if passes:
             sampler = self.opened.sampler
             times = sampler.spec.solver.times(passes)
-            times = sampler.flow.path.indices(times) if isinstance(sampler.flow.path, Diffusion) else times
-            found |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
-        return found
+            if isinstance(sampler.flow.path, Diffusion):
+                times = sampler.flow.path.indices(times)
+            arguments |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
+        return arguments
 
-    def made(self, pipe: Any, passes: int | None, *, seed: int = 7, **more: Any) -> Tensor:  # noqa: ANN401
-        """The latent that a pipeline makes of the first noise and of torch's own with this seed."""
+    def pipeline_latent(self, pipe: Any, passes: int | None, *, seed: int = 7, **overrides: Any) -> Tensor:  # noqa: ANN401
+        """The latent that a pipeline makes: its first noise is always the same, torch's generator begins at `seed`."""
         first = torch.Generator().manual_seed(0)
         torch.manual_seed(seed)
-        return pipe(**self.call(passes) | more, generator=first, output_type="latent", return_dict=False)[0]
+        arguments = self.pipeline_arguments(passes) | overrides
+        return pipe(**arguments, generator=first, output_type="latent", return_dict=False)[0]
 
-    def seeded(self, pipe: Any) -> bool:  # noqa: ANN401
+    def seeds_scheduler(self, pipe: Any) -> bool:  # noqa: ANN401
         """Whether the pipeline's generator draws the noise between passes, whatever torch's own would."""
-        return torch.equal(self.made(pipe, 2, seed=1), self.made(pipe, 2, seed=2))
+        return torch.equal(self.pipeline_latent(pipe, 2, seed=1), self.pipeline_latent(pipe, 2, seed=2))

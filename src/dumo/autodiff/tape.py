@@ -109,7 +109,8 @@ def is_complete(ends: Iterable[Later]) -> bool:
                     return False
                 writes += x._version
         if now.writes is not None and writes != now.writes:
-            raise WrittenTo(getattr(now.push, "__name__", ""))
+            name = getattr(now.push, "__name__", "")
+            raise WrittenTo(name.lstrip("_").removeprefix("push_"))
         stack.extend(operand for operand in now.operands if isinstance(operand, Later))
     return True
 

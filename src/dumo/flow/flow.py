@@ -92,7 +92,7 @@ class Flow(nn.Module):
         x: Sample,
         c: Cond,
         *,
-        null: int | None = None,
+        null: Cond | int | None = None,
         z: Sample | None = None,
         between: Trail | None = None,
         progress: float = 0.0,
@@ -100,7 +100,8 @@ class Flow(nn.Module):
     ) -> Noised:
         """The record of data x (b, ...) of conditions c (b,), by draws of as many rows (`dumo.flow.draw.add_noise`).
 
-        `null`: what a dropped condition becomes; None: the class number of none. `teacher`: instead of the flow's own.
+        null: what a dropped condition becomes, for all or for each row; None: the class number of none.
+        teacher: instead of the flow's own.
         """
         return add_noise(
             draws,

@@ -172,8 +172,11 @@ class CFG(Spec):
         """Whether anything is guided at all."""
         return self.scale != 1
 
-    def __call__(self, reads: Reads, null: int) -> Reads:
-        """The readings, guided; `null` is the class number of no label. At scale 1 they are returned unchanged."""
+    def __call__(self, reads: Reads, null: int | Callable[[Cond], Cond]) -> Reads:
+        """The readings, guided. At scale 1 they are returned unchanged.
+
+        `null`: the class number of no label; or a function of conditions (b,) that returns them dropped, (b,).
+        """
         if not self.active:
             return reads
         return Reads(
@@ -230,7 +233,7 @@ class CFG(Spec):
                 f"{fix}, or {train} with objective.drop=0.1"
             )
 
-    def _guided(self, read: Callable[..., Any], null: int) -> Callable[..., Any]:
+    def _guided(self, read: Callable[..., Any], null: int | Callable[[Cond], Cond]) -> Callable[..., Any]:
         """Guide one reading, of (x, t, c) or (x, t, s, c), that returns a sample or a pair of them."""
 
         def guided_read(*inputs: torch.Tensor) -> Any:  # noqa: ANN401, as the reading
@@ -238,7 +241,8 @@ class CFG(Spec):
             place = self.rows(t).nonzero().flatten()
             if not len(place):
                 return read(*inputs)
-            null_inputs = (*inputs[:-1], torch.full_like(c, null))
+            null_c = torch.full_like(c, null) if isinstance(null, int) else null(c)
+            null_inputs = (*inputs[:-1], null_c)
             both_inputs = [torch.cat([a, b[place]]) for a, b in zip(inputs, null_inputs, strict=True)]
             answer = read(*both_inputs)
 

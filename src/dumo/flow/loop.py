@@ -55,7 +55,7 @@ from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
-from dumo.flow.passes import NO_CONDITION, OwnCall, Passes, Signature, inner, seeded_generators
+from dumo.flow.passes import OwnCall, Passes, Signature, inner, seeded_generators
 from dumo.flow.path import Diffusion, Linear, Path, Trig
 from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
@@ -392,7 +392,10 @@ class LoopFlow(Flow):
         rows_of_rank = max(self.rows, len(x))
         batch = max(ranks * rows_of_rank, rows.stop)
         draws = self.make_draws(at_step, x.shape[1:], batch=batch, rows=rows, z=z is None)
-        index, none = self._index(len(x), c, x.device)
+        index = self._index(len(x), c, x.device)
+        none: Cond | int = self.classes
+        if is_table(c):
+            none = table_of(c, self.null, self.call).dropped(index)
         teacher = None
         if self.teacher_under and is_table(c):
             teacher = self.teacher_under(c)
@@ -405,13 +408,13 @@ class LoopFlow(Flow):
         """Passes on x in the precision of this flow, if it has one."""
         return using(self.precision, x.device) if self.precision else nullcontext()
 
-    def _index(self, n: int, c: Condition, device: torch.device) -> tuple[Cond, int]:
-        """What an objective gets as c (n,), class numbers or numbers of rows; and the number that stands for none."""
+    def _index(self, n: int, c: Condition, device: torch.device) -> Cond:
+        """What an objective gets as c (n,): class numbers, or numbers of rows; zeros where there is no condition."""
         if is_table(c):
-            return torch.arange(n, device=device), NO_CONDITION
+            return torch.arange(n, device=device)
         if c is None:
-            return torch.zeros(n, dtype=torch.long, device=device), 0
-        return cast(Tensor, c).long(), self.classes
+            return torch.zeros(n, dtype=torch.long, device=device)
+        return cast(Tensor, c).long()
 
     def _passes(self, c: Condition, key: int | None) -> Passes:
         """The network as objectives call it; c: conditions that c numbers the rows of, if they are no labels."""
@@ -434,14 +437,14 @@ class LoopFlow(Flow):
 
     def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
         """What these passes tell a solver, with this guidance and these knobs (None: the flow's own)."""
-        none = NO_CONDITION if passes.table else self.classes
+        none = passes.table.dropped if passes.table else self.classes
         return guide(reading(self.objective, passes, knobs or self.knobs), none)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """What the reading of this name says of x at these times, in evaluation mode."""
         require_data(x, self.shape)
         require_conditions(c, len(x), self.classes, self.call, self.null)
-        index, _ = self._index(len(x), c, x.device)
+        index = self._index(len(x), c, x.device)
         read = self._taught_reading(name, self._passes(c, None))
         row_times = [_row_times(time, x) for time in times]
         with generate.eval_mode(self.net), self._in_precision(x):

@@ -4,7 +4,7 @@ dumo's own take x and c by place, so they are called as they are. Another's `for
 second time and a condition by names of its own (`Signature`). It returns its heads as a tuple, stacked along the
 channels, or in an object with `.sample`.
 
-What runs through an objective as c are class numbers, or numbers of rows of a `ConditionTable`, of which -1 is none.
+What runs through an objective as c are class numbers, or numbers of rows of a `ConditionTable`, below 0 where dropped.
 
 The order of events of a pass (`Passes.forward`): times are scaled; torch's generators begin at the step's key
 (`seeded_generators`); the network is called by the names of its `Signature`; `heads_of` makes a tuple of what it
@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -30,7 +29,6 @@ from dumo.types import Array, Cond, Heads, Needs, Time, UserError
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels")
 _END_TIMES = ("r", "s", "end", "time_end", "target_timestep", "r_timestep")
 CONDITIONS = ("c", "y", "cond", "label", "labels", "class_label", "class_labels", "classes", "condition")
-NO_CONDITION = -1  # the number of a row of a `ConditionTable` that stands for no condition
 
 OwnCall = Callable[..., Any]  # (net, x, t, c), with r after t where the objective has it
 
@@ -104,19 +102,24 @@ class ConditionTable:
     null: Mapping[str, Tensor]  # what stands for no condition, a row (...) or (1, ...)
     alone: bool = False  # whether it was given as a tensor, without a name
 
-    def take(self, place: Int64[Tensor, " b"]) -> dict[str, Tensor]:
-        """The conditions (b, ...) of these rows; where a place is NO_CONDITION, the null.
+    def dropped(self, c: Cond) -> Cond:
+        """The numbers of the rows c (b,) with their conditions dropped: row i of n is i - n, from -n to -1."""
+        num_rows = len(next(iter(self.rows.values())))
+        return torch.where(c < 0, c, c - num_rows)
 
-        An argument without a null gets row 0 there.
+    def take(self, c: Cond) -> dict[str, Tensor]:
+        """The conditions (b, ...) of rows c (b,), by name; of a row that is dropped, the null.
+
+        An argument without a null keeps the row's own value.
         """
         taken: dict[str, Tensor] = {}
-        is_none = place == NO_CONDITION
+        is_dropped = c < 0
         for name, rows in self.rows.items():
-            some_rows = rows[place.clamp(min=0)]
+            values = rows[c]  # of a dropped row, too: tensors count negative numbers from the end
             null = self.null.get(name)
             if null is not None:
-                some_rows = torch.where(is_none.view(-1, *(1,) * (rows.ndim - 1)), null.to(rows), some_rows)
-            taken[name] = some_rows
+                values = torch.where(is_dropped.view(-1, *(1,) * (rows.ndim - 1)), null.to(rows), values)
+            taken[name] = values
         return taken
 
     def double(self) -> "ConditionTable":

@@ -355,6 +355,24 @@ def test_a_condition_is_dropped_to_its_null() -> None:
     assert torch.equal(seen[-1][~dropped], given[~dropped])
 
 
+def test_what_has_no_null_stays_where_the_rest_is_dropped() -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def call(net: nn.Module, x: Tensor, t: Tensor, c: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        seen.append(c)
+        return net(x, t, c["cond"] + c["size"])[:1]
+
+    c = {"cond": numbers(3), "size": torch.arange(float(ROWS))[:, None]}
+    null = {"cond": torch.full((3,), 7.0)}
+    flow = CASES["numbers"].flow({"kind": "flow_matching", "drop": 0.5}, null=null, call=call)
+    flow(points(), c)
+    assert (seen[-1]["cond"] == 7).all(1).any()
+    assert torch.equal(seen[-1]["size"], c["size"])
+    guided = flow.sample(c, nfe=2, guidance=2.0)
+    others = {"cond": c["cond"], "size": torch.cat([c["size"][:1] + 5, c["size"][1:]])}
+    torch.testing.assert_close(flow.sample(others, nfe=2, guidance=2.0)[1:], guided[1:])
+
+
 # --------------------------------------------------------------------------------------------------------- what is read
 
 

@@ -10,7 +10,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from dumo.flow.condition import table_of
 from dumo.flow.passes import (
-    NO_CONDITION,
     ConditionTable,
     Passes,
     Signature,
@@ -94,8 +93,9 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
 
     rows = torch.randn(4, 5)
     for given, null in (({"text": rows}, {"text": torch.zeros(5)}), (rows, torch.zeros(5))):
-        passes = Passes(Short(), TWO, call, labelled=False, table=table_of(given, null, call))
-        passes(X, torch.tensor([0, NO_CONDITION, 2, 1]), t=T, r=R)
+        table = table_of(given, null, call)
+        passes = Passes(Short(), TWO, call, labelled=False, table=table)
+        passes(X, torch.tensor([0, int(table.dropped(torch.tensor(3))), 2, 1]), t=T, r=R)
     expected = torch.stack([rows[0], torch.zeros(5), rows[2], rows[1]])
     assert torch.equal(seen[0][0], T)
     assert torch.equal(seen[0][1], R)
@@ -107,10 +107,13 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
 
 def test_an_argument_without_a_null_keeps_its_row() -> None:
     table = ConditionTable(
-        {"text": torch.ones(3, 2), "mask": torch.ones(3, dtype=torch.bool)}, {"text": torch.zeros(1, 2)}
+        {"text": torch.ones(3, 2), "size": torch.tensor([5.0, 6.0, 7.0]), "mask": torch.ones(3, dtype=torch.bool)},
+        {"text": torch.zeros(1, 2)},
     )
-    taken = table.take(torch.tensor([NO_CONDITION, 1]))
-    assert taken["text"].tolist() == [[0, 0], [1, 1]]
+    dropped = table.dropped(torch.tensor([2, 1]))
+    taken = table.take(torch.tensor([int(dropped[0]), 1, int(dropped[1])]))
+    assert taken["text"].tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert taken["size"].tolist() == [7, 6, 6]
     assert taken["mask"].all()
     assert table.double().rows["text"].dtype == torch.float64
     assert table.double().rows["mask"].dtype == torch.bool

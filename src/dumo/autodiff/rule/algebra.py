@@ -1,4 +1,7 @@
-"""Sums, products, quotients, powers, and elementary functions: their derivative from what went in, or what came out."""
+"""Rules of sums, products, quotients, powers, and elementary functions (`dumo.autodiff.rule` says how rules are made).
+
+`push_product` is also for rules of other files.
+"""
 
 from collections.abc import Callable
 from math import log, pi, sqrt
@@ -14,32 +17,39 @@ from dumo.types import Array
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 def add(a: Any, other: Any, *, alpha: int | float = 1) -> Array:
     """d(a + alpha b) = da + alpha db."""
-    a_, b_ = primal(a), primal(other)
-    return carry(a_ + b_ if alpha == 1 else torch.add(a_, b_, alpha=alpha), _add, (a, other), alpha)
+    a_ = primal(a)
+    b_ = primal(other)
+    value = a_ + b_ if alpha == 1 else torch.add(a_, b_, alpha=alpha)
+    return carry(value, _push_add, (a, other), alpha)
 
 
-def _add(da: Tensor | None, db: Tensor | None, alpha: int | float) -> Tensor:
-    return _sum(da, db if db is None or alpha == 1 else alpha * db)
+def _push_add(da: Tensor | None, db: Tensor | None, alpha: int | float) -> Tensor:
+    if db is not None and alpha != 1:
+        db = alpha * db
+    return _sum_moving(da, db)
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
 def sub(a: Any, other: Any, *, alpha: int | float = 1) -> Array:
     """d(a - alpha b) = da - alpha db."""
-    a_, b_ = primal(a), primal(other)
-    return carry(a_ - b_ if alpha == 1 else torch.sub(a_, b_, alpha=alpha), _add, (a, other), -alpha)
+    a_ = primal(a)
+    b_ = primal(other)
+    value = a_ - b_ if alpha == 1 else torch.sub(a_, b_, alpha=alpha)
+    return carry(value, _push_add, (a, other), -alpha)
 
 
 @rule(torch.rsub, Tensor.__rsub__, "__rsub__")
 def rsub(a: Any, other: Any) -> Array:
-    """d(b - a)."""
+    """d(b - a) = db - da."""
     return sub(other, a)
 
 
-def _sum(*terms: Tensor | None) -> Tensor:
-    first, *others = (d for d in terms if d is not None)
-    for other in others:
-        first = first + other
-    return first
+def _sum_moving(*terms: Tensor | None) -> Tensor:
+    """The sum of the terms that are not None, of which there is one at least."""
+    total, *rest = (term for term in terms if term is not None)
+    for term in rest:
+        total = total + term
+    return total
 
 
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
@@ -56,7 +66,10 @@ def matmul(a: Any, other: Any) -> Array:
 
 @rule(Tensor.matmul, Tensor.__matmul__)
 def matmul_method(a: Any, other: Any) -> Array:
-    """As matmul. Raises NoRule for `tensor @ moving` under torch.compile, which gives `moving @ tensor` as the same."""
+    """d(a b) = da b + a db.
+
+    Raises NoRule for `tensor @ dual` under torch.compile, which calls this with its operands swapped.
+    """
     if torch.compiler.is_compiling() and not isinstance(a, Dual):
         raise NoRule("@ under torch.compile, which may swap its operands: write torch.matmul")
     return matmul(a, other)
@@ -75,13 +88,17 @@ def outer(a: Any, vec2: Any) -> Array:
 
 
 def _bilinear(product: Callable[..., Tensor], a: Any, b: Any) -> Array:
-    p = product(primal(a), primal(b))
-    kept = (primal(a) if isinstance(b, Dual) else None, primal(b) if isinstance(a, Dual) else None)
-    return carry(p, leibniz, (a, b), product, *kept)
+    """The rule of any product that is linear in both operands."""
+    a_ = primal(a)
+    b_ = primal(b)
+    # an operand is kept in memory only where the other may move
+    saved_a = a_ if isinstance(b, Dual) else None
+    saved_b = b_ if isinstance(a, Dual) else None
+    return carry(product(a_, b_), push_product, (a, b), product, saved_a, saved_b)
 
 
-def leibniz(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor], a: Any, b: Any) -> Tensor:
-    """The change of a product: da b + a db, without what rests."""
+def push_product(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor], a: Any, b: Any) -> Tensor:
+    """The change of product(a, b): da b + a db. The term of an operand that rests is left out; one moves at least."""
     if db is None:
         return product(da, b)
     if da is None:
@@ -94,106 +111,128 @@ def leibniz(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor]
 @rule(torch.addcmul, Tensor.addcmul)
 def addcmul(c: Any, tensor1: Any, tensor2: Any, *, value: int | float = 1) -> Array:
     """d(c + k a b) = dc + k (da b + a db)."""
-    a_, b_ = primal(tensor1), primal(tensor2)
-    p = torch.addcmul(primal(c), a_, b_, value=value)
-    return carry(p, _addcmul, (c, tensor1, tensor2), a_, b_, value)
+    a_ = primal(tensor1)
+    b_ = primal(tensor2)
+    total = torch.addcmul(primal(c), a_, b_, value=value)
+    return carry(total, _push_addcmul, (c, tensor1, tensor2), a_, b_, value)
 
 
-def _addcmul(
-    dc: Tensor | None, da: Tensor | None, db: Tensor | None, a: Tensor, b: Tensor, value: int | float
+def _push_addcmul(
+    dc: Tensor | None, da: Tensor | None, db: Tensor | None, a: Tensor, b: Tensor, k: int | float
 ) -> Tensor:
-    return _sum(dc, None if da is None else value * da * b, None if db is None else value * a * db)
+    along_a = None if da is None else k * da * b
+    along_b = None if db is None else k * a * db
+    return _sum_moving(dc, along_a, along_b)
 
 
 @rule(torch.lerp, Tensor.lerp)
 def lerp(a: Any, end: Any, weight: Any) -> Array:
     """d(a + w (b - a)) = da + w (db - da) + dw (b - a)."""
-    a_, b_, w_ = primal(a), primal(end), primal(weight)
-    ends = (a_, b_) if isinstance(weight, Dual) else (None, None)
-    return carry(torch.lerp(a_, b_, w_), _lerp, (a, end, weight), *ends, w_)
+    a_ = primal(a)
+    b_ = primal(end)
+    w_ = primal(weight)
+    saved_ends = (a_, b_) if isinstance(weight, Dual) else (None, None)
+    return carry(torch.lerp(a_, b_, w_), _push_lerp, (a, end, weight), *saved_ends, w_)
 
 
-def _lerp(da: Tensor | None, db: Tensor | None, dw: Tensor | None, a: Any, b: Any, w: Any) -> Tensor:
-    return _sum(
-        None if da is None else (1 - w) * da, None if db is None else w * db, None if dw is None else dw * (b - a)
-    )
+def _push_lerp(da: Tensor | None, db: Tensor | None, dw: Tensor | None, a: Any, b: Any, w: Any) -> Tensor:
+    along_a = None if da is None else (1 - w) * da
+    along_b = None if db is None else w * db
+    along_w = None if dw is None else dw * (b - a)
+    return _sum_moving(along_a, along_b, along_w)
 
 
 @rule(torch.einsum)
 def einsum(equation: str, *operands: Array) -> Array:
-    """Linear in every operand."""
-    ps = [primal(x) for x in operands]
-    return carry(torch.einsum(equation, *ps), _einsum, operands, equation, *ps)
+    """d einsum(x_1 ... x_n) = the sum over i of einsum(x_1 ... dx_i ... x_n): it is linear in every operand."""
+    primals = [primal(x) for x in operands]
+    return carry(torch.einsum(equation, *primals), _push_einsum, operands, equation, *primals)
 
 
-def _einsum(*rest: Any) -> Tensor:
-    n = (len(rest) - 1) // 2
-    moved, equation, ps = rest[:n], rest[n], rest[n + 1 :]
-    terms = (torch.einsum(equation, *ps[:i], d, *ps[i + 1 :]) for i, d in enumerate(moved) if d is not None)
-    return _sum(*terms)
+def _push_einsum(*arguments: Any) -> Tensor:
+    """`arguments` are n tangents, the equation, and n primals."""
+    n = (len(arguments) - 1) // 2
+    tangents = arguments[:n]
+    equation = arguments[n]
+    primals = arguments[n + 1 :]
+    terms: list[Tensor] = []
+    for i, dx in enumerate(tangents):
+        if dx is not None:
+            terms.append(torch.einsum(equation, *primals[:i], dx, *primals[i + 1 :]))
+    return _sum_moving(*terms)
 
 
 @rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
 def div(a: Any, other: Any, *, rounding_mode: str | None = None) -> Array:
-    """d(a / b) = (da - (a / b) db) / b. Rounded quotients stand still almost everywhere, which is refused."""
+    """d(a / b) = (da - (a / b) db) / b.
+
+    Raises NoRule where quotients are rounded: their derivative is zero almost everywhere.
+    """
     if rounding_mode is not None:
         raise NoRule(f"div with rounding_mode={rounding_mode}")
-    p = primal(a) / primal(other)
-    return carry(p, _div, (a, other), p if isinstance(other, Dual) else None, primal(other))
+    b_ = primal(other)
+    quotient = primal(a) / b_
+    saved_quotient = quotient if isinstance(other, Dual) else None
+    return carry(quotient, _push_div, (a, other), saved_quotient, b_)
 
 
 @rule(Tensor.__rtruediv__, "__rdiv__")
 def rdiv(a: Any, other: Any) -> Array:
-    """d(b / a)."""
+    """d(b / a), as of `div`."""
     return div(other, a)
 
 
-def _div(da: Tensor | None, db: Tensor | None, y: Tensor | None, b: Any) -> Tensor:
+def _push_div(da: Tensor | None, db: Tensor | None, quotient: Tensor | None, b: Any) -> Tensor:
     if db is None:
-        return da / b  # pyright: ignore[reportOptionalOperand]
-    return _sum(da, -y * db) / b  # pyright: ignore[reportOptionalOperand]
+        return da / b  # pyright: ignore[reportOptionalOperand], one of both moves
+    return _sum_moving(da, -quotient * db) / b  # pyright: ignore[reportOptionalOperand], it is saved where b moves
 
 
 @rule(torch.pow, Tensor.pow, Tensor.__pow__)
 def power(x: Any, exponent: Any) -> Array:
-    """d(x^n) = n x^(n - 1) dx, n a number; d(a^x) = a^x log a dx, a a number."""
-    if not isinstance(x, Tensor | Dual):
+    """d(x^n) = n x^(n - 1) dx + x^n log x dn; either may be a number, which rests."""
+    if not isinstance(x, Tensor | Dual):  # a number to the power of a tensor
         y = x ** primal(exponent)
-        return carry(y, _exponential, (exponent,), y, x)
-    if not isinstance(exponent, int | float):
-        base, n = primal(x), primal(exponent)
+        return carry(y, _push_exponential, (exponent,), y, x)
+    if not isinstance(exponent, int | float):  # two tensors
+        base = primal(x)
+        n = primal(exponent)
         y = base**n
-        return carry(y, _general_power, (x, exponent), base, n, y)
+        return carry(y, _push_general_power, (x, exponent), base, n, y)
     if not isinstance(x, Dual):
         return x**exponent
-    return carry(x.p**exponent, _power, (x,), x.p, exponent)
+    return carry(x.p**exponent, _push_power, (x,), x.p, exponent)
 
 
 @rule(Tensor.__rpow__)
 def rpower(exponent: Any, base: Any) -> Array:
-    """As power."""
+    """d(base^exponent), as of `power`; Python calls it with the exponent first."""
     return power(base, exponent)
 
 
-def _general_power(dx: Tensor | None, dn: Tensor | None, x: Tensor, n: Tensor, y: Tensor) -> Tensor:
-    """d(x^n) = n x^(n - 1) dx + x^n log x dn."""
-    along_x = along_n = None
+def _push_general_power(dx: Tensor | None, dn: Tensor | None, x: Tensor, n: Tensor, y: Tensor) -> Tensor:
+    """Both terms, y being x^n; where a factor is zero, the term is zero, not the NaN of 0 * inf."""
+    along_x: Tensor | None = None
+    along_n: Tensor | None = None
     if dx is not None:
         along_x = torch.where(n == 0, 0.0, n * x ** (n - 1)) * dx
     if dn is not None:
         along_n = torch.where(x == 0, 0.0, y * torch.where(x == 0, 1.0, x).log()) * dn
-    return _sum(along_x, along_n)
+    return _sum_moving(along_x, along_n)
 
 
-def _exponential(dx: Tensor, y: Tensor, base: int | float) -> Tensor:
+def _push_exponential(dx: Tensor, y: Tensor, base: int | float) -> Tensor:
+    """base^x log(base) dx, y being base^x."""
     return dx * y * log(base) if base else torch.zeros_like(dx)
 
 
-def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
+def _push_power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
+    """n x^(n - 1) dx; zero for n = 0, also where x = 0."""
     return n * x ** (n - 1) * dx if n else torch.zeros_like(dx)
 
 
-SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it is a function of the output
+# Elementary functions y = f(x), by torch's name: f', and whether f' is given as a function of y, else of x.
+_DERIVATIVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "cos": (lambda x: -x.sin(), False),
     "sin": (torch.cos, False),
     "log": (torch.reciprocal, False),
@@ -217,18 +256,21 @@ SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it
 
 
 def _elementwise(name: str) -> Rule:
-    f, (_, from_output) = getattr(torch, name), SLOPES[name]
+    """The rule of an elementary function: dy = f' dx."""
+    f = getattr(torch, name)
+    _, is_of_output = _DERIVATIVES[name]
 
     def apply(x: Dual) -> Array:
         y = f(x.p)
-        return carry(y, _along_slope, (x,), name, y if from_output else x.p)
+        return carry(y, _push_elementwise, (x,), name, y if is_of_output else x.p)
 
     return apply
 
 
-def _along_slope(dx: Tensor, name: str, x: Tensor) -> Tensor:
-    return dx * SLOPES[name][0](x)
+def _push_elementwise(dx: Tensor, name: str, x_or_y: Tensor) -> Tensor:
+    derivative, _ = _DERIVATIVES[name]
+    return dx * derivative(x_or_y)
 
 
-for _name in SLOPES:
+for _name in _DERIVATIVES:
     rule(getattr(torch, _name), getattr(Tensor, _name))(_elementwise(_name))

@@ -1,4 +1,7 @@
-"""Linear maps of one argument, whose own map moves the tangent; joins, choices and comparisons."""
+"""Rules of linear maps, joins, assignment, choices and comparisons (`dumo.autodiff.rule` says how rules are made).
+
+The loops between the rules register whole families: views and copies, and what makes constants or compares.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -10,124 +13,145 @@ from torch.nn import functional as F
 from dumo.autodiff.dual import Dual, NoRule, Rule, carry, differentiate, pair, primal, rule, tangent
 from dumo.types import Array
 
-VIEWS = (  # what may show the numbers of another
+# methods of Tensor that are linear in their first operand, and may return a view of it
+_VIEWS = (
     "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
     "swapaxes __getitem__ narrow select chunk split split_with_sizes unbind"
 )
-COPIES = (
+# and those that return other memory
+_COPIES = (
     "contiguous clone index_select repeat repeat_interleave tile roll flip to float double half bfloat16 type_as sum "
     "mean cumsum neg __neg__"
 )
-RESAMPLE = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
-COMPLEX = (torch.view_as_complex, torch.view_as_real)  # rotary embeddings, in some nets
+_RESAMPLERS = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
+_COMPLEX_VIEWS = (torch.view_as_complex, torch.view_as_real)  # of rotary embeddings, in some nets
 
 
-def _as_complex(dx: Tensor) -> Tensor:
+def _view_as_complex(dx: Tensor) -> Tensor:
     return torch.view_as_complex(dx.contiguous())
 
 
-# A tangent lies in memory as it likes, where a view of the primal may count on its order.
-COPY: dict[Callable[..., Any], Callable[..., Any]] = {
+# A tangent may lie in memory in another order than its primal, which a view of the primal counts on.
+_PUSH_OF_VIEW: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.view: Tensor.reshape,
     Tensor.view_as: Tensor.reshape_as,
-    torch.view_as_complex: _as_complex,
+    torch.view_as_complex: _view_as_complex,
 }
 
 
-def _again(
-    dx: Tensor, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], i: int | None
-) -> Tensor:
-    out = function(dx, *args, **kwargs)
-    return out if i is None else out[i]
-
-
 def _linear_map(function: Callable[..., Any]) -> Rule:
-    again, view = COPY.get(function, function), function.__name__ in VIEWS.split() or function in COMPLEX
+    """The rule of a function that is linear in its first operand, and returns a tensor, or several as `chunk` does."""
+    push = _PUSH_OF_VIEW.get(function, function)
+    makes_view = function.__name__ in _VIEWS.split() or function in _COMPLEX_VIEWS
 
     def apply(x: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(primal(a) for a in args), {name: primal(a) for name, a in kwargs.items()}
-        out = function(primal(x), *args, **kwargs)
+        primal_args = tuple(primal(a) for a in args)
+        primal_kwargs = {name: primal(a) for name, a in kwargs.items()}
+        out = function(primal(x), *primal_args, **primal_kwargs)
         if isinstance(x, Dual) and out is x.p:
-            return x  # not another: what is assigned to the one must be seen in the other
-        if isinstance(out, Tensor):
-            if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
-                raise NoRule(f"{function.__name__} to {out.dtype}")
-            moved = carry(out, _again, (x,), again, args, kwargs, None)
-            return _mark_view(moved) if view else moved
-        return tuple(_mark_view(carry(p, _again, (x,), again, args, kwargs, i)) for i, p in enumerate(out))
+            return x  # not another Dual: what is assigned to the one must be seen in the other
+        if not isinstance(out, Tensor):  # several, all of them views
+            duals: list[Array] = []
+            for i, part in enumerate(out):
+                duals.append(_mark_view(carry(part, _push_part, (x,), push, primal_args, primal_kwargs, i)))
+            return tuple(duals)
+        if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
+            raise NoRule(f"{function.__name__} to {out.dtype}")
+        moved = carry(out, _push_linear_map, (x,), push, primal_args, primal_kwargs)
+        return _mark_view(moved) if makes_view else moved
 
     return apply
 
 
+def _push_linear_map(
+    dx: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    return function(dx, *args, **kwargs)
+
+
+def _push_part(
+    dx: Tensor, function: Callable[..., Sequence[Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any], i: int
+) -> Tensor:
+    return function(dx, *args, **kwargs)[i]
+
+
 def _mark_view(x: Array) -> Array:
+    """Mark a Dual as a view of another, so that nothing is assigned to it; return it."""
     if isinstance(x, Dual):
         x.is_view = True
     return x
 
 
-for _name in f"{VIEWS} {COPIES}".split():
+for _name in f"{_VIEWS} {_COPIES}".split():
     _method = getattr(Tensor, _name)
     _map = torch.unflatten if _name == "unflatten" else _method  # this one method does not compile
     rule(*(f for f in (_method, getattr(torch, _name, None)) if callable(f)))(_linear_map(_map))
-for _function in (*RESAMPLE, *COMPLEX):
+for _function in (*_RESAMPLERS, *_COMPLEX_VIEWS):
     rule(_function)(_linear_map(_function))
 
 
 @rule(F.pad)
 def pad(x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Array:
-    """Whatever the border is filled with, it does not move."""
+    """Of the tangent the border is padded with zeros: the fill value is a constant."""
     return carry(F.pad(x.p, pad, mode, value), F.pad, (x,), tuple(pad), mode)
 
 
 @rule(torch.cat, torch.concat)
 def cat(tensors: Sequence[Array], dim: int = 0) -> Array:
-    """What does not move adds zeros."""
-    ps = [primal(x) for x in tensors]
-    return carry(torch.cat(ps, dim), _cat, tuple(tensors), [p.shape for p in ps], dim)
+    """Join the tangents, zeros for tensors that rest."""
+    primals = [primal(x) for x in tensors]
+    return carry(torch.cat(primals, dim), _push_cat, tuple(tensors), [p.shape for p in primals], dim)
 
 
-def _cat(*rest: Any) -> Tensor:
-    *moved, shapes, dim = rest
-    like = next(d for d in moved if d is not None)
-    return torch.cat([like.new_zeros(s) if d is None else d for d, s in zip(moved, shapes, strict=True)], dim)
+def _push_cat(*arguments: Any) -> Tensor:
+    """`arguments` are the tangents, the shapes of all primals, and the axis."""
+    *tangents, shapes, dim = arguments
+    return torch.cat(_filled_with_zeros(tangents, shapes), dim)
+
+
+def _filled_with_zeros(tangents: Sequence[Tensor | None], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The tangents, zeros of the primal's shape in place of None; one at least is there."""
+    like = next(dx for dx in tangents if dx is not None)
+    return [like.new_zeros(shape) if dx is None else dx for dx, shape in zip(tangents, shapes, strict=True)]
 
 
 @rule(torch.stack)
 def stack(tensors: Sequence[Array], dim: int = 0) -> Array:
-    """As cat."""
-    return carry(torch.stack([primal(x) for x in tensors], dim), _stack, tuple(tensors), dim)
+    """Stack the tangents, zeros for tensors that rest."""
+    return carry(torch.stack([primal(x) for x in tensors], dim), _push_stack, tuple(tensors), dim)
 
 
-def _stack(*rest: Any) -> Tensor:
-    *moved, dim = rest
-    like = next(d for d in moved if d is not None)
-    return torch.stack([torch.zeros_like(like) if d is None else d for d in moved], dim)
+def _push_stack(*arguments: Any) -> Tensor:
+    """`arguments` are the tangents, all of one shape, and the axis."""
+    *tangents, dim = arguments
+    like = next(dx for dx in tangents if dx is not None)
+    return torch.stack([torch.zeros_like(like) if dx is None else dx for dx in tangents], dim)
 
 
 @rule("pad_sequence")
 def pad_sequence(
     sequences: Iterable[Array], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
 ) -> Array:
-    """As stack; whatever the rest is filled with, it does not move."""
+    """Stack the tangents, padded with zeros; zeros for sequences that rest."""
     rows = tuple(sequences)
-    ps = [primal(x) for x in rows]
-    out = torch.nn.utils.rnn.pad_sequence(ps, batch_first, padding_value, padding_side)
-    return carry(out, _pad_sequence, rows, [p.shape for p in ps], batch_first, padding_side)
+    primals = [primal(x) for x in rows]
+    out = torch.nn.utils.rnn.pad_sequence(primals, batch_first, padding_value, padding_side)
+    return carry(out, _push_pad_sequence, rows, [p.shape for p in primals], batch_first, padding_side)
 
 
-def _pad_sequence(*rest: Any) -> Tensor:
-    *moved, shapes, batch_first, side = rest
-    like = next(d for d in moved if d is not None)
-    rows = [like.new_zeros(s) if d is None else d for d, s in zip(moved, shapes, strict=True)]
+def _push_pad_sequence(*arguments: Any) -> Tensor:
+    """`arguments` are the tangents, the shapes of all primals, `batch_first`, and the side that is padded."""
+    *tangents, shapes, batch_first, side = arguments
+    rows = _filled_with_zeros(tangents, shapes)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first, 0.0, side)
 
 
 @rule(Tensor.__setitem__)
 def assign(x: Any, place: Any, value: Any) -> None:
-    """`x[place] = value`, by a copy that takes the place of x's primal: rules may have kept the old one for later.
+    """`x[place] = value`: write into a copy, which becomes the primal of x, for a tape may need the old one.
 
-    So each assignment costs a copy of x, and a view taken of x before does not see it. Raises NoRule where x is a view,
-    whose base would not see it, or a tensor that cannot move.
+    So each assignment costs a copy of x, and a view that was taken of x before does not see it. Raises NoRule where x
+    is itself a view, whose base would not see it, or a tensor, which has no tangent, while the value moves.
     """
     if not isinstance(x, Dual):
         if tangent(value) is not None:
@@ -138,11 +162,14 @@ def assign(x: Any, place: Any, value: Any) -> None:
         raise NoRule("Tensor.__setitem__ of a view")
     p = x.p.clone()
     p[place] = primal(value)
-    moved = carry(p, _assign, (x, value), place, p.shape)
-    x.p, x.t, x.recorded = p, tangent(moved), isinstance(moved, Dual) and moved.recorded
+    assigned = carry(p, _push_assign, (x, value), place, p.shape)
+    x.p = p
+    x.t = tangent(assigned)
+    x.recorded = isinstance(assigned, Dual) and assigned.recorded
 
 
-def _assign(dx: Tensor | None, dy: Tensor | None, place: Any, shape: Sequence[int]) -> Tensor:
+def _push_assign(dx: Tensor | None, dy: Tensor | None, place: Any, shape: Sequence[int]) -> Tensor:
+    """The change of x, of this shape, after `x[place] = y`; one of both moves."""
     out = cast(Tensor, dy).new_zeros(shape) if dx is None else dx.clone()
     out[place] = 0.0 if dy is None else dy
     return out
@@ -150,29 +177,29 @@ def _assign(dx: Tensor | None, dy: Tensor | None, place: Any, shape: Sequence[in
 
 @rule(torch.where)
 def where(condition: Tensor, a: Any, other: Any) -> Array:
-    """Choose among tangents as among values."""
-    return carry(torch.where(condition, primal(a), primal(other)), _where, (a, other), condition)
+    """Choose among tangents as among values; zero for an operand that rests."""
+    return carry(torch.where(condition, primal(a), primal(other)), _push_where, (a, other), condition)
 
 
 @rule(Tensor.where)
 def where_method(a: Any, condition: Tensor, other: Any) -> Array:
-    """As where."""
+    """As torch.where, the condition second."""
     return where(condition, a, other)
 
 
-def _where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
+def _push_where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
     return torch.where(condition, 0.0 if da is None else da, 0.0 if db is None else db)
 
 
 @rule(torch.masked_fill, Tensor.masked_fill)
 def masked_fill(x: Dual, mask: Tensor, value: Any) -> Array:
-    """What is filled in does not move."""
+    """Of the tangent zeros are filled in: the value is a constant."""
     return carry(x.p.masked_fill(mask, value), torch.masked_fill, (x,), mask, 0.0)
 
 
 @rule(torch.clamp, torch.clip, Tensor.clamp, Tensor.clip)
 def clamp(x: Any, min: Any = None, max: Any = None) -> Array:
-    """It moves where it is between the bounds, numbers or tensors at rest; bounds that move as `differentiate`."""
+    """dx where x is between the bounds, else zero; where a bound moves, by torch's own derivative."""
     if isinstance(min, Dual) or isinstance(max, Dual) or not isinstance(x, Dual):
         return differentiate(torch.clamp, x, min, max)
     inside = torch.ones_like(x.p, dtype=torch.bool)
@@ -180,17 +207,19 @@ def clamp(x: Any, min: Any = None, max: Any = None) -> Array:
         inside = inside & (x.p >= min)
     if max is not None:
         inside = inside & (x.p <= max)
-    return carry(torch.clamp(x.p, min, max), _inside, (x,), inside)
+    return carry(torch.clamp(x.p, min, max), _push_clamp, (x,), inside)
 
 
-def _inside(dx: Tensor, inside: Tensor) -> Tensor:
+def _push_clamp(dx: Tensor, inside: Tensor) -> Tensor:
     return torch.where(inside, dx, 0.0)
 
 
-# Comparisons, and constants like another tensor: of primals. The outcome is constant almost everywhere: no tangent.
+# Comparisons, and constants like another tensor: they are made of primals, and constant almost everywhere.
 
 
 def _compare(function: Callable[..., Tensor]) -> Rule:
+    """The rule of a comparison: that of the primals, a tensor without a tangent."""
+
     def apply(a: Any, other: Any) -> Tensor:
         return function(primal(a), primal(other))
 
@@ -202,7 +231,9 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     rule(*_functions)(_compare(getattr(torch, _name)))
 
 
-def _of_primal(function: Callable[..., Any]) -> Rule:
+def _call_on_primal(function: Callable[..., Any]) -> Rule:
+    """The rule of what asks for a property, or makes a tensor of other data: the answer of the primal."""
+
     def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
         return function(x.p, *args, **kwargs)
 
@@ -210,7 +241,7 @@ def _of_primal(function: Callable[..., Any]) -> Rule:
 
 
 def _constant(function: Callable[..., Tensor]) -> Rule:
-    """A Dual at rest: what moves may be assigned to it."""
+    """The rule of what makes a constant: a Dual at rest, for a net may assign to it what moves."""
 
     def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
         out = function(x.p, *args, **kwargs)
@@ -222,5 +253,5 @@ def _constant(function: Callable[..., Tensor]) -> Rule:
 for _name in ("zeros", "ones", "full", "empty"):
     for _function in (getattr(torch, f"{_name}_like"), getattr(Tensor, f"new_{_name}")):
         rule(_function)(_constant(_function))
-rule(Tensor.new_tensor)(_of_primal(Tensor.new_tensor))
-rule(Tensor.is_contiguous)(_of_primal(Tensor.is_contiguous))
+rule(Tensor.new_tensor)(_call_on_primal(Tensor.new_tensor))
+rule(Tensor.is_contiguous)(_call_on_primal(Tensor.is_contiguous))
