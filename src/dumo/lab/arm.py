@@ -1,4 +1,4 @@
-"""The arms of a plan as pictures: how they rank, and what each of them makes."""
+"""The arms of a plan as pictures: `ranking`, a chart of how they rank, and `samples`, what each of them makes."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,10 @@ from dumo.runtime.progress import passes_text
 
 
 def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
-    """The main score, a line per arm, the best in the fewest passes on top, a mark per number of passes."""
+    """A chart of the main score of a table's rows: a line for each arm, with a mark for each number of passes.
+
+    The best arm in the fewest passes is on top. The title stands above.
+    """
     main = main_score(rows[0])
     lines: dict[str, dict[str, chart.Dot]] = {}
     for row in sorted(rows, key=lambda row: (row["nfe"], row[main])):
@@ -23,7 +26,7 @@ def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
 
 
 def samples(results: Sequence[Result]) -> Image.Image:
-    """What the first seed of every arm makes in its fewest passes, two of a class, below its score: the best first."""
+    """Samples of the first seed of every arm in its fewest passes, two of a class, below its score: the best first."""
     lead = score.score_names(results[0].report["results"][0])[0]
     sheets: list[tuple[float, str, Image.Image]] = []
     for first, *_ in group_by_arm(results):
@@ -37,10 +40,10 @@ def samples(results: Sequence[Result]) -> Image.Image:
 
 
 def _sheet(result: Result, nfe: int) -> Image.Image:
-    """Two rows of images, a class or several to a column, with the names of the classes."""
+    """Two rows of samples in `nfe` passes: a class to a column, with its name; at least ten columns."""
     run = result.trained.run
     columns = max(run.data.labels, 10)
     c = run.conditions.in_turn(columns)
-    made = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
+    samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
     names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
-    return picture.with_column_names(picture.sheet(picture.to_rows(made.x), columns), names)
+    return picture.with_column_names(picture.sheet(picture.to_rows(samples.x), columns), names)

@@ -1,10 +1,10 @@
 """The cells of a plan trained and measured, each as a run in a folder named after a hash of what trains it; and tables.
 
-A finished cell is not run again, a stopped one resumes, one with another recipe starts anew. Cells that begin from
-others of their plan come after these; in their specs the other's name takes the place of its folder.
+A finished cell is not run again, a stopped one resumes, one with another recipe starts anew. A cell may begin from
+another cell of its plan, or be taught by one: then its spec has the other's name in place of a folder.
 
-`finish_all` makes all cells of a plan: while some are left, it takes those whose sources are done, has caches and
-tables of texts made, and finishes them (`finish`), side by side where several jobs are wanted.
+`finish_all` makes all cells of a plan, in rounds. A round takes the cells whose sources are done, puts folders in place
+of names, makes caches and tables of tokens, and finishes each cell (`finish`), side by side with several jobs.
 
 A table has a row per arm and number of passes, with means and deviations over seeds: `average_by_arm` makes it of
 results, `from_cells` of stored ones. `main_score` is the score that a table leads with, `markdown` writes the table.
@@ -38,7 +38,7 @@ from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Objective, UserError
 
-Row = dict[str, Any]  # of a table
+Row = dict[str, Any]  # of a table, by column
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,28 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     done: dict[str, Result] = {}
     names = {cell.name for cell in cells}
     while len(done) < len(names):
+        # the cells whose sources are done
         ready: list[Cell] = []
         for cell in cells:
             if cell.name not in done and sources(cell, names) <= done.keys():
                 ready.append(with_folders(cell, done, folder.parent))
         assert ready, [name for name in names if name not in done]
+
+        # what several of them read, once
         for data in dict.fromkeys(cell.spec.data for cell in ready):
             if isinstance(data, Latents):
                 encode.ensure_cache(data, device=device, bar=bar)
         for cell in ready:
             encode.make_tokens(cell.spec)
         ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
+
+        # train and measure; what other processes have finished is only read here
         if jobs > 1:
             _finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         for cell in ready:
             done[cell.name] = finish(cell, folder, device=device, bar=bar)
+
+    # cells of one table must be measured alike
     results = [done[cell.name] for cell in cells]
     cards: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
@@ -84,25 +91,26 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
 
 
 def _protocol_of(result: Result) -> tuple[str, str | None, int]:
-    """The protocol, and the split and fold of the data that is its reference: cells of one table share them."""
+    """The protocol of a cell, and the split and fold of the data that are its reference."""
     spec = result.cell.spec
     return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
 
 
 def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
-    """Finish cells in processes of their own. Where one is killed the others are finished all the same.
+    """Finish cells in processes of their own.
 
-    Raises `Lost` then, with its name.
+    Where a process is killed, the other cells are finished all the same; then `Lost` is raised, with the names of those
+    that were lost.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     lost: list[str] = []
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
         work = partial(finish, cells=folder, device=device, bar=no_bar)
         finished = job.run_side_by_side(work, cells, jobs=jobs, threads=threads)
-        for done, (cell, error) in enumerate(finished, 1):
+        for num_done, (cell, error) in enumerate(finished, 1):
             if error:
                 lost.append(f"{cell.name}: {error}")
-            tick(done, cell.name)
+            tick(num_done, cell.name)
     if lost:
         raise Lost(
             f"{'; '.join(lost)}; the others are finished. Start the same command again, with fewer --jobs where memory "
@@ -111,7 +119,7 @@ def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str
 
 
 def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
-    """Train and measure a cell; what exists of it in its folder is not done again."""
+    """Train and measure a cell, in its folder below `cells`; what is in that folder is not done again."""
     training = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
     training_hash = blake2b(training.encode(), digest_size=4).hexdigest()
     folder = cells / f"{cell.name}-{training_hash}"
@@ -129,18 +137,22 @@ def sources(cell: Cell, names: Collection[str]) -> set[str]:
 
 
 def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
-    """The cell with folders for the names of cells."""
-    update: dict[str, Any] = {}
+    """The cell with folders in place of the names of cells that are `done`.
+
+    A model that a cell begins from by `Cell.weights` is saved in a folder below `parent`. Raises UserError where
+    `Cell.weights` is no cell and no folder.
+    """
+    parts: dict[str, Any] = {}
     for name in ("start", "teacher"):
         part = getattr(cell.spec, name)
         source = done.get(getattr(part, "source", ""))
         if source is not None:
-            update[name] = part.model_copy(update={"source": str(source.trained.folder)})
+            parts[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
         source = done.get(cell.weights)
         folder = _save_model(source, parent, cell.cut) if source else _existing_folder(cell.weights)
-        update["pipeline"] = Pipeline(source=str(folder))
-    return replace(cell, spec=cell.spec.model_copy(update=update))
+        parts["pipeline"] = Pipeline(source=str(folder))
+    return replace(cell, spec=cell.spec.model_copy(update=parts))
 
 
 def _existing_folder(folder: str) -> Path:
@@ -152,7 +164,10 @@ def _existing_folder(folder: str) -> Path:
 
 
 def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
-    """Save the model of a cell for diffusers, with v's head; `cut`: behind a low-pass fitted to its outputs."""
+    """Save the model of a cell for diffusers, with v's head, once; return its folder, below `parent`.
+
+    `cut` is the limit, in rad, of a low-pass that is fitted to the model's time embedder; None: there is none.
+    """
     folder = parent / (result.cell.name if cut is None else f"{result.cell.name}-{cut:g}")
     if (folder / "config.json").exists():
         return folder
@@ -183,38 +198,43 @@ def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def average_by_arm(results: Sequence[Result], more: Callable[[Result], Row] = lambda result: {}) -> list[Row]:
-    """A row per arm and number of passes: its columns, `more` of its first seed, means over seeds, one sd."""
+    """A row for each arm and number of passes: the arm's columns, and means over its seeds (`_average_rows`).
+
+    `more` makes further columns, of the arm's first seed.
+    """
     table: list[Row] = []
     for seeds in group_by_arm(results):
         columns = seeds[0].cell.labels | more(seeds[0])
-        for rows in zip(*(rows_by_passes(result.report) for result in seeds), strict=True):
+        rows_of_seeds = [rows_by_passes(result.report) for result in seeds]
+        for rows in zip(*rows_of_seeds, strict=True):  # those of one number of passes
             table.append(columns | _average_rows(rows))
     return table
 
 
 def rows_by_passes(report: Row) -> list[Row]:
-    """The rows of a report by number of passes; Euler's where there is no other."""
+    """The rows of a report, one for each number of passes; by Euler's method where the run's solver has none."""
     known = {row["nfe"] for row in report["results"]}
     return [*report["results"], *(row for row in report["contrast"] if row["nfe"] not in known)]
 
 
 def _average_rows(rows: Sequence[Row]) -> Row:
-    """One row of equal rows of several seeds: the main score first, then `fd` where that is another, each with sd.
+    """The means over the rows of several seeds, which have one number of passes and one solver.
 
-    `error` is the standard error of the mean of the main one (`error_of_mean`).
+    The main score comes first, then `fd` where that is another, both with their standard deviations; `error` is the
+    standard error of the main score's mean. Other scores follow, None where a seed has none, and the number of seeds.
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
-    main = [name for name in dict.fromkeys((leading_score(names), "fd")) if name in names]
+    main = leading_score(names)
+    with_deviation = [name for name in dict.fromkeys((main, "fd")) if name in names]
     averages: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
-    for name in main:
+    for name in with_deviation:
         values = [row[name] for row in rows]
         averages[name] = fmean(values)
         averages[f"{name}_sd"] = stdev(values) if len(values) > 1 else None
-    main_sd = f"{main[0]}_sd"
-    if all(main_sd in row for row in rows):
-        averages["error"] = error_of_mean([(row[main[0]], row[main_sd]) for row in rows])
+    if all(f"{main}_sd" in row for row in rows):
+        averages["error"] = error_of_mean([(row[main], row[f"{main}_sd"]) for row in rows])
     for name in names:
-        if name not in main:
+        if name not in with_deviation:
             values = [row[name] for row in rows]
             averages[name] = None if None in values else fmean(values)
     averages["seeds"] = len(rows)
@@ -222,18 +242,19 @@ def _average_rows(rows: Sequence[Row]) -> Row:
 
 
 def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
-    """The standard error of a mean of numbers with errors of their own.
+    """The standard error of the mean of `points`, each a value and its own standard error.
 
-    By their scatter, or by their errors, whichever is larger, for few seeds tell little of their scatter.
+    It is taken from the scatter of the values or from their errors, whichever gives more: few seeds tell little of
+    their scatter.
     """
     scatter = stdev(value for value, _ in points) if len(points) > 1 else 0.0
     return max(fmean(error**2 for _, error in points) ** 0.5, scatter) / len(points) ** 0.5
 
 
 def from_cells(stored: Row) -> list[Row]:
-    """The table of stored results, its deviations taken from their cells: older tables lack those of the main score.
+    """The table of results.json, its averages made again of the stored cells: older tables lack some deviations.
 
-    `by_seed` has the row of each cell, by its seed, and `protocol` what judged them.
+    Two columns are added: `by_seed`, the row of each cell by its seed, and `protocol`, what judged them.
     """
     cells_by_arm: dict[str, dict[str, Row]] = {}
     for cell in stored["cells"]:
@@ -242,10 +263,11 @@ def from_cells(stored: Row) -> list[Row]:
     rows: list[Row] = []
     for cells in cells_by_arm.values():
         protocol = next(iter(cells.values()))["protocol"]
-        for same in zip(*map(rows_by_passes, cells.values()), strict=True):
-            by_seed = dict(zip(cells, same, strict=True))
-            rows.append({**_average_rows(same), "by_seed": by_seed, "protocol": protocol})
-    return [row | again for row, again in zip(stored["table"], rows, strict=True)]
+        rows_of_seeds = [rows_by_passes(cell) for cell in cells.values()]
+        for rows_of_passes in zip(*rows_of_seeds, strict=True):
+            by_seed = dict(zip(cells, rows_of_passes, strict=True))
+            rows.append({**_average_rows(rows_of_passes), "by_seed": by_seed, "protocol": protocol})
+    return [stored_row | row for stored_row, row in zip(stored["table"], rows, strict=True)]
 
 
 def main_score(row: Row) -> str:
@@ -272,5 +294,5 @@ def markdown(title: str, table: Sequence[Row]) -> str:
 
 
 def _cell_text(value: object) -> str:
-    """A value in a cell of a table: floats by four digits."""
+    """A value as a table shows it: a float by four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

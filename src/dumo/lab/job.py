@@ -1,5 +1,8 @@
 """Work in processes of its own, several at a time: each reports how it ended, and none is left.
 
+`run_side_by_side` is the entrance. It starts a `Worker` for each job, sends it a piece of work, and sends the next one
+when it reports. A worker runs `serve`, which does a piece and reports, until its pipe ends or a signal comes.
+
 The executors of the standard library learn that a worker was killed, but not which work it did, and drop all the rest;
 and they pass on no signal.
 """
@@ -19,43 +22,43 @@ from dumo.runtime import signals
 from dumo.runtime.heartbeat import Lost
 
 T = TypeVar("T")
-POLL = 0.2  # seconds between looks for a signal: ours
-processes = get_context("spawn")  # a fork would copy threads and locks of torch
+POLL_SECONDS = 0.2  # between looks for a signal: ours
+_spawn = get_context("spawn")  # a fork would copy threads and locks of torch
 
 
 class Worker:
     """A process that does one piece of work after another."""
 
     def __init__(self, work: Callable[[T], object], threads: int) -> None:
-        """Start it with this number of cores."""
-        self.pipe, worker_end = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(work, worker_end, threads))
+        """Start the process, which gives torch this number of threads."""
+        self.pipe, worker_end = _spawn.Pipe()
+        self.process = _spawn.Process(target=serve, args=(work, worker_end, threads))
         with _safe_path():
             self.process.start()
         worker_end.close()  # so that the pipe ends with the process
         self.piece: object = None
 
     def send(self, piece: object) -> None:
-        """Give it a piece of work."""
+        """Give the process a piece of work."""
         self.piece = piece
-        with suppress(BrokenPipeError):  # it was killed, as `receive` reports
+        with suppress(BrokenPipeError):  # the process was killed, as `receive` reports
             self.pipe.send(piece)
 
     def receive(self) -> Exception | None:
-        """Wait for its work to end: None where it ended well."""
+        """Wait until the piece is done; return its error, or None. `Lost` is that the process was killed."""
         try:
             error, trace = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             return Lost(f"its process {_exit_text(self.process.exitcode or 0)}")
         if error is not None:
-            error.__cause__ = RuntimeError(trace)  # where it arose
+            error.__cause__ = RuntimeError(trace)  # the trace in the other process
         return error
 
 
 @contextmanager
 def _safe_path() -> Generator[None, None, None]:
-    """Meanwhile a Python that starts imports no module of the folder we are in, as with -P.
+    """Inside, a Python that starts imports no module of the working folder, as with -P.
 
     Once it has started, multiprocessing gives it this process's own path.
     """
@@ -81,11 +84,11 @@ def _exit_text(code: int) -> str:
 
 
 def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
-    """Do what comes, and report how it ended, until the pipe ends or a signal comes."""
+    """Do each piece that comes through the pipe, and report (error or None, trace), until it ends or a signal comes."""
     torch.set_num_threads(threads)
     with suppress(EOFError, OSError, KeyboardInterrupt), signals.listening(child=True):
         while signals.poll() is None:
-            if not pipe.poll(POLL):
+            if not pipe.poll(POLL_SECONDS):
                 continue
             piece = pipe.recv()
             try:
@@ -112,15 +115,16 @@ def run_side_by_side(
                 workers.append(worker)
                 worker.send(waiting.pop())
             signals.check()
-            ready = connection.wait([worker.pipe for worker in workers], POLL)
-            for worker in [worker for worker in workers if worker.pipe in ready]:
+            ready_pipes = connection.wait([worker.pipe for worker in workers], POLL_SECONDS)
+            ready_workers = [worker for worker in workers if worker.pipe in ready_pipes]
+            for worker in ready_workers:
                 error = worker.receive()
                 piece = worker.piece
                 if error is not None and not isinstance(error, Lost):
                     raise error
                 if error is None and waiting:
                     worker.send(waiting.pop())
-                else:
+                else:  # there is no more work, or the process was killed
                     workers.remove(worker)
                     _end([worker])
                 yield piece, error  # pyright: ignore[reportReturnType], a T that was sent
@@ -129,7 +133,7 @@ def run_side_by_side(
 
 
 def _end(workers: Sequence[Worker]) -> None:
-    """Stop these and wait for them. A second Ctrl-C kills them."""
+    """Stop workers and wait for their processes. A second Ctrl-C kills them."""
     try:
         for worker in workers:
             worker.process.terminate()

@@ -9,8 +9,9 @@
     arms:
       - {objective: DuMo, recipe: digits, set: [objective.beta=$share], vary: {share: [0.0, 0.1]}}
 
-`read` reads a plan, and `Plan.cells` gives its runs at a scale, arm by arm: settings are put together, the first arm
-sets the `Budget`, and each arm gets as many steps as it pays for.
+`read` reads a plan, `names` lists them, and `Plan.cells` gives the runs of one at a scale: for each value of the outer
+axes, arm by arm, settings are put together, the first arm sets the `Budget`, and each arm gets as many steps as it pays
+for. `Cost` counts what a run costs. The fields of `Arm`, `Scale` and `Plan` are those of the YAML.
 
 Equal cost is equal counted passes, in forward units, or operations, where nets differ: steps times what a step costs.
 An objective that needs more passes a step gets fewer steps. At the paper's size arms have equal steps, as there.
@@ -38,38 +39,38 @@ from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"
-COUNTED: dict[str, float] = {}  # costs of runs, by all that they depend on
+_COUNTS: dict[str, float] = {}  # what was counted of runs, by all that it depends on
 SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
 
 
-def words(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
-    """Settings as `--set` takes them, out of lists in lists and names of sets."""
+def _parse_settings(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
+    """Settings `field=value`, as `--set` takes them, out of nested lists and names of sets."""
     if isinstance(value, str):
-        return [value] if "=" in value else words(sets()[value])
+        return [value] if "=" in value else _parse_settings(_named_sets()[value])
     settings: list[str] = []
     for part in value:
-        settings += words(part)
+        settings += _parse_settings(part)
     return settings
 
 
-def axes(value: Any) -> dict[str, dict[Any, list[str]]]:  # noqa: ANN401, as YAML has it
-    """The values of each axis, each with its settings; of an axis that is a list, without settings."""
-    parsed: dict[str, dict[Any, list[str]]] = {}
+def _parse_axes(value: Any) -> dict[str, dict[Any, list[str]]]:  # noqa: ANN401, as YAML has it
+    """By axis and value, the settings; none for an axis that is a list of values."""
+    axes: dict[str, dict[Any, list[str]]] = {}
     for name, axis in value.items():
         if isinstance(axis, dict):
-            parsed[name] = {key: words(settings) for key, settings in axis.items()}
+            axes[name] = {key: _parse_settings(settings) for key, settings in axis.items()}
         else:
-            parsed[name] = {key: [] for key in axis}
-    return parsed
+            axes[name] = {key: [] for key in axis}
+    return axes
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(words)]
-Axes = Annotated[dict[str, dict[Any, tuple[str, ...]]], BeforeValidator(axes)]
+Settings = Annotated[tuple[str, ...], BeforeValidator(_parse_settings)]
+Axes = Annotated[dict[str, dict[Any, tuple[str, ...]]], BeforeValidator(_parse_axes)]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs, counted, and remembered by all it depends on: most runs of a plan differ in their training."""
+    """What a run costs, counted once for all runs that agree in what it depends on, as most runs of a plan do."""
 
     run: Run
 
@@ -77,12 +78,12 @@ class Cost:
     def units(self) -> float:
         """Forward units of a step. A teacher's pass counts as one of the net, with guidance as two."""
 
-        def count() -> float:
+        def count_units() -> float:
             run = self.run
             units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
             return self._teacher_passes() + units
 
-        return self._once("units", count)
+        return self._count_once("units", count_units)
 
     def _teacher_passes(self) -> int:
         """Passes of the teacher in a step; 0 where it makes all its pairs before."""
@@ -93,54 +94,58 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Operations of a pass, per row."""
+        """Floating-point operations of a pass, per row."""
         run = self.run
-        return self._once("flops", lambda: cost.forward_flops(outline(run), run.objective, run.data.shape))
+        return self._count_once("flops", lambda: cost.forward_flops(outline(run), run.objective, run.data.shape))
 
     @property
     def operations(self) -> float:
-        """Operations of a step."""
+        """Floating-point operations of a step."""
         return self.run.train.batch * self.units * self.flops
 
     @property
-    def pairs(self) -> float:
-        """Forward units, each of a batch, in which a teacher makes pairs of noise and data before the training."""
+    def pair_units(self) -> float:
+        """Forward units, of a batch each, in which a teacher makes its pairs of noise and data before the training."""
         pairs = self.run.teacher and self.run.teacher.pairs
         if not pairs:
             return 0.0
         points = self.run.objective.needs.teacher.points
         return pairs.count * pairs.passes(points) / self.run.train.batch
 
-    def _once(self, name: str, count: Callable[[], float]) -> float:
-        """A count, remembered by all parts of the run that it depends on."""
+    def _count_once(self, name: str, count: Callable[[], float]) -> float:
+        """The count `name`, remembered by all parts of the run that it depends on."""
         parts = self.run.model_dump_json(include={"data", "net", "objective", "path", "teacher"})
         key = name + parts + repr(self.run.train.ref)
-        if key not in COUNTED:
-            COUNTED[key] = count()
-        return COUNTED[key]
+        if key not in _COUNTS:
+            _COUNTS[key] = count()
+        return _COUNTS[key]
 
 
 class Arm(Spec):
-    """One thing compared with others; with `vary`, one for each combination of values."""
+    """One of the things that a plan compares; with `vary`, one for each combination of values."""
 
-    labels: dict[str, Any]  # its columns in the table
+    labels: dict[str, Any]  # its columns in the table; in YAML they stand beside the other fields
     recipe: str
-    by: str | None = None  # a recipe whose objective it trains by
-    set: Words = ()
+    by: str | None = None  # another recipe, by whose objective it is trained (`training_of`)
+    set: Settings = ()
     vary: Axes = Field({})
-    name: str = ""  # of its cells, if not its labels
+    name: str = ""  # the beginning of its cells' names; "": its labels
     seeds: tuple[int, ...] | None = None  # if not the scale's
     steps: int | None = None  # the arms after it cost as much as these steps
     share: float = 1.0  # of that cost
     only: dict[str, list[Any]] = Field({})  # the scales, or values of an outer axis, at which there is this arm
-    weights: str | None = None  # a cell: it begins from its net, as diffusers saves it; or a folder; may have $seed
-    cut: float | None = None  # rad: behind a low-pass that is fitted once (`dumo.nets.lowpass`)
+    weights: str | None = (
+        None  # the net to begin from, as diffusers saves it: a cell's name, or a folder; may have $seed
+    )
+    cut: float | None = (
+        None  # rad, of the low-pass that is fitted to that net (`dumo.nets.lowpass`); None: there is none
+    )
 
 
 class Scale(Spec):
     """How large a plan is made."""
 
-    set: Words = ()
+    set: Settings = ()
     vary: Axes = Field({})  # outer axes: all arms for each value; `budget` multiplies the steps
     values: dict[str, Any] = Field({})  # of $names in settings
     recipes: dict[str, str] = Field({})  # those that stand for others here
@@ -151,7 +156,7 @@ class Scale(Spec):
 
 
 class Plan(Spec):
-    """What a figure or table compares."""
+    """The arms that a figure or table compares, and the scales at which it can be made."""
 
     name: str
     title: str
@@ -159,9 +164,9 @@ class Plan(Spec):
     scales: dict[str, Scale]
     arms: tuple[Arm, ...] = ()
     arms_of: str | None = None  # another plan, whose arms follow
-    set: Words = ()
-    steps_of: str | None = None  # the recipe whose steps are counted, if not the first arm's
-    samples: bool = False  # whether what arms make in one pass is drawn
+    set: Settings = ()
+    steps_of: str | None = None  # the recipe whose steps set the budget, if not the first arm's
+    samples: bool = False  # whether a picture shows what arms make in one pass
     why: dict[str, str] = Field({})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
 
@@ -173,96 +178,111 @@ class Plan(Spec):
 
     def cells(self, scale: str) -> "Iterator[Cell]":
         """All runs of the plan, arm by arm, seed by seed."""
-        at = self.at(scale)
-        for outer, outer_settings in _combinations(at.vary):
-            budget = Budget(self, at, outer.get("budget", 1.0))
-            for arm in at.arms or self.arms:
-                case = {"scale": scale, **outer}
-                if not all(case[name] in values for name, values in arm.only.items()):
+        scale_spec = self.at(scale)
+        for outer_values, outer_settings in _combinations(scale_spec.vary):
+            budget = Budget(self, scale_spec, factor=outer_values.get("budget", 1.0), is_smoke=scale == "smoke")
+            for arm in scale_spec.arms or self.arms:
+                current = {"scale": scale, **outer_values}
+                if not all(current[name] in allowed for name, allowed in arm.only.items()):
                     continue
-                for inner, inner_settings in _combinations(arm.vary):
-                    settings = (*outer_settings, *arm.set, *inner_settings)
-                    yield from self._cells(arm, at, budget, outer | inner, settings, scale)
+                for arm_values, arm_settings in _combinations(arm.vary):
+                    settings = (*outer_settings, *arm.set, *arm_settings)
+                    yield from self._cells_of_arm(arm, scale_spec, budget, outer_values | arm_values, settings)
 
-    def _cells(
-        self, arm: Arm, at: Scale, budget: "Budget", axes: dict[str, Any], sets: Sequence[str], scale: str
+    def _cells_of_arm(
+        self, arm: Arm, scale: Scale, budget: "Budget", axis_values: dict[str, Any], settings: Sequence[str]
     ) -> "Iterator[Cell]":
-        """The runs of one arm, at one value of each axis."""
-        recipe = at.recipes.get(arm.recipe, arm.recipe)
+        """The runs of one arm at one value of each axis, seed by seed; `settings` are those of arm and axes."""
+        # the settings of plan, scale, other recipe, arm and axes, where a later one wins
+        recipe = scale.recipes.get(arm.recipe, arm.recipe)
         training = training_of(arm.by, recipe) if arm.by else ()
-        sets = (*self.set, *at.set, *training, *sets)
+        settings = (*self.set, *scale.set, *training, *settings)
 
-        def load_spec(seed: int | None) -> Run:
-            values = {**at.values, **axes, "seed": seed}
-            return resolve(load_recipe(recipe, [Template(text).safe_substitute(values) for text in sets]))
+        def load_run(seed: int | None) -> Run:
+            values = {**scale.values, **axis_values, "seed": seed}  # of $names in settings
+            return resolve(load_recipe(recipe, [Template(setting).safe_substitute(values) for setting in settings]))
 
-        seeds = arm.seeds or at.seeds or (None,)
-        run = load_spec(seeds[0])
-        steps = budget.steps(Cost(run), run.train.steps, arm, smoke=scale == "smoke")
-        labels = {name: axes.get(name, arm.labels.get(name)) for name in self.columns} | {"steps": steps}
-        if at.cost != "steps":
+        # steps and columns, by the first seed's run
+        seeds = arm.seeds or scale.seeds or (None,)
+        run = load_run(seeds[0])
+        steps = budget.steps(Cost(run), run.train.steps, arm)
+        labels = {name: axis_values.get(name, arm.labels.get(name)) for name in self.columns}
+        labels["steps"] = steps
+        if scale.cost != "steps":
             labels["F_per_step"] = round(Cost(run).units, 2)
-        name = arm.name or _cell_name(labels, axes)
-        depends_on_seed = any("$seed" in text for text in sets)
+        name = arm.name or _cell_name(labels, axis_values)
+
+        depends_on_seed = any("$seed" in setting for setting in settings)
         for seed in seeds:
             if depends_on_seed:
-                run = load_spec(seed)
+                run = load_run(seed)
             if seed is None:
                 seed = run.train.seed
             train = run.train.model_copy(update={"steps": steps, "seed": seed})
             weights = arm.weights and Template(arm.weights).safe_substitute(seed=seed)
-            yield Cell(f"{name}-{seed}", run.model_copy(update={"train": train}), labels, weights, arm.cut)
+            yield Cell(
+                name=f"{name}-{seed}",
+                spec=run.model_copy(update={"train": train}),
+                labels=labels,
+                weights=weights,
+                cut=arm.cut,
+            )
 
 
 class Budget:
-    """What each arm may cost: the first arm sets it, by its steps."""
+    """What each arm may cost: the first arm sets it, by its steps, and so does a later one with `Arm.steps`."""
 
-    def __init__(self, plan: Plan, at: Scale, times: float) -> None:
-        """`times` the steps of the scale."""
-        self.at = at
-        self.times = times
-        self.total = 0.0  # of the first arm, once it is known
+    def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
+        """`factor` multiplies the steps that set the budget. The scale `smoke` takes no notice of `Arm.steps`."""
+        self.scale = scale
+        self.factor = factor
+        self.is_smoke = is_smoke
+        self.total = 0.0  # in the scale's measure; 0: no arm has set it yet
         if plan.steps_of:
-            run = load_recipe(plan.steps_of, [*at.set])
-            self.total = round(times * (at.steps or run.train.steps)) * self.each(Cost(run))
+            run = load_recipe(plan.steps_of, [*scale.set])
+            self.total = round(factor * (scale.steps or run.train.steps)) * self._step_cost(Cost(run))
 
-    def each(self, cost: Cost) -> float:
-        """What a step costs, by the scale's own measure."""
-        return cost.operations if self.at.cost == "operations" else cost.units
-
-    def steps(self, cost: Cost, own: int, arm: Arm, *, smoke: bool) -> int:
-        """How many steps of a run cost as much; `own` are those of its recipe."""
-        if self.at.cost == "steps":
-            return self.at.steps or own
+    def steps(self, cost: Cost, recipe_steps: int, arm: Arm) -> int:
+        """How many steps an arm's run gets, which costs `cost` and has `recipe_steps` in its recipe."""
+        if self.scale.cost == "steps":
+            return self.scale.steps or recipe_steps
         if arm.steps or not self.total:
-            first = None if smoke else arm.steps
-            self.total = round(self.times * (first or self.at.steps or own)) * self.each(cost)
-        return round((arm.share * self.total - cost.pairs) / self.each(cost))
+            arm_steps = None if self.is_smoke else arm.steps
+            steps = arm_steps or self.scale.steps or recipe_steps
+            self.total = round(self.factor * steps) * self._step_cost(cost)
+        return round((arm.share * self.total - cost.pair_units) / self._step_cost(cost))
+
+    def _step_cost(self, cost: Cost) -> float:
+        """What a step costs, in the scale's measure."""
+        return cost.operations if self.scale.cost == "operations" else cost.units
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a plan: its name, its spec, and its columns in the table."""
+    """One run of a plan."""
 
-    name: str
+    name: str  # ARM-SEED
     spec: Run
-    labels: dict[str, Any]
-    weights: str | None = None  # as of its arm, of this seed
-    cut: float | None = None
+    labels: dict[str, Any]  # its columns in the table
+    weights: str | None = None  # as `Arm.weights`, of this seed
+    cut: float | None = None  # as `Arm.cut`
 
 
 def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Every combination of values, with its settings."""
-    for values in product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        yield chosen, [word for name, value in chosen.items() for word in axes[name][value]]
+    """Every combination of the axes' values, by axis, with its settings."""
+    for combination in product(*axes.values()):
+        values = dict(zip(axes, combination, strict=True))
+        settings: list[str] = []
+        for name, value in values.items():
+            settings += axes[name][value]
+        yield values, settings
 
 
-def _cell_name(labels: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
-    """A name for the cells of an arm, of those of its labels that are texts or values of axes."""
+def _cell_name(labels: Mapping[str, Any], axis_values: Mapping[str, Any]) -> str:
+    """A name for the cells of an arm, made of those of its labels that are texts or values of axes."""
     parts: list[str] = []
     for name, value in labels.items():
-        if name in axes or isinstance(value, str):
+        if name in axis_values or isinstance(value, str):
             parts.append(f"{value:g}" if isinstance(value, float) else str(value))
     return slug("-".join(parts))
 
@@ -274,7 +294,7 @@ def slug(text: str) -> str:
 
 @cache
 def training_of(recipe: str, host: str) -> tuple[str, ...]:
-    """What makes the recipe `host` train as `recipe`: objective, path, preconditioning, theta^- and solver.
+    """The settings that make the recipe `host` train as `recipe`: objective, path, preconditioning, theta^- and solver.
 
     Dropped labels and guidance, if both objectives have them, stay the host's; so do its data, net and training.
     """
@@ -297,22 +317,25 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
 
 
 @cache
-def sets() -> dict[str, Any]:
-    """Named settings."""
+def _named_sets() -> dict[str, Any]:
+    """Settings that several plans share, by name."""
     return parse((PLANS / "sets.yaml").read_text(encoding="utf-8"))
 
 
 def names() -> list[str]:
-    """Every plan's name."""
+    """The names of all plans."""
     stems = [file.name.removesuffix(".yaml") for file in PLANS.iterdir()]
     return sorted(stem for stem in stems if stem != "sets")
 
 
 def read(name: str) -> Plan:
-    """A plan. Raises UserError where there is none of this name."""
+    """Read a plan, with the arms of the plan that it names in `arms_of`, but for those of the same labels.
+
+    Raises UserError where there is no plan of this name.
+    """
     require_known("figure or table", name, names())
     tree = parse((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
-    tree.pop("let", None)  # anchors
+    tree.pop("let", None)  # anchors of YAML
     for part in (tree, *tree["scales"].values()):
         part["arms"] = [_with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]
     plan = Plan(name=name, **tree)
@@ -324,6 +347,7 @@ def read(name: str) -> Plan:
 
 
 def _with_labels(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    """An arm, its columns in a mapping of their own."""
+    """An arm of the YAML, with its columns in a mapping of their own."""
     labels = {name: arm[name] for name in columns if name in arm}
-    return {"labels": labels, **{name: value for name, value in arm.items() if name not in columns}}
+    fields = {name: value for name, value in arm.items() if name not in columns}
+    return {"labels": labels, **fields}

@@ -7,6 +7,8 @@ their difference, which scatters less than either. Of n common seeds with differ
 
 of the true one in 95 of 100 cases (Student 1908): the quantile is 12.7 for two seeds, 4.3 for three, 2.8 for five.
 Arms with fewer than two seeds in common are compared by their standard errors, as `dumo compare` does.
+
+`best_arms` and `failed_seeds` are the entrances; docs/tables.py marks its tables by them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,21 +19,21 @@ from statistics import fmean, median, stdev
 from dumo.evaluation.distance import Estimate, level
 
 CONFIDENCE = 0.95
-MAX_RELATIVE_ERROR = 0.25  # of an arm that may be called best. Ours
-FAILED_RATIO = 1.5  # of a seed's distance to the median of its arm. Ours
-MIN_ACCURACY = 0.6  # of a seed's samples of CIFAR-10, by the shipped classifier. Ours
+MAX_RELATIVE_ERROR = 0.25  # of the mean of an arm that may be called best: ours
+FAILED_RATIO = 1.5  # of a seed's distance to the median of its arm, above which the seed has failed: ours
+MIN_ACCURACY = 0.6  # of a seed's samples of CIFAR-10, by the shipped classifier, below which it has failed: ours
 
 
 @dataclass(frozen=True)
 class ArmScore:
-    """A distance of an arm, least is best: by seed, and the standard error of its mean."""
+    """The distance of an arm from the data, where the least is best."""
 
     by_seed: Mapping[str, float]
-    error: float
+    error: float  # the standard error of the mean over seeds
 
     @property
     def mean(self) -> float:
-        """The mean over all seeds, failed ones included."""
+        """The mean distance over all seeds, failed ones included."""
         return fmean(self.by_seed.values())
 
     @property
@@ -42,15 +44,15 @@ class ArmScore:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean difference of two arms over their common seeds, with its standard error."""
+    """The difference of two arms, seed by seed."""
 
     mean: float
-    error: float
-    pairs: int
+    error: float  # the standard error of the mean
+    pairs: int  # the seeds that both arms have
 
     @property
     def margin(self) -> float:
-        """Half the length of the confidence interval of the mean."""
+        """Half the length of the interval that holds the true mean with probability CONFIDENCE."""
         from scipy.stats import t as student_t  # slow to import
 
         quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, self.pairs - 1))
@@ -58,7 +60,7 @@ class PairedDifference:
 
 
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> PairedDifference | None:
-    """a - b, seed by seed; None where they have fewer than two seeds in common."""
+    """The difference a - b of distances by seed; None where fewer than two seeds are in both."""
     differences = [a[seed] - b[seed] for seed in a if seed in b]
     pairs = len(differences)
     if pairs < 2:
@@ -67,7 +69,7 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> PairedD
 
 
 def is_level(arm: ArmScore, best: ArmScore) -> bool:
-    """Whether the difference of an arm from the best one proves nothing."""
+    """Whether the difference of an arm from the best one may be chance."""
     difference = paired_difference(arm.by_seed, best.by_seed)
     if difference is None:
         return level([best.estimate, arm.estimate])[1]
@@ -75,9 +77,9 @@ def is_level(arm: ArmScore, best: ArmScore) -> bool:
 
 
 def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
-    """Which arms are the best or level with it, and known to a quarter of their mean.
+    """Whether each arm is the best one or level with it, and precise, its error within a quarter of its mean.
 
-    None are where the best one is not: a worse one that is known better would seem to win.
+    Where the best arm is not precise, none counts as best: a worse but more precise arm would seem to win.
     """
     best = min(arms, key=lambda arm: arm.mean)
     if not _is_precise(best):
@@ -86,15 +88,15 @@ def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
 
 
 def _is_precise(arm: ArmScore) -> bool:
-    """Whether the standard error is at most a quarter of the mean."""
+    """Whether the standard error is within MAX_RELATIVE_ERROR of the mean."""
     return arm.error <= MAX_RELATIVE_ERROR * arm.mean
 
 
 def failed_seeds(distances: Mapping[str, float], accuracies: Mapping[str, float]) -> list[str]:
-    """Seeds of an arm that are far from its others at one NFE.
+    """The seeds of an arm that have failed at one NFE, by their distances and accuracies.
 
-    Their distance is above 1.5 times the median, or their accuracy below 0.6 where the median is not. `accuracies`
-    is empty where accuracy does not count.
+    Their distance is above 1.5 times the arm's median, or their accuracy is below 0.6 while the arm's median is not.
+    `accuracies` is empty where accuracy does not count.
     """
     max_distance = FAILED_RATIO * median(distances.values())
     counts_accuracy = bool(accuracies) and median(accuracies.values()) >= MIN_ACCURACY  # else no seed has learned yet

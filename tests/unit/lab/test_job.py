@@ -116,7 +116,7 @@ def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
                 time.sleep(0.01)
             os.kill(os.getppid(), number)
             os.kill(os.getpid(), number)
-            time.sleep(2 * job.POLL)
+            time.sleep(2 * job.POLL_SECONDS)
             (tmp_path / "all.saved").touch()
             signals.check()
         long_work(tmp_path)(name)

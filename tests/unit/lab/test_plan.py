@@ -65,7 +65,7 @@ def test_arms_cost_the_same(name: str, scale: str) -> None:
     total = getattr(Cost(first), unit) * (chosen.at(scale).steps or first.train.steps)
     for cell in cells:
         each = getattr(Cost(cell.spec), unit)
-        spent = each * cell.spec.train.steps + Cost(cell.spec).pairs
+        spent = each * cell.spec.train.steps + Cost(cell.spec).pair_units
         assert min(abs(spent - share * total) for share in shares) <= each / 2 + 1e-6 * total, cell.name
         assert cell.labels["steps"] == cell.spec.train.steps
         assert cell.labels["F_per_step"] == round(Cost(cell.spec).units, 2)
