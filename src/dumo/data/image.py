@@ -2,7 +2,7 @@
 
 `Images` is the spec, `data` of a run with `kind: images`. It reads no disk until it is asked:
 
-1. `Images.found` counts classes or captions (`dumo.data.caption`) that the spec does not say, once, when a run is
+1. `Images.with_facts` counts classes or captions (`dumo.data.caption`) that the spec does not say, once, when a run is
    opened. run.yaml records their number and names. Until then there are none, and `names` is None.
 2. `Images.open` makes a source to train on: images decoded, in buckets or not, with classes or captions. `rows`,
    `originals`, `crops`, `all_captions` and `source_images` are parts of it for other uses.
@@ -152,7 +152,7 @@ class Images(Spec):
                     f"data.classes says {self.classes}: set data.classes={count}, or leave it out"
                 )
 
-    def found(self) -> "Images":
+    def with_facts(self) -> "Images":
         """The spec with the classes and names, or the captions, that the files have; as it is where no files are there.
 
         Raises UserError where they contradict what the spec says.

@@ -3,15 +3,19 @@
 A run has the images, the codec and the cache, so that one file says how to make the cache, whether the cache that is
 there is the one meant, how samples are decoded, and what they are compared with.
 
-`Latents` is the spec. `Latents.found` counts classes or captions, as `Images.found` does. `Latents.open` opens the
-cache as a `LatentSource`, from which training draws batches. Meanwhile two threads look whether it may: `dumo.io.audit`
-whether the cache has changed, and `Origin` whether the images that are here are those of the cache.
+1. `Latents` is the spec. When a run is opened, `Latents.with_facts` counts its classes or captions.
+2. `dumo encode` encodes `Latents.rows` into the cache (`dumo.data.encoding`).
+3. `Latents.open` opens the cache as a `LatentSource`, from which training draws batches.
+
+While training reads, two threads look whether it may: `dumo.io.audit`, whether the cache has changed, and `Origin`,
+whether the images that are here are those of the cache. A batch raises what they find.
 """
 
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Literal
@@ -39,8 +43,8 @@ from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
-PRIOR_FOLDER = PRIOR  # of images that a teacher made, below those of the subject
-WAIT = 10.0  # seconds that training waits for `Origin` before it begins: ours
+PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, beside those of the subject
+ORIGIN_SECONDS = 10.0  # that training waits for `Origin` before it begins: ours
 
 
 class Latents(Spec):
@@ -88,26 +92,25 @@ class Latents(Spec):
         return user_path(self.root, "data.root")
 
     @model_validator(mode="after")
-    def _fits(self) -> "Latents":
+    def _require_fit(self) -> "Latents":
         if self.images.augment:
             raise ValueError("latents are of images as they are: set data.images.augment=null")
         if self.prior and self.images.buckets:
             raise ValueError(
                 "data.prior picks rows of every batch, of one size: set data.prior=null, or data.images.buckets=null"
             )
-        if self.codec.kind != "pipeline":  # which the run knows, and looks at its shape
-            # Each refuses a side that the codec does not divide.
-            _ = self.shape
+        if self.codec.kind != "pipeline":  # a pipeline's codec is known to the run alone, which looks at its shapes
+            _ = self.shape  # raises for a side that the codec does not divide
             _ = self.shapes
         return self
 
-    def found(self) -> "Latents":
+    def with_facts(self) -> "Latents":
         """The spec with the classes or captions that its images have, or the cache, where the images are not here."""
-        images = self.images.found()
+        images = self.images.with_facts()
         if images.names is None:
             contents = self._cache_contents()
             if contents is not None:
-                images = self._counted_from(contents)
+                images = self._images_as_cached(contents)
         return self.model_copy(update={"images": images})
 
     def _cache_contents(self) -> CacheIndex | None:
@@ -116,18 +119,18 @@ class Latents(Spec):
             return read_index(self.folder)
         return None
 
-    def _counted_from(self, contents: CacheIndex) -> Images:
-        """The images with the classes of the cache, or with its captions, counted."""
-        match captions := self.images.captions:
-            case None:
-                counted = {"classes": contents.classes, "names": contents.names}
-            case Templates():
-                counted = {"classes": captions.count(contents.classes), "names": contents.names}
-            case CaptionFiles():
-                cached = read_captions(self.folder / CAPTIONS)
-                with_digest = captions.model_copy(update={"digest": cached.digest()})
-                counted = {"classes": len(cached), "names": (), "captions": with_digest}
-        return self.images.model_copy(update=counted)
+    def _images_as_cached(self, contents: CacheIndex) -> Images:
+        """The spec of the images, with the numbers of classes and captions that the cache has."""
+        captions = self.images.captions
+        if captions is None:
+            facts = {"classes": contents.classes, "names": contents.names}
+        elif isinstance(captions, Templates):
+            facts = {"classes": captions.count(contents.classes), "names": contents.names}
+        else:
+            cached = read_captions(self.folder / CAPTIONS)
+            with_digest = captions.model_copy(update={"digest": cached.digest()})
+            facts = {"classes": len(cached), "names": (), "captions": with_digest}
+        return self.images.model_copy(update=facts)
 
     def originals(self) -> Album:
         """The images that are encoded, with their classes.
@@ -164,7 +167,7 @@ class Latents(Spec):
         """The cache as a source. Raises UserError where there is none, or it is of other images or of another codec."""
         source = LatentSource(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
-            source.part_prior(self.prior)
+            source.take_prior_share(self.prior)
         if self.images.buckets:
             source = source.bucketed()
         if self.captions:
@@ -172,7 +175,7 @@ class Latents(Spec):
         return source
 
     def crops(self) -> Crops | None:
-        """What the buckets leave of the images, by the cache, else by their headers; None without buckets.
+        """How much of the images the buckets' sizes cut off, by the cache, else by the images; None without buckets.
 
         Raises as `open`.
         """
@@ -187,7 +190,7 @@ class Latents(Spec):
     def cache(self) -> ShardTable:
         """The rows of the cache. Raises as `open`."""
         images = self.images
-        numbered = isinstance(self.captions, CaptionFiles)
+        has_caption_files = isinstance(self.captions, CaptionFiles)
         try:
             return open_cache(
                 self.folder,
@@ -196,9 +199,9 @@ class Latents(Spec):
                 resolution=images.side,
                 sizes=images.sizes,
                 crop=images.crop,
-                classes=0 if numbered else images.labels,
+                classes=0 if has_caption_files else images.labels,
                 names=images.names or None,
-                captioned=numbered,
+                captioned=has_caption_files,
                 flips=images.flip,
             )
         except UserError as error:
@@ -206,12 +209,13 @@ class Latents(Spec):
 
 
 class Origin:
-    """Whether the images that are here are those that a cache was made of: a thread compares, while training begins.
+    """Compares the images that are here with those that a cache was made of, in a thread, while training begins.
 
-    One process of a machine does. Where the images are not here, there is nothing to compare.
+    One process of a machine compares. Where the images are not here, there is nothing to compare.
     """
 
     def __init__(self, folder: Path, images: Images) -> None:
+        """Start to compare the images with the cache in `folder`."""
         self.folder = folder
         self.images = images
         self.errors: list[Exception] = []  # of the thread
@@ -227,14 +231,14 @@ class Origin:
             raise self.errors[0]
 
     def verify(self) -> None:
-        """Read and hash all images now. Raises UserError where they are others."""
+        """Read and hash all images anew, and wait for it. Raises UserError where they are others."""
         if self.thread.ident:
             self.thread.join()
             self._compare(verify=True)
         self.require()
 
     def _compare(self, *, verify: bool = False) -> None:
-        """Compare the images with the cache, and keep the error; `verify`: read all images anew."""
+        """Compare the images with the cache, and keep the error. `verify`: read all images, also unchanged files."""
         try:
             hashes = self.images.hashes()
             if hashes is None:
@@ -243,10 +247,19 @@ class Origin:
                 hashes.forget()
                 hashes.hash(range(len(hashes)))
             require_origin(self.folder, hashes, max_bytes=AT_ONCE_BYTES)
-        except signals.Stopped:  # who trains stops by itself
+        except signals.Stopped:  # the training stops by itself
             pass
-        except Exception as error:  # who trains raises it
+        except Exception as error:  # the training raises it, from `require`
             self.errors.append(error)
+
+
+@dataclass(frozen=True)
+class PriorRows:
+    """Which rows of a cache a teacher made, and how many of a batch they are."""
+
+    share: float  # of a batch
+    prior: Tensor  # rows of the cache that are a teacher's images
+    other: Tensor  # all other rows
 
 
 class LatentSource:
@@ -255,29 +268,29 @@ class LatentSource:
     Raises UserError for a shard that has changed, at once or from `batch` (`dumo.io.audit`).
     """
 
-    def __init__(self, cache: ShardTable, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
+    def __init__(self, cache: ShardTable, codec: Codec, origin: Origin | None = None, *, flip: bool) -> None:
+        """Read all rows of a cache, half of them mirrored if `flip`. `origin` compares it with its images."""
         self.cache = cache
         self.codec = codec
         self.origin = origin
         self.flip = flip
         self.audit = Audit(cache.folder, cache.index.shards)
-        self.suffix = ""  # of the names of columns, where this is the part of a bucket
+        self.suffix = ""  # at the end of columns' names; of a bucket, its size
         self.cache_rows = torch.arange(len(cache))  # rows of the cache that this source has
-        # The share of a batch that a teacher made, the rows of the teacher's images, and those of the others.
-        self.prior: tuple[float, Tensor, Tensor] | None = None
+        self.prior: PriorRows | None = None  # None: all rows are alike
 
-    def part(self, suffix: str) -> "LatentSource":
-        """The rows of a bucket, by the end of their columns' names."""
-        part = copy(self)
-        part.suffix = suffix
-        part.cache_rows = self._read_column(f"in{suffix}").nonzero().flatten()
-        return part
+    def _bucket(self, suffix: str) -> "LatentSource":
+        """The source of the rows of one bucket, by the end of its columns' names."""
+        bucket = copy(self)
+        bucket.suffix = suffix
+        bucket.cache_rows = self._read_column(f"in{suffix}").nonzero().flatten()
+        return bucket
 
     def _read_column(self, name: str) -> Tensor:
-        """A column of all shards, joined."""
+        """A column of the whole cache."""
         return torch.cat([self.cache.tensors(number)[name] for number in range(len(self.cache.index.shards))])
 
-    def part_prior(self, share: float) -> None:
+    def take_prior_share(self, share: float) -> None:
         """Take a share of every batch from the images of a folder PRIOR_FOLDER, the rest from the others.
 
         Raises UserError where no image, or every image, is in such a folder.
@@ -295,20 +308,20 @@ class LatentSource:
                 "there what the teacher made of prior prompts, the others next to it, and encode them; or set "
                 "data.prior=null teacher=null"
             )
-        self.prior = share, self.cache_rows[is_prior], self.cache_rows[~is_prior]
+        self.prior = PriorRows(share, self.cache_rows[is_prior], self.cache_rows[~is_prior])
 
     def bucketed(self) -> Bucketed:
         """The latents in their buckets, as a source whose batches are of one bucket each."""
         contents = self.cache.index
         assert isinstance(contents, CacheIndex)
-        parts: list[LatentSource] = []
+        buckets: list[LatentSource] = []
         shapes: list[tuple[int, ...]] = []
         for size in contents.sizes:
-            part = self.part(contents.column_suffix(size))
-            if part.size:
-                parts.append(part)
+            bucket = self._bucket(contents.column_suffix(size))
+            if bucket.size:
+                buckets.append(bucket)
                 shapes.append(self.codec.shape(*size))
-        return Bucketed(parts, shapes, str(crops(self.cache, contents)))
+        return Bucketed(buckets, shapes, str(crops(self.cache, contents)))
 
     @property
     def size(self) -> int:
@@ -331,16 +344,16 @@ class LatentSource:
         return x, self.cache.take(numbers, "labels")
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
-        """The rows of the cache that a step has, (b,)."""
+        """The rows of the cache, (b,), that are at the places `rows` of a step's batch."""
         if self.prior is None:
             return self.cache_rows[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
-        share, prior_rows, other_rows = self.prior
-        is_prior = share_of_rows(seed, step, PRIOR, batch, share)
+        is_prior = share_of_rows(seed, step, PRIOR, batch, self.prior.share)
         cache_rows = torch.empty(batch, dtype=torch.long)  # by place in the batch
-        for k, (part_rows, in_batch) in enumerate(((prior_rows, is_prior), (other_rows, ~is_prior))):
+        # both parts go through their own rows in their own order
+        for k, (part, is_part) in enumerate(((self.prior.prior, is_prior), (self.prior.other, ~is_prior))):
             part_seed = stream(seed, "prior", k).initial_seed()
-            drawn = rows_of(step, int(in_batch.sum()), size=len(part_rows), seed=part_seed)
-            cache_rows[in_batch] = part_rows[drawn]
+            drawn = rows_of(step, int(is_part.sum()), size=len(part), seed=part_seed)
+            cache_rows[is_part] = part[drawn]
         return cache_rows[rows]
 
     def fingerprint(self) -> str:

@@ -69,9 +69,10 @@ Along = Callable[[Sample], Heads]  # the direction w -> dh/dt of each head h alo
 Begin = Callable[..., tuple[Heads, Along]]  # a training pass: of (x, c, t=t, **rest)
 Moving = Sequence[bool]  # which rows move, by place: not a tensor, so that shapes are static
 
-# Ours: the largest h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
-_MAX_STEP = 0.05
-MAX_GAIN = 20  # ours, of a secant: rounding to bf16, 2^-8 of u, is then 8 % of the residual
+# The largest h * time_scale of a central difference: it is well within 1 % there, 3 % off at ten times (measured): ours
+_MAX_SCALED_STEP = 0.05
+# The largest gain below fp32: rounding to bf16, 2^-8 of u, is then 8 % of the residual: ours
+MAX_GAIN = 20
 
 
 class Linearization(Spec, ABC):
@@ -138,12 +139,12 @@ class CentralSlope(Linearization):
                 f"slope 'central' needs precision fp32, not {precision}: at h = {self.h} rounding outweighs the "
                 "difference (42 to 83 % wrong under bf16, 7 % under tf32). Use precision fp32, or slope 'dual'"
             )
-        if self.h * time_scale > _MAX_STEP:
-            most = floor(1e6 * _MAX_STEP / time_scale) / 1e6
+        if self.h * time_scale > _MAX_SCALED_STEP:
+            max_h = floor(1e6 * _MAX_SCALED_STEP / time_scale) / 1e6
             raise UserError(
                 f"slope 'central' with h = {self.h} on a net with time_scale = {time_scale}: h * time_scale is above "
-                f"{_MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale "
-                "or slope 'dual'"
+                f"{_MAX_SCALED_STEP}, and the difference is no longer a derivative. Use h <= {max_h:g}, a smaller "
+                "time_scale or slope 'dual'"
             )
 
 
@@ -258,25 +259,26 @@ def _linearize_by_tape(
 def _linearize_by_ride(
     net: Net, toward: Sample, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
-    """One pass whose rows move from the start; where some do not, a second pass for those."""
-    rows, others = split_by_step([True] * len(x) if moving is None else moving)
-    if not others:
-        heads = _dual_pass(net, x, c, toward, t=t, **rest)
-        values = tuple(primal(head) for head in heads)
-        slopes = tuple(rate_of(head) for head in heads)
-    elif not rows:
+    """One pass whose rows move from the start; where some rest, a second pass for those."""
+    moving_rows, resting_rows = _split_rows(moving, len(x))
+    if not resting_rows:
+        duals = _dual_pass(net, x, c, toward, t=t, **rest)
+        values = tuple(primal(head) for head in duals)
+        slopes = tuple(rate_of(head) for head in duals)
+    elif not moving_rows:
         values = net(x, c, t=t, **rest)
         slopes = tuple(torch.zeros_like(value) for value in values)
     else:
-        i = index(rows, x.device)
-        j = index(others, x.device)
+        i = index(moving_rows, x.device)
+        j = index(resting_rows, x.device)
         with dropout.rows(i):
-            heads = _dual_pass(net, x[i], c[i], toward[i], t=t[i], **_rows_of_each(rest, i))
+            duals = _dual_pass(net, x[i], c[i], toward[i], t=t[i], **_rows_of_each(rest, i))
         with dropout.rows(j):
-            plain = net(x[j], c[j], t=t[j], **_rows_of_each(rest, j))
-        head_pairs = list(zip(heads, plain, strict=True))
-        values = tuple(_merge_rows(primal(a), b, rows, others) for a, b in head_pairs)
-        slopes = tuple(_merge_rows(rate_of(a), torch.zeros_like(b), rows, others) for a, b in head_pairs)
+            plain_heads = net(x[j], c[j], t=t[j], **_rows_of_each(rest, j))
+        merge = partial(_merge_rows, rows=moving_rows, others=resting_rows)
+        head_pairs = list(zip(duals, plain_heads, strict=True))
+        values = tuple(merge(primal(a), b) for a, b in head_pairs)
+        slopes = tuple(merge(rate_of(a), torch.zeros_like(b)) for a, b in head_pairs)
 
     def along(w: Sample) -> Heads:
         if w is not toward:
@@ -304,24 +306,34 @@ def rate_of(head: Array) -> Tensor:
 def _linearize_by_passes(
     slopes: Callable[..., Heads], net: Net, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
-    """One pass of net now; `along` gives the `slopes` of the rows that move, and zeros. Where none moves: no pass."""
+    """One pass of net now; `along` makes the passes of `slopes`, of the rows that move. The others get zeros.
+
+    Where no row moves, `along` makes no pass.
+    """
     heads = net(x, c, t=t, **rest)
-    rows, others = split_by_step([True] * len(x) if moving is None else moving)
+    moving_rows, resting_rows = _split_rows(moving, len(x))
 
     @torch.no_grad()
     def along(w: Sample) -> Heads:
-        if not others:
+        if not resting_rows:
             return slopes(x, c, w, t=t, **rest)
-        if not rows:
+        if not moving_rows:
             return tuple(torch.zeros_like(head) for head in heads)
-        i = index(rows, x.device)
-        j = index(others, x.device)
+        i = index(moving_rows, x.device)
+        j = index(resting_rows, x.device)
         with dropout.rows(i):
-            some_slopes = slopes(x[i], c[i], w[i], t=t[i], **_rows_of_each(rest, i))
-        zeros = [torch.zeros_like(head[j]) for head in heads]
-        return tuple(_merge_rows(some, zero, rows, others) for some, zero in zip(some_slopes, zeros, strict=True))
+            moving_slopes = slopes(x[i], c[i], w[i], t=t[i], **_rows_of_each(rest, i))
+        merged: list[Tensor] = []
+        for slope, head in zip(moving_slopes, heads, strict=True):
+            merged.append(_merge_rows(slope, torch.zeros_like(head[j]), moving_rows, resting_rows))
+        return tuple(merged)
 
     return heads, along
+
+
+def _split_rows(moving: Moving | None, n: int) -> tuple[list[int], list[int]]:
+    """The numbers of the rows that move, and of those that rest; None: all n move."""
+    return split_by_step([True] * n if moving is None else moving)
 
 
 def _rows_of_each(inputs: Mapping[str, Tensor], i: Int[Tensor, " k"]) -> dict[str, Tensor]:
@@ -330,13 +342,13 @@ def _rows_of_each(inputs: Mapping[str, Tensor], i: Int[Tensor, " k"]) -> dict[st
 
 
 def _merge_rows(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> Tensor:
-    """One tensor of `some`, which belongs at `rows`, and `other`, which belongs at `others`; of the type of `some`."""
+    """One tensor, with `some` at the places `rows` and `other` at the places `others`, in the dtype of `some`."""
     order = sorted(range(len(rows) + len(others)), key=[*rows, *others].__getitem__)
     return torch.cat([some, other.to(some.dtype)])[index(order, some.device)]
 
 
 def precision_of(x: Sample) -> str:
-    """The name of what a pass on x computes in, such as "tf32"; fp64 counts as "fp32"."""
+    """The name of the precision of a pass on x: "fp32", also for float64; "tf32"; or a dtype, with "autocast"."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         return f"{dtype} autocast"
@@ -376,14 +388,15 @@ def earlier_mean_velocity(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
 
     Where l is below r it is u(x_l, l, l): the caller gives such rows no weight. One pass, none if no row may move.
     """
-    place, _ = b.rows_by_step
+    moving_rows, _ = b.rows_by_step
     u_l = torch.zeros_like(b.x_t)
-    if not place:
+    if not moving_rows:
         return u_l
-    i = index(place, d.device)
-    some = b[place]
+    i = index(moving_rows, d.device)
+    moving = b[moving_rows]
     d = d[i]
-    l = (some.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
+    l = (moving.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
+    x_l = moving.x_t - lift(d, moving.x_t) * w[i]
     with dropout.rows(i):
-        (head,) = ref(some.x_t - lift(d, some.x_t) * w[i], some.c, t=l, r=torch.minimum(some.r, l))
+        (head,) = ref(x_l, moving.c, t=l, r=torch.minimum(moving.r, l))
     return u_l.to(head).index_copy(0, i, head)

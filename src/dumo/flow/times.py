@@ -1,13 +1,14 @@
-"""Laws of a time or another number a row, and of (t, r), r <= t; kinds of rows are chosen by their place in the batch.
+"""Laws by which the times (t, r) of a batch's rows are drawn, r <= t, or one number for each row.
 
-`Times` is the union of the laws that an objective may name. `dumo.flow.draw` calls a law with the number of rows and a
-generator; it returns t and r. `moving` says, without drawing, which rows may have r < t. First come laws of one number
-(`Number`; in [0, 1] and as a law of times `ToData`), then those of pairs (`Pair` and all below it).
+`dumo.flow.draw` calls a law with the number of rows and a generator; the law returns t and r, (n,) each. `moving` says,
+without drawing, which rows may have r < t: kinds of rows are chosen by their place in the batch, so that every rank and
+step has as many of each. `Times` is the union of the laws that an objective may name.
 
-With `both_ways` every second row with a step has its times exchanged, t < r: a jump up to the noise (ours; F2D2's code
-draws t and r alike).
+First come laws of one number (`Number`). In [0, 1] it may be a time (`ToData`): t, with r = 0, the data. Drawn for
+something else, as a share or a knob, it is a number. Then come laws of pairs: `Pair` and all below it.
 
-A law of one time aims at the data, r = 0. Drawn for something else than (t, r), as a share or a knob, it is a number.
+Where a law has `both_ways`, every second row with a step has its times exchanged, t < r: a jump up to the noise (ours;
+F2D2's code draws t and r alike).
 """
 
 from abc import abstractmethod
@@ -26,7 +27,7 @@ from dumo.types.rows import split_by_step, spread_evenly
 
 EDM_SD = 0.5  # the standard deviation of the data: EDM (Karras et al. 2022)
 EDM_RHO = 7.0  # EDM, Eq. 5
-KARRAS_ROOTS = 0.002 ** (1 / EDM_RHO), 80.0 ** (1 / EDM_RHO)  # of sigma_min and sigma_max: EDM, Tab. 1
+KARRAS_ROOTS = (0.002 ** (1 / EDM_RHO), 80.0 ** (1 / EDM_RHO))  # of sigma_min and sigma_max: EDM, Tab. 1
 
 
 class Number(Law):
@@ -37,7 +38,7 @@ class Number(Law):
         """Draw one number for each of n rows."""
 
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> PerSample:
-        """The numbers of these rows, of a draw for the whole batch by the stream of this key."""
+        """The numbers (len(rows),) of these rows of a batch, which are drawn for all of it by the stream of the key."""
         return self.one(batch, random.stream(*key))[rows.start : rows.stop]
 
 
@@ -46,7 +47,7 @@ class ToData(TimeLaw, Number):
 
     @property
     def between(self) -> bool:
-        """Whether jumps end before the data: none does."""
+        """Whether jumps may end before the data: with r = 0 none does."""
         return False
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -141,14 +142,14 @@ def karras_root(t: Time) -> PerSample:
     return (EDM_SD * t / (1 - t)) ** (1 / EDM_RHO)
 
 
-One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]  # laws of one time
+OneTimeLaw = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]
 
 
 class Atom(ToData):
     """One law, but t = `at` on a share of the rows, evenly spread: TCM's boundary (Lee et al. 2025, its p)."""
 
     kind: Literal["atom"] = "atom"
-    of: One = Beta()
+    of: OneTimeLaw = Beta()
     share: float = Field(default=0.15, ge=0, le=1)
     at: float = Field(default=1.0, ge=0, le=1)
 
@@ -167,10 +168,10 @@ class Pair(TimeLaw):
     """
 
     kind: Literal["pair"] = "pair"
-    of: One = LogitNormal()
+    of: OneTimeLaw = LogitNormal()
     velocity_ratio: float = Field(default=0.75, ge=0, le=1)
-    to: One | None = None  # of r; None: the lower of two draws
-    flow: One | None = None  # of t where r = t; None: as the others
+    to: OneTimeLaw | None = None  # of r; None: the lower of two draws
+    flow: OneTimeLaw | None = None  # of t where r = t; None: as the others
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
@@ -185,7 +186,7 @@ class Pair(TimeLaw):
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not still for still in spread_evenly(n, self.velocity_ratio))
+        return tuple(not rests for rests in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -201,7 +202,7 @@ class Jumps(TimeLaw):
     """
 
     kind: Literal["jumps"] = "jumps"
-    of: One = LogitNormal()  # of t
+    of: OneTimeLaw = LogitNormal()  # of t
     velocity_ratio: float = Field(default=0.5, ge=0, le=1)  # ours, as all shares here
     data_ratio: float = Field(default=0.5, ge=0, le=1)
     both_ways: bool = Field(default=False, exclude_if=lambda both: not both)
@@ -223,7 +224,7 @@ class Jumps(TimeLaw):
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not still for still in spread_evenly(n, self.velocity_ratio))
+        return tuple(not rests for rests in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -251,7 +252,7 @@ class Below(TimeLaw):
     """t by a law, and r uniform from 0 to t: RCGM, whose r = t - U t (TwinFlow's code), and IMM."""
 
     kind: Literal["below"] = "below"
-    of: One = Uniform()
+    of: OneTimeLaw = Uniform()
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
@@ -284,7 +285,7 @@ class Dyadic(TimeLaw):
     levels: ClassVar[int] = 7  # `denoise_timesteps` of its code, 128 = 2^7
     every: ClassVar[int] = 8  # `bootstrap_every`
     kind: Literal["dyadic"] = "dyadic"
-    flow: One | None = None  # of t where r = t; None: on the finest grid
+    flow: OneTimeLaw | None = None  # of t where r = t; None: on the finest grid
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""

@@ -22,7 +22,7 @@ from dumo.data.album import Album
 from dumo.io.source import DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
-from dumo.run.resolve import found_data, resolve
+from dumo.run.resolve import data_with_facts, resolve
 from dumo.runtime import dist, signals
 from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -65,7 +65,7 @@ def reading_of(
         return DataBenchmark(run.data, batch or run.train.batch, Cost(run))
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
-    return DataBenchmark(found_data(parse(_DataOnly, tree).data), batch or 256, None)
+    return DataBenchmark(data_with_facts(parse(_DataOnly, tree).data), batch or 256, None)
 
 
 def measure(

@@ -303,4 +303,4 @@ def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
     spec = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert spec is not None, "it is given"
     require_path(user_path(spec.root, "--against"), "--against")
-    return spec.found()
+    return spec.with_facts()

@@ -45,13 +45,13 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     # of a cache of latents: compare with the images that it was made of
     origin = getattr(source, "origin", None)
     if origin is not None and is_instance_of(origin, "dumo.data.latents:Origin"):
-        from dumo.data.latents import WAIT
+        from dumo.data.latents import ORIGIN_SECONDS
 
         def compare_with_images() -> None:
             if verify:
                 origin.verify()
             else:
-                origin.require(WAIT)
+                origin.require(ORIGIN_SECONDS)
 
         agreement.gather_results(compare_with_images)
 

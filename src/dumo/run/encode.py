@@ -100,7 +100,7 @@ def encoding_work(
         )
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, settings)
-    return EncodingWork(parse(_LatentsOfRun, tree).data.found())
+    return EncodingWork(parse(_LatentsOfRun, tree).data.with_facts())
 
 
 def options_as_settings(out: str | None, codec: str | None, side: int | None) -> list[str]:

@@ -95,7 +95,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
     split_images = images.model_copy(update={"split": split})
     try:
-        return split_images.found().originals()
+        return split_images.with_facts().originals()
     except UserError as error:
         raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error
 

@@ -82,16 +82,16 @@ def resolve_remaining(run: Run) -> Run:
 def _resolve_data(run: Run) -> Data:
     """The run's data with what their files say of them.
 
-    Raises UserError as `found_data`, with a fix where a pipeline's texts lack captions.
+    Raises UserError as `data_with_facts`, with a fix where a pipeline's texts lack captions.
     """
     texts = run.net.texts
     if texts is None or texts.kind != "pipeline":
-        return found_data(run.data)
+        return data_with_facts(run.data)
 
     from dumo.data.annotation import NoCaptionsError
 
     try:
-        return found_data(run.data)
+        return data_with_facts(run.data)
     except NoCaptionsError as error:
         raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
 
@@ -162,7 +162,7 @@ def _require_velocity_to_teach(run: Run) -> None:
         raise UserError(no_velocity(field, folder, objective) + other_fix)
 
 
-def found_data(data: Data) -> Data:
+def data_with_facts(data: Data) -> Data:
     """The data with what their files say of them: classes, names, captions.
 
     Raises UserError, which names the field of the images, where the files contradict the spec.
@@ -170,7 +170,7 @@ def found_data(data: Data) -> Data:
     if not has_images(data):
         return data
     try:
-        return data.found()
+        return data.with_facts()
     except UserError as error:
         images_field = "data.images" if is_latents(data) else "data"
         raise type(error)(f"{images_field}: {error}") from error

@@ -78,7 +78,7 @@ STORES: dict[str, Callable[[Path], None]] = {"folder": as_folder, "parquet": as_
 
 
 def spec(root: Path, **fields: object) -> Images:
-    return Images.model_validate({"root": str(root), "side": SIDE, **fields}).found()
+    return Images.model_validate({"root": str(root), "side": SIDE, **fields}).with_facts()
 
 
 def refused(root: Path, **fields: object) -> str:

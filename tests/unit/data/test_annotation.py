@@ -130,7 +130,7 @@ def test_a_run_knows_its_captions_again(tmp_path: Path) -> None:
     assert (later.classes, later.names) == (0, None)  # nothing is there to be counted
     as_lines(tmp_path, TOLD)
     images = spec(tmp_path, **FILES)
-    assert type(images).model_validate(later.model_dump(mode="json")).found().classes == len(TEXTS)
+    assert type(images).model_validate(later.model_dump(mode="json")).with_facts().classes == len(TEXTS)
     again = type(images).model_validate(images.model_dump(mode="json"))
     assert again == images
     as_lines(tmp_path, [*TOLD[:-1], ["another"]])

@@ -149,7 +149,9 @@ def photos(root: Path, count: int = 16) -> Path:
 
 def spec(root: Path, **fields: object) -> Images:
     buckets = {"step": 8, "smaller": [16]}
-    return Images.model_validate({"root": str(root), "side": 32, "buckets": buckets, "flip": True, **fields}).found()
+    return Images.model_validate(
+        {"root": str(root), "side": 32, "buckets": buckets, "flip": True, **fields}
+    ).with_facts()
 
 
 def by_number(source: Bucketed, steps: int, batch: int) -> dict[int, set[tuple[int, ...]]]:
@@ -205,7 +207,7 @@ def latents(root: Path, cache: Path, **fields: object) -> Latents:
     images = spec(root, **fields).model_dump(mode="json")
     weights = cache.parent / "taef2.safetensors"
     codec = {"kind": "taef2", "weights": str(weights if weights.exists() else taef2(weights))}
-    return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).found()
+    return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).with_facts()
 
 
 @pytest.mark.nightly

@@ -169,7 +169,7 @@ def test_the_place_may_be_an_environment_variable(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("SOME_DATA", str(tmp_path))
     images = Images(root="$SOME_DATA/animals", side=SIDE)
     assert images.root == "$SOME_DATA/animals"
-    images = images.found()
+    images = images.with_facts()
     assert images.open().size == COUNT
     monkeypatch.delenv("SOME_DATA")
     with pytest.raises(UserError, match=r"\$SOME_DATA/animals, but SOME_DATA is not set"):
@@ -386,7 +386,7 @@ def test_what_was_found_is_written_down_and_held_to(tmp_path: Path) -> None:
     """Equal texts are equal specs, whatever the disk holds meanwhile; what it held is shown where the data are not."""
     as_folder(tmp_path)
     before = Images(root=str(tmp_path), side=SIDE)
-    images = before.found()
+    images = before.with_facts()
     assert (before.classes, before.names, images.classes, images.names) == (0, None, 3, CLASSES)
     told = images.model_dump(mode="json")
     assert told["names"] == list(CLASSES)
@@ -395,7 +395,7 @@ def test_what_was_found_is_written_down_and_held_to(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without bee; with wasp"):
         images.open()
     assert Images(root=str(tmp_path), side=SIDE) == before
-    assert before.found().names == ("ant", "cow", "wasp")
+    assert before.with_facts().names == ("ant", "cow", "wasp")
     assert "names has 3 names for classes=2" in refused(tmp_path, classes=2, names=CLASSES)
     shutil.rmtree(tmp_path)
     assert Images.model_validate(told).classes == 3
@@ -408,12 +408,12 @@ def test_where_there_are_no_classes_or_no_data_yet_no_names_are_written(
 ) -> None:
     """What is written down asks to look again, and whoever opens what was not looked at is told."""
     monkeypatch.delenv("HERE", raising=False)
-    for images in (Images(root="$HERE", side=SIDE).found(), spec(tmp_path / "later")):
+    for images in (Images(root="$HERE", side=SIDE).with_facts(), spec(tmp_path / "later")):
         assert (images.classes, images.names, images.model_dump()["classes"]) == (0, None, None)
     as_folder(tmp_path / "later")
     with pytest.raises(UserError, match="nobody counted its classes"):
         images.open()
-    assert images.found().names == CLASSES
+    assert images.with_facts().names == CLASSES
     for fields in ({"classes": 3}, {"labelled": False}):
         images = spec(tmp_path / "later", **fields)
         assert images.names == ()
@@ -428,7 +428,7 @@ def test_where_there_are_no_classes_or_no_data_yet_no_names_are_written(
 @pytest.mark.data
 def test_cifar10_is_whole() -> None:
     """Not decoded here: 50,000 rows, 5,000 of each class, ten names."""
-    images = Images(root="$DUMO_DATA/cifar10", side=32, crop="none", split="train", memory=0.0).found()
+    images = Images(root="$DUMO_DATA/cifar10", side=32, crop="none", split="train", memory=0.0).with_facts()
     assert images.classes == 10
     source = images.open()
     assert source.size == 50_000
@@ -445,7 +445,9 @@ def test_cifar10_is_whole() -> None:
 def test_imagenet_sample_is_in_order_and_cropped_already() -> None:
     """One image per class, of 256 x 256: ADM's crop to that size leaves every pixel as it is."""
     root = f"{os.environ['DUMO_DATA']}/imagenet-sample"
-    cropped, plain = (Images(root=root, side=256, crop=crop, memory=0.0).found().open() for crop in ("adm", "none"))
+    cropped, plain = (
+        Images(root=root, side=256, crop=crop, memory=0.0).with_facts().open() for crop in ("adm", "none")
+    )
     assert cropped.size == 1000
     rows = slice(0, 1000, 250)
     x, c = cropped.rows(rows)

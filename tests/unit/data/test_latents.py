@@ -30,7 +30,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     def of(root: Path, cache: Path, **fields: object) -> Latents:
         images = {"root": str(root), "side": SIDE, "crop": "none", **fields}
         codec = {"kind": "taef2", "weights": weights}
-        return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).found()
+        return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).with_facts()
 
     return of
 
@@ -125,7 +125,7 @@ def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path)
 
 
 def again(data: Latents) -> Latents:
-    return Latents.model_validate(data.model_dump(mode="json")).found()
+    return Latents.model_validate(data.model_dump(mode="json")).with_facts()
 
 
 def test_latents_have_the_captions_of_the_images(latents: Maker, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.cache import open_cache
 from dumo.data.encoding import encode
-from dumo.data.latents import LatentSource
+from dumo.data.latents import LatentSource, PriorRows
 from dumo.io.source import Bucketed, rows_of
 from dumo.io.table import ShardTable
 from dumo.run.teacher import TeacherPairs
@@ -40,7 +40,7 @@ def album(root: Path, **fields: object) -> Album:
         (root / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (SIDE, SIDE), generator=stream("share", i), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(root / f"{i % 2}" / f"{i:02}.png")
-    return Images.model_validate({"root": str(root), "side": SIDE, "crop": "none", **fields}).found().open()
+    return Images.model_validate({"root": str(root), "side": SIDE, "crop": "none", **fields}).with_facts().open()
 
 
 def bucketed(root: Path, **fields: object) -> Bucketed:
@@ -49,7 +49,9 @@ def bucketed(root: Path, **fields: object) -> Bucketed:
     for i in range(0, COUNT, 3):
         with Image.open(file := root / f"{i % 2}" / f"{i:02}.png") as image:
             image.resize((12, 6)).save(file)
-    return Images.model_validate({"root": str(root), "side": SIDE, "buckets": {"step": 3}, **fields}).found().open()
+    return (
+        Images.model_validate({"root": str(root), "side": SIDE, "buckets": {"step": 3}, **fields}).with_facts().open()
+    )
 
 
 def latents(root: Path) -> LatentSource:
@@ -61,7 +63,7 @@ def latents(root: Path) -> LatentSource:
 def with_prior(root: Path) -> LatentSource:
     """The same, of which the first seven make up three tenths of a batch."""
     found = latents(root)
-    found.prior = 0.3, found.cache_rows[:7], found.cache_rows[7:]
+    found.prior = PriorRows(0.3, found.cache_rows[:7], found.cache_rows[7:])
     return found
 
 
