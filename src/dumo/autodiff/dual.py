@@ -48,8 +48,8 @@ FIRST_OPERAND_ONLY: set[_Operation] = set()  # operations whose rule lets the fi
 _OPERATORS = (
     "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem setitem eq ne lt le gt ge"
 )
-# What Python would else do by itself: `x += y` as `x = x + y`, though x may be known by other names; `if x` by its len.
-# Of a Dual that moves it is refused.
+# Refused of a Dual that moves, because Python would do something else by itself: for `x += y`, x = x + y, though x may
+# be known by other names; for `if x`, look at its length.
 _REFUSED_OPERATORS = (
     "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
     "invert floordiv rfloordiv and rand or ror xor rxor"
@@ -77,8 +77,8 @@ _state = _ThreadState()
 class Dual:
     """A primal and its tangent, of one shape and dtype. `pair` makes it, typed as the Tensor that it stands in for."""
 
-    p: Tensor
-    t: Tensor | Later | None  # None: the Dual rests
+    p: Tensor  # the primal
+    t: Tensor | Later | None  # the tangent; None: the Dual rests
     is_view: bool = False  # of another Dual, which would have to see what is assigned to this one
     recorded: bool = False  # autograd records the tangent, too, for a loss that holds the derivative itself
 
@@ -278,19 +278,17 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     shape that expands to p's. `push` is a function of a module: it must not close over anything. Raises NoRule where an
     operand would lose gradients.
     """
-    if (
-        not _any_has_tangent(operands) or _state.primal_only
-    ):  # every operation of every net comes by: no generators here
+    if not _any_has_tangent(operands) or _state.primal_only:
         return p
-    graded = torch.is_grad_enabled()
+    has_grad = torch.is_grad_enabled()
     tangents: list[Tensor | Later | None] = []
     is_later = False
     recorded = False
-    for x in operands:
+    for x in operands:  # every operation of every net comes by: one loop, no generators
         if not isinstance(x, Dual) or x.t is None:
             tangents.append(None)
             continue
-        if not graded and x.p.requires_grad:
+        if not has_grad and x.p.requires_grad:
             raise NoRule(
                 "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
             )
@@ -300,7 +298,7 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     if is_later:
         saved_tensors, writes = detach_saved(saved)
         return pair(p, Later(p.shape, p.dtype, push, tuple(tangents), saved_tensors, writes))
-    if not graded or recorded:
+    if not has_grad or recorded:
         return pair(p, fit_to_primal(push(*tangents, *saved), p.shape, p.dtype), recorded=recorded)
     with torch.no_grad():
         return pair(p, fit_to_primal(push(*tangents, *saved), p.shape, p.dtype))
@@ -322,6 +320,7 @@ def primal_only() -> Generator[None, None, None]:
 
 
 def _any_has_tangent(operands: Iterable[object]) -> bool:
+    """Whether one of the operands moves; `_tree_has_tangent` looks inside lists and dicts, too, and is slower."""
     for x in operands:  # noqa: SIM110, a generator takes three times as long
         if isinstance(x, Dual) and x.t is not None:
             return True

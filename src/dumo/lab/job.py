@@ -23,7 +23,7 @@ from dumo.runtime.heartbeat import Lost
 
 T = TypeVar("T")
 POLL_SECONDS = 0.2  # between looks for a signal: ours
-_spawn = get_context("spawn")  # a fork would copy threads and locks of torch
+process_context = get_context("spawn")  # a fork would copy threads and locks of torch
 
 
 class Worker:
@@ -31,8 +31,8 @@ class Worker:
 
     def __init__(self, work: Callable[[T], object], threads: int) -> None:
         """Start the process, which gives torch this number of threads."""
-        self.pipe, worker_end = _spawn.Pipe()
-        self.process = _spawn.Process(target=serve, args=(work, worker_end, threads))
+        self.pipe, worker_end = process_context.Pipe()
+        self.process = process_context.Process(target=serve, args=(work, worker_end, threads))
         with _safe_path():
             self.process.start()
         worker_end.close()  # so that the pipe ends with the process

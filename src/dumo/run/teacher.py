@@ -1,9 +1,11 @@
 """A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins.
 
-`open_teacher` opens it: a run's folder, a function of the user's, or the net in training with its adapters off. Before
-the first step `LoadedTeacher.require_same` compares it with the one that the folder began with, and
-`LoadedTeacher.training_source` notes it in teacher.json and has the pairs made (`make_pairs`), where its spec asks for
-some. They are a table on disk, `pairs/` in the run's folder (`dumo.io.table`), and read as a source of batches.
+1. `open_teacher` opens it: a run's folder, a function of the user's, or the net in training with its adapters off.
+2. `LoadedTeacher.require_same` compares it with the one that the run's folder began with.
+3. `LoadedTeacher.training_source` notes it in teacher.json. Where its spec asks for pairs, `make_pairs` makes them, a
+   table on disk (`dumo.io.table`) in the run's folder, and `TeacherPairs` is the source of batches that reads it.
+
+`base_flow` and `BaseNet` are the model under a net's adapters.
 """
 
 import importlib
@@ -33,7 +35,7 @@ from dumo.flow.reading import bind_knobs, teacher_velocity
 from dumo.flow.solver import Heun
 from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
-from dumo.io.source import DataSource, TensorData, rows_of
+from dumo.io.source import DataSource, TensorData
 from dumo.io.table import Column, TableIndex
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
@@ -202,7 +204,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
 
 def _facts(data: Data, path: FlowPath) -> dict[str, object]:
-    """What a teacher and its pupil must agree on, by field."""
+    """What a teacher and the run that it teaches must agree on, by field."""
     codec = data.codec if is_latents(data) else None
     return {
         "data.shape": data.shape,
@@ -217,12 +219,12 @@ def _facts(data: Data, path: FlowPath) -> dict[str, object]:
 def _require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], run_facts: Mapping[str, object]) -> None:
     """Raise UserError where a teacher and a run differ in a field of their `_facts`."""
     differences: list[str] = []
-    for field, here in run_facts.items():
-        there = teacher_facts[field]
-        if field == CODEC_HASH and (there is None or here is None):  # one of them has not read its codec yet
+    for field, run_value in run_facts.items():
+        teacher_value = teacher_facts[field]
+        if field == CODEC_HASH and None in (teacher_value, run_value):  # one of them has not read its codec yet
             continue
-        if there != here:
-            differences.append(f"{field} is {there} there, {here} here")
+        if teacher_value != run_value:
+            differences.append(f"{field} is {teacher_value} there, {run_value} here")
     if differences:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differences)}. Take a teacher trained on this "
@@ -231,7 +233,9 @@ def _require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], ru
 
 
 def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:
-    """What the user's function returns, tried on two rows, and the SHA-256 of its source, not of what it calls.
+    """Call the user's function; return its readings, tried on two rows, and the SHA-256 of its source code.
+
+    What the function calls is not in the hash.
 
     Raises UserError where it cannot be imported, fails, or has no velocity of the shape of x.
     """
@@ -283,21 +287,22 @@ class TeacherPairs:
         self.between = between
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """x, c, z and what is between, of rows of a step's batch, in the order that a table of x would have."""
-        places = rows_of(step, batch, size=self.table.size, seed=seed, rows=rows)
-        return self.table.x[places], self.table.c[places], *(paired[places] for paired in self._paired)
+        """x, c, z and, where there is some, what is between, of the places `rows` of a step's batch."""
+        numbers = self.numbers(step, batch, seed, rows)
+        return self.table.x[numbers], self.table.c[numbers], *(tensor[numbers] for tensor in self._noise_and_trail)
 
     @property
-    def _paired(self) -> tuple[Tensor, ...]:
+    def _noise_and_trail(self) -> tuple[Tensor, ...]:
+        """z, and what is between where the pairs have it."""
         return (self.z,) if self.between is None else (self.z, self.between)
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
-        """The numbers of the pairs."""
+        """The numbers of the pairs, (b,), at the places `rows` of a step's batch, as a table of x alone has them."""
         return self.table.numbers(step, batch, seed, rows)
 
     def fingerprint(self) -> str:
         """A hash of all pairs."""
-        return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._paired))
+        return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._noise_and_trail))
 
 
 class PairsIndex(TableIndex):

@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.signal(number, signal.SIG_DFL)
         serve(*given)
 
-    monkeypatch.setattr(job, "processes", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(job, "process_context", multiprocessing.get_context("fork"))
     monkeypatch.setattr(job, "serve", fresh)
 
 
@@ -53,7 +53,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
     """By a process that starts afresh."""
     trap.lay(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "processes", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(job, "process_context", multiprocessing.get_context("spawn"))
     monkeypatch.setattr(job, "serve", print)  # which needs no torch
     worker = job.Worker(len, 1)
     worker.process.join()
