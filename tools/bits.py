@@ -4,10 +4,13 @@
     python tools/bits.py NEW/src [NAME ...] > new.json
     python tools/bits.py --compare old.json new.json
 
-Each recipe, made small as bits.toml says, trains by the command line and makes samples by the Python door. Recorded are
-hashes of weights, averages and samples, and of all that was logged, step by step. Names of parameters and of files do
-not count, those of logged columns may change (`RENAMED`). Bits are those of one kind of CPU and one version of torch,
-so record both trees on the same. Data are $DUMO_DATA/cifar10 and taef2. bits.json is the record of commit 9ebbef4.
+To record, `record_all` imports that tree's dumo once, and forks a process for each recipe. There `record` trains the
+recipe by the command line, made small as bits.toml says, and makes samples by the Python door. A record has hashes of
+weights, averages and samples, and of all that was logged, step by step. Names of parameters and of files do not count,
+those of logged columns may change (`RENAMED`). `compare` prints where two records differ.
+
+Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
+$DUMO_DATA/cifar10 and taef2. bits.json is the record of commit 9ebbef4.
 """
 
 import argparse
@@ -32,56 +35,95 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOGETHER, SAMPLES = 2, 4  # recipes at a time; of a recipe
-NONE = {"error": "not recorded"}
-NO_FIELDS = ("after", "encode")  # keys of the table that are no fields of a recipe
-WEIGHTS, NEITHER = "net*.safetensors", ("optimizer*.safetensors", "data.safetensors")  # all others are averages
+MAX_PROCESSES = 2  # at a time: ours
+NUM_SAMPLES = 4  # of a recipe: ours
+NOT_FIELDS = ("after", "encode")  # keys of the table that are no fields of a recipe
+WEIGHTS_FILES = "net*.safetensors"
+OTHER_FILES = ("optimizer*.safetensors", "data.safetensors")  # neither weights nor averages
 # Columns of metrics.jsonl that have another name now, by recipe and old name.
-U = {f"{part}.m": f"{part}.u" for part in ("parts", "bins")}
+U_COLUMNS = {"parts.m": "parts.u", "bins.m": "bins.u"}
 RENAMED: dict[str, dict[str, str]] = {
-    "digits-likelihood": U | {f"{part}.clipped_share_m": f"{part}.clipped_share_u" for part in ("notes", "bins")},
-    "dumo-best": U | {f"{part}.clipped_share_m": f"{part}.clipped_share" for part in ("notes", "bins")},
+    "digits-likelihood": U_COLUMNS
+    | {"notes.clipped_share_m": "notes.clipped_share_u", "bins.clipped_share_m": "bins.clipped_share_u"},
+    "dumo-best": U_COLUMNS
+    | {"notes.clipped_share_m": "notes.clipped_share", "bins.clipped_share_m": "bins.clipped_share"},
 }
-FIRST = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")  # imported once, before processes are forked
-OF_OTHERS = ("peft", "diffusers.models.transformers.transformer_flux", "diffusers.models.autoencoders", "transformers")
+# Imported once, before processes are forked; the second where recipes need models of other libraries.
+MODULES = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")
+MODEL_MODULES = (
+    "peft",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.models.autoencoders",
+    "transformers",
+)
 
 Fields = dict[str, Any]  # of a recipe, by dotted names
 Record = dict[str, Any]  # what JSON holds
+NOT_RECORDED: Record = {"error": "not recorded"}
+Work = Callable[[str, Fields], Record]  # what a process does, of a name and its fields
 
 
-def flat(tree: Mapping[str, Any], before: str = "") -> Fields:
-    """A tree as dotted names and values that are no mappings."""
-    found: Fields = {}
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Fields:
+    """The leaves of a tree, by dotted names."""
+    fields: Fields = {}
     for key, value in tree.items():
-        found |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
-    return found
+        if isinstance(value, Mapping):
+            fields |= flatten(value, f"{prefix}{key}.")
+        else:
+            fields[f"{prefix}{key}"] = value
+    return fields
 
 
-def shrink(table: Mapping[str, Any], name: str) -> Fields:
-    """What the table says of a recipe."""
+def fields_of(table: Mapping[str, Any], name: str) -> Fields:
+    """What the table, bits.toml, says of a recipe: the fields of all sections with a pattern of its name."""
     fields: Fields = {}
     for patterns, section in table.items():
-        fields |= flat(section) if any(fnmatchcase(name, one) for one in patterns.split()) else {}
-    return {key: value.replace("{name}", name) if isinstance(value, str) else value for key, value in fields.items()}
+        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
+            fields |= flatten(section)
+    for key, value in fields.items():
+        if isinstance(value, str):
+            fields[key] = value.replace("{name}", name)
+    return fields
+
+
+def models_needed(table: Mapping[str, Any], recipes: Mapping[str, Fields]) -> dict[str, Fields]:
+    """The models of the table that these recipes read, by name."""
+    texts = {value for fields in recipes.values() for value in fields.values() if isinstance(value, str)}
+    models: dict[str, Fields] = table["models"]
+    needed: dict[str, Fields] = {}
+    for name, model in models.items():
+        folder = model.get("place", name).split("/")[0]
+        if f"models/{folder}" in texts:
+            needed[name] = models[model["like"]] | model if "like" in model else model
+    return needed
+
+
+# ---------------------------------------------------------------------------------------------- what is done in a fork
 
 
 def digest(*tensors: "Tensor") -> str:
     """A hash of tensors' types, shapes and bytes, whatever their order."""
     from torch import uint8
 
-    told = [(f"{x.dtype} {tuple(x.shape)} ", x.contiguous().reshape(-1).view(uint8).numpy().tobytes()) for x in tensors]
-    each = sorted(sha256(kind.encode() + content).hexdigest() for kind, content in told)
-    return sha256(" ".join(each).encode()).hexdigest()
+    hashes: list[str] = []
+    for x in tensors:
+        header = f"{x.dtype} {tuple(x.shape)} ".encode()
+        content = x.contiguous().reshape(-1).view(uint8).numpy().tobytes()
+        hashes.append(sha256(header + content).hexdigest())
+    return sha256(" ".join(sorted(hashes)).encode()).hexdigest()
 
 
-def logged(file: Path) -> dict[str, str]:
-    """Every column of metrics.jsonl, a short hash for each row."""
-    rows = [flat(json.loads(line)) for line in file.read_text().splitlines()]
-    names = {name: None for row in rows for name in row}
+def log_hashes(file: Path) -> dict[str, str]:
+    """Every column of metrics.jsonl: a short hash for each row, with spaces between."""
+    rows = [flatten(json.loads(line)) for line in file.read_text().splitlines()]
+    names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: " ".join(sha256(repr(row.get(name)).encode()).hexdigest()[:6] for row in rows) for name in names}
 
 
-def command(*words: str) -> None:
+def run_dumo(*words: str) -> None:
     """`dumo WORDS`, as the command line runs it. Raises RuntimeError where it ends badly."""
     from dumo.cli import main
 
@@ -94,30 +136,61 @@ def command(*words: str) -> None:
 
 
 def record(name: str, fields: Fields) -> Record:
-    """Train a recipe in this folder and sample it."""
+    """Train a recipe in this folder and sample it; return its record."""
     from safetensors.torch import load_file
 
     import dumo
 
-    run, told = Path("runs") / name, {key: value for key, value in fields.items() if key not in NO_FIELDS}
-    sets = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items()]
-    words = [*(word for one in sets for word in ("--set", one)), "--device", "cpu"]
+    run = Path("runs") / name
+    settings: list[str] = []
+    for key, value in fields.items():
+        if key not in NOT_FIELDS:
+            settings.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    options: list[str] = []
+    for setting in settings:
+        options += ["--set", setting]
+    options += ["--device", "cpu"]
     if fields.get("encode"):
-        command("encode", name, *words)
-    command("train", name, "--out", str(run), *words)
-    files = [file for file in (run / "checkpoints").rglob("*.safetensors") if not any(map(file.match, NEITHER))]
-    found = {file: digest(*load_file(file).values()) for file in files}
+        run_dumo("encode", name, *options)
+    run_dumo("train", name, "--out", str(run), *options)
+
+    weights: list[str] = []
+    averages: list[str] = []
+    for file in (run / "checkpoints").rglob("*.safetensors"):
+        if any(file.match(pattern) for pattern in OTHER_FILES):
+            continue
+        hashes = weights if file.match(WEIGHTS_FILES) else averages
+        hashes.append(digest(*load_file(file).values()))
     opened = dumo.load(run, device="cpu")
     return {
-        "set": sets,
-        "weights": sorted(made for file, made in found.items() if file.match(WEIGHTS)),
-        "averages": sorted(made for file, made in found.items() if not file.match(WEIGHTS)),
-        "samples": {str(nfe): digest(opened.sample(n=SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
-        "log": logged(run / "metrics.jsonl"),
+        "set": settings,
+        "weights": sorted(weights),
+        "averages": sorted(averages),
+        "samples": {str(nfe): digest(opened.sample(n=NUM_SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
+        "log": log_hashes(run / "metrics.jsonl"),
     }
 
 
-def pictures(folder: str, width: int, height: int) -> None:
+def build_model(name: str, fields: Fields) -> Record:
+    """Save a model of another library, with random weights, in models/; return an empty record."""
+    import torch
+
+    package, class_name = fields.pop("class").split(".")
+    fields.pop("like", None)
+    folder = Path("models") / fields.pop("place", name)
+    model_class = getattr(import_module(package), class_name)
+    is_transformers = package == "transformers"
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**fields)) if is_transformers else model_class(**fields)
+    for p in model.parameters():  # none stays zero, or nothing would pass
+        p.data = p.data + torch.randn(p.shape) / (10 if p.ndim == 1 else p[0].numel() ** 0.5)
+    model.save_pretrained(folder)
+    if is_transformers:  # its tokenizer reads bytes, and needs no file of others
+        import_module(package).ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return {}
+
+
+def write_pictures(folder: str, width: int, height: int) -> None:
     """Pictures of nothing, three in each of ten classes, with captions beside them."""
     from PIL import Image
 
@@ -129,136 +202,153 @@ def pictures(folder: str, width: int, height: int) -> None:
         file.with_suffix(".txt").write_text(f"picture {i} of kind {i % 10}")
 
 
-def build(name: str, given: Fields) -> Record:
-    """Save a model of others with random weights in models/."""
-    import torch
-
-    package, kind = given.pop("class").split(".")
-    given.pop("like", None)
-    folder = Path("models") / given.pop("place", name)
-    made = getattr(import_module(package), kind)
-    torch.manual_seed(0)
-    model = made(made.config_class(**given)) if package == "transformers" else made(**given)
-    for p in model.parameters():  # none are zero, or nothing would pass
-        p.data = p.data + torch.randn(p.shape) / (10 if p.ndim == 1 else p[0].numel() ** 0.5)
-    model.save_pretrained(folder)
-    if package == "transformers":  # its tokenizer reads bytes, and needs no file of others
-        import_module(package).ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
-    return {}
+# ------------------------------------------------------------------------------------------------------------ the forks
 
 
-def child(work: Callable[[str, Fields], Record], name: str, fields: Fields) -> None:
-    """What a process does: it writes NAME.json, and what was said to NAME.txt."""
-    with open(f"{name}.txt", "w") as said:
-        for number in (1, 2):
-            os.dup2(said.fileno(), number)
+def run_child(work: Work, name: str, fields: Fields) -> None:
+    """Do the work of a forked process: its record goes to NAME.json, and what it prints to NAME.txt."""
+    with open(f"{name}.txt", "w") as printed:
+        for stream in (1, 2):  # stdout and stderr
+            os.dup2(printed.fileno(), stream)
         try:
-            found = work(name, fields)
+            result = work(name, fields)
         except BaseException as error:
             sys.stderr.flush()
-            lines = [line for line in Path(said.name).read_text().splitlines() if line.startswith("error: ")]
-            found = {"error": " ".join([f"{type(error).__name__}: {error}", *lines])}
-        Path(f"{name}.json").write_text(json.dumps(found))
+            lines = [line for line in Path(printed.name).read_text().splitlines() if line.startswith("error: ")]
+            result = {"error": " ".join([f"{type(error).__name__}: {error}", *lines])}
+        Path(f"{name}.json").write_text(json.dumps(result))
 
 
-def together(work: Callable[[str, Fields], Record], asked: Mapping[str, Fields]) -> dict[str, Record]:
-    """What comes of each name's work, done in a process of its own that is forked from this one."""
-    waiting, running, records = [*asked.items()], dict[str, Any](), dict[str, Record]()
+def run_forked(work: Work, fields_by_name: Mapping[str, Fields]) -> dict[str, Record]:
+    """Do the work for each name in a fork of this process, MAX_PROCESSES at a time; return the records by name."""
+    waiting = [*fields_by_name.items()]
+    running: dict[str, Any] = {}
+    records: dict[str, Record] = {}
     while waiting or running:
-        while waiting and len(running) < TOGETHER:
+        while waiting and len(running) < MAX_PROCESSES:
             name, fields = waiting.pop(0)
-            running[name] = get_context("fork").Process(target=child, args=(work, name, fields))
+            running[name] = get_context("fork").Process(target=run_child, args=(work, name, fields))
             running[name].start()
         wait([process.sentinel for process in running.values()])
-        for name in [name for name, process in running.items() if process.exitcode is not None]:
-            made, code = Path(f"{name}.json"), running.pop(name).exitcode
-            records[name] = json.loads(made.read_text()) if made.is_file() else {"error": f"ended with {code}"}
+        for name, process in [*running.items()]:
+            if process.exitcode is None:
+                continue
+            del running[name]
+            file = Path(f"{name}.json")
+            records[name] = {"error": f"ended with {process.exitcode}"}
+            if file.is_file():
+                records[name] = json.loads(file.read_text())
             print(f"{name} {records[name].get('error', '')}".rstrip(), file=sys.stderr)
     return records
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The name of this machine's CPU."""
-    told = Path("/proc/cpuinfo")
-    found = re.findall(r"model name\s*: (.*)", told.read_text()) if told.is_file() else []
-    return found[0] if found else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return names[0] if names else platform.processor()
+
+
+def recipe_names(patterns: Sequence[str]) -> list[str]:
+    """The packaged recipes with one of these patterns, or all; ends the program for a pattern without a recipe."""
+    from dumo.config import recipes
+
+    names = recipes.names()
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        sys.exit(f"there is no recipe {', '.join(unknown)}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns or ["*"])]
 
 
 def record_all(source: Path, patterns: Sequence[str]) -> Record:
-    """The records of the recipes that are asked for, and what machine they are of."""
+    """The records of the recipes that are asked for, by the dumo in the folder `source`, and on what machine."""
     sys.path.insert(0, str(source.resolve()))
     import torch
 
-    from dumo.config import recipes
-
     torch.set_num_threads(1)
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    names = [name for name in recipes.names() if any(fnmatchcase(name, one) for one in patterns or "*")]
-    if lost := [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]:
-        sys.exit(f"there is no recipe {', '.join(lost)}")
-    asked = {name: shrink(table, name) for name in names}
-    first = {name: shrink(table, name) for fields in asked.values() if (name := fields.get("after"))}
-    named = {value for fields in asked.values() for value in fields.values() if isinstance(value, str)}
-    models: dict[str, Fields] = table["models"]
-    needed = {
-        name: given for name, given in models.items() if f"models/{given.get('place', name).split('/')[0]}" in named
-    }
-    needed = {name: models[given["like"]] | given if "like" in given else given for name, given in needed.items()}
-    for module in FIRST + (OF_OTHERS if needed else ()):
+    names = recipe_names(patterns)
+    recipes = {name: fields_of(table, name) for name in names}
+    first_recipes: dict[str, Fields] = {}  # those that others begin with or learn from
+    for fields in recipes.values():
+        if fields.get("after"):
+            first_recipes[fields["after"]] = fields_of(table, fields["after"])
+    models = models_needed(table, recipes)
+    for module in MODULES + (MODEL_MODULES if models else ()):
         import_module(module)
+
     with TemporaryDirectory() as scratch, chdir(scratch):
-        pictures("pictures", 160, 136)
-        pictures("pictures-32", 32, 32)
-        together(build, needed)
-        records = together(record, first)
-        records |= together(record, {name: asked[name] for name in names if name not in first})
-    on = f"torch {torch.__version__}, {processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"on": on, "asked": list(patterns), "recipes": {name: records[name] for name in names}}
+        write_pictures("pictures", 160, 136)
+        write_pictures("pictures-32", 32, 32)
+        run_forked(build_model, models)
+        records = run_forked(record, first_recipes)
+        records |= run_forked(record, {name: recipes[name] for name in names if name not in first_recipes})
+    machine = f"torch {torch.__version__}, {processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"on": machine, "asked": list(patterns), "recipes": {name: records[name] for name in names}}
 
 
-def differences(old: Record, new: Record, renamed: dict[str, str]) -> list[str]:
-    """The parts in which two records of a recipe differ."""
-    if errors := [f"{which}: {one['error']}" for which, one in (("old", old), ("new", new)) if "error" in one]:
+# ----------------------------------------------------------------------------------------------------- the comparison
+
+
+def differences(old: Record, new: Record, renamed: Mapping[str, str]) -> list[str]:
+    """The parts in which two records of a recipe differ; `renamed`: new names of columns by the old ones."""
+    errors = [f"{tree}: {rec['error']}" for tree, rec in (("old", old), ("new", new)) if "error" in rec]
+    if errors:
         return errors
     parts = [part for part in ("weights", "averages", "samples") if old[part] != new[part]]
-    before = {renamed.get(name, name): rows.split() for name, rows in old["log"].items()}
-    after = {name: rows.split() for name, rows in new["log"].items()}
-    for name in before | after:
-        a, b = before.get(name, []), after.get(name, [])
-        rows = [i + 1 for i, (x, y) in enumerate(zip_longest(a, b)) if x != y]
-        parts += [f"log {name} ({f'from row {rows[0]}' if a and b else 'gone' if a else 'new'})"] if rows else []
-    return [*parts, "and in what was set"] if parts and old["set"] != new["set"] else parts
+    old_log = {renamed.get(name, name): hashes.split() for name, hashes in old["log"].items()}
+    new_log = {name: hashes.split() for name, hashes in new["log"].items()}
+    for name in old_log | new_log:
+        if name not in new_log:
+            parts.append(f"log {name} (gone)")
+        elif name not in old_log:
+            parts.append(f"log {name} (new)")
+        else:
+            row_pairs = enumerate(zip_longest(old_log[name], new_log[name]), 1)
+            different_rows = [number for number, (a, b) in row_pairs if a != b]
+            if different_rows:
+                parts.append(f"log {name} (from row {different_rows[0]})")
+    if parts and old["set"] != new["set"]:
+        parts.append("and in what was set")
+    return parts
 
 
 def compare(old: Record, new: Record) -> int:
     """Print a line for every recipe that differs; return how many do."""
     if old["on"] != new["on"]:
         print(f"bits may differ for this alone: {old['on']}; {new['on']}", file=sys.stderr)
-    a, b = old["recipes"], new["recipes"]
-    names = b if new["asked"] else sorted(a | b)
-    found = {name: differences(a.get(name, NONE), b.get(name, NONE), RENAMED.get(name, {})) for name in names}
-    found = {name: parts for name, parts in found.items() if parts}
-    for name, parts in found.items():
-        print(f"{name}: {', '.join(parts)}")
-    print(f"{len(names) - len(found)} of {len(names)} recipes are equal", file=sys.stderr)
-    return len(found)
+    old_records = old["recipes"]
+    new_records = new["recipes"]
+    names = new_records if new["asked"] else sorted(old_records | new_records)
+    num_different = 0
+    for name in names:
+        old_record = old_records.get(name, NOT_RECORDED)
+        new_record = new_records.get(name, NOT_RECORDED)
+        parts = differences(old_record, new_record, RENAMED.get(name, {}))
+        if parts:
+            num_different += 1
+            print(f"{name}: {', '.join(parts)}")
+    print(f"{len(names) - num_different} of {len(names)} recipes are equal", file=sys.stderr)
+    return num_different
 
 
 def main() -> int:
-    """Record, or compare."""
+    """Record, or compare; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, help="the folder in which a tree's dumo lies, such as src")
     parser.add_argument("names", nargs="*", help="recipes, or patterns of their names; all, if none are given")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two records")
-    asked = parser.parse_args()
-    if asked.compare:
-        return min(compare(*(json.loads(file.read_text()) for file in asked.compare)), 1)
-    if not asked.source or not (asked.source / "dumo").is_dir():
+    options = parser.parse_args()
+    if options.compare:
+        old, new = (json.loads(file.read_text()) for file in options.compare)
+        return int(compare(old, new) > 0)
+    if not options.source or not (options.source / "dumo").is_dir():
         parser.error("name the folder in which a tree's dumo lies, or --compare two records")
-    print(json.dumps(record_all(asked.source, asked.names), indent=1))
+    print(json.dumps(record_all(options.source, options.names), indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # threads round otherwise
+    # several threads round otherwise
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     sys.exit(main())
