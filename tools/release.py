@@ -24,33 +24,34 @@ TINY = ("net.width=32", "net.depth=1", "train.batch=16", "train.steps=20", "eval
 
 def notes(version: str, root: Path = ROOT) -> str:
     """The text below the heading `## [VERSION] - YYYY-MM-DD` of CHANGELOG.md; empty if it has none."""
-    text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
-    heading = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## |\Z)"
-    found = re.search(heading, text, re.DOTALL | re.MULTILINE)
-    return found[1].strip() if found else ""
+    changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## |\Z)"
+    match = re.search(section, changelog, re.DOTALL | re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def faults(version: str, root: Path = ROOT) -> Iterator[str]:
     """What keeps this tree from being released as a version."""
     if not VERSION.fullmatch(version):
         yield f"{version!r} is no version: write it as 1.2.3"
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    project_version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     citation = re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
-    for file, there in {"pyproject.toml": project, "CITATION.cff": citation and citation[1]}.items():
-        if there != version:
-            yield f"{file} has version {there}, not {version}"
+    citation_version = citation[1] if citation else None
+    for file, file_version in (("pyproject.toml", project_version), ("CITATION.cff", citation_version)):
+        if file_version != version:
+            yield f"{file} has version {file_version}, not {version}"
     if not notes(version, root):
         yield f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD', or an empty one"
 
 
 def run(*words: object, cwd: Path | None = None) -> None:
-    """A command, which must end well; it finds dumo where it is installed, not in a clone."""
+    """Run a command, which must end well. It finds dumo where it is installed, not in a clone."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([*map(str, words)], cwd=cwd, env=env, check=True)
 
 
 def build(folder: Path) -> Path:
-    """Build both into an empty folder and let twine check them; the wheel's path."""
+    """Build sdist and wheel into an empty folder and let twine check them; return the wheel's path."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
     run(sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
@@ -59,31 +60,34 @@ def build(folder: Path) -> Path:
     return wheel
 
 
-def install(wheel: Path, venv: Path, here: Path) -> None:
-    """Install a wheel into an environment, a new one unless it is there, and train, sample and evaluate in a folder."""
+def install(wheel: Path, venv: Path, folder: Path) -> None:
+    """Install a wheel into an environment, and train, sample and evaluate by it in a folder.
+
+    The environment is made where it does not exist.
+    """
     programs = venv.absolute() / "bin"
     if not programs.exists():
         run(sys.executable, "-P", "-m", "venv", venv)
     run(programs / "python", "-P", "-m", "pip", "install", "--quiet", wheel)
     tiny = [word for field in TINY for word in ("--set", field)]
     for words in (["--version"], ["train", "digits", *tiny], ["sample", "runs/digits"], ["evaluate", "runs/digits"]):
-        run(programs / "dumo", *words, cwd=here)
+        run(programs / "dumo", *words, cwd=folder)
 
 
 def main(*words: str) -> int:
-    """The exit code."""
+    """Do what the words say, as the head of this file has them; return the exit code."""
     match words:
         case "check", version:
-            found = list(faults(version))
-            print("\n".join(found) or f"{version} can be released")
-            return int(bool(found))
+            lines = list(faults(version))
+            print("\n".join(lines) or f"{version} can be released")
+            return int(bool(lines))
         case "notes", version:
             print(notes(version))
         case "build", folder:
             print(build(Path(folder)))
         case "install", wheel, venv:
-            with TemporaryDirectory() as here:
-                install(Path(wheel), Path(venv), Path(here))
+            with TemporaryDirectory() as folder:
+                install(Path(wheel), Path(venv), Path(folder))
         case _:
             print(__doc__)
             return 2

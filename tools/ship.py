@@ -32,7 +32,7 @@ CARD = """# {name}
 - `dumo evaluate`, before the weights were rounded: {results}.
 - Licence: Apache-2.0, as dumo.{licence}
 """
-OF_DATA = {
+DATA_LICENCES = {  # by the kind of data
     "digits": " The digits are UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), CC BY 4.0.",
     "latents": " Images: CIFAR-10 (Krizhevsky 2009). Decoder: [taef2](https://github.com/madebyollin/taesd), MIT, "
     "[its notice](LICENSE.taef2).",
@@ -40,44 +40,49 @@ OF_DATA = {
 
 
 def ship(run: Path, name: str) -> None:
-    """Write the folder."""
+    """Write the folder NAME among dumo's own runs, of the run in the folder `run`, which must be evaluated."""
     opened = open_run(str(run), device="cpu")
-    with atomic_write(HERE / name) as half:
-        place = half / "checkpoints" / opened.checkpoint.name
-        place.mkdir(parents=True)
-        shutil.copy(run / "data.json", half)
-        said = dump(portable(opened.run, half, name))
-        for file in (half / FILE, place / manifest.RUN):
-            file.write_text(said, encoding="utf-8")
-        weights = load_file(opened.file)
-        rounded = {key: x.half() for key, x in weights.items()}
-        save_file(rounded, file := place / opened.file.name)
-        about = opened.checkpoint.manifest
-        kept = manifest.listed(place, [place / manifest.RUN, file])
-        manifest.write(place, about.model_copy(update={"files": kept, "log": None}))
-        (half / "README.md").write_text(card(opened, name, kept[file.name].sha256), encoding="utf-8")
-    far = max(float((rounded[key].float() - x).abs().max()) for key, x in weights.items())
-    print(f"{HERE / name}: the largest change of a weight is {far:.2g}")
+    weights = load_file(opened.file)
+    half_weights = {key: x.half() for key, x in weights.items()}
+    with atomic_write(HERE / name) as folder:
+        checkpoint = folder / "checkpoints" / opened.checkpoint.name
+        checkpoint.mkdir(parents=True)
+        shutil.copy(run / "data.json", folder)
+
+        # the run, in its folder and in its checkpoint's
+        text = dump(portable_run(opened.run, folder, name))
+        (folder / FILE).write_text(text, encoding="utf-8")
+        (checkpoint / manifest.RUN).write_text(text, encoding="utf-8")
+
+        # the weights, and the manifest that lists them
+        weights_file = checkpoint / opened.file.name
+        save_file(half_weights, weights_file)
+        files = manifest.listed(checkpoint, [checkpoint / manifest.RUN, weights_file])
+        manifest.write(checkpoint, opened.checkpoint.manifest.model_copy(update={"files": files, "log": None}))
+
+        (folder / "README.md").write_text(card_text(opened, name, files[weights_file.name].sha256), encoding="utf-8")
+    largest_change = max(float((half_weights[key].float() - x).abs().max()) for key, x in weights.items())
+    print(f"{HERE / name}: the largest change of a weight is {largest_change:.2g}")
 
 
-def portable(run: Run, folder: Path, name: str) -> Run:
-    """A run without paths of this machine; an autoencoder is copied into the folder, and found where that is opened."""
-    there = as_given(run)
+def portable_run(run: Run, folder: Path, name: str) -> Run:
+    """The run without paths of this machine. An autoencoder is copied into the folder, and named where it is found."""
+    portable = as_given(run)
     if not isinstance(run.data, Latents):
-        return there
+        return portable
     weights = user_path(run.data.codec.weights, FIELD)
     shutil.copyfile(weights, folder / weights.name)
     shutil.copyfile(weights.parent / "LICENSE", folder / f"LICENSE.{weights.stem}")
-    own = run.data.codec.model_copy(update={"weights": f"runs/{name}/{weights.name}"})
-    return there.model_copy(update={"data": there.data.model_copy(update={"codec": own})})
+    codec = run.data.codec.model_copy(update={"weights": f"runs/{name}/{weights.name}"})
+    return portable.model_copy(update={"data": portable.data.model_copy(update={"codec": codec})})
 
 
-def card(opened: RunFolder, name: str, sha256: str) -> str:
-    """Its README.md, with the numbers of the run's last evaluation."""
-    found = json.loads((opened.folder / "evaluation.json").read_text(encoding="utf-8"))
-    assert found["step"] == opened.step, "evaluate the run first"
-    score = leading_score([*found["results"][0]])
-    rows = [f"`{score}` {row[score]:.3g} at {row['nfe']} NFE" for row in found["results"]]
+def card_text(opened: RunFolder, name: str, sha256: str) -> str:
+    """The run's README.md, with the scores of its last evaluation; `sha256` is that of the weights."""
+    evaluation = json.loads((opened.folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["step"] == opened.step, "evaluate the run first"
+    score = leading_score([*evaluation["results"][0]])
+    results = [f"`{score}` {row[score]:.3g} at {row['nfe']} NFE" for row in evaluation["results"]]
     return CARD.format(
         name=name,
         about=opened.run.about,
@@ -87,8 +92,8 @@ def card(opened: RunFolder, name: str, sha256: str) -> str:
         data=opened.run.data.kind,
         weights=f"{sum(p.numel() for p in opened.net.parameters()):,}",
         sha256=sha256,
-        results=", ".join(rows),
-        licence=OF_DATA.get(opened.run.data.kind, ""),
+        results=", ".join(results),
+        licence=DATA_LICENCES.get(opened.run.data.kind, ""),
     )
 
 
@@ -96,5 +101,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a trained run one that comes with dumo.")
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
-    words = parser.parse_args()
-    ship(words.run, words.name)
+    options = parser.parse_args()
+    ship(options.run, options.name)

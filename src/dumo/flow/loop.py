@@ -82,7 +82,7 @@ from dumo.types.rows import to_device
 log = logging.getLogger("dumo")
 Moment = Tensor | float | int  # a time for all rows, or one for each
 
-# Ours: the step at which a network that was not copied is checked once more, for its layers of zeros are trained then
+# The step at which a network that was not copied is checked once more, for its layers of zeros are trained then: ours
 _SECOND_CHECK_STEP = 100
 
 
@@ -150,7 +150,8 @@ class LoopFlow(Flow):
         self.time_scale = time_scale
         self.own_call = call
         self.shard = shard
-        self.teacher_under = teacher_flow.teaching if teacher_flow else None  # of conditions that are no labels
+        # of conditions that are no labels, the teacher that reads them; None: the teacher is no flow
+        self.teach_conditions = teacher_flow.teaching if teacher_flow else None
 
         self.step = 0  # losses so far
         self.rows = 0  # of a rank's batch
@@ -392,14 +393,14 @@ class LoopFlow(Flow):
         rows_of_rank = max(self.rows, len(x))
         batch = max(ranks * rows_of_rank, rows.stop)
         draws = self.make_draws(at_step, x.shape[1:], batch=batch, rows=rows, z=z is None)
-        index = self._index(len(x), c, x.device)
-        none: Cond | int = self.classes
-        if is_table(c):
-            none = table_of(c, self.null, self.call).dropped(index)
+        index = self._condition_index(len(x), c, x.device)
+        null: Cond | int = self.classes
         teacher = None
-        if self.teacher_under and is_table(c):
-            teacher = self.teacher_under(c)
-        b = self.add_noise(draws, x, index, null=none, z=z, progress=progress, teacher=teacher)
+        if is_table(c):
+            null = table_of(c, self.null, self.call).dropped(index)
+            if self.teach_conditions:
+                teacher = self.teach_conditions(c)
+        b = self.add_noise(draws, x, index, null=null, z=z, progress=progress, teacher=teacher)
         if self.net_draws:  # a pass of some rows would draw for them what it did not draw for all
             b = replace(b, moving=None)
         return b, to_device(draws.keys, x.device)
@@ -408,7 +409,7 @@ class LoopFlow(Flow):
         """Passes on x in the precision of this flow, if it has one."""
         return using(self.precision, x.device) if self.precision else nullcontext()
 
-    def _index(self, n: int, c: Condition, device: torch.device) -> Cond:
+    def _condition_index(self, n: int, c: Condition, device: torch.device) -> Cond:
         """What an objective gets as c (n,): class numbers, or numbers of rows; zeros where there is no condition."""
         if is_table(c):
             return torch.arange(n, device=device)
@@ -437,14 +438,14 @@ class LoopFlow(Flow):
 
     def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
         """What these passes tell a solver, with this guidance and these knobs (None: the flow's own)."""
-        none = passes.table.dropped if passes.table else self.classes
-        return guide(reading(self.objective, passes, knobs or self.knobs), none)
+        null = passes.table.dropped if passes.table else self.classes
+        return guide(reading(self.objective, passes, knobs or self.knobs), null)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
-        """What the reading of this name says of x at these times, in evaluation mode."""
+        """The reading `name` of x at these times, (b, ...), in evaluation mode. Raises as `_taught_reading`."""
         require_data(x, self.shape)
         require_conditions(c, len(x), self.classes, self.call, self.null)
-        index = self._index(len(x), c, x.device)
+        index = self._condition_index(len(x), c, x.device)
         read = self._taught_reading(name, self._passes(c, None))
         row_times = [_row_times(time, x) for time in times]
         with generate.eval_mode(self.net), self._in_precision(x):
@@ -459,7 +460,10 @@ class LoopFlow(Flow):
         return read
 
     def _sample_conditions(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
-        """The conditions of samples that are no labels, else None; and labels, or numbers of their rows, (n,)."""
+        """The conditions of samples, and what an objective gets as c (n,).
+
+        Of a table, its rows and their numbers; else None and labels. Raises UserError for what are no conditions.
+        """
         if c is None or isinstance(c, str | float):
             raise UserError(f"flow.sample({c!r}): give how many samples, or a condition for each")
         if isinstance(c, Tensor) and (not c.ndim or not is_table(c)):
@@ -486,7 +490,7 @@ class LoopFlow(Flow):
         return state.to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from what `get_extra_state` returned."""
+        """Resume from what `get_extra_state` returned."""
         flow_state = FlowState.from_tensor(state)
         self.step = flow_state.step
         self.seed = flow_state.seed
