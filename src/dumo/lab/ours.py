@@ -159,10 +159,15 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
     The run is exported to `folder` first, unless that exists.
     """
     trained = result.trained
+    run = trained.run
     diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
+
+    # export the run
     if not folder.exists():
-        # -P: no module of the folder we are in is imported there
+        # -P: no module of the working folder is imported there
         subprocess.run([sys.executable, "-P", "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
+
+    # the stock pipeline, without autoencoder and text encoders
     model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     missing_parts: dict[str, None] = {"vae": None}
@@ -171,7 +176,8 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
         missing_parts[f"tokenizer{number}"] = None
     pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **missing_parts)
     pipe.set_progress_bar_config(disable=True)
-    run = trained.run
+
+    # sample in one pass, and in two
     codes = weights.load(folder / "codes.safetensors")
     n = run.data.classes
     side = 8 * run.data.shape[-1]
@@ -192,6 +198,7 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
                 output_type="latent",
             )
             latents.append(output.images)
+
     names = [run.conditions.name(c) for c in range(n)]
     pixels = picture.to_rows(trained.sampler.decode(torch.cat(latents)))
     return picture.sheet(pixels, n, titles=names)
@@ -208,28 +215,30 @@ def best_table(plan: Plan, results: list[Result]) -> list[Row]:
     for row in rows:
         even_at = None
         if row["nfe"] == 1:
-            even_at = even_budget(_curve(rows, row["arm"]), _level(rows))
+            even_at = even_budget(_curve(rows, row["arm"]), _first_distance(rows))
         table.append(row | {"even_at": even_at})
     return table
 
 
 def _curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
-    """The points of the arm `name` at one number of passes, by budget."""
+    """The curve of the arm `name` at one number of passes: budget, distance and its deviation, by budget."""
     score = main_score(rows[0])
     arm_rows = [row for row in rows if (row["arm"], row["nfe"]) == (name, nfe)]
     return sorted(chart.CurvePoint(row["budget"], row[score], row[f"{score}_sd"]) for row in arm_rows)
 
 
-def _level(rows: Sequence[Row], nfe: int = 1) -> float:
-    """The distance of the first arm at a budget of 1."""
+def _first_distance(rows: Sequence[Row], nfe: int = 1) -> float:
+    """The distance of the table's first arm at a budget of 1."""
     return next(y for budget, y, _ in _curve(rows, rows[0]["arm"], nfe) if budget == 1)
 
 
 def even_budget(points: Curve, distance: float) -> float | None:
-    """The budget at which a curve comes down to this distance; None where it does not."""
-    for (a, high, _), (b, low, _) in pairwise(points):
-        if low <= distance <= high and low < high:
-            return exp(log(a) + log(b / a) * log(high / distance) / log(high / low))
+    """The budget at which a falling curve reaches this distance, linearly in logarithms; None where it does not."""
+    for (budget_a, distance_a, _), (budget_b, distance_b, _) in pairwise(points):
+        if distance_b <= distance <= distance_a and distance_b < distance_a:
+            fall = log(distance_a / distance)
+            whole_fall = log(distance_a / distance_b)
+            return exp(log(budget_a) + log(budget_b / budget_a) * fall / whole_fall)
     return None
 
 
@@ -257,7 +266,10 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def power(points: Curve) -> tuple[float, float]:
-    """The slope of a curve y = x^slope, by least squares of log y on log x, and its error, from the deviations of y."""
+    """The slope of a curve, distance = a budget^slope, and its standard error, from the deviations of the distances.
+
+    By least squares of log distance on log budget.
+    """
     x = [log(budget) for budget, _, _ in points]
     y = [log(distance) for _, distance, _ in points]
     mean = fmean(x)
@@ -283,6 +295,6 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
             chart.score_label(main_score(table[0])),
             {name: _curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
             log_x=True,
-            level=chart.Level(_level(table, nfe), f"{paper} at 1"),
+            level=chart.Level(_first_distance(table, nfe), f"{paper} at 1"),
         )
     return charts

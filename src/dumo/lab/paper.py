@@ -27,8 +27,7 @@ from dumo.lab.cell import Result, Row, average_by_arm, main_score
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.plan import machine
 from dumo.plan import plan as counts
-from dumo.report import chart, gallery
-from dumo.report.evaluate import row
+from dumo.report import chart, evaluate, gallery
 from dumo.run.index import Index
 from dumo.run.judge import evaluator_of
 from dumo.run.net import outline
@@ -141,7 +140,7 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
         milestone = gallery.open_at(trained, step, file)
         for mode in gallery.choose_modes(milestone.sampler, None, FIG5_PASSES):
             for nfe in FIG5_PASSES:
-                scores = row(milestone.sampler, evaluator, mode.at(nfe), nfe, c, spec.evaluate.seed)
+                scores = evaluate.row(milestone.sampler, evaluator, mode.at(nfe), nfe, c, spec.evaluate.seed)
                 passes_solver_distance = islice(scores.items(), 3)
                 yield {"reading": mode.letter, "step": step, **dict(passes_solver_distance)}
 

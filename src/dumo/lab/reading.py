@@ -31,8 +31,8 @@ from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.types import Spec, UserError
 from dumo.types.rows import to_device
 
-WARM = BATCHES_AHEAD + 1  # batches before the first that counts
-SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
+WARM_UP_BATCHES = BATCHES_AHEAD + 1  # before the first that counts
+SHARE_OF_PEAK = 0.4  # of a GPU's peak, that a step is expected to reach: ours. Larger nets reach more: the safe side
 
 
 class _DataOnly(Spec):
@@ -43,7 +43,7 @@ class _DataOnly(Spec):
 
 @dataclass(frozen=True)
 class DataBenchmark:
-    """What `dumo bench data` measures."""
+    """What `dumo bench data` reads, and for which training."""
 
     data: Data
     batch: int  # images
@@ -55,8 +55,8 @@ def reading_of(
 ) -> DataBenchmark:
     """The data of a recipe or run, or the images of a folder or file.
 
-    `batch` is by default the recipe's, or 256; `side`, the pixels that images are brought to, 256. Raises UserError as
-    loading does, and for a side with a recipe.
+    `batch` is the number of images; None: the recipe's, or 256 for a folder. `side`: the pixels to which images of a
+    folder are brought; None: 256. Raises UserError as loading does, and for a side with a recipe.
     """
     if choose(source).kind != "images":
         if side is not None:
@@ -95,12 +95,12 @@ def measure(
         seconds, origin = _step_seconds(reading, torch_device)
     needed = reading.batch / seconds if seconds else None
     rates: list[float] = []
-    with bar("reading", len(counts) * (WARM + batches)) as tick:
+    with bar("reading", len(counts) * (WARM_UP_BATCHES + batches)) as tick:
         for count in counts:
             if isinstance(source, Album) and count:
                 source.use_threads(count)
-            first = len(rates) * (WARM + batches)
-            steps = range(first, first + WARM + batches)
+            first = len(rates) * (WARM_UP_BATCHES + batches)
+            steps = range(first, first + WARM_UP_BATCHES + batches)
             rates.append(speed(source, reading.batch, steps, torch_device, tick))
     rows: list[dict[str, Any]] = []
     for count, rate in zip(counts, rates, strict=True):
@@ -124,7 +124,7 @@ def measure(
 
 
 def speed(source: DataSource, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
-    """Images per second over these steps, of which the first `WARM` are not timed."""
+    """Images per second over these steps, of which the first `WARM_UP_BATCHES` are not timed."""
     watch = Stopwatch(device)
     began = 0.0
     last = steps.stop + BATCHES_AHEAD
@@ -133,10 +133,10 @@ def speed(source: DataSource, batch: int, steps: range, device: torch.device, ti
             signals.check()
             for part in batch_at(step):
                 to_device(part, device)
-            if step == steps[WARM - 1]:
+            if step == steps[WARM_UP_BATCHES - 1]:
                 began = watch.now()
             tick(step + 1, "")
-        return batch * (len(steps) - WARM) / (watch.now() - began)
+        return batch * (len(steps) - WARM_UP_BATCHES) / (watch.now() - began)
 
 
 def _step_seconds(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:

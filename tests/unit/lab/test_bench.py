@@ -265,7 +265,7 @@ class Huge:
 
 def test_few_batches_live_at_a_time() -> None:
     source = Huge()
-    steps = range(100, 100 + reading.WARM + 50)
+    steps = range(100, 100 + reading.WARM_UP_BATCHES + 50)
     assert reading.speed(source, 4, steps, CPU, lambda done, note: None) > 0
     assert source.most <= BATCHES_AHEAD + 2  # ahead, and in use
     assert set(steps) <= set(source.made) <= set(range(100, steps.stop + BATCHES_AHEAD))
