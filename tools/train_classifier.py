@@ -38,11 +38,21 @@ N = TypeVar("N", bound=nn.Module)
 Tick = Callable[[int, float], None]  # called with the number of an epoch, from 0, and its mean loss
 
 KEYS = {"digits": "dumo.metrics.classifier", "cifar10": "dumo.metrics.cifar"}  # of the draws of the shipped weights
-SHARE, STEPS, FLOOR = 0.2, 1000, 0.98  # of digits: held out; and the accuracy on them below which no file is written
-BATCH, RATE, DECAY = 64, 4e-3, 0.01  # ours
-EPOCHS, CIFAR_FLOOR = 10, 0.8
-CIFAR_BATCH, CIFAR_RATE, MOMENTUM, CIFAR_DECAY = 128, 0.1, 0.9, 5e-4  # ours
-SHIFT = 4  # pixels each way that a training image of CIFAR-10 is moved by, at most (He et al. 2016)
+# of digits: ours
+DIGITS_HELD_OUT = 0.2  # the share that is not trained on
+DIGITS_MIN_ACCURACY = 0.98  # on what is held out, below which no file is written
+DIGITS_STEPS = 1000
+DIGITS_BATCH = 64
+DIGITS_RATE = 4e-3  # of learning, at its highest
+DIGITS_DECAY = 0.01  # of weights
+# of CIFAR-10: ours, but for the shift
+CIFAR_MIN_ACCURACY = 0.8  # on the test images
+CIFAR_EPOCHS = 10
+CIFAR_BATCH = 128
+CIFAR_RATE = 0.1
+CIFAR_MOMENTUM = 0.9
+CIFAR_DECAY = 5e-4
+CIFAR_SHIFT = 4  # pixels each way that a training image is moved by, at most (He et al. 2016)
 FILES = {"train": "train-00000-of-00001.parquet", "test": "test-00000-of-00001.parquet"}
 
 
@@ -53,7 +63,7 @@ def accuracy(net: nn.Module, x: Images, c: Labels) -> float:
     return (answers == c).double().mean().item()
 
 
-def fresh(kind: type[N], generator: Generator) -> N:
+def draw_net(kind: type[N], generator: Generator) -> N:
     """An untrained net: weights of He et al. 2015, biases 0, norms the identity, a block's last one 0 (Goyal 2017)."""
     with torch.device("meta"):
         net = kind()
@@ -69,70 +79,73 @@ def fresh(kind: type[N], generator: Generator) -> N:
     return net
 
 
-def require(right: float, floor: float) -> None:
+def require_accuracy(share_right: float, minimum: float) -> None:
     """Raise `UserError` for too low an accuracy."""
-    if right < floor:
-        raise UserError(f"accuracy on what was held out is {right:.4f}, below {floor}: nothing written")
+    if share_right < minimum:
+        raise UserError(f"accuracy on what was held out is {share_right:.4f}, below {minimum}: nothing written")
 
 
 def versions(*names: str) -> str:
-    """Of these packages."""
+    """The versions of these packages, as text."""
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def write(path: Path, weights: dict[str, Tensor], origin: dict[str, str]) -> dict[str, str]:
-    """Write the weights with what is known of them."""
+    """Write the weights with `origin`, what is known of them; return that."""
     save_file(weights, path, {"origin": json.dumps(origin)})  # several keys would come in any order
     return origin
 
 
 def split_digits(n: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " h"]]:
-    """The rows to train on and those held out: of a permutation keyed by name, the first `SHARE` is held out."""
+    """The rows to train on, and those held out: the first DIGITS_HELD_OUT of a permutation that is keyed by name."""
     order = torch.randperm(n, generator=stream(KEYS["digits"], "hold-out"))
-    return order[int(SHARE * n) :], order[: int(SHARE * n)]
+    return order[int(DIGITS_HELD_OUT * n) :], order[: int(DIGITS_HELD_OUT * n)]
 
 
 def train_digits(x: Images, c: Labels) -> nn.Module:
     """Train on all these rows: AdamW with one cycle of the rate, images shifted by up to a pixel each way."""
     draws = stream(KEYS["digits"], "train")
-    net = fresh(classifier.DigitsClassifier, draws)
-    optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-    for _ in range(STEPS):
-        rows = torch.randint(len(x), (BATCH,), generator=draws)
+    net = draw_net(classifier.DigitsClassifier, draws)
+    optimizer = torch.optim.AdamW(net.parameters(), DIGITS_RATE, weight_decay=DIGITS_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, DIGITS_RATE, total_steps=DIGITS_STEPS)
+    for _ in range(DIGITS_STEPS):
+        rows = torch.randint(len(x), (DIGITS_BATCH,), generator=draws)
         optimizer.zero_grad()
-        F.cross_entropy(net(shifted(x[rows], draws)), c[rows]).backward()
+        F.cross_entropy(net(shift_digits(x[rows], draws)), c[rows]).backward()
         optimizer.step()
         schedule.step()
     return net.eval()
 
 
 def make_digits(path: Path) -> dict[str, str]:
-    """Train, check and write the file; what it says of itself. Raises `UserError` where it is not good enough."""
+    """Train, check and write the file; return what it says of itself.
+
+    Raises `UserError` where the net is not good enough.
+    """
     table = Digits().originals()
-    taught, held = split_digits(table.size)
-    net = train_digits(table.x[taught], table.c[taught])
-    right = accuracy(net, table.x[held], table.c[held])
-    require(right, FLOOR)
+    train_rows, held_rows = split_digits(table.size)
+    net = train_digits(table.x[train_rows], table.c[train_rows])
+    share_right = accuracy(net, table.x[held_rows], table.c[held_rows])
+    require_accuracy(share_right, DIGITS_MIN_ACCURACY)
     return write(
         path,
         net.state_dict(),
         {
             "recipe": "python tools/train_classifier.py digits",
             "data": "scikit-learn load_digits, 1,797 images, of the UCI set Optical Recognition of Handwritten Digits",
-            "held_out": f"{len(held)} rows: the first {SHARE:.0%} of a keyed permutation (split_digits)",
-            "accuracy": f"{right:.4f}",
+            "held_out": f"{len(held_rows)} rows: the first {DIGITS_HELD_OUT:.0%} of a keyed permutation (split_digits)",
+            "accuracy": f"{share_right:.4f}",
             "features": f"{digits.width}",
             "versions": versions("torch", "scikit-learn", "safetensors"),
         },
     )
 
 
-def shifted(x: Images, generator: Generator) -> Images:
-    """Every image moved by -1, 0 or 1 pixel each way, background (-1) moving in."""
-    patches = F.unfold(F.pad(x, (1, 1, 1, 1), value=-1), 8)  # (n, 64, 9)
-    which = torch.randint(9, (len(x),), generator=generator)
-    return patches[torch.arange(len(x)), :, which].view_as(x)
+def shift_digits(x: Images, generator: Generator) -> Images:
+    """Move every image (n, 1, 8, 8) by -1, 0 or 1 pixel each way; background, -1, moves in."""
+    shifts = F.unfold(F.pad(x, (1, 1, 1, 1), value=-1), 8)  # (n, 64, 9)
+    shift_of_row = torch.randint(9, (len(x),), generator=generator)
+    return shifts[torch.arange(len(x)), :, shift_of_row].view_as(x)
 
 
 def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pixels, Labels]:
@@ -143,29 +156,30 @@ def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pi
     """
     from PIL import Image  # slow to import
 
-    if not (file := folder / FILES[split]).is_file():
+    file = folder / FILES[split]
+    if not file.is_file():
         raise UserError(f"there is no {file}: set DUMO_DATA to the folder whose cifar10 holds {FILES[split]}")
     table = Parquet([str(file)], label="label")
     assert table.labels
-    some = range(len(table) if count is None else count)
-    pixels = [np.asarray(Image.open(BytesIO(table.read(i))).convert("RGB")) for i in some]
+    rows = range(len(table) if count is None else count)
+    pixels = [np.asarray(Image.open(BytesIO(table.read(i))).convert("RGB")) for i in rows]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), table.labels.c[:count]
 
 
 def train_cifar10(x: Pixels, c: Labels, tick: Tick = lambda epoch, loss: None) -> nn.Module:
     """Train on all these images: SGD with one cycle of the rate, images mirrored and shifted (He et al. 2016)."""
     draws = stream(KEYS["cifar10"], "train")
-    net = fresh(classifier.Cifar10, draws)
+    net = draw_net(classifier.Cifar10, draws)
     steps = len(x) // CIFAR_BATCH
-    optimizer = torch.optim.SGD(net.parameters(), CIFAR_RATE, MOMENTUM, weight_decay=CIFAR_DECAY, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), CIFAR_RATE, CIFAR_MOMENTUM, weight_decay=CIFAR_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, CIFAR_RATE, total_steps=EPOCHS * steps, pct_start=0.25, cycle_momentum=False
+        optimizer, CIFAR_RATE, total_steps=CIFAR_EPOCHS * steps, pct_start=0.25, cycle_momentum=False
     )
-    for epoch in range(EPOCHS):
+    for epoch in range(CIFAR_EPOCHS):
         total = torch.zeros(())
         for rows in torch.randperm(len(x), generator=draws)[: steps * CIFAR_BATCH].split(CIFAR_BATCH):
             optimizer.zero_grad()
-            loss = F.cross_entropy(net(from_uint8(moved(x[rows], draws))), c[rows])
+            loss = F.cross_entropy(net(from_uint8(flip_and_shift(x[rows], draws))), c[rows])
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -175,23 +189,25 @@ def train_cifar10(x: Pixels, c: Labels, tick: Tick = lambda epoch, loss: None) -
 
 
 def make_cifar10(path: Path, folder: Path, tick: Tick = lambda epoch, loss: None) -> dict[str, str]:
-    """Train, check and write the file; what it says of itself. Raises `UserError` where it is not good enough.
+    """Train, check and write the file; return what it says of itself.
 
-    Weights are kept in half precision, which halves the file; what is checked is what is kept.
+    Weights are stored in half precision, which halves the file; what is checked is what is stored. Raises `UserError`
+    where the net is not good enough.
     """
-    net = train_cifar10(*cifar_images(folder, "train"), tick)
-    kept = {name: w.detach().half() if w.ndim > 1 else w for name, w in net.state_dict().items()}
-    net.load_state_dict({name: w.float() for name, w in kept.items()})
+    train_x, train_c = cifar_images(folder, "train")
+    net = train_cifar10(train_x, train_c, tick)
+    stored = {name: w.detach().half() if w.ndim > 1 else w for name, w in net.state_dict().items()}
+    net.load_state_dict({name: w.float() for name, w in stored.items()})
     x, c = cifar_images(folder, "test")
-    right = accuracy(net, from_uint8(x), c)
-    require(right, CIFAR_FLOOR)
+    share_right = accuracy(net, from_uint8(x), c)
+    require_accuracy(share_right, CIFAR_MIN_ACCURACY)
     return write(
         path,
-        kept,
+        stored,
         {
             "recipe": "python tools/train_classifier.py cifar10",
             "data": "CIFAR-10 (Krizhevsky 2009) re-encoded as JPEG: trained on the 50,000 training images",
-            "accuracy": f"{right:.4f}",
+            "accuracy": f"{share_right:.4f}",
             "tested": f"on the {len(x):,} test images, which neither training nor choices have seen",
             "features": f"{cifar10.width}",
             "versions": versions("torch", "pillow", "safetensors"),
@@ -199,22 +215,24 @@ def make_cifar10(path: Path, folder: Path, tick: Tick = lambda epoch, loss: None
     )
 
 
-def moved(x: Pixels, generator: Generator) -> Pixels:
-    """Half of the images mirrored, all moved by up to `SHIFT` pixels each way, their mirrored edges moving in."""
-    n, side = len(x), x.shape[-1]
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    down, right = torch.randint(2 * SHIFT + 1, (2, n, 1), generator=generator)
-    place = torch.arange(side)
-    rows, columns = place + down, torch.where(flip, place.flip(0), place) + right
-    x = F.pad(x.float(), (SHIFT,) * 4, mode="reflect").to(x.dtype).permute(0, 2, 3, 1)
+def flip_and_shift(x: Pixels, generator: Generator) -> Pixels:
+    """Mirror half of the images, and move all by up to CIFAR_SHIFT pixels each way; their mirrored edges move in."""
+    n = len(x)
+    is_flipped = torch.rand(n, 1, generator=generator) < 0.5
+    down, right = torch.randint(2 * CIFAR_SHIFT + 1, (2, n, 1), generator=generator)
+    places = torch.arange(x.shape[-1])
+    rows = places + down
+    columns = torch.where(is_flipped, places.flip(0), places) + right
+    x = F.pad(x.float(), (CIFAR_SHIFT,) * 4, mode="reflect").to(x.dtype).permute(0, 2, 3, 1)
     return x[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def main() -> None:
-    """Make one of the files again."""
+    """Make one of the files again, and print what it says of itself."""
     parser = argparse.ArgumentParser(description="Train a classifier of dumo's metrics again.")
-    name = parser.add_argument("name", choices=KEYS) and parser.parse_args().name
-    torch.set_num_threads(1)  # the order of sums, so the same weights on the same processor
+    parser.add_argument("name", choices=KEYS)
+    name = parser.parse_args().name
+    torch.set_num_threads(1)  # so that sums have one order, and weights are the same on the same processor
     if name == "digits":
         origin = make_digits(digits.file)
     else:

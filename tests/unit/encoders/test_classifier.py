@@ -157,13 +157,13 @@ def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, shipped = MAKERS[name], {"digits": digits, "cifar10": cifar10}[name]
-    for constant, value in (("EPOCHS", 1), ("CIFAR_BATCH", 48), ("STEPS", 5)):
+    for constant, value in (("CIFAR_EPOCHS", 1), ("CIFAR_BATCH", 48), ("DIGITS_STEPS", 5)):
         monkeypatch.setattr(tool, constant, value)
     with pytest.raises(UserError, match=r"below 0\.\d+: nothing written"):
         make(tmp_path / "bad", folder)
     assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(tool, "FLOOR", 0.0)
-    monkeypatch.setattr(tool, "CIFAR_FLOOR", 0.0)
+    monkeypatch.setattr(tool, "DIGITS_MIN_ACCURACY", 0.0)
+    monkeypatch.setattr(tool, "CIFAR_MIN_ACCURACY", 0.0)
     one, two, before = tmp_path / "one", tmp_path / "two", torch.get_rng_state()
     assert make(one, folder) == make(two, folder)
     assert one.read_bytes() == two.read_bytes()
@@ -174,7 +174,7 @@ def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
 
 @pytest.mark.nightly
 def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "EPOCHS", 4)
+    monkeypatch.setattr(tool, "CIFAR_EPOCHS", 4)
     monkeypatch.setattr(tool, "CIFAR_BATCH", 32)
     x, c = pixels(320)
     losses: list[tuple[int, float]] = []
@@ -187,7 +187,7 @@ def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_are_mirrored_and_moved_by_up_to_four_pixels() -> None:
     """Every place of a ramp tells where it came from: 0 ... 31 along a row, and its steps whether it was mirrored."""
     ramp = torch.arange(32, dtype=torch.uint8).expand(2000, 3, 32, 32)
-    across = tool.moved(ramp, stream("across"))
+    across = tool.flip_and_shift(ramp, stream("across"))
     middle = across[:, 0, :, 8:24].long()
     steps = middle[..., 1] - middle[..., 0]
     assert set(steps.unique().tolist()) == {-1, 1}
@@ -196,7 +196,7 @@ def test_images_are_mirrored_and_moved_by_up_to_four_pixels() -> None:
     assert set((across[:, 0, 0, 16].long() - torch.where(steps[:, 0] > 0, 16, 15)).unique().tolist()) == set(
         range(-4, 5)
     )
-    down = tool.moved(ramp.transpose(2, 3), stream("down"))[:, 0, :, 0].long()
+    down = tool.flip_and_shift(ramp.transpose(2, 3), stream("down"))[:, 0, :, 0].long()
     assert (down[:, 16] > down[:, 15]).all()  # never upside down
     assert set((down[:, 16] - 16).unique().tolist()) == set(range(-4, 5))
     assert across.max() == down.max() == 31
@@ -210,8 +210,8 @@ def test_digits_are_made_as_good(tmp_path: Path) -> None:
 def test_shifts_are_by_a_pixel_and_move_background_in() -> None:
     x = torch.full((400, 1, 8, 8), -1.0)
     x[:, 0, 3, 3] = 1
-    moved = tool.shifted(x, stream("shift"))
+    moved = tool.shift_digits(x, stream("shift"))
     places = {tuple(place) for place in (moved[:, 0] == 1).nonzero()[:, 1:].tolist()}
     assert places == {(i, j) for i in (2, 3, 4) for j in (2, 3, 4)}
     edge = torch.ones(400, 1, 8, 8)
-    assert set(tool.shifted(edge, stream("edge")).unique().tolist()) == {-1.0, 1.0}
+    assert set(tool.shift_digits(edge, stream("edge")).unique().tolist()) == {-1.0, 1.0}
