@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from audit import FILE, PROJECT, licences, main, packages, pinned, verdict, written
+from audit import (
+    CONSTRAINTS,
+    PROJECT,
+    constraint_lines,
+    installed_packages,
+    licence_lines,
+    main,
+    update_constraints,
+    verdict,
+)
 
 KNOWN = {"id": "X-1", "aliases": ["CVE-0-1"], "summary": "bad", "affected": []}
 
@@ -79,16 +88,16 @@ def test_a_service_that_knows_no_package_has_not_audited_any() -> None:
 
 @pytest.mark.slow
 def test_all_that_is_installed_is_pinned_and_has_a_licence() -> None:
-    found = packages()
+    found = installed_packages()
     assert {"torch", "gradio", "pip-audit", "uvicorn"} <= found.keys()
-    text = FILE.read_text(encoding="utf-8")
-    assert found.keys() <= pinned(text).keys()
-    assert sum(line.count(", ") + 1 for line in licences(found)) >= len(found)
+    text = CONSTRAINTS.read_text(encoding="utf-8")
+    assert found.keys() <= constraint_lines(text).keys()
+    assert sum(line.count(", ") + 1 for line in licence_lines(found)) >= len(found)
 
 
 def test_what_is_written_keeps_remarks_and_what_is_not_here() -> None:
     text = "# why\nb==1 # a build\na_x==2\n"
-    assert written(text, {"b": "3", "c": "4"}) == "# why\na_x==2\nb==3 # a build\nc==4\n"
+    assert update_constraints(text, {"b": "3", "c": "4"}) == "# why\na_x==2\nb==3 # a build\nc==4\n"
 
 
 def test_what_parses_the_files_of_others_and_serves_has_an_upper_bound() -> None:
