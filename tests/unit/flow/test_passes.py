@@ -95,7 +95,8 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
     for given, null in (({"text": rows}, {"text": torch.zeros(5)}), (rows, torch.zeros(5))):
         table = table_of(given, null, call)
         passes = Passes(Short(), TWO, call, labelled=False, table=table)
-        passes(X, torch.tensor([0, int(table.dropped(torch.tensor(3))), 2, 1]), t=T, r=R)
+        dropped = int(table.dropped(torch.tensor([3])))
+        passes(X, torch.tensor([0, dropped, 2, 1]), t=T, r=R)
     expected = torch.stack([rows[0], torch.zeros(5), rows[2], rows[1]])
     assert torch.equal(seen[0][0], T)
     assert torch.equal(seen[0][1], R)
