@@ -159,7 +159,6 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
     The run is exported to `folder` first, unless that exists.
     """
     trained = result.trained
-    run = trained.run
     diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
 
     # export the run
@@ -178,6 +177,7 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
     pipe.set_progress_bar_config(disable=True)
 
     # sample in one pass, and in two
+    run = trained.run
     codes = weights.load(folder / "codes.safetensors")
     n = run.data.classes
     side = 8 * run.data.shape[-1]
