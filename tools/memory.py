@@ -212,7 +212,7 @@ def planned_bytes(args: argparse.Namespace, ranks: int) -> dict[str, int]:
 
 
 def write_rows(args: argparse.Namespace, ranks: int, rows: dict[str, dict[str, int]]) -> None:
-    """Put the rows of a number of ranks into the file of --json, beside what it holds."""
+    """Put the rows of a number of ranks into the file of --json, next to what it holds."""
     report = json.loads(args.json.read_text()) if args.json.exists() else {}
     mode = f"{args.mode}, heap" if args.heap else args.mode
     rows_by_ranks = report.get(mode, {}).get("ranks", {})

@@ -91,7 +91,7 @@ def _write_noise_image(file: Path, height: int, width: int, g: torch.Generator) 
 
 
 def _write_photographs(folder: Path) -> None:
-    """Write an image for each of CAPTIONS, with its caption beside it."""
+    """Write an image for each of CAPTIONS, with its caption next to it."""
     g = torch.Generator().manual_seed(0)
     for i, caption in enumerate(CAPTIONS):
         _write_noise_image(folder / f"{i}.png", SIDE + 8, SIDE, g)
@@ -130,7 +130,7 @@ class Case:
 
     @classmethod
     def of(cls, name: str, folder: Path, *fields: str, verbs: Sequence[str] = ("encode", "train")) -> "Case":
-        """Make pipeline and photographs, and run the commands `verbs`, with `fields` set beside those of every case."""
+        """Make pipeline and photographs, and run the commands `verbs`, with `fields` set, next to those of every case."""
         case = cls(name, folder)
         save(name, case.source)
         _write_photographs(folder / "photos")
@@ -144,11 +144,11 @@ class Case:
         return case
 
     def train(self, *fields: str) -> None:
-        """Train the run, with `fields` set beside those of every case."""
+        """Train the run, with `fields` set, next to those of every case."""
         must(call("train", RECIPE, "--out", self.run, *self.options(*fields)))
 
     def options(self, *fields: str) -> list[str]:
-        """The options `--set` of the run, with `fields` beside those of every case."""
+        """The options `--set` of the run, with `fields` next to those of every case."""
         if CODES[0] not in fields:
             fields = (*fields, f"net.texts.root={self.home / 'texts'}", "net.texts.dtype=float32")
         return sets(*self.fields, *SHORT, *fields)
@@ -209,7 +209,7 @@ class Case:
         must(call("train", self.run, *sets(f"sample.guide.scale={scale}")))
 
     def export(self, out: str, *options: object) -> Path:
-        """Export the run to a folder `out` beside it; return the folder."""
+        """Export the run to a folder `out` next to it; return the folder."""
         must(call("export", self.run, self.folder / out, *options))
         return self.folder / out
 

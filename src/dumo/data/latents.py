@@ -43,7 +43,7 @@ from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
-PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, beside those of the subject
+PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
 ORIGIN_SECONDS = 10.0  # that training waits for `Origin` before it begins: ours
 
 

@@ -124,7 +124,7 @@ class Cost:
 class Arm(Spec):
     """One of the things that a plan compares; with `vary`, one for each combination of values."""
 
-    labels: dict[str, Any]  # its columns in the table; in YAML they stand beside the other fields
+    labels: dict[str, Any]  # its columns in the table; in YAML they stand among the other fields
     recipe: str
     by: str | None = None  # another recipe, by whose objective it is trained (`training_of`)
     set: Settings = ()

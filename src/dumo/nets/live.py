@@ -94,7 +94,7 @@ def _shared_encoders(spec: Prompts, sha256: str, max_rows: int) -> TextEncoders:
 class OnlineTexts(Texts):
     """Rows of captions, then of no caption, then of prompts, from encoders; padded to the longest of a pass.
 
-    Whoever knows the data sets `captions`, in their order, before the first pass.
+    The owner of the data sets `captions`, in their order, before the first pass.
     """
 
     like: Tensor  # an empty buffer: rows get its device and dtype, which follow the net's
