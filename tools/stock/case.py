@@ -130,7 +130,7 @@ class Case:
 
     @classmethod
     def of(cls, name: str, folder: Path, *fields: str, verbs: Sequence[str] = ("encode", "train")) -> "Case":
-        """Make pipeline and photographs, and run the commands `verbs`, with `fields` set, next to those of every case."""
+        """Make pipeline and photographs, and run the commands `verbs`; `fields` are set next to those of all cases."""
         case = cls(name, folder)
         save(name, case.source)
         _write_photographs(folder / "photos")
