@@ -130,10 +130,10 @@ def demo(
     folders = [run_folder] if other is None else [run_folder, other]
 
     with open_listener(port) as listener, gradio_alone():
-        lives = open_runs(folders, set_ or [], weights=weights, device=device, limit=limit)
+        runs = open_runs(folders, set_ or [], weights=weights, device=device, limit=limit)
 
         def tell(url: str) -> None:
             out.print(url, soft_wrap=True)
             err.print(tunnel_text(listener), soft_wrap=True)
 
-        serve(page(lives, explain), listener, tell)
+        serve(page(runs, explain), listener, tell)

@@ -1,7 +1,10 @@
 """What the demo answers: rows of pictures with their words, of one run or of several.
 
-`make`, `passes`, `interpolation` and `neighbours` answer for one run; `answer_runs` asks several, one after the other.
-What takes long is answered in parts: each answer holds what there was before, and more. Nothing here knows a browser
+Each tab of the page has a function that answers for one run: `make_samples`, `compare_passes`, `interpolate_seeds` and
+`find_neighbours`. `answer_runs` calls one of them for each run in turn.
+
+A function yields an answer whenever there is more to show; each holds all that the one before held, and the last is
+complete. What a person typed is read here (`parse_seed`); what is wrong raises UserError. Nothing here knows a browser
 or a server.
 """
 
@@ -26,125 +29,123 @@ from dumo.run.prompt import names
 from dumo.runtime.progress import passes_text
 from dumo.types import Sample, UserError
 
-PASSES = (1, 2, 4, 50)  # side by side: what few-step models take, and what flow models do
-STEPS = 9  # from one noise to another, both ends among them
-SAMPLES = 8  # with their nearest images
-MAX_SEED_DIGITS = 18  # ours
-
-
-def noises_between(a: Fresh, b: Fresh, steps: int) -> Fresh:
-    """Noises from that of a to that of b, one row each, at equal angles, both ends among them.
-
-    They lie on a quarter circle, cos(s pi/2) a + sin(s pi/2) b, so that each is N(0, I) as a and b are: ours. Slerp
-    (White 2016, Sec. 2.1) takes the angle between a and b for the right one: of many independent numbers it is nearly
-    that.
-    """
-    angles = [pi / 2 * k / (steps - 1) for k in range(steps)]
-
-    def fresh(k: int) -> Sample:
-        return torch.cat([a(k) * cos(angle) + b(k) * sin(angle) for angle in angles])
-
-    return fresh
+PASSES = (1, 2, 4, 50)  # compared side by side: what few-step models take, and what flow models do
+NUM_INTERPOLATED = 9  # samples from one seed to another, both ends among them: ours
+NUM_COMPARED = 8  # samples that are shown with their nearest images: ours
+MAX_SEED_DIGITS = 18  # of a seed, which fits 64 bits then: ours
 
 
 @dataclass(frozen=True)
 class AnswerCell:
-    """A picture and the words below it; None: there is none, and the words say why."""
+    """A picture and the words below it."""
 
-    picture: Image.Image | None
+    picture: Image.Image | None  # None: not made yet, or it cannot be made, and `note` says why
     note: str = ""
 
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """Pictures side by side, and what they have in common; `across`: how many to a line, all if 0."""
+    """Pictures side by side, below a title that says what they have in common."""
 
     title: str
     cells: Sequence[AnswerCell]
-    across: int = 0
+    across: int = 0  # cells to a line; 0: all of them in one line
 
     @property
     def width(self) -> int:
-        """How many pictures stand in its longest line."""
+        """The number of cells to a line."""
         return self.across or len(self.cells)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Rows of pictures, and a line about them all; of samples to keep, their sheet, and the Python that makes them."""
+    """Rows of pictures, and a line about them all."""
 
     rows: Sequence[AnswerRow]
     line: str = ""
-    sheet: Image.Image | None = None
-    script: str = ""
+    sheet: Image.Image | None = None  # the pictures as one, to download; None: there is nothing to download
+    script: str = ""  # the Python that makes the pictures again; "" without a sheet
 
 
-Answers = Callable[..., Iterator[Answer]]  # of a run, and what a person chose
+AnswerFunction = Callable[..., Iterator[Answer]]  # takes a run, and the values of a tab's fields in their order
 
 
-def answer_runs(lives: Sequence[InteractiveRun], answers: Answers, *chosen: object) -> Iterator[dict[str, Answer]]:
-    """The answer of each run by its name, one run after the other, each as far as it is.
+def answer_runs(
+    runs: Sequence[InteractiveRun], answer_run: AnswerFunction, *field_values: object
+) -> Iterator[dict[str, Answer]]:
+    """The answers of several runs by the runs' names, one run after the other.
 
-    Where a run cannot answer and another can, its line says why. Raises UserError where none can.
+    Where a run cannot answer and another can, the line of its answer says why. Raises UserError where none can, or
+    there is no run.
     """
-    done: dict[str, Answer] = {}
-    refusals: list[UserError] = []
-    for live in lives:
+    if not runs:
+        raise UserError("there is no run to answer: give the folder of one, or of two")
+    answers: dict[str, Answer] = {}  # of the runs that are done
+    errors: list[UserError] = []
+    for run in runs:
         answer = Answer([])
         try:
-            for answer in answers(live, *chosen):
-                yield {**done, live.name: answer}
+            for answer in answer_run(run, *field_values):
+                yield {**answers, run.name: answer}
         except UserError as error:
             answer = replace(answer, line=str(error))
-            refusals.append(error)
-        done[live.name] = answer
-    if len(refusals) == len(lives):
-        raise refusals[0]
-    if refusals:
-        yield done
+            errors.append(error)
+        answers[run.name] = answer
+    if len(errors) == len(runs):
+        raise errors[0]
+    if errors:  # else the last answer was yielded when it was made
+        yield answers
 
 
-def make(
-    live: InteractiveRun, what: str, seed: str, guidance: float, n: int, nfe: int, letter: str
+def make_samples(
+    run: InteractiveRun, condition: str, seed_text: str, guidance: float, count: int, nfe: int, letter: str
 ) -> Iterator[Answer]:
-    """Samples 0 to n - 1 of a seed, as `dumo sample` and `run.sample` make them. Raises UserError as `passes`."""
-    c = live.conditions(what, n)
-    seed_number = parse_seed(seed)
-    mode = live.mode(letter)
-    made = live.make(mode, nfe, c, live.fresh(seed_number, n), live.guide(guidance))
-    conditions = live.sampler.conditions
-    condition_names = names(live.sampler, c)
-    notes = [str(i) for i in range(n)]
+    """Samples 0 to count - 1 of a seed, as `dumo sample` and `run.sample` make them, with sheet and script.
+
+    `condition` is a prompt or a class as it was typed, `letter` that of a sampling mode. Raises UserError for a
+    condition, seed, guidance, number of passes or mode that the run does not have.
+    """
+    c = run.conditions(condition, count)
+    seed = parse_seed(seed_text)
+    mode = run.mode(letter)
+    samples = run.make(mode, nfe, c, run.noises(seed, count), run.guide(guidance))
+    conditions = run.sampler.conditions
+    condition_names = names(run.sampler, c)
+    notes = [str(i) for i in range(count)]
     if conditions.count and len(set(condition_names)) > 1:
         notes = condition_names
-    cells = [AnswerCell(image, note) for image, note in zip(_pictures(live, made.x), notes, strict=True)]
-    images = "1 image" if n == 1 else f"{n} images"
+    cells = [AnswerCell(image, note) for image, note in zip(_pictures(run, samples.x), notes, strict=True)]
+    images = "1 image" if count == 1 else f"{count} images"
+    columns = 1 + isqrt(count - 1)  # nearly a square
     yield Answer(
-        [AnswerRow("", cells, across=1 + isqrt(n - 1))],
-        f"{images}, {passes_text(made.nfe)} each, {_seconds_text(made.seconds)} for all.",
-        sheet(made.x, c, conditions, condition_names),
-        script(live, what, seed_number, guidance, n, nfe, mode),
+        [AnswerRow("", cells, across=columns)],
+        f"{images}, {passes_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all.",
+        sheet(samples.x, c, conditions, condition_names),
+        _script(run, condition, seed, guidance, count, nfe, mode),
     )
 
 
-def script(live: InteractiveRun, what: str, seed: int, guidance: float, n: int, nfe: int, mode: SamplingMode) -> str:
-    """The Python that makes the same images, and writes them to files."""
-    conditions = live.sampler.conditions
+def _script(
+    run: InteractiveRun, condition: str, seed: int, guidance: float, count: int, nfe: int, mode: SamplingMode
+) -> str:
+    """The Python that makes the images of `make_samples` again, and writes them to files."""
+    conditions = run.sampler.conditions
     options: dict[str, object] = {}
-    if conditions.count and what.strip():
-        options["prompts" if conditions.captions else "classes"] = what.strip()
-    options["n"] = n
+    if conditions.count and condition.strip():
+        options["prompts" if conditions.captions else "classes"] = condition.strip()
+    options["n"] = count
     options["nfe"] = nfe
     options["seed"] = seed
-    if mode.solver.kind != live.sampler.spec.solver.kind:
+    if mode.solver.kind != run.sampler.spec.solver.kind:
         options["solver"] = mode.solver.kind
-    if not live.unguided:
+    if not run.guidance_refusal:
         options["guidance"] = guidance
     options["output"] = "pil"
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    file = live.name.replace("{", "{{").replace("}", "}}") + "-{i:06d}.png"
+    stem = run.name.replace("{", "{{").replace("}", "}}")  # it stands in an f-string
+    file = stem + "-{i:06d}.png"
     lines = [
-        f"run = {live.load}",
+        f"run = {run.load_call}",
         f"images = run.sample({arguments})",
         "for i, image in enumerate(images):",
         f"    image.save(f{file!r})",
@@ -152,25 +153,26 @@ def script(live: InteractiveRun, what: str, seed: int, guidance: float, n: int, 
     return "\n".join(lines) + "\n"
 
 
-def passes(live: InteractiveRun, what: str, seed: str, guidance: float) -> Iterator[Answer]:
-    """The same noise by 1, 2, 4 and 50 passes, a row for each mode; of points, many in a scatter.
+def compare_passes(run: InteractiveRun, condition: str, seed_text: str, guidance: float) -> Iterator[Answer]:
+    """What the same noise becomes in 1, 2, 4 and 50 passes, a row for each mode; of points, many in a scatter.
 
-    What a mode cannot make says why. Raises UserError for a class, seed or guidance that is none.
+    A cell that cannot be made says why. All cells together share the run's limit of time. Raises UserError for a
+    condition, seed or guidance that the run does not have.
     """
-    until = time.monotonic() + live.limit
-    n = 1 if live.sampler.is_image else POINTS
-    c = live.conditions(what, n)
-    fresh = live.fresh(parse_seed(seed), n)
-    guide = live.guide(guidance)
+    deadline = time.monotonic() + run.limit
+    count = 1 if run.sampler.is_image else POINTS
+    c = run.conditions(condition, count)
+    noises = run.noises(parse_seed(seed_text), count)
+    guide = run.guide(guidance)
     line = ""
-    untaught = [taught for letter, taught in TAUGHT_BY_LETTER.items() if letter not in live.modes]
+    untaught = [taught for letter, taught in TAUGHT_BY_LETTER.items() if letter not in run.modes]
     if untaught:
-        line = f"Objective {live.sampler.flow.objective.kind} teaches no {' and no '.join(untaught)}."
-    cells = {letter: [AnswerCell(None)] * len(PASSES) for letter in live.modes}
-    for letter, mode in live.modes.items():
+        line = f"Objective {run.sampler.flow.objective.kind} teaches no {' and no '.join(untaught)}."
+    cells = {letter: [AnswerCell(None)] * len(PASSES) for letter in run.modes}
+    for letter, mode in run.modes.items():
         for i, nfe in enumerate(PASSES):
-            cells[letter][i] = _sample_cell(live, mode, nfe, c, fresh, guide, until)
-            rows = [AnswerRow(_mode_title(live.modes[letter]), list(row)) for letter, row in cells.items()]
+            cells[letter][i] = _sample_cell(run, mode, nfe, c, noises, guide, deadline)
+            rows = [AnswerRow(_mode_title(run.modes[letter]), list(row)) for letter, row in cells.items()]
             yield Answer(rows, line)
 
 
@@ -180,61 +182,98 @@ def _mode_title(mode: SamplingMode) -> str:
 
 
 def _sample_cell(
-    live: InteractiveRun, mode: SamplingMode, nfe: int, c: Tensor, fresh: Fresh, guide: CFG, until: float
+    run: InteractiveRun, mode: SamplingMode, nfe: int, c: Tensor, noises: Fresh, guide: CFG, deadline: float
 ) -> AnswerCell:
-    """One sample as a cell, with its passes and seconds; where it cannot be made, the reason alone."""
+    """A cell with one picture, its passes and its seconds; where it cannot be made, a cell with the reason alone."""
     try:
-        made = live.make(mode, nfe, c, fresh, guide, until)
-        return AnswerCell(_pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {_seconds_text(made.seconds)}")
+        samples = run.make(mode, nfe, c, noises, guide, deadline)
+        note = f"{passes_text(samples.nfe)}, {_seconds_text(samples.seconds)}"
+        return AnswerCell(_pictures(run, samples.x)[0], note)
     except UserError as error:
         return AnswerCell(None, f"{passes_text(nfe)}: {error}")
 
 
-def interpolation(
-    live: InteractiveRun, what: str, seed: str, guidance: float, other: str, letter: str, nfe: int
+def interpolate_seeds(
+    run: InteractiveRun,
+    condition: str,
+    seed_text: str,
+    guidance: float,
+    other_seed_text: str,
+    letter: str,
+    nfe: int,
 ) -> Iterator[Answer]:
-    """Samples along the way from the noise of a seed to that of another. Raises UserError as `passes`, and for one."""
-    c = live.conditions(what).expand(STEPS)
-    a = parse_seed(seed)
-    b = parse_seed(other)
-    if a == b:
-        raise UserError(f"both seeds are {a}: there is no way between them, give another one")
-    noises = noises_between(live.fresh(a), live.fresh(b), STEPS)
-    made = live.make(live.mode(letter), nfe, c, noises, live.guide(guidance))
-    notes = [f"seed {a}", *(f"{k}/{STEPS - 1}" for k in range(1, STEPS - 1)), f"seed {b}"]
-    cells = [AnswerCell(image, note) for image, note in zip(_pictures(live, made.x), notes, strict=True)]
-    cost = f"{passes_text(made.nfe)} each, {_seconds_text(made.seconds)} for all."
-    meaning = f"Noises at equal angles on the quarter circle from that of seed {a} to that of seed {b}."
+    """Samples on the way from the noise of one seed to that of another (`noises_between`).
+
+    Raises UserError where both seeds are equal, and for a condition, seed, guidance, mode or number of passes that the
+    run does not have.
+    """
+    c = run.conditions(condition).expand(NUM_INTERPOLATED)
+    seed = parse_seed(seed_text)
+    other_seed = parse_seed(other_seed_text)
+    if seed == other_seed:
+        raise UserError(f"both seeds are {seed}: there is no way between them, give another one")
+    noises = noises_between(run.noises(seed), run.noises(other_seed), NUM_INTERPOLATED)
+    samples = run.make(run.mode(letter), nfe, c, noises, run.guide(guidance))
+    notes = [f"{k}/{NUM_INTERPOLATED - 1}" for k in range(NUM_INTERPOLATED)]
+    notes[0] = f"seed {seed}"
+    notes[-1] = f"seed {other_seed}"
+    cells = [AnswerCell(image, note) for image, note in zip(_pictures(run, samples.x), notes, strict=True)]
+    cost = f"{passes_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all."
+    meaning = f"Noises at equal angles on the quarter circle from that of seed {seed} to that of seed {other_seed}."
     yield Answer([AnswerRow("", cells)], f"{cost} {meaning}")
 
 
-def neighbours(live: InteractiveRun, what: str, seed: str, guidance: float, letter: str, nfe: int) -> Iterator[Answer]:
-    """The first samples of a seed, and below each the nearest image of the data. Raises UserError as `passes`."""
-    c = live.conditions(what, SAMPLES)
-    noises = live.fresh(parse_seed(seed), SAMPLES)
-    made = live.make(live.mode(letter), nfe, c, noises, live.guide(guidance))
-    samples = AnswerRow("samples", [AnswerCell(image, str(i)) for i, image in enumerate(_pictures(live, made.x))])
+def noises_between(a: Fresh, b: Fresh, count: int) -> Fresh:
+    """Noises on the way from a's to b's, of one row each: `count` rows at equal angles, both ends among them.
+
+    They lie on a quarter circle, cos(s pi/2) a + sin(s pi/2) b, so that each is N(0, I) as a and b are: ours. Slerp
+    (White 2016, Sec. 2.1) measures the angle between a and b instead; between many independent numbers it is nearly a
+    right one.
+    """
+    angles = [pi / 2 * k / (count - 1) for k in range(count)]
+
+    def fresh(k: int) -> Sample:
+        return torch.cat([a(k) * cos(angle) + b(k) * sin(angle) for angle in angles])
+
+    return fresh
+
+
+def find_neighbours(
+    run: InteractiveRun, condition: str, seed_text: str, guidance: float, letter: str, nfe: int
+) -> Iterator[Answer]:
+    """The first samples of a seed, and below each the nearest image of the data; the samples alone without the data.
+
+    Raises UserError for a condition, seed, guidance, mode or number of passes that the run does not have.
+    """
+    c = run.conditions(condition, NUM_COMPARED)
+    noises = run.noises(parse_seed(seed_text), NUM_COMPARED)
+    samples = run.make(run.mode(letter), nfe, c, noises, run.guide(guidance))
+    sample_cells = [AnswerCell(image, str(i)) for i, image in enumerate(_pictures(run, samples.x))]
+    sample_row = AnswerRow("samples", sample_cells)
     try:
-        real, size = live.data
-        spacing = live.spacing
+        real, size = run.data
+        spacing = run.spacing
     except (UserError, OSError) as error:
-        yield Answer([samples], f"The data are not here, so no image is compared: {error}")
+        yield Answer([sample_row], f"The data are not here, so no image is compared: {error}")
         return
-    distances, places = nearest(real, made.x)
-    cells: list[AnswerCell] = []
-    for image, distance in zip(_pictures(live, real[places]), distances.tolist(), strict=True):
-        cells.append(AnswerCell(image, f"distance {distance:.2f}"))
-    yield Answer([samples, AnswerRow("nearest", cells)], _distance_text(len(real), size, spacing))
+    distances, indices = nearest(real, samples.x)
+    nearest_cells: list[AnswerCell] = []
+    for image, distance in zip(_pictures(run, real[indices]), distances.tolist(), strict=True):
+        nearest_cells.append(AnswerCell(image, f"distance {distance:.2f}"))
+    yield Answer([sample_row, AnswerRow("nearest", nearest_cells)], _distance_text(len(real), size, spacing))
 
 
-def _distance_text(rows: int, size: int | None, spacing: float) -> str:
-    """What a distance is, among how many images, and how far these lie from one another."""
-    if rows == size:
-        among = f"all {rows:,}"
+def _distance_text(num_compared: int, size: int | None, spacing: float) -> str:
+    """What a distance is, among how many images of the data it was looked for, and how far apart these lie.
+
+    `size` is the number of images in the data; None: they never end.
+    """
+    if num_compared == size:
+        among = f"all {num_compared:,}"
     elif size:
-        among = f"{rows:,} of {size:,}"
+        among = f"{num_compared:,} of {size:,}"
     else:
-        among = f"{rows:,}"
+        among = f"{num_compared:,}"
     return (
         f"Looked for among {among} images of the data, which lie {spacing:.2f} from the nearest other one in the mean. "
         "Distances are Euclidean, between the pixels of images in [-1, 1], not between what they show: an image moved "
@@ -242,16 +281,16 @@ def _distance_text(rows: int, size: int | None, spacing: float) -> str:
     )
 
 
-def _pictures(live: InteractiveRun, x: Sample) -> list[Image.Image]:
-    """Samples as pictures: one each, of points one for all. Raises UserError where they are no finite numbers."""
-    if live.sampler.is_image:
+def _pictures(run: InteractiveRun, x: Sample) -> list[Image.Image]:
+    """A picture of each sample; of points, one picture of all. Raises UserError where they are not finite numbers."""
+    if run.sampler.is_image:
         return picture.singles(x)
-    points, _ = live.data
+    points, _ = run.data
     return [picture.scatter(points, {"": x})]
 
 
 def parse_seed(text: str) -> int:
-    """A seed as it was typed. Raises UserError for what is none."""
+    """The seed in a text that was typed. Raises UserError where it is not a whole number from 0 on."""
     seed = text.strip()
     if not (seed.isascii() and seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
         raise UserError(

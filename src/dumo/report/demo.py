@@ -1,11 +1,14 @@
-"""The demo: a page to play with runs, and its server, which this machine alone reaches, and which ends at a signal.
+"""The demo: a page to play with runs, and its server.
 
-`gradio_alone` imports Gradio, `page` lays out the page of some runs, and `serve` serves it. When a person presses a
-button, `answer_runs` asks each run in turn (`dumo.report.answer`), and `render` makes HTML of what there is so far.
+1. `gradio_alone` imports Gradio.
+2. `page` lays out the page of some runs.
+3. `serve` serves it, to this machine alone, until a signal.
+4. When a person presses a button, `answer_runs` asks each run in turn (`dumo.report.answer`), `render` makes HTML of
+   what there is so far, and `write` makes the files to download.
 
 An answer is HTML that holds its pictures: nothing is fetched from elsewhere. What a person typed is escaped in it, and
 in what says that it was wrong. Only what is downloaded lies in files, for a while, in a folder that goes at the end.
-Gradio is imported in functions: it reads the environment as it is imported (`gradio_alone`).
+Gradio is imported in functions, because it reads the environment when it is imported (`gradio_alone`).
 """
 
 import html
@@ -31,7 +34,7 @@ import torch
 from dumo.io import picture
 from dumo.report import answer
 from dumo.report.address import guard, url
-from dumo.report.answer import Answer, Answers, answer_runs
+from dumo.report.answer import Answer, AnswerFunction, answer_runs
 from dumo.report.chart import Chart
 from dumo.report.figure import validation_charts
 from dumo.report.gallery import TAUGHT_BY_LETTER
@@ -45,70 +48,75 @@ if TYPE_CHECKING:
     import gradio as gr
     from gradio.components import Component
 
-HERE = Path(__file__).parent
-MENU = 1000  # classes that are listed; of more, one is typed: ours
-MAX_IMAGES = 64  # to make at once: ours
-COUNT = 16  # images to make, unless another number is chosen: ours
+HERE = Path(__file__).parent  # where the template and the styles of answers lie
+MAX_LISTED_CLASSES = 1000  # of more, one is typed instead of chosen from a list: ours
+MAX_IMAGES = 64  # in an answer: ours
+DEFAULT_IMAGES = 16  # in an answer: ours
 MAX_PASSES = 100  # ours
-MAX_GUIDANCE = 10  # of the scale of guidance, where the run's own is not above: ours
+MAX_GUIDANCE = 10  # end of the scale of guidance, unless the run's own is above it: ours
 GUIDANCE_STEP = 0.1  # ours
-DOWNLOAD_SECONDS = 3600  # that files can be downloaded: ours
+DOWNLOAD_SECONDS = 3600  # for which files can be downloaded: ours
 MAX_QUESTIONS = 64  # in the queue; more are refused: ours
-FONT = ["system-ui", "sans-serif"]  # the machine's own: no theme's is fetched
-MONO = ["ui-monospace", "monospace"]
-INK = "*body_text_color"  # of what stands below a label: why guidance is grey must be readable
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-WAIT = 0.1  # seconds between two looks for a signal
-GRACE = 1  # seconds that open connections have then: ours
-Explain = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
+FONT = ["system-ui", "sans-serif"]  # the machine's own, so that no theme's is fetched
+MONOSPACE_FONT = ["ui-monospace", "monospace"]
+INFO_COLOUR = "*body_text_color"  # of the text below a label: why guidance is grey must be readable
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoder can read
+POLL_SECONDS = 0.1  # between two looks for a signal
+GRACE_SECONDS = 1  # that open connections have after it: ours
+Explain = Callable[[BaseException], tuple[str, int] | None]  # an error's text and exit code; None: it is a defect
 
 
-def page(lives: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
-    """The page of one run, or of several that fit; `explain` says what a person reads of an error."""
+def page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
+    """The page of one run or more, which fit next to each other; `explain` gives what a person reads of an error."""
     import gradio as gr
 
-    first = lives[0]
-    names = " and ".join(live.name for live in lives)
-    ways: list[tuple[str, str]] = []
+    run = runs[0]  # the defaults are this one's
+    modes: list[tuple[str, str]] = []
     for letter, taught in TAUGHT_BY_LETTER.items():
-        if any(letter in live.modes for live in lives):
-            ways.append((f"{taught}: {letter}", letter))
-    nfe = max(1, min(first.sampler.spec.nfe[0], MAX_PASSES))
-    seed = partial(gr.Textbox, max_lines=1)  # text: what is no number is answered in words
-    reading = partial(gr.Radio, ways, value=ways[0][1], label="by", visible=len(ways) > 1)
-    passes = partial(gr.Slider, 1, MAX_PASSES, nfe, step=1, precision=0, label="passes")
-    tab = partial(_add_button, lives, explain)
+        if any(letter in run.modes for run in runs):
+            modes.append((f"{taught}: {letter}", letter))
+    default_nfe = max(1, min(run.sampler.spec.nfe[0], MAX_PASSES))
+
+    # a new field at each call; seeds are texts, so that what is no number is answered in words
+    seed_field = partial(gr.Textbox, max_lines=1)
+    mode_field = partial(gr.Radio, modes, value=modes[0][1], label="by", visible=len(modes) > 1)
+    passes_field = partial(gr.Slider, 1, MAX_PASSES, default_nfe, step=1, precision=0, label="passes")
+    add_button = partial(_add_button, runs, explain)
+
+    names = " and ".join(run.name for run in runs)
     with gr.Blocks(
         title=f"{names} · dumo", analytics_enabled=False, delete_cache=(DOWNLOAD_SECONDS, DOWNLOAD_SECONDS)
     ) as blocks:
         with gr.Row():
-            for live in lives:
-                gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(_run_line(live))}</p>{validation(live)}")
+            for shown_run in runs:
+                title = f"<h1>{html.escape(shown_run.name)}</h1><p>{html.escape(_run_line(shown_run))}</p>"
+                gr.HTML(title + validation(shown_run))
         with gr.Row():
-            given = [_condition_field(first), seed(f"{first.sampler.spec.seed}", label="seed"), _guidance_field(lives)]
-        if first.sampler.is_image:
+            seed = seed_field(f"{run.sampler.spec.seed}", label="seed")
+            shared_fields = [_condition_field(run), seed, _guidance_field(runs)]
+        if run.sampler.is_image:
             with gr.Tab("Make"):
                 with gr.Row():
-                    count = gr.Slider(1, MAX_IMAGES, COUNT, step=1, precision=0, label="images")
-                    more = count, passes(), reading()
-                tab(answer.make, *given, *more, keeps=True)
+                    count = gr.Slider(1, MAX_IMAGES, DEFAULT_IMAGES, step=1, precision=0, label="images")
+                    fields = count, passes_field(), mode_field()
+                add_button(answer.make_samples, *shared_fields, *fields, has_downloads=True)
         with gr.Tab("Passes"):
-            tab(answer.passes, *given)
-        if first.sampler.is_image:
+            add_button(answer.compare_passes, *shared_fields)
+        if run.sampler.is_image:
             with gr.Tab("Between two seeds"):
                 with gr.Row():
-                    more = seed("1", label="other seed"), reading(), passes()
-                tab(answer.interpolation, *given, *more)
+                    fields = seed_field("1", label="other seed"), mode_field(), passes_field()
+                add_button(answer.interpolate_seeds, *shared_fields, *fields)
             with gr.Tab("Nearest images"):
                 with gr.Row():
-                    more = reading(), passes()
-                tab(answer.neighbours, *given, *more)
+                    fields = mode_field(), passes_field()
+                add_button(answer.find_neighbours, *shared_fields, *fields)
     return blocks.queue(max_size=MAX_QUESTIONS)
 
 
-def _run_line(live: InteractiveRun) -> str:
-    """A run in a line: what it is about, its step, parameters and device."""
-    opened = live.opened
+def _run_line(run: InteractiveRun) -> str:
+    """A line on a run: what it is about, its step, the number of its parameters, and its device."""
+    opened = run.opened
     parameters = sum(p.numel() for p in opened.net.parameters())
     device_name = "the processor"
     if opened.device.type == "cuda":
@@ -116,11 +124,11 @@ def _run_line(live: InteractiveRun) -> str:
     return f"{opened.run.about}. Step {opened.step:,}, {parameters:,} parameters, on {device_name}."
 
 
-def validation(live: InteractiveRun) -> str:
-    """How far a run was from its data as it trained, folded away; empty where it was not judged then."""
+def validation(run: InteractiveRun) -> str:
+    """HTML of the run's validation charts, folded away; "" where its log has none, or is damaged."""
     charts: list[Chart] = []
     with suppress(UserError):  # a damaged log is no reason not to play
-        charts += validation_charts(read_log(live.opened.folder / "metrics.jsonl"))
+        charts += validation_charts(read_log(run.opened.folder / "metrics.jsonl"))
     if not charts:
         return ""
     pictures = "".join(
@@ -131,29 +139,30 @@ def validation(live: InteractiveRun) -> str:
     return f"<details><summary>as it trained</summary>{pictures}</details>"
 
 
-def _condition_field(live: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
-    """What an image shows: a prompt where the run reads captions, else a class from a list, or all of them in turn.
+def _condition_field(run: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
+    """A field for a prompt where the run reads captions, else for a class, or all classes in turn.
 
-    Where classes are too many for a list it is typed, by name or number; where there are none the field is hidden.
+    A class is chosen from a list; where they are too many for that, it is typed, by name or number. Without classes the
+    field is hidden.
     """
     import gradio as gr
 
-    conditions = live.sampler.conditions
+    conditions = run.sampler.conditions
     if conditions.captions:
         return gr.Textbox(conditions.name(0), label="prompt", lines=1, scale=3)
-    if 0 < conditions.count <= MENU:
+    if 0 < conditions.count <= MAX_LISTED_CLASSES:
         names = [conditions.name(c) for c in range(conditions.count)]
         return gr.Dropdown([("all, in turn", ""), *names], value="", label="class")
     label = "class, by name or number; none: all, in turn"
     return gr.Textbox("", label=label, max_lines=1, visible=conditions.count > 0)
 
 
-def _guidance_field(lives: Sequence[InteractiveRun]) -> "gr.Slider":
-    """The scale of guidance; grey, with the reason, where no run can be guided."""
+def _guidance_field(runs: Sequence[InteractiveRun]) -> "gr.Slider":
+    """A slider for the scale of guidance; grey, with the reason, where no run can be guided."""
     import gradio as gr
 
-    scale = lives[0].sampler.spec.guide.scale
-    refusals = dict.fromkeys(live.unguided for live in lives)  # "" of a run that can be guided
+    scale = runs[0].sampler.spec.guide.scale
+    refusals = dict.fromkeys(run.guidance_refusal for run in runs)  # "" of a run that can be guided
     can_guide = "" in refusals
     hint = "1: none; else every pass is two"
     if not can_guide:
@@ -171,46 +180,56 @@ def _guidance_field(lives: Sequence[InteractiveRun]) -> "gr.Slider":
 
 
 def _add_button(
-    lives: Sequence[InteractiveRun], explain: Explain, answers: Answers, *inputs: "Component", keeps: bool = False
+    runs: Sequence[InteractiveRun],
+    explain: Explain,
+    answer_run: AnswerFunction,
+    *fields: "Component",
+    has_downloads: bool = False,
 ) -> None:
-    """A button, and below it the answers, each instead of the one before; `keeps`: with downloads.
+    """Add a button, and below it a place for the answer, where each takes the place of the one before.
 
-    All buttons share a device: one question is answered at a time, the others wait.
+    `answer_run` is called with the values of `fields`. All buttons share the device: one question is answered at a
+    time, the others wait.
     """
     import gradio as gr
 
-    pressed = gr.Button("Make", variant="primary")
-    place = gr.HTML()
-    downloads = _add_downloads() if keeps else None
+    button = gr.Button("Make", variant="primary")
+    answer_place = gr.HTML()
+    downloads = _add_downloads() if has_downloads else None
 
-    def work(*chosen: object) -> Iterator[dict["Component", object]]:
+    def work(*field_values: object) -> Iterator[dict["Component", object]]:
         try:
-            texts = [text for text in chosen if isinstance(text, str)]
-            if HALF_CHARACTER.search("".join(texts)):
+            texts = [value for value in field_values if isinstance(value, str)]
+            if SURROGATE.search("".join(texts)):
                 raise UserError("a text has half a character, which cannot be read: type it anew")
             with TemporaryDirectory(prefix="dumo-demo-") as folder:  # Gradio copies what it needs at every yield
-                for shown in answer_runs(lives, answers, *chosen):
-                    updates: dict[Component, object] = {place: render(shown)}
+                for answers in answer_runs(runs, answer_run, *field_values):
+                    updates: dict[Component, object] = {answer_place: render(answers)}
                     if downloads:
-                        updates |= downloads.fill(shown, Path(folder))
+                        updates |= downloads.fill(answers, Path(folder))
                     yield updates
         except Exception as error:
             raise gr.Error(error_text(error, explain), print_exception=False) from None
 
-    outputs = downloads.components if downloads else ()
-    pressed.click(work, [*inputs], [place, *outputs], concurrency_id="device", concurrency_limit=1)
+    outputs: list[Component] = [answer_place]
+    if downloads:
+        outputs += downloads.components
+    button.click(work, [*fields], outputs, concurrency_id="device", concurrency_limit=1)
 
 
 @dataclass(frozen=True)
 class _Downloads:
-    """Components to download pictures from and to copy Python from; `fill` updates them, by files in a folder."""
+    """Components from which a person downloads pictures and copies Python.
+
+    `fill` writes the files of some answers into a folder, and returns the updates of the components.
+    """
 
     components: "Sequence[Component]"
     fill: "Callable[[Mapping[str, Answer], Path], dict[Component, object]]"
 
 
 def _add_downloads() -> _Downloads:
-    """Add buttons for pictures in files, and a field of Python to copy, without any yet."""
+    """Add buttons to download pictures, and a field of Python to copy; all are empty until there is an answer."""
     import gradio as gr
 
     with gr.Row():
@@ -224,9 +243,9 @@ def _add_downloads() -> _Downloads:
         visible=False,
     )
 
-    def fill(shown: Mapping[str, Answer], folder: Path) -> dict["Component", object]:
-        archive, sheet = write(shown, folder)
-        scripts = [answered.script for answered in shown.values()]
+    def fill(answers: Mapping[str, Answer], folder: Path) -> dict["Component", object]:
+        archive, sheet = write(answers, folder)
+        scripts = [run_answer.script for run_answer in answers.values()]
         return {
             images: gr.DownloadButton(value=archive, interactive=True),
             grid: gr.DownloadButton(value=sheet, interactive=True),
@@ -236,32 +255,36 @@ def _add_downloads() -> _Downloads:
     return _Downloads((images, grid, code), fill)
 
 
-def write(shown: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
-    """The pictures of answers, by the runs' names, as an archive of files, and their sheets as one picture."""
+def write(answers: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
+    """Write the pictures of answers, by the runs' names, into a folder.
+
+    Returns the path of an archive with a file for each picture, and of a picture with the sheets of all runs.
+    """
     archive = folder / "images.zip"
     with ZipFile(archive, "w") as files:
-        for name, answered in shown.items():
-            cells = [cell for row in answered.rows for cell in row.cells]
+        for name, run_answer in answers.items():
+            cells = [cell for row in run_answer.rows for cell in row.cells]
             for i, cell in enumerate(cells):
                 if cell.picture:
                     files.writestr(f"{name}-{i:06d}.png", picture.png(cell.picture))
-    sheets = {name: answered.sheet for name, answered in shown.items() if answered.sheet}
-    names = list(sheets) if len(shown) > 1 else ()
+    sheets = {name: run_answer.sheet for name, run_answer in answers.items() if run_answer.sheet}
+    names = list(sheets) if len(answers) > 1 else ()
     grid = folder / "grid.png"
     picture.write_picture(grid, picture.labelled_grid([("", list(sheets.values()))], names))
     return archive, grid
 
 
-def render(shown: Mapping[str, Answer]) -> str:
-    """Answers by the runs' names as HTML: pictures row by row, small ones with their pixels as squares, and words."""
+def render(answers: Mapping[str, Answer]) -> str:
+    """Answers, by the runs' names, as HTML: rows of pictures with words. Pixels of small pictures stay squares."""
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     cast(dict[str, Any], environment.filters)["embed"] = picture.embed
-    return environment.get_template("answer.html.j2").render(shown=shown, small=picture.MIN_READABLE_HEIGHT)
+    template = environment.get_template("answer.html.j2")
+    return template.render(answers=answers, small=picture.MIN_READABLE_HEIGHT)
 
 
 def error_text(error: Exception, explain: Explain) -> str:
-    """What a person reads of an error; of a defect no more than that the terminal has its trace."""
+    """HTML of what a person reads of an error. A defect is logged with its trace, and the text only says so."""
     if isinstance(error, Stopped):
         return "this page is being closed"
     explanation = explain(error)
@@ -274,32 +297,38 @@ def error_text(error: Exception, explain: Explain) -> str:
 
 @contextmanager
 def gradio_alone() -> Generator[None, None, None]:
-    """Gradio as it is used here: it reports nothing to its makers, and what it keeps in files goes at the end."""
+    """Import Gradio so that it reports nothing to its makers; at the end, remove the files that it made.
+
+    Raises UserError where it is not installed.
+    """
     with TemporaryDirectory(prefix="dumo-demo-") as folder:
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder, HF_HUB_OFFLINE="1")
         try:
-            import_module("gradio")  # it reads them as it is imported
+            import_module("gradio")  # it reads the variables when it is imported
         except ImportError as error:
             raise UserError(f"dumo demo needs Gradio ({error}): {install('demo')}") from error
         yield
 
 
-def serve(blocks: "gr.Blocks", listener: socket.socket, tell: Callable[[str], None]) -> None:
-    """Serve a page until a signal (`dumo.runtime.signals`); `tell` gets its address once it answers.
+def serve(blocks: "gr.Blocks", listener: socket.socket, when_ready: Callable[[str], None]) -> None:
+    """Serve a page until a signal (`dumo.runtime.signals`).
 
-    Raises RuntimeError where the server does not start.
+    `when_ready` is called with the page's address once it can be opened. Raises RuntimeError where the server does not
+    start.
     """
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
     from gradio.themes import Default
 
+    theme = Default(font=FONT, font_mono=MONOSPACE_FONT)
+    theme = theme.set(block_info_text_color=INFO_COLOUR, block_info_text_color_dark=INFO_COLOUR)
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         blocks,
         path="/",
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        theme=Default(font=FONT, font_mono=MONO).set(block_info_text_color=INK, block_info_text_color_dark=INK),
+        theme=theme,
         css=(HERE / "answer.css").read_text(encoding="utf-8"),
         footer_links=[],
         run_history=False,
@@ -310,16 +339,16 @@ def serve(blocks: "gr.Blocks", listener: socket.socket, tell: Callable[[str], No
         pwa=False,
     )
     blocks.has_launched = True  # mounting leaves it unset, and then Gradio checks no path that a question names
-    config = uvicorn.Config(guard(app), log_level="warning", timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(guard(app), log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS)
     server = uvicorn.Server(config)
     thread = Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
-        time.sleep(WAIT)
+        time.sleep(POLL_SECONDS)
     if not server.started:
         raise RuntimeError("the server of the page did not start")
-    tell(url(listener))
+    when_ready(url(listener))
     while signals.poll() is None and thread.is_alive():
-        time.sleep(WAIT)
+        time.sleep(POLL_SECONDS)
     server.should_exit = True
-    thread.join(GRACE + 2)
+    thread.join(GRACE_SECONDS + 2)  # else the process ends it: it is a daemon

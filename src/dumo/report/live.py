@@ -1,8 +1,12 @@
 """Runs that are sampled while a person waits, by any mode, noise and guidance, and stopped where it takes long.
 
-`open_runs` opens runs, checks that they fit next to each other (the same data in the same shape, with the same classes)
-and samples each once. `InteractiveRun.make` then makes samples: it checks that the solver can make these passes, goes
-through the net, which is stopped where the time is over, and decodes.
+1. `open_runs` opens runs, checks that they fit next to each other (`require_fit`: the same data in the same shape, with
+   the same classes), and samples each once.
+2. `InteractiveRun` turns what was typed into conditions, noises, a guidance and a sampling mode.
+3. `InteractiveRun.make` samples: it checks that the solver can make these passes, goes through the net, which is
+   stopped where the time is over, and decodes.
+
+`dumo.report.answer` calls the second and third for every answer.
 """
 
 import time
@@ -35,59 +39,57 @@ from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
-LIMIT = 60.0  # seconds of an answer: ours
-MAX_PROMPT_LETTERS = 10_000  # ours; encoders read far fewer
-KEPT_PROMPTS = 64  # encoded: ours; of a T5-XXL 8 MB each
-SPACING_IMAGES = 256  # of the data, with their nearest others: ours
-WARM_UP_SECONDS = 3600  # that the first pass may take
+LIMIT = 60.0  # seconds that an answer may take: ours
+MAX_PROMPT_LETTERS = 10_000  # in a prompt; encoders read far fewer: ours
+KEPT_PROMPTS = 64  # encoded prompts in memory; of a T5-XXL each takes 8 MB: ours
+SPACING_IMAGES = 256  # images of the data whose nearest other image is looked for: ours
+WARM_UP_SECONDS = 3600  # that the first pass may take, which compiles and loads: ours
 
 
 @dataclass(frozen=True)
 class TimedSamples:
-    """Samples (n, *pixels), on the CPU; the passes of each row through the net; the seconds that all took, decoded."""
+    """Decoded samples, and what they took."""
 
-    x: Sample
-    nfe: int
-    seconds: float
+    x: Sample  # (n, *pixels), on the CPU
+    nfe: int  # passes of each row through the net
+    seconds: float  # that all rows took, with decoding
 
 
 @dataclass(frozen=True)
 class InteractiveRun:
-    """A run that is sampled while a person waits, and the seconds that an answer may take.
-
-    `name` is what it is called on the page; `load` the Python that opens it.
-    """
+    """A run that is sampled while a person waits."""
 
     opened: RunFolder
-    name: str = "run"
-    load: str = ""
-    limit: float = LIMIT
+    name: str = "run"  # on the page
+    load_call: str = ""  # the Python that opens it: dumo.load(...)
+    limit: float = LIMIT  # seconds that an answer may take
 
     @property
     def sampler(self) -> Sampler:
-        """The net with all that its samples depend on."""
+        """The run's net with all that its samples depend on."""
         return self.opened.sampler
 
     @cached_property
     def modes(self) -> dict[str, SamplingMode]:
-        """The ways to sample the run, by letter: u by jumps, v by its own steps, or else Euler's; as far as taught."""
+        """The sampling modes that the run was taught, by letter: u by jumps, v by the run's own steps, else Euler's."""
         solver = self.sampler.spec.solver
-        return sampling_modes(self.sampler, along=solver if isinstance(solver, Euler | Heun) else None)
+        velocity_solver = solver if isinstance(solver, Euler | Heun) else None
+        return sampling_modes(self.sampler, velocity_solver)
 
     @cached_property
-    def unguided(self) -> str:
-        """Why the run cannot be guided; empty where it can."""
+    def guidance_refusal(self) -> str:
+        """Why the run cannot be guided; "" where it can."""
         try:
             self.guide(2)
         except UserError as error:
-            return str(error).replace("guidance = 2 ", "guidance ", 1)
+            return str(error).replace("guidance = 2 ", "guidance ", 1)  # the reason holds at every scale
         return ""
 
     @cached_property
     def data(self) -> tuple[Tensor, int | None]:
-        """Samples of the data, as they are shown, and how many there are in all (None: they never end).
+        """Some samples of the data (n, *pixels), and how many there are in all; None: they never end.
 
-        All where they are in memory, else some. Raises UserError or OSError where the data are not there.
+        They are all of the data where those are in memory. Raises UserError or OSError where the data are missing.
         """
         sampler = self.sampler
         source = training_data(sampler.data)
@@ -97,9 +99,9 @@ class InteractiveRun:
 
     @cached_property
     def spacing(self) -> float:
-        """How far an image of the data lies from the nearest other one, in the mean of some.
+        """The mean distance of an image of the data to the nearest other one, over SPACING_IMAGES of them.
 
-        Raises as `data`, and UserError where there is one alone.
+        Raises UserError where there is only one image; UserError or OSError where the data are missing.
         """
         real, _ = self.data
         if len(real) < 2:
@@ -108,20 +110,21 @@ class InteractiveRun:
         return nearest_other(real, order[:SPACING_IMAGES]).mean().item()
 
     def mode(self, letter: str) -> SamplingMode:
-        """The way to sample of this letter. Raises UserError where it was not taught."""
+        """The sampling mode of this letter. Raises UserError where the run was not taught it."""
         if letter not in self.modes:
             untaught = TAUGHT_BY_LETTER.get(letter, f"reading '{brief(letter)}'")
             raise UserError(f"objective {self.sampler.flow.objective.kind} teaches no {untaught}")
         return self.modes[letter]
 
     def guide(self, scale: float) -> CFG:
-        """The run's guidance by this scale, 1 for none. Raises UserError as `guide_of`."""
+        """The run's guidance with another scale; 1 is none. Raises UserError where the run cannot be guided so."""
         return guide_of(self.sampler, self.opened.run.guided, scale)
 
     def conditions(self, text: str, n: int = 1) -> Tensor:
-        """The conditions of n samples: a prompt where the net reads captions, else a class by its name or number.
+        """The conditions c (n,) of n samples that a text asks for.
 
-        All classes in turn where the text is empty. Raises UserError for no such class, and for a prompt as `prompted`.
+        It is a prompt where the net reads captions, else the name or number of a class; "" is all classes in turn.
+        Raises UserError for an unknown class, and for a prompt that is empty, too long, or cannot be encoded.
         """
         conditions = self.sampler.conditions
         if conditions.captions is None:
@@ -130,55 +133,56 @@ class InteractiveRun:
         if len(text) > MAX_PROMPT_LETTERS:
             raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {MAX_PROMPT_LETTERS:,} at most")
         if self.sampler.texts:
-            self.sampler.texts.forget(KEPT_PROMPTS - 1)
+            self.sampler.texts.forget(KEPT_PROMPTS - 1)  # one is added next
         return repeat_conditions(prompted(self.sampler, [text]), n)
 
-    def fresh(self, seed: int, images: int = 1) -> Fresh:
-        """The draws of the first images of a seed, as `dumo sample --seed` and `run.sample(seed=...)` make them."""
+    def noises(self, seed: int, n: int = 1) -> Fresh:
+        """The draws (n, *shape) of samples 0 to n - 1 of a seed, those that `dumo sample --seed` makes."""
         shape = self.sampler.data.shape
         device = self.sampler.device
-        return lambda k: noise(seed, range(images), k, shape).to(device)
+        return lambda k: noise(seed, range(n), k, shape).to(device)
 
     def make(
         self,
         mode: SamplingMode,
         nfe: int,
         c: Tensor,
-        fresh: Fresh,
+        noises: Fresh,
         guide: CFG | None = None,
-        until: float | None = None,
+        deadline: float | None = None,
     ) -> TimedSamples:
-        """A sample of each row of the noise, of its condition in c (n,), decoded; guided as the run is, if None.
+        """Make n samples of the conditions c (n,), from `noises` of n rows, and decode them.
 
-        Raises UserError for a number of passes that the solver cannot make, and where they take longer than to `until`,
-        a time of `time.monotonic`; None: than the limit.
+        `guide` None is the run's own guidance. No pass begins after `deadline`, a time of `time.monotonic`; None is
+        after the run's limit. Raises UserError where one would, and for a number of passes that the solver cannot make.
         """
         sampler = self.sampler
         net = sampler.net
         device = sampler.device
         began = time.monotonic()
-        if until is None:
-            until = began + self.limit
+        if deadline is None:
+            deadline = began + self.limit
         check(mode.solver, sampler.taught, nfe)
         reads = sampler.guided(guide or sampler.spec.guide)
         with (
             eval_mode(net),
             counting_passes(net) as rows_per_pass,
             in_precision(net, sampler.precision, device),
-            _stop_after(net, until),
+            _stop_after(net, deadline),
         ):
-            _, x = integrate(reads, sampler.flow.path, mode.solver, c.to(device), nfe, fresh)
+            _, x = integrate(reads, sampler.flow.path, mode.solver, c.to(device), nfe, noises)
         x = sampler.decode(x.cpu())
         return TimedSamples(x, sum(rows_per_pass) // len(c), time.monotonic() - began)
 
-    def warm(self) -> None:
-        """Make a sample and forget it: the first pass takes longer than the others, and shows what is amiss."""
+    def warm_up(self) -> None:
+        """Make a sample by each mode and forget it: a first pass takes longer than others, and shows what is amiss."""
         c = torch.zeros(1, dtype=torch.long)
         for mode in self.modes.values():
-            self.make(mode, mode.solver.passes, c, self.fresh(0), until=time.monotonic() + WARM_UP_SECONDS)
+            deadline = time.monotonic() + WARM_UP_SECONDS
+            self.make(mode, mode.solver.passes, c, self.noises(0), deadline=deadline)
 
     def facts(self) -> dict[str, str | None]:
-        """What two runs must share to be shown next to each other; None: not known."""
+        """The facts, by name, that two runs must share to be shown next to each other; None: not known of this run."""
         data = shown(self.sampler.data)
         conditions = self.sampler.conditions
         fingerprint = None
@@ -196,32 +200,32 @@ class InteractiveRun:
 def open_runs(
     folders: Sequence[str], sets: Sequence[str] = (), *, weights: str | None = None, device: str = "auto", limit: float
 ) -> list[InteractiveRun]:
-    """Runs that stand next to each other, each sampled once.
+    """Open runs that are shown next to each other, and sample each once. `sets` are changes as --set takes them.
 
-    Raises UserError as `open_run`, for the same folder twice, weights of which run is not said, a run that edits
-    images, and as `require_fit`.
+    Raises UserError where a folder is no run's or comes twice, `weights` might be of either run, a run
+    edits images, or runs do not fit (`require_fit`).
     """
     places = [shipped.find(folder).resolve() for folder in folders]
     if weights and len(places) > 1:
         raise UserError("--weights are of one run: give one run, or two folders without --weights")
     if len(set(places)) < len(places):
         raise UserError(f"both runs are {folders[0]}: give one run, or two folders without --weights")
-    lives: list[InteractiveRun] = []
+    runs: list[InteractiveRun] = []
     for folder, place, name in zip(folders, places, short_names(places), strict=True):
         opened = open_run(folder, sets, weights=weights, device=device)
-        live = InteractiveRun(opened, name, _load_call(place, sets, weights, device), limit)
-        if edits(live.sampler.data):
+        run = InteractiveRun(opened, name, _load_call(place, sets, weights, device), limit)
+        if edits(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
-        if lives:
-            require_fit(lives[0], live)
-        lives.append(live)
-    for live in lives:
-        live.warm()
-    return lives
+        if runs:
+            require_fit(runs[0], run)
+        runs.append(run)
+    for run in runs:
+        run.warm_up()
+    return runs
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """The last parts of different paths, as few as tell them apart."""
+    """A name for each of several different paths: its last parts, as few as tell all of them apart."""
     for length in count(1):
         names = ["-".join(place.parts[-length:]) for place in places]
         if len(set(names)) == len(names):
@@ -230,7 +234,7 @@ def short_names(places: Sequence[Path]) -> list[str]:
 
 
 def _load_call(place: Path, sets: Sequence[str], weights: str | None, device: str) -> str:
-    """The Python that opens a run as it is open here."""
+    """The Python that opens the run of a folder with these options: dumo.load(...)."""
     arguments = [repr(str(place))]
     if sets:
         fields: dict[str, object] = {}
@@ -245,24 +249,24 @@ def _load_call(place: Path, sets: Sequence[str], weights: str | None, device: st
     return f"dumo.load({', '.join(arguments)})"
 
 
-def require_fit(live: InteractiveRun, other: InteractiveRun) -> None:
-    """Raise UserError where two runs are of other data, shapes or classes: then nothing is the same in both."""
-    facts = live.facts()
+def require_fit(run: InteractiveRun, other: InteractiveRun) -> None:
+    """Raise UserError where two runs are of different data, shapes or classes: a seed shows nothing in common then."""
+    facts = run.facts()
     for name, other_fact in other.facts().items():
         fact = facts[name]
         if fact != other_fact and None not in (fact, other_fact):
             raise UserError(
-                f"{other.name} does not fit next to {live.name}, its {name}: {brief(f'{other_fact}')}, not "
+                f"{other.name} does not fit next to {run.name}, its {name}: {brief(f'{other_fact}')}, not "
                 f"{brief(f'{fact}')}: give two runs of the same data, or one"
             )
 
 
 @contextmanager
-def _stop_after(net: nn.Module, until: float) -> Generator[None, None, None]:
-    """Raise UserError before a pass through the net that begins later than this."""
+def _stop_after(net: nn.Module, deadline: float) -> Generator[None, None, None]:
+    """Inside, a pass through the net that would begin after `deadline` raises UserError instead."""
 
     def check_time(*_: object) -> None:
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise UserError("stopped, it took too long: ask for fewer passes, or give dumo demo a higher --limit")
 
     hook = net.register_forward_pre_hook(check_time)

@@ -79,7 +79,7 @@ def pixels(cell: AnswerCell) -> np.ndarray:
 
 def one(live: InteractiveRun, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
     """A sample's pixels, made alone."""
-    x = live.make(live.mode(letter), nfe, torch.tensor([c]), live.fresh(seed)).x
+    x = live.make(live.mode(letter), nfe, torch.tensor([c]), live.noises(seed)).x
     return picture.to_rows(x)[0].numpy()
 
 
@@ -97,7 +97,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.nightly
 def test_passes_stand_side_by_side_from_one_noise(digits: InteractiveRun) -> None:
     """In the order of their numbers, a row for each reading, and each as soon as it is made."""
-    parts = [*answer.passes(digits, "3", "8", 1)]
+    parts = [*answer.compare_passes(digits, "3", "8", 1)]
     assert len(parts) == 2 * len(PASSES)
     made = [sum(cell.picture is not None for row in part.rows for cell in row.cells) for part in parts]
     assert made == [*range(1, len(parts) + 1)]
@@ -110,7 +110,7 @@ def test_passes_stand_side_by_side_from_one_noise(digits: InteractiveRun) -> Non
 
 @pytest.mark.slow
 def test_what_a_run_cannot_do_says_why(flow: InteractiveRun) -> None:
-    *_, last = answer.passes(flow, "3", "0", 1)
+    *_, last = answer.compare_passes(flow, "3", "0", 1)
     (row,) = last.rows
     assert [cell.picture is None for cell in row.cells] == [True, False, False, False]
     assert "solver 'heun' makes 2 passes a step" in row.cells[0].note
@@ -118,7 +118,7 @@ def test_what_a_run_cannot_do_says_why(flow: InteractiveRun) -> None:
 
 
 def test_the_way_between_seeds_begins_and_ends_at_them(digits: InteractiveRun) -> None:
-    (found,) = answer.interpolation(digits, "5", "3", 1, "9", "u", 2)
+    (found,) = answer.interpolate_seeds(digits, "5", "3", 1, "9", "u", 2)
     (row,) = found.rows
     assert near(pixels(row.cells[0]), one(digits, "u", 2, 5, 3))
     assert near(pixels(row.cells[-1]), one(digits, "u", 2, 5, 9))
@@ -126,16 +126,16 @@ def test_the_way_between_seeds_begins_and_ends_at_them(digits: InteractiveRun) -
     whole = np.abs(pixels(row.cells[0]).astype(int) - pixels(row.cells[-1])).mean()
     assert 0 < max(steps) < whole / 2
     with pytest.raises(UserError, match="give another one"):
-        next(answer.interpolation(digits, "5", "3", 1, "03", "u", 2))
+        next(answer.interpolate_seeds(digits, "5", "3", 1, "03", "u", 2))
 
 
 def test_a_copy_of_the_data_is_found(digits: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight samples one stands among the data: it is below itself, at distance 0, and the others are farther."""
-    some = digits.make(digits.mode("u"), 1, digits.conditions("2", 8), digits.fresh(0, 8)).x
+    some = digits.make(digits.mode("u"), 1, digits.conditions("2", 8), digits.noises(0, 8)).x
     real = torch.cat([digits.data[0][:50], some[[6]], digits.data[0][50:99]])
     known = replace(digits)
     monkeypatch.setitem(known.__dict__, "data", (real, 5000))
-    (found,) = answer.neighbours(known, "2", "0", 1, "u", 1)
+    (found,) = answer.find_neighbours(known, "2", "0", 1, "u", 1)
     samples, nearest = found.rows
     assert near(pixels(nearest.cells[6]), pixels(samples.cells[6]))
     assert [cell.note == "distance 0.00" for cell in nearest.cells] == [k == 6 for k in range(8)]
@@ -148,14 +148,14 @@ def test_without_the_data_there_are_samples_and_a_line(digits: InteractiveRun, m
         raise UserError("there is no folder photos")
 
     monkeypatch.setattr("dumo.report.live.training_data", gone)
-    (found,) = answer.neighbours(replace(digits), "2", "0", 1, "u", 1)
+    (found,) = answer.find_neighbours(replace(digits), "2", "0", 1, "u", 1)
     (row,) = found.rows
     assert len(row.cells) == 8
     assert found.line.endswith("there is no folder photos")
 
 
 def test_points_are_a_scatter(moons: InteractiveRun) -> None:
-    first = next(answer.passes(moons, "", "0", 1))
+    first = next(answer.compare_passes(moons, "", "0", 1))
     drawn = pixels(first.rows[0].cells[0])
     for colour in ([255, 0, 0], [204, 204, 204]):  # the samples, the data behind them
         assert (drawn == colour).all(-1).sum() > 100
@@ -172,7 +172,7 @@ def test_a_seed_that_is_none_is_refused_in_a_line() -> None:
 def test_a_class_or_reading_that_is_none_is_refused(digits: InteractiveRun) -> None:
     for what in ("10", "-1", "seven", "<img src=x onerror=alert(1)>"):
         with pytest.raises(UserError, match="labels run from 0 to 9"):
-            next(answer.passes(digits, what, "0", 1))
+            next(answer.compare_passes(digits, what, "0", 1))
     for letter in ("w", "", "<script>"):
         with pytest.raises(UserError, match="teaches no reading"):
             digits.mode(letter)
@@ -230,7 +230,7 @@ def test_the_script_makes_what_is_shown(
     """To the pixel, in files of the same names as in the archive; a class as it was typed, all in turn if none was."""
     monkeypatch.chdir(tmp_path)
     (live,) = open_runs([str(request.getfixturevalue(name).opened.folder)], sets, device="cpu", limit=60)
-    (found,) = answer.make(live, what, "5", guidance, 7, 4, letter)
+    (found,) = answer.make_samples(live, what, "5", guidance, 7, 4, letter)
     archive, grid = write({live.name: found}, tmp_path)
     assert (read(grid) == np.asarray(found.sheet)).all()
     exec("import dumo\n" + found.script)
@@ -245,31 +245,40 @@ def test_the_script_makes_what_is_shown(
 
 def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: InteractiveRun) -> None:
     """On the page in advance; and where it is tried, as `run.sample` does."""
-    assert free.unguided == ""
-    assert digits.unguided.startswith("guidance needs what the net makes without a label, which objective.drop = 0")
+    assert free.guidance_refusal == ""
+    assert digits.guidance_refusal.startswith(
+        "guidance needs what the net makes without a label, which objective.drop = 0"
+    )
     with pytest.raises(UserError, match="guidance = 3 needs"):
-        next(answer.make(digits, "3", "0", 3, 1, 1, "u"))
-    plain, guided = (next(answer.make(free, "3", "0", scale, 1, 1, "u")).rows[0].cells[0] for scale in (1, STRONG))
+        next(answer.make_samples(digits, "3", "0", 3, 1, 1, "u"))
+    plain, guided = (
+        next(answer.make_samples(free, "3", "0", scale, 1, 1, "u")).rows[0].cells[0] for scale in (1, STRONG)
+    )
     assert (pixels(plain) != pixels(guided)).any()
 
 
 @pytest.mark.slow
 def test_two_runs_answer_one_after_the_other(digits: InteractiveRun, flow: InteractiveRun) -> None:
     """From the same noise; what one cannot make is its line, and no error while another can."""
-    parts = [*answer_runs([digits, flow], answer.passes, "3", "0", 1)]
+    parts = [*answer_runs([digits, flow], answer.compare_passes, "3", "0", 1)]
     assert [[*part] for part in parts] == [["digits"]] * 8 + [["digits", "flow"]] * 4
     assert parts[-1]["digits"] == parts[7]["digits"]
-    *_, last = answer_runs([flow, digits], answer.make, "3", "0", 1, 4, 1, "u")
+    *_, last = answer_runs([flow, digits], answer.make_samples, "3", "0", 1, 4, 1, "u")
     assert (last["flow"].rows, last["flow"].line) == ([], "objective flow_matching teaches no jumps")
     assert len(last["digits"].rows[0].cells) == 4
     with pytest.raises(UserError, match="seed 'x'"):
-        next(answer_runs([digits, flow], answer.passes, "3", "x", 1))
+        next(answer_runs([digits, flow], answer.compare_passes, "3", "x", 1))
     with pytest.raises(UserError, match="teaches no reading"):
-        next(answer_runs([digits], answer.make, "3", "0", 1, 4, 1, "w"))
+        next(answer_runs([digits], answer.make_samples, "3", "0", 1, 4, 1, "w"))
+
+
+def test_without_a_run_there_is_a_line() -> None:
+    with pytest.raises(UserError, match="there is no run to answer"):
+        next(answer_runs([], answer.compare_passes, "3", "0", 1))
 
 
 def test_two_grids_stand_next_to_each_other(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
-    *_, shown = answer_runs([digits, free], answer.make, "3", "0", 1, 4, 1, "u")
+    *_, shown = answer_runs([digits, free], answer.make_samples, "3", "0", 1, 4, 1, "u")
     archive, grid = write(shown, tmp_path)
     assert read(grid).shape[1] > 2 * np.asarray(shown["digits"].sheet).shape[1]
     with ZipFile(archive) as files:
@@ -326,12 +335,12 @@ def test_what_takes_too_long_is_stopped_between_passes_and_says_so(digits: Inter
     """And the net is as it was: without hooks, in its own mode."""
     late, mode = replace(digits, limit=0), digits.modes["u"]
     with pytest.raises(UserError, match="took too long"):
-        late.make(mode, 1, torch.tensor([0]), late.fresh(0))
-    *_, last = answer.passes(late, "0", "0", 1)
+        late.make(mode, 1, torch.tensor([0]), late.noises(0))
+    *_, last = answer.compare_passes(late, "0", "0", 1)
     assert all("took too long" in cell.note for row in last.rows for cell in row.cells)
     net = digits.sampler.net
     assert [*net._forward_pre_hooks, *net._forward_hooks] == []
-    assert digits.make(mode, 1, torch.tensor([0]), digits.fresh(0)).nfe == 1
+    assert digits.make(mode, 1, torch.tensor([0]), digits.noises(0)).nfe == 1
 
 
 def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
@@ -349,7 +358,7 @@ def test_a_run_of_captions_takes_prompts(words: InteractiveRun) -> None:
     new = words.conditions("a red bicycle")
     assert new > conditions.count
     assert words.conditions(" a red bicycle ") == new
-    made = [words.make(words.mode("u"), 1, c, words.fresh(1)).x for c in (new, torch.tensor([3]))]
+    made = [words.make(words.mode("u"), 1, c, words.noises(1)).x for c in (new, torch.tensor([3]))]
     assert not torch.equal(*made)
     for wrong in ("", "  ", "7" * 10_001):
         with pytest.raises(UserError, match="a prompt"):
@@ -362,7 +371,7 @@ def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: p
     texts = words.sampler.texts
 
     def made(text: str) -> Tensor:
-        return words.make(words.mode("u"), 1, words.conditions(text), words.fresh(1)).x
+        return words.make(words.mode("u"), 1, words.conditions(text), words.noises(1)).x
 
     before = {text: made(text) for text in "abacad"}
     assert [*texts.prompts] == ["c", "a", "d"]
