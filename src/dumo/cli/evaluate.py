@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from dumo.training.log import Row
 
 LAST = 10  # rows of a run in the table of a log. Ours
-BASELINES = {  # by key in a report: what the terminal calls it
-    "perfect": "a perfect sampler",
-    "null": "a perfect sampler",
-    "noise": "noise",
-    "captions": "real images with their captions",
-    "others": "real images with other captions",
-}
 
 
 def log(
@@ -81,6 +74,7 @@ def _log_cells(rows: "list[Row]") -> list[dict[str, Any]]:
     Parts of the loss are columns only where they are not the loss itself. A skipped step shows how many rows were to
     blame.
     """
+    from dumo.report.score import is_error
     from dumo.training.log import is_weighted
 
     parts: dict[str, None] = {}  # a set in order
@@ -89,7 +83,7 @@ def _log_cells(rows: "list[Row]") -> list[dict[str, Any]]:
         row_parts = row.get("parts", {})
         if is_weighted(row.get("loss"), row_parts):
             parts |= dict.fromkeys(row_parts)
-        scores |= dict.fromkeys(name for name in row.get("val", {}) if not name.endswith("_sd"))
+        scores |= dict.fromkeys(name for name in row.get("val", {}) if not is_error(name))
     any_skipped = any(row.get("skipped") for row in rows)
     any_timed = any("speed" in row for row in rows)
 
@@ -258,34 +252,21 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
 
     Without `everything` the table has the scores of the summary alone.
     """
-    from dumo.evaluation.metric import CLASS_MMD
     from dumo.report import score
 
     if as_json:
         print(json.dumps(report))
         return
     rows = [*report["results"], *report["contrast"]]
-    card = report.get("card") or {}
-    columns = score.score_names(rows[0], card)
+    columns = None
     if not everything:
-        columns = score.summary_names(columns)
-    table_rows = rows if everything else [score.select_scores(row, columns) for row in rows]
+        names = score.score_names(rows[0], report.get("card") or {})
+        columns = score.summary_names(names)
+        rows = [score.select_scores(row, columns) for row in rows]
     judged = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
-    show_table(f"{judged}, protocol {report['protocol']}", table_rows)
-    for name, scores in score.baselines_by_name(report).items():
-        shown_scores = scores if everything else score.select_scores(scores, columns)
-        if shown_scores:
-            out.print(f"{BASELINES.get(name, name)}: {score.terminal_text(shown_scores)}", soft_wrap=True)
-    if score.has_too_few_images(report):
-        out.print(f"{BASELINES['perfect']}: too few images to tell")
-    trained_on = score.trained_on_names(rows[0], card)
-    if trained_on:
-        out.print(f"no judges of this run, which was trained on what they are by: {', '.join(trained_on)}")
-    if CLASS_MMD in card:
-        out.print(f"{CLASS_MMD}: over {card[CLASS_MMD]}", soft_wrap=True)
-    verdict = score.verdict(report)
-    if verdict:
-        out.print(verdict, soft_wrap=True)
+    show_table(f"{judged}, protocol {report['protocol']}", rows)
+    for line in score.terminal_lines(report, columns):
+        out.print(line, soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
 
 
@@ -315,7 +296,7 @@ def compare(
     show_table("* the best of its passes, and what is level with it" if "best" in rows[0] else "", rows)
     perfect_scores = dict.fromkeys(score.terminal_text(perfect) for perfect in report["perfect"].values())
     for text in perfect_scores:
-        out.print(f"{BASELINES['perfect']}: {text}", soft_wrap=True)
+        out.print(f"{score.TERMINAL_BASELINES['perfect']}: {text}", soft_wrap=True)
     for field, value_by_run in report["differs"].items():
         values = "; ".join(f"{value} in {name}" for name, value in value_by_run.items())
         out.print(f"measured otherwise, {field}: {values}", soft_wrap=True)

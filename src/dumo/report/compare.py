@@ -93,7 +93,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
         rows += [head | own_settings | row | tail for row in report["results"]]
         rows += [head | other_settings | row | tail for row in report.get("contrast", [])]
 
-    lead = score.first_of(reports[sources[0]]["results"][0])
+    lead = score.first_score(reports[sources[0]]["results"][0])
     if all(CLASS_MMD in report["results"][0] for report in reports.values()):
         lead = CLASS_MMD
     rows = score.mark_best(rows, lead)

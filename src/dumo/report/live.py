@@ -29,7 +29,7 @@ from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io.read import brief
 from dumo.io.yaml import parse
 from dumo.report.gallery import TAUGHT_BY_LETTER, SamplingMode, sampling_modes
-from dumo.report.page import data_rows
+from dumo.report.page import num_data_rows
 from dumo.report.sample import DATA_POINTS, guide_of, repeat_conditions
 from dumo.run import shipped
 from dumo.run.judge import training_data
@@ -93,7 +93,7 @@ class InteractiveRun:
         """
         sampler = self.sampler
         source = training_data(sampler.data)
-        rows = data_rows(sampler) if sampler.is_image else DATA_POINTS
+        rows = num_data_rows(sampler) if sampler.is_image else DATA_POINTS
         x, _ = source.reference(rows, sampler.spec.seed)
         return x, source.size
 

@@ -1,12 +1,18 @@
 """A run as one page: what it makes, by which head, how near to the data, how it was trained and how it is judged.
 
-`write` is the entrance. It reads log, evaluation and data from disk, makes samples (`make`), draws them (`draw`),
-compares them with the data (`proximity`), and renders the page; report/ has the pictures alone. The page is one file
-that needs no other, no script and no network. Numbers are made here, words stand in the template.
+`write` is the entrance. In this order it
+
+1. reads what is on disk: log, evaluation, data;
+2. makes samples (`make_samples`), and images of prompts where the net reads texts;
+3. draws them (`draw_samples`), and compares them with the data (`measure_proximity`);
+4. renders the page (`render`), and writes it, with the pictures alone in report/.
+
+The page is one file that needs no other, no script and no network. Numbers are made here, words stand in the template,
+report.html.j2. `num_data_rows` also says how many images of the data the demo reads.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +33,7 @@ from dumo.flow.solver import Solver, can_make
 from dumo.io import file, picture
 from dumo.plan.plan import show
 from dumo.report import score
+from dumo.report.chart import Chart
 from dumo.report.figure import charts
 from dumo.report.gallery import PASSES, reachable_passes, sampling_modes
 from dumo.run.prompt import names as names_of
@@ -39,132 +46,149 @@ from dumo.runtime.random import stream
 from dumo.training import log
 from dumo.types import Sample
 
-ROWS = 8  # of a sheet of images
-COLUMNS = 10  # of a sheet of images: classes
-POINTS = 2000  # of a scatter; rows of a data set that are read for the page, if they are not all in memory
-MAX_DATA_PIXELS = 2**24  # of data that are decoded for the page: 256 images of 256 x 256
-SHEET = "sheet"  # the samples by the run's own solver
-PROMPT_PASSES = (1, 2, 4)  # of a sheet of prompts, as far as the solver can make them
-CAPTIONS = 9  # that are shown where no prompts are given
+ROWS = 8  # of a sheet of images: ours
+COLUMNS = 10  # of a sheet of images, at most one class each: ours
+POINTS = 2000  # samples of a scatter, and rows that are read of data that are not in memory: ours
+MAX_DATA_PIXELS = 2**24  # of images that are read of the data, 256 of 256 x 256: ours
+SHEET = "sheet"  # the name of the samples by the run's own solver
+PROMPT_PASSES = (1, 2, 4)  # of a sheet of prompts, as far as the solver can make them: ours
+NUM_CAPTIONS = 9  # captions that are shown where no prompts are given: ours
 
 Pictures = Mapping[int, Image.Image]  # by number of passes
 
 
+@dataclass(frozen=True)
+class PageParts:
+    """What a page shows besides the run's own fields. A part that is empty or None is left out."""
+
+    size: int | None = None  # samples in the data; None: they never end
+    sheets: Pictures = field(default_factory=dict[int, Image.Image])  # samples by the run's own solver
+    data: Image.Image | None = None  # a sheet of the data
+    texts: "_PromptSheet | None" = None
+    trajectories: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])  # by sampling mode
+    near: Mapping[str, Any] | None = None  # as `measure_proximity` returns it
+    charts: Sequence[Chart] = ()  # of the log
+    times: Mapping[str, Any] | None = None  # as `late_losses` returns it
+    judged: score.Judgement | None = None  # the run's own evaluation
+    benchmarks: Sequence[score.Judgement] = ()  # other evaluations
+
+
 def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> list[Path]:
-    """Write pictures into report/ and report.html into the run's folder; return all paths, the page last.
+    """Write report.html into the run's folder, and its pictures into report/; return all paths, the page last.
 
     A net that reads texts is shown with these prompts, or with captions of its data. Raises UserError, before anything
     is written, where metrics.jsonl or an evaluation is damaged, or prompts cannot be read, and OSError where nothing
     can be written.
     """
     folder = opened.folder
-    for place in (folder, folder / "report"):
-        file.check_writable(place)
-        file.sweep(place)
+    picture_folder = folder / "report"
+    for written_folder in (folder, picture_folder):
+        file.check_writable(written_folder)
+        file.sweep(written_folder)
     sampler = opened.sampler
 
     # what is on disk: the log, the evaluation, the data
     rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
     judged = score.judgement(folder, opened.step, opened.weights)
     data_spec = squares(opened.run.data)
-    source = data_spec.open()
-    real, real_c = source.reference(data_rows(sampler), sampler.spec.seed)
+    data = data_spec.open()
+    real, real_c = data.reference(num_data_rows(sampler), sampler.spec.seed)
     if isinstance(data_spec, Latents):
         real = sampler.decode(real)
 
     # samples
     with threads.fewer_when_busy(sampler.device, teller(bar)):
         texts = _prompt_sheet(sampler, prompts, bar)
-        made = make(sampler, bar)
+        samples = make_samples(sampler, bar)
 
     # pictures
     drawn: dict[str, dict[int, Image.Image]] = {}
-    for name, by_passes in made.items():
-        drawn[name] = {n: draw(sampler, x, real) for n, x in by_passes.items()}
+    for name, samples_by_passes in samples.items():
+        drawn[name] = {n: draw_samples(sampler, x, real) for n, x in samples_by_passes.items()}
     sheets = drawn.pop(SHEET)
     names = _class_names(sampler)
     pictures = {f"nfe{n}": picture.with_column_names(sheet, names) for n, sheet in sheets.items()}
-    pictures["trajectories"] = all_trajectories(sampler, drawn)
+    pictures["trajectories"] = join_trajectories(sampler, drawn)
     data_sheet = None
     near = None
-    if sampler.is_image and source.size is not None:
-        data_sheet = draw(sampler, by_class(sampler, real, real_c), real)
-        near = proximity(sampler, made[SHEET][min(sheets)], real)
+    if sampler.is_image and data.size is not None:
+        data_sheet = draw_samples(sampler, arrange_by_class(sampler, real, real_c), real)
+        near = measure_proximity(sampler, samples[SHEET][min(sheets)], real)
         pictures["data"] = picture.with_column_names(data_sheet, names)
-        pictures["nearest"] = picture.labelled_grid({"sample": [near["samples"]], "nearest": [near["found"]]})
+        pictures["nearest"] = picture.labelled_grid({"sample": [near["samples"]], "nearest": [near["nearest"]]})
     if texts:
         pictures["prompts"] = texts.picture()
 
-    page = render(
-        opened,
-        size=source.size,
-        texts=texts,
+    # the page
+    parts = PageParts(
+        size=data.size,
         sheets=sheets,
         data=data_sheet,
+        texts=texts,
         trajectories=drawn,
         near=near,
-        charts=charts(rows) if len(rows) > 1 else [],
+        charts=charts(rows) if len(rows) > 1 else (),
         times=late_losses(rows),
         judged=judged,
         benchmarks=score.benchmarks(folder, opened.step, opened.weights),
     )
+    html = render(opened, parts)
     paths: list[Path] = []
     for name, image in pictures.items():
-        paths.append(folder / "report" / f"{name}.png")
-        picture.write_picture(paths[-1], image)
-    paths.append(folder / "report.html")
-    file.write(paths[-1], page.encode())
-    return paths
+        path = picture_folder / f"{name}.png"
+        picture.write_picture(path, image)
+        paths.append(path)
+    page_path = folder / "report.html"
+    file.write(page_path, html.encode())
+    return [*paths, page_path]
 
 
-def data_rows(sampler: Sampler) -> int:
-    """How many rows of the data are read, if they are not all in memory."""
+def num_data_rows(sampler: Sampler) -> int:
+    """The number of samples that are read of data that are not in memory: fewer, the more pixels each has."""
     return min(POINTS, MAX_DATA_PIXELS // prod(sampler.pixels[1:]))
 
 
-def render(opened: RunFolder, **parts: object) -> str:
-    """The page, of these parts and of what the run says of itself. Whatever is put in is escaped."""
+def render(opened: RunFolder, parts: PageParts) -> str:
+    """The page as HTML, of these parts and of what the run's fields say. All that is put into it is escaped."""
     run = opened.run
     sampler = opened.sampler
     facts = show(run)
-    judged = cast(Any, parts["judged"])
-    near = cast(Any, parts["near"])
     shipped = score.shipped_results(run.evaluate.protocol, run.data)
     results = recipes.results(shipped) if shipped else None
     others = None
     if results:
-        others = score.others(results, judged, opened.step, facts["forward_units_per_step"])
-    return (
-        _template_environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            facts=facts,
-            folder=typed(opened.folder),
-            name=opened.folder.resolve().name,
-            step=opened.step,
-            weights=opened.weights,
-            image=sampler.is_image,
-            heads={letter: mode.head for letter, mode in sampling_modes(sampler).items()},
-            shipped=shipped,
-            others=others,
-            doubts=score.doubts(run.train.steps, opened.step, judged, near),
-            score=score,
-            names=_class_names(sampler),
-            data_name=_data_name(sampler),
-            word=word,
-            method=word.method(run.objective),
-            spread=score.spread,
-            too_few=score.has_too_few_images,
-            yaml=dump(run),
-            versions=dist.versions(),
-            **parts,
-        )
+        others = score.objectives_table(results, parts.judged, opened.step, facts["forward_units_per_step"])
+    template = _template_environment().get_template("report.html.j2")
+    return template.render(
+        # the run
+        run=run,
+        facts=facts,
+        folder=typed(opened.folder),
+        name=opened.folder.resolve().name,
+        step=opened.step,
+        weights=opened.weights,
+        image=sampler.is_image,
+        heads={letter: mode.head for letter, mode in sampling_modes(sampler).items()},
+        method=word.method(run.objective),
+        names=_class_names(sampler),
+        data_name=_data_name(sampler),
+        yaml=dump(run),
+        versions=dist.versions(),
+        # how good it is
+        doubts=score.doubts(run.train.steps, opened.step, parts.judged, parts.near),
+        shipped=shipped,
+        others=others,
+        # functions and words
+        score=score,
+        spread=score.spread,
+        too_few=score.has_too_few_images,
+        word=word,
+        **vars(parts),
     )
 
 
 def _template_environment() -> jinja2.Environment:
-    """Where the template is, and its filters."""
+    """The environment that finds the page's template, with its filters. What is put into a page is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
         autoescape=True,
@@ -173,7 +197,7 @@ def _template_environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = cast(dict[str, Any], environment.filters)
-    filters.update(number=score.number, large=score.large, embed=picture.embed, sentence=_sentence)
+    filters.update(number=score.number, large=score.abbreviate, embed=picture.embed, sentence=_sentence)
     return environment
 
 
@@ -182,8 +206,11 @@ def _sentence(title: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-def columns(sampler: Sampler) -> list[int]:
-    """The condition of each column of a sheet: the first ten classes, or captions of them, or fewer, each repeated."""
+def _column_conditions(sampler: Sampler) -> list[int]:
+    """The condition of each column of a sheet: the first ten classes, or captions of them.
+
+    Fewer than ten are repeated, each in columns side by side. [] without conditions.
+    """
     data = sampler.data
     count = min(data.labels or data.classes, COLUMNS)
     conditions = sampler.conditions.in_turn(count).tolist() if data.labels else range(count)
@@ -191,43 +218,48 @@ def columns(sampler: Sampler) -> list[int]:
 
 
 def _num_columns(sampler: Sampler) -> int:
-    """How many columns a sheet has."""
-    return len(columns(sampler)) or COLUMNS
+    """The number of columns of a sheet."""
+    return len(_column_conditions(sampler)) or COLUMNS
 
 
 def _class_names(sampler: Sampler) -> list[str]:
-    """What the classes of a sheet are called, each over as many columns as it has."""
+    """The names above a sheet, one for each class; [] of points."""
     if not sampler.is_image:
         return []
-    return [sampler.conditions.name(c) for c in dict.fromkeys(columns(sampler))]
+    return [sampler.conditions.name(c) for c in dict.fromkeys(_column_conditions(sampler))]
 
 
 def _data_name(sampler: Sampler) -> str:
-    """A name for the data: their kind, or the folder that images are in."""
+    """The name of the data: that of the folder of images, else their kind."""
     images = shown_data(sampler.data)
-    return Path(images.root).name.lstrip("$") if isinstance(images, Images) else sampler.data.kind
+    if isinstance(images, Images):
+        return Path(images.root).name.lstrip("$")
+    return sampler.data.kind
 
 
 @dataclass(frozen=True)
 class _SamplingJob:
-    """Samples for the page: what they are called, and how they are made."""
+    """A set of samples that the page needs."""
 
-    name: str
+    name: str  # SHEET, or the title of a sampling mode
     solver: Solver
     nfe: int
-    c: Tensor
+    c: Tensor  # (n,), the condition of each sample
 
 
 def _sampling_jobs(sampler: Sampler) -> list[_SamplingJob]:
-    """A sheet for each of the run's numbers of passes, then trajectories, a row of a sheet each (points: as many)."""
+    """A sheet for each of the run's numbers of passes, then the trajectories of each sampling mode.
+
+    Of a trajectory, each number of passes is as many images as a row of a sheet has; of points, as many as a sheet.
+    """
     if sampler.is_image:
-        count = ROWS * _num_columns(sampler)
-        classes = columns(sampler)
+        classes = _column_conditions(sampler)
+        sheet_c = labels_in_turn(ROWS * _num_columns(sampler), sampler.data.classes, classes or None)
+        row_c = sheet_c[: _num_columns(sampler)]
     else:
-        count = POINTS
         classes = range(min(sampler.data.classes, COLUMNS))
-    sheet_c = labels_in_turn(count, sampler.data.classes, classes or None)
-    row_c = sheet_c[: _num_columns(sampler)] if sampler.is_image else sheet_c
+        sheet_c = labels_in_turn(POINTS, sampler.data.classes, classes or None)
+        row_c = sheet_c
     jobs = [_SamplingJob(SHEET, sampler.spec.solver, n, sheet_c) for n in sampler.spec.nfe]
     modes = sampling_modes(sampler).values()
     passes = reachable_passes(PASSES, sampler, modes)
@@ -236,128 +268,153 @@ def _sampling_jobs(sampler: Sampler) -> list[_SamplingJob]:
     return jobs
 
 
-def make(sampler: Sampler, bar: Bar) -> dict[str, dict[int, Sample]]:
-    """The samples of the page, by name and number of passes, image i always from the same noise."""
+def make_samples(sampler: Sampler, bar: Bar) -> dict[str, dict[int, Sample]]:
+    """The samples of the page, by name and number of passes; sample i always starts from the same noise."""
     jobs = _sampling_jobs(sampler)
-    made: dict[str, dict[int, Sample]] = {}
+    samples: dict[str, dict[int, Sample]] = {}
     done = 0
     with bar("sampling for the report", sum(job.nfe for job in jobs)) as tick:
         for job in jobs:
             x = sampler.sample(job.c, nfe=job.nfe, solver=job.solver).x
-            made.setdefault(job.name, {})[job.nfe] = x
+            samples.setdefault(job.name, {})[job.nfe] = x
             done += job.nfe
             tick(done, f"{job.name}, {job.nfe}")
-    return made
+    return samples
 
 
-def draw(sampler: Sampler, x: Sample, real: Real) -> Image.Image:
-    """Samples as a picture: a sheet with clear gaps, for a page may be dark, or red points before the grey truth."""
+def draw_samples(sampler: Sampler, x: Sample, real: Real) -> Image.Image:
+    """Samples (n, *pixels) as a picture: images as a sheet, points in red before the data `real` in grey.
+
+    The gaps of a sheet are transparent, since a page may be light or dark.
+    """
     if not sampler.is_image:
         return picture.scatter(real, {"": x})
     return picture.sheet(picture.to_rows(x), _num_columns(sampler), gap=picture.GAP, clear=True)
 
 
-def by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
-    """The first rows of the data, in the order of a sheet; grey where a class has none among the rows read."""
-    of_each_class = [x[c == label] for label in dict.fromkeys(columns(sampler))]
-    if not any(map(len, of_each_class)):
+def arrange_by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
+    """The first images x (n, *pixels), of classes c (n,), in the order of a sheet, a column or more for each class.
+
+    A class without images is grey. Where no class of the sheet has any, the images stay in their order.
+    """
+    images_by_class = [x[c == label] for label in dict.fromkeys(_column_conditions(sampler))]
+    if not any(map(len, images_by_class)):
         return x[: ROWS * COLUMNS]
-    width = _num_columns(sampler) // len(of_each_class)  # columns of a class
-    full_rows = [len(images) // width for images in of_each_class if len(images)]
+    width = _num_columns(sampler) // len(images_by_class)  # columns of a class
+    full_rows = [len(images) // width for images in images_by_class if len(images)]
     rows = max(1, min(ROWS, *full_rows))
     grey = torch.zeros_like(x[:1]).expand(rows * width, *x.shape[1:])
-    blocks = [torch.cat([images, grey])[: rows * width].unflatten(0, (rows, width)) for images in of_each_class]
+    blocks: list[Tensor] = []
+    for images in images_by_class:
+        block = torch.cat([images, grey])[: rows * width]
+        blocks.append(block.unflatten(0, (rows, width)))
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
-def all_trajectories(sampler: Sampler, drawn: Mapping[str, Pictures]) -> Image.Image:
-    """All trajectories in one picture with names: a row per number of passes, or, of points, a row per mode."""
+def join_trajectories(sampler: Sampler, drawn: Mapping[str, Pictures]) -> Image.Image:
+    """All trajectories, by the title of their mode, in one picture with names.
+
+    It has a row for each mode and number of passes; of points, a row for each mode and a column for each number.
+    """
     rows: list[tuple[str, list[Image.Image]]] = []
     passes: list[int] = []
-    for title, by_passes in drawn.items():
+    for title, pictures in drawn.items():
         name, *_ = title.split()
-        passes = list(by_passes)
+        passes = list(pictures)
         if sampler.is_image:
-            rows += [(f"{name} {n}", [strip]) for n, strip in by_passes.items()]
+            rows += [(f"{name} {n}", [strip]) for n, strip in pictures.items()]
         else:
-            rows.append((name, list(by_passes.values())))
+            rows.append((name, list(pictures.values())))
     column_names = [] if sampler.is_image else [f"NFE {n}" for n in passes]
     return picture.labelled_grid(rows, column_names)
 
 
-def proximity(sampler: Sampler, x: Sample, real: Real) -> dict[str, Any]:
-    """How near samples lie to the data, in pixel space, and how near as many rows of the data lie to the other rows.
+def measure_proximity(sampler: Sampler, x: Sample, real: Real) -> dict[str, Any]:
+    """How near the samples x lie to the data `real`, and how near some of the data lie to the rest, in pixel space.
 
-    A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed; of
-    little data they are half, and as many samples are counted.
+    A distance is Euclidean, over all pixels of images in [-1, 1]. As many rows of the data are held out as there are
+    samples, by a key of the sampling seed; of little data half of them, and then as many samples count.
+
+    Returns `samples` and `nearest`, pictures of the first samples and of the image nearest to each, with their
+    `distances`; and `rows`, the mean and least distance of `count` samples, and of as many rows held out.
     """
-    distances, places = nearest(real, x)
+    distances, nearest_indices = nearest(real, x)
     order = torch.randperm(len(real), generator=stream(sampler.spec.seed, "held out"))
-    held_out = min(len(x), len(real) // 2)
-    counted = held_out or len(x)
-    compared = {"samples": distances[:counted]}
-    if held_out:
-        compared[word.REAL], _ = nearest(real[order[held_out:]], real[order[:held_out]])
-    shown = _num_columns(sampler)
+    num_held_out = min(len(x), len(real) // 2)
+    num_counted = num_held_out or len(x)
+    distances_by_name = {"samples": distances[:num_counted]}
+    if num_held_out:
+        held_out = real[order[:num_held_out]]
+        rest = real[order[num_held_out:]]
+        distances_by_name[word.REAL], _ = nearest(rest, held_out)
+    rows: list[dict[str, Any]] = []
+    for name, d in distances_by_name.items():
+        rows.append({"name": name, "mean": d.mean().item(), "least": d.min().item()})
+    num_drawn = _num_columns(sampler)
     return {
-        "samples": draw(sampler, x[:shown], real),
-        "found": draw(sampler, real[places[:shown]], real),
-        "distances": distances[:shown].tolist(),
-        "count": counted,
-        "rows": [{"name": name, "mean": d.mean().item(), "least": d.min().item()} for name, d in compared.items()],
+        "samples": draw_samples(sampler, x[:num_drawn], real),
+        "nearest": draw_samples(sampler, real[nearest_indices[:num_drawn]], real),
+        "distances": distances[:num_drawn].tolist(),
+        "count": num_counted,
+        "rows": rows,
     }
 
 
 def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
-    """Mean loss by bin of t over the last quarter of the training, row by row of the logged batches; None of no log."""
+    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training; None of no log.
+
+    Every sample of the logged batches counts alike. Returns the step of the `first` row of the log that counts, how
+    many are `logged`, the samples in each bin as `counts`, and the means by part as `bins`.
+    """
     if not rows:
         return None
-    late = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]
-    counts = torch.tensor([row["counts"] for row in late], dtype=torch.float64)
-    total = counts.sum(0)
+    late_rows = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]
+    counts = torch.tensor([row["counts"] for row in late_rows], dtype=torch.float64)
+    total_counts = counts.sum(0)
     bins: dict[str, list[float]] = {}
-    for part in late[0]["bins"]:
-        means = torch.tensor([[value or 0.0 for value in row["bins"][part]] for row in late], dtype=torch.float64)
-        bins[part] = ((means * counts).sum(0) / total).tolist()
-    if bins["loss"] in [bins[part] for part in bins if part != "loss"]:
-        del bins["loss"]  # it is its only part
-    return {"first": late[0]["step"], "logged": len(late), "counts": total.tolist(), "bins": bins}
+    for part in late_rows[0]["bins"]:
+        values = [[value or 0.0 for value in row["bins"][part]] for row in late_rows]  # null of an empty bin
+        means = torch.tensor(values, dtype=torch.float64)
+        bins[part] = ((means * counts).sum(0) / total_counts).tolist()
+    if bins["loss"] in [values for part, values in bins.items() if part != "loss"]:
+        del bins["loss"]  # it has one part alone, and is that
+    return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": total_counts.tolist(), "bins": bins}
 
 
 @dataclass(frozen=True)
 class _PromptSheet:
-    """Prompts at these numbers of passes, each with its images side by side: a prompt keeps its noise."""
+    """Prompts, and what each becomes in several numbers of passes, from the same noise."""
 
     passes: tuple[int, ...]
-    shown: Sequence[tuple[str, Image.Image]]
+    shown: Sequence[tuple[str, Image.Image]]  # a prompt, and its images side by side in the order of `passes`
 
     def picture(self) -> Image.Image:
-        """All of them as one picture on white."""
+        """All prompts and images as one picture on white."""
         head = f"from left to right: {', '.join(map(str, self.passes))} passes through the net"
         return picture.captioned_pictures(self.shown, head)
 
 
 def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> _PromptSheet | None:
-    """What the net makes of these prompts, or, where none are given, of captions of its data; None: it reads no texts.
+    """What the net makes of these prompts, or, where there are none, of captions of its data.
 
-    Raises UserError as `dumo.run.prompt.prompted`.
+    None of a net that reads no texts. Raises UserError for prompts that the net cannot read.
     """
     conditions = sampler.conditions
     if prompts:
         c = prompted(sampler, prompts)
     elif conditions.captions is not None and sampler.is_image:
-        c = conditions.in_turn(CAPTIONS)
+        c = conditions.in_turn(NUM_CAPTIONS)
     else:
         return None
     reachable = [n for n in PROMPT_PASSES if can_make(sampler.spec.solver, sampler.taught, n)]
     passes = tuple(reachable) or sampler.spec.nfe
-    by_passes: list[Tensor] = []
+    pixels_by_passes: list[Tensor] = []
     done = 0
     with bar("sampling prompts", sum(passes)) as tick:
         for n in passes:
-            by_passes.append(picture.to_rows(sampler.sample(c, nfe=n).x))
+            pixels_by_passes.append(picture.to_rows(sampler.sample(c, nfe=n).x))
             done += n
             tick(done, "")
-    by_prompt = torch.stack(by_passes, 1)
-    strips = [picture.sheet(pixels, len(passes), gap=picture.GAP) for pixels in by_prompt]
+    pixels_by_prompt = torch.stack(pixels_by_passes, 1)  # (prompts, passes, ...)
+    strips = [picture.sheet(pixels, len(passes), gap=picture.GAP) for pixels in pixels_by_prompt]
     return _PromptSheet(passes, list(zip(names_of(sampler, c), strips, strict=True)))

@@ -4,15 +4,16 @@ In the order of this file:
 
 1. A row's scores: `score_names`, the one that leads first; `summary_names` and `select_scores` leave some out.
 2. Better and worse: `state` and `verdict` compare the best row with baselines, `mark_best` rows with one another.
-3. As text: `number`, `spread`, `text`; `terminal_text` for the command line.
-4. For a page: `judgement` reads a run's evaluation.json; `benchmarks`, `others` and `doubts` set it out. The template
-   of the page, report.html.j2, calls this file by the name `score`, so its functions are public where it does.
+3. As text: `number`, `spread`, `abbreviate` and `score_text`; for the terminal `terminal_lines` and `terminal_text`.
+4. For a page: `judgement` reads a run's evaluation.json, `benchmarks` its other evaluations. `table_rows`,
+   `baseline_rows`, `objectives_table` and `doubts` set them out.
 
-`dumo.evaluation.metric` says what the name of a score means, such as which way is better. `dumo.report.card` checks
-files of evaluations.
+The template of the page, report.html.j2, calls this file by the name `score`. A row is a dictionary: `nfe`, `solver`,
+the scores by name, and the error of each as NAME_sd. `dumo.evaluation.metric` says what the name of a score means, such
+as which way is better. `dumo.report.card` checks files of evaluations.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import floor, inf, log10
 from pathlib import Path
@@ -27,22 +28,32 @@ from dumo.io.read import read_json
 from dumo.report.card import FILE, Card, Row, validate_report
 from dumo.runtime import typed
 
-ERROR = "_sd"  # the ending of a name whose value is the error of a score: mmd_sd
-NO_SCORES = ("nfe", "solver")  # what a row has besides scores
-NUM_SPLITS = "splits"  # what a baseline calls the number of distances that it is the mean of
-# where a run stands, all ours
+ERROR_SUFFIX = "_sd"  # of a name whose value is the error of a score: mmd_sd
+ROW_LABELS = ("nfe", "solver")  # the fields of a row that are no scores
+NUM_SPLITS = "splits"  # the field of a baseline with the number of distances that it is the mean of
+
+# Where a run stands. All are ours.
 UNTRAINED_SHARE = 1 / 2  # of the distance of noise, from which a run counts as untrained
 FAR_SHARE = 1 / 20  # of the distance of noise, beyond which samples are far from the data
 FAR_TIMES = 20  # times a perfect sampler's distance, beyond which they are far, where noise was not measured
 MAX_UNTRAINED_PRECISION = 0.02  # of an untrained run, where noise was not measured
-# times the distance of real images to their nearest, beyond which samples are not like them: on digits it is 4.1 after
-# 20 steps, 1.9 after 500, 1.2 after 5,000
+# The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
+# on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
 FAR_FROM_NEAREST = 1.5
-SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # by protocol: the packaged results of it
-BENCHMARKS = ("clip",)  # evaluations other than the run's own that a page shows
+
+SHIPPED_RESULTS = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # names of results, by protocol
+BENCHMARK_NAMES = ("clip",)  # in the names of the evaluations, besides the run's own, that a page shows
+TERMINAL_BASELINES = {  # what the terminal calls a baseline, by its name in a report
+    "perfect": "a perfect sampler",
+    "null": "a perfect sampler",
+    "noise": "noise",
+    "captions": "real images with their captions",
+    "others": "real images with other captions",
+}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Judgement = dict[str, Any]  # an evaluation, with what a page says of it
+Judgement = dict[str, Any]  # an evaluation as `judgement` returns it, with what a page says of it
+TableRow = tuple[str, int, list[str]]  # the solver, the number of passes, the scores as text
 State = Literal["untrained", "far", "near", "like the data"]
 
 
@@ -50,22 +61,25 @@ State = Literal["untrained", "far", "near", "like the data"]
 
 
 def is_error(name: str) -> bool:
-    """Whether this is the error of a score, rather than a score."""
-    return name.endswith(ERROR)
+    """Whether `name` is that of an error, such as mmd_sd, rather than of a score."""
+    return name.endswith(ERROR_SUFFIX)
 
 
 def error(row: Mapping[str, Any], name: str) -> float | None:
     """The error of a score in a row; None where it is not known."""
-    return row.get(name + ERROR)
+    return row.get(name + ERROR_SUFFIX)
 
 
-def first_of(row: Mapping[str, Any]) -> str:
-    """The name of a row's first score, whose value a baseline calls `mean`."""
-    return next(name for name in row if name not in NO_SCORES)
+def first_score(row: Mapping[str, Any]) -> str:
+    """The name of a row's first score. A baseline has it as `mean`, and its error as `sd`."""
+    return next(name for name in row if name not in ROW_LABELS)
 
 
 def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
-    """The names of the scores in a row, without errors; the one that leads, for a run of this card, comes first."""
+    """The names of the scores in a row, without errors, the one that leads first.
+
+    Which one leads depends on the run's card: not a score that the run was trained on.
+    """
     names: list[str] = []
     for name, value in row.items():
         is_number = value is None or isinstance(value, int | float)
@@ -82,7 +96,7 @@ def trained_on_names(row: Mapping[str, Any], card: Card) -> list[str]:
 
 
 def summary_names(columns: Sequence[str]) -> list[str]:
-    """The names among `columns`, of which the first leads, that a summary shows. It also shows unknown scores."""
+    """The names among `columns` that a summary shows: the first, which leads, those of a summary, and unknown ones."""
     names: list[str] = []
     for i, name in enumerate(columns):
         if i == 0 or metric(name).in_summary or name not in METRICS:
@@ -91,10 +105,10 @@ def summary_names(columns: Sequence[str]) -> list[str]:
 
 
 def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
-    """A row, or a baseline, with only the scores `columns` and their errors, in the order of `columns`."""
-    selected = {name: row[name] for name in NO_SCORES if name in row}
+    """A row or a baseline that is left with the scores `columns` and their errors, in the order of `columns`."""
+    selected = {name: row[name] for name in ROW_LABELS if name in row}
     for column in columns:
-        for name in (column, column + ERROR):
+        for name in (column, column + ERROR_SUFFIX):
             if name in row:
                 selected[name] = row[name]
     return selected
@@ -104,36 +118,39 @@ def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
 
 
 def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) -> State | None:
-    """Where a run stands by its best row; rows and baselines as an evaluation has them.
+    """Where a run stands by its best row; rows and baselines are those of an evaluation.
 
-    `like the data`: the first score, lower being better, is at most two deviations above a perfect sampler's, and so is
-    each that `tells_apart` (`dumo.evaluation.metric`), such as `class_mmd`.
-    `untrained`: by the first score at least half as far off as noise; where `noise` is not among the baselines,
-    `FAR_TIMES` as far as a perfect sampler, and with a precision of at most `MAX_UNTRAINED_PRECISION`. `far`: by the
-    first score or by `class_mmd` over a twentieth of noise, or `FAR_TIMES` as far as a perfect sampler. None: no
-    baseline tells, or more is better.
+    - `like the data`: the first score is at most two deviations above a perfect sampler's, and so is each that
+      `tells_apart` (`dumo.evaluation.metric`), such as `class_mmd`.
+    - `untrained`: the first score is at least half that of noise. Where `noise` is not among the baselines, it is
+      `FAR_TIMES` that of a perfect sampler, and the precision is at most `MAX_UNTRAINED_PRECISION`.
+    - `far`: the first score, or `class_mmd`, is over a twentieth of that of noise, or the first score is `FAR_TIMES`
+      that of a perfect sampler.
+    - `near`: anything else.
+
+    None where no baseline tells, or more of the first score is better.
     """
-    real = baselines.get("perfect") or baselines.get("null")
+    perfect = baselines.get("perfect") or baselines.get("null")
     noise = baselines.get("noise")
     scores = _best_scores(rows)
-    if not real or not scores or rising(next(iter(scores))):
+    if not perfect or not scores or rising(next(iter(scores))):
         return None
-    score = _first(scores)
-    if _is_as_perfect(score, real) and not _worse_scores(scores, real):
+    score = _first_value(scores)
+    if _is_as_perfect(score, perfect) and not _worse_scores(scores, perfect):
         return "like the data"
     if noise:
         if score >= UNTRAINED_SHARE * noise["mean"]:
             return "untrained"
         return "far" if _is_far(score, noise) or _lacks_classes(scores, noise) else "near"
-    if score <= FAR_TIMES * (abs(real["mean"]) + 2 * real["sd"]):
+    if score <= FAR_TIMES * (abs(perfect["mean"]) + 2 * perfect["sd"]):
         return "near"
     return "untrained" if scores.get("precision", 1.0) <= MAX_UNTRAINED_PRECISION else "far"
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores of the row with the least `class_mmd`, or, where a row has none, the least first score.
+    """The scores, with errors, of the best row: {} where no row has any.
 
-    {} where no row has scores.
+    It is the row with the least `class_mmd`; where some row has none, that with the least first score.
     """
     rows_of_scores: list[Scores] = []
     for row in rows:
@@ -144,37 +161,42 @@ def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
         return {}
     if all(CLASS_MMD in scores for scores in rows_of_scores):
         return min(rows_of_scores, key=lambda scores: scores[CLASS_MMD])
-    return min(rows_of_scores, key=_first)
+    return min(rows_of_scores, key=_first_value)
 
 
-def _first(scores: Scores) -> float:
-    """The value of the first score."""
+def _first_value(scores: Scores) -> float:
+    """The value of the first of the scores."""
     return next(iter(scores.values()))
 
 
-def _is_as_perfect(score: float, real: Scores) -> bool:
-    """Whether the first score is at most two deviations above a perfect sampler's."""
-    return score <= real["mean"] + 2 * real["sd"]
+def _is_as_perfect(score: float, perfect: Scores) -> bool:
+    """Whether the first score is at most two deviations above that of a perfect sampler."""
+    return score <= perfect["mean"] + 2 * perfect["sd"]
 
 
 def _is_far(score: float, noise: Scores) -> bool:
-    """Whether by the first score samples are over a twentieth as far off as noise."""
+    """Whether the first score is over a twentieth of that of noise."""
     return score > FAR_SHARE * noise["mean"]
 
 
 def _lacks_classes(scores: Scores, noise: Scores) -> bool:
-    """Whether by `class_mmd` samples are over a twentieth as far off as noise in place of each class."""
-    return CLASS_MMD in scores and CLASS_MMD in noise and scores[CLASS_MMD] > FAR_SHARE * noise[CLASS_MMD]
+    """Whether `class_mmd` is over a twentieth of that of noise in place of each class; False where it is not known."""
+    if CLASS_MMD not in scores or CLASS_MMD not in noise:
+        return False
+    return scores[CLASS_MMD] > FAR_SHARE * noise[CLASS_MMD]
 
 
-def _worse_scores(scores: Scores, real: Scores) -> list[str]:
-    """The scores that are over two deviations worse than those of a perfect sampler, where these are known."""
+def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
+    """The names of scores that are over two deviations worse than a perfect sampler's, as far as those are known.
+
+    Only scores that tell samples from data count (`Metric.tells_apart`).
+    """
     worse: list[str] = []
     for name, known in METRICS.items():
-        deviation = error(real, name)
+        deviation = error(perfect, name)
         if not known.tells_apart or name not in scores or deviation is None:
             continue
-        excess = scores[name] - real[name]
+        excess = scores[name] - perfect[name]
         if known.better == "higher":
             excess = -excess
         elif known.better == "equal":
@@ -185,15 +207,15 @@ def _worse_scores(scores: Scores, real: Scores) -> list[str]:
 
 
 def verdict(judged: Mapping[str, Any]) -> str | None:
-    """One sentence on where a run, or images, stand, by the `state` of an evaluation; None where it has none."""
+    """A sentence on where a run, or images, stand, by the `state` of their evaluation; None where it has no state."""
     judged_state = judged.get("state")
     scores = _best_scores(judged["results"])
     baselines = judged["baselines"]
-    real = baselines.get("perfect") or baselines.get("null")
+    perfect = baselines.get("perfect") or baselines.get("null")
     noise = baselines.get("noise")
-    if judged_state is None or not scores or not real:
+    if judged_state is None or not scores or not perfect:
         return None
-    lead = first_of(scores)
+    lead = first_score(scores)
     if judged_state == "like the data":
         return "Like the data: no score is over two deviations worse than a perfect sampler's."
     if judged_state == "untrained" and noise:
@@ -201,10 +223,10 @@ def verdict(judged: Mapping[str, Any]) -> str | None:
     if judged_state == "far" and noise and not _is_far(scores[lead], noise) and _lacks_classes(scores, noise):
         return (
             f"{STATES[judged_state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
-            f"{number(scores[CLASS_MMD])}, of a perfect sampler {text(real, CLASS_MMD)}."
+            f"{number(scores[CLASS_MMD])}, of a perfect sampler {score_text(perfect, CLASS_MMD)}."
         )
-    worse = _worse_scores(scores, real)
-    if not _is_as_perfect(scores[lead], real):
+    worse = _worse_scores(scores, perfect)
+    if not _is_as_perfect(scores[lead], perfect):
         worse = [lead, *worse]
     begin = STATES.get(str(judged_state), "Near the data, but not like them")
     return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
@@ -218,31 +240,31 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     comparable = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
     if not comparable or rising(lead):
         return list(rows)
-    best: set[int] = set()  # by id
+    best_ids: set[int] = set()  # the identities of the rows
     for nfe in {row.get("nfe") for row in comparable}:
-        same = [row for row in comparable if row.get("nfe") == nfe]
-        ties = level([Estimate(row[lead], row[lead + ERROR]) for row in same])
-        best |= {id(row) for row, tie in zip(same, ties, strict=True) if tie}
-    return [row | {"best": id(row) in best} for row in rows]
+        rivals = [row for row in comparable if row.get("nfe") == nfe]
+        ties = level([Estimate(row[lead], row[lead + ERROR_SUFFIX]) for row in rivals])
+        best_ids |= {id(row) for row, is_tied in zip(rivals, ties, strict=True) if is_tied}
+    return [row | {"best": id(row) in best_ids} for row in rows]
 
 
 # Baselines
 
 
 def baselines_by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The baselines, with the first score by its name in place of `mean` and `sd`."""
-    lead = first_of(judged["results"][0])
-    names: dict[str, str] = {"mean": lead, "sd": lead + ERROR}
+    """The baselines of an evaluation, with the first score by its name in place of `mean` and `sd`."""
+    lead = first_score(judged["results"][0])
+    new_names: dict[str, str] = {"mean": lead, "sd": lead + ERROR_SUFFIX}
     baselines: Mapping[str, Mapping[str, float]] = judged["baselines"]
-    named: dict[str, dict[str, float]] = {}
+    renamed: dict[str, dict[str, float]] = {}
     for baseline, scores in baselines.items():
-        named[baseline] = {names.get(name, name): value for name, value in scores.items()}
-    return named
+        renamed[baseline] = {new_names.get(name, name): value for name, value in scores.items()}
+    return renamed
 
 
 def has_too_few_images(judged: Mapping[str, Any]) -> bool:
     """Whether there were too few images to say what a perfect sampler would have."""
-    lead = first_of(judged["results"][0])
+    lead = first_score(judged["results"][0])
     return not judged["baselines"] and metric(lead).needs_many_images
 
 
@@ -250,7 +272,10 @@ def has_too_few_images(judged: Mapping[str, Any]) -> bool:
 
 
 def number(value: object) -> str:
-    """Three significant digits, no exponent unless it is needed, a dash for nothing; other things as they are."""
+    """A number to three significant digits, without an exponent unless it is needed.
+
+    A dash stands for None and NaN; what is no number is written as it is.
+    """
     if value is None or value != value:
         return "–"
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -263,8 +288,8 @@ def number(value: object) -> str:
     return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{str(power).translate(SUPERSCRIPTS)}"
 
 
-def large(value: float | int) -> str:
-    """Three significant digits and k, M, G or T for a power of a thousand."""
+def abbreviate(value: float | int) -> str:
+    """A number to three significant digits, with k, M, G or T for a power of a thousand."""
     if value < 1000:
         return number(value)
     power = min(4, floor(log10(value) / 3))
@@ -272,29 +297,52 @@ def large(value: float | int) -> str:
 
 
 def spread(value: float | None, deviation: float | None) -> str:
-    """A number with its deviation, to two digits of the deviation."""
+    """A number with its deviation, both to two significant digits of the deviation: 1.30 ± 0.12."""
     if value is None or not deviation or deviation < 0:
         return number(value)
     digits = max(0, 1 - floor(log10(deviation)))
     return f"{value:.{digits}f} ± {deviation:.{digits}f}".replace("-", "−")
 
 
-def text(row: Mapping[str, Any], name: str) -> str:
-    """A score of a row, or of a baseline, with its error."""
+def score_text(row: Mapping[str, Any], name: str) -> str:
+    """The score `name` of a row, or of a baseline, with its error."""
     return spread(row.get(name), error(row, name))
 
 
+def terminal_lines(judged: Mapping[str, Any], columns: Sequence[str] | None = None) -> Iterator[str]:
+    """What the terminal says below the table of an evaluation: baselines, what does not count, the verdict.
+
+    `columns` are the scores of the baselines that are shown; None: all.
+    """
+    first_row = judged["results"][0]
+    card = judged.get("card") or {}
+    for name, scores in baselines_by_name(judged).items():
+        shown_scores = scores if columns is None else select_scores(scores, columns)
+        if shown_scores:
+            yield f"{TERMINAL_BASELINES.get(name, name)}: {terminal_text(shown_scores)}"
+    if has_too_few_images(judged):
+        yield f"{TERMINAL_BASELINES['perfect']}: too few images to tell"
+    biased_names = trained_on_names(first_row, card)
+    if biased_names:
+        yield f"no judges of this run, which was trained on what they are by: {', '.join(biased_names)}"
+    if CLASS_MMD in card:
+        yield f"{CLASS_MMD}: over {card[CLASS_MMD]}"
+    sentence = verdict(judged)
+    if sentence:
+        yield sentence
+
+
 def terminal_text(baseline: Mapping[str, float]) -> str:
-    """A baseline of `baselines_by_name` in a line for the terminal: each score with its error."""
+    """A baseline as `baselines_by_name` has it, in a line: each score with its error."""
     texts: list[str] = []
     for name, value in baseline.items():
         if name == NUM_SPLITS or is_error(name):
             continue
-        score_text = f"{name} {value:.3g}"
+        value_text = f"{name} {value:.3g}"
         deviation = error(baseline, name)
         if deviation is not None:
-            score_text += f" ± {deviation:.2g}"
-        texts.append(score_text)
+            value_text += f" ± {deviation:.2g}"
+        texts.append(value_text)
     return ", ".join(texts)
 
 
@@ -304,9 +352,13 @@ def terminal_text(baseline: Mapping[str, float]) -> str:
 def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
     """The evaluation that `dumo evaluate` wrote into a run's folder, with what a page says of it; None without one.
 
-    `fresh`: whether it is of this step and these weights; `columns`: its scores, the one that leads first; `summary`:
-    some of them; `verdict`: a sentence; `left_out`: which classes do not count, if any; `biased`: the scores that the
-    run was trained on; `baseline`: the first one. Raises UserError if the file is damaged.
+    - `fresh`: whether it is of this step and these weights
+    - `columns`: its scores, the one that leads first; `summary`: some of them; `words`: what they are called
+    - `verdict`: a sentence; `left_out`: which classes do not count, if any
+    - `biased`: the scores that the run was trained on
+    - `baseline`: the first baseline
+
+    Raises UserError if the file is damaged.
     """
     path = folder / FILE
     if not path.is_file():
@@ -339,82 +391,94 @@ def _is_of(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
 
 
 def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
-    """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
+    """The evaluations of these weights by BENCHMARK_NAMES, each with its `columns`, their `words`, and its `rows`.
 
     Raises UserError where a file is damaged.
     """
     judgements: list[Judgement] = []
     for path in sorted(folder.glob("evaluation-*.json")):
-        if path.name.split("-")[1] not in BENCHMARKS:
+        if path.name.split("-")[1] not in BENCHMARK_NAMES:
             continue
         fix = f"remove it, or run dumo evaluate {typed(folder)} again"
         evaluation = validate_report(read_json(path, fix), path, fix)
         if _is_of(evaluation, step, weights):
             columns = score_names(evaluation["results"][0])
-            texts = rows(evaluation, columns)
-            judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": texts})
+            rows = table_rows(evaluation, columns)
+            judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": rows})
     return judgements
 
 
-def rows(judged: Judgement, columns: Sequence[str]) -> list[list[tuple[str, int, list[str]]]]:
-    """The rows of the results, then those of the contrast, each row as its solver, its passes and its cells."""
-    groups: list[list[tuple[str, int, list[str]]]] = []
+def table_rows(judged: Judgement, columns: Sequence[str]) -> list[list[TableRow]]:
+    """The rows of the results, and then those of the contrast, as far as there are any."""
+    groups: list[list[TableRow]] = []
     for part in (judged["results"], judged["contrast"]):
-        if part:
-            groups.append([(row["solver"], row["nfe"], [text(row, name) for name in columns]) for row in part])
+        group: list[TableRow] = []
+        for row in part:
+            cells = [score_text(row, name) for name in columns]
+            group.append((row["solver"], row["nfe"], cells))
+        if group:
+            groups.append(group)
     return groups
 
 
 def _first_baseline(judged: Judgement, lead: str) -> Judgement | None:
-    """The first baseline: its title, and `mean` and `sd` of the score that leads; None where there is none."""
+    """The first baseline with its `title`, its `mean` and `sd` those of the score `lead`; None without baselines."""
     for name, scores in judged["baselines"].items():
         baseline = {"title": word(BASELINES, name).title, **scores}
         if lead in scores:
             baseline["mean"] = scores[lead]
-            baseline["sd"] = scores[lead + ERROR]
+            baseline["sd"] = scores[lead + ERROR_SUFFIX]
         return baseline
     return None
 
 
-def baselines(judged: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """A row for each baseline: its title, its meaning, its cells."""
-    words = {name: word(BASELINES, name) for name in judged["baselines"]}
-    return [(words[name].title, words[name].meaning, baseline_cells(judged, name, columns)) for name in words]
+def baseline_rows(judged: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """A row for each baseline: its title, its meaning, and its scores `columns` as text."""
+    rows: list[tuple[str, str, list[str]]] = []
+    for name in judged["baselines"]:
+        words = word(BASELINES, name)
+        rows.append((words.title, words.meaning, baseline_cells(judged, name, columns)))
+    return rows
 
 
 def baseline_cells(judged: Judgement, name: str, columns: Sequence[str]) -> list[str]:
-    """The cells of a baseline in a table of the scores `columns`, "" where it lacks a score."""
+    """The scores `columns` of the baseline `name` as text, "" where it lacks one."""
     scores = judged["baselines"][name]
-    lead = first_of(judged["results"][0])
+    lead = first_score(judged["results"][0])
     texts: list[str] = []
     for column in columns:
         if column == lead:
             texts.append(spread(scores["mean"], scores["sd"]))
         elif column in scores:
-            texts.append(text(scores, column))
+            texts.append(score_text(scores, column))
         else:
             texts.append("")
     return texts
 
 
 def words_of(judged: Judgement, columns: Iterable[str]) -> list[Word]:
-    """The titles and meanings of these scores."""
+    """The titles and meanings of the scores `columns`."""
     return [judged["words"][name] for name in columns]
 
 
 def shipped_results(protocol: MetricProtocol, data: Data) -> str | None:
-    """The name of the packaged results that are of such data, if there are any."""
+    """The name of the packaged results by this protocol on this data; None where there are none."""
     if protocol.kind == "toy" and data.kind != "moons":
         return None
-    return SHIPPED.get(protocol.kind)
+    return SHIPPED_RESULTS.get(protocol.kind)
 
 
-def others(results: Row, judged: Judgement | None, step: int, cost: float) -> Row:
-    """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
+def objectives_table(results: Row, judged: Judgement | None, step: int, cost: float) -> Row:
+    """Packaged results as a table with a row per objective, and the run's own if it was judged alike.
 
-    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `error` by number of passes. `times`: how often the
-    cost of another's training, all of them equal, went into the run's. `unseen`: against how many images that they were
-    not trained on the others are judged, if this run is not.
+    The best in the fewest passes comes first. A row has a `name`, `steps`, `cost` of a step, whether it is the run's
+    `own`, and by number of passes its score, `lead`, and `error`. Besides `rows` there are
+
+    - `times`: the cost of the run's training over that of an objective's, which is equal for all of them
+    - `unseen`: the number of images, never trained on, that the objectives are judged against and the run is not
+    - `alike`: whether the run was judged alike
+
+    `cost` is that of the run's step, in forward passes.
     """
     table = results["table"]
     first_cell = (results.get("cells") or [{}])[0]
@@ -425,15 +489,15 @@ def others(results: Row, judged: Judgement | None, step: int, cost: float) -> Ro
         ratio = row.get("velocity_ratio")
         if ratio is not None:
             name += f", velocity ratio {ratio:g}"
-        shown = by_objective.setdefault(name, _row_of_others(name, row["steps"], row.get("F_per_step")))
+        objective = by_objective.setdefault(name, _objective_row(name, row["steps"], row.get("F_per_step")))
         nfe = row.get("nfe", 1)
-        shown["lead"][nfe] = row[lead]
-        shown["error"][nfe] = row.get("error")
+        objective["lead"][nfe] = row[lead]
+        objective["error"][nfe] = row.get("error")
     passes = sorted({nfe for row in by_objective.values() for nfe in row["lead"]})
 
     is_alike = judged is not None and _is_judged_as(judged, first_cell, lead)
     if judged and is_alike:
-        own = _row_of_others("this run", step, cost, own=True)
+        own = _objective_row("this run", step, cost, is_own=True)
         for row in judged["results"]:
             nfe = row["nfe"]
             if nfe in passes:
@@ -444,8 +508,8 @@ def others(results: Row, judged: Judgement | None, step: int, cost: float) -> Ro
 
     cost_of_a_step = table[0].get("F_per_step")
     times = step * cost / (table[0]["steps"] * cost_of_a_step) if cost_of_a_step else None
-    unseen = _held_out(first_cell)
-    if unseen == _held_out(judged or {}):
+    unseen = _num_held_out(first_cell)
+    if unseen == _num_held_out(judged or {}):
         unseen = 0
     return {
         "title": results["title"],
@@ -460,7 +524,7 @@ def others(results: Row, judged: Judgement | None, step: int, cost: float) -> Ro
 
 
 def _is_judged_as(judged: Judgement, cell: Row, lead: str) -> bool:
-    """Whether these weights were judged as the cell of packaged results was, by a score that may judge them."""
+    """Whether a run was judged as a cell of packaged results was, by a score `lead` that it was not trained on."""
     return (
         judged["fresh"]
         and judged["protocol"] == cell.get("protocol")
@@ -469,24 +533,27 @@ def _is_judged_as(judged: Judgement, cell: Row, lead: str) -> bool:
     )
 
 
-def _held_out(judged: Mapping[str, Any]) -> int:
-    """How many images of the data were held out of training; 0 where the card does not say."""
+def _num_held_out(judged: Mapping[str, Any]) -> int:
+    """The number of images of the data that were held out of training; 0 where the card does not say."""
     return (judged.get("card") or {}).get("data", {}).get("held", 0)
 
 
-def _row_of_others(name: str, steps: int, cost: float | None, *, own: bool = False) -> Row:
-    """A row of `others`, without its scores. `own`: it is the run's own."""
-    return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "error": {}}
+def _objective_row(name: str, steps: int, cost: float | None, *, is_own: bool = False) -> Row:
+    """A row of `objectives_table`, without its scores."""
+    return {"name": name, "steps": steps, "cost": cost, "own": is_own, "lead": {}, "error": {}}
 
 
 def doubts(steps: int, step: int, judged: Judgement | None, near: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What a reader must know first: a few words, and why. Nothing of a run that has made `steps` and is like its data.
+    """What a reader must know first, each as a few words and why; [] of a run that is trained and like its data.
 
-    What an evaluation of these weights says of itself (`state`) goes before what the nearest images say.
+    `steps` are those of the whole training, `step` is where the run is, `near` is what `page.measure_proximity` found.
+    The state of an evaluation of these weights goes before what the nearest images say.
     """
     warnings: list[tuple[str, str]] = []
     judged_state = judged.get("state") if judged and judged["fresh"] else None
-    distances = [row["mean"] for row in near["rows"]] if near else []  # of samples, and of real images, to the nearest
+    distances: list[float] = []  # mean distances to the nearest image: of samples, and of real images
+    if near:
+        distances = [row["mean"] for row in near["rows"]]
     if step == 0:
         warnings.append(("Untrained", "these are the weights that training starts from."))
     elif judged_state in STATES:

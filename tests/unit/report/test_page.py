@@ -38,10 +38,6 @@ DIGITS += ["sample.nfe=[1,2]"]
 VOID = ("meta", "link", "img", "source", "br", "col")
 
 SECTIONS = ["samples", "trajectories", "neighbours", "loss", "evaluation", "others", "run"]
-NONE: dict[str, Any] = {  # parts of a page that show nothing
-    **dict.fromkeys(("data", "texts", "near", "times")),
-    **{"sheets": {}, "trajectories": {}, "charts": [], "benchmarks": []},
-}
 
 
 def row(solver: str, **scores: float | None) -> dict[str, Any]:
@@ -157,7 +153,7 @@ def page_of(folder: Path) -> Page:
 def rendered(opened: RunFolder) -> Page:
     """The words of a page, without its pictures."""
     judged = score.judgement(opened.folder, opened.step, opened.weights)
-    return Page(report.render(opened, size=1797, judged=judged, **NONE))
+    return Page(report.render(opened, report.PageParts(size=1797, judged=judged)))
 
 
 KEYS = ("fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "null")
@@ -299,12 +295,14 @@ def test_each_reading_has_a_row_of_the_passes_that_its_solver_can_make(
     recipe: str, sets: tuple[str, ...], rows: dict[str, list[int]]
 ) -> None:
     opened = untrained(recipe, *sets)
-    made = report.make(opened.sampler, no_bar)
+    made = report.make_samples(opened.sampler, no_bar)
     del made[report.SHEET]
     assert {name: [*row] for name, row in made.items()} == rows
     real = opened.run.data.open().reference(10, 0)[0]
-    drawn = {name: {n: report.draw(opened.sampler, x, real) for n, x in row.items()} for name, row in made.items()}
-    assert report.all_trajectories(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
+    drawn = {
+        name: {n: report.draw_samples(opened.sampler, x, real) for n, x in row.items()} for name, row in made.items()
+    }
+    assert report.join_trajectories(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
 
 
 @pytest.mark.nightly
@@ -451,13 +449,13 @@ def test_late_loss_counts_rows_of_the_last_quarter() -> None:
 def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> None:
     sampler = open_run(str(digits)).sampler
     truth, _ = sampler.data.open().reference(1, 0)
-    near = report.proximity(sampler, truth[100:180].flip(0), truth)
+    near = report.measure_proximity(sampler, truth[100:180].flip(0), truth)
     copies, held = near["rows"]
     assert copies["mean"] == copies["least"] == 0
     assert 1.5 < held["mean"] < 2.5  # no row is held against itself
     assert held["least"] > 0.3
-    assert near["samples"].tobytes() == near["found"].tobytes()
-    moved = report.proximity(sampler, truth[100:180] + 0.25, truth)
+    assert near["samples"].tobytes() == near["nearest"].tobytes()
+    moved = report.measure_proximity(sampler, truth[100:180] + 0.25, truth)
     assert moved["rows"][0]["mean"] <= 0.25 * 8  # 64 pixels, each off by a quarter
 
 
@@ -465,23 +463,23 @@ def test_data_are_laid_out_by_class(digits: Path) -> None:
     """A class without a row leaves its column grey."""
     sampler = open_run(str(digits)).sampler
     truth, c = sampler.data.open().reference(1, 0)
-    sheet = report.by_class(sampler, truth, c)
+    sheet = report.arrange_by_class(sampler, truth, c)
     for i in (0, 7, 13, 79):
         same = (truth[c == i % 10] == sheet[i]).all((1, 2, 3)).nonzero()
         assert same[0].item() == i // 10
-    sheet = report.by_class(sampler, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
+    sheet = report.arrange_by_class(sampler, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
     assert sheet.shape[:2] == (report.ROWS, 10)
     assert (sheet[:, 3] == 0).all()
     assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
-    assert report.draw(sampler, sheet.flatten(0, 1), truth).height > 0
-    assert torch.equal(report.by_class(sampler, truth, c + 10), truth[:80])  # none of the first ten classes
+    assert report.draw_samples(sampler, sheet.flatten(0, 1), truth).height > 0
+    assert torch.equal(report.arrange_by_class(sampler, truth, c + 10), truth[:80])  # none of the first ten classes
 
 
 @pytest.mark.parametrize(("size", "count"), [(80, 40), (7, 3), (2, 1), (1, 80)])
 def test_little_data_is_compared_as_far_as_it_goes(digits: Path, size: int, count: int) -> None:
     sampler = open_run(str(digits)).sampler
     truth, _ = sampler.data.open().reference(200, 0)
-    near = report.proximity(sampler, truth[100:180], truth[:size])
+    near = report.measure_proximity(sampler, truth[100:180], truth[:size])
     assert near["count"] == count
     assert [row["name"] for row in near["rows"]] == ["samples", "baseline: real vs real"][: 1 + (size > 1)]
     assert all(row["least"] > 0.3 for row in near["rows"])

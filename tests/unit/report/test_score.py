@@ -110,8 +110,8 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     results = recipes.results("zoo")
     assert results is not None
     protocol = results["cells"][0]["protocol"]
-    assert score.others(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
-    assert not score.others(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert score.objectives_table(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert not score.objectives_table(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
 
 
 def test_every_metric_has_words() -> None:
@@ -137,7 +137,7 @@ def test_every_figure_of_ours_has_words() -> None:
 
 def test_a_baseline_stands_under_what_it_is_of() -> None:
     assert score.baseline_cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
-    (told,) = score.baselines(judged(), judged()["columns"])
+    (told,) = score.baseline_rows(judged(), judged()["columns"])
     assert (told[0], told[2]) == ("a perfect sampler", score.baseline_cells(judged(), "perfect", judged()["columns"]))
     assert [score.has_too_few_images(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
     for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
@@ -181,7 +181,7 @@ def test_spreads_and_large_numbers() -> None:
     assert score.spread(0.14208, 0.0206) == "0.142 ± 0.021"
     assert score.spread(-12.3, 4.56) == "−12.3 ± 4.6"
     assert (score.spread(0.5, 0.0), score.spread(None, None)) == ("0.500", "–")
-    assert [score.large(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
+    assert [score.abbreviate(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
         "743\u00a0k", "999", "7.58\u00a0M", "678\u00a0M", "2,000\u00a0T",
     ]  # fmt: skip
 
