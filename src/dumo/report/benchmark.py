@@ -1,5 +1,8 @@
 """Images of a benchmark's prompts, in the files that its evaluator reads, with their card.
 
+`make` is the entrance. It reads the prompts and checks that they are the benchmark's (`LAYOUTS`); refuses a folder
+whose images were made otherwise; writes a card for each folder, and then the images that are missing.
+
 Image j of prompt i is sample 4 i + j of the seed, whatever makes it and when. So images that exist are kept, and work
 that was stopped resumes. The card lies next to the folder, FOLDER.json: the evaluator reads images alone, and its
 scores stay with it, but they are worth no more than what is known of the images.
@@ -29,7 +32,7 @@ from dumo.evaluation.protocol import name_of
 from dumo.io import digest, file, picture
 from dumo.io.read import brief, finite, read_json, write_json
 from dumo.report import evaluate
-from dumo.report.card import Card, card
+from dumo.report.card import Card, make_card
 from dumo.report.sample import sampling_changes, with_options
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
@@ -38,36 +41,36 @@ from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
-IMAGES_PER_PROMPT = 4  # in both
+IMAGES_PER_PROMPT = 4  # in both benchmarks
 
 
 class Layout(ABC):
     """The files of one benchmark."""
 
     name: ClassVar[str]
-    prompts: ClassVar[int]  # that it has as published
+    num_prompts: ClassVar[int]  # that the benchmark has as published
 
     @abstractmethod
     def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """Raise UserError for prompts that are not of this benchmark."""
+        """Raise UserError where the prompts of the file or folder `source` are not this benchmark's."""
 
     @abstractmethod
     def files(self, name: str) -> list[str]:
-        """The files of the prompt of this name, in the folder of all."""
+        """The paths of a prompt's files, in the folder of all prompts; `name` is the prompt's."""
 
     @abstractmethod
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
-        """Write the images of a prompt, each file whole or not at all."""
+        """Write the images `pixels` (4, h, w, channels) of a prompt into a folder, each file whole or not at all."""
 
 
 class GenEval(Layout):
-    """A folder for each prompt."""
+    """GenEval: a folder for each prompt."""
 
     name: ClassVar[str] = "geneval"
-    prompts: ClassVar[int] = 553
+    num_prompts: ClassVar[int] = 553
 
     def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """Each line must be JSON with a tag."""
+        """Raise UserError unless `source` is a .jsonl, each line of which has a tag."""
         fix = "give GenEval's prompts/evaluation_metadata.jsonl"
         if source.suffix != ".jsonl":
             raise UserError(f"{source}: is no .jsonl: {fix}")
@@ -76,13 +79,14 @@ class GenEval(Layout):
                 raise UserError(f"{source}: prompt {number} has no tag: {fix}")
 
     def files(self, name: str) -> list[str]:
-        """Four samples, what else its evaluator reads, and the grid."""
+        """The paths of four samples, of the metadata that the evaluator reads, and of the grid."""
         samples = [f"{name}/samples/{j:04d}.png" for j in range(IMAGES_PER_PROMPT)]
         return [*samples, f"{name}/metadata.jsonl", f"{name}/grid.png"]
 
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
-        """The metadata come first: its evaluator stops where a folder has none."""
+        """Write the metadata, four samples, and the grid."""
         *samples, metadata, grid = self.files(prompt.name)
+        # first, because the evaluator stops where a folder has none
         file.write(folder / metadata, prompt.line.encode())
         for name, image in zip(samples, pixels, strict=True):
             picture.write_picture(folder / name, Image.fromarray(image.numpy()))
@@ -90,13 +94,16 @@ class GenEval(Layout):
 
 
 class DpgBench(Layout):
-    """A picture for each prompt."""
+    """DPG-Bench: a picture for each prompt."""
 
     name: ClassVar[str] = "dpg"
-    prompts: ClassVar[int] = 1065
+    num_prompts: ClassVar[int] = 1065
 
     def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """They must be files in a folder, with no dot in their names, where its evaluator cuts."""
+        """Raise UserError unless `source` is a folder of prompts without a dot in their names.
+
+        The evaluator reads names to their first dot.
+        """
         if not source.is_dir():
             raise UserError(f"{source}: is no folder: give DPG-Bench's dpg_bench/prompts, a .txt for each prompt")
         for prompt in prompts:
@@ -106,18 +113,17 @@ class DpgBench(Layout):
                 )
 
     def files(self, name: str) -> list[str]:
-        """One picture."""
+        """The path of one picture."""
         return [f"{name}.png"]
 
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
-        """Two rows of two images."""
+        """Write one picture, two rows of two images."""
         [name] = self.files(prompt.name)
         picture.write_picture(folder / name, picture.sheet(pixels, 2, scale=1, gap=0))
 
 
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (GenEval(), DpgBench())}
-
-ELSEWHERE = ("device", "versions", "weights")  # of a card: where it was made, and where the weights lie
+PLACE_FIELDS = ("device", "versions", "weights")  # of a card: they say where images were made, and do not change them
 
 
 def make(
@@ -131,7 +137,7 @@ def make(
     solver: str | None = None,
     bar: Bar = no_bar,
 ) -> list[Path]:
-    """Make four images of each prompt of `source`, in a folder per number of passes; return those.
+    """Make four images of each prompt of `source`, in a folder for each number of passes; return the folders.
 
     Several ranks share the prompts. Raises UserError, before anything is written, for a file of other prompts, a run
     that makes no images or reads no texts, a solver or nfe out of reach, and a folder whose images were made otherwise.
@@ -146,31 +152,32 @@ def make(
     opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
 
     cards: dict[int, Card] = {}
-    places: dict[int, Path] = {}
+    image_folders: dict[int, Path] = {}
     for n in sampler.spec.nfe:
         judged = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
-        cards[n] = card(judged, _facts(layout, source, prompts), len(c)) | _own_fields(layout, len(c))
-        places[n] = folder / "-".join([layout.name, solver_kind, f"nfe{n}", *name_parts])
-        _require_same_card(places[n], cards[n])
+        run_card = make_card(judged, _facts(layout, source, prompts), len(c))
+        cards[n] = run_card | _benchmark_fields(layout, len(c))
+        image_folders[n] = folder / "-".join([layout.name, solver_kind, f"nfe{n}", *name_parts])
+        _require_same_card(image_folders[n], cards[n])
 
-    for n, place in places.items():
-        missing = _missing_prompts(layout, place, prompts)
+    for n, image_folder in image_folders.items():
+        missing = _missing_prompts(layout, image_folder, prompts)
         if dist.is_main():
-            write_json(_card_file(place), {"card": cards[n]})
+            write_json(_card_file(image_folder), {"card": cards[n]})
         with bar(f"sampling, {solver_kind} at {n}", IMAGES_PER_PROMPT * len(missing)) as tick:
-            numbers_of_rank = missing[dist.rank() :: dist.world()]
-            for done, (i, pixels) in enumerate(_images_by_prompt(sampler, c, n, numbers_of_rank), 1):
+            missing_on_rank = missing[dist.rank() :: dist.world()]
+            for done, (i, pixels) in enumerate(_images_by_prompt(sampler, c, n, missing_on_rank), 1):
                 signals.check()
-                layout.write(place, prompts[i], pixels)
-                tick(min(done * dist.world(), len(missing)) * IMAGES_PER_PROMPT, "")
+                layout.write(image_folder, prompts[i], pixels)
+                tick(min(done * dist.world(), len(missing)) * IMAGES_PER_PROMPT, "")  # other ranks are about as far
     dist.barrier()
-    return list(places.values())
+    return list(image_folders.values())
 
 
 def _images_by_prompt(
     sampler: Sampler, c: torch.Tensor, nfe: int, numbers: Sequence[int]
 ) -> Iterator[tuple[int, picture.PixelRows]]:
-    """The images of the prompts of these numbers, prompt by prompt."""
+    """Yield each prompt's number and its images (4, h, w, channels), for the prompts of these numbers."""
     if not numbers:
         return
     indices: list[int] = []
@@ -178,17 +185,20 @@ def _images_by_prompt(
         first = IMAGES_PER_PROMPT * i
         indices += range(first, first + IMAGES_PER_PROMPT)
     next_numbers = iter(numbers)
-    waiting: list[torch.Tensor] = []  # a batch may end within a prompt
+    pending_images: list[torch.Tensor] = []  # a batch may end within a prompt
     for batch in sampler.batches(c, nfe=nfe, indices=indices):
-        waiting += picture.to_rows(batch.x)
-        while len(waiting) >= IMAGES_PER_PROMPT:
-            yield next(next_numbers), torch.stack(waiting[:IMAGES_PER_PROMPT])
-            del waiting[:IMAGES_PER_PROMPT]
+        pending_images += picture.to_rows(batch.x)
+        while len(pending_images) >= IMAGES_PER_PROMPT:
+            yield next(next_numbers), torch.stack(pending_images[:IMAGES_PER_PROMPT])
+            del pending_images[:IMAGES_PER_PROMPT]
 
 
-def _missing_prompts(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
-    """The numbers of the prompts some of whose files are missing, as rank 0 sees it, before any rank writes."""
-    files_by_prompt = [[place / name for name in layout.files(prompt.name)] for prompt in prompts]
+def _missing_prompts(layout: Layout, image_folder: Path, prompts: Sequence[Prompt]) -> list[int]:
+    """The numbers of the prompts some of whose files are missing.
+
+    Rank 0 decides, before any rank writes: every rank must call it.
+    """
+    files_by_prompt = [[image_folder / name for name in layout.files(prompt.name)] for prompt in prompts]
     if dist.is_main():
         subfolders = {path.parent for paths in files_by_prompt for path in paths}
         for subfolder in subfolders:
@@ -199,7 +209,7 @@ def _missing_prompts(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> 
 
 
 def _facts(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """What measures images of these prompts."""
+    """What a card says of the measure: the evaluator, and the prompts of `source`."""
     return {
         "features": f"the evaluator of {layout.name}, as published",
         "reference": f"{len(prompts):,} prompts of {source.name}",
@@ -208,11 +218,11 @@ def _facts(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str,
     }
 
 
-def _own_fields(layout: Layout, total: int) -> Card:
-    """The fields of a card in which a benchmark differs from the run's protocol."""
+def _benchmark_fields(layout: Layout, total: int) -> Card:
+    """The fields of a card in which a benchmark of `total` images differs from the run's own protocol."""
     n = IMAGES_PER_PROMPT
     protocol = layout.name
-    if total != n * layout.prompts:
+    if total != n * layout.num_prompts:
         protocol = name_of(layout.name, f"{total} samples")
     return {
         "protocol": protocol,
@@ -221,26 +231,26 @@ def _own_fields(layout: Layout, total: int) -> Card:
     }
 
 
-def _card_file(place: Path) -> Path:
-    """Where the card of a folder of images lies."""
-    return place.parent / f"{place.name}.json"
+def _card_file(image_folder: Path) -> Path:
+    """The file of the card of a folder of images."""
+    return image_folder.parent / f"{image_folder.name}.json"
 
 
-def _require_same_card(place: Path, images_card: Card) -> None:
-    """Raise UserError where a folder holds images that were made otherwise, or nobody knows how."""
-    if not place.exists():
+def _require_same_card(image_folder: Path, card: Card) -> None:
+    """Raise UserError where a folder holds images of another card, or of none."""
+    if not image_folder.exists():
         return
     fix = "give another --out, or remove it"
-    path = _card_file(place)
+    path = _card_file(image_folder)
     written = read_json(path, f"nothing says what made its images; {fix}")
     if not isinstance(written, dict) or not isinstance(written.get("card"), dict):
         raise UserError(f"{path} is no card of images: nothing says what made them; {fix}")
     written_card: dict[str, Any] = written["card"]
-    for field in images_card:
-        value = finite(images_card[field])
+    for field in card:
+        value = finite(card[field])
         written_value = written_card.get(field)
-        if field not in ELSEWHERE and value != written_value:
+        if field not in PLACE_FIELDS and value != written_value:
             raise UserError(
-                f"{place} holds images that were made otherwise "
+                f"{image_folder} holds images that were made otherwise "
                 f"({field}: {brief(written_value, 60)}, now {brief(value, 60)}): {fix}"
             )

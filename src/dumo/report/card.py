@@ -1,7 +1,10 @@
 """A report card: all that the numbers of an evaluation depend on; and reports as they are read back.
 
-`card` makes the card of a run that is judged. `read_report` reads a report with its card: the file may have been
-edited, or be of somebody else, so its parts are checked. What the scores in it say is in `dumo.report.score`.
+To write, `make_card` makes the card of a run that is judged. `judging_settings` is the part of it that a spec alone
+decides, with `labels_text`, `contrast_passes` and `contrast_solver`.
+
+To read, `read_report` reads a report with its card, and `validate_report` checks one that is read already: the file may
+have been edited, or be of somebody else. What the scores in it say is in `dumo.report.score`.
 """
 
 from collections.abc import Mapping
@@ -24,43 +27,43 @@ from dumo.run.weights import RunFolder
 from dumo.runtime import dist, typed
 from dumo.types import UserError
 
-FILE = "evaluation.json"
+FILE = "evaluation.json"  # in a run's folder: its evaluation as its own spec has it judged
 Row = dict[str, Any]  # of an evaluation: passes, solver and scores
-Card = dict[str, Any]
-Number = float | None  # null: it was no finite number
+Card = dict[str, Any]  # values of JSON, by name
+Score = float | None  # null: it was no finite number
 
 
 class _ReportPart(BaseModel):
-    """A part of a report; what is not looked at here stays as it is."""
+    """A part of a report. Fields that it does not name are not checked."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 class _ScoreRow(_ReportPart):
-    """Samples of one number of passes, and their scores by name."""
+    """The scores, by name, of samples at one number of passes."""
 
-    __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
+    __pydantic_extra__: dict[str, Score]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
     nfe: int
     solver: str
 
 
 class _Baseline(_ReportPart):
-    """The first score, and others, of what is no sample: new real data, or noise."""
+    """The scores of something else than samples, such as new real data or noise."""
 
-    __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
-    mean: float
+    __pydantic_extra__: dict[str, Score]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
+    mean: float  # of the first score
     sd: float = Field(ge=0)
 
 
 class _CodecFacts(_ReportPart):
-    """The codec of a card."""
+    """What a card says of a codec."""
 
     kind: str
     sha256: str | None
 
 
 class _CardFacts(_ReportPart):
-    """A report card, as it is read back."""
+    """A run's report card, as it is read back."""
 
     solver: dict[str, JsonValue]
     codec: _CodecFacts | None
@@ -69,7 +72,7 @@ class _CardFacts(_ReportPart):
 
 
 class _AnyReport(_ReportPart):
-    """An evaluation, of whatever."""
+    """What evaluations of runs and of images share."""
 
     protocol: str = ""
     baselines: dict[str, _Baseline] = {}
@@ -90,12 +93,12 @@ class _ImagesReport(_AnyReport):
     """An evaluation of images that others made (`dumo.report.images`)."""
 
     images: str  # where they are
-    results: list[dict[str, Number]] = Field(min_length=1, max_length=1)
+    results: list[dict[str, Score]] = Field(min_length=1, max_length=1)
     card: dict[str, JsonValue]
 
 
-def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
-    """The card of a run that is judged as its spec says, by an evaluator of these facts."""
+def make_card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
+    """The card of a run that is judged as its spec says, by this many samples and an evaluator of these facts."""
     run = opened.run
     codec = opened.sampler.codec
     codec_facts = None
@@ -113,39 +116,41 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
         "weights_sha256": opened.sha256,
         "step": opened.step,
         "ema": _ema_decay(opened.file),
-        **settings(opened.sampler, run.evaluate),
+        **judging_settings(opened.sampler, run.evaluate),
         "device": opened.device.type,
         "versions": dist.versions(),
     }
 
 
 def _ema_decay(weights: Path) -> float | None:
-    """The decay of the average that a file of weights has, by its title; None: no average, or not known."""
-    _, ema, decay = title(weights).partition("ema-")
+    """The decay of the average in a file of weights, by the file's title; None: it is no average, or not known."""
+    _, prefix, decay = title(weights).partition("ema-")
     is_number = decay.replace(".", "", 1).isdecimal()
-    return float(decay) if ema and is_number else None
+    return float(decay) if prefix and is_number else None
 
 
-def labels(data: Data, evaluation: Evaluation) -> str:
-    """Of which class, or caption, sample i is."""
+def labels_text(data: Data, evaluation: Evaluation) -> str:
+    """The class or caption of sample i, in words."""
     captions = Conditions(data).captions
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return "those of the data"
     if isinstance(captions, CaptionFiles):
         return "captions of images, from end to end"
     in_turn = f"i mod {data.labels}" if data.labels else "none"
-    return f"{in_turn}, by {evaluation.captions} templates in turn" if captions else in_turn
+    if captions:
+        return f"{in_turn}, by {evaluation.captions} templates in turn"
+    return in_turn
 
 
-def settings(sampler: Sampler, evaluation: Evaluation) -> Card:
-    """What a spec says of how samples are made and judged."""
+def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
+    """The fields of a card that say how samples are made and judged, as the spec alone decides."""
     objective = sampler.flow.objective
     spec = sampler.spec
-    card: Card = {}
+    fields: Card = {}
     if objective.kind == "drift":
-        card["trained_on"] = "numbers"
-    return card | {
-        "labels": labels(sampler.data, evaluation),  # of sample i; others draw at random
+        fields["trained_on"] = "numbers"  # its loss compares them with data, so their distances are no judges of it
+    return fields | {
+        "labels": labels_text(sampler.data, evaluation),  # elsewhere labels are often drawn at random
         "solver": spec.solver.model_dump(mode="json"),
         "guide": spec.guide.model_dump(mode="json"),
         "knobs": {**objective.needs.knobs, **spec.knobs},
@@ -157,7 +162,7 @@ def settings(sampler: Sampler, evaluation: Evaluation) -> Card:
 
 
 def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
-    """Passes of the solver of the contrast."""
+    """The numbers of passes of the contrast; [] where there is none."""
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return [evaluation.protocol.passes]
     if not evaluation.contrast or not sampler.taught.velocity or sampler.spec.solver.kind == "euler":
@@ -166,14 +171,17 @@ def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
 
 
 def contrast_solver(protocol: MetricProtocol) -> Solver:
-    """The solver of the contrast: Euler; of likelihoods Heun, at passes that leave no error to speak of."""
+    """The solver of the contrast: Euler; for likelihoods Heun, at so many passes that its error does not count."""
     return Heun() if isinstance(protocol, LikelihoodProtocol) else Euler()
 
 
 def validate_report(
     report: Mapping[str, Any], path: Path, fix: str, model: type[_AnyReport] = _RunReport
 ) -> dict[str, Any]:
-    """The same, with all parts of a report, whole numbers among the scores as floats. Raises UserError for another."""
+    """A report of this model, with fields that older ones lack, and with whole numbers among the scores as floats.
+
+    Raises UserError, with `fix`, where the report, which was read from `path`, does not have the model's form.
+    """
     try:
         validated = model.model_validate(report)
     except ValidationError as error:
@@ -182,7 +190,7 @@ def validate_report(
 
 
 def _first_fault(error: ValidationError) -> str:
-    """The first fault, and where it is, in words."""
+    """The first fault that pydantic found, and where it is, in words."""
     first = error.errors(include_url=False)[0]
     place = brief(".".join(map(str, first["loc"])))
     fault = first["msg"][0].lower() + first["msg"][1:]
@@ -190,7 +198,10 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def read_report(path: Path, *, images: bool = False) -> dict[str, Any]:
-    """A run's report with its card, or one of `images`. Raises UserError where there is none, or it is damaged."""
+    """Read a run's report with its card; with `images` it may also be a report of images that others made.
+
+    Raises UserError where there is none, or it is damaged.
+    """
     fix = f"run dumo evaluate {typed(path.parent)} first"
     report = read_json(path, fix)
     if not isinstance(report, dict) or report.get("card") is None:

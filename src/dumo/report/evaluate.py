@@ -35,7 +35,7 @@ from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.report import score
-from dumo.report.card import FILE, Card, Row, card, contrast_solver, read_report, settings
+from dumo.report.card import FILE, Card, Row, contrast_solver, judging_settings, make_card, read_report
 from dumo.report.name import Fields, changes, flat
 from dumo.report.sample import solver_of
 from dumo.run.judge import evaluator_of, sample_conditions
@@ -82,7 +82,7 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     sampler = opened.sampler
     protocol = run.evaluate.protocol
     seed = run.evaluate.seed
-    passes = settings(sampler, run.evaluate)
+    passes = judging_settings(sampler, run.evaluate)
     evaluator = evaluator_of(sampler, run.evaluate, bar)
     c = sample_conditions(run.data, run.evaluate)
     path = opened.folder / _file_name(opened)
@@ -103,7 +103,7 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
         results=[row(sampler, evaluator, solver, n, c, seed, bar) for n in passes["nfe"]],
         contrast=[row(sampler, evaluator, other_solver, n, c, seed, bar) for n in passes["contrast"]],
         baselines=evaluator.baselines(),
-        card=card(opened, evaluator.facts, len(c)),
+        card=make_card(opened, evaluator.facts, len(c)),
     )
     return path, report
 
@@ -172,7 +172,7 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
         "step": opened.step,
         "weights": opened.weights,
         "protocol": opened.run.evaluate.protocol.name,
-        **settings(opened.sampler, opened.run.evaluate),
+        **judging_settings(opened.sampler, opened.run.evaluate),
     }
     wanted_passes = {field: wanted_card.pop(field) for field in ROWS.values()}
     rows = {part: _rows_by_passes(report, part) for part in ROWS}

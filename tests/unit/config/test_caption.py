@@ -8,7 +8,7 @@ import torch
 from dumo.config.load import load, parse, summary
 from dumo.config.spec import Run
 from dumo.report import sheet
-from dumo.report.card import labels
+from dumo.report.card import labels_text
 from dumo.run.judge import sample_conditions
 from dumo.run.resolve import resolve
 from dumo.types import UserError
@@ -34,7 +34,7 @@ def named(run: Run, c: torch.Tensor) -> list[str]:
 
 def test_a_run_by_classes_is_judged_by_them() -> None:
     run = load("digits")
-    assert judged(run).equal(run.evaluate.protocol.labels(10))
+    assert judged(run).equal(run.evaluate.protocol.labels_text(10))
     assert "captions" not in summary(run)["evaluate"]
 
 
@@ -46,7 +46,7 @@ def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None
     held = words("evaluate.captions=held")
     assert named(held, judged(held))[:3] == ["one zero", "one one", "one two"]
     for one, which in ((run, "seen"), (held, "held")):
-        assert labels(one.data, one.evaluate) == f"i mod 10, by {which} templates in turn"
+        assert labels_text(one.data, one.evaluate) == f"i mod 10, by {which} templates in turn"
     assert parse(Run, held.model_dump(mode="json")) == held
 
 

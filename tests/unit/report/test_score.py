@@ -20,7 +20,7 @@ from dumo.evaluation.protocol import Reference
 from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import page, score
-from dumo.report.card import settings
+from dumo.report.card import judging_settings
 from dumo.report.figure import smoothed
 from dumo.run.weights import sampler
 from dumo.types import Sample
@@ -82,7 +82,9 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
 
 
 def test_a_card_says_what_a_run_was_trained_on() -> None:
-    cards = [settings(sampler(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))]
+    cards = [
+        judging_settings(sampler(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))
+    ]
     assert [card.get("trained_on") for card in cards] == ["numbers", None]
 
 
