@@ -232,8 +232,8 @@ def read_evaluation(file: Path) -> None:
     opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights="net.safetensors"))
     judgement = score.judgement(opened.folder, opened.step, opened.weights)
     if judgement:
-        score.rows(judgement, judgement["columns"])
-        score.baselines(judgement, judgement["columns"])
+        score.table_rows(judgement, judgement["columns"])
+        score.baseline_rows(judgement, judgement["columns"])
         score.doubts(5000, 20, judgement, None)
 
 

@@ -146,7 +146,7 @@ def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Pat
         arm_name, _, _ = first.cell.name.rpartition("-")
         path = folder / f"pretrained-{arm_name}.png"
         panels_by_mode = {mode.name: panels for mode, panels in gallery.trajectories(first.trained).items()}
-        picture.write_picture(path, gallery.side_by_side(panels_by_mode))
+        picture.write_picture(path, gallery.join_panels(panels_by_mode))
         paths.append(path)
     path = folder / "pretrained-stock.png"
     picture.write_picture(path, sample_by_diffusers(results[1], folder / "exported"))

@@ -137,10 +137,10 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
     evaluator = evaluator_of(trained.sampler, spec.evaluate, no_bar)
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.milestone_files(trained.folder, trained.step).items():
-        milestone = gallery.open_at(trained, step, file)
+        milestone = gallery.open_milestone(trained, step, file)
         for mode in gallery.choose_modes(milestone.sampler, None, FIG5_PASSES):
             for nfe in FIG5_PASSES:
-                scores = evaluate.row(milestone.sampler, evaluator, mode.at(nfe), nfe, c, spec.evaluate.seed)
+                scores = evaluate.row(milestone.sampler, evaluator, mode.solver_for(nfe), nfe, c, spec.evaluate.seed)
                 passes_solver_distance = islice(scores.items(), 3)
                 yield {"reading": mode.letter, "step": step, **dict(passes_solver_distance)}
 
@@ -157,7 +157,7 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         grids = gallery.class_grids(result.trained, None, nfe=(1, 2))
         files += gallery.write_trajectories(folder / title.lower(), panels)
         files += gallery.write_class_grids(folder / title.lower(), grids)
-    picture.write_picture(folder / "fig5.png", gallery.side_by_side(rows))
+    picture.write_picture(folder / "fig5.png", gallery.join_panels(rows))
     return [folder / "fig5.png", *files]
 
 

@@ -1,7 +1,11 @@
 """Send the rows of a run's log to a tracker: afterwards (`feed`), or as the run trains (`live`).
 
-`live` leaves it to a process of its own, which reads the log as it grows. What a tracker does there, with time, memory,
-threads or random numbers, it does not do in the training, and where it hangs, the training continues.
+`feed` locks each run's log for the tracker, reads the rows after the last that was sent, and sends them (`Feed`); with
+a pause, such as `nap`, it looks again and again. `live` starts a process at the first step of a training
+(`TrackerProcess`), which runs `follow`, which calls `feed`, and is ended when the training is.
+
+It is a process of its own so that what a tracker does, with time, memory, threads or random numbers, it does not do in
+the training; and where it hangs, the training continues.
 
 tracked.json in the run's folder has the last step that each tracker was sent, and the key of the tracker's run. The
 next feed sends the rows after that step to the same run of the tracker. After a kill a few rows may be there twice, and
@@ -34,32 +38,35 @@ from dumo.training.record import Record
 from dumo.training.state import State
 from dumo.types import UserError
 
-FILE = "tracked.json"
-POLL = 1.0  # seconds between two looks at a log that may grow
-IDLE = 20  # seconds of rest, at least, for each second that a look took: a long log is read less often. Ours
-PATIENCE = 30.0  # seconds that a tracker has for the last rows of a run. Ours
-HURRY = 5.0  # the same, of a run that was stopped. Ours
+FILE = "tracked.json"  # in a run's folder
+POLL_SECONDS = 1.0  # between two looks at a log that may grow: ours
+REST_SHARE = 20  # seconds of rest, at least, for each second that a look took: a long log is read less often. Ours
+PATIENCE = 30.0  # seconds that a tracker has for the last rows of a run that is done: ours
+HURRY = 5.0  # seconds that it has for those of a run that was stopped: ours
 PROGRAM = "from dumo.report.feed import follow; follow()"  # takes the folder and the tracker as arguments
 
 Pause = Callable[[float], bool]  # waits this many seconds; True: the next look at the log is the last
 
 
 class Feed:
-    """One run's log to one tracker, which opens when there is something to send."""
+    """Sends one run's log to one tracker, which is opened when there is something to send."""
 
     def __init__(self, folder: Path, tracker_name: str) -> None:
-        """Go on where the last feed ended. Raises UserError for no run, no log yet, or a damaged tracked.json."""
+        """Resume where the last feed ended.
+
+        Raises UserError where there is no run, it has no log yet, or tracked.json is damaged.
+        """
         logged(folder)  # raises where there is no log
         self.folder = folder
         self.tracker_name = tracker_name
         self.config = read(folder).tree
         self.tracker: Tracker | None = None
         sent = _read_sent(folder).get(tracker_name, {})
-        self.key: str = sent.get("key") or token_hex(4)
-        self.last_step: int = sent.get("step", -1)
+        self.key: str = sent.get("key") or token_hex(4)  # of the tracker's run
+        self.last_step: int = sent.get("step", -1)  # of the last row that was sent
 
     def send(self) -> int:
-        """Send the rows after the last step that was sent; return how many these were."""
+        """Send the rows after the last step that was sent; return their number."""
         new_rows = [row for row in logged(self.folder) if row["step"] > self.last_step]
         if not new_rows:
             return 0
@@ -73,20 +80,23 @@ class Feed:
         return len(new_rows)
 
     def write_sent(self) -> None:
-        """Note in tracked.json what this tracker was sent."""
+        """Write into tracked.json what this tracker was sent."""
         sent_by_tracker = _read_sent(self.folder)
         sent_by_tracker[self.tracker_name] = {"key": self.key, "step": self.last_step}
         file.write(self.folder / FILE, json.dumps(sent_by_tracker, indent=2).encode(), writer="")
 
     def close(self) -> None:
-        """Let the tracker keep what it was sent."""
+        """Close the tracker, which first keeps what it was sent. `send` opens it again."""
         if self.tracker is not None:
             self.tracker.close()
             self.tracker = None
 
 
 def _read_sent(folder: Path) -> dict[str, Any]:
-    """What each tracker was sent, by its name: the key of its run, and the last step. Raises UserError for no JSON."""
+    """What each tracker was sent, by its name: the `key` of its run, and the last `step`; {} before the first feed.
+
+    Raises UserError where tracked.json is no JSON.
+    """
     path = folder / FILE
     if not path.exists():
         return {}
@@ -94,7 +104,7 @@ def _read_sent(folder: Path) -> dict[str, Any]:
 
 
 def nap(seconds: float) -> bool:
-    """A pause after which there may be more."""
+    """A `Pause` without end: wait, and look again."""
     time.sleep(seconds)
     return False
 
@@ -102,11 +112,11 @@ def nap(seconds: float) -> bool:
 def feed(
     folders: Sequence[Path], tracker_name: str, pause: Pause | None = None, *, wait_for_lock: bool = False
 ) -> dict[Path, int]:
-    """Send the logs of these runs to a tracker; return how many rows of each were new.
+    """Send the logs of these runs to a tracker; return the number of rows that were sent of each.
 
-    With `pause`, look again after each pause, until it says that the next look is the last. One process at a time sends
-    a run to a tracker: where another does, raises UserError, or waits for its end (`wait_for_lock`). Raises UserError
-    as `Feed` and the tracker do, and Stopped at a signal.
+    With `pause`, look again after each pause, until it says that the next look is the last. Only one process at a time
+    sends a run to a tracker: where another does, wait for its end with `wait_for_lock`, else raise UserError. Raises
+    UserError, too, where a run has no log, and where the tracker cannot be opened; and Stopped at a signal.
     """
     sent_rows = dict.fromkeys(folders, 0)
     with ExitStack() as locks, redirect_stdout(sys.stderr):  # trackers print to stdout, which is for answers
@@ -124,20 +134,23 @@ def feed(
         try:
             while True:
                 began = perf_counter()
-                for one_feed in feeds:
-                    sent_rows[one_feed.folder] += one_feed.send()
+                for run_feed in feeds:
+                    sent_rows[run_feed.folder] += run_feed.send()
                 if pause is None or is_last_look:
                     return sent_rows
                 signals.check()
                 seconds = perf_counter() - began
-                is_last_look = pause(max(POLL, IDLE * seconds))
+                is_last_look = pause(max(POLL_SECONDS, REST_SHARE * seconds))
         finally:
-            for one_feed in feeds:
-                one_feed.close()
+            for run_feed in feeds:
+                run_feed.close()
 
 
 def follow() -> None:
-    """What the process of a `TrackerProcess` runs: `feed` until its stdin ends, with the training or its kill."""
+    """Send a run's log until stdin ends, as it does with the training, however that ends: `PROGRAM` calls it.
+
+    Exits with the text of an error, whose last line `TrackerProcess` logs.
+    """
     folder = Path(sys.argv[1])
     tracker_name = sys.argv[2]
     os.nice(10)  # the training comes first
@@ -147,9 +160,9 @@ def follow() -> None:
         return bool(readable)
 
     log_file = folder / LOG
-    ended = False
-    while not log_file.is_file() and not ended:
-        ended = training_ended(POLL)
+    has_ended = False
+    while not log_file.is_file() and not has_ended:
+        has_ended = training_ended(POLL_SECONDS)
     if not log_file.is_file():
         return
     try:
@@ -160,14 +173,14 @@ def follow() -> None:
 
 
 class TrackerProcess:
-    """A process that sends the log of a run to a tracker as it trains. It starts at the first step.
+    """A process that sends the log of a run to a tracker as it trains.
 
-    Each step looks whether it still runs. Where it failed, or does not end, `log_line` gets one line, and the training
-    continues.
+    `start_or_check` is called after each step: the first starts the process, and the others see whether it still runs.
+    Where it failed, or does not end, `log_line` is called with one line, and the training continues.
     """
 
     def __init__(self, folder: Path, tracker_name: str, log_line: Callable[[str], object]) -> None:
-        """Start nothing yet. Raises UserError for no tracker of this name, or one that is not installed."""
+        """Start nothing yet. Raises UserError where the tracker is unknown, or not installed."""
         require_known("tracker", tracker_name, TRACKERS)
         if not installed(tracker_name):
             raise UserError(f"tracker {tracker_name} needs the package {tracker_name}: {install(tracker_name)}")
@@ -176,11 +189,11 @@ class TrackerProcess:
         self.log_line = log_line
         self.process: subprocess.Popen[bytes] | None = None
         self.output = TemporaryFile()  # noqa: SIM115, closed in `close`; a pipe that nobody reads would fill up
-        self.failed = False
+        self.has_failed = False
 
-    def look(self, state: State, record: Record) -> None:
-        """Start it, or see whether it still runs; on the main rank."""
-        if self.failed or not dist.is_main():
+    def start_or_check(self, state: State, record: Record) -> None:
+        """Start the process, or see whether it still runs. Ranks other than the main one do nothing."""
+        if self.has_failed or not dist.is_main():
             return
         if self.process is None:
             self.start()
@@ -188,7 +201,7 @@ class TrackerProcess:
             self.fail(self.last_line())
 
     def start(self) -> None:
-        """Start it. No module of the working folder is imported there (-P)."""
+        """Start the process, in which no module of the working folder is imported (-P)."""
         command = [sys.executable, "-P", "-c", PROGRAM, str(self.folder), self.tracker_name]
         try:
             self.process = subprocess.Popen(
@@ -202,12 +215,12 @@ class TrackerProcess:
             self.fail(str(error))
 
     def close(self, patience: float) -> None:
-        """No more rows come: give it `patience` seconds to send what is there, then kill it."""
+        """Give the process `patience` seconds to send the last rows, then kill it."""
         with self.output:
             if self.process is None:
                 return
             with self.process:
-                if self.failed:
+                if self.has_failed:
                     return
                 try:
                     self.process.communicate(timeout=patience)
@@ -219,7 +232,7 @@ class TrackerProcess:
                     self.fail(self.last_line())
 
     def last_line(self) -> str:
-        """The last line that it printed, which names an error."""
+        """The last line that the process printed, which names an error if there was one."""
         self.output.seek(0)
         text = self.output.read().decode(errors="replace").strip()
         if not text:
@@ -227,8 +240,8 @@ class TrackerProcess:
         return text.splitlines()[-1].strip()
 
     def fail(self, reason: str) -> None:
-        """Say so, and look no more."""
-        self.failed = True
+        """Log that the process has failed, and do not check it again."""
+        self.has_failed = True
         command = f"dumo log {typed(self.folder)} --to {self.tracker_name}"
         self.log_line(
             f"warning: {self.tracker_name} gets no more rows ({reason}); the training continues. "
@@ -240,14 +253,17 @@ class TrackerProcess:
 def live(
     folder: Path, tracker_name: str | None, log_line: Callable[[str], object]
 ) -> Generator[Sequence[Every], None, None]:
-    """Hooks by which a training sends its log to a tracker; none without one. Raises as `TrackerProcess`."""
+    """Give the hooks by which a training sends its log to a tracker; none without a tracker.
+
+    Raises UserError where the tracker is unknown, or not installed.
+    """
     if tracker_name is None:
         yield ()
         return
     process = TrackerProcess(folder, tracker_name, log_line)
     patience = HURRY  # unless the training comes to its end
     try:
-        yield [Every(1, process.look)]
+        yield [Every(1, process.start_or_check)]
         patience = PATIENCE
     finally:
         process.close(patience)

@@ -2,8 +2,13 @@
 
 Trajectories (paper, Figs. 5 and 6) have a row per image and a column per number of passes. A row starts from the same
 noise in every column, by every sampling mode and after every step: what differs is the net. Class grids (Figs. 7 to 10)
-have a block of images per class, which is the same whatever other classes are drawn. `trajectories` and `class_grids`
-make the pictures, `write_trajectories` and `write_class_grids` their files.
+have a block of images per class, which is the same whatever other classes are drawn.
+
+`trajectories` and `class_grids` make the pictures, `write_trajectories` and `write_class_grids` their files. In this
+order they find the weights (`milestone_files`), the sampling modes (`choose_modes`) and the numbers of passes
+(`reachable_passes`), open each milestone (`open_milestone`), sample it, and draw.
+
+The page, the demo and the lab also use the sampling modes of a net (`sampling_modes`) and `join_panels`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,20 +33,20 @@ from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
 from dumo.types import UserError
 
-PASSES = (1, 2, 4, 8, 16, 50)  # of the trajectories
-COUNT = 8  # rows of trajectories; images of a class
-POINTS = 2000  # samples of a scatter
-PANEL_GAP = 18  # pixels between panels, and between the blocks of a class grid
-TAUGHT_BY_LETTER = {"u": "jumps", "v": "velocity"}  # what a sampling mode follows
+PASSES = (1, 2, 4, 8, 16, 50)  # of trajectories: ours
+COUNT = 8  # rows of trajectories, or images of a class: ours
+POINTS = 2000  # samples of a scatter: ours
+PANEL_GAP = 18  # pixels between panels, and between the blocks of a class grid: ours
+TAUGHT_BY_LETTER = {"u": "jumps", "v": "velocity"}  # what a sampling mode follows, by its letter
 
 
 @dataclass(frozen=True)
 class SamplingMode:
-    """A way to sample a net: u, by jumps, or v, along the velocity. `title` says which head is read, and how."""
+    """A way to sample a net: u, by jumps, or v, along the velocity."""
 
-    letter: str
-    head: str  # the one that it reads: v may be read off a head of another name
-    title: str
+    letter: str  # u or v
+    head: str  # that is read: v may be read off a head of another name
+    title: str  # says which head is read, and how
     solver: Solver = field(hash=False)
 
     @property
@@ -49,17 +54,20 @@ class SamplingMode:
         """The letter and the solver, on two lines."""
         return f"{self.letter} by\n{solver_title(self.solver)}"
 
-    def at(self, nfe: int) -> Solver:
-        """The solver of this number of passes: Euler where this one's steps take more than one and do not divide."""
+    def solver_for(self, nfe: int) -> Solver:
+        """The solver for this number of passes: Euler's where the mode's own cannot divide them into its steps."""
         return self.solver if nfe % self.solver.passes == 0 else Euler()
 
 
-Panels = Mapping[SamplingMode, Mapping[int, Image.Image]]  # a picture by mode and step
-ClassGrids = Mapping[tuple[SamplingMode, int, int], Image.Image]  # a picture by mode, step and number of passes
+Panels = Mapping[SamplingMode, Mapping[int, Image.Image]]  # pictures by mode and step
+ClassGrids = Mapping[tuple[SamplingMode, int, int], Image.Image]  # pictures by mode, step and number of passes
 
 
-def sampling_modes(sampler: Sampler, along: Euler | Heun | None = None) -> dict[str, SamplingMode]:
-    """The modes that the objective taught, by letter; v takes steps by `along`, Euler's if None."""
+def sampling_modes(sampler: Sampler, velocity_solver: Euler | Heun | None = None) -> dict[str, SamplingMode]:
+    """The modes that the objective taught, by letter. v takes the steps of `velocity_solver`; None: Euler's.
+
+    u jumps by the run's own solver if that jumps, else by the first solver that jumps as the objective taught.
+    """
     objective = sampler.flow.objective
     modes: dict[str, SamplingMode] = {}
     for solver in (sampler.spec.solver, Restart(), Hop()):
@@ -76,20 +84,20 @@ def sampling_modes(sampler: Sampler, along: Euler | Heun | None = None) -> dict[
             origin = f"v = {head} at r = t"
         else:
             origin = f"v by the {head} head"
-        along = along or Euler()
-        modes["v"] = SamplingMode("v", head, f"{origin}, {along.kind.title()} steps", along)
+        velocity_solver = velocity_solver or Euler()
+        modes["v"] = SamplingMode("v", head, f"{origin}, {velocity_solver.kind.title()} steps", velocity_solver)
     return modes
 
 
 def _head_name(head: str) -> str:
-    """A head as a reader knows it."""
+    """The name of a head in words; the head's own where there are none."""
     return word.HEADS.get(head, head)
 
 
 def reachable_passes(nfe: Iterable[int], sampler: Sampler, modes: Iterable[SamplingMode]) -> list[int]:
-    """Those numbers of passes that all these modes can make; the sampler's own, which they can, if none is left."""
+    """The numbers of passes among `nfe` that all these modes can make; the run's own where there are none."""
     modes = list(modes)
-    reachable = [n for n in nfe if all(can_make(mode.at(n), sampler.taught, n) for mode in modes)]
+    reachable = [n for n in nfe if all(can_make(mode.solver_for(n), sampler.taught, n) for mode in modes)]
     return reachable or list(sampler.spec.nfe)
 
 
@@ -106,9 +114,13 @@ def trajectories(
 ) -> dict[SamplingMode, dict[int, Image.Image]]:
     """A picture per mode and step: a row per image (points: one row of scatters), a column per number of passes.
 
-    `nfe` None: those of `PASSES` that all modes can make. `steps` None: every milestone and the last checkpoint.
-    `letters` None: u and v, if taught. `only`: classes of the rows, in turn. Raises UserError, before any work, for a
-    step, mode, label or nfe that is not there.
+    - `nfe`: numbers of passes; None: those of `PASSES` that all modes can make
+    - `steps`: of the training; None: every milestone and the last checkpoint
+    - `count`: rows, or points of a scatter; None: COUNT, or POINTS
+    - `only`: the classes of the rows, in turn; None: all
+    - `letters`: of sampling modes; None: u and v, as far as they are taught
+
+    Raises UserError, before any work, for a step, mode, label or nfe that the run does not have.
     """
     sampler = opened.sampler
     files = milestone_files(opened.folder, opened.step, steps)
@@ -116,15 +128,15 @@ def trajectories(
     passes = nfe or reachable_passes(PASSES, sampler, modes)
     default_count = COUNT if sampler.is_image else POINTS
     c = sampler.conditions.in_turn(count or default_count, only)
-    behind = None if sampler.is_image else data_points(sampler.data, sampler.spec.seed)
+    background = None if sampler.is_image else data_points(sampler.data, sampler.spec.seed)
     panels: dict[SamplingMode, dict[int, Image.Image]] = {mode: {} for mode in modes}
     with bar("sampling trajectories", len(files) * len(modes) * sum(passes)) as tick:
         tick_more = _tick_by_piece(tick)
         for step, file in files.items():
-            earlier = open_at(opened, step, file).sampler
+            milestone = open_milestone(opened, step, file).sampler
             for mode in modes:
                 note = f"step {step:,}, {mode.title}"
-                panels[mode][step] = _draw_panel(earlier, mode, passes, c, seed, behind, tick_more, note)
+                panels[mode][step] = _draw_panel(milestone, mode, passes, c, seed, background, tick_more, note)
     return panels
 
 
@@ -134,31 +146,35 @@ def _draw_panel(
     nfe: Sequence[int],
     c: Tensor,
     seed: int | None,
-    behind: picture.Points | None,
-    tick: Tick,
+    background: picture.Points | None,
+    tick_more: Tick,
     note: str,
 ) -> Image.Image:
-    """Trajectories of one net by one mode, before the points `behind`, if they are no images."""
+    """Sample one net by one mode, from conditions c (n,), and draw its trajectories.
+
+    Points are drawn before the points `background` of the data; of images it is None. `tick_more` is called with the
+    passes of each column, and with `note`.
+    """
     columns: dict[str, list[Image.Image]] = {}
     for n in nfe:
-        solver = mode.at(n)
-        made = sampler.sample(c, nfe=n, seed=seed, solver=solver)
-        title = f"NFE {made.nfe}"
+        solver = mode.solver_for(n)
+        samples = sampler.sample(c, nfe=n, seed=seed, solver=solver)
+        title = f"NFE {samples.nfe}"
         if solver is not mode.solver:
             title += f"\n{solver_title(solver)}"
-        if behind is None:
-            columns[title] = [picture.sheet(pixels, 1) for pixels in picture.to_rows(made.x).split(1)]
+        if background is None:
+            columns[title] = [picture.sheet(pixels, 1) for pixels in picture.to_rows(samples.x).split(1)]
         else:
-            columns[title] = [picture.scatter(behind, {"": made.x})]
-        tick(n, f"{note}, {n}")
-    if behind is not None:
-        names = [""]
+            columns[title] = [picture.scatter(background, {"": samples.x})]
+        tick_more(n, f"{note}, {n}")
+    if background is not None:
+        row_names = [""]
     elif sampler.conditions.count:
-        names = [sampler.conditions.name(k) for k in c.tolist()]
+        row_names = [sampler.conditions.name(k) for k in c.tolist()]
     else:
-        names = [str(k) for k in range(len(c))]
+        row_names = [str(k) for k in range(len(c))]
     rows = zip(*columns.values(), strict=True)
-    return picture.labelled_grid(list(zip(names, rows, strict=True)), list(columns))
+    return picture.labelled_grid(list(zip(row_names, rows, strict=True)), list(columns))
 
 
 def class_grids(
@@ -172,10 +188,15 @@ def class_grids(
     seed: int | None = None,
     bar: Bar = no_bar,
 ) -> dict[tuple[SamplingMode, int, int], Image.Image]:
-    """A picture per mode, step and number of passes: a block of `count` images per class, in the order given.
+    """A picture per mode, step and number of passes: a block of `count` images per class, in the order of `classes`.
 
-    `classes` None: all. `nfe` None: one pass. `steps` (): the last checkpoint; None: every milestone too. `letters`
-    None: u if taught, else v. Raises UserError as `trajectories`, and where there are no classes.
+    - `classes`: None: all
+    - `nfe`: numbers of passes; None: one pass, or the run's own where a mode cannot make one
+    - `steps`: of the training; (): the last checkpoint; None: that and every milestone
+    - `letters`: of sampling modes; None: u if it is taught, else v
+
+    Raises UserError, before any work, for a step, mode, class or nfe that the run does not have, and where there are no
+    classes of images.
     """
     sampler = opened.sampler
     files = milestone_files(opened.folder, opened.step, (opened.step,) if steps == () else steps)
@@ -184,15 +205,17 @@ def class_grids(
     data = sampler.data
     if not data.classes or not sampler.is_image:
         raise UserError(f"data '{data.kind}' has no classes of images, so no grid of them: leave out --classes")
-    chosen = range(data.classes) if classes is None else labels_in_turn(len(classes), data.classes, classes).tolist()
+    chosen_classes = range(data.classes)
+    if classes is not None:
+        chosen_classes = labels_in_turn(len(classes), data.classes, classes).tolist()
     grids: dict[tuple[SamplingMode, int, int], Image.Image] = {}
     with bar("sampling class grids", len(files) * len(modes) * sum(passes)) as tick:
         tick_more = _tick_by_piece(tick)
         for step, file in files.items():
-            earlier = open_at(opened, step, file).sampler
+            milestone = open_milestone(opened, step, file).sampler
             for mode in modes:
                 for n in passes:
-                    grids[mode, step, n] = _draw_class_grid(earlier, step, mode, n, chosen, count, seed)
+                    grids[mode, step, n] = _draw_class_grid(milestone, step, mode, n, chosen_classes, count, seed)
                     tick_more(n, f"step {step:,}, {mode.title}, {n}")
     return grids
 
@@ -200,13 +223,16 @@ def class_grids(
 def _draw_class_grid(
     sampler: Sampler, step: int, mode: SamplingMode, nfe: int, classes: Sequence[int], count: int, seed: int | None
 ) -> Image.Image:
-    """A block of `count` images per class; image i of class k is number k * count + i, whatever else is drawn."""
+    """Sample one net by one mode, and draw a block of `count` images per class.
+
+    Image i of class k is sample k * count + i of the seed, whatever other classes are drawn.
+    """
     class_of_each = torch.arange(sampler.data.classes).repeat_interleave(count)
     indices = [k * count + i for k in classes for i in range(count)]
-    solver = mode.at(nfe)
-    made = join_batches(sampler.batches(class_of_each, nfe=nfe, seed=seed, solver=solver, indices=indices))
+    solver = mode.solver_for(nfe)
+    samples = join_batches(sampler.batches(class_of_each, nfe=nfe, seed=seed, solver=solver, indices=indices))
     blocks: list[np.ndarray] = []
-    for k, pixels in zip(classes, picture.to_rows(made.x).split(count), strict=True):
+    for k, pixels in zip(classes, picture.to_rows(samples.x).split(count), strict=True):
         name = sampler.conditions.name(k)
         if name.isdigit():
             name = f"class {name}"
@@ -214,29 +240,29 @@ def _draw_class_grid(
         blocks.append(np.asarray(picture.labelled_grid([("", [sheet])], [name])))
     page = picture.sheet(torch.from_numpy(np.stack(blocks)), full_columns(len(blocks)), scale=1, gap=PANEL_GAP)
     row_name = replace(mode, solver=solver).name
-    return picture.labelled_grid([(row_name, [page])], [f"step {step:,}, NFE {made.nfe}"])
+    return picture.labelled_grid([(row_name, [page])], [f"step {step:,}, NFE {samples.nfe}"])
 
 
-def side_by_side(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:
-    """Panels by name and step in one picture: a row per name, a column per step."""
+def join_panels(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:
+    """Panels, by name and step, as one picture: a row per name, a column per step."""
     steps = next(iter(rows.values()))
     panels = {name: list(row.values()) for name, row in rows.items()}
     return picture.labelled_grid(panels, [f"step {step:,}" for step in steps], PANEL_GAP)
 
 
 def write_trajectories(folder: Path, panels: Panels) -> list[Path]:
-    """Each panel as a file that says its mode and step, and all of them as one; return the paths, that one last."""
+    """Write a file for each panel, named after its mode and step, and one of all; return the paths, the latter last."""
     pictures: dict[Path, Image.Image] = {}
     for mode, row in panels.items():
         for step, image in row.items():
             path = folder / f"{mode.letter}-step-{step:08d}.png"
-            pictures[path] = side_by_side({mode.name: {step: image}})
-    pictures[folder / "trajectories.png"] = side_by_side({mode.name: row for mode, row in panels.items()})
+            pictures[path] = join_panels({mode.name: {step: image}})
+    pictures[folder / "trajectories.png"] = join_panels({mode.name: row for mode, row in panels.items()})
     return _write_pictures(pictures)
 
 
 def write_class_grids(folder: Path, grids: ClassGrids) -> list[Path]:
-    """Each class grid as a file that says its mode, step and number of passes; return the paths."""
+    """Write a file for each class grid, named after its mode, step and number of passes; return the paths."""
     pictures: dict[Path, Image.Image] = {}
     for (mode, step, n), image in grids.items():
         pictures[folder / f"classes-{mode.letter}-nfe{n}-step-{step:08d}.png"] = image
@@ -251,12 +277,13 @@ def _write_pictures(pictures: Mapping[Path, Image.Image]) -> list[Path]:
 
 
 def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None) -> dict[int, Path | None]:
-    """The milestones, and the checkpoint of step `last` (None), by step; of these steps only, where they are given.
+    """The files of milestones by step, and None for the step `last`, which is that of the last checkpoint.
 
-    Raises UserError for a step that was not kept.
+    `steps` chooses some; None: all, in order. Raises UserError for a step that was not kept.
     """
-    kept = checkpoint.milestones(folder / "milestones")
-    files = dict(sorted({**kept, last: None}.items()))
+    milestones: dict[int, Path | None] = {**checkpoint.milestones(folder / "milestones")}
+    milestones[last] = None
+    files = dict(sorted(milestones.items()))
     if steps is None:
         return files
     for step in steps:
@@ -269,12 +296,15 @@ def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None)
 
 
 def solver_title(solver: Solver) -> str:
-    """Its name as a title."""
+    """A solver's name as a title: 'Restart'."""
     return solver.kind.replace("_", " ").title()
 
 
-def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
-    """The run as it was at a milestone. Raises UserError where its weights do not fit, or are not that milestone."""
+def open_milestone(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
+    """The run with the weights of a milestone, in `file`; None: the run as it is opened.
+
+    Raises UserError where the weights do not fit the run, or are not that milestone's.
+    """
     if file is None:
         return opened
     require_place(file, opened.identities, "milestone", step)
@@ -283,29 +313,32 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
 
 
 def choose_modes(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[SamplingMode]:
-    """The modes of these letters, v by Heun's steps. Raises UserError for one not taught, or nfe out of reach."""
-    taught = sampling_modes(sampler, Heun())
+    """The sampling modes of these letters, or, if None, all that are taught; v by Heun's steps.
+
+    Raises UserError for a mode that is not taught, or a number of passes that one of them cannot make.
+    """
+    taught_modes = sampling_modes(sampler, Heun())
     for letter in letters or ():
-        if letter in taught:
+        if letter in taught_modes:
             continue
-        why = ""
+        reason = ""
         if letter in TAUGHT_BY_LETTER:
-            why = f", for objective '{sampler.flow.objective.kind}' teaches no {TAUGHT_BY_LETTER[letter]}"
-        raise UserError(f"there is no reading {letter}{why}: use --reading {','.join(taught)}")
-    modes = [taught[letter] for letter in dict.fromkeys(letters or taught)]
+            reason = f", for objective '{sampler.flow.objective.kind}' teaches no {TAUGHT_BY_LETTER[letter]}"
+        raise UserError(f"there is no reading {letter}{reason}: use --reading {','.join(taught_modes)}")
+    modes = [taught_modes[letter] for letter in dict.fromkeys(letters or taught_modes)]
     for n in nfe or ():
         for mode in modes:
-            check(mode.at(n), sampler.taught, n)
+            check(mode.solver_for(n), sampler.taught, n)
     return modes
 
 
 def full_columns(n: int) -> int:
-    """Columns of a full rectangle of n cells, as near to a square as there is, and wide rather than high."""
+    """The columns of a rectangle that n cells fill, as near to a square as possible, and rather wide than high."""
     return next(k for k in range(1, n + 1) if n % k == 0 and k * k >= n)
 
 
 def _tick_by_piece(tick: Tick) -> Tick:
-    """A tick to be called with each piece of work, for one that wants the sum."""
+    """A tick that is called with the work since the last call, for one that is called with all work so far."""
     done = 0
 
     def add(n: int, note: str) -> None:

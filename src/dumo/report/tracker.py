@@ -1,10 +1,12 @@
 """Experiment trackers: TensorBoard, Weights & Biases, Trackio; and what the numbers of a log are called there.
 
+`TRACKERS` opens a tracker by its name: each is called with the run as plain values, its folder, and a key. A run of the
+tracker that has this key already gets the rows that come next. `values` gives the numbers of a row of the log by the
+names that people filter by: `train/loss`, `train/grad_norm`, `train/lr`, `val/...`, `speed/...`.
+
 Nothing is sent anywhere but where the tool itself is set to. TensorBoard writes files. Weights & Biases asks for an
 account unless WANDB_MODE=offline, Trackio keeps a database on this machine unless TRACKIO_SPACE_ID names another place.
 None of them is imported before it is needed.
-
-Numbers go by the names that people filter by: `train/loss`, `train/grad_norm`, `train/lr`, `val/...`, `speed/...`.
 """
 
 import math
@@ -20,49 +22,49 @@ from dumo.runtime import install
 from dumo.training.log import Row
 from dumo.types import UserError
 
-PROJECT = "dumo"
+PROJECT = "dumo"  # the name of the project in trackers that have projects
 Config = dict[str, Any]  # a run as plain values
 
 
 class Tracker(Protocol):
-    """Where rows go."""
+    """A run of an experiment tracker, open to be written."""
 
     def send(self, step: int, at: float | None, values: dict[str, float]) -> object:
-        """One row's numbers; `at`: when it was logged, seconds since 1970."""
+        """Send the values of a row, by name. `at` is when it was logged, in seconds since 1970; None: not known."""
         ...
 
     def close(self) -> object:
-        """No more rows come: wait until all that were sent are kept."""
+        """Wait until all rows that were sent are kept. No more come."""
         ...
 
 
 class TensorBoard:
-    """Event files, in a folder of their own in the run's: tensorboard --logdir RUN/tensorboard."""
+    """TensorBoard: event files in RUN/tensorboard/KEY. To look: tensorboard --logdir RUN/tensorboard."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
-        """Goes on in the folder of this key."""
-        package("tensorboard")
+        """Open the folder of this key. Raises UserError where tensorboard is not installed."""
+        import_package("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard" / key))
 
     def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
-        """One row."""
+        """Write the values of a row."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step, at)
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is buffered."""
         self.writer.close()
 
 
-class Hosted:
-    """A run of a tracker that takes rows by their step."""
+class _StepTracker:
+    """A tracker whose own run takes rows by their step."""
 
-    run: Any
+    run: Any  # of wandb or trackio
 
     def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
-        """One row."""
+        """Log the values of a row."""
         self.run.log(values, step=step)
 
     def close(self) -> None:
@@ -70,12 +72,15 @@ class Hosted:
         self.run.finish()
 
 
-class Wandb(Hosted):
+class Wandb(_StepTracker):
     """Weights & Biases: a run of project dumo (WANDB_PROJECT: another), its files in the run's folder."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
-        """Goes on with the run of this key. Raises UserError where wandb asks for an account and there is none."""
-        wandb = package("wandb")
+        """Open the run of this key.
+
+        Raises UserError where wandb is not installed, or asks for an account and there is none.
+        """
+        wandb = import_package("wandb")
         try:
             self.run = wandb.init(
                 project=None if "WANDB_PROJECT" in os.environ else PROJECT,
@@ -91,12 +96,12 @@ class Wandb(Hosted):
             raise UserError(f"wandb: {text}. With WANDB_MODE=offline it needs no account") from error
 
 
-class Trackio(Hosted):
+class Trackio(_StepTracker):
     """Trackio: a run of project dumo, in its own database (TRACKIO_DIR): trackio show."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
-        """Goes on with the run of this key."""
-        trackio = package("trackio")
+        """Open the run of this key. Raises UserError where trackio is not installed."""
+        trackio = import_package("trackio")
         self.run = trackio.init(
             project=PROJECT,
             name=f"{folder.resolve().name}-{key}",
@@ -116,8 +121,8 @@ TRACKERS: dict[str, Callable[[Config, Path, str], Tracker]] = {
 }
 
 
-def package(name: str) -> ModuleType:
-    """The package of this name. Raises UserError, with the command that installs it, where it is not there."""
+def import_package(name: str) -> ModuleType:
+    """Import the package of this name. Raises UserError, with the command that installs it, where that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,7 +132,10 @@ def package(name: str) -> ModuleType:
 
 
 def values(row: Row) -> dict[str, float]:
-    """All finite numbers of a row by name, those of tables and lists as train/a/b/0; not its step, nor its time."""
+    """All finite numbers of a row of the log by name, without its step and the time when it was logged.
+
+    Names of nested values are paths: train/bins/v/0.
+    """
     numbers: dict[str, float] = {}
 
     def collect(name: str, value: Any) -> None:  # noqa: ANN401, what JSON holds

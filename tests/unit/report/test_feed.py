@@ -129,7 +129,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
     monkeypatch.setattr(feeds, "PROGRAM", f"import {', '.join(trap.NAMES)}, sys; sys.stdin.read()")
     said: list[str] = []
     follower = feeds.TrackerProcess(tmp_path / "run", "tensorboard", said.append)
-    follower.look(cast(Any, None), cast(Any, None))  # at the first step
+    follower.start_or_check(cast(Any, None), cast(Any, None))  # at the first step
     follower.close(patience=60)
     assert said == []
     assert trap.sprung(tmp_path) == []
@@ -168,7 +168,7 @@ def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"tracked.json is not JSON .*remove it"):
         feed([run], "kept")
     with pytest.raises(UserError, match=r"tracker not_there needs the package .*pip install not_there"):
-        tracker.package("not_there")
+        tracker.import_package("not_there")
 
 
 def test_values_are_numbers_by_name() -> None:

@@ -69,7 +69,7 @@ def test_every_cell_is_its_image(digits: RunFolder) -> None:
     for reading, row in panels.items():
         assert list(row) == [0, 6, 12]
         for step, panel in row.items():
-            one = gallery.open_at(digits, step, stages(digits)[step])
+            one = gallery.open_milestone(digits, step, stages(digits)[step])
             for i, label in enumerate((7, 4, 7)):
                 for j, n in enumerate((1, 2, 5)):
                     solver = Euler() if reading is v and n % 2 else reading.solver
@@ -81,10 +81,10 @@ def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
     assert [path and path.name for path in stages(digits).values()] == [
         "step-00000000.safetensors", "step-00000006.safetensors", None,
     ]  # fmt: skip
-    first, middle = (gallery.open_at(digits, step, stages(digits)[step]) for step in (0, 6))
+    first, middle = (gallery.open_milestone(digits, step, stages(digits)[step]) for step in (0, 6))
     assert (first.step, first.weights) == (0, "milestones/step-00000000.safetensors")
     assert not np.array_equal(shown(first, 0, 3, nfe=1), shown(middle, 0, 3, nfe=1))
-    assert gallery.open_at(digits, 12, None) is digits
+    assert gallery.open_milestone(digits, 12, None) is digits
     assert list(stages(digits, [6])) == [6]
     with pytest.raises(UserError, match=r"nothing of step 7: there is 0, 6, 12\. .*train\.milestones=\[7\]"):
         stages(digits, [6, 7])
@@ -147,7 +147,7 @@ def test_passes_by_default_are_those_that_can_be_made() -> None:
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:
     (v,) = gallery.choose_modes(made_of("digits"), ["v"], [1, 2])
-    assert [v.at(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
+    assert [v.solver_for(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import page, score
 from dumo.report.card import judging_settings
-from dumo.report.figure import smoothed
+from dumo.report.figure import moving_average
 from dumo.run.weights import sampler
 from dumo.types import Sample
 
@@ -215,7 +215,7 @@ def test_names_stand_above_their_columns_and_fit() -> None:
 
 def test_smoothing_keeps_the_mean_and_lessens_noise() -> None:
     x: Sample = torch.randn(300, generator=torch.Generator().manual_seed(0)) + 3
-    found = smoothed(x.tolist())
+    found = moving_average(x.tolist())
     assert found.std() < x.std().item() / 4
     assert found.mean() == pytest.approx(x.mean().item(), abs=0.05)
-    assert smoothed([1.0, 5.0]).tolist() == [1.0, 5.0]
+    assert moving_average([1.0, 5.0]).tolist() == [1.0, 5.0]
