@@ -1,8 +1,12 @@
 """Where the demo is served, and what is answered there: what its own page asks, on this machine.
 
 `open_listener` opens the port, `url` and `tunnel_text` say how to reach it, and `guard` wraps the app that answers.
-For each request `guard` asks in this order: is it HTTP, is it for this machine (`_refusal`), is it a question of the
-page (`_read_question`) or a file of it? Else the answer is 404.
+For each request `guard` asks, in this order:
+
+1. Is it HTTP?
+2. Is it for this machine, and from the page (`_refusal`)? Else the answer is 403.
+3. Is it a question of the page (`_read_question`) or a file of it? Else the answer is 404; 400 where a question is not
+   plain.
 
 A page of another site that is open in the same browser can send requests here, and by its own name, once that leads to
 this machine (DNS rebinding), read the answers. So only requests to a name of this machine are answered (Host), and of a
@@ -23,13 +27,15 @@ from urllib.parse import urlsplit
 from dumo.io.read import brief
 from dumo.types import UserError
 
-HOST = "127.0.0.1"
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # of this machine, as only it is called
-ASK_PATH = "/gradio_api/queue/join"
-GET_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")
-GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own, and what it keeps to be downloaded
+HOST = "127.0.0.1"  # which no other machine can reach
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # names by which a machine can call only itself
+ASK_PATH = "/gradio_api/queue/join"  # of questions, which are posted
+GET_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")  # of the page
+GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own files, and those to be downloaded
 MAX_QUESTION_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
-Message = Mapping[str, Any]  # of ASGI
+
+# as ASGI has them
+Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -37,7 +43,10 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 @contextmanager
 def open_listener(port: int) -> Generator[socket.socket, None, None]:
-    """A socket that this machine alone can reach; port 0: any that is free. Raises UserError where it is taken."""
+    """Open a socket that this machine alone can reach. Port 0 is any that is free.
+
+    Raises UserError where the port is taken, or may not be used.
+    """
     try:
         listener = socket.create_server((HOST, port))
     except OSError as error:
@@ -50,18 +59,18 @@ def open_listener(port: int) -> Generator[socket.socket, None, None]:
 
 
 def url(listener: socket.socket) -> str:
-    """What to type in a browser on this machine."""
+    """The address of the page, to be opened in a browser on this machine."""
     return f"http://{HOST}:{listener.getsockname()[1]}"
 
 
 def tunnel_text(listener: socket.socket) -> str:
-    """How to open the page on another machine."""
+    """A line on how to open the page on another machine."""
     port = listener.getsockname()[1]
     return f"on another machine:  ssh -L {port}:localhost:{port} {socket.gethostname()}    then open http://localhost:{port}"
 
 
 def guard(app: App) -> App:
-    """The app, for what its page asks of this machine, and for nothing else."""
+    """Wrap an ASGI app, so that it answers what its own page asks of this machine, and nothing else."""
 
     async def answer(scope: Any, receive: Receive, send: Send) -> None:  # noqa: ANN401
         if scope["type"] == "lifespan":
@@ -88,7 +97,7 @@ def guard(app: App) -> App:
 
 
 async def _reply(send: Send, status: int, text: str) -> None:
-    """Answer with a line of text."""
+    """Send an answer that is a line of text."""
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
     await send({"type": "http.response.body", "body": text.encode()})
 
@@ -112,7 +121,10 @@ def _refusal(headers: Mapping[str, str]) -> str:
 
 
 async def _read_question(receive: Receive) -> bytes | None:
-    """The body of a question as JSON, written anew so that Gradio reads what was checked; None where it is refused."""
+    """The body of a question, as JSON that is written anew, so that Gradio reads what was checked.
+
+    None where it is too long, no JSON, or not plain.
+    """
     body = b""
     while True:
         message = await receive()
@@ -131,20 +143,23 @@ async def _read_question(receive: Receive) -> bytes | None:
 
 
 def _is_plain(question: object) -> bool:
-    """Whether a question holds texts and numbers alone: a dictionary can name a file, which Gradio would copy."""
+    """Whether a question is an object of texts and numbers, and `data` a list of them.
+
+    A nested object could name a file, which Gradio would copy.
+    """
     if not isinstance(question, dict):
         return False
     fields = cast(dict[str, object], question)
     inputs = fields.get("data")
     if not isinstance(inputs, list):
         return False
-    others = [value for name, value in fields.items() if name != "data"]
-    values = [*cast(list[object], inputs), *others]
+    other_values = [value for name, value in fields.items() if name != "data"]
+    values = [*cast(list[object], inputs), *other_values]
     return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives this body first, and then what else comes from `receive`."""
+    """A `receive` that gives this body first, and then calls the original one."""
     bodies = [body]
 
     async def receive_again() -> Message:

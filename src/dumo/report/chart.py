@@ -26,8 +26,8 @@ from dumo.io import picture
 
 LIGHT_INK = "#23262b"  # on a light page
 DARK_INK = "#dedbd4"  # on a dark page
-INK_SETTINGS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-PAGE_STYLE: dict[Any, Any] = {
+INK_SETTINGS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")  # of matplotlib
+PAGE_STYLE: dict[Any, Any] = {  # settings of matplotlib
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -36,49 +36,50 @@ PAGE_STYLE: dict[Any, Any] = {
 PAGE_SIZE = (3.7, 2.4)  # inches
 PAGE_DPI = 200  # twice what a screen needs
 PICTURE_DPI = 150
-COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f")  # of arms, in turn
-MARKS = "*osDv^P"  # DuMo, which comes first, as green stars, as the paper has it
+COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f")  # of names, in turn
+MARKS = "*osDv^P"  # of names, in turn; DuMo, which comes first, has green stars, as in the paper
+MAX_LINEAR_RATIO = 1.5  # of the ends of an axis: from here on its scale is logarithmic. Ours
 
 
 class CurvePoint(NamedTuple):
-    """A point of a curve, and the standard deviation of y, if it is known."""
+    """A point of a curve."""
 
     x: float
     y: float
-    deviation: float | None
+    deviation: float | None  # the standard deviation of y; None: not known
 
 
 class Dot(NamedTuple):
-    """A value and its standard deviation, if that is known."""
+    """A value that is drawn as a mark."""
 
     value: float
-    deviation: float | None
+    deviation: float | None  # its standard deviation; None: not known
 
 
 class Level(NamedTuple):
-    """A height that a dashed line shows, and the line's name in the legend."""
+    """A dashed line at a height."""
 
     height: float
-    name: str
+    name: str  # in the legend
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart for light and for dark pages, its title, and a description for who cannot see it."""
+    """A chart of a page, drawn twice."""
 
     title: str
-    alt: str
-    light: Image.Image
-    dark: Image.Image
+    alt: str  # a description for those who cannot see it
+    light: Image.Image  # for a light page
+    dark: Image.Image  # for a dark page
 
 
 def in_both_inks(title: str, alt: str, draw: Callable[[Axes], None]) -> Chart:
-    """The chart that `draw` puts into a pair of axes, in the ink of a light and of a dark page."""
-    return Chart(title, alt, light=_inked(LIGHT_INK, draw), dark=_inked(DARK_INK, draw))
+    """The chart that `draw` draws into a pair of axes, in the ink of a light and of a dark page."""
+    return Chart(title, alt, light=_draw_in_ink(LIGHT_INK, draw), dark=_draw_in_ink(DARK_INK, draw))
 
 
-def _inked(ink: str, draw: Callable[[Axes], None]) -> Image.Image:
-    """A figure of one pair of axes in one ink, with a transparent background."""
+def _draw_in_ink(ink: str, draw: Callable[[Axes], None]) -> Image.Image:
+    """The picture that `draw` draws into a pair of axes, in one ink on a transparent background."""
     style: dict[Any, Any] = dict.fromkeys(INK_SETTINGS, ink)
     style["axes.prop_cycle"] = f"cycler('color', ['{ink}'])"
     style["axes.facecolor"] = "none"
@@ -89,7 +90,7 @@ def _inked(ink: str, draw: Callable[[Axes], None]) -> Image.Image:
 
 
 def score_label(score: str) -> str:
-    """The label of an axis of this score, whose errors are deviations over seeds."""
+    """The label of an axis with means of this score and deviations over seeds."""
     merit = word(MERITS, score)
     return f"{merit.title} ({merit.better}), mean ± deviation over seeds"
 
@@ -105,19 +106,20 @@ def curves(
 ) -> Image.Image:
     """A curve per name, with error bars where a deviation is known.
 
-    y has a log scale unless the values span less than a factor 1.5 or reach zero; x has one with `log_x`, and a tick
-    at each point. `level` is a height to compare with; with it the legend stands above the axes.
+    y has a log scale unless the values span less than a factor of MAX_LINEAR_RATIO or reach zero; x has one with
+    `log_x`, and a tick at each point. With a `level` to compare with, the legend stands above the axes.
     """
     figure = Figure((8.0 if level else 6.4, 4.2), dpi=PICTURE_DPI, layout="constrained")
     axes = figure.subplots()
     is_positive = all(point.y > 0 for curve in points.values() for point in curve)
     for (name, curve), colour, mark in zip(points.items(), cycle(COLOURS), cycle(MARKS), strict=False):
-        ordered = sorted(curve, key=lambda point: (point.x, point.y))
-        ys = [point.y for point in ordered]
+        sorted_points = sorted(curve, key=lambda point: (point.x, point.y))
+        ys = [point.y for point in sorted_points]
+        deviations = [point.deviation for point in sorted_points]
         axes.errorbar(
-            [point.x for point in ordered],
+            [point.x for point in sorted_points],
             ys,
-            _error_bars(ys, [point.deviation for point in ordered], is_positive),
+            _error_bars(ys, deviations, is_positive=is_positive),
             color=colour,
             marker=mark,
             markersize=9 if mark == "*" else 5,
@@ -145,7 +147,7 @@ def curves(
 def heat_map(
     title: str, x_label: str, y_label: str, values: Mapping[tuple[float, float], float], colour_label: str
 ) -> Image.Image:
-    """A cell per (x, y) with its value, x to the right, y upwards; the least value is bold."""
+    """A cell with its value per (x, y), x to the right and y upwards; the least value is bold."""
     xs = sorted({x for x, _ in values})
     ys = sorted({y for _, y in values})
     table = np.full((len(ys), len(xs)), np.nan)
@@ -178,8 +180,8 @@ def heat_map(
 def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names: Sequence[str] = ()) -> Image.Image:
     """A line per entry of `lines`, the first on top, with a mark for each of `names` that it has a value of.
 
-    Marks have error bars where a deviation is known. x has a log scale unless the values span less than a factor 1.5
-    or reach zero. `names` sets the order of colours; () is all names, as they come.
+    Marks have error bars where a deviation is known. x has a log scale unless the values span less than a factor of
+    MAX_LINEAR_RATIO or reach zero. `names` sets the order of colours; () is all names, as they come.
     """
     names = names or _all_names(lines)
     width = max(7.6, 5 + 0.075 * max(map(len, lines)))  # half of it for the marks, however long the names
@@ -190,14 +192,15 @@ def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names
         values = [dot.value for dot in line.values()]
         axes.plot([min(values), max(values)], [row, row], color="0.85", linewidth=3, zorder=1, solid_capstyle="round")
     for name, colour, mark in zip(names, cycle(COLOURS), cycle(MARKS), strict=False):
-        marked = {row: line[name] for row, line in enumerate(lines.values()) if name in line}
-        if not marked:
+        dots_by_row = {row: line[name] for row, line in enumerate(lines.values()) if name in line}
+        if not dots_by_row:
             continue
-        values = [dot.value for dot in marked.values()]
+        values = [dot.value for dot in dots_by_row.values()]
+        deviations = [dot.deviation for dot in dots_by_row.values()]
         axes.errorbar(
             values,
-            list(marked),
-            xerr=_error_bars(values, [dot.deviation for dot in marked.values()], is_positive),
+            list(dots_by_row),
+            xerr=_error_bars(values, deviations, is_positive=is_positive),
             fmt=mark,
             color=colour,
             markersize=9 if mark == "*" else 6,
@@ -229,7 +232,7 @@ def bars(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[st
     axes = figure.subplots()
     for number, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
         offset = (number - (len(names) - 1) / 2) * width  # from the middle of the group
-        heights = {place + offset: group[name] for place, group in enumerate(groups.values()) if name in group}
+        heights = {x + offset: group[name] for x, group in enumerate(groups.values()) if name in group}
         drawn_bars = axes.bar(list(heights), list(heights.values()), width * 0.9, color=colour, label=name)
         axes.bar_label(drawn_bars, [f"{value:.3g}" for value in heights.values()], fontsize=6.5, padding=2)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
@@ -240,16 +243,16 @@ def bars(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[st
 
 
 def _all_names(groups: Mapping[str, Iterable[str]]) -> list[str]:
-    """The names in any of the groups, each once, in the order in which they first come."""
+    """The names in all groups, each once, in the order in which they first come."""
     return list(dict.fromkeys(name for group in groups.values() for name in group))
 
 
 def _error_bars(
-    values: Sequence[float], deviations: Sequence[float | None], is_positive: bool
+    values: Sequence[float], deviations: Sequence[float | None], *, is_positive: bool
 ) -> list[list[float]] | None:
     """The lengths of error bars, downwards and upwards; None where no deviation is known.
 
-    In a chart whose values are all positive (`is_positive`) no bar reaches down to zero, which a log scale does not
+    `is_positive` is whether all values of the chart are: then no bar reaches down to zero, which a log scale does not
     have.
     """
     if not any(deviations):
@@ -262,18 +265,18 @@ def _error_bars(
 
 
 def log_unless_narrow(axis: Axis, set_scale: Callable[[str], None]) -> None:
-    """Give an axis a log scale with plain numbers; linear where high < 1.5 low, or where low is not positive.
+    """Give an axis a log scale with plain numbers, unless what is drawn spans little, or reaches zero.
 
-    `low` and `high` are the ends of what has been drawn; `set_scale` is the axes' setter of that axis' scale.
+    `set_scale` is the setter of the axis' scale, `axes.set_xscale` or `axes.set_yscale`.
     """
     low, high = axis.get_data_interval()
-    if low > 0 and high >= 1.5 * low:
+    if low > 0 and high >= MAX_LINEAR_RATIO * low:
         set_scale("log")
         log_ticks(axis, low, high)
 
 
 def log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Plain numbers on a log scale from `low` to `high`: the nearer these, the closer the ticks."""
+    """Put plain numbers on a log scale from `low` to `high`: the less it spans, the closer the ticks."""
     if high < 5 * low:
         steps = (1, 1.5, 2, 3, 5, 7)
     elif high < 50 * low:

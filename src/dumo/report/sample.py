@@ -1,8 +1,14 @@
 """Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
 
-`export` is the entrance: it takes the run's sampler with what a user asked for (`with_options`), decides the
-conditions and the names of files, makes the samples, and writes each set of them (`write`). Wherever samples are drawn,
-`sheet` lays them out, and `data_points` are the data behind a scatter.
+`export` is the entrance. It
+
+1. takes the run's sampler with what a user asked for (`with_options`),
+2. checks that the format and the memory fit,
+3. decides the conditions, and the names of files by what is not as the run has it (`sampling_changes`),
+4. makes the samples of each number of passes, and writes them (`write`).
+
+What others call: `solver_of`, `guide_of` and `size_of` read one option of a user; `repeat_conditions` repeats
+conditions; `sheet` lays out samples; `data_points` are the data behind a scatter.
 """
 
 import csv
@@ -39,23 +45,31 @@ from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Sample, UserError
 
+COUNT = 100  # samples, if no other number is asked for: ours
+FORMS = ("grid", "images", "npz")  # of what is written: one picture, a file for each sample, an archive
+DATA_POINTS = 4000  # of the data, behind a scatter of samples: ours
+MAX_TEXT_LETTERS = 40  # of a user's text that a message quotes: ours
+
 
 def repeat_conditions(c: Tensor, count: int) -> Tensor:
-    """The conditions c (n,) in turn, `count` in all."""
+    """The conditions c (n,) in turn, again and again: (count,)."""
     return c[torch.arange(count) % len(c)]
 
 
 def solver_of(spec: Sampling, name: str | None) -> Solver:
-    """The spec's own solver, or the one of this name, with its defaults. Raises UserError for an unknown name."""
+    """The solver of this name with its defaults, or the spec's own if the name is None or its own.
+
+    Raises UserError for an unknown name.
+    """
     if name in (None, spec.solver.kind):
         return spec.solver
     return parse(Sampling, {"solver": {"kind": name}}).solver
 
 
 def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
-    """The sampler's guidance by another scale, as a user gave it, of a net that `trained` guided in training.
+    """The sampler's guidance with another scale, as a user gave it. `trained` is the guidance of the training.
 
-    Raises UserError where it is none, or the net cannot be guided.
+    Raises UserError where it is no scale, or the net cannot be guided.
     """
     guide_fields = sampler.spec.guide.model_dump()
     guide_fields["scale"] = scale
@@ -65,7 +79,7 @@ def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
         guide = parse(Sampling, sampling_fields).guide
         check_guided(guide, sampler.data, sampler.flow.objective, trained, name="guide")
     except UserError as error:
-        raise UserError(str(error).replace("guide.scale", "guidance")) from error
+        raise UserError(str(error).replace("guide.scale", "guidance")) from error  # as the user knows it
     return guide
 
 
@@ -77,7 +91,10 @@ def with_options(
     solver: str | None = None,
     size: str | None = None,
 ) -> Sampler:
-    """The sampler with other defaults. Raises UserError for passes, a solver or a size out of reach."""
+    """The sampler with what a user asked for; None leaves what the run has.
+
+    Raises UserError for passes, a solver or a size that the net cannot make.
+    """
     solver_spec = solver_of(sampler.spec, solver)
     passes = tuple(nfe or sampler.spec.nfe)
     check(solver_spec, sampler.taught, *passes)
@@ -88,9 +105,9 @@ def with_options(
 
 
 def size_of(data: Data, text: str | None) -> Size | None:
-    """'320x192', width and height in pixels, as one of the data's buckets; None: the square.
+    """The height and width that a text such as '320x192', width x height in pixels, asks for; None: the square.
 
-    Raises UserError for another size than the net was trained on.
+    Raises UserError for a size that the net was not trained on.
     """
     if text is None:
         return None
@@ -101,15 +118,10 @@ def size_of(data: Data, text: str | None) -> Size | None:
     size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
     if text in size_by_text:
         return size_by_text[text]
-    problem = f"size {brief(text, 40)}, width x height, is none that the net was trained on"
+    problem = f"size {brief(text, MAX_TEXT_LETTERS)}, width x height, is none that the net was trained on"
     if not size_by_text:
         raise UserError(f"{problem}: data '{data.kind}' have no sizes")
     raise UserError(f"{problem}: it is {', '.join(size_by_text)}")
-
-
-COUNT = 100  # samples, if no other number is asked for
-FORMS = ("grid", "images", "npz")
-DATA_POINTS = 4000  # of the data, behind a scatter of samples
 
 
 def export(
@@ -127,10 +139,14 @@ def export(
     size: str | None = None,
     bar: Bar = no_bar,
 ) -> list[Path]:
-    """Make samples and write them: a sheet, an image each, or an .npz in ADM's layout, per number of passes.
+    """Make `count` samples for each number of passes, write them, and return the paths.
 
-    Names say the solver, the passes, and whatever is not as the run has it. Returns what was written. Raises UserError,
-    before anything is, for a form, label, solver, size or nfe out of reach, and OSError where nothing can be.
+    - `form`: grid, a sheet; images, a file each; npz, an archive in ADM's layout
+    - `only`: classes, in turn; `prompts`: texts, in turn; `source`: an image that prompts edit
+    - `nfe`, `seed`, `solver`, `size`: None: as the run has them
+
+    A file's name says the solver, the passes, and what is not as the run has it. Raises UserError, before anything is
+    written, for an option that the run cannot do, and OSError where nothing can be written.
     """
     files.check_writable(folder)
     files.sweep(folder)
@@ -142,13 +158,12 @@ def export(
     sample_bytes = memory.row_bytes(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
     dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
-    c = (
-        repeat_conditions(prompted(sampler, prompts, source), count)
-        if prompts
-        else sampler.conditions.in_turn(count, only)
-    )
+    if prompts:
+        c = repeat_conditions(prompted(sampler, prompts, source), count)
+    else:
+        c = sampler.conditions.in_turn(count, only)
 
-    # what of the samples is not as the run has it, for the names of the files
+    # the names of the files: what is not as the run has it
     name_parts = sampling_changes(opened, sampler.spec)
     if only:
         name_parts.append(word("labels", only))
@@ -175,22 +190,25 @@ def export(
 
 
 def sampling_changes(opened: RunFolder, spec: Sampling) -> list[str]:
-    """What of a sampling is not the run's own, but for the solver's kind, as parts of a name."""
+    """The parts of a name that say in which fields `spec` differs from the run's own sampling.
+
+    The solver's kind is none of them, for every name begins with it.
+    """
     run_fields = sampling(opened.run_as_saved.sample)
-    run_fields["solver.kind"] = spec.solver.kind  # no change: every name begins with it
+    run_fields["solver.kind"] = spec.solver.kind
     return changes(opened, run_fields, sampling(spec))
 
 
 @dataclass(frozen=True)
 class _SheetLayout:
-    """How many columns a sheet has, and what is written above them, or above each image."""
+    """The layout of a sheet of images."""
 
     columns: int
-    titles: Sequence[str] = ()
+    titles: Sequence[str] = ()  # above the columns, or above each image
 
 
 def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> _SheetLayout:
-    """The layout of a sheet of these conditions; `names` are theirs, where the data have others.
+    """The layout of a sheet of images of the conditions c (n,); `names` are theirs, if not those of the data.
 
     A column holds one class where classes come in turn and are few; elsewhere every image has its own title.
     """
@@ -209,13 +227,16 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
 
 
 def sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
-    """Images of these conditions as a sheet with titles. Raises UserError as `picture.to_uint8`."""
+    """Images x (n, channels, h, w) of the conditions c (n,) as a sheet with titles.
+
+    Raises UserError where they are no images, or no finite numbers.
+    """
     layout = _sheet_layout(c, conditions, names)
     return picture.sheet(picture.to_rows(x), layout.columns, titles=layout.titles)
 
 
 def data_points(data: Data, seed: int) -> picture.Points:
-    """Points of the data, to stand behind a scatter of samples, chosen by `seed`."""
+    """DATA_POINTS points (n, 2) of the data, to stand behind a scatter of samples, chosen by `seed`."""
     points, _ = training_data(data).reference(DATA_POINTS, seed)
     return points
 
@@ -223,10 +244,11 @@ def data_points(data: Data, seed: int) -> picture.Points:
 def write(
     x: Sample, c: Tensor, stem: Path, form: str, data: Data, seed: int, names: Sequence[str] | None = None
 ) -> Path:
-    """Write one set of samples as one file, or one folder of files, and return its path.
+    """Write samples x (n, *pixels) of the conditions c (n,) as one file or folder, and return its path.
 
-    `names` are those of the conditions, where the data have others. Single images of captions have a table of them,
-    which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
+    `stem` is the path without its ending, `form` one of FORMS. `names` are those of the conditions, if not those of the
+    data. Next to single images of captions lies a table of them, which `data.images.captions` reads. Points are drawn
+    before some of the data, chosen by `seed`.
     """
     are_points = len(shown(data).shape) == 1
     conditions = Conditions(data)
@@ -254,7 +276,7 @@ def write(
 
 
 def _write_captions(folder: Path, texts: Sequence[str]) -> None:
-    """Write metadata.csv of the images in a folder, as `picture.write_singles` numbers them."""
+    """Write metadata.csv with the caption of each image in a folder, as `picture.write_singles` numbers them."""
     csv_text = StringIO()
     table = csv.writer(csv_text)
     table.writerow(("file_name", CAPTION_NAMES[0]))

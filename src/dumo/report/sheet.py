@@ -36,7 +36,7 @@ class Sheets:
     """Draws sheets after the steps that `train.sheets` names."""
 
     def __init__(self, run: Run, folder: Path, log_line: Callable[[str], object]) -> None:
-        """`log_line` is called with the reason why a sheet is missing.
+        """Check that sheets can be drawn. `log_line` is called with the reason where one is missing later.
 
         Every rank must call it. Raises UserError on all ranks where the codec cannot be opened.
         """
@@ -50,7 +50,7 @@ class Sheets:
             def open_codec() -> None:
                 data.codec.open(torch.device("cpu"))
 
-            agreement.on_main_rank(open_codec)  # a codec that is missing is seen now, not after weeks
+            agreement.on_main_rank(open_codec)  # a missing codec ends the run now, not after weeks
 
     def draw(self, state: State, record: Record) -> None:
         """Draw a sheet for each of the run's numbers of passes, if this step has sheets. Every rank must call it.
@@ -74,7 +74,7 @@ class Sheets:
 
     def _draw_one(self, state: State, nfe: int) -> None:
         """Draw the sheet of one number of passes. Every rank must call it."""
-        if dist.world() == 1:
+        if dist.world() == 1:  # then an error is no more than a missing sheet
             self._try_to_write(lambda: self.sample(state, nfe), state, nfe)
             return
         samples = self.sample(state, nfe)  # an error here must reach all ranks, which wait for one another
@@ -86,12 +86,12 @@ class Sheets:
         return self.folder / f"step-{state.step:08d}-nfe{nfe}"
 
     def sample(self, state: State, nfe: int) -> Sample:
-        """The samples of a sheet, not decoded, on the CPU of every rank. All ranks make equally many passes."""
+        """The samples of a sheet (n, *shape), not decoded, on the CPU of every rank. Every rank must call it."""
         run = self.run
         net = state.shown
         indices = rank_indices(len(self.c))  # of this rank's images
         with torch.compiler.set_stance("force_eager"):
-            parts = generate.sample_batches(
+            rank_batches = generate.sample_batches(
                 net,
                 sampler(run, net).reads,
                 run.path,
@@ -103,7 +103,7 @@ class Sheets:
                 indices=indices,
                 device=next(net.parameters()).device,
             )
-            batches = list(parts)
+            batches = list(rank_batches)
         layout.release(net)
         return gather_samples(batches, run.data.shape).x[: len(self.c)]
 
@@ -128,7 +128,7 @@ def sheet_conditions(conditions: Conditions) -> Tensor:
     is_image = len(shown(conditions.data).shape) == 3
     num_samples = COUNT if is_image else POINTS
     num_classes = conditions.data.labels
-    spread = None
+    spaced_classes = None
     if num_classes > num_samples:
-        spread = [i * num_classes // num_samples for i in range(num_samples)]
-    return conditions.of(generate.labels_in_turn(num_samples, num_classes, spread))
+        spaced_classes = [i * num_classes // num_samples for i in range(num_samples)]
+    return conditions.of(generate.labels_in_turn(num_samples, num_classes, spaced_classes))
