@@ -1,5 +1,8 @@
 """How well images fit their captions, by the CLIP that the user names: no distance to data, and no FID.
 
+`ClipProtocol` is the spec; its `evaluator` opens the data with all captions, loads the CLIP, and returns a
+`ClipEvaluator`, which scores samples when all of them have come.
+
 The score is the mean of 100 cosines, clipped at 0. It depends on which CLIP, so its hash stands on the card, and no two
 CLIPs share a table. More is better, as far as real images with their captions.
 """
@@ -20,9 +23,9 @@ from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.types import PLACE, Cond, UserError
 
-MAX_REAL = 2000  # images of the data that are looked at, at most: ours
-FIELD = "evaluate.protocol.model"
-WEIGHT = 100.0  # of a cosine
+MAX_REAL = 2000  # images of the data that are compared with captions: ours
+MODEL_FIELD = "evaluate.protocol.model"
+COSINE_SCALE = 100.0  # of a score, as torchmetrics has it; CLIPScore has 2.5 (Hessel et al. 2021, Sec. 3)
 
 
 class ClipProtocol(Protocol):
@@ -34,7 +37,7 @@ class ClipProtocol(Protocol):
 
     @property
     def standard_samples(self) -> int:
-        """Ours."""
+        """5,000: ours."""
         return 5000
 
     @property
@@ -42,16 +45,16 @@ class ClipProtocol(Protocol):
         """What must be named before anything can be judged; None: nothing."""
         if self.model:
             return None
-        return f"a CLIP, in {FIELD}: {clip.HINT}"
+        return f"a CLIP, in {MODEL_FIELD}: {clip.HINT}"
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Samples must be images."""
+        """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
         if len(shape) == 3 and shape[0] in (1, 3):
             return ""
         return f"judges images, not samples of shape {shape}: choose another protocol"
 
     def evaluator(self, context: Context) -> "ClipEvaluator":
-        """Compares sample i with its caption, and as many real images with theirs.
+        """The evaluator that compares sample i with its caption, and MAX_REAL real images with theirs.
 
         Raises `UserError` where no model is named, or it cannot be read.
         """
@@ -59,7 +62,7 @@ class ClipProtocol(Protocol):
             raise UserError(f"protocol {self.kind} needs {self.missing}")
         assert context.captions, "a run without captions is refused"
         data, c, texts = context.captions()
-        model = clip.load(user_path(self.model, FIELD), FIELD, context.device)
+        model = clip.load(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
         real_x, real_c = data.reference(MAX_REAL, context.seed)
         config = model.model.config.vision_config
         facts = {
@@ -74,58 +77,66 @@ class ClipProtocol(Protocol):
 
 @dataclass(frozen=True)
 class ClipEvaluator:
-    """Compares samples with their captions; one whose condition is no caption does not count."""
+    """Compares samples with their captions. A sample whose condition is no caption does not count."""
 
     clip: Clip
-    c: Cond
-    texts: tuple[str, ...]
+    c: Cond  # (n,) of the samples: numbers of captions, or a higher number for none
+    texts: tuple[str, ...]  # all captions
     real_x: Tensor  # images of the data
-    real_c: Tensor  # each with a caption of its own
-    facts: dict[str, str]
+    real_c: Tensor  # the number of a caption of each
+    facts: dict[str, str]  # for the report's card
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`clip_score`, the mean, and with `_sd` its standard error. Raises UserError as `collect`."""
-        fits = collect(((index, self.fit(x, self.c[index])) for index, x in samples), len(self.c))
-        mean, error = self.mean(fits[self.captioned(self.c)])
+        """`clip_score`, the mean over samples with captions, and `clip_score_sd`, its standard error.
+
+        Raises UserError unless each sample comes once, and two or more have captions.
+        """
+        batches_of_scores = ((index, self.score_pairs(x, self.c[index])) for index, x in samples)
+        scores = collect(batches_of_scores, len(self.c))
+        mean, error = _mean_and_error(scores[self._is_caption(self.c)])
         return {"clip_score": mean, "clip_score_sd": error}
 
     def baselines(self) -> dict[str, Scores]:
-        """`captions`: the same of real images with captions of theirs; `others`: with those of other images."""
-        is_captioned = self.captioned(self.real_c)
+        """`captions`: the score of real images with their captions; `others`: with captions of other images."""
+        is_captioned = self._is_caption(self.real_c)
         x = self.real_x[is_captioned]
         c = self.real_c[is_captioned]
         if len(c) < 2:
             return {}
         order = c.argsort()
         other_c = torch.empty_like(c)
-        other_c[order] = c[order].roll(len(c) // 2)  # another one, where no caption is of half of the images
+        other_c[order] = c[order].roll(len(c) // 2)  # another caption, unless one is of half of the images
         return {"captions": self._baseline(x, c), "others": self._baseline(x, other_c)}
 
     def _baseline(self, x: Tensor, c: Cond) -> Scores:
-        """The score of real images with these captions."""
-        mean, error = self.mean(self.fit(x, c))
+        """The mean score of real images x with the captions c (n,), as `mean`, `sd` and `splits`, their number."""
+        mean, error = _mean_and_error(self.score_pairs(x, c))
         return {"mean": mean, "sd": error, "splits": float(len(c))}
 
-    def captioned(self, c: Cond) -> Bool[Tensor, " n"]:
-        """Which of these are captions."""
+    def _is_caption(self, c: Cond) -> Bool[Tensor, " n"]:
+        """Whether each condition of c (n,) is a caption."""
         return c < len(self.texts)
 
-    def fit(self, x: Tensor, c: Cond) -> Float[Tensor, " n"]:
-        """The score of each image with its caption; 0 where c is none."""
+    def score_pairs(self, x: Tensor, c: Cond) -> Float[Tensor, " n"]:
+        """The score of each image of x (n, channels, h, w) with its caption of c (n,); 0 where that is none.
+
+        Images are bytes, or numbers in [-1, 1].
+        """
         c = c.cpu()
-        is_captioned = self.captioned(c)
+        is_captioned = self._is_caption(c)
         if x.dtype != torch.uint8:
             x = to_uint8(x)
         pixels = x.cpu().expand(-1, 3, -1, -1)
         cosines = torch.zeros(len(c))
         texts = [self.texts[k] for k in c[is_captioned].tolist()]
         cosines[is_captioned] = self.clip.cosines(pixels[is_captioned], texts)
-        return WEIGHT * cosines.clamp(min=0)
+        return COSINE_SCALE * cosines.clamp(min=0)
 
-    def mean(self, scores: Float[Tensor, " n"]) -> tuple[float, float]:
-        """The mean, and its standard error. Raises UserError for fewer than two."""
-        if len(scores) < 2:
-            raise UserError("fewer than two samples have a caption, so nothing can be judged: see data.captions")
-        scores = scores.double()
-        error = scores.std() / len(scores) ** 0.5
-        return scores.mean().item(), error.item()
+
+def _mean_and_error(scores: Float[Tensor, " n"]) -> tuple[float, float]:
+    """The mean of n scores, and its standard error. Raises UserError for fewer than two."""
+    if len(scores) < 2:
+        raise UserError("fewer than two samples have a caption, so nothing can be judged: see data.captions")
+    scores = scores.double()
+    error = scores.std() / len(scores) ** 0.5
+    return scores.mean().item(), error.item()

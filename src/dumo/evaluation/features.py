@@ -1,5 +1,8 @@
 """Samples by the features of a model that the user names: DINOv2, and CLIP as CMMD takes it. Nothing is fetched.
 
+`FeatureProtocol` is the spec; its `evaluator` loads the model, finds the statistics of the data, in the cache or by
+counting them (`dumo.evaluation.reference`), and returns a `FeatureEvaluator`, which compares samples with them.
+
 Kernel distances lead, for they have no bias: the unbiased MMD^2 of a Gaussian kernel (Gretton et al. 2012, Eq. 3),
 times 1000, with its standard error. Next comes the Fréchet distance, where there are more images than features.
 
@@ -33,9 +36,9 @@ from dumo.runtime import version
 from dumo.runtime.random import stream
 from dumo.types import PLACE, UserError
 
-FIELD = "evaluate.protocol.model"
-WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
-MEDIAN_ROWS = 2000  # real images, of which a median distance is taken: ours
+MODEL_FIELD = "evaluate.protocol.model"
+CMMD_WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
+MEDIAN_ROWS = 2000  # real images between which the median distance is taken, about: ours
 STANDARDS: dict[Kind, Standard] = {
     "dinov2": Standard(samples=50_000, size=None, classes=None, reference_images=None, subset=1000),
     # 30,000 samples, as the authors take of COCO's captions
@@ -60,30 +63,33 @@ class FeatureProtocol(Protocol):
         """What must be named before anything can be judged; None: nothing."""
         if self.model:
             return None
-        return f"a {VISION_MODELS[self.kind].model}, in {FIELD}: {VISION_MODELS[self.kind].hint}"
+        return f"a {VISION_MODELS[self.kind].model}, in {MODEL_FIELD}: {VISION_MODELS[self.kind].hint}"
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Samples must be images."""
+        """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
         if len(shape) == 3 and shape[0] in (1, 3):
             return ""
         return f"judges images, not samples of shape {shape}: decode latents first"
 
     def evaluator(self, context: Context) -> "FeatureEvaluator":
-        """Compares samples with all images of the data, then opened, whose features are kept for the next time.
+        """The evaluator that compares samples with all images of the data. Their features are cached.
 
-        With several ranks every one does the same. Raises `UserError` where no model is named, or it cannot be read.
+        Every rank must call this. Raises `UserError` where no model is named, or it cannot be read, and where the data
+        are endless, or fewer than two different images.
         """
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
-        eye = vision.load(user_path(self.model, FIELD), self.kind, FIELD, context.device)
+        eye = vision.load(user_path(self.model, MODEL_FIELD), self.kind, MODEL_FIELD, context.device)
         data = context.data()
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
         facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
         real = load_or_compute(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
-        width = _kernel_width(self.kind, real.rows) if len(real.rows) >= 2 else 0.0
-        if not width:
+        width = 0.0
+        if len(real.rows) >= 2:
+            width = _kernel_width(self.kind, real.rows)
+        if not width:  # 0 between equal images
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
         return FeatureEvaluator(self.kind, self.total, eye, real, width, facts, context.device)
@@ -91,25 +97,25 @@ class FeatureProtocol(Protocol):
 
 @dataclass(frozen=True)
 class FeatureEvaluator:
-    """Compares samples, batch by batch, with statistics of the data. `device` is where kernels are summed."""
+    """Compares samples, batch by batch, with statistics of the data."""
 
     kind: Kind
     total: int  # samples
-    eye: Eye
-    real: Statistics
+    eye: Eye  # extracts features
+    real: Statistics  # of the data
     width: float  # of the kernel
-    facts: dict[str, str]
-    device: torch.device | str = "cpu"
+    facts: dict[str, str]  # for the report's card
+    device: torch.device | str = "cpu"  # where kernels are summed
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`mmd` with `mmd_sd`, `fd` where there are more images than features, of DINOv2 `kid` with `kid_sd`.
+        """`mmd` with `mmd_sd`; `fd` where there are more images than features; by DINOv2, `kid` with `kid_sd`.
 
-        Raises `UserError` where samples are missing, come twice, or are no images.
+        Every rank must call it. Raises `UserError` where samples are missing, come twice, or are no images.
         """
         return self.compare(gather(statistics_of(self.eye, in_pieces(samples), self.total), self.total))
 
     def compare(self, fake: Statistics) -> Scores:
-        """The scores of samples, by their statistics."""
+        """The scores of samples with these statistics."""
         fake_rows = fake.rows.to(self.device)
         real_rows = self.real.rows.to(self.device)
         mmd = gaussian_mmd(fake_rows, real_rows, self.width)
@@ -127,9 +133,9 @@ class FeatureEvaluator:
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """`perfect`: what a perfect sampler, of new real images, would have of `mmd`, and of `fd` if there are enough.
+        """`perfect`: the `mmd` of a perfect sampler, of new real images, and its `fd` where there are enough images.
 
-        Without regard to classes, which weigh little among so different images.
+        Classes do not count, because they weigh little among so different images.
         """
         rows = self.real.rows.to(self.device)
         same_class = torch.zeros(len(rows), dtype=torch.long)
@@ -137,8 +143,12 @@ class FeatureEvaluator:
 
 
 def _kernel_width(kind: Kind, rows: Tensor) -> float:
-    """That of the kernel, by the rows of real images: rounded, so that no last bit of a machine is in it."""
+    """The width of the kernel, given the features of real images, (n, features).
+
+    A median is rounded, so that it is the same on machines that differ in last bits.
+    """
     if kind == "cmmd":
-        return WIDTH
-    some = rows[:: -(-len(rows) // MEDIAN_ROWS)].double()
-    return float(f"{torch.pdist(some).median().item():.3g}")
+        return CMMD_WIDTH
+    stride = -(-len(rows) // MEDIAN_ROWS)
+    distances = torch.pdist(rows[::stride].double())
+    return float(f"{distances.median().item():.3g}")

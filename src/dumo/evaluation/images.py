@@ -1,5 +1,9 @@
 """FID and its kin: images by the features of Inception.
 
+`ImageProtocol` is the spec; its `evaluator` loads Inception, finds the reference's statistics, in the cache or by
+counting them (`dumo.evaluation.reference`), and returns an `ImageEvaluator`. That extracts features batch by batch
+(`statistics`), and compares them with the reference's (`compare`).
+
 Which number a paper calls FID depends on the network, the resize before it, how colours are rounded, how many images,
 of which classes, against which statistics. A name fixes all of it (`STANDARDS`); what may be changed shows in the name.
 Fixed for all: the TF-2015 Inception, TensorFlow's resize without antialiasing, colours rounded to the nearest of 0 ..
@@ -33,7 +37,7 @@ from dumo.types import PLACE, UserError
 
 SUBSETS = 100  # of the kernel distance (Binkowski et al. 2018)
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-PART_PAIRS = 6  # pairs of parts of the reference: few, for each takes seconds
+INCEPTION_PART_PAIRS = 6  # pairs of parts of the reference that are compared: few, for each takes seconds. Ours
 
 
 class ImageProtocol(Protocol):
@@ -46,14 +50,14 @@ class ImageProtocol(Protocol):
 
     @property
     def odd(self) -> list[str]:
-        """Whatever is not as the name says."""
+        """What differs from what the name fixes, in words."""
         if self.frechet:
             return super().odd
         return [*super().odd, "no Fréchet distances"]
 
     @property
     def standard(self) -> Standard:
-        """What the name fixes."""
+        """All that the name fixes."""
         return STANDARDS[self.kind]
 
     @property
@@ -79,7 +83,10 @@ class ImageProtocol(Protocol):
         return None
 
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Samples must be colour images, enough of them; those of 0 classes may be judged by any protocol."""
+        """Why samples of this shape, in this number of classes, are not judged: "" where they are.
+
+        They must be colour images of the name's size and classes, and enough. 0 classes fit any name.
+        """
         side = self.standard.size
         is_colour_image = len(shape) == 3 and shape[0] == 3
         if not is_colour_image or (side is not None and shape[1:] != (side, side)):
@@ -99,7 +106,7 @@ class ImageProtocol(Protocol):
         return ""
 
     def evaluator(self, context: Context) -> Evaluator:
-        """Compares samples with ADM's file where the name says so, else with all images of the data, then opened.
+        """The evaluator that compares samples with ADM's file where the name says so, else with all images of the data.
 
         The reference's statistics are cached (`load_or_compute`). Every rank must call this. Raises `UserError` for
         missing or wrong weights, a file that is not the reference meant, and for more or fewer images than the name
@@ -121,7 +128,10 @@ class ImageProtocol(Protocol):
         return ImageEvaluator(self.kind, standard, self.total, self.frechet, extractor, real, facts, context.device)
 
     def _adm_reference(self, extractor: Extractor, context: Context) -> tuple[dict[str, str], Callable[[], Statistics]]:
-        """What a report says of ADM's file, and what counts its statistics. Raises as `evaluator`."""
+        """What a report says of ADM's file, and a function that computes its statistics.
+
+        Raises `UserError` where the file is not named, or is not the reference of this protocol.
+        """
         if self.reference is None:
             raise UserError(
                 f"protocol {self.kind} compares with ADM's file {self.standard.url}: fetch it, and set "
@@ -134,7 +144,10 @@ class ImageProtocol(Protocol):
     def _data_reference(
         self, extractor: Extractor, context: Context
     ) -> tuple[dict[str, str], Callable[[], Statistics]]:
-        """What a report says of the data, and what counts their statistics. Raises as `evaluator`."""
+        """What a report says of the data, and a function that computes their statistics. Every rank must call it.
+
+        Raises `UserError` where the data are endless, or have another number of images than the name says.
+        """
         data = context.data()
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
@@ -142,7 +155,7 @@ class ImageProtocol(Protocol):
         return facts, partial(reference.album_statistics, extractor, data, context.tick)
 
     @model_validator(mode="after")
-    def _needs_a_file_or_not(self) -> "ImageProtocol":
+    def _refuse_needless_reference(self) -> "ImageProtocol":
         if self.reference and not self.standard.url:
             raise UserError(f"protocol {self.kind} compares with the images of the data: leave out its reference")
         return self
@@ -150,16 +163,16 @@ class ImageProtocol(Protocol):
 
 @dataclass(frozen=True)
 class ImageEvaluator:
-    """Compares samples, batch by batch, with statistics of the data. `device` is where neighbours are looked up."""
+    """Compares samples, batch by batch, with statistics of the data."""
 
-    name: str  # of the protocol's kind: keys its draws
+    name: str  # of the protocol's kind; its draws are keyed by it
     standard: Standard
     total: int  # samples
-    frechet: bool
+    frechet: bool  # whether FID and sFID are among the scores
     extractor: Extractor
-    real: Statistics
-    facts: dict[str, str] = field(default_factory=dict[str, str])
-    device: torch.device | str = "cpu"
+    real: Statistics  # of the reference
+    facts: dict[str, str] = field(default_factory=dict[str, str])  # for the report's card
+    device: torch.device | str = "cpu"  # where kernels are summed and neighbours looked up
 
     def score(self, samples: NumberedSamples) -> Scores:
         """`fid`, `sfid` (squared, as is the custom), `kid`, `is`, both with `_sd`, `precision` and `recall`.
@@ -169,13 +182,13 @@ class ImageEvaluator:
         return self.compare(self.statistics(samples))
 
     def statistics(self, samples: NumberedSamples) -> Statistics:
-        """What the samples, in [-1, 1], come to."""
+        """The statistics of all samples, in [-1, 1], of all ranks. Every rank must call it."""
         return gather(statistics_of(self.extractor, in_pieces(samples), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
-        """The scores of samples, by their statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
+        """The scores of samples with these statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
         scores: Scores = {}
-        if self.frechet:  # the first to refuse
+        if self.frechet:  # first, because it refuses too few samples
             scores["fid"] = frechet_distance(fake.pool, self.real.pool)
             scores["sfid"] = frechet_distance(fake.spatial, self.real.spatial)
         fake_rows = fake.rows.to(self.device)
@@ -192,9 +205,9 @@ class ImageEvaluator:
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """`perfect`: what a perfect sampler, of new real images, would have of the first score; none of too few.
+        """`perfect`: the first score of a perfect sampler, of new real images; {} where there are too few images.
 
-        Without regard to classes, which weigh little among 2,048 features.
+        Classes do not count, because they weigh little among 2,048 features.
         """
         rows = self.real.rows.to(self.device)
         same_class = torch.zeros(len(rows), dtype=torch.long)
@@ -203,8 +216,10 @@ class ImageEvaluator:
             def frechet_of_rows(a: Tensor, b: Tensor) -> float:
                 return frechet_distance(Moments.of(rows[a]), Moments.of(rows[b]))
 
-            unit = distance_unit(same_class, frechet_of_rows, self.name, LEAST * rows.shape[1], PART_PAIRS)
-            return {"perfect": unit.at(self.total, self.real.pool.count)} if unit else {}
+            unit = distance_unit(same_class, frechet_of_rows, self.name, LEAST * rows.shape[1], INCEPTION_PART_PAIRS)
+            if unit is None:
+                return {}
+            return {"perfect": unit.at(self.total, self.real.pool.count)}
         subset_size = self.standard.subset
 
         def kid_of_rows(a: Tensor, b: Tensor) -> float:
@@ -212,11 +227,13 @@ class ImageEvaluator:
             mean, _ = kid(rows[a], rows[b], subsets=SUBSETS, subset_size=subset_size, generator=draws)
             return mean
 
-        unit = distance_unit(same_class, kid_of_rows, self.name, float(subset_size), PART_PAIRS)
-        return {"perfect": unit.at(self.total, len(rows), subsets=(SUBSETS, subset_size))} if unit else {}
+        unit = distance_unit(same_class, kid_of_rows, self.name, float(subset_size), INCEPTION_PART_PAIRS)
+        if unit is None:
+            return {}
+        return {"perfect": unit.at(self.total, len(rows), subsets=(SUBSETS, subset_size))}
 
 
 def in_pieces(samples: NumberedSamples) -> Iterator[Batch]:
-    """Batches that a network takes at a time, as colours."""
+    """The samples, in [-1, 1], as batches of numbers (n,) and colours of 0 to 255, of PIECE images at most."""
     for index, x in samples:
         yield from zip(index.split(PIECE), to_uint8(x).split(PIECE), strict=True)

@@ -56,11 +56,14 @@ class Evaluator(Interface):
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """What it measures by: the features, the reference, and what else its protocol fixes."""
+        """What it measures by, for a report's card: the features, the reference, and what else its protocol fixes."""
         ...
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """The scores by name. Raises UserError where samples are missing, come twice, or cannot be judged."""
+        """The scores by name. Every rank must call it.
+
+        Raises UserError where samples are missing, come twice, or cannot be judged.
+        """
         ...
 
     def baselines(self) -> dict[str, Scores]:
@@ -73,8 +76,8 @@ class Context:
     """What an evaluator is made of: the data, how they are labelled, and where to compute."""
 
     data: Callable[[], Data]  # opens the data
-    classes: int = 0
-    seed: int = 0
+    classes: int = 0  # of the data; 0: they have none
+    seed: int = 0  # of draws of data without end
     device: torch.device | str = "cpu"
     tick: Tick | None = None
     captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # the data, captions of samples, all texts
@@ -85,7 +88,7 @@ class Context:
 class Protocol(Spec, ABC):
     """A named way to judge samples. `kind` fixes all that no other field changes; changes show in the name."""
 
-    kind: Any  # a literal; here for its place, the first
+    kind: Any  # a literal in each protocol; declared here to be the first field
     samples: int | None = Field(default=None, ge=2, le=bound.SAMPLES)  # None: as many as the name says
 
     @property
@@ -95,7 +98,7 @@ class Protocol(Spec, ABC):
 
     @abstractmethod
     def unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why this cannot judge samples of this decoded shape in this number of classes; "" where it can."""
+        """Why samples of this decoded shape, in this number of classes, cannot be judged; "" where they can."""
 
     @abstractmethod
     def evaluator(self, context: Context) -> Evaluator:
@@ -122,18 +125,20 @@ class Protocol(Spec, ABC):
         return None
 
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse what this cannot judge with a `UserError`, before any work."""
+        """Raise UserError where samples of this decoded shape, in this number of classes, cannot be judged."""
         problem = self.unfit(tuple(shape), classes)
         if problem:
             raise UserError(f"protocol {self.kind} {problem}")
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
-        """The class of sample i: i mod `classes`, all 0 where there are none."""
+        """The class of each sample, (total,): that of sample i is i mod `classes`, or 0 without classes."""
         return torch.arange(self.total) % max(classes, 1)
 
     def classes_of(self, context: Context) -> Cond:
-        """The classes of the samples that are judged."""
-        return self.labels(context.classes) if context.c is None else context.c
+        """The classes of the samples that are judged: those of the context, or, if it has none, the protocol's."""
+        if context.c is not None:
+            return context.c
+        return self.labels(context.classes)
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ def collect(samples: NumberedSamples, total: int) -> Tensor:
 
 
 def name_of(kind: str, *odd: str) -> str:
-    """The name of a protocol: its kind, and in brackets what differs from it, for then it is another protocol."""
+    """The name of a protocol: its kind, and in brackets what is odd about it, for then it is another protocol."""
     return f"{kind} ({', '.join(odd)})" if odd else kind
 
 

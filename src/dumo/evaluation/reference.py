@@ -16,8 +16,8 @@ features of a whole training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s
 `arr_0`, for precision and recall (`dumo.evaluation.npz`). It does not say how many images the moments are of; the
 protocol does.
 
-Others also use `STANDARDS`, which says what each protocol's name fixes, and `hash_images` and `with_progress`, which
-take batches of any images.
+Others also use `STANDARDS`, which says what each protocol's name fixes, `hash_images` and `with_progress`, which take
+batches of any images, and `PIECE`.
 """
 
 import json
@@ -72,7 +72,7 @@ class Standard(NamedTuple):
     samples: int
     size: int | None  # pixels a side
     classes: int | None
-    reference_images: int | None  # how many: in ADM's file, or of the data
+    reference_images: int | None  # their number, in ADM's file or in the data
     subset: int  # rows per subset of the kernel distance
     url: str | None = None  # of ADM's file, which then is the reference; None: the run's data is
 
@@ -108,8 +108,8 @@ class AdmReference:
     spatial: Moments  # of the sFID's features, over the whole training set
     image_file: NpzImages  # the images that the file holds, a part of the training set
 
-    def images(self, batch: int = 64) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
-        """The images in their order, `batch` at a time. Raises `UserError` where the file ends early."""
+    def images(self, batch: int = PIECE) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
+        """Yield the images in their order, `batch` at a time. Raises `UserError` where the file ends early."""
         for first in range(0, len(self.image_file), batch):
             yield self.image_file.pixels(first, min(first + batch, len(self.image_file)))
 

@@ -1,9 +1,11 @@
 """Statistics of a set of images, of the features that a network extracts: moments, sums and features.
 
 `statistics_of` counts a rank's batches, `gather` merges those of all ranks; `save_statistics` and `load_statistics`
-write and read them. Images are known by number, so it does not matter in which batch or on which rank an image came.
-Moments and sums are in float64 and can be merged (`dumo.evaluation.distance`). The features themselves are kept too, in
-float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
+write and read them. `ordered` puts numbers that came in any order into their own.
+
+Images are known by number, so it does not matter in which batch or on which rank an image came. Moments and sums are in
+float64 and can be merged (`dumo.evaluation.distance`). The features themselves are kept too, in float32, for kernels
+and neighbours: 50,000 of 2048 take 400 MB.
 """
 
 import sys
@@ -29,7 +31,7 @@ Index = Int64[Tensor, " n"]
 Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and images; batches differ in size
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score, as ADM's evaluation has them
-CHECKSUM = "sha256"  # the note of a file of statistics that has the hash of all its tensors
+CHECKSUM = "sha256"  # the name, in a file of statistics, of the hash of all its tensors
 
 
 class ExtractedFeatures(Interface):
@@ -60,7 +62,7 @@ class Statistics:
 
     pool: Moments  # of the FID's features
     spatial: Moments  # of the sFID's features
-    score: InceptionScore
+    score: InceptionScore  # of the logits
     rows: Float32[Tensor, "n d"]  # the features of image `index[i]`
     index: Index
 
@@ -78,10 +80,14 @@ class Statistics:
 def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | None = None) -> Statistics:
     """The statistics of this rank's share of `total` images, in batches of their numbers in [0, total) and pixels.
 
-    Where the total is not known before, the Inception Score is of one split. Raises `UserError` without any image.
+    Where the total is not known, the Inception Score has one split. Raises `UserError` where there is no image.
     """
-    size = SPLIT_SIZE if total else sys.maxsize
-    splits = -(-total // SPLIT_SIZE) if total else 1
+    if total:
+        split_size = SPLIT_SIZE
+        num_splits = -(-total // SPLIT_SIZE)
+    else:
+        split_size = sys.maxsize
+        num_splits = 1
     sums: tuple[Moments, Moments, InceptionScore] | None = None
     rows: list[Tensor] = []
     numbers: list[Tensor] = []
@@ -90,7 +96,7 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
         pool = _to_float64_device(features.pool)
         spatial_moments = Moments.of(_to_float64_device(features.spatial))
         pool_moments = Moments.of(pool)
-        score = InceptionScore.of(_to_float64_device(features.logits), index, size=size, splits=splits)
+        score = InceptionScore.of(_to_float64_device(features.logits), index, size=split_size, splits=num_splits)
         if sums is None:
             sums = pool_moments, spatial_moments, score
         else:
@@ -104,7 +110,7 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
 
 
 def _to_float64_device(x: Tensor) -> Tensor:
-    """The tensor on a device that has float64: as it is on a GPU of CUDA, else on the CPU."""
+    """The tensor on a device that has float64: where it is, if that is a GPU of CUDA, else on the CPU."""
     return x if x.is_cuda else x.cpu()
 
 
@@ -117,10 +123,10 @@ def gather(mine: Statistics, total: int | None = None) -> Statistics:
     merged = mine
     if dist.world() > 1:
         tensors_by_name = {name: dist.gathered(x) for name, x in _pack(mine).items()}
-        of_ranks: list[Statistics] = []
+        statistics_by_rank: list[Statistics] = []
         for rank in range(dist.world()):
-            of_ranks.append(_unpack({name: tensors[rank] for name, tensors in tensors_by_name.items()}))
-        merged = reduce(add, of_ranks)
+            statistics_by_rank.append(_unpack({name: tensors[rank] for name, tensors in tensors_by_name.items()}))
+        merged = reduce(add, statistics_by_rank)
     order = ordered(merged.index, total)
     return replace(merged, rows=merged.rows[order], index=torch.arange(len(order)))
 
@@ -143,7 +149,7 @@ def load_statistics(path: Path, key: Mapping[str, str]) -> Statistics | None:
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:
-    """Statistics as named tensors."""
+    """Statistics as tensors by the names that they have in files."""
     pool = statistics.pool
     spatial = statistics.spatial
     score = statistics.score
@@ -179,14 +185,14 @@ def ordered(index: Int64[Tensor, " n"], total: int | None = None) -> Int64[Tenso
     """
     order = index.argsort()
     sorted_index = index[order]
-    num_different = len(sorted_index.unique())
+    num_distinct_numbers = len(sorted_index.unique())
     if total is None:
-        is_complete = num_different == len(sorted_index)
+        is_complete = num_distinct_numbers == len(sorted_index)
     else:
         is_complete = torch.equal(sorted_index, torch.arange(total))
     if not is_complete:
         raise UserError(
-            f"{len(order)} images came, {num_different} different numbers among them, where each of"
+            f"{len(order)} images came, {num_distinct_numbers} different numbers among them, where each of"
             f" 0 to {(total or len(order)) - 1} must come once: give as many as the protocol judges"
         )
     return order

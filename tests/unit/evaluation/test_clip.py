@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
-from dumo.evaluation.clip import ClipEvaluator
+from dumo.evaluation.clip import ClipEvaluator, _mean_and_error
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.report.score import state
 from dumo.runtime.random import stream
@@ -98,9 +98,9 @@ def test_it_is_forty_times_clipscore_by_the_stock_processor(tmp_path: Path) -> N
     evaluator = protocol.evaluator(Context(Pairs, captions=lambda: (Pairs(), c, texts)))
     read = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
     with pytest.warns(UserWarning, match="more than 16 tokens, and cut there"):
-        each = evaluator.fit(from_uint8(read), c)
+        each = evaluator.score_pairs(from_uint8(read), c)
     torch.testing.assert_close(each.double(), 40 * clipscore, rtol=1e-5, atol=1e-5)
-    assert evaluator.mean(each)[0] == pytest.approx(40 * clipscore.mean().item(), rel=1e-5)
+    assert _mean_and_error(each)[0] == pytest.approx(40 * clipscore.mean().item(), rel=1e-5)
     agree = cosines > 0
     torchmetrics = max(100 * cosines[agree].mean().item(), 0)
     assert each[agree].double().mean().item() == pytest.approx(torchmetrics, rel=1e-5)
@@ -121,7 +121,7 @@ def test_real_images_stand_beside_it_with_their_captions_and_with_others(folder:
     evaluator = judge(folder)
     x, c = Pairs().reference(20, 0)
     baselines, there = evaluator.baselines(), c < 3
-    own = evaluator.fit(x[there], c[there]).double()
+    own = evaluator.score_pairs(x[there], c[there]).double()
     assert baselines["captions"]["mean"] == pytest.approx(own.mean().item())
     assert baselines["captions"]["splits"] == 15
     assert "FID" not in str(evaluator.facts).upper()
