@@ -124,7 +124,7 @@ def show(
     """
     from dumo.config.load import dump, summary
     from dumo.config.word import method
-    from dumo.plan.findings import of_captions
+    from dumo.plan.findings import caption_findings
     from dumo.plan.plan import show
 
     if as_yaml and as_json:
@@ -152,7 +152,7 @@ def show(
     if slope:
         lines.append(("slope", f"dual, {slope['text']}: {slope['why']}"))
     lines += _unknown_classes(spec.conditions)
-    lines += [("captions", finding.text) for finding in of_captions(spec.data)]
+    lines += [("captions", finding.text) for finding in caption_findings(spec.data)]
     far = facts["far"]
     lines.append(("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"))
     lines.append(("guidance scale", f"{facts['guidance_scale']:.3g} in training (1 is none)"))

@@ -93,7 +93,7 @@ class ClipEvaluator:
         """
         batches_of_scores = ((index, self.score_pairs(x, self.c[index])) for index, x in samples)
         scores = collect(batches_of_scores, len(self.c))
-        mean, error = _mean_and_error(scores[self._is_caption(self.c)])
+        mean, error = mean_and_error(scores[self._is_caption(self.c)])
         return {"clip_score": mean, "clip_score_sd": error}
 
     def baselines(self) -> dict[str, Scores]:
@@ -110,7 +110,7 @@ class ClipEvaluator:
 
     def _baseline(self, x: Tensor, c: Cond) -> Scores:
         """The mean score of real images x with the captions c (n,), as `mean`, `sd` and `splits`, their number."""
-        mean, error = _mean_and_error(self.score_pairs(x, c))
+        mean, error = mean_and_error(self.score_pairs(x, c))
         return {"mean": mean, "sd": error, "splits": float(len(c))}
 
     def _is_caption(self, c: Cond) -> Bool[Tensor, " n"]:
@@ -133,7 +133,7 @@ class ClipEvaluator:
         return COSINE_SCALE * cosines.clamp(min=0)
 
 
-def _mean_and_error(scores: Float[Tensor, " n"]) -> tuple[float, float]:
+def mean_and_error(scores: Float[Tensor, " n"]) -> tuple[float, float]:
     """The mean of n scores, and its standard error. Raises UserError for fewer than two."""
     if len(scores) < 2:
         raise UserError("fewer than two samples have a caption, so nothing can be judged: see data.captions")

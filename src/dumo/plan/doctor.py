@@ -1,7 +1,8 @@
 """What this machine has, whether a run's parts fit it, and whether its slope is the derivative here: `dumo doctor`.
 
-`diagnose` examines the slope first, then looks at the machine (`dumo.plan.machine`), and at the run's weights,
-captions, buckets and texts (`dumo.plan.findings`). Its findings are lines, in that order, the self-test last.
+`diagnose` is the entrance. It examines the slope first, then looks at the machine (`dumo.plan.machine`), and at the
+run's weights, captions, buckets and texts (`dumo.plan.findings`). Its findings are lines in that order, but for the
+self-test, which comes last.
 """
 
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from dumo.config.spec import Run
 from dumo.io.read import finite
 from dumo.nets import Net
 from dumo.plan import findings
-from dumo.plan.machine import Finding, look
+from dumo.plan.machine import Finding, examine_machine
 from dumo.run.examination import examine
 from dumo.run.weights import build
 from dumo.runtime import dist
@@ -21,9 +22,10 @@ from dumo.types import UserError
 
 
 def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
-    """What this machine has, and how the self-test went: `ok` or not. Raises UserError for a device not there.
+    """Examine a run on this machine.
 
-    `findings` are lines to read; `examination` is None where the slope refused to begin.
+    Returns `ok`, whether nothing is failing; `findings`, lines to read, as `Finding` has them; and `examination`, the
+    self-test's numbers, None where the slope refused to begin. Raises UserError where there is no such device.
     """
     torch_device = dist.device(device)
 
@@ -40,14 +42,12 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
             self_test = Finding("self-test", "ok", str(exam))
         else:
             self_test = Finding("self-test", "failing", str(exam), exam.fix)
-    of_weights = findings.of_weights(run.net, run.data, build_net)
-    of_texts = findings.of_texts(run.net, run.data, run.train.seed)
     all_findings = [
-        *look(torch_device),
-        *of_weights,
-        *findings.of_captions(run.data),
-        *findings.of_buckets(run.data),
-        *of_texts,
+        *examine_machine(torch_device),
+        *findings.weight_findings(run.net, run.data, build_net),
+        *findings.caption_findings(run.data),
+        *findings.bucket_findings(run.data),
+        *findings.text_findings(run.net, run.data, run.train.seed),
         self_test,
     ]
     return {

@@ -1,15 +1,18 @@
 """What `dumo doctor` finds of captions, of the table of texts that a net reads, and of a pretrained net.
 
+`caption_findings`, `bucket_findings`, `text_findings` and `weight_findings` each return lines, `Finding`s, or [] where
+a run has nothing of the kind. They raise nothing: what is missing or damaged is a line.
+
 A pass that is the only one cannot repair what the text left open, and one-pass models learned from encoders that
 separate captions, and failed on weaker ones (EMF, arXiv 2604.18168). So captions are compared by their embeddings,
-pooled ones or else the mean of the tokens, in Euclidean distance:
+pooled ones or else the mean of the tokens, in Euclidean distance (`measure_separability`):
 
     accuracy    where images or classes have several captions: how often the nearest other caption is of the same one
     gap         the distance to the nearest other caption over the mean distance, the median of all
     twins       captions with the embedding of another: the net cannot tell them apart
 
-A pretrained net is asked, with the weights of its source, at several times, on random numbers instead of images: is it
-what it was, and can its derivative be regressed on.
+A pretrained net is asked, with the weights that training starts from, at several times, on random numbers instead of
+images: is it what it was, and can the derivative of its velocity be regressed on.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,21 +36,22 @@ from dumo.plan.machine import Finding, ok_or_warning
 from dumo.runtime.random import random_batch, stream
 from dumo.types import UserError, lift
 
-MAX_WITHOUT_CAPTION = 0.5  # of the images: with more a net learns little of words. Ours
+MAX_WITHOUT_CAPTION = 0.5  # share of the images: where more have none, a net learns little of words. Ours
 MAX_COMPARED = 4096  # captions that are compared, drawn by key: ours
+ROWS_AT_A_TIME = 64  # of a table of texts: ours
 TWIN_DISTANCE = 1e-4  # of the mean distance: nearer ones are twins. Ours, above the rounding of half precision
-MIN_ACCURACY = 0.5  # below it every second caption is nearest to one of another image. Ours
-MIN_GAP = 0.05  # below it nearest captions differ by a twentieth of what any two differ by. Ours
-TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
-MAX_CHANGE = 0.02  # ours: a low-pass that moves v by more has cut what the model uses
+MIN_ACCURACY = 0.5  # below it every second caption is nearest to one of another image: ours
+MIN_GAP = 0.05  # below it nearest captions differ by a twentieth of what any two differ by: ours
+TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)  # at which a pretrained net is asked: ours
+MAX_CHANGE = 0.02  # of v, relative to it: a low-pass that moves it more has cut what the model uses. Ours
 TEACH_AGAIN = (
     "teach it v again, first by objective.kind=flow_matching, then from that run by start; net.lowpass=30 keeps more "
     "waves, but such a net was too quick for DuMo on digits"
 )
-MAX_RATE = 3.0  # ours: |t dv/dt| / |v| of digits nets that could be tuned was at most 0.6, of one that could not, 4.4
+MAX_RATE = 3.0  # of |t dv/dt| / |v|: in nets of digits that could be tuned at most 0.6, in one that could not 4.4. Ours
 
 
-def of_captions(data: Data) -> list[Finding]:
+def caption_findings(data: Data) -> list[Finding]:
     """How many captions there are, and how many images have none; [] of data without captions, or not counted yet."""
     conditions = Conditions(data)
     if conditions.captions is None or not conditions.known:
@@ -61,25 +65,26 @@ def of_captions(data: Data) -> list[Finding]:
         return [Finding("captions", "ok", text)]
     assert isinstance(data, Images | Latents)
     try:
-        written = data.all_captions()
+        captions = data.all_captions()
     except UserError as error:
         return [Finding("captions", "failing", "not there, or others than the run was made with", str(error))]
-    images = len(written.ends)
-    most = int(written.counts.max())
-    without_caption = int((written.first(torch.arange(images)) == len(written)).sum())
+    num_images = len(captions.ends)
+    most = int(captions.counts.max())
+    no_caption = len(captions)  # the number that stands for none
+    without_caption = int((captions.first(torch.arange(num_images)) == no_caption).sum())
     each = f"up to {most}" if most > 1 else "one"
-    text = f"{len(written):,} of {images:,} images, {each} each"
+    text = f"{len(captions):,} of {num_images:,} images, {each} each"
     if without_caption == 1:
         text += "; 1 image has none"
     elif without_caption:
         text += f"; {without_caption:,} images have none"
     way = ""
-    if without_caption > MAX_WITHOUT_CAPTION * images:
+    if without_caption > MAX_WITHOUT_CAPTION * num_images:
         way = "write captions of more images, or leave out those without"
     return [ok_or_warning("captions", text, way)]
 
 
-def of_buckets(data: Data) -> list[Finding]:
+def bucket_findings(data: Data) -> list[Finding]:
     """What buckets cut off the images; [] of data without buckets."""
     if not isinstance(data, Images | Latents):
         return []
@@ -90,7 +95,7 @@ def of_buckets(data: Data) -> list[Finding]:
     return [Finding("buckets", "ok", str(crops))] if crops else []
 
 
-def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
+def text_findings(net: Net, data: Data, seed: int) -> list[Finding]:
     """How well a table of texts separates captions; [] of nets that read no texts."""
     texts = net.texts
     if not isinstance(texts, EmbeddedTexts):
@@ -115,15 +120,15 @@ def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
 class _Separability:
     """How well the embeddings of captions can be separated, as this file's header defines it."""
 
-    captions: int
+    captions: int  # that were compared
     gap: float
     twins: int
     accuracy: float | None  # None: no image or class has several captions
-    chance: float | None  # the accuracy of embeddings that say nothing
+    chance: float | None  # the accuracy of embeddings that say nothing; None: as for `accuracy`
 
     @property
     def is_low(self) -> bool:
-        """Whether a one-pass model may fail for it."""
+        """Whether captions are so alike that a one-pass model may fail."""
         if self.twins > 0:
             return True
         if self.accuracy is None:
@@ -140,11 +145,11 @@ class _Separability:
         return text
 
 
-def measure(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> _Separability:
-    """The separability of n >= 2 embeddings; `group` is the image or class that each caption is of."""
+def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> _Separability:
+    """The separability of n >= 2 embeddings x; `group` has the image or class of each caption, None if not known."""
     distances = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
     mean = distances.sum() / (len(x) * (len(x) - 1))
-    nearest, neighbour = distances.fill_diagonal_(torch.inf).min(1)
+    nearest, neighbour = distances.fill_diagonal_(torch.inf).min(1)  # of other captions
     gap = float(nearest.median() / mean)
     twins = int((nearest <= TWIN_DISTANCE * mean).sum())
     if group is None:
@@ -160,17 +165,18 @@ def measure(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -
 
 def _measure_table(table: EncodedTexts, data: Data, seed: int) -> _Separability | None:
     """The separability of up to MAX_COMPARED captions of a table, drawn by key; None of fewer than two."""
-    drawn = torch.randperm(data.classes, generator=stream(seed, "separability"))[:MAX_COMPARED].sort().values
-    if len(drawn) < 2:
+    order = torch.randperm(data.classes, generator=stream(seed, "separability"))
+    rows = order[:MAX_COMPARED].sort().values
+    if len(rows) < 2:
         return None
-    return measure(_embeddings(table, drawn.tolist()), _groups(data)[drawn])
+    return measure_separability(_embeddings(table, rows.tolist()), _groups(data)[rows])
 
 
 def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
-    """The pooled embedding of these rows, or the mean of their tokens."""
+    """The pooled embedding of each of these rows of a table, or, where it has none, the mean of its tokens."""
     embeddings: list[Tensor] = []
-    for i in range(0, len(rows), 64):
-        tokens, mask, pooled = table.padded(rows[i : i + 64])
+    for i in range(0, len(rows), ROWS_AT_A_TIME):
+        tokens, mask, pooled = table.padded(rows[i : i + ROWS_AT_A_TIME])
         is_token = mask[..., None]
         mean = (tokens.double() * is_token).sum(1) / is_token.sum(1)
         embeddings.append(mean if pooled is None else pooled.double())
@@ -178,7 +184,7 @@ def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"
 
 
 def _groups(data: Data) -> Int64[Tensor, " n"]:
-    """The class, or the first image, that each caption is of."""
+    """The class, or the first image, of each caption, (n,)."""
     captions = Conditions(data).captions
     if isinstance(captions, Templates):
         labels = torch.arange(data.labels)
@@ -187,16 +193,17 @@ def _groups(data: Data) -> Int64[Tensor, " n"]:
         return torch.cat([trained, held_out])
     assert isinstance(data, Images | Latents)
     n = data.classes
-    written = data.all_captions()
-    images = torch.repeat_interleave(torch.arange(len(written.ends)), written.counts)
-    first_image = torch.full((n + 1,), len(written.ends)).scatter_reduce(0, written.ids, images, "amin")
-    return first_image[:n]
+    annotations = data.all_captions()
+    num_images = len(annotations.ends)
+    images = torch.repeat_interleave(torch.arange(num_images), annotations.counts)
+    first_image = torch.full((n + 1,), num_images).scatter_reduce(0, annotations.ids, images, "amin")
+    return first_image[:n]  # without the last, which stands for no caption
 
 
-def of_weights(spec: Net, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
-    """The low-pass of a pretrained net, its dual pass, and how quickly v changes; [] of nets that begin otherwise.
+def weight_findings(spec: Net, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
+    """A pretrained net's low-pass, its dual pass, and how quickly its velocity changes; [] of other nets.
 
-    `build` makes a net, on the device where it is examined.
+    `build` makes a net of a spec, on the device where it is examined.
     """
     if not (isinstance(spec, Pretrained) and spec.weights == "source"):
         return []
@@ -207,19 +214,20 @@ def of_weights(spec: Net, data: Data, build: Callable[[Net], nn.Module]) -> list
 
 
 def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
-    """The findings of `of_weights`. Raises UserError as the net's `build`."""
+    """The findings of `weight_findings`. Raises UserError where the net cannot be made or differentiated."""
     net = build(spec).eval()
     assert isinstance(net, Dualized)
     net.refit()
     device = next(net.parameters()).device
     x, c = (part.to(device) for part in random_batch("pretrained", len(TIMES), data.shape, data.classes))
     t = torch.tensor(TIMES, device=device)
+    other_times = dict.fromkeys(net.names[1:], t)
+    head = velocity_index(list(net.heads))
     pipeline = spec.pipeline
     findings = [Finding("pipeline", "ok", f"{pipeline.class_name or 'a transformer alone'}, {pipeline.hint}")]
     with torch.no_grad():
-        other_times = dict.fromkeys(net.names[1:], t)
-        v = net(x, c, t=t, **other_times)[0]
-        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)), **other_times)[0]  # along v itself
+        v = net(x, c, t=t, **other_times)[head]
+        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)), **other_times)[head]  # along v itself
         dv_dt = tangent(dual)
         assert isinstance(dv_dt, Tensor)
         if torch.equal(primal(dual), v):
@@ -227,19 +235,34 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
         else:
             findings.append(Finding("dual pass", "failing", "is not the plain one", "objective.slope.kind=jvp"))
         if net.fits:
-            # the model that it was: the same with its adapters off, or built again
+            # the model before the low-pass: this one with its adapters off, or built again
             if spec.lora:
                 original_model = net.base()
             else:
                 original_model = nullcontext(build(spec.model_copy(update={"lowpass": None})).eval())
             with original_model as original:
-                change = float((v - original(x, c, t=t, **other_times)[0]).norm() / v.norm())
+                original_v = original(x, c, t=t, **other_times)[head]
+            change = float((v - original_v).norm() / v.norm())
             text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
             findings.append(ok_or_warning("low-pass", text, TEACH_AGAIN if change > MAX_CHANGE else ""))
-    rates = [float(rate) for rate in (lift(t, v) * dv_dt).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)]
+    findings.append(_rate_finding(t, v, dv_dt))
+    return findings
+
+
+def velocity_index(heads: Sequence[str]) -> int:
+    """The index, among the names of a net's heads, of the one that is its velocity: v, or the first without a v.
+
+    A few-step net lists its jump u first, or has no other head: then u at r = t is the velocity.
+    """
+    return heads.index("v") if "v" in heads else 0
+
+
+def _rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor) -> Finding:
+    """How quickly the velocity v (n, *d) changes at the times t (n,), relative to its length."""
+    change_norms = (lift(t, v) * dv_dt).flatten(1).norm(dim=1)
+    rates: list[float] = (change_norms / v.flatten(1).norm(dim=1)).tolist()
     text = ", ".join(f"{rate:.2g} at {time:g}" for time, rate in zip(TIMES, rates, strict=True))
     way = ""
     if max(rates) > MAX_RATE:
         way = "net.lowpass=10, or less: u may diverge where v changes so quickly"
-    findings.append(ok_or_warning("|t dv/dt| / |v|", text, way))
-    return findings
+    return ok_or_warning("|t dv/dt| / |v|", text, way)

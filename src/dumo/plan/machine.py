@@ -1,7 +1,8 @@
 """What a machine has that training can use: found by trying it, since a library that is there may still not run.
 
-`look` has all of it, a `Finding` for each thing: versions, device, threads, ranks, kernels, dtypes, compilers, disk and
-extras. `hardware` alone also names the machine in reports.
+`examine_machine` has all of it, a `Finding` for each thing: versions, device, threads, ranks, kernels, dtypes,
+compilers, disk and extras. `hardware` alone also names the machine in reports. `Finding` and `ok_or_warning` also serve
+`dumo.plan.findings`.
 """
 
 import os
@@ -21,29 +22,29 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from dumo import runtime
 from dumo.runtime import dist, install, installed
 
-KERNELS = {
+KERNELS = {  # of attention, by the name that is shown
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-DTYPES = {"fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {"fp16": torch.float16, "fp64": torch.float64}  # that are tried, besides fp32 and bf16 autocast
 MIN_FREE = 1.0  # GiB of free disk, below which there is a warning: ours
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of a report, with the way out where all is not well."""
+    """A line of a report."""
 
-    name: str
+    name: str  # what was examined
     state: Literal["ok", "warning", "failing"]
     text: str
-    way: str = ""
+    way: str = ""  # what to do where it is not well; "" where it is
 
 
-def look(device: torch.device) -> list[Finding]:
-    """All there is to know of this machine and one device of it. Compiles a function: seconds, the first time."""
+def examine_machine(device: torch.device) -> list[Finding]:
+    """Examine this machine and one device of it. Compiles a function, which takes seconds the first time."""
     versions = ", ".join(f"{name} {number}" for name, number in dist.versions().items())
     findings = [
         Finding("versions", "ok", versions),
@@ -57,7 +58,7 @@ def look(device: torch.device) -> list[Finding]:
 
 
 def ok_or_warning(name: str, text: str, way: str) -> Finding:
-    """A warning where there is a way out to show."""
+    """A finding that is a warning if there is something to do, `way`, and else ok."""
     return Finding(name, "warning" if way else "ok", text, way)
 
 
@@ -79,7 +80,7 @@ def kernels(device: torch.device) -> Finding:
         with sdpa_kernel(backend):
             scaled_dot_product_attention(q, q, q)
 
-    names = [name for name, backend in KERNELS.items() if not fault(partial(attend, backend))]
+    names = [name for name, backend in KERNELS.items() if not fault_of(partial(attend, backend))]
     way = ""
     if len(names) <= 1:
         way = "attention takes memory by the square of the tokens: a newer torch or GPU has others"
@@ -101,31 +102,31 @@ def dtypes(device: torch.device) -> Finding:
 
     names = ["fp32"]
     way = ""
-    if fault(autocast):
+    if fault_of(autocast):
         way = "keep train.precision=fp32"
     else:
         names.append("bf16 autocast")
     for name, dtype in DTYPES.items():
-        if not fault(partial(multiply, dtype)):
+        if not fault_of(partial(multiply, dtype)):
             names.append(name)
     return ok_or_warning("dtypes", ", ".join(names), way)
 
 
 def triton(device: torch.device) -> Finding:
-    """Triton, which compiles kernels for GPUs."""
+    """The version of Triton, which compiles kernels for GPUs."""
     version = installed("triton")
     is_missed = device.type == "cuda" and not version
     return ok_or_warning("triton", version or "none", install("triton") if is_missed else "")
 
 
 def compiler(device: torch.device) -> Finding:
-    """Whether torch.compile does: by compiling a line."""
+    """Whether torch.compile works, found by compiling a line."""
 
     def compile_line() -> None:
         line = torch.compile(lambda x: x.sin() * 2, fullgraph=True)
         line(torch.ones(8, device=device))
 
-    problem = fault(compile_line)
+    problem = fault_of(compile_line)
     if not problem:
         return Finding("torch.compile", "ok", "works")
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++"))
@@ -141,7 +142,7 @@ def disk() -> Finding:
 
 
 def extras() -> list[Finding]:
-    """The optional packages, by the extra that brings them."""
+    """What each extra of dumo lacks of its optional packages."""
     findings: list[Finding] = []
     for extra, requirements in runtime.extras().items():
         packages = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
@@ -151,8 +152,8 @@ def extras() -> list[Finding]:
     return findings
 
 
-def fault(work: Callable[[], object]) -> str:
-    """Do `work`; return the first line of what goes wrong, "" where nothing does."""
+def fault_of(work: Callable[[], object]) -> str:
+    """Call `work`, and return the first line of its error; "" where it raises none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

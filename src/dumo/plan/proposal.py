@@ -34,7 +34,7 @@ from dumo.data.store import Store, first_sorted
 from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
 from dumo.plan import machine, plan, rehearsal
-from dumo.plan.findings import of_captions
+from dumo.plan.findings import caption_findings
 from dumo.run import contract, examination
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve
@@ -112,7 +112,7 @@ class Proposal:
             text += f"; {images.bad:,} of {headers} looked at cannot be read and are left out"
         yield "images", text
         if run.data.captions:
-            captions = ", ".join(finding.text for finding in of_captions(run.data))
+            captions = ", ".join(finding.text for finding in caption_findings(run.data))
             yield "captions", f"{captions}; the net reads them, --set data.captions=null leaves them out"
         elif images.captions:
             yield "captions", images.captions

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
-from dumo.evaluation.clip import ClipEvaluator, _mean_and_error
+from dumo.evaluation.clip import ClipEvaluator, mean_and_error
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.report.score import state
 from dumo.runtime.random import stream
@@ -100,7 +100,7 @@ def test_it_is_forty_times_clipscore_by_the_stock_processor(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match="more than 16 tokens, and cut there"):
         each = evaluator.score_pairs(from_uint8(read), c)
     torch.testing.assert_close(each.double(), 40 * clipscore, rtol=1e-5, atol=1e-5)
-    assert _mean_and_error(each)[0] == pytest.approx(40 * clipscore.mean().item(), rel=1e-5)
+    assert mean_and_error(each)[0] == pytest.approx(40 * clipscore.mean().item(), rel=1e-5)
     agree = cosines > 0
     torchmetrics = max(100 * cosines[agree].mean().item(), 0)
     assert each[agree].double().mean().item() == pytest.approx(torchmetrics, rel=1e-5)

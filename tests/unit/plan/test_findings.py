@@ -6,7 +6,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.data import Data
-from dumo.plan.findings import measure, of_captions
+from dumo.plan.findings import caption_findings, measure_separability, velocity_index
 from dumo.run.resolve import resolve
 from dumo.runtime.random import keyed
 from unit.data.animals import SIDE, as_folder
@@ -25,7 +25,7 @@ def placed(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_captions_of_a_class_lie_together_or_not() -> None:
-    near, far = measure(*placed(0.1)), measure(*placed(30.0))
+    near, far = measure_separability(*placed(0.1)), measure_separability(*placed(30.0))
     assert near.accuracy == 1
     assert not near.is_low
     assert far.accuracy is not None
@@ -36,24 +36,24 @@ def test_captions_of_a_class_lie_together_or_not() -> None:
 
 def test_what_all_embeddings_share_says_nothing() -> None:
     x, group = placed(0.3)
-    moved = measure(5 * x.double() + 100, group)
-    here = measure(x, group)
+    moved = measure_separability(5 * x.double() + 100, group)
+    here = measure_separability(x, group)
     assert moved.accuracy == here.accuracy
     assert abs(moved.gap - here.gap) < 1e-6
 
 
 def test_one_caption_each_is_judged_by_the_gap_and_twins_always() -> None:
     x, _ = placed(1.0)
-    found = measure(x, torch.arange(len(x)))
+    found = measure_separability(x, torch.arange(len(x)))
     assert found.accuracy is None
     assert not found.is_low
     x[3] = x[17]
-    twins = measure(x)
+    twins = measure_separability(x)
     assert twins.twins == 2
     assert twins.is_low
     pairs = x.repeat_interleave(2, 0)
     pairs[1::2] += 0.01
-    close = measure(pairs[:-2])
+    close = measure_separability(pairs[:-2])
     assert close.gap < 0.01
     assert close.is_low
 
@@ -65,7 +65,7 @@ def captioned(root: Path) -> Data:
 
 
 def lines(data: Data) -> list[tuple[str, str]]:
-    return [(found.state, found.text) for found in of_captions(data)]
+    return [(found.state, found.text) for found in caption_findings(data)]
 
 
 def test_captions_are_counted(tmp_path: Path) -> None:
@@ -85,4 +85,11 @@ def test_few_captions_are_a_warning_and_others_a_failure(tmp_path: Path) -> None
         file.unlink()
     assert [state for state, _ in lines(data)] == ["failing"]
     as_folder(root)
-    assert "no captions found" in of_captions(data)[0].way
+    assert "no captions found" in caption_findings(data)[0].way
+
+
+def test_the_velocity_is_examined_wherever_it_stands() -> None:
+    """Of a few-step net the first head may be its jump."""
+    assert velocity_index(["v", "u"]) == 0
+    assert velocity_index(["u", "v"]) == 1
+    assert velocity_index(["u"]) == 0

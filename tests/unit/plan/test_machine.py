@@ -25,14 +25,14 @@ def broken(*_: object, **__: object) -> NoReturn:
 
 
 def test_faults() -> None:
-    assert machine.fault(lambda: 1) == ""
-    assert machine.fault(broken) == "No working C++ compiler found: g++"
-    assert machine.fault(lambda: [][0]) == "list index out of range"
+    assert machine.fault_of(lambda: 1) == ""
+    assert machine.fault_of(broken) == "No working C++ compiler found: g++"
+    assert machine.fault_of(lambda: [][0]) == "list index out of range"
 
     def wordless() -> None:
         raise ValueError
 
-    assert machine.fault(wordless) == "ValueError"
+    assert machine.fault_of(wordless) == "ValueError"
 
 
 def test_kernels_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_extras_are_named_with_what_they_lack(monkeypatch: pytest.MonkeyPatch) -
 def test_a_full_disk_and_a_blind_torch_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "compiler", lambda _: machine.Finding("torch.compile", "ok", "works"))
     monkeypatch.setattr(torch.version, "cuda", None)
-    found = {line.name: line for line in machine.look(CPU)}
+    found = {line.name: line for line in machine.examine_machine(CPU)}
     assert {"versions", "device", "threads", "attention", "dtypes", "triton", "torch.compile", "disk"} <= found.keys()
     assert "ranks" not in found
     assert torch.__version__ in found["versions"].text
@@ -113,7 +113,7 @@ def test_a_full_disk_and_a_blind_torch_are_warned_of(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**28))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = {line.name: line for line in machine.look(CPU)}
+    found = {line.name: line for line in machine.examine_machine(CPU)}
     assert (found["disk"].state, found["disk"].text[:7]) == ("warning", "0.2 GiB")
     assert found["device"].state == "warning"
     assert "nvidia-smi" in found["device"].way
