@@ -1,7 +1,8 @@
 """What recipes and protocols need in addition to the package: what it is, its source, how to fetch it, if it is here.
 
-`CATALOGUE` has the items, `find` one of them by name, and `describe` what is known of it, here and now. Nothing is
-fetched. A hash stands here only where it was counted from the file itself.
+`CATALOGUE` has the items, `find` gives one by name, and `describe` says what is known of it, here and now: which of its
+files exist (`_state_of`), and which recipes need it (`recipes_needing`). Nothing is fetched. A hash stands here only
+where it was counted from the file itself.
 """
 
 from collections.abc import Iterator
@@ -23,24 +24,24 @@ from dumo.io.read import user_path
 from dumo.runtime import install
 from dumo.types import UserError
 
-HUB = "hub:"  # before a file of a model of the Hugging Face hub: owner/model/file, as its client keeps it
+HUB = "hub:"  # begins a place that is a file in the cache of the Hugging Face hub's client: owner/model/file
 TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
-PARQUET = "{}-00000-of-00001.parquet"
+PARQUET = "{}-00000-of-00001.parquet"  # the file of a split of CIFAR-10
 SD_VAE = SdVae().weights
 DC_AE = DcAe().weights
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to be fetched."""
+    """Something to be fetched. `dumo data --json` prints its fields."""
 
     name: str
-    what: str
+    what: str  # a description
     source: str  # an official address
-    get: tuple[str, ...]  # commands
+    get: tuple[str, ...]  # the commands that fetch it
     places: tuple[str, ...]  # files or folders that recipes read; may hold $NAMES of environment variables
-    layout: str
+    layout: str  # how its files must lie
     mark: str = ""  # texts, with | between them: a recipe that contains one needs the item
     sha256: str | None = None  # of the first of its places
 
@@ -178,19 +179,22 @@ def find(name: str) -> Item:
 
 
 def describe(item: Item) -> dict[str, Any]:
-    """The fields of an item, the recipes that need it, and the state of each of its places (`_state_of`)."""
+    """The fields of an item, with `recipes` that need it, its places with their states as `looked`, and `there`.
+
+    `there` is whether all its places are; None of an item without places.
+    """
     looked: list[dict[str, str]] = []
     for number, place in enumerate(item.places):
         sha256 = item.sha256 if number == 0 else None
         looked.append({"place": place, "state": _state_of(place, sha256)})
     is_there = None
     if looked:
-        is_there = all(place["state"] == "there" for place in looked)
+        is_there = all(entry["state"] == "there" for entry in looked)
     return {**asdict(item), "recipes": list(recipes_needing(item)), "looked": looked, "there": is_there}
 
 
 def _state_of(place: str, sha256: str | None = None) -> str:
-    """`there`, or why not: a variable is not set, a path is missing, the contents are others."""
+    """'there', or why a place is not: its variable is not set, its path is missing, or its hash is another."""
     if place.startswith(HUB):
         return _state_in_hub_cache(place.removeprefix(HUB))
     try:
@@ -205,22 +209,22 @@ def _state_of(place: str, sha256: str | None = None) -> str:
 
 
 def recipes_needing(item: Item) -> Iterator[str]:
-    """The names of recipes that have the item's mark, themselves or by their bases."""
+    """Yield the names of recipes that contain the item's mark, themselves or in their bases."""
     marks = item.mark.split("|") if item.mark else []
     for name in recipes.names():
-        text = _whole_text(name)
+        text = _text_with_bases(name)
         if any(mark in text for mark in marks):
             yield name
 
 
 @cache
-def _whole_text(recipe: str) -> str:
-    """A recipe over its bases, as text."""
+def _text_with_bases(recipe: str) -> str:
+    """A recipe with all fields of its bases, as text."""
     return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}").tree)
 
 
 def _state_in_hub_cache(file: str) -> str:
-    """`there` if the hub's client keeps a file of a model, `owner/model/file`, or why not."""
+    """'there' if the cache of the hub's client has a file of a model, `owner/model/file`, or why it has not."""
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:

@@ -1,8 +1,12 @@
 """What a run takes on many ranks, counted without them, and the first layout that keeps within a memory.
 
-`cluster` has the facts of a layout, `count_step` one rank's step, `fit` tries layouts.
+- `cluster` has the facts of a run on some ranks: bytes, traffic, work, hours. It calls `count_step`.
+- `count_step` counts one rank's step.
+- `fit` tries layouts (`_layout_fields`) until the peak of a step is small enough, and returns the fields to set;
+  `with_fields` and `set_arguments` apply and write such fields.
 
-One rank's step is made on tensors without numbers, in a group of ranks that are not there, so that nothing is sent.
+One rank's step is made on tensors without numbers, in a group of ranks that are not there (`fake_ranks`), so that
+nothing is sent, and what would be is counted (`Traffic`).
 
 The net is laid out as training lays it (`dumo.training.layout`), so gathers, gradients and what stays gathered come as
 they do there. Memory is followed by torch's `FSDPMemTracker`, through a step that is not the first, when the optimizer
@@ -52,17 +56,17 @@ from dumo.training.state import State, begin
 from dumo.training.step import flow_of, pieces
 from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
-HOUR = 3600.0
-USUAL_SHARE_OF_PEAK = 0.4  # of a GPU's operations, if it is not given: ours
-MIN_ROWS = 8  # at a time: fewer leave a GPU idle, but of a pretrained net, a row of which has many tokens. Ours
+HOUR = 3600.0  # seconds
+USUAL_SHARE_OF_PEAK = 0.4  # of a GPU's peak that training reaches, where nothing else is known: ours
+MIN_ROWS = 8  # at a time: fewer leave a GPU idle, except in a pretrained net, whose rows have many tokens. Ours
 CODINGS = ("float32", "bfloat16", "int8", "nf4")  # of `net.lora.frozen`, each with fewer bits than the one before
-KINDS = {
+COLLECTIVES = {  # kinds of collective calls, by the names of torch's operations
     "_allgather_base_": "all-gather",
     "all_gather_into_tensor": "all-gather",  # of a tensor that lies in parts, by an optimizer
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
 }
-PARTS = {  # ours, by what the tracker calls them
+MEMORY_PARTS = {  # of a step: the tracker's names for each
     "weights": ("Sharded Param", "Buffer"),
     "gathered": ("Unsharded Param", "All Gather"),
     "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter"),
@@ -80,17 +84,17 @@ class RankStep:
     """The memory and the traffic of one rank's step."""
 
     rows: int  # of the largest pass
-    passes: int
-    memory: dict[str, int]  # bytes at the peak, by the names of PARTS
-    calls: dict[str, int]  # by kind: all-gather, reduce-scatter, all-reduce
+    passes: int  # in a step
+    memory: dict[str, int]  # bytes at the peak, by the names of MEMORY_PARTS
+    calls: dict[str, int]  # number of collective calls by kind: all-gather, reduce-scatter, all-reduce
     sent: dict[str, int]  # bytes by kind, of the whole tensor that is gathered, scattered or averaged
 
 
 def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any]:
-    """What a run takes on `ranks` ranks: bytes of each, what they send in a step, of a checkpoint; work, and hours.
+    """The facts of a run on `ranks` ranks: bytes of each rank, what a step sends, checkpoints, host memory, work.
 
-    `tflops`: what a GPU really makes, 10^12 operations a second; None: hours are not known. Raises UserError where the
-    run does not fit this many ranks.
+    `tflops` is what a GPU really makes, in 10^12 operations a second; without it `hours` are None. Raises UserError
+    where the run cannot be divided among this many ranks.
     """
     train = spec.train
     objective = spec.objective
@@ -130,15 +134,15 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
 def count_step(
     net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int
 ) -> RankStep:
-    """The step of a rank whose passes have the most rows; of one rank alone, an upper bound (`memory.training_bytes`).
+    """Count the step of the rank whose passes have the most rows; for one rank alone, an upper bound of it.
 
-    `net` is an outline, and not to be used afterwards.
+    `net` is an outline, and must not be used afterwards: its tensors are replaced.
     """
     if ranks == 1:
         rows = plan.most_rows(train, objective, 1)
         parts = {"gathered": 0, **memory.training_bytes(net, objective, path, shape, train, rows).parts}
         passes = len(pieces(train, objective))
-        return RankStep(rows, passes, memory={name: parts[name] for name in PARTS}, calls={}, sent={})
+        return RankStep(rows, passes, memory={name: parts[name] for name in MEMORY_PARTS}, calls={}, sent={})
     with fake_ranks(ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'dual' says what `step_units` counts
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -152,7 +156,10 @@ def count_step(
 
 @contextmanager
 def fake_ranks(ranks: int) -> Generator[None, None, None]:
-    """A group of `ranks` ranks, of which only this process, the first, exists. Raises UserError inside a real one."""
+    """Inside, this process is the first of a group of `ranks` ranks; the others do not exist.
+
+    Raises UserError where the process is in a group already.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.require_one_process("a plan for ranks")
@@ -165,14 +172,14 @@ def fake_ranks(ranks: int) -> Generator[None, None, None]:
 
 
 def _track_step(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> RankStep:
-    """The second step of the first rank: passes of this batch, and the update.
+    """Make the second step of the first rank, its passes of this batch and its update, and count it.
 
-    Two passes stand for all: one between the first and the last gathers what the last does, and sends no gradients.
+    Two passes stand for all: one between the first and the last gathers as much as the last, and sends no gradients.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-    cuts = pieces(train, objective)
-    passes = min(len(cuts), 2)
+    num_passes = len(pieces(train, objective))
+    num_run = min(num_passes, 2)
     for p in state.net.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
     _update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
@@ -181,11 +188,11 @@ def _track_step(state: State, objective: Objective, path: Path, batch: Noised, t
     loss = _TrackedLoss(state.net, reference, objective, batch, train)
     tracker = FSDPMemTracker(state.net, state.optimizer)
     tracker.track_inputs(tuple(memory.average_tensors(state)))
-    pass_traffic = [Traffic() for _ in range(passes)]
+    pass_traffic = [Traffic() for _ in range(num_run)]
     update_traffic = Traffic()
     with tracker:
         for number, traffic in enumerate(pass_traffic, 1):
-            layout.prepare_backward(state.net, number == passes, reshard=train.reshard)
+            layout.prepare_backward(state.net, number == num_run, reshard=train.reshard)
             with traffic:
                 loss().backward()
         with update_traffic:
@@ -194,7 +201,7 @@ def _track_step(state: State, objective: Objective, path: Path, batch: Noised, t
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     bytes_by_kind = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
     parts: dict[str, int] = {}
-    for part, kinds in PARTS.items():
+    for part, kinds in MEMORY_PARTS.items():
         parts[part] = sum(bytes_by_kind[kind] for kind in kinds)
 
     calls = Counter[str]()
@@ -202,14 +209,14 @@ def _track_step(state: State, objective: Objective, path: Path, batch: Noised, t
     for traffic in (*pass_traffic, update_traffic):
         calls.update(traffic.calls)
         sent.update(traffic.bytes)
-    passes_not_run = len(cuts) - passes
-    calls["all-gather"] += passes_not_run * pass_traffic[-1].calls["all-gather"]
-    sent["all-gather"] += passes_not_run * pass_traffic[-1].bytes["all-gather"]
-    return RankStep(len(batch.t), len(cuts), parts, +calls, +sent)
+    num_not_run = num_passes - num_run
+    calls["all-gather"] += num_not_run * pass_traffic[-1].calls["all-gather"]
+    sent["all-gather"] += num_not_run * pass_traffic[-1].bytes["all-gather"]
+    return RankStep(len(batch.t), num_passes, memory=parts, calls=+calls, sent=+sent)  # without zeros
 
 
 def _update(state: State) -> None:
-    """Update weights and averages by the gradients."""
+    """Update weights and averages by the gradients, as a step of training does."""
     state.optimizer.step()
     for average in state.averages.values():
         average.update(state.net, 1)
@@ -219,7 +226,7 @@ class _TrackedLoss(nn.Module):
     """The loss of a pass as a module: the tracker takes a net that is called once, or from inside another module."""
 
     def __init__(self, net: nn.Module, ref: Frozen, objective: Objective, batch: Noised, train: Train) -> None:
-        """Keep all that `forward` needs; `batch` is that of one pass."""
+        """Keep all that `forward` needs. `batch` is the batch of one pass."""
         super().__init__()
         self.batch = batch
         self.autocast = partial(autocast, train.precision, "cpu", keep=not layout.frees_gathered_weights(train.reshard))
@@ -227,7 +234,7 @@ class _TrackedLoss(nn.Module):
         self.loss: Callable[[Noised], Terms] = partial(objective.loss, net, ref)
 
     def forward(self) -> Tensor:
-        """The loss, whose gradient is that of all passes."""
+        """The sum of the loss over the batch, a number."""
         with self.autocast():
             return self.loss(self.batch).loss.sum()
 
@@ -243,11 +250,11 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
-        """Run one operation, and count it if it sends."""
+        """Run an operation of torch, and count it if it is a collective call."""
         namespace, name, *_ = str(func).split(".")
         output = func(*args, **kwargs or {})
-        if namespace == "c10d" or name in KINDS:
-            kind = KINDS[name]
+        if namespace == "c10d" or name in COLLECTIVES:
+            kind = COLLECTIVES[name]
             self.calls[kind] += 1
             self.bytes[kind] += max(x.nbytes for x in tree_leaves((args, output)) if isinstance(x, Tensor))
         return output
@@ -257,7 +264,7 @@ class _ReshardedDualSlope(DualSlope):
     """A dual slope of resharded weights: its tape cannot be replayed without them, so it makes another pass."""
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
-        """A pass in place of the tape."""
+        """The way of a dual slope, with another pass in place of the tape."""
         way = super().way(net, ref, known=known)
         if way.name == "tape":
             return Way("pass", "the weights are given back after the pass")
@@ -273,21 +280,21 @@ def step_units(
     *,
     given_back: bool,
 ) -> float:
-    """Forward units of a step (`cost.forward_units`), where weights may be `given_back` after each pass."""
+    """Forward units of a step (`cost.forward_units`). `given_back`: weights are given back after each pass."""
     if given_back and isinstance(objective.needs.slope, DualSlope):
         objective = objective.model_copy(update={"slope": _ReshardedDualSlope()})
     return cost.forward_units(net, objective, path, shape, ref=ref)
 
 
 def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambda line: None) -> Fields:
-    """The fields to set, of the first layout with a peak on each rank of at most `limit` bytes.
+    """The fields to set for the first layout whose peak on each rank is at most `limit` bytes.
 
-    `tell` is called with a line on each layout that is tried. Raises UserError if none fits, or the run does not fit
-    this many ranks.
+    `tell` is called with a line on each layout that is tried. Raises UserError if none fits, or the run cannot be
+    divided among this many ranks.
     """
-    held = dict[str, HeldBytes]()  # by the LoRA, whose base has other bits in other layouts
-    peaks = dict[str, int]()  # bytes on a rank of each layout that was tried
-    counted_peaks = set[str]()  # the layouts whose whole step was counted; of others the peak is a lower bound
+    held_by_lora = dict[str, HeldBytes]()  # layouts differ in the bits of the base under a LoRA
+    peaks = dict[str, int]()  # bytes on a rank, by the name of each layout that was tried
+    counted_peaks = set[str]()  # names of layouts whose whole step was counted; other peaks are lower bounds
     encoders = plan.encoder_bytes(spec.net, spec.data.classes)
 
     def peak_text(name: str) -> str:
@@ -299,9 +306,9 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
         if name not in peaks:
             run = with_fields(spec, fields)
             lora = str(run.net.lora)
-            if lora not in held:
-                held[lora] = memory.held_bytes(outline(run), run.train)
-            peaks[name] = _least_bytes(run.train, ranks, held[lora]) + encoders
+            if lora not in held_by_lora:
+                held_by_lora[lora] = memory.held_bytes(outline(run), run.train)
+            peaks[name] = _least_bytes(run.train, ranks, held_by_lora[lora]) + encoders
             if peaks[name] <= limit:
                 counted_peaks.add(name)
                 step = count_step(outline(run), run.objective, run.path, run.data.shape, run.train, ranks)
@@ -310,8 +317,9 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
         return peaks[name] <= limit
 
     try:
-        can_checkpoint = spec.net.checkpoint is False and bool(with_fields(spec, {"net.checkpoint": True}))
-    except UserError:  # blocks would forget a mask
+        with_fields(spec, {"net.checkpoint": True})  # raises where blocks would forget a mask
+        can_checkpoint = spec.net.checkpoint is False
+    except UserError:
         can_checkpoint = False
     min_rows = 1 if isinstance(spec.net, Pretrained) else MIN_ROWS
     all_layouts = list(_layout_fields(spec.train, ranks, can_checkpoint=can_checkpoint))
@@ -332,7 +340,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
 
 
 def _base_fields(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
-    """The fields to set for the frozen base of a LoRA: none, and then those of fewer bits."""
+    """Yield the fields to set for the frozen base of a LoRA: none, and then codings of fewer and fewer bits."""
     yield {}
     if lora is None:
         return
@@ -342,23 +350,23 @@ def _base_fields(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
 
 
 def _least_bytes(train: Train, ranks: int, held: HeldBytes) -> int:
-    """Bytes that a rank holds at the end of a forward pass, without activations: known without running one."""
+    """The bytes that a rank holds at the end of a forward pass, without activations. They are known without a pass."""
     kept = held.weights + held.optimizer + held.averages
     gathered = held.weights if ranks > 1 and not train.reshard else 0
     return kept // share_of(train.share, ranks) + gathered
 
 
 def _layout_fields(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Fields]:
-    """The fields to set, without rows at a time; first none, and then what takes less memory.
+    """Yield the fields to set for each layout, without rows at a time: none, and then those that take less memory.
 
     `can_checkpoint`: blocks could be computed again in the backward pass, and are not yet.
     """
     share = share_of(train.share, ranks)
-    sharded = [(shards, train.reshard) for shards in range(share, ranks + 1) if ranks % shards == 0]
+    shardings = [(shards, train.reshard) for shards in range(share, ranks + 1) if ranks % shards == 0]
     if ranks > 1 and not train.reshard:
-        sharded.append((ranks, True))
+        shardings.append((ranks, True))
     checkpointing = (False, True) if can_checkpoint else (False,)
-    for (shards, reshard), checkpoint in product(sharded, checkpointing):
+    for (shards, reshard), checkpoint in product(shardings, checkpointing):
         fields: Fields = {}
         if checkpoint:
             fields["net.checkpoint"] = True
@@ -370,7 +378,10 @@ def _layout_fields(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterato
 
 
 def _row_fields(train: Train, objective: Objective, ranks: int, min_rows: int = MIN_ROWS) -> Iterator[Fields]:
-    """Rows at a time: as many as now, then half of them down to `min_rows`, where the batch can be cut so."""
+    """Yield the fields to set for rows at a time: none, then half as many down to `min_rows`.
+
+    It ends before a number by which the batch cannot be cut.
+    """
     yield {}
     rows = plan.most_rows(train, objective, ranks) // 2
     while rows >= min_rows:
@@ -383,7 +394,7 @@ def _row_fields(train: Train, objective: Objective, ranks: int, min_rows: int = 
 
 
 def with_fields(spec: Run, fields: Fields) -> Run:
-    """The run with these fields set."""
+    """The run with these fields set. Raises UserError where they do not fit it."""
     tree = spec.model_dump(mode="json")
     override(tree, set_arguments(fields))
     return parse(Run, tree)

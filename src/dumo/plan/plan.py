@@ -1,5 +1,10 @@
 """What a run is and takes, counted on meta models: sizes, work, memory, images; as facts and as lines.
 
+`show` has the facts of what a run is, `plan` those and what it takes; both are what --json prints. `lines`,
+`rank_lines` and `rehearsal_lines` say facts in lines: of a plan, of a plan for ranks (`dumo.plan.cluster`), and of a
+rehearsal (`dumo.plan.rehearsal`). `most_rows`, `encoder_bytes`, `validation` and `far_share` are single facts that
+others need.
+
 Of memory (`dumo.run.memory`) the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top
 comes the most that one piece of a batch needs at one time.
 """
@@ -29,17 +34,22 @@ from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import Objective, UserError
 
-GPU = 80 * 2**30  # bytes of an A100 or H100
-GB = 1e9
-Line = tuple[str, str]  # what, and how much
+GPU_BYTES = 80 * 2**30  # of an A100 or H100
+GB = 1e9  # bytes
+FAR = 0.9  # t - r of rows where one-step sampling is taught: ours
+FAR_DRAWS = 1_000_000  # of times, to measure the share of such rows: ours
+Line = tuple[str, str]  # a name, and a text
 
 
 def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
     """What a run is before it is run: its spec, its size, and what a step costs and teaches.
 
-    `forward_units_per_step` counts floating-point operations; `slope` is the way of a slope that rides; `far` is
-    P(t - r > 0.9), the share of rows where one-step sampling is taught, None where no jump is; `guidance_scale` is the
-    effective one, 1 for none. `net`: its outline, if there is one already.
+    - `forward_units_per_step`: the floating-point operations of a step over those of a forward pass
+    - `slope`: how a dual slope takes its derivative; None of other slopes
+    - `far`: P(t - r > 0.9), the share of rows where one-step sampling is taught; None where no jump is taught
+    - `guidance_scale`: the effective one, 1 for none
+
+    `net` is the run's net as an outline, if there is one already.
     """
     net = outline(run) if net is None else net
     jumps = run.reads.endpoint or run.reads.flow_map
@@ -57,16 +67,20 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
 
 
 def far_share(objective: Objective) -> float:
-    """P(t - r > 0.9), of a million draws: the share of the rows where one-step sampling is taught."""
-    t, r = objective.times(1_000_000, stream("show"))
-    return (t - r > 0.9).double().mean().item()
+    """P(t - r > 0.9), measured on a million draws: the share of the rows where one-step sampling is taught."""
+    t, r = objective.times(FAR_DRAWS, stream("show"))
+    return (t - r > FAR).double().mean().item()
 
 
 def plan(spec: Run) -> dict[str, Any]:
     """What `show` says, and shapes, bytes, work, images, and whether the data are there.
 
-    `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
-    whole run's; `side` is that of the pipeline's default image; `gpus` is as the function of that name says.
+    - `parameters_total`: with fixed tables
+    - `inputs`, `heads`: shapes of a row, by name
+    - `flops`, `images`: of the whole run
+    - `side`: pixels of a side of the pipeline's default image; None of other nets
+    - `gpus`: on how many GPUs to look for a layout; None where one holds all
+    - `missing_data`: why training could not begin; None where it could
     """
     net = outline(spec)
     shape = spec.data.shape
@@ -122,7 +136,7 @@ def plan(spec: Run) -> dict[str, Any]:
 
 
 def _images_per_epoch(run: Run, *, missing: bool) -> int | None:
-    """The images of the training data, as their cache or else the protocol's standard tells; None: not known."""
+    """The number of images in the training data, by their cache, else by the protocol's standard; None: not known."""
     if isinstance(run.data, Latents) and not missing:
         contents = read_index(run.data.folder)
         if contents is not None:
@@ -134,9 +148,10 @@ def _images_per_epoch(run: Run, *, missing: bool) -> int | None:
 
 
 def validation(run: Run, units: float | None = None) -> dict[str, Any] | None:
-    """How a run in training is judged, and the operations of its samples over those of its steps; None: it is not.
+    """How a run is judged while it trains; None where it is not.
 
-    Features and decoders are not counted. `units`: a step's forward units, if they are known already.
+    `share` is the operations of its samples over those of its steps; features and decoders are not counted. `units` are
+    the forward units of a step, if they are known already.
     """
     every = run.evaluate.every
     if not every:
@@ -154,24 +169,28 @@ def validation(run: Run, units: float | None = None) -> dict[str, Any] | None:
 
 
 def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> int:
-    """The rows of the largest pass on any rank, of those here or of `ranks`. Raises UserError as `passes`."""
+    """The rows of the largest pass on any rank, of `ranks`; None: of those that there are.
+
+    Raises UserError where the batch cannot be divided among them.
+    """
     passes_by_rank = passes(train, objective, ranks or dist.world())
     return max(rows.stop - rows.start for rank_passes in passes_by_rank for rows in rank_passes)
 
 
 def gpus(total: int, activations: int) -> int | None:
-    """On how many GPUs of 80 GiB to look for a layout (`dumo.plan.cluster`), a power of two; None: one holds all.
+    """The number of GPUs of 80 GiB on which to look for a layout (`dumo.plan.cluster`); None: one holds all.
 
-    What stays between passes then fills at most half of each, and the rest is for the passes: ours.
+    It is the least power of two by which what stays between passes fills at most half of each: ours. `total` and
+    `activations` are bytes of a step on one GPU.
     """
-    if total <= GPU:
+    if total <= GPU_BYTES:
         return None
     between_passes = total - activations
-    return 2 ** max(0, ceil(log2(between_passes / (GPU / 2))))
+    return 2 ** max(0, ceil(log2(between_passes / (GPU_BYTES / 2))))
 
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:
-    """Bytes that `dumo encode` writes for an image, as it is without options, and for all, if their number is known."""
+    """The bytes that `dumo encode` writes, without options, for an image, and for all `images`; None: not known."""
     fields = CachePlan.model_fields
     dtype: torch.dtype = getattr(torch, fields["dtype"].default)
     values = prod(data.shape)
@@ -185,9 +204,11 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
 
 
 def _text_rows(texts: EmbeddedTexts, data: Data) -> dict[str, Any]:
-    """Bytes of the rows of a caption at most, and of all, if their number is known.
+    """The bytes that texts take.
 
-    `live`: they are encoded in training, by `encoders` of these bytes; of more than `most` captions they would be.
+    - `bytes_per_caption`: of the rows of a caption, at most; `bytes`: of all `captions`, if their number is known
+    - `live`: whether they are encoded in training, by `encoders` of these bytes
+    - `most`: the number of captions above which they would be; None: they never would
     """
     captions = data.classes or None
     pipeline_texts = texts if isinstance(texts, PipelineTexts) else None
@@ -208,7 +229,10 @@ def _text_rows(texts: EmbeddedTexts, data: Data) -> dict[str, Any]:
 
 
 def encoder_bytes(net: Net, captions: int) -> int:
-    """Bytes of the encoders that each rank holds where it encodes this number of captions in training; 0: not known."""
+    """The bytes of the encoders that each rank holds, if this number of captions is encoded in training.
+
+    0 where none are held, or it is not known.
+    """
     texts = net.texts
     if not (isinstance(texts, PipelineTexts) and texts.is_online(captions)):
         return 0
@@ -216,7 +240,7 @@ def encoder_bytes(net: Net, captions: int) -> int:
 
 
 def missing_data(data: Data) -> str | None:
-    """Why training could not begin here, as far as the data's place shows; None if it could."""
+    """Why training could not begin here, as far as the place of the data shows; None where it could."""
     root: str | None = getattr(data, "root", None)
     if root is None:
         return None
@@ -232,7 +256,7 @@ def missing_data(data: Data) -> str | None:
 
 
 def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
-    """What a plan says; of work and memory where one process trains `alone`, else `rank_lines` does."""
+    """The facts of a plan as lines. Work and memory are among them where one process trains `alone`."""
     yield "parameters", _parameter_text(facts)
     yield "inputs", _shapes_text(facts["inputs"])
     default_side = facts["side"]
@@ -259,7 +283,8 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     yield "in all", images
     if alone:
         held_bytes = facts["memory"]
-        parts = ", ".join(f"{name} {held_bytes[name] / GB:.2f}" for name in held_bytes if name not in ("rows", "total"))
+        part_names = [name for name in held_bytes if name not in ("rows", "total")]
+        parts = ", ".join(f"{name} {held_bytes[name] / GB:.2f}" for name in part_names)
         yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
         yield "memory", f"{held_bytes['total'] / GB:.2f} GB at most, {held_bytes['rows']} rows at a time: {parts}"
         yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
@@ -279,7 +304,7 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
 
 
 def _parameter_text(facts: Mapping[str, Any]) -> str:
-    """The parameters of a net, and, where they are not all, those that are trained, and fixed tables, in millions."""
+    """The parameters of a net in millions, those that are trained if not all are, and fixed tables if there are any."""
     parameters = facts["parameters"]
     trained = facts["parameters_trained"]
     fixed = facts["parameters_total"] - parameters
@@ -292,7 +317,7 @@ def _parameter_text(facts: Mapping[str, Any]) -> str:
 
 
 def _caption_text(texts: Mapping[str, Any]) -> str:
-    """What the rows of captions take, and whether a table holds them or encoders make them in training."""
+    """What the rows of captions take, and whether a table holds them, or encoders make them in training."""
     text = f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most"
     if texts["bytes"]:
         text += f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions"
@@ -308,7 +333,7 @@ def _caption_text(texts: Mapping[str, Any]) -> str:
 
 
 def rank_lines(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
-    """What a plan for ranks says."""
+    """The facts of a plan for ranks as lines. `keep` is the number of checkpoints that are kept."""
     ranks = facts["ranks"]
     share = facts["share"]
     if ranks == 1:
@@ -342,7 +367,7 @@ def rank_lines(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
 
 
 def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
-    """What a rehearsal found."""
+    """The facts `step` of a rehearsal as lines. `batch` is the run's own."""
     yield "rehearsed", f"one step of {step['rows']} rows of random numbers, on {step['machine']}"
     yield "slope here", step["examination"]
     seconds = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
@@ -357,7 +382,7 @@ def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
 
 
 def _shapes_text(named: Mapping[str, list[int]]) -> str:
-    """'x 4x32x32, t': shapes of a row; a single number has none."""
+    """Shapes by name as text, such as 'x 4x32x32, t': a single number has no shape."""
     texts: list[str] = []
     for name, shape in named.items():
         sides = "x".join(map(str, shape))

@@ -1,6 +1,11 @@
 """A run for a folder of images: what fits the images, the machine and the time there is, measured before it trains.
 
-`propose` looks at the images (`_look_at`), chooses fields for them, times a step (`step_seconds`), and sets the steps.
+`propose` is the entrance. It
+
+1. looks at the images (`_look_at`), and at their captions (`read_captions`),
+2. chooses fields that fit them and the machine (`_examine`),
+3. times a step (`step_seconds`),
+4. sets as many steps as there is time for.
 
 The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
 float32, for as many steps as there are minutes for. What is proposed is set in the run like any other field, and
@@ -45,43 +50,48 @@ from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
 from dumo.types import Spec, UserError
 
 RECIPE = "my-images"
-MINUTES = 6.0  # on a CPU, unless another time is asked for: ours
+MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
 TIMED_STEPS = 8  # ours
 MAX_HEADERS = 256  # images whose header is read: ours
 MAX_DECODED = 8  # images that are decoded, to time it: ours
-MIN_STEPS = 100  # ours
-WARMUP_SHARE = 10  # a step in this many warms up: ours
+MIN_STEPS = 100  # of a training that is proposed: ours
+WARMUP_SHARE = 10  # one in this many steps warms up: ours
 MAX_WARMUP = 500  # steps: ours
-SLACK = 1.1  # logs, probes, sheets and checkpoints over the steps alone: ours, measured
-MIN_SIDE = 16  # pixels
-SIDE_STEP = 8  # pixels: nets halve a side several times
+SLACK = 1.1  # the time of a training, with logs, probes, sheets and checkpoints, over that of its steps: ours, measured
+MIN_SIDE = 16  # pixels: ours
+SIDE_STEP = 8  # pixels of which a side is a multiple, since nets halve it several times
+MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
+CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
 # Ours: 0.7 M parameters, a quarter of a second for a step of 32 rows on two cores. In the same time on 150 photos a DiT
 # of 1.3 M made mosaics, further from the photos (kernel distance 1.9, this one 1.2; docs/log.md).
-NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
-ON_A_CPU = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
-MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
-# Ours: of captions on a CPU, for a U-Net reads none; the better of two that were tried on photos (docs/log.md).
-READING = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
-TEXTS = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}  # ours, as cifar10-latents-words
-MAX_CAPTION_BYTES = 128  # that are read: ours
+CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
+# Ours: for captions on a CPU, since a U-Net reads none; the better of two that were tried on photos (docs/log.md).
+CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
+TEXTS = {
+    "kind": "learned",
+    "width": 32,
+    "depth": 1,
+    "drop": 0.1,
+}  # the encoder of captions: ours, as cifar10-latents-words
+MAX_CAPTION_BYTES = 128  # that are read of a caption: ours
 
 
 class _ImagesOnly(Spec):
-    """The part of a run that says what images to look at."""
+    """The part of a run that says which images it learns."""
 
     data: Data
 
 
 @dataclass(frozen=True)
 class ImagesFound:
-    """The images of a folder, from a sample of them."""
+    """What is known of the images of a folder, from some of them."""
 
-    count: int
+    count: int  # of all images
     headers: int  # images whose header was read
-    bad: int  # how many of those cannot be read
+    bad: int  # of these, images that cannot be read
     side: float  # pixels of the shorter side, the median
     decode_seconds: float  # of one image on one core
-    captions: str = ""  # a line on captions that exist and are not read, and why
+    captions: str = ""  # a line on captions that exist and are not read, and why; "" where there are none
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Proposal:
     run: Run
     images: ImagesFound
     machine: str
-    step_seconds: float  # with what validation adds to one
+    step_seconds: float  # with what validation adds to a step
     prepare_seconds: float  # until the first step
 
     @property
@@ -100,7 +110,7 @@ class Proposal:
         return self.prepare_seconds + SLACK * self.run.train.steps * self.step_seconds
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """The proposal as lines: a name and a text."""
+        """Yield the proposal as lines: a name and a text."""
         run = self.run
         images = self.images
         text = f"{images.count:,}"
@@ -138,10 +148,11 @@ def propose(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> Proposal:
-    """A run on these images that takes these minutes (None: on a CPU MINUTES, on a GPU as long as the recipe says).
+    """Propose a run on the images at `place`, a folder or file, that takes these minutes.
 
-    `sets`, as --set takes them, win over what is proposed; without a place they say which images in memory it is.
-    Raises UserError where there are no images, or a field is wrong.
+    `minutes` None is MINUTES on a CPU, and on a GPU as long as the recipe says. `sets`, as --set takes them, win over
+    what is proposed; without a place they say which images in memory it is. Raises UserError where there are no images,
+    or a field is wrong.
     """
     began = wall_clock()
     torch_device = dist.device(device)
@@ -186,14 +197,18 @@ def propose(
 
 
 def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
-    """Fields for a device, and images of this side: a smaller net on a CPU, on a GPU the recipe's own."""
+    """Fields for a device, and images of this side: those of a smaller net on a CPU; {} on a GPU."""
     if device.type != "cpu":
         return {}
-    return {**ON_A_CPU, "net": {**NET, "attend": [side // 4]}}
+    return {**CPU_FIELDS, "net": {**CPU_NET, "attend": [side // 4]}}
 
 
 def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar) -> tuple[ImagesFound, dict[str, Any]]:
-    """Look at files of images, and choose fields for them: size, net, captions. Raises UserError as `propose`."""
+    """Look at files of images, and choose fields for them: size, net, captions.
+
+    `sets` are the user's own changes. Raises UserError where there are no images, captions are damaged, or the package
+    that reads captions is not installed.
+    """
     try:
         store = images.undecoded()
     except UserError as error:
@@ -201,17 +216,17 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
     found = _look_at(store, ToSquare(images.side, images.crop), bar)
     side = _side_to_train(found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.side": side, **_machine_fields(device, side)}
-    why_not_read = _why_captions_are_not_read(images, sets)
+    reason_not_to_read = _reason_not_to_read_captions(images, sets)
     try:
-        captions = read_captions(images, store, needed=not why_not_read)
+        captions = read_captions(images, store, needed=not reason_not_to_read)
     except NoCaptionsError as error:
-        if not why_not_read:
+        if not reason_not_to_read:
             found = replace(found, captions=caption_hint(error))
         return found, fields
     if captions is None:
         return found, fields
-    if why_not_read:
-        found = replace(found, captions=f"{len(captions):,} found, not used: {why_not_read}")
+    if reason_not_to_read:
+        found = replace(found, captions=f"{len(captions):,} found, not used: {reason_not_to_read}")
         return found, fields
     if not installed("transformers"):
         raise UserError(
@@ -222,20 +237,20 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
 
 
 def caption_hint(error: NoCaptionsError) -> str:
-    """What may be captions, and how to have it read; "" where there is nothing of the kind."""
+    """A line on what may be captions, and how to have it read; "" where there is nothing of the kind."""
     if error.columns:
         way = f"--set 'data.captions={{kind: files, name: {error.columns[0]}}}'"
         return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
     if error.tables:
-        there = first_sorted(error.tables)
-        return f"none read; a table of captions is called {table_names(error.tables)}, and there is {there}"
+        table = first_sorted(error.tables)
+        return f"none read; a table of captions is called {table_names(error.tables)}, and there is {table}"
     return ""
 
 
 def read_captions(images: Images, store: Store, *, needed: bool) -> Captions | None:
-    """The captions of the images; None where they are damaged, and not needed.
+    """The captions of the images; None where they are damaged, or of other images, and not `needed`.
 
-    Raises NoCaptionsError where there are none; UserError for damaged ones, or those of other images, if `needed`.
+    Raises NoCaptionsError where there are none; and UserError where they are damaged, or of other images, if `needed`.
     """
     name = images.captions.name if isinstance(images.captions, CaptionFiles) else AUTO
     try:
@@ -249,8 +264,8 @@ def read_captions(images: Images, store: Store, *, needed: bool) -> Captions | N
     return Captions.of(texts)
 
 
-def _why_captions_are_not_read(images: Images, sets: Sequence[str]) -> str:
-    """The field of `sets` by which a run does not read the captions of its images, as text; "": none."""
+def _reason_not_to_read_captions(images: Images, sets: Sequence[str]) -> str:
+    """Which of the user's changes `sets` keeps a run from reading the captions of its images; "" where none does."""
     reads_captions = isinstance(images.captions, CaptionFiles)
     for text in sets:
         chooses_net = text.partition("=")[0] in ("net", "net.kind")
@@ -261,20 +276,20 @@ def _why_captions_are_not_read(images: Images, sets: Sequence[str]) -> str:
 
 
 def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
-    """Fields of a net that reads these captions."""
+    """The fields of a net that reads these captions, which are of the images at `place`."""
     length = min(MAX_CAPTION_BYTES, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
     root = Path("runs/texts") / f"{folder_of_images(place).name}-{captions.digest()}"
     texts = {**TEXTS, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
     fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
     if on_a_cpu:
-        fields["net"] = {**READING, "texts": texts}
+        fields["net"] = {**CPU_CAPTION_NET, "texts": texts}
     else:
         fields["net.texts"] = texts
     return fields
 
 
 def step_seconds(run: Run, device: torch.device) -> float:
-    """Seconds of a step of the training loop, on random numbers.
+    """The seconds of a step of the training loop on this device, measured on random numbers.
 
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
@@ -289,7 +304,7 @@ def step_seconds(run: Run, device: torch.device) -> float:
 
 
 def _set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
-    """The recipe with these fields, and then the user's own."""
+    """The recipe with these fields, and then with the user's own changes `sets`."""
     recipe = load_recipe(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()])
     tree = recipe.model_dump(mode="json")
     override(tree, sets)
@@ -298,13 +313,13 @@ def _set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
 
 def _look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
     """Read the headers of some images, evenly spread, and decode a few. Raises UserError where none can be read."""
-    places = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
+    indices = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))
     sides: list[int] = []
     decode_seconds: list[float] = []
     bad = 0
-    with bar("looking at images", len(places)) as tick:
-        for done, i in enumerate(places, start=1):
+    with bar("looking at images", len(indices)) as tick:
+        for done, i in enumerate(indices, start=1):
             try:
                 data = store.read(i)
                 sides.append(short_side(data))
@@ -317,13 +332,13 @@ def _look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFoun
         raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
     return ImagesFound(
         count=len(store),
-        headers=len(places),
+        headers=len(indices),
         bad=bad,
         side=median(sides),
         decode_seconds=median(decode_seconds) if decode_seconds else 0.0,
     )
 
 
-def _side_to_train(shorter_side: float, most: int) -> int:
-    """The pixels of a side to train at: those of the images' shorter side, between MIN_SIDE and `most`."""
-    return max(MIN_SIDE, min(most, int(shorter_side) // SIDE_STEP * SIDE_STEP))
+def _side_to_train(shorter_side: float, max_side: int) -> int:
+    """The pixels of a side to train at: those of the images' shorter side, between MIN_SIDE and `max_side`."""
+    return max(MIN_SIDE, min(max_side, int(shorter_side) // SIDE_STEP * SIDE_STEP))

@@ -1,8 +1,11 @@
 """The step that training makes, by the same loop, on random numbers; and one sample.
 
-What would stop a run stops it here: a slope that is not the derivative on this device, memory, a compiler. Passes and
-gradients take so long per row, the update so long per step, however many rows there are: from the two comes the time
-of the whole run at its own batch.
+`rehearse` is the entrance. It examines the slope, checks the memory, makes steps (`make_step`) on random numbers
+(`random_rows`), and makes a sample. `dumo.plan.proposal` and the tools time steps by the latter two alone.
+
+What would stop a run stops it here: a slope that is not the derivative on this device, memory, a compiler. The time of
+passes and gradients grows with the rows, that of the update does not: from the two comes the time of the whole run at
+its own batch (`TimedStep.of_batch`).
 """
 
 from dataclasses import dataclass
@@ -27,8 +30,8 @@ from dumo.training.state import State, begin
 from dumo.training.step import Record
 from dumo.types import Cond, Sample, UserError
 
-HOUR = 3600.0
-SLOW = 1e8  # parameters of a net whose first step on a CPU is the one that is timed, it takes so long: ours
+HOUR = 3600.0  # seconds
+SLOW = 1e8  # parameters: a larger net makes one step on a CPU, without any to warm up, because it takes long. Ours
 
 
 @dataclass(frozen=True)
@@ -37,38 +40,41 @@ class Rehearsal:
 
     machine: str
     threads: int
-    rows: int
-    whole: int  # fewest rows of which every share that the objective treats apart is whole: of others the time is off
+    rows: int  # of the step that was made
+    whole: int  # rows of which the shares that the objective treats apart are whole; else the time is off a little
     examination: str  # how exact the slope is here
+    # the step that was made
     loss: float
     grad_norm: float
-    pass_seconds: float  # of these rows: passes, targets, gradients
+    pass_seconds: float  # passes, targets, gradients
     update_seconds: float  # optimizer and averages
     peak_bytes: int  # of a GPU's allocator, else resident in this process since it began
-    sample_nfe: int
-    sample_seconds: float  # of one sample, not decoded
+    # a sample
+    sample_nfe: int  # its passes
+    sample_seconds: float  # without decoding
+    # the run at its own batch
     step_seconds: float
     images_per_second: float
-    hours: float
+    hours: float  # of the whole training
 
 
 @dataclass(frozen=True)
 class TimedStep:
-    """Steps that were made, and what one takes."""
+    """The seconds of a step, as measured on several."""
 
-    state: State  # after the last
-    record: Record  # of the last
-    rows: int
-    pass_seconds: float  # of these rows: the median of the steps that count
-    update_seconds: float  # of a step, however many rows it has: their median
+    state: State  # after the last step
+    record: Record  # of the last step
+    rows: int  # of a step
+    pass_seconds: float  # of the passes of these rows: the median of the steps that count
+    update_seconds: float  # of the update, which does not depend on the rows: the median, too
 
     def of_batch(self, batch: int) -> float:
-        """Seconds of a step of another number of rows, as many at a time as these."""
+        """The seconds of a step of `batch` rows, in passes of as many rows as were timed."""
         return batch / self.rows * self.pass_seconds + self.update_seconds
 
 
 def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_clock) -> Rehearsal:
-    """Examine the slope, then make a step of `rows` rows, and a sample.
+    """Examine the slope, make a step of `rows` rows and a sample, and measure them.
 
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
@@ -111,7 +117,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
 
 
 def random_rows(data: Data, rows: int, device: torch.device) -> tuple[Sample, Cond]:
-    """Rows of random numbers, like the data."""
+    """Random numbers x (rows, *shape) and conditions c (rows,) in place of the data."""
     x, c = random_batch("dry", rows, data.shape, data.classes)
     return x.to(device), c.to(device)
 
@@ -125,7 +131,7 @@ def make_step(
     rounds: int = 1,
     clock: Clock = wall_clock,
 ) -> TimedStep:
-    """Make steps of this batch by the training loop: some to warm up, then `rounds` that are timed."""
+    """Make steps of one batch (x, c) by the training loop: `warm_up`, and then `rounds` that are timed."""
     x, _ = batch
     rows = len(x)
     watch = Stopwatch(x.device, clock)
@@ -134,31 +140,34 @@ def make_step(
     run = run.model_copy(update={"train": train})
     state = begin(net, train)
     records: list[Record] = []
-    # three times a step: as it begins, before the update, at the end
-    began: list[float] = []
-    passed: list[float] = []
-    ended: list[float] = []
+    # the times of each step: its start, the start of its update, its end
+    starts: list[float] = []
+    update_starts: list[float] = []
+    ends: list[float] = []
 
     def batches(step: int) -> tuple[Sample, Cond]:
-        began.append(watch.now())
+        starts.append(watch.now())
         return batch
 
     def before_update(*_: object) -> None:
-        passed.append(watch.now())
+        update_starts.append(watch.now())
 
     def after_step(state: State, record: Record) -> None:
-        ended.append(watch.now())
+        ends.append(watch.now())
         records.append(record)
 
     state.optimizer.register_step_pre_hook(before_update)
     loop.train(state, flow_in_training(run, state), batches, train, [loop.Every(1, after_step)])
-    times = torch.tensor([began, passed, ended], dtype=torch.float64)[:, warm_up:]
+    times = torch.tensor([starts, update_starts, ends], dtype=torch.float64)[:, warm_up:]
     pass_seconds, update_seconds = times.diff(dim=0).median(1).values.tolist()
     return TimedStep(state, records[-1], rows, pass_seconds, update_seconds)
 
 
 def _make_sample(sampler: Sampler, clock: Clock = wall_clock) -> tuple[int, float]:
-    """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
+    """Make one sample, without guidance and decoding, in the fewest passes of the solver.
+
+    Returns the number of passes, and the seconds.
+    """
     spec = sampler.spec
     watch = Stopwatch(sampler.device, clock)
     began = watch.now()
