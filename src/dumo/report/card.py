@@ -171,7 +171,7 @@ def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
 
 
 def contrast_solver(protocol: MetricProtocol) -> Solver:
-    """The solver of the contrast: Euler; for likelihoods Heun, at so many passes that its error does not count."""
+    """The solver of the contrast: Euler; for likelihoods Heun, in passes enough that its error does not count."""
     return Heun() if isinstance(protocol, LikelihoodProtocol) else Euler()
 
 

@@ -64,7 +64,7 @@ class PageParts:
     size: int | None = None  # samples in the data; None: they never end
     sheets: Pictures = field(default_factory=dict[int, Image.Image])  # samples by the run's own solver
     data: Image.Image | None = None  # a sheet of the data
-    texts: "_PromptSheet | None" = None
+    texts: "PromptSheet | None" = None
     trajectories: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])  # by sampling mode
     near: Mapping[str, Any] | None = None  # as `measure_proximity` returns it
     charts: Sequence[Chart] = ()  # of the log
@@ -88,7 +88,9 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     sampler = opened.sampler
 
     # what is on disk: the log, the evaluation, the data
-    rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
+    rows = [
+        row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row
+    ]  # a skipped step has no numbers
     judged = score.judgement(folder, opened.step, opened.weights)
     data_spec = squares(opened.run.data)
     data = data_spec.open()
@@ -382,7 +384,7 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class _PromptSheet:
+class PromptSheet:
     """Prompts, and what each becomes in several numbers of passes, from the same noise."""
 
     passes: tuple[int, ...]
@@ -394,7 +396,7 @@ class _PromptSheet:
         return picture.captioned_pictures(self.shown, head)
 
 
-def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> _PromptSheet | None:
+def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> PromptSheet | None:
     """What the net makes of these prompts, or, where there are none, of captions of its data.
 
     None of a net that reads no texts. Raises UserError for prompts that the net cannot read.
@@ -417,4 +419,4 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_b
             tick(done, "")
     pixels_by_prompt = torch.stack(pixels_by_passes, 1)  # (prompts, passes, ...)
     strips = [picture.sheet(pixels, len(passes), gap=picture.GAP) for pixels in pixels_by_prompt]
-    return _PromptSheet(passes, list(zip(names_of(sampler, c), strips, strict=True)))
+    return PromptSheet(passes, list(zip(names_of(sampler, c), strips, strict=True)))
