@@ -27,10 +27,10 @@ from dumo.run.memory import HeldBytes
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
-DEVICES = ("GPU", "CPU")
+DEVICES = ("GPU", "CPU")  # that a run is trained on
 PROCESS = 430 * 10**6  # bytes, measured: docs/guarantees.md
-GB = 1e9
-PER_NODE = 8  # ranks of a node, at most
+GB = 1e9  # bytes
+PER_NODE = 8  # ranks of a node, at most: ours
 
 
 def host(
@@ -75,8 +75,8 @@ def host(
 
 
 def line(host_bytes: Mapping[str, Mapping[str, Mapping[str, int]]], device: str) -> tuple[str, str]:
-    """What a plan says of the host of such a device."""
+    """A line of a plan, a name and a text, on the host of a device; `host_bytes` has what `host` returns, by device."""
     phases = host_bytes[device]
-    each = ", ".join(f"{phase} {size / GB:.1f}" for phase, size in phases["process"].items())
-    most = max(phases["node"].values())
-    return f"host of a {device}", f"GB of a process: {each}; {most / GB:.1f} of a node"
+    process = ", ".join(f"{phase} {size / GB:.1f}" for phase, size in phases["process"].items())
+    node = max(phases["node"].values())
+    return f"host of a {device}", f"GB of a process: {process}; {node / GB:.1f} of a node"
