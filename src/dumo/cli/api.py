@@ -28,7 +28,7 @@ from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report import evaluate as evaluation
 from dumo.report import page
-from dumo.report.feed import live
+from dumo.report.feed import live_feed
 from dumo.report.sample import COUNT, guide_of, repeat_conditions, size_of, solver_of
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
@@ -382,7 +382,7 @@ def train(
             tell=None if bar is no_bar else say,
             sheets=Sheets,
         )
-        with live(composed.folder, track, say) as tracker_hooks, opened as job:
+        with live_feed(composed.folder, track, say) as tracker_hooks, opened as job:
             train_job(job, bar, [*hooks, *tracker_hooks])
         return load(composed.folder, device=device)
 

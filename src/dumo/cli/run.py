@@ -201,9 +201,9 @@ def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["
     if tracker_name is None:
         return nullcontext(())
 
-    from dumo.report.feed import live
+    from dumo.report.feed import live_feed
 
-    return live(folder, tracker_name, say)
+    return live_feed(folder, tracker_name, say)
 
 
 def _missing_of_protocol(run: "Run") -> str | None:

@@ -114,15 +114,15 @@ def _to_float64_device(x: Tensor) -> Tensor:
     return x if x.is_cuda else x.cpu()
 
 
-def gather(mine: Statistics, total: int | None = None) -> Statistics:
-    """The statistics of all ranks on every rank, its images in the order of their numbers; every rank must call it.
+def gather(rank_statistics: Statistics, total: int | None = None) -> Statistics:
+    """Merge the statistics of all ranks, on every rank, with the images in the order of their numbers.
 
-    Raises `UserError` unless each of the numbers 0 .. total - 1 came once. Without a total the numbers may have gaps,
-    which are closed: the images are numbered anew.
+    Every rank must call it. Raises `UserError` unless each of the numbers 0 .. total - 1 came once. Without a total the
+    numbers may have gaps, which are closed: the images are numbered anew.
     """
-    merged = mine
+    merged = rank_statistics
     if dist.world() > 1:
-        tensors_by_name = {name: dist.gathered(x) for name, x in _pack(mine).items()}
+        tensors_by_name = {name: dist.gathered(x) for name, x in _pack(rank_statistics).items()}
         statistics_by_rank: list[Statistics] = []
         for rank in range(dist.world()):
             statistics_by_rank.append(_unpack({name: tensors[rank] for name, tensors in tensors_by_name.items()}))

@@ -351,9 +351,9 @@ def _base_fields(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
 
 def _least_bytes(train: Train, ranks: int, held: HeldBytes) -> int:
     """The bytes that a rank holds at the end of a forward pass, without activations. They are known without a pass."""
-    kept = held.weights + held.optimizer + held.averages
-    gathered = held.weights if ranks > 1 and not train.reshard else 0
-    return kept // share_of(train.share, ranks) + gathered
+    between_steps = held.weights + held.optimizer + held.averages
+    gathered_weights = held.weights if ranks > 1 and not train.reshard else 0
+    return between_steps // share_of(train.share, ranks) + gathered_weights
 
 
 def _layout_fields(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Fields]:

@@ -86,7 +86,7 @@ def plan(spec: Run) -> dict[str, Any]:
     shape = spec.data.shape
     needs = spec.objective.needs
     train = spec.train
-    shown = show(spec, net)
+    run_facts = show(spec, net)
     images = train.steps * train.batch
     missing = missing_data(spec.data)
 
@@ -113,7 +113,7 @@ def plan(spec: Run) -> dict[str, Any]:
     if isinstance(spec.net, Pretrained):
         side = spec.net.side or None
     return {
-        **shown,
+        **run_facts,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()) + saved(net),
         "pixels": list(spec.pixels),
         "inputs": inputs,
@@ -126,8 +126,8 @@ def plan(spec: Run) -> dict[str, Any]:
         "checkpoint": checkpoint._asdict(),
         "images": images,
         "epochs": images / epoch if epoch else None,
-        "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
-        "validation": validation(spec, shown["forward_units_per_step"]),
+        "flops": run_facts["forward_units_per_step"] * run_facts["forward_flops_per_image"] * images,
+        "validation": validation(spec, run_facts["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, EmbeddedTexts) else None,

@@ -154,7 +154,7 @@ def propose(
     what is proposed; without a place they say which images in memory it is. Raises UserError where there are no images,
     or a field is wrong.
     """
-    began = wall_clock()
+    start_time = wall_clock()
     torch_device = dist.device(device)
     fields: dict[str, Any] = {}
     if place:
@@ -177,23 +177,23 @@ def propose(
     run = resolve(_set_fields(fields, sets))
     with bar("timing a step", 1) as tick, threads.fewer_when_busy(torch_device, quiet):  # training reports the number
         validation = plan.validation(run)
-        step = step_seconds(run, torch_device)
+        seconds_per_step = step_seconds(run, torch_device)
         if validation:
-            step *= 1 + validation["share"]
+            seconds_per_step *= 1 + validation["share"]
         tick(1, "")
-    prepare = wall_clock() - began + images.count * images.decode_seconds / torch.get_num_threads()
+    prepare_seconds = wall_clock() - start_time + images.count * images.decode_seconds / torch.get_num_threads()
 
     # as many steps as there is time for
     if not minutes and torch_device.type == "cpu":
         minutes = MINUTES
     if minutes:
-        steps = max(MIN_STEPS, int((60 * minutes - prepare) / (SLACK * step)))
+        steps = max(MIN_STEPS, int((60 * minutes - prepare_seconds) / (SLACK * seconds_per_step)))
         fields["train.steps"] = steps
         fields["train.schedule.warmup"] = min(steps // WARMUP_SHARE, MAX_WARMUP)
     run = resolve(_set_fields(fields, sets))
     proposed = {field: value for field, value in fields.items() if field != "data.root"}
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: proposed}})
-    return Proposal(run, images, machine.hardware(torch_device).text, step, prepare)
+    return Proposal(run, images, machine.hardware(torch_device).text, seconds_per_step, prepare_seconds)
 
 
 def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
@@ -213,27 +213,27 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
         store = images.undecoded()
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {FILE}: {error}") from error
-    found = _look_at(store, ToSquare(images.side, images.crop), bar)
-    side = _side_to_train(found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
+    images_found = _look_at(store, ToSquare(images.side, images.crop), bar)
+    side = _side_to_train(images_found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.side": side, **_machine_fields(device, side)}
     reason_not_to_read = _reason_not_to_read_captions(images, sets)
     try:
         captions = read_captions(images, store, needed=not reason_not_to_read)
     except NoCaptionsError as error:
         if not reason_not_to_read:
-            found = replace(found, captions=caption_hint(error))
-        return found, fields
+            images_found = replace(images_found, captions=caption_hint(error))
+        return images_found, fields
     if captions is None:
-        return found, fields
+        return images_found, fields
     if reason_not_to_read:
-        found = replace(found, captions=f"{len(captions):,} found, not used: {reason_not_to_read}")
-        return found, fields
+        images_found = replace(images_found, captions=f"{len(captions):,} found, not used: {reason_not_to_read}")
+        return images_found, fields
     if not installed("transformers"):
         raise UserError(
             f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
             "out by --set data.captions=null"
         )
-    return found, fields | _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
+    return images_found, fields | _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
 
 
 def caption_hint(error: NoCaptionsError) -> str:

@@ -1,7 +1,7 @@
-"""Send the rows of a run's log to a tracker: afterwards (`feed`), or as the run trains (`live`).
+"""Send the rows of a run's log to a tracker: afterwards (`feed`), or as the run trains (`live_feed`).
 
 `feed` locks each run's log for the tracker, reads the rows after the last that was sent, and sends them (`Feed`); with
-a pause, such as `nap`, it looks again and again. `live` starts a process at the first step of a training
+a pause, such as `nap`, it looks again and again. `live_feed` starts a process at the first step of a training
 (`TrackerProcess`), which runs `follow`, which calls `feed`, and is ended when the training is.
 
 It is a process of its own so that what a tracker does, with time, memory, threads or random numbers, it does not do in
@@ -250,7 +250,7 @@ class TrackerProcess:
 
 
 @contextmanager
-def live(
+def live_feed(
     folder: Path, tracker_name: str | None, log_line: Callable[[str], object]
 ) -> Generator[Sequence[Every], None, None]:
     """Give the hooks by which a training sends its log to a tracker; none without a tracker.

@@ -1,8 +1,8 @@
 """Experiment trackers: TensorBoard, Weights & Biases, Trackio; and what the numbers of a log are called there.
 
-`TRACKERS` opens a tracker by its name: each is called with the run as plain values, its folder, and a key. A run of the
-tracker that has this key already gets the rows that come next. `values` gives the numbers of a row of the log by the
-names that people filter by: `train/loss`, `train/grad_norm`, `train/lr`, `val/...`, `speed/...`.
+`TRACKERS` opens a tracker by its name: each is called with the run as plain values, its folder, and a key. If the
+tracker has a run of this key, that one is opened. `values` gives the numbers of a row of the log by the names
+that people filter by: `train/loss`, `train/grad_norm`, `train/lr`, `val/...`, `speed/...`.
 
 Nothing is sent anywhere but where the tool itself is set to. TensorBoard writes files. Weights & Biases asks for an
 account unless WANDB_MODE=offline, Trackio keeps a database on this machine unless TRACKIO_SPACE_ID names another place.
@@ -29,8 +29,8 @@ Config = dict[str, Any]  # a run as plain values
 class Tracker(Protocol):
     """A run of an experiment tracker, open to be written."""
 
-    def send(self, step: int, at: float | None, values: dict[str, float]) -> object:
-        """Send the values of a row, by name. `at` is when it was logged, in seconds since 1970; None: not known."""
+    def send(self, step: int, logged_at: float | None, values: dict[str, float]) -> object:
+        """Send the values of a row, by name, that was logged `logged_at` seconds after 1970 began; None: not known."""
         ...
 
     def close(self) -> object:
@@ -48,10 +48,10 @@ class TensorBoard:
 
         self.writer = SummaryWriter(str(folder / "tensorboard" / key))
 
-    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+    def send(self, step: int, logged_at: float | None, values: dict[str, float]) -> None:
         """Write the values of a row."""
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step, at)
+            self.writer.add_scalar(name, value, step, logged_at)
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -63,7 +63,7 @@ class _StepTracker:
 
     run: Any  # of wandb or trackio
 
-    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+    def send(self, step: int, logged_at: float | None, values: dict[str, float]) -> None:
         """Log the values of a row."""
         self.run.log(values, step=step)
 

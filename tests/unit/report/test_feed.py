@@ -18,7 +18,7 @@ from dumo.config.load import dump, load
 from dumo.io import file
 from dumo.report import feed as feeds
 from dumo.report import tracker
-from dumo.report.feed import Feed, feed, live, nap
+from dumo.report.feed import Feed, feed, live_feed, nap
 from dumo.run.train import train
 from dumo.runtime import signals
 from dumo.training import log
@@ -38,7 +38,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
         def __init__(self, config: dict[str, Any], folder: Path, key: str) -> None:
             self.rows = kept.setdefault(key, [])
 
-        def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+        def send(self, step: int, logged_at: float | None, values: dict[str, float]) -> None:
             print("a tracker talks")
             self.rows.append((step, values))
 
@@ -113,7 +113,7 @@ def test_a_tracker_that_fails_or_hangs_leaves_the_training_as_it_is(
     }.items():
         monkeypatch.setattr(feeds, "PROGRAM", program)
         said[name] = []
-        with live(tmp_path / name, "tensorboard", said[name].append) as hooks:
+        with live_feed(tmp_path / name, "tensorboard", said[name].append) as hooks:
             train(run, tmp_path / name, hooks=[*hooks, Every(1, lambda *_: time.sleep(0.05))])
         assert known.bits(tmp_path / name) == known.bits(tmp_path / "alone")
     ((fails,), (hangs,), ends) = said.values()
@@ -136,7 +136,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
 
 
 def test_what_is_no_tracker_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"tracker 'wanddb'.*wandb"), live(tmp_path, "wanddb", print):
+    with pytest.raises(UserError, match=r"tracker 'wanddb'.*wandb"), live_feed(tmp_path, "wanddb", print):
         pass
     monkeypatch.setattr(feeds, "installed", lambda name: None)
     with pytest.raises(UserError, match=r"tracker wandb needs the package wandb: .*install"):
