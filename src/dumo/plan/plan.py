@@ -122,14 +122,14 @@ def plan(spec: Run) -> dict[str, Any]:
         "memory": {"rows": rows, **parts, "total": total},
         "host": host_bytes,
         "side": side,
-        "gpus": gpus(total, training.activations),
+        "gpus": _num_gpus(total, training.activations),
         "checkpoint": checkpoint._asdict(),
         "images": images,
         "epochs": images / epoch if epoch else None,
         "flops": run_facts["forward_units_per_step"] * run_facts["forward_flops_per_image"] * images,
         "validation": validation(spec, run_facts["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
-        "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
+        "cache": _cache_bytes(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, EmbeddedTexts) else None,
         "missing_data": missing,
     }
@@ -177,7 +177,7 @@ def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> i
     return max(rows.stop - rows.start for rank_passes in passes_by_rank for rows in rank_passes)
 
 
-def gpus(total: int, activations: int) -> int | None:
+def _num_gpus(total: int, activations: int) -> int | None:
     """The number of GPUs of 80 GiB on which to look for a layout (`dumo.plan.cluster`); None: one holds all.
 
     It is the least power of two by which what stays between passes fills at most half of each: ours. `total` and
@@ -189,7 +189,7 @@ def gpus(total: int, activations: int) -> int | None:
     return 2 ** max(0, ceil(log2(between_passes / (GPU_BYTES / 2))))
 
 
-def cache(data: Latents, images: int | None) -> dict[str, int | None]:
+def _cache_bytes(data: Latents, images: int | None) -> dict[str, int | None]:
     """The bytes that `dumo encode` writes, without options, for an image, and for all `images`; None: not known."""
     fields = CachePlan.model_fields
     dtype: torch.dtype = getattr(torch, fields["dtype"].default)

@@ -2,9 +2,9 @@
 
 `propose` is the entrance. It
 
-1. looks at the images (`_look_at`), and at their captions (`read_captions`),
+1. looks at the images (`_look_at`), and at their captions (`_read_captions`),
 2. chooses fields that fit them and the machine (`_examine`),
-3. times a step (`step_seconds`),
+3. times a step (`_step_seconds`),
 4. sets as many steps as there is time for.
 
 The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
@@ -177,7 +177,7 @@ def propose(
     run = resolve(_set_fields(fields, sets))
     with bar("timing a step", 1) as tick, threads.fewer_when_busy(torch_device, quiet):  # training reports the number
         validation = plan.validation(run)
-        seconds_per_step = step_seconds(run, torch_device)
+        seconds_per_step = _step_seconds(run, torch_device)
         if validation:
             seconds_per_step *= 1 + validation["share"]
         tick(1, "")
@@ -218,7 +218,7 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
     fields: dict[str, Any] = {"data.side": side, **_machine_fields(device, side)}
     reason_not_to_read = _reason_not_to_read_captions(images, sets)
     try:
-        captions = read_captions(images, store, needed=not reason_not_to_read)
+        captions = _read_captions(images, store, needed=not reason_not_to_read)
     except NoCaptionsError as error:
         if not reason_not_to_read:
             images_found = replace(images_found, captions=caption_hint(error))
@@ -247,7 +247,7 @@ def caption_hint(error: NoCaptionsError) -> str:
     return ""
 
 
-def read_captions(images: Images, store: Store, *, needed: bool) -> Captions | None:
+def _read_captions(images: Images, store: Store, *, needed: bool) -> Captions | None:
     """The captions of the images; None where they are damaged, or of other images, and not `needed`.
 
     Raises NoCaptionsError where there are none; and UserError where they are damaged, or of other images, if `needed`.
@@ -288,7 +288,7 @@ def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[s
     return fields
 
 
-def step_seconds(run: Run, device: torch.device) -> float:
+def _step_seconds(run: Run, device: torch.device) -> float:
     """The seconds of a step of the training loop on this device, measured on random numbers.
 
     Raises UserError where the net has no room here, or a user's own part cannot be trained.

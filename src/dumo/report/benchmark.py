@@ -63,7 +63,7 @@ class Layout(ABC):
         """Write the images `pixels` (4, h, w, channels) of a prompt into a folder, each file whole or not at all."""
 
 
-class GenEval(Layout):
+class _GenEval(Layout):
     """GenEval: a folder for each prompt."""
 
     name: ClassVar[str] = "geneval"
@@ -93,7 +93,7 @@ class GenEval(Layout):
         picture.write_picture(folder / grid, picture.sheet(pixels, 2, scale=1))
 
 
-class DpgBench(Layout):
+class _DpgBench(Layout):
     """DPG-Bench: a picture for each prompt."""
 
     name: ClassVar[str] = "dpg"
@@ -122,7 +122,7 @@ class DpgBench(Layout):
         picture.write_picture(folder / name, picture.sheet(pixels, 2, scale=1, gap=0))
 
 
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (GenEval(), DpgBench())}
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_GenEval(), _DpgBench())}
 PLACE_FIELDS = ("device", "versions", "weights")  # of a card: they say where images were made, and do not change them
 
 

@@ -38,7 +38,7 @@ class Tracker(Protocol):
         ...
 
 
-class TensorBoard:
+class _TensorBoard:
     """TensorBoard: event files in RUN/tensorboard/KEY. To look: tensorboard --logdir RUN/tensorboard."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
@@ -72,7 +72,7 @@ class _StepTracker:
         self.run.finish()
 
 
-class Wandb(_StepTracker):
+class _Wandb(_StepTracker):
     """Weights & Biases: a run of project dumo (WANDB_PROJECT: another), its files in the run's folder."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
@@ -96,7 +96,7 @@ class Wandb(_StepTracker):
             raise UserError(f"wandb: {text}. With WANDB_MODE=offline it needs no account") from error
 
 
-class Trackio(_StepTracker):
+class _Trackio(_StepTracker):
     """Trackio: a run of project dumo, in its own database (TRACKIO_DIR): trackio show."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
@@ -115,9 +115,9 @@ class Trackio(_StepTracker):
 
 
 TRACKERS: dict[str, Callable[[Config, Path, str], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "trackio": Trackio,
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
 }
 
 
