@@ -34,7 +34,7 @@ def named(run: Run, c: torch.Tensor) -> list[str]:
 
 def test_a_run_by_classes_is_judged_by_them() -> None:
     run = load("digits")
-    assert judged(run).equal(run.evaluate.protocol.labels_text(10))
+    assert judged(run).equal(run.evaluate.protocol.labels(10))
     assert "captions" not in summary(run)["evaluate"]
 
 
