@@ -129,7 +129,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "flops": run_facts["forward_units_per_step"] * run_facts["forward_flops_per_image"] * images,
         "validation": validation(spec, run_facts["forward_units_per_step"]),
         "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
-        "cache": _cache_bytes(spec.data, epoch) if isinstance(spec.data, Latents) else None,
+        "cache": cache_bytes(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, EmbeddedTexts) else None,
         "missing_data": missing,
     }
@@ -189,7 +189,7 @@ def _num_gpus(total: int, activations: int) -> int | None:
     return 2 ** max(0, ceil(log2(between_passes / (GPU_BYTES / 2))))
 
 
-def _cache_bytes(data: Latents, images: int | None) -> dict[str, int | None]:
+def cache_bytes(data: Latents, images: int | None) -> dict[str, int | None]:
     """The bytes that `dumo encode` writes, without options, for an image, and for all `images`; None: not known."""
     fields = CachePlan.model_fields
     dtype: torch.dtype = getattr(torch, fields["dtype"].default)

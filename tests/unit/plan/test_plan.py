@@ -17,7 +17,7 @@ from dumo.data import Images, Latents
 from dumo.encoders import Taef2
 from dumo.nets import Pretrained
 from dumo.plan import rehearsal
-from dumo.plan.plan import cache, lines, missing_data, most_rows, plan, show
+from dumo.plan.plan import cache_bytes, lines, missing_data, most_rows, plan, show
 from dumo.plan.rehearsal import TimedStep
 from dumo.run import cost, encode, examination, memory
 from dumo.run.net import outline
@@ -190,7 +190,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     mine = load("my-images", TINY)
     spec = load("digits", TINY).model_copy(update={"data": data, "evaluate": mine.evaluate})
     assert "is no cache" in str(missing_data(spec.data))
-    assert cache(data, None) == {"images": None, "bytes_per_image": 2 * 2 * prod(data.shape), "bytes": None}
+    assert cache_bytes(data, None) == {"images": None, "bytes_per_image": 2 * 2 * prod(data.shape), "bytes": None}
     encode.encode(data, device="cpu")
     facts = plan(spec)
     assert facts["missing_data"] is None
@@ -209,7 +209,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
 def test_a_cache_holds_moments_of_gaussians_both_flips_and_two_bytes_a_number(name: str, each: int) -> None:
     data = recipe(name).data
     assert isinstance(data, Latents)
-    assert cache(data, 10) == {"images": 10, "bytes_per_image": each, "bytes": 10 * each}
+    assert cache_bytes(data, 10) == {"images": 10, "bytes_per_image": each, "bytes": 10 * each}
 
 
 @pytest.mark.parametrize(("ranks", "words", "rows"), [(1, [], 32), (3, [], 11), (8, [], 4), (2, ["micro_batch=5"], 4)])
