@@ -13,6 +13,7 @@ import pytest
 from docs.page import PAGES, ROOT, blocks, lines, unrolled
 from docs.test_tutorial import photos
 from docs.turn import tier
+from dumo.encoders.pipeline import Pipeline
 from dumo.plan import machine
 from e2e.shell import call, sets
 from pipelines import SIDE, save
@@ -69,6 +70,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(machine, "compiler", lambda here: machine.Finding("torch.compile", "ok", "works"))  # slow
     captioned(tmp_path / "photos")
     return tmp_path
+
+
+@pytest.mark.parametrize(("page", "name", "folder"), [("pretrained", "sd3-medium", "sd3"), ("sdxl", "sdxl", "sdxl")])
+def test_a_page_downloads_what_dumo_prints(page: str, name: str, folder: str) -> None:
+    (line,) = (line for line in lines(ROOT / f"docs/{page}.md", "sh") if line.startswith("hf "))
+    printed = Pipeline(source=name).download_command()
+    assert shlex.split(line) == shlex.split(printed.replace("--local-dir DIR", f"--local-dir {folder}"))
 
 
 @tier("pretrained")

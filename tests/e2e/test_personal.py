@@ -153,7 +153,7 @@ def test_stock_pipelines_make_dumos_images_of_both_loras(
 ) -> None:
     """Fused on the stock model, alone on the few-step run's export, merged; at one pass and two, by their cards."""
     case = sd3 if name == "SD3" else personal(name, tmp_path, monkeypatch)
-    must(call("export", case.few, case.folder / "run-diffusers"))
+    must(call("export", case.few, case.folder / "few-steps"))
     fused, alone = case.export("fused", "--to", "lora"), case.export("alone", "--to", "lora", "--alone")
     assert max(case.errors_over_limits("lora", fused)) < 1
     assert max(case.errors_over_limits("lora", alone)) < 1

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
 from dumo.io.weights import read
 from dumo.nets import lowpass
-from dumo.nets.pretrained import WEIGHTS
 from e2e.shell import call, files, refused, sets
 
 DIGITS: dict[str, Any] = {

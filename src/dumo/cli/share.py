@@ -85,9 +85,12 @@ def export(
         out.print(hub.push(exported, push), soft_wrap=True)
     elif exported.is_dir():
         base_folder = None
-        if to == "lora" and not alone:
+        few_steps_run = ""
+        if alone and opened.run.start is not None:
+            few_steps_run = opened.run.start.source
+        elif to == "lora":
             base_folder = _own_base_folder(opened.run.pipeline)
-        err.print(f"next:  {_how_to_try(exported.resolve(), base_folder)}", soft_wrap=True)
+        err.print(f"next:  {_how_to_try(exported.resolve(), base_folder, few_steps_run)}", soft_wrap=True)
 
 
 def _own_base_folder(pipeline: "Pipeline | None") -> Path | None:
@@ -97,9 +100,14 @@ def _own_base_folder(pipeline: "Pipeline | None") -> Path | None:
     return pipeline.folder.resolve()
 
 
-def _how_to_try(folder: Path, base_folder: Path | None) -> str:
-    """What to type to run the card of an exported folder, with the base model next to it."""
+def _how_to_try(folder: Path, base_folder: Path | None, few_steps_run: str = "") -> str:
+    """What to type to run the card of an exported folder, with the base model or the few-step run's export beside."""
+    from dumo.export.card import FEW_STEPS
+
     command = f"cd {quote(str(folder.parent))}"
+    few_steps_folder = folder.parent / FEW_STEPS
+    if few_steps_run and not few_steps_folder.exists():
+        command = f"dumo export {quote(few_steps_run)} {quote(str(few_steps_folder))} && {command}"
     if base_folder and not (folder.parent / base_folder.name).exists():
         command += f" && ln -s {quote(str(base_folder))}"
     return f"{command}    then run the Python in {quote(f'{folder.name}/README.md')}"

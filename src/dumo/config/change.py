@@ -15,6 +15,7 @@ from dumo.io.yaml import dump, parse
 from dumo.types import UserError
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
+SHORTHANDS: dict[FieldPath, str] = {("pipeline",): "source"}  # parts that a text stands for: the field that it sets
 
 
 def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -44,6 +45,9 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
     fields. Raises UserError for a text without `=`, a path that leads nowhere, or two that contradict each other.
     """
     values = dict(_split(text) for text in texts)
+    for path, field in SHORTHANDS.items():
+        if isinstance(values.get(path), str):  # written out, so that other fields of the part may be set beside it
+            values[path] = {field: values[path]}
     for path in sorted(values, key=_order):
         for length in range(1, len(path)):
             parent = path[:length]

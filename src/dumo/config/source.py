@@ -37,6 +37,10 @@ PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.plan.p
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
 BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
 MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
+WEIGHTS_SUFFIX = ".safetensors"
+PIPELINE_INDEX = "model_index.json"  # in the folder of a pipeline of diffusers
+RUNS = "runs"  # where runs are, unless another folder is given
+DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
 SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
 
 
@@ -80,13 +84,13 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
 
     `out` is the folder that was given to train in: a recipe's name means the run there, where that folder has the same
     name, as when `train digits --out digits` is typed again. Raises UserError where ./NAME holds a run or images and
-    NAME is a recipe, too, and for a variable in a path that is not set.
+    NAME is a recipe, too, for a variable in a path that is not set, and for the folder of a pipeline of diffusers.
     """
     if out is not None and source in recipes.names() and out == Path(source) and (out / FILE).is_file():
         return ChosenSource("run", f"./{source}", out)
     recipe = recipe_of(source)
     if recipe is not None:
-        return ChosenSource("recipe", source, Path("runs") / recipe)
+        return ChosenSource("recipe", source, Path(RUNS) / recipe)
     if not str(source):
         raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
@@ -98,13 +102,15 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     elif os.path.isdir(path):
         if (path / FILE).is_file():
             return ChosenSource("run", source, path)
+        if (path / PIPELINE_INDEX).is_file():
+            raise UserError(f"{source} is the pipeline of a model, not a run or images: {_pipeline_fix(str(source))}")
         return ChosenSource("images", source, folder_of_images(source))
-    return ChosenSource("file", source, Path("runs") / path.stem)
+    return ChosenSource("file", source, Path(RUNS) / path.stem)
 
 
 def folder_of_images(place: str | Path) -> Path:
     """The folder runs/NAME to train in, by the name of the folder or file of images."""
-    return Path("runs") / user_path(str(place), "the images").resolve().stem
+    return Path(RUNS) / user_path(str(place), "the images").resolve().stem
 
 
 def recipe_of(source: str | Path) -> str | None:
@@ -143,9 +149,16 @@ def read(source: str | Path) -> RunText:
         return RunText(_over_base(_recipe_tree(recipe), name, None), name)
     file = _run_file(Path(source))
     if file is not None:
+        if file.suffix == WEIGHTS_SUFFIX:
+            from dumo.encoders.singlefile import unpack_hint  # slow to import
+
+            raise UserError(f"{unpack_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
         return read_file(file)
     if os.path.isdir(source):  # False for a name that is too long
         raise UserError(f"{source} is a folder without a {FILE}: {SOURCE_FIX}")
+    fetch = _fetch_hint(str(source))
+    if fetch:
+        raise UserError(fetch)
     raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
 
 
@@ -286,6 +299,33 @@ def _parse_mapping(text: str, name: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
     return tree
+
+
+def _fetch_hint(name: str) -> str:
+    """What a source that is nowhere here may be on the Hugging Face hub, and what to type; "": nothing."""
+    if Path(name).suffix in (".yaml", ".yml", *IMAGE_FILES) or Path(name).parent == Path(RUNS):
+        return ""
+    from dumo.encoders.pipeline import fetch_hint, published_name  # slow to import
+
+    fetch = fetch_hint(name)
+    if not fetch:
+        return ""
+    recipe = _recipe_of_pipeline(published_name(name)) or DEFAULT_TUNING_RECIPE
+    return f"{fetch}, and give it to a recipe: {_pipeline_fix(Path(name).name, recipe)}"
+
+
+def _pipeline_fix(folder: str, recipe: str = DEFAULT_TUNING_RECIPE) -> str:
+    """How a recipe is given the folder of a pipeline, in words."""
+    return f"dumo encode {recipe} --set pipeline={folder}, then dumo train {recipe} --set pipeline={folder}"
+
+
+def _recipe_of_pipeline(name: str) -> str:
+    """The first recipe that tunes a published pipeline; "": none names it."""
+    for recipe in recipes.names():
+        pipeline = _parse_recipe(recipe).get("pipeline")
+        if isinstance(pipeline, dict) and pipeline.get("source") == name:
+            return recipe
+    return ""
 
 
 def _hint(name: str) -> str:

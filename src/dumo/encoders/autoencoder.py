@@ -1,7 +1,7 @@
 """Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and a pipeline's.
 
-All take images in [-1, 1]. `weights` is a folder with config.json and diffusion_pytorch_model.safetensors, or the name
-of such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
+All take images in [-1, 1]. `weights` is a folder with config.json and weights (`dumo.encoders.part`), or the name of
+such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
 
 `Model.open` finds the folder, compares the hash of its weights, loads the class of diffusers, and refuses a config of
 another variant. Where the numbers come from: `Published` for a variant, the pipeline's config for `PipelineVae`.
@@ -19,15 +19,15 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
-from dumo.encoders.codec import FIELD, WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.io.read import brief, foreign, read_settings, user_path
-from dumo.io.weights import whole_digest
 from dumo.runtime import import_bitsandbytes, install
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
-HINT = f"--set {FIELD}=... names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
+HINT = f"--set {FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face hub."
 
 
 class Model(Scaled):
@@ -147,8 +147,8 @@ class PipelineVae(PipelineSpec, Model):
         self.pipeline.require("vae.weights", sha256)
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
-        """As `Model.open`. Raises UserError, with the command that brings it, where it is missing."""
-        self.pipeline.part_folder(VAE)
+        """As `Model.open`. Raises UserError, with the command that brings it, where it or its weights are missing."""
+        self.pipeline.weights(VAE)
         return super().open(device)
 
 
@@ -207,7 +207,8 @@ def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: {install('diffusers')}") from error
     folder = _folder(codec.weights)
-    sha256 = whole_digest(_weights_file(folder), HINT)
+    part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
+    sha256 = part_weights.sha256(HINT)
     codec.require(sha256)
     if (folder / CONFIG).is_file():
         read_settings(folder / CONFIG, HINT)
@@ -216,6 +217,7 @@ def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
         net, info = model_class.from_pretrained(
             folder,
             output_loading_info=True,
+            variant=part_weights.variant,
             use_safetensors=True,
             local_files_only=True,
         )
@@ -295,15 +297,8 @@ def _folder(name: str) -> Path:
 
     repository = on_hub[1]
     subfolder = on_hub[2] or ""
-    patterns = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, WEIGHTS)]
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, DIFFUSERS_FILE)]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
-
-
-def _weights_file(folder: Path) -> Path:
-    """The safetensors file in a folder, or the pickle that stands in its place."""
-    file = folder / WEIGHTS
-    pickle = file.with_suffix(".bin")
-    return pickle if pickle.is_file() and not file.is_file() else file

@@ -22,16 +22,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dumo.encoders.text import CONFIG, PICKLES, WEIGHTS, load_model
+from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
+from dumo.encoders.text import CONFIG, load_model
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
-from dumo.io import digest
 from dumo.io.picture import Pixels
 from dumo.io.read import foreign, read_settings
-from dumo.io.weights import read, read_metadata
 from dumo.types import UserError
 
 _IMAGES_PER_BATCH = 64  # ours
-HINT = f"name a folder with {CONFIG}, {WEIGHTS} and the files of a tokenizer, as transformers saves a CLIPModel"
+HINT = (
+    f"name a folder with {CONFIG}, {TRANSFORMERS_FILE} and the files of a tokenizer, as transformers saves a CLIPModel"
+)
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 IMAGE_CONFIG = "preprocessor_config.json"  # of the image processor
 _PROCESSOR_CONFIG = "processor_config.json"  # of image processor and tokenizer, as of transformers 5
@@ -55,7 +56,7 @@ class Clip:
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the weights, in hexadecimal."""
-        return digest.of_file(self.folder / WEIGHTS)
+        return require_weights(self.folder, TRANSFORMERS, "the CLIP", HINT).sha256()
 
     @torch.no_grad()
     def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
@@ -96,7 +97,7 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
-    config = read_config(folder, (CONFIG, WEIGHTS, _TOKENIZER_CONFIG), field, HINT)
+    config = read_config(folder, (CONFIG, _TOKENIZER_CONFIG), field, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
         raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
@@ -107,17 +108,15 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
 
 
 def read_config(folder: Path, files: Sequence[str], field: str, hint: str) -> dict[str, Any]:
-    """Read config.json of a folder, after a check that the folder has all `files`.
+    """Read config.json of a folder, after a check that the folder has all `files`, and weights.
 
     Raises UserError, which names the field, where a file is missing, the weights are damaged, or they are a pickle.
     """
-    missing = next((name for name in files if not (folder / name).is_file()), None)
-    if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
-        read(folder / PICKLES[0], convert=False)  # raises UserError that says how to convert it
-    if missing:
-        raise UserError(f"{field}: {folder} has no {missing}: {hint}")
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{field}: {folder} has no {name}: {hint}")
     config = read_settings(folder / CONFIG, hint)
-    read_metadata(folder / WEIGHTS)  # raises UserError if the header is damaged
+    require_weights(folder, TRANSFORMERS, field, hint).require_undamaged()
     return config
 
 

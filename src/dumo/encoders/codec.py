@@ -17,6 +17,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.runtime.random import keyed
@@ -26,7 +27,6 @@ Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
 Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard deviations
 Latent = Float[Tensor, "b l y x"]
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # in a folder of diffusers
 FIELD = "data.codec.weights"  # the field of a run, for messages
 PIECE = 2**20  # pixels at a time, 16 images of 256 x 256: ours
 
@@ -84,8 +84,10 @@ class Scaled(Spec):
             place = user_path(self.weights, FIELD)
         except UserError:
             return None
-        file = place / WEIGHTS if place.is_dir() else place
-        return digest.of_file(file) if file.is_file() else None
+        if place.is_dir():
+            part_weights = find_weights(place, DIFFUSERS)
+            return None if part_weights is None else part_weights.sha256()
+        return digest.of_file(place) if place.is_file() else None
 
     def require(self, sha256: str) -> None:
         """Raise UserError for weights of another SHA-256 than those that the run began with."""

@@ -4,21 +4,27 @@ A run names one folder, and takes everything from there: the model that it tunes
 text encoders, the scheduler. `Pipeline.with_facts` pins each part by a hash when the run begins, so a run never
 decodes, reads prompts or is exported with the parts of another. Parts of a run that read the pipeline are a
 `PipelineSpec`, and get it by `with_pipeline`.
+
+`Pipeline.weights` are the files of a part that dumo opens (`dumo.encoders.part`). What is no folder is refused with the
+command that makes one: of a name on the Hugging Face hub (`fetch_hint`), of one file (`dumo.encoders.singlefile`).
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
 from yaml import YAMLError
 
-from dumo.io import digest, weights
+from dumo.encoders import part as parts
+from dumo.encoders.part import PartWeights
+from dumo.encoders.singlefile import unpack_hint
+from dumo.io import digest
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
@@ -27,13 +33,14 @@ S = TypeVar("S", bound=Spec)
 P = TypeVar("P", bound="PipelineSpec")
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"  # of a text encoder that can write, too
 SCHEDULER_CONFIG = "scheduler_config.json"
 TRANSFORMER = "transformer"
 UNET = "unet"  # where a UNet is the model
 VAE = "vae"
+SCHEDULER = "scheduler"
 # Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
 CONFIGS = files("dumo.encoders") / "published"
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
@@ -41,8 +48,9 @@ SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-
 SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
-# In files of the original layout: the beginning of a tensor's name, and the pipeline of such a file; else it is sd15.
-SINGLE_FILES = {"conditioner.embedders.1.": "sdxl"}
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
+OptionalPart = Literal["text_encoder_3"]  # a pipeline of diffusers works without it: SD3's T5
+OPTIONAL: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
 FEW_STEP_NAMES = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)
 
@@ -51,6 +59,8 @@ class Pipeline(Spec):
     """A folder of diffusers, or the name of a published one, whose configs are here and whose weights are not."""
 
     source: str = Field(json_schema_extra=SOURCE_SCHEMA)
+    # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
+    without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
     # Whether it is distilled to few steps; None: not known, for its class and config are those of its base.
     distilled: bool | None = Field(default=None, json_schema_extra=QUIET)
     # Its class, its licence and the hashes of its parts: found when a run begins.
@@ -59,7 +69,12 @@ class Pipeline(Spec):
     @model_validator(mode="before")
     @classmethod
     def _from_source(cls, value: Any) -> Any:  # noqa: ANN401, it is checked after this
-        return {"source": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"source": value}
+        if isinstance(value, dict) and isinstance(value.get("without"), list):
+            # JSON's lists are read as tuples, but not behind a validator that sees them as Python's
+            return {**value, "without": tuple(value["without"])}
+        return value
 
     @property
     def is_published(self) -> bool:
@@ -68,19 +83,23 @@ class Pipeline(Spec):
 
     @property
     def folder(self) -> Path:
-        """Where it is. Raises UserError for a published name, whose folder is to be fetched, and where none is."""
+        """Where it is.
+
+        Raises UserError, with the command that makes the folder, for a published name, a name on the Hugging Face hub,
+        one file of weights, and where nothing is.
+        """
         if self.is_published:
             raise UserError(
                 f"{FIELD}: {self.source} is known without its weights. Fetch them, {self.download_command()}, and set "
                 f"{FIELD}=DIR"
             )
         path = user_path(self.source, FIELD)
-        if path.suffix == ".safetensors" and path.is_file():
-            raise UserError(
-                f"{FIELD}: {self.source} is one file, without the configs and tokenizers of a pipeline. Make a folder "
-                f"DIR of it, {unpack_command(path)}, and set {FIELD}=DIR"
-            )
+        if path.suffix == parts.SUFFIX and path.is_file():
+            raise UserError(f"{FIELD}: {unpack_hint(path)}, and set {FIELD}=DIR")
         if not path.is_dir():
+            fetch = fetch_hint(self.source)
+            if fetch:
+                raise UserError(f"{FIELD}: {fetch}, and set {FIELD}={Path(self.source).name}")
             raise UserError(f"{FIELD}: {self.source} is no folder. {HINT}")
         return path
 
@@ -114,6 +133,14 @@ class Pipeline(Spec):
                 return folder
         return None
 
+    def weights(self, part: str) -> PartWeights:
+        """The weights of a part that dumo opens.
+
+        Raises UserError, with the command that brings them, where there are none, and as `part_folder`.
+        """
+        folder = self.part_folder(part)
+        return parts.require_weights(folder, weights_name(part), FIELD, self.download_command(part))
+
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part. Raises UserError where it is missing, or another than the run began with."""
         if self.is_published:
@@ -143,11 +170,15 @@ class Pipeline(Spec):
             )
 
     def download_command(self, part: str = "") -> str:
-        """The command that brings the whole pipeline, or a part of it."""
+        """The command that brings what dumo reads of the whole pipeline, or of one part of it."""
         folder = "DIR" if self.is_published else self.source
-        patterns = [INDEX, f"'{part}/*'"] if part else [INDEX, "README.md", "'*/*'"]
-        includes = "".join(f" --include {pattern}" for pattern in patterns)
-        return f"hf download {self.repository or 'REPOSITORY'}{includes} --local-dir {folder}"
+        repository = self.repository or "REPOSITORY"
+        if not part:
+            return _fetch_command(repository, folder, self.without)
+        wanted = [part]
+        if part == TRANSFORMER:
+            wanted = _model_parts(repository)
+        return parts.download_command(repository, wanted, [INDEX], folder)
 
     @property
     def repository(self) -> str:
@@ -209,46 +240,92 @@ class Pipeline(Spec):
         """Read the facts from the files, by name. Raises UserError where a part is missing."""
         yield "class", self.class_name
         yield from self.license.items()
-        for part in (TRANSFORMER, VAE, "scheduler"):
+        for part in (TRANSFORMER, VAE, SCHEDULER):
             if self._find_part(part):
                 yield part, config_hash(self.config(part))
-        vae_weights = self.folder / VAE / WEIGHTS
-        if vae_weights.is_file():
-            yield "vae.weights", digest.of_file(vae_weights)
+        vae_weights = parts.find_weights(self.folder / VAE, parts.DIFFUSERS)
+        if vae_weights is not None:
+            yield "vae.weights", vae_weights.sha256()
         if self.text_parts:
             yield "texts", self.texts_hash()
 
     @property
     def text_parts(self) -> list[str]:
-        """The parts that read prompts, by the names of their folders."""
-        parts: list[str] = []
+        """The parts that read prompts, by the names of their folders; not those that are null, or left out.
+
+        Raises UserError as `folder`, and where `without` names a part that the pipeline does not list.
+        """
+        for name in self.without:
+            if not self.is_published and name not in self.index:
+                raise UserError(
+                    f"{FIELD}.without: {self.source} has no {name} that could be left out: set {FIELD}.without=[]"
+                )
+        left_out = {*self.without, *(name.replace("text_encoder", "tokenizer") for name in self.without)}
+        names: list[str] = []
         for name, entry in self.index.items():
-            is_present = isinstance(entry, list) and entry and entry[0]  # [null, null]: it has none
-            if is_present and TEXT_PARTS.fullmatch(name):
-                parts.append(name)
-        return parts
+            if has_component(entry) and TEXT_PARTS.fullmatch(name) and name not in left_out:
+                names.append(name)
+        return names
+
+    @property
+    def absent_parts(self) -> list[str]:
+        """The parts that diffusers opens the pipeline without, if each is passed as None.
+
+        They are text encoders and tokenizers that are null in model_index.json or left out by `without`, and parts
+        that model_index.json lists, that dumo reads nothing of, and that are not in the folder, such as a safety
+        checker. [] for a published name.
+        """
+        if self.is_published:
+            return []
+        text_parts = self.text_parts
+        absent: list[str] = []
+        for name, entry in self.index.items():
+            if not isinstance(entry, list) or name in (TRANSFORMER, UNET, VAE, SCHEDULER):
+                continue
+            if TEXT_PARTS.fullmatch(name):
+                is_absent = name not in text_parts
+            else:
+                is_absent = has_component(entry) and not (self.folder / name).is_dir()
+            if is_absent:
+                absent.append(name)
+        return absent
 
     def text_encoder_bytes(self, itemsize: int) -> int | None:
         """Bytes of the encoders of prompts, at this size of a number; None: they are not here."""
         if self.is_published:
             return self.index["_readers"] * itemsize if "_readers" in self.index else None
-        numbers: dict[tuple[Path, str], int] = {}  # a folder may hold the same weights in two precisions
+        numbers = 0
         for part in self.text_parts:
+            part_weights = parts.find_weights(self.folder / part, weights_name(part))
+            if part_weights is not None:
+                numbers += sum(tensor.numel() for tensor in part_weights.load().values())
+        return numbers * itemsize or None
+
+    def text_files(self, part: str) -> list[Path]:
+        """The files of a text encoder or tokenizer that are read. Raises UserError where they are missing."""
+        if part.startswith("tokenizer"):
             folder = self.folder / part
-            for file in folder.glob("*.safetensors"):
-                for name, tensor in weights.load(file).items():
-                    numbers[folder, name] = tensor.numel()
-        return sum(numbers.values()) * itemsize or None
+            visible = [file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")]
+            if not visible:
+                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}")
+            return sorted(visible)
+        if part in OPTIONAL and self._find_part(part) is None:
+            raise UserError(
+                f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}; or go without it, "
+                f"--set '{FIELD}.without=[{part}]'"
+            )
+        files = self.weights(part).all_files
+        for name in (CONFIG, GENERATION_CONFIG):
+            file = self.folder / part / name
+            if file.is_file():
+                files.append(file)
+        return sorted(files)
 
     def texts_hash(self) -> str:
         """A hash of all that reads prompts. Raises UserError where a part is missing."""
         lines: list[str] = []
         for part in self.text_parts:
-            folder = self.folder / part
-            part_files = sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
-            if not part_files:
-                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}")
-            lines += [f"{part}/{file.name} {digest.of_file(file)}" for file in part_files]
+            lines += [f"{part}/{file.name} {digest.of_file(file)}" for file in self.text_files(part)]
         return digest.short(*lines)
 
 
@@ -292,27 +369,61 @@ def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
     return part.within(pipeline) if isinstance(part, PipelineSpec) else part
 
 
-def unpack_command(file: Path) -> str:
-    """The command that makes a folder of a file of the original layout (LDM), which has no configs and no tokenizers.
+def fetch_hint(name: str) -> str:
+    """What a name on the Hugging Face hub is, and the command that fetches it; "": it is no such name.
 
-    config may be a folder of these, where there is no network. Raises UserError for a file that is damaged.
+    OWNER/NAME is a name on the hub unless OWNER is a folder here.
     """
-    with weights.open_safetensors(file) as opened:
-        tensor_names = list(opened.keys())
-    name = "sd15"
-    for prefix, pipeline_name in SINGLE_FILES.items():
-        if any(tensor.startswith(prefix) for tensor in tensor_names):
-            name = pipeline_name
-            break
-    kind = published(name)["_class_name"]
-    config = published(name)["_name_or_path"]
-    code = f"from diffusers import {kind} as P; P.from_single_file('{file}', config='{config}').save_pretrained('DIR')"
-    return f'python -c "{code}"'
+    if not HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+        return ""
+    command = _fetch_command(name, Path(name).name)
+    if published_name(name):
+        return f"{name} is a model on the Hugging Face hub, and dumo reads a folder: fetch what it reads, {command}"
+    return (
+        f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command} "
+        "(leave --exclude out where it has variants such as fp16 alone)"
+    )
+
+
+def published_name(repository: str) -> str:
+    """The published pipeline of a repository on the Hugging Face hub; "": it is none of PUBLISHED."""
+    for name in PUBLISHED:
+        if str(published(name)["_name_or_path"]).lower() == repository.lower():
+            return name
+    return ""
+
+
+def _fetch_command(repository: str, folder: str, without: Sequence[str] = ()) -> str:
+    """The command that brings what dumo reads of a pipeline, but for the text encoders of `without`."""
+    text_parts = ["text_encoder*", "tokenizer*"]
+    if without:
+        text_parts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+    wanted = [*_model_parts(repository), VAE, SCHEDULER, *text_parts]
+    return parts.download_command(repository, wanted, [INDEX, "README.md"], folder)
+
+
+def _model_parts(repository: str) -> list[str]:
+    """The folders that may hold the model of a repository: of a known one, the one that does."""
+    name = published_name(repository)
+    if not name:
+        return [TRANSFORMER, UNET]
+    class_name = str(published(name)[TRANSFORMER]["_class_name"])
+    return [UNET if class_name.startswith("UNet") else TRANSFORMER]
+
+
+def has_component(entry: object) -> bool:
+    """Whether model_index.json names a library and a class for a part; [null, null]: the pipeline has none."""
+    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
+
+
+def weights_name(part: str) -> str:
+    """NAME of the weights of a part (`dumo.encoders.part`)."""
+    return parts.TRANSFORMERS if TEXT_PARTS.fullmatch(part) else parts.DIFFUSERS
 
 
 def config_name(part: str) -> str:
     """The name of a part's config."""
-    return SCHEDULER_CONFIG if part == "scheduler" else CONFIG
+    return SCHEDULER_CONFIG if part == SCHEDULER else CONFIG
 
 
 @lru_cache(64)

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dumo.encoders.pipeline import HINT, TRANSFORMER, Pipeline, component_names
+from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, Pipeline, component_names
 from dumo.encoders.text import Embeddings, quietly
 from dumo.encoders.tokens import import_transformers
 from dumo.io.read import foreign
@@ -39,6 +39,8 @@ class Prompts(Spec):
     pipeline: str  # its class
     encodes: str  # what its encode_prompt returns, in order (`dumo.nets.family`)
     dtype: Literal["float16", "bfloat16", "float32"]  # of the encoders and of what is kept
+    # text encoders that are left out (`Pipeline.without`)
+    without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
     padded: bool = False  # tokens that the mask leaves out are read, too, so they are kept, with the mask
 
     def model_type(self) -> str:
@@ -47,7 +49,7 @@ class Prompts(Spec):
 
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
         """Load the encoders onto a device. Raises UserError where a part is missing or cannot be loaded."""
-        folder = Pipeline(source=self.source)
+        folder = Pipeline(source=self.source, without=self.without)
         sha256 = folder.texts_hash()
         pipeline_class, pipe = self._load(folder)
         text_parts = [getattr(pipe, name) for name in folder.text_parts]
@@ -78,16 +80,38 @@ class Prompts(Spec):
             pipeline_class = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
-            unused = component_names(pipeline_class) - {*folder.text_parts, "scheduler"}
+            unused = component_names(pipeline_class) - {*folder.text_parts, SCHEDULER}
+            components = dict.fromkeys(unused) | {folder.model: model} | self._load_variants(folder)
             pipe = pipeline_class.from_pretrained(
                 folder.folder,
-                **dict.fromkeys(unused) | {folder.model: model},
+                **components,
                 torch_dtype=getattr(torch, self.dtype),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
             )
         return pipeline_class, pipe
+
+    def _load_variants(self, folder: Pipeline) -> dict[str, Any]:
+        """Load the text encoders whose weights are a variant: diffusers takes one variant for all parts, or none."""
+        encoders: dict[str, Any] = {}
+        for part in folder.text_parts:
+            if part.startswith("tokenizer"):
+                continue
+            variant = folder.weights(part).variant
+            library, class_name = folder.index[part]
+            if variant is None or library != "transformers":  # diffusers loads it
+                continue
+            encoder_class = getattr(import_transformers("net.texts"), class_name)
+            encoders[part] = encoder_class.from_pretrained(
+                folder.part_folder(part),
+                variant=variant,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        return encoders
 
 
 @dataclass

@@ -18,18 +18,14 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, require_weights
 from dumo.encoders.tokens import LoadedTokenizer, import_transformers, load_tokenizer
 from dumo.flow.precision import Precision, using
-from dumo.io import digest
 from dumo.io.read import foreign, read_settings, user_path
-from dumo.io.weights import read, read_metadata
 from dumo.runtime.bound import TOKENS
 from dumo.types import PLACE, Spec, UserError
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Classes of transformers by the model_type of config.json: those that load the text encoder alone, without the decoder
 # of T5 and the images' half of CLIP.
 _CLASS_BY_MODEL_TYPE = {
@@ -40,7 +36,7 @@ _CLASS_BY_MODEL_TYPE = {
     "clip": "CLIPTextModel",
 }
 _PROJECTED = "CLIPTextModelWithProjection"  # embeds the whole text as CLIP compares it with images
-HINT = f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a text encoder"
+HINT = f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a text encoder"
 
 
 @dataclass(frozen=True)
@@ -88,39 +84,28 @@ class Encoder(Spec):
             folder = path / "text_encoder"  # of a pipeline
         if not (folder / CONFIG).is_file():
             raise UserError(f"net.texts.encoder.source: {self.source} has no {CONFIG}: {HINT}")
-        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-            return folder
-        if any((folder / pickle).is_file() for pickle in PICKLES):
-            read(folder / PICKLES[0], convert=False)  # raises UserError that says how to convert it
-        raise UserError(f"net.texts.encoder.source: {folder} has no weights: {HINT}")
+        require_weights(folder, TRANSFORMERS, "net.texts.encoder.source", HINT)
+        return folder
 
-    def files(self) -> list[Path]:
-        """The files of the weights. Raises UserError as `folder`, and for damaged ones."""
-        folder = self.folder()
-        files = [folder / WEIGHTS]
-        if not files[0].is_file():
-            with foreign(f"{folder / INDEX} lists no files", HINT):
-                names = set(read_settings(folder / INDEX, HINT)["weight_map"].values())
-                files = [folder / name for name in sorted(names)]
-        for file in files:
-            read_metadata(file)  # raises UserError if the header is damaged
-        return files
+    def weights(self) -> PartWeights:
+        """The weights. Raises UserError as `folder`."""
+        return require_weights(self.folder(), TRANSFORMERS, "net.texts.encoder.source", HINT)
 
     def sha256(self) -> str:
-        """The hash of the weights, in hexadecimal; of several files, of all their hashes. Raises as `files`."""
-        hashes = [digest.of_file(file) for file in self.files()]
-        if len(hashes) == 1:
-            return hashes[0]
-        return digest.of_bytes(*(sha256.encode() for sha256 in hashes))
+        """The hash of the weights, in hexadecimal. Raises UserError as `folder`, and for damaged ones."""
+        return self.weights().sha256()
 
     def model_type(self) -> str:
         """The name of the encoder's architecture in config.json. Raises as `folder`."""
         return str(read_settings(self.folder() / CONFIG, HINT).get("model_type"))
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
-        """Load the encoder onto a device. Raises UserError as `files`, and where transformers cannot load it."""
+        """Load the encoder onto a device.
+
+        Raises UserError as `folder`, for damaged weights, and where transformers cannot load them.
+        """
         folder = self.folder()
-        _ = self.files()  # raises UserError for damaged ones before transformers reads them
+        self.weights().require_undamaged()  # before transformers reads them
         tokenizer = self.tokenizer()
         model = _load_encoder(folder, self.pooled).to(device)
         return EncoderModel(self, tokenizer, model, torch.device(device))
@@ -197,15 +182,17 @@ def _load_encoder(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model o
 
 
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
-    """Load a model of this class of transformers, in evaluation mode, in float32.
+    """Load a model of this class of transformers from a folder, in evaluation mode, in float32.
 
     Raises UserError, which names the field and ends in the hint, where it cannot be loaded whole.
     """
     model_class = getattr(import_transformers(field), class_name)
+    part_weights = require_weights(folder, TRANSFORMERS, field, hint)
     with foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
         model, info = model_class.from_pretrained(
             folder,
             output_loading_info=True,
+            variant=part_weights.variant,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -270,9 +270,9 @@ def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str |
     stored = contents.binding()
     requested = contents.model_copy(update={"encoder": encoder}).binding()
     lines = [
-        f"{field}: {stored.get(field)} there, {requested[field]} asked"
-        for field in requested
-        if requested[field] != stored.get(field)
+        f"{field}: {stored.get(field)} there, {requested.get(field)} asked"
+        for field in stored | requested  # a field without its default is in one of them alone
+        if requested.get(field) != stored.get(field)
     ]
     if lines:
         listed = "\n  ".join(lines)

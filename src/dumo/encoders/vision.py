@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from dumo.encoders import clip
-from dumo.encoders.text import CONFIG, WEIGHTS, load_model
+from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
+from dumo.encoders.text import CONFIG, load_model
 from dumo.flow.precision import using
-from dumo.io import digest
 from dumo.io.picture import Pixels
 from dumo.io.read import foreign
 from dumo.types import UserError
@@ -50,7 +50,7 @@ class VisionModel(NamedTuple):
     @property
     def hint(self) -> str:
         """What to do where a folder does not fit, for messages."""
-        return f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a {self.model}"
+        return f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a {self.model}"
 
 
 VISION_MODELS: dict[Kind, VisionModel] = {
@@ -87,10 +87,11 @@ class Eye:
     def facts(self) -> dict[str, str]:
         """For a report: the model, the hash of its weights, and what is done to an image before."""
         config = self.model.config
+        hint = VISION_MODELS[self.kind].hint
         colours = f"{_colour_text(self.mean)}; {_colour_text(self.deviation)}"
         return {
             "features": f"{type(self.model).__name__} {config.hidden_size} wide, patches of {config.patch_size}",
-            "features_sha256": digest.of_file(self.folder / WEIGHTS),
+            "features_sha256": require_weights(self.folder, TRANSFORMERS, "features", hint).sha256(),
             "resize": f"{VISION_MODELS[self.kind].resize} {self.side}",
             "rounding": "0 to 255",
             "colours": f"mean and deviation {colours}",
@@ -140,7 +141,7 @@ def load(folder: Path, kind: Kind, field: str, device: torch.device | str = "cpu
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
     known = VISION_MODELS[kind]
-    config = clip.read_config(folder, (CONFIG, WEIGHTS), field, known.hint)
+    config = clip.read_config(folder, (CONFIG,), field, known.hint)
     if config.get("model_type") not in known.types:
         raise UserError(f"{field}: {folder} holds a {config.get('model_type')}, no {known.model}: {known.hint}")
     model = load_model(folder, known.model, field, known.hint)

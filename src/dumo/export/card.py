@@ -36,6 +36,7 @@ from dumo.types import UserError
 PROMPT = "a red fox in the snow"
 CODES = "codes.safetensors"
 MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is one in Markdown, too
+FEW_STEPS = "few-steps"  # the folder of a few-step run's export, as docs/pretrained.md calls it
 PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}
 
 
@@ -133,6 +134,8 @@ def of_tuned(
         guided=is_guided_by(stock, sampler),
         scheduler=scheduler[1],
         own=scheduler == JUMP_SCHEDULER,
+        absent="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
+        few_steps_folder=FEW_STEPS,
         whole=is_whole(parts),
         unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,

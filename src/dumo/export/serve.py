@@ -13,16 +13,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dumo.encoders.pipeline import has_component
 from dumo.export.model import TRAIN_TIMESTEPS, ExportedModel
 
 KEY = "dmd2_config"
 IGNORED_KEYS = "_use_default_values"  # lists what diffusers passes over in silence; of other keys it warns
 PASSES = 2  # that a server makes, as the second call of a card: ours
-
-
-def has_component(entry: object) -> bool:
-    """Whether a pipeline has a part, by its entry: the library and the class, or null for each."""
-    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def is_whole(index: Mapping[str, Any]) -> bool:

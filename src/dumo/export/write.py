@@ -23,11 +23,11 @@ from torch import nn
 
 from dumo.config.error import require_known
 from dumo.data import Data, Latents
-from dumo.encoders.pipeline import TRANSFORMER, UNET
+from dumo.encoders.pipeline import TRANSFORMER, UNET, has_component
 from dumo.export import card, lora, standalone
 from dumo.export.model import INDEX, ExportedModel, Head, exported_head, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
-from dumo.export.serve import IGNORED_KEYS, has_component, is_whole, served, unserved
+from dumo.export.serve import IGNORED_KEYS, is_whole, served, unserved
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
@@ -186,8 +186,11 @@ def write_folder(
         copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
         index[SCHEDULER] = write_velocity_scheduler(out / SCHEDULER, exported.net.frame)
+    absent_parts = exported.spec.pipeline.absent_parts
     for name in other_parts(index):
-        if source and parts != "none":
+        if name in absent_parts:
+            index[name] = [None, None]
+        elif source and parts != "none":
             copy_part(source / name, out / name, parts)
         else:
             del index[name]

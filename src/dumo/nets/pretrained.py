@@ -11,15 +11,14 @@
 """
 
 import warnings
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
+from dumo.encoders.part import DIFFUSERS, PartWeights, require_weights
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
-from dumo.io import weights
 from dumo.io.deferred import leaf, unnoted
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
@@ -35,9 +34,6 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.runtime.bound import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
-PICKLE = "diffusion_pytorch_model.bin"
 HEADS = ("v", "u", "m")  # of an objective: velocities and flow maps
 TIMES = ("t", "r")
 DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
@@ -115,7 +111,7 @@ class Pretrained(PipelineSpec):
         if self.lora is None or self.lora.coding is None:
             return self
         frozen = "float32"
-        if self.weights == "source" and stored_dtype(with_weights(self.pipeline)) == torch.bfloat16:
+        if self.weights == "source" and model_weights(self.pipeline).dtype == torch.bfloat16:
             frozen = "bfloat16"
         lora = self.lora.model_copy(update={"frozen": frozen})
         return self.model_copy(update={"lora": lora})
@@ -230,28 +226,28 @@ class Pretrained(PipelineSpec):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code
             if torch.get_default_device().type == "meta" or self.weights == "drawn":
                 return model_class.from_config(config)
-            return self._load(model_class, config, with_weights(self.pipeline))
+            return self._load(model_class, config, model_weights(self.pipeline))
 
-    def _load(self, model_class: Any, config: Config, folder: Path) -> Any:  # noqa: ANN401, as `model`
-        """The model with the weights of a folder, mapped from its files until they are made. Raises as `model`."""
+    def _load(self, model_class: Any, config: Config, stored_weights: PartWeights) -> Any:  # noqa: ANN401, as `model`
+        """The model with the weights of its folder, mapped from its files until they are made. Raises as `model`."""
+        folder = stored_weights.files[0].parent
         with foreign(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT), unnoted():
             from accelerate import init_empty_weights
 
             model, info = model_class.from_pretrained(
                 folder,
                 output_loading_info=True,
+                variant=stored_weights.variant,
                 use_safetensors=True,
                 local_files_only=True,
-                torch_dtype=stored_dtype(folder),
+                torch_dtype=stored_weights.dtype,  # diffusers maps what it need not cast
             )
             with init_empty_weights():
                 buffers = dict(model_class.from_config(config).named_buffers())  # float32, whatever the file's type
         for report in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             for key in info.get(report, ()):
                 raise UserError(f"{folder}: the weights do not fit {CONFIG}: {key} is missing, unknown or misshapen")
-        stored: dict[str, Tensor] = {}
-        for file in files_of(folder):
-            stored |= weights.load(file)
+        stored = stored_weights.load()
         keeps_dtype = self.lora is not None and self.lora.frozen != "float32"
         for path, module in model.named_modules():
             for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
@@ -293,30 +289,7 @@ def _require_known(needs: Needs) -> None:
         )
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files of a model's weights, in order; not those of another precision, which may lie next to them."""
-    single = folder / WEIGHTS
-    if single.is_file():
-        return [single]
-    return sorted(folder.glob(f"{Path(WEIGHTS).stem}-*-of-*.safetensors"))
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first of a model's weights: diffusers maps what it need not cast."""
-    first_file = files_of(folder)[0]
-    return next(iter(weights.load(first_file).values())).dtype
-
-
-def with_weights(pipeline: Pipeline) -> Path:
-    """The folder of the model, if it has weights. Raises UserError where there are none, or they are a pickle."""
-    folder = pipeline.part_folder(TRANSFORMER)
-    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        return folder
-    pickle = folder / PICKLE
-    if pickle.is_file():
-        with weights.open_safetensors(pickle):  # refuses it
-            pass
-    raise UserError(
-        f"{FIELD}: {folder} has {CONFIG} and no weights: {pipeline.download_command(TRANSFORMER)}; or set "
-        "net.weights=drawn to start from random ones"
-    )
+def model_weights(pipeline: Pipeline) -> PartWeights:
+    """The weights of a pipeline's model. Raises UserError where there are none, or they are a pickle."""
+    way_out = f"{pipeline.download_command(TRANSFORMER)}; or set net.weights=drawn to start from random ones"
+    return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)

@@ -290,6 +290,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         family = self.family
         return Prompts(
             source=self.pipeline.source,
+            without=self.pipeline.without,
             pipeline=family.pipeline,
             encodes=family.encodes,
             dtype=self.dtype,

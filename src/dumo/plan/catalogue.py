@@ -15,7 +15,8 @@ from dumo.config import recipes
 from dumo.config.error import require_known
 from dumo.config.source import SHIPPED_PREFIX, read
 from dumo.encoders import inception
-from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
+from dumo.encoders.autoencoder import DcAe, SdVae
+from dumo.encoders.part import DIFFUSERS_FILE
 from dumo.encoders.pipeline import PUBLISHED, Pipeline
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, STANDARDS
@@ -132,10 +133,10 @@ CATALOGUE = (
         f"https://huggingface.co/{SD_VAE}",
         (
             install("diffusers"),
-            f"hf download {SD_VAE} config.json {WEIGHTS}   # else dumo encode fetches it",
+            f"hf download {SD_VAE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
         ),
-        (f"{HUB}{SD_VAE}/{WEIGHTS}",),
-        f"a folder with config.json and {WEIGHTS}, or the hub's own cache; set data.codec.weights to the folder",
+        (f"{HUB}{SD_VAE}/{DIFFUSERS_FILE}",),
+        f"a folder with config.json and {DIFFUSERS_FILE}, or the hub's own cache; set data.codec.weights to the folder",
         SD_VAE,
     ),
     Item(
@@ -144,9 +145,9 @@ CATALOGUE = (
         f"https://huggingface.co/{DC_AE}",
         (
             install("diffusers"),
-            f"hf download {DC_AE} config.json {WEIGHTS}   # else dumo encode fetches it",
+            f"hf download {DC_AE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
         ),
-        (f"{HUB}{DC_AE}/{WEIGHTS}",),
+        (f"{HUB}{DC_AE}/{DIFFUSERS_FILE}",),
         f"as sd-vae; the variants mix and sana are {DcAe(variant='mix').weights} and {DcAe(variant='sana').weights}",
         DC_AE,
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dumo.config.teacher import Start
+from dumo.encoders.part import DIFFUSERS, require_weights
 from dumo.flow.path import Path as FlowPath
 from dumo.io.read import read_settings, user_path
 from dumo.io.weights import load
@@ -20,7 +21,6 @@ from dumo.types import UserError
 
 ATTENTION_BY_WIDTH = {width: attention for width, _, attention in SIZES.values()}
 CONFIG_FILE = "config.json"  # of a diffusers folder
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_CLASS = "DiTTransformer2DModel"
 CONFIG_FIX = "take another copy of the model"
 TRUNK = ("embed.", "positions", "label.", "blocks.")
@@ -77,7 +77,8 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
         if (folder / CONFIG_FILE).is_file():
             model_class = read_settings(folder / CONFIG_FILE, CONFIG_FIX).get("_class_name", "nothing")
             if start.kind == "dit" and model_class == DIFFUSERS_CLASS:
-                return from_diffusers(load(folder / WEIGHTS_FILE))
+                part_weights = require_weights(folder, DIFFUSERS, "start.source", CONFIG_FIX)
+                return from_diffusers(part_weights.load())
             break
     raise UserError(
         f"start.source: {place} is a folder of {model_class}. A sit is one safetensors file under its authors' names, "

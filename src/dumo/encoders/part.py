@@ -1,0 +1,163 @@
+"""The files of one part of a diffusers folder: which weights dumo opens, and which patterns fetch no others.
+
+A part is a folder with a config and weights in safetensors. NAME is `diffusion_pytorch_model` of models of diffusers,
+and `model` of models of transformers. A folder may hold its weights several times:
+
+    NAME.safetensors                       in one file
+    NAME-00001-of-00002.safetensors        in shards, which NAME.safetensors.index.json lists
+    NAME.fp16.safetensors                  a variant in one file
+    NAME.fp16-00001-of-00002.safetensors   a variant in shards, which NAME.safetensors.index.fp16.json lists
+
+Whoever opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
+`require_weights` refuses a folder without any. `PartWeights` is the choice; its `variant` goes to `from_pretrained`.
+`download_command` fetches the plain weights of parts alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dumo.io import digest, weights
+from dumo.io.read import foreign, read_settings
+from dumo.types import UserError
+
+DIFFUSERS = "diffusion_pytorch_model"  # NAME of models of diffusers
+TRANSFORMERS = "model"  # NAME of models of transformers
+SUFFIX = ".safetensors"
+DIFFUSERS_FILE = f"{DIFFUSERS}{SUFFIX}"  # plain weights in one file
+TRANSFORMERS_FILE = f"{TRANSFORMERS}{SUFFIX}"
+VARIANTS = (None, "fp16", "bf16")  # in order of preference; None: plain
+PICKLES = {  # of the same models, which are refused
+    DIFFUSERS: ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
+    TRANSFORMERS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+}
+TAKE_ANOTHER = "take another copy of the folder"
+# Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
+EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
+
+
+@dataclass(frozen=True)
+class PartWeights:
+    """The weights of a part, of one variant."""
+
+    files: tuple[Path, ...]  # in the order of their names
+    variant: str | None = None  # such as fp16; None: plain
+    index: Path | None = None  # lists the files; None: there is one file
+
+    @property
+    def all_files(self) -> list[Path]:
+        """The files of weights, and the index that lists them."""
+        return [*self.files, self.index] if self.index else [*self.files]
+
+    def load(self) -> dict[str, Tensor]:
+        """The tensors by name, mapped. Raises UserError for a damaged file."""
+        tensors: dict[str, Tensor] = {}
+        for file in self.files:
+            tensors |= weights.load(file)
+        return tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first tensor. Raises UserError for a damaged file."""
+        tensors = weights.load(self.files[0])
+        return next(iter(tensors.values())).dtype
+
+    def require_undamaged(self, hint: str = "") -> None:
+        """Read the headers. Raises UserError, which ends in `hint`, for a damaged file."""
+        for file in self.files:
+            with weights.open_safetensors(file, hint):
+                pass
+
+    def sha256(self, hint: str = "") -> str:
+        """The SHA-256 of the file, in hexadecimal; of several files, of all their hashes.
+
+        Raises UserError, which ends in `hint`, for a damaged file.
+        """
+        hashes = [weights.whole_digest(file, hint) for file in self.files]
+        if len(hashes) == 1:
+            return hashes[0]
+        return digest.of_bytes(*(sha256.encode() for sha256 in hashes))
+
+
+def find_weights(folder: Path, name: str) -> PartWeights | None:
+    """The weights of a folder that dumo opens, NAME being `name`; None: there are none that are complete.
+
+    Raises UserError for an index that cannot be read.
+    """
+    for candidate in _candidates(folder, name):
+        if all(file.is_file() for file in candidate.files):
+            return candidate
+    return None
+
+
+def require_weights(folder: Path, name: str, field: str, way_out: str) -> PartWeights:
+    """The weights of a folder that dumo opens, NAME being `name`.
+
+    Raises UserError, which names the field of a run and ends in the way out, where there are none, shards are missing,
+    or the weights are pickles.
+    """
+    part_weights = find_weights(folder, name)
+    if part_weights is not None:
+        return part_weights
+    for candidate in _candidates(folder, name):
+        missing = [file.name for file in candidate.files if not file.is_file()]
+        if candidate.index is not None and len(missing) < len(candidate.files):
+            raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {way_out}")
+    for pickle in PICKLES[name]:
+        if (folder / pickle).is_file():
+            # tied weights of transformers are no safetensors as they stand, so no command converts them
+            with weights.open_safetensors(folder / PICKLES[name][0], convert=name == DIFFUSERS):
+                raise AssertionError("a pickle is refused by its name")
+    variants = " or ".join(f".{variant}" for variant in VARIANTS if variant)
+    raise UserError(
+        f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {way_out}"
+    )
+
+
+def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
+    """The weights that may be in a folder, in order of preference; their files may be missing, an index is not."""
+    for variant in VARIANTS:
+        infix = f".{variant}" if variant else ""
+        yield PartWeights((folder / f"{name}{infix}{SUFFIX}",), variant)
+        index = folder / f"{name}{SUFFIX}.index{infix}.json"
+        if index.is_file():
+            yield PartWeights(_listed_files(index), variant, index)
+
+
+def _listed_files(index: Path) -> tuple[Path, ...]:
+    """The files that an index lists. Raises UserError where it lists none, or files of another folder."""
+    with foreign(f"{index} lists no files", TAKE_ANOTHER):
+        names = sorted(set(read_settings(index, TAKE_ANOTHER)["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("weight_map names no files of its folder")
+        return tuple(index.with_name(name) for name in names)
+
+
+def download_command(repository: str, parts: Sequence[str], files: Sequence[str], folder: Path | str) -> str:
+    """The command that brings what dumo reads of a repository of the Hugging Face hub into a folder.
+
+    `parts` are folders, which may hold a `*`; `files` are others. Weights are brought plain, in safetensors.
+    """
+    words = ["hf", "download", repository]
+    for pattern in (*files, *included(parts)):
+        words += ["--include", pattern]
+    for pattern in EXCLUDED:
+        words += ["--exclude", pattern]
+    quoted = [f"'{word}'" if set("*? ") & set(word) else word for word in words]
+    return " ".join([*quoted, "--local-dir", str(folder)])
+
+
+def included(parts: Sequence[str]) -> list[str]:
+    """The patterns of what dumo reads of parts; what `EXCLUDED` matches is not among it."""
+    patterns: list[str] = []
+    for part in parts:
+        if part.startswith("tokenizer"):  # files of many names
+            patterns.append(f"{part}/*")
+            continue
+        patterns.append(f"{part}/*.json")
+        if part != "scheduler":
+            patterns.append(f"{part}/*{SUFFIX}")
+    return patterns

@@ -1,0 +1,236 @@
+"""The weights of a part: which of a folder's files are opened, and that the command of a download brings those."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from dumo.encoders import PipelineVae
+from dumo.encoders.part import (
+    DIFFUSERS,
+    DIFFUSERS_FILE,
+    TRANSFORMERS,
+    TRANSFORMERS_FILE,
+    find_weights,
+    require_weights,
+)
+from dumo.encoders.pipeline import TRANSFORMER, VAE, Pipeline
+from dumo.nets import Pretrained
+from dumo.nets.pretrained import model_weights
+from dumo.nets.rows import Codes
+from dumo.nets.table import PipelineTexts
+from dumo.types import UserError
+from pipelines import PIPELINES, save
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', of its own code
+PLAIN = ["model.safetensors"]
+FP16 = ["model.fp16.safetensors"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+FP16_SHARDS = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]
+OLD_SHARDS = ["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"]
+
+
+def write(folder: Path, *names: str, index: str = "", lists: list[str] | None = None) -> None:
+    """Files without tensors, and an index that lists some."""
+    for name in names:
+        save_file({}, folder / name)
+    if index:
+        weight_map = {str(k): name for k, name in enumerate(lists or [])}
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def names_and_variant(folder: Path) -> tuple[list[str], str | None] | None:
+    """What is opened."""
+    found = find_weights(folder, TRANSFORMERS)
+    return None if found is None else ([file.name for file in found.files], found.variant)
+
+
+@pytest.mark.parametrize(
+    ("files", "index", "variant"),
+    [
+        (PLAIN, "", None),
+        (SHARDS, "model.safetensors.index.json", None),
+        (FP16, "", "fp16"),
+        (FP16_SHARDS, "model.safetensors.index.fp16.json", "fp16"),
+        (OLD_SHARDS, "model.safetensors.index.fp16.json", "fp16"),
+    ],
+)
+def test_each_way_to_hold_weights_is_found(files: list[str], index: str, variant: str | None, tmp_path: Path) -> None:
+    write(tmp_path, *files, index=index, lists=files)
+    assert names_and_variant(tmp_path) == (files, variant)
+
+
+def test_plain_weights_are_taken_before_a_variant_if_they_are_complete(tmp_path: Path) -> None:
+    """An index, or some of its files, is not enough: as `hf download` leaves them that was given '*fp16*'."""
+    assert names_and_variant(tmp_path) is None
+    write(tmp_path, index="model.safetensors.index.json", lists=SHARDS)
+    assert names_and_variant(tmp_path) is None
+    write(tmp_path, SHARDS[0])
+    with pytest.raises(UserError, match=rf"^net: .* lacks {SHARDS[1]}, which model.safetensors.index.json lists: fix$"):
+        require_weights(tmp_path, TRANSFORMERS, "net", "fix")
+    write(tmp_path, *FP16)
+    assert names_and_variant(tmp_path) == (FP16, "fp16")
+    write(tmp_path, SHARDS[1])
+    assert names_and_variant(tmp_path) == (SHARDS, None)
+    write(tmp_path, *PLAIN)
+    assert names_and_variant(tmp_path) == (PLAIN, None)
+
+
+def test_an_index_names_files_of_its_folder(tmp_path: Path) -> None:
+    for lists in ([], ["../model.safetensors"], ["/model.safetensors"]):
+        write(tmp_path, index="model.safetensors.index.json", lists=lists)
+        with pytest.raises(UserError, match=r"index.json lists no files"):
+            find_weights(tmp_path, TRANSFORMERS)
+
+
+def test_what_has_no_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^net: .* has no weights \(model.safetensors, .*fp16 or .bf16\): fix"):
+        require_weights(tmp_path, TRANSFORMERS, "net", "fix")
+    for name, pickle in ((TRANSFORMERS, "pytorch_model.bin"), (DIFFUSERS, "diffusion_pytorch_model.bin.index.json")):
+        (tmp_path / pickle).write_text("")
+        with pytest.raises(UserError, match="dumo reads no pickle"):
+            require_weights(tmp_path, name, "net", "fix")
+
+
+def test_shards_are_one_model_and_one_hash(tmp_path: Path) -> None:
+    for k, name in enumerate(SHARDS):
+        save_file({str(k): torch.full((2,), float(k))}, tmp_path / name)
+    write(tmp_path, index="model.safetensors.index.json", lists=SHARDS)
+    found = require_weights(tmp_path, TRANSFORMERS, "net", "fix")
+    assert [x.tolist() for x in found.load().values()] == [[0, 0], [1, 1]]
+    before = found.sha256()
+    save_file({"1": torch.zeros(2)}, tmp_path / SHARDS[1])
+    assert found.sha256() != before
+
+
+def opened(folder: Path) -> list[torch.Tensor]:
+    """Numbers of all that is opened of a pipeline: of its model, its autoencoder and its text encoders."""
+    pipeline = Pipeline(source=str(folder))
+    net = Pretrained(texts=Codes()).within(pipeline)
+    with torch.device("cpu"):
+        model = net.model(pipeline.config(TRANSFORMER))
+    vae: Any = PipelineVae().within(pipeline).open().net
+    texts = PipelineTexts(root=str(folder / "texts"), dtype="float32").within(pipeline).reader_spec.open()(["a dog"])
+    return [*model.state_dict().values(), *vae.net.state_dict().values(), texts.tokens]
+
+
+def saved_again(folder: Path, to: Path, *, variant: str | None, shard_size: str) -> Path:
+    """A pipeline as diffusers saves it: of a variant, in shards."""
+    import diffusers
+
+    dtype = torch.float32 if variant is None else torch.float16
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe.save_pretrained(to, variant=variant, max_shard_size=shard_size)
+    return to
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "shard_size"), [(None, "20KB"), ("fp16", "5GB"), ("fp16", "20KB")])
+def test_a_pipeline_opens_however_its_weights_are_saved(variant: str | None, shard_size: str, tmp_path: Path) -> None:
+    """Sharded, and of a variant alone: the same numbers, rounded as the variant is."""
+    plain = save("SD3", tmp_path / "plain")
+    other = saved_again(plain, tmp_path / "other", variant=variant, shard_size=shard_size)
+    assert not [*other.rglob(DIFFUSERS_FILE), *other.rglob(TRANSFORMERS_FILE)] or shard_size == "20KB"
+    found = Pipeline(source=str(other)).weights(VAE)
+    assert (found.variant, found.index is not None) == (variant, shard_size == "20KB")
+    facts = Pipeline(source=str(other)).with_facts().facts or {}
+    assert facts["vae.weights"] == PipelineVae().within(Pipeline(source=str(other))).open().sha256
+    for mine, theirs in zip(opened(other), opened(plain), strict=True):
+        if variant is None:
+            assert torch.equal(mine, theirs)
+        else:
+            assert torch.allclose(mine, theirs, atol=2e-2)
+
+
+def holds_everything_twice(folder: Path) -> None:
+    """Beside every file of weights what hubs have: a variant of other numbers, pickles, other programs' files."""
+    for file in [*folder.rglob("*.safetensors")]:
+        broken = {name: torch.full_like(x, torch.nan) for name, x in load_file(file).items()}
+        for variant in ("fp16", "non_ema"):
+            save_file(broken, file.with_name(f"{file.stem}.{variant}.safetensors"))
+        for name in (f"{file.stem}.bin", "pytorch_model.bin", "flax_model.msgpack", "model.onnx", "openvino_model.bin"):
+            file.with_name(name).write_text("")
+        file.with_name(f"{file.name}.index.fp16.json").write_text("{}")
+    (folder / "all.safetensors").write_text("")
+    for name in ("safety_checker", "vae_1_0", "vae_decoder"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+        (folder / name / "model.safetensors").write_text("")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SD3", "SDXL"])
+def test_a_download_brings_what_is_opened_and_no_other_weights(name: str, tmp_path: Path) -> None:
+    """What the printed command matches suffices, for a repository that holds everything twice."""
+    whole = save(name, tmp_path / "whole")
+    expected = opened(whole)
+    pipeline = Pipeline(source=str(whole))
+    opened_files = {file for part in (TRANSFORMER, VAE) for file in pipeline.weights(part).all_files}
+    for part in pipeline.text_parts:
+        opened_files |= {*pipeline.text_files(part)}
+    holds_everything_twice(whole)
+    assert {file for part in (TRANSFORMER, VAE) for file in pipeline.weights(part).all_files} <= opened_files
+    words = shlex.split(pipeline.download_command())
+    include = [words[k + 1] for k, word in enumerate(words) if word == "--include"]
+    exclude = [words[k + 1] for k, word in enumerate(words) if word == "--exclude"]
+    there = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
+    matched = {*filter_repo_objects(there, allow_patterns=include, ignore_patterns=exclude)}
+    assert {str(file.relative_to(whole)) for file in opened_files} <= matched
+    assert {one for one in matched if one.endswith(".safetensors")} == {
+        str(file.relative_to(whole)) for file in opened_files if file.suffix == ".safetensors"
+    }
+    assert not [one for one in matched if Path(one).suffix in (".bin", ".msgpack", ".onnx", ".ckpt")]
+    brought = tmp_path / "brought"
+    for one in matched:
+        (brought / one).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(whole / one, brought / one)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(opened(brought), expected, strict=True))
+    assert Pipeline(source=str(brought)).texts_hash() == pipeline.texts_hash(), "what is not read is not hashed"
+
+
+def test_the_model_of_a_folder_without_weights_is_named_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(UserError, match=r"'unet/\*.safetensors' .*net.weights=drawn"):
+        model_weights(Pipeline(source=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_a_text_encoder_may_be_left_out(tmp_path: Path) -> None:
+    """SD3's T5: null in model_index.json, missing with it, or left out of a folder that has it."""
+    whole = save("SD3", tmp_path / "whole")
+    assert len(PIPELINES["SD3"].parts) == 6
+    assert Pipeline(source=str(whole)).absent_parts == []
+    left_out = Pipeline(source=str(whole), without=("text_encoder_3",))
+    null = Path(shutil.copytree(whole, tmp_path / "null"))
+    index = json.loads((null / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        index[part] = [None, None]
+        shutil.rmtree(null / part)
+    (null / "model_index.json").write_text(json.dumps(index))
+    without = Pipeline(source=str(null))
+    assert without.text_parts == left_out.text_parts == ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+    assert without.absent_parts == left_out.absent_parts == ["text_encoder_3", "tokenizer_3"]
+    assert without.texts_hash() == left_out.texts_hash() != Pipeline(source=str(whole)).texts_hash()
+    rows = []
+    for pipeline in (without, left_out, Pipeline(source=str(whole))):
+        spec = PipelineTexts(root=str(tmp_path / "texts"), dtype="float32").within(pipeline).reader_spec
+        rows.append(spec.open()(["a dog"]).tokens)
+    assert torch.equal(rows[0], rows[1])
+    assert rows[0].shape == rows[2].shape
+    assert not torch.equal(rows[0], rows[2])
+    words = left_out.download_command()
+    assert "tokenizer_2/*" in words
+    assert not [word for word in ("text_encoder_3", "text_encoder*", "tokenizer*") if word in words]
+
+
+def test_a_pipeline_has_no_other_text_encoder_to_leave_out(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"text_encoder": ["transformers", "CLIPTextModel"]}')
+    with pytest.raises(UserError, match=r"^pipeline.without: .* has no text_encoder_3 that could be left out: set"):
+        _ = Pipeline(source=str(tmp_path), without=("text_encoder_3",)).text_parts
