@@ -144,12 +144,13 @@ def kl(**config: object) -> Part:
         "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
         "layers_per_block": 1, "use_quant_conv": False, "use_post_quant_conv": False,
     }  # fmt: skip
-    return vae(**WIDTHS, **blocks, **config)
+    return vae(**WIDTHS, **{**blocks, **config})
 
 
 WIDTHS = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "latent_channels": 4}
 KL = kl(scaling_factor=1.5305, shift_factor=0.0609)
-OLDER = kl(scaling_factor=0.13025)  # as SDXL's, without a shift, which the pipelines of these do not read
+SDXL = kl(scaling_factor=0.13025, use_quant_conv=True, use_post_quant_conv=True)  # its pipeline asks for the latter
+OLDER = kl(scaling_factor=0.13025)  # without a shift, which the pipelines of these do not read
 KL_FLUX2 = vae(
     "AutoencoderKLFlux2", **WIDTHS, layers_per_block=1,
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -273,7 +274,7 @@ PIPELINES: dict[str, Complete] = {
             "text_encoder": clip(6, 5, "CLIPTextModel"), "tokenizer": lambda: tokens(77, begin=True),
             "text_encoder_2": clip(10, 12), "tokenizer_2": lambda: tokens(77, begin=True),
         },
-        {}, OLDER, scheduler("EulerDiscreteScheduler", **SD, steps_offset=1),
+        {}, SDXL, scheduler("EulerDiscreteScheduler", **SD, steps_offset=1),
     ),
     "PixArt": Complete(
         "PixArtSigmaPipeline", "pixart", {"text_encoder": t5(), "tokenizer": tokens}, {}, OLDER,
@@ -292,8 +293,11 @@ def filled(net: nn.Module, seed: int) -> nn.Module:
     return net.eval()
 
 
-def save(name: str, folder: Path, seed: int = 0) -> Path:
-    """A row's pipeline in a folder, its VAE with the null means that are published."""
+def save(name: str, folder: Path, seed: int = 0, *, dtype: str = "float32", variant: str | None = None) -> Path:
+    """A row's pipeline in a folder, its VAE with the null means that are published.
+
+    Weights are stored in `dtype`; `variant` is in the names of their files.
+    """
     import diffusers
 
     row, tiny = PIPELINES[name], TINY[PIPELINES[name].tiny]
@@ -302,6 +306,6 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
     parts = {model: transformer, "vae": row.vae(), **{part: make() for part, make in row.parts.items()}}
     for i, part in enumerate(parts.values()):
         if isinstance(part, nn.Module):
-            filled(part, seed + i)
-    getattr(diffusers, row.pipeline)(**parts, scheduler=row.scheduler()).save_pretrained(folder)
+            nn.Module.to(filled(part, seed + i), getattr(torch, dtype))  # diffusers' own would warn
+    getattr(diffusers, row.pipeline)(**parts, scheduler=row.scheduler()).save_pretrained(folder, variant=variant)
     return folder

@@ -29,13 +29,23 @@ class TinyRuns:
 
         return shutil.copytree(self._once(recipe, fields, train), to)
 
-    def case(self, to: Path, family: str, *fields: str) -> Case:
-        """A family's run in the folder `to`. Its pipeline, photographs and tables are shared: to be read."""
-        home = self._once(family, (), lambda folder: Case.of(family, folder, *FULL, verbs=("encode",)))
-        made = self._once(family, ("run", *fields), lambda folder: Case(family, folder, home).train(*fields))
+    def case(self, to: Path, family: str, *fields: str, stored: str = "float32") -> Case:
+        """A family's run in the folder `to`. Its pipeline, photographs and tables are shared: to be read.
+
+        The pipeline is stored as STORED (`stock.case`) says.
+        """
+
+        def encode(folder: Path) -> None:
+            Case.of(family, folder, *FULL, verbs=("encode",), stored=stored)
+
+        def train(folder: Path) -> None:
+            Case(family, folder, home).train(*fields)
+
+        home = self._once(family, (stored,), encode)
+        made = self._once(family, ("run", stored, *fields), train)
         shutil.copytree(made / "run", to / "run")
         (to / family).symlink_to(home / family)  # where the card of a LoRA opens it
-        return Case(family, to, home)
+        return Case(family, to, home, stored)
 
     def _once(self, name: str, fields: tuple[str, ...], make: Callable[[Path], object]) -> Path:
         """The folder that `make` fills. One process makes it, others that need it meanwhile wait."""

@@ -59,7 +59,15 @@ SHORT = (
 )
 # |a - b| / |b| of pixels. What is added otherwise than dumo adds it, adapters and guidance, is rounded otherwise: ours.
 LIMITS = {"full": 2e-6, "guided": 5e-6, "merged": 5e-6, "lora": 5e-6}
+STORED: dict[str, tuple[str, str | None]] = {  # how a pipeline is stored: in which dtype, and in files of which variant
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "float16": ("float16", None),
+    "fp16 files": ("float16", "fp16"),
+}
 FOUR_PASSES_LIMIT = 1e-5  # where rounding adds up
+HALF_LIMIT = 8  # of images in bf16 or fp16, in units of torch.finfo(dtype).eps: ours
+UNFILTERED_HALF_LIMIT = 32  # of four passes of Chroma, whose waves of 1000 rad read times as they are rounded
 FOUR_PASSES_LIMITS = {  # of pipelines that round times otherwise than dumo
     "CogView4": 1e-3,  # to whole thousandths
     "Z-Image": 2e-5,  # (1000 - 1000 t) / 1000 for 1 - t: 1.2e-5 where guided, 3e-6 if dumo's net is given that, too
@@ -70,11 +78,14 @@ RECORDER = Path(__file__).with_name("recorder.py")
 
 
 @cache
-def _start_recorder() -> "subprocess.Popen[str]":
-    """Start the Python that runs cards' blocks, once; it runs until this process ends."""
+def _start_recorder(libraries: str = "") -> "subprocess.Popen[str]":
+    """Start the Python that runs cards' blocks, once; it runs until this process ends.
+
+    libraries: a folder of packages that it imports in place of the installed ones; empty: none.
+    """
     process = subprocess.Popen(
         [sys.executable, "-P", RECORDER],
-        env={**ENVIRONMENT, "PYTHONPATH": ""},
+        env={**ENVIRONMENT, "PYTHONPATH": libraries},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -127,12 +138,25 @@ class Case:
     name: str  # of PIPELINES
     folder: Path
     shared_home: Path | None = None  # where other runs share the pipeline, photographs and tables; None: `folder`
+    stored: str = "float32"  # a key of STORED
+    libraries: str = ""  # a folder of packages with which cards run in place of the installed ones; empty: none
 
     @classmethod
-    def of(cls, name: str, folder: Path, *fields: str, verbs: Sequence[str] = ("encode", "train")) -> "Case":
-        """Make pipeline and photographs, and run the commands `verbs`; `fields` are set next to those of all cases."""
-        case = cls(name, folder)
-        save(name, case.source)
+    def of(
+        cls,
+        name: str,
+        folder: Path,
+        *fields: str,
+        verbs: Sequence[str] = ("encode", "train"),
+        stored: str = "float32",
+    ) -> "Case":
+        """Make pipeline and photographs, and run the commands `verbs`; `fields` are set next to those of all cases.
+
+        stored: how the pipeline is stored, a key of STORED.
+        """
+        case = cls(name, folder, stored=stored)
+        dtype, variant = STORED[stored]
+        save(name, case.source, dtype=dtype, variant=variant)
         _write_photographs(folder / "photos")
         if case.stock.takes_image:
             _write_edits(folder)
@@ -238,7 +262,15 @@ class Case:
     def errors_over_limits(self, kind: str, out: Path, scale: float = 1.0, c: Tensor | None = None) -> list[float]:
         """The errors of one, two and four passes over the limits of `kind`, of LIMITS: above 1 they are wrong."""
         limit = LIMITS[kind]
-        limits = (limit, limit, FOUR_PASSES_LIMITS.get(self.name, FOUR_PASSES_LIMIT))
+        four_passes_limit = FOUR_PASSES_LIMITS.get(self.name, FOUR_PASSES_LIMIT)
+        if self.stored != "float32":
+            dtype, _ = STORED[self.stored]
+            eps = torch.finfo(getattr(torch, dtype)).eps
+            limit = HALF_LIMIT * eps
+            four_passes_limit = limit
+            if self.name == "Chroma":
+                four_passes_limit = UNFILTERED_HALF_LIMIT * eps
+        limits = (limit, limit, four_passes_limit)
         return [error / limit for error, limit in zip(self.image_errors(out, scale, c), limits, strict=True)]
 
     def dumo_image(
@@ -279,7 +311,7 @@ class Case:
             if not image_copy.exists():
                 shutil.copy(self.image, image_copy)
 
-        process = _start_recorder()
+        process = _start_recorder(self.libraries)
         assert process.stdin
         assert process.stdout
         task = [str(block_file), str(record_file), str(self.folder), str(printed_file)]

@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import StableDiffusion3Pipeline  # noqa: F401, with all that most pipelines import
 from diffusers.image_processor import VaeImageProcessor
@@ -64,7 +65,7 @@ def run_block(block_file: str, record_file: str) -> None:
     torch.randn = recording_randn
     code = compile(Path(block_file).read_text(encoding="utf-8"), block_file, "exec")
     exec(code, {"__name__": "__main__"})
-    save_file(record, record_file)
+    save_file(record, record_file, {"diffusers": diffusers.__version__})
 
 
 def run_in_fork(block_file: str, record_file: str, folder: str, printed_file: str) -> int:

@@ -1,11 +1,15 @@
 """The release gate: every family from a folder of diffusers to the Python block of its exported card, run verbatim.
 
     python tools/stock/run.py [NAME ...] --json tools/stock/stock.json
+    python tools/stock/run.py [NAME ...] --stored --json FILE
 
 For each pipeline, a row: its run is made and trained in full (`Case.of`), sampled by a prompt, exported, guided and
 exported again; then trained by adapters, and exported merged and as a LoRA. Each export's card runs in stock diffusers.
 The other columns say how the stock pipeline behaves without a card (`unprompted_facts`, `euler_error`). Exit code 1
 where an image of a card is not dumo's. Float32, on a CPU.
+
+With --stored the pipelines are stored in float32, bf16 and fp16, and each card computes in the dtype that it names. A
+table is printed, too; tests/e2e/test_card.py has the limits.
 """
 
 import json
@@ -27,6 +31,7 @@ from pipelines import PIPELINES
 from stock.case import FULL, GUIDED, LIMITS, LORA, Case, must, relative_error
 
 VERBS = ("encode", "doctor", "train")
+DTYPES = ("float32", "bfloat16", "float16")  # of STORED, whose others have the same weights under other names
 USUAL_ARGUMENTS = ("prompt", "height", "width", "image", "max_area")  # of a call; the table has the others
 
 
@@ -116,21 +121,48 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def measure_stored(name: str, folder: Path) -> dict[str, Any]:
+    """One family's row by how it is stored: the largest distance of a card's images, as a folder and as a LoRA."""
+    row: dict[str, Any] = {"family": name}
+    for stored in DTYPES:
+        case = Case.of(name, folder / stored, *LORA, stored=stored)
+        lora = case.image_errors(case.export("lora", "--to", "lora")) if case.stock.loads_lora else None
+        row[stored] = {"folder": case.image_errors(case.export("out")), "lora": lora}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `measure_stored` in Markdown: the largest distance of both forms, of one, two and four passes."""
+    lines = [" | ".join(["| pipeline", *DTYPES]) + " |", "|---" * (len(DTYPES) + 1) + "|"]
+    for row in rows:
+        cells = [row["family"]]
+        for stored in DTYPES:
+            distances = [max(x) for x in row[stored].values() if x is not None]
+            cells.append(f"{max(distances):.1g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Pipelines of tests/pipelines.py. Default: all.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
+    stored: Annotated[bool, typer.Option("--stored", help="Measure by the dtype that is stored.")] = False,
 ) -> None:
     """Measure each pipeline, print and write its row, and list the faults."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    measure_row = measure_stored if stored else measure
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         for name in names or PIPELINES:
-            row = measure(name, Path(folder) / name)
+            row = measure_row(name, Path(folder) / name)
             print(json.dumps(row), flush=True)
             rows.append(row)
     if json_file is not None:
         json_file.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    if stored:
+        print(table(rows))
+        return
     lines = faults(rows)
     for line in lines:
         print(line)

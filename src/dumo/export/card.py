@@ -120,6 +120,9 @@ def of_tuned(
     sampler = exported.sampler
     codes = exported.class_embeddings
     parts = index or {}
+    source_parts = [*stock.parts]
+    if index is None and not exported.subject_only:  # else dumo wrote the model
+        source_parts.append(exported.component_name)
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.frame else EULER])
     return render(
         "tuned",
@@ -137,6 +140,7 @@ def of_tuned(
         absent="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
         few_steps_folder=FEW_STEPS,
         whole=is_whole(parts),
+        variant=exported.weights_variant(source_parts),
         unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
@@ -193,7 +197,7 @@ def pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[
     calls: list[tuple[str, str]] = []
     for n, comment in passes.items():
         times = exported.pipeline_times(n)
-        keywords = stock.arguments(times, embedded=exported.spec.guidance, scale=exported.sampler.spec.guide.scale)
+        keywords = stock.arguments(times, embedded=exported.net.guidance, scale=exported.sampler.spec.guide.scale)
         arguments = [*condition, *(f"{key}={value}" for key, value in keywords.items())]
         if stock.seeds_scheduler or exported.makes_hops:
             arguments.append("generator=torch.Generator().manual_seed(0)")

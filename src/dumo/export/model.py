@@ -14,7 +14,8 @@ the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of 
 """
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.pipeline import TRANSFORMER, UNET, component_names
+from dumo.encoders.part import DIFFUSERS, find_weights
+from dumo.encoders.pipeline import TRANSFORMER, UNET, component_names, weights_name
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
@@ -36,6 +38,7 @@ from dumo.run.sampler import Sampler
 from dumo.types import UserError
 
 TRAIN_TIMESTEPS = 1000  # t = 1 as schedulers and pipelines count times (their num_train_timesteps)
+DTYPES = ("float32", "bfloat16", "float16")  # in which weights are written
 INDEX = "model_index.json"  # lists the components of a pipeline
 _DEFAULT_PASSES = (1, 2)  # for which an export is fixed where none are given: ours, as on its card
 _DEFAULT_HOPS = (2,)  # for solver hop, whose pass from t = 1 may have one end only
@@ -316,6 +319,27 @@ class ExportedModel:
             return None
         return pipeline.folder
 
+    @cached_property
+    def opened_dtype(self) -> str:
+        """The dtype in which its card opens a pipeline: the one that was asked for, or that of the stored base model.
+
+        Text encoders are loaded as they are stored unless a dtype is given, and the rest in float32, so that parts
+        would not fit one another.
+        """
+        if self.dtype != "float32" or self.source_folder is None:
+            return self.dtype
+        return stored_dtype(self.source_folder / self.component_name)
+
+    def weights_variant(self, parts: Iterable[str]) -> str:
+        """The `variant` by which diffusers finds the weights of parts of the source; "": files of plain names."""
+        if self.source_folder is None:
+            return ""
+        for part in parts:
+            stored_weights = find_weights(self.source_folder / part, weights_name(part))
+            if stored_weights is not None and stored_weights.variant:
+                return stored_weights.variant
+        return ""
+
     @property
     def base_name(self) -> str:
         """The name of the tuned model: its repository on the Hub, or its folder's name."""
@@ -396,6 +420,18 @@ def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPip
     if lora and not stock.loads_lora:
         raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.model_class}: take --to diffusers")
     return stock
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of most numbers of a model's weights; float32 where there are none, or none of DTYPES."""
+    stored_weights = find_weights(folder, DIFFUSERS)
+    if stored_weights is None:
+        return "float32"
+    counts = Counter[str]()
+    for tensor in stored_weights.load().values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    [(dtype, _)] = counts.most_common(1)
+    return dtype if dtype in DTYPES else "float32"
 
 
 def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -54,6 +54,6 @@ def served(exported: ExportedModel) -> dict[str, Any]:
     """
     times = [round(TRAIN_TIMESTEPS * t) for t in exported.solver.times(PASSES)]
     block: dict[str, Any] = {"num_inference_steps": PASSES, "denoising_timesteps": times, "solver": "sde"}
-    embedded = exported.spec.guidance  # the number that the net itself takes
+    embedded = exported.net.guidance  # the number that the net itself takes
     block["guidance_scale"] = 1.0 if embedded is None else embedded
     return {KEY: block, IGNORED_KEYS: {KEY: True}}  # no list: diffusers takes one for a part where it reads a hub

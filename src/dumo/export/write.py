@@ -25,7 +25,7 @@ from dumo.config.error import require_known
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET, has_component
 from dumo.export import card, lora, standalone
-from dumo.export.model import INDEX, ExportedModel, Head, exported_head, require_pipeline
+from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, exported_head, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
 from dumo.export.serve import IGNORED_KEYS, is_whole, served, unserved
 from dumo.flow.path import Diffusion, Linear
@@ -41,7 +41,6 @@ Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
-DTYPES = ("float32", "bfloat16", "float16")
 SECOND_TRANSFORMER = "transformer_2"
 ORIGIN = "dumo.json"
 TAKE_ANOTHER = "take another copy of the pipeline"

@@ -11,11 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dumo.config.load import load
 from dumo.export.lora import product
-from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel
+from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel, stored_dtype
 from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
 from dumo.export.write import read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
@@ -54,6 +55,15 @@ def test_the_scheduler_of_hops_makes_eulers_steps(tmp_path: Path) -> None:
     scheduler.set_timesteps(sigmas=[1.0, 0.25])
     x, u = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(scheduler.step(u, scheduler.timesteps[0], x).prev_sample, x - 0.75 * u)
+
+
+def test_the_dtype_of_a_model_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+    """Some layers may be kept in float32; what no model is exported in is opened in float32."""
+    file = tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    assert stored_dtype(tmp_path) == "float32"
+    for most, dtype in ((torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float64, "float32")):
+        save_file({"a": torch.zeros(2, 4), "b": torch.zeros(9, dtype=most)}, file)
+        assert stored_dtype(tmp_path) == dtype
 
 
 def test_a_hop_ends_where_the_next_begins() -> None:

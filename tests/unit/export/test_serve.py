@@ -22,7 +22,7 @@ def exported(*, guided: bool = False, **other: object) -> Any:  # noqa: ANN401, 
         "makes_hops": False,
         "class_embeddings": {},
         "sampler": SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(active=guided))),
-        "spec": SimpleNamespace(guidance=None),
+        "net": SimpleNamespace(guidance=None),
     }
     return SimpleNamespace(**facts | other)
 

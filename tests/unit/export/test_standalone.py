@@ -80,7 +80,7 @@ def test_dumos_images_to_the_bit(
     pipe = pipeline(out := export(run, tmp_path / "out", head=head))
     assert [off(run, pipe, n) for n in (1, 2, 3)] == [0, 0, 0]
     text, index = (out / "README.md").read_text("utf-8"), json.loads((out / "model_index.json").read_text("utf-8"))
-    assert 'from_pretrained("out", trust_remote_code=True)' in text
+    assert 'from_pretrained("out", dtype=torch.float32, trust_remote_code=True)' in text
     assert "class_labels=[0, 5], num_inference_steps=" in text
     assert "| images | 8 x 8 pixels |" in text
     assert re.search(r"\| objective \| (DuMo|MeanFlow|Flow matching) \(.*arXiv.*\), \d+ steps", text)

@@ -54,6 +54,18 @@ def record(objective: DuMo | FlowMatching) -> Noised:
     return draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
 
 
+@pytest.mark.parametrize(("dtype", "embedded"), [("float32", 3.5), ("float16", 3.5), ("bfloat16", 3.504)])
+def test_guidance_is_what_a_pipeline_in_the_stored_dtype_embeds(tmp_path: Path, dtype: str, embedded: float) -> None:
+    """FLUX.1 multiplies it by 1000 in the dtype of its weights, and bf16 has no 3500."""
+    model: nn.Module = tiny.TINY["flux-guided"].model()
+    nn.Module.to(model, getattr(torch, dtype)).save_pretrained(tmp_path)  # pyright: ignore
+    spec = of(tmp_path, guidance=3.5)
+    assert built(spec, V).guidance == embedded
+    with torch.device("meta"):
+        assert spec.build(V, SHAPE, CLASSES).guidance == 3.5
+    assert built(spec, V, **DRAWN).guidance == 3.5
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     """To the bit, whatever the model is told and however it counts time."""
