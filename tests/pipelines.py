@@ -109,6 +109,13 @@ def mistral() -> nn.Module:
     return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
 
 
+def qwen3() -> nn.Module:
+    """28 layers, of which three are read."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**{**GROUPED, "hidden_size": 8, "num_hidden_layers": 28, "head_dim": 4}))
+
+
 def t5_gemma() -> nn.Module:
     """It says the config of the whole model, as the published one does."""
     from transformers import T5GemmaConfig
@@ -179,6 +186,7 @@ def scheduler(name: str, **config: object) -> Part:
 
 FLOW = scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+LINEAR = scheduler("DPMSolverMultistepScheduler", beta_schedule="linear")
 NONE = {"safety_checker": lambda: None, "feature_extractor": lambda: None}
 GEMMA = language("Gemma2", query_pre_attn_scalar=8)
 
@@ -224,6 +232,12 @@ PIPELINES: dict[str, Complete] = {
     "Flux2": Complete(
         "Flux2Pipeline", "flux2",
         {"text_encoder": mistral, "tokenizer": lambda: tokens(end=False)},
+        {"joint_attention_dim": 24},
+        KL_FLUX2,
+    ),
+    "Flux2-klein": Complete(
+        "Flux2KleinPipeline", "flux2-klein",
+        {"text_encoder": qwen3, "tokenizer": lambda: tokens(end=False)},
         {"joint_attention_dim": 24},
         KL_FLUX2,
     ),
@@ -278,7 +292,10 @@ PIPELINES: dict[str, Complete] = {
     ),
     "PixArt": Complete(
         "PixArtSigmaPipeline", "pixart", {"text_encoder": t5(), "tokenizer": tokens}, {}, OLDER,
-        scheduler("DPMSolverMultistepScheduler", beta_schedule="linear"),
+        LINEAR,
+    ),
+    "PixArt-alpha": Complete(
+        "PixArtAlphaPipeline", "pixart-alpha", {"text_encoder": t5(), "tokenizer": tokens}, {}, OLDER, LINEAR
     ),
 }  # fmt: skip
 
@@ -291,6 +308,13 @@ def filled(net: nn.Module, seed: int) -> nn.Module:
         one = float(p.ndim == 1 and bool((p == 1).all()))
         p.data = one + 0.1 * drawn if p.ndim == 1 else drawn * (len(p) / p.numel()) ** 0.5
     return net.eval()
+
+
+def measured(statistics: nn.Module) -> None:
+    """Give a batch norm a mean and a variance of its own for each channel, as one has that saw data."""
+    g = torch.Generator().manual_seed(5)
+    statistics.running_mean = 0.3 * torch.randn(statistics.running_mean.shape, generator=g)
+    statistics.running_var = 0.5 + torch.rand(statistics.running_var.shape, generator=g)
 
 
 def save(name: str, folder: Path, seed: int = 0, *, dtype: str = "float32", variant: str | None = None) -> Path:
@@ -307,5 +331,7 @@ def save(name: str, folder: Path, seed: int = 0, *, dtype: str = "float32", vari
     for i, part in enumerate(parts.values()):
         if isinstance(part, nn.Module):
             nn.Module.to(filled(part, seed + i), getattr(torch, dtype))  # diffusers' own would warn
+    if row.vae is KL_FLUX2:
+        measured(parts["vae"].bn)
     getattr(diffusers, row.pipeline)(**parts, scheduler=row.scheduler()).save_pretrained(folder, variant=variant)
     return folder

@@ -20,7 +20,7 @@ from dumo.types import Needs, Spec
 Saved = Callable[[str], Pretrained]
 VU = Needs(heads=("v", "u"))
 SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
-NOISE = ("sd1", "sd2-v", "sdxl", "pixart")  # of a diffusion
+NOISE = ("sd1", "sd2-v", "sdxl", "pixart", "pixart-alpha")  # of a diffusion
 IMAGES = [
     name
     for name, row in tiny.TINY.items()
@@ -34,7 +34,11 @@ SCHEDULERS = {
     "sd2-v": SCHEDULER | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
     "pixart": SCHEDULER | {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
 }
-MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked", "pixart")
+SCHEDULERS["pixart-alpha"] = SCHEDULERS["pixart"]
+MASKED = (
+    "chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked", "pixart",
+    "pixart-alpha",
+)  # fmt: skip
 GUIDANCE = {"flux-guided": 3.5, "flux2": 3.5, "sana-sprint": 4.5}
 NO_LOWPASS = ("chroma", "chroma-masked", "z-image", "z-image-lengths")  # the latter for its time alone
 
@@ -100,7 +104,7 @@ def asked(name: str, model: Any, x: Tensor, c: Tensor, t: Tensor) -> Tensor:  # 
     given = row.given(pack(x) if packed else x, t, lambda *shape: drawn[len(shape)])
     given |= placed(name, given, x.shape[2] // 2, x.shape[3] // 2)
     match name:  # what a pipeline says otherwise than `tiny` does
-        case "flux2":
+        case "flux2" | "flux2-klein":
             given["txt_ids"][..., 3] = torch.arange(tiny.L)
         case "sana-sprint":
             given["timestep"] = 1000 * model.config["timestep_scale"] * t
@@ -135,7 +139,7 @@ def placed(name: str, given: dict[str, Any], rows: int, columns: int) -> dict[st
     from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 
     found: dict[str, Any] = {}
-    if "img_ids" in given and name == "flux2":
+    if "img_ids" in given and name.startswith("flux2"):
         found["img_ids"] = Flux2Pipeline._prepare_latent_ids(torch.empty(tiny.B, 1, rows, columns))
     elif "img_ids" in given:
         found["img_ids"] = FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)

@@ -92,6 +92,10 @@ def flux2(x: Array, t: Array, draw: Draw) -> Given:
     return {"hidden_states": x, "timestep": t, "encoder_hidden_states": draw(B, L, 16), "guidance": guidance, **ids}
 
 
+def flux2_klein(x: Array, t: Array, draw: Draw) -> Given:
+    return {**flux2(x, t, draw), "guidance": None}
+
+
 def chroma(x: Array, t: Array, draw: Draw) -> Given:
     given = flux(x, t, draw)
     del given["pooled_projections"]
@@ -170,6 +174,11 @@ def pixart(x: Array, t: Array, draw: Draw) -> Given:
     return {**sana_masked(x, t, draw), **sizes}
 
 
+def pixart_alpha(x: Array, t: Array, draw: Draw) -> Given:
+    pixels, ratio = torch.tensor([[64.0, 64]] * B, dtype=x.dtype), torch.ones(B, 1, dtype=x.dtype)
+    return {**sana_masked(x, t, draw), "added_cond_kwargs": {"resolution": pixels, "aspect_ratio": ratio}}
+
+
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
 SD3 = {
     **HEADS, "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
@@ -181,6 +190,7 @@ SINGLE = {
 }  # fmt: skip
 FLUX = {**SINGLE, "pooled_projection_dim": 12}
 FLUX2 = {**SINGLE, "axes_dims_rope": [2, 2, 2, 2], "timestep_guidance_channels": 16}
+FLUX2_KLEIN = {**FLUX2, "guidance_embeds": False}
 CHROMA = {**SINGLE, "approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 2}
 AURAFLOW = {
     **HEADS, "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1,
@@ -231,6 +241,9 @@ PIXART = {
     **HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 2, "cross_attention_dim": 16, "caption_channels": 16,
     "sample_size": 8, "use_additional_conditions": False,
 }  # fmt: skip
+PIXART_ALPHA = {  # two embeddings of a size and one of a ratio fill its width: thirds
+    **PIXART, "attention_head_dim": 12, "cross_attention_dim": 24, "sample_size": 128, "use_additional_conditions": None,
+}  # fmt: skip
 
 IMAGE, PACKED, VIDEO = (B, 4, 8, 8), (B, 16, 16), (B, 4, 2, 8, 8)
 TINY: dict[str, Tiny] = {
@@ -239,6 +252,7 @@ TINY: dict[str, Tiny] = {
     "flux": Tiny("FluxTransformer2DModel", FLUX, PACKED, flux),
     "flux-guided": Tiny("FluxTransformer2DModel", {**FLUX, "guidance_embeds": True}, PACKED, flux_guided),
     "flux2": Tiny("Flux2Transformer2DModel", FLUX2, PACKED, flux2),
+    "flux2-klein": Tiny("Flux2Transformer2DModel", FLUX2_KLEIN, PACKED, flux2_klein),
     "chroma": Tiny("ChromaTransformer2DModel", CHROMA, PACKED, chroma),
     "chroma-masked": Tiny("ChromaTransformer2DModel", CHROMA, PACKED, chroma_masked),
     "auraflow": Tiny("AuraFlowTransformer2DModel", AURAFLOW, IMAGE, auraflow),
@@ -257,4 +271,5 @@ TINY: dict[str, Tiny] = {
     "sd2-v": Tiny("UNet2DConditionModel", {**UNET, "use_linear_projection": True}, IMAGE, unet),
     "sdxl": Tiny("UNet2DConditionModel", SDXL, IMAGE, sdxl),
     "pixart": Tiny("PixArtTransformer2DModel", PIXART, IMAGE, pixart),
+    "pixart-alpha": Tiny("PixArtTransformer2DModel", PIXART_ALPHA, IMAGE, pixart_alpha),
 }

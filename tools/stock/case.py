@@ -202,7 +202,7 @@ class Case:
             f"data.images.side={SIDE}",
             f"data.images.root={self.home / 'photos'}",
         ]
-        if tiny.startswith(("flux-guided", "flux2")):
+        if tiny in ("flux-guided", "flux2"):
             fields.append("net.guidance=3.5")
         if self.stock.takes_image:
             fields += EDITED

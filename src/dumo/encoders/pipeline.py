@@ -52,6 +52,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 OptionalPart = Literal["text_encoder_3"]  # a pipeline of diffusers works without it: SD3's T5
 OPTIONAL: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
+IS_DISTILLED = "is_distilled"  # in a Flux2KleinPipeline's model_index.json
 FEW_STEP_NAMES = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)
 
 
@@ -213,6 +214,9 @@ class Pipeline(Spec):
         """What is known of its being distilled, in words."""
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
+        if IS_DISTILLED in self.index:
+            words = "distilled" if self.index[IS_DISTILLED] else "not distilled"
+            return f"{words}, by its {INDEX}"
         scheduler = str(self.index.get("scheduler", ""))
         names = " ".join((Path(self.source).name, self.repository, self.class_name, scheduler))
         if few_step_name := FEW_STEP_NAMES.search(names):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.encoders.part import DIFFUSERS, find_weights
-from dumo.encoders.pipeline import TRANSFORMER, UNET, component_names, weights_name
+from dumo.encoders.pipeline import IS_DISTILLED, TRANSFORMER, UNET, component_names, weights_name
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
@@ -63,7 +63,7 @@ class StockPipeline:
     mask_argument: str = ""  # says which tokens are real, where embeddings are not taken without it
     lists_embeddings: bool = False  # it takes embeddings as a list, a caption each
     takes_image: bool = False  # it takes an image, too
-    extra_arguments: tuple[str, ...] = ()  # without which it makes an image of another size
+    extra_arguments: tuple[str, ...] = ()  # without which it makes an image of another size, or warns
     pixels_per_latent: int = 8  # on a side, where there is no decoder to ask
     image_at: str = "images[0]"  # where its result has the image
     # other programs
@@ -173,7 +173,13 @@ PIPELINE_BY_CLASS: dict[str, StockPipeline] = {  # of models whose class is anot
         takes_image=True,
         extra_arguments=("_auto_resize=False",),
     ),
+    "Flux2KleinPipeline": StockPipeline("Flux2KleinPipeline"),
+    "PixArtAlphaPipeline": replace(PIPELINE_BY_MODEL["PixArtTransformer2DModel"], pipeline="PixArtAlphaPipeline"),
 }
+# FLUX.2 [klein] whose model_index.json says is_distilled: its pipeline ignores guidance, and warns of its own default.
+DISTILLED_KLEIN = replace(
+    PIPELINE_BY_CLASS["Flux2KleinPipeline"], guide_argument=None, extra_arguments=("guidance_scale=1.0",)
+)
 
 
 def export_forms(spec: Pretrained) -> list[str]:
@@ -192,6 +198,8 @@ def _stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
     if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
         return None
     model_family = family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
+    if model_family.pipeline == DISTILLED_KLEIN.pipeline and spec.pipeline.index.get(IS_DISTILLED):
+        return DISTILLED_KLEIN
     if model_family.pipeline in PIPELINE_BY_CLASS:
         return PIPELINE_BY_CLASS[model_family.pipeline]
     return PIPELINE_BY_MODEL.get(model_class)

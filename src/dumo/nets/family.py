@@ -2,7 +2,8 @@
 
 `family` is the entrance: it finds the `Family` of a config.json, or refuses the model. `dumo.nets.dualized` calls the
 model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.prompt` encodes texts by it. To add a model,
-add an entry to `FAMILIES`, and a function of arguments if no other fits.
+add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a function of arguments if no other
+fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which messages and that page list.
 
 A family holds what no config says. Models of a diffusion (`Family.diffusion`) are read by `dumo.nets.vp`. Every other
 model here learned the velocity noise - data on the linear path, with data at t = 0 and noise at t = 1; Z-Image and
@@ -170,6 +171,21 @@ def pixart(a: Inputs) -> Arguments:
     }
 
 
+def pixart_alpha(a: Inputs) -> Arguments:
+    """As `pixart`, with the sizes of the image in pixels, 8 per latent, and height / width.
+
+    A model of 512 pixels or fewer has no embedders of them, and ignores both.
+    """
+    b = len(a.tokens)
+    height = 8.0 * a.x.shape[2]
+    width = 8.0 * a.x.shape[3]
+    sizes = {
+        "resolution": a.tokens.new_tensor([[height, width]]).expand(b, 2),
+        "aspect_ratio": a.tokens.new_tensor([[height / width]]).expand(b, 1),
+    }
+    return {**pixart(a), "added_cond_kwargs": sizes}
+
+
 def wan(a: Inputs) -> Arguments:
     """`plain`, with an image as a video of one frame."""
     return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
@@ -285,6 +301,7 @@ def sana_clock(config: Config) -> float:
 
 TOKENS_AND_MASKS = "tokens mask -tokens -mask"
 FLUX = "FluxTransformer2DModel"
+FLUX2 = "Flux2Transformer2DModel"
 UNET = "UNet2DConditionModel"
 PIXART = "PixArtTransformer2DModel"
 FAMILIES: dict[str, Family] = {  # by the class of the model
@@ -313,7 +330,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         packed=True,
         routes=True,
     ),
-    "Flux2Transformer2DModel": Family(
+    FLUX2: Family(
         arguments=flux2,
         pipeline="Flux2Pipeline",
         encodes="tokens _",
@@ -467,6 +484,11 @@ SDXL = replace(
     pooled_text_width="projection_class_embeddings_input_dim",
 )
 KONTEXT = replace(FAMILIES[FLUX], arguments=kontext, pipeline="FluxKontextPipeline", edits=True)
+KLEIN = replace(FAMILIES[FLUX2], pipeline="Flux2KleinPipeline")
+PIXART_ALPHA = replace(FAMILIES[PIXART], arguments=pixart_alpha, pipeline="PixArtAlphaPipeline", length=120)
+VARIANTS = (SDXL, KONTEXT, KLEIN, PIXART_ALPHA)  # of models whose class another family has, too
+PIPELINES = tuple(entry.pipeline for entry in (*FAMILIES.values(), *VARIANTS))  # the classes that dumo accepts
+ALPHA_SAMPLE_SIZE = 128  # of a PixArt-alpha that reads sizes: PixArtAlphaPipeline passes them to no other
 
 UNET_PURPOSES = {  # by the channels that a UNet reads
     9: "fills a part of an image",
@@ -477,6 +499,7 @@ UNET_PURPOSES = {  # by the channels that a UNet reads
 PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pipeline
     "Edit": "edits an image",
     "Kontext": "fills a part of an image",  # by a mask: the one without is KONTEXT
+    "KV": "keeps the keys and values of images to edit",
     "Inpaint": "fills a part of an image",
     "Fill": "fills a part of an image",
     "Img2Img": "begins with an image",
@@ -493,16 +516,11 @@ def family(config: Config, pipeline: str = "") -> Family:
     Raises UserError, with the way out, for a model of no family, and for a variant of one: a pipeline that makes images
     of more than a text.
     """
-    model_class = class_of(config)
-    if model_class == FLUX and pipeline == KONTEXT.pipeline:
-        return KONTEXT
-    if model_class == PIXART:
-        _refuse_sizes(config)
-    model_family = _unet_family(config) if model_class == UNET else FAMILIES.get(model_class)
+    model_family = _find_family(config, pipeline)
     if model_family is None:
-        short_names = (name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
         raise UserError(
-            f"pipeline has a {model_class}, which dumo was not tested with: take one of {', '.join(short_names)}"
+            f"pipeline has a {class_of(config)}, which dumo was not tested with: take the folder of one of "
+            f"{', '.join(PIPELINES)}"
         )
     newer_name = pipeline.replace("Text2Img", "")  # Lumina2Text2ImgPipeline became Lumina2Pipeline
     if newer_name in ("", model_family.pipeline):
@@ -523,16 +541,54 @@ def class_of(config: Config) -> str:
     return model_class
 
 
-def _refuse_sizes(config: Config) -> None:
-    """Raise UserError for a PixArt that reads sizes, as one of 1024 pixels does where its config says nothing."""
-    reads_sizes = config.get("use_additional_conditions")
-    if reads_sizes is None:
-        reads_sizes = config.get("sample_size") == 128
-    if reads_sizes:
+def _find_family(config: Config, pipeline: str) -> Family | None:
+    """Return the family that fits a model best, which may be of another pipeline; None: no family has its class.
+
+    Raises UserError for a variant that the pipelines of its class do not run.
+    """
+    model_class = class_of(config)
+    if model_class == FLUX and pipeline == KONTEXT.pipeline:
+        return KONTEXT
+    if model_class == FLUX2:
+        return _flux2_family(config, pipeline)
+    if model_class == PIXART:
+        return _pixart_family(config, pipeline)
+    if model_class == UNET:
+        return _unet_family(config)
+    return FAMILIES.get(model_class)
+
+
+def _flux2_family(config: Config, pipeline: str) -> Family:
+    """Return the family of a FLUX.2: [klein] embeds no guidance. Raises UserError for a [klein] that does."""
+    embeds_guidance = bool(config.get("guidance_embeds", True))  # True is the default of its class
+    if pipeline == KLEIN.pipeline and embeds_guidance:
         raise UserError(
-            "pipeline has a PixArt-alpha of 1024 pixels, which reads the sizes of images (use_additional_conditions), "
-            "and dumo has none for it: take PixArt-Sigma, or PixArt-alpha of 512 pixels"
+            f"pipeline is a {pipeline}, which passes its model no guidance, and this model embeds it (guidance_embeds):"
+            f" take the folder of a {FAMILIES[FLUX2].pipeline}"
         )
+    if embeds_guidance or pipeline == FAMILIES[FLUX2].pipeline:
+        return FAMILIES[FLUX2]
+    return KLEIN
+
+
+def _pixart_family(config: Config, pipeline: str) -> Family:
+    """Return the family of a PixArt: alpha reads the sizes of images, if it is of 1024 pixels.
+
+    Raises UserError for a model that reads sizes which its pipeline does not pass.
+    """
+    sample_size = config.get("sample_size", ALPHA_SAMPLE_SIZE)
+    reads_sizes = config.get("use_additional_conditions")
+    if reads_sizes is None:  # as its class decides
+        reads_sizes = sample_size == ALPHA_SAMPLE_SIZE
+    if reads_sizes and (sample_size != ALPHA_SAMPLE_SIZE or pipeline == FAMILIES[PIXART].pipeline):
+        raise UserError(
+            f"pipeline has a PixArt that reads the sizes of images (use_additional_conditions), with sample_size "
+            f"{sample_size}, and no {pipeline or PIXART_ALPHA.pipeline} passes them to it: take the folder of a "
+            f"{PIXART_ALPHA.pipeline} of 1024 pixels, or of a {FAMILIES[PIXART].pipeline} without them"
+        )
+    if reads_sizes or pipeline == PIXART_ALPHA.pipeline:
+        return PIXART_ALPHA
+    return FAMILIES[PIXART]
 
 
 def _unet_family(config: Config) -> Family:

@@ -13,13 +13,12 @@ from torch import Tensor
 from dumo.encoders.pipeline import TRANSFORMER, Pipeline
 from dumo.encoders.prompt import Prompts, defaults
 from dumo.encoders.texttable import encode, open_table
-from dumo.export.model import PIPELINE_BY_MODEL
-from dumo.nets.family import FAMILIES, family
+from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
+from dumo.nets.family import FAMILIES, VARIANTS, family
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
 from pipelines import PIPELINES, SIDE, save
 from tiers import tiered
-from transformers_tiny import TINY
 
 pytestmark = [  # diffusers', of its own code
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -66,7 +65,7 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
     found = stock.guided(SHORT)
     assert any(same(rows[0], one) for one in found), "the prompt's own"
     assert any(same(rows[-1], one) for one in found), "that of no prompt"
-    assert max(len(row["tokens"]) for row in rows) <= FAMILIES[TINY[PIPELINES[name].tiny].kind].length
+    assert max(len(row["tokens"]) for row in rows) <= spec.family.length
 
 
 def row_of(padded: tuple[Tensor, Tensor, Tensor | None], spec: PipelineTexts) -> Received:
@@ -97,8 +96,9 @@ class Stock:
 
         self.pipe: Any = DiffusionPipeline.from_pretrained(pipeline.folder)
         self.pipe.set_progress_bar_config(disable=True)
-        self.family = family(pipeline.config(TRANSFORMER))
-        self.stock = PIPELINE_BY_MODEL[pipeline.config(TRANSFORMER)["_class_name"]]
+        config = pipeline.config(TRANSFORMER)
+        self.family = family(config, pipeline.class_name)
+        self.stock = PIPELINE_BY_CLASS.get(pipeline.class_name) or PIPELINE_BY_MODEL[config["_class_name"]]
         self.model: Any = getattr(self.pipe, pipeline.model)
 
     def unguided(self, text: str) -> Received:
@@ -163,7 +163,7 @@ def test_the_defaults_are_those_of_the_call() -> None:
     assert "Enhanced prompt" in defaults(diffusers.SanaPipeline)["complex_human_instruction"][0]
 
 
-@pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("row", [*FAMILIES.values(), *VARIANTS], ids=lambda row: row.pipeline)
 def test_a_family_says_how_many_tokens_its_pipeline_reads_at_most(row: Any) -> None:  # noqa: ANN401
     import diffusers
 
@@ -182,7 +182,7 @@ def test_a_family_says_the_size_of_its_pipelines_image(name: str, place: Path) -
     given = inspect.signature(pipe.__call__).parameters["height"].default
     latents = getattr(pipe, "default_sample_size", None) or config.get("sample_size", 128)
     made = pipe.get_default_resolution() if name == "PRX" else given or latents * pipe.vae_scale_factor
-    assert family(config).side(config) == (0 if name == "Wan" else made)
+    assert family(config, pipeline.class_name).side(config) == (0 if name == "Wan" else made)
 
 
 def test_a_caption_does_not_depend_on_its_neighbours(place: Path) -> None:
