@@ -92,9 +92,11 @@ class Stock:
     """The stock pipeline of a folder, and what its transformer receives."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline, LCMScheduler
 
         self.pipe: Any = DiffusionPipeline.from_pretrained(pipeline.folder)
+        if pipeline.class_name == "PixArtAlphaPipeline":  # in one step it fails with its own
+            self.pipe.scheduler = LCMScheduler.from_config(self.pipe.scheduler.config)
         self.pipe.set_progress_bar_config(disable=True)
         config = pipeline.config(TRANSFORMER)
         self.family = family(config, pipeline.class_name)

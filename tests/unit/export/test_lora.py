@@ -21,7 +21,7 @@ from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
 from transformers_saved import CLASSES, SHAPE
 
-NAMES = ("sd3", "sd3.5", "flux", "flux2", "chroma", "qwen", "z-image", "auraflow")
+NAMES = ("sd3", "sd3.5", "flux", "flux2", "flux2-klein", "chroma", "qwen", "z-image", "auraflow")
 
 
 def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[dict[str, torch.Tensor], ExportedModel]:
@@ -75,7 +75,7 @@ def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
     }
 
 
-NO_BIAS = ("flux2",)  # neither its last layer nor its embedder has one
+NO_BIAS = ("flux2", "flux2-klein")  # neither its last layer nor its embedder has one
 
 
 @pytest.mark.slow

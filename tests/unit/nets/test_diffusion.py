@@ -19,6 +19,7 @@ from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
+from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, family
 from dumo.objectives import DuMo
 from dumo.types import Frozen, UserError
 from tiers import tiered
@@ -292,14 +293,48 @@ def test_what_reads_more_is_refused(folder: Saved, tmp_path: Path, change: dict[
         built(of(tmp_path, weights="drawn"))
 
 
-@pytest.mark.parametrize("change", [{"use_additional_conditions": True}, {"sample_size": 128}])
-def test_a_pixart_that_reads_sizes_is_refused(folder: Saved, tmp_path: Path, change: dict[str, Any]) -> None:
-    spec = folder("pixart")
-    config = json.loads((spec.pipeline.folder / "config.json").read_text()) | {"use_additional_conditions": None}
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    (tmp_path / "scheduler").symlink_to(spec.pipeline.folder / "scheduler")
-    with pytest.raises(UserError, match="PixArt-alpha of 1024 pixels, which reads the sizes of images"):
-        built(of(tmp_path, weights="drawn"))
+@pytest.mark.parametrize(
+    ("change", "pipeline", "why"),
+    [
+        ({"use_additional_conditions": True, "sample_size": 64}, "", "sample_size 64, and no PixArtAlphaPipeline"),
+        ({"sample_size": 128}, "PixArtSigmaPipeline", "and no PixArtSigmaPipeline passes them"),
+    ],
+)
+def test_sizes_that_no_pipeline_passes_are_refused(change: dict[str, Any], pipeline: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        family(tiny.PIXART | {"_class_name": PIXART, "use_additional_conditions": None} | change, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("change", "pipeline", "found"),
+    [
+        ({}, "", FAMILIES[PIXART]),
+        ({}, "PixArtAlphaPipeline", PIXART_ALPHA),  # of 512 pixels
+        ({"sample_size": 128, "use_additional_conditions": None}, "", PIXART_ALPHA),  # its class reads sizes then
+        ({"sample_size": 128, "use_additional_conditions": None}, "PixArtAlphaPipeline", PIXART_ALPHA),
+        ({"sample_size": 128}, "PixArtSigmaPipeline", FAMILIES[PIXART]),
+    ],
+)
+def test_a_pixart_is_alpha_by_its_pipeline_or_its_sizes(change: dict[str, Any], pipeline: str, found: Family) -> None:
+    """Also under the older name of its class, by which it was published."""
+    older = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}
+    for names in ({"_class_name": PIXART}, older):
+        assert family(tiny.PIXART | names | change, pipeline) is found
+
+
+def test_sizes_are_those_of_the_image_in_pixels(folder: Saved) -> None:
+    """An oblong, height first, as its pipeline passes them to a model of 1024 pixels."""
+    spec, (_, c, t) = folder("pixart-alpha"), batch()
+    net, received = built(spec), list[dict[str, Tensor]]()
+    keep = net.model.adaln_single.register_forward_pre_hook(lambda _, args: received.append(args[1]))
+    x = torch.randn(2, SHAPE[0], 6, 12, generator=torch.Generator().manual_seed(5))
+    v = net(x, c, t=t)[0]
+    keep.remove()
+    assert received[0]["resolution"].tolist() == [[48.0, 96.0]] * 2
+    assert received[0]["aspect_ratio"].tolist() == [[0.5]] * 2
+    with torch.no_grad():
+        net.model.adaln_single.emb.aspect_ratio_embedder.linear_2.bias.add_(1.0)
+    assert not torch.allclose(net(x, c, t=t)[0], v, atol=1e-3)
 
 
 def test_what_it_learned_is_said_by_its_scheduler(folder: Saved, tmp_path: Path) -> None:

@@ -1,8 +1,75 @@
-"""Laws of how models of others are called, which need no model."""
+"""Which models of others are accepted, and how they are called: what needs no model."""
 
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
-from dumo.nets.family import Inputs, kontext
+from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
+from dumo.nets.family import FAMILIES, FLUX2, KLEIN, PIPELINES, VARIANTS, Family, Inputs, family, kontext
+from dumo.types import UserError
+from pipelines import PIPELINES as TINY_PIPELINES
+
+PAGE = Path(__file__).parents[3] / "docs/families.md"
+WITHOUT_GUIDANCE = {"_class_name": FLUX2, "guidance_embeds": False}
+
+
+def test_the_page_lists_what_the_code_accepts() -> None:
+    """In its order, which is that of messages, too."""
+    rows = re.findall(r"^\| `(\w+Pipeline)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [*PIPELINES]
+    assert len({*PIPELINES}) == len(PIPELINES) == len(FAMILIES) + len(VARIANTS)
+
+
+def test_what_is_accepted_is_exported_and_tested() -> None:
+    """Each class has a row for exports, and a tiny pipeline that goes the whole way (e2e/test_export.py)."""
+    exported = {row.pipeline for row in (*PIPELINE_BY_MODEL.values(), *PIPELINE_BY_CLASS.values())}
+    assert exported == {*PIPELINES} == {row.pipeline for row in TINY_PIPELINES.values()}
+    assert all(name == row.pipeline for name, row in PIPELINE_BY_CLASS.items())
+
+
+def test_a_strange_class_is_refused_with_what_is_accepted() -> None:
+    with pytest.raises(UserError, match=f"has a FooModel, .* take the folder of one of {', '.join(PIPELINES)}$"):
+        family({"_class_name": "FooModel"})
+
+
+@pytest.mark.parametrize(
+    ("config", "pipeline", "found"),
+    [
+        ({"_class_name": FLUX2}, "", FAMILIES[FLUX2]),  # its class embeds guidance by default
+        ({"_class_name": FLUX2}, "Flux2Pipeline", FAMILIES[FLUX2]),
+        (WITHOUT_GUIDANCE, "Flux2Pipeline", FAMILIES[FLUX2]),
+        (WITHOUT_GUIDANCE, "Flux2KleinPipeline", KLEIN),
+        (WITHOUT_GUIDANCE, "", KLEIN),
+    ],
+)
+def test_a_flux2_without_guidance_is_klein(config: dict[str, Any], pipeline: str, found: Family) -> None:
+    assert family(config, pipeline) is found
+
+
+@pytest.mark.parametrize(
+    ("config", "pipeline", "why"),
+    [
+        ({"_class_name": FLUX2}, "Flux2KleinPipeline", "passes its model no guidance, .* folder of a Flux2Pipeline"),
+        (WITHOUT_GUIDANCE, "Flux2KleinInpaintPipeline", "fills a part of an image: .* of a Flux2KleinPipeline"),
+        (WITHOUT_GUIDANCE, "Flux2KleinKVPipeline", "keys and values of images to edit: .* of a Flux2KleinPipeline"),
+    ],
+)
+def test_a_klein_that_differs_is_refused(config: dict[str, Any], pipeline: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        family(config, pipeline)
+
+
+def test_klein_reads_texts_by_its_own_defaults() -> None:
+    """Three layers of Qwen3 side by side are the width of a token."""
+    import diffusers
+
+    defaults = inspect.signature(diffusers.Flux2KleinPipeline.__call__).parameters
+    assert defaults["text_encoder_out_layers"].default == (9, 18, 27)
+    assert "is_distilled" in inspect.signature(diffusers.Flux2KleinPipeline.__init__).parameters
 
 
 def test_an_image_to_edit_has_places_of_its_own() -> None:

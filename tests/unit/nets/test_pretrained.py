@@ -253,7 +253,7 @@ def compiled(name: str, frozen: Any) -> None:  # noqa: ANN401
     print(json.dumps([len(made), len({type(block) for block in made}), (off / size).item()]))
 
 
-@pytest.mark.parametrize("name", ["qwen", "flux-guided", "flux2"])
+@pytest.mark.parametrize("name", ["qwen", "flux-guided", "flux2", "flux2-klein"])
 def test_times_are_not_rounded_in_bf16(folder: Saved, name: str) -> None:
     """Two times that bf16 cannot tell apart make two velocities."""
     x, c, _ = batch()
@@ -327,10 +327,10 @@ def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "where", "change", "why"),
     [
-        ("sd3", "config", {"_class_name": "UNet2DModel"}, "take one of SD3"),
+        ("sd3", "config", {"_class_name": "UNet2DModel"}, "take the folder of one of StableDiffusion3Pipeline, FluxPipeline"),
         ("sd3", "config", {"_class_name": "PixArtTransformer2DModel"}, "describes no PixArtTransformer2DModel"),
-        ("sd3", "config", {"_class_name": "FooTransformer2DModel"}, "take one of SD3"),
-        ("sd3", "config", {"_class_name": None}, "take one of SD3"),
+        ("sd3", "config", {"_class_name": "FooTransformer2DModel"}, "take the folder of one of StableDiffusion3Pipeline, FluxPipeline"),
+        ("sd3", "config", {"_class_name": None}, "take the folder of one of StableDiffusion3Pipeline, FluxPipeline"),
         ("sd3", "config", {"in_channels": 3}, "a model of 3 channels, and the data have 4"),
         ("sd3", "config", {"patch_size": 3}, "patches of 3 x 3"),
         ("sd3", "pipeline", {"source": "nowhere"}, "is no folder"),
@@ -341,6 +341,7 @@ def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
             "has another transformer .* this run began",
         ),
         ("sd3", "net", {"guidance": 3.5}, "embeds no guidance"),
+        ("flux2-klein", "net", {"guidance": 3.5}, "embeds no guidance"),
         ("flux-guided", "net", {"guidance": None}, "set net.guidance"),
         ("chroma", "net", {"lowpass": 10.0}, "set net.lowpass=null"),
         ("chroma-masked", "net", {"checkpoint": True}, r"set net\.checkpoint=false"),
