@@ -242,7 +242,8 @@ PIXART = {
     "sample_size": 8, "use_additional_conditions": False,
 }  # fmt: skip
 PIXART_ALPHA = {  # two embeddings of a size and one of a ratio fill its width: thirds
-    **PIXART, "attention_head_dim": 12, "cross_attention_dim": 24, "sample_size": 128, "use_additional_conditions": None,
+    **PIXART, "attention_head_dim": 12, "cross_attention_dim": 24, "sample_size": 128,
+    "use_additional_conditions": None,
 }  # fmt: skip
 
 IMAGE, PACKED, VIDEO = (B, 4, 8, 8), (B, 16, 16), (B, 4, 2, 8, 8)

@@ -8,7 +8,7 @@ import pytest
 
 from docs.page import README, ROOT
 
-NAMES = "photos captions pretrained sdxl memory gpus own-objective compare evaluation paper"
+NAMES = "photos captions pretrained sdxl families memory gpus own-objective compare evaluation paper"
 PAGES = [README, *(ROOT / f"docs/{name}.md" for name in NAMES.split())]
 WORDS, OF_README = 1200, 600  # of a page, as `wc -w` counts them
 LENGTH, EASE = 18.0, 50.0  # words of a sentence in the mean; Flesch's reading ease, 50 to 60 being "fairly difficult"

@@ -107,6 +107,13 @@ def test_sdxl(here: Path) -> None:
     assert (here / "fox.safetensors").is_file()
 
 
+@tier("families")
+def test_families(here: Path) -> None:
+    save("Flux2-klein", here / "klein")
+    typed("families", TUNED)
+    assert "guidance_scale=1.0" in (here / "few-steps/README.md").read_text(encoding="utf-8")
+
+
 @tier("captions")
 def test_captions(here: Path) -> None:
     """Without the block for SANA's own autoencoder, which no tiny one replaces."""

@@ -11,7 +11,7 @@ import pytest
 from docs.page import ROOT
 
 TYPED = (
-    *("captions", "compare", "evaluation", "gpus", "library", "loop", "mathematics", "memory"),
+    *("captions", "compare", "evaluation", "families", "gpus", "library", "loop", "mathematics", "memory"),
     *("objectives/details", "objectives/index", "own-objective", "paper", "personal", "photos", "pretrained", "sdxl"),
 )
 

@@ -31,8 +31,8 @@ from dumo.runtime.random import noise
 from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
 from hub import serving
-from pipelines import PIPELINES, SIDE
-from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must
+from pipelines import PIPELINES, SIDE, save
+from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must, photographs
 from tiers import tiered
 from tiny import TinyRuns
 
@@ -399,6 +399,38 @@ def test_what_a_pipeline_guides_otherwise_is_refused(tiny_runs: TinyRuns, tmp_pa
     assert done.code == 2
     assert all(word in done.err for word in refused_as), done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.nightly
+def test_a_distilled_klein_is_exported_without_guidance(tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    """Its pipeline ignores guidance, so a guided run is refused; its card makes dumo's images, and no warning."""
+    case = tiny_runs.case(tmp_path, "Flux2-klein", *FULL)
+    run, source = on_a_copy_of_its_pipeline(case, tmp_path)
+    index = source / INDEX
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    case = Case(case.name, tmp_path, tmp_path)
+    assert "| pipeline | distilled, by its model_index.json |" in (case.export("out") / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["is_distilled"]
+    assert max(case.misses("full", tmp_path / "out")) < 1
+    assert "is ignored for step-wise distilled models" not in (tmp_path / "printed.txt").read_text()
+    case.guide(GUIDED)
+    done = call("export", run, tmp_path / "guided")
+    assert (done.code, "Flux2KleinPipeline has no guidance beyond that in the weights" in done.err) == (2, True), done
+
+
+@pytest.mark.nightly
+def test_a_pixart_under_its_older_class_is_exported(tmp_path: Path) -> None:
+    """PixArt-alpha was published as a Transformer2DModel, whose config does not say that it reads sizes."""
+    case = Case("PixArt-alpha", tmp_path)
+    save(case.name, case.source)
+    file = case.source / "transformer/config.json"
+    config = json.loads(file.read_text()) | {"_class_name": "Transformer2DModel"}
+    del config["use_additional_conditions"]
+    file.write_text(json.dumps(config))
+    photographs(tmp_path / "photos")
+    must(call("encode", "sd3-lora", *case.typed(*FULL)))
+    case.train(*FULL)
+    assert max(case.misses("full", case.export("out"))) < 1
 
 
 @pytest.mark.slow

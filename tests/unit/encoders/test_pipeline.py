@@ -77,6 +77,14 @@ def test_what_is_not_in_the_config_is_hinted_or_unknown(folder: Path, tmp_path: 
     assert "by its name (turbo)" in Pipeline(source=str(turbo)).hint
 
 
+@pytest.mark.parametrize(("is_distilled", "words"), [(True, "distilled"), (False, "not distilled")])
+def test_klein_says_whether_it_is_distilled(is_distilled: bool, words: str, tmp_path: Path) -> None:
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": is_distilled}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert Pipeline(source=str(tmp_path)).hint == f"{words}, by its model_index.json"
+    assert Pipeline(source=str(tmp_path), distilled=False).hint == "not distilled"
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
