@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from dumo.config.load import load
 from dumo.export.lora import product
-from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel, stored_dtype
+from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel, require_pipeline, stored_dtype
 from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
 from dumo.export.write import read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jump_times
-from dumo.nets.family import FAMILIES
+from dumo.nets.family import FAMILIES, FLUX2
 from dumo.nets.vp import read_scheduler
 from dumo.types import Reads, UserError
+from transformers_saved import of
 
 SOLVER = Restart(m=0.7, start=0.99)
 SCALE = 1.2  # of the codec of recipe cifar10-latents; its shift is 0
@@ -147,6 +148,27 @@ def test_guidance_is_said_in_each_pipelines_own_way() -> None:
     assert said["UNet2DConditionModel"] == {"timesteps": [999, 547], "guidance_scale": w}
     found = PIPELINE_BY_MODEL["FluxTransformer2DModel"].arguments(times, embedded=4.0)
     assert found == {"sigmas": times, "true_cfg_scale": 1.0, "guidance_scale": 4.0}
+
+
+@pytest.mark.parametrize("is_distilled", [True, False])
+def test_a_distilled_klein_is_guided_by_no_argument(is_distilled: bool, tmp_path: Path) -> None:
+    """Its pipeline ignores guidance_scale, and warns where that is left at its default."""
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": is_distilled}
+    (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    (tmp_path / "transformer").mkdir()
+    config = {"_class_name": FLUX2, "guidance_embeds": False}
+    (tmp_path / "transformer/config.json").write_text(json.dumps(config), encoding="utf-8")
+    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=2.0)))
+    net: Any = SimpleNamespace(model=type(FLUX2, (), {})())
+    exported = ExportedModel(sampler, of(tmp_path), net, "u")
+    assert exported.stock is not None
+    if is_distilled:
+        assert exported.stock.arguments([1.0]) == {"sigmas": [1.0]}
+        assert exported.stock.extra_arguments == ("guidance_scale=1.0",)
+        with pytest.raises(UserError, match="Flux2KleinPipeline has no guidance beyond that in the weights"):
+            require_pipeline(exported)
+        return
+    assert require_pipeline(exported).arguments([1.0], scale=2.0) == {"sigmas": [1.0], "guidance_scale": 2.0}
 
 
 def test_a_decoder_of_other_latents_is_refused() -> None:
