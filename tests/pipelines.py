@@ -310,7 +310,7 @@ def filled(net: nn.Module, seed: int) -> nn.Module:
     return net.eval()
 
 
-def measured(statistics: nn.Module) -> None:
+def draw_statistics(statistics: nn.Module) -> None:
     """Give a batch norm a mean and a variance of its own for each channel, as one has that saw data."""
     g = torch.Generator().manual_seed(5)
     statistics.running_mean = 0.3 * torch.randn(statistics.running_mean.shape, generator=g)
@@ -330,8 +330,11 @@ def save(name: str, folder: Path, seed: int = 0, *, dtype: str = "float32", vari
     parts = {model: transformer, "vae": row.vae(), **{part: make() for part, make in row.parts.items()}}
     for i, part in enumerate(parts.values()):
         if isinstance(part, nn.Module):
-            nn.Module.to(filled(part, seed + i), getattr(torch, dtype))  # diffusers' own would warn
+            filled(part, seed + i)
     if row.vae is KL_FLUX2:
-        measured(parts["vae"].bn)
+        draw_statistics(parts["vae"].bn)
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, getattr(torch, dtype))  # diffusers' own would warn
     getattr(diffusers, row.pipeline)(**parts, scheduler=row.scheduler()).save_pretrained(folder, variant=variant)
     return folder

@@ -172,9 +172,9 @@ def pixart(a: Inputs) -> Arguments:
 
 
 def pixart_alpha(a: Inputs) -> Arguments:
-    """As `pixart`, with the sizes of the image in pixels, 8 per latent, and height / width.
+    """As `pixart`, with the height and width of the image in pixels, 8 per latent, and their ratio.
 
-    A model of 512 pixels or fewer has no embedders of them, and ignores both.
+    A model of 512 pixels or fewer has no embedders of sizes, and ignores them.
     """
     b = len(a.tokens)
     height = 8.0 * a.x.shape[2]
