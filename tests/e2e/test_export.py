@@ -404,17 +404,18 @@ def test_what_a_pipeline_guides_otherwise_is_refused(tiny_runs: TinyRuns, tmp_pa
 @pytest.mark.nightly
 def test_a_distilled_klein_is_exported_without_guidance(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """Its pipeline ignores guidance, so a guided run is refused; its card makes dumo's images, and no warning."""
-    case = tiny_runs.case(tmp_path, "Flux2-klein", *FULL)
-    run, source = on_a_copy_of_its_pipeline(case, tmp_path)
+    folder = tmp_path / "distilled"
+    _, source = on_a_copy_of_its_pipeline(tiny_runs.case(tmp_path, "Flux2-klein", *FULL), folder)
     index = source / INDEX
     index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
-    case = Case(case.name, tmp_path, tmp_path)
-    assert "| pipeline | distilled, by its model_index.json |" in (case.export("out") / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["is_distilled"]
-    assert max(case.misses("full", tmp_path / "out")) < 1
-    assert "is ignored for step-wise distilled models" not in (tmp_path / "printed.txt").read_text()
+    case = Case("Flux2-klein", folder, folder)
+    out = case.export("out")
+    assert "| pipeline | distilled, by its model_index.json |" in (out / "README.md").read_text()
+    assert json.loads((out / INDEX).read_text())["is_distilled"]
+    assert max(case.misses("full", out)) < 1
+    assert "is ignored for step-wise distilled models" not in (folder / "printed.txt").read_text()
     case.guide(GUIDED)
-    done = call("export", run, tmp_path / "guided")
+    done = call("export", case.run, folder / "guided")
     assert (done.code, "Flux2KleinPipeline has no guidance beyond that in the weights" in done.err) == (2, True), done
 
 
