@@ -54,6 +54,7 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
     "rcgm": "test_gradient_vanishes_with_the_step",
     "shortcut": "test_only_the_first_doubling_is_off_and_by_the_order_of_its_step",
     "soflow": "test_gradient_vanishes_with_the_step",
+    "tbsm": "test_it_rests_where_samples_are_the_data",  # on average over what a row meets
     "twinflow": "test_all_but_the_twin_rest_with_the_step",
 }
 # Their residual is bounded, turned or normalised, or they ask for a velocity elsewhere: not affine in v_t here.

@@ -21,9 +21,11 @@ _GROUP_TEXT = {  # by purpose, in the order in which `dumo recipes` lists them
     "By words": "digits-words cifar10-latents-words text-256 text-512 text-1024",
     "Compare objectives on digits, at equal cost": """
         digits-flow-matching digits-meanflow digits-imf digits-split-meanflow digits-alpha-flow digits-soflow
-        digits-shortcut digits-imm digits-tvm digits-facm digits-rcgm digits-twinflow digits-ucgm digits-fm-plus
+        digits-shortcut digits-imm digits-tvm digits-lsd digits-lsd-two-heads digits-facm digits-rcgm digits-twinflow
+        digits-ucgm digits-fm-plus
         digits-cm digits-ict digits-ect digits-tcm digits-sct digits-cmt digits-ayf digits-dmf digits-pi-flow
-        digits-three-heads digits-three-heads-shortcut digits-likelihood digits-match digits-critic digits-drift""",
+        digits-three-heads digits-three-heads-shortcut digits-likelihood digits-match digits-critic digits-drift
+        digits-tbsm""",
     "More of DuMo on digits": "digits-guided dumo-best",
     "Two moons, where everything can be seen": "moons-flow-matching moons-meanflow moons-guided",
     "CIFAR-10": """

@@ -16,6 +16,9 @@ The order of events: `Linearization.__call__` checks the precision, `begin` choo
 pass is made, and `along` gives the derivatives: as the pass carried them (`_linearize_by_ride`), from its activations
 (`_linearize_by_tape`), or by passes of their own (`_linearize_by_passes`, of `slopes`).
 
+A jump's end moves, too: `heads_and_end_rates` gives the heads and d/dr of them, where x and t rest. The loss is of that
+derivative itself, so it has gradients.
+
 A secant takes one pass at an earlier time instead (`earlier_mean_velocity`). With l = t - d, and x_l = x_t - d w,
 
     du/dt  is about  (u(x_t, t) - u(x_l, l)) / d,    off by O(d).
@@ -68,6 +71,8 @@ from dumo.types.rows import index, split_by_step
 Along = Callable[[Sample], Heads]  # the direction w -> dh/dt of each head h along it
 Begin = Callable[..., tuple[Heads, Along]]  # a training pass: of (x, c, t=t, **rest)
 Moving = Sequence[bool]  # which rows move, by place: not a tensor, so that shapes are static
+Places = Int[Tensor, " k"] | slice  # of some rows in a batch
+_ALL = slice(None)  # the places of all rows
 
 # The largest h * time_scale of a central difference: it is well within 1 % there, 3 % off at ten times (measured): ours
 _MAX_SCALED_STEP = 0.05
@@ -260,25 +265,14 @@ def _linearize_by_ride(
     net: Net, toward: Sample, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass whose rows move from the start; where some rest, a second pass for those."""
-    moving_rows, resting_rows = _split_rows(moving, len(x))
-    if not resting_rows:
-        duals = _dual_pass(net, x, c, toward, t=t, **rest)
-        values = tuple(primal(head) for head in duals)
-        slopes = tuple(rate_of(head) for head in duals)
-    elif not moving_rows:
-        values = net(x, c, t=t, **rest)
-        slopes = tuple(torch.zeros_like(value) for value in values)
-    else:
-        i = index(moving_rows, x.device)
-        j = index(resting_rows, x.device)
-        with dropout.rows(i):
-            duals = _dual_pass(net, x[i], c[i], toward[i], t=t[i], **_rows_of_each(rest, i))
-        with dropout.rows(j):
-            plain_heads = net(x[j], c[j], t=t[j], **_rows_of_each(rest, j))
-        merge = partial(_merge_rows, rows=moving_rows, others=resting_rows)
-        head_pairs = list(zip(duals, plain_heads, strict=True))
-        values = tuple(merge(primal(a), b) for a, b in head_pairs)
-        slopes = tuple(merge(rate_of(a), torch.zeros_like(b)) for a, b in head_pairs)
+
+    def moving_pass(i: Places) -> Heads:
+        return _dual_pass(net, x[i], c[i], toward[i], t=t[i], **_rows_of_each(rest, i))
+
+    def resting_pass(j: Places) -> Heads:
+        return net(x[j], c[j], t=t[j], **_rows_of_each(rest, j))
+
+    values, slopes = _values_and_rates(moving_pass, resting_pass, moving, x)
 
     def along(w: Sample) -> Heads:
         if w is not toward:
@@ -286,6 +280,55 @@ def _linearize_by_ride(
         return slopes
 
     return values, along
+
+
+def heads_and_end_rates(
+    net: Net, x: Sample, c: Cond, *, r: Time, moving: Moving | None = None, **inputs: Time
+) -> tuple[Heads, Heads]:
+    """The net's heads and their derivatives in r, the end of a jump, both with gradients; x, t and all else rest.
+
+    moving: the rows whose derivative is wanted, which get a pass of their own; None: all. The others get zeros.
+
+    It is a dual pass, with reverse-mode around it: of what r reaches in the net, it costs two passes, and so does its
+    backward pass. Not by `torch.func.jvp`: reverse-mode around that is silently wrong through `F.layer_norm`
+    (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
+    """
+
+    def moving_pass(i: Places) -> Heads:
+        r_i = r[i]
+        return net(x[i], c[i], r=pair(r_i, torch.ones_like(r_i), recorded=True), **_rows_of_each(inputs, i))
+
+    def resting_pass(j: Places) -> Heads:
+        return net(x[j], c[j], r=r[j], **_rows_of_each(inputs, j))
+
+    return _values_and_rates(moving_pass, resting_pass, moving, x)
+
+
+def _values_and_rates(
+    moving_pass: Callable[[Places], Heads], resting_pass: Callable[[Places], Heads], moving: Moving | None, x: Sample
+) -> tuple[Heads, Heads]:
+    """The values and the rates of all heads on all rows of x: zero rates on the rows that do not move.
+
+    moving_pass: makes a pass of the rows at some places, whose inputs move, and returns duals.
+    resting_pass: makes a plain pass of the rows at some places.
+    """
+    rows, others = _split_rows(moving, len(x))
+    if not others:
+        heads = moving_pass(_ALL)
+        return tuple(primal(head) for head in heads), tuple(rate_of(head) for head in heads)
+    if not rows:
+        values = resting_pass(_ALL)
+        return values, tuple(torch.zeros_like(value) for value in values)
+    i = index(rows, x.device)
+    j = index(others, x.device)
+    with dropout.rows(i):
+        heads = moving_pass(i)
+    with dropout.rows(j):
+        plain = resting_pass(j)
+    head_pairs = list(zip(heads, plain, strict=True))
+    values = tuple(_merge_rows(primal(a), b, rows, others) for a, b in head_pairs)
+    rates = tuple(_merge_rows(rate_of(a), torch.zeros_like(b), rows, others) for a, b in head_pairs)
+    return values, rates
 
 
 def _dual_pass(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
@@ -336,8 +379,8 @@ def _split_rows(moving: Moving | None, n: int) -> tuple[list[int], list[int]]:
     return split_by_step([True] * n if moving is None else moving)
 
 
-def _rows_of_each(inputs: Mapping[str, Tensor], i: Int[Tensor, " k"]) -> dict[str, Tensor]:
-    """The rows numbered i of each input."""
+def _rows_of_each(inputs: Mapping[str, Tensor], i: Places) -> dict[str, Tensor]:
+    """The rows at places i of each input."""
     return {name: values[i] for name, values in inputs.items()}
 
 

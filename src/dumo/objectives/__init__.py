@@ -22,6 +22,7 @@ MEMBERS = {  # by kind
     "flow_matching": "dumo.objectives.flow_matching:FlowMatching",
     "imm": "dumo.objectives.imm:IMM",
     "imf": "dumo.objectives.imf:ImprovedMeanFlow",
+    "lsd": "dumo.objectives.lsd:LSD",
     "match": "dumo.objectives.match:Match",
     "meanflow": "dumo.objectives.meanflow:MeanFlow",
     "pi_flow": "dumo.objectives.pi_flow:PiFlow",
@@ -31,6 +32,7 @@ MEMBERS = {  # by kind
     "shortcut": "dumo.objectives.shortcut:Shortcut",
     "soflow": "dumo.objectives.soflow:SoFlow",
     "split_meanflow": "dumo.objectives.split_meanflow:SplitMeanFlow",
+    "tbsm": "dumo.objectives.tbsm:TBSM",
     "tvm": "dumo.objectives.tvm:TVM",
     "twinflow": "dumo.objectives.twinflow:TwinFlow",
     "ucgm": "dumo.objectives.ucgm:UCGM",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from dumo.objectives.flow_matching import FlowMatching as FlowMatching
     from dumo.objectives.imf import ImprovedMeanFlow as ImprovedMeanFlow
     from dumo.objectives.imm import IMM as IMM
+    from dumo.objectives.lsd import LSD as LSD
     from dumo.objectives.match import Match as Match
     from dumo.objectives.meanflow import MeanFlow as MeanFlow
     from dumo.objectives.pi_flow import PiFlow as PiFlow
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from dumo.objectives.shortcut import Shortcut as Shortcut
     from dumo.objectives.soflow import SoFlow as SoFlow
     from dumo.objectives.split_meanflow import SplitMeanFlow as SplitMeanFlow
+    from dumo.objectives.tbsm import TBSM as TBSM
     from dumo.objectives.tvm import TVM as TVM
     from dumo.objectives.twinflow import TwinFlow as TwinFlow
     from dumo.objectives.ucgm import UCGM as UCGM

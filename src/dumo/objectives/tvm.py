@@ -17,13 +17,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import pair, primal
 from dumo.flow import dropout
 from dumo.flow.reading import mean_velocity
-from dumo.flow.slope import rate_of
+from dumo.flow.slope import heads_and_end_rates
 from dumo.flow.times import Gap, LogitNormal, Times
-from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
 
 class TVM(Spec):
@@ -45,7 +43,7 @@ class TVM(Spec):
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
         beta = torch.ones_like(b.t).masked_fill(b.kept, 1 / self.scale)
         knobs = {"beta": beta} if self.scale != 1 else {}
-        (u_hat,), (du_dr,) = rated(net, b.x_t, b.c, t=b.t, r=b.r, **knobs)
+        (u_hat,), (du_dr,) = heads_and_end_rates(net, b.x_t, b.c, t=b.t, r=b.r, **knobs)
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
             f = b.x_t - gap * u_hat  # (1)
@@ -66,13 +64,3 @@ class TVM(Spec):
     def read(self, net: Net) -> Reads:
         """One head, read at two times; guided as its knob beta says."""
         return mean_velocity(net)
-
-
-def rated(net: Net, x: Sample, c: Cond, *, r: Time, **inputs: Time) -> tuple[Heads, Heads]:
-    """The net's heads and their derivatives in r, both with gradients: dual numbers, and reverse-mode around them.
-
-    The pass costs about two, and so does its backward. Not by `torch.func.jvp`: reverse-mode around that is silently
-    wrong through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
-    """
-    heads = net(x, c, r=pair(r, torch.ones_like(r), recorded=True), **inputs)
-    return tuple(primal(head) for head in heads), tuple(rate_of(head) for head in heads)
