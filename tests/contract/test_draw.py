@@ -44,8 +44,9 @@ def test_draws_are_keyed_by_seed_and_step(objective: Objective) -> None:
     state = torch.get_rng_state()
     base, again = tensors(rows(objective)), tensors(rows(objective))
     assert all(torch.equal(v, again[key]) for key, v in base.items())
+    one_time = {"t"} if len(base["t"].unique()) == 1 else set[str]()  # of a law that has nothing to draw
     for other in (tensors(rows(objective, step=4)), tensors(rows(objective, seed=1))):
-        for key in {"t", "z", "kept", "x_t", *rows(objective).drawn}:
+        for key in {"t", "z", "kept", "x_t", *rows(objective).drawn} - one_time:
             assert not torch.equal(base[key], other[key]), key
     assert torch.equal(state, torch.get_rng_state())
 

@@ -13,11 +13,11 @@ target has no Jacobian. It has no noise either: v_t enters at r = t alone, by fl
 Unlike DuMo and MeanFlow, which differentiate where a jump starts, this differentiates where it ends. TVM has the same
 equation, with other times, weights and guidance.
 
-With `two_heads` (ours) v is DuMo's head, which learns (3) on every row, and u learns (2). Only the output layer of
-u gets r, so no derivative goes through the trunk.
+With `two_heads` (ours) v is DuMo's head, which learns (3) on every row, and u learns (2). Only the output layer of u
+gets r, so no derivative goes through the trunk.
 
-Read: the paper, and its loss `lsd_term` in copies of the authors' code and in lucidrains' port (the authors' repository
-was not to be had). Theirs sums squares, and may divide them by a variance that it learns of t and r; ours does neither.
+Read: `lsd_term` in copies of the authors' code, and lucidrains' port, which agree (the authors' repository was not
+available). Theirs sums squares, and may divide them by a variance that it learns of t and r; ours does neither.
 """
 
 from dataclasses import replace
@@ -41,9 +41,9 @@ class LSD(Spec):
     """Mean velocity from t to r by its derivative in r, and the velocity, at r = t or by a head of its own."""
 
     kind: Literal["lsd"] = "lsd"
-    times: Times = Pair(of=Uniform(), velocity_ratio=0.75)  # r < t uniform; the share is `diag_fraction` of their code
+    times: Times = Pair(of=Uniform(), velocity_ratio=0.75)  # the port's; `diag_fraction` of their configs
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
-    guide: Guide = Guide()  # none, as the paper
+    guide: Guide = Guide()  # none, as the port
     two_heads: bool = False
 
     @property
@@ -76,10 +76,11 @@ class LSD(Spec):
         if not rows:
             return v_star
         i = index(rows, b.t.device)
-        has_step = lift(b.r[i] < b.t[i], b.x_t)
+        some = b[rows]
         with dropout.rows(i):
-            v_r = ref(x_r[i], b.c[i], t=b.r[i], r=b.r[i])[0].to(v_star)
-        return v_star.index_copy(0, i, torch.where(has_step, v_r, v_star[i]))  # (2)
+            v_r = ref(x_r[i], some.c, t=some.r, r=some.r)[0].to(v_star)
+        has_step = lift(some.r < some.t, some.x_t)
+        return v_star.index_copy(0, i, torch.where(has_step, v_r, v_star[i]))  # (2), (3)
 
     def read(self, net: Net) -> Reads:
         """The velocity is u at r = t, or the head v; u jumps from t to any r."""

@@ -13,7 +13,7 @@ the data, p and n may change places, and the mean of e(p) - e(n) is 0.
 Unlike DuMo there is no velocity and no derivative: u is learned at t = 1 alone, for one pass. It tells little where
 samples are far from the data, so it begins from a trained net (`start`).
 
-Read: the abstract, and two ports of the authors' `tbsm.py` (their repository was not to be had). Both have (1) to (3),
+Read: the abstract, and two ports of the authors' `tbsm.py` (their repository was not available). Both have (1) to (3),
 with the factor sqrt(D) and FLOOR, at the paper's lambda = 1 (the weight of e(n)) and rho = 0 (the share of a second
 net, which learns the mean of e(p) - e(n)). Of ours:
 
