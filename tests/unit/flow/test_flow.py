@@ -210,7 +210,11 @@ def test_every_objective_learns_and_samples(kind: str) -> None:
             loss.backward()
             assert loss.isfinite()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-        for nfe in (4,) if must else (1, 2):
+        if flow.objective.read(nn.Identity()).lowest == 1:
+            some_nfe: tuple[int, ...] = (1,)
+        else:
+            some_nfe = (4,) if must else (1, 2)
+        for nfe in some_nfe:
             assert flow.sample(4, nfe=nfe).isfinite().all()
 
 
