@@ -62,8 +62,8 @@ def test_sd3_goes_without_t5(how: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert f'from_pretrained("SD3", transformer=model, scheduler=scheduler{ABSENT})' in (bare / "README.md").read_text()
     assert json.loads((whole / "model_index.json").read_text())[T5[0]] == [None, None]
     assert not (whole / T5[0]).exists()
-    assert max(case.misses("merged", whole)) < 1
-    assert max(case.misses("lora", lora)) < 1
+    assert max(case.errors_over_limits("merged", whole)) < 1
+    assert max(case.errors_over_limits("lora", lora)) < 1
 
 
 @pytest.mark.nightly
@@ -81,4 +81,4 @@ def test_an_export_goes_without_parts_that_are_never_read(tmp_path: Path, monkey
     case.train(*LORA)
     whole = case.export("whole")
     assert 'from_pretrained("whole", feature_extractor=None, safety_checker=None)' in (whole / "README.md").read_text()
-    assert max(case.misses("merged", whole)) < 1
+    assert max(case.errors_over_limits("merged", whole)) < 1

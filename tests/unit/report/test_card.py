@@ -11,7 +11,7 @@ from dumo.report.card import validate_report
 from dumo.report.compare import compare, differing_fields, require_comparable, shorten_hashes
 from dumo.report.score import mark_best
 from dumo.types import UserError
-from fuzz.target import EVALUATION
+from fuzz.file import EVALUATION
 
 CARD: dict[str, Any] = {
     "protocol": "folder",
