@@ -125,7 +125,7 @@ def saved_again(folder: Path, to: Path, *, variant: str | None, shard_size: str)
     import diffusers
 
     dtype = torch.float32 if variant is None else torch.float16
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype)
     pipe.save_pretrained(to, variant=variant, max_shard_size=shard_size)
     return to
 

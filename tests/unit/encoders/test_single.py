@@ -93,7 +93,7 @@ def test_a_file_of_a_transformer_becomes_that_part_of_the_folder(tmp_path: Path)
     """By the command as it stands, behind the download of the other parts."""
     folder = save("Flux", tmp_path / "flux")
     (weights,) = (folder / "transformer").glob("*.safetensors")
-    file = shutil.move(weights, tmp_path / "one.safetensors")
+    file = weights.rename(tmp_path / "one.safetensors")
     line = refusal(file)
     found = re.search(r"of a FluxTransformer2DModel, .*'tokenizer\*/\*' .* && python -c \"(.*)\", and set", line)
     assert found, line
