@@ -101,7 +101,7 @@ def _own_base_folder(pipeline: "Pipeline | None") -> Path | None:
 
 
 def _how_to_try(folder: Path, base_folder: Path | None, few_steps_run: str = "") -> str:
-    """What to type to run the card of an exported folder, with the base model or the few-step run's export beside."""
+    """What to type to run the card of an exported folder, next to the base model or the few-step run's export."""
     from dumo.export.card import FEW_STEPS
 
     command = f"cd {quote(str(folder.parent))}"

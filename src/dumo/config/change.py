@@ -46,7 +46,7 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
     """
     values = dict(_split(text) for text in texts)
     for path, field in SHORTHANDS.items():
-        if isinstance(values.get(path), str):  # written out, so that other fields of the part may be set beside it
+        if isinstance(values.get(path), str):  # written out, so that other fields of the part may be set, too
             values[path] = {field: values[path]}
     for path in sorted(values, key=_order):
         for length in range(1, len(path)):

@@ -8,7 +8,7 @@ and `model` of models of transformers. A folder may hold its weights several tim
     NAME.fp16.safetensors                  a variant in one file
     NAME.fp16-00001-of-00002.safetensors   a variant in shards, which NAME.safetensors.index.fp16.json lists
 
-Whoever opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
+Code that opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
 `require_weights` refuses a folder without any. `PartWeights` is the choice; its `variant` goes to `from_pretrained`.
 `download_command` fetches the plain weights of parts alone.
 """

@@ -122,10 +122,10 @@ def opened(folder: Path) -> list[torch.Tensor]:
 
 def saved_again(folder: Path, to: Path, *, variant: str | None, shard_size: str) -> Path:
     """A pipeline as diffusers saves it: of a variant, in shards."""
-    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     dtype = torch.float32 if variant is None else torch.float16
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
     pipe.save_pretrained(to, variant=variant, max_shard_size=shard_size)
     return to
 
