@@ -208,7 +208,7 @@ def _sentence(title: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-def _column_conditions(sampler: Sampler) -> list[int]:
+def column_conditions(sampler: Sampler) -> list[int]:
     """The condition of each column of a sheet: the first ten classes, or captions of them.
 
     Fewer than ten are repeated, each in columns side by side. [] without conditions.
@@ -221,14 +221,14 @@ def _column_conditions(sampler: Sampler) -> list[int]:
 
 def _num_columns(sampler: Sampler) -> int:
     """The number of columns of a sheet."""
-    return len(_column_conditions(sampler)) or COLUMNS
+    return len(column_conditions(sampler)) or COLUMNS
 
 
 def _class_names(sampler: Sampler) -> list[str]:
     """The names above a sheet, one for each class; [] of points."""
     if not sampler.is_image:
         return []
-    return [sampler.conditions.name(c) for c in dict.fromkeys(_column_conditions(sampler))]
+    return [sampler.conditions.name(c) for c in dict.fromkeys(column_conditions(sampler))]
 
 
 def _data_name(sampler: Sampler) -> str:
@@ -255,7 +255,7 @@ def _sampling_jobs(sampler: Sampler) -> list[_SamplingJob]:
     Of a trajectory, each number of passes is as many images as a row of a sheet has; of points, as many as a sheet.
     """
     if sampler.is_image:
-        classes = _column_conditions(sampler)
+        classes = column_conditions(sampler)
         sheet_c = labels_in_turn(ROWS * _num_columns(sampler), sampler.data.classes, classes or None)
         row_c = sheet_c[: _num_columns(sampler)]
     else:
@@ -299,7 +299,7 @@ def arrange_by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
 
     A class without images is grey. Where no class of the sheet has any, the images stay in their order.
     """
-    images_by_class = [x[c == label] for label in dict.fromkeys(_column_conditions(sampler))]
+    images_by_class = [x[c == label] for label in dict.fromkeys(column_conditions(sampler))]
     if not any(map(len, images_by_class)):
         return x[: ROWS * COLUMNS]
     width = _num_columns(sampler) // len(images_by_class)  # columns of a class

@@ -358,7 +358,7 @@ def test_notes_of_pulls_have_words_of_their_own() -> None:
 
 def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without notes and probes, and where it was resumed by a version that has them."""
-    monkeypatch.setattr(chart, "_inked", lambda ink, draw: Image.new("RGB", (1, 1)))  # titles alone are looked at
+    monkeypatch.setattr(chart, "_draw_in_ink", lambda ink, draw: Image.new("RGB", (1, 1)))  # titles alone are looked at
     new = log.read_log(digits / "metrics.jsonl")
     old = [
         {k: v for k, v in row.items() if k not in ("notes", "probe", "grad_norms", "grad_peaks", "time_slope")}

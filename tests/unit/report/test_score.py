@@ -194,13 +194,13 @@ def test_spreads_and_large_numbers() -> None:
 def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> None:
     run = load("my-images", [f"data.classes={classes}", "data.root=x", "evaluate.protocol.kind=folder"])
     bare = sampler(run, nn.Identity())
-    assert page.columns(bare) == columns
+    assert page.column_conditions(bare) == columns
     x, c = torch.arange(90.0).view(90, 1, 1, 1).expand(90, *run.data.shape), torch.arange(90) % classes
-    sheet = page.by_class(bare, x, c)
+    sheet = page.arrange_by_class(bare, x, c)
     rows = sheet[:, 0, 0, 0].view(-1, len(columns)).long()
     assert all((row % classes).tolist() == columns for row in rows)
     assert len(rows) == min(8, 90 // classes // (len(columns) // classes))
-    assert page.by_class(bare, x[:1], c[:1])[0].equal(x[0])  # one image of all
+    assert page.arrange_by_class(bare, x[:1], c[:1])[0].equal(x[0])  # one image of all
 
 
 def test_names_stand_above_their_columns_and_fit() -> None:
