@@ -8,7 +8,8 @@ meanwhile this process looks at their memory and keeps the most of each phase. `
 
 The model is a Stable Diffusion 3 of random weights, written to --folder in bf16 (--dtype): --gigabytes is its size in
 float32. Trained on digits, 16 patches each, so that work is small. Bytes are of a process's own memory (RssAnon of
-/proc); of a base in bf16, which one process maps from its file, all pages count, read or not. The heap of glibc keeps
+/proc); of a base in bf16, which one process maps from its file, all pages count, read or not, and so they do
+where each rank examines the net in one piece. The heap of glibc keeps
 freed blocks of up to 32 MB, as many as it has gaps between others; here blocks of 128 KiB and more go back at once,
 unless --heap. Then a step takes less time, and more memory than is counted.
 """
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 WIDTH = 1024  # of the model
@@ -93,11 +95,13 @@ def do_work(args: argparse.Namespace) -> None:
 
     from dumo.config.load import load
     from dumo.nets import lowpass
+    from dumo.run import examination
     from dumo.run.folder import write_run_file
     from dumo.run.net import flow_in_training
-    from dumo.run.weights import begin
+    from dumo.run.weights import begin, build
     from dumo.runtime import dist
-    from dumo.training import checkpoint
+    from dumo.runtime.heap import low_memory_heap
+    from dumo.training import checkpoint, layout
     from dumo.training.manifest import Checkpoints
     from dumo.training.saver import Saver
     from dumo.training.step import pieces, span, train_step
@@ -121,6 +125,11 @@ def do_work(args: argparse.Namespace) -> None:
             batch = run.data.open().batch(0, run.train.batch, run.train.seed, rows)
             begin_phase("first step")
             train_step(state, flow, [*batch], run.train)
+            begin_phase("examination")
+            with low_memory_heap():
+                net = layout.gathered(state.net, partial(build, run))
+            examination.examine_weights(run, net, torch.device("cpu"))
+            del net
             begin_phase("save")
             if dist.is_main():
                 run_folder.mkdir(exist_ok=True)
@@ -183,13 +192,13 @@ def measure(args: argparse.Namespace, ranks: int, work: str) -> dict[str, int]:
         phase_file(args, rank).write_text(work if work == "export" else "imports")
         processes.append(start_rank(args, work, rank, ranks, port))
     peaks: dict[str, int] = {}
-    maps_base = ranks == 1 and args.mode == "bfloat16" and work != "export"  # an export has weights of its own
+    maps_base = args.mode == "bfloat16" and work != "export"  # an export has weights of its own
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
             try:
                 phase = phase_file(args, rank).read_text()
                 size = own_bytes(process.pid)
-                if maps_base:
+                if maps_base and (ranks == 1 or phase == "examination"):
                     size += mapped_bytes(process.pid, args.folder / "model" / WEIGHTS)
             except (OSError, KeyError):  # the process is about to end
                 continue

@@ -110,6 +110,11 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     parts = {**step.memory, "encoders": plan.encoder_bytes(spec.net, spec.data.classes)}
     peak = sum(parts.values())
     checkpoint = memory.checkpoint_bytes(net, held, ranks)
+    host_bytes: dict[str, dict[str, dict[str, int]]] = {}
+    for name in DEVICES:
+        host_bytes[name] = host(
+            net, train, ranks, held, checkpoint.copy, peak, name, has_slope=objective.needs.slope is not None
+        )
     hours = None
     if tflops:
         hours = flops / (ranks * tflops * 1e12) / HOUR
@@ -123,7 +128,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "memory": {**parts, "peak": peak},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
         "checkpoint": {**checkpoint._asdict(), "most": (train.keep + 1) * checkpoint.bytes},
-        "host": {name: host(net, train, ranks, held, checkpoint.copy, peak, name) for name in DEVICES},
+        "host": host_bytes,
         "units": units,
         "flops": flops,
         "tflops": tflops,

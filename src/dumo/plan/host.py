@@ -6,6 +6,8 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
     start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of
                   16 bits twice, for they are in 32 until averages are made
     first step    on a CPU all that `dumo.plan.cluster` counts for a step, but o, which comes with its update
+    examination   before the first checkpoint, on a CPU w, a, o and gradients; of several ranks the net in one piece;
+                  weights in float64 (`examination.copied_bytes`). Nothing where no slope is taken
     save          on a CPU w, a, o and gradients; the copy that is written (`memory.checkpoint_bytes`)
     step          on a CPU all that is counted for a step; that copy, whose memory is kept
     resume        as start, with o
@@ -14,7 +16,7 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
 
 On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top: Python, torch,
 diffusers, peft. A mapped base counts as if it were read. Not counted: rows of texts (`net.texts.memory`), images in
-memory (`data.memory`), a milestone, whole on rank 0, and an examination of the slope on a CPU, on copies of the net.
+memory (`data.memory`), a milestone, whole on rank 0, and what a pass of an examination takes, of two rows.
 """
 
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from torch import nn
 
 from dumo.nets.adapter import adapters
 from dumo.nets.lowbit import saved
+from dumo.run.examination import copied_bytes
 from dumo.run.memory import HeldBytes
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
@@ -34,18 +37,31 @@ PER_NODE = 8  # ranks of a node, at most: ours
 
 
 def host(
-    net: nn.Module, train: Train, ranks: int, held: HeldBytes, copy: int, step: int, device: str
+    net: nn.Module,
+    train: Train,
+    ranks: int,
+    held: HeldBytes,
+    copy: int,
+    step: int,
+    device: str,
+    *,
+    has_slope: bool,
 ) -> dict[str, dict[str, int]]:
     """Bytes of each process, and of a node, by phase.
 
     `net` is an outline, `held` what its training holds, `copy` the bytes of a checkpoint that a rank copies, `step` the
-    bytes of a step, `device` one of DEVICES.
+    bytes of a step, `device` one of DEVICES, `has_slope` whether the objective takes a derivative, to be examined.
     """
     on_gpu = device == "GPU"
+    examined = 0
     if on_gpu:
         kept = HeldBytes(0, 0, 0, 0)
         step = 0
     else:
+        if has_slope:
+            examined = copied_bytes(net)
+            if ranks > 1:
+                examined += held.weights
         kept = held.part(share_of(train.share, ranks))
     largest = max((p.nbytes for p in net.parameters()), default=0)
     largest_made_whole = largest if on_gpu or ranks > 1 else 0
@@ -63,6 +79,7 @@ def host(
     processes = {
         "start": start + rounded_weights + PROCESS,
         "first step": max(step - kept.optimizer, kept.total) + PROCESS,
+        "examination": kept.total + examined + PROCESS,
         "save": kept.total + copy + PROCESS,
         "step": step + copy + PROCESS,
         "resume": start + kept.optimizer + PROCESS,

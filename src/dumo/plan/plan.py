@@ -54,12 +54,13 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
     net = outline(run) if net is None else net
     jumps = run.reads.endpoint or run.reads.flow_map
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    step_cost = cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {
         "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
         "parameters": sum(p.numel() for p in net.parameters()) + saved(net),
         "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
-        "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
-        "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
+        "forward_flops_per_image": step_cost.pass_flops,
+        "forward_units_per_step": step_cost.units,
         "slope": None if way is None else {**way._asdict(), "text": way.text},
         "far": far_share(run.objective) if jumps else None,
         "guidance_scale": run.guided.scale,
@@ -106,7 +107,11 @@ def plan(spec: Run) -> dict[str, Any]:
         parts["encoders"] = encoders
         total += encoders
     checkpoint = memory.checkpoint_bytes(net, training.held)
-    host_bytes = {name: host(net, train, 1, training.held, checkpoint.copy, total, name) for name in DEVICES}
+    host_bytes: dict[str, dict[str, dict[str, int]]] = {}
+    for name in DEVICES:
+        host_bytes[name] = host(
+            net, train, 1, training.held, checkpoint.copy, total, name, has_slope=needs.slope is not None
+        )
 
     epoch = _images_per_epoch(spec, missing=missing is not None)
     side = None

@@ -74,6 +74,7 @@ class StepCost(NamedTuple):
 
     units: float  # its floating-point operations over those of one pass forward
     flops: float  # its floating-point operations
+    pass_flops: float  # those of one pass forward
 
 
 def step_cost(
@@ -111,7 +112,7 @@ def step_cost(
         units = unguided + guided_share * (mean_units(objective) - unguided)
     else:
         units = mean_units(objective)
-    return StepCost(units, units * pass_flops)
+    return StepCost(units, units * pass_flops, pass_flops)
 
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
@@ -216,18 +217,27 @@ class Stretch(NamedTuple):
 
     path: str
     blocks: list[nn.Module]
+    level: int | None = None  # in a UNet: how often its input is halved before; None: of no other stretch
 
 
 def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     """Count something of a net by `count`: of all of it, or, where it is deep, by its first few blocks.
 
     A deep net is counted with one block of each stretch, and again with one more of it, and the rest is added in
-    proportion. `check`: for counts, as of bytes, in which the ends of a net may outweigh a few blocks. Then the first
-    count has two blocks of each stretch, and the whole net is counted unless two more blocks of every stretch add twice
-    what one more of each adds.
+    proportion. Stretches of a UNet whose blocks are alike, on one level, add alike: one of them is counted with one
+    more, most often than none.
+
+    `check`: for counts, as of bytes, in which the ends of a net may outweigh a few blocks. Then the first count has two
+    blocks of each stretch, and the whole net is counted unless two more blocks of every stretch add twice what one more
+    of each adds; so is every UNet, which keeps what it hands on across.
     """
-    lengths = [len(stretch.blocks) for stretch in stretches(net)]
+    if check and _is_unet(net):
+        return count(net)
+    net_stretches = stretches(net)
+    lengths = [len(stretch.blocks) for stretch in net_stretches]
     few = 2 if check else 1
+    if _is_unet(net) and any(p.requires_grad for p in net.get_submodule("model.time_embedding").parameters()):
+        few = 0  # every block has gradients of its input, as of the embedding of time: none is cheaper, as the first
     if sum(lengths) <= FEW or max(lengths) <= few:
         return count(net)
 
@@ -237,9 +247,14 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
 
     first = count_with([0] * len(lengths))
     of_a_block = [0] * len(lengths)  # what one block more of each stretch adds
-    for i, n in enumerate(lengths):
+    of_a_kind: dict[object, int] = {}  # the same, by what stretches that add alike have in common
+    for i, (stretch, n) in enumerate(zip(net_stretches, lengths, strict=True)):
         if n > few:
-            of_a_block[i] = count_with([int(i == j) for j in range(len(lengths))]) - first
+            place = i if stretch.level is None else f"level {stretch.level}"
+            kind = (place, _kind(stretch.blocks[0]))
+            if kind not in of_a_kind:
+                of_a_kind[kind] = count_with([int(i == j) for j in range(len(lengths))]) - first
+            of_a_block[i] = of_a_kind[kind]
     if check:
         of_two = sum(min(n - few, 2) * added for n, added in zip(lengths, of_a_block, strict=True))
         all_add = all(added for n, added in zip(lengths, of_a_block, strict=True) if n > few)
@@ -266,11 +281,11 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 def stretches(net: nn.Module) -> list[Stretch]:
     """The stretches of a net: runs of alike blocks, of which some may be left out for a count.
 
-    A pretrained net has them, and one whose `blocks` are all alike but for the last and for the routed ones. A UNet has
-    none: each of its blocks hands on to one on the other side.
+    A pretrained net has them, and one whose `blocks` are all alike but for the last and for the routed ones. Those of a
+    UNet are in its transformers: each of its own blocks hands on to one on the other side.
     """
-    if is_dualized(net) and net.family.last == "conv_out":
-        return []
+    if _is_unet(net):
+        return _stretches_of_unet(net)
     lists: dict[str, nn.ModuleList] = {}
     if is_dualized(net):
         for name, part in net.model.named_children():
@@ -287,6 +302,29 @@ def stretches(net: nn.Module) -> list[Stretch]:
     for path, part in lists.items():
         for _, alike in groupby(part, _kind):
             stretches_in_order.append(Stretch(path, [*alike]))
+    return stretches_in_order
+
+
+def _is_unet(net: nn.Module) -> bool:
+    """Whether a net is a UNet of diffusers."""
+    return is_dualized(net) and net.family.last == "conv_out"
+
+
+def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
+    """The stretches in a UNet's transformers, in the order of their paths."""
+    levels = len([*net.get_submodule("model.down_blocks").children()])
+    stretches_in_order: list[Stretch] = []
+    for path, part in net.named_modules():
+        if isinstance(part, nn.ModuleList) and path.endswith(".transformer_blocks"):
+            _, side, *number = path.split(".")[:3]
+            if side == "down_blocks":
+                level = int(number[0])
+            elif side == "up_blocks":
+                level = levels - 1 - int(number[0])
+            else:  # the middle
+                level = levels - 1
+            for _, alike in groupby(part, _kind):
+                stretches_in_order.append(Stretch(path, [*alike], level))
     return stretches_in_order
 
 

@@ -10,11 +10,14 @@ So the configured slope, in its precision and on its device, is compared with fo
 A fresh net will not do: its last layers are zero, u = du/dt = 0, and anything passes. The self-test draws every
 parameter of a copy of two blocks (`examine`); a second one takes the true weights, at the first checkpoint
 (`examine_weights`). Both return an `Examination`, whose `require` raises where the slope is off.
+
+Neither copies the weights of dumo's nets: they share those that they examine, and float64 takes one block at a time
+(`copied_bytes` counts it). A user's own net is copied whole, for its passes may write to its weights.
 """
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -112,9 +115,9 @@ def examine(run: Run, device: torch.device) -> Examination:
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
-    """Examine the run's slope on a copy of a net in training, in one piece. Raises UserError as the slope does."""
+    """Examine the run's slope on a net in training, in one piece. Raises UserError as the slope does."""
     point = example_point(run.objective, run.path, run.data, run.train.seed, 2)
-    return _compare(copy.deepcopy(net), run, point, device, "the weights in training")
+    return _compare(_copy(net), run, point, device, "the weights in training")
 
 
 def drawn_net(run: Run, device: torch.device) -> nn.Module:
@@ -206,7 +209,7 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
     if contract.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
         net.train()
         keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
-    ref = Frozen(net if train.ref == "self" else copy.deepcopy(net).eval())
+    ref = Frozen(net if train.ref == "self" else _copy(net).eval())
     with using(train.precision, device), dropout.using(keys):
         errors = slope_errors(objective, net, ref, point.x_t, point.direction, point.c, **point.inputs)
     mean_errors = dist.mean(torch.stack([*errors.values()]).to(point.x_t))
@@ -236,10 +239,100 @@ def slope_errors(
     return dict(zip(objective.needs.heads, worse, strict=False))  # without gauges
 
 
+def _copy(net: nn.Module) -> nn.Module:
+    """A copy of a net, which shares the parameters of one of dumo's own; a user's may write to them in a pass."""
+    if not _is_from_dumo(net):
+        return copy.deepcopy(net)
+    return copy.deepcopy(net, {id(p): p for p in net.parameters()})
+
+
+def _is_from_dumo(net: nn.Module) -> bool:
+    """Whether a net's class is one of dumo's."""
+    return type(net).__module__.partition(".")[0] == "dumo"
+
+
+def _cast_blocks(net: nn.Module) -> Iterable[nn.Module]:
+    """The blocks whose weights are cast to float64 while they run: none of a user's net, which may not call them."""
+    return getattr(net, "blocks", ()) if _is_from_dumo(net) else ()
+
+
+def copied_bytes(net: nn.Module) -> int:
+    """The most bytes of weights that an examination of a net holds besides the net: in float64, and of a user's, as is.
+
+    Of dumo's nets that is the largest block and all outside of blocks. `net` may be an outline.
+    """
+    bytes_of_blocks = [_bytes_in_float64(block) for block in _cast_blocks(net)]
+    in_float64 = _bytes_in_float64(net) - sum(bytes_of_blocks) + max(bytes_of_blocks, default=0)
+    return in_float64 if _is_from_dumo(net) else in_float64 + sum(p.nbytes for p in net.parameters())
+
+
+def _bytes_in_float64(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers once floating-point ones are in float64."""
+    sizes: list[int] = []
+    for x in (*module.parameters(), *module.buffers()):
+        itemsize = torch.float64.itemsize if x.is_floating_point() else x.itemsize
+        sizes.append(x.numel() * itemsize)
+    return sum(sizes)
+
+
+def _in_float64(net: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a net on a device that computes in float64. It leaves the weights of the net as they are.
+
+    The weights of blocks are cast when the block is called, and freed when it returns.
+    """
+    exact = _copy(net)
+    of_blocks: set[nn.Module] = set()
+    for block in _cast_blocks(exact):
+        modules = [*block.modules()]
+        of_blocks.update(modules)
+        casting = _BlockCast(modules, device)
+        block.register_forward_pre_hook(casting.cast)
+        block.register_forward_hook(casting.restore)
+    for module in exact.modules():
+        if module not in of_blocks:
+            _cast(module, device)
+    return exact
+
+
+class _BlockCast:
+    """Casts a block's weights to float64 before it runs, and puts back the others afterwards."""
+
+    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
+        """Take all modules of a block, the block among them."""
+        self.modules = modules
+        self.device = device
+        self.weights = [_own_weights(module) for module in modules]
+
+    def cast(self, *_: object) -> None:
+        """Cast the weights; a hook before a pass."""
+        for module in self.modules:
+            _cast(module, self.device)
+
+    def restore(self, *_: object) -> None:
+        """Put back the weights as they were; a hook after a pass."""
+        for module, weights in zip(self.modules, self.weights, strict=True):
+            for name, x in weights.items():
+                setattr(module, name, x)
+
+
+def _own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers by name, without those of modules in it."""
+    named_parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    named_buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    return {**dict(named_parameters), **dict(named_buffers)}
+
+
+def _cast(module: nn.Module, device: torch.device) -> None:
+    """Replace a module's own parameters and buffers by copies on a device, floating-point ones in float64."""
+    for name, x in _own_weights(module).items():
+        values = x.detach().to(device, torch.float64 if x.is_floating_point() else x.dtype)
+        setattr(module, name, nn.Parameter(values, False) if isinstance(x, nn.Parameter) else values)
+
+
 def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
     """d/dt of every output in float64, on the CPU where the device has none."""
     device = torch.device("cpu") if x.device.type == "mps" else x.device
-    net = copy.deepcopy(net).to(device).double()
+    net = _in_float64(net, device)
     x = x.to(device).double()
     w = w.to(x)
     c = c.to(device)

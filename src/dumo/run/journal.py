@@ -28,11 +28,13 @@ from dumo.nets.embed import Scalars
 from dumo.run import datacheck, datanote, examination
 from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, restore_run_file, write_run_file
 from dumo.run.index import Index
+from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.origin import run_before_step
 from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
 from dumo.runtime import dist, signals, typed
+from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 SECONDS_PER_MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
 CALM = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
-COPIES = 4  # of the weights in an examination: in one piece, to be asked, and in float64
 
 
 @dataclass
@@ -207,10 +208,13 @@ class Journal:
     def examine(self, state: State) -> None:
         """Raise UserError if the slope is not the derivative at the weights in training.
 
-        Where the device has no room for COPIES of the weights, as of a net of which little is trained, it is not
-        examined, and `tell` is called with a line. Then the self-test of two blocks has to do.
+        Where the device has no room for the weights in training and what is copied of them, it is not examined, and
+        `tell` is called with a line. Then the self-test of two blocks has to do.
         """
-        copies_bytes = COPIES * sum(p.nbytes for p in outline(self.run).parameters())
+        net_outline = outline(self.run)
+        copies_bytes = weight_bytes(net_outline) + examination.copied_bytes(net_outline)
+        if dist.world() > 1:
+            copies_bytes += weight_bytes(net_outline)  # ranks may share them: each examines them in one piece
         device_bytes = agreement.on_main_rank(lambda: dist.memory(self.device))
         if self.run.objective.needs.slope and copies_bytes > device_bytes:
             self.tell(
@@ -218,7 +222,8 @@ class Journal:
                 f"memory, and {self.device} has {sized(device_bytes)}"
             )
             return
-        net = layout.gathered(state.net, partial(build, self.run))
+        with low_memory_heap():
+            net = layout.gathered(state.net, partial(build, self.run))
         examination.examine_weights(self.run, net, self.device).require()
 
 

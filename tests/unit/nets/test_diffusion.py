@@ -21,6 +21,7 @@ from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, family
 from dumo.objectives import DuMo
+from dumo.run import cost
 from dumo.types import Frozen, UserError
 from tiers import tiered
 from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, saved, texts
@@ -210,6 +211,43 @@ CUTS = {  # of SDXL: SSD-1B's layers, KOALA's missing middle
     },
     "middle-less": {"mid_block_type": None},
 }  # fmt: skip
+
+
+CROSS = {
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"),
+    tiered(
+        [((1, 5), {}), ((3, 4), CROSS), ((3, 2), {**CROSS, "block_out_channels": [32, 32]}), ((2, 5), CUTS["ssd"])],
+        now=[((1, 5), {})],
+        id=lambda case: f"{case[0]} {len(case[1])}",
+    ),
+)
+@pytest.mark.parametrize("lora", [None, LORA], ids=tuned)
+def test_a_unet_is_counted_by_the_first_blocks_of_its_transformers(
+    layers: tuple[int, int], more: dict[str, Any], lora: Lora | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last operation, at whatever depth, and with levels that are alike but for their size."""
+    import diffusers
+
+    spec, row = saved(tmp_path, "sdxl"), tiny.TINY["sdxl"]
+    config: dict[str, Any] = {**row.config, "transformer_layers_per_block": [*layers], **more}
+    diffusers.UNet2DConditionModel.from_config(config).save_pretrained(spec.pipeline.folder)
+    net = built(spec, lora=lora)
+    assert net.frame is not None
+    path = Diffusion(schedule=net.frame.schedule)
+    objective = DuMo(slope=DualSlope())
+    counts: list[tuple[float, cost.StepCost]] = []
+    for few in (1, 1000):
+        monkeypatch.setattr(cost, "FEW", few)
+        passed = cost.forward_flops(net, objective, SHAPE)
+        counts.append((passed, cost.step_cost(net, objective, path, SHAPE)))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == counts[0][1].pass_flops
 
 
 @pytest.mark.nightly

@@ -25,12 +25,13 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import HalfLinear
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, Shortcut
+from dumo.run import examination
 from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
 from tiers import tiered
-from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, VU, Saved, asked, batch, built, of, saved
+from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, VU, Saved, asked, batch, built, of, saved
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),  # diffusers', of its Chroma
@@ -139,6 +140,22 @@ def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
     objective = DuMo(slope=slope, drop=0.1, guide=Guide(zeta=0.55))
     objective.loss(net.train(), Frozen(net), record(objective)).loss.mean().backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [None, LORA, RESTS], ids=["full", "lora", "half"])
+@pytest.mark.parametrize("name", tiered([*IMAGES, *NOISE], now=("sd3", "flux", "sdxl"), ci=QUICK))
+def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(
+    folder: Saved, name: str, lora: Lora | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an examination of the slope, whose models may ask for their own type."""
+    net = built(with_limit(folder(name), name), lora=lora).eval()
+    x, c, t = batch()
+    ours = examination._exact(net, x, torch.ones_like(x), c, t=t)
+    monkeypatch.setattr(examination, "_in_float64", lambda net, device: copy.deepcopy(net).double())
+    copied = examination._exact(net, x, torch.ones_like(x), c, t=t)
+    for our_head, head in zip(ours, copied, strict=True):
+        assert our_head.dtype == head.dtype
+        assert torch.equal(our_head, head)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from dumo.config.load import load
 from dumo.io.deferred import Deferred
 from dumo.plan.cluster import Traffic, fake_ranks
 from dumo.plan.host import PROCESS, host
-from dumo.run import memory
+from dumo.run import examination, memory
 from dumo.run.net import outline
 from dumo.training import layout
 from dumo.training.frozen import copied
@@ -24,7 +24,7 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
     run = load("digits", fields)
     net = outline(run)
     held = memory.held_bytes(net, run.train)
-    found = host(net, run.train, ranks, held, memory.checkpoint_bytes(net, held, ranks).copy, 0, device)
+    found = host(net, run.train, ranks, held, memory.checkpoint_bytes(net, held, ranks).copy, 0, device, has_slope=True)
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
@@ -42,6 +42,17 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
     assert one["export"] == held.weights == four["export"] - largest
 
 
+@pytest.mark.slow
+def test_an_examination_on_a_cpu_takes_a_block_in_float64_and_of_ranks_the_net_in_one_piece() -> None:
+    net = outline(load("digits"))
+    held = memory.held_bytes(net, load("digits").train)
+    copied = examination.copied_bytes(net)
+    assert copied < 2 * held.weights  # which all of it would take
+    assert planned(1, "CPU")["examination"] == held.total + copied
+    assert planned(4, "CPU", "train.share=4")["examination"] == held.total // 4 + held.weights + copied
+    assert planned(4, "GPU")["examination"] == 0
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("coding", ["bfloat16", "int8", "nf4"])
 def test_adapters_are_added_in_a_copy(coding: str) -> None:
@@ -50,7 +61,7 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     run = load("sd3-lora", [f"net.lora.frozen={coding}"])
     net = outline(run)
     held = memory.held_bytes(net, run.train)
-    found = host(net, run.train, 1, held, 0, 0, "GPU")["process"]["export"] - PROCESS
+    found = host(net, run.train, 1, held, 0, 0, "GPU", has_slope=True)["process"]["export"] - PROCESS
     assert found == held.weights + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
 
 
@@ -69,7 +80,7 @@ def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int
     """Of `step` bytes, as later steps take them."""
     run = load("digits", ["train.share=2"])
     held = memory.held_bytes(net := outline(run), run.train)
-    found = host(net, run.train, 2, held, copy := 7, step, "CPU")["process"]
+    found = host(net, run.train, 2, held, copy := 7, step, "CPU", has_slope=False)["process"]
     update, passes = held.part(2).total, step - held.optimizer // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
     assert found["step"] == step + copy + PROCESS

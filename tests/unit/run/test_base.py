@@ -19,6 +19,7 @@ from dumo.flow.guide import CFG
 from dumo.flow.path import Linear
 from dumo.flow.reading import taught_readings
 from dumo.flow.slope import DualSlope
+from dumo.run import examination, memory
 from dumo.run.folder import write_run_file
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
@@ -73,11 +74,12 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     """Where there is room to train an adapter of them; and that is said."""
     adapt(monkeypatch)
     run, lines = tiny("moons"), list[str]()
-    whole = sum(p.nbytes for p in outline(run).parameters())
-    monkeypatch.setattr(dist, "memory", lambda device: 4 * whole)
+    net = outline(run)
+    whole = memory.weight_bytes(net) + examination.copied_bytes(net)
+    monkeypatch.setattr(dist, "memory", lambda device: whole)
     train(run, tmp_path / "all", tell=lines.append)
     assert not any("is not examined" in line for line in lines)
-    monkeypatch.setattr(dist, "memory", lambda device: 4 * whole - 1)
+    monkeypatch.setattr(dist, "memory", lambda device: whole - 1)
     train(run, tmp_path / "run", tell=lines.append)
     assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
 

@@ -1,5 +1,6 @@
 """A slope that is the derivative passes, one that is not is refused, and training does not notice the examination."""
 
+import copy
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from dumo.run.resolve import resolve
 from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.training import checkpoint
-from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
+from dumo.types import Cond, Frozen, Heads, Net, Objective, Sample, Spec, Time, UserError
 from unit.run import known
 
 CPU = torch.device("cpu")
@@ -206,6 +207,60 @@ def test_examining_leaves_everything_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     for p, grad in zip(net.parameters(), grads, strict=True):
         assert p.grad is None if grad is None else torch.equal(cast(Tensor, p.grad), grad)
+
+
+def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no more bytes than are counted; the net keeps its weights."""
+    run = tiny("digits")
+    net = build(run).eval()
+    before = {key: (id(p), p.dtype) for key, p in net.named_parameters()}
+    point = examination.example_point(run.objective, run.path, run.data, run.train.seed, 2)
+    most = watch_float64(monkeypatch)
+    ours = examination._exact(net, point.x_t, point.direction, point.c, **point.inputs)
+    assert {key: (id(p), p.dtype) for key, p in net.named_parameters()} == before
+    assert max(most) == examination.copied_bytes(net) < examination._bytes_in_float64(net)
+    monkeypatch.setattr(examination, "_in_float64", lambda net, device: copy.deepcopy(net).double())
+    copied = examination._exact(net, point.x_t, point.direction, point.c, **point.inputs)
+    for our_head, head in zip(ours, copied, strict=True):
+        assert torch.equal(our_head, head)
+
+
+def watch_float64(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let an examination note, whenever it has cast a block, the bytes in memory of their own of the copy it casts."""
+    most, copies = list[int](), list[nn.Module]()
+    own_copy, own_cast = examination._in_float64, examination._BlockCast.cast
+
+    def in_float64(net: nn.Module, device: torch.device) -> nn.Module:
+        copies.append(own_copy(net, device))
+        return copies[-1]
+
+    def cast(self: examination._BlockCast, *given: object) -> None:
+        own_cast(self, *given)
+        tensors = (*copies[-1].parameters(), *copies[-1].buffers())
+        most.append(sum(x.nbytes for x in tensors if x.dtype == torch.float64))
+
+    monkeypatch.setattr(examination, "_in_float64", in_float64)
+    monkeypatch.setattr(examination._BlockCast, "cast", cast)
+    return most
+
+
+@pytest.mark.parametrize("ref", ["self", "0.999"])
+def test_an_examination_of_the_weights_in_training_copies_none(ref: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny("moons-meanflow", f"train.ref={ref}")
+    net = build(run)
+    own = examination.slope_errors
+    compared: list[nn.Module] = []
+
+    def watch(objective: Objective, net: nn.Module, ref: Frozen, *point: Tensor, **inputs: Time) -> dict[str, Tensor]:
+        compared.extend([net, ref.module])
+        return own(objective, net, ref, *point, **inputs)
+
+    monkeypatch.setattr(examination, "slope_errors", watch)
+    examination.examine_weights(run, net, CPU).require()
+    assert (compared[0] is compared[1]) == (ref == "self")
+    for module in compared:
+        assert module is not net
+        assert [*map(id, module.parameters())] == [*map(id, net.parameters())]
 
 
 @pytest.mark.slow
