@@ -233,7 +233,7 @@ def _find_content(folder: Path, *, images: bool) -> str | None:
     """What a folder holds that may be a source: a run, or images if these count; None: neither."""
     if (folder / FILE).is_file():
         return "a run"
-    if not images:
+    if not images or not folder.is_dir():
         return None
     from dumo.data.pixel import IMAGE_SUFFIXES  # slow to import
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from dumo.encoders.caption import Captions
 from dumo.io import digest
-from dumo.io.content import Hashes, hashes_of
-from dumo.io.source import Bucketed, DataSource
+from dumo.io.source import Bucketed, DataSource, hashes_of
 from dumo.types import Spec, UserError
+
+if TYPE_CHECKING:
+    from dumo.io.content import Hashes
 
 BRACED = re.compile(r"\{[^{}]*\}")
 PLACEHOLDERS = ("{}", "{n}")  # for the class's name, for its number
@@ -149,7 +151,7 @@ class Captioned:
         return self.source.size
 
     @property
-    def hashes(self) -> Hashes | None:
+    def hashes(self) -> "Hashes | None":
         """The hashes of the images; None for a source whose samples are no files."""
         return hashes_of(self.source)
 

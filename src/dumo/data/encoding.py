@@ -27,10 +27,9 @@ from dumo.data.pixel import Size
 from dumo.encoders.caption import Captions
 from dumo.encoders.codec import Opened
 from dumo.io import table
-from dumo.io.content import hashes_of
 from dumo.io.inventory import HASH_BYTES
 from dumo.io.picture import from_uint8
-from dumo.io.source import Finite
+from dumo.io.source import Finite, hashes_of
 from dumo.io.table import Column, MakeResult, Tick
 from dumo.runtime import signals
 from dumo.types import UserError

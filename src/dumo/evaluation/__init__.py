@@ -33,7 +33,7 @@ MEMBERS = {  # by kind
     "toy": "dumo.evaluation.shipped:ShippedProtocol",
 }
 FAMILY = SpecFamily(MEMBERS)
-OTHERS = ("dumo.evaluation.protocol:Context", "dumo.evaluation.protocol:Reference")
+OTHERS = ("dumo.evaluation.protocol:Context", "dumo.evaluation.wholeset:Reference")
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from dumo.evaluation.images import ImageProtocol as ImageProtocol
     from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
     from dumo.evaluation.protocol import Context as Context
-    from dumo.evaluation.protocol import Reference as Reference
     from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
+    from dumo.evaluation.wholeset import Reference as Reference
 
     MetricProtocol = ClipProtocol | FeatureProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol
 else:

@@ -18,7 +18,8 @@ from torch import Tensor
 from dumo.encoders import clip
 from dumo.encoders.clip import Clip
 from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, collect
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.wholeset import collect
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.types import PLACE, Cond, UserError

@@ -22,7 +22,8 @@ import torch
 from pydantic import Field
 
 from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Reference, collect
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.wholeset import Reference, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import bound
 from dumo.runtime.random import keyed

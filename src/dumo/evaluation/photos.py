@@ -4,8 +4,8 @@ The features are those of the shipped classifier of CIFAR-10 on images reduced t
 number is an FID, or to be compared with one. With them come measures that no network sees: pixels as Gaussians
 (`dumo.evaluation.distance`), and whether samples are copies of the images that the net was trained on.
 
-`PHOTOS` is the entrance: the measure by which `dumo.evaluation.shipped` makes the protocol. Its `_open` looks at the
-data, and `PhotosEvaluator` scores samples.
+`open_photos`, which `dumo.evaluation.shipped` names, is the entrance: it looks at the data, and makes a
+`PhotosEvaluator`, which scores samples.
 
 With few images every number is rough, and most depend on how many there are; kernel distances do not. The others
 compare samples with a random half of the images, equally many of both, in the same classes. What a perfect sampler, of
@@ -24,22 +24,20 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
-from dumo.evaluation.metric import Scores
-from dumo.evaluation.neighbours import nearest_two, precision_recall
-from dumo.evaluation.protocol import (
-    Context,
-    Measure,
-    NumberedSamples,
-    Protocol,
+from dumo.evaluation.baseline import (
     class_facts,
-    collect,
     mmd,
     noise_by_class,
     perfect_by_class,
     random_parts,
     summarize,
 )
+from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
+from dumo.evaluation.metric import Scores
+from dumo.evaluation.neighbours import nearest_two, precision_recall
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.shipped import MIN_PHOTOS
+from dumo.evaluation.wholeset import collect
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.io.source import Data, Finite
@@ -47,7 +45,6 @@ from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
 KIND = "photos"
-MIN_IMAGES = 20  # of the data, and samples that are judged at least: ours
 PIECE = 64  # images that are read at a time: ours
 MAX_IMAGES = 5000  # of the data that are looked at: ours
 MAX_COMPARED = 1000  # images on either side of a comparison: ours
@@ -212,8 +209,8 @@ def _read_images(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int
         yield x, c, min(stop, len(data)), len(data)
 
 
-def _open(protocol: Protocol, context: Context) -> PhotosEvaluator:
-    """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_IMAGES` images."""
+def open_photos(protocol: Protocol, context: Context) -> PhotosEvaluator:
+    """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_PHOTOS` images."""
     data = context.data()
     rows: list[Rows] = []
     classes: list[Tensor] = []
@@ -225,8 +222,8 @@ def _open(protocol: Protocol, context: Context) -> PhotosEvaluator:
         if context.tick:
             context.tick(done, total)
     real = torch.cat(rows)
-    if len(real) < MIN_IMAGES:
-        raise UserError(f"protocol {KIND} needs {MIN_IMAGES} images or more, here are {len(real)}: add some")
+    if len(real) < MIN_PHOTOS:
+        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {len(real)}: add some")
     facts = {
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
         "features_sha256": cifar10.sha256,
@@ -240,12 +237,3 @@ def _open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     real_c = torch.cat(classes)
     facts |= class_facts(c, real_c)
     return PhotosEvaluator(c, real, real_c, shape, facts)
-
-
-PHOTOS = Measure(
-    samples=500,
-    fewest=MIN_IMAGES,
-    judges="images of 1 or 3 channels",
-    fits=lambda shape, classes: len(shape) == 3 and shape[0] in (1, 3),
-    open=_open,
-)

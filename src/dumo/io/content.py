@@ -1,6 +1,6 @@
 """What is in the items of a data set, by SHA-256, and what they are expected to hold.
 
-`Hashes` is an inventory (`dumo.io.inventory`) of the items of a source; `hashes_of` gives that of a source. An item is
+`Hashes` is an inventory (`dumo.io.inventory`) of the items of a source, `dumo.io.source.hashes_of` gives it. An item is
 hashed when it is read for the first time (`Hashes.see`, `Hashes.hash`), and never again as long as its file is as it
 was noted. A checkpoint or a cache keeps the hashes of the items that it was made of, and expects them again
 (`Hashes.expect`):
@@ -161,12 +161,6 @@ class Hashes(Inventory):
         if self.expected is None or not self.expected[i].any():
             return False
         return bool((self.expected[i] != self.sha256[i]).any())
-
-
-def hashes_of(source: object) -> Hashes | None:
-    """The hashes of a source of images; None for a source whose samples are no files."""
-    hashes = getattr(source, "hashes", None)
-    return hashes if isinstance(hashes, Hashes) else None
 
 
 def unpack_names(data: bytes) -> bytes:

@@ -3,6 +3,7 @@
 - `Data`, `DataSource` and `Finite` are what evaluation, training and encoding ask of them.
 - `TensorData`, `HeldOutSplit`, `Endless` and `Bucketed` are data in memory, data with rows held out, drawn data, and
   data in several shapes. Images and latents have sources of their own (`dumo.data`).
+- `hashes_of` gives the hashes of a source's items, where they are files.
 - `rows_of` and `mirrored` say which rows a step has, and which of its images are mirrored.
 
 A batch is a function of the step, the batch size, the seed and the rows alone: so a run resumes by its step number, and
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int64
@@ -22,6 +23,10 @@ from torch import Tensor
 from dumo.io import digest
 from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Sample
+from dumo.types.family import is_instance_of
+
+if TYPE_CHECKING:
+    from dumo.io.content import Hashes
 
 CACHED_ORDERS = 2  # of epochs: batches are made ahead across the end of an epoch. Ours
 _LOCK = Lock()  # a cache alone would let two threads make one order each
@@ -232,6 +237,12 @@ class Bucketed:
     def fingerprint(self) -> str | None:
         """The fingerprint of the data set, which each part has."""
         return self.parts[0].fingerprint()
+
+
+def hashes_of(source: object) -> "Hashes | None":
+    """The hashes of a source of images; None for a source whose samples are no files."""
+    hashes = getattr(source, "hashes", None)
+    return hashes if is_instance_of(hashes, "dumo.io.content:Hashes") else None
 
 
 def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:

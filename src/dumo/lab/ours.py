@@ -22,7 +22,7 @@ from dumo.config.tree import Evaluation
 from dumo.data import Data
 from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance
-from dumo.evaluation.shipped import features_of
+from dumo.evaluation.measures import features_of
 from dumo.flow.generate import labels_in_turn
 from dumo.io import picture, weights
 from dumo.lab import arm

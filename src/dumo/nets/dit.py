@@ -18,7 +18,7 @@ Published weights are converted in `dumo.nets.dit_convert`.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_serializer
@@ -42,10 +42,12 @@ from dumo.nets.block import (
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, rotary_tables, side_of
 from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.nets.route import Route, run_blocks
-from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.nets.textfamily import Text
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
+
+if TYPE_CHECKING:
+    from dumo.nets.textblock import TextEmbedder
 
 # The fields that the nets of the DiT paper have, whose weights are published.
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
@@ -180,16 +182,16 @@ class Transformer(nn.Module):
             embedded = tuple(name for name in needs.shared if name != "r")
         self.scalars = Scalars(embedded, width, spec.time_scale)
         self.own = HeadEmbeddings(needs, width, spec.time_scale)
-        self.text = TextEmbedder(spec.texts.build(classes), width) if spec.texts else None
+        self.text: TextEmbedder | None = None
+        block_class = Preserving if self.preserved else Block
+        if spec.texts:
+            from dumo.nets.textblock import Cross, TextEmbedder
+
+            self.text = TextEmbedder(spec.texts.build(classes), width)
+            block_class = Cross
         self.label = label_table(classes, width) if classes and not self.text else None
 
         # blocks and heads
-        if self.text:
-            block_class = Cross
-        elif self.preserved:
-            block_class = Preserving
-        else:
-            block_class = Block
         block_sizes = BlockSizes(width, spec.attention, modern=spec.modern, qk_norm=spec.qk_norm)
         self.blocks = nn.ModuleList(block_class(block_sizes) for _ in range(spec.depth))
         self.heads = nn.ModuleDict({name: DiTHead(width, numbers_per_patch, rms=spec.modern) for name in needs.heads})

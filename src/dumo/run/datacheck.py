@@ -8,14 +8,15 @@ data with those of the last one, when a run is opened.
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dumo.io import content, digest
-from dumo.io.content import Hashes, hashes_of
+from dumo.io import digest
 from dumo.io.read import first_few
+from dumo.io.source import hashes_of
 from dumo.io.weights import load
 from dumo.runtime import dist
 from dumo.training import agreement
@@ -23,6 +24,9 @@ from dumo.training.checkpoint import DATA
 from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
 from dumo.types.family import is_instance_of
+
+if TYPE_CHECKING:
+    from dumo.io.content import Hashes
 
 WAY_OUT = "give another folder with --out, or go on with the data as they are by --accept"
 
@@ -68,6 +72,8 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
         return None
 
     # compare with what the checkpoint was trained on
+    from dumo.io import content
+
     trained_on = agreement.on_each_rank(lambda: load(last.path / DATA))
     names = content.unpack_names(trained_on["names"].numpy().tobytes())
     expected = trained_on["hashes"].numpy()
@@ -101,7 +107,7 @@ def changed_data_error(folder: Path, problem: str) -> UserError:
     )
 
 
-def tensors_to_save(hashes: Hashes | None) -> dict[str, Tensor]:
+def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
     """The tensors that a checkpoint keeps of the data: hashes of what any rank has read, names, and classes.
 
     Empty where the data are no files (`hashes` None). Every rank must call it. Raises UserError, on all ranks, where
@@ -119,7 +125,7 @@ def tensors_to_save(hashes: Hashes | None) -> dict[str, Tensor]:
     return {"hashes": read_anywhere, "names": hashes.packed_names, "labels": labels}
 
 
-def _require_same_contents(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
+def _require_same_contents(hashes: "Hashes", read_here: Tensor, read_anywhere: Tensor) -> None:
     """Raise UserError where another rank has read other contents of an image that this one has read."""
     differs = (read_here != read_anywhere).any(1) & read_here.any(1)
     rows = differs.nonzero().flatten()

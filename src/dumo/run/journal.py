@@ -22,7 +22,6 @@ from dumo.config.change import shown
 from dumo.config.load import FILE, identity
 from dumo.config.source import Noted
 from dumo.config.spec import Run
-from dumo.io.content import Hashes
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, datanote, examination
@@ -47,6 +46,7 @@ from dumo.training.spec import Train
 from dumo.training.state import State
 
 if TYPE_CHECKING:
+    from dumo.io.content import Hashes
     from dumo.run.teacher import TeacherPairs
 
 SECONDS_PER_MINUTE = 60.0
@@ -64,7 +64,7 @@ class Journal:
     checkpoints: Checkpoints
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
-    hashes: Hashes | None = None  # of the data
+    hashes: "Hashes | None" = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
     validation: Validation | None = None
     threads: StepThreads | None = None  # of the steps; None: nobody chooses

@@ -27,8 +27,7 @@ from dumo.config.word import method
 from dumo.data import is_latents
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
-from dumo.io.content import hashes_of
-from dumo.io.source import Bucketed, DataSource
+from dumo.io.source import Bucketed, DataSource, hashes_of
 from dumo.nets import is_dualized
 from dumo.run.job import Job, MakeSheets, open_job
 from dumo.run.journal import Journal, resume_hint

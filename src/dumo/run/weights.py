@@ -27,7 +27,7 @@ from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, is_dualized, is_pretrained
-from dumo.run import datanote, shipped
+from dumo.run import datanote
 from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
 from dumo.run.origin import require_own_checkpoint, require_own_weights
@@ -130,6 +130,8 @@ def open_run(
     while it is read: then a newer one is taken. Without `fill` `made` is left to read the weights. Raises UserError
     where it is none, or has no checkpoint yet, or none that is whole.
     """
+    from dumo.run import shipped
+
     folder = shipped.find(source)
     if not (folder / FILE).is_file():
         raise UserError(

@@ -1,41 +1,37 @@
 """torch.compile of a net's blocks, or of the whole loss, as `train.compile` says.
 
-The loop calls `compile_loss` once, before its first step; `compile_blocks` compiles the blocks of a net alone. In a
-guided batch the number of rows that need V(null) changes from step to step: blocks are compiled for the batch and, at
-the second number of rows, once for all numbers. A whole loss passes all rows.
+The loop calls `compile_loss` once, before its first step, unless nothing is compiled; `compile_blocks` compiles the
+blocks of a net alone. In a guided batch the number of rows that need V(null) changes from step to step: blocks are
+compiled for the batch and, at the second number of rows, once for all numbers. A whole loss passes all rows.
 """
 
 import os
 import shutil
+from typing import Literal
 
 import torch
 from torch import nn
 
 from dumo.flow.flow import Loss
-from dumo.training.spec import Compile
 from dumo.types import Objective, UserError
 
 COMPILERS = ("g++", "clang++")
 
 
-def compile_loss(net: nn.Module, objective: Objective, choice: Compile) -> Loss:
-    """The loss to train by: the objective's own, or compiled where `choice` is `loss`.
+def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks", "loss"]) -> Loss:
+    """The loss to train by: compiled, or the objective's own where `choice` is `blocks`, which compiles those in place.
 
-    Where it is `blocks`, the net's blocks are compiled in place. Raises UserError if the net has no blocks, or
-    the machine no compiler.
+    Raises UserError if the net has no blocks, or the machine no compiler.
     """
     _require_compiler(choice)
     if choice == "loss":
         return torch.compile(objective.loss, fullgraph=True)
-    if choice == "blocks":
-        compile_blocks(net)
+    compile_blocks(net)
     return objective.loss
 
 
-def _require_compiler(choice: Compile) -> None:
-    """Raise UserError if `choice` needs a C++ compiler (of `CXX`, or one of COMPILERS) and the machine has none."""
-    if choice == "none":
-        return
+def _require_compiler(choice: str) -> None:
+    """Raise UserError if the machine has no C++ compiler: none of `CXX`, and none of COMPILERS."""
     candidates = (os.environ.get("CXX", ""), *COMPILERS)
     if not any(shutil.which(candidate) for candidate in candidates):
         raise UserError(

@@ -13,7 +13,6 @@ from dumo.flow.flow import Flow
 from dumo.flow.precision import product_precision
 from dumo.runtime import dist
 from dumo.runtime.signals import Stopped
-from dumo.training.compile import compile_loss
 from dumo.training.record import Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -47,7 +46,11 @@ def train(
     Raises Diverged after `spec.max_skips` skipped steps in a row, and Stopped if a rank got a signal and steps are
     left, each after the step's hooks. Raises what `train_step` raises.
     """
-    loss = compile_loss(state.net, flow.objective, spec.compile)
+    loss = flow.objective.loss
+    if spec.compile != "none":
+        from dumo.training.compile import compile_loss
+
+        loss = compile_loss(state.net, flow.objective, spec.compile)
     device = next(state.net.parameters()).device
     with product_precision(spec.precision, device):
         while state.step < spec.steps:

@@ -9,7 +9,7 @@ no scheduler state.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.runtime.bound import FACTOR, STEPS
-from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.layout import shard_like, whole
 from dumo.types import CHANGES, QUIET, Spec, UserError
+from dumo.types.family import is_instance_of
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from dumo.training.eightbit import AdamW8bitOptimizer
 
 Matrices = Float[Tensor, "parts rows columns"]
 
@@ -150,10 +155,17 @@ class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
     moments: ClassVar[float] = 0.5
     kind: Literal["adamw8bit"] = "adamw8bit"
 
-    def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
+    def __call__(self, net: nn.Module) -> "AdamW8bitOptimizer":
         """The optimizer of a net's trained weights. Raises UserError where bitsandbytes is missing."""
+        from dumo.training.eightbit import AdamW8bitOptimizer
+
         named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         return AdamW8bitOptimizer(named, **self.model_dump(exclude={"kind"}))
+
+
+def has_8bit_codes(optimizer: object) -> "TypeIs[AdamW8bitOptimizer]":
+    """Whether an optimizer keeps its moments as codes of 8 bits."""
+    return is_instance_of(optimizer, "dumo.training.eightbit:AdamW8bitOptimizer")
 
 
 class Muon(Spec):

@@ -26,8 +26,8 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
 from dumo.training.burst import Gradients, parameters_by_module
-from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import Key, MovingAverage
+from dumo.training.optim import has_8bit_codes
 from dumo.training.spec import Train
 from dumo.types import UserError
 
@@ -119,7 +119,7 @@ def begin(
         half=spec.weights == "bfloat16",
     )
     optimizer = spec.optimizer(net)
-    if isinstance(optimizer, AdamW8bitOptimizer):
+    if has_8bit_codes(optimizer):
         optimizer.seed = spec.seed
     return State(net, optimizer, averages, frozen=frozen_digest)
 
@@ -165,7 +165,7 @@ def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Te
     """A tensor of the shape, type and layout that entry `key` of the optimizer's state has for parameter p."""
     if key == "step":
         return torch.zeros(())
-    return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
+    return optimizer.empty_state(key, p) if has_8bit_codes(optimizer) else p
 
 
 def by_parameter_index(flat: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:

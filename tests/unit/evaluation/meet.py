@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from dumo.evaluation import reference
-from dumo.evaluation.protocol import collect
 from dumo.evaluation.reference import STANDARDS
 from dumo.evaluation.statistics import gather, save_statistics, statistics_of
+from dumo.evaluation.wholeset import collect
 from meeting import meeting
 from unit.evaluation.extractor import Album, extractor, images
 

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
-from dumo.evaluation import shipped as protocol
-from dumo.evaluation.protocol import Reference
-from dumo.evaluation.shipped import baselines_cifar10 as baselines
-from dumo.evaluation.shipped import cached_features, feature_cache, features_of
-from dumo.evaluation.shipped import score_cifar10 as score
+from dumo.evaluation import measures as protocol
+from dumo.evaluation.measures import baselines_cifar10 as baselines
+from dumo.evaluation.measures import cached_features, feature_cache, features_of
+from dumo.evaluation.measures import score_cifar10 as score
+from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
 from dumo.runtime.random import stream

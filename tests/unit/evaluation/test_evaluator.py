@@ -10,9 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from dumo.data import Digits
 from dumo.encoders.classifier import digits
-from dumo.evaluation import ClipProtocol, Context, LikelihoodProtocol, MetricProtocol, ShippedProtocol, shipped
+from dumo.evaluation import ClipProtocol, Context, LikelihoodProtocol, MetricProtocol, ShippedProtocol, measures
 from dumo.evaluation.images import ImageProtocol
-from dumo.evaluation.protocol import Evaluator, Protocol, Reference, collect, ordered
+from dumo.evaluation.protocol import Evaluator, Protocol
+from dumo.evaluation.statistics import ordered
+from dumo.evaluation.wholeset import Reference, collect
 from dumo.io.digest import of_tensor
 from dumo.types import UserError
 
@@ -58,10 +60,10 @@ def test_an_evaluator_scores_as_its_protocol_does() -> None:
     assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
     rows = torch.arange(60).flip(0)
-    assert evaluator.score((part, x[part]) for part in rows.split(7)) == shipped.score_toy(
+    assert evaluator.score((part, x[part]) for part in rows.split(7)) == measures.score_toy(
         x, protocol.labels(), reference
     )
-    assert evaluator.baselines() == shipped.baselines_toy(reference, 60)
+    assert evaluator.baselines() == measures.baselines_toy(reference, 60)
     assert evaluator.facts["reference"] == "60 draws of seed 3"
     assert "reference_sha256" not in evaluator.facts
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.evaluation.baseline import class_facts, mmd
 from dumo.evaluation.distance import (
     Estimate,
     class_mmd,
@@ -17,7 +18,6 @@ from dumo.evaluation.distance import (
     mmd_deviation,
     shared_classes,
 )
-from dumo.evaluation.protocol import class_facts, mmd
 from dumo.runtime.random import stream
 
 MEANS = 2.0 * torch.randn(3, 4, generator=stream("means"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.evaluation.baseline import LEAST, DistanceUnit, distance_unit, random_parts
 from dumo.evaluation.distance import (
     Moments,
     auc_sd,
@@ -15,7 +16,6 @@ from dumo.evaluation.distance import (
     mean_sd,
     two_sample_auc,
 )
-from dumo.evaluation.protocol import LEAST, DistanceUnit, distance_unit, random_parts
 from dumo.runtime.random import stream
 
 SD = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.5, 0.2], dtype=torch.float64)  # of a Gaussian of six features

@@ -14,9 +14,10 @@ from torch.nn.functional import avg_pool2d, pad
 from dumo.data import Digits
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation.baseline import random_parts
+from dumo.evaluation.measures import baselines_digits, score_digits
 from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, indices_of_classes
-from dumo.evaluation.protocol import Reference, random_parts
-from dumo.evaluation.shipped import baselines_digits, score_digits
+from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
 from dumo.report import score

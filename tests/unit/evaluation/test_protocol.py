@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from dumo.data import Digits
 from dumo.encoders.classifier import digits
-from dumo.evaluation import Context, ShippedProtocol, shipped
+from dumo.evaluation import Context, ShippedProtocol, measures
 from dumo.evaluation.distance import Moments, frechet_distance, gaussian_mmd, mean_sd, pixel_frechet
-from dumo.evaluation.protocol import Reference
+from dumo.evaluation.wholeset import Reference
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -30,13 +30,13 @@ def split() -> Reference:
 
 @pytest.fixture(scope="module")
 def perfect(data: Reference) -> dict[str, float]:
-    return shipped.baselines_digits(data, DIGITS.total)["perfect"]
+    return measures.baselines_digits(data, DIGITS.total)["perfect"]
 
 
 @pytest.fixture(scope="module")
 def good(data: Reference) -> dict[str, float]:
     """The score of the data's own rows."""
-    return shipped.score_digits(*some(data), data)
+    return measures.score_digits(*some(data), data)
 
 
 def some(data: Reference, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], pe
         x = noisy(x, 0.4)
     else:
         x, c = some(data, torch.nonzero((data.c == 3) if fault == "one class" else (data.c != 3)).flatten())
-    bad = shipped.score_digits(x, c, data)
+    bad = measures.score_digits(x, c, data)
     assert bad["mmd"] > 3 * bad["mmd_sd"] > 6 * perfect["sd"]
     assert bad["fd"] > perfect["fd"] + 10 * perfect["fd_sd"]
     assert bad["fd"] > 10 * good["fd"]
@@ -100,13 +100,13 @@ def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference,
     x, c = some(data)
     off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 16
     off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
-    score = shipped.score_digits(off, c, data)
+    score = measures.score_digits(off, c, data)
     for name in ("mmd", "fd_grey", "auc", "pixel_fd", "nearest"):
         assert score[name] == good[name]
     assert good["fd_grey"] == good["fd"]
     assert score["fd"] > 10 * good["fd"]
     # Why there are two: noise of mean zero hardly moves the features, until half of it is cut off.
-    score = shipped.score_digits(x + 0.2 * torch.randn(x.shape, generator=stream("noise")), (c + 1) % 10, data)
+    score = measures.score_digits(x + 0.2 * torch.randn(x.shape, generator=stream("noise")), (c + 1) % 10, data)
     assert good["fd"] < score["fd"] < score["fd_grey"] / 2
     assert score["accuracy"] < 0.02  # of the classes asked for
 
@@ -122,7 +122,7 @@ def test_a_perfect_sampler_of_digits(data: Reference, perfect: dict[str, float])
         rows = torch.cat([of[torch.randint(len(of), (200,), generator=draws)] for of in own])
         again = torch.cat([of[torch.randint(len(of), (len(of),), generator=draws)] for of in own])
         x, y, c, d = features[rows], features[again], data.c[rows], data.c[again]
-        found["mean"].append(gaussian_mmd(x, y, shipped.WIDTH_DIGITS, c, d).value)
+        found["mean"].append(gaussian_mmd(x, y, measures.WIDTH_DIGITS, c, d).value)
         found["fd"].append(frechet_distance(Moments.of(x), Moments.of(y)))
         found["pixel_fd"].append(pixel_frechet(data.x[rows], data.x[again]))
     for name, values in found.items():
@@ -139,10 +139,10 @@ def test_samples_are_judged_against_what_was_held_out(split: Reference) -> None:
     assert (len(split.x), len(split.trained)) == (359, 1797 - 359)
     part = Reference(split.x[::2], split.c[::2], trained=split.trained)
     new, c = split.x[1::2].repeat(3, 1, 1, 1), split.c[1::2].repeat(3)
-    score, perfect = shipped.score_digits(new, c, part), shipped.baselines_digits(part, len(new) // 3)["perfect"]
+    score, perfect = measures.score_digits(new, c, part), measures.baselines_digits(part, len(new) // 3)["perfect"]
     assert abs(score["mmd"]) < 4 * perfect["sd"]
     assert score["nearest"] == pytest.approx(1, abs=3 * perfect["nearest_sd"])
-    assert shipped.score_digits(split.trained[:600], torch.arange(600) % 10, split)["nearest"] == 0
+    assert measures.score_digits(split.trained[:600], torch.arange(600) % 10, split)["nearest"] == 0
 
 
 def test_of_five_folds_all_digits_are_held_out_but_two() -> None:
@@ -153,25 +153,25 @@ def test_of_five_folds_all_digits_are_held_out_but_two() -> None:
 
 @pytest.mark.nightly
 def test_toy_null_tells_a_draw_from_a_difference() -> None:
-    null = shipped.baselines_toy(toy(), 400)["null"]
-    same = [shipped.score_toy(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
+    null = measures.baselines_toy(toy(), 400)["null"]
+    same = [measures.score_toy(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
     assert max(map(abs, same)) < 4 * null["sd"]
     assert abs(null["mean"]) < 4 * null["sd"] / math.sqrt(50)
     for wrong in (points(100) + 0.4, 1.5 * points(100), points(100) * torch.tensor([1.0, 0.3])):
-        assert shipped.score_toy(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
+        assert measures.score_toy(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
 
 
 @pytest.mark.nightly
 def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
-    assert shipped.score_digits(*some(data), data) == good
-    assert shipped.score_toy(points(1), toy().c, toy()) == shipped.score_toy(points(1), toy().c, toy())
+    assert measures.score_digits(*some(data), data) == good
+    assert measures.score_toy(points(1), toy().c, toy()) == measures.score_toy(points(1), toy().c, toy())
 
 
 def test_toy_widths_are_in_sd_of_the_data() -> None:
     """So points in another unit, or another place, have the same score."""
     metres, feet = toy(), Reference(3.28 * toy().x + 5, toy().c)
-    score = shipped.score_toy(points(1) + 0.2, metres.c, metres)["mmd2"]
-    assert shipped.score_toy(3.28 * (points(1) + 0.2) + 5, feet.c, feet)["mmd2"] == pytest.approx(score, rel=1e-4)
+    score = measures.score_toy(points(1) + 0.2, metres.c, metres)["mmd2"]
+    assert measures.score_toy(3.28 * (points(1) + 0.2) + 5, feet.c, feet)["mmd2"] == pytest.approx(score, rel=1e-4)
 
 
 def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
@@ -182,6 +182,6 @@ def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     with pytest.raises(UserError, match="not finite"):
         evaluator.score([(every, x / 0)])
     with pytest.raises(UserError, match="compares 400 points with as many, here are 399: draw as many"):
-        shipped.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
+        measures.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
     with pytest.raises(UserError, match="can be drawn anew"):
-        shipped.baselines_toy(Reference(points(0), toy().c), 400)
+        measures.baselines_toy(Reference(points(0), toy().c), 400)

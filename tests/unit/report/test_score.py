@@ -14,9 +14,9 @@ from contract.case import members
 from dumo.config import recipes, word
 from dumo.config.load import load
 from dumo.data import Digits
-from dumo.evaluation import shipped
+from dumo.evaluation import measures
 from dumo.evaluation.metric import METRICS, headline
-from dumo.evaluation.protocol import Reference
+from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import page, score
@@ -123,9 +123,9 @@ def test_every_metric_has_words() -> None:
 @pytest.mark.slow
 def test_every_figure_of_ours_has_words() -> None:
     x, c = Digits().originals().reference(0, 0)
-    of_digits = shipped.score_digits(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
+    of_digits = measures.score_digits(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
     points = torch.randn(20, 2)
-    of_points = shipped.score_toy(points, torch.zeros(20), Reference(points, torch.zeros(20)))
+    of_points = measures.score_toy(points, torch.zeros(20), Reference(points, torch.zeros(20)))
     named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
     assert named <= word.MERITS.keys()
     assert all(of.better and of.meaning for of in word.MERITS.values())
