@@ -12,7 +12,8 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.lab.step import PlainStep, slope_error
 from dumo.run.examination import examine
-from dumo.run.weights import build, sampler
+from dumo.run.sampler import sampler_of
+from dumo.run.weights import build
 from dumo.types import frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
@@ -28,7 +29,7 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
     runs = [guided(), guided("sample.knobs.w=8"), guided("sample.knobs={w: 2, low: 0.1, high: 0.9}")]
     net = randomise(build(runs[0]))
     c = torch.arange(4)
-    one, same, other = (torch.cat([part.x for part in sampler(run, net.eval()).batches(c, nfe=1)]) for run in runs)
+    one, same, other = (torch.cat([part.x for part in sampler_of(run, net.eval()).batches(c, nfe=1)]) for run in runs)
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
 

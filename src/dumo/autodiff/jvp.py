@@ -10,14 +10,11 @@ tangent that a target does not need. `jvp`, the entrance, goes like this:
 1. Check the arguments, and remember what a call changes: random state and buffers (`_CallState`).
 2. Call fn on Duals: the tangent rides on the pass that is made anyway (`dumo.autodiff.dual`).
 3. Where fn fails on Duals, restore the state and make two passes (`_two_passes`): fn as it is, and `torch.func.jvp`.
-
-`make_is_tensor_accept_duals` is also for `dumo.flow.slope`.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import Dual, NoRule, pair, primal
-from dumo.autodiff.einops import teach_einops
+from dumo.autodiff.interop import teach_others
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -52,8 +49,7 @@ def jvp(
     call; buffers of a module change once. Raises UserError where arguments do not fit, and where that fails, too.
     """
     _require_arguments(primals, tangents)
-    teach_einops()
-    make_is_tensor_accept_duals()
+    teach_others()
     before = _CallState.of(fn)
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     try:
@@ -85,16 +81,6 @@ def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | No
             raise UserError(f"primal {i} is no tensor of floats, so it cannot move: give None as its tangent")
         if d.shape != p.shape:
             raise UserError(f"primal {i} has shape {tuple(p.shape)}, its tangent {tuple(d.shape)}: they move together")
-
-
-@cache
-def make_is_tensor_accept_duals() -> None:
-    """Make torch.is_tensor return True for a Dual from now on.
-
-    Models of diffusers ask it of times, also when a checkpoint is recomputed.
-    """
-    is_tensor = torch.is_tensor
-    torch.is_tensor = lambda obj: isinstance(obj, Dual) or is_tensor(obj)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from dumo.runtime.progress import bar, no_bar, say
 if TYPE_CHECKING:
     from dumo.config.spec import Run
     from dumo.nets import Net
+    from dumo.report.sheet import Sheets
+    from dumo.run.job import Tell
     from dumo.training.loop import Every
     from dumo.training.spec import Train
 
@@ -149,7 +151,6 @@ def train(
     """
     from dumo.config.load import FILE, load
     from dumo.config.source import choose
-    from dumo.report.sheet import Sheets
     from dumo.run.job import open_job
     from dumo.run.train import train_job
 
@@ -179,7 +180,7 @@ def train(
         step=step,
         accept=accept,
         verify=verify,
-        sheets=Sheets,
+        sheets=_open_sheets,
     )
     with _tracked(folder, track) as hooks, opened as job:
         run = job.run
@@ -204,6 +205,13 @@ def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["
     from dumo.report.feed import live_feed
 
     return live_feed(folder, tracker_name, say)
+
+
+def _open_sheets(run: "Run", folder: Path, tell: "Tell") -> "Sheets":
+    """What draws the sheets of a run that has some (`train.sheets`)."""
+    from dumo.report.sheet import Sheets
+
+    return Sheets(run, folder, tell)
 
 
 def _missing_of_protocol(run: "Run") -> str | None:

@@ -2,7 +2,7 @@
 
 `check` is the entrance for a whole run: it goes through all rules in order, and raises the first mismatch. A rule,
 `_..._faults`, yields a line for each mismatch, with the fix. `dumo.config.need` has the rules by which one part of a
-run asks names of another, `dumo.config.subject` those of a subject.
+run asks names of another.
 
 Three checks are also called by themselves, for what is known after a run is read: `check_pieces` with the number of
 ranks, `check_guided` with the guidance of one request, and `require` with faults that others find.
@@ -14,10 +14,9 @@ from itertools import chain
 from dumo.config import need
 from dumo.config.conditions import Conditions, shown
 from dumo.config.need import BY_KNOBS, has_classes
-from dumo.config.subject import prior_faults, subject_faults
 from dumo.config.teacher import Start, Teacher
 from dumo.config.tree import Evaluation, Tree
-from dumo.data import Data
+from dumo.data import Data, is_latents
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.slope import require_precision
@@ -27,8 +26,8 @@ from dumo.objectives import Objective
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.step import passes
+from dumo.types import FromTeacher, TimeLaw, UserError
 from dumo.types import Objective as AnyObjective
-from dumo.types import TimeLaw, UserError
 
 
 def check(run: Tree) -> None:
@@ -48,8 +47,8 @@ def check(run: Tree) -> None:
     require(
         _teacher_faults(run.teacher, objective, data, train),
         _start_faults(run.start, objective, train),
-        subject_faults(run),
-        prior_faults(data, run.teacher, objective, train),
+        _subject_faults(run),
+        _prior_faults(data, run.teacher, objective, train),
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
     run.evaluate.protocol.check(run.pixels, data.labels)
@@ -226,3 +225,34 @@ def _start_faults(start: Start | None, objective: Objective, train: Train) -> It
             f"objective '{objective.kind}' with low learns from the net that training begins with: set start.source to "
             "a run of all times, train.ref=1, and in train.ema {decay: 1} as the last"
         )
+
+
+def _subject_faults(run: Tree) -> Iterator[str]:
+    """Adapters for a subject need a few-step run to begin from, with the weights of its pipeline."""
+    lora = run.net.lora
+    if not lora or not lora.subject:
+        return
+    starts_from_run = run.has_subject and run.start and run.start.kind == "run" and not run.start.heads
+    if not starts_from_run:
+        yield (
+            "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
+            "start={kind: run, source: RUN}, its folder, and net.weights=source"
+        )
+
+
+def _prior_faults(data: Data, teacher: Teacher | None, objective: Objective, train: Train) -> Iterator[str]:
+    """Prior images need a teacher that answers them by its velocity, and a share of the batch that is some rows of it.
+
+    `data.prior` is that share, in (0, 1).
+    """
+    prior_share = data.prior if is_latents(data) else None
+    if not prior_share:
+        return
+    if not teacher or teacher.pairs or objective.needs.teacher != FromTeacher():
+        yield (
+            "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
+            "objective that may learn from one, objective.kind=dumo; or data.prior=null"
+        )
+    num_prior_rows = round(prior_share * train.batch)
+    if num_prior_rows in (0, train.batch):
+        yield f"data.prior = {prior_share:g} of train.batch = {train.batch} is no row, or all of them: change one"

@@ -1,4 +1,7 @@
-"""Hashes of the code of classes from outside (`module:Class`): a run resumes only with the code that it began with.
+"""Classes from outside (`module:Class`) in a run. It resumes only with the code that it began with.
+
+`is_from_outside` says whether a part is of such a class, `has_own_net` and `has_own_parts` whether the user wrote the
+net, or the net or the loss.
 
 `codes_of` hashes what a spec uses, for `resolved` in run.yaml; `require_same_code` compares with it later.
 """
@@ -9,8 +12,24 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from dumo.config.source import CODE
+from dumo.config.tree import Tree
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code_hash, kind_of
+
+
+def is_from_outside(part: object) -> bool:
+    """Whether a part of a run is of a class that is not dumo's."""
+    return kind_of(part) == TAG
+
+
+def has_own_net(run: Tree) -> bool:
+    """Whether the net is a module of Python, or of a class from outside."""
+    return run.net.kind == "module" or is_from_outside(run.net)
+
+
+def has_own_parts(run: Tree) -> bool:
+    """Whether the net or the loss is a user's own."""
+    return has_own_net(run) or is_from_outside(run.objective)
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
@@ -19,7 +38,7 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
     What is no spec has none.
     """
     if isinstance(part, Spec):
-        if kind_of(part) == TAG:
+        if is_from_outside(part):
             yield getattr(part, "kind", ""), code_hash(part)
         for name in type(part).model_fields:
             yield from codes_of(getattr(part, name))

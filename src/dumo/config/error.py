@@ -14,7 +14,6 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dumo.config.foreign import ours
 from dumo.io.read import brief
 from dumo.types import UserError
 from dumo.types.family import family_of
@@ -91,6 +90,8 @@ def _line(error: ErrorDetails, root: type[BaseModel]) -> str:
         case "extra_forbidden":
             if path in REMOVED:
                 return f"{path}: {REMOVED[path]}"
+            from dumo.config.foreign import ours
+
             name = str(error["loc"][-1])
             valid = sorted(field.parent.model_fields) if field.parent else []
             return f"{path}: unknown key; {ours(name) or nearest(name, valid)}"

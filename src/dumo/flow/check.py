@@ -15,10 +15,10 @@ from math import lcm
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.passes import Passes, call_of, generator_states, inner
+from dumo.flow.passes import Passes, call_of, generator_states
 from dumo.flow.precision import Precision
 from dumo.flow.slope import precision_of
-from dumo.types import Needs, Noised, Objective, Sample, Terms, Time, UserError
+from dumo.types import Needs, Noised, Objective, Sample, Terms, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -90,7 +90,7 @@ def inputs_of(b: Noised, needs: Needs) -> dict[str, Time]:
 def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: float) -> None:
     """Raise UserError where a pass in training changes a buffer, or two on the same rows differ (`outputs_match`)."""
     inputs = inputs_of(b, needs)
-    module = inner(net.net) if isinstance(net, Passes) else net
+    module = unwrap(net.net) if isinstance(net, Passes) else net
     subject = f"net {name_of(type(module))}"
     x = b.x_t.clone()
     first = net(x, b.c, **inputs)
@@ -161,7 +161,7 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
 def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
     """Raise UserError where a head is not finite, or other rows of it change as the first row of x does."""
     inputs = inputs_of(b, needs)
-    name = type(inner(net.net)).__name__
+    name = type(unwrap(net.net)).__name__
     x = b.x_t.clone()
     x[0] += 1
     outputs = net(b.x_t, b.c, **inputs)
@@ -202,7 +202,7 @@ def draws_random_numbers(passes: Passes, b: Noised, needs: Needs) -> bool:
         raise
     except Exception as error:  # a module of somebody else may raise anything
         raise UserError(
-            f"{type(inner(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
+            f"{type(unwrap(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
             f"{short_text(error)}. {_likely_fix(error, passes, b)}"
         ) from error
     return before != generator_states(b.x_t.device)
@@ -210,7 +210,7 @@ def draws_random_numbers(passes: Passes, b: Noised, needs: Needs) -> bool:
 
 def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
     """What to do about a pass that failed, by what is most often wrong."""
-    weight = next(iter(inner(passes.net).parameters()), b.x_t)
+    weight = next(iter(unwrap(passes.net).parameters()), b.x_t)
     if weight.dtype != b.x_t.dtype and not torch.is_autocast_enabled(b.x_t.device.type):
         return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
     if isinstance(error, IndexError) and passes.labelled:
@@ -245,8 +245,8 @@ def require_parameters(net: nn.Module) -> None:
     parameters = list(net.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         raise UserError(
-            f"no parameter of {type(inner(net)).__name__} is trained: call net.requires_grad_(), or make the flow of a "
-            "network that learns"
+            f"no parameter of {type(unwrap(net)).__name__} is trained: call net.requires_grad_(), or make the flow of "
+            "a network that learns"
         )
 
 

@@ -17,12 +17,11 @@ from torch import nn
 from dumo.flow import dropout, generate
 from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
 from dumo.flow.guide import CFG
-from dumo.flow.passes import inner
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Reads, Sample, Taught, Terms, Trail, frozen
+from dumo.types import Cond, Frozen, Net, Noised, Objective, Reads, Sample, Taught, Terms, Trail, frozen, unwrap
 
 Loss = Callable[[Net, Frozen, Noised], Terms]  # of (net, theta^-, record)
 
@@ -153,7 +152,7 @@ class Flow(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the network's first parameter; the CPU where it has none."""
-        parameter = next(inner(self.net).parameters(), None)
+        parameter = next(unwrap(self.net).parameters(), None)
         if parameter is None:
             return torch.device("cpu")
         return parameter.device

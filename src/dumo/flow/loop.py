@@ -55,7 +55,7 @@ from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
-from dumo.flow.passes import OwnCall, Passes, Signature, inner, seeded_generators
+from dumo.flow.passes import OwnCall, Passes, Signature, seeded_generators
 from dumo.flow.path import Diffusion, Linear, Path, Trig
 from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
@@ -76,6 +76,7 @@ from dumo.types import (
     Terms,
     Time,
     UserError,
+    unwrap,
 )
 from dumo.types.rows import to_device
 
@@ -235,7 +236,7 @@ class LoopFlow(Flow):
     @cached_property
     def call(self) -> OwnCall | Signature | None:
         """How the network is called; None: as dumo's own. Raises UserError where no argument of it is a time."""
-        return self.own_call or Signature.of(inner(self.net))
+        return self.own_call or Signature.of(unwrap(self.net))
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
@@ -317,7 +318,7 @@ class LoopFlow(Flow):
 
     def of(self, net: nn.Module) -> "LoopFlow":
         """A copy of this flow over another network, such as an average of its weights or of the whole flow's."""
-        averaged = inner(net)
+        averaged = unwrap(net)
         if isinstance(averaged, Flow):
             net = averaged.net
         other = cast(LoopFlow, super().of(net))
@@ -524,7 +525,7 @@ def _teacher_flow(teacher: object, classes: int) -> LoopFlow | None:
     """The flow that is the teacher, out of its wrappers; None for a function. Raises UserError if it cannot teach."""
     if teacher is None:
         return None
-    flow = inner(teacher) if isinstance(teacher, nn.Module) else teacher
+    flow = unwrap(teacher) if isinstance(teacher, nn.Module) else teacher
     if not isinstance(flow, LoopFlow):
         if isinstance(flow, nn.Module) or not callable(flow):
             raise UserError(

@@ -8,7 +8,7 @@ What runs through an objective as c are class numbers, or numbers of rows of a `
 
 The order of events of a pass (`Passes.forward`): times are scaled; torch's generators begin at the step's key
 (`seeded_generators`); the network is called by the names of its `Signature`; `heads_of` makes a tuple of what it
-returned. `inner` finds the network inside wrappers.
+returned.
 """
 
 import inspect
@@ -19,11 +19,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from dumo.autodiff.dual import Dual, primal
-from dumo.types import Array, Cond, Heads, Needs, Time, UserError
+from dumo.types import Array, Cond, Heads, Needs, Time, UserError, unwrap
 
 # Names that forwards of the field give their arguments; the first that is there counts
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels")
@@ -177,14 +175,14 @@ class Passes(nn.Module):
 
     def forward(self, x: Array, c: Cond, /, **inputs: Time) -> Heads:
         """Heads of the shape of x, then gauges (b,). Raises UserError where the network returned others."""
-        net = self.net if torch.is_grad_enabled() else inner(self.net)
+        net = self.net if torch.is_grad_enabled() else unwrap(self.net)
         times = {name: value * self.time_scale for name, value in inputs.items()}
         generators: AbstractContextManager[None] = nullcontext()
         if self.key is not None and not torch.compiler.is_compiling():
             generators = seeded_generators(self.key, primal(x).device)
         with generators:
             returned = self._call(net, x, c, times)
-        return heads_of(returned, x, self.needs, type(inner(self.net)).__name__)
+        return heads_of(returned, x, self.needs, type(unwrap(self.net)).__name__)
 
     @property
     def described(self) -> str:
@@ -267,18 +265,6 @@ def _unstack_heads(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]
     if heads > 1 and x.ndim > 1 and returned.ndim == x.ndim and returned.shape[1] == heads * x.shape[1]:
         return tuple(returned.chunk(heads, 1))
     return (returned,)
-
-
-def inner(net: nn.Module) -> nn.Module:
-    """The network inside what averages, replicates or compiles it. (One that has a part named `module` stays.)"""
-    while True:
-        compiled_from = net.__dict__.get("_modules", {}).get("_orig_mod")  # of torch.compile
-        if isinstance(net, DataParallel | DistributedDataParallel | AveragedModel):
-            net = net.module
-        elif isinstance(compiled_from, nn.Module):
-            net = compiled_from
-        else:
-            return net
 
 
 @contextmanager

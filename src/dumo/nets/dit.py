@@ -18,7 +18,7 @@ Published weights are converted in `dumo.nets.dit_convert`.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_serializer
@@ -45,9 +45,6 @@ from dumo.nets.route import Route, run_blocks
 from dumo.nets.textfamily import Text
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
-
-if TYPE_CHECKING:
-    from dumo.nets.textblock import TextEmbedder
 
 # The fields that the nets of the DiT paper have, whose weights are published.
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
@@ -182,7 +179,7 @@ class Transformer(nn.Module):
             embedded = tuple(name for name in needs.shared if name != "r")
         self.scalars = Scalars(embedded, width, spec.time_scale)
         self.own = HeadEmbeddings(needs, width, spec.time_scale)
-        self.text: TextEmbedder | None = None
+        self.text: nn.Module | None = None
         block_class = Preserving if self.preserved else Block
         if spec.texts:
             from dumo.nets.textblock import Cross, TextEmbedder

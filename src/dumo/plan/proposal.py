@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from dumo.config.change import override, shown
+from dumo.config.code import has_own_parts
 from dumo.config.load import FILE, load_recipe, parse
 from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
@@ -293,7 +294,7 @@ def _step_seconds(run: Run, device: torch.device) -> float:
 
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
-    if contract.has_own_parts(run):
+    if has_own_parts(run):
         contract.require_contract(run, examination.drawn_net(run, device), device)
     run = run.model_copy(update={"net": examination.readable(run.net)})
     rows = run.train.micro_batch or run.train.batch

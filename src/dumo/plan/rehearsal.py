@@ -19,8 +19,8 @@ from dumo.flow.guide import CFG
 from dumo.plan import machine
 from dumo.run import cost, examination
 from dumo.run.net import flow_in_training, outline, require_room
-from dumo.run.sampler import Sampler
-from dumo.run.weights import build, sampler
+from dumo.run.sampler import Sampler, sampler_of
+from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.device import peak_bytes
 from dumo.runtime.random import random_batch
@@ -95,7 +95,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         place = machine.hardware(torch_device).text
         fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {place}: {fix}") from error
-    sample_nfe, sample_seconds = _make_sample(sampler(spec, step.state.shown), clock)
+    sample_nfe, sample_seconds = _make_sample(sampler_of(spec, step.state.shown), clock)
     step_seconds = step.of_batch(spec.train.batch)
     return Rehearsal(
         machine=machine.hardware(torch_device).text,

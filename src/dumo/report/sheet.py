@@ -20,8 +20,7 @@ from dumo.config.spec import Run
 from dumo.data import is_latents
 from dumo.flow import generate
 from dumo.io import file as files
-from dumo.run.sampler import gather_samples, rank_indices
-from dumo.run.weights import sampler
+from dumo.run.sampler import gather_samples, rank_indices, sampler_of
 from dumo.runtime import dist, signals
 from dumo.training import agreement, layout
 from dumo.training.state import State
@@ -93,7 +92,7 @@ class Sheets:
         with torch.compiler.set_stance("force_eager"):
             rank_batches = generate.sample_batches(
                 net,
-                sampler(run, net).reads,
+                sampler_of(run, net).reads,
                 run.path,
                 run.sample.solver,
                 self.c[torch.tensor(indices) % len(self.c)],
@@ -114,7 +113,7 @@ class Sheets:
         run = self.run
         stem = self._stem(state, nfe)
         try:
-            pixels = sampler(run, state.shown).decode(make_samples())
+            pixels = sampler_of(run, state.shown).decode(make_samples())
             write(pixels, self.c, stem, "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
             self.log_line(f"warning: no sheet {stem.name}: {error}")

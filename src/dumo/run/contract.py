@@ -1,10 +1,10 @@
 """Whether a net and a loss of a user's own keep the contract of training, tried once before the first step.
 
-`require_contract` is the entrance; `has_own_parts` says whether a run needs it. A step makes several passes of one net
-on the same rows: to learn, to be differentiated, for theta^-. And a run that is resumed makes the passes that it would
-have made. So a net and a loss draw no random numbers of their own and change nothing, and a loss has a number for each
-row. Where that does not hold, a difference of two passes is no derivative, a resumed run is another one, or training
-ends in a traceback: each is a line here instead.
+`require_contract` is the entrance, for a run that `dumo.config.code.has_own_parts`. A step makes several passes of one
+net on the same rows: to learn, to be differentiated, for theta^-. And a run that is resumed makes the passes that it
+would have made. So a net and a loss draw no random numbers of their own and change nothing, and a loss has a number for
+each row. Where that does not hold, a difference of two passes is no derivative, a resumed run is another one, or
+training ends in a traceback: each is a line here instead.
 
 A net and a loss are called twice, as the first step calls them, on random numbers in place of data. dumo's own keep all
 this by their tests, and are not tried.
@@ -15,6 +15,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from dumo.config.code import has_own_net, is_from_outside
 from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.check import MAX_DIFFERENCE, outputs_match, require_pure_net, require_terms
@@ -23,22 +24,6 @@ from dumo.flow.precision import Precision, using
 from dumo.runtime.random import random_batch
 from dumo.training.step import pieces
 from dumo.types import Frozen, Noised, UserError
-from dumo.types.outside import TAG, kind_of
-
-
-def is_own_net(run: Run) -> bool:
-    """Whether the net is a module of Python, or of a class from outside."""
-    return run.net.kind == "module" or _is_from_outside(run.net)
-
-
-def _is_from_outside(part: object) -> bool:
-    """Whether a part of a run is of a class that is not dumo's."""
-    return kind_of(part) == TAG
-
-
-def has_own_parts(run: Run) -> bool:
-    """Whether the net or the loss is a user's own."""
-    return is_own_net(run) or _is_from_outside(run.objective)
 
 
 def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
@@ -48,7 +33,7 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     training mode.
     """
     objective = run.objective
-    if _is_from_outside(run.net):  # a module of Python was asked when it was built
+    if is_from_outside(run.net):  # a module of Python was asked when it was built
         from dumo.nets.module import require_heads
 
         with device:
@@ -58,9 +43,9 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     b, keys = _first_rows(run, device)
     max_difference = max_pass_difference(device, run.train.precision)
     with using(run.train.precision, device), dropout.using(keys):
-        if is_own_net(run):
+        if has_own_net(run):
             require_pure_net(net, b, objective.needs, max_difference)
-        if _is_from_outside(objective):
+        if is_from_outside(objective):
             first = require_terms(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
             again = objective.loss(net, ref, b).loss.detach()
             if not outputs_match(first, again, max_difference):

@@ -25,15 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dumo.config.code import has_own_net, has_own_parts
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow import dropout
-from dumo.flow.derivative import LIMIT
 from dumo.flow.path import Path
 from dumo.flow.precision import using
-from dumo.flow.slope import slope_of
+from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
 from dumo.nets import Net, is_pretrained
-from dumo.run import contract
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.random import stream
@@ -66,7 +65,7 @@ class Examination:
     time_scale: float
     weights: str  # whose
     errors: Mapping[str, float]  # of two uses, direction known before the pass or after it, the worse
-    limit: float = LIMIT
+    limit: float = MAX_SLOPE_ERROR
 
     @property
     def passed(self) -> bool:
@@ -105,11 +104,13 @@ class Examination:
 def examine(run: Run, device: torch.device) -> Examination:
     """Examine the run's slope on its net, cut to two blocks, every parameter drawn.
 
-    A user's own net or loss is tried first (`contract.require_contract`). Raises UserError as that and the slope do.
+    A user's own net or loss is tried first (`dumo.run.contract`). Raises UserError as that and the slope do.
     """
     net = drawn_net(run, device)
-    if contract.has_own_parts(run):
-        contract.require_contract(run, net, device)
+    if has_own_parts(run):
+        from dumo.run.contract import require_contract
+
+        require_contract(run, net, device)
     point = example_point(run.objective, run.path, run.data, run.train.seed, 4)
     return _compare(net, run, point, device, "drawn weights")
 
@@ -206,7 +207,7 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
     point = point.to(device)
     keys = None
     net.eval()
-    if contract.is_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
+    if has_own_net(run) and device.type != "mps":  # whose float64 is another device's, without these keys
         net.train()
         keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
     ref = Frozen(net if train.ref == "self" else _copy(net).eval())
@@ -349,6 +350,6 @@ def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> 
 
 
 def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
-    """The l2 error over the l2 norm; where that is zero, LIMIT stands for an l2 error of SMALL."""
+    """The l2 error over the l2 norm; where that is zero, MAX_SLOPE_ERROR stands for an l2 error of SMALL."""
     norm = exact.norm()
-    return (derivative.to(exact) - exact).norm() / norm.where(norm > 0, SMALL / LIMIT)
+    return (derivative.to(exact) - exact).norm() / norm.where(norm > 0, SMALL / MAX_SLOPE_ERROR)

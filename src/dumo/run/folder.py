@@ -1,8 +1,8 @@
 """A run's folder while it is trained: locked, refused where it holds another run, guarded, and marked.
 
 `run.job` calls, in this order, `locked_run_folder`, `require_resumable`, `remove_half_written` and `guard_run_folder`.
-The journal then calls `write_run_file` and `mark_no_checkpoint_yet`; at each checkpoint `restore_run_file` and
-`mark_checkpoint_written`.
+The journal then calls `set_best_aside`, `write_run_file` and `mark_no_checkpoint_yet`; at each checkpoint
+`restore_run_file` and `mark_checkpoint_written`.
 """
 
 from collections.abc import Generator, Sequence
@@ -25,6 +25,7 @@ from dumo.types import UserError
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 NO_CHECKPOINT_YET = ".unsaved"  # empty file: from before the first step until the first checkpoint is written
 CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run without a checkpoint has lost it
+BEST = "best"  # a folder in it: the weights of the best score
 WRITTEN_FILES = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
 
 
@@ -190,3 +191,21 @@ def mark_checkpoint_written(folder: Path) -> None:
 def write_run_file(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
     """Write run.yaml, complete, with what was changed in it, and flush it to the disk."""
     files.write(folder / FILE, dump(run, changed).encode(), durable=True)
+
+
+def set_best_aside(run: Path) -> Path | None:
+    """Move the best weights of a run that starts again into a folder of their own; None: there are none.
+
+    The folder is best/cut-N, on the same disk, with a number of its own.
+    """
+    weights = manifest.paths_by_step(run / BEST, ".safetensors")
+    if not weights:
+        return None
+    number = 1
+    while (run / BEST / f"cut-{number}").exists():
+        number += 1
+    aside = run / BEST / f"cut-{number}"
+    aside.mkdir()
+    for file in weights.values():
+        file.rename(aside / file.name)
+    return aside

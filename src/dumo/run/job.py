@@ -42,7 +42,6 @@ from dumo.run.journal import History
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
-from dumo.run.validation import Validation
 from dumo.run.weights import begin
 from dumo.runtime import dist, threads
 from dumo.runtime.progress import quiet
@@ -55,6 +54,7 @@ from dumo.types import UserError
 
 if TYPE_CHECKING:
     from dumo.run.teacher import LoadedTeacher
+    from dumo.run.validation import Validation
 
 Tell = Callable[[str], None]  # shows the user a line
 
@@ -88,8 +88,8 @@ class Job:
     goes_back: bool  # a step was asked for: later checkpoints are removed
     history: History | None  # what has changed since the folder was written; None except on rank 0
     teacher: "LoadedTeacher | None"
-    validation: Validation
-    sheets: Sheets | None
+    validation: "Validation | None"  # None: it is not judged as it trains
+    sheets: Sheets | None  # None: it draws none
     meter: Meter
     net_outline: nn.Module  # the net on the meta device, without values
     step_cost: StepCost  # of one image
@@ -169,14 +169,11 @@ def open_job(
         net_outline = outline(run)
         step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
         meter = Meter(run.train, folder, torch_device, step_cost.flops)
-        drawn_sheets = sheets(run, folder, tell) if sheets else None
+        drawn_sheets = sheets(run, folder, tell) if sheets and run.train.sheets else None
 
         # 5. begin the state, and open what reads it
         state, checkpoint = begin(run, index.checkpoints, torch_device, step)
-        identities: set[str] = set()  # of the run in the folder, whose best weights may be there
-        if index.written and run.evaluate.every:
-            identities = index.written.identities()
-        validation = Validation(run, folder, state, tell, meter.leave_out, identities)
+        validation = _open_validation(run, index, state, tell, meter) if run.evaluate.every else None
         teacher = _load_teacher(run, state, torch_device)
 
         # 6. compare with what the folder holds
@@ -230,6 +227,16 @@ def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> N
     rows_per_rank = ceil(run.train.batch / ranks)
     require_room(run, device, run.train.copies, rows_per_rank, share_of(run.train.share, ranks))
     check_pieces(run.train, run.objective, ranks)
+
+
+def _open_validation(run: Run, index: Index, state: State, tell: Tell, meter: Meter) -> "Validation":
+    """What judges the run as it trains. Raises UserError, on all ranks, where its protocol cannot be opened."""
+    from dumo.run.validation import Validation
+
+    identities: set[str] = set()  # of the run in the folder, whose best weights may be there
+    if index.written:
+        identities = index.written.identities()
+    return Validation(run, index.folder, state, tell, meter.leave_out, identities)
 
 
 def _load_teacher(run: Run, state: State, device: torch.device) -> "LoadedTeacher | None":

@@ -25,12 +25,18 @@ from dumo.config.spec import Run
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, datanote, examination
-from dumo.run.folder import mark_checkpoint_written, mark_no_checkpoint_yet, restore_run_file, write_run_file
+from dumo.run.folder import (
+    BEST,
+    mark_checkpoint_written,
+    mark_no_checkpoint_yet,
+    restore_run_file,
+    set_best_aside,
+    write_run_file,
+)
 from dumo.run.index import Index
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.origin import run_before_step
-from dumo.run.validation import BEST, Validation, set_best_aside
 from dumo.run.weights import build
 from dumo.runtime import dist, signals, typed
 from dumo.runtime.heap import low_memory_heap
@@ -48,6 +54,7 @@ from dumo.training.state import State
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
     from dumo.run.teacher import TeacherPairs
+    from dumo.run.validation import Validation
 
 SECONDS_PER_MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
@@ -66,7 +73,7 @@ class Journal:
     tell: Callable[[str], None]
     hashes: "Hashes | None" = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
-    validation: Validation | None = None
+    validation: "Validation | None" = None
     threads: StepThreads | None = None  # of the steps; None: nobody chooses
     last_saved: float = field(default_factory=time.monotonic)  # seconds: when the last checkpoint was taken
     saver: Saver = field(default_factory=Saver)

@@ -1,4 +1,4 @@
-"""A trained net with all that its samples depend on: `Sampler` (`dumo.run.weights.sampler` makes it of a run).
+"""A trained net with all that its samples depend on: `Sampler`. `sampler_of` makes it of a run and a net.
 
 `Sampler.batches` makes a rank's share of the samples, batch by batch, through the net's `Flow`, and decodes them;
 `Sampler.sample` gathers those of all ranks. Sample i depends on the seed, i and its condition, not on ranks or batches.
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dumo.config.conditions import Conditions, shown
-from dumo.config.tree import Sampling
+from dumo.config.tree import Sampling, Tree
 from dumo.data import Data, is_latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
@@ -193,6 +193,13 @@ class Sampler:
         if num_classes:
             raise UserError(f"{problem}: classes run from 0 to {num_classes - 1}, {num_classes} is no class")
         raise UserError(f"{problem}: these data have none, so c is 0")
+
+
+def sampler_of(run: Tree, net: nn.Module) -> Sampler:
+    """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
+    max_rows = min(generate.BATCH, run.train.micro_batch or run.train.batch)
+    flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
+    return Sampler(flow, run.data, run.sample, max_rows)
 
 
 def rank_indices(count: int) -> range:

@@ -175,8 +175,10 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
         raise Diverged(f"{error} {hint}") from error
-    for line in agreement.on_main_rank(lambda: [*job.validation.outcome()]):
-        job.tell(line)
+    validation = job.validation
+    if validation:
+        for line in agreement.on_main_rank(lambda: [*validation.outcome()]):
+            job.tell(line)
     return state
 
 

@@ -21,41 +21,22 @@ from dumo.config.load import identity
 from dumo.config.spec import Run
 from dumo.evaluation.metric import Scores, rising
 from dumo.flow.precision import product_precision
+from dumo.run.folder import BEST
 from dumo.run.origin import require_place
-from dumo.run.sampler import rank_indices
+from dumo.run.sampler import rank_indices, sampler_of
 from dumo.run.speed import LOG
-from dumo.run.weights import sampler
 from dumo.runtime import signals
 from dumo.runtime.stopwatch import wall_clock
 from dumo.training import agreement, checkpoint, layout, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError
 
-BEST = "best"  # in a run's folder: the weights of the best score
 KIND = "best weights"  # of a file of weights
 SCORE = "score"  # among the facts of such weights
 
 
-def set_best_aside(run: Path) -> Path | None:
-    """Move the best weights of a run that starts again into a folder of their own; None: there are none.
-
-    The folder is best/cut-N, on the same disk, with a number of its own.
-    """
-    weights = manifest.paths_by_step(run / BEST, ".safetensors")
-    if not weights:
-        return None
-    number = 1
-    while (run / BEST / f"cut-{number}").exists():
-        number += 1
-    aside = run / BEST / f"cut-{number}"
-    aside.mkdir()
-    for file in weights.values():
-        file.rename(aside / file.name)
-    return aside
-
-
 class Validation:
-    """Judges where `evaluate.every` says so; opens nothing where no such step is left."""
+    """Judges every `evaluate.every` steps, which is not 0; opens nothing where no such step is left."""
 
     def __init__(
         self,
@@ -81,13 +62,13 @@ class Validation:
         self.leave_out = leave_out
         self.identities = {*identities, identity(run)}
         self.every = run.evaluate.every
-        if not self.every or state.step // self.every == run.train.steps // self.every:
+        if state.step // self.every == run.train.steps // self.every:
             self.every = 0  # no such step is left
             return
         from dumo.run.judge import evaluator_of, sample_conditions  # nobody else needs them in training
         from dumo.runtime.progress import no_bar
 
-        self.sampler = sampler(run, state.shown)
+        self.sampler = sampler_of(run, state.shown)
         try:
             self.c = agreement.on_each_rank(lambda: sample_conditions(run.data, self.spec))
             self.evaluator = agreement.on_each_rank(lambda: evaluator_of(self.sampler, self.spec, no_bar))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,6 @@ from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.config.tree import Tree
 from dumo.data import is_images
-from dumo.flow.flow import Flow
-from dumo.flow.generate import BATCH
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
@@ -31,7 +30,6 @@ from dumo.run import datanote
 from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
 from dumo.run.origin import require_own_checkpoint, require_own_weights
-from dumo.run.sampler import Sampler
 from dumo.runtime import dist, typed
 from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
@@ -40,6 +38,9 @@ from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
+
+if TYPE_CHECKING:
+    from dumo.run.sampler import Sampler
 
 # Weights that an objective asks for: the net of another may lack them.
 OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
@@ -104,16 +105,11 @@ class RunFolder:
         return next(self.net.parameters()).device
 
     @cached_property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> "Sampler":
         """The net with all that its samples depend on."""
-        return sampler(self.run, self.net)
+        from dumo.run.sampler import sampler_of
 
-
-def sampler(run: Run, net: nn.Module) -> Sampler:
-    """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
-    max_rows = min(BATCH, run.train.micro_batch or run.train.batch)
-    flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
-    return Sampler(flow, run.data, run.sample, max_rows)
+        return sampler_of(self.run, self.net)
 
 
 def open_run(

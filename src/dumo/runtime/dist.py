@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 import torch.distributed
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
 
 from dumo.runtime import install, signals, version
-from dumo.runtime.heartbeat import Lost, Peers
 from dumo.types import UserError
+
+if TYPE_CHECKING:
+    from dumo.runtime.heartbeat import Peers
 
 MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
 START_TIMEOUT = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
@@ -36,7 +39,7 @@ UNSET = "Start by torchrun, which sets it, or unset it"
 COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach others
 
 joined = False  # whether this process ever met others
-peers: Peers | None = None  # those it has met
+peers: "Peers | None" = None  # those it has met
 # The process group of this thread and the same thread of other ranks (`dumo.training.agreement`); None: that of all.
 group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
@@ -192,6 +195,8 @@ def join() -> Generator[None, None, None]:
     if world == 1 or started():
         yield
         return
+    from dumo.runtime.heartbeat import Peers
+
     require_ranks(f"work on {world} ranks")
     gpus = torch.cuda.device_count()
     local_rank = _environment_integer("LOCAL_RANK", 0)
@@ -231,6 +236,8 @@ def meet() -> tuple[Store, int]:
     except ValueError as error:
         raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
     except torch.distributed.DistError as error:
+        from dumo.runtime.heartbeat import Lost
+
         address = os.environ.get("MASTER_ADDR", "")
         port = os.environ.get("MASTER_PORT", "")
         message = " ".join(str(error).split())
@@ -238,7 +245,7 @@ def meet() -> tuple[Store, int]:
 
 
 @contextmanager
-def report_failure(others: Peers) -> Generator[None, None, None]:
+def report_failure(others: "Peers") -> Generator[None, None, None]:
     """Report to the others why this rank fails; raise Lost, with the rank to blame, where talking to them fails."""
     try:
         yield

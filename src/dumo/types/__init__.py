@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict
 from pydantic.config import JsonDict
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from dumo.types.rows import index, split_by_step
 
@@ -78,10 +80,15 @@ class Frozen:
 
 
 def unwrap(net: Net) -> nn.Module:
-    """The module that holds the weights, from inside any distributed or compiled wrapper."""
-    for wrapper in ("module", "_orig_mod"):
-        net = getattr(net, wrapper, net)
-    return cast(nn.Module, net)
+    """The network inside what averages, replicates or compiles it. One that has a part named `module` stays."""
+    while True:
+        compiled_from = vars(net).get("_modules", {}).get("_orig_mod")  # of torch.compile
+        if isinstance(net, DataParallel | DistributedDataParallel | AveragedModel):
+            net = net.module
+        elif isinstance(compiled_from, nn.Module):
+            net = compiled_from
+        else:
+            return cast(nn.Module, net)
 
 
 def frozen(net: Net) -> Frozen:

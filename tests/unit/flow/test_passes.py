@@ -15,10 +15,9 @@ from dumo.flow.passes import (
     Signature,
     generator_states,
     heads_of,
-    inner,
     seeded_generators,
 )
-from dumo.types import Needs, UserError
+from dumo.types import Needs, UserError, unwrap
 
 X = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -229,5 +228,5 @@ def test_passes_without_gradients_go_past_what_wraps_the_network() -> None:
     with torch.no_grad():
         passes(X, C, t=T)
     assert len(calls) == 1
-    assert inner(wrapped) is wrapped.module
+    assert unwrap(wrapped) is wrapped.module
     assert passes.described == "net(x, t=)"

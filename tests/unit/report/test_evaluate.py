@@ -14,8 +14,9 @@ from dumo.config.load import load
 from dumo.report.card import contrast_passes, read_report
 from dumo.report.compare import compare
 from dumo.report.evaluate import current_report, evaluate
+from dumo.run.sampler import sampler_of
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run, sampler
+from dumo.run.weights import RunFolder, open_run
 from dumo.types import UserError
 from unit.run.known import Seen, tiny
 from unit.training.by_path import latest
@@ -189,7 +190,7 @@ def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
         ("digits-flow-matching", ["evaluate.contrast=[1, 50]"], []),  # its own solver is the contrast
     ):
         run = load(recipe, words)
-        assert contrast_passes(sampler(run, nn.Identity()), run.evaluate) == passes
+        assert contrast_passes(sampler_of(run, nn.Identity()), run.evaluate) == passes
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from dumo.config.load import load
 from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.report import gallery
-from dumo.run.sampler import Sampler
+from dumo.run.sampler import Sampler, sampler_of
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run, sampler
+from dumo.run.weights import RunFolder, open_run
 from dumo.types import UserError
 from unit.run.known import Seen
 
@@ -57,7 +57,7 @@ def stages(one: RunFolder, steps: list[int] | None = None) -> dict[int, Path | N
 
 def made_of(recipe: str, *fields: str) -> Sampler:
     """A recipe's sampler, of no net."""
-    return sampler(load(recipe, fields), torch.nn.Identity())
+    return sampler_of(load(recipe, fields), torch.nn.Identity())
 
 
 @pytest.mark.nightly

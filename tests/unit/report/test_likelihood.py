@@ -12,8 +12,9 @@ from dumo.flow.generate import join_batches
 from dumo.flow.solver import Heun
 from dumo.report.evaluate import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood
+from dumo.run.sampler import sampler_of
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run, sampler
+from dumo.run.weights import RunFolder, open_run
 from dumo.types import UserError
 from unit.run.known import tiny
 
@@ -83,4 +84,4 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
 )
 def test_other_data_are_refused(recipe: str, words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        require_likelihood(sampler(load(recipe, words), nn.Identity()))
+        require_likelihood(sampler_of(load(recipe, words), nn.Identity()))

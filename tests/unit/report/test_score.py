@@ -22,7 +22,7 @@ from dumo.objectives import Objective
 from dumo.report import page, score
 from dumo.report.card import judging_settings
 from dumo.report.figure import moving_average
-from dumo.run.weights import sampler
+from dumo.run.sampler import sampler_of
 from dumo.types import Sample
 
 PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
@@ -83,7 +83,7 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
 
 def test_a_card_says_what_a_run_was_trained_on() -> None:
     cards = [
-        judging_settings(sampler(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))
+        judging_settings(sampler_of(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))
     ]
     assert [card.get("trained_on") for card in cards] == ["numbers", None]
 
@@ -193,7 +193,7 @@ def test_spreads_and_large_numbers() -> None:
 )
 def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> None:
     run = load("my-images", [f"data.classes={classes}", "data.root=x", "evaluate.protocol.kind=folder"])
-    bare = sampler(run, nn.Identity())
+    bare = sampler_of(run, nn.Identity())
     assert page.column_conditions(bare) == columns
     x, c = torch.arange(90.0).view(90, 1, 1, 1).expand(90, *run.data.shape), torch.arange(90) % classes
     sheet = page.arrange_by_class(bare, x, c)

@@ -8,7 +8,8 @@ import torch
 from dumo.config.load import dump, load
 from dumo.config.spec import Run
 from dumo.run.folder import FILE, LOCK, locked_run_folder, write_run_file
-from dumo.run.weights import build, sampler
+from dumo.run.sampler import sampler_of
+from dumo.run.weights import build
 from dumo.types import UserError
 from unit.run.known import claim, tiny
 
@@ -71,6 +72,6 @@ def test_samples_are_made_with_no_more_rows_at_a_time_than_were_trained(more: li
     run, seen = tiny("moons", "train.batch=8", *(f"train.{word}" for word in more)), list[int]()
     net = build(run, torch.device("cpu"))
     net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    made = sampler(run, net).sample(torch.zeros(259, dtype=torch.long), nfe=1)
+    made = sampler_of(run, net).sample(torch.zeros(259, dtype=torch.long), nfe=1)
     assert len(made.x) == 259
     assert max(seen) == most
