@@ -183,6 +183,8 @@ def train(
         sheets=_open_sheets,
     )
     with _tracked(folder, track) as hooks, opened as job:
+        if chosen.kind != "recipe":  # a path may hold several things
+            say(f"source: {chosen.meaning}")
         run = job.run
         with memory_hint(_less_memory_hint(run.train, run.net)):
             state = train_job(job, bar, hooks)

@@ -46,8 +46,7 @@ def faults(run: Tree) -> Iterator[str]:
         _precondition_needs,
         _class_needs,
         _teacher_needs,
-        _knob_needs,
-        _head_needs,
+        _named_needs,
     )
     for needs_of_subject in subjects:
         for need in needs_of_subject(run):
@@ -202,21 +201,18 @@ def _teacher_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _knob_needs(run: Tree) -> Iterator[Need]:
-    """The knobs that sampling sets must be among the objective's."""
-    return _field_needs("sample.knobs", run.sample.knobs, run.objective.needs.knobs, run.objective.kind, "knob")
-
-
-def _head_needs(run: Tree) -> Iterator[Need]:
-    """The heads that `start.heads` gives weights to must be among the objective's."""
+def _named_needs(run: Tree) -> Iterator[Need]:
+    """The knobs that sampling sets, and the heads that `start.heads` fills, must be among the objective's."""
+    objective = run.objective
     started_heads = run.start.heads if run.start else ()
-    return _field_needs("start.heads", started_heads, run.objective.needs.heads, run.objective.kind, "head")
+    yield _field_need("sample.knobs", run.sample.knobs, objective.needs.knobs, objective.kind, "knob")
+    yield _field_need("start.heads", started_heads, objective.needs.heads, objective.kind, "head")
 
 
-def _field_needs(field: str, asks: Collection[str], has: Collection[str], objective: str, noun: str) -> Iterator[Need]:
+def _field_need(field: str, asks: Collection[str], has: Collection[str], objective: str, noun: str) -> Need:
     """The names that a field gives must be among those that an objective has; `noun` says what they name."""
     valid = f"its {noun}s are {', '.join(has)}" if has else f"it has none: set {field}={{}}"
-    yield Need(asks, has, lambda name: f"{field}.{name}: objective '{objective}' has no such {noun}, {valid}")
+    return Need(asks, has, lambda name: f"{field}.{name}: objective '{objective}' has no such {noun}, {valid}")
 
 
 def _true_names(facts: Mapping[str, bool]) -> list[str]:

@@ -78,6 +78,19 @@ class ChosenSource:
     word: str | Path  # what to give to `read`; for images their place
     folder: Path  # the folder to train in, unless another is given
 
+    @property
+    def meaning(self) -> str:
+        """What the word was taken for, in words."""
+        match self.kind:
+            case "recipe":
+                return f"the recipe {self.word}, of dumo"
+            case "file":
+                return f"the settings in {self.word}"
+            case "run":
+                return f"the run in {self.folder}, which goes on"
+            case "images":
+                return f"the images in {self.word}"
+
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     """Decide what a word is: a recipe, a YAML file, the folder of a run (or its run.yaml), or images.

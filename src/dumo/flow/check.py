@@ -5,11 +5,10 @@ run makes the passes that it would have made. So a pass draws nothing that is no
 not mix, and a loss has a number for each row. du/dt is `dumo.flow.derivative`'s.
 
 `LoopFlow.check` calls these in order: `require_teachable` and `require_parameters` before any pass; then, on the first
-`rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `require_terms` looks at every
-loss. `dumo.run.contract` calls some of them for nets and objectives of users.
+`rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `dumo.flow.terms`
+looks at every loss. `dumo.run.contract` calls some of these for nets and objectives of users.
 """
 
-from collections.abc import Mapping
 from math import lcm
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from dumo.flow.passes import Passes, call_of, generator_states
 from dumo.flow.precision import Precision
 from dumo.flow.slope import precision_of
-from dumo.types import Needs, Noised, Objective, Sample, Terms, Time, UserError, unwrap
+from dumo.types import Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -30,49 +29,6 @@ _KEYED_DROPOUT = (
 )
 _ROWS = 4  # ours: how many are tried, if no more belong together
 _MAX_MIXING = 1e-4  # ours: a change of one row may move another by this share of its largest value, as kernels round
-
-
-# ------------------------------------------------------------------------------------------------------- what a loss is
-
-
-def require_terms(returned: object, rows: int, objective: str) -> Terms:
-    """`returned`, which a loss gave for this many rows, as `Terms`.
-
-    Raises UserError where it is no `Terms` of one number per row, or has no gradient.
-    """
-    subject = f"objective '{objective}': its loss"
-    expected = f"one number per row, shape ({rows},)"
-    if isinstance(returned, Tensor):
-        raise UserError(
-            f"{subject} returned a tensor of shape {tuple(returned.shape)}: return dumo.types.Terms(loss, parts), "
-            f"where loss has {expected}; the trainer takes the mean"
-        )
-    if not isinstance(returned, Terms):
-        raise UserError(
-            f"{subject} returned a {type(returned).__name__}: return dumo.types.Terms(loss, parts), where loss has "
-            f"{expected}"
-        )
-    for field in ("parts", "notes"):
-        value: object = getattr(returned, field)
-        if not isinstance(value, Mapping):
-            raise UserError(
-                f"{subject} returned Terms whose {field} are a {type(value).__name__}: give a dict of names and "
-                f"tensors of {expected}"
-            )
-    values: dict[str, object] = {"loss": returned.loss, **returned.parts, **returned.notes}
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{subject} returned Terms where '{name}' is a {type(value).__name__}: give {expected}")
-        if value.shape != (rows,):
-            raise UserError(
-                f"{subject} returned Terms where '{name}' has shape {tuple(value.shape)}: give {expected}, for squares "
-                "dumo.types.mean_square(e); the trainer takes the mean over rows"
-            )
-    if torch.is_grad_enabled() and not returned.loss.requires_grad:
-        raise UserError(
-            f"{subject} has no gradient: the pass that learns is net(...), without torch.no_grad() and detach()"
-        )
-    return returned
 
 
 # ------------------------------------------------------------------------------------------------------- what a pass is

@@ -35,7 +35,6 @@ from dumo.flow.check import (
     require_pure_net,
     require_rows_apart,
     require_teachable,
-    require_terms,
     rows_to_try,
     tolerance,
 )
@@ -63,6 +62,7 @@ from dumo.flow.reading import reading, taught_readings, teacher_velocity
 from dumo.flow.slope import Slope, slope_of
 from dumo.flow.solver import Solver, best_solver
 from dumo.flow.state import FlowState
+from dumo.flow.terms import require_terms
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import (

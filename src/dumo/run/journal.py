@@ -404,7 +404,7 @@ class History:
                 )
             if undone_rows:
                 yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
-        log.rewind(log_file, self.step)
+        rows = log.rewind(log_file, self.step)
         if self.step > 0:
             manifest.rewind(folder / BEST, self.step)
         else:
@@ -415,7 +415,7 @@ class History:
         # compare the log with what the checkpoint lists
         if self.logged not in (None, log.listed(log_file)):
             yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
-        for first, last in log.gaps(log.read_log(log_file), self.run.train.log_every):
+        for first, last in log.gaps(rows, self.run.train.log_every):
             yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
 
         # note the run and its data

@@ -88,13 +88,13 @@ def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
     return lost
 
 
-def rewind(path: Path, step: int) -> None:
+def rewind(path: Path, step: int) -> list[Row]:
     """Move the rows after `step` to the end of the file `undone_rows_path`, and drop a torn last line.
 
-    A resumed run logs those steps again.
+    A resumed run logs those steps again. Returns the rows that stay.
     """
     if not path.exists():
-        return
+        return []
     rows = read_log(path)
     undone = [row for row in rows if row["step"] > step]
     if undone:
@@ -103,6 +103,7 @@ def rewind(path: Path, step: int) -> None:
         flush(undone_rows_path(path))
     rows_to_keep = [row for row in rows if row["step"] <= step]
     file.write(path, "".join(map(to_line, rows_to_keep)).encode(), writer="", durable=True)
+    return rows_to_keep
 
 
 def undone_rows_path(path: Path) -> Path:
