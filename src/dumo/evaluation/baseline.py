@@ -23,7 +23,8 @@ from dumo.evaluation.distance import (
     mmd_deviation,
     shared_classes,
 )
-from dumo.evaluation.metric import CLASS_MMD, Scores
+from dumo.evaluation.metric import CLASS_MMD
+from dumo.evaluation.protocol import Scores
 from dumo.runtime.random import stream
 from dumo.types import Cond
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dumo.encoders import clip
 from dumo.encoders.clip import Clip
-from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.wholeset import collect
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path

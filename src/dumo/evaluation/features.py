@@ -27,8 +27,7 @@ from dumo.evaluation import reference
 from dumo.evaluation.baseline import perfect
 from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
-from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, gather, statistics_of
 from dumo.io.read import user_path

@@ -24,9 +24,8 @@ from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
 from dumo.evaluation.baseline import LEAST, distance_unit
 from dumo.evaluation.distance import Moments, frechet_distance, kid
-from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import precision_recall
-from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol
+from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import PIECE, STANDARDS, InceptionKind, Standard, load_or_compute
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.io.picture import to_uint8

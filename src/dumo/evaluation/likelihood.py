@@ -21,8 +21,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.wholeset import Reference, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import bound

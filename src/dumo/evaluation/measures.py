@@ -43,9 +43,9 @@ from dumo.evaluation.distance import (
     pixel_frechet,
     two_sample_auc,
 )
-from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import WIDTH
+from dumo.evaluation.protocol import Scores
 from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
 from dumo.evaluation.wholeset import Reference, whole_set
 from dumo.io.picture import from_uint8, to_uint8

@@ -1,8 +1,8 @@
 """The metrics: what is to be known of a score to read it, a line for each in `METRICS`.
 
-A protocol returns scores by name (`Scores`). `METRICS` has what else a name means: which way is better, by what it is
-measured, and what it may decide. `metric` looks it up. `headline` is the score that counts, `trained_on` whether a run
-learned from what a score is by, and `rising` whether more is better.
+A protocol returns scores by name (`dumo.evaluation.protocol.Scores`). `METRICS` has what else a name means: which way
+is better, by what it is measured, and what it may decide. `metric` looks it up. `headline` is the score that counts,
+`trained_on` whether a run learned from what a score is by, and `rising` whether more is better.
 
 A new metric has a line here, its words in `dumo.config` (words.yaml), and a protocol that measures it.
 """
@@ -10,8 +10,6 @@ A new metric has a line here, its words in `dumo.config` (words.yaml), and a pro
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-Scores = dict[str, float]  # the first is the one that counts, lower being better, but for one that is `rising`
 
 CLASS_MMD = "class_mmd"  # leads where both sides have classes
 NUMBERS = "numbers"  # what a card calls the numbers of samples themselves, where a loss compares by these

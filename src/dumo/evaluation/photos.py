@@ -33,9 +33,8 @@ from dumo.evaluation.baseline import (
     summarize,
 )
 from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
-from dumo.evaluation.metric import Scores
 from dumo.evaluation.neighbours import nearest_two, precision_recall
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.shipped import MIN_PHOTOS
 from dumo.evaluation.wholeset import collect
 from dumo.io import digest

@@ -21,11 +21,12 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.evaluation.metric import Scores
 from dumo.io.source import Data
 from dumo.runtime import bound
 from dumo.types import Cond, Spec, UserError
 
+# Scores by name: the first is the one that counts, lower being better, but for one that is `metric.rising`
+Scores = dict[str, float]
 NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Tick = Callable[[int, int], object]  # called with how many images of the data are done, of how many
 

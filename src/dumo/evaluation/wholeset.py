@@ -11,8 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dumo.evaluation.baseline import class_facts
-from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, HeldOutSplit

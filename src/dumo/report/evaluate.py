@@ -25,8 +25,7 @@ from torch import Tensor
 
 from dumo.config.tree import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
-from dumo.evaluation.metric import Scores
-from dumo.evaluation.protocol import Evaluator
+from dumo.evaluation.protocol import Evaluator, Scores
 from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood

@@ -23,7 +23,8 @@ from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
 from dumo.evaluation.distance import Estimate, level
-from dumo.evaluation.metric import CLASS_MMD, METRICS, Scores, headline, metric, rising, trained_on
+from dumo.evaluation.metric import CLASS_MMD, METRICS, headline, metric, rising, trained_on
+from dumo.evaluation.protocol import Scores
 from dumo.io.read import read_json
 from dumo.report.card import FILE, Card, Row, validate_report
 from dumo.runtime import typed

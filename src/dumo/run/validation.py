@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dumo.config.load import identity
 from dumo.config.spec import Run
-from dumo.evaluation.metric import Scores, rising
+from dumo.evaluation.metric import rising
+from dumo.evaluation.protocol import Scores
 from dumo.flow.precision import product_precision
 from dumo.run.folder import BEST
 from dumo.run.origin import require_place
