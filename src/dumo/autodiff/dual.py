@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import general
-from dumo.autodiff.error import NoRule as NoRule
+from dumo.autodiff.general import NoRule as NoRule
 from dumo.autodiff.tape import Later, detach_saved, fit_to_primal
 from dumo.types import Array
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from dumo.autodiff.error import NoRule
+from dumo.types import UserError
 
 # Methods of Tensor whose result has no tangent, though the tensor has one.
 LOSE_TANGENT = frozenset(
@@ -40,6 +40,17 @@ _DRAW_RANDOM = frozenset(
         "randint_like",
     )
 )
+
+
+class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
+    """A net uses an operation, named by the argument, for which there is no tangent."""
+
+    def __str__(self) -> str:
+        """The name and the way out. Not made by the constructor, which a compiler could not trace."""
+        return (
+            f"slope 'dual' has no tangent for '{self.args[0]}', which this net uses: use slope 'jvp', or another "
+            "operation"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,18 @@ from typing import Union, cast
 import torch
 from torch import Tensor
 
-from dumo.autodiff.error import WrittenTo as WrittenTo
+from dumo.types import UserError
+
+
+class WrittenTo(UserError, RuntimeError):  # noqa: N818, as `general.NoRule`
+    """A tensor that a tape needs has been written to before the tape played; the argument names the rule."""
+
+    def __str__(self) -> str:
+        """What happened and the way out."""
+        return (
+            f"slope 'dual' cannot play its tape: this net has written in place to a tensor that '{self.args[0]}' "
+            "needs as it was. Write to a clone of it, or use slope 'jvp'"
+        )
 
 
 class Later:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.config.error import nearest
 from dumo.data import Data, ShownData, has_images, is_images, is_latents
 from dumo.data.caption import CaptionFiles, Captioning, Templates
 from dumo.encoders.caption import parted
@@ -93,6 +92,8 @@ class Conditions:
             raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
         hint = ""
         if names and not self.captions and not word.isdecimal():
+            from dumo.config.error import nearest
+
             hint = f" {nearest(word, [*names])};"
         fix = "; give another caption as a prompt" if self.captions else ""
         raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {self.count - 1}{fix}")

@@ -21,7 +21,6 @@ from pydantic_core import PydanticSerializationError, to_json, to_jsonable_pytho
 
 from dumo.config import trust
 from dumo.config.change import override, shown
-from dumo.config.error import explain
 from dumo.config.source import (
     CHANGED,
     CODE,
@@ -94,6 +93,8 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
     except PydanticSerializationError as error:  # the name of a field: YAML refuses such values
         raise UserError(f"a field's name has half a character, which is no text: {error}") from error
     except ValidationError as error:
+        from dumo.config.error import explain
+
         prefix = f"{name}: " if Path(name).suffix else ""
         raise UserError("\n".join(prefix + line for line in explain(error, spec).splitlines())) from error
 

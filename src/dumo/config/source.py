@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
 from dumo.config.change import merge, shown
-from dumo.config.error import nearest_few
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.yaml import parse
 from dumo.types import UserError
@@ -343,4 +342,6 @@ def _recipe_of_pipeline(name: str) -> str:
 
 def _hint(name: str) -> str:
     """The end of a message that there is no recipe of this name: the nearest names, and how to list all."""
+    from dumo.config.error import nearest_few
+
     return f"{nearest_few(name, recipes.names())}`dumo recipes` lists all"

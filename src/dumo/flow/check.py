@@ -5,7 +5,7 @@ run makes the passes that it would have made. So a pass draws nothing that is no
 not mix, and a loss has a number for each row. du/dt is `dumo.flow.derivative`'s.
 
 `LoopFlow.check` calls these in order: `require_teachable` and `require_parameters` before any pass; then, on the first
-`rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `dumo.flow.terms`
+`rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `flow.require_terms`
 looks at every loss. `dumo.run.contract` calls some of these for nets and objectives of users.
 """
 

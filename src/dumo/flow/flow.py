@@ -4,7 +4,7 @@
 batch, `terms` its loss. Whatever samples, judges, teaches or exports calls `readings`, and `batches` makes samples of
 them.
 
-`dumo.flow.loop` is a flow for networks and loops of anybody's. Neither owns an optimizer or a file.
+`require_terms` refuses what is no loss. `dumo.flow.loop` is a flow for networks and loops of anybody's. Neither owns an optimizer or a file.
 """
 
 import copy
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dumo.flow import dropout, generate
 from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
@@ -21,7 +21,21 @@ from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Reads, Sample, Taught, Terms, Trail, frozen, unwrap
+from dumo.types import (
+    Cond,
+    Frozen,
+    Net,
+    Noised,
+    Objective,
+    Reads,
+    Sample,
+    Taught,
+    Terms,
+    Trail,
+    UserError,
+    frozen,
+    unwrap,
+)
 
 Loss = Callable[[Net, Frozen, Noised], Terms]  # of (net, theta^-, record)
 
@@ -199,3 +213,43 @@ class Flow(nn.Module):
         other.__dict__["_modules"] = {}  # a copy shares them, and would give its network to this flow
         other.net = net
         return other
+
+
+def require_terms(returned: object, rows: int, objective: str) -> Terms:
+    """`returned`, which a loss gave for this many rows, as `Terms`.
+
+    Raises UserError where it is no `Terms` of one number per row, or has no gradient.
+    """
+    subject = f"objective '{objective}': its loss"
+    expected = f"one number per row, shape ({rows},)"
+    if isinstance(returned, Tensor):
+        raise UserError(
+            f"{subject} returned a tensor of shape {tuple(returned.shape)}: return dumo.types.Terms(loss, parts), "
+            f"where loss has {expected}; the trainer takes the mean"
+        )
+    if not isinstance(returned, Terms):
+        raise UserError(
+            f"{subject} returned a {type(returned).__name__}: return dumo.types.Terms(loss, parts), where loss has "
+            f"{expected}"
+        )
+    for field in ("parts", "notes"):
+        value: object = getattr(returned, field)
+        if not isinstance(value, Mapping):
+            raise UserError(
+                f"{subject} returned Terms whose {field} are a {type(value).__name__}: give a dict of names and "
+                f"tensors of {expected}"
+            )
+    values: dict[str, object] = {"loss": returned.loss, **returned.parts, **returned.notes}
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{subject} returned Terms where '{name}' is a {type(value).__name__}: give {expected}")
+        if value.shape != (rows,):
+            raise UserError(
+                f"{subject} returned Terms where '{name}' has shape {tuple(value.shape)}: give {expected}, for squares "
+                "dumo.types.mean_square(e); the trainer takes the mean over rows"
+            )
+    if torch.is_grad_enabled() and not returned.loss.requires_grad:
+        raise UserError(
+            f"{subject} has no gradient: the pass that learns is net(...), without torch.no_grad() and detach()"
+        )
+    return returned

@@ -51,7 +51,7 @@ from dumo.flow.condition import (
 )
 from dumo.flow.derivative import choose_slope, copy_without_zero_layers
 from dumo.flow.draw import Coupling
-from dumo.flow.flow import Flow
+from dumo.flow.flow import Flow, require_terms
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
 from dumo.flow.passes import OwnCall, Passes, Signature, seeded_generators
@@ -62,7 +62,6 @@ from dumo.flow.reading import reading, taught_readings, teacher_velocity
 from dumo.flow.slope import Slope, slope_of
 from dumo.flow.solver import Solver, best_solver
 from dumo.flow.state import FlowState
-from dumo.flow.terms import require_terms
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import (

@@ -20,8 +20,8 @@ from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.check import MAX_DIFFERENCE, outputs_match, require_pure_net
 from dumo.flow.draw import add_noise, make_draws
+from dumo.flow.flow import require_terms
 from dumo.flow.precision import Precision, using
-from dumo.flow.terms import require_terms
 from dumo.runtime.random import random_batch
 from dumo.training.step import pieces
 from dumo.types import Frozen, Noised, UserError

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.flow.draw import draw
+from dumo.flow.flow import require_terms
 from dumo.flow.guide import Guide
 from dumo.flow.path import Path
 from dumo.flow.slope import DualSlope, Way
-from dumo.flow.terms import require_terms
 from dumo.nets import is_dualized
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied
