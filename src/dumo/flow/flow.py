@@ -4,7 +4,8 @@
 batch, `terms` its loss. Whatever samples, judges, teaches or exports calls `readings`, and `batches` makes samples of
 them.
 
-`require_terms` refuses what is no loss. `dumo.flow.loop` is a flow for networks and loops of anybody's. Neither owns an optimizer or a file.
+`require_terms` refuses what is no loss. `dumo.flow.loop` is a flow for networks and loops of anybody's. Neither owns
+an optimizer or a file.
 """
 
 import copy
