@@ -54,9 +54,9 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401, typer's own
         """The command of this name; None: there is none, and all are imported, so that typer can suggest one."""
-        names = [cmd_name] if cmd_name in self.list_commands(ctx) else [*self.homes]
-        for name in names:
-            if name not in self.commands:
+        if cmd_name not in self.commands:
+            names = [cmd_name] if cmd_name in self.homes else [*self.homes]
+            for name in names:
                 self.add_command(self._import_command(name))
         return super().get_command(ctx, cmd_name)
 

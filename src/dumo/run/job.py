@@ -26,6 +26,7 @@ from torch import nn
 from dumo.config import trust
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
+from dumo.config.teacher import Teacher
 from dumo.data import Data
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
@@ -174,7 +175,7 @@ def open_job(
         # 5. begin the state, and open what reads it
         state, checkpoint = begin(run, index.checkpoints, torch_device, step)
         validation = _open_validation(run, index, state, tell, meter) if run.evaluate.every else None
-        teacher = _load_teacher(run, state, torch_device)
+        teacher = _load_teacher(run, run.teacher, state, torch_device) if run.teacher else None
 
         # 6. compare with what the folder holds
         changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
@@ -239,11 +240,8 @@ def _open_validation(run: Run, index: Index, state: State, tell: Tell, meter: Me
     return Validation(run, index.folder, state, tell, meter.leave_out, identities)
 
 
-def _load_teacher(run: Run, state: State, device: torch.device) -> "LoadedTeacher | None":
-    """The run's teacher; None: it has none. Raises UserError, on all ranks, where it cannot be opened."""
-    spec = run.teacher
-    if spec is None:
-        return None
+def _load_teacher(run: Run, spec: Teacher, state: State, device: torch.device) -> "LoadedTeacher":
+    """The run's teacher. Raises UserError, on all ranks, where it cannot be opened."""
     from dumo.run.teacher import open_teacher
 
     return agreement.on_each_rank(lambda: open_teacher(spec, run, state, device))
