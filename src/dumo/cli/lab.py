@@ -11,7 +11,7 @@ import typer
 
 from dumo.cli.option import AsJson, Device, Set, Source, parse_integers, parse_path
 from dumo.cli.terminal import out, show_table
-from dumo.runtime.bound import ROWS
+from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar
 
 Shape = Annotated[

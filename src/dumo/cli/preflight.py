@@ -16,8 +16,8 @@ from rich.table import Table
 from dumo.cli.option import AsJson, Device, Set, Source, parse_bytes
 from dumo.cli.terminal import out, show_lines
 from dumo.config import recipes as packaged
-from dumo.runtime import typed
-from dumo.runtime.bound import ROWS
+from dumo.runtime import shell_path
+from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import say
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def show(
         raise typer.BadParameter("--yaml and --json: give one of them")
     spec = _load_with_advice(source, set_)
     if as_yaml:
-        print(_comment(" ".join(["dumo show", typed(source), *_set_options(set_)])))
+        print(_comment(" ".join(["dumo show", shell_path(source), *_set_options(set_)])))
         print(dump(spec, short=not whole), end="")
         return
     facts = show(spec)
@@ -269,7 +269,7 @@ def _gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> li
     """
     if not gpus:
         return []
-    command = ["dumo dry", typed(source)]
+    command = ["dumo dry", shell_path(source)]
     if gpus > 1:
         command += ["--ranks", str(gpus)]
     command += ["--fit 80GiB", *_set_options(overrides)]

@@ -30,8 +30,8 @@ from dumo.cli.option import (
     parse_path,
 )
 from dumo.cli.terminal import err, memory_hint, out, show_lines
-from dumo.runtime import typed
-from dumo.runtime.bound import ROWS
+from dumo.runtime import shell_path
+from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, no_bar, say
 
 if TYPE_CHECKING:
@@ -229,16 +229,16 @@ def _next_commands(run: "Run", folder: Path) -> list[str]:
     python_path = os.environ.get("PYTHONPATH")
     has_own_class = any(":" in part.kind for part in (run.objective, run.net, run.data))
     if python_path and has_own_class:  # else Python would not find the class
-        program = f"PYTHONPATH={typed(python_path)} dumo"
-    commands = [f"{program} sample {typed(folder)}"]
+        program = f"PYTHONPATH={shell_path(python_path)} dumo"
+    commands = [f"{program} sample {shell_path(folder)}"]
     if not _missing_of_protocol(run):
-        commands.append(f"{program} evaluate {typed(folder)}")
-    commands.append(f"{program} report {typed(folder)}")
+        commands.append(f"{program} evaluate {shell_path(folder)}")
+    commands.append(f"{program} report {shell_path(folder)}")
     if is_pretrained(run.net):
         from dumo.export.model import export_forms
 
         for form in export_forms(run.net):
-            commands.append(f"{program} export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}")
+            commands.append(f"{program} export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")
     if has_own_class:
         commands = [f"{command} --trust-code" for command in commands]
     return commands
@@ -382,7 +382,7 @@ def average(
         soft_wrap=True,
     )
     out.print(str(averaged.file), soft_wrap=True)
-    arguments = f"{typed(run_folder)} --weights {typed(averaged.file)}"
+    arguments = f"{shell_path(run_folder)} --weights {shell_path(averaged.file)}"
     err.print(f"next:  dumo sample {arguments}    dumo evaluate {arguments}", soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
 from dumo.objectives import Objective
-from dumo.runtime.bound import SAMPLES
+from dumo.runtime.limits import SAMPLES
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec
 
 OF_VELOCITY = ("dumo", "meanflow", "facm", "flow_matching")  # some objectives that learn a velocity, for messages

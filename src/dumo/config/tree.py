@@ -21,7 +21,7 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
 from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
-from dumo.runtime.bound import PASSES, SAMPLES, STEPS
+from dumo.runtime.limits import PASSES, SAMPLES, STEPS
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
 

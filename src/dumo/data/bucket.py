@@ -28,7 +28,7 @@ from dumo.data.store import Store, store_hashes
 from dumo.io.read import first_few
 from dumo.io.source import Bucketed
 from dumo.runtime import signals
-from dumo.runtime.bound import PIXELS
+from dumo.runtime.limits import PIXELS
 from dumo.runtime.progress import late
 from dumo.types import Spec, UserError
 

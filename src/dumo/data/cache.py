@@ -37,7 +37,7 @@ from dumo.encoders.caption import Captions
 from dumo.io import table
 from dumo.io.read import is_text_list, parse_json, text_lines
 from dumo.io.table import ShardTable, TableIndex
-from dumo.runtime.bound import CLASSES, PIXELS, ROWS
+from dumo.runtime.limits import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 
 LATENTS = ("x", "flipped")  # columns

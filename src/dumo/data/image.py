@@ -36,7 +36,7 @@ from dumo.io.content import Hashes
 from dumo.io.inventory import FileState
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed
-from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
+from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError
 
 FORMATS = {".parquet": "parquet", ".tar": "tar"}

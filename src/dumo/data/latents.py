@@ -39,7 +39,7 @@ from dumo.io.read import user_path
 from dumo.io.source import Bucketed, mirrored, rows_of
 from dumo.io.table import ShardTable
 from dumo.runtime import signals
-from dumo.runtime.bound import GIGABYTES
+from dumo.runtime.limits import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 

@@ -22,7 +22,7 @@ from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, req
 from dumo.encoders.tokens import LoadedTokenizer, import_transformers, load_tokenizer
 from dumo.flow.precision import Precision, using
 from dumo.io.read import foreign, read_settings, user_path
-from dumo.runtime.bound import TOKENS
+from dumo.runtime.limits import TOKENS
 from dumo.types import PLACE, Spec, UserError
 
 CONFIG = "config.json"

@@ -19,7 +19,7 @@ from torch import Tensor
 from dumo.io import digest
 from dumo.io.read import brief, foreign
 from dumo.runtime import install
-from dumo.runtime.bound import TOKENS
+from dumo.runtime.limits import TOKENS
 from dumo.types import Spec, UserError
 
 # ByT5 (Xue et al. 2022): the 256 bytes follow padding, end and unknown.

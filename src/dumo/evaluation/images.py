@@ -31,7 +31,7 @@ from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, sta
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Finite
-from dumo.runtime import bound, version
+from dumo.runtime import limits, version
 from dumo.runtime.random import stream
 from dumo.types import PLACE, UserError
 
@@ -44,7 +44,7 @@ class ImageProtocol(Protocol):
     """Images in colour, decoded, by the features of Inception, whose weights lie where $DUMO_INCEPTION says."""
 
     kind: InceptionKind
-    samples: int | None = Field(default=None, ge=1, le=bound.SAMPLES)  # None: as many as the name says
+    samples: int | None = Field(default=None, ge=1, le=limits.SAMPLES)  # None: as many as the name says
     frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
     reference: str | None = Field(default=None, json_schema_extra=PLACE)  # ADM's file; None: the run's own data
 

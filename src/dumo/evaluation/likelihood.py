@@ -24,7 +24,7 @@ from pydantic import Field
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.wholeset import Reference, collect
 from dumo.flow.likelihood import signs
-from dumo.runtime import bound
+from dumo.runtime import limits
 from dumo.runtime.random import keyed
 from dumo.types import Cond, Sample, UserError
 
@@ -36,8 +36,8 @@ class LikelihoodProtocol(Protocol):
 
     kind: Literal["likelihood"] = "likelihood"
     levels: int | None = Field(default=None, ge=2, le=2**16)  # of grey in [-1, 1]; None: 256 of images, none of points
-    probes: int = Field(default=1, ge=0, le=bound.PASSES)  # random directions of div v (FFJORD: 1); 0: all axes
-    passes: int = Field(default=256, ge=2, multiple_of=2, le=bound.PASSES)  # of Heun, for comparison: ours
+    probes: int = Field(default=1, ge=0, le=limits.PASSES)  # random directions of div v (FFJORD: 1); 0: all axes
+    passes: int = Field(default=256, ge=2, multiple_of=2, le=limits.PASSES)  # of Heun, for comparison: ours
 
     @property
     def standard_samples(self) -> int:

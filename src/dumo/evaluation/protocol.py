@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.io.source import Data
-from dumo.runtime import bound
+from dumo.runtime import limits
 from dumo.types import Cond, Spec, UserError
 
 # Scores by name: the first is the one that counts, lower being better, but for one that is `metric.rising`
@@ -70,7 +70,7 @@ class Protocol(Spec, ABC):
     """A named way to judge samples. `kind` fixes all that no other field changes; changes show in the name."""
 
     kind: Any  # a literal in each protocol; declared here to be the first field
-    samples: int | None = Field(default=None, ge=2, le=bound.SAMPLES)  # None: as many as the name says
+    samples: int | None = Field(default=None, ge=2, le=limits.SAMPLES)  # None: as many as the name says
 
     @property
     @abstractmethod

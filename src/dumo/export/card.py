@@ -29,7 +29,7 @@ from dumo.report.card import FILE, read_report
 from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import typed, version
+from dumo.runtime import shell_path, version
 from dumo.runtime.progress import inline
 from dumo.types import UserError
 
@@ -270,7 +270,9 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    cast(dict[str, Any], templates.filters).update(form=format, plain=plain, code=code, literal=literal, typed=typed)
+    cast(dict[str, Any], templates.filters).update(
+        form=format, plain=plain, code=code, literal=literal, shell_path=shell_path
+    )
     return templates
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dumo.io.read import brief
-from dumo.runtime import install, typed
+from dumo.runtime import install, shell_path
 from dumo.types import UserError
 
 
@@ -53,6 +53,6 @@ def push(export: Path, repository: str) -> str:
         reason = brief(" ".join(str(cause).split()), 400).rstrip(".")
         raise UserError(
             f"{export} is whole, and was not uploaded: {reason}. To try again: "
-            f"hf upload --private {repository} {typed(export)}"
+            f"hf upload --private {repository} {shell_path(export)}"
         ) from error
     return str(address)

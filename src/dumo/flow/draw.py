@@ -26,7 +26,7 @@ from torch import Tensor
 from dumo.flow import dropout
 from dumo.flow.path import Path
 from dumo.runtime import random
-from dumo.runtime.bound import ROWS
+from dumo.runtime.limits import ROWS
 from dumo.runtime.random import keyed, share_of_rows, stream
 from dumo.types import Cond, Law, Noised, Objective, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pin, to_device

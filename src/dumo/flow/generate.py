@@ -21,7 +21,7 @@ from dumo.flow.path import Path
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
 from dumo.runtime import threads
-from dumo.runtime.bound import SAMPLES
+from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Reads, Sample, Trail, UserError
 

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.runtime.bound import FACTOR, require_order
+from dumo.runtime.limits import FACTOR, require_order
 from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
 from dumo.types.rows import to_device
 

@@ -7,7 +7,7 @@ that from dropped ones. Where nothing stands for no condition, none is dropped a
 from typing import Any
 
 from dumo.flow.guide import CFG, GuidanceScale, Guide
-from dumo.runtime.bound import FACTOR
+from dumo.runtime.limits import FACTOR
 from dumo.types import Objective, UserError
 
 

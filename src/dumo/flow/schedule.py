@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.autodiff.dual import primal
-from dumo.runtime.bound import PASSES
+from dumo.runtime.limits import PASSES
 from dumo.types import Array, Spec, Time
 
 Law = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]

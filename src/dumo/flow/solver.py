@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.path import Path
 from dumo.runtime import signals
-from dumo.runtime.bound import PASSES
+from dumo.runtime.limits import PASSES
 from dumo.types import QUIET, Cond, Reads, Sample, Spec, Time, UserError, lift
 from dumo.types.family import SpecFamily
 from dumo.types.outside import SolverSpec

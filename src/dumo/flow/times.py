@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Generator
 
 from dumo.runtime import random
-from dumo.runtime.bound import PASSES, require_order
+from dumo.runtime.limits import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
 from dumo.types.rows import split_by_step, spread_evenly
 

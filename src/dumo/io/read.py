@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dumo.io import file
-from dumo.runtime.bound import BLOCKS
+from dumo.runtime.limits import BLOCKS
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 

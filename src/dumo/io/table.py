@@ -47,7 +47,7 @@ from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.io.read import read_json
 from dumo.runtime import threads
-from dumo.runtime.bound import ROWS
+from dumo.runtime.limits import ROWS
 from dumo.types import Spec, UserError
 
 FILE = "index.json"

@@ -29,7 +29,7 @@ from dumo.io.read import write_json
 from dumo.lab import arm, cell, ours, paper
 from dumo.lab.cell import Result, Row, average_by_arm, markdown
 from dumo.lab.plan import SCALES, Plan, read
-from dumo.runtime import dist, typed
+from dumo.runtime import dist, shell_path
 from dumo.runtime.progress import Bar, no_bar
 
 
@@ -136,7 +136,7 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str)
     """The command that makes these results again. Options are left out where they are the default."""
     command = f"dumo reproduce {name} --scale {scale}"
     if folder is not None:
-        command += f" --out {typed(folder)}"
+        command += f" --out {shell_path(folder)}"
     if jobs > 1:
         command += f" --jobs {jobs}"
     if device != "auto":

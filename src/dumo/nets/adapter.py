@@ -27,7 +27,7 @@ from torch import nn
 
 from dumo.nets.lowbit import Coding, halve, quantise
 from dumo.runtime import import_bitsandbytes, install
-from dumo.runtime.bound import CHANNELS
+from dumo.runtime.limits import CHANNELS
 from dumo.types import QUIET, Spec, UserError
 
 # The names of adapters in peft, and so in the names of their parameters.

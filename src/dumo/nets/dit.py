@@ -43,7 +43,7 @@ from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_t
 from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.nets.route import Route, run_blocks
 from dumo.nets.textfamily import Text
-from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
+from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 # The fields that the nets of the DiT paper have, whose weights are published.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, label_table
 from dumo.nets.precondition import Precondition
-from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
+from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
 

@@ -31,7 +31,7 @@ from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
 from dumo.runtime import import_bitsandbytes, install
-from dumo.runtime.bound import FACTOR
+from dumo.runtime.limits import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
 HEADS = ("v", "u", "m")  # of an objective: velocities and flow maps

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, cat, nn
 
 from dumo.flow.dropout import Keys, current, hashes, layer_keys
-from dumo.runtime.bound import BLOCKS
+from dumo.runtime.limits import BLOCKS
 from dumo.types import Array, Spec, UserError
 
 _KEY_LAYER = 1  # the keys of `dumo.flow.dropout` for routing; 0 are those of dropped words (`dumo.nets.text`)

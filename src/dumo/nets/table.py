@@ -35,7 +35,7 @@ from dumo.nets.family import Family, family
 from dumo.nets.live import OnlineTexts
 from dumo.nets.mapped import MappedRows
 from dumo.nets.rows import Rows, TextReader, TextRows, Texts, TextSizes
-from dumo.runtime.bound import CHANNELS, GIGABYTES
+from dumo.runtime.limits import CHANNELS, GIGABYTES
 from dumo.runtime.progress import sized
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Spec, UserError
 

@@ -25,7 +25,7 @@ from dumo.flow import dropout
 from dumo.io.table import FILE
 from dumo.nets.rows import Rows, SourceLatents, TextRows, Texts
 from dumo.nets.table import PipelineTexts, TableTexts, TextTable
-from dumo.runtime.bound import BLOCKS, CHANNELS
+from dumo.runtime.limits import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
 from dumo.types import Cond, Spec
 

@@ -25,7 +25,7 @@ from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, label_table, side_of
 from dumo.nets.precondition import Precondition
-from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
+from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 EPS = 1e-6  # added to the variance in group norms (Song et al.)

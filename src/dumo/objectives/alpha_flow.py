@@ -28,7 +28,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.slope import JvpSlope, Slope, earlier_mean_velocity, require_precise_passes
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.runtime.bound import require_order
+from dumo.runtime.limits import require_order
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
 

@@ -24,7 +24,7 @@ from dumo.io.weights import title
 from dumo.run.resolve import as_given
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, typed
+from dumo.runtime import dist, shell_path
 from dumo.types import UserError
 
 FILE = "evaluation.json"  # in a run's folder: its evaluation as its own spec has it judged
@@ -202,7 +202,7 @@ def read_report(path: Path, *, images: bool = False) -> dict[str, Any]:
 
     Raises UserError where there is none, or it is damaged.
     """
-    fix = f"run dumo evaluate {typed(path.parent)} first"
+    fix = f"run dumo evaluate {shell_path(path.parent)} first"
     report = read_json(path, fix)
     if not isinstance(report, dict) or report.get("card") is None:
         raise UserError(f"{path} has no report card: {fix}")

@@ -19,7 +19,7 @@ from typing import Any
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.report import score
 from dumo.report.card import FILE, Card, Row, read_report
-from dumo.runtime import typed
+from dumo.runtime import shell_path
 from dumo.types import UserError
 
 # The fields of a card that say how samples were measured.
@@ -170,6 +170,6 @@ def _evaluation_file(source: str) -> Path:
     file = path / FILE
     other_evaluations = sorted(map(str, path.glob("evaluation-*.json")))
     if other_evaluations and not file.exists():
-        fix = f"name {' or '.join(other_evaluations)}, or run dumo evaluate {typed(source)}"
+        fix = f"name {' or '.join(other_evaluations)}, or run dumo evaluate {shell_path(source)}"
         raise UserError(f"{source} was not judged as its own spec says: {fix}")
     return file

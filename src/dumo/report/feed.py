@@ -32,7 +32,7 @@ from dumo.io import file
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, values
 from dumo.run.speed import LOG, logged
-from dumo.runtime import dist, install, installed, signals, typed
+from dumo.runtime import dist, install, installed, shell_path, signals
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
@@ -242,7 +242,7 @@ class TrackerProcess:
     def fail(self, reason: str) -> None:
         """Log that the process has failed, and do not check it again."""
         self.has_failed = True
-        command = f"dumo log {typed(self.folder)} --to {self.tracker_name}"
+        command = f"dumo log {shell_path(self.folder)} --to {self.tracker_name}"
         self.log_line(
             f"warning: {self.tracker_name} gets no more rows ({reason}); the training continues. "
             f"To send them:  {command}"

@@ -26,7 +26,7 @@ from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
 from dumo.report.sample import data_points
-from dumo.run.origin import require_place
+from dumo.run.provenance import require_place
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, load_net
 from dumo.runtime.progress import Bar, Tick, no_bar

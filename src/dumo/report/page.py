@@ -40,7 +40,7 @@ from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, threads, typed
+from dumo.runtime import dist, shell_path, threads
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.runtime.random import stream
 from dumo.training import log
@@ -165,7 +165,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         # the run
         run=run,
         facts=facts,
-        folder=typed(opened.folder),
+        folder=shell_path(opened.folder),
         name=opened.folder.resolve().name,
         step=opened.step,
         weights=opened.weights,

@@ -27,7 +27,7 @@ from dumo.evaluation.metric import CLASS_MMD, METRICS, headline, metric, rising,
 from dumo.evaluation.protocol import Scores
 from dumo.io.read import read_json
 from dumo.report.card import FILE, Card, Row, validate_report
-from dumo.runtime import typed
+from dumo.runtime import shell_path
 
 ERROR_SUFFIX = "_sd"  # of a name whose value is the error of a score: mmd_sd
 ROW_LABELS = ("nfe", "solver")  # the fields of a row that are no scores
@@ -364,7 +364,7 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    fix = f"run dumo evaluate {typed(folder)} again"
+    fix = f"run dumo evaluate {shell_path(folder)} again"
     evaluation = validate_report(read_json(path, fix), path, fix)
     card = evaluation.get("card") or {}
     first_row = evaluation["results"][0]
@@ -400,7 +400,7 @@ def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
     for path in sorted(folder.glob("evaluation-*.json")):
         if path.name.split("-")[1] not in BENCHMARK_NAMES:
             continue
-        fix = f"remove it, or run dumo evaluate {typed(folder)} again"
+        fix = f"remove it, or run dumo evaluate {shell_path(folder)} again"
         evaluation = validate_report(read_json(path, fix), path, fix)
         if _is_of(evaluation, step, weights):
             columns = score_names(evaluation["results"][0])

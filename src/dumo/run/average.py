@@ -29,7 +29,7 @@ from dumo.io import file as files
 from dumo.io.weights import compare, sha256, unshared
 from dumo.run.index import Index
 from dumo.run.net import outline
-from dumo.run.origin import require_place
+from dumo.run.provenance import require_place
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import paths_by_step

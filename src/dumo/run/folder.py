@@ -16,7 +16,7 @@ from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io import file as files
 from dumo.run.index import Index
-from dumo.run.origin import require_same_run
+from dumo.run.provenance import require_same_run
 from dumo.training import manifest
 from dumo.training.log import read_log
 from dumo.training.spec import Train

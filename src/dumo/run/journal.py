@@ -36,9 +36,9 @@ from dumo.run.folder import (
 from dumo.run.index import Index
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
-from dumo.run.origin import run_before_step
+from dumo.run.provenance import run_before_step
 from dumo.run.weights import build
-from dumo.runtime import dist, signals, typed
+from dumo.runtime import dist, signals, shell_path
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
@@ -294,7 +294,7 @@ def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]
     for name, rate in rates.items():
         options += ["--set", f"train.optimizer.{name}={rate:g}"]
     program = join([*_program_words(), "train"])
-    return f"{program} {typed(folder)} {join(options)}"
+    return f"{program} {shell_path(folder)} {join(options)}"
 
 
 def _program_words() -> list[str]:

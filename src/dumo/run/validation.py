@@ -23,7 +23,7 @@ from dumo.evaluation.metric import rising
 from dumo.evaluation.protocol import Scores
 from dumo.flow.precision import product_precision
 from dumo.run.folder import BEST
-from dumo.run.origin import require_place
+from dumo.run.provenance import require_place
 from dumo.run.sampler import rank_indices, sampler_of
 from dumo.run.speed import LOG
 from dumo.runtime import signals

@@ -29,8 +29,8 @@ from dumo.nets import Net, is_dualized, is_pretrained
 from dumo.run import datanote
 from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
-from dumo.run.origin import require_own_checkpoint, require_own_weights
-from dumo.runtime import dist, typed
+from dumo.run.provenance import require_own_checkpoint, require_own_weights
+from dumo.runtime import dist, shell_path
 from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
@@ -178,7 +178,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
     hashed_parts = {sampled_part(run.train)} if weights is None else ()
     last = index.checkpoints.latest(hashed_parts)
     if last is None:
-        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {typed(folder)}")
+        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {shell_path(folder)}")
     if weights is None:
         file = checkpoint.part(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 
 
-def typed(place: str | Path) -> str:
+def shell_path(place: str | Path) -> str:
     """A path as it is typed after a command: quoted, and not as an option where it begins with a dash.
 
     Nor is a Path typed as the bare name of a recipe or a trained run that dumo brings; a text is as somebody typed it.

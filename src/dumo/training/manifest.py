@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from dumo.io import digest
 from dumo.io.file import temp_path_for
 from dumo.io.weights import title
-from dumo.runtime import dist, typed
+from dumo.runtime import dist, shell_path
 from dumo.training.agreement import gather_results
 from dumo.training.burst import Gradients
 from dumo.training.state import FAR, Trend
@@ -369,7 +369,7 @@ class Checkpoints:
                 warnings.warn(
                     f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so "
                     f"{checkpoint.path.name}, from before, is kept, too. To go on from it:  "
-                    f"dumo train {typed(self.folder.parent)} --from {checkpoint_step}",
+                    f"dumo train {shell_path(self.folder.parent)} --from {checkpoint_step}",
                     stacklevel=2,
                 )
             else:

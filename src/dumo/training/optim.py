@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from dumo.runtime.bound import FACTOR, STEPS
+from dumo.runtime.limits import FACTOR, STEPS
 from dumo.training.layout import shard_like, whole
 from dumo.types import CHANGES, QUIET, Spec, UserError
 from dumo.types.family import is_instance_of

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dumo.flow.draw import Coupling
 from dumo.flow.precision import Precision
-from dumo.runtime.bound import ROWS, STEPS
+from dumo.runtime.limits import ROWS, STEPS
 from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, LearningRateSchedule, Optimizer
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dumo.io import digest
 from dumo.run import resolve, shipped
 from dumo.run.weights import open_run
-from dumo.runtime import typed
+from dumo.runtime import shell_path
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -68,7 +68,7 @@ def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
         open_run(NAME, device="cpu")
     assert not (here / "runs").exists()
     assert open_run(f"./{NAME}", device="cpu").folder == open_run(Path(NAME), device="cpu").folder == Path(NAME)
-    assert typed(Path(NAME)) == f"./{NAME}"
+    assert shell_path(Path(NAME)) == f"./{NAME}"
     assert open_run(f"dumo:{NAME}", device="cpu").folder == Path("runs", NAME)
     (here / NAME / "run.yaml").unlink()
     assert shipped.find(NAME) == Path("runs", NAME)

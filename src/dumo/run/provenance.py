@@ -17,7 +17,7 @@ from dumo.config.load import Written, differences, identity
 from dumo.config.source import FILE
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun, Index, later_changes_of_function
-from dumo.runtime import typed
+from dumo.runtime import shell_path
 from dumo.training import manifest
 from dumo.training.checkpoint import facts_of, step_of
 from dumo.training.manifest import Checkpoint
@@ -70,7 +70,7 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
     differences_text = "\n  ".join([f"{folder / FILE} is not the run that {place} was trained by:", *lines])
     raise UserError(
         f"{differences_text}\nPut these fields back. To train on with them as they are:  "
-        f"dumo train {typed(folder)} --accept"
+        f"dumo train {shell_path(folder)} --accept"
     )
 
 
