@@ -19,8 +19,16 @@ from dumo.types.family import SpecFamily, is_instance_of, members
 
 PACKAGES = [data, encoders, evaluation, nets, objectives]
 FAMILIES = [package.FAMILY for package in (*PACKAGES, solver, textfamily)]
-# Of a run of digits no other objective, net, data set or protocol is needed, and nothing that reads files.
-NEEDLESS = ("dumo.objectives.meanflow", "dumo.nets.pretrained", "dumo.data.image", "dumo.evaluation.images")
+# Of a run of digits no other objective, net, data set or protocol is needed, and nothing that reads files or judges.
+NEEDLESS = (
+    "dumo.objectives.meanflow",
+    "dumo.nets.pretrained",
+    "dumo.nets.textblock",
+    "dumo.data.image",
+    "dumo.evaluation.images",
+    "dumo.evaluation.measures",
+    "dumo.training.eightbit",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: next(iter(family.names)))
