@@ -82,7 +82,7 @@ class ChosenSource:
         """What the word was taken for, in words."""
         match self.kind:
             case "recipe":
-                return f"the recipe {self.word}, of dumo"
+                return f"the recipe {str(self.word).removeprefix(SHIPPED_PREFIX)}, which dumo brings"
             case "file":
                 return f"the settings in {self.word}"
             case "run":

@@ -1,0 +1,19 @@
+"""What a word of the command line is taken for, and how `dumo train` says so."""
+
+from pathlib import Path
+
+import pytest
+
+from dumo.config.source import choose
+
+
+def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("digits/run.yaml", "cats/a.png", "mine.yaml"):
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(place).touch()
+    assert choose("moons").meaning == choose("dumo:moons").meaning == "the recipe moons, which dumo brings"
+    assert choose("mine.yaml").meaning == "the settings in mine.yaml"
+    assert choose("./digits").meaning == choose("digits/run.yaml").meaning == "the run in digits, which goes on"
+    assert choose("digits", Path("digits")).meaning == "the run in digits, which goes on"
+    assert choose("cats").meaning == "the images in cats"
