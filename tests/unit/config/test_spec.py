@@ -151,7 +151,8 @@ opened, dumo = [], sys.argv[1]
 sys.addaudithook(lambda event, given: event == "open" and opened.append(str(given[0])))
 from dumo.config import recipes
 from dumo.config.load import load
-load("digits")  # imports what all of them need
+for name in ("digits", "my-images"):
+    load(name)  # imports what all of them need, and what reads pictures
 opened.clear()
 for name in recipes.names():
     load(name)

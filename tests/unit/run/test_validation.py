@@ -95,7 +95,7 @@ def test_a_run_that_was_stopped_has_the_same_scores_and_keeps_the_same_weights(t
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Validation, "made")])
+@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Validation, "samples")])
 def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
     where: object, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
