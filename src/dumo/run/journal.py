@@ -38,7 +38,7 @@ from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.provenance import run_before_step
 from dumo.run.weights import build
-from dumo.runtime import dist, signals, shell_path
+from dumo.runtime import dist, shell_path, signals
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
