@@ -429,7 +429,7 @@ def test_a_pixart_under_its_older_class_is_exported(tmp_path: Path) -> None:
     del config["use_additional_conditions"]
     file.write_text(json.dumps(config))
     photographs(tmp_path / "photos")
-    must(call("encode", "sd3-lora", *case.typed(*FULL)))
+    must(call("encode", "sd3-lora", *case.options(*FULL)))
     case.train(*FULL)
     assert max(case.misses("full", case.export("out"))) < 1
 

@@ -46,12 +46,12 @@ def test_sd3_goes_without_t5(how: str, tmp_path: Path, monkeypatch: pytest.Monke
         fields.append("pipeline.without=[text_encoder_3]")
     if how == "left out and missing":
         remove_t5(case.source, from_index=False)
-        done = call("encode", "sd3-lora", *case.typed(*LORA))
+        done = call("encode", "sd3-lora", *case.options(*LORA))
         assert done.code == 2, done
         assert "has no text_encoder_3: hf download" in done.err
         assert "--set 'pipeline.without=[text_encoder_3]'" in done.err
-    must(call("encode", "sd3-lora", *case.typed(*fields)))
-    must(call("doctor", "sd3-lora", *case.typed(*fields)))
+    must(call("encode", "sd3-lora", *case.options(*fields)))
+    must(call("doctor", "sd3-lora", *case.options(*fields)))
     case.train(*fields)
     must(call("sample", case.run, "--prompt", "a dog", "--nfe", "1"))
     whole = case.export("whole")
@@ -77,7 +77,7 @@ def test_an_export_goes_without_parts_that_are_never_read(tmp_path: Path, monkey
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     file.write_text(json.dumps(index))
     photographs(tmp_path / "photos")
-    must(call("encode", "sd3-lora", *case.typed(*LORA)))
+    must(call("encode", "sd3-lora", *case.options(*LORA)))
     case.train(*LORA)
     whole = case.export("whole")
     assert 'from_pretrained("whole", feature_extractor=None, safety_checker=None)' in (whole / "README.md").read_text()

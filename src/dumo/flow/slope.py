@@ -75,8 +75,8 @@ _ALL = slice(None)  # the places of all rows
 
 # The largest h * time_scale of a central difference: it is well within 1 % there, 3 % off at ten times (measured): ours
 _MAX_SCALED_STEP = 0.05
-# How far off a slope may be, a share of the derivative's norm: an exact one is 1 to 2 % off under bf16, a broken one 40 %
-# and more (measured): ours
+# How far off a slope may be, a share of the derivative's norm: an exact one is 1 to 2 % off under bf16, a broken one
+# 40 % and more (measured): ours
 MAX_SLOPE_ERROR = 0.05
 # The largest gain below fp32: rounding to bf16, 2^-8 of u, is then 8 % of the residual: ours
 MAX_GAIN = 20
