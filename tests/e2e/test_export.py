@@ -412,7 +412,7 @@ def test_a_distilled_klein_is_exported_without_guidance(tiny_runs: TinyRuns, tmp
     out = case.export("out")
     assert "| pipeline | distilled, by its model_index.json |" in (out / "README.md").read_text()
     assert json.loads((out / INDEX).read_text())["is_distilled"]
-    assert max(case.misses("full", out)) < 1
+    assert max(case.errors_over_limits("full", out)) < 1
     assert "is ignored for step-wise distilled models" not in (folder / "printed.txt").read_text()
     case.guide(GUIDED)
     done = call("export", case.run, folder / "guided")
@@ -431,7 +431,7 @@ def test_a_pixart_under_its_older_class_is_exported(tmp_path: Path) -> None:
     photographs(tmp_path / "photos")
     must(call("encode", "sd3-lora", *case.options(*FULL)))
     case.train(*FULL)
-    assert max(case.misses("full", case.export("out"))) < 1
+    assert max(case.errors_over_limits("full", case.export("out"))) < 1
 
 
 @pytest.mark.slow
