@@ -24,8 +24,8 @@ class Line(nn.Module):
 
 
 def test_a_frozen_net_is_the_weights_from_inside_a_wrapper_and_records_no_gradient() -> None:
-    net, wrapper = Line(), nn.Module()
-    wrapper.module = net
+    net = Line()
+    wrapper = nn.DataParallel(net)
     assert frozen(net).module is frozen(wrapper).module is net
     x, c = torch.ones(3, 2), torch.zeros(3, dtype=torch.long)
     (still,), (live,) = frozen(net)(x, c, t=torch.zeros(3)), net(x, c)

@@ -91,7 +91,7 @@ def test_captions_are_read(photos: Path) -> None:
 def test_captions_that_are_not_read_are_said(
     photos: Path, monkeypatch: pytest.MonkeyPatch, field: str, said: str
 ) -> None:
-    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     monkeypatch.setattr(proposal, "installed", lambda name: None)
     monkeypatch.setattr(proposal, "install", lambda extra: "pip install transformers")
     rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
@@ -113,7 +113,7 @@ def test_captions_that_are_not_read_are_said(
 @pytest.mark.data
 def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real photographs, with a class and a text each: what was written of each says more."""
-    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     table = read_table(next(Path(os.environ["DUMO_DATA"], "imagenet-sample").glob("*.parquet"))).slice(0, 30)
     texts = [f"a photo of kind {label}" for label in table["label"].to_pylist()]
     write_table(table.append_column("text", [texts]), "photos.parquet")
@@ -132,7 +132,7 @@ def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_minutes_are_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     found = proposal.propose("photos", minutes=10, device="cpu")
     steps = found.run.train.steps
     assert 600 * 0.95 < found.seconds < 600 * 1.05
@@ -152,7 +152,7 @@ def test_it_asks_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch, an
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
     done = call("train", "photos", "--device", "cpu", *QUICK, *sets("train.steps=1"))
     assert done.code == code, done
@@ -162,7 +162,7 @@ def test_it_asks_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch, an
 
 @pytest.mark.slow
 def test_what_cannot_be_proposed_is_said(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     (photos.parent / "empty").mkdir()
     (photos.parent / "bad").mkdir()
     (photos.parent / "bad/one.png").write_bytes(b"no image")
