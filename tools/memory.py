@@ -128,8 +128,8 @@ def do_work(args: argparse.Namespace) -> None:
             begin_phase("examination")
             with low_memory_heap():
                 net = layout.gathered(state.net, partial(build, run))
-            examination.examine_weights(run, net, torch.device("cpu"))
-            del net
+                examination.examine_weights(run, net, torch.device("cpu"))
+                del net
             begin_phase("save")
             if dist.is_main():
                 run_folder.mkdir(exist_ok=True)

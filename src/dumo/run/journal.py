@@ -231,7 +231,7 @@ class Journal:
             return
         with low_memory_heap():
             net = layout.gathered(state.net, partial(build, self.run))
-        examination.examine_weights(self.run, net, self.device).require()
+            examination.examine_weights(self.run, net, self.device).require()
 
 
 def _row_text(row: dict[str, Any]) -> str:

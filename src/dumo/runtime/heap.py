@@ -19,13 +19,15 @@ LARGEST_KEPT = 32 * MiB  # the largest block that glibc keeps, once it has freed
 def low_memory_heap() -> Generator[None, None, None]:
     """While inside, freed blocks of 128 KiB and more go back to the system at once; afterwards glibc's default holds.
 
-    It is for making weights, not for training: a step on a CPU would take more than twice the time. Does nothing where
-    the environment chooses, or without glibc.
+    What is free already goes back first. It is for making and examining weights, not for training: a step on a CPU
+    would take more than twice the time. Does nothing where the environment chooses, or without glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or mallopt is None:
         yield
         return
+    libc.malloc_trim(0)  # glibc has it where it has mallopt
     mallopt(MMAP_THRESHOLD, 128 * KiB)
     try:
         yield

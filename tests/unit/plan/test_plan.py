@@ -104,7 +104,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.nightly
 def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
+    monkeypatch.setattr(cost, "step_cost", lambda *_, **__: cost.StepCost(units=5.0, flops=10.0, pass_flops=2.0))
     words = ["evaluate.every=100", "evaluate.few=1000", "evaluate.nfe=[2]", "train.batch=50", "sample.guide.scale=2"]
     facts = plan(load("digits", [*words, "objective.drop=0.1"]))
     assert facts["validation"] == {"every": 100, "samples": 1000, "nfe": 2, "share": 4000 / (100 * 50 * 5)}
