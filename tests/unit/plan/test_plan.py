@@ -74,7 +74,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
         monkeypatch.setattr(memory, "activation_bytes", lambda *_, **__: 0)
-        monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
+        monkeypatch.setattr(cost, "step_cost", lambda *_, **__: cost.StepCost(units=5.0, flops=10.0, pass_flops=2.0))
         monkeypatch.setattr(cost, "way", lambda *_, **__: None)
         monkeypatch.setattr("dumo.plan.plan.far_share", lambda _: 0.1)  # of a million draws
     spec = recipe(name)
