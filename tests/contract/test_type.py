@@ -24,9 +24,10 @@ class Line(nn.Module):
 
 
 def test_a_frozen_net_is_the_weights_from_inside_a_wrapper_and_records_no_gradient() -> None:
-    net = Line()
-    wrapper = nn.DataParallel(net)
-    assert frozen(net).module is frozen(wrapper).module is net
+    net, other = Line(), nn.Module()
+    assert frozen(net).module is frozen(nn.DataParallel(net)).module is net
+    other.module = net  # a part of this name makes no wrapper
+    assert frozen(other).module is other
     x, c = torch.ones(3, 2), torch.zeros(3, dtype=torch.long)
     (still,), (live,) = frozen(net)(x, c, t=torch.zeros(3)), net(x, c)
     assert (still.requires_grad, live.requires_grad) == (False, True)
