@@ -304,7 +304,7 @@ def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, m
 
 def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number is null, and a slope that cannot be taken is a finding with its way out."""
-    monkeypatch.setattr(doctor, "look", lambda _: [])
+    monkeypatch.setattr(doctor, "examine_machine", lambda _: [])
     bad = doctor.diagnose(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
     (line,) = bad["findings"]
     assert (bad["ok"], line["state"], bad["examination"]["errors"]["u"]) == (False, "failing", None)
