@@ -32,7 +32,7 @@ from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
 from hub import serving
 from pipelines import PIPELINES, SIDE, save
-from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must, photographs
+from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must, write_photographs
 from tiers import tiered
 from tiny import TinyRuns
 
@@ -241,7 +241,7 @@ def test_which_generator_draws_the_noise_between_passes(
 
 @pytest.mark.nightly
 def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path) -> None:
-    """Counted, or where the images are gone the square: of these three photographs none went there."""
+    """Counted, or where the images are gone the square: of these three write_photographs none went there."""
     case = Case.of("Flux", tmp_path, *LORA, "data.images.side=144", "data.images.buckets={step: 16}")
     card = (case.export("out", "--parts", "link") / "README.md").read_text("utf-8")
     assert "| images | pixels, width x height, and how many: 128 x 160 (3) |" in card
@@ -428,7 +428,7 @@ def test_a_pixart_under_its_older_class_is_exported(tmp_path: Path) -> None:
     config = json.loads(file.read_text()) | {"_class_name": "Transformer2DModel"}
     del config["use_additional_conditions"]
     file.write_text(json.dumps(config))
-    photographs(tmp_path / "photos")
+    write_photographs(tmp_path / "photos")
     must(call("encode", "sd3-lora", *case.options(*FULL)))
     case.train(*FULL)
     assert max(case.errors_over_limits("full", case.export("out"))) < 1

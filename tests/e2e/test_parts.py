@@ -8,7 +8,7 @@ import pytest
 
 from e2e.shell import call
 from pipelines import save
-from stock.case import LORA, Case, must, photographs
+from stock.case import LORA, Case, must, write_photographs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 T5 = ("text_encoder_3", "tokenizer_3")
@@ -38,7 +38,7 @@ def test_sd3_goes_without_t5(how: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     case = Case("SD3", tmp_path)
     save("SD3", case.source)
-    photographs(tmp_path / "photos")
+    write_photographs(tmp_path / "photos")
     fields = [*LORA]
     if how == "null in the index":
         remove_t5(case.source, from_index=True)
@@ -76,7 +76,7 @@ def test_an_export_goes_without_parts_that_are_never_read(tmp_path: Path, monkey
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     file.write_text(json.dumps(index))
-    photographs(tmp_path / "photos")
+    write_photographs(tmp_path / "photos")
     must(call("encode", "sd3-lora", *case.options(*LORA)))
     case.train(*LORA)
     whole = case.export("whole")

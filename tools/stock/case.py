@@ -101,7 +101,7 @@ def _write_noise_image(file: Path, height: int, width: int, g: torch.Generator) 
     Image.fromarray(pixels.numpy()).save(file)
 
 
-def _write_photographs(folder: Path) -> None:
+def write_photographs(folder: Path) -> None:
     """Write an image for each of CAPTIONS, with its caption next to it."""
     g = torch.Generator().manual_seed(0)
     for i, caption in enumerate(CAPTIONS):
@@ -157,7 +157,7 @@ class Case:
         case = cls(name, folder, stored=stored)
         dtype, variant = STORED[stored]
         save(name, case.source, dtype=dtype, variant=variant)
-        _write_photographs(folder / "photos")
+        write_photographs(folder / "photos")
         if case.stock.takes_image:
             _write_edits(folder)
         for verb in verbs:
