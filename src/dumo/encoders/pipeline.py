@@ -23,7 +23,6 @@ from yaml import YAMLError
 
 from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
-from dumo.encoders.singlefile import unpack_hint
 from dumo.io import digest
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse
@@ -96,6 +95,8 @@ class Pipeline(Spec):
             )
         path = user_path(self.source, FIELD)
         if path.suffix == parts.SUFFIX and path.is_file():
+            from dumo.encoders.singlefile import unpack_hint
+
             raise UserError(f"{FIELD}: {unpack_hint(path)}, and set {FIELD}=DIR")
         if not path.is_dir():
             fetch = fetch_hint(self.source)
