@@ -59,7 +59,10 @@ def test_sd3_goes_without_t5(how: str, tmp_path: Path, monkeypatch: pytest.Monke
     bare = case.export("bare", "--parts", "none")
     assert f'from_pretrained("whole", dtype=torch.float32{ABSENT})' in (whole / "README.md").read_text()
     assert f'from_pretrained("SD3", dtype=torch.float32{ABSENT})' in (lora / "README.md").read_text()
-    assert f'from_pretrained("SD3", transformer=model, scheduler=scheduler, dtype=torch.float32{ABSENT})' in (bare / "README.md").read_text()
+    assert (
+        f'from_pretrained("SD3", transformer=model, scheduler=scheduler, dtype=torch.float32{ABSENT})'
+        in (bare / "README.md").read_text()
+    )
     assert json.loads((whole / "model_index.json").read_text())[T5[0]] == [None, None]
     assert not (whole / T5[0]).exists()
     assert max(case.errors_over_limits("merged", whole)) < 1
@@ -80,5 +83,8 @@ def test_an_export_goes_without_parts_that_are_never_read(tmp_path: Path, monkey
     must(call("encode", "sd3-lora", *case.options(*LORA)))
     case.train(*LORA)
     whole = case.export("whole")
-    assert 'from_pretrained("whole", dtype=torch.float32, feature_extractor=None, safety_checker=None)' in (whole / "README.md").read_text()
+    assert (
+        'from_pretrained("whole", dtype=torch.float32, feature_extractor=None, safety_checker=None)'
+        in (whole / "README.md").read_text()
+    )
     assert max(case.errors_over_limits("merged", whole)) < 1
