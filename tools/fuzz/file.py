@@ -23,7 +23,8 @@ import torch
 from dumo.config.load import dump, load
 from dumo.data.cache import CacheIndex, read_index
 from dumo.evaluation import reference as adm
-from dumo.io import weights, yaml
+from dumo.io import weights
+from dumo.io.yaml import dump_yaml, parse_yaml
 from dumo.report import score
 from dumo.report.compare import compare
 from dumo.run import datanote
@@ -126,8 +127,8 @@ JSON = Format(write_json, json.loads)
 JSON_LINES = Format(write_json_lines, lambda data: [json.loads(line) for line in data.splitlines()])
 SAFETENSORS = Format(write_header, read_header)
 YAML = Format(
-    lambda value: yaml.dump(value).encode("utf-8", "surrogatepass"),
-    lambda data: yaml.parse(data.decode()),
+    lambda value: dump_yaml(value).encode("utf-8", "surrogatepass"),
+    lambda data: parse_yaml(data.decode()),
 )
 
 # ------------------------------------------------------------------------------------------------- contents of files

@@ -11,7 +11,7 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from dumo.io.read import brief
-from dumo.io.yaml import dump, parse
+from dumo.io.yaml import dump_yaml, parse_yaml
 from dumo.types import UserError
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
@@ -61,7 +61,7 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
 
 def shown(value: object) -> str:
     """A value as YAML, on one line."""
-    return dump(to_jsonable_python(value), flow=True, width=10_000).removesuffix("...\n").strip()
+    return dump_yaml(to_jsonable_python(value), flow=True, width=10_000).removesuffix("...\n").strip()
 
 
 def _order(path: FieldPath) -> tuple[int, bool]:
@@ -80,7 +80,7 @@ def _split(text: str) -> tuple[FieldPath, object]:
     if not sign or not dotted:
         raise UserError(f"--set {brief(text)}: write it as a.b=c, for example --set train.steps=2000")
     try:
-        return tuple(dotted.split(".")), parse(right)
+        return tuple(dotted.split(".")), parse_yaml(right)
     except yaml.YAMLError as error:
         raise UserError(f"--set {brief(text)}: '{brief(right)}' is not a YAML value") from error
 

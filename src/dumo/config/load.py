@@ -36,7 +36,8 @@ from dumo.config.source import (
 )
 from dumo.config.source import FILE as FILE
 from dumo.config.spec import Run
-from dumo.io import digest, yaml
+from dumo.io import digest
+from dumo.io.yaml import dump_yaml
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -141,7 +142,7 @@ def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str
     written |= tree
     if resolved and not short:
         written[RESOLVED] = resolved
-    return yaml.dump(written)
+    return dump_yaml(written)
 
 
 def summary(part: BaseModel) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from dumo.config import recipes
 from dumo.config.change import merge, shown
 from dumo.io.read import brief, read_text, user_path
-from dumo.io.yaml import parse
+from dumo.io.yaml import parse_yaml
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
@@ -305,7 +305,7 @@ def _parse_recipe(name: str) -> dict[str, Any]:
 def _parse_mapping(text: str, name: str) -> dict[str, Any]:
     """The mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
     try:
-        tree = parse(text)
+        tree = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {brief(' '.join(str(error).split()), 1000)}") from error
     if not isinstance(tree, dict):

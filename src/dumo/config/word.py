@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dumo.io.yaml import parse
+from dumo.io.yaml import parse_yaml
 from dumo.types import Objective
 
 FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")  # of an objective's module: Name (source): what it does.
@@ -26,7 +26,7 @@ class Word:
     meaning: str = ""  # a sentence
 
 
-WORDS = parse(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+WORDS = parse_yaml(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
 
 def _words_of(section: str) -> dict[str, Word]:

@@ -25,7 +25,7 @@ from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
 from dumo.io import digest
 from dumo.io.read import read_settings, read_text, user_path
-from dumo.io.yaml import parse
+from dumo.io.yaml import parse_yaml
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -203,7 +203,7 @@ class Pipeline(Spec):
         """What its README.md says of the licence, by the keys of LICENSE; {}: nothing."""
         try:
             text = read_text(self.folder / "README.md", HINT)
-            head = parse(text.split("---")[1]) if text.startswith("---") else None
+            head = parse_yaml(text.split("---")[1]) if text.startswith("---") else None
         except (UserError, YAMLError):  # others wrote it
             return {}
         if not isinstance(head, dict):

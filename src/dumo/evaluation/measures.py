@@ -47,7 +47,7 @@ from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import WIDTH
 from dumo.evaluation.protocol import Scores
 from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
-from dumo.evaluation.wholeset import Reference, whole_set
+from dumo.evaluation.wholeset import Reference, make_opener
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
@@ -311,6 +311,6 @@ def _toy_facts() -> dict[str, str]:
     return {"features": f"none: Gaussian kernels on the points, of {WIDTHS} sd of the data"}
 
 
-open_cifar10 = whole_set(_cifar10_facts, score_cifar10, baselines_cifar10)
-open_digits = whole_set(_digits_facts, score_digits, baselines_digits)
-open_toy = whole_set(_toy_facts, score_toy, baselines_toy, by_class=False)
+open_cifar10 = make_opener(_cifar10_facts, score_cifar10, baselines_cifar10)
+open_digits = make_opener(_digits_facts, score_digits, baselines_digits)
+open_toy = make_opener(_toy_facts, score_toy, baselines_toy, by_class=False)

@@ -1,6 +1,12 @@
-"""Judging all samples at once: `whole_set` makes an evaluator that waits for them, and compares them with the data.
+"""Judge all samples at once: protocols whose scores need the whole set, compared with the whole of the data.
 
-`collect` gathers samples by number from all ranks. `Reference` is the data to compare with, in memory.
+`make_opener` is the entrance of `dumo.evaluation.measures`. It makes the function that opens such a protocol:
+
+1. the opener reads the data to compare with (`Reference`) and makes an evaluator;
+2. `score` waits for the samples of all ranks, puts them in the order of their numbers (`collect`), and hands them to a
+   measure.
+
+Protocols with evaluators of their own use `Reference` and `collect` alone.
 """
 
 from collections.abc import Callable
@@ -18,33 +24,39 @@ from dumo.io.source import Data, HeldOutSplit
 from dumo.runtime import dist
 from dumo.types import Cond, Sample, UserError
 
-Real = Float[Tensor, "_ *_"]
+TrainedSamples = Float[Tensor, "_ *_"]  # of the shape of a reference's, but another number of them
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The data that samples are compared with."""
+    """The data that samples are compared with, in memory."""
 
-    x: Sample
-    c: Cond
-    redraw: Callable[[int], Sample] | None = None  # makes the i-th new draw of as many rows; None: `x` is all there is
-    trained: Real | None = None  # what was trained on, where `x` was held out of it; None: `x` itself
+    x: Sample  # (m, *d)
+    c: Cond  # (m,), their classes
+    redraw: Callable[[int], Sample] | None = None  # makes the i-th new draw of m rows; None: the data are finite
+    trained: TrainedSamples | None = None  # what was trained on, if `x` was held out of it; None: `x` itself was
 
     @classmethod
     def of(cls, data: Data, n: int, seed: int, trained: Data | None = None) -> "Reference":
-        """All rows of a finite data set, or those that it holds out; n draws of a data set without end."""
+        """The reference of a data set: all its rows, or n draws where it has no end.
+
+        Of a `HeldOutSplit` it is the rows that are held out. The split itself holds the rows that were trained on, so
+        `trained` is not read. For any other data `trained` says what was trained on, if that is not the data.
+        """
         if isinstance(data, HeldOutSplit):
             return cls(data.held_out.x, data.held_out.c, trained=data.x)
-
-        def redraw(i: int) -> Sample:
-            x, _ = data.reference(n, seed, 1 + i)
-            return x
-
         x, c = data.reference(n, seed)
         trained_x: Sample | None = None
         if trained is not None:
             trained_x, _ = trained.reference(n, seed)
-        return cls(x, c, redraw=None if data.size else redraw, trained=trained_x)
+        if data.size:
+            return cls(x, c, trained=trained_x)
+
+        def redraw(i: int) -> Sample:
+            new_x, _ = data.reference(n, seed, 1 + i)  # choice 0 is `x`
+            return new_x
+
+        return cls(x, c, redraw=redraw, trained=trained_x)
 
     def facts(self, seed: int) -> dict[str, str]:
         """What a report says of the reference. Draws differ in their last bits between machines, so have no hash."""
@@ -54,63 +66,78 @@ class Reference:
         return {"reference": f"{len(self.x):,} samples {which}", "reference_sha256": digest.of_tensor(self.x)}
 
 
-@dataclass(frozen=True)
-class _WholeSetEvaluator:
-    """An evaluator that waits for all samples."""
-
-    c: Int64[Tensor, " n"]  # of the samples
-    reference: Reference
-    facts: dict[str, str]
-    measure: Callable[[Sample, Cond, Reference], Scores]
-    measure_baselines: Callable[[Reference, int, Cond], dict[str, Scores]]  # takes the samples' number and classes
-
-    def score(self, samples: NumberedSamples) -> Scores:
-        """All samples by the measure. Raises UserError unless each came once, and is finite."""
-        x = collect(samples, len(self.c))
-        if not x.isfinite().all():
-            raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
-        return self.measure(x, self.c, self.reference)
-
-    def baselines(self) -> dict[str, Scores]:
-        """The scores of a perfect sampler and of noise, as the measure has them."""
-        return self.measure_baselines(self.reference, len(self.c), self.c)
+# Takes samples, their classes, and the reference.
+Measure = Callable[[Sample, Cond, Reference], Scores]
+# Takes the reference, and the number of the samples and their classes: measures are also asked where only the number is
+# known.
+BaselineMeasure = Callable[[Reference, int, Cond], dict[str, Scores]]
 
 
-def whole_set(
-    facts: Callable[[], dict[str, str]],
-    measure: Callable[[Sample, Cond, Reference], Scores],
-    measure_baselines: Callable[[Reference, int, Cond], dict[str, Scores]],
+def make_opener(
+    describe_features: Callable[[], dict[str, str]],
+    measure: Measure,
+    measure_baselines: BaselineMeasure,
     *,
     by_class: bool = True,
-) -> Callable[[Protocol, Context], _WholeSetEvaluator]:
-    """The `open` of a measure that compares all samples with all of the data, or with as many draws of them.
+) -> "Callable[[Protocol, Context], _WholeSetEvaluator]":
+    """Make the function that opens a protocol: it reads the reference, and returns an evaluator.
 
-    `facts` says what a report has of the features. `by_class`: the report also names classes that do not count.
+    `describe_features` gives a report's facts of the features. `by_class`: the facts also name the classes that do not
+    count, because they have too few samples or data.
     """
 
     def open_evaluator(protocol: Protocol, context: Context) -> _WholeSetEvaluator:
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
-        evaluator_facts = facts() | reference.facts(context.seed)
-        c = protocol.classes_of(context)
+        sample_c = protocol.classes_of(context)
+        facts = describe_features() | reference.facts(context.seed)
         if by_class:
-            evaluator_facts |= class_facts(c, reference.c)
-        return _WholeSetEvaluator(c, reference, evaluator_facts, measure, measure_baselines)
+            facts |= class_facts(sample_c, reference.c)
+        return _WholeSetEvaluator(
+            sample_c=sample_c,
+            reference=reference,
+            facts=facts,
+            measure=measure,
+            measure_baselines=measure_baselines,
+        )
 
     return open_evaluator
+
+
+@dataclass(frozen=True)
+class _WholeSetEvaluator:
+    """An evaluator (`dumo.evaluation.protocol.Evaluator`) that waits for all samples."""
+
+    sample_c: Int64[Tensor, " n"]
+    reference: Reference
+    facts: dict[str, str]
+    measure: Measure
+    measure_baselines: BaselineMeasure
+
+    def score(self, samples: NumberedSamples) -> Scores:
+        """The measure of all samples. Every rank must call it. Raises UserError unless each came once, and is finite."""
+        x = collect(samples, len(self.sample_c))
+        if not x.isfinite().all():
+            raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
+        return self.measure(x, self.sample_c, self.reference)
+
+    def baselines(self) -> dict[str, Scores]:
+        """The scores of a perfect sampler and of noise, as the measure has them."""
+        return self.measure_baselines(self.reference, len(self.sample_c), self.sample_c)
 
 
 def collect(samples: NumberedSamples, total: int) -> Tensor:
     """All samples of all ranks, (total, *d), in the order of their numbers. Every rank must call it.
 
-    Raises UserError unless each of the numbers 0 .. total - 1 came once.
+    Raises UserError, on every rank, where a rank has no batch, or unless each of the numbers 0 .. total - 1 came once.
     """
     indices: list[Tensor] = []
     batches: list[Tensor] = []
     for index, x in samples:
         indices.append(index.cpu())
         batches.append(x.cpu())
-    if not batches:
+    batches_by_rank = torch.cat(dist.gathered(torch.tensor([len(batches)])))
+    if (batches_by_rank == 0).any():  # a rank that raised alone would leave the others waiting for it
         raise UserError("there are no samples to judge: give some, at least one batch to each rank")
     all_indices = torch.cat(dist.gathered(torch.cat(indices)))
     all_x = torch.cat(dist.gathered(torch.cat(batches)))

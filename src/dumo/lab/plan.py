@@ -32,7 +32,7 @@ from pydantic import BeforeValidator, Field
 from dumo.config.error import require_known
 from dumo.config.load import load_recipe
 from dumo.config.spec import Run
-from dumo.io.yaml import parse
+from dumo.io.yaml import parse_yaml
 from dumo.run import cost
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
@@ -319,7 +319,7 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
 @cache
 def _named_sets() -> dict[str, Any]:
     """Settings that several plans share, by name."""
-    return parse((PLANS / "sets.yaml").read_text(encoding="utf-8"))
+    return parse_yaml((PLANS / "sets.yaml").read_text(encoding="utf-8"))
 
 
 def names() -> list[str]:
@@ -334,7 +334,7 @@ def read(name: str) -> Plan:
     Raises UserError where there is no plan of this name.
     """
     require_known("figure or table", name, names())
-    tree = parse((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree = parse_yaml((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
     tree.pop("let", None)  # anchors of YAML
     for part in (tree, *tree["scales"].values()):
         part["arms"] = [_with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]

@@ -20,8 +20,9 @@ from dumo.encoders.part import DIFFUSERS_FILE
 from dumo.encoders.pipeline import PUBLISHED, Pipeline
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, STANDARDS
-from dumo.io import digest, yaml
+from dumo.io import digest
 from dumo.io.read import user_path
+from dumo.io.yaml import dump_yaml
 from dumo.runtime import install
 from dumo.types import UserError
 
@@ -221,7 +222,7 @@ def recipes_needing(item: Item) -> Iterator[str]:
 @cache
 def _text_with_bases(recipe: str) -> str:
     """A recipe with all fields of its bases, as text."""
-    return yaml.dump(read(f"{SHIPPED_PREFIX}{recipe}").tree)
+    return dump_yaml(read(f"{SHIPPED_PREFIX}{recipe}").tree)
 
 
 def _state_in_hub_cache(file: str) -> str:

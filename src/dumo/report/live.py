@@ -27,7 +27,7 @@ from dumo.flow.generate import counting_passes, eval_mode, in_precision, integra
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io.read import brief
-from dumo.io.yaml import parse
+from dumo.io.yaml import parse_yaml
 from dumo.report.gallery import TAUGHT_BY_LETTER, SamplingMode, sampling_modes
 from dumo.report.page import num_data_rows
 from dumo.report.sample import DATA_POINTS, guide_of, repeat_conditions
@@ -240,7 +240,7 @@ def _load_call(place: Path, sets: Sequence[str], weights: str | None, device: st
         fields: dict[str, object] = {}
         for text in sets:
             name, _, value = text.partition("=")
-            fields[name] = parse(value)
+            fields[name] = parse_yaml(value)
         arguments.append(repr(fields))
     if weights:
         arguments.append(f"weights={str(Path(weights).resolve())!r}")

@@ -7,7 +7,7 @@ from jsonschema import Draft202012Validator
 
 from dumo.config import recipes
 from dumo.config.load import dump, load
-from dumo.io.yaml import parse
+from dumo.io.yaml import parse_yaml
 from e2e.shell import call
 
 SCHEMA = Draft202012Validator(json.loads(call("recipes", "--schema").out))
@@ -15,12 +15,12 @@ SCHEMA = Draft202012Validator(json.loads(call("recipes", "--schema").out))
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_recipes_are_valid(name: str) -> None:
-    SCHEMA.validate(parse(recipes.text(name)))
+    SCHEMA.validate(parse_yaml(recipes.text(name)))
 
 
 def test_a_run_is_valid_whole_and_short() -> None:
-    SCHEMA.validate(parse(dump(load("digits"))))
-    SCHEMA.validate(parse(dump(load("digits"), short=True)))
+    SCHEMA.validate(parse_yaml(dump(load("digits"))))
+    SCHEMA.validate(parse_yaml(dump(load("digits"), short=True)))
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_a_run_is_valid_whole_and_short() -> None:
     ["train: {stps: 3}", "train: {steps: many}", "net: {kind: dot}", "objective: meanflow", "trian: {}", "base: 3"],
 )
 def test_mistakes_are_marked(text: str) -> None:
-    assert [*SCHEMA.iter_errors(parse(text))]
+    assert [*SCHEMA.iter_errors(parse_yaml(text))]

@@ -5,12 +5,14 @@ They meet in FILE; the first writes what came out to WHOLE. See test_statistics.
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dumo.evaluation import reference
 from dumo.evaluation.reference import STANDARDS
 from dumo.evaluation.statistics import gather, save_statistics, statistics_of
 from dumo.evaluation.wholeset import collect
+from dumo.types import UserError
 from meeting import meeting
 from unit.evaluation.extractor import Album, extractor, images
 
@@ -33,6 +35,8 @@ def main(number: str, file: str, to: str) -> None:
         )
         waited = collect(((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL)
         assert torch.equal(waited, x)
+        with pytest.raises(UserError, match="there are no samples to judge"):  # on both ranks: neither waits
+            collect([(numbers, x)] if rank == 0 else [], TOTAL)
         if rank == 0:
             save_statistics(whole, found, {"of": "samples"})
             save_statistics(whole.with_suffix(".data"), data, facts)
