@@ -1,17 +1,20 @@
-"""A named way to judge samples of one's own images, from 20 on, with nothing to be fetched.
+"""Judge samples of a small set of one's own images, from `MIN_PHOTOS` on, with nothing to be fetched.
 
-The features are those of the shipped classifier of CIFAR-10 on images reduced to 32x32. They are not Inception's, so no
-number is an FID, or to be compared with one. With them come measures that no network sees: pixels as Gaussians
-(`dumo.evaluation.distance`), and whether samples are copies of the images that the net was trained on.
+`open_photos`, which `dumo.evaluation.shipped` names, is the entrance. It reads the images of the data and makes a
+`PhotosEvaluator`, which
 
-`open_photos`, which `dumo.evaluation.shipped` names, is the entrance: it looks at the data, and makes a
-`PhotosEvaluator`, which scores samples.
+1. measures the samples as the images were measured (`MeasuredImages`), once all have come;
+2. compares all samples with all images by kernel distances, which do not depend on how many there are;
+3. compares equal numbers of both, in the same classes, by the other measures, which do. These scores are means over
+   `SPLITS` random choices of images;
+4. counts samples that are copies of images that the net was trained on.
 
-With few images every number is rough, and most depend on how many there are; kernel distances do not. The others
-compare samples with a random half of the images, equally many of both, in the same classes. What a perfect sampler, of
-new images, would have is found between one half and the other, in the same classes too. All are means over `SPLITS`
-splits. Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of large sets every k-th image
-is taken, so that at most `MAX_IMAGES` are.
+The features are those of the shipped classifier of CIFAR-10, on images reduced to 32x32. They are not Inception's, so
+no number is an FID, or to be compared with one. Pixels and copies are judged without a network. With few images every
+number is rough: `baselines` says what a perfect sampler would have, by comparing images with others of the data.
+
+Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. At most `MAX_IMAGES` are read: every
+k-th of a set that is read in pieces, the first ones of any other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +37,7 @@ from dumo.evaluation.baseline import (
 )
 from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
 from dumo.evaluation.neighbours import nearest_two, precision_recall
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, Tick
 from dumo.evaluation.shipped import MIN_PHOTOS
 from dumo.evaluation.wholeset import collect
 from dumo.io import digest
@@ -45,68 +48,171 @@ from dumo.types import Sample, UserError
 
 KIND = "photos"
 PIECE = 64  # images that are read at a time: ours
-MAX_IMAGES = 5000  # of the data that are looked at: ours
+MAX_IMAGES = 5000  # of the data that are judged by: ours
 MAX_COMPARED = 1000  # images on either side of a comparison: ours
-SPLITS = 10  # random halves of the data over which scores are averaged: ours
+SPLITS = 10  # random choices of images over which scores are averaged: ours
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-THUMB = 16  # pixels a side of the thumbnails in which neighbours are sought: ours
+CLASSIFIER_SIDE = 32  # pixels a side of CIFAR-10's images
+THUMB_SIDE = 16  # pixels a side of the thumbnails in which copies are sought: ours
 COPY_RATIO = 1 / 3  # a copy is nearer to one image than this share of its distance to the next one: ours
 ROUGH = 500  # images: a report of fewer says that the spread is large. Ours
 
-Rows = Float[Tensor, "_ _"]  # of images, each its features and its thumbnail (`rows_of`)
-Cond = Int64[Tensor, " _"]  # classes of images
+Classes = Int64[Tensor, " _"]
+Indices = Int64[Tensor, " _"]
+
+
+def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
+    """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_PHOTOS` images."""
+    data = context.data()
+    rows: list[Tensor] = []
+    classes: list[Tensor] = []
+    shape: tuple[int, ...] = ()
+    for x, c in _read_images(data, context.seed, context.tick or _no_tick):
+        shape = tuple(x.shape[1:])
+        rows.append(MeasuredImages.of(x).rows)
+        classes.append(c)
+    num_images = sum(len(c) for c in classes)
+    if num_images < MIN_PHOTOS:
+        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {num_images}: add some")
+    real = MeasuredImages(torch.cat(rows), channels=shape[0])
+    real_c = torch.cat(classes)
+    sample_c = protocol.classes_of(context)
+    facts = {
+        "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
+        "features_sha256": cifar10.sha256,
+        "rounding": "0 to 255",
+        "reference": f"{num_images:,} of {data.size or 0:,} images of the data",
+        "reference_sha256": digest.of_tensor(real.rows),
+    }
+    if num_images < ROUGH:
+        facts["spread"] = f"rough: with {num_images} images the baseline itself varies, see its sd"
+    facts |= class_facts(sample_c, real_c)
+    return PhotosEvaluator(sample_c=sample_c, real=real, real_c=real_c, shape=shape, facts=facts)
+
+
+def _no_tick(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def _read_images(data: Data, seed: int, tick: Tick) -> Iterator[tuple[Sample, Classes]]:
+    """The images to judge by, at most `MAX_IMAGES`, in batches with their classes.
+
+    `tick` is called after each piece of the data, also where none of its images could be read.
+    """
+    if not isinstance(data, Finite):
+        x, c = data.reference(MAX_IMAGES, seed)
+        yield x[:MAX_IMAGES], c[:MAX_IMAGES]
+        tick(len(x), len(x))
+        return
+    step = -(-len(data) // MAX_IMAGES)
+    for first in range(0, len(data), PIECE * step):
+        stop = first + PIECE * step
+        x, c = data.rows(slice(first, stop, step))
+        if x.dtype == torch.uint8:
+            x = from_uint8(x)
+        if len(x):
+            yield x, c
+        tick(min(stop, len(data)), len(data))
+
+
+@dataclass(frozen=True)
+class MeasuredImages:
+    """What the scores need of n images: their features, and a thumbnail of each.
+
+    Both lie in one row per image, so that ranks can gather them, and a hash covers them.
+    """
+
+    rows: Float[Tensor, "n _"]  # the features, then the flattened thumbnail
+    channels: int  # of a thumbnail, 1 or 3
+
+    @classmethod
+    def of(cls, x: Sample) -> "MeasuredImages":
+        """Measure images x (n, 1 or 3, h, w), rounded to 8 bits. Raises UserError for samples of other shapes."""
+        colours = from_uint8(to_uint8(x.cpu()))  # 3 channels, equal ones of a grey image
+        features = cifar10.features(adaptive_avg_pool2d(colours, (CLASSIFIER_SIDE, CLASSIFIER_SIDE)))
+        channels = x.shape[1]
+        thumbs = adaptive_avg_pool2d(colours[:, :channels], (THUMB_SIDE, THUMB_SIDE))
+        return cls(torch.cat([features, thumbs.flatten(1)], 1), channels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Indices) -> "MeasuredImages":
+        """The images of these indices."""
+        return MeasuredImages(self.rows[indices], self.channels)
+
+    @property
+    def features(self) -> Float[Tensor, "n f"]:
+        """The features of each image."""
+        return self.rows[:, : cifar10.width]
+
+    @property
+    def thumbs(self) -> Float[Tensor, "n c h w"]:
+        """The thumbnail of each image."""
+        return self.rows[:, cifar10.width :].view(len(self), self.channels, THUMB_SIDE, THUMB_SIDE)
+
+
+Pair = tuple[MeasuredImages, MeasuredImages]  # equally many samples and images that are compared
 
 
 @dataclass(frozen=True)
 class PhotosEvaluator:
     """Scores samples against the images of the data."""
 
-    c: Cond  # of the samples
-    real: Rows  # of the data
-    real_c: Cond  # of the data
-    shape: tuple[int, ...]  # of an image
+    sample_c: Classes
+    real: MeasuredImages  # the images of the data
+    real_c: Classes
+    shape: tuple[int, ...]  # of an image, (channels, height, width)
     facts: dict[str, str]
 
     @property
-    def half(self) -> int:
-        """How many images are on either side of a comparison."""
-        return min(len(self.real) // 2, len(self.c), MAX_COMPARED)
+    def num_compared(self) -> int:
+        """How many images are on either side of a comparison: at most half of the data, for `_perfect` needs two."""
+        return min(len(self.real) // 2, len(self.sample_c), MAX_COMPARED)
 
     def score(self, samples: NumberedSamples) -> Scores:
         """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
         `copies` is the share of samples whose distance to the nearest image, mirrored or not, is less than `COPY_RATIO`
-        of that to the next one. Raises `UserError` where samples are missing.
+        of that to the next one. Every rank must call it. Raises `UserError` where samples are missing.
         """
-        fake = collect(((index, rows_of(x)) for index, x in samples), len(self.c))
-        pairs: list[tuple[Rows, Rows]] = []
+        batches = ((index, MeasuredImages.of(x).rows) for index, x in samples)
+        fake = MeasuredImages(collect(batches, len(self.sample_c)), self.real.channels)
+        pairs: list[Pair] = []
         for k in range(SPLITS):
-            real_indices = self._random_half(k)
-            fake_indices = indices_of_classes(self.real_c[real_indices], self.c, stream(KIND, "samples", k))
-            pairs.append((fake[fake_indices], self.real[real_indices]))
-        return {**self._mmd(fake, self.c), **self._mean_scores(pairs), "copies": self._share_of_copies(fake)}
+            real_indices = self._random_indices(k)
+            draws = stream(KIND, "samples", k)
+            fake_indices = indices_of_classes(self.real_c[real_indices], self.sample_c, draws)
+            pairs.append((fake.select(fake_indices), self.real.select(real_indices)))
+        scores = self._kernel_distances(fake, self.sample_c)  # first `mmd`: the first score is the one that counts
+        scores |= self._mean_scores(pairs)
+        scores["copies"] = self._share_of_copies(fake)
+        return scores
 
     def baselines(self) -> dict[str, Scores]:
         """The scores of new real images, `perfect`, and of noise; the first one is called `mean`, its error `sd`."""
         return {"perfect": self._perfect(), "noise": self._noise()}
 
     def _perfect(self) -> Scores:
-        """The scores of new real images: one random half of the images against the other."""
-        pairs: list[tuple[Rows, Rows]] = []
+        """The scores of new real images.
+
+        What depends on numbers is measured: images of the data are compared with as many others, in the same classes.
+        """
+        pairs: list[Pair] = []
         for k in range(SPLITS):
             draws = stream(KIND, "parts", k)
-            parts = random_parts(self.real_c, len(self.real) // self.half, draws)  # disjoint
-            a = pick(parts[0], self.half, draws)
-            b = pick(parts[1], self.half, draws)
-            pairs.append((self.real[a], self.real[b]))
-        features = _features(self.real)
+            parts = random_parts(self.real_c, len(self.real) // self.num_compared, draws)  # disjoint, two or more
+            a = pick(parts[0], self.num_compared, draws)
+            b = pick(parts[1], self.num_compared, draws)
+            pairs.append((self.real.select(a), self.real.select(b)))
         copies = self._share_of_copies(self.real, same=True)
-        copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.c))
+        # of the difference of two binomial shares with this mean, of the images and of the samples (ours)
+        copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.sample_c))
         return {
-            "mean": 0.0,
-            "sd": mmd_deviation(len(self.c), features, WIDTH, self.real_c),
-            **perfect_by_class(self.c, features, WIDTH, self.real_c),
+            "mean": 0.0,  # `mmd` has no bias
+            "sd": mmd_deviation(len(self.sample_c), self.real.features, WIDTH, self.real_c),
+            **perfect_by_class(self.sample_c, self.real.features, WIDTH, self.real_c),
             **self._mean_scores(pairs),
             "copies": copies,
             "copies_sd": copies_variance**0.5,
@@ -114,33 +220,36 @@ class PhotosEvaluator:
 
     def _noise(self) -> Scores:
         """The scores of noise in place of samples."""
-        z = torch.cat([rows_of(noise(0, [i], 0, self.shape)) for i in range(self.half)])
-        no_class = torch.zeros(len(z), dtype=torch.long)
-        distance = self._mmd(z, no_class)
+        z = torch.cat([MeasuredImages.of(noise(0, [i], 0, self.shape)).rows for i in range(self.num_compared)])
+        fake = MeasuredImages(z, self.real.channels)
+        one_class = torch.zeros(len(fake), dtype=torch.long)  # `mmd` then ignores classes, and gives no `class_mmd`
+        distances = self._kernel_distances(fake, one_class)
+        pairs = [(fake, self.real.select(self._random_indices(k))) for k in range(SPLITS)]
         return {
-            "mean": distance["mmd"],
-            "sd": distance["mmd_sd"],
-            **noise_by_class(_features(z), _features(self.real), WIDTH, self.c, self.real_c),
-            **self._mean_scores([(z, self.real[self._random_half(k)]) for k in range(SPLITS)]),
+            "mean": distances["mmd"],
+            "sd": distances["mmd_sd"],
+            **noise_by_class(fake.features, self.real.features, WIDTH, self.sample_c, self.real_c),
+            **self._mean_scores(pairs),
         }
 
-    def _mmd(self, fake: Rows, c: Cond) -> Scores:
-        """The kernel distances between all samples, of classes c, and all images."""
-        return mmd(_features(fake), _features(self.real), WIDTH, c, self.real_c)
+    def _kernel_distances(self, fake: MeasuredImages, fake_c: Classes) -> Scores:
+        """`mmd` and `class_mmd`, with their errors, of samples in these classes to all images."""
+        return mmd(fake.features, self.real.features, WIDTH, fake_c, self.real_c)
 
-    def _random_half(self, k: int) -> Int64[Tensor, " _"]:
-        """The indices of the images that the k-th split compares with samples."""
-        return torch.randperm(len(self.real), generator=stream(KIND, "halves", k))[: self.half]
+    def _random_indices(self, k: int) -> Indices:
+        """The indices (num_compared,) of the images that the k-th split compares with samples."""
+        return torch.randperm(len(self.real), generator=stream(KIND, "halves", k))[: self.num_compared]
 
-    def _mean_scores(self, pairs: Sequence[tuple[Rows, Rows]]) -> Scores:
-        """`pixel_fd`, `precision` and `recall`, in the mean over pairs of equally many samples and images."""
-        side = min(SIDE, isqrt((self.half - 1) // self.shape[0]))
+    def _mean_scores(self, pairs: Sequence[Pair]) -> Scores:
+        """`pixel_fd`, `precision` and `recall`, in the mean over pairs of samples and images."""
+        # `pixel_frechet` compares channels * side^2 numbers, and needs more images than that on each side
+        side = min(SIDE, isqrt((self.num_compared - 1) // self.real.channels))
         pixel_distances: list[float] = []
         precisions: list[float] = []
         recalls: list[float] = []
         for fake, real in pairs:
-            precision, recall = precision_recall(_features(real), _features(fake), NEIGHBOURS)
-            pixel_distances.append(pixel_frechet(self._thumbs(fake), self._thumbs(real), side))
+            precision, recall = precision_recall(real.features, fake.features, NEIGHBOURS)
+            pixel_distances.append(pixel_frechet(fake.thumbs, real.thumbs, side))
             precisions.append(precision)
             recalls.append(recall)
         return {
@@ -149,28 +258,16 @@ class PhotosEvaluator:
             "recall": summarize(recalls)["mean"],
         }
 
-    def _share_of_copies(self, fake: Rows, *, same: bool = False) -> float:
+    def _share_of_copies(self, fake: MeasuredImages, *, same: bool = False) -> float:
         """The share of samples that are copies of images.
 
         `same`: the samples are the images themselves, and a copy is one that has a double among the others.
         """
-        nearest, second = nearest_two(self._thumbs(self.real), self._thumbs(fake), same=same).unbind(1)
+        nearest, second = nearest_two(self.real.thumbs, fake.thumbs, same=same).unbind(1)
         return (nearest < COPY_RATIO * second).double().mean().item()
 
-    def _thumbs(self, rows: Rows) -> Float[Tensor, "n c h w"]:
-        """The thumbnails of these rows."""
-        return rows[:, cifar10.width :].view(len(rows), self.shape[0], THUMB, THUMB)
 
-
-def rows_of(x: Sample) -> Rows:
-    """What scores need of images x (n, c, h, w), rounded to 8 bits: the features, then a thumbnail, flattened."""
-    images = from_uint8(to_uint8(x.cpu()))
-    thumbs = adaptive_avg_pool2d(images[:, : x.shape[1]], (THUMB, THUMB))
-    features = cifar10.features(adaptive_avg_pool2d(images, (32, 32)))
-    return torch.cat([features, thumbs.flatten(1)], 1)
-
-
-def indices_of_classes(wanted: Cond, c: Cond, generator: Generator) -> Cond:
+def indices_of_classes(wanted: Classes, c: Classes, generator: Generator) -> Indices:
     """Random indices i (n,) with c[i] equal to the classes `wanted` (n,).
 
     An index comes twice only where a class is wanted more often than c has it. Raises `UserError` where c has none.
@@ -184,55 +281,3 @@ def indices_of_classes(wanted: Cond, c: Cond, generator: Generator) -> Cond:
         order = torch.randperm(len(candidates), generator=generator)
         indices[positions] = candidates[order[torch.arange(len(positions)) % len(candidates)]]
     return indices
-
-
-def _features(rows: Rows) -> Rows:
-    """The features of these rows."""
-    return rows[:, : cifar10.width]
-
-
-def _read_images(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
-    """Images in batches, of a large set every k-th: images, their classes, and how many rows are done, of how many."""
-    if not isinstance(data, Finite):
-        x, c = data.reference(MAX_IMAGES, seed)
-        yield x[:MAX_IMAGES], c[:MAX_IMAGES], len(x), len(x)
-        return
-    step = -(-len(data) // MAX_IMAGES)
-    for first in range(0, len(data), PIECE * step):
-        stop = first + PIECE * step
-        x, c = data.rows(slice(first, stop, step))
-        if not len(x):
-            continue
-        if x.dtype == torch.uint8:
-            x = from_uint8(x)
-        yield x, c, min(stop, len(data)), len(data)
-
-
-def open_photos(protocol: Protocol, context: Context) -> PhotosEvaluator:
-    """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_PHOTOS` images."""
-    data = context.data()
-    rows: list[Rows] = []
-    classes: list[Tensor] = []
-    shape: tuple[int, ...] = ()
-    for x, c, done, total in _read_images(data, context.seed):
-        shape = tuple(x.shape[1:])
-        rows.append(rows_of(x))
-        classes.append(c)
-        if context.tick:
-            context.tick(done, total)
-    real = torch.cat(rows)
-    if len(real) < MIN_PHOTOS:
-        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {len(real)}: add some")
-    facts = {
-        "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
-        "features_sha256": cifar10.sha256,
-        "rounding": "0 to 255",
-        "reference": f"{len(real):,} of {data.size or 0:,} images of the data",
-        "reference_sha256": digest.of_tensor(real),
-    }
-    if len(real) < ROUGH:
-        facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
-    c = protocol.classes_of(context)
-    real_c = torch.cat(classes)
-    facts |= class_facts(c, real_c)
-    return PhotosEvaluator(c, real, real_c, shape, facts)

@@ -115,7 +115,10 @@ class _WholeSetEvaluator:
     measure_baselines: BaselineMeasure
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """The measure of all samples. Every rank must call it. Raises UserError unless each came once, and is finite."""
+        """The scores of all samples. Every rank must call it.
+
+        Raises UserError unless each sample came once and is finite.
+        """
         x = collect(samples, len(self.sample_c))
         if not x.isfinite().all():
             raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")

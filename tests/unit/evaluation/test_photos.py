@@ -151,14 +151,35 @@ def test_large_sets_are_sampled_evenly_and_never_held() -> None:
     assert isinstance(evaluator, PhotosEvaluator)
     assert sum(data.asked) == len(evaluator.real) == MAX_IMAGES
     assert max(data.asked) <= 64
-    levels = evaluator.real[:, -1]
+    levels = evaluator.real.rows[:, -1]
     assert (levels.min(), levels.max()) == (pytest.approx(0, abs=0.01), pytest.approx(1, abs=0.01))
     assert "5,000 of 15,000" in evaluator.facts["reference"]
+
+
+@dataclass(frozen=True)
+class PartlyUnreadable(Large):
+    """Images of which the first `num_unreadable` cannot be read."""
+
+    num_unreadable: int = 64
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        x, c = super().rows(rows)
+        is_read = torch.arange(self.size)[rows] >= self.num_unreadable
+        return x[is_read], c[is_read]
+
+
+def test_progress_is_told_also_where_no_image_of_a_piece_can_be_read() -> None:
+    ticks: list[tuple[int, int]] = []
+    context = Context(lambda: PartlyUnreadable(100, []), tick=lambda done, total: ticks.append((done, total)))
+    assert "36 of 100 images" in PROTOCOL.evaluator(context).facts["reference"]
+    assert ticks == [(64, 100), (100, 100)]
 
 
 def test_what_it_does_not_judge() -> None:
     with pytest.raises(UserError, match="needs 20 images or more, here are 19"):
         opened(drawn(19, "real"))
+    with pytest.raises(UserError, match="needs 20 images or more, here are 0"):
+        PROTOCOL.evaluator(Context(lambda: PartlyUnreadable(100, [], num_unreadable=100)))
     with pytest.raises(UserError, match="each of 0 to 59 must come once"):
         opened(drawn(20, "real")).score([(torch.arange(40), drawn(40, "real"))])
 
