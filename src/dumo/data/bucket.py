@@ -1,14 +1,15 @@
 """Buckets: sizes of about one area, so that images of any aspect ratio lose little (NovelAI 2022; SDXL, App. I).
 
-`Buckets` is the spec: which sizes there are. `Assorted` has the images of a store in their buckets:
+`Buckets` is the spec: which sizes there are. `BucketedStore` assigns the images of a store to them:
 
-1. `find_buckets` reads the sizes of images from their headers, and finds the bucket of each (`nearest`);
-2. `albums` then has the images by bucket, and `crops` says what was cut off;
+1. `find_buckets` reads the sizes of images from their headers, and returns the bucket of each (`BucketedRows`);
+2. `albums` makes a source of each bucket's images;
 3. `open` does both for all images, and makes a source whose batches are of one bucket each (`dumo.io.source.Bucketed`).
+   `measure_crops` says what is cut off (`Crops`), and makes no source.
 
-An image goes to the bucket of the nearest ratio. It is brought to the least size that covers the bucket's, and the
-overhang is cut off, half on each side. In a bucket of ratio b, an image of ratio a loses the share
-1 - min(a / b, b / a), so the nearest ratio is the least loss.
+An image goes to the bucket of the nearest ratio (`nearest_size`). It is brought to the least size that covers the
+bucket's, and the overhang is cut off, half on each side (`cropped_share`). In a bucket of ratio b, an image of ratio a
+loses the share 1 - min(a / b, b / a), so the nearest ratio is the least loss.
 """
 
 import warnings
@@ -19,6 +20,7 @@ from math import prod
 from typing import Annotated
 
 import torch
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
@@ -32,58 +34,65 @@ from dumo.runtime.limits import PIXELS
 from dumo.runtime.progress import late
 from dumo.types import Spec, UserError
 
-UNREAD = -1  # in place of a bucket: the image's size was not read yet, or cannot be
+UNREADABLE = -1  # in place of a bucket's index
 CHUNK_IMAGES = 256  # images whose sizes are read between two looks at signals: ours
-Pixels = Annotated[int, Field(ge=1, le=PIXELS)]
+SideLength = Annotated[int, Field(ge=1, le=PIXELS)]
 
 
 class Buckets(Spec):
     """Sizes around an area of side x side pixels."""
 
-    step: Pixels = 64  # pixels: sides are multiples of it (SDXL)
+    step: SideLength = 64  # pixels: sides are multiples of it (SDXL)
     ratio: float = Field(default=2.0, ge=1, le=MAX_ASPECT_RATIO)  # of the longer side to the shorter, at most
-    smaller: tuple[Pixels, ...] = ()  # sides of further areas, for images that `side` would enlarge
+    smaller: tuple[SideLength, ...] = ()  # sides of further areas, for images that `side` would enlarge
 
     def groups(self, side: int) -> tuple[tuple[Size, ...], ...]:
-        """The sizes of each area, the largest area first: for each shorter side the longest that fits into the area.
+        """The sizes of each area, side x side first, then the smaller ones from large to small.
 
-        Raises UserError where a side is no multiple of the step, for the square would be no bucket.
+        Raises UserError where the side of an area is no multiple of the step, for then the square would be no bucket,
+        or is larger than `side`.
         """
-        areas = sorted({side, *self.smaller}, reverse=True)
-        for area in areas:
-            if area % self.step or area > side:
+        area_sides = sorted({side, *self.smaller}, reverse=True)
+        for area_side in area_sides:
+            if area_side % self.step or area_side > side:
                 raise UserError(
-                    f"buckets of {area} x {area} pixels: make it a multiple of buckets.step = {self.step} and at most "
-                    f"side = {side}"
+                    f"buckets of {area_side} x {area_side} pixels: make it a multiple of buckets.step = {self.step} "
+                    f"and at most side = {side}"
                 )
-        return tuple(tuple(sorted(set(self._around(area)))) for area in areas)
+        return tuple(self._sizes_of_area(area_side) for area_side in area_sides)
 
     def sizes(self, side: int) -> tuple[Size, ...]:
         """The sizes of all areas, each once. Raises as `groups`."""
         return tuple(dict.fromkeys(size for group in self.groups(side) for size in group))
 
-    def _around(self, side: int) -> Iterator[Size]:
-        """The sizes of an area: each shorter side with the longest side that fits, upright and lying."""
-        for short in range(self.step, side + 1, self.step):
-            long = side * side // short // self.step * self.step
+    def _sizes_of_area(self, area_side: int) -> tuple[Size, ...]:
+        """For each shorter side the longest side that fits into the area, upright and lying; sorted, each size once."""
+        sizes: set[Size] = set()
+        for short in range(self.step, area_side + 1, self.step):
+            long = area_side * area_side // short // self.step * self.step
             if long <= self.ratio * short:
-                yield from ((short, long), (long, short))
+                sizes |= {(short, long), (long, short)}
+        return tuple(sorted(sizes))
 
 
-def lost(image: Size, size: Size, crop: Crop = "adm") -> float:
-    """The share of an image that is cut off where it is brought to `size`."""
-    while crop == "adm" and all(side >= 2 * wanted for side, wanted in zip(image, size, strict=True)):
-        image = image[0] // 2, image[1] // 2  # as `dumo.data.pixel` does
+def cropped_share(image: Size, size: Size, crop: Crop = "adm") -> float:
+    """The share of an image of size `image` that is cut off where it is brought to `size`."""
+    if crop == "adm":
+        while all(side >= 2 * wanted for side, wanted in zip(image, size, strict=True)):
+            image = image[0] // 2, image[1] // 2  # as `dumo.data.pixel` does
     return 1 - prod(size) / prod(covering_size(image, size))
 
 
-def nearest(image: Size, groups: Sequence[Sequence[Size]]) -> Size:
-    """The size that an image goes to: of the nearest ratio, in the largest area that does not enlarge the image."""
-    nearest_of_areas = [min(group, key=lambda size: _ratio_gap(image, size)) for group in groups]
-    for size in nearest_of_areas:
+def nearest_size(image: Size, groups: Sequence[Sequence[Size]]) -> Size:
+    """The size that an image of size `image` goes to: of the nearest ratio, in the largest area without enlarging.
+
+    `groups` are the sizes of each area, the largest area first. Where each would enlarge the image, it is the last.
+    """
+    nearest_by_area = [min(group, key=lambda size: _ratio_gap(image, size)) for group in groups]
+    for size in nearest_by_area:
         if size[0] <= image[0] and size[1] <= image[1]:
             return size
-    return nearest_of_areas[-1]
+    return nearest_by_area[-1]
 
 
 def _ratio_gap(image: Size, size: Size) -> float:
@@ -97,15 +106,15 @@ def _ratio_gap(image: Size, size: Size) -> float:
 class Crops:
     """What buckets leave of images."""
 
-    buckets: int  # the number of buckets, with images or without
+    num_buckets: int  # with images or without
     counts: dict[Size, int]  # the number of images in each bucket that has some
     mean: float  # share of an image that is cut off
     most: float  # largest such share
 
     @classmethod
-    def of(cls, sizes: Sequence[Size], buckets: Tensor, cropped: Tensor) -> "Crops":
+    def of(cls, sizes: Sequence[Size], bucket_index: Tensor, cropped: Tensor) -> "Crops":
         """Count images, given the bucket (n,) of each, as an index of `sizes`, and the share (n,) that is cut off."""
-        num_images = buckets.bincount(minlength=len(sizes)).tolist()
+        num_images = bucket_index.bincount(minlength=len(sizes)).tolist()
         counts = {size: n for size, n in zip(sizes, num_images, strict=True) if n}
         if not len(cropped):
             return cls(len(sizes), counts, mean=0.0, most=0.0)
@@ -115,10 +124,19 @@ class Crops:
         """The counts and shares in words."""
         each = ", ".join(f"{width} x {height}: {n:,}" for (height, width), n in self.counts.items())
         share = f"cut off are {self.mean:.1%} of an image on average, {self.most:.1%} at most"
-        return f"{len(self.counts)} of {self.buckets} buckets ({each}); {share}"
+        return f"{len(self.counts)} of {self.num_buckets} buckets ({each}); {share}"
 
 
-class Assorted:
+@dataclass(frozen=True)
+class BucketedRows:
+    """A range of the images of a store, each with its bucket."""
+
+    rows: range
+    bucket_index: Int64[Tensor, " n"]  # the bucket of each, an index of `BucketedStore.sizes`, or UNREADABLE
+    cropped: Float[Tensor, " n"]  # the share of each that is cut off; 0 of an image that cannot be read
+
+
+class BucketedStore:
     """The images of a store in their buckets: to be gone through by ranges of rows, or opened as a source."""
 
     def __init__(
@@ -138,43 +156,39 @@ class Assorted:
         self.sizes = buckets.sizes(side)
         self.hashes = store_hashes(store)
         self.names = store.labels.names if store.labels else ()
-        self.buckets = torch.full((len(store),), UNREAD)  # the bucket of each image, an index of `sizes`
-        self.cropped = torch.zeros(len(store))  # the share of each image that is cut off
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def find_buckets(self, rows: range) -> None:
-        """Find the buckets of a range of images, by their headers.
+    def find_buckets(self, rows: range) -> BucketedRows:
+        """Find the buckets of a range of images, by their headers. All headers are read again.
 
         Warns of images that cannot be read if they are skipped, else raises UserError for the first.
         """
-        bucket_of_size = {size: k for k, size in enumerate(self.sizes)}
-        with ThreadPoolExecutor(MAX_THREADS, "sizes") as pool, late("reading the sizes of images", len(rows)) as tick:
-            for first in range(rows.start, rows.stop, CHUNK_IMAGES):
-                signals.check()
-                chunk = range(first, min(first + CHUNK_IMAGES, rows.stop))
-                for i, size in zip(chunk, pool.map(self._size, chunk), strict=True):
-                    if size is not None:
-                        bucket_size = nearest(size, self.groups)
-                        self.buckets[i] = bucket_of_size[bucket_size]
-                        self.cropped[i] = lost(size, bucket_size, self.crop)
-                tick(chunk.stop - rows.start, "")
-        bad = [i for i in rows if self.buckets[i] == UNREAD]
-        if bad:
-            paths = first_few(bad, self.store.path)
-            warnings.warn(
-                f"{len(bad)} of {len(rows)} images cannot be read and are in no bucket: {paths}", stacklevel=2
-            )
-
-    def albums(self, rows: range, memory: float = 0.0) -> dict[int, Album]:
-        """A range of images by bucket, after `find_buckets`; kept decoded if all take at most `memory` bytes."""
-        buckets = self.buckets[rows.start : rows.stop]
-        decoded_bytes = sum(3 * prod(self.sizes[k]) for k in buckets.tolist() if k != UNREAD)
-        albums: dict[int, Album] = {}
-        for k in buckets.unique().tolist():
-            if k == UNREAD:
+        index_of_size = {size: k for k, size in enumerate(self.sizes)}
+        bucket_index = torch.full((len(rows),), UNREADABLE)
+        cropped = torch.zeros(len(rows))
+        for i, image_size in enumerate(self._image_sizes(rows)):
+            if image_size is None:
                 continue
+            bucket_size = nearest_size(image_size, self.groups)
+            bucket_index[i] = index_of_size[bucket_size]
+            cropped[i] = cropped_share(image_size, bucket_size, self.crop)
+        unreadable = [rows[i] for i in (bucket_index == UNREADABLE).nonzero().flatten().tolist()]
+        if unreadable:
+            paths = first_few(unreadable, self.store.path)
+            warnings.warn(
+                f"{len(unreadable)} of {len(rows)} images cannot be read and are in no bucket: {paths}", stacklevel=2
+            )
+        return BucketedRows(rows, bucket_index, cropped)
+
+    def albums(self, bucketed: BucketedRows, memory: float = 0.0) -> dict[int, Album]:
+        """The images of a range by bucket, an index of `sizes`; kept decoded if all take at most `memory` bytes."""
+        is_read = bucketed.bucket_index != UNREADABLE
+        readable_index = bucketed.bucket_index[is_read]
+        decoded_bytes = sum(3 * prod(self.sizes[k]) for k in readable_index.tolist())
+        albums: dict[int, Album] = {}
+        for k in readable_index.unique().tolist():
             height, width = self.sizes[k]
             albums[k] = Album(
                 self.store,
@@ -183,27 +197,52 @@ class Assorted:
                 skip=self.skip,
                 memory=memory if decoded_bytes <= memory else 0.0,
                 numbered=self.numbered,
-                only=(buckets == k).nonzero().flatten() + rows.start,
+                only=(bucketed.bucket_index == k).nonzero().flatten() + bucketed.rows.start,
                 hashes=self.hashes,
             )
         return albums
 
-    def crops(self) -> Crops:
-        """What the buckets leave of all images. Raises as `find_buckets`."""
-        self.find_buckets(range(len(self)))
-        is_read = self.buckets != UNREAD
-        return Crops.of(self.sizes, self.buckets[is_read], self.cropped[is_read])
+    def measure_crops(self) -> Crops:
+        """What the buckets leave of all images, whose headers are read for it. Raises as `find_buckets`."""
+        return self._crops_of(self.find_buckets(range(len(self))))
 
     def open(self, memory: float) -> Bucketed:
-        """All images, to train on. Raises UserError as `find_buckets`, and where none can be read."""
-        crops = self.crops()
-        parts = self.albums(range(len(self)), memory)
-        if not parts:
-            raise UserError(f"none of the {len(self)} images can be read; the first: {self.store.path(0)}")
-        return Bucketed([*parts.values()], [(3, *self.sizes[k]) for k in parts], str(crops))
+        """All images, to train on; kept decoded if they take at most `memory` bytes.
 
-    def _size(self, i: int) -> Size | None:
-        """The height and width of image i, which is hashed; None where it cannot be read and is skipped."""
+        Raises UserError as `find_buckets`, and where none can be read.
+        """
+        bucketed = self.find_buckets(range(len(self)))
+        albums = self.albums(bucketed, memory)
+        if not albums:
+            raise UserError(f"none of the {len(self)} images can be read; the first: {self.store.path(0)}")
+        return Bucketed(
+            parts=[*albums.values()],
+            shapes=[(3, *self.sizes[k]) for k in albums],
+            about=str(self._crops_of(bucketed)),
+        )
+
+    def _crops_of(self, bucketed: BucketedRows) -> Crops:
+        """What the buckets leave of the images of a range that can be read."""
+        is_read = bucketed.bucket_index != UNREADABLE
+        return Crops.of(self.sizes, bucketed.bucket_index[is_read], bucketed.cropped[is_read])
+
+    def _image_sizes(self, rows: range) -> Iterator[Size | None]:
+        """The size of each image of a range, as `_read_size`, on threads and with progress. Raises as it does."""
+        with (
+            ThreadPoolExecutor(MAX_THREADS, "sizes") as threads,
+            late("reading the sizes of images", len(rows)) as tick,
+        ):
+            for first in range(rows.start, rows.stop, CHUNK_IMAGES):
+                signals.check()
+                chunk = range(first, min(first + CHUNK_IMAGES, rows.stop))
+                yield from threads.map(self._read_size, chunk)
+                tick(chunk.stop - rows.start, "")
+
+    def _read_size(self, i: int) -> Size | None:
+        """Read and hash image i. Returns its height and width, upright; None where it cannot be read and is skipped.
+
+        Raises UserError where it cannot be read and is not skipped.
+        """
         try:
             data = self.store.read(i)
             size = upright_size(data)

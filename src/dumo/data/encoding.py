@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dumo.data.album import HASH, Album
-from dumo.data.bucket import Assorted
+from dumo.data.bucket import BucketedRows, BucketedStore
 from dumo.data.cache import CAPTIONS, LATENTS, CacheIndex, CachePlan, dump_captions, read_index, require_captions
 from dumo.data.origin import NAMES, has_cache, require_origin
 from dumo.data.pixel import Size
@@ -36,7 +36,7 @@ from dumo.types import UserError
 
 
 def encode(
-    source: Finite | Assorted,
+    source: Finite | BucketedStore,
     codec: Opened,
     plan: CachePlan,
     out: Path,
@@ -96,7 +96,7 @@ def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> lis
     return [number for number in table.written_shards(out, cached) if number % world == rank]
 
 
-def _index_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> CacheIndex:
+def _index_of(source: Finite | BucketedStore, codec: Opened, plan: CachePlan) -> CacheIndex:
     """The index before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         where = f" in {plan.source}" if plan.source else ""
@@ -128,7 +128,7 @@ def _index_of(source: Finite | Assorted, codec: Opened, plan: CachePlan) -> Cach
 
 
 def _encode_images(
-    source: Finite | Assorted,
+    source: Finite | BucketedStore,
     codec: Opened,
     index: CacheIndex,
     number: int,
@@ -144,7 +144,8 @@ def _encode_images(
     for first in span[::batch]:
         signals.check()
         batch_rows = range(first, min(first + batch, span.stop))
-        for size, images_of_size, rows in _by_size(source, batch_rows, index):
+        bucketed = source.find_buckets(batch_rows) if isinstance(source, BucketedStore) else None
+        for size, images_of_size, rows in _by_size(source, batch_rows, bucketed, index):
             images, labels = images_of_size.rows(slice(rows.start, rows.stop))
             if not len(images):
                 continue
@@ -155,20 +156,25 @@ def _encode_images(
                 columns |= images_of_size.origins(rows)
             if index.flips:
                 columns[f"flipped{suffix}"] = codec.encode(images.flip(-1)).cpu()  # left-right
-            if isinstance(source, Assorted):
-                columns["cropped"] = source.cropped[columns["image"]]
+            if bucketed:
+                columns["cropped"] = bucketed.cropped[columns["image"] - batch_rows.start]
             batches.append(columns)
         report(batch_rows.stop - span.start)
     return batches
 
 
-def _by_size(source: Finite | Assorted, rows: range, index: CacheIndex) -> Iterator[tuple[Size, Finite, range]]:
-    """Some rows of the source, by size: the size, a set of images of that size, and their rows in this set."""
-    if not isinstance(source, Assorted):
+def _by_size(
+    source: Finite | BucketedStore, rows: range, bucketed: BucketedRows | None, index: CacheIndex
+) -> Iterator[tuple[Size, Finite, range]]:
+    """Some rows of the source, by size: the size, a set of images of that size, and their rows in this set.
+
+    `bucketed`: the buckets of these rows; None of a source without buckets.
+    """
+    if not isinstance(source, BucketedStore):
         yield (index.resolution, index.resolution), source, rows
         return
-    source.find_buckets(rows)
-    for bucket, album in source.albums(rows).items():
+    assert bucketed, "a source with buckets has them of each row"
+    for bucket, album in source.albums(bucketed).items():
         yield source.sizes[bucket], album, range(len(album))
 
 

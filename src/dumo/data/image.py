@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from dumo.data.album import Album
 from dumo.data.annotation import captions_of
 from dumo.data.augment import Edm
-from dumo.data.bucket import Assorted, Buckets, Crops
+from dumo.data.bucket import BucketedStore, Buckets, Crops
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES
@@ -222,19 +222,19 @@ class Images(Spec):
         image cannot be read.
         """
         rows = self.rows()
-        source = rows.open(self.memory * GIGABYTE) if isinstance(rows, Assorted) else rows
+        source = rows.open(self.memory * GIGABYTE) if isinstance(rows, BucketedStore) else rows
         return with_captions(source, self.all_captions()) if self.captions else source
 
     def originals(self) -> Album:
         """The images as squares with their classes, without captions or buckets. Raises as `open`."""
         return self._album(numbered=False)
 
-    def rows(self) -> Album | Assorted:
+    def rows(self) -> Album | BucketedStore:
         """The images, each with its row of captions (`all_captions`) in place of its class. Raises as `open`."""
         numbered = isinstance(self.captions, CaptionFiles)
         if not self.buckets:
             return self._album(numbered=numbered)
-        return Assorted(
+        return BucketedStore(
             self._checked_store(),
             self.side,
             self.crop,
@@ -249,8 +249,8 @@ class Images(Spec):
         if not self.buckets:
             return None
         rows = self.rows()
-        assert isinstance(rows, Assorted), "there are buckets"
-        return rows.crops()
+        assert isinstance(rows, BucketedStore), "there are buckets"
+        return rows.measure_crops()
 
     def all_captions(self) -> Captions:
         """The captions by class, or by image where they were written of each image. Raises as `open`."""

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.album import Album
-from dumo.data.bucket import Assorted, Crops
+from dumo.data.bucket import BucketedStore, Crops
 from dumo.data.cache import CAPTIONS, CacheIndex, crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.image import GIGABYTE, Images, below
@@ -143,7 +143,7 @@ class Latents(Spec):
             expect_origin(self.folder, album.hashes, max_bytes=AT_ONCE_BYTES)
         return album
 
-    def rows(self) -> Album | Assorted:
+    def rows(self) -> Album | BucketedStore:
         """The images to encode, none kept decoded, each with its row of captions. Raises as `Images.rows`."""
         with below("data.images"):
             return self.images.model_copy(update={"memory": 0.0}).rows()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoencoder import taef2
 from dumo.data import Images, Latents
-from dumo.data.bucket import Buckets, lost, nearest
+from dumo.data.bucket import Buckets, cropped_share, nearest_size
 from dumo.data.cache import open_cache
 from dumo.data.pixel import Size, ToRectangle, cut, upright_size
 from dumo.io.source import Bucketed, TensorData
@@ -46,16 +46,16 @@ def test_an_image_goes_where_it_loses_the_least() -> None:
     """But for what is rounded to whole pixels."""
     groups = Buckets(step=32).groups(256)
     for image in product(range(200, 900, 37), range(200, 900, 37)):
-        best = min(lost(image, size) for size in groups[0])
-        assert lost(image, nearest(image, groups)) == pytest.approx(best, abs=0.02)
+        best = min(cropped_share(image, size) for size in groups[0])
+        assert cropped_share(image, nearest_size(image, groups)) == pytest.approx(best, abs=0.02)
 
 
 def test_no_image_is_enlarged_where_a_smaller_area_is_there() -> None:
     groups = Buckets(step=8, smaller=(16,)).groups(32)
     assert len(groups) == 2
-    assert nearest((24, 40), groups) == (24, 40)
-    assert nearest((23, 40), groups) in groups[1]
-    assert nearest((8, 8), groups) == (16, 16)  # none is small enough
+    assert nearest_size((24, 40), groups) == (24, 40)
+    assert nearest_size((23, 40), groups) in groups[1]
+    assert nearest_size((8, 8), groups) == (16, 16)  # none is small enough
     with pytest.raises(UserError, match=r"48 x 48 pixels: make it a multiple of buckets\.step = 8 and at most"):
         Buckets(step=8, smaller=(48,)).groups(32)
 
@@ -70,7 +70,7 @@ def test_what_is_lost_is_what_is_said(size: Size) -> None:
         x = torch.from_numpy(np.array(cut(image, size, "adm"))).float()
         assert x.shape[:2] == size
         seen = [(x[..., k].amax() - x[..., k].amin() + 255 / n) / 255 for k, n in ((0, size[0]), (1, size[1]))]
-        assert 1 - math.prod(map(float, seen)) == pytest.approx(lost((height, width), size), abs=0.04)
+        assert 1 - math.prod(map(float, seen)) == pytest.approx(cropped_share((height, width), size), abs=0.04)
 
 
 def test_a_photo_is_measured_upright(tmp_path: Path) -> None:
@@ -172,14 +172,14 @@ def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     source, store = images.open(), images.undecoded()
     assert isinstance(source, Bucketed)
     groups = Buckets(step=8, smaller=(16,)).groups(32)
-    expected = {i: {(3, *nearest(upright_size(store.read(i)), groups))} for i in range(len(store))}
+    expected = {i: {(3, *nearest_size(upright_size(store.read(i)), groups))} for i in range(len(store))}
     assert by_number(source, 40, 4) == expected
     assert "in 16 of" not in source.about
     crops = images.crops()
     assert crops is not None
     assert str(crops) == source.about
     assert sum(crops.counts.values()) == source.size == 16
-    shares = [lost(upright_size(store.read(i)), next(iter(shape))[1:]) for i, shape in expected.items()]
+    shares = [cropped_share(upright_size(store.read(i)), next(iter(shape))[1:]) for i, shape in expected.items()]
     assert (crops.mean, crops.most) == (pytest.approx(sum(shares) / 16), pytest.approx(max(shares)))
     assert images.originals().reference(99, 0)[0].shape == (16, 3, 32, 32)  # what is judged by are squares
 
