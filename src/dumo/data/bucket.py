@@ -227,7 +227,10 @@ class BucketedStore:
         return Crops.of(self.sizes, bucketed.bucket_index[is_read], bucketed.cropped[is_read])
 
     def _image_sizes(self, rows: range) -> Iterator[Size | None]:
-        """The size of each image of a range, as `_read_size`, on threads and with progress. Raises as it does."""
+        """The size of each image of a range, read on threads, with progress shown.
+
+        None where an image cannot be read and is skipped. Raises as `_read_size`.
+        """
         with (
             ThreadPoolExecutor(MAX_THREADS, "sizes") as threads,
             late("reading the sizes of images", len(rows)) as tick,

@@ -65,17 +65,17 @@ Indices = Int64[Tensor, " _"]
 def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_PHOTOS` images."""
     data = context.data()
-    rows: list[Tensor] = []
+    batches: list[MeasuredImages] = []
     classes: list[Tensor] = []
     shape: tuple[int, ...] = ()
     for x, c in _read_images(data, context.seed, context.tick or _no_tick):
         shape = tuple(x.shape[1:])
-        rows.append(MeasuredImages.of(x).rows)
+        batches.append(MeasuredImages.of(x))
         classes.append(c)
     num_images = sum(len(c) for c in classes)
     if num_images < MIN_PHOTOS:
         raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {num_images}: add some")
-    real = MeasuredImages(torch.cat(rows), channels=shape[0])
+    real = MeasuredImages(torch.cat([batch.rows for batch in batches]), batches[0].channels)
     real_c = torch.cat(classes)
     sample_c = protocol.classes_of(context)
     facts = {
