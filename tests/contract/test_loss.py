@@ -14,7 +14,8 @@ from contract.outside import PlainNet
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import MAX_GAIN, CentralSlope, DualSlope, JvpSlope
+from dumo.flow.precision import MAX_GAIN
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Uniform
 from dumo.nets import Net
 from dumo.objectives import DuMo, MeanFlow, Objective

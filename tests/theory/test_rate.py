@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from contract.case import randomise
 from dumo.autodiff import dual
 from dumo.autodiff.dual import Dual
-from dumo.flow.slope import heads_and_end_rates
+from dumo.flow.linearize import heads_and_end_derivatives
 from dumo.nets import MLP, DiT
 from dumo.types import Array, Heads, Needs
 from theory.test_dual import BATCH, CLASSES, NEEDS, SHAPE, SIZES, D, each_net, error, made, record
@@ -94,7 +94,7 @@ def test_a_norm_has_a_gradient_at_zero() -> None:
 def by_corners(net: nn.Module, dtype: torch.dtype = D) -> tuple[Heads, Heads]:
     """Heads and rates in r, in every corner of time."""
     x, c, t, r, _ = record(dtype)
-    return heads_and_end_rates(net, x, c, t=t, r=r)
+    return heads_and_end_derivatives(net, x, c, t=t, r=r)
 
 
 @each_net

@@ -83,6 +83,8 @@ def test_way_of_a_dual() -> None:
     net, way = Wave(), DualSlope().way
     assert way(net, Frozen(net), known=False).name == "tape"
     assert way(net, Frozen(net), known=True).name == "ride"
+    assert way(net, Frozen(net), known=True, moving=(True, False)).name == "ride"
+    assert way(net, Frozen(net), known=False, moving=(True, False)).name == "pass"  # a tape is of all rows
     assert way(net, Frozen(Wave()), known=True).name == "pass"
     assert way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape"  # seen through a wrapper
     net.gradient_checkpointing = True  # type: ignore[assignment]

@@ -2,8 +2,8 @@
 
 Where the direction is known only after the pass, it goes like this:
 
-1. `flow.slope` gives the net's inputs a `Later` without a function. Every operation (`dumo.autodiff.dual.carry`) makes
-   a `Later` of its function, its operands' tangents and `detach_saved` of the other tensors that it needs.
+1. `flow.linearize` gives the net's inputs a `Later` without a function. Every operation (`dumo.autodiff.dual.carry`)
+   makes a `Later` of its function, its operands' tangents and `detach_saved` of the other tensors that it needs.
 2. After the pass the direction is known, and is set as the inputs' `value`.
 3. `is_complete` says whether the saved tensors are still there, and raises WrittenTo where one has changed.
 4. `play`, or `compiled_play`, computes the tangents of the outputs. A tape plays once.

@@ -19,7 +19,7 @@ from dumo.config.tree import Evaluation, Tree
 from dumo.data import Data, is_latents
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
-from dumo.flow.slope import require_precision
+from dumo.flow.precision import require_precision
 from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net
 from dumo.objectives import Objective

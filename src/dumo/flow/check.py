@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.passes import Passes, call_of, generator_states
-from dumo.flow.precision import Precision
-from dumo.flow.slope import precision_of
+from dumo.flow.precision import Precision, precision_of
 from dumo.types import Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 

@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.flow.check import inputs_of, short_text
 from dumo.flow.passes import Passes
+from dumo.flow.precision import precision_of
 from dumo.flow.ranks import largest_of_ranks
-from dumo.flow.slope import MAX_SLOPE_ERROR, CentralSlope, DualSlope, JvpSlope, Slope, precision_of
+from dumo.flow.slope import MAX_SLOPE_ERROR, CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.types import Frozen, Heads, Needs, Noised, Sample, Time, UserError, lift, mean_square, unwrap
 
 # Lengths of the differences, in units of t, and those that float64 can bear, too: all ours

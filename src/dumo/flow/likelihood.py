@@ -27,8 +27,8 @@ import torch
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import pair, primal
+from dumo.flow.linearize import tangent_or_zeros
 from dumo.flow.path import Path
-from dumo.flow.slope import rate_of
 from dumo.flow.solver import Euler, Heun, Hop, Solver, num_steps, taught_reading, times_per_row, uniform_times
 from dumo.runtime import random, signals
 from dumo.types import Climb, Cond, PerSample, Reads, Sample, Time, UserError, lift
@@ -100,7 +100,7 @@ def divergence(velocity: Velocity, x: Sample, t: Time, c: Cond, along: Sequence[
 def diagonal(velocity: Velocity, x: Sample, t: Time, c: Cond, e: Sample) -> tuple[Sample, Sample]:
     """v, and e_i (J e)_i: of random signs e an estimate of the diagonal of J, without gradients; one dual pass."""
     v = velocity(pair(x, e), t, c)
-    return primal(v), e * rate_of(v)
+    return primal(v), e * tangent_or_zeros(v)
 
 
 def _euler_step(rate: Rate, x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:

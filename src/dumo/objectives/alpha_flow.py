@@ -24,9 +24,11 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
-from dumo.flow.slope import JvpSlope, Slope, earlier_mean_velocity, require_precise_passes
+from dumo.flow.secant import earlier_mean_velocity
+from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.runtime.limits import require_order
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square

@@ -34,9 +34,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.slope import require_precise_passes
 from dumo.flow.times import EDM_SD, KARRAS_ROOTS, LogitNormal, Times, karras_root, karras_time
 from dumo.runtime.limits import FACTOR, STEPS, require_order
 from dumo.types import (

@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 from dumo.autodiff.dual import pair, primal
 from dumo.flow import dropout
 from dumo.flow.draw import Noise
-from dumo.flow.slope import rate_of
+from dumo.flow.linearize import tangent_or_zeros
 from dumo.objectives.pull import Pull
 from dumo.types import Array, Needs, Net, Noised, PerSample, Sample, Terms, lift
 
@@ -84,7 +84,7 @@ class Critic(Pull):
         with dropout.rows(range(0, len(x), EVERY)):
             head = net(x_moving, quarter.c, t=0 * quarter.t)[2]
         d = _logit(primal(head))
-        slope = _logit(rate_of(head))
+        slope = _logit(tangent_or_zeros(head))
         return d.repeat_interleave(EVERY), slope.repeat_interleave(EVERY)
 
 

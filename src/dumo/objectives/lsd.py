@@ -28,8 +28,8 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.guide import Guide
+from dumo.flow.linearize import heads_and_end_derivatives
 from dumo.flow.reading import mean_velocity
-from dumo.flow.slope import heads_and_end_rates
 from dumo.flow.times import Pair, Times, Uniform
 from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 from dumo.types.rows import index
@@ -55,10 +55,10 @@ class LSD(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Mean squares of (2) where r < t, of (3) where r = t, and of the head v on all rows where there is one."""
-        heads, rates = heads_and_end_rates(net, b.x_t, b.c, t=b.t, r=b.r, moving=b.moving)
+        heads, end_derivatives = heads_and_end_derivatives(net, b.x_t, b.c, t=b.t, r=b.r, moving=b.moving)
         u_hat = heads[-1]
         gap = lift(b.t - b.r, b.x_t)
-        end_velocity = u_hat - gap * rates[-1]  # dX_r/dr; at r = t it is u
+        end_velocity = u_hat - gap * end_derivatives[-1]  # dX_r/dr; at r = t it is u
         with torch.no_grad():
             v_hat = heads[0] if self.two_heads else None
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])  # (3)

@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Guide
+from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
-from dumo.flow.slope import require_precise_passes
 from dumo.flow.times import Below, Times, Uniform
 from dumo.runtime.limits import BLOCKS
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Guide
+from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
-from dumo.flow.slope import earlier_mean_velocity, require_precise_passes
+from dumo.flow.secant import earlier_mean_velocity
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 

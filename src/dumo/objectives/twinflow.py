@@ -19,8 +19,8 @@ from typing import ClassVar, Literal
 import torch
 
 from dumo.flow.draw import Noise
+from dumo.flow.precision import require_precise_passes
 from dumo.flow.residual import clipped_share, descent_error
-from dumo.flow.slope import require_precise_passes
 from dumo.flow.times import Uniform
 from dumo.objectives.rcgm import RCGM
 from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square

@@ -28,9 +28,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.slope import CentralSlope, Slope, require_precise_passes
+from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
 from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
 

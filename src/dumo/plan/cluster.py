@@ -37,6 +37,7 @@ from dumo.config.change import override, shown
 from dumo.config.check import check_pieces
 from dumo.config.load import parse
 from dumo.config.spec import Run
+from dumo.flow.linearize import Moving
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
@@ -268,9 +269,9 @@ class Traffic(TorchDispatchMode):
 class _ReshardedDualSlope(DualSlope):
     """A dual slope of resharded weights: its tape cannot be replayed without them, so it makes another pass."""
 
-    def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
+    def way(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> Way:
         """The way of a dual slope, with another pass in place of the tape."""
-        way = super().way(net, ref, known=known)
+        way = super().way(net, ref, known=known, moving=moving)
         if way.name == "tape":
             return Way("pass", "the weights are given back after the pass")
         return way

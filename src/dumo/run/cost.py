@@ -26,6 +26,7 @@ from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.flow import require_terms
 from dumo.flow.guide import Guide
+from dumo.flow.linearize import Moving
 from dumo.flow.path import Path
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import is_dualized
@@ -116,7 +117,7 @@ def step_cost(
 
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
-    """How a dual slope comes by its tangent in a step of this objective; None for any other slope."""
+    """How a dual slope takes du/dt in a step of this objective; None for any other slope."""
     if not isinstance(objective.needs.slope, DualSlope):
         return None
     slope = _NotedSlope()
@@ -131,9 +132,9 @@ class _NotedSlope(DualSlope):
 
     ways: list[Way] = Field(default_factory=list[Way])
 
-    def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
+    def way(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> Way:
         """The way of a dual slope (`DualSlope.way`), which is noted in `ways`."""
-        self.ways.append(super().way(net, ref, known=known))
+        self.ways.append(super().way(net, ref, known=known, moving=moving))
         return self.ways[-1]
 
 

@@ -171,7 +171,7 @@ class Needs:
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # this many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
-    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.slope`)
+    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.precision`)
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
     @property

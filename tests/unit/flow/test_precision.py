@@ -6,8 +6,8 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from dumo.flow.precision import Precision, product_precision, uses_tf32, using
-from dumo.flow.slope import CentralSlope, precision_of
+from dumo.flow.precision import Precision, precision_of, product_precision, uses_tf32, using
+from dumo.flow.slope import CentralSlope
 from dumo.types import UserError
 
 
@@ -55,7 +55,7 @@ def test_a_cpu_is_let_be_but_for_autocast() -> None:
 
 
 def test_a_difference_is_refused_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dumo.flow.slope.uses_tf32", lambda kind: True)
+    monkeypatch.setattr("dumo.flow.precision.uses_tf32", lambda kind: True)
     assert precision_of(torch.ones(2, dtype=torch.float64)) == "fp32"
     with pytest.raises(UserError, match="not tf32"):
         CentralSlope().check(precision_of(torch.ones(2)))

@@ -143,7 +143,7 @@ def test_the_pass_that_carries_a_tangent_has_the_bits_of_the_other(folder: Saved
     heads, along = DualSlope()(net, Frozen(net), x, c, t=t)
     assert all(torch.equal(a, b) for a, b in zip(heads, net(x, c, t=t), strict=True))
     w = torch.randn_like(x)
-    (dv, _), jvp = along(w), JvpSlope().slopes(Frozen(net), x, c, w, t=t)[0]
+    (dv, _), jvp = along(w), JvpSlope().derivatives(Frozen(net), x, c, w, t=t)[0]
     assert (dv - jvp).norm() / jvp.norm() < 1e-5
 
 

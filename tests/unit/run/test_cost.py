@@ -12,10 +12,11 @@ from torch import nn
 from contract.case import name as name_of
 from contract.case import nets, one_each
 from dumo.config.load import load
+from dumo.flow import linearize as linearizations
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
@@ -29,7 +30,7 @@ from dumo.run.cost import (
     forward_units,
     way,
 )
-from dumo.types import Needs, Noised, Objective, frozen
+from dumo.types import Heads, Needs, Noised, Objective, frozen
 from tiers import tiered
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
@@ -130,6 +131,24 @@ def test_rows_that_are_not_guided_cost_no_pass() -> None:
     inside = Guide(zeta=0.5, interval=Interval(high=0.75))
     assert units(GUIDED, drop=0.1) - units(PLAIN) == pytest.approx(0.9, rel=1e-9)
     assert units(inside, drop=0.1) - units(PLAIN) == pytest.approx(0.9 * 0.75, rel=2e-3)
+
+
+@pytest.mark.parametrize(("guide", "name"), [(PLAIN, "ride"), (GUIDED, "pass")])
+def test_the_way_of_a_slope_of_some_rows_is_what_runs(guide: Guide, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rows jump: a tape would be of all of them, so where v* is known after the pass there is none."""
+    made: list[str] = []
+    for way_name in ("tape", "ride", "passes"):
+
+        def linearize(*args: Any, way_name: str = way_name, **inputs: Any) -> tuple[Heads, Along]:  # noqa: ANN401
+            made.append(way_name)
+            return getattr(linearizations, f"linearize_by_{way_name}")(*args, **inputs)
+
+        monkeypatch.setattr(f"dumo.flow.slope.linearize_by_{way_name}", linearize)
+    objective = DuMoAny(drop=0, guide=guide, slope=DualSlope(), times=Jumps())
+    found = way(perceptron(objective.needs), objective, Linear(), (2,))
+    assert found
+    assert found.name == name
+    assert made == ["passes" if name == "pass" else name]
 
 
 @pytest.mark.slow
