@@ -193,21 +193,22 @@ def _heads_and_derivatives(
         dual_heads = moving_pass(_ALL_ROWS)
         return tuple(primal(head) for head in dual_heads), tuple(tangent_or_zeros(head) for head in dual_heads)
     if not moving_rows:
-        heads = resting_pass(_ALL_ROWS)
-        return heads, tuple(torch.zeros_like(head) for head in heads)
+        plain_heads = resting_pass(_ALL_ROWS)
+        return plain_heads, tuple(torch.zeros_like(head) for head in plain_heads)
     i = index(moving_rows, x.device)
     j = index(resting_rows, x.device)
     with dropout.rows(i):
-        moving_heads = moving_pass(i)
+        dual_heads = moving_pass(i)
     with dropout.rows(j):
-        resting_heads = resting_pass(j)
+        plain_heads = resting_pass(j)
+    head_pairs = list(zip(dual_heads, plain_heads, strict=True))
     heads: list[Tensor] = []
-    for moving_head, resting_head in zip(moving_heads, resting_heads, strict=True):
-        heads.append(merge_rows(primal(moving_head), resting_head, moving_rows, resting_rows))
+    for dual_head, plain_head in head_pairs:
+        heads.append(merge_rows(primal(dual_head), plain_head, moving_rows, resting_rows))
     derivatives: list[Tensor] = []
-    for moving_head, resting_head in zip(moving_heads, resting_heads, strict=True):
-        zeros = torch.zeros_like(resting_head)
-        derivatives.append(merge_rows(tangent_or_zeros(moving_head), zeros, moving_rows, resting_rows))
+    for dual_head, plain_head in head_pairs:
+        derivative = tangent_or_zeros(dual_head)
+        derivatives.append(merge_rows(derivative, torch.zeros_like(plain_head), moving_rows, resting_rows))
     return tuple(heads), tuple(derivatives)
 
 

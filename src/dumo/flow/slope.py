@@ -21,7 +21,7 @@ The specs, one for each `kind`:
 
 `Slope` is their union, `slope_of` the slope of an objective. The order of events: `BaseSlope.__call__` checks the
 precision; it or `DualSlope.__call__` picks a function of `dumo.flow.linearize`, which makes the training pass and
-returns `(heads, along)`. What autograd records of it is told there: the heads always, the derivatives never.
+returns `(heads, along)`. Autograd records the heads, and never the derivatives (see there).
 """
 
 from abc import ABC, abstractmethod
