@@ -187,7 +187,7 @@ class Journal:
         self.saver.wait()  # its memory is filled anew
         log_file = self.folder / "metrics.jsonl"
         step = state.step
-        logged = agreement.on_each_rank(lambda: log.listed(log_file) if dist.is_main() else None)
+        logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
         notes = checkpoint.Notes(self.text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
@@ -413,7 +413,7 @@ class History:
                 yield f"the best weights of before it starts again are kept in {best_aside}"
 
         # compare the log with what the checkpoint lists
-        if self.logged not in (None, log.listed(log_file)):
+        if self.logged not in (None, log.entry_of(log_file)):
             yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
         for first, last in log.gaps(rows, self.run.train.log_every):
             yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"

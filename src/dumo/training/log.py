@@ -1,8 +1,8 @@
 """A run's log, metrics.jsonl and speed.jsonl: one JSON object per line, so a torn write costs at most the last line.
 
 Training calls `append` at each logged step, and `flush` before a checkpoint, which notes the size and hash of the log
-(`listed`). A resumed run takes back the rows after its step (`rewind`), and finds those that are lost (`gaps`).
-Everyone else reads by `read_log`.
+(`entry_of`). A resumed run takes back the rows after its step (`rewind`), and finds those that are lost (`gaps`).
+Everyone else reads by `read_log`. Who shows a row asks `is_weighted` whether its loss says more than its parts.
 
 JSON has no NaN and no infinity: they are written as null, such as the mean loss of an empty time bin.
 """
@@ -24,8 +24,8 @@ Row = dict[str, Any]
 def append(path: Path, row: Row) -> None:
     """Append one line; it is with the operating system on return. Raises UserError as `file.require_in_place`."""
     file.require_in_place(path)
-    with path.open("a") as log:
-        log.write(to_line(row))
+    with path.open("a") as lines:
+        lines.write(to_line(row))
 
 
 def flush(path: Path) -> None:
@@ -35,13 +35,13 @@ def flush(path: Path) -> None:
         file.flush(path.parent)
 
 
-def listed(path: Path) -> Listed | None:
-    """The size and the SHA-256 of a log; None where there is none."""
+def entry_of(path: Path) -> Listed | None:
+    """The size and the SHA-256 of a log, as a checkpoint lists them; None where there is no log."""
     return Listed.of(path) if path.exists() else None
 
 
 def read_log(path: Path) -> list[Row]:
-    """All rows, in order; none without a file. A torn last line is left out.
+    """All rows, in order; none without a file. A last line that is no row is left out, as a torn write leaves one.
 
     Raises UserError if any other line is not a row with its step.
     """
@@ -56,7 +56,7 @@ def read_log(path: Path) -> list[Row]:
                 raise TypeError("its step is no number")
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:  # no text, no JSON, or no row
-            if number == len(lines):  # torn
+            if number == len(lines):
                 continue
             raise UserError(f"{path}, line {number} is no row of a log ({error}): mend or remove that line") from error
     return rows
@@ -71,38 +71,41 @@ def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
 
 
 def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
-    """The pairs of steps between which rows are lost, if one is logged `every` few steps.
+    """The pairs of steps between which rows are lost, where one is logged every so many steps.
 
-    That number may have changed during the run, so only a distance larger than both its neighbours is a gap.
+    `every` may have changed during the run, so only a distance between rows that is larger than the one before it and
+    the one after it is a gap. Two gaps of one length in a row are missed, and so is one between the only two rows.
     """
     steps = [row["step"] for row in rows if row["step"] % every == 0]
     pairs = list(pairwise(steps))
     distances = [after - before for before, after in pairs]
     lost: list[tuple[int, int]] = []
     for i, distance in enumerate(distances):
-        before = distances[i - 1] if i > 0 else 0
-        after = distances[i + 1] if i + 1 < len(distances) else 0
-        has_neighbour = before > 0 or after > 0
-        if has_neighbour and distance > max(every, before, after):
+        distance_before = distances[i - 1] if i > 0 else 0
+        distance_after = distances[i + 1] if i + 1 < len(distances) else 0
+        has_neighbour = distance_before > 0 or distance_after > 0
+        if has_neighbour and distance > max(every, distance_before, distance_after):
             lost.append(pairs[i])
     return lost
 
 
 def rewind(path: Path, step: int) -> list[Row]:
-    """Move the rows after `step` to the end of the file `undone_rows_path`, and drop a torn last line.
+    """Move the rows after `step` to the end of another file (`undone_rows_path`), and drop a torn last line.
 
-    A resumed run logs those steps again. Returns the rows that stay.
+    A resumed run logs those steps again. Returns the rows that stay. A crash in between loses no row: it leaves some in
+    both files, and the next call appends them again.
     """
     if not path.exists():
         return []
     rows = read_log(path)
     undone = [row for row in rows if row["step"] > step]
     if undone:
-        with undone_rows_path(path).open("a") as log:
-            log.writelines(map(to_line, undone))
+        with undone_rows_path(path).open("a") as lines:
+            lines.writelines(map(to_line, undone))
         flush(undone_rows_path(path))
     rows_to_keep = [row for row in rows if row["step"] <= step]
-    file.write(path, "".join(map(to_line, rows_to_keep)).encode(), writer="", durable=True)
+    text = "".join(map(to_line, rows_to_keep))
+    file.write(path, text.encode(), writer="", durable=True)  # "": there is one writer at a time
     return rows_to_keep
 
 
