@@ -202,14 +202,11 @@ def _heads_and_derivatives(
     with dropout.rows(j):
         plain_heads = resting_pass(j)
     head_pairs = list(zip(dual_heads, plain_heads, strict=True))
-    heads: list[Tensor] = []
-    for dual_head, plain_head in head_pairs:
-        heads.append(merge_rows(primal(dual_head), plain_head, moving_rows, resting_rows))
-    derivatives: list[Tensor] = []
-    for dual_head, plain_head in head_pairs:
-        derivative = tangent_or_zeros(dual_head)
-        derivatives.append(merge_rows(derivative, torch.zeros_like(plain_head), moving_rows, resting_rows))
-    return tuple(heads), tuple(derivatives)
+    heads = tuple(merge_rows(primal(a), b, moving_rows, resting_rows) for a, b in head_pairs)
+    derivatives = tuple(
+        merge_rows(tangent_or_zeros(a), torch.zeros_like(b), moving_rows, resting_rows) for a, b in head_pairs
+    )
+    return heads, derivatives
 
 
 def tangent_or_zeros(head: Array) -> Tensor:
@@ -238,7 +235,7 @@ def merge_rows(
     for place, row in enumerate([*moving_rows, *resting_rows]):
         source[row] = place
     parted = torch.cat([moving_values, resting_values.to(moving_values.dtype)])
-    return parted[index(source, parted.device)]
+    return parted[index(source, moving_values.device)]
 
 
 def _rows_of_each(inputs: Mapping[str, Tensor], rows: _RowIndex) -> dict[str, Tensor]:
