@@ -71,7 +71,7 @@ def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
 
 
 def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
-    """The pairs of steps between which rows are lost, where one is logged every so many steps.
+    """The pairs of steps between which rows are lost, where rows are logged at multiples of `every`.
 
     `every` may have changed during the run, so only a distance between rows that is larger than the one before it and
     the one after it is a gap. Two gaps of one length in a row are missed, and so is one between the only two rows.
