@@ -53,11 +53,11 @@ class TBSM(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without."""
         t = torch.ones_like(b.t)
-        z = b.drawn["x.z"].to(b.z)
+        z = b.drawn["x.z"].to(b.z.dtype)
         (u_hat,) = net(z, b.c, t=t)
         x_hat = z - u_hat  # (1)
         with torch.no_grad():
-            other_z = b.drawn["n.z"].to(b.z)
+            other_z = b.drawn["n.z"].to(b.z.dtype)
             with dropout.off():
                 (other_u,) = ref(other_z, b.c, t=t)
             attraction = bearing(x_hat, b.x)
