@@ -170,6 +170,11 @@ class Plan(Spec):
     why: dict[str, str] = Field({})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
 
+    def require_scale(self, scale: str) -> None:
+        """Raise UserError for a scale that no plan has, or this one has not."""
+        require_known("scale", scale, SCALES)
+        self.at(scale)
+
     def at(self, scale: str) -> Scale:
         """The plan's scale. Raises UserError for one that it does not have."""
         if scale not in self.scales:

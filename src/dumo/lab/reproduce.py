@@ -2,35 +2,44 @@
 
 `reproduce` is the entrance. In this order it
 
-1. reads the plan, and its `View`, which says how results are shown (`VIEWS`; the default is `View()`);
-2. has the cells of the plan trained and measured (`dumo.lab.cell`), or takes those that are finished;
-3. makes the table, charts of the table (`write_charts`, which tests also call on stored tables), and pictures that need
-   the trained nets;
-4. writes table.md and results.json, which says by which command, when, and on what machine and device it was made.
+1. reads the plan, and its `View`: the functions that make and show its results (`VIEWS`; the default is `View()`);
+2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
+3. makes the table, then charts of the table alone (`write_charts`, which tests also call on stored tables), then
+   pictures that need the trained nets;
+4. writes table.md and results.json, with their origin: the command, the date, the machine and the device.
 
-A new plan needs a line in `VIEWS` only where the default view does not fit.
+A new plan needs a line in `VIEWS` only where the default view does not fit. The functions of special views are in
+`dumo.lab.paper`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own. `dumo.lab.arm` draws
+the default pictures, in which each line or block is an arm of the plan.
 """
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
-from dumo.config.error import require_known
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import arm, cell, ours, paper
 from dumo.lab.cell import Result, Row, average_by_arm, markdown
-from dumo.lab.plan import SCALES, Plan, read
+from dumo.lab.plan import Cell, Plan, read
 from dumo.runtime import dist, shell_path
 from dumo.runtime.progress import Bar, no_bar
+
+
+class RunCells(Protocol):
+    """A function that trains and measures cells, `jobs` at a time, and keeps what it makes in a folder."""
+
+    def __call__(self, cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
+        """Return a result for each cell, in their order."""
+        ...
 
 
 def _average_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -39,17 +48,8 @@ def _average_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def _ranking_chart(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """The arms, the best on top, by the name of the chart's file."""
+    """One chart, in which the best arm is on top, by its name: the plan's."""
     return {plan.name: arm.ranking(plan.title, table)}
-
-
-def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write a picture of what all arms make; return its path. Nothing for a plan without `samples`."""
-    if not plan.samples:
-        return []
-    path = folder / f"{plan.name}-samples.png"
-    picture.write_picture(path, arm.samples(results))
-    return [path]
 
 
 def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
@@ -57,33 +57,43 @@ def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     return {}
 
 
+def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
+    """Write a picture of samples of all arms, and return its path. A plan with `samples: false` has none."""
+    if not plan.samples:
+        return []
+    path = folder / f"{plan.name}-samples.png"
+    picture.write_picture(path, arm.samples(results))
+    return [path]
+
+
 @dataclass(frozen=True)
 class View:
-    """How the results of a plan are made and shown."""
+    """The functions that make and show the results of a plan, in the order in which they are called."""
 
-    table: Callable[[Plan, list[Result]], list[Row]] = _average_table
-    charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart  # of the table, by the file's name
-    draw: Callable[[Plan, list[Result], Path], list[Path]] = _draw_samples  # writes pictures that need the nets
-    finish: Callable[..., list[Result]] = cell.finish_all  # trains and measures the cells
+    run_cells: RunCells = cell.finish_all
+    make_table: Callable[[Plan, list[Result]], list[Row]] = _average_table
+    make_charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart  # of the table, by file name
+    # Writes pictures that need the trained nets into the folder; returns their paths.
+    draw_pictures: Callable[[Plan, list[Result], Path], list[Path]] = _draw_samples
 
 
 VIEWS = {  # by the name of the plan
-    "best": View(ours.best_table, ours.best_charts),
-    "best-latents": View(ours.best_table, ours.best_charts),
-    "best-pixels": View(ours.best_table, _no_charts),
-    "fair": View(ours.fair_table, ours.fair_charts),
-    "fig3": View(paper.fig3_table, _no_charts, paper.fig3_draw),
-    "fig4a": View(charts=paper.fig4a_charts),
-    "fig4b": View(paper.fig4b_table, paper.fig4b_charts, finish=paper.fig4b_finish),
-    "fig4c": View(paper.fig4c_table, paper.fig4c_charts),
-    "fig5": View(paper.fig5_table, _no_charts, paper.fig5_draw),
-    "flow-first": View(charts=_no_charts),
-    "pretrained": View(charts=_no_charts, draw=ours.pretrained_draw),
-    "scaling": View(ours.scaling_table, partial(ours.best_charts, passes=(1, 2, 4, 50))),
-    "two-times": View(charts=_no_charts),
-    "unet": View(charts=_no_charts),
-    "words": View(ours.words_table, _no_charts, ours.words_draw),
-    "zoo": View(paper.zoo_table),
+    "best": View(make_table=ours.best_table, make_charts=ours.best_charts),
+    "best-latents": View(make_table=ours.best_table, make_charts=ours.best_charts),
+    "best-pixels": View(make_table=ours.best_table, make_charts=_no_charts),
+    "fair": View(make_table=ours.fair_table, make_charts=ours.fair_charts),
+    "fig3": View(make_table=paper.fig3_table, make_charts=_no_charts, draw_pictures=paper.fig3_draw),
+    "fig4a": View(make_charts=paper.fig4a_charts),
+    "fig4b": View(run_cells=paper.fig4b_finish, make_table=paper.fig4b_table, make_charts=paper.fig4b_charts),
+    "fig4c": View(make_table=paper.fig4c_table, make_charts=paper.fig4c_charts),
+    "fig5": View(make_table=paper.fig5_table, make_charts=_no_charts, draw_pictures=paper.fig5_draw),
+    "flow-first": View(make_charts=_no_charts),
+    "pretrained": View(make_charts=_no_charts, draw_pictures=ours.pretrained_draw),
+    "scaling": View(make_table=ours.scaling_table, make_charts=partial(ours.best_charts, passes=(1, 2, 4, 50))),
+    "two-times": View(make_charts=_no_charts),
+    "unet": View(make_charts=_no_charts),
+    "words": View(make_table=ours.words_table, make_charts=_no_charts, draw_pictures=ours.words_draw),
+    "zoo": View(make_table=paper.zoo_table),
 }
 
 
@@ -92,22 +102,23 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run a plan, `jobs` cells at a time; write results.json, table.md and its pictures; return results.json's content.
 
-    `folder` is by default runs/reproduce/NAME-SCALE. Raises UserError for an unknown name, or a scale that the plan
-    does not have.
+    `folder` is by default runs/reproduce/NAME-SCALE. `device` is as `--device` names it. Raises UserError for an
+    unknown name, or a scale that the plan does not have.
     """
-    command = _command(name, scale, folder, jobs, device)
+    command = _command(name, scale, folder, jobs, device)  # before `folder` gets its default
     plan = read(name)
     view = VIEWS.get(name, View())
-    require_known("scale", scale, SCALES)
-    plan.at(scale)  # raises UserError where the plan has no such scale
+    plan.require_scale(scale)
     if folder is None:
         folder = Path("runs/reproduce") / f"{name}-{scale}"
     file.check_writable(folder)
-    results = view.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
+    cells = list(plan.cells(scale))
+    results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
 
-    table = view.table(plan, results)
+    table = view.make_table(plan, results)
     charts = write_charts(plan, view, table, folder)
-    pictures = [*charts, *view.draw(plan, results, folder)]
+    pictures = view.draw_pictures(plan, results, folder)
+    files = [*charts, *pictures, folder / "table.md", folder / "results.json"]
     report = {
         "name": name,
         "scale": scale,
@@ -115,7 +126,7 @@ def reproduce(
         "origin": _origin(command, device),
         "table": table,
         "cells": [{"cell": result.cell.name, **result.report} for result in results],
-        "files": [str(path) for path in (*pictures, folder / "table.md", folder / "results.json")],
+        "files": [str(path) for path in files],
     }
     file.write(folder / "table.md", markdown(plan.title, table).encode())
     write_json(folder / "results.json", report)
@@ -123,9 +134,9 @@ def reproduce(
 
 
 def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list[Path]:
-    """Write the charts of a table; return their paths."""
+    """Write the charts that a view makes of a plan's table into a folder; return their paths."""
     paths: list[Path] = []
-    for name, image in view.charts(plan, table).items():
+    for name, image in view.make_charts(plan, table).items():
         path = folder / f"{name}.png"
         picture.write_picture(path, image)
         paths.append(path)
@@ -133,7 +144,7 @@ def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list
 
 
 def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str) -> str:
-    """The command that makes these results again. Options are left out where they are the default."""
+    """The command that makes the results again. Options are left out where they are the default."""
     command = f"dumo reproduce {name} --scale {scale}"
     if folder is not None:
         command += f" --out {shell_path(folder)}"
@@ -145,7 +156,7 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str)
 
 
 def _origin(command: str, device: str) -> dict[str, Any]:
-    """How, when and on what results were made; `device` as `--device` names it."""
+    """How results were made, on which day (UTC) they were finished, and on what; `device` as `--device` names it."""
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),

@@ -1,7 +1,9 @@
 """One file of weights as a pipeline: the line that refuses it says how to make a folder of it, and that works."""
 
+import ast
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.singlefile import unpack_hint
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from ldm import file_of
@@ -30,10 +33,10 @@ def test_a_file_of_the_original_layout_becomes_the_folder(tmp_path: Path) -> Non
     file = file_of(folder, tmp_path / "one.safetensors")
     shutil.copytree(folder, configs, ignore=shutil.ignore_patterns("*.safetensors"))
     line = refusal(file)
-    found = re.search(r'Make a folder DIR of it, python -c "(.*)", and set pipeline=DIR$', line)
+    found = re.search(r"Make a folder DIR of it, python -c '(.*)', and set pipeline=DIR$", line)
     assert found, line
     code = found[1].replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(configs))
-    exec(code.replace("'DIR'", f"'{tmp_path}/made'"))
+    exec(code.replace('"DIR"', f'"{tmp_path}/made"'))
     weights = [one.relative_to(folder) for one in folder.rglob("*.safetensors")]
     assert len(weights) == 3
     for one in weights:
@@ -46,9 +49,20 @@ def test_a_file_of_the_original_layout_becomes_the_folder(tmp_path: Path) -> Non
 def test_which_pipeline_a_file_is_of(tmp_path: Path) -> None:
     save_file({"conditioner.embedders.1.model.ln_final.weight": torch.ones(2)}, file := tmp_path / "xl.safetensors")
     assert "StableDiffusionXLPipeline" in (line := refusal(file))
-    assert "config='stabilityai/stable-diffusion-xl-base-1.0'" in line
+    assert 'config="stabilityai/stable-diffusion-xl-base-1.0"' in line
     file.write_bytes(b"nothing")
     assert "is damaged or is not safetensors" in refusal(file)
+
+
+@pytest.mark.parametrize("name", ["it's.safetensors", 'a "b".safetensors', "$HOME `x` \\.safetensors"])
+@pytest.mark.parametrize("tensor", ["cond_stage_model.transformer.bias", "double_blocks.0.img_attn.qkv.weight"])
+def test_the_command_reaches_python_whatever_the_file_is_called(name: str, tensor: str, tmp_path: Path) -> None:
+    save_file({tensor: torch.ones(2)}, file := tmp_path / name)
+    found = re.search(r"python -c (.*)$", unpack_hint(file))
+    assert found
+    code = subprocess.check_output(["bash", "-c", f"printf %s {found[1]}"], text=True)
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert str(file) in strings
 
 
 @pytest.mark.parametrize(
@@ -95,9 +109,9 @@ def test_a_file_of_a_transformer_becomes_that_part_of_the_folder(tmp_path: Path)
     (weights,) = (folder / "transformer").glob("*.safetensors")
     file = weights.rename(tmp_path / "one.safetensors")
     line = refusal(file)
-    found = re.search(r"of a FluxTransformer2DModel, .*'tokenizer\*/\*' .* && python -c \"(.*)\", and set", line)
+    found = re.search(r"of a FluxTransformer2DModel, .*'tokenizer\*/\*' .* && python -c '(.*)', and set", line)
     assert found, line
-    exec(found[1].replace("'DIR", f"'{folder}"))
+    exec(found[1].replace('"DIR', f'"{folder}'))
     before, after = load_file(file), load_file(weights)
     assert before.keys() == after.keys()
     assert all(torch.equal(x, after[name]) for name, x in before.items())

@@ -73,10 +73,10 @@ def test_results_name_the_device_and_all_options_of_their_command(
     """Of a machine with a GPU, which `--device cpu` leaves alone."""
     folder = tmp_path / "two words"
     view = reproduce.View(
-        table=lambda plan, results: [{"arm": "a"}],
-        charts=lambda plan, table: {},
-        draw=lambda plan, results, folder: [],
-        finish=lambda cells, folder, **options: [],
+        run_cells=lambda cells, folder, **options: [],
+        make_table=lambda plan, results: [{"arm": "a"}],
+        make_charts=lambda plan, table: {},
+        draw_pictures=lambda plan, results, folder: [],
     )
     monkeypatch.setitem(reproduce.VIEWS, "two", view)
     monkeypatch.setattr(reproduce, "read", lambda name: two())
