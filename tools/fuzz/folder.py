@@ -22,7 +22,7 @@ import encoders
 from dumo.encoders import clip
 from dumo.encoders.autoencoder import DcAe, Model, PipelineVae, SdVae
 from dumo.encoders.pipeline import Pipeline
-from dumo.encoders.text import Encoder
+from dumo.encoders.text import TextEncoder
 from dumo.export import write
 from dumo.objectives import DuMo
 from fuzz.judge import Trial, outcome_of
@@ -199,7 +199,7 @@ def read_net(name: str, folder: Path, device: str = "cpu") -> None:
 
 def read_text_encoder(folder: Path, *, pooled: bool = False) -> None:
     """Encode two texts."""
-    spec = Encoder(source=str(folder), length=16, pooled=pooled)
+    spec = TextEncoder(source=str(folder), length=16, pooled=pooled)
     spec.model_type()
     spec.open()(["a red car", "cat"])
 

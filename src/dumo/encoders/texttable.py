@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dumo.encoders.caption import parted
 from dumo.encoders.prompt import PromptReader, Prompts
-from dumo.encoders.text import Embeddings, Encoder, EncoderModel
+from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
 from dumo.encoders.tokens import LoadedTokenizer, Tokenizer
 from dumo.io import digest, table
 from dumo.io.audit import Audit
@@ -39,7 +39,7 @@ from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
 MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl; ours
-Reader = Annotated[Encoder | Prompts | Tokenizer, Field(discriminator="kind")]
+Reader = Annotated[TextEncoder | Prompts | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 

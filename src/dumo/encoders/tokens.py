@@ -1,14 +1,13 @@
 """Texts as tokens: bytes, which need no file, or as the tokenizer of a folder cuts them.
 
 `Tokenizer` is the spec of bytes, and `Tokenizer.open` loads them; `load_tokenizer` loads that of a folder. Either gives
-a `LoadedTokenizer`, which is called with texts. `import_transformers` is for other files that need the library.
+a `LoadedTokenizer`, which is called with texts.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +15,9 @@ from jaxtyping import Bool, Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.encoders.library import import_transformers
 from dumo.io import digest
 from dumo.io.read import brief, foreign
-from dumo.runtime import install
 from dumo.runtime.limits import TOKENS
 from dumo.types import Spec, UserError
 
@@ -102,14 +101,3 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTok
         if model.pad_token is None:
             model.pad_token = model.eos_token
         return LoadedTokenizer(model, length, template)
-
-
-def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
-    """Import the library transformers, which is slow to import and an extra.
-
-    Raises UserError, which names the `field` of a run that needs it, where it is missing.
-    """
-    try:
-        return import_module("transformers")
-    except ImportError as error:
-        raise UserError(f"{field} needs transformers: {install('text')}") from error

@@ -27,7 +27,7 @@ from dumo.encoders import texttable
 from dumo.encoders.caption import parted
 from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
 from dumo.encoders.prompt import Prompts
-from dumo.encoders.text import Encoder
+from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import EncodedTexts, TextTableIndex
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
@@ -52,7 +52,7 @@ class TableTexts(Spec):
 
     @property
     @abstractmethod
-    def reader_spec(self) -> Encoder | Prompts | Tokenizer:
+    def reader_spec(self) -> TextEncoder | Prompts | Tokenizer:
         """The encoder or tokenizer that makes the rows."""
 
     @property
@@ -103,7 +103,7 @@ class EmbeddedTexts(TableTexts):
 
     @property
     @abstractmethod
-    def reader_spec(self) -> Encoder | Prompts:
+    def reader_spec(self) -> TextEncoder | Prompts:
         """The encoder that makes the rows."""
 
     @property
@@ -196,7 +196,7 @@ class TextTable(EmbeddedTexts):
     """Texts through an encoder in a folder of its own, as transformers saves it."""
 
     kind: Literal["table"] = "table"
-    encoder: Encoder
+    encoder: TextEncoder
     width: int = Field(ge=1, le=CHANNELS)  # channels of a token's embedding
     pooled: int = Field(default=0, ge=0, le=CHANNELS)  # channels of the whole text's embedding; 0: there is none
 
@@ -207,7 +207,7 @@ class TextTable(EmbeddedTexts):
         return self
 
     @property
-    def reader_spec(self) -> Encoder:
+    def reader_spec(self) -> TextEncoder:
         """The encoder."""
         return self.encoder
 

@@ -3,6 +3,7 @@
 A table holds it of each caption, and is the same however often its making was interrupted.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import encoders
-from dumo.encoders.text import Encoder
+from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode, open_table
 from dumo.encoders.tokens import Tokenizer
 from dumo.types import UserError
@@ -38,9 +39,9 @@ def test_it_is_what_transformers_gives(t5: Path, clip: Path) -> None:
 
     ids, mask = Tokenizer(length=30).open()(TEXTS, fills_length=False)
     wanted = T5EncoderModel.from_pretrained(t5)(ids, attention_mask=mask.long()).last_hidden_state
-    assert torch.equal(Encoder(source=str(t5)).open()(TEXTS).tokens, wanted)
+    assert torch.equal(TextEncoder(source=str(t5)).open()(TEXTS).tokens, wanted)
 
-    spec = Encoder(source=str(clip), pooled=True, layer=-2, pad=True, length=12)
+    spec = TextEncoder(source=str(clip), pooled=True, layer=-2, pad=True, length=12)
     ids, _ = spec.tokenizer()(TEXTS)
     stock = CLIPTextModelWithProjection.from_pretrained(clip)(ids, output_hidden_states=True)
     found = spec.open()(TEXTS)
@@ -51,16 +52,16 @@ def test_it_is_what_transformers_gives(t5: Path, clip: Path) -> None:
 
 
 def test_the_first_tokens_of_a_template_are_left_out(t5: Path) -> None:
-    whole = Encoder(source=str(t5), template="say: {}!").open()(TEXTS)
-    rest = Encoder(source=str(t5), template="say: {}!", skip=5).open()(TEXTS)
+    whole = TextEncoder(source=str(t5), template="say: {}!").open()(TEXTS)
+    rest = TextEncoder(source=str(t5), template="say: {}!", skip=5).open()(TEXTS)
     assert torch.equal(rest.tokens, whole.tokens[:, 5:])
     assert rest.mask.sum(1).tolist() == [len(text) + 2 for text in TEXTS]
     with pytest.raises(UserError, match="skip=7 leaves nothing"):
-        Encoder(source=str(t5), template="say: {}!", skip=7).open()(TEXTS)
+        TextEncoder(source=str(t5), template="say: {}!", skip=7).open()(TEXTS)
 
 
 def test_a_long_text_is_cut_with_a_warning(t5: Path) -> None:
-    read = Encoder(source=str(t5), length=10).open()
+    read = TextEncoder(source=str(t5), length=10).open()
     with pytest.warns(UserWarning, match="'a blue car of a cat': more than 10 tokens, and cut there"):
         assert int(read(TEXTS).mask[2].sum()) == 10
 
@@ -78,18 +79,30 @@ def test_a_long_text_is_cut_with_a_warning(t5: Path) -> None:
 def test_what_is_no_encoder_is_refused(tmp_path: Path, file: str, damage: Callable[[Path], object], says: str) -> None:
     damage(encoders.t5(tmp_path / "t5") / file)
     with pytest.raises(UserError, match=says):
-        Encoder(source=str(tmp_path / "t5")).open()
+        TextEncoder(source=str(tmp_path / "t5")).open()
+
+
+def test_a_config_without_an_architecture_is_refused(tmp_path: Path) -> None:
+    """Rather than called None in the table's index."""
+    config_file = encoders.t5(tmp_path / "t5") / "config.json"
+    config = json.loads(config_file.read_text())
+    del config["model_type"]
+    config_file.write_text(json.dumps(config))
+    spec = TextEncoder(source=str(tmp_path / "t5"))
+    for read in (spec.model_type, spec.open):
+        with pytest.raises(UserError, match="has no model_type"):
+            read()
 
 
 def test_what_an_encoder_lacks_is_refused(t5: Path) -> None:
     with pytest.raises(UserError, match="makes no embedding of a whole text"):
-        Encoder(source=str(t5), pooled=True).open()(TEXTS)
+        TextEncoder(source=str(t5), pooled=True).open()(TEXTS)
     with pytest.raises(UserError, match="the encoder has 2 layers"):
-        Encoder(source=str(t5), layer=-4).open()(TEXTS)
+        TextEncoder(source=str(t5), layer=-4).open()(TEXTS)
     with pytest.raises(UserError, match="is no folder"):
-        Encoder(source=str(t5 / "nowhere")).open()
+        TextEncoder(source=str(t5 / "nowhere")).open()
     with pytest.raises(ValueError, match=r"holds \{\} once"):
-        Encoder(source=str(t5), template="a text")
+        TextEncoder(source=str(t5), template="a text")
 
 
 # --- a table
@@ -99,19 +112,21 @@ ROWS, BATCH = 3, 2
 
 
 @pytest.fixture(scope="module")
-def spec(t5: Path) -> Encoder:
-    return Encoder(source=str(t5), length=24, dtype="float32")
+def spec(t5: Path) -> TextEncoder:
+    return TextEncoder(source=str(t5), length=24, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def whole(spec: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(spec: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The table made in one go."""
     out = tmp_path_factory.mktemp("tables") / "whole"
     assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH).missing == 0
     return out
 
 
-def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_nothing(spec: Encoder, whole: Path) -> None:
+def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_nothing(
+    spec: TextEncoder, whole: Path
+) -> None:
     table, read = open_table(whole), spec.open()
     assert table.captions == CAPTIONS
     tokens, mask, pooled = table.padded()
@@ -125,7 +140,7 @@ def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_noth
     assert torch.equal(table.padded([7, 2])[0], tokens[[7, 2]])
 
 
-def test_damage_is_found_and_made_anew(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+def test_damage_is_found_and_made_anew(spec: TextEncoder, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
     shard = out / "shard-00001.safetensors"
@@ -140,7 +155,7 @@ def test_damage_is_found_and_made_anew(spec: Encoder, whole: Path, tmp_path: Pat
     assert contents(out) == contents(whole)
 
 
-def test_another_encoder_or_other_captions_are_refused(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+def test_another_encoder_or_other_captions_are_refused(spec: TextEncoder, whole: Path, tmp_path: Path) -> None:
     other = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "other", seed=1))})
     with pytest.raises(UserError, match="holds another table:\n  sha256: "):
         encode(CAPTIONS, other, whole, shard_rows=ROWS)
@@ -161,7 +176,9 @@ def test_tokens_alone_are_numbers(tmp_path: Path) -> None:
     assert mask.sum(1).tolist() == [len(text.encode()) + 1 for text in (*CAPTIONS, "")]
 
 
-def test_the_identity_is_of_what_is_encoded_not_of_where_it_lies(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+def test_the_identity_is_of_what_is_encoded_not_of_where_it_lies(
+    spec: TextEncoder, whole: Path, tmp_path: Path
+) -> None:
     moved = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "moved"))})
     assert encode(CAPTIONS, moved, whole, shard_rows=ROWS).made == 0
     encode(CAPTIONS, moved, tmp_path / "again", shard_rows=ROWS + 1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import encoders
-from dumo.encoders.text import Encoder
+from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow import dropout
@@ -29,7 +29,7 @@ NEW = ["a photo of a red cat", "seven"]
 def spec(tmp_path_factory: pytest.TempPathFactory) -> TextTable:
     """A table that is made."""
     place = tmp_path_factory.mktemp("texts")
-    encoder = Encoder(source=str(encoders.t5(place / "t5")), length=24)
+    encoder = TextEncoder(source=str(encoders.t5(place / "t5")), length=24)
     encode(CAPTIONS, encoder, place / "table", shard_rows=2)
     return TextTable(root=str(place / "table"), encoder=encoder, width=encoders.WIDTH)
 

@@ -1,0 +1,75 @@
+"""The library transformers, for all encoders here: its import, models loaded from folders, and its silence.
+
+- `import_transformers` imports it, or says how to install it.
+- `load_model` loads a model of one of its classes from a folder.
+- `quietly` silences it, or diffusers, in a block.
+
+Nothing here fetches a model, reads a pickle or runs code that comes with weights.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dumo.encoders.part import TRANSFORMERS, require_weights
+from dumo.io.read import foreign
+from dumo.runtime import install
+from dumo.types import UserError
+
+CONFIG = "config.json"  # of a model, in its folder
+
+
+def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
+    """Import the library transformers, which is slow to import and an extra.
+
+    Raises UserError, which names the `field` of a run that needs it, where it is missing.
+    """
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise UserError(f"{field} needs transformers: {install('text')}") from error
+
+
+def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
+    """Load a model of this class of transformers from a folder, in evaluation mode, in float32, on the CPU.
+
+    Raises UserError, which names the field and ends in the hint, where a file or a weight is missing, or transformers
+    fails.
+    """
+    model_class = getattr(import_transformers(field), class_name)
+    part_weights = require_weights(folder, TRANSFORMERS, field, hint)
+    with foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
+        model, info = model_class.from_pretrained(
+            folder,
+            output_loading_info=True,
+            variant=part_weights.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers would draw these weights at random
+            # no UserError: `foreign` makes one of it, with field, folder and hint
+            raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
+        return model.eval()
+
+
+@contextmanager
+def quietly(library: str = "transformers") -> Generator[None, None, None]:
+    """Make a library, transformers or diffusers, show neither progress bars nor warnings inside the block."""
+    logging = import_module(f"{library}.utils.logging")
+    level = logging.get_verbosity()
+    has_progress_bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_progress_bar:
+            logging.enable_progress_bar()
